@@ -1,0 +1,62 @@
+//! What happens to a machine, as its observers hear it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::VmState;
+
+/// Why a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest's kernel panicked and said so through pvpanic.
+    GuestPanic,
+    /// A vCPU shut down: a triple fault.
+    TripleFault,
+    /// KVM could not go on with a vCPU (an internal error, a failed entry).
+    KvmError,
+    /// A command or a signal ended it.
+    Stopped,
+}
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum EventKind {
+    /// The machine entered a state.
+    State {
+        /// The new state.
+        state: VmState,
+    },
+    /// The guest asked for a reset; it is restarted in place.
+    GuestReset,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// The power button was pressed.
+    PowerButton,
+    /// A device stopped working until its driver resets it.
+    DeviceNeedsReset {
+        /// The device's id.
+        id: String,
+        /// What the driver or back end did.
+        reason: String,
+    },
+    /// The machine ended.
+    Exit {
+        /// Why.
+        reason: ExitReason,
+    },
+}
+
+/// An event with its place in the sequence.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Counts up from 1 over the life of the monitor.
+    pub id: u64,
+    /// Microseconds since the monitor started.
+    pub at_us: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}

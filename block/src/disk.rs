@@ -1,0 +1,217 @@
+//! The interface between a disk and whoever does I/O on it.
+
+use std::any::Any;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One piece of a buffer in host memory.
+#[derive(Clone, Copy, Debug)]
+pub struct IoVec {
+    /// The host virtual address of the first byte.
+    pub base: *mut u8,
+    /// Length in bytes.
+    pub len: usize,
+}
+
+/// Memory that a request reads from or writes to.
+///
+/// The pieces stay valid for as long as `owner` lives: that is what the
+/// creator of a `Buffers` promises, and why the constructor is unsafe.
+/// The memory may change at any time (a guest owns it); it is only ever read
+/// and written whole by the kernel or byte by byte, never referenced.
+pub struct Buffers {
+    pieces: Vec<IoVec>,
+    owner: Arc<dyn Any + Send + Sync>,
+}
+
+/// How a request touches the disk. Offsets and lengths are bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Disk to buffers. Past the end of the disk is `InvalidInput`.
+    Read,
+    /// Buffers to disk.
+    Write,
+    /// Make all completed writes durable.
+    Flush,
+    /// The range's contents are no longer needed; it may read as anything
+    /// old or as zeros. Never an error merely because it is unsupported.
+    Discard {
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The range reads as zeros afterwards.
+    WriteZeroes {
+        /// Length in bytes.
+        len: u64,
+        /// The range may be deallocated.
+        may_unmap: bool,
+    },
+}
+
+/// The submitter's own mark on a request, given back with its completion.
+pub type Token = u64;
+
+/// One request. `offset` plus the length must lie within the disk.
+pub struct Request {
+    /// Comes back in [`Completed::Request`].
+    pub token: Token,
+    /// What to do.
+    pub op: Op,
+    /// Byte offset on the disk; 0 for a flush.
+    pub offset: u64,
+    /// Where the data is; empty for flush, discard and write-zeroes.
+    pub buffers: Buffers,
+}
+
+/// What [`IoQueue::wait`] reports.
+#[derive(Debug)]
+pub enum Completed {
+    /// A request has ended.
+    Request {
+        /// Its token.
+        token: Token,
+        /// Success, or why not. A short transfer is an error.
+        result: io::Result<()>,
+        /// The buffers may be reused; the owner has been released.
+        bytes: u64,
+    },
+    /// A watched descriptor has become readable.
+    Watch(Watch),
+}
+
+/// Names a descriptor that is watched through an [`IoQueue`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watch(pub u32);
+
+/// Facts about an opened disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskInfo {
+    /// The size the guest sees, in bytes.
+    pub size: u64,
+    /// The unit below which a write is not atomic or not possible, in bytes;
+    /// a power of two, at least 512. What a guest should see as its logical block size.
+    pub logical_block: u32,
+    /// The unit above which I/O is efficient, in bytes; a power of two.
+    pub physical_block: u32,
+    /// Writes, discards and zeroes are refused with `EROFS`.
+    pub read_only: bool,
+    /// [`Op::Discard`] frees space.
+    pub discard: bool,
+}
+
+/// Why a queue could not be had.
+#[derive(Debug, thiserror::Error)]
+#[error("no I/O queue of depth {depth} for this disk: {source}")]
+pub struct QueueError {
+    /// The depth that was asked for.
+    pub depth: u32,
+    /// The host's reason.
+    #[source]
+    pub source: io::Error,
+}
+
+/// An opened and locked disk image.
+pub trait Disk: Send + Sync {
+    /// The facts of the disk as it is now.
+    fn info(&self) -> DiskInfo;
+
+    /// Makes a queue for the calling worker to own, for `depth` requests at once.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError`] when the host lacks resources.
+    fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError>;
+}
+
+/// A worker's path to a disk, and its place to wait.
+///
+/// Used by one thread at a time. Dropping a queue waits for what is in flight.
+pub trait IoQueue: Send {
+    /// Takes a request. It may be held until [`IoQueue::submit`] or [`IoQueue::wait`].
+    /// Every request yields exactly one completion, whatever happens.
+    fn push(&mut self, request: Request);
+
+    /// Sends what has been pushed to the host without waiting. Completions
+    /// that are already there may be taken with a `wait` of zero.
+    fn submit(&mut self);
+
+    /// Starts to watch `fd` (an eventfd or another pollable descriptor): every time it becomes readable,
+    /// [`Completed::Watch`] is reported once. The descriptor is not read.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it cannot be watched.
+    fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()>;
+
+    /// Submits what is pending, then waits until something has completed or
+    /// `timeout` has passed (`None`: no limit; zero: just look), and appends
+    /// all completions to `out`.
+    ///
+    /// # Errors
+    ///
+    /// Only when the engine itself is broken; the worker should then end.
+    fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completed>) -> io::Result<()>;
+
+    /// How many requests have been pushed and not been reported.
+    fn in_flight(&self) -> usize;
+}
+
+#[expect(
+    unsafe_code,
+    reason = "raw addresses are not Send by default; see the proof"
+)]
+// SAFETY: the pieces are plain addresses of memory that `owner` (itself Send
+// and Sync) keeps mapped; no reference to it is ever formed.
+unsafe impl Send for Buffers {}
+
+impl Buffers {
+    /// No memory: for requests that carry no data.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            pieces: Vec::new(),
+            owner: Arc::new(()),
+        }
+    }
+
+    /// Describes memory that is kept alive by `owner`.
+    ///
+    /// # Safety
+    ///
+    /// Each piece must be mapped, readable and writable memory of the given
+    /// length for as long as `owner` lives, and no Rust reference to it may exist.
+    #[expect(unsafe_code, reason = "the caller's promise cannot be checked here")]
+    #[must_use]
+    pub unsafe fn new(pieces: Vec<IoVec>, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self { pieces, owner }
+    }
+
+    /// The pieces, in order.
+    #[must_use]
+    pub fn pieces(&self) -> &[IoVec] {
+        &self.pieces
+    }
+
+    /// The sum of the pieces' lengths.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.pieces
+            .iter()
+            .map(|p| p.len as u64)
+            .fold(0, u64::saturating_add)
+    }
+
+    /// Whether there is no memory at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What keeps the memory mapped.
+    #[must_use]
+    pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
+        &self.owner
+    }
+}

@@ -1,0 +1,26 @@
+//! How this crate gets files: through its caller.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Open for writing as well as reading.
+    pub write: bool,
+    /// Bypass the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+}
+
+/// Opens files on behalf of this crate, by the policy of whoever implements it.
+///
+/// The monitor implements it once, for every file that it ever opens.
+pub trait Opener: Send + Sync {
+    /// Opens an existing file or block device. Never creates one.
+    ///
+    /// # Errors
+    ///
+    /// The system's error, or `PermissionDenied` when policy forbids the path.
+    fn open(&self, path: &Path, access: Access) -> io::Result<File>;
+}

@@ -1,0 +1,28 @@
+//! The buses, interrupt lines, PCI functions and platform devices of the machine.
+//!
+//! This crate knows no KVM and no guest memory. It meets its surroundings
+//! through small traits that `vmm` implements:
+//!
+//! | trait | what it stands for |
+//! |---|---|
+//! | [`IrqLine`] | an edge-triggered input of the interrupt controller |
+//! | [`MsiVector`], [`MsiAllocator`] | a message-signalled interrupt and where they come from |
+//! | [`GuestRequests`] | what a guest asks of the machine: power off, reset, panic |
+//!
+//! # Devices
+//!
+//! A device is an `Arc` of a struct with interior mutability. It sits on a
+//! [`Bus`] as a [`BusDevice`] (called by vCPU threads, concurrently) and in the
+//! machine's list of units as a [`Unit`] (called by the control thread).
+//! Each device file has a pure register core, which is what is tested and
+//! saved, and a thin shell that owns the lock and the interrupt line.
+
+pub mod bus;
+pub mod irq;
+pub mod unit;
+
+pub use bus::{Bus, BusDevice, BusError};
+pub use irq::{
+    GuestRequest, GuestRequests, IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector,
+};
+pub use unit::{StartError, StopError, Unit};

@@ -1,0 +1,136 @@
+//! What a device model is, and what the transport hands it.
+//!
+//! ```text
+//!            DRIVER_OK: start(activation)
+//!   inactive ────────────────────────────► active
+//!      ▲   ▲                                 │
+//!      │   └── stop(deadline): queues back ──┤   (pause, save, hot-unplug)
+//!      └────── stop, then reset ─────────────┘   (driver writes status 0)
+//! ```
+//!
+//! The transport owns status, feature negotiation, queue addresses and
+//! interrupts. The model owns its registers and, while active, a worker that
+//! owns the queues. The back end drains in `stop` and saves nothing.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::StopError;
+use migration::DynSnapshot;
+use virtio_queue::Queue;
+
+use crate::memory::GuestMemory;
+
+/// The fixed facts of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The device type number (Virtio 1.2, section 5).
+    pub device_type: u16,
+    /// The features offered, without the transport's own (`VERSION_1`,
+    /// `EVENT_IDX`, `INDIRECT_DESC`), which the transport adds.
+    pub features: u64,
+    /// The largest size of each queue, a power of two up to 32768.
+    pub queue_sizes: Vec<u16>,
+    /// The PCI class code: base class, subclass, programming interface.
+    pub pci_class: [u8; 3],
+}
+
+/// How a worker tells the driver, and the transport, about its queues.
+///
+/// Any thread may call it; none of the calls blocks.
+pub trait Notifier: Send + Sync {
+    /// Interrupts the driver for queue `queue` (used buffers).
+    fn queue(&self, queue: u16);
+    /// Interrupts the driver because the configuration space has changed.
+    fn config_changed(&self);
+    /// Marks the device as broken (Virtio 1.2, 2.1.1 DEVICE_NEEDS_RESET) and
+    /// tells driver and observers. The worker then leaves the queues alone.
+    fn needs_reset(&self, reason: &str);
+}
+
+/// One queue as the driver has set it up.
+pub struct ActiveQueue {
+    /// Its index.
+    pub index: u16,
+    /// The rings, with how far they have been worked through.
+    pub queue: Queue,
+    /// Becomes readable when the driver kicks.
+    pub kick: OwnedFd,
+    /// Heads that an earlier stop left parked: to be served first.
+    pub parked: Vec<u16>,
+}
+
+/// Everything a model needs to begin work.
+pub struct Activation {
+    /// The features that the driver accepted, the transport's included.
+    pub features: u64,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The queues that the driver enabled, in order of their index. A driver
+    /// may enable fewer than the device has.
+    pub queues: Vec<ActiveQueue>,
+    /// The way back to the driver.
+    pub notifier: Arc<dyn Notifier>,
+}
+
+/// What [`VirtioDevice::stop`] gives back for each queue.
+pub struct StoppedQueue {
+    /// Its index.
+    pub index: u16,
+    /// The rings, with how far they have been worked through.
+    pub queue: Queue,
+    /// The doorbell.
+    pub kick: OwnedFd,
+    /// Heads that were taken off the available ring and could not be
+    /// completed (a full or dead back end). They are not lost: they are saved
+    /// with the transport and come back in [`ActiveQueue::parked`].
+    pub parked: Vec<u16>,
+}
+
+/// Why a device did not begin work. The driver sees NEEDS_RESET or a cleared
+/// status, the VM goes on.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {reason}")]
+pub struct ActivateError {
+    /// What was being set up.
+    pub what: &'static str,
+    /// Why it failed.
+    pub reason: String,
+}
+
+/// A device model. Called by the control thread and, for configuration space,
+/// by vCPU threads; the transport serialises the calls.
+pub trait VirtioDevice: Send + DynSnapshot {
+    /// The fixed facts.
+    fn identity(&self) -> Identity;
+
+    /// Reads the device-specific configuration space; bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device-specific configuration space; what is read-only or past the end is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// Features have been negotiated and may change what configuration space shows.
+    fn features_negotiated(&mut self, features: u64) {
+        let _ = features;
+    }
+
+    /// Begins work on the queues: on DRIVER_OK, on resume and after restore.
+    ///
+    /// # Errors
+    ///
+    /// [`ActivateError`]; the device is then inactive.
+    fn start(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Drains the back end and gives the queues back; empty when inactive.
+    ///
+    /// # Errors
+    ///
+    /// [`StopError`] when requests are still in flight at `deadline`: the
+    /// device then works on as before.
+    fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError>;
+
+    /// Puts the registers back to their power-on values. The device is inactive.
+    fn reset(&mut self);
+}

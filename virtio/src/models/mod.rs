@@ -1,0 +1,84 @@
+//! The device models and their registry.
+//!
+//! A model is one file here and one word in the list below. Everything that
+//! needs to know the models (command line, configuration, help, conformance
+//! tests) walks [`MODELS`].
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::device::VirtioDevice;
+use crate::schema::Field;
+
+/// A kind of device that a machine can have.
+pub struct Model {
+    /// Its name in configuration, saved state and events, for example `"blk"`.
+    pub kind: &'static str,
+    /// The command-line flag that adds one, without dashes, for example `"disk"`.
+    pub flag: &'static str,
+    /// One line for the help text.
+    pub about: &'static str,
+    /// The configuration's fields: the public face of the model's serde struct.
+    pub fields: &'static [Field],
+    /// Makes a device from a configuration that has passed the schema.
+    pub build: fn(Value, &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError>,
+}
+
+/// What a model may use of its surroundings while it is built.
+pub struct BuildContext {
+    /// The device's id, unique in the machine; used in messages.
+    pub id: String,
+    /// How it opens files.
+    pub opener: Arc<dyn block::Opener>,
+    /// How many vCPUs the machine has: a good number of queues.
+    pub cpus: u16,
+}
+
+/// Why a device could not be built from its configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The configuration does not have the model's shape.
+    #[error("{kind}: {source}")]
+    Config {
+        /// The model.
+        kind: &'static str,
+        /// What serde found.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A field's value makes no sense.
+    #[error("{field}: {reason}")]
+    Field {
+        /// The field.
+        field: &'static str,
+        /// What is wrong, with the mend.
+        reason: String,
+    },
+    /// The back end could not be had.
+    #[error("{what}")]
+    Backend {
+        /// What was tried, naming the object.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+macro_rules! models {
+    ($($name:ident),* $(,)?) => {
+        $(pub mod $name;)*
+
+        /// Every model there is.
+        pub const MODELS: &[Model] = &[$($name::MODEL),*];
+    };
+}
+
+models! {}
+
+/// The model of this kind.
+#[must_use]
+pub fn find(kind: &str) -> Option<&'static Model> {
+    MODELS.iter().find(|model| model.kind == kind)
+}

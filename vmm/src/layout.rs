@@ -1,0 +1,108 @@
+//! Where things are in the guest: physical addresses, ports and interrupts.
+//!
+//! This is the machine type's contract with its guests: a change here is a
+//! new machine type.
+
+/// Guest-physical addresses, in bytes.
+pub mod memory {
+    /// Low RAM ends here at the latest; the rest continues at [`HIGH_RAM_START`].
+    pub const LOW_RAM_END: u64 = 0xC000_0000;
+    /// Where RAM goes on above the hole for devices.
+    pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+    /// 32-bit window for PCI base address registers.
+    pub const PCI_MMIO32_START: u64 = 0xC000_0000;
+    /// Its length.
+    pub const PCI_MMIO32_LEN: u64 = 0x2000_0000;
+    /// PCI Express enhanced configuration space, for bus 0.
+    pub const ECAM_START: u64 = 0xE000_0000;
+    /// One MiB for each bus, and there is one bus.
+    pub const ECAM_LEN: u64 = 0x10_0000;
+    /// The I/O APIC.
+    pub const IOAPIC: u64 = 0xFEC0_0000;
+    /// The local APIC of every vCPU.
+    pub const LAPIC: u64 = 0xFEE0_0000;
+    /// One page for KVM's identity map (used on Intel hosts).
+    pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
+    /// Three pages for KVM's task state segment (used on Intel hosts).
+    pub const KVM_TSS: u64 = 0xFFFB_D000;
+    /// The 64-bit PCI window starts at the end of RAM, rounded up to this.
+    pub const PCI_MMIO64_ALIGN: u64 = 1 << 30;
+    /// The 64-bit PCI window's length, unless the address width cuts it off.
+    pub const PCI_MMIO64_LEN: u64 = 64 << 30;
+
+    /// The boot-time GDT.
+    pub const BOOT_GDT: u64 = 0x500;
+    /// PVH start info, module list and memory map.
+    pub const PVH_START_INFO: u64 = 0x6000;
+    /// `boot_params` of the Linux boot protocol.
+    pub const ZERO_PAGE: u64 = 0x7000;
+    /// Initial stack pointer.
+    pub const BOOT_STACK: u64 = 0x8FF0;
+    /// Boot page tables: PML4, PDPT, then page directories.
+    pub const BOOT_PAGE_TABLES: u64 = 0x9000;
+    /// The kernel's command line.
+    pub const CMDLINE: u64 = 0x20000;
+    /// Space for the command line, in bytes.
+    pub const CMDLINE_LEN: u64 = 0x10000;
+    /// Usable low memory ends here (the extended BIOS data area follows).
+    pub const EBDA_START: u64 = 0x9FC00;
+    /// ACPI tables, the RSDP first, in the BIOS area.
+    pub const ACPI_START: u64 = 0xE0000;
+    /// The end of the BIOS area; RAM for the kernel starts here.
+    pub const ACPI_END: u64 = 0x10_0000;
+    /// Where RAM proper starts and kernels are loaded.
+    pub const HIMEM_START: u64 = 0x10_0000;
+}
+
+/// I/O ports.
+pub mod port {
+    /// COM1, eight ports.
+    pub const COM1: u16 = 0x3F8;
+    /// i8042 data (0x60) to command (0x64).
+    pub const I8042: u16 = 0x60;
+    /// CMOS index and data.
+    pub const RTC: u16 = 0x70;
+    /// Bochs debug console: a byte written here goes to the console's file.
+    pub const DEBUGCON: u16 = 0xE9;
+    /// pvpanic's ISA register.
+    pub const PVPANIC: u16 = 0x505;
+    /// ACPI sleep control (byte), sleep status (byte).
+    pub const SLEEP_CONTROL: u16 = 0x600;
+    /// ACPI sleep status.
+    pub const SLEEP_STATUS: u16 = 0x601;
+    /// Generic event device: which events are pending, 32 bits, cleared by reading.
+    pub const GED_EVENTS: u16 = 0x604;
+    /// PCI configuration address and data (0xCF8 to 0xCFF).
+    pub const PCI_CONFIG: u16 = 0xCF8;
+    /// Reset control register; inside the range above, handled by byte access.
+    pub const RESET: u16 = 0xCF9;
+}
+
+/// Global system interrupts: I/O APIC pins, all edge-triggered.
+pub mod gsi {
+    /// i8042 keyboard.
+    pub const KEYBOARD: u32 = 1;
+    /// COM1.
+    pub const COM1: u32 = 4;
+    /// CMOS real-time clock.
+    pub const RTC: u32 = 8;
+    /// i8042 auxiliary device.
+    pub const MOUSE: u32 = 12;
+    /// ACPI generic event device.
+    pub const GED: u32 = 20;
+    /// Pins of the I/O APIC; message-signalled interrupts come after.
+    pub const IOAPIC_PINS: u32 = 24;
+}
+
+/// Bits of [`port::GED_EVENTS`].
+pub mod ged_event {
+    /// The power button was pressed.
+    pub const POWER_BUTTON: u32 = 1 << 0;
+    /// PCI functions came or are to go; see the hot-plug registers.
+    pub const PCI_HOTPLUG: u32 = 1 << 1;
+}
+
+/// The most vCPUs a machine has: APIC ids are 8 bits wide and 255 means all.
+pub const MAX_CPUS: u32 = 254;
+/// Devices on the PCI bus besides the host bridge in slot 0.
+pub const PCI_SLOTS: u8 = 31;

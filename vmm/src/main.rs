@@ -1,0 +1,2 @@
+//! The `vireo` program.
+fn main() {}
