@@ -2,3 +2,4 @@
 //! assembly, the state driver, configuration and the `vireo` program.
 
 pub mod layout;
+pub mod memory;
