@@ -1,4 +1,6 @@
 //! The virtual machine monitor: KVM, guest memory, boot, ACPI, machine
 //! assembly, the state driver, configuration and the `vireo` program.
 
+pub mod acpi;
+pub mod boot;
 pub mod layout;
