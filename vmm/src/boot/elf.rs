@@ -205,7 +205,7 @@ fn program_headers(image: &Image<'_>, header: &Elf64_Ehdr) -> Result<Vec<Elf64_P
     let mut headers = vec![Elf64_Phdr::default(); usize::from(header.e_phnum)];
     let mut offset = header.e_phoff;
     for program in &mut headers {
-        image.read_at(offset, program.as_mut_slice(), "program headers")?;
+        image.read_at(offset, program.as_mut_slice(), "program header table")?;
         offset = offset.saturating_add(size_of::<Elf64_Phdr>() as u64);
     }
     Ok(headers)
