@@ -4,6 +4,8 @@
 pub mod console;
 pub mod events;
 pub mod kvm;
+pub mod acpi;
+pub mod boot;
 pub mod layout;
 pub mod machine;
 pub mod memory;
