@@ -3,6 +3,7 @@
 //! * [`device`]: the trait that a model implements and what it is handed.
 //! * [`memory`]: the guest memory that queues live in, and the log of pages
 //!   that devices have written.
+//! * [`transport`]: what joins a model to the PCI bus.
 //! * [`models`]: one file for each device, and the registry that lists them.
 //!
 //! # Adding a device
@@ -17,3 +18,4 @@ pub mod device;
 pub mod memory;
 pub mod models;
 pub mod schema;
+pub mod transport;
