@@ -1,4 +1,9 @@
 //! The virtual machine monitor: KVM, guest memory, boot, ACPI, machine
 //! assembly, the state driver, configuration and the `vireo` program.
 
+pub mod cli;
+pub mod config;
+pub mod doctor;
 pub mod layout;
+pub mod opener;
+pub mod run;
