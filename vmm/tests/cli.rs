@@ -122,6 +122,16 @@ fn unknown_repeated_and_empty_keys_are_refused() {
         ("--memory", "size=", "'size' has an empty value"),
         ("--memory", "size=1G,", "an item has no key"),
         ("--memory", "=1G", "an item has no key"),
+        (
+            "--memory",
+            "",
+            "the value is empty: leave the flag out, or write size=…",
+        ),
+        (
+            "--cpus",
+            "",
+            "the value is empty: leave the flag out, or write boot=…",
+        ),
         ("--memory", "size=1G,shared", "write shared=…"),
         (
             "--memory",
@@ -356,6 +366,27 @@ fn a_reader_that_goes_away_is_no_failure() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(output.stderr, b"");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    for arguments in [&["completions", "bash"][..], &["--help"]] {
+        let full = fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_vireo"))
+            .args(arguments)
+            .stdout(full)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(
+            text.starts_with("vireo: cannot write to standard output: "),
+            "{text}"
+        );
+    }
 }
 
 #[test]
