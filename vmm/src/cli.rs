@@ -168,7 +168,10 @@ fn execute(arguments: Vec<OsString>) -> u8 {
 fn refuse(error: &clap::Error) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
-            Err(cause) if cause.kind() != io::ErrorKind::BrokenPipe => FAILURE,
+            Err(cause) if cause.kind() != io::ErrorKind::BrokenPipe => {
+                message::report(&format!("cannot write to standard output: {cause}"));
+                FAILURE
+            }
             _ => 0,
         },
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {

@@ -130,31 +130,17 @@ impl Opener {
     /// [`OpenError`]; a symbolic link, a directory and a block device are refused,
     /// and nothing is changed then.
     pub fn create_output(&self, path: &Path) -> Result<File, OpenError> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(|source| match source.raw_os_error() {
-                Some(libc::ELOOP) => OpenError::SymbolicLink {
-                    path: path.to_owned(),
-                },
-                _ => system("create", path)(source),
-            })?;
-        let kind = file.metadata().map_err(system("create", path))?.file_type();
-        if kind.is_block_device() {
-            return Err(OpenError::WrongType {
-                path: path.to_owned(),
-                found: describe(kind),
-                wanted: "a file to be written",
-            });
-        }
-        if kind.is_file() {
-            file.set_len(0).map_err(system("empty", path))?;
-        }
-        Ok(file)
+        create(path, 0o600)
+    }
+
+    /// As [`Opener::create_output`], for what everybody may read (mode 0644,
+    /// less what the process's mask takes away): documents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create_output`].
+    pub fn create_document(&self, path: &Path) -> Result<File, OpenError> {
+        create(path, 0o644)
     }
 
     /// Opens a character device for reading and writing, for example `/dev/ptmx`.
@@ -302,6 +288,34 @@ fn check_disk(kind: FileType) -> io::Result<()> {
             describe(kind)
         ),
     ))
+}
+
+fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(mode)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|source| match source.raw_os_error() {
+            Some(libc::ELOOP) => OpenError::SymbolicLink {
+                path: path.to_owned(),
+            },
+            _ => system("create", path)(source),
+        })?;
+    let kind = file.metadata().map_err(system("create", path))?.file_type();
+    if kind.is_block_device() {
+        return Err(OpenError::WrongType {
+            path: path.to_owned(),
+            found: describe(kind),
+            wanted: "a file to be written",
+        });
+    }
+    if kind.is_file() {
+        file.set_len(0).map_err(system("empty", path))?;
+    }
+    Ok(file)
 }
 
 fn system(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {

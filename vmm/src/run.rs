@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Context;
 use api::ExitReason;
 
 use crate::config::VmConfig;
@@ -14,7 +15,7 @@ use crate::opener::Opener;
 /// What kept the machine from being built or from going on.
 pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
     let kernel = &config.payload.kernel;
-    opener.open_input(kernel)?;
+    opener.open_input(kernel).context("--kernel")?;
     drop(opener);
     anyhow::bail!("cannot run {}: not built yet", kernel.display())
 }

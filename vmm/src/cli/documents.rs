@@ -36,7 +36,7 @@ pub(super) fn write_manual(
         let mut text = Vec::new();
         page.render(&mut text).context("cannot make the manual")?;
         opener
-            .create_output(&path)?
+            .create_document(&path)?
             .write_all(&text)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }

@@ -42,7 +42,15 @@ pub(super) fn from_clap(error: &clap::Error) -> String {
         line.push_str(separator);
         line.push_str(part);
     }
-    format!("{line}: see 'vireo --help' and 'vireo VERB --help'")
+    format!("{line}: see '{} --help'", command_in(&text))
+}
+
+/// The program and verb in the parser's usage line.
+fn command_in(text: &str) -> String {
+    let usage = text.split_once("Usage: ").map_or("vireo", |(_, rest)| rest);
+    let words = usage.lines().next().unwrap_or_default().split(' ');
+    let plain = |word: &&str| word.starts_with(|c: char| c.is_ascii_alphanumeric());
+    words.take_while(plain).collect::<Vec<_>>().join(" ")
 }
 
 /// A fault in Vireo itself is told in one line too, without a backtrace.
@@ -81,7 +89,7 @@ mod tests {
         assert_eq!(
             from_clap(&error),
             "unexpected argument '--kernl' found: a similar argument exists: '--kernel': see \
-             'vireo --help' and 'vireo VERB --help'"
+             't --help'"
         );
     }
 

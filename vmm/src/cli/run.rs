@@ -9,7 +9,7 @@ use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
-use crate::config::flag::{self, FlagTable};
+use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::{
     BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
     DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
@@ -257,10 +257,16 @@ fn read_table(
     fields: &'static [Field],
     text: &str,
 ) -> anyhow::Result<Map<String, Value>> {
+    let shorthand = fields.first().map(|field| field.name);
+    if text.is_empty() {
+        let accepted = format!("{}=…", shorthand.unwrap_or("key"));
+        let flag = flag.to_owned();
+        return Err(FlagError::Empty { flag, accepted }.into());
+    }
     let table = FlagTable {
         flag,
         fields,
-        shorthand: fields.first().map(|field| field.name),
+        shorthand,
     };
     Ok(flag::parse(&table, text)?)
 }

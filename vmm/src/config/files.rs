@@ -15,8 +15,10 @@ use virtio::schema::FieldKind;
 
 use super::{ConfigError, VmConfig};
 
-/// The kind of the model that is a disk.
+/// The kind of the model that is a disk, and its keys that matter here.
 const DISK: &str = "blk";
+const DISK_PATH: &str = "path";
+const DISK_READ_ONLY: &str = "readonly";
 
 /// What tells one file from another.
 #[derive(PartialEq, Eq)]
@@ -60,13 +62,13 @@ fn check_disks(config: &VmConfig) -> Result<(), ConfigError> {
     for disk in disks {
         let Some(path) = disk
             .config
-            .get("path")
+            .get(DISK_PATH)
             .and_then(Value::as_str)
             .map(Path::new)
         else {
             continue;
         };
-        let read_only = disk.config.get("readonly") == Some(&Value::Bool(true));
+        let read_only = disk.config.get(DISK_READ_ONLY) == Some(&Value::Bool(true));
         let Some(identity) = Identity::of(path) else {
             continue;
         };
@@ -185,6 +187,20 @@ mod tests {
 
         fn check(&self) -> Result<(), String> {
             check(&self.config, TEST_MODELS).map_err(|error| error.to_string())
+        }
+    }
+
+    #[test]
+    fn the_registry_and_the_test_models_have_the_disks_keys() {
+        for model in virtio::models::MODELS.iter().chain(TEST_MODELS) {
+            if model.kind == DISK {
+                let has = |name, kind| {
+                    let mut fields = model.fields.iter();
+                    fields.any(|field| field.name == name && field.kind == kind)
+                };
+                assert!(has(DISK_PATH, FieldKind::Path));
+                assert!(has(DISK_READ_ONLY, FieldKind::Switch));
+            }
         }
     }
 

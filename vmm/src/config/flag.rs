@@ -26,6 +26,14 @@ pub struct FlagTable<'a> {
 /// Why the text of a flag was not accepted. Every message names flag and key.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FlagError {
+    /// The flag is given an empty text where it must say something.
+    #[error("{flag}: the value is empty: leave the flag out, or write {accepted}")]
+    Empty {
+        /// The flag.
+        flag: String,
+        /// How its first key is written.
+        accepted: String,
+    },
     /// The key is not in the table.
     #[error("{flag}: unknown key '{key}': {}it takes {accepted}", did_you_mean(nearest.as_deref()))]
     UnknownKey {

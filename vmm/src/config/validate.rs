@@ -62,8 +62,8 @@ pub enum ConfigError {
     },
     /// More memory than the host has.
     #[error(
-        "--memory size={}: the host has {} of RAM and {} of swap: give a smaller size",
-        bytes(*size), bytes(host.ram), bytes(host.swap)
+        "--memory size={}: the host has {}M of RAM and {}M of swap: give a smaller size",
+        bytes(*size), host.ram >> 20, host.swap >> 20
     )]
     MemoryTooLarge {
         /// What was asked for, in bytes.
@@ -430,8 +430,11 @@ mod tests {
                 (2 << 20) + 1,
                 "not a multiple of 4K, the page size: give size=2101248",
             ),
-            ((9 << 30) + 4096, "the host has 8G of RAM and 1G of swap"),
-            (u64::MAX, "the host has 8G"),
+            (
+                (9 << 30) + 4096,
+                "the host has 8192M of RAM and 1024M of swap",
+            ),
+            (u64::MAX, "the host has 8192M"),
         ] {
             let message = refusal(|c| c.memory.size = size);
             assert!(message.starts_with("--memory size="), "{message}");

@@ -37,7 +37,8 @@ fn unavailable(error: OpenError) -> Check {
         OpenError::KvmPermission => Check::fail(
             "kvm",
             format!("{KVM_PATH} may not be opened by this user"),
-            "sudo usermod -aG kvm $USER, then log in again",
+            "sudo usermod -aG kvm $USER, then log in again; where the device is not the group's: \
+             sudo chgrp kvm /dev/kvm, sudo chmod 660 /dev/kvm",
         ),
         other => Check::fail(
             "kvm",
