@@ -718,7 +718,7 @@ fn the_pvh_entry_has_flat_protected_mode_registers() {
     assert_eq!(gdt[2], 0x00CF_9B00_0000_FFFF);
 }
 
-/// Boots the kernel that `VIREO_TEST_KERNEL` names, by every protocol that its format has.
+/// Loads the kernel that `VIREO_TEST_KERNEL` names, by every protocol that its format has.
 #[test]
 fn a_real_kernel_loads_when_one_is_given() {
     let Some(path) = std::env::var_os("VIREO_TEST_KERNEL") else {
