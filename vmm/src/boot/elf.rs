@@ -256,7 +256,7 @@ fn find_pvh_note(image: &Image<'_>, program: &Elf64_Phdr) -> Result<Option<u64>,
     let mut rest = notes.as_slice();
     while let Some((note, len)) = parse_note(rest, align) {
         if note.kind == XEN_ELFNOTE_PHYS32_ENTRY && note.name == XEN_NAME {
-            // Four bytes long, or eight in kernels before 6.10.
+            // Linux has written both lengths.
             return match note.value {
                 [a, b, c, d] => Ok(Some(u32::from_le_bytes([*a, *b, *c, *d]).into())),
                 value => match value.try_into() {

@@ -27,14 +27,14 @@ pub(super) fn write(
     rsdp: u64,
 ) -> Result<(), BootError> {
     let max = usize::try_from(MEMORY_MAP_END - MEMORY_MAP).unwrap_or_default() / ENTRY_LEN;
-    let full = BootError::MemoryMapFull {
+    let full = || BootError::MemoryMapFull {
         count: areas.len(),
         max,
     };
-    let memmap_entries = match u32::try_from(areas.len()) {
-        Ok(count) if areas.len() <= max => count,
-        _ => return Err(full),
-    };
+    if areas.len() > max {
+        return Err(full());
+    }
+    let memmap_entries = u32::try_from(areas.len()).map_err(|_| full())?;
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: VERSION,

@@ -4,7 +4,6 @@ use std::io::Write;
 use kvm_bindings::kvm_sregs;
 use linux_loader::bootparam::boot_params;
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
-use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::memory_map::{Area, Kind, Range};
@@ -13,6 +12,8 @@ use crate::layout::memory::{
     ACPI_START, BOOT_GDT, BOOT_PAGE_TABLES, CMDLINE, CMDLINE_LEN, HIGH_RAM_START, HIMEM_START,
     PVH_START_INFO, ZERO_PAGE,
 };
+
+mod damage;
 
 const MIB: u64 = 1 << 20;
 const KERNEL_AT: u64 = 16 * MIB;
@@ -717,7 +718,7 @@ fn the_pvh_entry_has_flat_protected_mode_registers() {
     assert_eq!(gdt[2], 0x00CF_9B00_0000_FFFF);
 }
 
-/// Boots the kernel that `VIREO_TEST_KERNEL` names, by every protocol that its format has.
+/// Loads the kernel that `VIREO_TEST_KERNEL` names, by every protocol that its format has.
 #[test]
 fn a_real_kernel_loads_when_one_is_given() {
     let Some(path) = std::env::var_os("VIREO_TEST_KERNEL") else {
@@ -743,66 +744,5 @@ fn a_real_kernel_loads_when_one_is_given() {
             Entry::Pvh { eip } => eip.into(),
         };
         assert_ne!(read(&memory, at), [0; 16], "there is code at the entry");
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
-
-    #[test]
-    fn random_files_are_refused_without_a_panic(
-        bytes in prop::collection::vec(any::<u8>(), 1..6000),
-        magic in 0..4,
-    ) {
-        let memory = ram(&[(0, 32 * MIB)]);
-        let mut bytes = bytes;
-        let (at, magic): (usize, &[u8]) = match magic {
-            0 => (0, b""),
-            1 => (0, b"\x7fELF\x02\x01"),
-            2 => (0, b"MZ"),
-            _ => (0x202, b"HdrS\x0f\x02"),
-        };
-        if bytes.len() >= at + magic.len() {
-            put(&mut bytes, at, magic);
-        }
-        prop_assert!(boot(&memory, &bytes, Protocol::Auto).is_err());
-    }
-
-    #[test]
-    fn damaged_headers_never_panic_nor_enter_outside_memory(
-        changes in prop::collection::vec((0..0x1000usize, any::<u8>()), 1..8),
-        fields in prop::collection::vec((0..48usize, prop::sample::select(vec![
-            0u64, 1, 4095, KERNEL_AT, 32 << 20, 1 << 31, 0xBFFF_FFFF, 1 << 32, u64::MAX / 2,
-            u64::MAX - 1, u64::MAX,
-        ])), 0..3),
-        kind in 0..3,
-        protocol in prop::sample::select(vec![Protocol::Auto, Protocol::Linux64, Protocol::Pvh]),
-        initrd in 1..0x20_0000usize,
-    ) {
-        let memory = ram(&[(0, 24 * MIB)]);
-        let (mut image, header) = match kind {
-            0 => (bzimage(), 0x1F1),
-            1 => (elf(&pvh_note()), 0),
-            _ => (elf(&pvh_note()), 0x800),
-        };
-        for (at, byte) in changes {
-            // Most of the header, sometimes anywhere.
-            let at = if at % 4 == 0 { at } else { header + at % 0x100 };
-            if let Some(old) = image.get_mut(at) {
-                *old ^= byte;
-            }
-        }
-        for (index, value) in fields {
-            put(&mut image, header + index * 4, &value.to_le_bytes());
-        }
-        let initrd = vec![0; initrd];
-        if let Ok(entry) = boot_with(&memory, &image, Some(&initrd), "x", protocol) {
-            let (at, end) = match entry {
-                Entry::Linux64 { rip, kernel_end } => (rip, kernel_end),
-                Entry::Pvh { eip } => (eip.into(), 24 * MIB),
-            };
-            prop_assert!((HIMEM_START..end).contains(&at) && end <= 24 * MIB);
-            entry.registers(&memory, &kvm_sregs::default()).unwrap();
-        }
     }
 }

@@ -53,18 +53,13 @@ pub(super) fn write(
         (header.ramdisk_size, page.ext_ramdisk_size) = halves(size);
     }
     page.hdr = header;
-    let full = |_| BootError::MemoryMapFull {
+    let full = || BootError::MemoryMapFull {
         count: areas.len(),
         max: E820_MAX_ENTRIES_ZEROPAGE,
     };
-    page.e820_entries = u8::try_from(areas.len()).map_err(full)?;
     let mut table = [boot_e820_entry::default(); E820_MAX_ENTRIES_ZEROPAGE];
-    let Some(used) = table.get_mut(..areas.len()) else {
-        return Err(BootError::MemoryMapFull {
-            count: areas.len(),
-            max: E820_MAX_ENTRIES_ZEROPAGE,
-        });
-    };
+    let used = table.get_mut(..areas.len()).ok_or_else(full)?;
+    page.e820_entries = u8::try_from(used.len()).map_err(|_| full())?;
     for (entry, area) in used.iter_mut().zip(areas) {
         *entry = boot_e820_entry {
             addr: area.range.start,
