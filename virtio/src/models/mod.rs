@@ -78,7 +78,7 @@ macro_rules! models {
     };
 }
 
-models! {}
+models! { blk, rng }
 
 /// The model of this kind.
 #[must_use]
