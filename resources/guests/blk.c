@@ -77,13 +77,8 @@ static void bench_run(void)
           bench.type == BLK_OUT ? "write" : "read", bench.random, bench.depth, bench.bytes, blk.queues,
           done, errors, ticks, ticks / done);
     if (khz)
-        print(" iops=%lu mib-per-s=%lu", done * 1000 / (ticks / khz + 1) , done * bench.bytes / (ticks / khz + 1) * 1000 >> 20);
+        print(" iops=%lu", done * 1000 / (ticks / khz + 1));
     print("\n");
-}
-
-static void bench_main(void)
-{
-    bench_run();
 }
 
 static _Noreturn void bench_start(const char *op)
@@ -97,14 +92,14 @@ static _Noreturn void bench_start(const char *op)
     bench.depth = (unsigned)number_word("depth", 1);
     if (!bench.bytes || bench.bytes % SECTOR || !bench.count || !bench.depth)
         fail("bs is a multiple of 512; count and depth are not 0");
-    blk_start(queues, 256, 3, BLK_F_ALL | (has_word("event-idx") ? VIRTIO_F_EVENT_IDX : 0), false);
+    blk_start(queues, 256, 3, blk_wanted(), false);
     bench.span = blk.sectors * SECTOR / bench.bytes;
     if (!bench.span)
         fail("the disk is smaller than one request");
     if (bench.depth > blk.slots)
         bench.depth = blk.slots;
     bench.buffers = allocate((uint64_t)bench.depth * bench.bytes, 4096);
-    to_cpl3(bench_main);
+    to_cpl3(bench_run);
 }
 
 /* --- irq ---------------------------------------------------------------- */
@@ -127,7 +122,7 @@ static void irq_run(void)
     on_interrupt(VECTOR_MSI, count_interrupt);
     pci_msix_set(blk.device.slot, 1, msi_address(), MSI_DATA(VECTOR_MSI));
     blk_start((unsigned)number_word("queues", 1), 64, 3,
-              BLK_F_ALL | (has_word("event-idx") ? VIRTIO_F_EVENT_IDX : 0), true);
+              blk_wanted(), true);
     for (unsigned n = 0; n < count; n++) {
         unsigned before = interrupts;
 

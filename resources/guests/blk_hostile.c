@@ -16,7 +16,7 @@ static uint8_t *data;
 
 static void describe(uint16_t at, uint64_t address, uint32_t length, uint16_t flags, uint16_t next)
 {
-    virtq_describe(queue, at, address, length, flags, next);
+    virtq_describe(queue->desc, at, address, length, flags, next);
 }
 
 static void header_at(uint16_t at, uint16_t next)

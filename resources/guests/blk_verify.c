@@ -199,7 +199,7 @@ void blk_verify(void)
 
     seed = number_word("seed", 1);
     blk_start((unsigned)number_word("queues", 1), 256, STRIDE,
-              BLK_F_ALL | (has_word("event-idx") ? VIRTIO_F_EVENT_IDX : 0), false);
+              blk_wanted(), false);
     chunks = blk.sectors * SECTOR / CHUNK;
     if (chunks > mib * 16)
         chunks = mib * 16;

@@ -20,7 +20,7 @@ void main(void)
     virtq_set_up(&device, &queue, 0, 8, NO_VECTOR);
     virtio_driver_ok(&device);
     while (have < wanted) {
-        virtq_describe(&queue, 0, (uint64_t)buffer + have, wanted - have, DESC_WRITE, 0);
+        virtq_describe(queue.desc, 0, (uint64_t)buffer + have, wanted - have, DESC_WRITE, 0);
         virtq_add(&queue, 0);
         virtq_kick(&queue);
         while (!virtq_poll(&queue, &id, &length))

@@ -15,6 +15,7 @@ void blk_start(unsigned queues, unsigned size, unsigned stride, uint64_t feature
         blk.header = allocate(MAX_SLOTS * sizeof(*blk.header), 4096);
         blk.written = allocate(MAX_SLOTS * sizeof(*blk.written), 64);
         blk.status = allocate(MAX_SLOTS, 64);
+        blk.tables = allocate(MAX_SLOTS * (MAX_SEGMENTS + 2) * sizeof(*blk.tables), 4096);
     }
     if (!virtio_negotiate(&blk.device, features))
         fail("the device refuses the features");
@@ -32,26 +33,40 @@ void blk_start(unsigned queues, unsigned size, unsigned stride, uint64_t feature
     virtio_driver_ok(&blk.device);
 }
 
+uint64_t blk_wanted(void)
+{
+    return BLK_F_ALL | (has_word("event-idx") ? VIRTIO_F_EVENT_IDX : 0) |
+           (has_word("indirect") ? VIRTIO_F_INDIRECT_DESC : 0);
+}
+
 void blk_submit(unsigned slot, uint32_t type, uint64_t sector, const struct blk_segment *segments,
                 unsigned count)
 {
     struct virtq *queue = &blk.queue[slot % blk.queues];
     uint16_t head = (uint16_t)(slot / blk.queues * blk.stride), at = head;
     uint16_t direction = is_out(type) ? 0 : DESC_WRITE;
+    bool indirect = blk.device.features & VIRTIO_F_INDIRECT_DESC;
+    volatile struct virtq_desc *table = queue->desc;
 
     if (count + 2 > blk.stride)
         fail("too many segments for the stride");
+    if (indirect) {
+        table = blk.tables + slot * (MAX_SEGMENTS + 2);
+        at = 0;
+        virtq_describe(queue->desc, head, (uint64_t)table, (count + 2) * (uint32_t)sizeof(*table),
+                       DESC_INDIRECT, 0);
+    }
     blk.header[slot] = (struct blk_header){ type, 0, sector };
     blk.status[slot] = BLK_PENDING;
-    virtq_describe(queue, at, (uint64_t)&blk.header[slot], sizeof(blk.header[slot]), DESC_NEXT,
+    virtq_describe(table, at, (uint64_t)&blk.header[slot], sizeof(blk.header[slot]), DESC_NEXT,
                    (uint16_t)(at + 1));
     for (unsigned i = 0; i < count; i++) {
         at++;
-        virtq_describe(queue, at, (uint64_t)segments[i].at, segments[i].length,
+        virtq_describe(table, at, (uint64_t)segments[i].at, segments[i].length,
                        direction | DESC_NEXT, (uint16_t)(at + 1));
     }
     at++;
-    virtq_describe(queue, at, (uint64_t)&blk.status[slot], 1, DESC_WRITE, 0);
+    virtq_describe(table, at, (uint64_t)&blk.status[slot], 1, DESC_WRITE, 0);
     virtq_add(queue, head);
 }
 

@@ -71,6 +71,7 @@ struct blk {
     struct blk_header *header;
     volatile uint8_t *status; /* of each slot's last request */
     uint32_t *written;        /* used length of each slot's last request */
+    struct virtq_desc *tables; /* of each slot, when VIRTIO_F_INDIRECT_DESC is on */
 };
 
 extern struct blk blk;
@@ -88,6 +89,9 @@ void blk_kick(void);
 int blk_reap(void);
 /* One request on slot 0, start to end: its status. Nothing else may be under way. */
 uint8_t blk_do(uint32_t type, uint64_t sector, void *at, uint32_t length);
+
+/* BLK_F_ALL and what the words event-idx and indirect add. */
+uint64_t blk_wanted(void);
 
 /* xorshift64*: the same sequence on every run. */
 uint64_t random_next(void);

@@ -190,13 +190,13 @@ void virtio_driver_ok(struct virtio_device *device)
     write8(device->common + COMMON_STATUS, virtio_status(device) | STATUS_DRIVER_OK);
 }
 
-void virtq_describe(struct virtq *queue, uint16_t at, uint64_t address, uint32_t length,
-                    uint16_t flags, uint16_t next)
+void virtq_describe(volatile struct virtq_desc *table, uint16_t at, uint64_t address,
+                    uint32_t length, uint16_t flags, uint16_t next)
 {
-    queue->desc[at].address = address;
-    queue->desc[at].length = length;
-    queue->desc[at].flags = flags;
-    queue->desc[at].next = next;
+    table[at].address = address;
+    table[at].length = length;
+    table[at].flags = flags;
+    table[at].next = next;
 }
 
 void virtq_add(struct virtq *queue, uint16_t head)

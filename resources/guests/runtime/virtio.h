@@ -81,8 +81,9 @@ void virtio_driver_ok(struct virtio_device *device);
 /* Routes configuration changes to an MSI-X entry. */
 void virtio_config_vector(struct virtio_device *device, uint16_t vector);
 
-void virtq_describe(struct virtq *queue, uint16_t at, uint64_t address, uint32_t length,
-                    uint16_t flags, uint16_t next);
+/* Fills in a descriptor of a queue or of an indirect table. */
+void virtq_describe(volatile struct virtq_desc *table, uint16_t at, uint64_t address,
+                    uint32_t length, uint16_t flags, uint16_t next);
 /* Makes the chain at head available; virtq_kick announces. */
 void virtq_add(struct virtq *queue, uint16_t head);
 void virtq_kick(struct virtq *queue);
