@@ -120,12 +120,28 @@ struct pci_bar pci_bar(pci_slot slot, unsigned index)
     return bar;
 }
 
+/* Some firmware (qboot) assigns nothing: then these guests do, from here. */
+static uint64_t assign(pci_slot slot, unsigned index, const struct pci_bar *bar)
+{
+    static uint64_t next = PCI_MMIO32_START + 0x8000000;
+    uint64_t address = (next + bar->size - 1) & ~(bar->size - 1);
+
+    next = address + bar->size;
+    pci_write32(slot, PCI_BAR0 + 4 * index, (uint32_t)address);
+    if (bar->wide)
+        pci_write32(slot, PCI_BAR0 + 4 * index + 4, 0);
+    print("assigned=%02x.%x bar%u=%lx\n", slot >> 3, slot & 7, index, address);
+    return address;
+}
+
 uint64_t pci_bar_address(pci_slot slot, unsigned index)
 {
     struct pci_bar bar = pci_bar(slot, index);
 
-    if (!bar.size || !bar.address || bar.io)
-        fail("a BAR has no memory address");
+    if (!bar.size || bar.io)
+        fail("a BAR is not there or not memory");
+    if (!bar.address)
+        bar.address = assign(slot, index, &bar);
     if (!map(bar.address, bar.size))
         fail("a BAR lies where it cannot be mapped");
     return bar.address;

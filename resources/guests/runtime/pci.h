@@ -45,7 +45,7 @@ struct pci_bar {
 };
 /* Measures a BAR; decoding is off meanwhile. */
 struct pci_bar pci_bar(pci_slot slot, unsigned index);
-/* The address alone, mapped; ends the guest when the BAR has none. */
+/* The address alone, mapped; assigns one, and says so, when firmware did not. */
 uint64_t pci_bar_address(pci_slot slot, unsigned index);
 
 struct pci_msix {
