@@ -19,10 +19,13 @@
 
 pub mod bus;
 pub mod irq;
+pub mod log_limit;
+pub mod pci;
 pub mod unit;
 
 pub use bus::{Bus, BusDevice, BusError};
 pub use irq::{
     GuestRequest, GuestRequests, IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector,
 };
+pub use log_limit::LogLimit;
 pub use unit::{StartError, StopError, Unit};

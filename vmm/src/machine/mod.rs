@@ -1,0 +1,3 @@
+//! The machine: built in a fixed order, driven by one thread.
+
+pub mod vcpus;
