@@ -49,8 +49,35 @@ pub enum Boot {
         /// The shell script that the guest runs; it powers off at the end.
         script: String,
     },
-    /// One of the small guests of `resources/guests`, by name.
-    Guest(String),
+    /// One of the small guests of `resources/guests`.
+    Guest {
+        /// Its name.
+        name: String,
+        /// The words that tell it what to do.
+        cmdline: String,
+    },
+}
+
+impl Boot {
+    /// The small guest `name` with its command line.
+    #[must_use]
+    pub fn guest(name: &str, cmdline: &str) -> Self {
+        Self::Guest {
+            name: name.to_owned(),
+            cmdline: cmdline.to_owned(),
+        }
+    }
+
+    /// A Linux guest that runs `script`.
+    #[must_use]
+    pub fn linux(kernel: &str, form: Form, script: &str) -> Self {
+        Self::Linux {
+            kernel: kernel.to_owned(),
+            form,
+            cmdline: String::new(),
+            script: script.to_owned(),
+        }
+    }
 }
 
 /// The form in which a kernel is handed to the monitor, and its entry.
@@ -295,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_case_survives_the_way_into_the_nested_machine() {
-        let case = Case::new("x", Boot::Guest("hello".into()))
+        let case = Case::new("x", Boot::guest("hello", "stay"))
             .args("--cpus boot=2")
             .file("disk", 512, Fill::Noise)
             .step("up", Action::Signal("TERM".into()))

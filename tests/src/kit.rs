@@ -41,7 +41,7 @@ pub fn payload(boot: &Boot) -> Payload {
             },
             initramfs: Some(format!("initramfs/{kernel}")),
         },
-        Boot::Guest(name) => Payload {
+        Boot::Guest { name, .. } => Payload {
             kernel: format!("guests/{name}"),
             initramfs: None,
         },

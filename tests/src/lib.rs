@@ -17,6 +17,7 @@
 
 pub mod case;
 pub mod cpio;
+pub mod guests;
 pub mod initramfs;
 pub mod kernel;
 pub mod kit;

@@ -195,7 +195,8 @@ impl Machine {
             .arg(format!("file:{}", self.console().display()));
         command.args(["-device", "virtio-serial-pci"]);
         let results = match mode {
-            Mode::Cases => "stdio,id=results,signal=off".to_owned(),
+            // Not `stdio`: without an input that port counts as unplugged.
+            Mode::Cases => "file,id=results,path=/dev/stdout".to_owned(),
             Mode::Interactive => {
                 format!(
                     "file,id=results,path={}",

@@ -96,30 +96,34 @@ pub fn command(case: &Case, locate: Locate<'_>, directory: &Path) -> Result<Comm
         .arg("--kernel")
         .arg(locate(&payload.kernel)?)
         .current_dir(directory);
-    if let Boot::Linux {
-        cmdline,
-        script,
-        form,
-        ..
-    } = &case.boot
-    {
-        let image = directory.join("initramfs");
-        let base = locate(&payload.initramfs.context("Linux has an initramfs")?)?;
-        fs::copy(&base, &image).with_context(|| format!("cannot copy {}", base.display()))?;
-        if !script.is_empty() {
-            let more = initramfs::guest_script(&in_directory(script, directory))?;
-            fs::OpenOptions::new()
-                .append(true)
-                .open(&image)?
-                .write_all(&more)?;
+    match &case.boot {
+        Boot::Guest { cmdline, .. } => {
+            command.arg("--cmdline").arg(cmdline);
         }
-        command.arg("--initramfs").arg(image);
-        command
-            .arg("--cmdline")
-            .arg(format!("console=ttyS0 quiet {cmdline}").trim_end());
-        if *form != Form::BzImage {
-            let protocol = if *form == Form::Pvh { "pvh" } else { "linux" };
-            command.args(["--boot-protocol", protocol]);
+        Boot::Linux {
+            cmdline,
+            script,
+            form,
+            ..
+        } => {
+            let image = directory.join("initramfs");
+            let base = locate(&payload.initramfs.context("Linux has an initramfs")?)?;
+            fs::copy(&base, &image).with_context(|| format!("cannot copy {}", base.display()))?;
+            if !script.is_empty() {
+                let more = initramfs::guest_script(&in_directory(script, directory))?;
+                fs::OpenOptions::new()
+                    .append(true)
+                    .open(&image)?
+                    .write_all(&more)?;
+            }
+            command.arg("--initramfs").arg(image);
+            command
+                .arg("--cmdline")
+                .arg(format!("console=ttyS0 quiet {cmdline}").trim_end());
+            if *form != Form::BzImage {
+                let protocol = if *form == Form::Pvh { "pvh" } else { "linux" };
+                command.args(["--boot-protocol", protocol]);
+            }
         }
     }
     if !case.args.iter().any(|arg| arg == "--serial") {

@@ -10,7 +10,7 @@
 //! `TESTBED_CLOCK=instructions` the nested machine's clock, and
 //! `TESTBED_ONLY=TEXT` runs the cases alone whose names hold the text.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -71,7 +71,20 @@ impl Ground {
 /// # Errors
 /// A case failed or was lost too often; the message names them. A class that can run
 /// nowhere is no error here, see [`ledger`].
-pub fn run(class: &str, mut cases: Vec<Case>) -> Result<()> {
+pub fn run(class: &str, cases: Vec<Case>) -> Result<(), Failed> {
+    attempt(class, cases).map_err(|error| Failed(format!("{error:#}")))
+}
+
+/// Why a class failed, readable where the test harness prints its `Debug` form.
+pub struct Failed(String);
+
+impl fmt::Debug for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn attempt(class: &str, mut cases: Vec<Case>) -> Result<()> {
     if let Ok(only) = std::env::var("TESTBED_ONLY") {
         cases.retain(|case| case.name.contains(&only));
     }
@@ -312,7 +325,7 @@ fn build_kernels(cases: &[Case]) -> Result<()> {
         .iter()
         .filter_map(|case| match &case.boot {
             Boot::Linux { kernel, .. } => Some(kernel.as_str()),
-            Boot::Guest(_) => None,
+            Boot::Guest { .. } => None,
         })
         .collect();
     names.sort_unstable();

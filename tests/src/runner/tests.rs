@@ -25,7 +25,7 @@ fn run_with(monitor: &str, case: &Case) -> Outcome {
 }
 
 fn guest() -> Case {
-    Case::new("case", Boot::Guest("hello".into()))
+    Case::new("case", Boot::guest("hello", ""))
 }
 
 #[test]
