@@ -255,7 +255,8 @@ impl Job {
         answer: Result<u64, c_int>,
         abilities: &Abilities,
     ) -> Option<io::Result<()>> {
-        if let Err(libc::EINTR | libc::EAGAIN) = answer
+        // The ring cancels what a thread has sent when that thread ends.
+        if let Err(libc::EINTR | libc::EAGAIN | libc::ECANCELED) = answer
             && self.retries < MAX_RETRIES
         {
             self.retries += 1;
