@@ -173,6 +173,11 @@ impl Job {
         self.bounce.take()
     }
 
+    /// The length of the range that it is about, in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
     /// How many bytes have been read or written.
     pub(crate) fn bytes(&self) -> u64 {
         match self.op {

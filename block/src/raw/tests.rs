@@ -329,3 +329,37 @@ fn a_file_system_without_direct_io_names_the_mend() {
     let error = RawDisk::open(file.path(), &NoDirect, &options).unwrap_err();
     assert!(error.to_string().contains("direct=off"), "{error}");
 }
+
+#[test]
+fn only_a_host_without_io_uring_makes_auto_fall_back() {
+    for code in [libc::ENOSYS, libc::EPERM, libc::ENOMEM] {
+        assert!(absent(&io::Error::from_raw_os_error(code)));
+    }
+    assert!(absent(&io::ErrorKind::Unsupported.into()));
+    assert!(!absent(&io::Error::from_raw_os_error(libc::EMFILE)));
+}
+
+#[test]
+fn options_are_named_as_in_qemu() {
+    use serde::Deserialize;
+    use serde::de::value::{Error, StrDeserializer};
+    fn parse<'a, T: Deserialize<'a>>(word: &'a str) -> Result<T, Error> {
+        T::deserialize(StrDeserializer::new(word))
+    }
+    for (word, cache) in [
+        ("none", Cache::None),
+        ("writeback", Cache::Writeback),
+        ("writethrough", Cache::Writethrough),
+        ("directsync", Cache::Directsync),
+        ("unsafe", Cache::Unsafe),
+    ] {
+        assert_eq!(parse::<Cache>(word), Ok(cache));
+    }
+    assert_eq!(parse::<Aio>("io_uring"), Ok(Aio::IoUring));
+    assert_eq!(parse::<Aio>("threads"), Ok(Aio::Threads));
+    assert_eq!(parse::<Aio>("auto"), Ok(Aio::Auto));
+    assert_eq!(parse::<Discard>("unmap"), Ok(Discard::Unmap));
+    assert_eq!(parse::<Discard>("ignore"), Ok(Discard::Ignore));
+    assert_eq!(parse::<Format>("raw"), Ok(Format::Raw));
+    assert!(parse::<Format>("qcow2").is_err());
+}
