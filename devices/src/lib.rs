@@ -26,6 +26,7 @@ pub mod i8042;
 pub mod irq;
 pub mod output;
 pub mod pvpanic;
+pub mod rtc;
 pub mod serial;
 pub mod unit;
 
