@@ -115,8 +115,7 @@ fn set_of(sections: &[Section]) -> SectionSet {
 /// * No access panics, whatever its offset, width and value.
 /// * Saving is pure, and restoring what was saved into a fresh device gives a
 ///   device that saves the same and answers the same from then on.
-/// * Reset returns to the state in which a fresh device is, except for what
-///   `reset` twice also keeps (a battery-backed clock).
+/// * Reset leads to one state: resetting again changes nothing.
 /// * Restoring from a damaged body never panics; a device that accepts one
 ///   can be driven.
 pub(crate) fn check<D: BusDevice + Unit>(len: u64, build: impl Fn() -> D) {

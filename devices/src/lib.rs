@@ -28,6 +28,7 @@ pub mod log_limit;
 pub mod pci;
 pub mod output;
 pub mod pvpanic;
+pub mod rtc;
 pub mod serial;
 pub mod unit;
 

@@ -17,7 +17,7 @@
 //!
 //! # Mechanism
 //!
-//! The register core is `vm_superio::Serial`. Around it, [`Registers`] adds
+//! The register core is `vm_superio::Serial`. Around it, this module adds
 //! what drivers other than Linux's may rely on: an interrupt identification
 //! that keeps to the priorities of the data sheet and lasts as long as its
 //! cause (the core forgets a cause once it is read), and the FIFO control
