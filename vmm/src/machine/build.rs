@@ -15,8 +15,8 @@ use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use virtio::device::VirtioDevice;
 use virtio::models::{BuildContext, Model};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::doorbells::KvmDoorbells;
 use super::driver::Ears;
@@ -158,7 +158,10 @@ pub fn build(
 ) -> Result<Built, MachineError> {
     let mut payload = Payload::open(config, opener)?;
     let models = open_devices(config, models, opener)?;
-    let kvm = opener.open_kvm().map_err(|source| MachineError::Open { flag: "KVM", source })?;
+    let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
+        flag: "KVM",
+        source,
+    })?;
     let hypervisor = Hypervisor::new(kvm)?;
     check_cpus(config, &hypervisor)?;
 
@@ -180,8 +183,19 @@ pub fn build(
     let (hosts, input, outputs) = Hosts::open(config, opener, &mailbox)?.split();
 
     let stop = StopFlag::new(AtomicBool::new(false));
-    let pieces = Pieces { config, events, mailbox: &mailbox, stop: &stop, vm: &vm, ram: &ram };
-    let Devices { buses, units, platform } = pieces.devices(models, hosts)?;
+    let pieces = Pieces {
+        config,
+        events,
+        mailbox: &mailbox,
+        stop: &stop,
+        vm: &vm,
+        ram: &ram,
+    };
+    let Devices {
+        buses,
+        units,
+        platform,
+    } = pieces.devices(models, hosts)?;
     let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
     let machine = Machine {
         vcpus,
@@ -195,8 +209,18 @@ pub fn build(
         power_on,
         clock: None,
     };
-    let ears = Ears { inbox, signals: Some(signals), input, outputs };
-    Ok(Built { machine, ears, mailbox, debugger })
+    let ears = Ears {
+        inbox,
+        signals: Some(signals),
+        input,
+        outputs,
+    };
+    Ok(Built {
+        machine,
+        ears,
+        mailbox,
+        debugger,
+    })
 }
 
 /// A device model whose back end is open.
@@ -211,7 +235,10 @@ fn device_error(
     id: &str,
     source: impl Into<Box<dyn Error + Send + Sync>>,
 ) -> MachineError {
-    MachineError::Device { device: format!("--{flag} (id {id})"), source: source.into() }
+    MachineError::Device {
+        device: format!("--{flag} (id {id})"),
+        source: source.into(),
+    }
 }
 
 /// Makes the models of all devices, which opens their back ends.
@@ -221,9 +248,18 @@ fn open_devices<'a>(
     opener: &Arc<Opener>,
 ) -> Result<Vec<OpenDevice<'a>>, MachineError> {
     let open = |device: &'a DeviceConfig| {
-        let DeviceConfig { kind, id, config: value, .. } = device;
+        let DeviceConfig {
+            kind,
+            id,
+            config: value,
+            ..
+        } = device;
         let Some(Model { flag, build, .. }) = models.iter().find(|model| model.kind == kind) else {
-            return Err(device_error("device", id, format!("there is no kind of device '{kind}'")));
+            return Err(device_error(
+                "device",
+                id,
+                format!("there is no kind of device '{kind}'"),
+            ));
         };
         let context = BuildContext {
             id: id.clone(),
@@ -232,7 +268,11 @@ fn open_devices<'a>(
         };
         let model =
             build(value.clone(), &context).map_err(|error| device_error(flag, id, error))?;
-        Ok(OpenDevice { config: device, flag, model })
+        Ok(OpenDevice {
+            config: device,
+            flag,
+            model,
+        })
     };
     config.devices.iter().map(open).collect()
 }
@@ -256,13 +296,19 @@ struct Pieces<'a> {
 
 impl Pieces<'_> {
     fn devices(&self, models: Vec<OpenDevice<'_>>, hosts: Hosts) -> Result<Devices, MachineError> {
-        let buses = Buses { pio: Arc::new(Bus::default()), mmio: Arc::new(Bus::default()) };
+        let buses = Buses {
+            pio: Arc::new(Bus::default()),
+            mmio: Arc::new(Bus::default()),
+        };
         let router = IrqRouter::new(Arc::clone(self.vm.fd()));
         let requests = Arc::new(RequestDesk {
             mailbox: self.mailbox.clone(),
             stop: Arc::clone(self.stop),
         });
-        let pci = PciRoot::new(Windows { low: window32(), high: window64(self.ram) });
+        let pci = PciRoot::new(Windows {
+            low: window32(),
+            high: window64(self.ram),
+        });
         let wiring = Wiring {
             router: &router,
             buses: &buses,
@@ -276,7 +322,11 @@ impl Pieces<'_> {
         for device in models {
             units.push(self.plug(device, &router, &pci)?);
         }
-        Ok(Devices { buses, units, platform })
+        Ok(Devices {
+            buses,
+            units,
+            platform,
+        })
     }
 
     /// Puts a device on the PCI bus.
@@ -286,7 +336,11 @@ impl Pieces<'_> {
         router: &IrqRouter,
         pci: &Arc<PciRoot>,
     ) -> Result<Arc<dyn Unit>, MachineError> {
-        let OpenDevice { config, flag, model } = device;
+        let OpenDevice {
+            config,
+            flag,
+            model,
+        } = device;
         let DeviceConfig { id, address, .. } = config;
         let doorbells = Arc::new(KvmDoorbells(Arc::clone(self.vm.fd())));
         let reporter = Arc::new(Reporter(self.events.clone()));

@@ -138,6 +138,9 @@ impl Driver {
                 return Ok(outcome);
             }
             let ready = self.wait().map_err(MachineError::Wait)?;
+            if ready.tick {
+                self.machine.tick();
+            }
             if ready.signal {
                 self.on_signal();
             }
@@ -253,8 +256,8 @@ impl Driver {
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::InputReady => self.feed_input(),
-            // The next wait looks at what these are about.
-            Message::ClockMoved | Message::OutputWaiting => (),
+            // The next wait looks at what waits.
+            Message::OutputWaiting => (),
             Message::Errand(errand) => errand(self),
         }
     }
@@ -367,9 +370,6 @@ impl Driver {
             let detail = "the guest did not power off within --shutdown-timeout";
             self.finish(ExitReason::Stopped, Some(detail.to_owned()));
         }
-        if self.state == VmState::Running {
-            self.machine.tick();
-        }
     }
 
     fn on_input(&mut self) {
@@ -412,6 +412,7 @@ impl Driver {
             poll(Some(self.ears.inbox.wake_fd())),
             poll(self.ears.signals.as_ref().map(Signals::raw_fd)),
             poll(input.map(|i| i.as_fd().as_raw_fd())),
+            poll(Some(self.machine.tick_fd())),
         ];
         let waiting = self
             .ears
@@ -423,19 +424,18 @@ impl Driver {
             events: libc::POLLOUT,
             revents: 0,
         }));
-        let tick = (self.state == VmState::Running)
-            .then(|| self.machine.next_tick())
-            .flatten();
-        let deadline = [self.policy.deadline(), tick].into_iter().flatten().min();
-        ppoll(
-            &mut fds,
-            deadline.map(|d| d.saturating_duration_since(Instant::now())),
-        )?;
+        let now = Instant::now();
+        let left = self
+            .policy
+            .deadline()
+            .map(|d| d.saturating_duration_since(now));
+        ppoll(&mut fds, left)?;
         self.ears.outputs.iter().for_each(Output::drain);
         let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.revents != 0);
         Ok(Ready {
             signal: ready(1),
             input: ready(2),
+            tick: ready(3),
         })
     }
 }
@@ -444,6 +444,7 @@ impl Driver {
 struct Ready {
     signal: bool,
     input: bool,
+    tick: bool,
 }
 
 /// Waits until a descriptor is ready or `timeout` has passed (`None`: no

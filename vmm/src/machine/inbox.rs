@@ -27,8 +27,6 @@ pub enum Message {
     Vcpu(u32, Stop),
     /// The serial port has room for input again.
     InputReady,
-    /// The real-time clock's next deadline may have moved.
-    ClockMoved,
     /// Output waits for a slow reader.
     OutputWaiting,
     /// A debugger's errand; vCPUs may be running.

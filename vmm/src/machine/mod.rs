@@ -5,6 +5,7 @@
 //! * [`vcpus`] are the vCPU threads.
 //! * [`inbox`] is how everybody else reaches the control thread.
 
+mod alarm;
 pub mod build;
 mod doorbells;
 pub mod driver;
@@ -15,6 +16,7 @@ mod state;
 pub mod vcpus;
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -154,8 +156,9 @@ impl Machine {
         };
         let view = self.ram.memory().memory();
         let sregs = self.ask_boot_cpu(|vcpu| vcpu.sregs())?;
-        let (regs, sregs) =
-            entry.registers(&view, &sregs).map_err(|source| self.payload.failed(source))?;
+        let (regs, sregs) = entry
+            .registers(&view, &sregs)
+            .map_err(|source| self.payload.failed(source))?;
         self.ask_boot_cpu(move |vcpu| {
             vcpu.set_sregs(&sregs)?;
             vcpu.set_regs(&regs)
@@ -237,9 +240,9 @@ impl Machine {
         self.platform.tick();
     }
 
-    /// When [`Machine::tick`] is to be called next, if at all.
-    fn next_tick(&self) -> Option<Instant> {
-        self.platform.next_tick()
+    /// Readable when [`Machine::tick`] has something to serve.
+    fn tick_fd(&self) -> RawFd {
+        self.platform.tick_fd()
     }
 
     /// Reads guest RAM at a guest-physical address into `data`, or writes it

@@ -1,18 +1,20 @@
 //! The platform devices: serial port, keyboard controller, clock, ACPI
 //! registers, panic port, debug console; and their places on the buses.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
 use devices::i8042::I8042;
 use devices::pci::PciRoot;
 use devices::pvpanic::IsaPanic;
+use devices::rtc::{Rtc, SystemClock};
 use devices::serial::{InputReady, Serial};
 use devices::{BusDevice, GuestRequests, Unit};
 
 use super::MachineError;
+use super::alarm::Alarm;
 use super::inbox::{Mailbox, Message};
 use crate::config::{DebugconConfig, SerialConfig, VmConfig};
 use crate::console::{Console, Input, OnBacklog, Output};
@@ -109,6 +111,8 @@ pub struct Wiring<'a> {
 pub struct Platform {
     serial: Option<Arc<Serial>>,
     events: Arc<EventRegister>,
+    rtc: Arc<Rtc>,
+    alarm: Arc<Alarm>,
 }
 
 struct Ready(Mailbox);
@@ -159,6 +163,18 @@ impl Platform {
             Arc::clone(requests),
         ));
         placed.port(port::I8042, 5, i8042);
+        let alarm = Alarm::new().map_err(|source| MachineError::Host {
+            what: "no timer for the real-time clock",
+            source,
+        })?;
+        let alarm = Arc::new(alarm);
+        let timer = Arc::clone(&alarm) as Arc<_>;
+        let rtc = Arc::new(Rtc::new(
+            router.line(gsi::RTC)?,
+            Arc::new(SystemClock),
+            timer,
+        ));
+        placed.port(port::RTC, 2, rtc.clone());
         placed.port(
             port::SLEEP_CONTROL,
             2,
@@ -180,6 +196,8 @@ impl Platform {
             Self {
                 serial,
                 events,
+                rtc,
+                alarm,
             },
             placed.units,
         ))
@@ -200,12 +218,15 @@ impl Platform {
 
     /// Serves what is due on the real-time clock.
     pub fn tick(&self) {
+        if self.alarm.take() {
+            self.rtc.tick();
+        }
     }
 
-    /// When the real-time clock is next due.
+    /// Readable when [`Platform::tick`] has something to serve.
     #[must_use]
-    pub fn next_tick(&self) -> Option<Instant> {
-        None
+    pub fn tick_fd(&self) -> RawFd {
+        self.alarm.raw_fd()
     }
 }
 

@@ -131,7 +131,11 @@ impl Mapping {
     /// The host's.
     pub fn discard(&self) -> io::Result<()> {
         let shared = self.flags & libc::MAP_SHARED != 0;
-        self.advise(if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED })
+        self.advise(if shared {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        })
     }
 
     fn advise(&self, advice: i32) -> io::Result<()> {

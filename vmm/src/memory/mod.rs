@@ -148,7 +148,13 @@ impl GuestRam {
         }
         let map = GuestMap::from_arc_regions(regions)
             .map_err(|_| RamError::Layout { size: spec.size })?;
-        Ok(Self { memory: GuestMemory::new(map), slots, mappings, size: spec.size, prefault: spec.prefault })
+        Ok(Self {
+            memory: GuestMemory::new(map),
+            slots,
+            mappings,
+            size: spec.size,
+            prefault: spec.prefault,
+        })
     }
 
     /// Gives all of the guest's pages back to the host; they read as zeros.
@@ -160,9 +166,13 @@ impl GuestRam {
     pub fn discard(&self) -> Result<(), RamError> {
         let size = self.size;
         for mapping in &self.mappings {
-            mapping.discard().map_err(|source| RamError::Discard { size, source })?;
+            mapping
+                .discard()
+                .map_err(|source| RamError::Discard { size, source })?;
             if self.prefault {
-                mapping.populate().map_err(|source| RamError::Prefault { size, source })?;
+                mapping
+                    .populate()
+                    .map_err(|source| RamError::Prefault { size, source })?;
             }
         }
         Ok(())
@@ -320,7 +330,11 @@ mod tests {
     #[test]
     fn discarded_memory_reads_as_zeros_whatever_backs_it() {
         for shared in [false, true] {
-            let ram = GuestRam::new(&RamSpec { shared, ..spec(4 << 20) }).unwrap();
+            let ram = GuestRam::new(&RamSpec {
+                shared,
+                ..spec(4 << 20)
+            })
+            .unwrap();
             let memory = ram.memory().memory();
             memory.write_obj(7u32, GuestAddress(0x20_1000)).unwrap();
             ram.discard().unwrap();
