@@ -168,7 +168,7 @@ fn the_keyboard_asks_again_for_what_it_does_not_know() {
     assert_eq!(bench.keyboard_says(&[0xEE]), [0xEE]);
     assert_eq!(bench.keyboard_says(&[0xFE]), [0xEE], "sent last");
     // A command in place of a parameter is a command.
-    assert_eq!(bench.keyboard_says(&[0xED, 0xF4]), [0xFA, 0xFA]);
+    assert_eq!(bench.keyboard_says(&[0xED, 0xEE]), [0xFA, 0xEE]);
     assert_eq!(bench.keyboard_says(&[0x02]), [0xFE]);
 }
 
@@ -333,6 +333,15 @@ fn status_tells_a_command_from_data() {
 }
 
 #[test]
+fn a_command_in_place_of_a_parameter_is_a_command() {
+    let bench = Bench::quiet();
+    bench.command(0x60);
+    bench.command(0xAE);
+    assert_eq!(bench.keyboard_says(&[0xEE]), [0xEE]);
+    assert_eq!(bench.command_byte(), 0x44);
+}
+
+#[test]
 fn port_b_shows_no_nmi_and_a_finished_timer() {
     let bench = Bench::new();
     let mut data = [0xff];
@@ -350,6 +359,7 @@ fn a_restored_controller_goes_on_with_its_bytes_and_interrupts() {
     set.push(bench.device.save().unwrap().remove(0));
     let copy = Bench::new();
     copy.device.restore(&mut set).unwrap();
+    copy.command(0xAE);
     assert_eq!(copy.keyboard.take(), 0, "the edge was before");
     assert_eq!(copy.data(), 0xFA);
     assert_eq!(copy.keyboard.take(), 1);

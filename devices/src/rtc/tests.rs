@@ -312,6 +312,20 @@ fn update_interrupts_come_once_a_second_when_they_are_acknowledged() {
 }
 
 #[test]
+fn events_before_the_last_is_acknowledged_give_no_further_edge() {
+    let bench = Bench::new();
+    bench.write(B, 0x12);
+    for _ in 0..3 {
+        bench.pass(Duration::from_secs(1));
+    }
+    assert_eq!(bench.line.take(), 1);
+    let mut set = bench.sections();
+    bench.rtc.restore(&mut set).unwrap();
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.line.take(), 0, "the edge was before");
+}
+
+#[test]
 fn periodic_interrupts_come_at_their_rate() {
     for (rate, nanoseconds) in [
         (1_u8, 3_906_250_u64),

@@ -244,6 +244,10 @@ fn a_guest_that_polls_the_line_status_gets_input() {
     assert_eq!(bench.port.input(b"x"), 1);
     assert_eq!(bench.receive(), b"x");
     assert_eq!(bench.line.take(), 0);
+    // Once it uses interrupts, turning them off means that it does not listen.
+    bench.out(IER, IER_RECEIVED);
+    bench.out(IER, 0);
+    assert_eq!(bench.port.input(b"x"), 0);
 }
 
 #[test]
