@@ -69,7 +69,7 @@ impl Wake {
     /// What to wait for.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        borrow(&*self.0)
+        borrow(&self.0)
     }
 
     /// Makes it unreadable again.
@@ -402,7 +402,9 @@ impl Workers {
         let joined = self.threads.drain(..).map(|thread| thread.join.join());
         let queues: Vec<_> = joined.collect();
         let queues: Result<Vec<_>, _> = queues.into_iter().collect();
-        queues.ok().map(|queues| queues.into_iter().flatten().collect())
+        queues
+            .ok()
+            .map(|queues| queues.into_iter().flatten().collect())
     }
 }
 

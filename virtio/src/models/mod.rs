@@ -22,8 +22,11 @@ pub struct Model {
     /// The configuration's fields: the public face of the model's serde struct.
     pub fields: &'static [Field],
     /// Makes a device from a configuration that has passed the schema.
-    pub build: fn(Value, &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError>,
+    pub build: Build,
 }
+
+/// Makes a device from a configuration, see [`Model::build`].
+pub type Build = fn(Value, &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError>;
 
 /// What a model may use of its surroundings while it is built.
 pub struct BuildContext {

@@ -37,6 +37,8 @@ pub struct Service {
     pub limits: Limits,
     /// The guest's memory.
     pub memory: GuestMemory,
+    /// The disk makes every write durable by itself.
+    pub write_through: bool,
     /// The driver can flush. If not, every write must be durable at once.
     pub flushes: bool,
     /// The configuration space's writeback field, which may change at any time.
@@ -311,7 +313,7 @@ impl Service {
     /// learns of it (Virtio 1.2, 5.2.6.2). Asked when the write has ended: a
     /// driver that wants it has kept writeback at 0 all the while.
     fn must_sync(&self) -> bool {
-        !self.flushes || !self.writeback.load(Ordering::Acquire)
+        !self.write_through && (!self.flushes || !self.writeback.load(Ordering::Acquire))
     }
 }
 
