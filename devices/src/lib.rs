@@ -17,12 +17,23 @@
 //! Each device file has a pure register core, which is what is tested and
 //! saved, and a thin shell that owns the lock and the interrupt line.
 
+pub mod acpi;
 pub mod bus;
+#[cfg(test)]
+mod conformance;
+pub mod debugcon;
+pub mod i8042;
 pub mod irq;
+pub mod log_limit;
+pub mod pci;
+pub mod output;
+pub mod pvpanic;
+pub mod serial;
 pub mod unit;
 
 pub use bus::{Bus, BusDevice, BusError};
 pub use irq::{
     GuestRequest, GuestRequests, IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector,
 };
+pub use log_limit::LogLimit;
 pub use unit::{StartError, StopError, Unit};

@@ -3,6 +3,7 @@
 //! * [`device`]: the trait that a model implements and what it is handed.
 //! * [`memory`]: the guest memory that queues live in, and the log of pages
 //!   that devices have written.
+//! * [`transport`]: what joins a model to the PCI bus.
 //! * [`worker`]: the threads that serve a device's queues.
 //! * [`ring`]: a queue in the hands of its worker.
 //! * [`models`]: one file for each device, and the registry that lists them.
@@ -29,6 +30,7 @@ pub mod memory;
 pub mod models;
 pub mod ring;
 pub mod schema;
+pub mod transport;
 pub mod worker;
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ pub struct Model {
     pub build: Build,
 }
 
-/// Makes a device from a configuration, see [`Model::build`].
+/// Makes a device from a configuration that has passed the schema.
 pub type Build = fn(Value, &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError>;
 
 /// What a model may use of its surroundings while it is built.

@@ -1,0 +1,140 @@
+//! What flows from a device to its driver, usable from any thread.
+//!
+//! Workers signal through this without taking the transport's lock, so that
+//! the transport may wait for a worker while it holds the lock.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+
+use devices::LogLimit;
+use devices::pci::Msix;
+
+use crate::device::Notifier;
+
+/// No vector is assigned (4.1.4.3, VIRTIO_MSI_NO_VECTOR).
+pub(super) const NO_VECTOR: u16 = 0xffff;
+/// ISR status bits (4.1.4.5).
+const ISR_QUEUE: u8 = 1 << 0;
+const ISR_CONFIG: u8 = 1 << 1;
+pub(super) const ISR_BITS: u8 = ISR_QUEUE | ISR_CONFIG;
+
+/// What observers of the machine may want to know of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceEvent<'a> {
+    /// The driver has taken the device into use.
+    Activated,
+    /// The driver has reset the device.
+    Reset,
+    /// The device has stopped serving its queues until its driver resets it.
+    /// Reported once for each reset.
+    NeedsReset {
+        /// What the driver or the back end did.
+        reason: &'a str,
+    },
+}
+
+/// Hears of a device's events. Called on vCPU, worker and control threads,
+/// possibly with the transport locked: must neither block nor call back.
+/// A guest can cause events at any rate.
+pub trait DeviceEvents: Send + Sync {
+    /// Something happened to the device whose unit is called `name`.
+    fn device_event(&self, name: &str, event: DeviceEvent<'_>);
+}
+
+/// The interrupt side of one device.
+pub(super) struct Signals {
+    pub name: String,
+    pub msix: Msix,
+    pub events: Arc<dyn DeviceEvents>,
+    pub config_vector: AtomicU16,
+    pub queue_vectors: Vec<AtomicU16>,
+    pub isr: AtomicU8,
+    /// Changes whenever the device's configuration does (2.5).
+    pub generation: AtomicU8,
+    pub needs_reset: AtomicBool,
+    /// The driver has set DRIVER_OK: it may be interrupted.
+    pub driver_ok: AtomicBool,
+    /// For everything that the guest can have logged about this device.
+    pub log: LogLimit,
+}
+
+impl Signals {
+    pub fn new(name: String, msix: Msix, queues: usize, events: Arc<dyn DeviceEvents>) -> Self {
+        Self {
+            name,
+            msix,
+            events,
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            isr: AtomicU8::new(0),
+            generation: AtomicU8::new(0),
+            needs_reset: AtomicBool::new(false),
+            driver_ok: AtomicBool::new(false),
+            log: LogLimit::new(),
+        }
+    }
+
+    /// Assigns `vector`, or none when there is no such vector.
+    pub fn assign(&self, slot: &AtomicU16, vector: u16) {
+        let known = vector < self.msix.count();
+        slot.store(if known { vector } else { NO_VECTOR }, Ordering::Release);
+    }
+
+    /// To the values after a reset. The generation goes on: the driver may
+    /// compare it across a reset.
+    pub fn reset(&self) {
+        self.driver_ok.store(false, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+        self.config_vector.store(NO_VECTOR, Ordering::Release);
+        for vector in &self.queue_vectors {
+            vector.store(NO_VECTOR, Ordering::Release);
+        }
+        self.isr.store(0, Ordering::Release);
+    }
+
+    fn interrupt(&self, isr: u8, vector: u16) {
+        self.isr.fetch_or(isr, Ordering::AcqRel);
+        if vector != NO_VECTOR {
+            self.msix.signal(vector);
+        }
+    }
+
+    fn interrupt_config(&self) {
+        if self.driver_ok.load(Ordering::Acquire) {
+            self.interrupt(ISR_CONFIG, self.config_vector.load(Ordering::Acquire));
+        }
+    }
+
+    pub fn event(&self, event: DeviceEvent<'_>) {
+        self.events.device_event(&self.name, event);
+    }
+}
+
+impl Notifier for Signals {
+    fn queue(&self, queue: u16) {
+        if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
+            self.interrupt(ISR_QUEUE, vector.load(Ordering::Acquire));
+        }
+    }
+
+    fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.interrupt_config();
+    }
+
+    fn needs_reset(&self, reason: &str) {
+        if self.needs_reset.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if let Some(suppressed) = self.log.allow() {
+            tracing::warn!(
+                device = self.name,
+                reason,
+                suppressed,
+                "the device needs a reset by its driver"
+            );
+        }
+        self.event(DeviceEvent::NeedsReset { reason });
+        self.interrupt_config();
+    }
+}
