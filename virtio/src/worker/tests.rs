@@ -1,6 +1,7 @@
 use super::*;
 use crate::testing::{Notice, notices, soon};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 /// Does nothing but wait, and tells how it is asked to.
 struct Waiter {
@@ -163,17 +164,4 @@ fn a_panic_is_told_to_the_driver_and_to_the_next_stop() {
     let lost = workers.stop(soon());
     assert!(matches!(lost, Err(StopError::WorkerLost { unit }) if unit == "unit0"));
     assert!(!workers.active());
-}
-
-#[test]
-fn one_message_each_second_passes_and_the_others_are_counted() {
-    let mut limit = LogLimit::default();
-    let start = Instant::now();
-    let at = |ms| start + Duration::from_millis(ms);
-    assert_eq!(limit.admit(at(0)), Some(0));
-    assert_eq!(limit.admit(at(1)), None);
-    assert_eq!(limit.admit(at(999)), None);
-    assert_eq!(limit.admit(at(1000)), Some(2));
-    assert_eq!(limit.admit(at(1001)), None);
-    assert_eq!(limit.admit(at(5000)), Some(1));
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
-use crate::models::{BuildContext, BuildError, Model};
+use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
 /// The entry in the registry.
@@ -233,11 +233,7 @@ impl BlkConfig {
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
-    let config: BlkConfig =
-        serde_json::from_value(config).map_err(|source| BuildError::Config {
-            kind: MODEL.kind,
-            source,
-        })?;
+    let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
     let options = config.disk_options()?;
     let disk = RawDisk::open(&config.path, &*context.opener, &options).map_err(|source| {

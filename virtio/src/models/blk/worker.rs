@@ -8,16 +8,17 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
+use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
 use crate::device::{ActivateError, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, total};
-use crate::worker::{LogLimit, QueueWorker, Turn, Wake};
+use crate::worker::{QueueWorker, Turn, Wake};
 
 /// The most requests at the disk at once. A deeper queue waits in the ring;
 /// no host device that is known gains from more.
@@ -114,7 +115,7 @@ impl Worker {
             ranges: Vec::new(),
             pieces: Vec::new(),
             completed: Vec::new(),
-            log: LogLimit::default(),
+            log: LogLimit::new(),
         })
     }
 
@@ -270,13 +271,13 @@ impl Worker {
         self.ring.complete(view, head, written)
     }
 
-    fn report(&mut self, job: Job, error: &io::Error) {
-        if let Some(held_back) = self.log.admit(Instant::now()) {
+    fn report(&self, job: Job, error: &io::Error) {
+        if let Some(suppressed) = self.log.allow() {
             tracing::warn!(
                 device = %self.service.id,
                 request = ?job,
                 %error,
-                held_back,
+                suppressed,
                 "a disk request failed",
             );
         }
