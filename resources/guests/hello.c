@@ -4,7 +4,7 @@
  */
 #include "runtime.h"
 
-__asm__(".section .head\n"
+__asm__(".section .text\n"
         "    .code32\n"
         "    .globl pvh_entry\n"
         "pvh_entry:\n"
