@@ -1,6 +1,6 @@
 /*
  * blk: a virtio-blk driver with several jobs, by the command line: verify,
- * bench=…, irq, hostile. Without one, it prints what the device is.
+ * bench=…, irq, irq-cpl3, hostile. Without one, it prints what the device is.
  */
 #include "runtime/apic.h"
 #include "runtime/blkdev.h"
