@@ -188,6 +188,13 @@ impl RawDisk {
         })
     }
 
+    /// As if a flush had failed.
+    #[cfg(test)]
+    pub(crate) fn lose_data(&self) {
+        let lost = &self.file.abilities().lost;
+        lost.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
     fn engine(&self, depth: u32) -> io::Result<Engine> {
         match self.aio {
             Aio::Threads => Threads::new(depth).map(Engine::Threads),

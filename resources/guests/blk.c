@@ -1,6 +1,6 @@
 /*
  * blk: a virtio-blk driver with several jobs, by the command line: verify,
- * bench=…, irq, hostile. Without one, it prints what the device is.
+ * bench=…, irq, irq-cpl3, hostile. Without one, it prints what the device is.
  */
 #include "runtime/apic.h"
 #include "runtime/blkdev.h"
@@ -99,7 +99,7 @@ static _Noreturn void bench_start(const char *op)
     if (bench.depth > blk.slots)
         bench.depth = blk.slots;
     bench.buffers = allocate((uint64_t)bench.depth * bench.bytes, 4096);
-    to_cpl3(bench_run);
+    to_cpl3(bench_run, false);
 }
 
 /* --- irq ---------------------------------------------------------------- */
@@ -113,22 +113,26 @@ static void count_interrupt(unsigned vector)
     apic_end_of_interrupt();
 }
 
-static void irq_run(void)
+static struct blk_segment irq_segment;
+
+/*
+ * One request at a time, each waited for by its interrupt. At CPL 0 the wait
+ * is a halt; at CPL 3 interrupts come in the middle of the loop.
+ */
+static void irq_requests(void)
 {
     unsigned count = (unsigned)number_word("count", 16), done = 0, halts = 0;
-    struct blk_segment segment = { allocate(4096, 4096), 4096 };
 
-    apic_enable();
-    on_interrupt(VECTOR_MSI, count_interrupt);
-    pci_msix_set(blk.device.slot, 1, msi_address(), MSI_DATA(VECTOR_MSI));
-    blk_start((unsigned)number_word("queues", 1), 64, 3,
-              blk_wanted(), true);
     for (unsigned n = 0; n < count; n++) {
         unsigned before = interrupts;
 
-        blk_submit(n % blk.queues, BLK_IN, n % blk.sectors, &segment, 1);
+        blk_submit(n % blk.queues, BLK_IN, n % blk.sectors, &irq_segment, 1);
         blk_kick();
         while (interrupts == before) {
+            if (!at_cpl0()) {
+                pause();
+                continue;
+            }
             wait_for_interrupt();
             halts++;
         }
@@ -136,6 +140,15 @@ static void irq_run(void)
             done += blk.status[slot] == BLK_OK;
     }
     print("irq-requests=%u done=%u interrupts=%u halts=%u\n", count, done, interrupts, halts);
+}
+
+static void irq_set_up(void)
+{
+    irq_segment = (struct blk_segment){ allocate(SECTOR, 4096), SECTOR };
+    apic_enable();
+    on_interrupt(VECTOR_MSI, count_interrupt);
+    pci_msix_set(blk.device.slot, 1, msi_address(), MSI_DATA(VECTOR_MSI));
+    blk_start((unsigned)number_word("queues", 1), 64, 3, blk_wanted(), true);
 }
 
 void main(void)
@@ -146,14 +159,17 @@ void main(void)
         fail("no virtio-blk");
     if (op)
         bench_start(op);
-    if (has_word("irq")) {
-        irq_run();
+    if (has_word("irq") || has_word("irq-cpl3")) {
+        irq_set_up();
+        if (has_word("irq-cpl3"))
+            to_cpl3(irq_requests, true);
+        irq_requests();
         return;
     }
     blk_start(1, 256, 3, BLK_F_ALL, false);
     show();
     if (has_word("verify"))
-        to_cpl3(blk_verify);
+        to_cpl3(blk_verify, false);
     if (has_word("hostile"))
-        to_cpl3(blk_hostile);
+        to_cpl3(blk_hostile, false);
 }

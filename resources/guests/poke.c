@@ -354,7 +354,7 @@ void spin_here(void)
 static void int3_cpl3(void)
 {
     __asm__ volatile("int3");
-    print("int3=passed\n");
+    print("breakpoints=%u\n", breakpoints);
 }
 
 /* --- Words -------------------------------------------------------------- */
@@ -371,7 +371,7 @@ static void with_value(const char *word)
         if (!port_reads)
             fail("portloop wants a number");
         time_ports("cpl0");
-        to_cpl3(portloop_cpl3);
+        to_cpl3(portloop_cpl3, false);
     } else if ((value = after(word, "reset-"))) {
         poke_reset(value);
     } else if ((value = after(word, "reboot-count="))) {
@@ -385,7 +385,7 @@ static void with_value(const char *word)
     } else if ((value = after(word, "in="))) {
         print("in.%s=%02x\n", value, inb((uint16_t)parse_number(value)));
     } else if (after(word, "gdb=")) {
-        to_cpl3(gdb_cpl3);
+        to_cpl3(gdb_cpl3, false);
     }
 }
 
@@ -417,18 +417,18 @@ static void triple(void)
 
 static void gdb(void)
 {
-    to_cpl3(gdb_cpl3);
+    to_cpl3(gdb_cpl3, false);
 }
 
 static void int3(void)
 {
-    to_cpl3(int3_cpl3);
+    to_cpl3(int3_cpl3, false);
 }
 
 static void spin(void)
 {
     print("spin=begin\n");
-    to_cpl3(spin_here);
+    to_cpl3(spin_here, false);
 }
 
 static const struct {

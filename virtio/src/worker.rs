@@ -20,7 +20,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use devices::StopError;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -69,7 +69,7 @@ impl Wake {
     /// What to wait for.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        borrow(&*self.0)
+        borrow(&self.0)
     }
 
     /// Makes it unreadable again.
@@ -139,32 +139,6 @@ impl Sleeper {
             }
         }
         Ok(())
-    }
-}
-
-/// Lets one message through each second, so that a guest cannot fill the log.
-#[derive(Debug, Default)]
-pub struct LogLimit {
-    last: Option<Instant>,
-    held_back: u64,
-}
-
-impl LogLimit {
-    const INTERVAL: Duration = Duration::from_secs(1);
-
-    /// Whether a message may be written at `now`: `Some` with the number of
-    /// messages held back since the last one, or `None` to hold it back.
-    pub fn admit(&mut self, now: Instant) -> Option<u64> {
-        match self.last {
-            Some(last) if now.saturating_duration_since(last) < Self::INTERVAL => {
-                self.held_back = self.held_back.saturating_add(1);
-                None
-            }
-            _ => {
-                self.last = Some(now);
-                Some(std::mem::take(&mut self.held_back))
-            }
-        }
     }
 }
 
@@ -402,7 +376,9 @@ impl Workers {
         let joined = self.threads.drain(..).map(|thread| thread.join.join());
         let queues: Vec<_> = joined.collect();
         let queues: Result<Vec<_>, _> = queues.into_iter().collect();
-        queues.ok().map(|queues| queues.into_iter().flatten().collect())
+        queues
+            .ok()
+            .map(|queues| queues.into_iter().flatten().collect())
     }
 }
 

@@ -257,25 +257,26 @@ impl Opener {
 }
 
 impl block::Opener for Opener {
-    /// Opens a regular file or a block device; anything else is `InvalidInput`
-    /// or, for a directory, `IsADirectory`.
+    /// Opens a regular file, a block device or a character device (a source of
+    /// random numbers; a disk back end refuses it); anything else is
+    /// `InvalidInput` or, for a directory, `IsADirectory`.
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         // Looked at first: merely opening a pipe would wait for its writer.
-        check_disk(fs::metadata(path)?.file_type())?;
+        check_kind(fs::metadata(path)?.file_type())?;
         let direct = if access.direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new()
             .read(true)
             .write(access.write)
             .custom_flags(direct)
             .open(path)?;
-        check_disk(file.metadata()?.file_type())?;
+        check_kind(file.metadata()?.file_type())?;
         tracing::debug!(path = %path.display(), ?access, "opened");
         Ok(file)
     }
 }
 
-fn check_disk(kind: FileType) -> io::Result<()> {
-    if kind.is_file() || kind.is_block_device() {
+fn check_kind(kind: FileType) -> io::Result<()> {
+    if kind.is_file() || kind.is_block_device() || kind.is_char_device() {
         return Ok(());
     }
     if kind.is_dir() {

@@ -173,6 +173,11 @@ impl Job {
         self.bounce.take()
     }
 
+    /// The length of the range that it is about, in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
     /// How many bytes have been read or written.
     pub(crate) fn bytes(&self) -> u64 {
         match self.op {
@@ -255,7 +260,8 @@ impl Job {
         answer: Result<u64, c_int>,
         abilities: &Abilities,
     ) -> Option<io::Result<()>> {
-        if let Err(libc::EINTR | libc::EAGAIN) = answer
+        // The ring cancels what a thread has sent when that thread ends.
+        if let Err(libc::EINTR | libc::EAGAIN | libc::ECANCELED) = answer
             && self.retries < MAX_RETRIES
         {
             self.retries += 1;

@@ -12,8 +12,13 @@ use std::thread::{self, JoinHandle};
 use libc::c_int;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::buffers::IoVec;
 use crate::engine::job::{Job, Step};
 use crate::file::{HostFile, discard_device};
+
+/// The longest read that is tried in the calling thread, in bytes: copying
+/// that much costs less than waking a thread.
+const MAX_ATTEMPT: u64 = 64 << 10;
 
 /// A pool of threads.
 pub(crate) struct Pool {
@@ -171,6 +176,41 @@ fn run(mut job: Job, file: &HostFile) -> (Job, io::Result<()>) {
     }
 }
 
+/// Tries a job's step in the calling thread if the page cache may have the
+/// answer, so that the host need not wait. `None` when there is (still) a step to do.
+pub(crate) fn attempt(job: &mut Job, file: &HostFile) -> Option<io::Result<()>> {
+    let abilities = file.abilities();
+    if abilities.direct || job.len() > MAX_ATTEMPT {
+        return None;
+    }
+    let Step::Read { offset, pieces } = job.step(abilities) else {
+        return None;
+    };
+    // Whatever an error is, a thread will find out.
+    let moved = read(file.as_fd(), offset, pieces, libc::RWF_NOWAIT).ok()?;
+    job.advance(Ok(moved), abilities)
+}
+
+/// Reads with `preadv2`; the bytes moved or the error number.
+#[expect(unsafe_code, reason = "vectored I/O on raw addresses")]
+fn read(file: BorrowedFd<'_>, offset: u64, pieces: &[IoVec], flags: c_int) -> Result<u64, c_int> {
+    let count = c_int::try_from(pieces.len()).map_err(|_| libc::EINVAL)?;
+    let offset = libc::off_t::try_from(offset).map_err(|_| libc::EINVAL)?;
+    let vector = pieces.as_ptr().cast();
+    // SAFETY: the pieces are laid out as iovec, and their memory is kept valid by
+    // the job that they were borrowed from.
+    moved(unsafe { libc::preadv2(file.as_raw_fd(), vector, count, offset, flags) })
+}
+
+/// What a system call gave back.
+fn moved(rc: isize) -> Result<u64, c_int> {
+    u64::try_from(rc).map_err(|_| {
+        io::Error::last_os_error()
+            .raw_os_error()
+            .unwrap_or(libc::EIO)
+    })
+}
+
 /// Does one step with a plain system call; the bytes moved or the error number.
 #[expect(unsafe_code, reason = "vectored I/O on raw addresses")]
 fn perform(step: &Step<'_>, file: BorrowedFd<'_>) -> Result<u64, c_int> {
@@ -179,12 +219,7 @@ fn perform(step: &Step<'_>, file: BorrowedFd<'_>) -> Result<u64, c_int> {
     let off = |offset: u64| libc::off_t::try_from(offset).map_err(|_| libc::EINVAL);
     let count = |n: usize| c_int::try_from(n).map_err(|_| libc::EINVAL);
     let rc = match *step {
-        Step::Read { offset, pieces } => {
-            let (n, off) = (count(pieces.len())?, off(offset)?);
-            // SAFETY: the pieces are laid out as iovec and their memory is kept valid by
-            // the job that this step was borrowed from.
-            unsafe { libc::preadv(fd, pieces.as_ptr().cast(), n, off) }
-        }
+        Step::Read { offset, pieces } => return read(file, offset, pieces, 0),
         Step::Write {
             offset,
             pieces,
@@ -192,7 +227,7 @@ fn perform(step: &Step<'_>, file: BorrowedFd<'_>) -> Result<u64, c_int> {
         } => {
             let (n, off) = (count(pieces.len())?, off(offset)?);
             let flags = if dsync { libc::RWF_DSYNC } else { 0 };
-            // SAFETY: as above.
+            // SAFETY: as for `read`.
             unsafe { libc::pwritev2(fd, pieces.as_ptr().cast(), n, off, flags) }
         }
         // SAFETY: takes a descriptor only.
@@ -209,9 +244,5 @@ fn perform(step: &Step<'_>, file: BorrowedFd<'_>) -> Result<u64, c_int> {
             };
         }
     };
-    u64::try_from(rc).map_err(|_| {
-        io::Error::last_os_error()
-            .raw_os_error()
-            .unwrap_or(libc::EIO)
-    })
+    moved(rc)
 }

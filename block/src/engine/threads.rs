@@ -1,4 +1,7 @@
 //! The engine of plain system calls: a pool of threads and one epoll.
+//!
+//! Short reads that the page cache can answer are done at once by the worker
+//! itself; all that may have to wait goes to a thread.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -8,7 +11,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::disk::Watch;
-use crate::engine::pool::Pool;
+use crate::engine::pool::{Pool, attempt};
 use crate::engine::{FileId, Harvest, Job, Until};
 use crate::file::HostFile;
 
@@ -27,6 +30,8 @@ pub(crate) struct Threads {
     pool: Pool,
     files: Vec<Arc<HostFile>>,
     started: Vec<(Job, Arc<HostFile>)>,
+    /// Ended without a thread.
+    ended: Vec<(Job, io::Result<()>)>,
     watches: Vec<(OwnedFd, Watch)>,
     epoll: Epoll,
 }
@@ -39,6 +44,7 @@ impl Threads {
             pool: Pool::new(limit.min(MAX_THREADS))?,
             files: Vec::new(),
             started: Vec::new(),
+            ended: Vec::new(),
             watches: Vec::new(),
             epoll: Epoll::new()?,
         };
@@ -51,9 +57,12 @@ impl Threads {
         FileId(self.files.len() - 1)
     }
 
-    pub(crate) fn start(&mut self, job: Job) {
-        let file = Arc::clone(&self.files[job.file.0]);
-        self.started.push((job, file));
+    pub(crate) fn start(&mut self, mut job: Job) {
+        let file = &self.files[job.file.0];
+        match attempt(&mut job, file) {
+            Some(end) => self.ended.push((job, end)),
+            None => self.started.push((job, Arc::clone(file))),
+        }
     }
 
     pub(crate) fn submit(&mut self) {
@@ -72,6 +81,7 @@ impl Threads {
     pub(crate) fn wait(&mut self, until: Until, out: &mut Harvest) -> io::Result<()> {
         self.submit();
         loop {
+            out.done.append(&mut self.ended);
             self.pool.harvest(&mut out.done);
             let left = if out.is_empty() {
                 until.left()

@@ -31,12 +31,14 @@ struct pvh_memory {
 struct boot_info boot;
 
 extern uint64_t pdpt[512];
-_Noreturn void enter_cpl3(void (*fn)(void));
+extern const char call0_trap[];
+_Noreturn void enter_cpl3(void (*fn)(void), uint64_t rflags);
 
 static interrupt_fn *interrupt_handler[VECTORS];
 /* Where a #GP goes on; 0 when none is expected. */
 static volatile uint64_t recover_rip;
 static void (*cpl3_main)(void);
+volatile unsigned breakpoints;
 
 /* --- CPU ---------------------------------------------------------------- */
 
@@ -57,13 +59,17 @@ static void cpl3_start(void)
 #define PORT_PIC1_MASK 0x21
 #define PORT_PIC2_MASK 0xA1
 
-void to_cpl3(void (*fn)(void))
+/* IOPL 3 and the bit that is always set; IF. */
+#define RFLAGS_CPL3 0x3002
+#define RFLAGS_IF 0x200
+
+void to_cpl3(void (*fn)(void), bool interrupts)
 {
-    /* No interrupt may come: firmware may have left the PIT's on. */
+    /* Firmware may have left the PIT's interrupt on. */
     outb(PORT_PIC1_MASK, 0xFF);
     outb(PORT_PIC2_MASK, 0xFF);
     cpl3_main = fn;
-    enter_cpl3(cpl3_start);
+    enter_cpl3(cpl3_start, RFLAGS_CPL3 | (interrupts ? RFLAGS_IF : 0));
 }
 
 struct cpuid cpuid(uint32_t leaf, uint32_t subleaf)
@@ -119,11 +125,6 @@ void wait_for_interrupt(void)
     __asm__ volatile("sti; hlt; cli" : : : "memory");
 }
 
-void allow_interrupts(void)
-{
-    __asm__ volatile("sti; nop; nop; cli" : : : "memory");
-}
-
 void triple_fault(void)
 {
     static const struct {
@@ -135,16 +136,25 @@ void triple_fault(void)
     __builtin_unreachable();
 }
 
-void halt(void)
+static uint64_t halt0(uint64_t a, uint64_t b)
 {
-    for (;;) {
-        if (at_cpl0())
-            __asm__ volatile("cli; hlt" : : : "memory");
-        else
-            pause();
-    }
+    (void)a;
+    (void)b;
+    for (;;)
+        __asm__ volatile("cli; hlt" : : : "memory");
+    return 0;
 }
 
+void halt(void)
+{
+    if (at_cpl0())
+        halt0(0, 0);
+    call0(halt0, 0, 0);
+    __builtin_unreachable();
+}
+
+#define VECTOR_BREAKPOINT 3
+#define VECTOR_INVALID_OPCODE 6
 #define VECTOR_GP 13
 #define VECTOR_FIRST_INTERRUPT 0x20
 
@@ -157,6 +167,17 @@ void trap(struct trap_frame *frame)
     if (frame->vector >= VECTOR_FIRST_INTERRUPT) {
         if (interrupt_handler[frame->vector])
             interrupt_handler[frame->vector]((unsigned)frame->vector);
+        return;
+    }
+    if (frame->vector == VECTOR_INVALID_OPCODE && frame->rip == (uint64_t)call0_trap) {
+        uint64_t (*fn)(uint64_t, uint64_t) = (uint64_t(*)(uint64_t, uint64_t))frame->rdi;
+
+        frame->rax = fn(frame->rsi, frame->rdx);
+        frame->rip += 2; /* past ud2 */
+        return;
+    }
+    if (frame->vector == VECTOR_BREAKPOINT) {
+        breakpoints++;
         return;
     }
     if (frame->vector == VECTOR_GP && recover_rip) {

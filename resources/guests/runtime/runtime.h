@@ -6,11 +6,10 @@
  *
  * Hosts without hardware virtualization (KVM on page tables alone) interpret
  * CPL 0 at a third of a microsecond an instruction, and know only the plain
- * integer ones: no int3, no cmpxchg16b, no SSE. CPL 3 runs at full speed
- * there, but nothing leads back from it: an exception, an interrupt or an int
- * at CPL 3 is a triple fault. So main() does its set-up, and whatever takes
- * interrupts, at CPL 0, and hands the work that must be fast to to_cpl3(),
- * which does not return. Ports and MMIO work at both levels.
+ * integer ones: no int, no int3, no cmpxchg16b, no SSE. CPL 3 runs at full
+ * speed there. So main() sets up at CPL 0 and hands the work that must be fast
+ * to to_cpl3(), from where call0() reaches back for what CPL 3 may not do.
+ * Ports and MMIO work at both levels; an exit costs more from CPL 3.
  */
 #ifndef RUNTIME_H
 #define RUNTIME_H
@@ -52,8 +51,13 @@ void main(void);
 
 /* --- CPU ---------------------------------------------------------------- */
 
-/* Goes on in fn at CPL 3, for good: see above. Returning from fn is finish(). */
-_Noreturn void to_cpl3(void (*fn)(void));
+/*
+ * Goes on in fn at CPL 3, for good, with interrupts off or on. Returning from
+ * fn is finish().
+ */
+_Noreturn void to_cpl3(void (*fn)(void), bool interrupts);
+/* fn(a, b) at CPL 0, from CPL 3. Registers that a call preserves are preserved. */
+uint64_t call0(uint64_t (*fn)(uint64_t a, uint64_t b), uint64_t a, uint64_t b);
 bool at_cpl0(void);
 /* n reads of a port, in a loop of three instructions. */
 void count_port(uint16_t port, uint64_t n);
@@ -73,11 +77,11 @@ typedef void interrupt_fn(unsigned vector);
 void on_interrupt(unsigned vector, interrupt_fn *fn);
 /* Halts with interrupts on until one has come, then turns them off again. */
 void wait_for_interrupt(void);
-/* Leaves interrupts on for a moment. */
-void allow_interrupts(void);
+/* How many #BP there were: int3 at CPL 3 does nothing else. */
+extern volatile unsigned breakpoints;
 /* Ends in a triple fault. */
 _Noreturn void triple_fault(void);
-/* Halts for ever; at CPL 3, which cannot halt, spins. */
+/* Halts for ever, from either level. */
 _Noreturn void halt(void);
 
 static inline uint64_t rdtsc(void)

@@ -173,15 +173,26 @@ enter_c:
     mov $kernel_stack_top, %esp
     call runtime_start
 
-/* enter_cpl3(fn): fn() at CPL 3 on its own stack; see to_cpl3() for the rest. */
+/* enter_cpl3(fn, rflags): fn() at CPL 3 on its own stack; see to_cpl3(). */
     .globl enter_cpl3
 enter_cpl3:
     push $SEL_DATA3
     push $user_stack_top - 8
-    push $0x3002                        /* IOPL 3, interrupts off */
+    push %rsi
     push $SEL_CODE3
     push %rdi
     iretq
+
+/*
+ * call0(fn, a, b): fn(a, b) at CPL 0. trap() knows the ud2 by its address: it
+ * raises #UD everywhere, while a host without hardware virtualization knows no
+ * int instruction.
+ */
+    .globl call0, call0_trap
+call0:
+call0_trap:
+    ud2
+    ret
 
 /* count_port(port, n): n reads of a port. */
     .globl count_port

@@ -10,7 +10,7 @@
 //! Flush is always offered. A write is durable when a flush that was sent
 //! after its completion has completed; and on completion already if the
 //! driver did not accept flushes, or has set the writeback field to 0, or the
-//! field began as 0 (`cache=writethrough` or `directsync`) and was left so.
+//! disk itself works so (`cache=writethrough` or `directsync`).
 
 mod config;
 mod request;
@@ -55,8 +55,9 @@ pub struct BlkSettings {
     pub queue_size: u16,
     /// The serial number, padded with zeros.
     pub serial: [u8; 20],
-    /// Whether writes may be volatile until a flush, after power-on.
-    pub writeback: bool,
+    /// The disk makes every write durable before it completes. The writeback
+    /// field then begins as 0, which spares the driver its flushes.
+    pub write_through: bool,
 }
 
 /// A block device.
@@ -86,7 +87,7 @@ impl Blk {
             disk,
             workers: Workers::new(id),
             accepted: 0,
-            writeback: Arc::new(AtomicBool::new(settings.writeback)),
+            writeback: Arc::new(AtomicBool::new(!settings.write_through)),
             settings,
         }
     }
@@ -209,6 +210,7 @@ impl VirtioDevice for Blk {
                 serial: self.settings.serial,
             },
             memory,
+            write_through: self.settings.write_through,
             flushes: self.accepts(VIRTIO_BLK_F_FLUSH),
             writeback: Arc::clone(&self.writeback),
         };
@@ -225,7 +227,7 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         self.accepted = 0;
         self.writeback
-            .store(self.settings.writeback, Ordering::Release);
+            .store(!self.settings.write_through, Ordering::Release);
     }
 }
 

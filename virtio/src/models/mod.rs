@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::device::VirtioDevice;
@@ -67,6 +68,15 @@ pub enum BuildError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+/// Reads the configuration of a model named `kind`.
+///
+/// # Errors
+///
+/// [`BuildError::Config`] when it does not have the struct's shape.
+pub fn parse<T: DeserializeOwned>(kind: &'static str, config: Value) -> Result<T, BuildError> {
+    serde_json::from_value(config).map_err(|source| BuildError::Config { kind, source })
 }
 
 macro_rules! models {

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddressSpace};
 
 use crate::device::{ActivateError, Activation, Identity, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
-use crate::models::{BuildContext, BuildError, Model};
+use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::ring::{Chain, Ring, RingError};
 use crate::schema::{Field, FieldKind};
 use crate::worker::{QueueWorker, Sleeper, Turn, Wake, Workers};
@@ -57,11 +57,7 @@ fn default_source() -> PathBuf {
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
-    let config: RngConfig =
-        serde_json::from_value(config).map_err(|source| BuildError::Config {
-            kind: MODEL.kind,
-            source,
-        })?;
+    let config: RngConfig = parse(MODEL.kind, config)?;
     let source = context
         .opener
         .open(&config.src, block::Access::default())

@@ -1,9 +1,11 @@
 //! Host ends of the guest's serial port: terminal, pseudo-terminal, file.
 
 mod escape;
+mod output;
 mod terminal;
 
 pub use escape::{Escape, EscapeFilter};
+pub use output::{OnBacklog, Output};
 pub use terminal::{RawMode, open_pty};
 
 use std::fs::File;
@@ -14,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 pub struct Input {
     source: File,
     /// The terminal's settings are restored when this is dropped.
-    _raw: Option<RawMode>,
+    raw: Option<RawMode>,
     /// Escapes are looked for on a terminal only: a pipe is passed on as it is.
     escapes: Option<EscapeFilter>,
     /// The far end of a pseudo-terminal, held open so that the near end never hangs up.
@@ -37,7 +39,9 @@ pub enum Typed {
 /// The host's side of a serial port.
 pub struct Console {
     /// Where the guest's output goes.
-    pub output: Box<dyn Write + Send>,
+    pub sink: Box<dyn Write + Send>,
+    /// The same, when it is one whose reader may be slow.
+    pub output: Option<Output>,
     /// Where its input comes from, if anywhere.
     pub input: Option<Input>,
 }
@@ -50,7 +54,8 @@ impl Console {
     #[must_use]
     pub fn null() -> Self {
         Self {
-            output: Box::new(io::sink()),
+            sink: Box::new(io::sink()),
+            output: None,
             input: None,
         }
     }
@@ -59,33 +64,42 @@ impl Console {
     #[must_use]
     pub fn file(file: File) -> Self {
         Self {
-            output: Box::new(file),
+            sink: Box::new(file),
+            output: None,
             input: None,
         }
     }
 
     /// The monitor's own standard input and output. A terminal is switched to
-    /// raw mode until the console is dropped.
+    /// raw mode until the console's input is dropped.
     ///
     /// # Errors
     ///
     /// The host's, when the terminal's settings cannot be changed.
-    pub fn stdio() -> io::Result<Self> {
+    pub fn stdio(on_backlog: OnBacklog) -> io::Result<Self> {
         let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-        let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         let raw = RawMode::enter(source.as_fd())?;
-        let escapes = raw.is_some().then(EscapeFilter::default);
         let input = Input {
             source,
-            _raw: raw,
-            escapes,
+            escapes: raw.is_some().then(EscapeFilter::default),
+            raw,
             _peer: None,
             pending: Vec::new(),
         };
         Ok(Self {
-            output: Box::new(output),
             input: Some(input),
+            ..Self::output_only(on_backlog)?
         })
+    }
+
+    /// The monitor's own standard output; there is no input.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it is out of descriptors.
+    pub fn output_only(on_backlog: OnBacklog) -> io::Result<Self> {
+        let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        Ok(Self::to(Output::new(stdout, on_backlog)))
     }
 
     /// A new pseudo-terminal; returns the path of its far end too.
@@ -93,23 +107,29 @@ impl Console {
     /// # Errors
     ///
     /// The host's, when it has none left.
-    pub fn pty() -> io::Result<(Self, String)> {
+    pub fn pty(on_backlog: OnBacklog) -> io::Result<(Self, String)> {
         let (near, far, path) = open_pty()?;
-        let output = near.try_clone()?;
+        let output = Output::new(near.try_clone()?, on_backlog);
         let input = Input {
             source: near,
-            _raw: None,
             escapes: None,
+            raw: None,
             _peer: Some(far),
             pending: Vec::new(),
         };
-        Ok((
-            Self {
-                output: Box::new(output),
-                input: Some(input),
-            },
-            path,
-        ))
+        let console = Self {
+            input: Some(input),
+            ..Self::to(output)
+        };
+        Ok((console, path))
+    }
+
+    fn to(output: Output) -> Self {
+        Self {
+            sink: Box::new(output.clone()),
+            output: Some(output),
+            input: None,
+        }
     }
 }
 
@@ -118,6 +138,12 @@ impl Input {
     #[must_use]
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.source.as_fd()
+    }
+
+    /// Whether somebody types on a terminal, as opposed to a pipe or a file.
+    #[must_use]
+    pub fn is_terminal(&self) -> bool {
+        self.raw.is_some()
     }
 
     /// Reads once what is there, adding it to what is pending. Call it when

@@ -3,14 +3,11 @@
 //! Only this module and the vCPU code below it talk to KVM. What the rest of
 //! the machine sees are the small traits of `devices`.
 
-pub mod capabilities;
 pub mod cpuid;
 pub mod irq;
 pub mod vcpu;
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -21,9 +18,9 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VmFd};
 
+use crate::config::capability::{CAPABILITIES, Capability};
 use crate::layout;
 use crate::memory::RamSlot;
-use capabilities::MissingCapability;
 
 /// Why KVM did not do what the machine needs.
 #[derive(Debug, thiserror::Error)]
@@ -32,8 +29,16 @@ pub enum KvmError {
     #[error("/dev/kvm speaks API version {0}; version 12 is needed")]
     ApiVersion(i32),
     /// The host's KVM lacks something.
-    #[error(transparent)]
-    Missing(#[from] MissingCapability),
+    #[error(
+        "this host's KVM lacks {name}, needed for {purpose}: use a newer kernel; 'vireo doctor' \
+         lists all that is needed"
+    )]
+    Missing {
+        /// KVM's name for it.
+        name: &'static str,
+        /// What it is needed for.
+        purpose: &'static str,
+    },
     /// A call failed.
     #[error("{call} failed{hint}")]
     Call {
@@ -73,16 +78,16 @@ impl Hypervisor {
     /// # Errors
     ///
     /// [`KvmError::ApiVersion`] or [`KvmError::Missing`], naming what lacks.
-    pub fn new(device: File) -> Result<Self, KvmError> {
-        // SAFETY: the descriptor comes out of `device`, so it is open and
-        // owned by nobody else.
-        #[expect(unsafe_code, reason = "Kvm takes a raw descriptor")]
-        let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+    pub fn new(kvm: Kvm) -> Result<Self, KvmError> {
         let version = kvm.get_api_version();
         if version != 12 {
             return Err(KvmError::ApiVersion(version));
         }
-        capabilities::check(&kvm)?;
+        let has = |c: &&Capability| kvm.check_extension_raw(c.number.into()) > 0;
+        if let Some(missing) = CAPABILITIES.iter().find(|c| c.required && !has(c)) {
+            let Capability { name, purpose, .. } = *missing;
+            return Err(KvmError::Missing { name, purpose });
+        }
         Ok(Self { kvm })
     }
 

@@ -57,10 +57,11 @@ pub enum Stop {
 }
 
 /// All of a vCPU's state, as KVM's structures.
+#[derive(Clone)]
 pub struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
-    xsave: Box<kvm_xsave>,
+    xsave: Arc<kvm_xsave>,
     xcrs: kvm_xcrs,
     debug: kvm_debugregs,
     lapic: kvm_lapic_state,
@@ -231,7 +232,7 @@ impl Vcpu {
                 .map_err(KvmError::call("KVM_GET_MP_STATE"))?,
             regs: self.regs()?,
             sregs: self.sregs()?,
-            xsave: Box::new(
+            xsave: Arc::new(
                 self.fd
                     .get_xsave()
                     .map_err(KvmError::call("KVM_GET_XSAVE"))?,

@@ -124,6 +124,20 @@ impl Mapping {
         self.advise(libc::MADV_POPULATE_WRITE)
     }
 
+    /// Gives all pages back to the host; they then read as zeros.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn discard(&self) -> io::Result<()> {
+        let shared = self.flags & libc::MAP_SHARED != 0;
+        self.advise(if shared {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        })
+    }
+
     fn advise(&self, advice: i32) -> io::Result<()> {
         // SAFETY: address and length are those of this mapping.
         #[expect(unsafe_code, reason = "madvise is a system call on an address")]

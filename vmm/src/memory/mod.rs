@@ -70,6 +70,15 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
+    /// The host would not take the pages back.
+    #[error("{size} bytes of guest memory could not be cleared")]
+    Discard {
+        /// The guest's RAM in bytes.
+        size: u64,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
     /// The ranges do not form a memory map.
     #[error("--memory: {size} bytes do not form a memory map")]
     Layout {
@@ -95,7 +104,9 @@ pub struct RamSlot {
 pub struct GuestRam {
     memory: GuestMemory,
     slots: Vec<RamSlot>,
+    mappings: Vec<Arc<Mapping>>,
     size: u64,
+    prefault: bool,
 }
 
 impl GuestRam {
@@ -119,12 +130,15 @@ impl GuestRam {
         };
         let mut regions = Vec::new();
         let mut slots = Vec::new();
+        let mut mappings = Vec::new();
         let mut file_offset = 0;
         for (slot, (guest, len)) in (0u32..).zip(ram_ranges(spec.size)) {
             let backing = file.as_ref().map(|f| (Arc::clone(f), file_offset));
             file_offset += len;
-            let (region, host) = map_region(spec, guest, len, backing)?;
+            let (region, mapping) = map_region(spec, guest, len, backing)?;
+            let host = mapping.address();
             regions.push(Arc::new(region));
+            mappings.push(mapping);
             slots.push(RamSlot {
                 slot,
                 guest,
@@ -137,8 +151,31 @@ impl GuestRam {
         Ok(Self {
             memory: GuestMemory::new(map),
             slots,
+            mappings,
             size: spec.size,
+            prefault: spec.prefault,
         })
+    }
+
+    /// Gives all of the guest's pages back to the host; they read as zeros.
+    /// With `prefault=on` they are faulted in again. vCPUs and devices are stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError::Discard`] and [`RamError::Prefault`].
+    pub fn discard(&self) -> Result<(), RamError> {
+        let size = self.size;
+        for mapping in &self.mappings {
+            mapping
+                .discard()
+                .map_err(|source| RamError::Discard { size, source })?;
+            if self.prefault {
+                mapping
+                    .populate()
+                    .map_err(|source| RamError::Prefault { size, source })?;
+            }
+        }
+        Ok(())
     }
 
     /// The memory as devices and loaders use it.
@@ -185,7 +222,7 @@ fn map_region(
     guest: u64,
     len: u64,
     file: Option<(Arc<std::fs::File>, u64)>,
-) -> Result<(GuestRegionMmap<DirtyLog>, u64), RamError> {
+) -> Result<(GuestRegionMmap<DirtyLog>, Arc<Mapping>), RamError> {
     let fail = |source| RamError::Map {
         size: len,
         hint: hint(spec, &source),
@@ -206,7 +243,6 @@ fn map_region(
         })?;
     }
     let mapping = Arc::new(mapping);
-    let host = mapping.address();
     let log = DirtyLog::for_mapping(bytes, Arc::clone(&mapping) as _);
     let mut builder = MmapRegionBuilder::new_with_bitmap(bytes, log)
         .with_mmap_prot(mapping.protection())
@@ -219,7 +255,7 @@ fn map_region(
         .map_err(|_| RamError::Layout { size: len })?;
     let region =
         GuestRegionMmap::new(region, GuestAddress(guest)).ok_or(RamError::Layout { size: len })?;
-    Ok((region, host))
+    Ok((region, mapping))
 }
 
 /// What the user can do about a mapping that the host refused.
@@ -289,6 +325,21 @@ mod tests {
         drop(ram);
         view.write_obj(7u32, GuestAddress(0x1000)).unwrap();
         assert_eq!(view.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 7);
+    }
+
+    #[test]
+    fn discarded_memory_reads_as_zeros_whatever_backs_it() {
+        for shared in [false, true] {
+            let ram = GuestRam::new(&RamSpec {
+                shared,
+                ..spec(4 << 20)
+            })
+            .unwrap();
+            let memory = ram.memory().memory();
+            memory.write_obj(7u32, GuestAddress(0x20_1000)).unwrap();
+            ram.discard().unwrap();
+            assert_eq!(memory.read_obj::<u32>(GuestAddress(0x20_1000)).unwrap(), 0);
+        }
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl FakeHost {
         };
         assert!(!pieces.is_empty() && pieces.len() <= MAX_PIECES);
         if limit == 0 {
-            return Err(libc::EINTR);
+            return Err([libc::EINTR, libc::EAGAIN, libc::ECANCELED][self.calls % 3]);
         }
         let mut at = usize::try_from(offset).unwrap();
         let mut moved = 0;

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
-use crate::models::{BuildContext, BuildError, Model};
+use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
 /// The entry in the registry.
@@ -65,6 +65,12 @@ const FIELDS: &[Field] = &[
         help: "what moves the data (default auto: io_uring where the host has it)",
     },
     Field {
+        name: "lock",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "keep other programs from opening the image in conflict (default on)",
+    },
+    Field {
         name: "serial",
         kind: FieldKind::Text,
         required: false,
@@ -109,6 +115,9 @@ pub struct BlkConfig {
     /// What moves the data.
     #[serde(default)]
     pub aio: Aio,
+    /// Keep other programs, and this one, from opening the image in conflict.
+    #[serde(default = "locked")]
+    pub lock: bool,
     /// The serial number: up to 20 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
@@ -134,6 +143,10 @@ pub enum Format {
 
 fn unmap() -> Discard {
     Discard::Unmap
+}
+
+fn locked() -> bool {
+    true
 }
 
 fn default_queue_size() -> u16 {
@@ -185,7 +198,7 @@ impl BlkConfig {
             num_queues,
             queue_size,
             serial,
-            writeback: self.cache.writeback(),
+            write_through: !self.cache.writeback(),
         })
     }
 
@@ -214,22 +227,18 @@ impl BlkConfig {
             aio: self.aio,
             discard: self.discard,
             format,
-            ..DiskOptions::default()
+            lock: self.lock,
         })
     }
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
-    let config: BlkConfig =
-        serde_json::from_value(config).map_err(|source| BuildError::Config {
-            kind: MODEL.kind,
-            source,
-        })?;
+    let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
     let options = config.disk_options()?;
     let disk = RawDisk::open(&config.path, &*context.opener, &options).map_err(|source| {
         BuildError::Backend {
-            what: format!("{}: cannot open {}", context.id, config.path.display()),
+            what: format!("device {}", context.id),
             source: source.into(),
         }
     })?;

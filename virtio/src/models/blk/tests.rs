@@ -5,9 +5,8 @@ use std::thread;
 
 use block::Op;
 use migration::DynSnapshot;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_DISCARD;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::*;
 use crate::memory::GuestMemory;
@@ -48,7 +47,7 @@ fn settings(num_queues: u16) -> BlkSettings {
         num_queues,
         queue_size: 16,
         serial,
-        writeback: true,
+        write_through: false,
     }
 }
 
@@ -241,7 +240,7 @@ fn a_read_only_disk_refuses_writes_whatever_was_accepted_and_flushes() {
     assert_eq!(rig.calls(), [(Op::Flush, 0, 0)]);
     // A driver that claims features it was not offered.
     let facts = rig.disk.0.info.clone();
-    let mut rig = Rig::with(facts, ALL, 16);
+    let mut rig = Rig::with(facts, ALL & !EVENT_IDX, 16);
     rig.segment(DATA, 0, 1, 0);
     for kind in [DISCARD, ZEROES] {
         assert_eq!(rig.request(kind, 0, &[(DATA, 16, false)]), (IOERR, 1));
@@ -315,10 +314,8 @@ fn reads_mark_the_pages_they_fill_and_writes_mark_none() {
     let mut rig = Rig::new();
     let log = {
         let view = rig.memory.memory();
-        view.find_region(vm_memory::GuestAddress(0))
-            .unwrap()
-            .bitmap()
-            .clone()
+        let region = view.find_region(vm_memory::GuestAddress(0)).unwrap();
+        std::ops::Deref::deref(region).bitmap().clone()
     };
     let page = |addr: u64| usize::try_from(addr).unwrap();
     log.enable();
@@ -380,6 +377,8 @@ fn without_event_idx_the_drivers_flag_suppresses_interrupts() {
     rig.blk.stop(soon()).unwrap();
     assert_eq!(rig.driver.used_index(), 1);
     assert_eq!(rig.notices.try_recv(), Err(TryRecvError::Disconnected));
+    // The device for its part wants kicks, for it had emptied the ring.
+    assert_eq!(rig.driver.used_flags(), 0);
 }
 
 #[test]
@@ -406,7 +405,6 @@ fn a_head_that_is_offered_again_and_again_never_fills_more_than_the_queue() {
     }
     rig.blk.stop(soon()).unwrap();
     assert_eq!(rig.disk.0.peak.load(Ordering::SeqCst), 4);
-    assert_eq!(rig.driver.used_flags(), 0);
 }
 
 #[test]
@@ -425,7 +423,7 @@ fn the_deadline_passes_with_a_request_at_the_disk_and_the_device_works_on() {
     assert_eq!(rig.driver.wait(&rig.notices).1, 513);
     assert_eq!(rig.request(FLUSH, 0, &[]), (OK, 1));
     let stopped = rig.blk.stop(soon()).unwrap();
-    assert_eq!(stopped[0].parked, []);
+    assert!(stopped[0].parked.is_empty());
 }
 
 #[test]
@@ -461,7 +459,9 @@ fn a_broken_engine_parks_its_requests_and_they_are_served_first_at_the_next_star
     rig.disk.0.broken.store(true, Ordering::SeqCst);
     rig.disk.rouse();
     assert!(reset_reason(&rig.notices).contains("stalled"));
-    rig.driver.offer(&[(HEADER, 16, false), (STATUS, 1, true)]);
+    let later = DATA - 0x100;
+    rig.header(later, FLUSH, 0);
+    rig.driver.offer(&[(later, 16, false), (STATUS, 1, true)]);
     let stopped = rig.blk.stop(soon()).unwrap();
     assert_eq!(stopped[0].parked, [head]);
     assert_eq!(rig.driver.used_index(), 0);
@@ -470,7 +470,8 @@ fn a_broken_engine_parks_its_requests_and_they_are_served_first_at_the_next_star
     let queue = Driver::reactivate(stopped.into_iter().next().unwrap());
     rig.notices = start(&mut rig.blk, ALL & !EVENT_IDX, &rig.memory, vec![queue]);
     assert_eq!(rig.driver.wait(&rig.notices), (head.into(), 513));
-    assert_eq!(rig.call(), (Op::Read, 512, 512));
+    assert_eq!(rig.driver.wait(&rig.notices).1, 1);
+    assert_eq!(rig.calls(), [(Op::Read, 512, 512), (Op::Flush, 0, 0)]);
 }
 
 #[test]

@@ -8,16 +8,17 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
+use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
 use crate::device::{ActivateError, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, total};
-use crate::worker::{LogLimit, QueueWorker, Turn, Wake};
+use crate::worker::{QueueWorker, Turn, Wake};
 
 /// The most requests at the disk at once. A deeper queue waits in the ring;
 /// no host device that is known gains from more.
@@ -37,6 +38,8 @@ pub struct Service {
     pub limits: Limits,
     /// The guest's memory.
     pub memory: GuestMemory,
+    /// The disk makes every write durable by itself.
+    pub write_through: bool,
     /// The driver can flush. If not, every write must be durable at once.
     pub flushes: bool,
     /// The configuration space's writeback field, which may change at any time.
@@ -112,7 +115,7 @@ impl Worker {
             ranges: Vec::new(),
             pieces: Vec::new(),
             completed: Vec::new(),
-            log: LogLimit::default(),
+            log: LogLimit::new(),
         })
     }
 
@@ -268,13 +271,13 @@ impl Worker {
         self.ring.complete(view, head, written)
     }
 
-    fn report(&mut self, job: Job, error: &io::Error) {
-        if let Some(held_back) = self.log.admit(Instant::now()) {
+    fn report(&self, job: Job, error: &io::Error) {
+        if let Some(suppressed) = self.log.allow() {
             tracing::warn!(
                 device = %self.service.id,
                 request = ?job,
                 %error,
-                held_back,
+                suppressed,
                 "a disk request failed",
             );
         }
@@ -311,7 +314,7 @@ impl Service {
     /// learns of it (Virtio 1.2, 5.2.6.2). Asked when the write has ended: a
     /// driver that wants it has kept writeback at 0 all the while.
     fn must_sync(&self) -> bool {
-        !self.flushes || !self.writeback.load(Ordering::Acquire)
+        !self.write_through && (!self.flushes || !self.writeback.load(Ordering::Acquire))
     }
 }
 

@@ -1,0 +1,90 @@
+//! The devices under test.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use block::{Access, Opener};
+use serde_json::{Value, json};
+use virtio::device::VirtioDevice;
+use virtio::models::{BuildContext, MODELS, Model};
+
+use crate::echo::{Echo, EchoControl};
+
+struct PlainOpener;
+
+impl Opener for PlainOpener {
+    fn open(&self, path: &Path, access: Access) -> io::Result<File> {
+        OpenOptions::new().read(true).write(access.write).open(path)
+    }
+}
+
+/// A way to make one kind of device, again and again alike.
+pub struct Subject {
+    pub name: &'static str,
+    make: Box<dyn Fn() -> Box<dyn VirtioDevice>>,
+    directory: tempfile::TempDir,
+}
+
+impl Subject {
+    pub fn make(&self) -> Box<dyn VirtioDevice> {
+        (self.make)()
+    }
+
+    /// A device that is served by the test's own echo model.
+    pub fn echo(control: &Arc<EchoControl>) -> Self {
+        let control = Arc::clone(control);
+        Self {
+            name: "echo",
+            make: Box::new(move || Box::new(Echo::new(Arc::clone(&control)))),
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn model(model: &'static Model) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let config = fixture(model.kind, directory.path());
+        let make = move || {
+            let context = BuildContext {
+                id: "dut".to_owned(),
+                opener: Arc::new(PlainOpener),
+                cpus: 2,
+            };
+            (model.build)(config.clone(), &context)
+                .unwrap_or_else(|error| panic!("{} cannot be built: {error:?}", model.kind))
+        };
+        Self {
+            name: model.kind,
+            make: Box::new(make),
+            directory,
+        }
+    }
+
+    /// Where the subject's files are.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+/// The configuration with which a kind of device is tested.
+fn fixture(kind: &str, directory: &Path) -> Value {
+    match kind {
+        "blk" => {
+            let path = directory.join("disk.raw");
+            File::create(&path).unwrap().set_len(1 << 20).unwrap();
+            json!({ "path": path })
+        }
+        _ => json!({}),
+    }
+}
+
+/// The echo device and every registered model.
+pub fn all() -> Vec<Subject> {
+    let mut subjects = vec![Subject::echo(&Arc::default())];
+    subjects.extend(MODELS.iter().map(Subject::model));
+    for subject in &subjects {
+        assert!(subject.directory().is_dir());
+    }
+    subjects
+}
