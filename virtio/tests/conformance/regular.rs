@@ -364,10 +364,10 @@ fn with_event_indexes_no_interrupt_comes_before_the_one_asked_for() {
         offer_text(&driver, &ring, 2 * i, b"x");
     }
     driver.kick(0);
-    rig.interrupts.wait(0);
-    assert!(driver.used_index(&ring) == 4);
+    let early = rig.interrupts.wait(0);
+    assert_eq!(driver.used_index(&ring), 4);
     rig.stop();
-    assert_eq!(rig.interrupts.take(0), 0);
+    assert_eq!(early + rig.interrupts.take(0), 1);
 }
 
 #[test]
