@@ -1,30 +1,10 @@
 //! The interface between a disk and whoever does I/O on it.
 
-use std::any::Any;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
-/// One piece of a buffer in host memory.
-#[derive(Clone, Copy, Debug)]
-pub struct IoVec {
-    /// The host virtual address of the first byte.
-    pub base: *mut u8,
-    /// Length in bytes.
-    pub len: usize,
-}
-
-/// Memory that a request reads from or writes to.
-///
-/// The pieces stay valid for as long as `owner` lives: that is what the
-/// creator of a `Buffers` promises, and why the constructor is unsafe.
-/// The memory may change at any time (a guest owns it); it is only ever read
-/// and written whole by the kernel or byte by byte, never referenced.
-pub struct Buffers {
-    pieces: Vec<IoVec>,
-    owner: Arc<dyn Any + Send + Sync>,
-}
+use crate::buffers::Buffers;
 
 /// How a request touches the disk. Offsets and lengths are bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +54,9 @@ pub enum Completed {
         token: Token,
         /// Success, or why not. A short transfer is an error.
         result: io::Result<()>,
-        /// The buffers may be reused; the owner has been released.
+        /// How many bytes were read or written before the end; 0 for a
+        /// flush, a discard and write-zeroes. The buffers' owner has been
+        /// released.
         bytes: u64,
     },
     /// A watched descriptor has become readable.
@@ -117,7 +99,9 @@ pub trait Disk: Send + Sync {
     /// The facts of the disk as it is now.
     fn info(&self) -> DiskInfo;
 
-    /// Makes a queue for the calling worker to own, for `depth` requests at once.
+    /// Makes a queue for a worker to own, which has up to `depth` requests
+    /// at the host at once (at least 1; more than 1024 count as 1024).
+    /// Requests beyond that wait in the queue.
     ///
     /// # Errors
     ///
@@ -127,7 +111,9 @@ pub trait Disk: Send + Sync {
 
 /// A worker's path to a disk, and its place to wait.
 ///
-/// Used by one thread at a time. Dropping a queue waits for what is in flight.
+/// Used by one thread at a time; it may be handed from one thread to another.
+/// Dropping a queue waits for what is at the host; what was pushed and not
+/// yet sent there may or may not be done.
 pub trait IoQueue: Send {
     /// Takes a request. It may be held until [`IoQueue::submit`] or [`IoQueue::wait`].
     /// Every request yields exactly one completion, whatever happens.
@@ -138,7 +124,9 @@ pub trait IoQueue: Send {
     fn submit(&mut self);
 
     /// Starts to watch `fd` (an eventfd or another pollable descriptor): every time it becomes readable,
-    /// [`Completed::Watch`] is reported once. The descriptor is not read.
+    /// [`Completed::Watch`] is reported once. The descriptor is not read: it is the caller who
+    /// empties it, before looking at what it announces. The queue keeps its own
+    /// duplicate, and watches until it is dropped.
     ///
     /// # Errors
     ///
@@ -147,7 +135,7 @@ pub trait IoQueue: Send {
 
     /// Submits what is pending, then waits until something has completed or
     /// `timeout` has passed (`None`: no limit; zero: just look), and appends
-    /// all completions to `out`.
+    /// all completions to `out`, in no particular order.
     ///
     /// # Errors
     ///
@@ -156,62 +144,4 @@ pub trait IoQueue: Send {
 
     /// How many requests have been pushed and not been reported.
     fn in_flight(&self) -> usize;
-}
-
-#[expect(
-    unsafe_code,
-    reason = "raw addresses are not Send by default; see the proof"
-)]
-// SAFETY: the pieces are plain addresses of memory that `owner` (itself Send
-// and Sync) keeps mapped; no reference to it is ever formed.
-unsafe impl Send for Buffers {}
-
-impl Buffers {
-    /// No memory: for requests that carry no data.
-    #[must_use]
-    pub fn none() -> Self {
-        Self {
-            pieces: Vec::new(),
-            owner: Arc::new(()),
-        }
-    }
-
-    /// Describes memory that is kept alive by `owner`.
-    ///
-    /// # Safety
-    ///
-    /// Each piece must be mapped, readable and writable memory of the given
-    /// length for as long as `owner` lives, and no Rust reference to it may exist.
-    #[expect(unsafe_code, reason = "the caller's promise cannot be checked here")]
-    #[must_use]
-    pub unsafe fn new(pieces: Vec<IoVec>, owner: Arc<dyn Any + Send + Sync>) -> Self {
-        Self { pieces, owner }
-    }
-
-    /// The pieces, in order.
-    #[must_use]
-    pub fn pieces(&self) -> &[IoVec] {
-        &self.pieces
-    }
-
-    /// The sum of the pieces' lengths.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.pieces
-            .iter()
-            .map(|p| p.len as u64)
-            .fold(0, u64::saturating_add)
-    }
-
-    /// Whether there is no memory at all.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// What keeps the memory mapped.
-    #[must_use]
-    pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
-        &self.owner
-    }
 }

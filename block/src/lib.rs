@@ -14,6 +14,9 @@
 //!   wait: other file descriptors (doorbells) are watched through it, so that
 //!   a worker blocks in a single system call.
 //! * Files are opened through the caller's [`Opener`] only.
+//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's.
+//! * Below it, an engine (io_uring or threads) runs jobs at (file, offset).
+//!   It knows no formats, so a format's mapping goes between disk and engine.
 //!
 //! # Promises
 //!
@@ -23,10 +26,21 @@
 //! served completes with an [`std::io::Error`]; nothing here panics on what a
 //! file, a device or a guest holds.
 
+mod buffers;
 mod disk;
+mod engine;
+mod file;
+mod lock;
+mod magic;
 mod opener;
+mod options;
+mod queue;
+mod raw;
+#[cfg(test)]
+mod testing;
 
-pub use disk::{
-    Buffers, Completed, Disk, DiskInfo, IoQueue, IoVec, Op, QueueError, Request, Token, Watch,
-};
+pub use buffers::{Buffers, INLINE, IoVec};
+pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
 pub use opener::{Access, Opener};
+pub use options::{Aio, Cache, Discard, DiskOptions, Format};
+pub use raw::{OpenError, RawDisk};

@@ -19,6 +19,9 @@ pub struct Access {
 pub trait Opener: Send + Sync {
     /// Opens an existing file or block device. Never creates one.
     ///
+    /// Opens with `O_CLOEXEC`, and with `O_NONBLOCK` so that a fifo cannot
+    /// hold up the caller; [`crate::RawDisk::open`] takes `O_NONBLOCK` off again.
+    ///
     /// # Errors
     ///
     /// The system's error, or `PermissionDenied` when policy forbids the path.

@@ -17,10 +17,19 @@
 //! Each device file has a pure register core, which is what is tested and
 //! saved, and a thin shell that owns the lock and the interrupt line.
 
+pub mod acpi;
 pub mod bus;
+#[cfg(test)]
+mod conformance;
+pub mod debugcon;
+pub mod i8042;
 pub mod irq;
 pub mod log_limit;
+pub mod output;
 pub mod pci;
+pub mod pvpanic;
+pub mod rtc;
+pub mod serial;
 pub mod unit;
 
 pub use bus::{Bus, BusDevice, BusError};

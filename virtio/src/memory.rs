@@ -3,8 +3,10 @@
 //! `vmm` owns the memory and decides its backing; this module only names the
 //! type that both sides share, because queues need a concrete one.
 
-use std::sync::Arc;
+use std::any::Any;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -26,14 +28,38 @@ const PAGE_SHIFT: u32 = 12;
 #[derive(Clone, Debug, Default)]
 pub struct DirtyLog(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     enabled: AtomicBool,
     pages: usize,
-    words: std::sync::OnceLock<Box<[AtomicU64]>>,
+    words: OnceLock<Box<[AtomicU64]>>,
+    /// Held, never read: dropped with the last handle on the log.
+    _mapping: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirtyLog")
+            .field("enabled", &self.enabled)
+            .finish_non_exhaustive()
+    }
 }
 
 impl DirtyLog {
+    /// A log for a region of `len` bytes whose memory `mapping` keeps mapped.
+    ///
+    /// A region owns its log, so tying the mapping to the log makes it live
+    /// exactly as long as anybody can reach the region.
+    #[must_use]
+    pub fn for_mapping(len: usize, mapping: Arc<dyn Any + Send + Sync>) -> Self {
+        let pages = len.div_ceil(1 << PAGE_SHIFT);
+        Self(Arc::new(Shared {
+            pages,
+            _mapping: Some(mapping),
+            ..Shared::default()
+        }))
+    }
+
     /// Starts to record. Pages written before are not known.
     pub fn enable(&self) {
         self.0.words.get_or_init(|| {

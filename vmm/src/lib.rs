@@ -1,4 +1,18 @@
 //! The virtual machine monitor: KVM, guest memory, boot, ACPI, machine
 //! assembly, the state driver, configuration and the `vireo` program.
 
+pub mod acpi;
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod console;
+pub mod doctor;
+pub mod error;
+pub mod events;
+pub mod gdb;
+pub mod kvm;
 pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod opener;
+pub mod run;

@@ -34,6 +34,7 @@ mod reg {
     pub const SUBSYSTEM_VENDOR: usize = 0x2c;
     pub const SUBSYSTEM: usize = 0x2e;
     pub const CAPABILITIES: usize = 0x34;
+    pub const INTERRUPT_LINE: usize = 0x3c;
     /// The first byte after the header.
     pub const FREE: usize = 0x40;
 }
@@ -157,6 +158,8 @@ impl ConfigSpace {
             &[],
         );
         space.define(reg::SUBSYSTEM, &id.subsystem.to_le_bytes(), &[]);
+        // Means nothing without an interrupt pin, but software keeps notes in it.
+        space.define(reg::INTERRUPT_LINE, &[0], &[0xff]);
         space
     }
 

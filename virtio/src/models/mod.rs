@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::device::VirtioDevice;
@@ -22,8 +23,11 @@ pub struct Model {
     /// The configuration's fields: the public face of the model's serde struct.
     pub fields: &'static [Field],
     /// Makes a device from a configuration that has passed the schema.
-    pub build: fn(Value, &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError>,
+    pub build: Build,
 }
+
+/// Makes a device from a configuration that has passed the schema.
+pub type Build = fn(Value, &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError>;
 
 /// What a model may use of its surroundings while it is built.
 pub struct BuildContext {
@@ -66,6 +70,15 @@ pub enum BuildError {
     },
 }
 
+/// Reads the configuration of a model named `kind`.
+///
+/// # Errors
+///
+/// [`BuildError::Config`] when it does not have the struct's shape.
+pub fn parse<T: DeserializeOwned>(kind: &'static str, config: Value) -> Result<T, BuildError> {
+    serde_json::from_value(config).map_err(|source| BuildError::Config { kind, source })
+}
+
 macro_rules! models {
     ($($name:ident),* $(,)?) => {
         $(pub mod $name;)*
@@ -75,7 +88,7 @@ macro_rules! models {
     };
 }
 
-models! {}
+models! { blk, rng }
 
 /// The model of this kind.
 #[must_use]

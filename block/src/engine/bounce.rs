@@ -1,0 +1,166 @@
+//! Memory aligned for direct I/O, for requests whose own memory is not.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::io;
+use std::ptr::NonNull;
+
+use crate::buffers::IoVec;
+
+/// Suits every alignment that the host is known to demand of memory.
+const ALIGN: usize = 64 << 10;
+
+/// The size of one bounce buffer, in bytes; larger requests go through it in turns.
+pub(crate) const BOUNCE_SIZE: usize = 256 << 10;
+
+/// How many bounce buffers a queue has at most: 4 MiB.
+const BOUNCE_COUNT: usize = 16;
+
+/// Zeroed, aligned memory of fixed length.
+#[derive(Debug)]
+pub(crate) struct AlignedBuf {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+#[expect(unsafe_code, reason = "a raw address is not Send by default")]
+// SAFETY: the buffer owns its memory alone.
+unsafe impl Send for AlignedBuf {}
+
+impl AlignedBuf {
+    /// Allocates `len` bytes, at least one.
+    #[expect(unsafe_code, reason = "aligned memory comes from the raw allocator")]
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
+        let layout = Layout::from_size_align(len.max(1), ALIGN).map_err(io::Error::other)?;
+        // SAFETY: the size is not zero.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, layout })
+    }
+
+    /// The whole buffer. Not to be called while the host works on it.
+    #[expect(unsafe_code, reason = "the memory is raw")]
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the memory is ours, initialised (zeroed), and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
+    }
+
+    /// The first `len` bytes, as the host sees them.
+    pub(crate) fn piece(&self, len: usize) -> IoVec {
+        IoVec {
+            base: self.start.as_ptr(),
+            len: len.min(self.layout.size()),
+        }
+    }
+
+    /// Copies bytes between the start of this buffer and the bytes of
+    /// `pieces` that begin `skip` bytes in; stops at the end of either, and after `len`.
+    ///
+    /// The pieces must be valid memory, as those of [`crate::Buffers`] are
+    /// while it lives.
+    #[expect(unsafe_code, reason = "guest memory is reached by address only")]
+    pub(crate) fn exchange(&mut self, pieces: &[IoVec], skip: u64, len: usize, way: Way) {
+        let mut at = 0_usize;
+        let mut left = len.min(self.layout.size());
+        for_window(pieces, skip, u64::MAX, |piece| {
+            let n = piece.len.min(left);
+            // SAFETY: `at + n` is within this buffer by `left`, and `piece` is
+            // within memory that its `Buffers` keeps valid; the two are
+            // different allocations. Another's concurrent change of the piece
+            // can only mix bytes.
+            unsafe {
+                let own = self.start.as_ptr().add(at);
+                match way {
+                    Way::In => std::ptr::copy_nonoverlapping(piece.base, own, n),
+                    Way::Out => std::ptr::copy_nonoverlapping(own, piece.base, n),
+                }
+            }
+            at += n;
+            left -= n;
+            left > 0
+        });
+    }
+}
+
+impl Drop for AlignedBuf {
+    #[expect(unsafe_code, reason = "aligned memory goes back to the raw allocator")]
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this very layout, and freed once.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+/// The direction of [`AlignedBuf::exchange`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From the pieces.
+    In,
+    /// To the pieces.
+    Out,
+}
+
+/// Walks the part of `pieces` that starts `skip` bytes in and is at most `len`
+/// bytes long, until `each` says false. Empty pieces are left out.
+pub(crate) fn for_window(
+    pieces: &[IoVec],
+    skip: u64,
+    len: u64,
+    mut each: impl FnMut(IoVec) -> bool,
+) {
+    let mut skip = usize::try_from(skip).unwrap_or(usize::MAX);
+    let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+    for piece in pieces {
+        if left == 0 {
+            break;
+        }
+        let skipped = skip.min(piece.len);
+        skip -= skipped;
+        let n = (piece.len - skipped).min(left);
+        if n == 0 {
+            continue;
+        }
+        left -= n;
+        let part = IoVec {
+            base: piece.base.wrapping_add(skipped),
+            len: n,
+        };
+        if !each(part) {
+            break;
+        }
+    }
+}
+
+/// A queue's bounce buffers: made when first needed, bounded in number.
+#[derive(Debug, Default)]
+pub(crate) struct BouncePool {
+    free: Vec<AlignedBuf>,
+    made: usize,
+}
+
+impl BouncePool {
+    /// A buffer; `None` when all are in use (one will come back).
+    ///
+    /// # Errors
+    ///
+    /// No memory, and no buffer in use that could come back.
+    pub(crate) fn take(&mut self) -> io::Result<Option<AlignedBuf>> {
+        if let Some(buf) = self.free.pop() {
+            return Ok(Some(buf));
+        }
+        if self.made >= BOUNCE_COUNT {
+            return Ok(None);
+        }
+        match AlignedBuf::new(BOUNCE_SIZE) {
+            Ok(buf) => {
+                self.made += 1;
+                Ok(Some(buf))
+            }
+            Err(_) if self.made > 0 => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes a buffer back.
+    pub(crate) fn give(&mut self, buf: AlignedBuf) {
+        self.free.push(buf);
+    }
+}

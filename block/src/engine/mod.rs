@@ -1,0 +1,134 @@
+//! The engines: what moves data between memory and files.
+//!
+//! An engine runs [`Job`]s at (file, host offset) and knows nothing of disks
+//! or formats, so that a format's mapping can sit between a disk and an engine.
+//! There are two, of one behaviour: [`uring`] and [`threads`]. What a request
+//! goes through is decided in [`job`], which both share.
+//!
+//! An engine belongs to one queue. Jobs that it has taken keep their memory
+//! alive until they are harvested; dropping an engine waits for them.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::disk::Watch;
+use crate::file::HostFile;
+
+pub(crate) mod bounce;
+pub(crate) mod job;
+mod pool;
+pub(crate) mod threads;
+pub(crate) mod uring;
+
+pub(crate) use job::Job;
+
+/// Names a file within an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileId(pub usize);
+
+/// What an engine reports.
+#[derive(Debug, Default)]
+pub(crate) struct Harvest {
+    /// Jobs that have ended, and how.
+    pub done: Vec<(Job, io::Result<()>)>,
+    /// Watched descriptors that became readable.
+    pub watches: Vec<Watch>,
+}
+
+impl Harvest {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.done.is_empty() && self.watches.is_empty()
+    }
+
+    /// Notes a watch, once.
+    fn watch(&mut self, watch: Watch) {
+        if !self.watches.contains(&watch) {
+            self.watches.push(watch);
+        }
+    }
+}
+
+/// One of the two engines.
+#[derive(Debug)]
+pub(crate) enum Engine {
+    Uring(Box<uring::Uring>),
+    Threads(threads::Threads),
+}
+
+impl Engine {
+    /// Makes a file known; its jobs name it by the result.
+    pub(crate) fn add_file(&mut self, file: Arc<HostFile>) -> FileId {
+        match self {
+            Self::Uring(e) => e.add_file(file),
+            Self::Threads(e) => e.add_file(file),
+        }
+    }
+
+    /// Takes a job that has begun, about a file of this engine. At most as many as the engine was
+    /// made for.
+    pub(crate) fn start(&mut self, job: Job) {
+        match self {
+            Self::Uring(e) => e.start(job),
+            Self::Threads(e) => e.start(job),
+        }
+    }
+
+    /// Sends what was started to the host.
+    pub(crate) fn submit(&mut self) {
+        match self {
+            Self::Uring(e) => e.submit(),
+            Self::Threads(e) => e.submit(),
+        }
+    }
+
+    /// As [`crate::IoQueue::watch`].
+    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
+        match self {
+            Self::Uring(e) => e.watch(fd, watch),
+            Self::Threads(e) => e.watch(fd, watch),
+        }
+    }
+
+    /// Submits, then waits until there is something in `out` or time is up.
+    pub(crate) fn wait(&mut self, until: Until, out: &mut Harvest) -> io::Result<()> {
+        match self {
+            Self::Uring(e) => e.wait(until, out),
+            Self::Threads(e) => e.wait(until, out),
+        }
+    }
+}
+
+/// How long to wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Until {
+    /// Do not.
+    Now,
+    /// No longer than this.
+    Deadline(Instant),
+    /// As long as it takes.
+    Forever,
+}
+
+impl Until {
+    pub(crate) fn new(timeout: Option<Duration>) -> Self {
+        match timeout {
+            None => Self::Forever,
+            Some(Duration::ZERO) => Self::Now,
+            // A time beyond the clock's end is no limit.
+            Some(time) => Instant::now()
+                .checked_add(time)
+                .map_or(Self::Forever, Self::Deadline),
+        }
+    }
+
+    /// What is left, `None` without limit.
+    fn left(self) -> Option<Duration> {
+        match self {
+            Self::Now => Some(Duration::ZERO),
+            Self::Deadline(at) => Some(at.saturating_duration_since(Instant::now())),
+            Self::Forever => None,
+        }
+    }
+}

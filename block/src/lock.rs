@@ -1,0 +1,225 @@
+//! Locks that keep two users from writing one image, understood by QEMU.
+//!
+//! A holder takes *shared* locks (open file description locks, so that they
+//! belong to the opened file and not to the process) on single bytes of the file: byte
+//! `100 + p` says "I use permission p", byte `200 + p` says "I bear nobody else who
+//! uses permission p". Then it looks whether anyone holds the opposite byte of any
+//! of its own. The contents of these bytes do not matter; they need not exist.
+//!
+//! | holder | takes | looks for |
+//! |---|---|---|
+//! | writer | 100, 101, 103, 201, 203 | 200, 201, 203, 101, 103 |
+//! | reader | 100, 201, 203 | 200, 101, 103 |
+//!
+//! Both sides take before they look, so of two who race at least one sees the other.
+//!
+//! `flock` and the locks of one process (`F_SETLK`) do not meet these.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use libc::{c_int, c_short};
+
+/// "I use this permission": this plus the permission's number.
+const USED: i64 = 100;
+/// "Nobody else may use this permission": this plus the permission's number.
+const UNSHARED: i64 = 200;
+
+/// The permissions by number: consistent read, write, (write unchanged,) resize.
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// What a holder means to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Intent {
+    /// Read; other readers are welcome, writers are not.
+    Read,
+    /// Read, write and resize, alone.
+    Write,
+}
+
+impl Intent {
+    fn uses(self) -> &'static [i64] {
+        match self {
+            Self::Read => &[READ],
+            Self::Write => &[READ, WRITE, RESIZE],
+        }
+    }
+
+    fn refuses(self) -> &'static [i64] {
+        &[WRITE, RESIZE]
+    }
+}
+
+/// Why a lock could not be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LockError {
+    /// Another holder is in conflict.
+    #[error("byte {byte} of the file is locked by another user of the image")]
+    Held {
+        /// The byte that shows it.
+        byte: i64,
+    },
+    /// The file system cannot lock.
+    #[error("the file system refused a lock on byte {byte}")]
+    Unsupported {
+        /// The first byte that failed.
+        byte: i64,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Takes the locks for `intent`; on failure none are left.
+///
+/// They last until [`release`] or until the last descriptor of the opened file
+/// is closed.
+pub(crate) fn acquire(file: &File, intent: Intent) -> Result<(), LockError> {
+    let result = take(file, intent).and_then(|()| look(file, intent));
+    if result.is_err() {
+        release(file);
+    }
+    result
+}
+
+/// Gives up all locks of this opened file.
+///
+/// Closing does the same, but io_uring may keep a file open a little longer
+/// than its user does.
+pub(crate) fn release(file: &File) {
+    // Unlocking what is not locked is no error, and there is nobody to tell of others.
+    let _ = lock(
+        file,
+        libc::F_OFD_SETLK,
+        libc::F_UNLCK,
+        USED,
+        2 * (UNSHARED - USED),
+    );
+}
+
+fn take(file: &File, intent: Intent) -> Result<(), LockError> {
+    let used = intent.uses().iter().map(|p| USED + p);
+    let refused = intent.refuses().iter().map(|p| UNSHARED + p);
+    for byte in used.chain(refused) {
+        lock(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte, 1).map_err(|source| {
+            match source.raw_os_error() {
+                // Someone holds an exclusive lock over it.
+                Some(libc::EAGAIN | libc::EACCES) => LockError::Held { byte },
+                _ => LockError::Unsupported { byte, source },
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn look(file: &File, intent: Intent) -> Result<(), LockError> {
+    let unshared = intent.uses().iter().map(|p| UNSHARED + p);
+    let used = intent.refuses().iter().map(|p| USED + p);
+    for byte in unshared.chain(used) {
+        let found = lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1)
+            .map_err(|source| LockError::Unsupported { byte, source })?;
+        if c_int::from(found) != libc::F_UNLCK {
+            return Err(LockError::Held { byte });
+        }
+    }
+    Ok(())
+}
+
+/// One call of `fcntl`; gives back the kind of lock that it reported.
+#[expect(unsafe_code, reason = "fcntl with a lock has no safe wrapper")]
+fn lock(file: &File, command: c_int, kind: c_int, start: i64, len: i64) -> io::Result<c_short> {
+    let mut flock = libc::flock {
+        l_type: c_short::try_from(kind).unwrap_or_default(),
+        l_whence: c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    };
+    loop {
+        // SAFETY: the descriptor is open and `flock` is a valid structure for all
+        // the commands used here; the call keeps no address.
+        let rc = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut flock) };
+        if rc == 0 {
+            return Ok(flock.l_type);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image() -> (tempfile::NamedTempFile, impl Fn() -> File) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_owned();
+        (file, move || {
+            File::options().read(true).write(true).open(&path).unwrap()
+        })
+    }
+
+    #[test]
+    fn two_readers_share_and_a_writer_is_kept_out_until_both_are_gone() {
+        let (_image, open) = image();
+        let (a, b, c) = (open(), open(), open());
+        acquire(&a, Intent::Read).unwrap();
+        acquire(&b, Intent::Read).unwrap();
+        assert!(matches!(
+            acquire(&c, Intent::Write),
+            Err(LockError::Held { byte: 201 })
+        ));
+        release(&a);
+        assert!(acquire(&c, Intent::Write).is_err());
+        drop(b);
+        acquire(&c, Intent::Write).unwrap();
+    }
+
+    #[test]
+    fn a_writer_keeps_out_writers_and_readers() {
+        let (_image, open) = image();
+        let (a, b) = (open(), open());
+        acquire(&a, Intent::Write).unwrap();
+        assert!(acquire(&b, Intent::Write).is_err());
+        assert!(acquire(&b, Intent::Read).is_err());
+        // A refused try leaves nothing behind that would hurt the holder's next try.
+        release(&a);
+        acquire(&a, Intent::Write).unwrap();
+    }
+
+    #[test]
+    fn an_exclusive_lock_over_the_whole_file_is_seen() {
+        let (_image, open) = image();
+        let (a, b) = (open(), open());
+        lock(&a, libc::F_OFD_SETLK, libc::F_WRLCK, 0, 0).unwrap();
+        assert!(matches!(
+            acquire(&b, Intent::Read),
+            Err(LockError::Held { byte: 100 })
+        ));
+    }
+
+    #[test]
+    fn a_writer_holds_just_the_bytes_that_qemu_does() {
+        let (_image, open) = image();
+        let (a, probe) = (open(), open());
+        for (intent, expected) in [
+            (Intent::Read, vec![100, 201, 203]),
+            (Intent::Write, vec![100, 101, 103, 201, 203]),
+        ] {
+            acquire(&a, intent).unwrap();
+            let held: Vec<i64> = (0..1000)
+                .filter(|byte| {
+                    let kind = lock(&probe, libc::F_OFD_GETLK, libc::F_WRLCK, *byte, 1).unwrap();
+                    c_int::from(kind) != libc::F_UNLCK
+                })
+                .collect();
+            assert_eq!(held, expected, "{intent:?}");
+            release(&a);
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! Raw disks: a regular file or a block device whose bytes are the disk's.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
+use crate::engine::Engine;
+use crate::engine::threads::Threads;
+use crate::engine::uring::Uring;
+use crate::file::{self, HostFile};
+use crate::lock::{self, Intent, LockError};
+use crate::magic;
+use crate::opener::Opener;
+use crate::options::{Aio, Discard, DiskOptions};
+use crate::queue::{Policy, RawQueue};
+
+/// The unit of a disk's size, in bytes.
+const SECTOR: u64 = 512;
+
+/// The most requests that a queue has at the host at once.
+const MAX_DEPTH: u32 = 1024;
+
+/// Why a disk could not be opened. Each message names the file, and where there is one the mend.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no such file.
+    #[error("disk {}: no such file; create it first, for example with 'truncate -s 10G'", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It is something that cannot hold a disk.
+    #[error("disk {}: it is {kind}; give a regular file or a block device", path.display())]
+    NotADisk {
+        /// The file.
+        path: PathBuf,
+        /// What it is, with its article.
+        kind: &'static str,
+    },
+    /// It may be read and not written.
+    #[error("disk {}: it cannot be opened for writing; make it writable or say readonly=on", path.display())]
+    NotWritable {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It may not be opened.
+    #[error("disk {}: it cannot be opened", path.display())]
+    Unopenable {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// `O_DIRECT` is refused.
+    #[error(
+        "disk {}: its file system does not support direct I/O; say direct=off or cache=writeback",
+        path.display()
+    )]
+    NoDirectIo {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its facts cannot be had.
+    #[error("disk {}: its size and type cannot be read", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It has no bytes.
+    #[error("disk {}: it is empty; give it a size, for example with 'truncate -s 10G'", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its size is no number of sectors.
+    #[error(
+        "disk {}: its size of {size} bytes is not a multiple of {unit}; \
+         'truncate -s %{unit}' rounds it up",
+        path.display()
+    )]
+    OddSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// What it should be a multiple of, in bytes.
+        unit: u64,
+    },
+    /// Its size is no number of the blocks that direct I/O demands.
+    #[error(
+        "disk {}: its size of {size} bytes is not a multiple of {unit}, which direct I/O \
+         demands here; say direct=off or cache=writeback",
+        path.display()
+    )]
+    OddDirectSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// What it should be a multiple of, in bytes.
+        unit: u64,
+    },
+    /// It looks like another format and was not stated to be raw.
+    #[error(
+        "disk {}: it looks like a {format} image and no format was given; \
+         say format=raw if its bytes really are the disk's",
+        path.display()
+    )]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// The format it looks like.
+        format: &'static str,
+    },
+    /// Someone else uses it.
+    #[error("disk {}: it is already open elsewhere, here or in another program; {mend}", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// What to do about it.
+        mend: &'static str,
+    },
+    /// It cannot be locked.
+    #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
+    NoLocks {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An opened and locked raw disk. The lock lasts until it and all its queues are dropped.
+#[derive(Debug)]
+pub struct RawDisk {
+    file: Arc<HostFile>,
+    policy: Policy,
+    aio: Aio,
+}
+
+impl RawDisk {
+    /// Opens and locks the file or block device at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing is left open or locked then.
+    pub fn open(
+        path: &Path,
+        opener: &dyn Opener,
+        options: &DiskOptions,
+    ) -> Result<Self, OpenError> {
+        let path = Named(path);
+        let access = options.access();
+        let file = opener
+            .open(path.0, access)
+            .map_err(|source| path.unopened(source, access.write, access.direct))?;
+        let kind = match file::kind(&file).map_err(|source| path.unreadable(source))? {
+            Ok(kind) => kind,
+            Err(kind) => return Err(path.not_a_disk(kind)),
+        };
+        file::make_blocking(&file).map_err(|source| path.unreadable(source))?;
+        if options.lock {
+            path.lock(&file, options.read_only)?;
+        }
+        // From here on the file unlocks itself.
+        let file =
+            HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+        path.check(&file, options.format.is_some())?;
+        Ok(Self {
+            file: Arc::new(file),
+            policy: Policy {
+                read_only: options.read_only,
+                durable: !options.cache.writeback(),
+                ignore_flush: options.cache.ignores_flush(),
+                unmap: options.discard == Discard::Unmap,
+            },
+            aio: options.aio,
+        })
+    }
+
+    /// As if a flush had failed.
+    #[cfg(test)]
+    pub(crate) fn lose_data(&self) {
+        let lost = &self.file.abilities().lost;
+        lost.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    fn engine(&self, depth: u32) -> io::Result<Engine> {
+        match self.aio {
+            Aio::Threads => Threads::new(depth).map(Engine::Threads),
+            Aio::IoUring => Uring::new(depth).map(|e| Engine::Uring(Box::new(e))),
+            Aio::Auto => match Uring::new(depth) {
+                Err(error) if absent(&error) => {
+                    tracing::debug!(%error, "no io_uring here, disk I/O uses threads");
+                    Threads::new(depth).map(Engine::Threads)
+                }
+                other => other.map(|e| Engine::Uring(Box::new(e))),
+            },
+        }
+    }
+}
+
+/// Whether an error means that io_uring is missing, forbidden or too old.
+fn absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Unsupported
+        || matches!(
+            error.raw_os_error(),
+            Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EINVAL)
+        )
+}
+
+impl Disk for RawDisk {
+    fn info(&self) -> DiskInfo {
+        DiskInfo {
+            size: self.file.size(),
+            logical_block: self.file.logical_block(),
+            physical_block: self.file.physical_block(),
+            read_only: self.policy.read_only,
+            discard: self.policy.unmap && !self.policy.read_only,
+        }
+    }
+
+    fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError> {
+        let host_depth = depth.clamp(1, MAX_DEPTH);
+        let engine = self
+            .engine(host_depth)
+            .map_err(|source| QueueError { depth, source })?;
+        let file = Arc::clone(&self.file);
+        let host_depth = usize::try_from(host_depth).unwrap_or(1);
+        Ok(Box::new(RawQueue::new(
+            file,
+            self.policy,
+            engine,
+            host_depth,
+        )))
+    }
+}
+
+/// A path that turns what went wrong with it into errors that name it.
+#[derive(Clone, Copy)]
+struct Named<'a>(&'a Path);
+
+impl Named<'_> {
+    fn path(self) -> PathBuf {
+        self.0.to_owned()
+    }
+
+    fn not_a_disk(self, kind: &'static str) -> OpenError {
+        OpenError::NotADisk {
+            path: self.path(),
+            kind,
+        }
+    }
+
+    fn unreadable(self, source: io::Error) -> OpenError {
+        OpenError::Unreadable {
+            path: self.path(),
+            source,
+        }
+    }
+
+    fn unopened(self, source: io::Error, write: bool, direct: bool) -> OpenError {
+        let path = self.path();
+        match source.raw_os_error() {
+            Some(libc::ENOENT) => OpenError::Missing { path },
+            Some(libc::EISDIR) => self.not_a_disk("a directory"),
+            Some(libc::ENXIO) => self.not_a_disk("a socket, a pipe or a device without a driver"),
+            Some(libc::EINVAL) if direct => OpenError::NoDirectIo { path },
+            Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY) if write => {
+                OpenError::NotWritable { path, source }
+            }
+            _ => OpenError::Unopenable { path, source },
+        }
+    }
+
+    fn lock(self, file: &File, read_only: bool) -> Result<(), OpenError> {
+        let intent = if read_only {
+            Intent::Read
+        } else {
+            Intent::Write
+        };
+        lock::acquire(file, intent).map_err(|error| match error {
+            LockError::Held { .. } => OpenError::InUse {
+                path: self.path(),
+                mend: if read_only {
+                    "readers can share it only while nobody writes"
+                } else {
+                    "close it there, or say readonly=on in all places"
+                },
+            },
+            LockError::Unsupported { source, .. } => OpenError::NoLocks {
+                path: self.path(),
+                source,
+            },
+        })
+    }
+
+    /// Judges the contents and the size.
+    fn check(self, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+        let (path, size) = (self.path(), file.size());
+        if size == 0 {
+            return Err(OpenError::Empty { path });
+        }
+        if !stated {
+            let head = file
+                .head(magic::HEAD)
+                .map_err(|source| self.unreadable(source))?;
+            if let Some(format) = magic::foreign(&head) {
+                return Err(OpenError::Foreign { path, format });
+            }
+        }
+        let direct = u64::from(file.abilities().align.offset);
+        if !size.is_multiple_of(SECTOR) {
+            let unit = SECTOR;
+            Err(OpenError::OddSize { path, size, unit })
+        } else if !size.is_multiple_of(direct) {
+            let unit = direct;
+            Err(OpenError::OddDirectSize { path, size, unit })
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

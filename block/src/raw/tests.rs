@@ -1,0 +1,365 @@
+use std::error::Error;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Output};
+
+use super::*;
+use crate::options::{Cache, Format};
+use crate::testing::{AnyPath, Arena, perform};
+use crate::{Buffers, Op};
+
+fn image(size: u64) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(size).unwrap();
+    file
+}
+
+fn read_only() -> DiskOptions {
+    DiskOptions {
+        read_only: true,
+        ..DiskOptions::default()
+    }
+}
+
+fn open(path: &Path) -> Result<RawDisk, OpenError> {
+    RawDisk::open(path, &AnyPath, &DiskOptions::default())
+}
+
+/// The message of an error with its sources, as a user sees it.
+fn refused(path: &Path, options: &DiskOptions) -> String {
+    let error = RawDisk::open(path, &AnyPath, options).unwrap_err();
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    assert!(text.contains(&path.display().to_string()), "{text}");
+    text
+}
+
+fn qemu(program: &str, arguments: &[&str], path: &Path) -> Output {
+    Command::new(program)
+        .args(arguments)
+        .arg(path)
+        .output()
+        .unwrap_or_else(|e| panic!("{program} (Debian package qemu-utils): {e}"))
+}
+
+#[test]
+fn a_missing_file_is_refused_and_not_created() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("none.img");
+    assert!(refused(&path, &DiskOptions::default()).contains("no such file"));
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_directory_is_refused_for_writing_and_reading() {
+    let dir = tempfile::tempdir().unwrap();
+    for options in [DiskOptions::default(), read_only()] {
+        assert!(refused(dir.path(), &options).contains("a directory"));
+    }
+}
+
+#[test]
+fn a_pipe_a_socket_and_a_character_device_are_refused_without_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let socket = dir.path().join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    for options in [DiskOptions::default(), read_only()] {
+        assert!(refused(&fifo, &options).contains("a named pipe"));
+        assert!(refused(&socket, &options).contains("a socket"));
+        let text = refused(Path::new("/dev/zero"), &options);
+        assert!(text.contains("a character device"), "{text}");
+    }
+}
+
+/// Refuses writing, as the system does to those who may only read (root may always write).
+struct NoWriting;
+
+impl Opener for NoWriting {
+    fn open(&self, path: &Path, access: crate::Access) -> io::Result<File> {
+        if access.write {
+            return Err(io::Error::from_raw_os_error(libc::EACCES));
+        }
+        AnyPath.open(path, access)
+    }
+}
+
+#[test]
+fn a_file_that_may_not_be_written_is_refused_with_readonly_as_the_mend() {
+    let file = image(4096);
+    let error = RawDisk::open(file.path(), &NoWriting, &DiskOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::NotWritable { .. }));
+    assert!(error.to_string().contains("readonly=on"), "{error}");
+    RawDisk::open(file.path(), &NoWriting, &read_only()).unwrap();
+}
+
+#[test]
+fn odd_sizes_are_refused_and_whole_sectors_taken() {
+    for size in [1, 511, 513, 4097] {
+        let text = refused(image(size).path(), &DiskOptions::default());
+        assert!(text.contains("not a multiple of 512"), "{text}");
+    }
+    assert!(refused(image(0).path(), &DiskOptions::default()).contains("empty"));
+    for size in [512, 1536, 4096, 1 << 40] {
+        let file = image(size);
+        let info = open(file.path()).unwrap().info();
+        assert_eq!((info.size, info.logical_block), (size, 512));
+        assert!(info.physical_block.is_power_of_two() && info.physical_block >= 512);
+    }
+}
+
+#[test]
+fn a_foreign_format_is_refused_unless_raw_is_stated() {
+    let file = image(0);
+    let out = qemu("qemu-img", &["create", "-q", "-f", "qcow2"], file.path());
+    assert!(!out.status.success(), "no size was given");
+    for format in ["qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"] {
+        let path = file.path().to_str().unwrap();
+        let out = Command::new("qemu-img")
+            .args(["create", "-q", "-f", format, path, "64M"])
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{format}: {out:?}");
+        let text = refused(file.path(), &DiskOptions::default());
+        assert!(text.contains("format=raw"), "{format}: {text}");
+        assert!(
+            text.contains(format.trim_end_matches('2')),
+            "{format}: {text}"
+        );
+        // What is stated goes, provided that the size does.
+        let len = file.as_file().metadata().unwrap().len();
+        file.as_file().set_len(len.next_multiple_of(512)).unwrap();
+        let stated = DiskOptions {
+            format: Some(Format::Raw),
+            ..DiskOptions::default()
+        };
+        RawDisk::open(file.path(), &AnyPath, &stated).unwrap();
+    }
+}
+
+#[test]
+fn a_disk_opened_twice_for_writing_is_refused_and_two_readers_are_fine() {
+    let file = image(4096);
+    let first = open(file.path()).unwrap();
+    for options in [DiskOptions::default(), read_only()] {
+        assert!(refused(file.path(), &options).contains("already open"));
+    }
+    drop(first);
+    let readers = [(); 2].map(|()| RawDisk::open(file.path(), &AnyPath, &read_only()).unwrap());
+    assert!(refused(file.path(), &DiskOptions::default()).contains("readonly=on"));
+    drop(readers);
+    let unlocked = DiskOptions {
+        lock: false,
+        ..DiskOptions::default()
+    };
+    let _held = open(file.path()).unwrap();
+    RawDisk::open(file.path(), &AnyPath, &unlocked).unwrap();
+}
+
+#[test]
+fn the_lock_outlives_the_disk_with_its_queues_and_goes_with_the_last() {
+    let file = image(4096);
+    for aio in [Aio::IoUring, Aio::Threads] {
+        let options = DiskOptions {
+            aio,
+            ..DiskOptions::default()
+        };
+        for _ in 0..20 {
+            let disk = RawDisk::open(file.path(), &AnyPath, &options).unwrap();
+            let mut queue = disk.queue(4).unwrap();
+            drop(disk);
+            assert!(open(file.path()).is_err(), "{aio:?}");
+            let arena = Arena::new(512);
+            perform(queue.as_mut(), Op::Write, 0, arena.buffers(&[(0, 512)])).unwrap();
+            perform(queue.as_mut(), Op::Flush, 0, Buffers::none()).unwrap();
+        }
+    }
+}
+
+/// A qcow2 image to be opened as raw here. QEMU's driver for raw images lets others write
+/// unless a virtual machine's device forbids it; the one for qcow2 never does.
+fn qcow2_image() -> tempfile::NamedTempFile {
+    let file = image(0);
+    let path = file.path().to_str().unwrap();
+    let out = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", path, "1M"])
+        .output()
+        .unwrap_or_else(|e| panic!("qemu-img (Debian package qemu-utils): {e}"));
+    assert!(out.status.success(), "{out:?}");
+    let len = file.as_file().metadata().unwrap().len();
+    file.as_file().set_len(len.next_multiple_of(512)).unwrap();
+    file
+}
+
+fn stated(read_only: bool) -> DiskOptions {
+    DiskOptions {
+        read_only,
+        format: Some(Format::Raw),
+        ..DiskOptions::default()
+    }
+}
+
+#[test]
+fn qemu_is_kept_out_while_the_disk_is_open() {
+    for (file, format) in [(image(1 << 20), "raw"), (qcow2_image(), "qcow2")] {
+        let succeeds = |program, arguments: &[&str]| {
+            let arguments = [arguments, &["-f", format]].concat();
+            let out = qemu(program, &arguments, file.path());
+            let text = String::from_utf8_lossy(&out.stderr);
+            assert_eq!(out.status.success(), !text.contains("lock"), "{out:?}");
+            out.status.success()
+        };
+        let writes = || succeeds("qemu-io", &["-c", "write 0 4k"]);
+        let reads = || succeeds("qemu-io", &["-r", "-c", "read 0 4k"]);
+        let checks = || succeeds("qemu-img", &["info"]);
+
+        let writer = RawDisk::open(file.path(), &AnyPath, &stated(false)).unwrap();
+        assert!(!writes());
+        if format == "qcow2" {
+            assert!(!reads() && !checks());
+        }
+        drop(writer);
+        let reader = RawDisk::open(file.path(), &AnyPath, &stated(true)).unwrap();
+        assert!(!writes() && reads() && checks());
+        drop(reader);
+        assert!(writes() && reads() && checks());
+    }
+}
+
+/// A qemu-io that has `path` open until its input closes.
+fn qemu_holding(path: &Path, format: &str, read_only: bool) -> std::process::Child {
+    use std::io::{BufRead, BufReader, Write};
+    let mut command = Command::new("qemu-io");
+    if read_only {
+        command.arg("-r");
+    }
+    let mut child = command
+        .args(["-f", format])
+        .arg(path)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("qemu-io (Debian package qemu-utils): {e}"));
+    // It answers once the image is open.
+    let input = child.stdin.as_mut().unwrap();
+    input.write_all(b"length\n").unwrap();
+    let mut answer = String::new();
+    let mut output = BufReader::new(child.stdout.as_mut().unwrap());
+    while !answer.contains("MiB") {
+        assert_ne!(output.read_line(&mut answer).unwrap(), 0, "{answer}");
+    }
+    child
+}
+
+#[test]
+fn the_disk_is_refused_while_qemu_has_it_open() {
+    // QEMU's format and whether it only reads; then who may enter here: a writer, a reader.
+    for (format, qemu_reads, writer, reader) in [
+        ("raw", false, false, false),
+        ("qcow2", false, false, false),
+        ("qcow2", true, false, true),
+    ] {
+        let file = if format == "raw" {
+            image(1 << 20)
+        } else {
+            qcow2_image()
+        };
+        let mut child = qemu_holding(file.path(), format, qemu_reads);
+        for (read_only, welcome) in [(false, writer), (true, reader)] {
+            let result = RawDisk::open(file.path(), &AnyPath, &stated(read_only));
+            let case = format!("{format}, QEMU reads: {qemu_reads}, we read: {read_only}");
+            match result {
+                Ok(_) => assert!(welcome, "{case}"),
+                Err(OpenError::InUse { .. }) => assert!(!welcome, "{case}"),
+                Err(error) => panic!("{case}: {error}"),
+            }
+        }
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        RawDisk::open(file.path(), &AnyPath, &stated(false)).unwrap();
+    }
+}
+
+#[test]
+fn direct_io_on_a_disk_of_odd_blocks_names_the_mend() {
+    let file = image(4096);
+    let options = DiskOptions {
+        cache: Cache::None,
+        ..DiskOptions::default()
+    };
+    let unit = RawDisk::open(file.path(), &AnyPath, &options)
+        .unwrap()
+        .info()
+        .logical_block;
+    file.as_file().set_len(4096 + 512).unwrap();
+    let result = RawDisk::open(file.path(), &AnyPath, &options);
+    if unit == 512 {
+        result.unwrap();
+    } else {
+        assert!(refused(file.path(), &options).contains("direct=off"));
+    }
+}
+
+#[test]
+fn a_file_system_without_direct_io_names_the_mend() {
+    struct NoDirect;
+    impl Opener for NoDirect {
+        fn open(&self, path: &Path, access: crate::Access) -> io::Result<File> {
+            if access.direct {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            AnyPath.open(path, access)
+        }
+    }
+    let file = image(4096);
+    let options = DiskOptions {
+        cache: Cache::Directsync,
+        ..DiskOptions::default()
+    };
+    let error = RawDisk::open(file.path(), &NoDirect, &options).unwrap_err();
+    assert!(error.to_string().contains("direct=off"), "{error}");
+}
+
+#[test]
+fn only_a_host_without_io_uring_makes_auto_fall_back() {
+    for code in [libc::ENOSYS, libc::EPERM, libc::ENOMEM] {
+        assert!(absent(&io::Error::from_raw_os_error(code)));
+    }
+    assert!(absent(&io::ErrorKind::Unsupported.into()));
+    assert!(!absent(&io::Error::from_raw_os_error(libc::EMFILE)));
+}
+
+#[test]
+fn options_are_named_as_in_qemu() {
+    use serde::Deserialize;
+    use serde::de::value::{Error, StrDeserializer};
+    fn parse<'a, T: Deserialize<'a>>(word: &'a str) -> Result<T, Error> {
+        T::deserialize(StrDeserializer::new(word))
+    }
+    for (word, cache) in [
+        ("none", Cache::None),
+        ("writeback", Cache::Writeback),
+        ("writethrough", Cache::Writethrough),
+        ("directsync", Cache::Directsync),
+        ("unsafe", Cache::Unsafe),
+    ] {
+        assert_eq!(parse::<Cache>(word), Ok(cache));
+    }
+    assert_eq!(parse::<Aio>("io_uring"), Ok(Aio::IoUring));
+    assert_eq!(parse::<Aio>("threads"), Ok(Aio::Threads));
+    assert_eq!(parse::<Aio>("auto"), Ok(Aio::Auto));
+    assert_eq!(parse::<Discard>("unmap"), Ok(Discard::Unmap));
+    assert_eq!(parse::<Discard>("ignore"), Ok(Discard::Ignore));
+    assert_eq!(parse::<Format>("raw"), Ok(Format::Raw));
+    assert!(parse::<Format>("qcow2").is_err());
+}

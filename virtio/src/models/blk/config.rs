@@ -1,0 +1,246 @@
+//! The configuration of a block device.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use block::{Aio, Cache, Discard, DiskOptions, RawDisk};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Blk, BlkSettings};
+use crate::device::VirtioDevice;
+use crate::models::{BuildContext, BuildError, Model, parse};
+use crate::schema::{Field, FieldKind};
+
+/// The entry in the registry.
+pub const MODEL: Model = Model {
+    kind: "blk",
+    flag: "disk",
+    about: "a disk",
+    fields: FIELDS,
+    build,
+};
+
+const FIELDS: &[Field] = &[
+    Field {
+        name: "path",
+        kind: FieldKind::Path,
+        required: true,
+        help: "the image file or block device",
+    },
+    Field {
+        name: "readonly",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "refuse writes (default off)",
+    },
+    Field {
+        name: "format",
+        kind: FieldKind::Choice(&["raw", "qcow2"]),
+        required: false,
+        help: "what the image is (default raw, if it does not look like something else)",
+    },
+    Field {
+        name: "cache",
+        kind: FieldKind::Choice(&["none", "writeback", "writethrough", "directsync", "unsafe"]),
+        required: false,
+        help: "when a write is durable, and whether the host's page cache is used (default writeback)",
+    },
+    Field {
+        name: "direct",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "bypass the host's page cache (default as cache says)",
+    },
+    Field {
+        name: "discard",
+        kind: FieldKind::Choice(&["unmap", "ignore"]),
+        required: false,
+        help: "whether a discard frees space in the image (default unmap)",
+    },
+    Field {
+        name: "aio",
+        kind: FieldKind::Choice(&["auto", "io_uring", "threads"]),
+        required: false,
+        help: "what moves the data (default auto: io_uring where the host has it)",
+    },
+    Field {
+        name: "lock",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "keep other programs from opening the image in conflict (default on)",
+    },
+    Field {
+        name: "serial",
+        kind: FieldKind::Text,
+        required: false,
+        help: "serial number, up to 20 bytes (default none)",
+    },
+    Field {
+        name: "num_queues",
+        kind: FieldKind::Number,
+        required: false,
+        help: "number of queues, 1 to 256 (default one for each vCPU, up to 4)",
+    },
+    Field {
+        name: "queue_size",
+        kind: FieldKind::Number,
+        required: false,
+        help: "entries in each queue, a power of two from 4 to 32768 (default 256)",
+    },
+];
+
+/// The configuration of a block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlkConfig {
+    /// The image file or block device.
+    pub path: PathBuf,
+    /// Refuse writes.
+    #[serde(default)]
+    pub readonly: bool,
+    /// What the image is. Without it, a file that starts like another format
+    /// is refused: a guest can write such a start into a raw disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// When a write is durable, and whether the host's page cache is used.
+    #[serde(default)]
+    pub cache: Cache,
+    /// Bypass the host's page cache or not, whatever `cache` says about that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direct: Option<bool>,
+    /// Whether a discard frees space.
+    #[serde(default = "unmap")]
+    pub discard: Discard,
+    /// What moves the data.
+    #[serde(default)]
+    pub aio: Aio,
+    /// Keep other programs, and this one, from opening the image in conflict.
+    #[serde(default = "locked")]
+    pub lock: bool,
+    /// The serial number: up to 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// How many queues, 1 to 256. By default one for each vCPU, so that vCPUs
+    /// share no lock and are interrupted where they asked; but no more than 4,
+    /// because each has a thread that competes with the vCPUs for the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// Entries in each queue: a power of two from 4 to 32768.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u16,
+}
+
+/// The formats that have a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The file's bytes are the disk's.
+    Raw,
+    /// Known, but not supported yet.
+    Qcow2,
+}
+
+fn unmap() -> Discard {
+    Discard::Unmap
+}
+
+fn locked() -> bool {
+    true
+}
+
+fn default_queue_size() -> u16 {
+    256
+}
+
+const MAX_QUEUES: u16 = 256;
+const DEFAULT_QUEUES: u16 = 4;
+/// A header, a segment and a status, to the next power of two.
+const MIN_QUEUE_SIZE: u16 = 4;
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+impl BlkConfig {
+    /// What the guest sees, on a machine with `cpus` vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Field`] when a value is out of its range.
+    pub fn settings(&self, cpus: u16) -> Result<BlkSettings, BuildError> {
+        let fail = |field, reason| Err(BuildError::Field { field, reason });
+        let num_queues = self.num_queues.unwrap_or(cpus.clamp(1, DEFAULT_QUEUES));
+        if !(1..=MAX_QUEUES).contains(&num_queues) {
+            return fail(
+                "num_queues",
+                format!("{num_queues} is not from 1 to {MAX_QUEUES}"),
+            );
+        }
+        let queue_size = self.queue_size;
+        if !queue_size.is_power_of_two() || !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&queue_size)
+        {
+            return fail(
+                "queue_size",
+                format!(
+                    "{queue_size} is not a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
+                ),
+            );
+        }
+        let mut serial = [0; 20];
+        let given = self.serial.as_deref().unwrap_or_default().as_bytes();
+        match serial.get_mut(..given.len()) {
+            Some(room) if !given.contains(&0) => room.copy_from_slice(given),
+            Some(_) => return fail("serial", "it holds a zero byte".to_owned()),
+            None => {
+                let len = given.len();
+                return fail("serial", format!("{len} bytes; a disk reports up to 20"));
+            }
+        }
+        Ok(BlkSettings {
+            num_queues,
+            queue_size,
+            serial,
+            write_through: !self.cache.writeback(),
+        })
+    }
+
+    /// How the disk is to be opened.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Field`] for a format that is not supported.
+    pub fn disk_options(&self) -> Result<DiskOptions, BuildError> {
+        let format = match self.format {
+            None => None,
+            Some(Format::Raw) => Some(block::Format::Raw),
+            Some(Format::Qcow2) => {
+                return Err(BuildError::Field {
+                    field: "format",
+                    reason: "qcow2 is not supported yet; convert the image with \
+                             'qemu-img convert -O raw' and use format=raw"
+                        .to_owned(),
+                });
+            }
+        };
+        Ok(DiskOptions {
+            read_only: self.readonly,
+            cache: self.cache,
+            direct: self.direct,
+            aio: self.aio,
+            discard: self.discard,
+            format,
+            lock: self.lock,
+        })
+    }
+}
+
+fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    let config: BlkConfig = parse(MODEL.kind, config)?;
+    let settings = config.settings(context.cpus)?;
+    let options = config.disk_options()?;
+    let disk = RawDisk::open(&config.path, &*context.opener, &options).map_err(|source| {
+        BuildError::Backend {
+            what: format!("device {}", context.id),
+            source: source.into(),
+        }
+    })?;
+    Ok(Box::new(Blk::new(&context.id, Arc::new(disk), settings)))
+}

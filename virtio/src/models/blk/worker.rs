@@ -1,0 +1,409 @@
+//! The worker of one queue of a block device.
+//!
+//! It sleeps in its [`IoQueue`] alone, which watches the doorbell too. Every
+//! request has at most one operation at the disk at a time, so that the depth
+//! of the queue bounds everything: a discard's ranges go one after the other,
+//! and a write that must be durable is followed by a flush.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
+use devices::LogLimit;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
+use crate::device::{ActivateError, StoppedQueue};
+use crate::memory::{GuestMap, GuestMemory};
+use crate::ring::{Chain, Extent, Ring, RingError, total};
+use crate::worker::{QueueWorker, Turn, Wake};
+
+/// The most requests at the disk at once. A deeper queue waits in the ring;
+/// no host device that is known gains from more.
+const MAX_DEPTH: u16 = 1024;
+
+const DOORBELL: Watch = Watch(0);
+const WAKE: Watch = Watch(1);
+
+/// What the workers of a device are given.
+#[derive(Clone)]
+pub struct Service {
+    /// The device's id, for messages.
+    pub id: String,
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// What requests are held against.
+    pub limits: Limits,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The disk makes every write durable by itself.
+    pub write_through: bool,
+    /// The driver can flush. If not, every write must be durable at once.
+    pub flushes: bool,
+    /// The configuration space's writeback field, which may change at any time.
+    pub writeback: Arc<AtomicBool>,
+}
+
+/// What a request is waiting for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Job {
+    Read,
+    Write,
+    Flush,
+    Discard,
+    Zeroes,
+    /// The flush that makes a write durable.
+    Sync,
+}
+
+/// A request at the disk. Slots are used again, with their lists' memory.
+struct Slot {
+    head: u16,
+    status_at: GuestAddress,
+    job: Job,
+    /// The memory it was parsed in; `None` when the slot is free.
+    view: Option<Arc<GuestMap>>,
+    /// Where the data of a read goes.
+    data: Vec<Extent>,
+    /// What is left of a discard or write-zeroes, last first.
+    ranges: Vec<Range>,
+}
+
+/// Serves one queue.
+pub struct Worker {
+    service: Service,
+    ring: Ring,
+    io: Box<dyn IoQueue>,
+    wake: Wake,
+    depth: usize,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    chain: Chain,
+    ranges: Vec<Range>,
+    pieces: Vec<IoVec>,
+    completed: Vec<Completed>,
+    log: LogLimit,
+}
+
+impl Worker {
+    /// Opens the worker's path to the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ActivateError`] when the host lacks resources.
+    pub fn new(service: Service, ring: Ring, wake: &Wake) -> Result<Self, ActivateError> {
+        let failed = |error: &dyn std::fmt::Display| ActivateError {
+            what: "a disk queue",
+            reason: error.to_string(),
+        };
+        let depth = ring.size().min(MAX_DEPTH);
+        let mut io = service.disk.queue(depth.into()).map_err(|e| failed(&e))?;
+        io.watch(ring.doorbell(), DOORBELL)
+            .and_then(|()| io.watch(wake.fd(), WAKE))
+            .map_err(|e| failed(&e))?;
+        Ok(Self {
+            service,
+            ring,
+            io,
+            wake: wake.clone(),
+            depth: depth.into(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            chain: Chain::default(),
+            ranges: Vec::new(),
+            pieces: Vec::new(),
+            completed: Vec::new(),
+            log: LogLimit::new(),
+        })
+    }
+
+    /// Takes new requests: at most one ring full, and no more than the disk
+    /// is to have at once. `true` when there may be more to take right now.
+    fn serve(&mut self, view: &Arc<GuestMap>) -> Result<bool, RingError> {
+        self.ring.quiet(view)?;
+        for _ in 0..self.ring.size() {
+            if self.in_flight() >= self.depth {
+                return Ok(false);
+            }
+            if !self.ring.take(view, &mut self.chain)? {
+                return Ok(false);
+            }
+            self.begin(view)?;
+        }
+        Ok(true)
+    }
+
+    /// Begins what the chain asks for, or answers it at once.
+    fn begin(&mut self, view: &Arc<GuestMap>) -> Result<(), RingError> {
+        let head = self.chain.head;
+        let limits = &self.service.limits;
+        let parsed = parse(view, &mut self.chain, limits, &mut self.ranges);
+        let Some(Parsed { status_at, ask }) = parsed else {
+            return self.ring.complete(view, head, 0);
+        };
+        match ask.and_then(|ask| self.first_step(view, ask)) {
+            Ok(Step::Disk(job, op, offset, buffers)) => {
+                let token = self.occupy(view, status_at, job);
+                self.push(token, op, offset, buffers);
+                Ok(())
+            }
+            Ok(Step::Answer(written)) => {
+                let written = put_status(view, status_at, Status::Ok, written);
+                self.ring.complete(view, head, written)
+            }
+            Err(status) => {
+                let written = put_status(view, status_at, status, 0);
+                self.ring.complete(view, head, written)
+            }
+        }
+    }
+
+    /// What there is to do first for the chain that was just parsed.
+    fn first_step(&mut self, view: &Arc<GuestMap>, ask: Ask) -> Result<Step, Status> {
+        let (job, op, offset, data) = match ask {
+            Ask::Answered(written) => return Ok(Step::Answer(written)),
+            Ask::Read(offset) => (Job::Read, Op::Read, offset, &self.chain.writable),
+            Ask::Write(offset) => (Job::Write, Op::Write, offset, &self.chain.readable),
+            Ask::Flush => return Ok(Step::Disk(Job::Flush, Op::Flush, 0, Buffers::none())),
+            Ask::Discard | Ask::Zeroes => {
+                let discard = ask == Ask::Discard;
+                let job = if discard { Job::Discard } else { Job::Zeroes };
+                self.ranges.reverse();
+                let first = self.ranges.pop();
+                return Ok(first.map_or(Step::Answer(0), |range| {
+                    Step::Disk(job, range_op(job, range), range.offset, Buffers::none())
+                }));
+            }
+        };
+        if data.is_empty() {
+            return Ok(Step::Answer(0));
+        }
+        let buffers = buffers(view, data, &mut self.pieces).ok_or(Status::IoErr)?;
+        Ok(Step::Disk(job, op, offset, buffers))
+    }
+
+    /// Puts the chain that was just parsed into a slot.
+    fn occupy(&mut self, view: &Arc<GuestMap>, status_at: GuestAddress, job: Job) -> usize {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.head = self.chain.head;
+            slot.status_at = status_at;
+            slot.job = job;
+            slot.view = Some(Arc::clone(view));
+            std::mem::swap(&mut slot.ranges, &mut self.ranges);
+            if job == Job::Read {
+                std::mem::swap(&mut slot.data, &mut self.chain.writable);
+            }
+        }
+        index
+    }
+
+    fn push(&mut self, slot: usize, op: Op, offset: u64, buffers: Buffers) {
+        self.io.push(Request {
+            token: slot as Token,
+            op,
+            offset,
+            buffers,
+        });
+    }
+
+    /// Goes on with a request of which one operation has ended.
+    fn advance(
+        &mut self,
+        view: &GuestMap,
+        token: Token,
+        result: io::Result<()>,
+    ) -> Result<(), RingError> {
+        let index = usize::try_from(token).unwrap_or(usize::MAX);
+        let Some(slot) = self.slots.get_mut(index) else {
+            return Ok(());
+        };
+        let Some(slot_view) = slot.view.clone() else {
+            return Ok(());
+        };
+        let job = slot.job;
+        if job == Job::Read {
+            // A read that failed may have written some of its data.
+            mark_dirty(&slot_view, &slot.data);
+        }
+        let (status, written) = match result {
+            Err(error) => {
+                self.report(job, &error);
+                (failure(&error), 0)
+            }
+            Ok(()) => {
+                if let Some(range) = slot.ranges.pop() {
+                    self.push(index, range_op(job, range), range.offset, Buffers::none());
+                    return Ok(());
+                }
+                if matches!(job, Job::Write | Job::Zeroes) && self.service.must_sync() {
+                    slot.job = Job::Sync;
+                    self.push(index, Op::Flush, 0, Buffers::none());
+                    return Ok(());
+                }
+                (Status::Ok, u32::try_from(total(&slot.data)).unwrap_or(0))
+            }
+        };
+        self.end(view, index, &slot_view, status, written)
+    }
+
+    /// Tells the driver how a request ended, and frees its slot.
+    fn end(
+        &mut self,
+        view: &GuestMap,
+        index: usize,
+        slot_view: &GuestMap,
+        status: Status,
+        written: u32,
+    ) -> Result<(), RingError> {
+        let Some(slot) = self.slots.get_mut(index) else {
+            return Ok(());
+        };
+        let head = slot.head;
+        let written = put_status(slot_view, slot.status_at, status, written);
+        slot.release();
+        self.free.push(index);
+        self.ring.complete(view, head, written)
+    }
+
+    fn report(&self, job: Job, error: &io::Error) {
+        if let Some(suppressed) = self.log.allow() {
+            tracing::warn!(
+                device = %self.service.id,
+                request = ?job,
+                %error,
+                suppressed,
+                "a disk request failed",
+            );
+        }
+    }
+
+    /// Does what the disk and the descriptors have reported.
+    fn collect(&mut self, view: &GuestMap) -> Result<(), RingError> {
+        let mut completed = std::mem::take(&mut self.completed);
+        let mut outcome = Ok(());
+        for event in completed.drain(..) {
+            match event {
+                Completed::Watch(DOORBELL) => self.ring.silence(),
+                Completed::Watch(_) => self.wake.reset(),
+                Completed::Request { token, result, .. } => {
+                    outcome = outcome.and(self.advance(view, token, result));
+                }
+            }
+        }
+        self.completed = completed;
+        outcome.and_then(|()| self.ring.notify(view))
+    }
+}
+
+/// The first thing to do for a request.
+enum Step {
+    /// An operation at the disk.
+    Disk(Job, Op, u64, Buffers),
+    /// Success, with this many bytes of data given to the driver.
+    Answer(u32),
+}
+
+impl Service {
+    /// Whether a write that has ended must be made durable before the driver
+    /// learns of it (Virtio 1.2, 5.2.6.2). Asked when the write has ended: a
+    /// driver that wants it has kept writeback at 0 all the while.
+    fn must_sync(&self) -> bool {
+        !self.write_through && (!self.flushes || !self.writeback.load(Ordering::Acquire))
+    }
+}
+
+impl Slot {
+    fn release(&mut self) {
+        self.view = None;
+        self.data.clear();
+        self.ranges.clear();
+    }
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        Self {
+            head: 0,
+            status_at: GuestAddress(0),
+            job: Job::Flush,
+            view: None,
+            data: Vec::new(),
+            ranges: Vec::new(),
+        }
+    }
+}
+
+fn range_op(job: Job, range: Range) -> Op {
+    let Range { len, unmap, .. } = range;
+    match job {
+        Job::Discard => Op::Discard { len },
+        _ => Op::WriteZeroes {
+            len,
+            may_unmap: unmap,
+        },
+    }
+}
+
+fn failure(error: &io::Error) -> Status {
+    match error.kind() {
+        io::ErrorKind::Unsupported => Status::Unsupported,
+        _ => Status::IoErr,
+    }
+}
+
+/// Writes the status and returns how many bytes the driver has been given.
+fn put_status(view: &GuestMap, at: GuestAddress, status: Status, written: u32) -> u32 {
+    match view.write_obj(status.byte(), at) {
+        Ok(()) => written.saturating_add(1),
+        Err(_) => written,
+    }
+}
+
+impl QueueWorker for Worker {
+    fn turn(&mut self, serve: bool) -> Turn {
+        let mut timeout = None;
+        if serve && !self.ring.failed() {
+            let view = self.service.memory.memory().into_inner();
+            let served = self.serve(&view);
+            match served.and_then(|more| self.ring.notify(&view).map(|()| more)) {
+                Ok(true) => timeout = Some(Duration::ZERO),
+                Ok(false) => {}
+                Err(error) => self.ring.fail(&error),
+            }
+        }
+        if let Err(error) = self.io.wait(timeout, &mut self.completed) {
+            tracing::error!(device = %self.service.id, %error, "the disk's I/O engine is broken");
+            self.ring.fail(&error);
+            return Turn::Halt;
+        }
+        let view = self.service.memory.memory();
+        if let Err(error) = self.collect(&view) {
+            self.ring.fail(&error);
+        }
+        Turn::Again
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len().saturating_sub(self.free.len())
+    }
+
+    fn finish(self) -> Vec<StoppedQueue> {
+        let Self {
+            ring, io, slots, ..
+        } = self;
+        // Until here the host may still write what was to be read.
+        drop(io);
+        let unfinished = slots.iter().filter_map(|slot| {
+            let view = slot.view.as_ref()?;
+            mark_dirty(view, &slot.data);
+            Some(slot.head)
+        });
+        vec![ring.stop(unfinished.collect::<Vec<_>>())]
+    }
+}

@@ -1,0 +1,490 @@
+//! A queue in the hands of its worker: chains out, used buffers back,
+//! interrupts once per batch.
+//!
+//! [`Ring`] wraps the split virtqueue (Virtio 1.2, section 2.7) that a model
+//! was activated with. Its owner does, in a loop:
+//!
+//! 1. [`Ring::quiet`], then [`Ring::take`] until it answers `false`: the ring
+//!    was empty and the driver will kick from now on;
+//! 2. [`Ring::complete`] for every chain that is done, in any order;
+//! 3. [`Ring::notify`] once, which interrupts the driver if it wants that;
+//! 4. sleep until the doorbell rings ([`Ring::doorbell`]).
+//!
+//! Nothing that the driver put into memory is believed. A chain that breaks
+//! the rules of the queue itself is a [`RingError`]: the owner calls
+//! [`Ring::fail`], the device shows NEEDS_RESET, and the ring is not touched
+//! any more. What a chain's bytes mean, and whether its buffers are memory,
+//! is the model's to judge.
+
+use std::collections::VecDeque;
+use std::error::Error;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_ALIGN_SIZE,
+};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::device::{ActiveQueue, Notifier, StoppedQueue};
+use crate::memory::GuestMap;
+
+/// The most descriptors in one chain. A system call takes 1024 pieces of
+/// memory (`UIO_MAXIOV`); two more are a header and a status. A driver keeps
+/// to the limits that the configuration space states, which are below.
+pub const MAX_CHAIN: u16 = 1026;
+
+/// How the driver broke the rules of a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// The rings' addresses or indexes are unusable.
+    #[error("queue {queue}: {what} failed")]
+    Rings {
+        /// The queue's index.
+        queue: u16,
+        /// What was being done.
+        what: &'static str,
+        /// The reason.
+        #[source]
+        source: virtio_queue::Error,
+    },
+    /// Entries are announced in the available ring that cannot be read.
+    #[error("queue {queue}: the available ring announces entries that cannot be read")]
+    Available {
+        /// The queue's index.
+        queue: u16,
+    },
+    /// A chain names a descriptor past the end of its table.
+    #[error("queue {queue}: descriptor {index} is not in a table of {size}")]
+    Index {
+        /// The queue's index.
+        queue: u16,
+        /// The descriptor's index.
+        index: u16,
+        /// How many descriptors the table has.
+        size: u16,
+    },
+    /// A descriptor table lies outside memory.
+    #[error("queue {queue}: no memory at {address:#x} for a descriptor")]
+    Table {
+        /// The queue's index.
+        queue: u16,
+        /// The guest-physical address of the descriptor.
+        address: u64,
+    },
+    /// A chain has too many descriptors, or loops.
+    #[error("queue {queue}: the chain at {head} loops or has more than {MAX_CHAIN} descriptors")]
+    Length {
+        /// The queue's index.
+        queue: u16,
+        /// The chain's head.
+        head: u16,
+    },
+    /// A chain describes more than 2^32 - 1 bytes.
+    #[error("queue {queue}: the chain at {head} describes 4 GiB or more")]
+    Bytes {
+        /// The queue's index.
+        queue: u16,
+        /// The chain's head.
+        head: u16,
+    },
+    /// An indirect descriptor that was not negotiated, is nested, has a next
+    /// descriptor, or whose table has no sensible size.
+    #[error("queue {queue}: the indirect descriptor in the chain at {head} {what}")]
+    Indirect {
+        /// The queue's index.
+        queue: u16,
+        /// The chain's head.
+        head: u16,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+}
+
+/// A piece of guest memory as a descriptor states it: not checked to exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The guest-physical address of the first byte.
+    pub addr: GuestAddress,
+    /// Length in bytes, not 0.
+    pub len: u32,
+}
+
+/// The total length of `extents` in bytes.
+#[must_use]
+pub fn total(extents: &[Extent]) -> u64 {
+    extents.iter().map(|e| u64::from(e.len)).sum()
+}
+
+/// Copies the first bytes of `extents` into `into` and takes them off the
+/// list. `false`, with the list as it was, when they are too few or not memory.
+#[must_use]
+pub fn take_front(view: &GuestMap, extents: &mut Vec<Extent>, into: &mut [u8]) -> bool {
+    let mut filled = 0;
+    let mut used = 0;
+    while filled < into.len() {
+        let Some(extent) = extents.get(used) else {
+            return false;
+        };
+        let rest = into.get_mut(filled..).unwrap_or_default();
+        let whole = usize::try_from(extent.len).unwrap_or(usize::MAX);
+        let part = whole.min(rest.len());
+        let rest = rest.get_mut(..part).unwrap_or_default();
+        if view.read_slice(rest, extent.addr).is_err() {
+            return false;
+        }
+        filled += part;
+        if part < whole {
+            break;
+        }
+        used += 1;
+    }
+    let before: usize = extents
+        .iter()
+        .take(used)
+        .map(|e| usize::try_from(e.len).unwrap_or(usize::MAX))
+        .sum();
+    extents.drain(..used);
+    if let (Some(first), Ok(cut)) = (extents.first_mut(), u32::try_from(into.len() - before))
+        && cut > 0
+    {
+        // The bytes were just read, so the address does not wrap.
+        first.addr = GuestAddress(first.addr.0.saturating_add(u64::from(cut)));
+        first.len = first.len.saturating_sub(cut);
+    }
+    true
+}
+
+/// Copies `from` into the first bytes of `extents`, as far as they reach and
+/// are memory, and returns how many bytes that was.
+#[must_use]
+pub fn fill_front(view: &GuestMap, extents: &[Extent], mut from: &[u8]) -> u32 {
+    let mut written = 0;
+    for extent in extents {
+        let len = usize::try_from(extent.len).unwrap_or(usize::MAX);
+        let (part, rest) = from.split_at(len.min(from.len()));
+        if part.is_empty() || view.write_slice(part, extent.addr).is_err() {
+            break;
+        }
+        written += u32::try_from(part.len()).unwrap_or(0);
+        from = rest;
+    }
+    written
+}
+
+/// Takes the last byte off the list and returns where it is; `None` when the
+/// list is empty or the address wraps.
+#[must_use]
+pub fn take_last_byte(extents: &mut Vec<Extent>) -> Option<GuestAddress> {
+    let last = extents.last_mut()?;
+    let shorter = last.len.checked_sub(1)?;
+    let addr = last.addr.checked_add(u64::from(shorter))?;
+    last.len = shorter;
+    if shorter == 0 {
+        extents.pop();
+    }
+    Some(addr)
+}
+
+/// A chain of descriptors, taken from the available ring. Empty descriptors
+/// are left out. Made once and filled again for every chain.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// What [`Ring::complete`] wants back.
+    pub head: u16,
+    /// What the device may read, in order.
+    pub readable: Vec<Extent>,
+    /// What the device may write, in order.
+    pub writable: Vec<Extent>,
+    /// All readable descriptors come before all writable ones, as they must
+    /// (Virtio 1.2, 2.7.4.2).
+    pub ordered: bool,
+}
+
+/// One queue, owned by the worker that serves it.
+pub struct Ring {
+    index: u16,
+    queue: Queue,
+    kick: File,
+    parked: VecDeque<u16>,
+    notifier: Arc<dyn Notifier>,
+    indirect: bool,
+    unannounced: bool,
+    failed: bool,
+}
+
+impl Ring {
+    /// Takes over an activated queue. `features` are the ones the driver accepted.
+    #[must_use]
+    pub fn new(active: ActiveQueue, features: u64, notifier: Arc<dyn Notifier>) -> Self {
+        let ActiveQueue {
+            index,
+            queue,
+            kick,
+            parked,
+        } = active;
+        Self {
+            index,
+            queue,
+            kick: File::from(kick),
+            parked: parked.into(),
+            notifier,
+            indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            unannounced: false,
+            failed: false,
+        }
+    }
+
+    /// Gives the queue back. `in_flight` are heads that were taken and could
+    /// not be completed; they go before those that were never taken.
+    #[must_use]
+    pub fn stop(self, in_flight: impl IntoIterator<Item = u16>) -> StoppedQueue {
+        StoppedQueue {
+            index: self.index,
+            queue: self.queue,
+            kick: OwnedFd::from(self.kick),
+            parked: in_flight.into_iter().chain(self.parked).collect(),
+        }
+    }
+
+    /// The size that the driver chose: an honest one never has more chains
+    /// with the device.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Whether the driver broke the queue; then nothing below does anything.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Leaves the queue alone from now on and says why (NEEDS_RESET).
+    pub fn fail(&mut self, why: &dyn Error) {
+        if !self.failed {
+            self.failed = true;
+            let mut reason = why.to_string();
+            let mut cause = why.source();
+            while let Some(deeper) = cause {
+                reason = format!("{reason}: {deeper}");
+                cause = deeper.source();
+            }
+            self.notifier.needs_reset(&reason);
+        }
+    }
+
+    /// Becomes readable when the driver kicks; [`Ring::silence`] resets it.
+    #[must_use]
+    pub fn doorbell(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    /// Resets the doorbell, after it was seen to be readable.
+    pub fn silence(&mut self) {
+        // Nobody else reads, so this neither waits nor fails; and a doorbell
+        // that rings on only costs a look at the ring.
+        let _ = self.kick.read(&mut [0; 8]);
+    }
+
+    /// Asks the driver not to kick while the ring is being worked through.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Rings`] when the used ring is not memory.
+    pub fn quiet(&mut self, view: &GuestMap) -> Result<(), RingError> {
+        self.queue
+            .disable_notification(view)
+            .map_err(|e| rings(self.index, "suppressing kicks", e))
+    }
+
+    /// Takes the next chain into `chain`: parked ones first. `false` when
+    /// there is none; the driver then kicks for the next one.
+    ///
+    /// # Errors
+    ///
+    /// Any [`RingError`].
+    pub fn take(&mut self, view: &GuestMap, chain: &mut Chain) -> Result<bool, RingError> {
+        // An entry may arrive between the look and the re-enabling of kicks,
+        // once. If it still cannot be had it is not readable at all.
+        for _ in 0..2 {
+            if let Some(head) = self.pop(view)? {
+                self.walk(view, head, chain)?;
+                return Ok(true);
+            }
+            let more = self.queue.enable_notification(view);
+            if !more.map_err(|e| rings(self.index, "asking for kicks", e))? {
+                return Ok(false);
+            }
+            self.quiet(view)?;
+        }
+        Err(RingError::Available { queue: self.index })
+    }
+
+    /// Hands the chain with this head back; `written` bytes of its writable
+    /// part, from its start, have been filled.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Rings`] when the used ring is not memory.
+    pub fn complete(&mut self, view: &GuestMap, head: u16, written: u32) -> Result<(), RingError> {
+        if self.failed {
+            return Ok(());
+        }
+        self.unannounced = true;
+        self.queue
+            .add_used(view, head, written)
+            .map_err(|e| rings(self.index, "returning a chain", e))
+    }
+
+    /// Interrupts the driver if anything was completed since the last call
+    /// and the driver wants to know.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Rings`] when the available ring is not memory.
+    pub fn notify(&mut self, view: &GuestMap) -> Result<(), RingError> {
+        if self.failed || !std::mem::take(&mut self.unannounced) {
+            return Ok(());
+        }
+        let wanted = self.queue.needs_notification(view);
+        if wanted.map_err(|e| rings(self.index, "reading the used event", e))?
+            && !self.interrupts_refused(view)
+        {
+            self.notifier.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// The flag that drivers without EVENT_IDX use (Virtio 1.2, 2.7.7).
+    fn interrupts_refused(&self, view: &GuestMap) -> bool {
+        let flags = GuestAddress(self.queue.avail_ring());
+        !self.queue.event_idx_enabled()
+            && view
+                .load(flags, Ordering::Relaxed)
+                .is_ok_and(|flags: u16| u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+    }
+
+    fn pop(&mut self, view: &GuestMap) -> Result<Option<u16>, RingError> {
+        if let Some(head) = self.parked.pop_front() {
+            return Ok(Some(head));
+        }
+        let chains = self.queue.iter(view);
+        let next = chains.map_err(|e| rings(self.index, "reading the available ring", e))?;
+        Ok({ next }.next().map(|chain| chain.head_index()))
+    }
+
+    /// Reads the chain at `head`. Every rule of Virtio 1.2, 2.7.5 that a
+    /// driver can break ends here.
+    fn walk(&self, view: &GuestMap, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.head = head;
+        chain.readable.clear();
+        chain.writable.clear();
+        chain.ordered = true;
+        let mut table = GuestAddress(self.queue.desc_table());
+        let mut size = self.queue.size();
+        let mut index = head;
+        let mut nested = false;
+        let mut bytes = 0_u32;
+        for _ in 0..MAX_CHAIN {
+            let descriptor = self.descriptor(view, table, size, index)?;
+            if descriptor.refers_to_indirect_table() {
+                size = self.indirect_size(head, &descriptor, nested)?;
+                table = descriptor.addr();
+                index = 0;
+                nested = true;
+                continue;
+            }
+            let extent = Extent {
+                addr: descriptor.addr(),
+                len: descriptor.len(),
+            };
+            bytes = bytes.checked_add(extent.len).ok_or(RingError::Bytes {
+                queue: self.index,
+                head,
+            })?;
+            if descriptor.is_write_only() {
+                if extent.len > 0 {
+                    chain.writable.push(extent);
+                }
+            } else if extent.len > 0 {
+                chain.ordered &= chain.writable.is_empty();
+                chain.readable.push(extent);
+            }
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+        Err(RingError::Length {
+            queue: self.index,
+            head,
+        })
+    }
+
+    fn descriptor(
+        &self,
+        view: &GuestMap,
+        table: GuestAddress,
+        size: u16,
+        index: u16,
+    ) -> Result<Descriptor, RingError> {
+        if index >= size {
+            return Err(RingError::Index {
+                queue: self.index,
+                index,
+                size,
+            });
+        }
+        let offset = u64::from(VRING_DESC_ALIGN_SIZE) * u64::from(index);
+        table
+            .checked_add(offset)
+            .and_then(|addr| view.read_obj(addr).ok())
+            .ok_or(RingError::Table {
+                queue: self.index,
+                address: table.0.wrapping_add(offset),
+            })
+    }
+
+    fn indirect_size(
+        &self,
+        head: u16,
+        descriptor: &Descriptor,
+        nested: bool,
+    ) -> Result<u16, RingError> {
+        let entries = descriptor.len() / VRING_DESC_ALIGN_SIZE;
+        let what = if !self.indirect {
+            "was not negotiated"
+        } else if nested {
+            "lies in an indirect table"
+        } else if descriptor.has_next() {
+            "has a next descriptor"
+        } else if entries == 0 || !descriptor.len().is_multiple_of(VRING_DESC_ALIGN_SIZE) {
+            "has a table of no whole entries"
+        } else {
+            // Entries past the longest chain are out of reach anyway.
+            return Ok(u16::try_from(entries).unwrap_or(u16::MAX));
+        };
+        Err(RingError::Indirect {
+            queue: self.index,
+            head,
+            what,
+        })
+    }
+}
+
+fn rings(queue: u16, what: &'static str, source: virtio_queue::Error) -> RingError {
+    RingError::Rings {
+        queue,
+        what,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests;

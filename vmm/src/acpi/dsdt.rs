@@ -1,0 +1,320 @@
+//! The DSDT: the namespace of devices.
+//!
+//! Devices are described as they are: a system that believes the table needs
+//! no probing. `_STA` is left out everywhere, which says present and working
+//! (ACPI 6.5, section 6.3.7). The PCI bus has no `_PRT`: functions signal by
+//! message alone and have no interrupt pins.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
+    Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
+    Memory32Fixed, Method, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path,
+    ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+
+use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, address32};
+use super::{AcpiConfig, AcpiError};
+use crate::layout::memory::{ECAM_LEN, ECAM_START};
+use crate::layout::{ged_event, gsi, port};
+
+/// Integers have 64 bits from this revision on (section 5.2.11.1).
+const DSDT_REVISION: u8 = 2;
+const HEADER_LEN: u32 = 36;
+
+/// For S5 (section 7.4.2.5): the value of the sleep control register's SLP_TYP field.
+const S5_SLEEP_TYPE: u8 = 5;
+/// What a control-method power button notifies (section 5.6.6, table 5.167).
+const NOTIFY_PRESSED: u8 = 0x80;
+
+/// `_OSC` of a PCI host bridge (PCI Firmware Specification 3.3, section 4.5.1).
+const PCI_OSC_UUID: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
+/// What is the system's to control: PME, AER, the capability structure, LTR. Not
+/// native hot plug, PCI Express or SHPC, for which there is no hardware.
+const PCI_OSC_GRANTED: u8 = 0b11_1100;
+/// Status bits of `_OSC`'s first word (section 6.2.11.2).
+const OSC_UNKNOWN_UUID: u8 = 1 << 2;
+const OSC_UNKNOWN_REVISION: u8 = 1 << 3;
+const OSC_MASKED: u8 = 1 << 4;
+
+/// The table's bytes, header included.
+pub(super) fn dsdt(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
+    let mut devices = pci_bus(config)?;
+    devices.extend(motherboard());
+    devices.extend(event_device());
+    devices.extend(keyboard_and_mouse());
+    devices.extend(clock());
+    if config.serial {
+        devices.extend(serial());
+    }
+    if config.pvpanic {
+        devices.extend(pvpanic());
+    }
+    devices.extend(processors(config.cpus));
+
+    let mut body = Scope::raw("\\_SB_".into(), devices);
+    let s5 = Package::new(vec![&S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO]);
+    Name::new("\\_S5_".into(), &s5).to_aml_bytes(&mut body);
+
+    let mut table = Sdt::new(
+        *b"DSDT",
+        HEADER_LEN,
+        DSDT_REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
+    table.append_slice(&body);
+    Ok(table.as_slice().to_vec())
+}
+
+fn device(name: &str, children: Vec<&dyn Aml>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Device::new(name.into(), children).to_aml_bytes(&mut bytes);
+    bytes
+}
+
+/// Ports `first` to `first + len - 1`.
+fn ports(first: u16, len: u8) -> IO {
+    IO::new(first, first, 1, len)
+}
+
+/// A pin of the I/O APIC: edge-triggered, active high, not shared.
+fn interrupt(pin: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, pin)
+}
+
+/// A device with a plug-and-play id and resources that are fixed.
+fn fixed_device(name: &str, id: &str, resources: Vec<&dyn Aml>) -> Vec<u8> {
+    device(
+        name,
+        vec![
+            &Name::new("_HID".into(), &EISAName::new(id)),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+        ],
+    )
+}
+
+/// Processors are devices (section 8.4); `_UID` is the one in the MADT.
+fn processors(cpus: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for id in 0..cpus {
+        bytes.extend(device(
+            &format!("C{id:03X}"),
+            vec![
+                &Name::new("_HID".into(), &"ACPI0007"),
+                &Name::new("_UID".into(), &id),
+            ],
+        ));
+    }
+    bytes
+}
+
+/// The host bridge (PCI Firmware Specification 3.3, section 4.3): bus 0, the
+/// configuration ports, and the windows for base addresses. There is no I/O
+/// window, since no function has I/O ports.
+fn pci_bus(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
+    let bus = AddressSpace::<u16>::new_bus_number(0, 0);
+    let ports = ports(port::PCI_CONFIG, 8);
+    let last = config.pci_mmio32.last(32)?;
+    let window32 = AddressSpace::<u32>::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        address32(config.pci_mmio32.start),
+        address32(last),
+        None,
+    );
+    let window64 = match config.pci_mmio64 {
+        Some(window) => Some(AddressSpace::<u64>::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            window.start,
+            window.last(64)?,
+            None,
+        )),
+        None => None,
+    };
+    let mut resources: Vec<&dyn Aml> = vec![&bus, &ports, &window32];
+    if let Some(window) = &window64 {
+        resources.push(window);
+    }
+    Ok(device(
+        "PCI0",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_BBN".into(), &ZERO),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+            &pci_osc(),
+        ],
+    ))
+}
+
+/// `_OSC`: Arg0 is the UUID, Arg1 the revision, Arg3 a buffer of status,
+/// support and control words, returned with what is granted.
+fn pci_osc() -> Raw {
+    let (status, control) = (Path::new("CDW1"), Path::new("CDW3"));
+    let granted = Local(0);
+    let mut method = Raw::default();
+    method.add(&Method::new(
+        "_OSC".into(),
+        4,
+        true,
+        vec![
+            &CreateDWordField::new(&status, &Arg(3), &ZERO),
+            &If::new(
+                &Equal::new(&Arg(0), &Uuid::new(PCI_OSC_UUID)),
+                vec![
+                    &CreateDWordField::new(&control, &Arg(3), &8u8),
+                    &And::new(&granted, &control, &PCI_OSC_GRANTED),
+                    &If::new(
+                        &NotEqual::new(&Arg(1), &ONE),
+                        vec![&Or::new(&status, &status, &OSC_UNKNOWN_REVISION)],
+                    ),
+                    &If::new(
+                        &NotEqual::new(&control, &granted),
+                        vec![&Or::new(&status, &status, &OSC_MASKED)],
+                    ),
+                    &Store::new(&control, &granted),
+                ],
+            ),
+            &Else::new(vec![&Or::new(&status, &status, &OSC_UNKNOWN_UUID)]),
+            &Return::new(&Arg(3)),
+        ],
+    ));
+    method
+}
+
+/// AML that was encoded before.
+#[derive(Default)]
+struct Raw(Vec<u8>);
+
+impl Raw {
+    fn add(&mut self, aml: &dyn Aml) {
+        aml.to_aml_bytes(&mut self.0);
+    }
+}
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// Reserves what no other device claims: the ECAM (PCI Firmware Specification
+/// 3.3, section 4.1.2, asks for that), and the
+/// ports of sleep, events and debugging. The event device cannot claim its own: its
+/// resources are interrupts only.
+fn motherboard() -> Vec<u8> {
+    fixed_device(
+        "MBRD",
+        "PNP0C02",
+        vec![
+            &Memory32Fixed::new(true, address32(ECAM_START), address32(ECAM_LEN)),
+            &ports(port::DEBUGCON, 1),
+            &ports(port::SLEEP_CONTROL, 2),
+            &ports(port::GED_EVENTS, 4),
+        ],
+    )
+}
+
+/// The generic event device (section 5.6.9) and what it tells of: the power
+/// button (section 4.8.3.2.2). `_EVT` reads the pending events, which clears them.
+fn event_device() -> Vec<u8> {
+    let pending = Local(0);
+    let register = Path::new("GEVT");
+    let mut bytes = device(
+        "PWRB",
+        vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
+    );
+    bytes.extend(device(
+        "GED_",
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&interrupt(gsi::GED)]),
+            ),
+            &OpRegion::new(
+                "GEDR".into(),
+                OpRegionSpace::SystemIO,
+                &port::GED_EVENTS,
+                &4u8,
+            ),
+            &Field::new(
+                "GEDR".into(),
+                FieldAccessType::DWord,
+                FieldLockRule::NoLock,
+                FieldUpdateRule::WriteAsZeroes,
+                vec![FieldEntry::Named(*b"GEVT", 32)],
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![
+                    &Store::new(&pending, &register),
+                    &If::new(
+                        &And::new(&ZERO, &pending, &ged_event::POWER_BUTTON),
+                        vec![&Notify::new(&Path::new("PWRB"), &NOTIFY_PRESSED)],
+                    ),
+                ],
+            ),
+        ],
+    ));
+    bytes
+}
+
+/// The i8042: a keyboard, which owns the ports, and a mouse.
+fn keyboard_and_mouse() -> Vec<u8> {
+    let mut bytes = fixed_device(
+        "KBD_",
+        "PNP0303",
+        vec![
+            &ports(port::I8042, 1),
+            &ports(port::I8042 + 4, 1),
+            &interrupt(gsi::KEYBOARD),
+        ],
+    );
+    bytes.extend(fixed_device(
+        "MOUS",
+        "PNP0F13",
+        vec![&interrupt(gsi::MOUSE)],
+    ));
+    bytes
+}
+
+/// The real-time clock.
+fn clock() -> Vec<u8> {
+    fixed_device(
+        "RTC_",
+        "PNP0B00",
+        vec![&ports(port::RTC, 2), &interrupt(gsi::RTC)],
+    )
+}
+
+/// COM1, a 16550A.
+fn serial() -> Vec<u8> {
+    fixed_device(
+        "COM1",
+        "PNP0501",
+        vec![&ports(port::COM1, 8), &interrupt(gsi::COM1)],
+    )
+}
+
+/// pvpanic, by which the guest tells that it crashed (QEMU's `docs/specs/pvpanic.rst`).
+fn pvpanic() -> Vec<u8> {
+    device(
+        "PEVT",
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&ports(port::PVPANIC, 1)]),
+            ),
+        ],
+    )
+}

@@ -1,0 +1,289 @@
+//! The command line of `vireo`.
+//!
+//! The verbs and the machine's own flags are declared as structs; a flag for
+//! each device model is added from the registry. Text becomes plain
+//! arguments, those become a [`crate::config::VmConfig`] that keeps all rules, and only
+//! then is anything opened.
+//!
+//! # Exit codes
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done; the guest powered itself off or was stopped |
+//! | 1 | failure |
+//! | 2 | wrong usage: nothing was done |
+//! | 3 | the guest's kernel panicked |
+//! | 4 | the guest's processor shut down (triple fault) |
+//! | 5 | KVM could not go on |
+//!
+//! A failure is one line on standard error, "vireo: what failed: why: mend".
+
+mod documents;
+mod log;
+mod message;
+mod run;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use api::ExitReason;
+use clap::error::ErrorKind;
+use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use virtio::models::{MODELS, Model};
+
+use crate::opener::Opener;
+
+/// Failure of what was asked.
+const FAILURE: u8 = 1;
+/// Wrong usage.
+const USAGE: u8 = 2;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; the guest powered itself off or was stopped
+  1  failure
+  2  wrong usage: nothing was done
+  3  the guest's kernel panicked
+  4  the guest's processor shut down (triple fault)
+  5  KVM could not go on with the guest";
+
+const EXAMPLES: &str = "\
+Examples:
+  vireo doctor
+      See what this machine offers and lacks.
+  vireo run --kernel vmlinuz --initramfs initrd.img
+      Boot a kernel with a console on this terminal; Ctrl-a x leaves.
+  vireo run --help
+      Every flag of a machine.";
+
+/// A virtual machine monitor for Linux KVM: one process runs one machine.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vireo",
+    version,
+    max_term_width = 100,
+    propagate_version = true,
+    after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}")
+)]
+struct Cli {
+    /// Log more: -v information, -vv debugging, -vvv everything.
+    ///
+    /// The log goes to standard error. Without this flag the variable VIREO_LOG gives a level
+    /// (error, warn, info, debug, trace) or a filter such as 'warn,vmm=debug'.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Boot a machine and run it until it ends
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", run::EXAMPLES))]
+    Run(Box<run::RunArgs>),
+    /// Show what this host offers and lacks, each with its mend
+    ///
+    /// The exit code is 0 where machines can run, and 1 where not.
+    #[command(after_help = DOCTOR_EXAMPLES)]
+    Doctor(DoctorArgs),
+    /// Print the completions of a shell
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true, after_help = MAN_EXAMPLES)]
+    Man {
+        /// An existing directory
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+}
+
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  vireo doctor
+  vireo doctor --json | jq .hardware_virtualization";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  vireo completions bash > ~/.local/share/bash-completion/completions/vireo
+  vireo completions zsh > ~/.zfunc/_vireo";
+
+const MAN_EXAMPLES: &str = "\
+Examples:
+  vireo man /usr/local/share/man/man1";
+
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    /// Print JSON, for programs: see 'usable' and 'hardware_virtualization'
+    #[arg(long)]
+    json: bool,
+}
+
+/// Why a verb did not do what it was to do.
+enum Failure {
+    /// The user asked for what makes no sense.
+    Usage(anyhow::Error),
+    /// It was tried and failed.
+    Failed(anyhow::Error),
+}
+
+/// The whole program: reads the arguments of this process and gives its exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    message::install_panic_hook();
+    ExitCode::from(execute(std::env::args_os().collect()))
+}
+
+fn execute(arguments: Vec<OsString>) -> u8 {
+    let parsed = command(MODELS)
+        .try_get_matches_from(arguments)
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => return refuse(&error),
+    };
+    let result = log::start(cli.verbose)
+        .map_err(Failure::Usage)
+        .and_then(|()| dispatch(cli.verb, &matches));
+    match result {
+        Ok(code) => code,
+        Err(Failure::Usage(error)) => {
+            message::report(&format!("{error:#}"));
+            USAGE
+        }
+        Err(Failure::Failed(error)) => {
+            message::report(&format!("{error:#}"));
+            FAILURE
+        }
+    }
+}
+
+/// Prints the help or version that was asked for, or what is wrong with the arguments.
+fn refuse(error: &clap::Error) -> u8 {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
+            Err(cause) if cause.kind() != io::ErrorKind::BrokenPipe => {
+                message::report(&format!("cannot write to standard output: {cause}"));
+                FAILURE
+            }
+            _ => 0,
+        },
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // Nothing is left to tell of a failure to write to standard error.
+            let _ = error.print();
+            USAGE
+        }
+        _ => {
+            message::report(&message::from_clap(error));
+            USAGE
+        }
+    }
+}
+
+fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
+    let opener = Arc::new(Opener::new());
+    match verb {
+        Verb::Run(arguments) => {
+            let matches = matches.subcommand_matches("run");
+            let config = run::configure(*arguments, matches, MODELS).map_err(Failure::Usage)?;
+            let reason = crate::run::run(config, opener).map_err(Failure::Failed)?;
+            Ok(exit_code(reason))
+        }
+        Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
+        Verb::Completions { shell } => {
+            print(&documents::completions(command(MODELS), shell)).map_err(Failure::Failed)?;
+            Ok(0)
+        }
+        Verb::Man { directory } => {
+            documents::write_manual(command(MODELS), &directory, &opener)
+                .map_err(Failure::Failed)?;
+            Ok(0)
+        }
+    }
+}
+
+/// The exit code that tells why a machine ended.
+fn exit_code(reason: ExitReason) -> u8 {
+    match reason {
+        ExitReason::PowerOff | ExitReason::Stopped => 0,
+        ExitReason::GuestPanic => 3,
+        ExitReason::TripleFault => 4,
+        ExitReason::KvmError => 5,
+    }
+}
+
+fn doctor(arguments: &DoctorArgs, opener: &Opener) -> anyhow::Result<u8> {
+    let report = crate::doctor::examine(opener);
+    let text = if arguments.json {
+        format!("{}\n", serde_json::to_string_pretty(&report)?)
+    } else {
+        report.to_string()
+    };
+    print(text.as_bytes())?;
+    Ok(if report.usable { 0 } else { FAILURE })
+}
+
+/// Writes to standard output. A reader that has gone is no failure.
+fn print(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut output = io::stdout().lock();
+    match output.write_all(bytes).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("cannot write to standard output"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The whole command line, with the flags of these models.
+fn command(models: &'static [Model]) -> Command {
+    Cli::command().mut_subcommand("run", |command| run::add_devices(command, models))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::device::tests::TEST_MODELS;
+
+    #[test]
+    fn the_command_line_is_consistent_with_any_models() {
+        command(MODELS).debug_assert();
+        command(TEST_MODELS).debug_assert();
+    }
+
+    #[test]
+    fn every_verb_and_every_flag_has_a_help_text_and_every_verb_examples() {
+        fn check(command: &Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            let after = command.get_after_help().map(ToString::to_string);
+            assert!(
+                after.unwrap_or_default().contains("Examples:"),
+                "{}",
+                command.get_name()
+            );
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{argument}");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&command(TEST_MODELS));
+    }
+
+    #[test]
+    fn every_end_of_a_machine_has_its_exit_code() {
+        for (reason, code) in [
+            (ExitReason::PowerOff, 0),
+            (ExitReason::Stopped, 0),
+            (ExitReason::GuestPanic, 3),
+            (ExitReason::TripleFault, 4),
+            (ExitReason::KvmError, 5),
+        ] {
+            assert_eq!(exit_code(reason), code);
+        }
+    }
+}

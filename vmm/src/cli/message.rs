@@ -1,0 +1,110 @@
+//! What the user reads when something fails: one line on standard error.
+
+use std::io::Write;
+use std::panic;
+
+/// Prints a failure. What could move the cursor or break the line is escaped.
+pub(super) fn report(text: &str) {
+    let line = format!("vireo: {}\n", one_line(text));
+    // Nothing is left to tell of a failure to write to standard error.
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// The text with control characters escaped.
+fn one_line(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let (escaped, plain) = if c.is_control() {
+                (Some(c.escape_default()), None)
+            } else {
+                (None, Some(c))
+            };
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}
+
+/// What the parser says in several lines, in one: the fault, then hints, then
+/// where to read on.
+pub(super) fn from_clap(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let body = text.split("\nUsage:").next().unwrap_or(&text);
+    let body = body.split("\nFor more information").next().unwrap_or(body);
+    let mut line = String::new();
+    for part in body.lines().map(str::trim).filter(|part| !part.is_empty()) {
+        let part = part.strip_prefix("error: ").unwrap_or(part);
+        let part = part.strip_prefix("tip: ").unwrap_or(part);
+        let separator = match line.chars().last() {
+            None => "",
+            Some(':') => " ",
+            Some(_) => ": ",
+        };
+        line.push_str(separator);
+        line.push_str(part);
+    }
+    format!("{line}: see '{} --help'", command_in(&text))
+}
+
+/// The program and verb in the parser's usage line.
+fn command_in(text: &str) -> String {
+    let usage = text.split_once("Usage: ").map_or("vireo", |(_, rest)| rest);
+    let words = usage.lines().next().unwrap_or_default().split(' ');
+    let plain = |word: &&str| word.starts_with(|c: char| c.is_ascii_alphanumeric());
+    words.take_while(plain).collect::<Vec<_>>().join(" ")
+}
+
+/// A fault in Vireo itself is told in one line too, without a backtrace.
+pub(super) fn install_panic_hook() {
+    panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let what = payload
+            .downcast_ref::<&str>()
+            .copied()
+            .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+            .unwrap_or("no reason was given");
+        let place = info.location().map_or_else(String::new, |place| {
+            format!(" at {}:{}", place.file(), place.line())
+        });
+        report(&format!(
+            "fault in Vireo itself{place}: {what}: please report it"
+        ));
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_stays_on_its_line() {
+        assert_eq!(one_line("a\nb\x1b[2Jc é"), r"a\nb\u{1b}[2Jc é");
+    }
+
+    #[test]
+    fn the_parsers_message_is_one_line_with_its_hint() {
+        let command = clap::Command::new("t").arg(clap::Arg::new("kernel").long("kernel"));
+        let error = command
+            .try_get_matches_from(["t", "--kernl=x"])
+            .unwrap_err();
+        assert_eq!(
+            from_clap(&error),
+            "unexpected argument '--kernl' found: a similar argument exists: '--kernel': see \
+             't --help'"
+        );
+    }
+
+    #[test]
+    fn a_missing_argument_is_named_on_the_same_line() {
+        let command = clap::Command::new("t").arg(
+            clap::Arg::new("kernel")
+                .long("kernel")
+                .value_name("PATH")
+                .required(true),
+        );
+        let message = from_clap(&command.try_get_matches_from(["t"]).unwrap_err());
+        assert!(
+            message.contains("not provided: --kernel <PATH>: see"),
+            "{message}"
+        );
+    }
+}

@@ -1,0 +1,321 @@
+//! `vireo run`: its flags, and how they become a configuration.
+
+use std::path::PathBuf;
+
+use clap::builder::StyledStr;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command};
+use serde_json::{Map, Value};
+use virtio::models::Model;
+use virtio::schema::{Field, FieldKind};
+
+use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
+use crate::config::flag::{self, FlagError, FlagTable};
+use crate::config::{
+    BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
+    DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
+    MachineConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, files,
+};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vireo run --kernel vmlinuz --initramfs initrd.img
+      Boot to the console on this terminal; Ctrl-a x leaves.
+  vireo run --kernel vmlinux --cpus boot=4 --memory size=2G,hugepages=on --serial file=boot.log
+      Boot an ELF kernel with four vCPUs and keep its output in a file.
+  vireo run --kernel bzImage --cmdline 'console=ttyS0 nokaslr' --gdb unix:/tmp/vm.gdb
+      Wait for gdb before the first instruction.
+
+A value that holds a comma is put in double quotes: path=\"a,b.img\".";
+
+const DEVICES: &str = "Devices";
+const DEVICE: &str = "device";
+
+/// The flags besides those of the device models.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Name of the machine: letters, digits, '.', '_' and '-'
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+
+    /// Kernel to boot: a bzImage, or an ELF image (vmlinux)
+    #[arg(long, value_name = "PATH", help_heading = "Boot")]
+    kernel: PathBuf,
+
+    /// Initial RAM disk
+    #[arg(
+        long,
+        value_name = "PATH",
+        visible_alias = "initrd",
+        help_heading = "Boot"
+    )]
+    initramfs: Option<PathBuf>,
+
+    /// The kernel's command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        visible_alias = "append",
+        default_value = DEFAULT_CMDLINE,
+        allow_hyphen_values = true,
+        help_heading = "Boot"
+    )]
+    cmdline: String,
+
+    /// How the kernel is entered
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_enum,
+        default_value = "auto",
+        help_heading = "Boot"
+    )]
+    boot_protocol: BootProtocol,
+
+    /// Processors: boot=N, 1 to 254; --cpus 4 is --cpus boot=4
+    #[arg(long, value_name = "boot=N", default_value = "boot=1")]
+    cpus: String,
+
+    /// Memory: size=S with K, M, G or T; --memory 1G is --memory size=1G
+    #[arg(
+        long,
+        value_name = "size=S,…",
+        default_value = "size=512M",
+        long_help = keys("Memory; --memory 1G is --memory size=1G.", &[MEMORY_FIELDS])
+    )]
+    memory: String,
+
+    /// Machine type: type=vireo-dev
+    #[arg(long, value_name = "type=NAME", default_value = "type=vireo-dev")]
+    machine: String,
+
+    /// First serial port: tty, pty, null, off, file=PATH
+    ///
+    /// tty: this terminal, in raw mode; Ctrl-a x ends the machine.
+    /// pty: a new pseudo-terminal, whose name is printed.
+    /// null: a port whose output is dropped. off: no port.
+    /// file=PATH: output to a file, which is created, or emptied when it is there.
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "tty",
+        verbatim_doc_comment,
+        help_heading = "Consoles"
+    )]
+    serial: String,
+
+    /// Debug console, port 0xE9: off, stdio, file=PATH
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "off",
+        help_heading = "Consoles"
+    )]
+    debugcon: String,
+
+    /// Wait for gdb at unix:PATH or tcp:HOST:PORT before the first instruction
+    ///
+    /// Whoever can connect owns the guest: without HOST the port is open to
+    /// this host alone, and the socket to its owner.
+    #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
+    gdb: Option<String>,
+
+    /// Let the guest report a kernel panic (exit code 3): on, off
+    #[arg(long, value_name = "SWITCH", default_value = "on")]
+    pvpanic: String,
+
+    /// Seconds that the guest has to power off after SIGTERM; 0: none
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT)]
+    shutdown_timeout: u64,
+}
+
+/// Adds a flag for each model, and `--device` for all of them.
+pub(super) fn add_devices(command: Command, models: &'static [Model]) -> Command {
+    let flags = models.iter().map(|model| {
+        let flag = Arg::new(model.flag)
+            .long(model.flag)
+            .value_name(value_name(model))
+            .action(ArgAction::Append)
+            .help_heading(DEVICES)
+            .help(model.about)
+            .long_help(model_help(model));
+        if model.fields.iter().any(|field| field.required) {
+            flag
+        } else {
+            flag.num_args(0..=1).default_missing_value("")
+        }
+    });
+    let kinds: Vec<&str> = models.iter().map(|model| model.kind).collect();
+    let generic = Arg::new(DEVICE)
+        .long(DEVICE)
+        .value_name("KIND,key=value,…")
+        .action(ArgAction::Append)
+        .help_heading(DEVICES)
+        .help("Add a device of any kind, with the keys of its own flag")
+        .long_help(format!(
+            "Add a device of any kind, with the keys of its own flag. Kinds: {}.",
+            kinds.join(", ")
+        ));
+    command.args(flags).arg(generic)
+}
+
+fn value_name(model: &Model) -> &'static str {
+    match shorthand(model) {
+        Some("path") => "path=PATH,…",
+        _ => "key=value,…",
+    }
+}
+
+fn model_help(model: &Model) -> StyledStr {
+    let short = shorthand(model).map_or_else(String::new, |key| {
+        format!(" --{0} X is --{0} {key}=X.", model.flag)
+    });
+    let about = format!(
+        "{}. May be repeated.{short}",
+        model.about.trim_end_matches('.')
+    );
+    keys(&about, &[model.fields, COMMON_FIELDS])
+}
+
+/// A help text that ends with a line for each key.
+fn keys(about: &str, tables: &[&[Field]]) -> StyledStr {
+    let mut text = format!("{about}\n\nKeys:");
+    for field in tables.iter().copied().flatten() {
+        let required = if field.required { " (required)" } else { "" };
+        text.push_str(&format!(
+            "\n  {}={}: {}{required}",
+            field.name,
+            placeholder(field.kind),
+            field.help
+        ));
+    }
+    text.into()
+}
+
+fn placeholder(kind: FieldKind) -> String {
+    match kind {
+        FieldKind::Switch => "on|off".to_owned(),
+        FieldKind::Bytes => "SIZE".to_owned(),
+        FieldKind::Number => "N".to_owned(),
+        FieldKind::Text => "TEXT".to_owned(),
+        FieldKind::Path => "PATH".to_owned(),
+        FieldKind::Choice(words) => words.join("|"),
+    }
+}
+
+/// Makes the configuration and checks it, files included.
+pub(super) fn configure(
+    arguments: RunArgs,
+    matches: Option<&ArgMatches>,
+    models: &'static [Model],
+) -> anyhow::Result<VmConfig> {
+    let mut config = lower(arguments)?;
+    if let Some(matches) = matches {
+        config.devices = devices(matches, models)?;
+    }
+    config.complete(models);
+    config.validate(models, &HostLimits::read())?;
+    files::check(&config, models)?;
+    Ok(config)
+}
+
+fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
+    let machine: MachineConfig = from_table("--machine", MACHINE_FIELDS, &arguments.machine)?;
+    let memory: MemoryConfig = from_table("--memory", MEMORY_FIELDS, &arguments.memory)?;
+    Ok(VmConfig {
+        name: arguments.name,
+        machine,
+        cpus: cpus(&arguments.cpus)?,
+        memory,
+        payload: PayloadConfig {
+            kernel: arguments.kernel,
+            initramfs: arguments.initramfs,
+            cmdline: arguments.cmdline,
+            boot_protocol: arguments.boot_protocol,
+        },
+        devices: Vec::new(),
+        serial: named("--serial", arguments.serial.parse::<SerialConfig>())?,
+        debugcon: named("--debugcon", arguments.debugcon.parse::<DebugconConfig>())?,
+        gdb: match arguments.gdb {
+            None => None,
+            Some(text) => Some(named("--gdb", text.parse::<GdbConfig>())?),
+        },
+        pvpanic: named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?,
+        shutdown_timeout: arguments.shutdown_timeout,
+    })
+}
+
+/// Puts the flag before the message of what its text is not.
+fn named<T, E>(flag: &'static str, result: Result<T, E>) -> anyhow::Result<T>
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    result.map_err(|error| anyhow::Error::new(error).context(flag))
+}
+
+fn read_table(
+    flag: &str,
+    fields: &'static [Field],
+    text: &str,
+) -> anyhow::Result<Map<String, Value>> {
+    let shorthand = fields.first().map(|field| field.name);
+    if text.is_empty() {
+        let accepted = format!("{}=…", shorthand.unwrap_or("key"));
+        let flag = flag.to_owned();
+        return Err(FlagError::Empty { flag, accepted }.into());
+    }
+    let table = FlagTable {
+        flag,
+        fields,
+        shorthand,
+    };
+    Ok(flag::parse(&table, text)?)
+}
+
+fn from_table<T: serde::de::DeserializeOwned>(
+    flag: &'static str,
+    fields: &'static [Field],
+    text: &str,
+) -> anyhow::Result<T> {
+    let map = read_table(flag, fields, text)?;
+    named(flag, serde_json::from_value(Value::Object(map)))
+}
+
+fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
+    let map = read_table("--cpus", CPUS_FIELDS, text)?;
+    match map.get("boot").and_then(Value::as_u64) {
+        None => Ok(CpusConfig::default()),
+        Some(count) => match u16::try_from(count) {
+            Ok(boot) => Ok(CpusConfig { boot }),
+            Err(_) => Err(ConfigError::CpuCount { count }.into()),
+        },
+    }
+}
+
+/// The devices, in the order in which the command line gives them.
+fn devices(
+    matches: &ArgMatches,
+    models: &'static [Model],
+) -> Result<Vec<DeviceConfig>, DeviceFlagError> {
+    let mut found: Vec<(usize, DeviceConfig)> = Vec::new();
+    for model in models {
+        let flag = format!("--{}", model.flag);
+        for (place, text) in given(matches, model.flag) {
+            found.push((place, DeviceConfig::from_flag(model, &flag, text)?));
+        }
+    }
+    for (place, text) in given(matches, DEVICE) {
+        found.push((place, DeviceConfig::from_generic_flag(models, text)?));
+    }
+    found.sort_by_key(|(place, _)| *place);
+    Ok(found.into_iter().map(|(_, device)| device).collect())
+}
+
+/// Every value of a flag, with its place on the command line.
+fn given<'a>(matches: &'a ArgMatches, flag: &str) -> impl Iterator<Item = (usize, &'a str)> {
+    let places = matches.indices_of(flag).into_iter().flatten();
+    let texts = matches.get_many::<String>(flag).into_iter().flatten();
+    places.zip(texts.map(String::as_str))
+}
+
+#[cfg(test)]
+mod tests;

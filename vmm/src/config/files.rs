@@ -1,0 +1,263 @@
+//! Rules on the files that a configuration names: no disk twice, and nothing
+//! overwritten that is used otherwise.
+//!
+//! Files are told apart by device and inode (block devices by their number),
+//! so other names and links for the same file are seen. Nothing is opened. A
+//! file that cannot be looked at is left to whoever opens it.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use virtio::models::Model;
+use virtio::schema::FieldKind;
+
+use super::{ConfigError, VmConfig};
+
+/// The kind of the model that is a disk, and its keys that matter here.
+const DISK: &str = "blk";
+const DISK_PATH: &str = "path";
+const DISK_READ_ONLY: &str = "readonly";
+
+/// What tells one file from another.
+#[derive(PartialEq, Eq)]
+enum Identity {
+    /// A regular file: its file system and inode.
+    File(u64, u64),
+    /// A block device: its number.
+    Block(u64),
+    /// Not there yet.
+    Absent(PathBuf),
+}
+
+impl Identity {
+    /// `None` for what can be used twice without harm: character devices, pipes.
+    fn of(path: &Path) -> Option<Self> {
+        match fs::metadata(path) {
+            Ok(facts) if facts.is_file() => Some(Self::File(facts.dev(), facts.ino())),
+            Ok(facts) if facts.file_type().is_block_device() => Some(Self::Block(facts.rdev())),
+            Ok(_) => None,
+            Err(_) => Some(Self::Absent(path.to_owned())),
+        }
+    }
+}
+
+/// Checks the rules.
+///
+/// # Errors
+///
+/// [`ConfigError::SameDisk`] and [`ConfigError::OutputInUse`].
+pub fn check(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
+    check_disks(config)?;
+    check_outputs(config, models)
+}
+
+fn check_disks(config: &VmConfig) -> Result<(), ConfigError> {
+    let disks: Vec<_> = config.devices.iter().filter(|d| d.kind == DISK).collect();
+    if disks.len() < 2 {
+        return Ok(());
+    }
+    let mut seen: Vec<(Identity, bool, &str, &Path)> = Vec::new();
+    for disk in disks {
+        let Some(path) = disk
+            .config
+            .get(DISK_PATH)
+            .and_then(Value::as_str)
+            .map(Path::new)
+        else {
+            continue;
+        };
+        let read_only = disk.config.get(DISK_READ_ONLY) == Some(&Value::Bool(true));
+        let Some(identity) = Identity::of(path) else {
+            continue;
+        };
+        let clash = seen.iter().find(|(other, other_read_only, ..)| {
+            *other == identity && !(read_only && *other_read_only)
+        });
+        if let Some((_, _, first, first_path)) = clash {
+            return Err(ConfigError::SameDisk {
+                flag: "disk".to_owned(),
+                first: (*first).to_owned(),
+                first_path: first_path.to_path_buf(),
+                second: disk.id.clone(),
+                second_path: path.to_owned(),
+            });
+        }
+        seen.push((identity, read_only, &disk.id, path));
+    }
+    Ok(())
+}
+
+fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
+    let outputs: Vec<(&'static str, &Path)> = [
+        ("--serial", config.serial.output()),
+        ("--debugcon", config.debugcon.output()),
+    ]
+    .into_iter()
+    .filter_map(|(flag, path)| Some((flag, path?)))
+    .collect();
+    if outputs.is_empty() {
+        return Ok(());
+    }
+    let mut used = inputs(config, models);
+    for (flag, path) in outputs {
+        let Some(identity) = Identity::of(path) else {
+            continue;
+        };
+        if let Some((_, other)) = used.iter().find(|(other, _)| *other == identity) {
+            return Err(ConfigError::OutputInUse {
+                output: flag,
+                path: path.to_owned(),
+                other: other.clone(),
+            });
+        }
+        used.push((identity, flag.to_owned()));
+    }
+    Ok(())
+}
+
+/// Every file that the machine uses besides its outputs, and what uses it.
+fn inputs(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
+    let mut named: Vec<(&Path, String)> = vec![(&config.payload.kernel, "--kernel".to_owned())];
+    if let Some(path) = &config.payload.initramfs {
+        named.push((path, "--initramfs".to_owned()));
+    }
+    for device in &config.devices {
+        let fields = models
+            .iter()
+            .find(|model| model.kind == device.kind)
+            .map_or(&[][..], |model| model.fields);
+        for field in fields.iter().filter(|field| field.kind == FieldKind::Path) {
+            if let Some(path) = device.config.get(field.name).and_then(Value::as_str) {
+                named.push((Path::new(path), format!("'{}'", device.id)));
+            }
+        }
+    }
+    named
+        .into_iter()
+        .filter_map(|(path, user)| Some((Identity::of(path)?, user)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use serde_json::json;
+
+    use super::super::device::tests::TEST_MODELS;
+    use super::super::{DebugconConfig, DeviceConfig, SerialConfig};
+    use super::*;
+
+    struct Case {
+        dir: tempfile::TempDir,
+        config: VmConfig,
+    }
+
+    impl Case {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join("a.img"), "a").unwrap();
+            fs::write(dir.path().join("kernel"), "k").unwrap();
+            symlink("a.img", dir.path().join("link")).unwrap();
+            let kernel = dir.path().join("kernel");
+            let config = serde_json::from_value(json!({"payload": {"kernel": kernel}})).unwrap();
+            Self { dir, config }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn disk(mut self, name: &str, read_only: bool) -> Self {
+            self.config.devices.push(DeviceConfig {
+                kind: "blk".to_owned(),
+                id: format!("disk{}", self.config.devices.len()),
+                address: None,
+                config: json!({"path": self.path(name), "readonly": read_only}),
+            });
+            self
+        }
+
+        fn serial(mut self, name: &str) -> Self {
+            self.config.serial = SerialConfig::File(self.path(name));
+            self
+        }
+
+        fn check(&self) -> Result<(), String> {
+            check(&self.config, TEST_MODELS).map_err(|error| error.to_string())
+        }
+    }
+
+    #[test]
+    fn the_registry_and_the_test_models_have_the_disks_keys() {
+        for model in virtio::models::MODELS.iter().chain(TEST_MODELS) {
+            if model.kind == DISK {
+                let has = |name, kind| {
+                    let mut fields = model.fields.iter();
+                    fields.any(|field| field.name == name && field.kind == kind)
+                };
+                assert!(has(DISK_PATH, FieldKind::Path));
+                assert!(has(DISK_READ_ONLY, FieldKind::Switch));
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_disk_under_two_names_is_refused_and_both_are_named() {
+        let message = Case::new().disk("a.img", false).disk("link", true).check();
+        let message = message.unwrap_err();
+        for part in ["a.img", "link", "'disk0'", "'disk1'", "readonly=on"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_same_disk_may_be_read_twice() {
+        let case = Case::new().disk("a.img", true).disk("link", true);
+        assert_eq!(case.check(), Ok(()));
+        assert!(case.disk("a.img", false).check().is_err());
+    }
+
+    #[test]
+    fn a_missing_disk_given_twice_is_refused_and_different_ones_are_not() {
+        assert!(
+            Case::new()
+                .disk("x", false)
+                .disk("x", false)
+                .check()
+                .is_err()
+        );
+        assert_eq!(
+            Case::new().disk("x", false).disk("y", false).check(),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn an_output_does_not_overwrite_what_the_machine_uses() {
+        for (case, other) in [
+            (Case::new().serial("kernel"), "--kernel"),
+            (Case::new().disk("a.img", true).serial("link"), "'disk0'"),
+        ] {
+            let message = case.check().unwrap_err();
+            assert!(message.starts_with("--serial file="), "{message}");
+            assert!(message.contains(other), "{message}");
+        }
+        assert_eq!(
+            Case::new().disk("a.img", true).serial("log").check(),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn two_outputs_are_two_files_unless_they_keep_nothing() {
+        let mut case = Case::new().serial("log");
+        case.config.debugcon = DebugconConfig::File(case.path("log"));
+        assert!(case.check().unwrap_err().contains("--debugcon"));
+        case.config.serial = SerialConfig::File("/dev/null".into());
+        case.config.debugcon = DebugconConfig::File("/dev/null".into());
+        assert_eq!(case.check(), Ok(()));
+    }
+}

@@ -1,0 +1,346 @@
+//! The configuration of a machine, and how the command line becomes one.
+//!
+//! [`VmConfig`] is the one description of a machine: the command line makes
+//! it, files and the API carry it as TOML and JSON. It is plain data; nothing
+//! is opened or created for it.
+//!
+//! The order of work is: parse ([`flag`], [`endpoint`], [`device`]) or
+//! deserialise, [`VmConfig::complete`] (ids and PCI slots that were left
+//! open), [`VmConfig::validate`] (all rules that need no file), and
+//! [`files::check`] (rules on the files that it names). What only the kernel
+//! image, the disk's content or KVM can tell is found when they are loaded.
+
+pub mod capability;
+pub mod device;
+pub mod endpoint;
+pub mod files;
+pub mod flag;
+pub mod host;
+mod validate;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use virtio::schema::{Field, FieldKind};
+
+pub use device::DeviceConfig;
+pub use endpoint::{DebugconConfig, GdbConfig, SerialConfig};
+pub use host::HostLimits;
+pub use validate::ConfigError;
+
+/// The command line of a guest kernel when none is given.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
+/// Guest memory when no size is given, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Seconds that a guest has to power itself off.
+pub const DEFAULT_SHUTDOWN_TIMEOUT: u64 = 60;
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// What the machine is called: 1 to 64 letters, digits, `.`, `_` and `-`,
+    /// the first a letter or digit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The contract with the guest: addresses, interrupts, tables.
+    #[serde(default)]
+    pub machine: MachineConfig,
+    /// The processors.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// The memory.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What the machine boots.
+    pub payload: PayloadConfig,
+    /// The devices on the PCI bus, in the order they were given.
+    #[serde(default)]
+    pub devices: Vec<DeviceConfig>,
+    /// Where the first serial port leads.
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// Where bytes go that the guest writes to port 0xE9.
+    #[serde(default)]
+    pub debugcon: DebugconConfig,
+    /// Where a debugger may attach. The machine then waits for it before the
+    /// first instruction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gdb: Option<GdbConfig>,
+    /// Whether the guest's kernel can report a panic.
+    #[serde(default = "default_pvpanic")]
+    pub pvpanic: bool,
+    /// How long a guest has to power itself off once it has been asked to, in
+    /// seconds. 0 ends it at once.
+    #[serde(default = "default_shutdown_timeout")]
+    pub shutdown_timeout: u64,
+}
+
+const fn default_pvpanic() -> bool {
+    true
+}
+
+const fn default_shutdown_timeout() -> u64 {
+    DEFAULT_SHUTDOWN_TIMEOUT
+}
+
+/// The machine's type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Which contract.
+    #[serde(default, rename = "type")]
+    pub kind: MachineType,
+}
+
+/// The machine types there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineType {
+    /// The type under development: it may change with every release.
+    #[default]
+    #[serde(rename = "vireo-dev")]
+    VireoDev,
+}
+
+/// The keys of `--machine`.
+pub const MACHINE_FIELDS: &[Field] = &[Field {
+    name: "type",
+    kind: FieldKind::Choice(&["vireo-dev"]),
+    required: false,
+    help: "machine type; default vireo-dev",
+}];
+
+/// The processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// How many there are at boot, 1 to [`crate::layout::MAX_CPUS`].
+    pub boot: u16,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self { boot: 1 }
+    }
+}
+
+/// The keys of `--cpus`.
+pub const CPUS_FIELDS: &[Field] = &[Field {
+    name: "boot",
+    kind: FieldKind::Number,
+    required: false,
+    help: "vCPUs at boot, 1 to 254; default 1",
+}];
+
+/// The memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryConfig {
+    /// How much, in bytes: at least 2 MiB, in whole pages of its backing.
+    pub size: u64,
+    /// Whether it is a file (memfd) that other processes can map, instead of
+    /// memory of this process alone.
+    pub shared: bool,
+    /// Whether it comes from the host's pool of huge pages.
+    pub hugepages: bool,
+    /// The size of those, in bytes; 2 MiB when not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Whether the host may back it with transparent huge pages.
+    pub thp: Thp,
+    /// Whether all of it is allocated before the guest starts.
+    pub prefault: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: DEFAULT_MEMORY,
+            shared: false,
+            hugepages: false,
+            hugepage_size: None,
+            thp: Thp::Default,
+            prefault: false,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// The size of a huge page where [`MemoryConfig::hugepages`] is on and no
+    /// size is given, in bytes.
+    pub const DEFAULT_HUGEPAGE: u64 = 2 << 20;
+
+    /// The unit that memory is allocated in, in bytes.
+    #[must_use]
+    pub fn page_size(&self) -> u64 {
+        if self.hugepages {
+            self.hugepage_size.unwrap_or(Self::DEFAULT_HUGEPAGE)
+        } else {
+            4 << 10
+        }
+    }
+}
+
+/// The advice on transparent huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thp {
+    /// Advise the host to use them.
+    On,
+    /// Advise the host not to.
+    Off,
+    /// No advice: the host's own setting.
+    #[default]
+    Default,
+}
+
+/// The keys of `--memory`.
+pub const MEMORY_FIELDS: &[Field] = &[
+    Field {
+        name: "size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "how much, with K, M, G or T; at least 2M; default 512M",
+    },
+    Field {
+        name: "shared",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "memory that other processes can map (memfd); default off",
+    },
+    Field {
+        name: "hugepages",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "take it from the host's pool of huge pages; default off",
+    },
+    Field {
+        name: "hugepage_size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "size of those: 2M or 1G; default 2M",
+    },
+    Field {
+        name: "thp",
+        kind: FieldKind::Choice(&["on", "off", "default"]),
+        required: false,
+        help: "advice on transparent huge pages; default is the host's setting",
+    },
+    Field {
+        name: "prefault",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "allocate all of it before the guest starts; default off",
+    },
+];
+
+/// What the machine boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PayloadConfig {
+    /// A bzImage or an ELF image.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    #[serde(default = "default_cmdline")]
+    pub cmdline: String,
+    /// How the kernel is entered.
+    #[serde(default)]
+    pub boot_protocol: BootProtocol,
+}
+
+fn default_cmdline() -> String {
+    DEFAULT_CMDLINE.to_owned()
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum BootProtocol {
+    /// What the image offers: PVH for an ELF image with a PVH note, otherwise the 64-bit entry.
+    #[default]
+    Auto,
+    /// The 64-bit Linux boot protocol.
+    Linux,
+    /// PVH, for ELF images with a PVH note.
+    Pvh,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::de::DeserializeOwned;
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+
+    fn sample(kind: FieldKind) -> Value {
+        match kind {
+            FieldKind::Switch => json!(true),
+            FieldKind::Bytes | FieldKind::Number => json!(7),
+            FieldKind::Text | FieldKind::Path => json!("x"),
+            FieldKind::Choice(words) => json!(words[0]),
+        }
+    }
+
+    /// Every key of the table, and every word of its choices, is one of the struct.
+    fn fits<T: DeserializeOwned + Serialize>(fields: &[Field]) {
+        let mut map = Map::new();
+        for field in fields {
+            map.insert(field.name.to_owned(), sample(field.kind));
+        }
+        let whole: T = serde_json::from_value(Value::Object(map.clone())).unwrap();
+        assert_eq!(
+            serde_json::to_value(whole).unwrap(),
+            Value::Object(map.clone())
+        );
+        for field in fields {
+            if let FieldKind::Choice(words) = field.kind {
+                for word in words {
+                    map.insert(field.name.to_owned(), json!(word));
+                    assert!(serde_json::from_value::<T>(Value::Object(map.clone())).is_ok());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_table_matches_its_struct_both_ways() {
+        fits::<MachineConfig>(MACHINE_FIELDS);
+        fits::<CpusConfig>(CPUS_FIELDS);
+        fits::<MemoryConfig>(MEMORY_FIELDS);
+    }
+
+    #[test]
+    fn a_file_with_only_a_kernel_is_a_machine_with_the_defaults() {
+        let config: VmConfig =
+            serde_json::from_value(json!({"payload": {"kernel": "/k"}})).unwrap();
+        assert_eq!(config.cpus.boot, 1);
+        assert_eq!(config.memory.size, 512 << 20);
+        assert_eq!(config.payload.cmdline, "console=ttyS0");
+        assert_eq!(config.serial, SerialConfig::Tty);
+        assert_eq!(config.debugcon, DebugconConfig::Off);
+        assert_eq!(config.shutdown_timeout, 60);
+        assert!(config.pvpanic);
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_at_every_level() {
+        for value in [
+            json!({"payload": {"kernel": "/k"}, "x": 1}),
+            json!({"payload": {"kernel": "/k", "x": 1}}),
+            json!({"payload": {"kernel": "/k"}, "memory": {"x": 1}}),
+            json!({"payload": {"kernel": "/k"}, "cpus": {"boot": 1, "x": 1}}),
+            json!({"payload": {"kernel": "/k"}, "machine": {"x": 1}}),
+            json!({"payload": {"kernel": "/k"}, "devices": [{"kind": "a", "x": 1}]}),
+        ] {
+            assert!(
+                serde_json::from_value::<VmConfig>(value.clone()).is_err(),
+                "{value}"
+            );
+        }
+    }
+}

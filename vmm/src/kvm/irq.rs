@@ -1,0 +1,239 @@
+//! Interrupt lines and message-signalled interrupts by irqfd.
+//!
+//! A wired interrupt is an eventfd bound to a pin of the I/O APIC. A
+//! message-signalled one gets an interrupt number and an eventfd when the
+//! guest routes it first, so vectors that are never used cost nothing.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use devices::{IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+};
+use kvm_ioctls::{Cap, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::KvmError;
+use crate::layout::gsi::IOAPIC_PINS;
+
+/// The interrupt numbers of one VM and where they lead.
+#[derive(Clone)]
+pub struct IrqRouter(Arc<Shared>);
+
+struct Shared {
+    vm: Arc<VmFd>,
+    /// How many interrupt numbers KVM has.
+    limit: u32,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// Numbers given out for vectors so far; the pins come before.
+    allocated: u32,
+    messages: BTreeMap<u32, MsiMessage>,
+}
+
+impl IrqRouter {
+    /// A router for a VM whose interrupt controllers exist.
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        let limit = u32::try_from(vm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+        Self(Arc::new(Shared {
+            vm,
+            limit,
+            table: Mutex::default(),
+        }))
+    }
+
+    /// An edge-triggered line to a pin of the I/O APIC.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`] when the host is out of descriptors.
+    pub fn line(&self, pin: u32) -> Result<Arc<dyn IrqLine>, KvmError> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(|source| KvmError::Call {
+            call: "eventfd",
+            hint: "",
+            source,
+        })?;
+        self.0
+            .vm
+            .register_irqfd(&event, pin)
+            .map_err(KvmError::call("KVM_IRQFD"))?;
+        Ok(Arc::new(Line(event)))
+    }
+}
+
+impl MsiAllocator for IrqRouter {
+    fn allocate(&self, count: u16) -> Result<Vec<Arc<dyn MsiVector>>, MsiError> {
+        let mut table = self.0.table();
+        let first = IOAPIC_PINS + table.allocated;
+        let end = first.saturating_add(u32::from(count));
+        if end > self.0.limit {
+            return Err(MsiError::Exhausted { wanted: count });
+        }
+        table.allocated += u32::from(count);
+        Ok((first..end)
+            .map(|gsi| {
+                let router = Arc::clone(&self.0);
+                Arc::new(Vector {
+                    router,
+                    gsi,
+                    event: OnceLock::new(),
+                }) as Arc<dyn MsiVector>
+            })
+            .collect())
+    }
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells KVM all routes: the pins as they are wired by default, and the messages.
+    fn commit(&self, table: &Table) -> Result<(), MsiError> {
+        let mut entries: Vec<_> = (0..IOAPIC_PINS)
+            .flat_map(pin_routes)
+            .chain(
+                table
+                    .messages
+                    .iter()
+                    .map(|(&gsi, message)| message_route(gsi, *message)),
+            )
+            .collect();
+        entries.sort_by_key(|e| e.gsi);
+        let routing =
+            KvmIrqRouting::from_entries(&entries).map_err(|_| MsiError::Exhausted { wanted: 1 })?;
+        self.vm.set_gsi_routing(&routing).map_err(host)
+    }
+}
+
+fn host(error: kvm_ioctls::Error) -> MsiError {
+    MsiError::Host(io::Error::from_raw_os_error(error.errno()))
+}
+
+/// The default wiring: every pin to the I/O APIC, the first sixteen to a PIC as well.
+fn pin_routes(pin: u32) -> impl Iterator<Item = kvm_irq_routing_entry> {
+    let to = move |irqchip, input| {
+        let mut entry = kvm_irq_routing_entry {
+            gsi: pin,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            ..Default::default()
+        };
+        entry.u.irqchip.irqchip = irqchip;
+        entry.u.irqchip.pin = input;
+        entry
+    };
+    let pic = match pin {
+        0..8 => Some(to(KVM_IRQCHIP_PIC_MASTER, pin)),
+        8..16 => Some(to(KVM_IRQCHIP_PIC_SLAVE, pin - 8)),
+        _ => None,
+    };
+    pic.into_iter().chain([to(KVM_IRQCHIP_IOAPIC, pin)])
+}
+
+fn message_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    let [a0, a1, a2, a3, b0, b1, b2, b3] = message.address.to_le_bytes();
+    entry.u.msi.address_lo = u32::from_le_bytes([a0, a1, a2, a3]);
+    entry.u.msi.address_hi = u32::from_le_bytes([b0, b1, b2, b3]);
+    entry.u.msi.data = message.data;
+    entry
+}
+
+struct Line(EventFd);
+
+impl IrqLine for Line {
+    fn pulse(&self) {
+        // An eventfd of KVM's is drained at once; a full one already says all.
+        let _ = self.0.write(1);
+    }
+}
+
+struct Vector {
+    router: Arc<Shared>,
+    gsi: u32,
+    event: OnceLock<EventFd>,
+}
+
+impl Vector {
+    /// Makes the eventfd and binds it to the interrupt number, once.
+    fn bind(&self) -> Result<(), MsiError> {
+        if self.event.get().is_some() {
+            return Ok(());
+        }
+        let event = EventFd::new(EFD_NONBLOCK).map_err(MsiError::Host)?;
+        self.router
+            .vm
+            .register_irqfd(&event, self.gsi)
+            .map_err(host)?;
+        // Routing happens under the function's MSI-X lock, so nobody else sets it.
+        let _ = self.event.set(event);
+        Ok(())
+    }
+}
+
+impl MsiVector for Vector {
+    fn signal(&self) {
+        if let Some(event) = self.event.get() {
+            // As for a line: a full eventfd already says all.
+            let _ = event.write(1);
+        }
+    }
+
+    fn route(&self, message: Option<MsiMessage>) -> Result<(), MsiError> {
+        let mut table = self.router.table();
+        if table.messages.get(&self.gsi).copied() == message {
+            return Ok(());
+        }
+        match message {
+            Some(message) => table.messages.insert(self.gsi, message),
+            None => table.messages.remove(&self.gsi),
+        };
+        self.router.commit(&table)?;
+        drop(table);
+        if message.is_some() {
+            self.bind()
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_lead_where_the_hardware_leads_them() {
+        assert_eq!(pin_routes(4).count(), 2);
+        assert_eq!(pin_routes(12).count(), 2);
+        assert_eq!(pin_routes(20).count(), 1);
+    }
+
+    #[test]
+    fn a_message_keeps_both_halves_of_its_address() {
+        let message = MsiMessage {
+            address: 0x1_FEE0_0000,
+            data: 0x41,
+        };
+        let entry = message_route(30, message);
+        assert_eq!((entry.gsi, entry.type_), (30, KVM_IRQ_ROUTING_MSI));
+        // SAFETY: the entry was just built as an MSI route.
+        #[expect(unsafe_code, reason = "reads a union's field")]
+        let msi = unsafe { entry.u.msi };
+        assert_eq!(
+            (msi.address_lo, msi.address_hi, msi.data),
+            (0xFEE0_0000, 1, 0x41)
+        );
+    }
+}

@@ -1,0 +1,436 @@
+//! One vCPU: its set-up, its state, and running it until something stops it.
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use devices::Bus;
+use kvm_bindings::{
+    CpuId, Msrs, kvm_debug_exit_arch, kvm_debugregs, kvm_guest_debug, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::{KvmError, Vm, trace};
+
+/// `IA32_TSC`: never set back, so that the guest's clocks go on over a reset.
+const MSR_TSC: u32 = 0x10;
+const MSR_MISC_ENABLE: u32 = 0x1A0;
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2FF;
+/// MTRRs on, all memory write-back.
+const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+
+const APIC_LVT_LINT0: usize = 0x350;
+const APIC_LVT_LINT1: usize = 0x360;
+const DELIVERY_NMI: u8 = 4;
+const DELIVERY_EXTINT: u8 = 7;
+
+thread_local! {
+    /// Where the kick signal asks this thread's `KVM_RUN` to return at once.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// The address spaces that a vCPU's accesses go to.
+#[derive(Clone)]
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped I/O: guest-physical addresses that are not RAM.
+    pub mmio: Arc<Bus>,
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Debug)]
+pub enum Stop {
+    /// It was asked to.
+    Kicked,
+    /// The guest shut the CPU down: a triple fault.
+    TripleFault,
+    /// KVM could not go on; the text says why, with what the user can do.
+    Failed(String),
+    /// A breakpoint or single step, under a debugger.
+    Debug(kvm_debug_exit_arch),
+}
+
+/// All of a vCPU's state, as KVM's structures.
+#[derive(Clone)]
+pub struct VcpuState {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Arc<kvm_xsave>,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    mp: kvm_mp_state,
+    msrs: Vec<kvm_msr_entry>,
+}
+
+/// One vCPU. It belongs to one thread while it runs.
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u32,
+    buses: Buses,
+}
+
+/// The signal that makes a vCPU thread leave `KVM_RUN`.
+#[must_use]
+pub fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// Installs the handler of [`kick_signal`] for the process.
+///
+/// # Errors
+///
+/// The host's, when the signal cannot be handled.
+pub fn install_kick_handler() -> io::Result<()> {
+    register_signal_handler(kick_signal(), on_kick)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: a non-null pointer was put there by `Vcpu::run` on this
+        // thread and points into the kvm_run page of a vCPU that it is running.
+        #[expect(unsafe_code, reason = "a signal handler reaches KVM's shared page")]
+        unsafe {
+            ptr::write_volatile(flag, 1);
+        }
+    }
+}
+
+impl Vcpu {
+    /// Creates vCPU `index`, whose APIC id is its index, and shows it `cpuid`.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn new(vm: &Vm, index: u32, cpuid: &CpuId, buses: Buses) -> Result<Self, KvmError> {
+        trace("KVM_CREATE_VCPU");
+        let fd = vm
+            .fd()
+            .create_vcpu(u64::from(index))
+            .map_err(KvmError::call_with(
+                "KVM_CREATE_VCPU",
+                "; give fewer with --cpus boot=",
+            ))?;
+        fd.set_cpuid2(cpuid)
+            .map_err(KvmError::call("KVM_SET_CPUID2"))?;
+        let vcpu = Self { fd, index, buses };
+        vcpu.write_msrs(&[
+            msr(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+            msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+        ])?;
+        if index == 0 {
+            vcpu.wire_local_interrupts()?;
+        }
+        Ok(vcpu)
+    }
+
+    /// The vCPU's number and APIC id.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The boot CPU takes the PIC's interrupts on LINT0 and NMIs on LINT1
+    /// (MultiProcessor Specification 1.4, 3.6.2.2).
+    fn wire_local_interrupts(&self) -> Result<(), KvmError> {
+        let mut lapic = self
+            .fd
+            .get_lapic()
+            .map_err(KvmError::call("KVM_GET_LAPIC"))?;
+        for (register, delivery) in [
+            (APIC_LVT_LINT0, DELIVERY_EXTINT),
+            (APIC_LVT_LINT1, DELIVERY_NMI),
+        ] {
+            // Delivery mode is bits 8 to 10: the low bits of the second byte.
+            if let Some(byte) = lapic.regs.get_mut(register + 1) {
+                *byte = (byte.cast_unsigned() & !7 | delivery).cast_signed();
+            }
+        }
+        self.fd
+            .set_lapic(&lapic)
+            .map_err(KvmError::call("KVM_SET_LAPIC"))
+    }
+
+    /// The general registers.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn regs(&self) -> Result<kvm_regs, KvmError> {
+        self.fd.get_regs().map_err(KvmError::call("KVM_GET_REGS"))
+    }
+
+    /// Sets the general registers.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), KvmError> {
+        self.fd
+            .set_regs(regs)
+            .map_err(KvmError::call("KVM_SET_REGS"))
+    }
+
+    /// The segment, control and table registers.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn sregs(&self) -> Result<kvm_sregs, KvmError> {
+        self.fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))
+    }
+
+    /// Sets the segment, control and table registers.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), KvmError> {
+        self.fd
+            .set_sregs(sregs)
+            .map_err(KvmError::call("KVM_SET_SREGS"))
+    }
+
+    /// Sets breakpoints and single-stepping.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn set_debug(&self, debug: &kvm_guest_debug) -> Result<(), KvmError> {
+        self.fd
+            .set_guest_debug(debug)
+            .map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// The guest-physical address behind a virtual one, as this vCPU sees it now.
+    #[must_use]
+    pub fn translate(&self, virtual_address: u64) -> Option<u64> {
+        let found = self.fd.translate_gva(virtual_address).ok()?;
+        (found.valid != 0).then_some(found.physical_address)
+    }
+
+    /// Takes all state; `msr_indices` names the MSRs that belong to it. The
+    /// vCPU is not running.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn state(&self, msr_indices: &[u32]) -> Result<VcpuState, KvmError> {
+        Ok(VcpuState {
+            mp: self
+                .fd
+                .get_mp_state()
+                .map_err(KvmError::call("KVM_GET_MP_STATE"))?,
+            regs: self.regs()?,
+            sregs: self.sregs()?,
+            xsave: Arc::new(
+                self.fd
+                    .get_xsave()
+                    .map_err(KvmError::call("KVM_GET_XSAVE"))?,
+            ),
+            xcrs: self.fd.get_xcrs().map_err(KvmError::call("KVM_GET_XCRS"))?,
+            debug: self
+                .fd
+                .get_debug_regs()
+                .map_err(KvmError::call("KVM_GET_DEBUGREGS"))?,
+            lapic: self
+                .fd
+                .get_lapic()
+                .map_err(KvmError::call("KVM_GET_LAPIC"))?,
+            msrs: self.read_msrs(msr_indices)?,
+            events: self
+                .fd
+                .get_vcpu_events()
+                .map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// Puts state back that [`Vcpu::state`] took. Segment registers come
+    /// before the local APIC (they hold its mode), MSRs after it (they may
+    /// arm its timer), and what makes the CPU run comes last.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn set_state(&self, state: &VcpuState) -> Result<(), KvmError> {
+        let VcpuState {
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debug,
+            lapic,
+            events,
+            mp,
+            msrs,
+        } = state;
+        self.set_sregs(sregs)?;
+        self.fd
+            .set_xcrs(xcrs)
+            .map_err(KvmError::call("KVM_SET_XCRS"))?;
+        // SAFETY: the area is 4 KiB and KVM reads no more, because dynamically
+        // enabled features (which need more) are never granted to this process.
+        #[expect(unsafe_code, reason = "KVM may read past the structure otherwise")]
+        unsafe { self.fd.set_xsave(xsave) }.map_err(KvmError::call("KVM_SET_XSAVE"))?;
+        self.fd
+            .set_debug_regs(debug)
+            .map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
+        self.fd
+            .set_lapic(lapic)
+            .map_err(KvmError::call("KVM_SET_LAPIC"))?;
+        self.write_msrs(msrs)?;
+        self.set_regs(regs)?;
+        self.fd
+            .set_vcpu_events(events)
+            .map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))?;
+        self.fd
+            .set_mp_state(*mp)
+            .map_err(KvmError::call("KVM_SET_MP_STATE"))
+    }
+
+    /// Reads those of the MSRs that the vCPU has.
+    fn read_msrs(&self, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, KvmError> {
+        let mut entries = Vec::with_capacity(indices.len());
+        let mut rest = indices;
+        while !rest.is_empty() {
+            let wanted: Vec<_> = rest.iter().map(|&index| msr(index, 0)).collect();
+            let mut msrs = msr_list(&wanted)?;
+            let read = self
+                .fd
+                .get_msrs(&mut msrs)
+                .map_err(KvmError::call("KVM_GET_MSRS"))?;
+            entries.extend(msrs.as_slice().iter().take(read));
+            // KVM stops at the first that this vCPU lacks: skip it.
+            rest = rest.get(read + 1..).unwrap_or_default();
+        }
+        Ok(entries)
+    }
+
+    /// Writes MSRs, passing over those that KVM lists but refuses to set.
+    fn write_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+        let settable: Vec<_> = entries
+            .iter()
+            .filter(|e| e.index != MSR_TSC)
+            .copied()
+            .collect();
+        let mut rest = settable.as_slice();
+        while !rest.is_empty() {
+            let msrs = msr_list(rest)?;
+            let written = self
+                .fd
+                .set_msrs(&msrs)
+                .map_err(KvmError::call("KVM_SET_MSRS"))?;
+            if let Some(refused) = rest.get(written) {
+                tracing::debug!("KVM does not set MSR {:#x}", refused.index);
+            }
+            rest = rest.get(written + 1..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Tells the guest's kvmclock watchdogs that a pause was not a lock-up.
+    pub fn announce_pause(&self) {
+        // Refused while the guest has no kvmclock, which then does not matter.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// Runs guest code until `stop` is set and the thread is kicked, or the
+    /// vCPU cannot go on. Serves port and memory-mapped I/O on the way.
+    pub fn run(&mut self, stop: &AtomicBool) -> Stop {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        let result = self.run_until(stop);
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+        self.fd.set_kvm_immediate_exit(0);
+        result
+    }
+
+    fn run_until(&mut self, stop: &AtomicBool) -> Stop {
+        while !stop.load(Ordering::Acquire) {
+            let exit = match self.fd.run() {
+                Ok(exit) => exit,
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    self.fd.set_kvm_immediate_exit(0);
+                    continue;
+                }
+                Err(error) => {
+                    let error = io::Error::from_raw_os_error(error.errno());
+                    return Stop::Failed(format!("vCPU {}: KVM_RUN: {error}", self.index));
+                }
+            };
+            match exit {
+                VcpuExit::IoIn(port, data) => {
+                    self.buses.pio.read(u64::from(port), data);
+                }
+                VcpuExit::IoOut(port, data) => {
+                    self.buses.pio.write(u64::from(port), data);
+                }
+                VcpuExit::MmioRead(address, data) => {
+                    self.buses.mmio.read(address, data);
+                }
+                VcpuExit::MmioWrite(address, data) => {
+                    self.buses.mmio.write(address, data);
+                }
+                VcpuExit::Intr | VcpuExit::IrqWindowOpen => (),
+                VcpuExit::Shutdown => return Stop::TripleFault,
+                VcpuExit::Debug(debug) => return Stop::Debug(debug),
+                VcpuExit::InternalError => return Stop::Failed(self.internal_error()),
+                VcpuExit::FailEntry(reason, cpu) => {
+                    let index = self.index;
+                    return Stop::Failed(format!(
+                        "vCPU {index}: the hardware refused to enter the guest \
+                         (reason {reason:#x}, host CPU {cpu})"
+                    ));
+                }
+                other => {
+                    let exit = format!("{other:?}");
+                    return Stop::Failed(format!("vCPU {}: unexpected exit {exit}", self.index));
+                }
+            }
+        }
+        Stop::Kicked
+    }
+
+    /// Describes KVM_EXIT_INTERNAL_ERROR.
+    fn internal_error(&mut self) -> String {
+        const EMULATION: u32 = 1;
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM
+        // fills this member of the union.
+        #[expect(unsafe_code, reason = "reads a union's field")]
+        let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+        let rip = self.regs().map_or(0, |r| r.rip);
+        let index = self.index;
+        match suberror {
+            EMULATION => format!(
+                "vCPU {index}: KVM cannot emulate the instruction at {rip:#x}; `vireo doctor` \
+                 says whether this host has hardware virtualization"
+            ),
+            other => format!("vCPU {index}: KVM internal error {other} at {rip:#x}"),
+        }
+    }
+}
+
+fn msr(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }
+}
+
+fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
+    Msrs::from_entries(entries).map_err(|_| KvmError::Call {
+        call: "KVM_*_MSRS",
+        hint: "",
+        source: io::Error::from_raw_os_error(libc::E2BIG),
+    })
+}

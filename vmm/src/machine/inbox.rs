@@ -1,0 +1,129 @@
+//! The control thread's inbox: commands, guest requests and stopped vCPUs.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use api::{Command, Control, ControlError, Reply};
+use devices::{GuestRequest, GuestRequests};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::driver::Driver;
+use super::vcpus::StopFlag;
+use crate::kvm::vcpu::Stop;
+
+/// Something that the control thread does for another thread.
+pub type Errand = Box<dyn FnOnce(&mut Driver) + Send>;
+
+/// What reaches the control thread.
+pub enum Message {
+    /// Somebody commands, and waits for the answer.
+    Command(Command, Sender<Result<Reply, ControlError>>),
+    /// The guest asks through a device.
+    Guest(GuestRequest),
+    /// A vCPU stopped for a reason of its own.
+    Vcpu(u32, Stop),
+    /// The serial port has room for input again.
+    InputReady,
+    /// Output waits for a slow reader.
+    OutputWaiting,
+    /// A debugger's errand; vCPUs may be running.
+    Errand(Errand),
+}
+
+/// The sending side. Clones share one inbox.
+#[derive(Clone)]
+pub struct Mailbox {
+    sender: Sender<Message>,
+    wake: Arc<EventFd>,
+}
+
+/// The control thread's side.
+pub struct Inbox {
+    receiver: Receiver<Message>,
+    wake: Arc<EventFd>,
+}
+
+/// Makes an inbox and its mailbox.
+///
+/// # Errors
+///
+/// The host's, when it is out of descriptors.
+pub fn inbox() -> io::Result<(Mailbox, Inbox)> {
+    let (sender, receiver) = channel();
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    Ok((
+        Mailbox {
+            sender,
+            wake: Arc::clone(&wake),
+        },
+        Inbox { receiver, wake },
+    ))
+}
+
+impl Mailbox {
+    /// Leaves a message and wakes the control thread. Never blocks. `false`
+    /// when the machine has ended.
+    pub fn send(&self, message: Message) -> bool {
+        let sent = self.sender.send(message).is_ok();
+        // A full eventfd wakes as well as one more count would.
+        let _ = self.wake.write(1);
+        sent
+    }
+}
+
+impl Inbox {
+    /// Readable while there are messages.
+    #[must_use]
+    pub fn wake_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+
+    /// The next message, if there is one; call until there is none.
+    #[must_use]
+    pub fn next(&self) -> Option<Message> {
+        // Cleared before looking, so that a message sent in between wakes again.
+        let _ = self.wake.read();
+        self.receiver.try_recv().ok()
+    }
+}
+
+/// Commands the machine from any thread but its own.
+#[derive(Clone)]
+pub struct ControlHandle(Mailbox);
+
+impl ControlHandle {
+    /// A handle on the machine behind `mailbox`.
+    #[must_use]
+    pub fn new(mailbox: Mailbox) -> Self {
+        Self(mailbox)
+    }
+}
+
+impl Control for ControlHandle {
+    fn call(&self, command: Command) -> Result<Reply, ControlError> {
+        let (answer, receiver) = channel();
+        if !self.0.send(Message::Command(command, answer)) {
+            return Err(ControlError::Ended);
+        }
+        receiver.recv().unwrap_or(Err(ControlError::Ended))
+    }
+}
+
+/// Takes requests from devices on vCPU threads, and holds the vCPUs: the one
+/// that asked goes no further until the control thread has decided.
+pub struct RequestDesk {
+    /// Where requests go.
+    pub mailbox: Mailbox,
+    /// Stops the vCPUs at their next exit.
+    pub stop: StopFlag,
+}
+
+impl GuestRequests for RequestDesk {
+    fn request(&self, request: GuestRequest) {
+        self.stop.store(true, Ordering::Release);
+        self.mailbox.send(Message::Guest(request));
+    }
+}

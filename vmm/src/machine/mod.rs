@@ -1,0 +1,259 @@
+//! The machine: built in a fixed order, driven by one thread.
+//!
+//! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
+//! * [`driver`] is the control thread and the only place where the state changes.
+//! * [`vcpus`] are the vCPU threads.
+//! * [`inbox`] is how everybody else reaches the control thread.
+
+mod alarm;
+pub mod build;
+mod doorbells;
+pub mod driver;
+pub mod inbox;
+mod platform;
+mod signals;
+mod state;
+pub mod vcpus;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::{StartError, StopError, Unit};
+use kvm_bindings::kvm_clock_data;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+use crate::acpi::{AcpiError, AcpiImage};
+use crate::boot::{BootError, Entry};
+use crate::kvm::vcpu::VcpuState;
+use crate::kvm::{IrqchipState, KvmError, Vm};
+use crate::memory::{GuestRam, RamError};
+use build::Payload;
+use platform::Platform;
+use vcpus::Vcpus;
+
+pub use signals::Signals;
+
+/// Why a machine could not be built or driven.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A file or device of the host could not be opened.
+    #[error("{flag}")]
+    Open {
+        /// The flag that names it.
+        flag: &'static str,
+        /// What failed, naming the path.
+        #[source]
+        source: crate::opener::OpenError,
+    },
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There is not enough memory.
+    #[error(transparent)]
+    Memory(#[from] RamError),
+    /// The kernel or the initial RAM disk could not be loaded.
+    #[error("{what}")]
+    Boot {
+        /// What was loaded, naming flag and path.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: BootError,
+    },
+    /// The ACPI tables could not be made.
+    #[error("ACPI tables")]
+    Acpi(#[from] AcpiError),
+    /// The ACPI tables or registers could not be put into guest memory.
+    #[error("guest memory at {address:#x} could not be written; give more --memory size=")]
+    GuestMemory {
+        /// The guest-physical address.
+        address: u64,
+    },
+    /// A device could not be made.
+    #[error("{device}")]
+    Device {
+        /// The device's flag and id.
+        device: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// More vCPUs than KVM gives a VM.
+    #[error("--cpus boot={wanted}: this host's KVM gives a VM at most {most}")]
+    TooManyCpus {
+        /// What was asked for.
+        wanted: u16,
+        /// What there is.
+        most: usize,
+    },
+    /// A console could not be set up.
+    #[error("{flag}")]
+    Console {
+        /// The flag.
+        flag: &'static str,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The host refused something that every machine needs.
+    #[error("{what}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A unit did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A unit did not stop.
+    #[error(transparent)]
+    Stop(#[from] StopError),
+    /// The control thread cannot wait for anything any more.
+    #[error("the control thread cannot wait")]
+    Wait(#[source] io::Error),
+}
+
+/// The state that vCPUs and interrupt controllers have at power-on.
+struct PowerOn {
+    cpus: Vec<VcpuState>,
+    irqchip: IrqchipState,
+}
+
+/// Everything that is the machine. It belongs to the control thread.
+pub struct Machine {
+    // Dropped first: no vCPU runs while the rest goes away.
+    vcpus: Vcpus,
+    vm: Vm,
+    ram: GuestRam,
+    /// In the order in which they start; they stop in reverse.
+    units: Vec<Arc<dyn Unit>>,
+    platform: Platform,
+    payload: Payload,
+    /// The kernel's entry, when it has been loaded and not been entered.
+    entry: Option<Entry>,
+    acpi: AcpiImage,
+    power_on: PowerOn,
+    clock: Option<kvm_clock_data>,
+}
+
+impl Machine {
+    /// The vCPU threads.
+    #[must_use]
+    pub fn vcpus(&self) -> &Vcpus {
+        &self.vcpus
+    }
+
+    /// Points the boot CPU at the kernel's entry, loading the kernel first
+    /// when it is not in memory yet. vCPUs are idle and in their power-on state.
+    fn load(&mut self) -> Result<(), MachineError> {
+        let entry = match self.entry.take() {
+            Some(entry) => entry,
+            None => self.payload.load(&self.ram, &self.acpi)?,
+        };
+        let view = self.ram.memory().memory();
+        let sregs = self.ask_boot_cpu(|vcpu| vcpu.sregs())?;
+        let (regs, sregs) = entry
+            .registers(&view, &sregs)
+            .map_err(|source| self.payload.failed(source))?;
+        self.ask_boot_cpu(move |vcpu| {
+            vcpu.set_sregs(&sregs)?;
+            vcpu.set_regs(&regs)
+        })
+    }
+
+    fn ask_boot_cpu<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&mut crate::kvm::vcpu::Vcpu) -> Result<T, KvmError> + Send + 'static,
+    ) -> Result<T, MachineError> {
+        match self.vcpus.ask(0, ask) {
+            Some(answer) => Ok(answer?),
+            None => Err(MachineError::Host {
+                what: "the boot CPU's thread",
+                source: io::ErrorKind::BrokenPipe.into(),
+            }),
+        }
+    }
+
+    fn start_units(&self) -> Result<(), MachineError> {
+        for unit in &self.units {
+            unit.start()?;
+        }
+        Ok(())
+    }
+
+    /// Stops all units, those that drain last-started first.
+    fn stop_units(&self, deadline: Instant) -> Result<(), MachineError> {
+        for unit in self.units.iter().rev() {
+            unit.stop(deadline)?;
+        }
+        Ok(())
+    }
+
+    /// Puts everything back to power-on: devices, vCPUs, and memory, which
+    /// reads as zeros and costs the host nothing. vCPUs and units are stopped.
+    fn reset(&mut self) -> Result<(), MachineError> {
+        for unit in &self.units {
+            unit.reset();
+        }
+        self.ram.discard()?;
+        self.vm.set_irqchip_state(&self.power_on.irqchip)?;
+        for (index, state) in self.power_on.cpus.iter().enumerate() {
+            let state = state.clone();
+            if let Some(done) = self.vcpus.ask(index, move |vcpu| vcpu.set_state(&state)) {
+                done?;
+            }
+        }
+        self.clock = None;
+        Ok(())
+    }
+
+    /// Stops the guest's clock: the time until [`Machine::start_clock`] does not pass for it.
+    fn stop_clock(&mut self) -> Result<(), MachineError> {
+        self.clock = Some(self.vm.clock()?);
+        Ok(())
+    }
+
+    fn start_clock(&mut self) -> Result<(), MachineError> {
+        if let Some(clock) = self.clock.take() {
+            self.vm.set_clock(&clock)?;
+        }
+        for index in 0..self.vcpus.count() {
+            self.vcpus.ask(index, |vcpu| vcpu.announce_pause());
+        }
+        Ok(())
+    }
+
+    fn press_power_button(&self) {
+        self.platform.press_power_button();
+    }
+
+    fn serial_input(&self, typed: &[u8]) -> usize {
+        self.platform.serial_input(typed)
+    }
+
+    /// Serves what is due on the real-time clock.
+    fn tick(&self) {
+        self.platform.tick();
+    }
+
+    /// Readable when [`Machine::tick`] has something to serve.
+    fn tick_fd(&self) -> RawFd {
+        self.platform.tick_fd()
+    }
+
+    /// Reads guest RAM at a guest-physical address into `data`, or writes it
+    /// from there; `false` when not all of it is RAM.
+    pub fn access_memory(&self, physical: u64, data: &mut [u8], write: bool) -> bool {
+        let view = self.ram.memory().memory();
+        let address = GuestAddress(physical);
+        if write {
+            view.write_slice(data, address).is_ok()
+        } else {
+            view.read_slice(data, address).is_ok()
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The vCPU threads: started once, then run, paused and asked things.
+//!
+//! Each thread owns its [`Vcpu`]. The control thread never touches one: it
+//! sends the thread a [`Task`] while the vCPU is idle.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use vmm_sys_util::signal::Killable;
+
+use crate::kvm::vcpu::{Stop, Vcpu, kick_signal};
+
+/// Called on a vCPU's thread when the vCPU stops for a reason of its own.
+pub type OnStop = Arc<dyn Fn(u32, Stop) + Send + Sync>;
+
+/// Makes running vCPUs leave the guest at their next exit. A vCPU that is
+/// not about to exit needs [`Vcpus::pause`] besides.
+pub type StopFlag = Arc<AtomicBool>;
+
+type Ask = Box<dyn FnOnce(&mut Vcpu) + Send>;
+
+enum Task {
+    Run,
+    Ask(Ask),
+}
+
+/// How many threads are in guest code or serving an exit.
+#[derive(Default)]
+struct Running {
+    count: Mutex<usize>,
+    all_idle: Condvar,
+}
+
+struct Thread {
+    tasks: Sender<Task>,
+    handle: JoinHandle<()>,
+}
+
+/// All vCPUs of a machine. Dropping it stops and ends the threads.
+pub struct Vcpus {
+    threads: Vec<Thread>,
+    stop: StopFlag,
+    running: Arc<Running>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU, idle at first.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it has no more threads; those started are ended again.
+    pub fn start(vcpus: Vec<Vcpu>, stop: StopFlag, on_stop: &OnStop) -> io::Result<Self> {
+        let running = Arc::new(Running::default());
+        let mut all = Self {
+            threads: Vec::with_capacity(vcpus.len()),
+            stop,
+            running,
+        };
+        for vcpu in vcpus {
+            let (tasks, inbox) = channel();
+            let stop = Arc::clone(&all.stop);
+            let running = Arc::clone(&all.running);
+            let on_stop = Arc::clone(on_stop);
+            let handle = Builder::new()
+                .name(format!("vcpu{}", vcpu.index()))
+                .spawn(move || serve(vcpu, &inbox, &stop, &running, &on_stop))?;
+            all.threads.push(Thread { tasks, handle });
+        }
+        Ok(all)
+    }
+
+    /// Lets all vCPUs run. They are idle.
+    pub fn run(&self) {
+        self.stop.store(false, Ordering::Release);
+        *self
+            .running
+            .count
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = self.threads.len();
+        for thread in &self.threads {
+            // A thread ends only when its sender is dropped.
+            let _ = thread.tasks.send(Task::Run);
+        }
+    }
+
+    /// Stops all vCPUs and returns when all are idle.
+    pub fn pause(&self) {
+        self.stop.store(true, Ordering::Release);
+        for thread in &self.threads {
+            // The thread exists until it is joined in drop.
+            let _ = thread.handle.kill(kick_signal());
+        }
+        let mut count = self
+            .running
+            .count
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while *count > 0 {
+            count = self
+                .running
+                .all_idle
+                .wait(count)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Has vCPU `index` do `ask` on its own thread and waits for the answer.
+    /// The vCPU is idle. `None` when there is no such vCPU.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        index: usize,
+        ask: impl FnOnce(&mut Vcpu) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (answer, receiver) = channel();
+        let ask = Box::new(move |vcpu: &mut Vcpu| {
+            // The asker waits below, so the receiver is there.
+            let _ = answer.send(ask(vcpu));
+        });
+        self.threads.get(index)?.tasks.send(Task::Ask(ask)).ok()?;
+        receiver.recv().ok()
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.pause();
+        for thread in self.threads.drain(..) {
+            drop(thread.tasks);
+            // A panic on the thread has been reported by the panic hook.
+            let _ = thread.handle.join();
+        }
+    }
+}
+
+/// Counts a vCPU as idle again when dropped.
+struct IdleGuard<'a>(&'a Running);
+
+impl Drop for IdleGuard<'_> {
+    fn drop(&mut self) {
+        let mut count = self.0.count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            self.0.all_idle.notify_all();
+        }
+    }
+}
+
+fn serve(
+    mut vcpu: Vcpu,
+    tasks: &Receiver<Task>,
+    stop: &StopFlag,
+    running: &Running,
+    on_stop: &OnStop,
+) {
+    for task in tasks {
+        match task {
+            Task::Ask(ask) => ask(&mut vcpu),
+            Task::Run => {
+                let idle = IdleGuard(running);
+                let reason = catch_unwind(AssertUnwindSafe(|| vcpu.run(stop)))
+                    .unwrap_or_else(|_| Stop::Failed("a device panicked on a vCPU thread".into()));
+                drop(idle);
+                if !matches!(reason, Stop::Kicked) {
+                    on_stop(vcpu.index(), reason);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! One mapping of host memory, aligned for huge pages.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr;
+
+use virtio::memory::DirtyLog;
+use vm_memory::MmapRegion;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+
+/// The largest page that transparent huge pages use.
+const ALIGN: usize = 2 << 20;
+
+/// A mapping that is unmapped when dropped.
+pub struct Mapping {
+    address: *mut libc::c_void,
+    len: usize,
+    flags: i32,
+}
+
+#[expect(unsafe_code, reason = "raw addresses are not Send; see the proof")]
+// SAFETY: the address is only handed out as a number or to KVM and vm-memory,
+// which treat the memory as shared and volatile; unmapping happens once, in drop.
+unsafe impl Send for Mapping {}
+#[expect(unsafe_code, reason = "raw addresses are not Sync; see the proof")]
+// SAFETY: as above; no method gives out a reference to the memory.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes: of `file` from an offset, or anonymous memory.
+    /// `reserve` makes the mapping fail now if its huge pages are not there,
+    /// rather than the guest later; ordinary memory is over-committed.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it refuses.
+    pub fn new(
+        len: usize,
+        file: Option<(&File, u64)>,
+        shared: bool,
+        reserve: bool,
+    ) -> io::Result<Self> {
+        let sharing = if shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        let (fd, offset, kind) = match file {
+            Some((file, offset)) => (file.as_raw_fd(), offset, 0),
+            None => (-1, 0, libc::MAP_ANONYMOUS),
+        };
+        let flags = sharing | kind | if reserve { 0 } else { libc::MAP_NORESERVE };
+        let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let reserved = len.checked_add(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
+        let reserve = map_at(ptr::null_mut(), reserved, libc::PROT_NONE, RESERVE, -1, 0)?;
+        let skip = reserve.align_offset(ALIGN);
+        let aligned = reserve.wrapping_byte_add(skip);
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let mapped = map_at(
+            aligned,
+            len,
+            protection,
+            flags | libc::MAP_FIXED,
+            fd,
+            offset,
+        );
+        unmap(reserve, skip);
+        let tail = aligned.wrapping_byte_add(len);
+        match mapped {
+            Ok(address) => {
+                unmap(tail, ALIGN - skip);
+                Ok(Self {
+                    address,
+                    len,
+                    flags,
+                })
+            }
+            Err(error) => {
+                unmap(aligned, reserved - skip);
+                Err(error)
+            }
+        }
+    }
+
+    /// The host virtual address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.address.addr() as u64
+    }
+
+    /// The protection flags of the mapping.
+    pub fn protection(&self) -> i32 {
+        libc::PROT_READ | libc::PROT_WRITE
+    }
+
+    /// The flags it was mapped with.
+    pub fn flags(&self) -> i32 {
+        self.flags
+    }
+
+    /// Advises for or against transparent huge pages. A host without them
+    /// refuses, which changes nothing.
+    pub fn advise_thp(&self, thp: Option<bool>) {
+        match thp {
+            Some(true) => drop(self.advise(libc::MADV_HUGEPAGE)),
+            Some(false) => drop(self.advise(libc::MADV_NOHUGEPAGE)),
+            None => (),
+        }
+    }
+
+    /// Guest memory is neither for core dumps nor for forked children.
+    pub fn keep_out_of_dumps(&self) {
+        // Both are hints for the worst case; an old host without them is no worse off.
+        drop(self.advise(libc::MADV_DONTDUMP));
+        drop(self.advise(libc::MADV_DONTFORK));
+    }
+
+    /// Faults every page in for writing.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it runs out of memory.
+    pub fn populate(&self) -> io::Result<()> {
+        self.advise(libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Gives all pages back to the host; they then read as zeros.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn discard(&self) -> io::Result<()> {
+        let shared = self.flags & libc::MAP_SHARED != 0;
+        self.advise(if shared {
+            libc::MADV_REMOVE
+        } else {
+            libc::MADV_DONTNEED
+        })
+    }
+
+    fn advise(&self, advice: i32) -> io::Result<()> {
+        // SAFETY: address and length are those of this mapping.
+        #[expect(unsafe_code, reason = "madvise is a system call on an address")]
+        let result = unsafe { libc::madvise(self.address, self.len, advice) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Builds the region that describes this mapping. The builder's bitmap
+    /// must hold the mapping, which is what keeps the region valid.
+    ///
+    /// # Errors
+    ///
+    /// When flags or alignment do not fit the builder's rules.
+    pub fn into_region(
+        self: &std::sync::Arc<Self>,
+        builder: MmapRegionBuilder<DirtyLog>,
+    ) -> Result<MmapRegion<DirtyLog>, MmapRegionError> {
+        // SAFETY: the builder's log holds an Arc of this mapping, so the
+        // memory stays mapped, readable and writable while the region exists.
+        #[expect(unsafe_code, reason = "the region takes a raw address")]
+        unsafe { builder.with_raw_mmap_pointer(self.address.cast()) }.build()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        unmap(self.address, self.len);
+    }
+}
+
+const RESERVE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+fn map_at(
+    at: *mut libc::c_void,
+    len: usize,
+    protection: i32,
+    flags: i32,
+    fd: i32,
+    offset: i64,
+) -> io::Result<*mut libc::c_void> {
+    // SAFETY: without MAP_FIXED the kernel picks unused addresses; with it,
+    // `at` lies in a reservation that this module has just made.
+    #[expect(unsafe_code, reason = "mmap is a system call on an address")]
+    let address = unsafe { libc::mmap(at, len, protection, flags, fd, offset) };
+    if address == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(address)
+    }
+}
+
+fn unmap(address: *mut libc::c_void, len: usize) {
+    if len > 0 {
+        // SAFETY: the range is part of a mapping or reservation of this module
+        // that nothing uses any more.
+        #[expect(unsafe_code, reason = "munmap is a system call on an address")]
+        unsafe {
+            libc::munmap(address, len)
+        };
+    }
+}
+
+/// A sealed-size memory file, of huge pages when asked.
+///
+/// # Errors
+///
+/// The host's, when it refuses the file or its size.
+pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
+    let huge = match huge_page {
+        None => 0,
+        Some(size) => libc::MFD_HUGETLB | size.trailing_zeros() << libc::MFD_HUGE_SHIFT,
+    };
+    // SAFETY: the name is a C string; the flags are defined ones.
+    #[expect(unsafe_code, reason = "memfd_create is a system call")]
+    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | huge) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and owned by nobody else.
+    #[expect(unsafe_code, reason = "takes ownership of a fresh descriptor")]
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len)?;
+    Ok(file)
+}

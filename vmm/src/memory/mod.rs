@@ -1,0 +1,361 @@
+//! Guest memory: the one place that owns its backing.
+//!
+//! [`GuestRam`] maps the guest's RAM, says which KVM slots describe it, and
+//! hands out the [`GuestMemory`] that devices and loaders work through. Later
+//! consumers (dirty tracking for display, snapshot and migration, discards
+//! for the balloon, userfaultfd) belong here as well, because each of them
+//! excludes some of the others.
+//!
+//! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
+//! the host can use huge pages in its nested page tables.
+
+mod mapping;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio::memory::{DirtyLog, GuestMap, GuestMemory};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+use crate::layout;
+use mapping::Mapping;
+
+/// What memory a guest gets and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RamSpec {
+    /// RAM in bytes, a multiple of the page size in use.
+    pub size: u64,
+    /// Backed by a memfd and mapped shared, so that other processes can map it.
+    pub shared: bool,
+    /// Backed by pages of hugetlbfs, of this size in bytes.
+    pub huge_page: Option<u64>,
+    /// Whether transparent huge pages are advised; `None` leaves it to the host.
+    pub thp: Option<bool>,
+    /// Every page is faulted in before the guest starts.
+    pub prefault: bool,
+}
+
+/// Why guest memory could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The host would not map that much.
+    #[error("--memory: {size} bytes of guest memory could not be mapped{hint}")]
+    Map {
+        /// The bytes asked for.
+        size: u64,
+        /// The mend, when there is one.
+        hint: &'static str,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The memfd behind shared memory could not be made.
+    #[error("--memory: no memory file of {size} bytes{hint}")]
+    File {
+        /// The bytes asked for.
+        size: u64,
+        /// The mend, when there is one.
+        hint: &'static str,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Prefaulting failed part-way: the host ran out.
+    #[error("--memory prefault=on: the host has not enough free memory for {size} bytes")]
+    Prefault {
+        /// The bytes asked for.
+        size: u64,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The host would not take the pages back.
+    #[error("{size} bytes of guest memory could not be cleared")]
+    Discard {
+        /// The guest's RAM in bytes.
+        size: u64,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The ranges do not form a memory map.
+    #[error("--memory: {size} bytes do not form a memory map")]
+    Layout {
+        /// The bytes asked for.
+        size: u64,
+    },
+}
+
+/// One contiguous piece of RAM: a KVM memory slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamSlot {
+    /// The slot number.
+    pub slot: u32,
+    /// Where the guest sees it, in guest-physical bytes.
+    pub guest: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Where the monitor sees it: a host virtual address.
+    pub host: u64,
+}
+
+/// The guest's RAM.
+pub struct GuestRam {
+    memory: GuestMemory,
+    slots: Vec<RamSlot>,
+    mappings: Vec<Arc<Mapping>>,
+    size: u64,
+    prefault: bool,
+}
+
+impl GuestRam {
+    /// Maps RAM as `spec` says, split around the hole for devices.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError`] when the host has not got it; nothing stays mapped.
+    pub fn new(spec: &RamSpec) -> Result<Self, RamError> {
+        let file = if spec.shared || spec.huge_page.is_some() {
+            let file = mapping::memory_file(spec.size, spec.huge_page).map_err(|source| {
+                RamError::File {
+                    size: spec.size,
+                    hint: hint(spec, &source),
+                    source,
+                }
+            })?;
+            Some(Arc::new(file))
+        } else {
+            None
+        };
+        let mut regions = Vec::new();
+        let mut slots = Vec::new();
+        let mut mappings = Vec::new();
+        let mut file_offset = 0;
+        for (slot, (guest, len)) in (0u32..).zip(ram_ranges(spec.size)) {
+            let backing = file.as_ref().map(|f| (Arc::clone(f), file_offset));
+            file_offset += len;
+            let (region, mapping) = map_region(spec, guest, len, backing)?;
+            let host = mapping.address();
+            regions.push(Arc::new(region));
+            mappings.push(mapping);
+            slots.push(RamSlot {
+                slot,
+                guest,
+                len,
+                host,
+            });
+        }
+        let map = GuestMap::from_arc_regions(regions)
+            .map_err(|_| RamError::Layout { size: spec.size })?;
+        Ok(Self {
+            memory: GuestMemory::new(map),
+            slots,
+            mappings,
+            size: spec.size,
+            prefault: spec.prefault,
+        })
+    }
+
+    /// Gives all of the guest's pages back to the host; they read as zeros.
+    /// With `prefault=on` they are faulted in again. vCPUs and devices are stopped.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError::Discard`] and [`RamError::Prefault`].
+    pub fn discard(&self) -> Result<(), RamError> {
+        let size = self.size;
+        for mapping in &self.mappings {
+            mapping
+                .discard()
+                .map_err(|source| RamError::Discard { size, source })?;
+            if self.prefault {
+                mapping
+                    .populate()
+                    .map_err(|source| RamError::Prefault { size, source })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The memory as devices and loaders use it.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The slots to give to KVM, by rising address.
+    #[must_use]
+    pub fn slots(&self) -> &[RamSlot] {
+        &self.slots
+    }
+
+    /// RAM in bytes, holes not counted.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The first guest-physical byte after all RAM and after the hole below 4 GiB.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        let last = self
+            .slots
+            .last()
+            .map_or(0, |s| s.guest.saturating_add(s.len));
+        last.max(layout::memory::HIGH_RAM_START)
+    }
+}
+
+/// RAM's guest-physical ranges: low RAM, then what did not fit below the hole.
+fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(layout::memory::LOW_RAM_END);
+    let mut ranges = vec![(0, low)];
+    if size > low {
+        ranges.push((layout::memory::HIGH_RAM_START, size - low));
+    }
+    ranges
+}
+
+fn map_region(
+    spec: &RamSpec,
+    guest: u64,
+    len: u64,
+    file: Option<(Arc<std::fs::File>, u64)>,
+) -> Result<(GuestRegionMmap<DirtyLog>, Arc<Mapping>), RamError> {
+    let fail = |source| RamError::Map {
+        size: len,
+        hint: hint(spec, &source),
+        source,
+    };
+    let bytes = usize::try_from(len).map_err(|_| RamError::Layout { size: len })?;
+    let backing = file.as_ref().map(|(file, offset)| (file.as_ref(), *offset));
+    let mapping =
+        Mapping::new(bytes, backing, spec.shared, spec.huge_page.is_some()).map_err(fail)?;
+    if spec.huge_page.is_none() {
+        mapping.advise_thp(spec.thp);
+    }
+    mapping.keep_out_of_dumps();
+    if spec.prefault {
+        mapping.populate().map_err(|source| RamError::Prefault {
+            size: spec.size,
+            source,
+        })?;
+    }
+    let mapping = Arc::new(mapping);
+    let log = DirtyLog::for_mapping(bytes, Arc::clone(&mapping) as _);
+    let mut builder = MmapRegionBuilder::new_with_bitmap(bytes, log)
+        .with_mmap_prot(mapping.protection())
+        .with_mmap_flags(mapping.flags());
+    if let Some((file, offset)) = file {
+        builder = builder.with_file_offset(FileOffset::from_arc(file, offset));
+    }
+    let region = mapping
+        .into_region(builder)
+        .map_err(|_| RamError::Layout { size: len })?;
+    let region =
+        GuestRegionMmap::new(region, GuestAddress(guest)).ok_or(RamError::Layout { size: len })?;
+    Ok((region, mapping))
+}
+
+/// What the user can do about a mapping that the host refused.
+fn hint(spec: &RamSpec, error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM | libc::ENOSPC | libc::EINVAL) if spec.huge_page.is_some() => {
+            "; reserve huge pages in /proc/sys/vm/nr_hugepages or leave out hugepages=on"
+        }
+        Some(libc::ENOMEM) => "; give a smaller --memory size=",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+    const GIB: u64 = 1 << 30;
+
+    fn spec(size: u64) -> RamSpec {
+        RamSpec {
+            size,
+            shared: false,
+            huge_page: None,
+            thp: None,
+            prefault: false,
+        }
+    }
+
+    #[test]
+    fn ram_splits_around_the_hole() {
+        assert_eq!(ram_ranges(GIB), [(0, GIB)]);
+        assert_eq!(ram_ranges(3 * GIB), [(0, 3 * GIB)]);
+        assert_eq!(ram_ranges(5 * GIB), [(0, 3 * GIB), (4 * GIB, 2 * GIB)]);
+    }
+
+    #[test]
+    fn both_sides_of_the_hole_hold_data_and_the_hole_does_not() {
+        for shared in [false, true] {
+            let ram = GuestRam::new(&RamSpec {
+                shared,
+                ..spec(3 * GIB + 0x2000)
+            })
+            .unwrap();
+            let memory = ram.memory().memory();
+            for address in [0, 3 * GIB - 8, 4 * GIB, 4 * GIB + 0x1ff8] {
+                memory.write_obj(address, GuestAddress(address)).unwrap();
+            }
+            for address in [0, 3 * GIB - 8, 4 * GIB, 4 * GIB + 0x1ff8] {
+                assert_eq!(
+                    memory.read_obj::<u64>(GuestAddress(address)).unwrap(),
+                    address
+                );
+            }
+            assert!(memory.write_obj(0u64, GuestAddress(3 * GIB)).is_err());
+            assert_eq!(ram.end(), 4 * GIB + 0x2000);
+            assert_eq!(memory.iter().all(|r| r.file_offset().is_some()), shared);
+        }
+    }
+
+    #[test]
+    fn mappings_are_aligned_for_huge_pages_and_outlive_the_service() {
+        let ram = GuestRam::new(&spec(64 << 20)).unwrap();
+        assert_eq!(ram.slots()[0].host % (2 << 20), 0);
+        let view = ram.memory().memory();
+        drop(ram);
+        view.write_obj(7u32, GuestAddress(0x1000)).unwrap();
+        assert_eq!(view.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 7);
+    }
+
+    #[test]
+    fn discarded_memory_reads_as_zeros_whatever_backs_it() {
+        for shared in [false, true] {
+            let ram = GuestRam::new(&RamSpec {
+                shared,
+                ..spec(4 << 20)
+            })
+            .unwrap();
+            let memory = ram.memory().memory();
+            memory.write_obj(7u32, GuestAddress(0x20_1000)).unwrap();
+            ram.discard().unwrap();
+            assert_eq!(memory.read_obj::<u32>(GuestAddress(0x20_1000)).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn more_than_the_host_can_map_is_refused_with_a_mend() {
+        let error = GuestRam::new(&spec(1 << 52)).err().unwrap();
+        assert!(error.to_string().contains("smaller --memory"), "{error}");
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_reserved_are_refused_with_a_mend() {
+        let size = 1 << 40;
+        let spec = RamSpec {
+            huge_page: Some(2 << 20),
+            ..spec(size)
+        };
+        let error = GuestRam::new(&spec).err().unwrap();
+        assert!(error.to_string().contains("hugepages"), "{error}");
+    }
+}

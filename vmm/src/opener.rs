@@ -1,0 +1,361 @@
+//! The one place that opens, connects to and creates files.
+//!
+//! Every other part of the monitor, and every crate below it, asks an
+//! [`Opener`]. So what the process may touch is decided in one place, which a
+//! sandbox can move into another process.
+//!
+//! What every descriptor has: close-on-exec. What is created is for its owner
+//! alone (files 0600, sockets 0700), and a symbolic link at its name is refused, not
+//! followed. Existing input is opened through links, as users expect of paths.
+
+use std::fs::{self, File, FileType, OpenOptions};
+use std::io::{self, Read};
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use block::Access;
+use kvm_ioctls::Kvm;
+
+/// Where KVM is.
+pub const KVM_PATH: &str = "/dev/kvm";
+
+/// Why a file could not be had. Each message names the path.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system refused.
+    #[error("cannot {action} {}", path.display())]
+    System {
+        /// What was tried: "open", "create", "listen at".
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The path is something else than it has to be.
+    #[error("{} is {found}: give the path of {wanted}", path.display())]
+    WrongType {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What it should be.
+        wanted: &'static str,
+    },
+    /// A file to be written is a symbolic link.
+    #[error(
+        "{} is a symbolic link: files that are written are not opened through links: give the \
+         path that it leads to", path.display()
+    )]
+    SymbolicLink {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something else answers at the socket.
+    #[error("cannot listen at {}: another process does: choose another path", path.display())]
+    SocketInUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A TCP socket could not be made.
+    #[error("cannot listen at {host}:{port}")]
+    Tcp {
+        /// The host.
+        host: String,
+        /// The port.
+        port: u16,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no KVM.
+    #[error(
+        "cannot open {KVM_PATH}: it does not exist: enable virtualization in the firmware and \
+         load the module (modprobe kvm_intel or kvm_amd); 'vireo doctor' tells more"
+    )]
+    KvmMissing,
+    /// KVM is for others.
+    #[error(
+        "cannot open {KVM_PATH}: permission denied: add your user to its group (sudo usermod \
+         -aG kvm $USER) and log in again; 'vireo doctor' tells more"
+    )]
+    KvmPermission,
+}
+
+/// Opens files with the rights of this process.
+#[derive(Clone, Debug, Default)]
+pub struct Opener(());
+
+impl Opener {
+    /// The opener of this process.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(())
+    }
+
+    /// Opens an existing regular file for reading: a kernel, an initial RAM
+    /// disk. Never waits for a writer at the other end of a pipe.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], also for directories and all else that is no regular file.
+    pub fn open_input(&self, path: &Path) -> Result<File, OpenError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(system("open", path))?;
+        let kind = file.metadata().map_err(system("open", path))?.file_type();
+        if !kind.is_file() {
+            return Err(OpenError::WrongType {
+                path: path.to_owned(),
+                found: describe(kind),
+                wanted: "a regular file",
+            });
+        }
+        Ok(file)
+    }
+
+    /// Opens a file that is written from its start: it is created with mode
+    /// 0600, or emptied when it is a regular file. A terminal, `/dev/null` or
+    /// a pipe with a reader is taken as it is. Writing never blocks: where a
+    /// terminal or a pipe is full it fails with `WouldBlock`.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; a symbolic link, a directory and a block device are refused,
+    /// and nothing is changed then.
+    pub fn create_output(&self, path: &Path) -> Result<File, OpenError> {
+        create(path, 0o600)
+    }
+
+    /// As [`Opener::create_output`], for what everybody may read (mode 0644,
+    /// less what the process's mask takes away): documents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create_output`].
+    pub fn create_document(&self, path: &Path) -> Result<File, OpenError> {
+        create(path, 0o644)
+    }
+
+    /// Opens a character device for reading and writing, for example `/dev/ptmx`.
+    /// A terminal does not become this process's own.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], also for what is no character device.
+    pub fn open_device(&self, path: &Path) -> Result<File, OpenError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open(path)
+            .map_err(system("open", path))?;
+        let kind = file.metadata().map_err(system("open", path))?.file_type();
+        if !kind.is_char_device() {
+            return Err(OpenError::WrongType {
+                path: path.to_owned(),
+                found: describe(kind),
+                wanted: "a character device",
+            });
+        }
+        Ok(file)
+    }
+
+    /// Opens KVM.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::KvmMissing`] and [`OpenError::KvmPermission`] with their
+    /// mends, [`OpenError::System`] otherwise.
+    pub fn open_kvm(&self) -> Result<Kvm, OpenError> {
+        self.open_kvm_at(Path::new(KVM_PATH))
+    }
+
+    #[expect(
+        unsafe_code,
+        reason = "a Kvm is made from a descriptor by an unsafe function"
+    )]
+    fn open_kvm_at(&self, path: &Path) -> Result<Kvm, OpenError> {
+        let file = self.open_device(path).map_err(|error| match error {
+            OpenError::System { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                OpenError::KvmMissing
+            }
+            OpenError::System { source, .. }
+                if source.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                OpenError::KvmPermission
+            }
+            other => other,
+        })?;
+        // SAFETY: the descriptor is open and owned by nobody else: `into_raw_fd`
+        // has just given it up. A device that is not KVM answers with errors.
+        Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
+    }
+
+    /// Listens at a new unix socket that only its owner can connect to. A
+    /// socket file that a dead process left behind is replaced.
+    ///
+    /// The file creation mask is changed for the time of the call; a file
+    /// that another thread creates meanwhile gets fewer rights, never more.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::SocketInUse`] when somebody answers there,
+    /// [`OpenError::System`] for anything else at the path that is no socket.
+    pub fn listen_unix(&self, path: &Path) -> Result<UnixListener, OpenError> {
+        match bind_private(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            result => return result.map_err(system("listen at", path)),
+        }
+        let stale = fs::symlink_metadata(path).is_ok_and(|facts| facts.file_type().is_socket())
+            && UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+        if !stale {
+            return Err(OpenError::SocketInUse {
+                path: path.to_owned(),
+            });
+        }
+        fs::remove_file(path).map_err(system("replace the socket", path))?;
+        bind_private(path).map_err(system("listen at", path))
+    }
+
+    /// Listens at a TCP port.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Tcp`].
+    pub fn listen_tcp(&self, host: &str, port: u16) -> Result<TcpListener, OpenError> {
+        TcpListener::bind((host, port)).map_err(|source| OpenError::Tcp {
+            host: host.to_owned(),
+            port,
+            source,
+        })
+    }
+
+    /// Reads a small text file, such as one of `/proc` or `/sys`: the first
+    /// `limit` bytes at most, what is no UTF-8 replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::System`].
+    pub fn read_text(&self, path: &Path, limit: u64) -> Result<String, OpenError> {
+        let mut bytes = Vec::new();
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .and_then(|file| file.take(limit).read_to_end(&mut bytes))
+            .map_err(system("read", path))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+impl block::Opener for Opener {
+    /// Opens a regular file, a block device or a character device (a source of
+    /// random numbers; a disk back end refuses it); anything else is
+    /// `InvalidInput` or, for a directory, `IsADirectory`.
+    fn open(&self, path: &Path, access: Access) -> io::Result<File> {
+        // Looked at first: merely opening a pipe would wait for its writer.
+        check_kind(fs::metadata(path)?.file_type())?;
+        let direct = if access.direct { libc::O_DIRECT } else { 0 };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access.write)
+            .custom_flags(direct)
+            .open(path)?;
+        check_kind(file.metadata()?.file_type())?;
+        tracing::debug!(path = %path.display(), ?access, "opened");
+        Ok(file)
+    }
+}
+
+fn check_kind(kind: FileType) -> io::Result<()> {
+    if kind.is_file() || kind.is_block_device() || kind.is_char_device() {
+        return Ok(());
+    }
+    if kind.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!(
+            "it is {}: give the path of a regular file or block device",
+            describe(kind)
+        ),
+    ))
+}
+
+fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(mode)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|source| match source.raw_os_error() {
+            Some(libc::ELOOP) => OpenError::SymbolicLink {
+                path: path.to_owned(),
+            },
+            _ => system("create", path)(source),
+        })?;
+    let kind = file.metadata().map_err(system("create", path))?.file_type();
+    if kind.is_block_device() {
+        return Err(OpenError::WrongType {
+            path: path.to_owned(),
+            found: describe(kind),
+            wanted: "a file to be written",
+        });
+    }
+    if kind.is_file() {
+        file.set_len(0).map_err(system("empty", path))?;
+    }
+    Ok(file)
+}
+
+fn system(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+    let path = path.to_owned();
+    move |source| OpenError::System {
+        action,
+        path,
+        source,
+    }
+}
+
+fn describe(kind: FileType) -> &'static str {
+    if kind.is_dir() {
+        "a directory"
+    } else if kind.is_block_device() {
+        "a block device"
+    } else if kind.is_char_device() {
+        "a character device"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a regular file"
+    }
+}
+
+/// The bits of a new socket's mode that group and others would have.
+const OTHERS: libc::mode_t = 0o077;
+
+#[expect(unsafe_code, reason = "umask(2) has no safe wrapper among our crates")]
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    // SAFETY: umask takes no pointers and cannot fail.
+    let before = unsafe { libc::umask(OTHERS) };
+    let listener = UnixListener::bind(path);
+    // SAFETY: as above.
+    unsafe { libc::umask(before) };
+    listener
+}
+
+#[cfg(test)]
+mod tests;

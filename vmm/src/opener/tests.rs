@@ -1,0 +1,194 @@
+use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use super::*;
+use block::Opener as _;
+
+fn dir() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+fn make_pipe(path: &Path) {
+    let status = std::process::Command::new("mkfifo").arg(path).status();
+    assert!(status.unwrap().success());
+}
+
+fn is_close_on_exec(file: &File) -> bool {
+    use std::os::fd::AsRawFd;
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap();
+    let flags = info.lines().find_map(|l| l.strip_prefix("flags:")).unwrap();
+    let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
+    flags & libc::O_CLOEXEC != 0
+}
+
+#[test]
+fn an_input_is_a_regular_file_even_through_a_link() {
+    let dir = dir();
+    let (file, link) = (dir.path().join("k"), dir.path().join("l"));
+    fs::write(&file, "kernel").unwrap();
+    symlink(&file, &link).unwrap();
+    let mut text = String::new();
+    let mut opened = Opener::new().open_input(&link).unwrap();
+    opened.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "kernel");
+    assert!(is_close_on_exec(&opened));
+}
+
+#[test]
+fn inputs_of_other_types_are_refused_without_waiting() {
+    let dir = dir();
+    let pipe = dir.path().join("pipe");
+    make_pipe(&pipe);
+    for (path, found) in [
+        (dir.path(), "a directory"),
+        (&pipe, "a pipe"),
+        (Path::new("/dev/null"), "a character device"),
+    ] {
+        let message = Opener::new().open_input(path).unwrap_err().to_string();
+        assert!(message.contains(found) && message.contains(path.to_str().unwrap()));
+    }
+    let missing = Opener::new()
+        .open_input(&dir.path().join("no"))
+        .unwrap_err();
+    assert!(missing.to_string().starts_with("cannot open /"));
+}
+
+#[test]
+fn an_output_is_created_for_its_owner_and_emptied_when_it_is_there() {
+    let dir = dir();
+    let path = dir.path().join("log");
+    let mut file = Opener::new().create_output(&path).unwrap();
+    assert_eq!(mode(&path), 0o600);
+    assert!(is_close_on_exec(&file));
+    file.write_all(b"first").unwrap();
+    Opener::new().create_output(&path).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"");
+}
+
+#[test]
+fn an_output_is_not_written_through_a_link_nor_made_of_a_directory() {
+    let dir = dir();
+    let (file, link) = (dir.path().join("precious"), dir.path().join("l"));
+    fs::write(&file, "precious").unwrap();
+    symlink(&file, &link).unwrap();
+    assert!(matches!(
+        Opener::new().create_output(&link),
+        Err(OpenError::SymbolicLink { .. })
+    ));
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert!(Opener::new().create_output(dir.path()).is_err());
+    assert!(
+        Opener::new()
+            .create_output(&dir.path().join("no/log"))
+            .is_err()
+    );
+}
+
+#[test]
+fn an_output_may_be_a_device_but_not_a_pipe_without_a_reader() {
+    let dir = dir();
+    let pipe = dir.path().join("pipe");
+    make_pipe(&pipe);
+    let mut null = Opener::new().create_output(Path::new("/dev/null")).unwrap();
+    null.write_all(b"x").unwrap();
+    assert!(Opener::new().create_output(&pipe).is_err());
+}
+
+#[test]
+fn disks_are_files_or_block_devices_and_are_never_created() {
+    let dir = dir();
+    let (disk, pipe) = (dir.path().join("d"), dir.path().join("pipe"));
+    let opener = Opener::new();
+    let write = Access {
+        write: true,
+        direct: false,
+    };
+    assert_eq!(
+        opener.open(&disk, write).unwrap_err().kind(),
+        io::ErrorKind::NotFound
+    );
+    assert!(!disk.exists());
+    fs::write(&disk, "data").unwrap();
+    opener.open(&disk, write).unwrap().write_all(b"D").unwrap();
+    assert_eq!(fs::read(&disk).unwrap(), b"Data");
+    let mut read_only = opener.open(&disk, Access::default()).unwrap();
+    assert!(read_only.write_all(b"x").is_err());
+    make_pipe(&pipe);
+    for (path, kind) in [
+        (dir.path(), io::ErrorKind::IsADirectory),
+        (&pipe, io::ErrorKind::InvalidInput),
+        (Path::new("/dev/null"), io::ErrorKind::InvalidInput),
+    ] {
+        assert_eq!(
+            opener.open(path, Access::default()).unwrap_err().kind(),
+            kind
+        );
+    }
+}
+
+#[test]
+fn a_socket_is_private_and_a_live_one_is_not_taken_over() {
+    let dir = dir();
+    let path = dir.path().join("s");
+    let listener = Opener::new().listen_unix(&path).unwrap();
+    assert_eq!(mode(&path), 0o700);
+    assert!(matches!(
+        Opener::new().listen_unix(&path),
+        Err(OpenError::SocketInUse { .. })
+    ));
+    drop(listener);
+    let listener = Opener::new().listen_unix(&path).unwrap();
+    UnixStream::connect(&path).unwrap();
+    listener.accept().unwrap();
+}
+
+#[test]
+fn a_file_or_link_at_a_sockets_path_is_left_alone() {
+    let dir = dir();
+    let (file, link, target) = (
+        dir.path().join("f"),
+        dir.path().join("l"),
+        dir.path().join("t"),
+    );
+    fs::write(&file, "precious").unwrap();
+    symlink(&target, &link).unwrap();
+    assert!(Opener::new().listen_unix(&file).is_err());
+    assert!(Opener::new().listen_unix(&link).is_err());
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    assert!(!target.exists() && link.symlink_metadata().is_ok());
+}
+
+#[test]
+fn kvm_that_is_missing_or_no_device_is_refused_with_the_mend() {
+    let dir = dir();
+    let opener = Opener::new();
+    let missing = opener.open_kvm_at(&dir.path().join("kvm")).unwrap_err();
+    assert!(missing.to_string().contains("modprobe"), "{missing}");
+    assert!(matches!(
+        opener.open_kvm_at(Path::new("/proc/self/status")),
+        Err(OpenError::System { .. } | OpenError::KvmPermission | OpenError::WrongType { .. })
+    ));
+}
+
+#[test]
+fn text_is_read_up_to_the_limit_and_made_utf_8() {
+    let dir = dir();
+    let path = dir.path().join("t");
+    fs::write(&path, b"ab\xffcdef").unwrap();
+    assert_eq!(Opener::new().read_text(&path, 4).unwrap(), "ab\u{fffd}c");
+}
+
+#[test]
+fn a_tcp_port_in_use_is_refused_with_its_name() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let error = Opener::new().listen_tcp("127.0.0.1", port).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!("cannot listen at 127.0.0.1:{port}")
+    );
+}

@@ -1,0 +1,39 @@
+//! Runs a machine from its configuration to its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use api::ExitReason;
+use virtio::models::MODELS;
+
+use crate::config::VmConfig;
+use crate::events::EventBus;
+use crate::machine::build::{Built, build};
+use crate::machine::driver::{Driver, Outcome};
+use crate::opener::Opener;
+
+/// Builds the machine, boots it and waits for its end.
+///
+/// # Errors
+///
+/// What kept the machine from being built or from going on.
+pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
+    let events = EventBus::default();
+    let Built {
+        machine,
+        ears,
+        mailbox,
+        debugger,
+    } = build(&config, MODELS, &opener, &events)?;
+    if let Some(listener) = debugger {
+        crate::gdb::serve(listener, mailbox, machine.vcpus().count())
+            .context("no thread for --gdb")?;
+    }
+    let timeout = Duration::from_secs(config.shutdown_timeout);
+    let Outcome { reason, detail } = Driver::new(machine, ears, events, timeout).run()?;
+    if let Some(detail) = detail {
+        eprintln!("vireo: {detail}");
+    }
+    Ok(reason)
+}
