@@ -1,0 +1,333 @@
+//! Cases: a guest, the flags to start it with, and what must come of it.
+//!
+//! A case is data, so that it can be sent into the nested machine.
+
+use serde::{Deserialize, Serialize};
+
+/// One run of the monitor.
+///
+/// In `args` and scripts `{dir}` stands for the case's own directory, made for it
+/// and empty but for its [`files`](Case::files).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Case {
+    /// Unique within a suite; the log's file name comes from it.
+    pub name: String,
+    /// What to boot.
+    pub boot: Boot,
+    /// Flags of `vireo run` besides the kernel, initramfs and command line.
+    pub args: Vec<String>,
+    /// Files to make first.
+    pub files: Vec<ScratchFile>,
+    /// A shell script to run first, in the case's directory; it must succeed.
+    pub before: String,
+    /// What to do while the guest runs, in order.
+    pub steps: Vec<Step>,
+    /// The monitor's exit code; a signal N counts as 128 + N.
+    pub exit: i32,
+    /// What the output must and must not hold. The output is the monitor's standard output and
+    /// then the `after` script's.
+    pub wants: Vec<Want>,
+    /// A shell script to run afterwards, in the case's directory; it must succeed.
+    pub after: String,
+    /// Seconds from start to exit.
+    pub limit: u64,
+    /// The case changes settings of the machine it runs on: never direct.
+    pub nested_only: bool,
+}
+
+/// What a case boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Boot {
+    /// A Linux kernel with the testbed's initramfs and serial console.
+    Linux {
+        /// Which kernel, such as `6.12-cloud`.
+        kernel: String,
+        /// In which form.
+        form: Form,
+        /// More words for its command line.
+        cmdline: String,
+        /// The shell script that the guest runs; it powers off at the end.
+        script: String,
+    },
+    /// One of the small guests of `resources/guests`.
+    Guest {
+        /// Its name.
+        name: String,
+        /// The words that tell it what to do.
+        cmdline: String,
+    },
+}
+
+impl Boot {
+    /// The small guest `name` with its command line.
+    #[must_use]
+    pub fn guest(name: &str, cmdline: &str) -> Self {
+        Self::Guest {
+            name: name.to_owned(),
+            cmdline: cmdline.to_owned(),
+        }
+    }
+
+    /// A Linux guest that runs `script`.
+    #[must_use]
+    pub fn linux(kernel: &str, form: Form, script: &str) -> Self {
+        Self::Linux {
+            kernel: kernel.to_owned(),
+            form,
+            cmdline: String::new(),
+            script: script.to_owned(),
+        }
+    }
+}
+
+/// The form in which a kernel is handed to the monitor, and its entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Form {
+    /// The package's bzImage, 64-bit boot protocol.
+    BzImage,
+    /// The ELF inside, by PVH.
+    Pvh,
+    /// The ELF inside, by its 64-bit entry.
+    Elf64,
+}
+
+impl Form {
+    /// A word for names of cases.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::BzImage => "bzimage",
+            Self::Pvh => "pvh",
+            Self::Elf64 => "elf64",
+        }
+    }
+}
+
+/// A file that a case starts with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScratchFile {
+    /// Its name in the case's directory.
+    pub name: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// What it is filled with.
+    pub fill: Fill,
+}
+
+/// The content of a [`ScratchFile`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fill {
+    /// A hole.
+    Zero,
+    /// The same reproducible noise each time.
+    Noise,
+}
+
+/// Waits for a text in the output, then acts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// The text to wait for; earlier steps' texts come before it.
+    pub when: String,
+    /// What to do then.
+    pub then: Action,
+}
+
+/// What a [`Step`] does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Action {
+    /// Sends the monitor a signal by name, such as `TERM`.
+    Signal(String),
+    /// Writes to the monitor's standard input.
+    Type(String),
+}
+
+/// One demand on the output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Want {
+    /// This whole line, white space at its ends aside.
+    Line(String),
+    /// This text somewhere.
+    Text(String),
+    /// This text nowhere.
+    NoText(String),
+    /// This text exactly so many times.
+    Times(String, usize),
+}
+
+impl Want {
+    /// Says what is wrong with `output`, if anything.
+    #[must_use]
+    pub fn complaint(&self, output: &str) -> Option<String> {
+        match self {
+            Self::Line(line) => (!output.lines().any(|found| found.trim() == line))
+                .then(|| format!("no line \"{line}\"")),
+            Self::Text(text) => (!output.contains(text)).then(|| format!("no \"{text}\"")),
+            Self::NoText(text) => output
+                .lines()
+                .find(|line| line.contains(text))
+                .map(|line| format!("unwanted \"{text}\" in \"{}\"", line.trim())),
+            Self::Times(text, count) => {
+                let found = output.matches(text.as_str()).count();
+                (found != *count).then(|| format!("\"{text}\" {found} times, not {count}"))
+            }
+        }
+    }
+}
+
+impl Case {
+    /// A case that boots `boot` and must exit with 0; fields are set from there.
+    #[must_use]
+    pub fn new(name: impl Into<String>, boot: Boot) -> Self {
+        Self {
+            name: name.into(),
+            boot,
+            args: Vec::new(),
+            files: Vec::new(),
+            before: String::new(),
+            steps: Vec::new(),
+            exit: 0,
+            wants: Vec::new(),
+            after: String::new(),
+            limit: 120,
+            nested_only: false,
+        }
+    }
+
+    /// Adds flags, split at blanks.
+    #[must_use]
+    pub fn args(mut self, args: &str) -> Self {
+        self.args.extend(args.split_whitespace().map(str::to_owned));
+        self
+    }
+
+    /// Adds a file to start with.
+    #[must_use]
+    pub fn file(mut self, name: &str, size: u64, fill: Fill) -> Self {
+        self.files.push(ScratchFile {
+            name: name.to_owned(),
+            size,
+            fill,
+        });
+        self
+    }
+
+    /// Demands these whole lines.
+    #[must_use]
+    pub fn lines<I: IntoIterator<Item: Into<String>>>(mut self, lines: I) -> Self {
+        self.wants
+            .extend(lines.into_iter().map(|line| Want::Line(line.into())));
+        self
+    }
+
+    /// Adds one demand.
+    #[must_use]
+    pub fn want(mut self, want: Want) -> Self {
+        self.wants.push(want);
+        self
+    }
+
+    /// Sets the exit code to expect.
+    #[must_use]
+    pub fn exits(mut self, code: i32) -> Self {
+        self.exit = code;
+        self
+    }
+
+    /// Adds a step.
+    #[must_use]
+    pub fn step(mut self, when: &str, then: Action) -> Self {
+        self.steps.push(Step {
+            when: when.to_owned(),
+            then,
+        });
+        self
+    }
+
+    /// Sets the script to run before.
+    #[must_use]
+    pub fn before(mut self, script: &str) -> Self {
+        script.clone_into(&mut self.before);
+        self
+    }
+
+    /// Sets the script to run after.
+    #[must_use]
+    pub fn after(mut self, script: &str) -> Self {
+        script.clone_into(&mut self.after);
+        self
+    }
+
+    /// Sets the time limit in seconds.
+    #[must_use]
+    pub fn limit(mut self, seconds: u64) -> Self {
+        self.limit = seconds;
+        self
+    }
+}
+
+/// What came of a case.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The case's name.
+    pub name: String,
+    /// How it went.
+    pub verdict: Verdict,
+    /// Milliseconds from start to exit, by the clock of the ground it ran on.
+    pub millis: u64,
+    /// Standard output of monitor and `after` script, the start cut off when it is long.
+    pub output: String,
+    /// Standard error of the monitor, likewise.
+    pub errors: String,
+}
+
+/// How a case went.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// As it should.
+    Pass,
+    /// Each broken demand.
+    Fail(Vec<String>),
+    /// It did not end in time; on nested ground the emulator may be to blame.
+    Hung(String),
+}
+
+/// What the agent in the nested machine sends, one JSON value per line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
+    /// The machine is up; what is wrong with its KVM, if anything.
+    Ready(Result<(), String>),
+    /// A case begins.
+    Begin(String),
+    /// A case ended.
+    End(Box<Outcome>),
+    /// All cases are done.
+    Done,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wants_complain_about_what_they_miss_and_nothing_else() {
+        let output = "[ 0.1] x\r\n@@ nproc=2\r\n@@ boot\n@@ boot\n";
+        assert_eq!(Want::Line("@@ nproc=2".into()).complaint(output), None);
+        assert!(Want::Line("@@ nproc".into()).complaint(output).is_some());
+        assert_eq!(Want::Text("nproc".into()).complaint(output), None);
+        assert!(Want::Text("@@ up".into()).complaint(output).is_some());
+        assert!(Want::NoText("boot".into()).complaint(output).is_some());
+        assert_eq!(Want::Times("@@ boot".into(), 2).complaint(output), None);
+        assert!(Want::Times("@@ boot".into(), 1).complaint(output).is_some());
+    }
+
+    #[test]
+    fn a_case_survives_the_way_into_the_nested_machine() {
+        let case = Case::new("x", Boot::guest("hello", "stay"))
+            .args("--cpus boot=2")
+            .file("disk", 512, Fill::Noise)
+            .step("up", Action::Signal("TERM".into()))
+            .exits(3);
+        let text = serde_json::to_string(&case).unwrap();
+        assert_eq!(serde_json::from_str::<Case>(&text).unwrap(), case);
+    }
+}

@@ -1,0 +1,223 @@
+//! Initramfs images: the guest's (L2) and the nested machine's own (L1).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, BufWriter};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cpio::Archive;
+use crate::modules::in_load_order;
+
+/// What a guest loads; names that a kernel has built in are passed over.
+const GUEST_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_rng",
+    "pvpanic_mmio",
+    "pvpanic_pci",
+    "button",
+    "evdev",
+];
+
+/// What the nested machine loads to have `/dev/kvm`.
+const NESTED_MODULES: &[&str] = &["virtio_pci", "virtio_console", "kvm", "kvm_amd", "loop"];
+
+/// Runs `/case.sh` when there is one, else a shell; then powers off.
+///
+/// Lines for the test begin with `@@`, which kernel messages do not.
+const GUEST_INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ PS1='vireo:\w# '
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+for module in $(cat /modules/order); do
+    insmod "/modules/$module.ko" 2>/tmp/why || echo "@@ insmod $module: $(cat /tmp/why)"
+done
+# Only drained output survives a power-off.
+drain() { stty -F /dev/console cs8; }
+if [ -e /case.sh ]; then
+    echo '@@ up'
+    . /case.sh
+    echo '@@ end'
+else
+    echo "Linux $(uname -r) in Vireo, $(nproc) CPU(s). Leave with poweroff -f, or Ctrl-a x."
+    setsid cttyhack sh
+fi
+drain
+poweroff -f
+"#;
+
+/// Starts the agent on the results port; when it ends, the machine ends.
+const NESTED_INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ RUST_BACKTRACE=1
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts pts /dev/pts
+mount -t tmpfs -o size=90% tmp /tmp
+ip link set lo up
+for module in $(cat /modules/order); do insmod "/modules/$module.ko"; done
+mode=cases
+for word in $(cat /proc/cmdline); do
+    case $word in testbed=*) mode=${word#testbed=} ;; esac
+done
+port=
+for name in /sys/class/virtio-ports/*/name; do
+    [ "$(cat "$name")" = results ] && port=/dev/$(basename "$(dirname "$name")")
+done
+if [ "$mode" = interactive ]; then
+    setsid -c /bin/agent interactive /kit "$port" </dev/hvc0 >/dev/hvc0 2>&1
+else
+    /bin/agent "$mode" /kit "$port"
+fi
+echo "agent ended with $?"
+poweroff -f
+"#;
+
+/// Builds a guest's initramfs for the unpacked kernel package at `package`.
+///
+/// # Errors
+/// A part is missing or the image cannot be written.
+pub fn guest(package: &Path, busybox: &Path, output: &Path) -> Result<()> {
+    write(output, |archive| {
+        skeleton(archive, busybox, GUEST_INIT)?;
+        modules(archive, package, GUEST_MODULES)
+    })
+}
+
+/// One more archive to put behind a guest's initramfs, with its script.
+///
+/// # Errors
+/// What writing to memory gives: nothing.
+pub fn guest_script(script: &str) -> io::Result<Vec<u8>> {
+    let mut archive = Archive::new(Vec::new());
+    archive.file("case.sh", 0o755, script.as_bytes())?;
+    archive.finish()
+}
+
+/// Builds the nested machine's initramfs: the kernel's modules, the agent,
+/// and `kit` (paths in `/kit` to files here). Programs bring the shared
+/// libraries that `ldd` names.
+///
+/// # Errors
+/// A part is missing or the image cannot be written.
+pub fn nested(
+    package: &Path,
+    busybox: &Path,
+    agent: &Path,
+    kit: &BTreeMap<String, PathBuf>,
+    output: &Path,
+) -> Result<()> {
+    write(output, |archive| {
+        skeleton(archive, busybox, NESTED_INIT)?;
+        modules(archive, package, NESTED_MODULES)?;
+        copy(archive, "bin/agent", agent)?;
+        let mut libraries = shared_libraries(agent)?;
+        let mut directories = vec![String::new()];
+        for (path, file) in kit {
+            if path == "vireo" {
+                libraries.extend(shared_libraries(file)?);
+            }
+            let path = format!("kit/{path}");
+            parents(archive, &path, &mut directories)?;
+            copy(archive, &path, file)?;
+        }
+        for (path, file) in libraries {
+            parents(archive, &path, &mut directories)?;
+            copy(archive, &path, &file)?;
+        }
+        Ok(())
+    })
+}
+
+fn write(
+    output: &Path,
+    fill: impl FnOnce(&mut Archive<BufWriter<File>>) -> Result<()>,
+) -> Result<()> {
+    let part = output.with_extension("part");
+    let file = File::create(&part).with_context(|| format!("cannot write {}", part.display()))?;
+    let mut archive = Archive::new(BufWriter::new(file));
+    fill(&mut archive)?;
+    archive.finish()?.into_inner()?;
+    fs::rename(&part, output)?;
+    Ok(())
+}
+
+fn skeleton<W: io::Write>(archive: &mut Archive<W>, busybox: &Path, init: &str) -> Result<()> {
+    for directory in ["bin", "dev", "proc", "sys", "tmp", "root", "modules"] {
+        archive.directory(directory)?;
+    }
+    // The kernel opens it for init before devtmpfs is there.
+    archive.character_device("dev/console", 5, 1)?;
+    copy(archive, "bin/busybox", busybox)?;
+    archive.file("init", 0o755, init.as_bytes())?;
+    Ok(())
+}
+
+fn modules<W: io::Write>(archive: &mut Archive<W>, package: &Path, wanted: &[&str]) -> Result<()> {
+    let mut order = String::new();
+    for module in in_load_order(package, wanted)? {
+        archive.file(
+            &format!("modules/{}.ko", module.name),
+            0o644,
+            &module.content,
+        )?;
+        order.push_str(&module.name);
+        order.push('\n');
+    }
+    archive.file("modules/order", 0o644, order.as_bytes())?;
+    Ok(())
+}
+
+fn copy<W: io::Write>(archive: &mut Archive<W>, path: &str, file: &Path) -> Result<()> {
+    let content = fs::read(file)
+        .with_context(|| format!("{} is missing; run `make setup`", file.display()))?;
+    archive.file(path, 0o755, &content)?;
+    Ok(())
+}
+
+/// Makes the directories above `path` that are not made yet.
+fn parents<W: io::Write>(
+    archive: &mut Archive<W>,
+    path: &str,
+    made: &mut Vec<String>,
+) -> Result<()> {
+    for (at, _) in path.match_indices('/') {
+        let directory = &path[..at];
+        if !made.iter().any(|known| known == directory) {
+            archive.directory(directory)?;
+            made.push(directory.to_owned());
+        }
+    }
+    Ok(())
+}
+
+/// Where the program's shared libraries and its loader belong, and are.
+fn shared_libraries(program: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .context("ldd does not start")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut libraries = BTreeMap::new();
+    for line in text.lines() {
+        ensure!(
+            !line.contains("not found"),
+            "{}: {}",
+            program.display(),
+            line.trim()
+        );
+        let path = line.split_whitespace().find(|word| word.starts_with('/'));
+        if let Some(path) = path {
+            libraries.insert(path.trim_start_matches('/').to_owned(), PathBuf::from(path));
+        }
+    }
+    Ok(libraries)
+}

@@ -1,0 +1,124 @@
+use super::*;
+use crate::case::Want;
+
+/// A shell script in place of the monitor; `$@` are the monitor's arguments.
+fn run_with(monitor: &str, case: &Case) -> Outcome {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("vireo");
+    fs::write(&program, format!("#!/bin/sh\n{monitor}\n")).unwrap();
+    let status = Command::new("chmod")
+        .arg("+x")
+        .arg(&program)
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let base = dir.path().join("base");
+    fs::write(&base, b"base").unwrap();
+    let locate = |path: &str| {
+        Ok(if path == "vireo" {
+            program.clone()
+        } else {
+            base.clone()
+        })
+    };
+    run(case, &locate, dir.path())
+}
+
+fn guest() -> Case {
+    Case::new("case", Boot::guest("hello", ""))
+}
+
+#[test]
+fn a_run_that_meets_all_demands_passes() {
+    let case = guest()
+        .lines(["hello"])
+        .after("echo after")
+        .want(Want::Text("after".into()));
+    let outcome = run_with("echo hello; echo note >&2", &case);
+    assert_eq!(outcome.verdict, Verdict::Pass, "{outcome:?}");
+    assert_eq!(outcome.output, "hello\nafter\n");
+    assert_eq!(outcome.errors, "note\n");
+}
+
+#[test]
+fn every_broken_demand_is_told() {
+    let case = guest().lines(["other"]).exits(3).after("exit 1");
+    let Verdict::Fail(complaints) = run_with("echo hello; exit 4", &case).verdict else {
+        panic!("passed");
+    };
+    assert_eq!(complaints.len(), 3, "{complaints:?}");
+    assert!(complaints[0].starts_with("exit code 4, not 3"));
+}
+
+#[test]
+fn a_signal_counts_as_128_and_its_number() {
+    assert_eq!(
+        run_with("kill -ABRT $$", &guest().exits(134)).verdict,
+        Verdict::Pass
+    );
+}
+
+#[test]
+fn a_monitor_that_does_not_end_is_killed_and_told_as_hung() {
+    let outcome = run_with("echo up; exec sleep 1000", &guest().limit(1));
+    assert!(
+        matches!(&outcome.verdict, Verdict::Hung(why) if why.contains("sleep")),
+        "{outcome:?}"
+    );
+    assert_eq!(outcome.output, "up\n");
+}
+
+#[test]
+fn steps_follow_each_other_in_the_order_of_their_texts() {
+    let case = guest()
+        .step("name?", Action::Type("me\n".into()))
+        .step("ready", Action::Signal("TERM".into()))
+        .lines(["got me", "button"]);
+    let monitor = "trap 'echo button; exit 0' TERM; echo ready too early; echo name?; \
+                   read x; echo got $x; echo ready; while :; do sleep 0.01; done";
+    let outcome = run_with(monitor, &case);
+    assert_eq!(outcome.verdict, Verdict::Pass, "{outcome:?}");
+}
+
+#[test]
+fn linux_gets_its_script_behind_the_initramfs() {
+    let boot = Boot::Linux {
+        kernel: "6.12-cloud".into(),
+        form: Form::Pvh,
+        cmdline: "nokaslr".into(),
+        script: "true".into(),
+    };
+    let case = Case::new("a/b", boot)
+        .args("--cpus boot=2 --disk path={dir}/disk")
+        .file("disk", 1024, Fill::Noise);
+    let outcome = run_with(
+        "echo \"$@\"; wc -c < disk; grep -c case.sh initramfs",
+        &case,
+    );
+    assert_eq!(outcome.verdict, Verdict::Pass, "{outcome:?}");
+    assert!(
+        outcome
+            .output
+            .contains("--cmdline console=ttyS0 quiet nokaslr --boot-protocol pvh")
+    );
+    assert!(
+        outcome
+            .output
+            .contains("--serial tty --cpus boot=2 --disk path=/")
+    );
+    assert!(
+        outcome.output.ends_with("a-b/disk\n1024\n1\n"),
+        "{}",
+        outcome.output
+    );
+}
+
+#[test]
+fn noise_is_the_same_each_time_and_has_no_short_period() {
+    let bytes = noise(1 << 20);
+    assert_eq!(bytes, noise(1 << 20));
+    let mut blocks: Vec<&[u8]> = bytes.chunks(512).collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    assert_eq!(blocks.len(), 2048);
+}

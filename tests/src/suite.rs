@@ -1,0 +1,408 @@
+//! Runs the cases of a class on the ground that the machine has, and reports.
+//!
+//! - A failed demand is final. A case that the emulator lost (L1 ended or
+//!   fell silent, or the guest did not end in time) is run again in a new boot, at
+//!   most twice; how often is printed at the end. Direct runs are never repeated.
+//! - Each class leaves a note on where it ran, from which [`ledger`] tells CI
+//!   whether one ran nowhere.
+//!
+//! `TESTBED_GROUND=direct|nested` overrules the choice of ground,
+//! `TESTBED_CLOCK=instructions` the nested machine's clock, and
+//! `TESTBED_ONLY=TEXT` runs the cases alone whose names hold the text.
+
+use std::fmt::{self, Write as _};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::case::{Boot, Case, Outcome, Report, Verdict};
+use crate::nested::{Clock, Machine};
+use crate::{kit, nested, places, probe, runner};
+
+/// How often a case that the emulator lost is run again.
+const REPEATS: u32 = 2;
+/// L1's memory in MiB; the largest guest has 3.5 GiB of which it touches little.
+const NESTED_MEMORY: u32 = 5120;
+
+/// Where cases run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ground {
+    /// On this machine's `/dev/kvm`.
+    Direct,
+    /// In the nested machine.
+    Nested,
+    /// Nowhere, and why.
+    Nowhere(String),
+}
+
+impl Ground {
+    /// Picks the ground for `cases`.
+    #[must_use]
+    pub fn pick(cases: &[Case]) -> Self {
+        match std::env::var("TESTBED_GROUND").as_deref() {
+            Ok("direct") => return Self::Direct,
+            Ok("nested") => return Self::Nested,
+            _ => {}
+        }
+        let linux = cases
+            .iter()
+            .any(|case| matches!(case.boot, Boot::Linux { .. }));
+        let direct = if linux {
+            probe::runs_stock_kernels()
+        } else {
+            probe::open_kvm().is_ok()
+        };
+        if direct {
+            return Self::Direct;
+        }
+        match nested::missing() {
+            None => Self::Nested,
+            Some(why) => Self::Nowhere(format!(
+                "this machine's /dev/kvm is not enough, and there is no nested machine: {why}"
+            )),
+        }
+    }
+}
+
+/// Runs `cases` as the class `class` and prints a line for each.
+///
+/// # Errors
+/// A case failed or was lost too often; the message names them. A class that can run
+/// nowhere is no error here, see [`ledger`].
+pub fn run(class: &str, cases: Vec<Case>) -> Result<(), Failed> {
+    attempt(class, cases).map_err(|error| Failed(format!("{error:#}")))
+}
+
+/// Why a class failed, readable where the test harness prints its `Debug` form.
+pub struct Failed(String);
+
+impl fmt::Debug for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn attempt(class: &str, mut cases: Vec<Case>) -> Result<()> {
+    if let Ok(only) = std::env::var("TESTBED_ONLY") {
+        cases.retain(|case| case.name.contains(&only));
+    }
+    let mut suite = Suite::new(class)?;
+    let ground = Ground::pick(&cases);
+    match &ground {
+        Ground::Nowhere(why) => {
+            println!("SKIP  {class}: {} cases: {why}", cases.len());
+            return note(class, &format!("skipped: {why}"));
+        }
+        Ground::Direct => {
+            println!("{class}: {} cases on this machine's /dev/kvm", cases.len());
+            suite.direct(&cases)?;
+        }
+        Ground::Nested => {
+            println!("{class}: {} cases in the nested machine", cases.len());
+            suite.nested(cases)?;
+        }
+    }
+    suite.close(&ground)
+}
+
+struct Suite {
+    class: String,
+    logs: PathBuf,
+    passed: u32,
+    skipped: u32,
+    failed: Vec<String>,
+    repeated: Vec<String>,
+    begin: Instant,
+}
+
+impl Suite {
+    fn new(class: &str) -> Result<Self> {
+        let logs = places::logs().join(class);
+        let _ = fs::remove_dir_all(&logs);
+        fs::create_dir_all(&logs)?;
+        Ok(Self {
+            class: class.to_owned(),
+            logs,
+            passed: 0,
+            skipped: 0,
+            failed: Vec::new(),
+            repeated: Vec::new(),
+            begin: Instant::now(),
+        })
+    }
+
+    fn direct(&mut self, cases: &[Case]) -> Result<()> {
+        build_kernels(cases)?;
+        let scratch = tempfile::tempdir()?;
+        for case in cases {
+            if case.nested_only {
+                println!(
+                    "SKIP  {}: it changes the machine that it runs on",
+                    case.name
+                );
+                self.skipped += 1;
+                continue;
+            }
+            let outcome = runner::run(case, &kit::file, scratch.path());
+            if let Verdict::Hung(why) = &outcome.verdict {
+                let why = why.clone();
+                self.failure(&outcome, &[why])?;
+            } else {
+                self.settle(&outcome)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn nested(&mut self, mut waiting: Vec<Case>) -> Result<()> {
+        build_kernels(&waiting)?;
+        // Two emulators at once take each other's time.
+        let lock = File::create(places::testbed().join("nested.lock"))?;
+        lock.lock()?;
+        let mut attempts = std::collections::HashMap::<String, u32>::new();
+        let mut fruitless = 0;
+        let mut number = 0;
+        while !waiting.is_empty() {
+            number += 1;
+            let boot = self.boot(number, &waiting)?;
+            let before = waiting.len();
+            let mut lost = Vec::new();
+            for outcome in &boot.outcomes {
+                if let Verdict::Hung(why) = &outcome.verdict {
+                    self.keep(outcome)?;
+                    lost.push((outcome.name.clone(), why.clone()));
+                } else {
+                    self.settle(outcome)?;
+                    waiting.retain(|case| case.name != outcome.name);
+                }
+            }
+            if let Some(loss) = boot.lost {
+                lost.push((loss.case.unwrap_or_else(|| "the boot".to_owned()), loss.why));
+            }
+            for (name, why) in lost {
+                let count = attempts.entry(name.clone()).or_default();
+                *count += 1;
+                println!("LOST  {name}, attempt {count}: {why}");
+                if *count <= REPEATS {
+                    self.repeated.push(name);
+                } else {
+                    self.failed
+                        .push(format!("{name}: lost {count} times: {why}"));
+                    waiting.retain(|case| case.name != name);
+                }
+            }
+            fruitless = if waiting.len() < before {
+                0
+            } else {
+                fruitless + 1
+            };
+            if fruitless > REPEATS {
+                bail!(
+                    "{fruitless} boots of the nested machine in a row were lost; see {}",
+                    self.logs.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn boot(&self, number: u32, cases: &[Case]) -> Result<nested::Boot> {
+        let directory = self.logs.join(format!("boot-{number}"));
+        fs::create_dir_all(&directory)?;
+        let machine = Machine {
+            clock: clock(),
+            memory: NESTED_MEMORY,
+            directory,
+        };
+        let begin = Instant::now();
+        let boot = machine.run(cases, &mut |report| match report {
+            Report::Ready(_) => println!(
+                "      L1 is up after {:.1} s",
+                begin.elapsed().as_secs_f64()
+            ),
+            Report::End(outcome) => println!("{}", line(outcome)),
+            Report::Begin(_) | Report::Done => {}
+        })?;
+        // The image is large and made anew each time.
+        let _ = fs::remove_file(machine.directory.join("initramfs"));
+        Ok(boot)
+    }
+
+    /// Counts a case that ran to its end.
+    fn settle(&mut self, outcome: &Outcome) -> Result<()> {
+        match &outcome.verdict {
+            Verdict::Pass => {
+                self.passed += 1;
+                self.keep(outcome)?;
+                Ok(())
+            }
+            Verdict::Fail(complaints) => self.failure(outcome, complaints),
+            Verdict::Hung(why) => self.failure(outcome, std::slice::from_ref(why)),
+        }
+    }
+
+    fn failure(&mut self, outcome: &Outcome, complaints: &[String]) -> Result<()> {
+        let log = self.keep(outcome)?;
+        println!(
+            "----- {} failed; the end of {}:",
+            outcome.name,
+            log.display()
+        );
+        let text = fs::read_to_string(&log)?;
+        let lines: Vec<&str> = text.lines().collect();
+        for line in &lines[lines.len().saturating_sub(40)..] {
+            println!("    {line}");
+        }
+        self.failed
+            .push(format!("{}: {}", outcome.name, complaints.join("; ")));
+        Ok(())
+    }
+
+    fn keep(&self, outcome: &Outcome) -> Result<PathBuf> {
+        let log = self
+            .logs
+            .join(format!("{}.log", outcome.name.replace('/', "-")));
+        let text = format!(
+            "{}\n--- the monitor's messages\n{}--- output\n{}",
+            line(outcome),
+            outcome.errors,
+            outcome.output
+        );
+        fs::write(&log, text).with_context(|| format!("cannot write {}", log.display()))?;
+        Ok(log)
+    }
+
+    fn close(self, ground: &Ground) -> Result<()> {
+        let ground = if *ground == Ground::Direct {
+            "direct"
+        } else {
+            "nested"
+        };
+        let mut summary = format!(
+            "{} {ground}: {} passed, {} failed, {} skipped, {} repeated because the emulator was lost, {:.0} s",
+            self.class,
+            self.passed,
+            self.failed.len(),
+            self.skipped,
+            self.repeated.len(),
+            self.begin.elapsed().as_secs_f64()
+        );
+        for name in &self.repeated {
+            let _ = write!(summary, "\n      repeated: {name}");
+        }
+        println!("{summary}");
+        if std::env::var_os("TESTBED_ONLY").is_none() {
+            note(&self.class, &summary)?;
+        }
+        if !self.failed.is_empty() {
+            bail!("{}\nlogs: {}", self.failed.join("\n"), self.logs.display());
+        }
+        Ok(())
+    }
+}
+
+fn clock() -> Clock {
+    match std::env::var("TESTBED_CLOCK").as_deref() {
+        Ok("instructions") => Clock::Instructions,
+        _ => Clock::Wall,
+    }
+}
+
+fn line(outcome: &Outcome) -> String {
+    let seconds = std::time::Duration::from_millis(outcome.millis).as_secs_f64();
+    let (word, rest) = match &outcome.verdict {
+        Verdict::Pass => ("PASS", String::new()),
+        Verdict::Fail(complaints) => ("FAIL", format!(": {}", complaints.join("; "))),
+        Verdict::Hung(why) => ("HUNG", format!(": {why}")),
+    };
+    format!("{word}  {:<44} {seconds:6.1} s{rest}", outcome.name)
+}
+
+fn build_kernels(cases: &[Case]) -> Result<()> {
+    let mut names: Vec<&str> = cases
+        .iter()
+        .filter_map(|case| match &case.boot {
+            Boot::Linux { kernel, .. } => Some(kernel.as_str()),
+            Boot::Guest { .. } => None,
+        })
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names.into_iter().try_for_each(kit::build)
+}
+
+fn notes() -> PathBuf {
+    places::testbed().join("classes")
+}
+
+/// Notes where a class of tests ran, or `skipped: WHY`.
+///
+/// # Errors
+/// The note cannot be written.
+pub fn note(class: &str, text: &str) -> Result<()> {
+    fs::create_dir_all(notes())?;
+    fs::write(notes().join(class), text)?;
+    Ok(())
+}
+
+/// Forgets all notes: what follows must run again.
+///
+/// # Errors
+/// The notes cannot be removed.
+pub fn forget_notes() -> Result<()> {
+    match fs::remove_dir_all(notes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Prints each class's note and says which of `classes` ran nowhere.
+///
+/// # Errors
+/// The classes that ran nowhere.
+pub fn ledger(classes: &[&str]) -> Result<()> {
+    ledger_in(&notes(), classes)
+}
+
+fn ledger_in(notes: &Path, classes: &[&str]) -> Result<()> {
+    let mut nowhere = Vec::new();
+    for class in classes {
+        let text =
+            fs::read_to_string(notes.join(class)).unwrap_or_else(|_| "skipped: not run".to_owned());
+        println!(
+            "{}",
+            if text.starts_with("skipped") {
+                format!("{class} {text}")
+            } else {
+                text.clone()
+            }
+        );
+        if text.starts_with("skipped") {
+            nowhere.push(*class);
+        }
+    }
+    if !nowhere.is_empty() {
+        bail!("these classes of tests ran nowhere: {}", nowhere.join(", "));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_class_that_was_skipped_or_never_ran_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("ran"), "ran nested: 3 passed").unwrap();
+        fs::write(dir.path().join("skipped"), "skipped: no QEMU").unwrap();
+        assert!(ledger_in(dir.path(), &["ran"]).is_ok());
+        let error = ledger_in(dir.path(), &["ran", "skipped", "absent"]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "these classes of tests ran nowhere: skipped, absent"
+        );
+    }
+}
