@@ -620,8 +620,7 @@ fn check_rings(map: &GuestMap, queue: &Queue) -> Result<(), String> {
         ("used ring", queue.used_ring(), 6 + 8 * size),
     ];
     for (part, address, len) in parts {
-        let end = address.checked_add(len as u64);
-        if end.is_none() || !map.check_range(GuestAddress(address), len, Permissions::ReadWrite) {
+        if !map.check_range(GuestAddress(address), len, Permissions::ReadWrite) {
             return Err(format!(
                 "its {part} at {address:#x}, {len} bytes, is not all in RAM"
             ));

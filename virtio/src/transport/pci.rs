@@ -228,9 +228,10 @@ impl VirtioPci {
         overlaps(offset, len, self.pci_cap + PCI_CAP_DATA, 4)
     }
 
+    /// A kick. Before the driver is ready nobody waits for it, and it is
+    /// forgotten at the next reset.
     fn ring(&self, offset: u64) {
-        let queue = usize::try_from(offset / u64::from(NOTIFY_MULTIPLIER));
-        if let (Ok(queue), true) = (queue, self.signals.driver_ok.load(Ordering::Acquire))
+        if let Ok(queue) = usize::try_from(offset / u64::from(NOTIFY_MULTIPLIER))
             && let Some(kick) = self.kicks.get(queue)
         {
             kick.ring();

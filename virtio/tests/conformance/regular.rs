@@ -221,10 +221,10 @@ fn damaged_state_is_refused_or_harmless() {
                 }
             }
             let mut short = sections.clone();
-            short[victim].body.pop();
+            let cut = short[victim].body.pop().is_some();
             let mut set = SectionSet::default();
             short.into_iter().for_each(|s| set.push(s));
-            assert!(other.device.restore(&mut set).is_err());
+            assert_eq!(other.device.restore(&mut set).is_err(), cut);
         }
         other.device.reset();
         other.root.start().unwrap();
@@ -364,10 +364,10 @@ fn with_event_indexes_no_interrupt_comes_before_the_one_asked_for() {
         offer_text(&driver, &ring, 2 * i, b"x");
     }
     driver.kick(0);
-    rig.interrupts.wait(0);
-    assert!(driver.used_index(&ring) == 4);
+    let early = rig.interrupts.wait(0);
+    assert_eq!(driver.used_index(&ring), 4);
     rig.stop();
-    assert_eq!(rig.interrupts.take(0), 0);
+    assert_eq!(early + rig.interrupts.take(0), 1);
 }
 
 #[test]

@@ -39,15 +39,15 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// Waits for an interrupt with `data` and takes it.
-    pub fn wait(&self, data: u32) {
+    /// Waits for interrupts with `data`, takes them, and tells how many there were.
+    pub fn wait(&self, data: u32) -> u32 {
         let arrived = self.arrived.lock().unwrap();
         let (mut arrived, timeout) = self
             .changed
             .wait_timeout_while(arrived, PATIENCE, |a| !a.contains_key(&data))
             .unwrap();
         assert!(!timeout.timed_out(), "no interrupt {data}");
-        arrived.remove(&data);
+        arrived.remove(&data).unwrap()
     }
 
     /// How many interrupts with `data` have arrived; takes them.

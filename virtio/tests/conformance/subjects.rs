@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use block::{Access, Opener};
 use serde_json::{Value, json};
@@ -24,7 +25,8 @@ impl Opener for PlainOpener {
 pub struct Subject {
     pub name: &'static str,
     make: Box<dyn Fn() -> Box<dyn VirtioDevice>>,
-    directory: tempfile::TempDir,
+    /// Where its files are; gone with the subject.
+    _directory: tempfile::TempDir,
 }
 
 impl Subject {
@@ -38,40 +40,38 @@ impl Subject {
         Self {
             name: "echo",
             make: Box::new(move || Box::new(Echo::new(Arc::clone(&control)))),
-            directory: tempfile::tempdir().unwrap(),
+            _directory: tempfile::tempdir().unwrap(),
         }
     }
 
     fn model(model: &'static Model) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let config = fixture(model.kind, directory.path());
+        let path = directory.path().to_owned();
+        let made = AtomicU32::new(0);
         let make = move || {
+            let config = fixture(model.kind, &path, made.fetch_add(1, Ordering::Relaxed));
             let context = BuildContext {
                 id: "dut".to_owned(),
                 opener: Arc::new(PlainOpener),
                 cpus: 2,
             };
-            (model.build)(config.clone(), &context)
+            (model.build)(config, &context)
                 .unwrap_or_else(|error| panic!("{} cannot be built: {error:?}", model.kind))
         };
         Self {
             name: model.kind,
             make: Box::new(make),
-            directory,
+            _directory: directory,
         }
-    }
-
-    /// Where the subject's files are.
-    pub fn directory(&self) -> &Path {
-        self.directory.path()
     }
 }
 
-/// The configuration with which a kind of device is tested.
-fn fixture(kind: &str, directory: &Path) -> Value {
+/// The configuration with which a kind of device is tested. Devices that exist
+/// at the same time, which `number` tells apart, do not share a back end.
+fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
     match kind {
         "blk" => {
-            let path = directory.join("disk.raw");
+            let path = directory.join(format!("disk{number}.raw"));
             File::create(&path).unwrap().set_len(1 << 20).unwrap();
             json!({ "path": path })
         }
@@ -83,8 +83,5 @@ fn fixture(kind: &str, directory: &Path) -> Value {
 pub fn all() -> Vec<Subject> {
     let mut subjects = vec![Subject::echo(&Arc::default())];
     subjects.extend(MODELS.iter().map(Subject::model));
-    for subject in &subjects {
-        assert!(subject.directory().is_dir());
-    }
     subjects
 }
