@@ -221,7 +221,10 @@ fn damaged_state_is_refused_or_harmless() {
                 }
             }
             let mut short = sections.clone();
-            short[victim].body.pop();
+            if short[victim].body.pop().is_none() {
+                // A model without registers has an empty body.
+                continue;
+            }
             let mut set = SectionSet::default();
             short.into_iter().for_each(|s| set.push(s));
             assert!(other.device.restore(&mut set).is_err());
