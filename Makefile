@@ -7,15 +7,15 @@ export RUST_BACKTRACE ?= 0
 
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-# $(call test,ARGUMENTS[,ignored]): `ignored` runs the tests that are ignored by default.
-# Both runners print a closing summary; a failed test does not stop the others.
+# One run of everything, whose closing summary is the result.
 ifeq ($(NEXTEST),yes)
-test = $(CARGO) nextest run --no-fail-fast $(1) $(if $(2),--run-ignored only)
-loud = $(CARGO) nextest run --no-fail-fast --no-capture $(1) $(if $(2),--run-ignored only)
+TEST := $(CARGO) nextest run --workspace --locked --no-fail-fast
+IGNORED := --run-ignored only
 else
-test = $(CARGO) test --no-fail-fast $(1) $(if $(2),-- --ignored)
-loud = $(CARGO) test --no-fail-fast $(1) -- --nocapture --test-threads=1 $(if $(2),--ignored)
+TEST := $(CARGO) test --workspace --locked --no-fail-fast
+IGNORED := -- --ignored
 endif
+CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 
 .PHONY: help run build guests setup setup-full test test-full bench lint clean
 
@@ -49,18 +49,15 @@ run: build
 	@$(CARGO) build --quiet --locked -p tests --bins
 	@$(CARGO) run --quiet --locked -p tests --bin nested-run
 
+# A class of tests that ran nowhere is a failure too.
 test: build guests
 	@$(CARGO) build --quiet --locked -p tests --bins
-	@$(CARGO) run --quiet --locked -p tests --bin classes -- forget
-	$(call test,--workspace --exclude tests --locked)
-	$(call test,-p tests --lib --bins --test bad_input --test tidy --locked)
-	$(call loud,-p tests --test native --test linux --locked)
-	@$(CARGO) run --quiet --locked -p tests --bin classes -- check
+	@$(CLASSES) forget
+	@result=0; $(TEST) || result=1; $(CLASSES) check || result=1; exit $$result
 
 test-full: setup-full build guests
 	@$(CARGO) build --quiet --locked -p tests --bins
-	$(call loud,-p tests --test linux --locked,ignored)
-	@$(CARGO) run --quiet --locked -p tests --bin classes -- check full
+	@result=0; $(TEST) $(IGNORED) || result=1; $(CLASSES) check full || result=1; exit $$result
 
 bench: build guests
 	@$(CARGO) run --release --locked -p tests --bin bench

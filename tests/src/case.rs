@@ -193,7 +193,7 @@ impl Case {
             exit: 0,
             wants: Vec::new(),
             after: String::new(),
-            limit: 120,
+            limit: 60,
             nested_only: false,
         }
     }
