@@ -112,7 +112,14 @@ fn tour(machine: &Machine, case: &Case) -> Result<()> {
             boot.lost.map_or(String::new(), |lost| lost.why)
         );
     };
-    print!("{}", outcome.output.replace('\r', ""));
+    // Lines that begin with @@ are for tests.
+    for line in outcome
+        .output
+        .lines()
+        .filter(|line| !line.starts_with("@@"))
+    {
+        println!("{}", line.trim_end());
+    }
     match outcome.verdict {
         Verdict::Pass => Ok(()),
         Verdict::Fail(why) => bail!("{}\n{}", why.join("; "), outcome.errors),
