@@ -152,16 +152,21 @@ pub enum Want {
     NoText(String),
     /// This text exactly so many times.
     Times(String, usize),
+    /// This text among the monitor's messages, on its standard error.
+    Message(String),
 }
 
 impl Want {
-    /// Says what is wrong with `output`, if anything.
+    /// Says what is wrong with `output` or the monitor's `messages`, if anything.
     #[must_use]
-    pub fn complaint(&self, output: &str) -> Option<String> {
+    pub fn complaint(&self, output: &str, messages: &str) -> Option<String> {
         match self {
             Self::Line(line) => (!output.lines().any(|found| found.trim() == line))
                 .then(|| format!("no line \"{line}\"")),
             Self::Text(text) => (!output.contains(text)).then(|| format!("no \"{text}\"")),
+            Self::Message(text) => {
+                (!messages.contains(text)).then(|| format!("no message \"{text}\""))
+            }
             Self::NoText(text) => output
                 .lines()
                 .find(|line| line.contains(text))
@@ -311,13 +316,41 @@ mod tests {
     #[test]
     fn wants_complain_about_what_they_miss_and_nothing_else() {
         let output = "[ 0.1] x\r\n@@ nproc=2\r\n@@ boot\n@@ boot\n";
-        assert_eq!(Want::Line("@@ nproc=2".into()).complaint(output), None);
-        assert!(Want::Line("@@ nproc".into()).complaint(output).is_some());
-        assert_eq!(Want::Text("nproc".into()).complaint(output), None);
-        assert!(Want::Text("@@ up".into()).complaint(output).is_some());
-        assert!(Want::NoText("boot".into()).complaint(output).is_some());
-        assert_eq!(Want::Times("@@ boot".into(), 2).complaint(output), None);
-        assert!(Want::Times("@@ boot".into(), 1).complaint(output).is_some());
+        assert_eq!(
+            Want::Line("@@ nproc=2".into()).complaint(output, "note"),
+            None
+        );
+        assert!(
+            Want::Line("@@ nproc".into())
+                .complaint(output, "note")
+                .is_some()
+        );
+        assert_eq!(Want::Text("nproc".into()).complaint(output, "note"), None);
+        assert!(
+            Want::Text("@@ up".into())
+                .complaint(output, "note")
+                .is_some()
+        );
+        assert_eq!(Want::Message("not".into()).complaint(output, "note"), None);
+        assert!(
+            Want::Message("cpu".into())
+                .complaint(output, "note")
+                .is_some()
+        );
+        assert!(
+            Want::NoText("boot".into())
+                .complaint(output, "note")
+                .is_some()
+        );
+        assert_eq!(
+            Want::Times("@@ boot".into(), 2).complaint(output, "note"),
+            None
+        );
+        assert!(
+            Want::Times("@@ boot".into(), 1)
+                .complaint(output, "note")
+                .is_some()
+        );
     }
 
     #[test]

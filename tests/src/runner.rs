@@ -76,7 +76,7 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
     complaints.extend(
         case.wants
             .iter()
-            .filter_map(|want| want.complaint(&outcome.output)),
+            .filter_map(|want| want.complaint(&outcome.output, &outcome.errors)),
     );
     if !complaints.is_empty() {
         outcome.verdict = Verdict::Fail(complaints);

@@ -146,6 +146,7 @@ impl Suite {
                 continue;
             }
             let outcome = runner::run(case, &kit::file, scratch.path());
+            println!("{}", line(&outcome));
             if let Verdict::Hung(why) = &outcome.verdict {
                 let why = why.clone();
                 self.failure(&outcome, &[why])?;

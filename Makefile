@@ -1,0 +1,78 @@
+# What people and CI do here; `make help` lists it.
+
+CARGO ?= cargo
+# Exported, so that the programs below find each other in the same directories.
+export CARGO_TERM_COLOR ?= auto
+export RUST_BACKTRACE ?= 0
+
+NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
+
+# $(call test,ARGUMENTS[,ignored]): `ignored` runs the tests that are ignored by default.
+# Both runners print a closing summary; a failed test does not stop the others.
+ifeq ($(NEXTEST),yes)
+test = $(CARGO) nextest run --no-fail-fast $(1) $(if $(2),--run-ignored only)
+loud = $(CARGO) nextest run --no-fail-fast --no-capture $(1) $(if $(2),--run-ignored only)
+else
+test = $(CARGO) test --no-fail-fast $(1) $(if $(2),-- --ignored)
+loud = $(CARGO) test --no-fail-fast $(1) -- --nocapture --test-threads=1 $(if $(2),--ignored)
+endif
+
+.PHONY: help run build guests setup setup-full test test-full bench lint clean
+
+help:
+	@echo 'make run        boot a Debian kernel to a shell; without a terminal, show the guest and power off'
+	@echo 'make test       unit tests, small guests, bad input, stock kernels (minutes)'
+	@echo 'make test-full  the long cases, after make test'
+	@echo 'make bench      measure against QEMU'
+	@echo 'make lint       formatting, clippy, dependencies'
+	@echo 'make build      the vireo program, optimized: target/release/vireo'
+	@echo 'make setup      get what the machine lacks; the others do it themselves'
+	@echo
+	@echo 'TESTBED_ONLY=TEXT make test    the guests alone whose case holds TEXT'
+	@echo 'TESTBED_GROUND=nested          not on the own /dev/kvm; or direct'
+	@echo 'VIREO=PATH                     another build of the program'
+
+setup:
+	@tests/setup
+
+setup-full:
+	@tests/setup --generic
+
+# The machine's only user may be a fresh one, whose first need is the compiler.
+build: setup
+	@$(CARGO) build --release --locked -p vmm
+
+guests: setup
+	@$(MAKE) --no-print-directory -s -C resources/guests
+
+run: build
+	@$(CARGO) build --quiet --locked -p tests --bins
+	@$(CARGO) run --quiet --locked -p tests --bin nested-run
+
+test: build guests
+	@$(CARGO) build --quiet --locked -p tests --bins
+	@$(CARGO) run --quiet --locked -p tests --bin classes -- forget
+	$(call test,--workspace --exclude tests --locked)
+	$(call test,-p tests --lib --bins --test bad_input --test tidy --locked)
+	$(call loud,-p tests --test native --test linux --locked)
+	@$(CARGO) run --quiet --locked -p tests --bin classes -- check
+
+test-full: setup-full build guests
+	@$(CARGO) build --quiet --locked -p tests --bins
+	$(call loud,-p tests --test linux --locked,ignored)
+	@$(CARGO) run --quiet --locked -p tests --bin classes -- check full
+
+bench: build guests
+	@$(CARGO) run --release --locked -p tests --bin bench
+
+lint: setup
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+		$(CARGO) deny --offline check licenses bans sources; \
+	else \
+		echo 'lint: skipped cargo deny, which is not installed (cargo install cargo-deny, 8 minutes)'; \
+	fi
+
+clean:
+	$(CARGO) clean
