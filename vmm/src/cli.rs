@@ -142,11 +142,11 @@ pub fn main() -> ExitCode {
 
 fn execute(arguments: Vec<OsString>) -> u8 {
     let parsed = command(MODELS)
-        .try_get_matches_from(arguments)
+        .try_get_matches_from(&arguments)
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
         Ok(parsed) => parsed,
-        Err(error) => return refuse(&error),
+        Err(error) => return refuse(&error, &arguments),
     };
     let result = log::start(cli.verbose)
         .map_err(Failure::Usage)
@@ -164,8 +164,20 @@ fn execute(arguments: Vec<OsString>) -> u8 {
     }
 }
 
+/// The program and the verb that these arguments give it, as far as there is one.
+fn verb_in(arguments: &[OsString]) -> String {
+    let command = command(MODELS);
+    let verb = arguments
+        .iter()
+        .find_map(|argument| command.find_subcommand(argument));
+    verb.map_or_else(
+        || "vireo".to_owned(),
+        |verb| format!("vireo {}", verb.get_name()),
+    )
+}
+
 /// Prints the help or version that was asked for, or what is wrong with the arguments.
-fn refuse(error: &clap::Error) -> u8 {
+fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
             Err(cause) if cause.kind() != io::ErrorKind::BrokenPipe => {
@@ -180,7 +192,7 @@ fn refuse(error: &clap::Error) -> u8 {
             USAGE
         }
         _ => {
-            message::report(&message::from_clap(error));
+            message::report(&message::from_clap(error, &verb_in(arguments)));
             USAGE
         }
     }

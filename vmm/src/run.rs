@@ -26,12 +26,15 @@ pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> 
         mailbox,
         debugger,
     } = build(&config, MODELS, &opener, &events)?;
-    if let Some(listener) = debugger {
-        crate::gdb::serve(listener, mailbox, machine.vcpus().count())
-            .context("no thread for --gdb")?;
-    }
+    let vcpus = machine.vcpus().count();
     let timeout = Duration::from_secs(config.shutdown_timeout);
-    let Outcome { reason, detail } = Driver::new(machine, ears, events, timeout).run()?;
+    let mut driver = Driver::new(machine, ears, events, timeout);
+    if let Some(listener) = debugger {
+        // Until a debugger lets it go, the guest stays before its first instruction.
+        driver.hold();
+        crate::gdb::serve(listener, mailbox, vcpus).context("no thread for --gdb")?;
+    }
+    let Outcome { reason, detail } = driver.run()?;
     if let Some(detail) = detail {
         eprintln!("vireo: {detail}");
     }

@@ -18,7 +18,7 @@ pub struct Model {
     pub kind: &'static str,
     /// The command-line flag that adds one, without dashes, for example `"disk"`.
     pub flag: &'static str,
-    /// One line for the help text.
+    /// What it is, for the help text: a noun with its article, as in `"a disk"`.
     pub about: &'static str,
     /// The configuration's fields: the public face of the model's serde struct.
     pub fields: &'static [Field],

@@ -25,8 +25,9 @@ fn one_line(text: &str) -> String {
 }
 
 /// What the parser says in several lines, in one: the fault, then hints, then
-/// where to read on.
-pub(super) fn from_clap(error: &clap::Error) -> String {
+/// where to read on: at the program and verb of its usage line, or `command`
+/// where it gives none.
+pub(super) fn from_clap(error: &clap::Error, command: &str) -> String {
     let text = error.to_string();
     let body = text.split("\nUsage:").next().unwrap_or(&text);
     let body = body.split("\nFor more information").next().unwrap_or(body);
@@ -42,15 +43,16 @@ pub(super) fn from_clap(error: &clap::Error) -> String {
         line.push_str(separator);
         line.push_str(part);
     }
-    format!("{line}: see '{} --help'", command_in(&text))
+    let command = command_in(&text).unwrap_or_else(|| command.to_owned());
+    format!("{line}: see '{command} --help'")
 }
 
-/// The program and verb in the parser's usage line.
-fn command_in(text: &str) -> String {
-    let usage = text.split_once("Usage: ").map_or("vireo", |(_, rest)| rest);
+/// The program and verb in the parser's usage line, if it has one.
+fn command_in(text: &str) -> Option<String> {
+    let (_, usage) = text.split_once("Usage: ")?;
     let words = usage.lines().next().unwrap_or_default().split(' ');
     let plain = |word: &&str| word.starts_with(|c: char| c.is_ascii_alphanumeric());
-    words.take_while(plain).collect::<Vec<_>>().join(" ")
+    Some(words.take_while(plain).collect::<Vec<_>>().join(" "))
 }
 
 /// A fault in Vireo itself is told in one line too, without a backtrace.
@@ -87,10 +89,23 @@ mod tests {
             .try_get_matches_from(["t", "--kernl=x"])
             .unwrap_err();
         assert_eq!(
-            from_clap(&error),
+            from_clap(&error, "vireo"),
             "unexpected argument '--kernl' found: a similar argument exists: '--kernel': see \
              't --help'"
         );
+    }
+
+    #[test]
+    fn a_wrong_value_leads_to_the_help_of_its_verb() {
+        let number = clap::Arg::new("n")
+            .long("n")
+            .value_parser(clap::value_parser!(u8));
+        let error = clap::Command::new("t")
+            .arg(number)
+            .try_get_matches_from(["t", "--n=x"])
+            .unwrap_err();
+        let message = from_clap(&error, "t run");
+        assert!(message.ends_with(": see 't run --help'"), "{message}");
     }
 
     #[test]
@@ -101,7 +116,7 @@ mod tests {
                 .value_name("PATH")
                 .required(true),
         );
-        let message = from_clap(&command.try_get_matches_from(["t"]).unwrap_err());
+        let message = from_clap(&command.try_get_matches_from(["t"]).unwrap_err(), "vireo");
         assert!(
             message.contains("not provided: --kernel <PATH>: see"),
             "{message}"

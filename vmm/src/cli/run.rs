@@ -124,8 +124,12 @@ pub(super) struct RunArgs {
     pvpanic: String,
 
     /// Seconds that the guest has to power off after SIGTERM; 0: none
-    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT)]
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds)]
     shutdown_timeout: u64,
+}
+
+fn seconds(text: &str) -> Result<u64, flag::ValueError> {
+    flag::parse_number(text)
 }
 
 /// Adds a flag for each model, and `--device` for all of them.
@@ -136,7 +140,7 @@ pub(super) fn add_devices(command: Command, models: &'static [Model]) -> Command
             .value_name(value_name(model))
             .action(ArgAction::Append)
             .help_heading(DEVICES)
-            .help(model.about)
+            .help(format!("Add {}", model.about))
             .long_help(model_help(model));
         if model.fields.iter().any(|field| field.required) {
             flag
@@ -169,10 +173,7 @@ fn model_help(model: &Model) -> StyledStr {
     let short = shorthand(model).map_or_else(String::new, |key| {
         format!(" --{0} X is --{0} {key}=X.", model.flag)
     });
-    let about = format!(
-        "{}. May be repeated.{short}",
-        model.about.trim_end_matches('.')
-    );
+    let about = format!("Add {}. May be repeated.{short}", model.about);
     keys(&about, &[model.fields, COMMON_FIELDS])
 }
 

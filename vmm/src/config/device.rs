@@ -200,7 +200,7 @@ pub(crate) mod tests {
         Model {
             kind: "blk",
             flag: "disk",
-            about: "Add a disk",
+            about: "a disk",
             fields: &[
                 Field {
                     name: "path",
@@ -220,7 +220,7 @@ pub(crate) mod tests {
         Model {
             kind: "rng",
             flag: "rng",
-            about: "Add a source of random numbers",
+            about: "a source of random numbers",
             fields: &[Field {
                 name: "src",
                 kind: FieldKind::Path,

@@ -107,6 +107,8 @@ impl Guest {
 
     /// Takes all breakpoints out and lets the guest run on.
     pub fn detach(mut self) {
+        // Running vCPUs answer nothing: whoever asked one would wait for good.
+        let _ = self.errand(Driver::hold);
         let planted: Vec<_> = self.software.keys().copied().collect();
         for address in planted {
             let _ = self.remove_sw_breakpoint(address, 0);
