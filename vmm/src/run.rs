@@ -25,13 +25,22 @@ pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> 
         ears,
         mailbox,
         debugger,
+        pty,
     } = build(&config, MODELS, &opener, &events)?;
-    if let Some(listener) = debugger {
-        crate::gdb::serve(listener, mailbox, machine.vcpus().count())
-            .context("no thread for --gdb")?;
+    if let Some(path) = pty {
+        eprintln!("vireo: the serial console is at {path}");
     }
     let timeout = Duration::from_secs(config.shutdown_timeout);
-    let Outcome { reason, detail } = Driver::new(machine, ears, events, timeout).run()?;
+    let cpus = machine.vcpus().count();
+    let mut driver = Driver::new(machine, ears, events, timeout);
+    let _server = match debugger {
+        None => None,
+        Some(listener) => {
+            driver.hold();
+            Some(crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?)
+        }
+    };
+    let Outcome { reason, detail } = driver.run()?;
     if let Some(detail) = detail {
         eprintln!("vireo: {detail}");
     }
