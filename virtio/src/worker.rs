@@ -20,7 +20,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::StopError;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -253,7 +253,22 @@ impl Control {
         self.set_phase(&mut state, Phase::End);
         Ok(())
     }
+
+    fn await_gone(&self, deadline: Instant) {
+        let mut state = self.lock();
+        while state.progress.iter().any(|p| *p != Progress::Gone) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
 }
+
+/// How long dropping an active device waits for its workers.
+const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
 struct Thread {
     join: JoinHandle<Vec<StoppedQueue>>,
@@ -262,8 +277,9 @@ struct Thread {
 
 /// The workers of one device: none while it is inactive.
 ///
-/// Dropping it while it is active ends the workers without waiting for them;
-/// each finishes what it has in flight and lets go of its resources.
+/// Dropping it while it is active ends the workers and waits for them, so that
+/// a disk is free again for the next device. It does not wait for ever: a
+/// worker whose back end hangs is left to end by itself.
 pub struct Workers {
     unit: String,
     control: Option<Arc<Control>>,
@@ -355,12 +371,6 @@ impl Workers {
         })
     }
 
-    /// Whether workers have been started and not stopped.
-    #[must_use]
-    pub fn active(&self) -> bool {
-        self.control.is_some()
-    }
-
     fn rouse(&self) {
         for thread in &self.threads {
             thread.wake.rouse();
@@ -387,6 +397,7 @@ impl Drop for Workers {
         if let Some(control) = self.control.take() {
             control.set_phase(&mut control.lock(), Phase::End);
             self.rouse();
+            control.await_gone(Instant::now() + DROP_PATIENCE);
         }
     }
 }

@@ -321,10 +321,11 @@ impl block::Opener for Opener {
         // Looked at first: merely opening a pipe would wait for its writer.
         check_kind(fs::metadata(path)?.file_type())?;
         let direct = if access.direct { libc::O_DIRECT } else { 0 };
+        let flags = direct | libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = OpenOptions::new()
             .read(true)
             .write(access.write)
-            .custom_flags(direct)
+            .custom_flags(flags)
             .open(path)?;
         check_kind(file.metadata()?.file_type())?;
         tracing::debug!(path = %path.display(), ?access, "opened");

@@ -314,12 +314,12 @@ fn the_help_of_run_has_every_models_flag_and_all_its_keys() {
 fn the_help_keeps_to_the_width_of_the_terminal() {
     let output = Command::new(env!("CARGO_BIN_EXE_vireo"))
         .args(["run", "--help"])
-        .env("COLUMNS", "60")
+        .env("COLUMNS", "80")
         .output()
         .unwrap();
     let help = stdout(&output);
     let longest = help.lines().map(|line| line.chars().count()).max();
-    assert!(longest <= Some(60), "{longest:?}");
+    assert!(longest <= Some(80), "{longest:?}");
 }
 
 #[test]

@@ -4,14 +4,12 @@
 //!   the memory windows in which base address registers decode.
 //! * [`PciFunction`]: what sits in a slot.
 //! * [`ConfigSpace`], [`Msix`]: the parts that functions are made of.
-//! * [`PvpanicPci`]: the pvpanic function.
 //!
 //! There are no bridges, no I/O space registers and no interrupt pins; each
 //! slot holds function 0 only.
 
 mod config;
 mod msix;
-mod pvpanic;
 mod root;
 mod routes;
 
@@ -21,7 +19,6 @@ use std::sync::{Mutex, PoisonError};
 pub use config::{BAR_COUNT, Bar, BarKind, ConfigError, ConfigSpace, ConfigSpaceV1, FunctionId};
 pub use msix::{CAPABILITY_ID as MSIX_CAPABILITY_ID, ENTRY_SIZE as MSIX_ENTRY_SIZE, Msix};
 pub use msix::{MAX_VECTORS as MSIX_MAX_VECTORS, MsixEntryV1, MsixV1};
-pub use pvpanic::PvpanicPci;
 pub use root::{PciError, PciRoot, PciRootV1};
 pub use routes::Windows;
 

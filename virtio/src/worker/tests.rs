@@ -79,7 +79,7 @@ fn inactive_workers_stop_at_once_and_active_ones_do_not_start_twice() {
     let again = workers.start(&notifier, vec![()], |(), wake| Ok(waiter(wake, 0, false).0));
     assert!(again.unwrap_err().to_string().contains("running"));
     workers.stop(soon()).unwrap();
-    assert!(!workers.active());
+    assert!(workers.control.is_none());
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn a_deadline_counts_what_is_in_flight_and_everybody_serves_again() {
         // Whatever it was asked in between, it is asked to serve at last.
         while turns[1].recv() != Ok(true) {}
     }
-    assert!(workers.active());
+    assert!(workers.control.is_some());
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn when_one_cannot_be_built_none_runs() {
     });
     assert_eq!(failed.unwrap_err().to_string(), "the second: it is bad");
     assert!(built[0].recv().is_err());
-    assert!(!workers.active());
+    assert!(workers.control.is_none());
 }
 
 struct Panics;
@@ -163,5 +163,5 @@ fn a_panic_is_told_to_the_driver_and_to_the_next_stop() {
     assert_eq!(told, Notice::Reset("worker 0 of unit0 has panicked".into()));
     let lost = workers.stop(soon());
     assert!(matches!(lost, Err(StopError::WorkerLost { unit }) if unit == "unit0"));
-    assert!(!workers.active());
+    assert!(workers.control.is_none());
 }

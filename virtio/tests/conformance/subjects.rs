@@ -73,7 +73,8 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "blk" => {
             let path = directory.join(format!("disk{number}.raw"));
             File::create(&path).unwrap().set_len(1 << 20).unwrap();
-            json!({ "path": path })
+            // Some tests keep two of them, as the two ends of a migration do.
+            json!({ "path": path, "lock": false })
         }
         _ => json!({}),
     }

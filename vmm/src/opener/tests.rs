@@ -121,13 +121,18 @@ fn disks_are_files_or_block_devices_and_are_never_created() {
     for (path, kind) in [
         (dir.path(), io::ErrorKind::IsADirectory),
         (&pipe, io::ErrorKind::InvalidInput),
-        (Path::new("/dev/null"), io::ErrorKind::InvalidInput),
     ] {
         assert_eq!(
             opener.open(path, Access::default()).unwrap_err().kind(),
             kind
         );
     }
+    let mut zeros = opener
+        .open(Path::new("/dev/zero"), Access::default())
+        .unwrap();
+    let mut byte = [1];
+    zeros.read_exact(&mut byte).unwrap();
+    assert_eq!(byte, [0], "a character device is a source of bytes");
 }
 
 #[test]

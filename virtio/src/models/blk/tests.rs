@@ -561,6 +561,15 @@ fn one_busy_queue_keeps_the_others_running_when_the_deadline_passes() {
 }
 
 #[test]
+fn a_device_that_is_dropped_while_it_works_lets_go_of_its_disk() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.request(FLUSH, 0, &[]), (OK, 1));
+    assert!(Arc::strong_count(&rig.disk.0) > 1);
+    drop(rig.blk);
+    assert_eq!(Arc::strong_count(&rig.disk.0), 1);
+}
+
+#[test]
 fn a_start_that_the_host_cannot_serve_leaves_the_device_inactive() {
     let memory = memory();
     let (disk, _calls) = disk(info(64));
