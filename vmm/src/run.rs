@@ -25,15 +25,21 @@ pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> 
         ears,
         mailbox,
         debugger,
+        pty,
     } = build(&config, MODELS, &opener, &events)?;
-    let vcpus = machine.vcpus().count();
-    let timeout = Duration::from_secs(config.shutdown_timeout);
-    let mut driver = Driver::new(machine, ears, events, timeout);
-    if let Some(listener) = debugger {
-        // Until a debugger lets it go, the guest stays before its first instruction.
-        driver.hold();
-        crate::gdb::serve(listener, mailbox, vcpus).context("no thread for --gdb")?;
+    if let Some(path) = pty {
+        eprintln!("vireo: the serial console is at {path}");
     }
+    let timeout = Duration::from_secs(config.shutdown_timeout);
+    let cpus = machine.vcpus().count();
+    let mut driver = Driver::new(machine, ears, events, timeout);
+    let _server = match debugger {
+        None => None,
+        Some(listener) => {
+            driver.hold();
+            Some(crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?)
+        }
+    };
     let Outcome { reason, detail } = driver.run()?;
     if let Some(detail) = detail {
         eprintln!("vireo: {detail}");
