@@ -453,7 +453,7 @@ fn ram_spec(config: &MemoryConfig) -> RamSpec {
         thp: match config.thp {
             Thp::On => Some(true),
             Thp::Off => Some(false),
-            Thp::Default => None,
+            Thp::Host => None,
         },
         prefault: config.prefault,
     }
