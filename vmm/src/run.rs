@@ -29,10 +29,11 @@ pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> 
     let vcpus = machine.vcpus().count();
     let timeout = Duration::from_secs(config.shutdown_timeout);
     let mut driver = Driver::new(machine, ears, events, timeout);
-    if let Some(listener) = debugger {
+    if let (Some(listener), Some(place)) = (debugger, &config.gdb) {
         // Until a debugger lets it go, the guest stays before its first instruction.
         driver.hold();
         crate::gdb::serve(listener, mailbox, vcpus).context("no thread for --gdb")?;
+        eprintln!("vireo: the guest waits for gdb at {place}");
     }
     let Outcome { reason, detail } = driver.run()?;
     if let Some(detail) = detail {
