@@ -15,6 +15,7 @@
 //!
 //! Everything made here is under `target/testbed`; logs are in its `logs`.
 
+pub mod bench;
 pub mod case;
 pub mod cpio;
 pub mod guests;

@@ -155,20 +155,29 @@ impl Machine {
         fs::write(&list, serde_json::to_vec(cases)?)?;
         files.insert("cases.json".to_owned(), list);
         let image = self.image(&files)?;
-        let word = match mode {
-            Mode::Cases => "cases",
-            Mode::Interactive => "interactive",
-        };
+        match mode {
+            // Not `stdio`: without an input that port counts as unplugged.
+            Mode::Cases => self.boot_command(&image, "cases", Path::new("/dev/stdout")),
+            Mode::Interactive => {
+                let results = self.directory.join("results");
+                let mut command = self.boot_command(&image, "interactive", &results)?;
+                command.args(["-chardev", "stdio,id=terminal,signal=off"]);
+                command.args(["-device", "virtconsole,chardev=terminal"]);
+                Ok(command)
+            }
+        }
+    }
+
+    /// The command that boots L1 with the initramfs `image`, made by [`initramfs::nested`].
+    /// Its agent gets `word` as its mode and reports to the file `results`.
+    ///
+    /// # Errors
+    /// L1's kernel is not unpacked.
+    pub fn boot_command(&self, image: &Path, word: &str, results: &Path) -> Result<Command> {
         let mut command = qemu();
-        command.args([
-            "-M",
-            "q35",
-            "-cpu",
-            "EPYC,+svm",
-            "-nodefaults",
-            "-no-user-config",
-        ]);
-        command.args(["-display", "none", "-monitor", "none", "-no-reboot"]);
+        command.args(["-M", "q35", "-cpu", "EPYC,+svm"]);
+        command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+        command.args(["-display", "none", "-monitor", "none"]);
         command.args(match self.clock {
             Clock::Wall => ["-accel", "tcg,thread=multi", "-smp", "2"].as_slice(),
             Clock::Instructions => [
@@ -182,38 +191,17 @@ impl Machine {
             .as_slice(),
         });
         command.arg("-m").arg(self.memory.to_string());
-        command
-            .arg("-kernel")
-            .arg(kit::bzimage(KERNEL)?)
-            .arg("-initrd")
-            .arg(image);
+        command.arg("-kernel").arg(kit::bzimage(KERNEL)?);
+        command.arg("-initrd").arg(image);
         command.arg("-append").arg(format!(
             "console=ttyS0 quiet panic=-1 tsc=reliable mitigations=off testbed={word}"
         ));
         command
             .arg("-serial")
             .arg(format!("file:{}", self.console().display()));
-        command.args(["-device", "virtio-serial-pci"]);
-        let results = match mode {
-            // Not `stdio`: without an input that port counts as unplugged.
-            Mode::Cases => "file,id=results,path=/dev/stdout".to_owned(),
-            Mode::Interactive => {
-                format!(
-                    "file,id=results,path={}",
-                    self.directory.join("results").display()
-                )
-            }
-        };
-        command.args([
-            "-chardev",
-            &results,
-            "-device",
-            "virtserialport,chardev=results,name=results",
-        ]);
-        if mode == Mode::Interactive {
-            command.args(["-chardev", "stdio,id=terminal,signal=off"]);
-            command.args(["-device", "virtconsole,chardev=terminal"]);
-        }
+        command.args(["-device", "virtio-serial-pci", "-chardev"]);
+        command.arg(format!("file,id=results,path={}", results.display()));
+        command.args(["-device", "virtserialport,chardev=results,name=results"]);
         Ok(command)
     }
 

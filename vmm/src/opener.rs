@@ -9,10 +9,10 @@
 //! followed. Existing input is opened through links, as users expect of paths.
 
 use std::fs::{self, File, FileType, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::net::TcpListener;
-use std::os::fd::{FromRawFd, IntoRawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -86,6 +86,29 @@ pub enum OpenError {
     KvmPermission,
 }
 
+/// The file of a unix socket, removed when this is dropped, unless another
+/// has taken its place by then.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            // Somebody else may just have removed it; then it is gone as well.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Device and inode of what is at the path itself.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let facts = fs::symlink_metadata(path)?;
+    Ok((facts.dev(), facts.ino()))
+}
+
 /// Opens files with the rights of this process.
 #[derive(Clone, Debug, Default)]
 pub struct Opener(());
@@ -141,6 +164,26 @@ impl Opener {
     /// As [`Opener::create_output`].
     pub fn create_document(&self, path: &Path) -> Result<File, OpenError> {
         create(path, 0o644)
+    }
+
+    /// Standard output, for writes that never wait where it is a terminal or
+    /// a pipe: those are opened once more, because whoever else has them open
+    /// (the shell) is to find them as they were. Where that is not possible,
+    /// the same open file is returned, and writes may wait.
+    ///
+    /// # Errors
+    ///
+    /// The system's, when the process is out of descriptors.
+    pub fn open_stdout(&self) -> io::Result<File> {
+        let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        if !stdout.is_terminal() && !stdout.metadata()?.file_type().is_fifo() {
+            return Ok(stdout);
+        }
+        let again = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(format!("/proc/self/fd/{}", stdout.as_raw_fd()));
+        Ok(again.unwrap_or(stdout))
     }
 
     /// Opens a character device for reading and writing, for example `/dev/ptmx`.
@@ -223,6 +266,20 @@ impl Opener {
         }
         fs::remove_file(path).map_err(system("replace the socket", path))?;
         bind_private(path).map_err(system("listen at", path))
+    }
+
+    /// Takes charge of the file of a socket that [`Opener::listen_unix`] has
+    /// just made.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::System`] when it is gone already.
+    pub fn own_socket(&self, path: &Path) -> Result<SocketFile, OpenError> {
+        let identity = identity(path).map_err(system("find the socket", path))?;
+        Ok(SocketFile {
+            path: path.to_owned(),
+            identity,
+        })
     }
 
     /// Listens at a TCP port.

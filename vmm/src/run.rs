@@ -25,16 +25,24 @@ pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> 
         ears,
         mailbox,
         debugger,
+        pty,
     } = build(&config, MODELS, &opener, &events)?;
-    let vcpus = machine.vcpus().count();
-    let timeout = Duration::from_secs(config.shutdown_timeout);
-    let mut driver = Driver::new(machine, ears, events, timeout);
-    if let (Some(listener), Some(place)) = (debugger, &config.gdb) {
-        // Until a debugger lets it go, the guest stays before its first instruction.
-        driver.hold();
-        crate::gdb::serve(listener, mailbox, vcpus).context("no thread for --gdb")?;
-        eprintln!("vireo: the guest waits for gdb at {place}");
+    if let Some(path) = pty {
+        eprintln!("vireo: the serial console is at {path}");
     }
+    let timeout = Duration::from_secs(config.shutdown_timeout);
+    let cpus = machine.vcpus().count();
+    let mut driver = Driver::new(machine, ears, events, timeout);
+    let _server = match (debugger, &config.gdb) {
+        (Some(listener), Some(place)) => {
+            driver.hold();
+            let server =
+                crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?;
+            eprintln!("vireo: the guest waits for gdb at {place}");
+            Some(server)
+        }
+        _ => None,
+    };
     let Outcome { reason, detail } = driver.run()?;
     if let Some(detail) = detail {
         eprintln!("vireo: {detail}");

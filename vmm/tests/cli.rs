@@ -138,7 +138,7 @@ fn unknown_repeated_and_empty_keys_are_refused() {
             "size=1G,shared=yes",
             "not a switch: write on or off",
         ),
-        ("--memory", "thp=maybe", "write on, off, default"),
+        ("--memory", "thp=maybe", "write on, off, host"),
         ("--cpus", "max=4", "unknown key 'max': it takes boot"),
         ("--machine", "type=q35", "write vireo-dev"),
         ("--device", "floppy", "--device: unknown kind 'floppy'"),

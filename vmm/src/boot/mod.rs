@@ -33,6 +33,7 @@ mod initrd;
 mod memory_map;
 mod pvh;
 mod registers;
+mod reset_stub;
 #[cfg(test)]
 mod tests;
 mod zero_page;
@@ -121,6 +122,7 @@ pub fn load(memory: &GuestMap, source: BootSource<'_>, rsdp: u64) -> Result<Entr
         Some(file) => Some(initrd::load(memory, &ram, file, plan.initrd)?),
         None => None,
     };
+    reset_stub::write(memory)?;
     let areas = ram.areas();
     match plan.entry {
         Entry::Linux64 { .. } => zero_page::write(memory, &areas, plan.header, initrd, rsdp)?,

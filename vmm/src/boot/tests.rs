@@ -746,3 +746,14 @@ fn a_real_kernel_loads_when_one_is_given() {
         assert_ne!(read(&memory, at), [0; 16], "there is code at the entry");
     }
 }
+
+#[test]
+fn a_restart_through_the_bios_finds_code_that_resets() {
+    let memory = ram(&[(0, 4 << 20)]);
+    reset_stub::write(&memory).unwrap();
+    let mut code = [0; 16];
+    memory
+        .read_slice(&mut code, GuestAddress(0xF_FFF0))
+        .unwrap();
+    assert_eq!(code[..6], [0xB0, 6, 0xBA, 0xF9, 0x0C, 0xEE], "out 0xCF9, 6");
+}

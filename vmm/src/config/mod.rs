@@ -159,7 +159,7 @@ impl Default for MemoryConfig {
             shared: false,
             hugepages: false,
             hugepage_size: None,
-            thp: Thp::Default,
+            thp: Thp::On,
             prefault: false,
         }
     }
@@ -186,12 +186,12 @@ impl MemoryConfig {
 #[serde(rename_all = "snake_case")]
 pub enum Thp {
     /// Advise the host to use them.
+    #[default]
     On,
     /// Advise the host not to.
     Off,
     /// No advice: the host's own setting.
-    #[default]
-    Default,
+    Host,
 }
 
 /// The keys of `--memory`.
@@ -222,9 +222,9 @@ pub const MEMORY_FIELDS: &[Field] = &[
     },
     Field {
         name: "thp",
-        kind: FieldKind::Choice(&["on", "off", "default"]),
+        kind: FieldKind::Choice(&["on", "off", "host"]),
         required: false,
-        help: "advice on transparent huge pages; default is the host's setting",
+        help: "advise transparent huge pages for or against, or leave it to the host; default on",
     },
     Field {
         name: "prefault",

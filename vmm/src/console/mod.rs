@@ -46,8 +46,12 @@ pub struct Console {
     pub input: Option<Input>,
 }
 
-/// How much input is read at once, and the most that waits for the guest.
+/// How much input is read at once; from a pipe, also the most that waits.
 const INPUT_CHUNK: usize = 4096;
+
+/// The most that waits of what is typed on a terminal, which is read on
+/// because an escape may follow: a large paste.
+const MOST_TYPED: usize = 1 << 20;
 
 impl Console {
     /// Nobody listens and nobody types.
@@ -70,13 +74,13 @@ impl Console {
         }
     }
 
-    /// The monitor's own standard input and output. A terminal is switched to
-    /// raw mode until the console's input is dropped.
+    /// The monitor's own standard input, with output to `stdout`. A terminal is
+    /// switched to raw mode until the console's input is dropped.
     ///
     /// # Errors
     ///
     /// The host's, when the terminal's settings cannot be changed.
-    pub fn stdio(on_backlog: OnBacklog) -> io::Result<Self> {
+    pub fn stdio(stdout: File, on_backlog: OnBacklog) -> io::Result<Self> {
         let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let raw = RawMode::enter(source.as_fd())?;
         let input = Input {
@@ -88,18 +92,14 @@ impl Console {
         };
         Ok(Self {
             input: Some(input),
-            ..Self::output_only(on_backlog)?
+            ..Self::output_only(stdout, on_backlog)
         })
     }
 
-    /// The monitor's own standard output; there is no input.
-    ///
-    /// # Errors
-    ///
-    /// The host's, when it is out of descriptors.
-    pub fn output_only(on_backlog: OnBacklog) -> io::Result<Self> {
-        let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-        Ok(Self::to(Output::new(stdout, on_backlog)))
+    /// Output to `stdout`; there is no input.
+    #[must_use]
+    pub fn output_only(stdout: File, on_backlog: OnBacklog) -> Self {
+        Self::to(Output::new(stdout, on_backlog))
     }
 
     /// A new pseudo-terminal; returns the path of its far end too.
@@ -146,8 +146,17 @@ impl Input {
         self.raw.is_some()
     }
 
+    /// Whether to read on. A pipe waits until the guest has taken what came
+    /// before; a terminal is always read, because the escape that ends the
+    /// machine must be heard although the guest takes nothing.
+    #[must_use]
+    pub fn wants_more(&self) -> bool {
+        self.escapes.is_some() || self.pending.is_empty()
+    }
+
     /// Reads once what is there, adding it to what is pending. Call it when
-    /// the descriptor is readable and nothing is pending.
+    /// the descriptor is readable and [`Input::wants_more`]. Of what is typed
+    /// at a guest that takes nothing, the first MiB is kept.
     pub fn read(&mut self) -> Typed {
         let mut chunk = [0; INPUT_CHUNK];
         let typed = match io::Read::read(&mut self.source, &mut chunk) {
@@ -168,9 +177,11 @@ impl Input {
                 self.pending.extend_from_slice(typed);
                 Typed::Text
             }
-            Some(filter) => filter
-                .filter(typed, &mut self.pending)
-                .map_or(Typed::Text, Typed::Escape),
+            Some(filter) => {
+                let escape = filter.filter(typed, &mut self.pending);
+                self.pending.truncate(MOST_TYPED);
+                escape.map_or(Typed::Text, Typed::Escape)
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Output that neither blocks the guest nor is lost while a reader is slow.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -57,6 +57,7 @@ impl Output {
             let piece = backlog.len().min(PIECE);
             match (&self.0.file).write(backlog.get(..piece).unwrap_or_default()) {
                 Ok(written) => drop(backlog.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // The reader is gone: nobody will ever take it.
                 Err(_) => backlog.clear(),
@@ -64,12 +65,24 @@ impl Output {
         }
     }
 
-    /// Writes what waits at the end of the machine's life, giving a slow
-    /// reader up to `patience` for each piece.
+    /// Writes what waits at the end of the machine's life, as long as the
+    /// reader takes some of it within each `patience`.
     pub fn finish(&self, patience: Duration) {
-        while self.is_waiting() && self.writable(patience) {
+        let mut before = usize::MAX;
+        loop {
+            let left = self.backlog().len();
+            if left == 0 || left == before || !self.writable(patience) {
+                return;
+            }
+            before = left;
             self.drain();
         }
+    }
+
+    /// Whether a person reads it, as opposed to a program.
+    #[must_use]
+    pub fn is_terminal(&self) -> bool {
+        self.0.file.is_terminal()
     }
 
     fn writable(&self, patience: Duration) -> bool {
@@ -94,7 +107,11 @@ impl Write for Output {
         let mut backlog = self.backlog();
         if backlog.is_empty() && self.writable(Duration::ZERO) {
             let piece = bytes.len().min(PIECE);
-            return (&self.0.file).write(bytes.get(..piece).unwrap_or_default());
+            match (&self.0.file).write(bytes.get(..piece).unwrap_or_default()) {
+                // A terminal may have room, but not enough for a line's end.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+                written => return written,
+            }
         }
         let room = BACKLOG.saturating_sub(backlog.len());
         if room == 0 {
@@ -163,6 +180,34 @@ mod tests {
         };
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         assert!(output.backlog().len() <= BACKLOG);
+    }
+
+    #[test]
+    fn a_pseudo_terminal_that_is_full_loses_nothing() {
+        let (near, far, _) = crate::console::open_pty().unwrap();
+        let mut output = Output::new(near, Arc::new(|| ()));
+        let sent: Vec<u8> = (0..200_000u32).map(|n| n.to_le_bytes()[0]).collect();
+        for piece in sent.chunks(1000) {
+            output.write_all(piece).unwrap();
+        }
+        assert!(output.is_waiting());
+        let mut far = File::from(far);
+        let mut got = Vec::new();
+        while got.len() < sent.len() {
+            output.drain();
+            let mut chunk = [0; 4096];
+            let read = far.read(&mut chunk).unwrap();
+            got.extend_from_slice(&chunk[..read]);
+        }
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn a_reader_that_takes_nothing_ends_the_waiting_too() {
+        let (_reader, mut output, _) = pipe();
+        output.write_all(&[0; 200_000]).unwrap();
+        output.finish(Duration::ZERO);
+        assert!(output.is_waiting());
     }
 
     #[test]

@@ -1,115 +1,130 @@
 //! The GDB server: debugs the guest from outside (`--gdb`).
 //!
 //! One thread serves one debugger at a time over the GDB remote protocol.
-//! vCPUs are its threads, numbered from 1. When a debugger attaches, all vCPUs
+//! vCPUs are its threads, numbered from 1. The machine waits for the first
+//! debugger before its first instruction. When a debugger attaches, all vCPUs
 //! stop; when it detaches or goes away, its breakpoints are taken out and they
-//! run on. While the debugger holds the vCPUs the machine's state does not
+//! run on; when it kills, the machine ends. While the debugger holds the vCPUs the machine's state does not
 //! change: to the API it still runs.
 //!
 //! The thread never touches a vCPU or guest memory by itself: it sends the
-//! control thread errands ([`super::machine::inbox::Errand`]).
+//! control thread errands ([`crate::machine::inbox::Errand`]).
 
+mod link;
 mod registers;
 mod target;
 
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::thread;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::{Builder, JoinHandle};
 
-use gdbstub::conn::{Connection, ConnectionExt};
+use api::Command;
+use gdbstub::conn::ConnectionExt;
 use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonError};
-use gdbstub::stub::{GdbStub, MultiThreadStopReason};
+use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::machine::inbox::Mailbox;
+use crate::machine::inbox::{Mailbox, Message};
+use crate::opener::SocketFile;
+use link::{Link, wait_for};
 use target::{Guest, GuestError};
 
 /// Where debuggers connect.
 #[derive(Debug)]
 pub enum Listener {
-    /// A unix socket.
-    Unix(UnixListener),
+    /// A unix socket and its file.
+    Unix(UnixListener, SocketFile),
     /// A TCP port.
     Tcp(TcpListener),
 }
 
-/// Serves debuggers on `listener` until the machine ends.
-///
-/// # Errors
-///
-/// The host's, when it has no more threads or descriptors.
-pub fn serve(listener: Listener, mailbox: Mailbox, cpus: usize) -> io::Result<()> {
-    thread::Builder::new()
-        .name("gdb".to_owned())
-        .spawn(move || {
-            while let Ok(link) = listener.accept() {
-                if let Err(error) = session(link, &mailbox, cpus) {
-                    tracing::warn!("debugger: {error}");
-                }
-            }
-        })
-        .map(drop)
+/// The thread that serves debuggers. Drop it after the machine: it then says
+/// goodbye to a debugger, ends the thread and removes the socket's file.
+pub struct Server {
+    ended: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
 }
 
-fn session(link: Link, mailbox: &Mailbox, cpus: usize) -> Result<(), String> {
-    let mut guest = Guest::attach(mailbox.clone(), cpus, link.fd).map_err(|e| e.to_string())?;
-    let result = GdbStub::new(link).run_blocking::<Events>(&mut guest);
-    guest.detach();
-    result.map(drop).map_err(|error| error.to_string())
-}
-
-impl Listener {
-    fn accept(&self) -> io::Result<Link> {
-        match self {
-            Self::Unix(listener) => {
-                let (stream, _) = listener.accept()?;
-                Ok(Link {
-                    fd: stream.as_raw_fd(),
-                    stream: Box::new(stream),
-                })
-            }
-            Self::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nodelay(true)?;
-                Ok(Link {
-                    fd: stream.as_raw_fd(),
-                    stream: Box::new(stream),
-                })
-            }
+impl Drop for Server {
+    fn drop(&mut self) {
+        // An eventfd that is full has been heard.
+        let _ = self.ended.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported by the panic hook.
+            let _ = thread.join();
         }
     }
 }
 
-/// A debugger's connection.
-struct Link {
-    fd: RawFd,
-    stream: Box<dyn ConnectionExt<Error = io::Error> + Send>,
+/// Serves debuggers on `listener` until the server is dropped.
+///
+/// # Errors
+///
+/// The host's, when it has no more threads or descriptors.
+pub fn serve(listener: Listener, mailbox: Mailbox, cpus: usize) -> io::Result<Server> {
+    let ended = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let heard = Arc::clone(&ended);
+    let thread = Builder::new().name("gdb".to_owned()).spawn(move || {
+        while let Some(link) = listener.accept(&heard) {
+            let session = catch_unwind(AssertUnwindSafe(|| session(link, &mailbox, cpus)));
+            if let Ok(Err(error)) = session {
+                tracing::warn!("debugger: {error}");
+            }
+        }
+    })?;
+    Ok(Server {
+        ended,
+        thread: Some(thread),
+    })
 }
 
-impl Connection for Link {
-    type Error = io::Error;
-
-    fn write(&mut self, byte: u8) -> io::Result<()> {
-        self.stream.write(byte)
+fn session(link: Link, mailbox: &Mailbox, cpus: usize) -> Result<(), String> {
+    let mut guest =
+        Guest::attach(mailbox.clone(), cpus, link.raw_fd()).map_err(|e| e.to_string())?;
+    let reason = GdbStub::new(link)
+        .run_blocking::<Events>(&mut guest)
+        .map_err(|error| error.to_string())?;
+    if matches!(reason, DisconnectReason::Kill) {
+        // Nobody waits for the answer, which comes when the machine has ended.
+        mailbox.send(Message::Command(Command::Stop, channel().0));
     }
-
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
+    Ok(())
 }
 
-impl ConnectionExt for Link {
-    fn read(&mut self) -> io::Result<u8> {
-        self.stream.read()
-    }
-
-    fn peek(&mut self) -> io::Result<Option<u8>> {
-        self.stream.peek()
+impl Listener {
+    /// The next debugger; `None` once `ended` is readable.
+    fn accept(&self, ended: &Arc<EventFd>) -> Option<Link> {
+        loop {
+            let fd = match self {
+                Self::Unix(listener, _) => listener.as_raw_fd(),
+                Self::Tcp(listener) => listener.as_raw_fd(),
+            };
+            if !wait_for(fd, ended).ok()? {
+                return None;
+            }
+            let link = match self {
+                Self::Unix(listener, _) => listener
+                    .accept()
+                    .and_then(|(stream, _)| Link::unix(stream, Arc::clone(ended))),
+                Self::Tcp(listener) => listener
+                    .accept()
+                    .and_then(|(stream, _)| Link::tcp(stream, Arc::clone(ended))),
+            };
+            match link {
+                Ok(link) => return Some(link),
+                // A debugger that has gone again is none; the next may stay.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => (),
+                Err(error) => {
+                    tracing::warn!("no more debuggers are served: {error}");
+                    return None;
+                }
+            }
+        }
     }
 }
 
@@ -128,6 +143,7 @@ impl BlockingEventLoop for Events {
         guest: &mut Guest,
         link: &mut Link,
     ) -> Result<Event<StopReason>, WaitError> {
+        link.send().map_err(WaitForStopReasonError::Connection)?;
         loop {
             if let Some(reason) = guest
                 .stop_reason()

@@ -5,14 +5,14 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 
 use gdbstub::common::{Signal, Tid};
 use gdbstub::stub::MultiThreadStopReason;
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::multithread::{
-    MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSingleStep,
-    MultiThreadSingleStepOps,
+    MultiThreadBase, MultiThreadResume, MultiThreadResumeOps, MultiThreadSchedulerLocking,
+    MultiThreadSchedulerLockingOps, MultiThreadSingleStep, MultiThreadSingleStepOps,
 };
 use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, SwBreakpoint, SwBreakpointOps,
@@ -21,14 +21,14 @@ use gdbstub::target::{Target, TargetError, TargetResult};
 use gdbstub_arch::x86::X86_64_SSE;
 use gdbstub_arch::x86::reg::X86_64CoreRegs;
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
-    KVM_GUESTDBG_USE_SW_BP, kvm_debug_exit_arch, kvm_guest_debug,
+    KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_SINGLESTEP,
+    KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, kvm_debug_exit_arch, kvm_guest_debug,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::registers::{from_debugger, to_debugger};
 use crate::kvm::KvmError;
-use crate::machine::driver::{DebugStop, Driver};
+use crate::machine::driver::{DebugSink, DebugStop, Driver};
 use crate::machine::inbox::{Mailbox, Message};
 
 const INT3: u8 = 0xCC;
@@ -54,9 +54,27 @@ pub enum GuestError {
     Kvm(#[from] KvmError),
 }
 
-/// A breakpoint instruction in guest memory.
+/// A breakpoint instruction in guest memory. It is taken out where it was put
+/// in: the virtual address may lead elsewhere by then.
 struct Planted {
+    physical: u64,
     original: u8,
+}
+
+/// Wakes the debugger's thread for a stop, and when the machine is gone.
+struct Bell(Arc<EventFd>);
+
+impl Bell {
+    fn ring(&self) {
+        // A full eventfd wakes as well as one more count would.
+        let _ = self.0.write(1);
+    }
+}
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.ring();
+    }
 }
 
 /// The guest, held or running, with the debugger's breakpoints.
@@ -64,12 +82,21 @@ pub struct Guest {
     mailbox: Mailbox,
     cpus: usize,
     link: RawFd,
+    /// The stops of the present run. Each run has a channel of its own, so that
+    /// a second vCPU that stopped in the run before is not taken for news: it
+    /// stops again at the same place.
     stops: Receiver<DebugStop>,
     stopped: Arc<EventFd>,
     software: BTreeMap<u64, Planted>,
     hardware: Vec<u64>,
+    /// What KVM can do, as `KVM_GUESTDBG_*` bits.
+    offered: u32,
     /// vCPUs that are to execute one instruction only.
     stepping: Vec<usize>,
+    /// vCPUs that are to run, besides those that step.
+    continuing: Vec<usize>,
+    /// vCPUs that are in neither list wait.
+    locked: bool,
     /// The vCPU to whose guest its own breakpoint exception is given back.
     reinject: Option<usize>,
 }
@@ -82,49 +109,26 @@ impl Guest {
     /// [`GuestError`] when the machine has ended or the host is out of descriptors.
     pub fn attach(mailbox: Mailbox, cpus: usize, link: RawFd) -> Result<Self, GuestError> {
         let stopped = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(GuestError::Host)?);
-        let (sender, stops) = channel();
-        let wake = Arc::clone(&stopped);
-        let guest = Self {
+        let mut guest = Self {
             mailbox,
             cpus,
             link,
-            stops,
+            // Nothing stops before the first run.
+            stops: channel().1,
             stopped,
             software: BTreeMap::new(),
             hardware: Vec::new(),
+            offered: 0,
             stepping: Vec::new(),
+            continuing: Vec::new(),
+            locked: false,
             reinject: None,
         };
-        guest.errand(move |driver| {
-            driver.attach_debugger(Box::new(move |stop| {
-                // The debugger may just have gone; then nobody wants to know.
-                let _ = sender.send(stop);
-                let _ = wake.write(1);
-            }));
+        guest.offered = guest.errand(|driver| {
+            driver.hold();
+            driver.machine().debug_controls()
         })?;
         Ok(guest)
-    }
-
-    /// Takes all breakpoints out and lets the guest run on.
-    pub fn detach(mut self) {
-        // Running vCPUs answer nothing: whoever asked one would wait for good.
-        let _ = self.errand(Driver::hold);
-        let planted: Vec<_> = self.software.keys().copied().collect();
-        for address in planted {
-            let _ = self.remove_sw_breakpoint(address, 0);
-        }
-        let cpus = self.cpus;
-        // An ended machine needs no release.
-        let _ = self.errand(move |driver| {
-            for cpu in 0..cpus {
-                let off = kvm_guest_debug::default();
-                let _ = driver
-                    .machine()
-                    .vcpus()
-                    .ask(cpu, move |vcpu| vcpu.set_debug(&off));
-            }
-            driver.detach_debugger();
-        });
     }
 
     /// Has the control thread do something, and waits for the answer.
@@ -155,7 +159,7 @@ impl Guest {
         })
     }
 
-    /// Why the guest has stopped, if it has. A breakpoint exception that is
+    /// Why the guest has stopped or ended, if it has. A breakpoint exception that is
     /// the guest's own goes back to it, and the guest runs on.
     ///
     /// # Errors
@@ -163,8 +167,12 @@ impl Guest {
     /// [`GuestError`].
     pub fn stop_reason(&mut self) -> Result<Option<MultiThreadStopReason<u64>>, GuestError> {
         let _ = self.stopped.read();
-        let Ok(DebugStop { cpu, debug }) = self.stops.try_recv() else {
-            return Ok(None);
+        let DebugStop { cpu, debug } = match self.stops.try_recv() {
+            Ok(stop) => stop,
+            Err(TryRecvError::Empty) => return Ok(None),
+            Err(TryRecvError::Disconnected) => {
+                return Ok(Some(MultiThreadStopReason::Exited(0)));
+            }
         };
         let kvm_debug_exit_arch {
             exception, pc, dr6, ..
@@ -232,13 +240,33 @@ impl Guest {
         accessed.ok().flatten()
     }
 
-    fn peek_byte(&self, address: u64) -> Option<u8> {
-        self.access(0, address, vec![0], false)?.first().copied()
+    /// Puts a breakpoint instruction where vCPU 0 sees `address`.
+    fn plant(&self, address: u64) -> Result<Option<Planted>, GuestError> {
+        self.errand(move |driver| {
+            let machine = driver.machine();
+            let found = machine.vcpus().ask(0, move |vcpu| vcpu.translate(address));
+            let physical = found.flatten()?;
+            let mut original = [0];
+            (machine.access_memory(physical, &mut original, false)
+                && machine.access_memory(physical, &mut [INT3], true))
+            .then_some(Planted {
+                physical,
+                original: original[0],
+            })
+        })
     }
 
-    fn poke_byte(&self, address: u64, byte: u8) -> bool {
-        self.access(0, address, vec![byte], true)
-            .is_some_and(|done| done.len() == 1)
+    /// Takes a breakpoint instruction out again. Where something else has been
+    /// written over it (the guest was reset, say) there is nothing to do.
+    fn uproot(&self, planted: Planted) -> Result<(), GuestError> {
+        self.errand(move |driver| {
+            let Planted { physical, original } = planted;
+            let mut found = [0];
+            let machine = driver.machine();
+            if machine.access_memory(physical, &mut found, false) && found == [INT3] {
+                machine.access_memory(physical, &mut [original], true);
+            }
+        })
     }
 
     /// KVM's debug controls for one vCPU.
@@ -248,7 +276,8 @@ impl Guest {
             ..Default::default()
         };
         if self.stepping.contains(&cpu) {
-            debug.control |= KVM_GUESTDBG_SINGLESTEP;
+            // Where KVM can, no interrupt handler gets in between.
+            debug.control |= KVM_GUESTDBG_SINGLESTEP | self.offered & KVM_GUESTDBG_BLOCKIRQ;
         }
         if self.reinject == Some(cpu) {
             debug.control |= KVM_GUESTDBG_INJECT_BP;
@@ -265,6 +294,28 @@ impl Guest {
             }
         }
         debug
+    }
+}
+
+/// Lets the guest run on when the debugger has gone, however it has.
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // An ended machine needs none of this.
+        let _ = self.errand(Driver::hold);
+        for planted in std::mem::take(&mut self.software).into_values() {
+            let _ = self.uproot(planted);
+        }
+        let cpus = self.cpus;
+        let _ = self.errand(move |driver| {
+            for cpu in 0..cpus {
+                let off = kvm_guest_debug::default();
+                driver
+                    .machine()
+                    .vcpus()
+                    .ask(cpu, move |vcpu| vcpu.set_debug(&off));
+            }
+            driver.release(None, None);
+        });
     }
 }
 
@@ -357,6 +408,17 @@ impl MultiThreadResume for Guest {
     fn resume(&mut self) -> Result<(), GuestError> {
         let controls: Vec<_> = (0..self.cpus).map(|cpu| self.controls(cpu)).collect();
         self.reinject = None;
+        let only = self.locked.then(|| {
+            let chosen = self.stepping.iter().chain(&self.continuing);
+            chosen.copied().collect()
+        });
+        let (sender, stops) = channel();
+        let bell = Bell(Arc::clone(&self.stopped));
+        let sink: DebugSink = Box::new(move |stop| {
+            // The debugger may just have gone; then nobody wants to know.
+            let _ = sender.send(stop);
+            bell.ring();
+        });
         self.errand(move |driver| {
             for (cpu, debug) in controls.into_iter().enumerate() {
                 driver
@@ -365,14 +427,17 @@ impl MultiThreadResume for Guest {
                     .ask(cpu, move |vcpu| vcpu.set_debug(&debug))
                     .transpose()?;
             }
-            driver.release();
+            driver.release(Some(sink), only);
             Ok::<_, KvmError>(())
         })??;
+        self.stops = stops;
         Ok(())
     }
 
     fn clear_resume_actions(&mut self) -> Result<(), GuestError> {
         self.stepping.clear();
+        self.continuing.clear();
+        self.locked = false;
         Ok(())
     }
 
@@ -381,8 +446,12 @@ impl MultiThreadResume for Guest {
         tid: Tid,
         _signal: Option<Signal>,
     ) -> Result<(), GuestError> {
-        self.stepping.retain(|cpu| *cpu != cpu_of(tid));
+        self.continuing.push(cpu_of(tid));
         Ok(())
+    }
+
+    fn support_scheduler_locking(&mut self) -> Option<MultiThreadSchedulerLockingOps<'_, Self>> {
+        Some(self)
     }
 
     fn support_single_step(&mut self) -> Option<MultiThreadSingleStepOps<'_, Self>> {
@@ -397,6 +466,13 @@ impl MultiThreadSingleStep for Guest {
         _signal: Option<Signal>,
     ) -> Result<(), GuestError> {
         self.stepping.push(cpu_of(tid));
+        Ok(())
+    }
+}
+
+impl MultiThreadSchedulerLocking for Guest {
+    fn set_resume_action_scheduler_lock(&mut self) -> Result<(), GuestError> {
+        self.locked = true;
         Ok(())
     }
 }
@@ -416,27 +492,29 @@ impl SwBreakpoint for Guest {
         if self.software.contains_key(&address) {
             return Ok(true);
         }
-        let Some(original) = self.peek_byte(address) else {
-            return Ok(false);
-        };
-        if !self.poke_byte(address, INT3) {
-            return Ok(false);
-        }
-        self.software.insert(address, Planted { original });
-        Ok(true)
+        let planted = self.plant(address).map_err(fatal)?;
+        let found = planted.is_some();
+        self.software
+            .extend(planted.map(|planted| (address, planted)));
+        Ok(found)
     }
 
     fn remove_sw_breakpoint(&mut self, address: u64, _kind: usize) -> TargetResult<bool, Self> {
-        let Some(Planted { original }) = self.software.remove(&address) else {
+        let Some(planted) = self.software.remove(&address) else {
             return Ok(false);
         };
-        Ok(self.poke_byte(address, original))
+        self.uproot(planted).map_err(fatal)?;
+        Ok(true)
     }
 }
 
 impl HwBreakpoint for Guest {
     fn add_hw_breakpoint(&mut self, address: u64, _kind: usize) -> TargetResult<bool, Self> {
-        if self.hardware.len() >= HARDWARE_BREAKPOINTS {
+        if self.hardware.contains(&address) {
+            return Ok(true);
+        }
+        if self.hardware.len() >= HARDWARE_BREAKPOINTS || self.offered & KVM_GUESTDBG_USE_HW_BP == 0
+        {
             return Ok(false);
         }
         self.hardware.push(address);

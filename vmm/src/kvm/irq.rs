@@ -37,6 +37,15 @@ struct Table {
     messages: BTreeMap<u32, MsiMessage>,
 }
 
+impl Table {
+    fn set(&mut self, gsi: u32, message: Option<MsiMessage>) {
+        match message {
+            Some(message) => self.messages.insert(gsi, message),
+            None => self.messages.remove(&gsi),
+        };
+    }
+}
+
 impl IrqRouter {
     /// A router for a VM whose interrupt controllers exist.
     #[must_use]
@@ -191,21 +200,21 @@ impl MsiVector for Vector {
     }
 
     fn route(&self, message: Option<MsiMessage>) -> Result<(), MsiError> {
+        if message.is_some() {
+            self.bind()?;
+        }
         let mut table = self.router.table();
-        if table.messages.get(&self.gsi).copied() == message {
+        let before = table.messages.get(&self.gsi).copied();
+        if before == message {
             return Ok(());
         }
-        match message {
-            Some(message) => table.messages.insert(self.gsi, message),
-            None => table.messages.remove(&self.gsi),
-        };
-        self.router.commit(&table)?;
-        drop(table);
-        if message.is_some() {
-            self.bind()
-        } else {
-            Ok(())
+        table.set(self.gsi, message);
+        let committed = self.router.commit(&table);
+        if committed.is_err() {
+            // KVM has the old routes still; so the next attempt is made in full.
+            table.set(self.gsi, before);
         }
+        committed
     }
 }
 

@@ -11,7 +11,8 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_X2APIC_API, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_X2APIC_API, KVM_CLOCK_TSC_STABLE,
+    KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
     kvm_userspace_memory_region,
@@ -159,6 +160,17 @@ impl Vm {
     #[must_use]
     pub fn fd(&self) -> &Arc<VmFd> {
         &self.fd
+    }
+
+    /// What `KVM_SET_GUEST_DEBUG` offers, as `KVM_GUESTDBG_*` bits. Kernels
+    /// before 5.16 do not say; they have all that is older.
+    #[must_use]
+    pub fn debug_controls(&self) -> u32 {
+        let asked = self.fd.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into());
+        match u32::try_from(asked) {
+            Ok(0) | Err(_) => KVM_GUESTDBG_USE_SW_BP | KVM_GUESTDBG_USE_HW_BP,
+            Ok(offered) => offered,
+        }
     }
 
     /// Enables what must be enabled before anything else exists: 32-bit

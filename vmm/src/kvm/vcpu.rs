@@ -345,6 +345,10 @@ impl Vcpu {
 
     /// Runs guest code until `stop` is set and the thread is kicked, or the
     /// vCPU cannot go on. Serves port and memory-mapped I/O on the way.
+    ///
+    /// With [`Stop::Kicked`] the last instruction is complete: KVM finishes an
+    /// access that was served here only when it is entered again, and would
+    /// otherwise finish it over registers that were set in the meantime.
     pub fn run(&mut self, stop: &AtomicBool) -> Stop {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         let result = self.run_until(stop);
@@ -354,11 +358,18 @@ impl Vcpu {
     }
 
     fn run_until(&mut self, stop: &AtomicBool) -> Stop {
-        while !stop.load(Ordering::Acquire) {
+        loop {
+            if stop.load(Ordering::Acquire) {
+                // KVM completes what is pending and enters no guest code.
+                self.fd.set_kvm_immediate_exit(1);
+            }
             let exit = match self.fd.run() {
                 Ok(exit) => exit,
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                     self.fd.set_kvm_immediate_exit(0);
+                    if stop.load(Ordering::Acquire) {
+                        return Stop::Kicked;
+                    }
                     continue;
                 }
                 Err(error) => {
@@ -396,7 +407,6 @@ impl Vcpu {
                 }
             }
         }
-        Stop::Kicked
     }
 
     /// Describes KVM_EXIT_INTERNAL_ERROR.

@@ -143,6 +143,8 @@ pub struct Built {
     pub mailbox: Mailbox,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
+    /// The path of the serial port's pseudo-terminal, where it leads to one.
+    pub pty: Option<String>,
 }
 
 /// Builds the machine that `config` (complete and validated) describes.
@@ -156,6 +158,9 @@ pub fn build(
     opener: &Arc<Opener>,
     events: &EventBus,
 ) -> Result<Built, MachineError> {
+    let host = |what| move |source| MachineError::Host { what, source };
+    // Back ends have threads, which are to leave these signals alone.
+    let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
     let models = open_devices(config, models, opener)?;
     let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
@@ -175,12 +180,12 @@ pub fn build(
 
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
-    let host = |what| move |source| MachineError::Host { what, source };
-    let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let (mailbox, inbox) =
         super::inbox::inbox().map_err(host("no descriptor for the control thread"))?;
     let debugger = open_debugger(config, opener)?;
-    let (hosts, input, outputs) = Hosts::open(config, opener, &mailbox)?.split();
+    let hosts = Hosts::open(config, opener, &mailbox)?;
+    let pty = hosts.pty().map(str::to_owned);
+    let (hosts, input, outputs) = hosts.split();
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -220,6 +225,7 @@ pub fn build(
         ears,
         mailbox,
         debugger,
+        pty,
     })
 }
 
@@ -431,6 +437,7 @@ fn open_debugger(
         None => None,
         Some(GdbConfig::Unix(path)) => Some(crate::gdb::Listener::Unix(
             opener.listen_unix(path).map_err(failed)?,
+            opener.own_socket(path).map_err(failed)?,
         )),
         Some(GdbConfig::Tcp { host, port }) => Some(crate::gdb::Listener::Tcp(
             opener.listen_tcp(host, *port).map_err(failed)?,
@@ -446,7 +453,7 @@ fn ram_spec(config: &MemoryConfig) -> RamSpec {
         thp: match config.thp {
             Thp::On => Some(true),
             Thp::Off => Some(false),
-            Thp::Default => None,
+            Thp::Host => None,
         },
         prefault: config.prefault,
     }

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use api::{Command, ControlError, EventKind, ExitReason, Reply, VmState};
@@ -73,6 +74,12 @@ pub struct Driver {
     debugger: Option<DebugSink>,
     /// The debugger keeps the vCPUs from running.
     held: bool,
+    /// The only vCPUs that run, when a debugger has the others wait.
+    chosen: Option<Vec<usize>>,
+    /// Who wait for the machine's end.
+    stoppers: Vec<Sender<Result<Reply, ControlError>>>,
+    /// Nobody has the patience to wait for back ends and readers.
+    urgent: bool,
 }
 
 impl Driver {
@@ -89,6 +96,9 @@ impl Driver {
             outcome: None,
             debugger: None,
             held: false,
+            chosen: None,
+            stoppers: Vec::new(),
+            urgent: false,
         }
     }
 
@@ -98,26 +108,18 @@ impl Driver {
         &self.machine
     }
 
-    /// Holds the vCPUs for a debugger that is told of debug stops from now on.
-    pub fn attach_debugger(&mut self, sink: DebugSink) {
-        self.debugger = Some(sink);
-        self.hold();
-    }
-
-    /// The debugger is gone; the guest runs on.
-    pub fn detach_debugger(&mut self) {
-        self.debugger = None;
-        self.release();
-    }
-
-    /// Stops the vCPUs for the debugger. The machine's state stays.
+    /// Stops the vCPUs for a debugger, or keeps them from starting. The
+    /// machine's state stays.
     pub fn hold(&mut self) {
         self.held = true;
         self.machine.vcpus().pause();
     }
 
-    /// Ends [`Driver::hold`].
-    pub fn release(&mut self) {
+    /// Ends [`Driver::hold`] for the vCPUs that `only` gives, or for all. Debug
+    /// stops go to `sink`; without one, a debug stop is nothing.
+    pub fn release(&mut self, sink: Option<DebugSink>, only: Option<Vec<usize>>) {
+        self.debugger = sink;
+        self.chosen = only;
         self.held = false;
         self.go_on();
     }
@@ -128,13 +130,16 @@ impl Driver {
     ///
     /// [`MachineError`] when it could not be booted, or the driver itself cannot wait.
     pub fn run(mut self) -> Result<Outcome, MachineError> {
-        self.boot()?;
+        if self.ears.signals.as_ref().is_some_and(Signals::take) {
+            // It came while the machine was being built.
+            self.finish(ExitReason::Stopped, None);
+        } else if let Err(error) = self.boot() {
+            self.end(ExitReason::KvmError);
+            return Err(error);
+        }
         loop {
             if let Some(outcome) = self.outcome.take() {
-                self.end();
-                self.events.publish(EventKind::Exit {
-                    reason: outcome.reason,
-                });
+                self.end(outcome.reason);
                 return Ok(outcome);
             }
             let ready = self.wait().map_err(MachineError::Wait)?;
@@ -149,7 +154,7 @@ impl Driver {
             }
             self.on_deadlines(Instant::now());
             while self.outcome.is_none()
-                && let Some(message) = self.ears.inbox.next()
+                && let Some(message) = self.ears.inbox.take()
             {
                 self.on_message(message);
             }
@@ -177,6 +182,7 @@ impl Driver {
     fn go(&mut self) {
         self.enter(VmState::Running);
         self.go_on();
+        self.feed_input();
     }
 
     fn finish(&mut self, reason: ExitReason, detail: Option<String>) {
@@ -187,16 +193,48 @@ impl Driver {
 
     /// Stops everything for good. What a back end cannot drain in time is
     /// reported and left.
-    fn end(&mut self) {
+    fn end(&mut self, reason: ExitReason) {
         self.enter(VmState::ShuttingDown);
         self.machine.vcpus().pause();
-        if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
-            tracing::error!("on the way out: {error}");
+        let drain = if self.urgent { PATIENCE } else { DRAIN };
+        if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
+            tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
-        for output in &self.ears.outputs {
-            output.finish(PATIENCE);
-        }
+        let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
+        self.flush_outputs(wanted);
         self.enter(VmState::Stopped);
+        self.events.publish(EventKind::Exit { reason });
+        for stopper in self.stoppers.drain(..) {
+            // The asker may have gone.
+            let _ = stopper.send(Ok(Reply::Done));
+        }
+    }
+
+    /// Gives readers the guest's last output. The reader of a pipe may be a
+    /// pager: when the guest has ended by itself it has all the time it wants,
+    /// until a signal says that nobody wants the output any more.
+    fn flush_outputs(&self, wanted: bool) {
+        for output in &self.ears.outputs {
+            if wanted && !output.is_terminal() {
+                while output.is_waiting() && self.wait_for_reader(output) {
+                    output.drain();
+                }
+            } else {
+                output.finish(PATIENCE);
+            }
+        }
+    }
+
+    /// Waits until a reader takes output; `false` when a signal came first.
+    fn wait_for_reader(&self, output: &Output) -> bool {
+        let mut fds = [
+            poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT),
+            poll_for(
+                self.ears.signals.as_ref().map(Signals::raw_fd),
+                libc::POLLIN,
+            ),
+        ];
+        ppoll(&mut fds, None).is_ok() && fds[1].revents == 0
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -204,18 +242,25 @@ impl Driver {
             return Ok(());
         }
         self.machine.vcpus().pause();
-        match self.machine.stop_units(Instant::now() + DRAIN) {
+        let stopped = self.machine.stop_units(Instant::now() + DRAIN);
+        match stopped.and_then(|()| self.machine.stop_clock()) {
             Ok(()) => {
-                self.machine.stop_clock()?;
                 self.enter(VmState::Paused);
                 Ok(())
             }
             Err(error) => {
-                // The machine goes on as it was; units that stopped start again.
-                self.machine.start_units()?;
-                self.go_on();
+                self.recover();
                 Err(error)
             }
+        }
+    }
+
+    /// Lets a running machine go on whose units did not all stop: those that
+    /// did start again. When they do not, the machine ends.
+    fn recover(&mut self) {
+        match self.machine.start_units() {
+            Ok(()) => self.go_on(),
+            Err(error) => self.fail("the machine cannot go on", &error),
         }
     }
 
@@ -223,18 +268,41 @@ impl Driver {
         if self.state == VmState::Running {
             return Ok(());
         }
-        self.machine.start_clock()?;
-        self.machine.start_units()?;
+        let started = self.machine.start_units();
+        if let Err(error) = started.and_then(|()| self.machine.start_clock()) {
+            if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
+                self.fail("the machine cannot stay paused", &error);
+            }
+            return Err(error);
+        }
         self.go();
         Ok(())
     }
 
-    /// Restarts the guest in place; a paused machine stays paused at its first instruction.
+    /// Restarts the guest in place; a paused machine stays paused at its first
+    /// instruction. When the old guest cannot be stopped it goes on; when the
+    /// new one cannot be started the machine ends.
     fn reset(&mut self) -> Result<(), MachineError> {
         let paused = self.state == VmState::Paused;
         self.machine.vcpus().pause();
-        self.machine.stop_units(Instant::now() + DRAIN)?;
+        if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
+            if paused {
+                self.fail("the machine cannot stay paused", &error);
+            } else {
+                self.recover();
+            }
+            return Err(error);
+        }
+        self.ears.inbox.forget_guest();
         self.enter(VmState::Booting);
+        let restarted = self.restart(paused);
+        if let Err(error) = &restarted {
+            self.fail("the guest could not be reset", error);
+        }
+        restarted
+    }
+
+    fn restart(&mut self, paused: bool) -> Result<(), MachineError> {
         self.machine.reset()?;
         self.machine.load()?;
         if paused {
@@ -247,8 +315,18 @@ impl Driver {
         Ok(())
     }
 
+    /// Ends the machine because of an error that leaves no other way.
+    fn fail(&mut self, what: &str, error: &MachineError) {
+        let detail = format!("{what}: {}", crate::error::chain(error));
+        self.finish(ExitReason::KvmError, Some(detail));
+    }
+
     fn on_message(&mut self, message: Message) {
         match message {
+            Message::Command(Command::Stop, answer) if permits(self.state, Command::Stop) => {
+                self.finish(ExitReason::Stopped, None);
+                self.stoppers.push(answer);
+            }
             Message::Command(command, answer) => {
                 // The asker may have gone; the command counts all the same.
                 let _ = answer.send(self.on_command(command));
@@ -263,11 +341,10 @@ impl Driver {
     }
 
     fn on_command(&mut self, command: Command) -> Result<Reply, ControlError> {
-        if !permits(self.state, command) {
-            return Err(ControlError::WrongState {
-                command,
-                state: self.state,
-            });
+        let state = self.state;
+        let wrong = Err(ControlError::WrongState { command, state });
+        if !permits(state, command) {
+            return wrong;
         }
         let done = match command {
             Command::State => return Ok(Reply::State(self.state)),
@@ -279,10 +356,8 @@ impl Driver {
                 Ok(())
             }
             Command::Reset => self.reset(),
-            Command::Stop => {
-                self.finish(ExitReason::Stopped, None);
-                Ok(())
-            }
+            // Where it is possible it is answered at the end.
+            Command::Stop => return wrong,
         };
         match done {
             Ok(()) => Ok(Reply::Done),
@@ -309,8 +384,8 @@ impl Driver {
             GuestRequest::Reset => {
                 self.events.publish(EventKind::GuestReset);
                 if let Err(error) = self.reset() {
-                    let detail = format!("guest reset: {}", crate::error::chain(&error));
-                    self.finish(ExitReason::KvmError, Some(detail));
+                    // The guest has not been reset and must not run past its wish.
+                    self.fail("guest reset", &error);
                 }
             }
             GuestRequest::Panicked => {
@@ -327,7 +402,7 @@ impl Driver {
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.
     fn go_on(&mut self) {
         if self.state == VmState::Running && !self.held {
-            self.machine.vcpus().run();
+            self.machine.vcpus().run(self.chosen.as_deref());
         }
     }
 
@@ -356,7 +431,11 @@ impl Driver {
         while self.ears.signals.as_ref().is_some_and(Signals::take) {
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state == VmState::Running => self.press_power_button(),
-                Ending::PressButton | Ending::Now => self.finish(ExitReason::Stopped, None),
+                Ending::PressButton => self.finish(ExitReason::Stopped, None),
+                Ending::Now => {
+                    self.urgent = true;
+                    self.finish(ExitReason::Stopped, None);
+                }
             }
         }
     }
@@ -393,37 +472,33 @@ impl Driver {
         self.feed_input();
     }
 
-    /// Gives the serial port what has been typed and it has room for.
+    /// Gives the serial port what has been typed and it has room for. While
+    /// the machine is paused its devices stay as they are.
     fn feed_input(&mut self) {
-        if let Some(input) = &mut self.ears.input {
+        if self.state == VmState::Running
+            && let Some(input) = &mut self.ears.input
+        {
             let taken = self.machine.serial_input(input.pending());
             input.taken(taken);
         }
     }
 
     fn wait(&self) -> io::Result<Ready> {
-        let input = self.ears.input.as_ref().filter(|i| i.pending().is_empty());
-        let poll = |fd: Option<RawFd>| libc::pollfd {
-            fd: fd.unwrap_or(-1),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let mut fds = vec![
-            poll(Some(self.ears.inbox.wake_fd())),
-            poll(self.ears.signals.as_ref().map(Signals::raw_fd)),
-            poll(input.map(|i| i.as_fd().as_raw_fd())),
-            poll(Some(self.machine.tick_fd())),
-        ];
+        let input = self.ears.input.as_ref().filter(|input| input.wants_more());
+        let mut fds: Vec<_> = [
+            Some(self.ears.inbox.wake_fd()),
+            self.ears.signals.as_ref().map(Signals::raw_fd),
+            input.map(|input| input.as_fd().as_raw_fd()),
+            Some(self.machine.tick_fd()),
+        ]
+        .map(|fd| poll_for(fd, libc::POLLIN))
+        .into();
         let waiting = self
             .ears
             .outputs
             .iter()
             .filter(|output| output.is_waiting());
-        fds.extend(waiting.map(|output| libc::pollfd {
-            fd: output.as_fd().as_raw_fd(),
-            events: libc::POLLOUT,
-            revents: 0,
-        }));
+        fds.extend(waiting.map(|output| poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT)));
         let now = Instant::now();
         let left = self
             .policy
@@ -437,6 +512,15 @@ impl Driver {
             input: ready(2),
             tick: ready(3),
         })
+    }
+}
+
+/// What to wait for on a descriptor, if there is one.
+fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
+    libc::pollfd {
+        fd: fd.unwrap_or(-1),
+        events,
+        revents: 0,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The control thread's inbox: commands, guest requests and stopped vCPUs.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -43,6 +44,8 @@ pub struct Mailbox {
 /// The control thread's side.
 pub struct Inbox {
     receiver: Receiver<Message>,
+    /// Received, but to be looked at later.
+    kept: VecDeque<Message>,
     wake: Arc<EventFd>,
 }
 
@@ -59,7 +62,11 @@ pub fn inbox() -> io::Result<(Mailbox, Inbox)> {
             sender,
             wake: Arc::clone(&wake),
         },
-        Inbox { receiver, wake },
+        Inbox {
+            receiver,
+            kept: VecDeque::new(),
+            wake,
+        },
     ))
 }
 
@@ -83,10 +90,20 @@ impl Inbox {
 
     /// The next message, if there is one; call until there is none.
     #[must_use]
-    pub fn next(&self) -> Option<Message> {
+    pub fn take(&mut self) -> Option<Message> {
         // Cleared before looking, so that a message sent in between wakes again.
         let _ = self.wake.read();
-        self.receiver.try_recv().ok()
+        self.kept
+            .pop_front()
+            .or_else(|| self.receiver.try_recv().ok())
+    }
+
+    /// Drops what the guest and its vCPUs have said so far: it belongs to a
+    /// guest that is gone. Everything else keeps its place. vCPUs are idle.
+    pub fn forget_guest(&mut self) {
+        self.kept.extend(self.receiver.try_iter());
+        self.kept
+            .retain(|message| !matches!(message, Message::Guest(_) | Message::Vcpu(..)));
     }
 }
 

@@ -22,6 +22,7 @@ use std::time::Instant;
 
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
+use migration::{RestoreError, SaveError, SectionSet};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
@@ -147,6 +148,12 @@ impl Machine {
         &self.vcpus
     }
 
+    /// The ways in which KVM can debug this machine's vCPUs, as `KVM_GUESTDBG_*` bits.
+    #[must_use]
+    pub fn debug_controls(&self) -> u32 {
+        self.vm.debug_controls()
+    }
+
     /// Points the boot CPU at the kernel's entry, loading the kernel first
     /// when it is not in memory yet. vCPUs are idle and in their power-on state.
     fn load(&mut self) -> Result<(), MachineError> {
@@ -185,12 +192,44 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops all units, those that drain last-started first.
+    /// Stops all units, those that drain last-started first. One that does not
+    /// stop keeps no other from stopping; the first failure is returned.
     fn stop_units(&self, deadline: Instant) -> Result<(), MachineError> {
+        let mut result = Ok(());
         for unit in self.units.iter().rev() {
-            unit.stop(deadline)?;
+            result = result.and(unit.stop(deadline).map_err(MachineError::from));
         }
-        Ok(())
+        result
+    }
+
+    /// Takes the state of all units. They are stopped, and vCPUs are idle.
+    ///
+    /// # Errors
+    ///
+    /// [`SaveError`] of the first unit that could not tell its state.
+    pub fn save_units(&self) -> Result<SectionSet, SaveError> {
+        let mut set = SectionSet::default();
+        for unit in &self.units {
+            unit.save()?
+                .into_iter()
+                .for_each(|section| set.push(section));
+        }
+        Ok(set)
+    }
+
+    /// Puts state into the units that [`Machine::save_units`] took from a
+    /// machine of the same configuration. They are stopped or not yet started,
+    /// and vCPUs are idle. `set` is not trusted.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError`] also when a section is left that no unit has taken. The
+    /// machine is then to be dropped.
+    pub fn restore_units(&self, mut set: SectionSet) -> Result<(), RestoreError> {
+        for unit in &self.units {
+            unit.restore(&mut set)?;
+        }
+        set.finish()
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
@@ -217,10 +256,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Lets the guest's clock go on; it stays stopped on failure.
     fn start_clock(&mut self) -> Result<(), MachineError> {
-        if let Some(clock) = self.clock.take() {
-            self.vm.set_clock(&clock)?;
+        if let Some(clock) = &self.clock {
+            self.vm.set_clock(clock)?;
         }
+        self.clock = None;
         for index in 0..self.vcpus.count() {
             self.vcpus.ask(index, |vcpu| vcpu.announce_pause());
         }

@@ -27,6 +27,7 @@ use crate::opener::Opener;
 pub struct Hosts {
     serial: Option<Console>,
     debugcon: Option<Console>,
+    pty: Option<String>,
 }
 
 impl Hosts {
@@ -50,28 +51,43 @@ impl Hosts {
             file.map(Console::file)
                 .map_err(|source| MachineError::Open { flag, source })
         };
+        let mut pty = None;
         let serial = match &config.serial {
             SerialConfig::Off => None,
             SerialConfig::Null => Some(Console::null()),
             SerialConfig::File(path) => Some(file("--serial", path)?),
             SerialConfig::Tty => {
-                Some(Console::stdio(Arc::clone(&on_backlog)).map_err(console("--serial tty"))?)
+                let stdio = opener
+                    .open_stdout()
+                    .and_then(|stdout| Console::stdio(stdout, Arc::clone(&on_backlog)));
+                Some(stdio.map_err(console("--serial tty"))?)
             }
             SerialConfig::Pty => {
-                let (pty, path) =
+                let (console, path) =
                     Console::pty(Arc::clone(&on_backlog)).map_err(console("--serial pty"))?;
-                eprintln!("vireo: the serial console is at {path}");
-                Some(pty)
+                pty = Some(path);
+                Some(console)
             }
         };
         let debugcon = match &config.debugcon {
             DebugconConfig::Off => None,
             DebugconConfig::File(path) => Some(file("--debugcon", path)?),
             DebugconConfig::Stdio => {
-                Some(Console::output_only(on_backlog).map_err(console("--debugcon stdio"))?)
+                let stdout = opener.open_stdout().map_err(console("--debugcon stdio"))?;
+                Some(Console::output_only(stdout, on_backlog))
             }
         };
-        Ok(Self { serial, debugcon })
+        Ok(Self {
+            serial,
+            debugcon,
+            pty,
+        })
+    }
+
+    /// The far end of the serial port's pseudo-terminal, where there is one.
+    #[must_use]
+    pub fn pty(&self) -> Option<&str> {
+        self.pty.as_deref()
     }
 
     /// Takes out what the driver waits on.

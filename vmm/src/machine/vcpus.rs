@@ -7,7 +7,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use vmm_sys_util::signal::Killable;
@@ -33,6 +33,12 @@ enum Task {
 struct Running {
     count: Mutex<usize>,
     all_idle: Condvar,
+}
+
+impl Running {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 struct Thread {
@@ -73,32 +79,34 @@ impl Vcpus {
         Ok(all)
     }
 
-    /// Lets all vCPUs run. They are idle.
-    pub fn run(&self) {
+    /// Lets vCPUs run: those whose indices `only` gives, or all. Does nothing
+    /// while some are running already.
+    pub fn run(&self, only: Option<&[usize]>) {
+        let chosen = |index: &usize| only.is_none_or(|only| only.contains(index));
+        let mut count = self.running.lock();
+        if *count > 0 {
+            return;
+        }
+        *count = (0..self.threads.len()).filter(chosen).count();
+        drop(count);
         self.stop.store(false, Ordering::Release);
-        *self
-            .running
-            .count
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = self.threads.len();
-        for thread in &self.threads {
-            // A thread ends only when its sender is dropped.
-            let _ = thread.tasks.send(Task::Run);
+        for (index, thread) in self.threads.iter().enumerate() {
+            if chosen(&index) {
+                // A thread ends only when its sender is dropped.
+                let _ = thread.tasks.send(Task::Run);
+            }
         }
     }
 
-    /// Stops all vCPUs and returns when all are idle.
+    /// Stops all vCPUs and returns when all are idle. What those that stopped
+    /// for a reason of their own had to say has then been said ([`OnStop`]).
     pub fn pause(&self) {
         self.stop.store(true, Ordering::Release);
         for thread in &self.threads {
             // The thread exists until it is joined in drop.
             let _ = thread.handle.kill(kick_signal());
         }
-        let mut count = self
-            .running
-            .count
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut count = self.running.lock();
         while *count > 0 {
             count = self
                 .running
@@ -115,12 +123,16 @@ impl Vcpus {
     }
 
     /// Has vCPU `index` do `ask` on its own thread and waits for the answer.
-    /// The vCPU is idle. `None` when there is no such vCPU.
+    /// `None` when there is no such vCPU, and while vCPUs are running: a running
+    /// one would not answer until it stops.
     pub fn ask<T: Send + 'static>(
         &self,
         index: usize,
         ask: impl FnOnce(&mut Vcpu) -> T + Send + 'static,
     ) -> Option<T> {
+        if *self.running.lock() > 0 {
+            return None;
+        }
         let (answer, receiver) = channel();
         let ask = Box::new(move |vcpu: &mut Vcpu| {
             // The asker waits below, so the receiver is there.
@@ -147,7 +159,7 @@ struct IdleGuard<'a>(&'a Running);
 
 impl Drop for IdleGuard<'_> {
     fn drop(&mut self) {
-        let mut count = self.0.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = self.0.lock();
         *count = count.saturating_sub(1);
         if *count == 0 {
             self.0.all_idle.notify_all();
@@ -169,10 +181,12 @@ fn serve(
                 let idle = IdleGuard(running);
                 let reason = catch_unwind(AssertUnwindSafe(|| vcpu.run(stop)))
                     .unwrap_or_else(|_| Stop::Failed("a device panicked on a vCPU thread".into()));
-                drop(idle);
+                // Told before the vCPU counts as idle, so that nobody who has
+                // waited for that is surprised by it later.
                 if !matches!(reason, Stop::Kicked) {
                     on_stop(vcpu.index(), reason);
                 }
+                drop(idle);
             }
         }
     }

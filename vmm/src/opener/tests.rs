@@ -197,3 +197,21 @@ fn a_tcp_port_in_use_is_refused_with_its_name() {
         format!("cannot listen at 127.0.0.1:{port}")
     );
 }
+
+#[test]
+fn the_file_of_a_socket_goes_with_its_owner_and_another_file_stays() {
+    let dir = dir();
+    let path = dir.path().join("s");
+    let opener = Opener::new();
+    let _listener = opener.listen_unix(&path).unwrap();
+    drop(opener.own_socket(&path).unwrap());
+    assert!(!path.exists());
+
+    let listener = opener.listen_unix(&path).unwrap();
+    let owned = opener.own_socket(&path).unwrap();
+    let other = dir.path().join("other");
+    fs::write(&other, "").unwrap();
+    fs::rename(&other, &path).unwrap();
+    drop((listener, owned));
+    assert!(path.exists());
+}

@@ -1,0 +1,217 @@
+//! Measures Vireo beside QEMU, in the same run and in turns.
+//!
+//! Times on a shared machine move by up to twice; turns (A B C A B C …) spread a
+//! disturbance over all, and medians drop the worst. So ratios are what to
+//! read, and most targets are ratios.
+//!
+//! Small guests (`resources/guests`) run on this machine's own `/dev/kvm`;
+//! Linux boots in the nested machine. What the machine lacks is skipped, with the reason.
+
+mod disk;
+mod elf;
+mod guest_clock;
+mod measure;
+mod memory;
+mod monitor;
+mod plot;
+mod port;
+mod process;
+mod report;
+mod samples;
+mod start;
+mod targets;
+mod userspace;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+pub use self::userspace::{MODE as NESTED_MODE, measure_inside};
+
+use self::guest_clock::GuestClock;
+use self::measure::Measure;
+use self::monitor::Monitor;
+use self::report::{Host, Report};
+use self::targets::Target;
+use crate::{kit, nested, places, probe};
+
+/// How to measure.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Values for each monitor in the native measures.
+    pub runs: usize,
+    /// The same for the nested measure by the real clock.
+    pub nested_runs: u32,
+    /// A check that everything works: short disk runs, nothing nested.
+    pub quick: bool,
+    /// The measures whose group (`start`, `memory`, `port`, `disk`, `boot`,
+    /// `size`) is in the list; all when it is empty.
+    pub only: Vec<String>,
+    /// Where the image and the results go; it must exist.
+    pub directory: PathBuf,
+}
+
+impl Settings {
+    fn wants(&self, group: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == group)
+    }
+}
+
+/// Where results go.
+#[must_use]
+pub fn directory() -> PathBuf {
+    places::target().join("bench")
+}
+
+/// Measures, prints, and writes `latest.json` and `latest.svg`.
+///
+/// # Errors
+/// A part cannot be built or a measure cannot be taken. A missed target is no error.
+pub fn run(settings: &Settings) -> Result<()> {
+    let ours = kit::vireo()?;
+    guests()?;
+    let mut bench = Bench {
+        settings,
+        targets: targets::read()?,
+        report: Report {
+            time: report::now(),
+            vireo: monitor::vireo_version(&ours)
+                .with_context(|| format!("{} does not run", ours.display()))?,
+            qemu: monitor::qemu_version(),
+            host: Host::probe(),
+            runs: settings.runs,
+            measures: Vec::new(),
+            verdicts: Vec::new(),
+            skipped: Vec::new(),
+        },
+    };
+    println!(
+        "{} ({}) beside {}; {} runs each, in turns",
+        bench.report.vireo,
+        ours.display(),
+        bench.report.qemu.as_deref().unwrap_or("nothing"),
+        settings.runs
+    );
+    bench.native()?;
+    bench.nested()?;
+    bench.report.host.close();
+    print!("{}", report::summary(&bench.report));
+    bench.write()
+}
+
+struct Bench<'a> {
+    settings: &'a Settings,
+    targets: Vec<Target>,
+    report: Report,
+}
+
+impl Bench<'_> {
+    fn native(&mut self) -> Result<()> {
+        let settings = self.settings;
+        let monitors = if self.report.qemu.is_some() {
+            Monitor::ALL.to_vec()
+        } else {
+            self.skip(
+                "QEMU: it does not run; run `make setup`. Targets relative to it are not judged",
+            );
+            vec![Monitor::Vireo]
+        };
+        if settings.wants("size") {
+            let sizes = start::size(&monitors)?;
+            self.add_all(sizes);
+            let program = start::program(settings, &monitors)?;
+            self.add(program);
+        }
+        if let Err(error) = probe::open_kvm() {
+            self.skip(&format!(
+                "start, memory, port, disk: cannot open /dev/kvm: {error}"
+            ));
+            return Ok(());
+        }
+        if settings.wants("start") {
+            let measure = start::first_byte(settings, &monitors)?;
+            self.add(measure);
+        }
+        if settings.wants("memory") {
+            let measures = memory::idle(settings, &monitors)?;
+            self.add_all(measures);
+        }
+        let clock = GuestClock::calibrate();
+        if settings.wants("port") {
+            let measures = port::read(settings, clock, &monitors)?;
+            self.add_all(measures);
+        }
+        if settings.wants("disk") {
+            disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;
+        }
+        Ok(())
+    }
+
+    fn nested(&mut self) -> Result<()> {
+        let settings = self.settings;
+        if settings.quick || !settings.wants("boot") {
+            self.skip("boot: not asked for");
+            return Ok(());
+        }
+        if let Some(why) = nested::missing() {
+            self.skip(&format!("boot: no nested machine: {why}"));
+            return Ok(());
+        }
+        println!("\n… booting Linux in the nested machine, some minutes");
+        userspace::boot(settings, &mut |measure| self.add(measure))
+    }
+
+    fn skip(&mut self, what: &str) {
+        println!("\nskipped: {what}");
+        self.report.skipped.push(what.to_owned());
+    }
+
+    fn add_all(&mut self, measures: Vec<Measure>) {
+        for measure in measures {
+            self.add(measure);
+        }
+    }
+
+    fn add(&mut self, measure: Measure) {
+        let verdicts: Vec<_> = self
+            .targets
+            .iter()
+            .filter(|target| target.measure == measure.id)
+            .filter_map(|target| target.judge(&measure))
+            .collect();
+        print!("{}", report::lines(&measure, &verdicts));
+        self.report.verdicts.extend(verdicts);
+        self.report.measures.push(measure);
+    }
+
+    fn write(&self) -> Result<()> {
+        for (name, content) in [
+            ("latest.json", report::json(&self.report)?),
+            ("latest.svg", plot::svg(&self.report)),
+        ] {
+            let path = self.settings.directory.join(name);
+            fs::write(&path, content)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            println!("written: {}", path.display());
+        }
+        Ok(())
+    }
+}
+
+/// Builds the small guests.
+fn guests() -> Result<()> {
+    let output = Command::new("make")
+        .arg("-C")
+        .arg(places::workspace().join("resources/guests"))
+        .arg(format!("OUT={}", places::target().join("guests").display()))
+        .output()
+        .context("make does not start; run `make setup`")?;
+    ensure!(
+        output.status.success(),
+        "the small guests do not build: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! `make bench`: Vireo's speed and size beside QEMU's.
+//!
+//!     bench [--runs N] [--nested-runs N] [--quick] [--only GROUP,…]
+//!
+//! Results are printed and written to `target/bench/latest.json` and `latest.svg`.
+//! A missed target is no failure.
+//!
+//! In the nested machine the same program times the monitors, as its agent.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use tests::bench::{self, Settings};
+
+/// Measures Vireo beside QEMU, in the same run and in turns.
+#[derive(Debug, Parser)]
+#[command(name = "bench")]
+struct Args {
+    /// Values for each monitor and measure on this machine's own KVM; 7, or 3 with --quick
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    runs: Option<u16>,
+    /// The same in the nested machine, by the real clock
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    nested_runs: u32,
+    /// Only see that everything works: few and short runs, nothing nested
+    #[arg(long)]
+    quick: bool,
+    /// Only these groups of measures
+    #[arg(long, value_name = "GROUP", value_delimiter = ',',
+          value_parser = ["size", "start", "memory", "port", "disk", "boot"])]
+    only: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match work() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn work() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [mode, kit, port] = words.as_slice()
+        && mode == bench::NESTED_MODE
+    {
+        return bench::measure_inside(Path::new(kit), Path::new(port));
+    }
+    let args = Args::parse();
+    let directory = bench::directory();
+    std::fs::create_dir_all(&directory)?;
+    bench::run(&Settings {
+        runs: usize::from(args.runs.unwrap_or(if args.quick { 3 } else { 7 })),
+        nested_runs: args.nested_runs,
+        quick: args.quick,
+        only: args.only,
+        directory,
+    })
+}
