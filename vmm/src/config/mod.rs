@@ -146,7 +146,8 @@ pub struct MemoryConfig {
     /// The size of those, in bytes; 2 MiB when not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hugepage_size: Option<u64>,
-    /// Whether the host may back it with transparent huge pages.
+    /// Whether the host may back it with transparent huge pages; without
+    /// meaning where [`MemoryConfig::hugepages`] is on.
     pub thp: Thp,
     /// Whether all of it is allocated before the guest starts.
     pub prefault: bool,

@@ -8,7 +8,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
-use super::{GdbConfig, HostLimits, MemoryConfig, Thp, VmConfig};
+use super::{GdbConfig, HostLimits, MemoryConfig, VmConfig};
 use crate::layout::{MAX_CPUS, PCI_SLOTS, memory};
 
 /// The least memory that a machine has, in bytes.
@@ -80,9 +80,6 @@ pub enum ConfigError {
     /// A size of huge pages without huge pages.
     #[error("--memory hugepage_size: there are no huge pages without hugepages=on: add it")]
     HugepagesOff,
-    /// Transparent huge pages on top of huge pages.
-    #[error("--memory thp=on: memory with hugepages=on has no transparent huge pages: choose one")]
-    ThpWithHugepages,
     /// A command line longer than the space for it.
     #[error(
         "--cmdline: {len} bytes, but the longest command line is {} bytes: shorten it",
@@ -314,9 +311,6 @@ fn validate_memory(config: &MemoryConfig, host: &HostLimits) -> Result<(), Confi
             return Err(ConfigError::HugepageSize { size });
         }
     }
-    if config.hugepages && config.thp == Thp::On {
-        return Err(ConfigError::ThpWithHugepages);
-    }
     if size < MIN_MEMORY {
         return Err(ConfigError::MemoryTooSmall { size });
     }
@@ -459,11 +453,6 @@ mod tests {
         assert!(refusal(|c| huge(c, 8 << 20, Some(4 << 20))).contains("hugepage_size=4M"));
         assert!(refusal(|c| huge(c, 8 << 20, Some(0))).contains("hugepage_size=0"));
         assert!(refusal(|c| c.memory.hugepage_size = Some(2 << 20)).contains("hugepages=on"));
-        let both = refusal(|c| {
-            huge(c, 8 << 20, None);
-            c.memory.thp = Thp::On;
-        });
-        assert!(both.contains("thp=on"), "{both}");
     }
 
     #[test]
