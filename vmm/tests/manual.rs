@@ -139,6 +139,7 @@ fn addresses_and_ports_of_the_machine_are_in_the_manual() {
         memory::EBDA_START,
         memory::ACPI_START,
         memory::HIMEM_START,
+        memory::RESET_VECTOR,
     ];
     for place in ports.map(u64::from).into_iter().chain(addresses) {
         let written = format!("0x{place:X}");
