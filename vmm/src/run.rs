@@ -33,12 +33,15 @@ pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> 
     let timeout = Duration::from_secs(config.shutdown_timeout);
     let cpus = machine.vcpus().count();
     let mut driver = Driver::new(machine, ears, events, timeout);
-    let _server = match debugger {
-        None => None,
-        Some(listener) => {
+    let _server = match (debugger, &config.gdb) {
+        (Some(listener), Some(place)) => {
             driver.hold();
-            Some(crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?)
+            let server =
+                crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?;
+            eprintln!("vireo: the guest waits for gdb at {place}");
+            Some(server)
         }
+        _ => None,
     };
     let Outcome { reason, detail } = driver.run()?;
     if let Some(detail) = detail {

@@ -59,14 +59,17 @@ pub enum BuildError {
         /// What is wrong, with the mend.
         reason: String,
     },
-    /// The back end could not be had.
-    #[error("{what}")]
-    Backend {
-        /// What was tried, naming the object.
-        what: String,
-        /// Why it failed.
+    /// The back end could not be had; the message names it.
+    #[error(transparent)]
+    Backend(Box<dyn std::error::Error + Send + Sync>),
+    /// A file could not be opened.
+    #[error("cannot open {}", path.display())]
+    Open {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: std::io::Error,
     },
 }
 

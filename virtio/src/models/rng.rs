@@ -61,9 +61,9 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let source = context
         .opener
         .open(&config.src, block::Access::default())
-        .map_err(|source| BuildError::Backend {
-            what: format!("{}: cannot open {}", context.id, config.src.display()),
-            source: source.into(),
+        .map_err(|source| BuildError::Open {
+            path: config.src.clone(),
+            source,
         })?;
     Ok(Box::new(Rng::new(&context.id, source)))
 }

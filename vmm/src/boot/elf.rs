@@ -4,7 +4,9 @@
 //! The PVH entry is named by a Xen note (`xen/include/public/elfnote.h`,
 //! `XEN_ELFNOTE_PHYS32_ENTRY`); the 64-bit entry is the header's.
 
-use linux_loader::elf::{EM_X86_64, ET_DYN, ET_EXEC, Elf64_Ehdr, Elf64_Phdr, PT_LOAD, PT_NOTE};
+use linux_loader::elf::{
+    EM_X86_64, ET_DYN, ET_EXEC, Elf64_Ehdr, Elf64_Phdr, PT_INTERP, PT_LOAD, PT_NOTE,
+};
 use virtio::memory::GuestMap;
 use vm_memory::ByteValued;
 
@@ -207,6 +209,11 @@ fn program_headers(image: &Image<'_>, header: &Elf64_Ehdr) -> Result<Vec<Elf64_P
     for program in &mut headers {
         image.read_at(offset, program.as_mut_slice(), "program header table")?;
         offset = offset.saturating_add(size_of::<Elf64_Phdr>() as u64);
+    }
+    if headers.iter().any(|program| program.p_type == PT_INTERP) {
+        return Err(BootError::NotAKernel(
+            "a program or library for Linux".to_owned(),
+        ));
     }
     Ok(headers)
 }

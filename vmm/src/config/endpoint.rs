@@ -1,5 +1,6 @@
 //! Where consoles and debuggers are attached: `--serial`, `--debugcon`, `--gdb`.
 
+use std::fmt::{self, Display, Formatter};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -136,6 +137,17 @@ impl GdbConfig {
     pub const FORMS: &str = "unix:PATH, tcp:HOST:PORT";
 }
 
+/// As on the command line.
+impl Display for GdbConfig {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+        }
+    }
+}
+
 impl FromStr for GdbConfig {
     type Err = EndpointError;
 
@@ -225,6 +237,10 @@ mod tests {
         assert_eq!("tcp:localhost:1234".parse(), tcp("localhost", 1234));
         assert_eq!("tcp::1234".parse(), tcp("127.0.0.1", 1234));
         assert_eq!("tcp:[::1]:65535".parse(), tcp("::1", 65535));
+        for text in ["unix:/a:b", "tcp:localhost:1234", "tcp:[::1]:65535"] {
+            let parsed: GdbConfig = text.parse().unwrap();
+            assert_eq!(parsed.to_string(), text);
+        }
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::{IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector};
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
+    kvm_irq_routing_entry,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -104,10 +104,10 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells KVM all routes: the pins as they are wired by default, and the messages.
+    /// Tells KVM all routes: the pins and the messages.
     fn commit(&self, table: &Table) -> Result<(), MsiError> {
         let mut entries: Vec<_> = (0..IOAPIC_PINS)
-            .flat_map(pin_routes)
+            .map(pin_route)
             .chain(
                 table
                     .messages
@@ -126,24 +126,16 @@ fn host(error: kvm_ioctls::Error) -> MsiError {
     MsiError::Host(io::Error::from_raw_os_error(error.errno()))
 }
 
-/// The default wiring: every pin to the I/O APIC, the first sixteen to a PIC as well.
-fn pin_routes(pin: u32) -> impl Iterator<Item = kvm_irq_routing_entry> {
-    let to = move |irqchip, input| {
-        let mut entry = kvm_irq_routing_entry {
-            gsi: pin,
-            type_: KVM_IRQ_ROUTING_IRQCHIP,
-            ..Default::default()
-        };
-        entry.u.irqchip.irqchip = irqchip;
-        entry.u.irqchip.pin = input;
-        entry
+/// A pin leads to the I/O APIC alone: the machine's tables know no PIC.
+fn pin_route(pin: u32) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi: pin,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        ..Default::default()
     };
-    let pic = match pin {
-        0..8 => Some(to(KVM_IRQCHIP_PIC_MASTER, pin)),
-        8..16 => Some(to(KVM_IRQCHIP_PIC_SLAVE, pin - 8)),
-        _ => None,
-    };
-    pic.into_iter().chain([to(KVM_IRQCHIP_IOAPIC, pin)])
+    entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
+    entry.u.irqchip.pin = pin;
+    entry
 }
 
 fn message_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
@@ -221,13 +213,6 @@ impl MsiVector for Vector {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn pins_lead_where_the_hardware_leads_them() {
-        assert_eq!(pin_routes(4).count(), 2);
-        assert_eq!(pin_routes(12).count(), 2);
-        assert_eq!(pin_routes(20).count(), 1);
-    }
 
     #[test]
     fn a_message_keeps_both_halves_of_its_address() {

@@ -33,8 +33,9 @@ const MSR_MTRR_FIXED: [u32; 11] = [
 
 const APIC_LVT_LINT0: usize = 0x350;
 const APIC_LVT_LINT1: usize = 0x360;
-const DELIVERY_NMI: u8 = 4;
-const DELIVERY_EXTINT: u8 = 7;
+/// Local vector table entries (Intel SDM volume 3, 11.5.1).
+const LVT_DELIVERY_NMI: u32 = 4 << 8;
+const LVT_MASKED: u32 = 1 << 16;
 
 thread_local! {
     /// Where the kick signal asks this thread's `KVM_RUN` to return at once.
@@ -154,20 +155,20 @@ impl Vcpu {
         self.index
     }
 
-    /// The boot CPU takes the PIC's interrupts on LINT0 and NMIs on LINT1
-    /// (MultiProcessor Specification 1.4, 3.6.2.2).
+    /// The boot CPU takes NMIs on LINT1. LINT0 is masked: KVM has a PIC behind
+    /// it, which a kernel on hardware-reduced ACPI takes for absent and never
+    /// programs, so that its interrupts would come as exceptions 0 to 15.
     fn wire_local_interrupts(&self) -> Result<(), KvmError> {
         let mut lapic = self
             .fd
             .get_lapic()
             .map_err(KvmError::call("KVM_GET_LAPIC"))?;
-        for (register, delivery) in [
-            (APIC_LVT_LINT0, DELIVERY_EXTINT),
-            (APIC_LVT_LINT1, DELIVERY_NMI),
+        for (register, entry) in [
+            (APIC_LVT_LINT0, LVT_MASKED),
+            (APIC_LVT_LINT1, LVT_DELIVERY_NMI),
         ] {
-            // Delivery mode is bits 8 to 10: the low bits of the second byte.
-            if let Some(byte) = lapic.regs.get_mut(register + 1) {
-                *byte = (byte.cast_unsigned() & !7 | delivery).cast_signed();
+            for (byte, value) in lapic.regs[register..].iter_mut().zip(entry.to_le_bytes()) {
+                *byte = value.cast_signed();
             }
         }
         self.fd

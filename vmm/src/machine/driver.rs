@@ -404,7 +404,10 @@ impl Driver {
             }
             GuestRequest::Panicked => {
                 self.events.publish(EventKind::GuestPanic);
-                self.finish(ExitReason::GuestPanic, None);
+                self.finish(
+                    ExitReason::GuestPanic,
+                    Some("the guest's kernel panicked".to_owned()),
+                );
             }
             GuestRequest::CrashLoaded => {
                 self.events.publish(EventKind::GuestPanic);

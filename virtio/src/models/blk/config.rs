@@ -236,11 +236,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
     let options = config.disk_options()?;
-    let disk = RawDisk::open(&config.path, &*context.opener, &options).map_err(|source| {
-        BuildError::Backend {
-            what: format!("device {}", context.id),
-            source: source.into(),
-        }
-    })?;
+    let disk = RawDisk::open(&config.path, &*context.opener, &options)
+        .map_err(|error| BuildError::Backend(error.into()))?;
     Ok(Box::new(Blk::new(&context.id, Arc::new(disk), settings)))
 }

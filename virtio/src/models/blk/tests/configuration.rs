@@ -286,14 +286,15 @@ fn values_out_of_range_are_refused_by_name() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_opened_is_named_with_the_device() {
+fn a_disk_that_cannot_be_opened_is_named() {
     let built = (MODEL.build)(json!({"path": "/nonexistent/disk.raw"}), &context());
-    let Some(error @ BuildError::Backend { .. }) = built.err() else {
+    let Some(error @ BuildError::Backend(_)) = built.err() else {
         panic!("it was built");
     };
-    assert!(error.to_string().contains("disk0"));
-    let cause = std::error::Error::source(&error).unwrap().to_string();
-    assert!(cause.contains("/nonexistent/disk.raw"), "{cause}");
+    assert!(
+        error.to_string().contains("/nonexistent/disk.raw"),
+        "{error}"
+    );
 }
 
 /// A raw image, through the registry, on either engine.

@@ -1,0 +1,19 @@
+//! Machines on this host's KVM, with the small guests of `resources/guests`:
+//! as processes, as their users have them, and inside this process, as the
+//! control interface has them.
+//!
+//! A test that needs what this host has not prints `skipped: WHY` and passes.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test ends at what it did not expect"
+)]
+
+mod consoles;
+mod gdb;
+mod lifecycle;
+mod shape;
+mod start_order;
+mod state;
+mod support;
