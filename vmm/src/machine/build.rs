@@ -164,12 +164,7 @@ pub fn build(
     let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
     let models = open_devices(config, models, opener)?;
-    let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
-        flag: "KVM",
-        source,
-    })?;
-    let hypervisor = Hypervisor::new(kvm)?;
-    check_cpus(config, &hypervisor)?;
+    let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = hypervisor.create_vm()?;
     vm.enable_capabilities()?;
@@ -421,6 +416,16 @@ impl DeviceEvents for Reporter {
             }
         }
     }
+}
+
+fn open_hypervisor(config: &VmConfig, opener: &Opener) -> Result<Hypervisor, MachineError> {
+    let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
+        flag: "KVM",
+        source,
+    })?;
+    let hypervisor = Hypervisor::new(kvm)?;
+    check_cpus(config, &hypervisor)?;
+    Ok(hypervisor)
 }
 
 fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineError> {
