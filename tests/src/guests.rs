@@ -14,6 +14,7 @@ pub fn cases() -> Vec<Case> {
     cases.extend(machine());
     cases.extend(consoles());
     cases.extend(disks());
+    cases.extend(storms());
     cases.push(
         guest("rng-gives-bytes", "rng", "bytes=256")
             .args("--rng")
@@ -58,6 +59,45 @@ fn ends() -> Vec<Case> {
             )
             .lines(["rebooted=2"])
             .want(Want::Times("image=fresh".to_owned(), 3)),
+        );
+    }
+    cases
+}
+
+/// Guests that mean harm: whatever they do, the monitor hears its signals and
+/// ends as it should.
+fn storms() -> Vec<Case> {
+    let mut cases = vec![
+        guest(
+            "a-storm-of-crash-reports-keeps-no-signal-out",
+            "storm",
+            "crash-loaded cpus=4",
+        )
+        .args("--cpus boot=4 --shutdown-timeout 0")
+        .step("storm=begin", Action::Signal("TERM".to_owned())),
+        guest("a-reset-puts-the-mtrrs-back", "storm", "mtrr")
+            .want(Want::Times("mtrr=806".to_owned(), 2)),
+        guest("any-port-at-any-width", "storm", "ports rounds=20000")
+            .args("--debugcon file={dir}/e9.log")
+            .lines(["storm=begin"]),
+    ];
+    for (name, words, done) in [
+        (
+            "registers-of-pci-devices-at-random",
+            "pci rounds=5000",
+            "pci=done",
+        ),
+        (
+            "disks-are-reset-while-requests-fly",
+            "blk rounds=60 queues=2",
+            "blk=done",
+        ),
+    ] {
+        cases.push(
+            guest(name, "storm", words)
+                .args("--cpus boot=2 --rng --disk path={dir}/disk")
+                .file("disk", MIB, Fill::Noise)
+                .lines([done]),
         );
     }
     cases

@@ -24,6 +24,7 @@ use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 
 use api::Command;
+use devices::LogLimit;
 use gdbstub::conn::ConnectionExt;
 use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonError};
 use gdbstub::stub::{DisconnectReason, GdbStub, MultiThreadStopReason};
@@ -69,11 +70,14 @@ impl Drop for Server {
 pub fn serve(listener: Listener, mailbox: Mailbox, cpus: usize) -> io::Result<Server> {
     let ended = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let heard = Arc::clone(&ended);
+    let limit = LogLimit::new();
     let thread = Builder::new().name("gdb".to_owned()).spawn(move || {
         while let Some(link) = listener.accept(&heard) {
             let session = catch_unwind(AssertUnwindSafe(|| session(link, &mailbox, cpus)));
-            if let Ok(Err(error)) = session {
-                tracing::warn!("debugger: {error}");
+            if let Ok(Err(error)) = session
+                && let Some(suppressed) = limit.allow()
+            {
+                tracing::warn!(suppressed, "debugger: {error}");
             }
         }
     })?;

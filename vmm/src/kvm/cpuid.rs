@@ -16,7 +16,7 @@ const LEAVES: &[std::ops::RangeInclusive<u32>] = &[
     0xD..=0xD,
     0x15..=0x16,
     0x19..=0x19,
-    0x1D..=0x1F,
+    0x1F..=0x1F,
     0x4000_0000..=0x4000_0001,
     0x8000_0000..=0x8000_0008,
     0x8000_0019..=0x8000_001A,
@@ -33,6 +33,13 @@ const LEAF1_EDX_HIDDEN: u32 = 1 << 21 | 1 << 22 | 1 << 29 | 1 << 31;
 const LEAF7_EBX_HIDDEN: u32 = 1 << 2 | 1 << 12 | 1 << 15 | 1 << 25;
 /// Leaf 7 ECX: SGX launch control.
 const LEAF7_ECX_HIDDEN: u32 = 1 << 30;
+/// Leaf 7 EDX: AMX. Its state is larger than `KVM_GET_XSAVE` takes, and a host
+/// grants it to processes that ask, which this one does not.
+const LEAF7_EDX_HIDDEN: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+/// Leaf 7, subleaf 1, EAX: AMX for 16-bit floating point.
+const LEAF7_1_EAX_HIDDEN: u32 = 1 << 21;
+/// Leaf 7, subleaf 1, EDX: AMX for complex numbers.
+const LEAF7_1_EDX_HIDDEN: u32 = 1 << 8;
 /// Leaf 0x8000_0001 ECX: SVM, IBS, SKINIT, watchdog, LWP, node id, performance counters.
 const AMD_ECX_HIDDEN: u32 =
     1 << 2 | 1 << 10 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 19 | 1 << 23 | 1 << 24 | 1 << 28;
@@ -105,6 +112,16 @@ pub fn for_vcpu(
     Ok(cpuid)
 }
 
+/// How wide the guest's physical addresses are, in bits: 36 to 52.
+#[must_use]
+pub fn address_bits(supported: &CpuId) -> u32 {
+    let leaf = supported
+        .as_slice()
+        .iter()
+        .find(|e| e.function == 0x8000_0008);
+    leaf.map_or(0, |e| e.eax & 0xFF).clamp(36, 52)
+}
+
 /// The bits of an APIC id that number the cores.
 fn core_bits(cpus: u32) -> u32 {
     cpus.max(1).next_power_of_two().trailing_zeros()
@@ -134,6 +151,11 @@ fn narrow(entry: &mut kvm_cpuid_entry2, shape: Shape, amd: bool) {
         (0x7, 0) => {
             entry.ebx &= !LEAF7_EBX_HIDDEN;
             entry.ecx &= !LEAF7_ECX_HIDDEN;
+            entry.edx &= !LEAF7_EDX_HIDDEN;
+        }
+        (0x7, 1) => {
+            entry.eax &= !LEAF7_1_EAX_HIDDEN;
+            entry.edx &= !LEAF7_1_EDX_HIDDEN;
         }
         (0x8000_0001, _) => {
             entry.ecx &= !(AMD_ECX_HIDDEN | AMD_ECX_CMP_LEGACY);
@@ -212,8 +234,11 @@ mod tests {
             entry(3, 0, ones),
             entry(4, 3, [0xFFFF_C063, 0, 0, 0]),
             entry(7, 0, ones),
+            entry(7, 1, ones),
             entry(0xA, 0, ones),
             entry(0xB, 0, ones),
+            entry(0x1D, 0, ones),
+            entry(0x1E, 0, ones),
             entry(0x8000_0001, 0, ones),
             entry(0x8000_0008, 0, ones),
             entry(0x8000_000A, 0, ones),
@@ -267,6 +292,34 @@ mod tests {
             0,
             "TSC deadline without the capability"
         );
+    }
+
+    #[test]
+    fn tiles_are_hidden_because_no_process_has_their_state_unasked() {
+        let entries = for_machine(
+            &host(),
+            Shape {
+                cpus: 1,
+                tsc_deadline: true,
+            },
+        );
+        let amx = 1 << 22 | 1 << 24 | 1 << 25;
+        assert_eq!(find(&entries, 7, 0).edx, !amx);
+        assert_eq!(find(&entries, 7, 1).eax & (1 << 21), 0, "AMX-FP16");
+        assert_eq!(find(&entries, 7, 1).edx & (1 << 8), 0, "AMX-COMPLEX");
+        assert!(!entries.iter().any(|e| matches!(e.function, 0x1D | 0x1E)));
+    }
+
+    #[test]
+    fn addresses_are_as_wide_as_the_host_says_or_36_bits() {
+        let width = |eax| {
+            let set = [entry(0x8000_0008, 0, [eax, 0, 0, 0])];
+            address_bits(&CpuId::from_entries(&set).unwrap())
+        };
+        assert_eq!(width(0x3030_3027), 39);
+        assert_eq!(width(52), 52);
+        assert_eq!(width(0), 36, "a host that does not say");
+        assert_eq!(address_bits(&CpuId::from_entries(&[]).unwrap()), 36);
     }
 
     #[test]

@@ -119,7 +119,13 @@ impl Hypervisor {
             .kvm
             .get_msr_index_list()
             .map_err(KvmError::call("KVM_GET_MSR_INDEX_LIST"))?;
-        Ok(list.as_slice().to_vec())
+        let mut indices = list.as_slice().to_vec();
+        for unlisted in vcpu::unlisted_msrs() {
+            if !indices.contains(&unlisted) {
+                indices.push(unlisted);
+            }
+        }
+        Ok(indices)
     }
 
     /// Whether the local APIC timer can run in TSC-deadline mode.

@@ -24,6 +24,13 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2FF;
 /// MTRRs on, all memory write-back.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
+/// The variable MTRRs: eight pairs of base and mask.
+const MSR_MTRR_VARIABLE: std::ops::Range<u32> = 0x200..0x210;
+/// The fixed MTRRs, for the first MiB.
+const MSR_MTRR_FIXED: [u32; 11] = [
+    0x250, 0x258, 0x259, 0x268, 0x269, 0x26A, 0x26B, 0x26C, 0x26D, 0x26E, 0x26F,
+];
+
 const APIC_LVT_LINT0: usize = 0x350;
 const APIC_LVT_LINT1: usize = 0x360;
 /// Local vector table entries (Intel SDM volume 3, 11.5.1).
@@ -76,6 +83,14 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u32,
     buses: Buses,
+}
+
+/// MSRs that belong to a vCPU's state although `KVM_GET_MSR_INDEX_LIST` leaves
+/// them out.
+pub fn unlisted_msrs() -> impl Iterator<Item = u32> {
+    MSR_MTRR_VARIABLE
+        .chain(MSR_MTRR_FIXED)
+        .chain([MSR_MTRR_DEF_TYPE])
 }
 
 /// The signal that makes a vCPU thread leave `KVM_RUN`.

@@ -13,6 +13,7 @@ use std::sync::atomic::AtomicBool;
 
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
+use kvm_bindings::CpuId;
 use virtio::device::VirtioDevice;
 use virtio::models::{BuildContext, Model};
 use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
@@ -163,18 +164,15 @@ pub fn build(
     let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
     let models = open_devices(config, models, opener)?;
-    let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
-        flag: "KVM",
-        source,
-    })?;
-    let hypervisor = Hypervisor::new(kvm)?;
-    check_cpus(config, &hypervisor)?;
+    let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = hypervisor.create_vm()?;
     vm.enable_capabilities()?;
+    let supported = hypervisor.supported_cpuid()?;
     let ram = GuestRam::new(&ram_spec(&config.memory))?;
+    let space = AddressSpace::new(&ram, cpuid::address_bits(&supported))?;
     vm.set_memory(ram.slots())?;
-    let acpi = crate::acpi::build(&acpi_config(config, &ram))?;
+    let acpi = crate::acpi::build(&acpi_config(config, &space))?;
     let entry = payload.load(&ram, &acpi)?;
     vm.create_irqchip()?;
 
@@ -195,6 +193,8 @@ pub fn build(
         stop: &stop,
         vm: &vm,
         ram: &ram,
+        supported: &supported,
+        space: &space,
     };
     let Devices {
         buses,
@@ -298,6 +298,8 @@ struct Pieces<'a> {
     stop: &'a StopFlag,
     vm: &'a Vm,
     ram: &'a GuestRam,
+    supported: &'a CpuId,
+    space: &'a AddressSpace,
 }
 
 impl Pieces<'_> {
@@ -313,7 +315,7 @@ impl Pieces<'_> {
         });
         let pci = PciRoot::new(Windows {
             low: window32(),
-            high: window64(self.ram),
+            high: self.space.window64.clone(),
         });
         let wiring = Wiring {
             router: &router,
@@ -371,7 +373,7 @@ impl Pieces<'_> {
             cpus,
             tsc_deadline: hypervisor.tsc_deadline(),
         };
-        let set = cpuid::for_machine(&hypervisor.supported_cpuid()?, shape);
+        let set = cpuid::for_machine(self.supported, shape);
         let msrs = hypervisor.msr_indices()?;
         let mut vcpus = Vec::new();
         let mut states = Vec::new();
@@ -414,6 +416,16 @@ impl DeviceEvents for Reporter {
             }
         }
     }
+}
+
+fn open_hypervisor(config: &VmConfig, opener: &Opener) -> Result<Hypervisor, MachineError> {
+    let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
+        flag: "KVM",
+        source,
+    })?;
+    let hypervisor = Hypervisor::new(kvm)?;
+    check_cpus(config, &hypervisor)?;
+    Ok(hypervisor)
 }
 
 fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineError> {
@@ -463,13 +475,28 @@ fn window32() -> Range<u64> {
     memory::PCI_MMIO32_START..memory::PCI_MMIO32_START + memory::PCI_MMIO32_LEN
 }
 
-/// The 64-bit window follows RAM, as far as the guest's address width goes.
-fn window64(ram: &GuestRam) -> Range<u64> {
-    let start = ram.end().next_multiple_of(memory::PCI_MMIO64_ALIGN);
-    start..start.saturating_add(memory::PCI_MMIO64_LEN)
+/// What of the guest's physical addresses is used above 4 GiB.
+struct AddressSpace {
+    /// For PCI, empty when the address width leaves no room.
+    window64: Range<u64>,
 }
 
-fn acpi_config(config: &VmConfig, ram: &GuestRam) -> AcpiConfig {
+impl AddressSpace {
+    /// The window follows RAM, as far as addresses of `bits` bits go.
+    fn new(ram: &GuestRam, bits: u32) -> Result<Self, MachineError> {
+        let (size, limit) = (ram.size(), 1 << bits);
+        if ram.end() > limit {
+            return Err(MachineError::AddressWidth { size, bits });
+        }
+        let start = ram.end().next_multiple_of(memory::PCI_MMIO64_ALIGN);
+        let end = start.saturating_add(memory::PCI_MMIO64_LEN).min(limit);
+        Ok(Self {
+            window64: start.min(end)..end,
+        })
+    }
+}
+
+fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
     let window = |range: Range<u64>| Window {
         start: range.start,
         len: range.end - range.start,
@@ -477,8 +504,50 @@ fn acpi_config(config: &VmConfig, ram: &GuestRam) -> AcpiConfig {
     AcpiConfig {
         cpus: u32::from(config.cpus.boot),
         pci_mmio32: window(window32()),
-        pci_mmio64: Some(window(window64(ram))),
+        pci_mmio64: Some(space.window64.clone())
+            .filter(|range| !range.is_empty())
+            .map(window),
         serial: config.serial != SerialConfig::Off,
         pvpanic: config.pvpanic,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn space(size: u64, bits: u32) -> Result<Range<u64>, MachineError> {
+        let ram = GuestRam::new(&RamSpec {
+            size,
+            shared: false,
+            huge_page: None,
+            thp: None,
+            prefault: false,
+        })
+        .unwrap();
+        AddressSpace::new(&ram, bits).map(|space| space.window64)
+    }
+
+    #[test]
+    fn the_window_follows_ram() {
+        assert_eq!(space(GIB, 39).unwrap(), 4 * GIB..68 * GIB);
+        assert_eq!(space(4 * GIB, 39).unwrap(), 5 * GIB..69 * GIB);
+    }
+
+    #[test]
+    fn the_window_ends_where_addresses_do() {
+        assert_eq!(space(GIB, 36).unwrap(), 4 * GIB..64 * GIB);
+        assert!(space(63 * GIB, 36).unwrap().is_empty());
+    }
+
+    #[test]
+    fn ram_past_the_address_width_is_refused() {
+        let error = space(64 * GIB, 36).unwrap_err().to_string();
+        assert!(
+            error.contains("--memory") && error.contains("36 bits"),
+            "{error}"
+        );
     }
 }

@@ -28,6 +28,9 @@ const DRAIN: Duration = Duration::from_secs(30);
 /// How long a slow reader of the guest's last output is waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How many messages are taken between looks at everything else.
+const BATCH: usize = 32;
+
 const ESCAPES: &str = "\nCtrl-a x  end the machine\nCtrl-a a  send Ctrl-a\nCtrl-a h  this help\n";
 
 /// How a machine ended.
@@ -153,12 +156,23 @@ impl Driver {
                 self.on_input();
             }
             self.on_deadlines(Instant::now());
-            while self.outcome.is_none()
-                && let Some(message) = self.ears.inbox.take()
-            {
-                self.on_message(message);
+            self.on_messages();
+        }
+    }
+
+    /// Takes messages: no more than [`BATCH`], because a guest can make some
+    /// as fast as they are taken and signals and deadlines must be heard too.
+    fn on_messages(&mut self) {
+        for _ in 0..BATCH {
+            if self.outcome.is_some() {
+                return;
+            }
+            match self.ears.inbox.take() {
+                Some(message) => self.on_message(message),
+                None => return,
             }
         }
+        self.ears.inbox.rouse();
     }
 
     /// The one place where the state changes.

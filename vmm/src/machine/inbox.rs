@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use api::{Command, Control, ControlError, Reply};
@@ -39,6 +39,7 @@ pub enum Message {
 pub struct Mailbox {
     sender: Sender<Message>,
     wake: Arc<EventFd>,
+    crash_told: Arc<AtomicBool>,
 }
 
 /// The control thread's side.
@@ -47,6 +48,10 @@ pub struct Inbox {
     /// Received, but to be looked at later.
     kept: VecDeque<Message>,
     wake: Arc<EventFd>,
+    /// [`GuestRequest::CrashLoaded`] is in the inbox. It is the one request
+    /// after which the guest goes on, so it is told once until it is taken: many
+    /// vCPUs that repeat it would else fill the inbox faster than it is emptied.
+    crash_told: Arc<AtomicBool>,
 }
 
 /// Makes an inbox and its mailbox.
@@ -57,15 +62,18 @@ pub struct Inbox {
 pub fn inbox() -> io::Result<(Mailbox, Inbox)> {
     let (sender, receiver) = channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let crash_told = Arc::new(AtomicBool::new(false));
     Ok((
         Mailbox {
             sender,
             wake: Arc::clone(&wake),
+            crash_told: Arc::clone(&crash_told),
         },
         Inbox {
             receiver,
             kept: VecDeque::new(),
             wake,
+            crash_told,
         },
     ))
 }
@@ -74,6 +82,11 @@ impl Mailbox {
     /// Leaves a message and wakes the control thread. Never blocks. `false`
     /// when the machine has ended.
     pub fn send(&self, message: Message) -> bool {
+        if matches!(message, Message::Guest(GuestRequest::CrashLoaded))
+            && self.crash_told.swap(true, Ordering::AcqRel)
+        {
+            return true;
+        }
         let sent = self.sender.send(message).is_ok();
         // A full eventfd wakes as well as one more count would.
         let _ = self.wake.write(1);
@@ -93,9 +106,21 @@ impl Inbox {
     pub fn take(&mut self) -> Option<Message> {
         // Cleared before looking, so that a message sent in between wakes again.
         let _ = self.wake.read();
-        self.kept
+        let message = self
+            .kept
             .pop_front()
-            .or_else(|| self.receiver.try_recv().ok())
+            .or_else(|| self.receiver.try_recv().ok())?;
+        if matches!(message, Message::Guest(GuestRequest::CrashLoaded)) {
+            self.crash_told.store(false, Ordering::Release);
+        }
+        Some(message)
+    }
+
+    /// Has the inbox seem to have messages, for one who stops taking them
+    /// before there is none.
+    pub fn rouse(&self) {
+        // A full eventfd wakes as well as one more count would.
+        let _ = self.wake.write(1);
     }
 
     /// Drops what the guest and its vCPUs have said so far: it belongs to a
@@ -104,6 +129,7 @@ impl Inbox {
         self.kept.extend(self.receiver.try_iter());
         self.kept
             .retain(|message| !matches!(message, Message::Guest(_) | Message::Vcpu(..)));
+        self.crash_told.store(false, Ordering::Release);
     }
 }
 
@@ -142,5 +168,25 @@ impl GuestRequests for RequestDesk {
     fn request(&self, request: GuestRequest) {
         self.stop.store(true, Ordering::Release);
         self.mailbox.send(Message::Guest(request));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crash_report_waits_once_however_often_it_is_made() {
+        let (mailbox, mut inbox) = inbox().unwrap();
+        let report = || mailbox.send(Message::Guest(GuestRequest::CrashLoaded));
+        for _ in 0..1000 {
+            assert!(report());
+        }
+        assert!(inbox.take().is_some());
+        assert!(inbox.take().is_none());
+        assert!(report());
+        inbox.forget_guest();
+        assert!(report());
+        assert!(inbox.take().is_some(), "a new guest is heard");
     }
 }

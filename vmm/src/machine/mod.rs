@@ -89,6 +89,16 @@ pub enum MachineError {
         /// What there is.
         most: usize,
     },
+    /// RAM reaches past the last address that the host's processors know.
+    #[error(
+        "--memory size={size}: this host's guests have addresses of {bits} bits: give a smaller size"
+    )]
+    AddressWidth {
+        /// The bytes asked for.
+        size: u64,
+        /// The width.
+        bits: u32,
+    },
     /// A console could not be set up.
     #[error("{flag}")]
     Console {

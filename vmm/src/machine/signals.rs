@@ -12,13 +12,14 @@ const ENDING: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks the ending signals for this thread and all that it starts, and
-    /// opens a descriptor that reports them. Call before any thread is started.
+    /// Blocks the ending signals for this thread and all that it starts, has
+    /// the process ignore SIGXFSZ, and opens a descriptor that reports them. Call before any thread is started.
     ///
     /// # Errors
     ///
     /// The host's, when it is out of descriptors.
     pub fn block() -> io::Result<Self> {
+        ignore_file_size_signal();
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initializes the set that the others then use.
         #[expect(unsafe_code, reason = "signal masks are C structures")]
@@ -54,6 +55,16 @@ impl Signals {
         #[expect(unsafe_code, reason = "read fills a C structure")]
         let read = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), len) };
         usize::try_from(read).is_ok_and(|read| read == len)
+    }
+}
+
+/// A file that would outgrow the process's limit is an error of that write,
+/// as a full device is, and not the end of the machine.
+fn ignore_file_size_signal() {
+    // SAFETY: the disposition is SIG_IGN, so no code of ours runs in a handler.
+    #[expect(unsafe_code, reason = "signal is a C function")]
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
 }
 
@@ -117,6 +128,18 @@ mod tests {
         assert_eq!(policy.signal(start), Ending::PressButton);
         assert_eq!(policy.deadline(), Some(start + Duration::from_secs(60)));
         assert_eq!(policy.signal(start), Ending::Now);
+    }
+
+    #[test]
+    fn a_file_that_outgrows_the_limit_is_no_signal() {
+        let _signals = Signals::block().unwrap();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let ignored = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigIgn:"))
+            .unwrap();
+        let mask = u64::from_str_radix(ignored.trim(), 16).unwrap();
+        assert_ne!(mask & 1 << (libc::SIGXFSZ - 1), 0, "{ignored}");
     }
 
     #[test]
