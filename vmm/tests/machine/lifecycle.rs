@@ -340,7 +340,7 @@ fn the_ways_in_which_guests_end_are_told() {
         let mut machine = Local::boot(&config("poke", word, json!({})));
         let outcome = machine.outcome();
         assert_eq!(outcome.reason, reason);
-        assert_eq!(outcome.detail.is_some(), reason == ExitReason::TripleFault);
+        assert_eq!(outcome.detail.is_some(), reason != ExitReason::PowerOff);
         let events = kinds(machine.events.try_iter());
         assert_eq!(events.contains(&EventKind::GuestPanic), panicked);
         assert_eq!(events.last(), Some(&EventKind::Exit { reason }));
