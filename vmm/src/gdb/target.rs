@@ -419,7 +419,7 @@ impl MultiThreadResume for Guest {
             let _ = sender.send(stop);
             bell.ring();
         });
-        self.errand(move |driver| {
+        let resumed = self.errand(move |driver| {
             for (cpu, debug) in controls.into_iter().enumerate() {
                 driver
                     .machine()
@@ -429,7 +429,12 @@ impl MultiThreadResume for Guest {
             }
             driver.release(Some(sink), only);
             Ok::<_, KvmError>(())
-        })??;
+        });
+        match resumed {
+            // The new channel has no sender left, which tells the debugger of the end.
+            Err(GuestError::Ended) => (),
+            done => done??,
+        }
         self.stops = stops;
         Ok(())
     }
