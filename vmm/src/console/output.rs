@@ -203,6 +203,40 @@ mod tests {
     }
 
     #[test]
+    fn a_terminal_that_has_room_for_half_a_line_end_loses_none() {
+        use std::os::unix::fs::OpenOptionsExt;
+        // A line's end takes two places; one is left with one of these.
+        for first in ["", "x"] {
+            let (near, far, path) = crate::console::open_pty().unwrap();
+            let cooked = ["-F", &path, "opost", "onlcr"];
+            let stty = std::process::Command::new("stty").args(cooked).status();
+            assert!(stty.unwrap().success());
+            let terminal = std::fs::OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+                .open(&path)
+                .unwrap();
+            drop(far);
+            let mut output = Output::new(terminal, Arc::new(|| ()));
+            output.write_all(first.as_bytes()).unwrap();
+            for _ in 0..100_000 {
+                output.write_all(b"\n").unwrap();
+            }
+            assert!(output.is_waiting());
+            let mut got = 0;
+            while got < first.len() + 200_000 {
+                output.drain();
+                let mut chunk = [0; 4096];
+                match (&near).read(&mut chunk) {
+                    Ok(read) => got += read,
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+                }
+            }
+            assert!(!output.is_waiting());
+        }
+    }
+
+    #[test]
     fn a_reader_that_takes_nothing_ends_the_waiting_too() {
         let (_reader, mut output, _) = pipe();
         output.write_all(&[0; 200_000]).unwrap();

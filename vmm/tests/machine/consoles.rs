@@ -1,12 +1,13 @@
 //! Consoles, signals and the end of the process, as users meet them.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmm::console::open_pty;
@@ -83,7 +84,7 @@ impl Terminal {
 /// The near end of a pseudo-terminal, waited for where it is not ready.
 struct Waiting(File);
 
-impl std::io::Read for Waiting {
+impl Read for Waiting {
     fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
         until("something on the terminal", || {
             let read = self.0.read(to);
@@ -282,7 +283,7 @@ fn panics_when_told_to() {
             panic!("as told");
         })));
     // The control thread takes the machine down with it.
-    let _ = receiver.recv_timeout(std::time::Duration::from_millis(1));
+    let _ = receiver.recv_timeout(Duration::from_millis(1));
 }
 
 #[test]
@@ -366,7 +367,11 @@ fn a_reader_that_is_slow_holds_up_nobody_and_misses_nothing() {
     );
     // The guest comes to its end while nobody has read a byte.
     mark.wait();
-    assert!(slow.is_running(), "it waits for its reader");
+    let watched = Instant::now() + Duration::from_millis(1500);
+    while Instant::now() < watched {
+        std::thread::sleep(Duration::from_millis(10));
+        assert!(slow.is_running(), "it waits for its reader");
+    }
     assert_eq!(Collected::from(reader).rest(), whole);
     slow.ends_with(0);
 }
@@ -403,6 +408,9 @@ fn a_terminal_that_takes_nothing_holds_up_nobody() {
     let words = format!("{}e9=here stay", much());
     let mut vireo = terminal.start("poke", &words, &["--debugcon", &mark.flag()]);
     mark.wait();
+    // Room for some of what waits, but not for all.
+    let mut some = [0; 300];
+    terminal.keyboard().read_exact(&mut some).unwrap();
     vireo.signal("TERM");
     vireo.signal("TERM");
     vireo.ends_with(0);
