@@ -100,7 +100,8 @@ impl Measure {
 }
 
 /// Whether a series is of our monitor, perhaps in another setting.
-fn is_ours(name: &str) -> bool {
+#[must_use]
+pub fn is_ours(name: &str) -> bool {
     name == OURS || name.starts_with("vireo ")
 }
 

@@ -1,6 +1,6 @@
 //! Memory of a monitor beyond its guest's RAM.
 
-use std::fs;
+use std::fs::{self, File};
 use std::thread;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use super::Settings;
 use super::measure::{Better, Measure, in_turns};
 use super::monitor::{Job, MEMORY, Monitor};
 use super::process::Process;
+use crate::kit;
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long the guest has halted when it counts as idle: what a monitor does
@@ -34,6 +35,8 @@ pub fn idle(settings: &Settings, monitors: &[Monitor]) -> Result<Vec<Measure>> {
         Better::Lower,
     );
     let job = Job::guest("hello", "stay")?;
+    // Pages of a program just built count as dirty until they are on the disk.
+    File::open(kit::vireo()?)?.sync_all()?;
     in_turns(
         settings.runs,
         monitors,

@@ -160,7 +160,12 @@ impl Bench<'_> {
             return Ok(());
         }
         println!("\n… booting Linux in the nested machine, some minutes");
-        userspace::boot(settings, &mut |measure| self.add(measure))
+        userspace::boot(settings, &mut |measure, failed| {
+            for why in failed {
+                self.skip(&format!("boot: {why}"));
+            }
+            self.add(measure);
+        })
     }
 
     fn skip(&mut self, what: &str) {

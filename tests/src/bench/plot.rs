@@ -12,8 +12,8 @@ use super::targets::Verdict;
 
 const WIDTH: f64 = 1120.0;
 /// Where the axis begins and ends.
-const LEFT: f64 = 400.0;
-const RIGHT: f64 = 940.0;
+const LEFT: f64 = 345.0;
+const RIGHT: f64 = 845.0;
 const TOP: f64 = 92.0;
 const BAR: f64 = 13.0;
 /// Between the rows.
@@ -131,7 +131,7 @@ impl Axis {
             text,
             "<text x=\"{LEFT}\" y=\"{:.1}\">← worse than the best QEMU</text>\n\
              <text x=\"{RIGHT}\" y=\"{:.1}\" text-anchor=\"end\">better →</text>\n\
-             <text x=\"20\" y=\"{:.1}\">◆ target (filled: met)</text>",
+             <text x=\"20\" y=\"{:.1}\">green, red: Vireo, grey: QEMU; ◆ target met, ◇ missed</text>",
             bottom + 18.0,
             bottom + 18.0,
             bottom + 18.0,

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -85,6 +85,26 @@ impl Process {
         }
     }
 
+    /// Waits for the next whole line and takes it out of the output; nothing at its end.
+    ///
+    /// # Errors
+    /// `limit` passes first.
+    pub fn line(&mut self, limit: Duration) -> Result<Option<String>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.text.drain(..=end).collect();
+                return Ok(Some(String::from_utf8_lossy(&line).trim_end().to_owned()));
+            }
+            let rest = deadline.saturating_duration_since(Instant::now());
+            match self.output.recv_timeout(rest) {
+                Ok((_, bytes)) => self.text.extend(bytes),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => bail!("silent for {} s", limit.as_secs()),
+            }
+        }
+    }
+
     /// Waits for the end of the output and gives all of it.
     ///
     /// # Errors
@@ -95,8 +115,8 @@ impl Process {
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(rest) {
                 Ok((_, bytes)) => self.text.extend(bytes),
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
                     bail!("no end within {} s: {}", limit.as_secs(), self.last_words())
                 }
             }
@@ -144,6 +164,14 @@ mod tests {
         let mut process = shell("printf on; read x; printf 'e two'");
         process.until("one t", LIMIT).unwrap();
         assert_eq!(process.finish(LIMIT).unwrap(), "one two");
+    }
+
+    #[test]
+    fn lines_are_taken_one_by_one_and_a_rest_without_an_end_is_none() {
+        let mut process = shell("printf 'one\\ntwo\\nthr'");
+        assert_eq!(process.line(LIMIT).unwrap().as_deref(), Some("one"));
+        assert_eq!(process.line(LIMIT).unwrap().as_deref(), Some("two"));
+        assert_eq!(process.line(LIMIT).unwrap(), None);
     }
 
     #[test]
