@@ -53,14 +53,14 @@ idt_pointer:
     .word idt_end - idt - 1
     .quad idt
 
-/* Interrupt gates; stubs are 16 bytes apart. */
+/* Interrupt gates, open to CPL 3 (for int3); stubs are 16 bytes apart. */
     .balign 16
 idt:
     .set vector, 0
     .rept VECTORS
     .word HEAD_LOW(stubs) + 16 * vector
     .word SEL_CODE0
-    .byte 0, 0x8E
+    .byte 0, 0xEE
     .word HEAD_MID
     .long 0, 0
     .set vector, vector + 1

@@ -177,6 +177,7 @@ impl Guest {
         let kvm_debug_exit_arch {
             exception, pc, dr6, ..
         } = debug;
+        tracing::debug!(cpu, exception, pc, dr6, "debug stop");
         if exception == EXCEPTION_BREAKPOINT {
             if self.software.contains_key(&pc) {
                 return Ok(Some(MultiThreadStopReason::SwBreak(tid(cpu))));

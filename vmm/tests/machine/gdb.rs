@@ -321,7 +321,8 @@ fn a_software_breakpoint_stops_the_guest_each_time() {
         let stop = client.resume("c");
         assert!(
             stop.starts_with("T05") && stop.contains("swbreak"),
-            "{stop}"
+            "{stop}: {}",
+            vireo.stderr.rest()
         );
         assert_eq!(client.register(0, RIP), target);
         assert_eq!(client.register(0, RDI), call * 0x1111);
@@ -348,7 +349,9 @@ fn a_breakpoint_of_the_guests_own_stays_the_guests() {
     let mut client = place.attach();
     client.go();
     assert_eq!(client.receive().unwrap(), "W00");
-    assert!(vireo.stdout.rest().contains("breakpoints=1"));
+    let text = vireo.stdout.rest();
+    let log = vireo.stderr.rest();
+    assert!(text.contains("breakpoints=1"), "{text}{log}");
     vireo.ends_with(0);
 }
 
@@ -691,7 +694,7 @@ fn debians_gdb_reads_writes_breaks_and_steps() {
     if has_hardware() {
         script.extend(
             [
-                "break bp_target",
+                "hbreak bp_target",
                 "continue",
                 "p/x argument",
                 "continue",

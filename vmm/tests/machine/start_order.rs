@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::support::{Vireo, can_run, run_arguments, skip};
+use crate::support::{Vireo, can_run, has_memory, run_arguments, skip};
 
 /// The calls that the order is about, in their order; all of one kind are
 /// together.
@@ -37,7 +37,7 @@ fn disk() -> tempfile::NamedTempFile {
 
 #[test]
 fn the_monitor_says_that_it_keeps_the_order() {
-    if !can_run() {
+    if !can_run() || !has_memory(4) {
         return;
     }
     let disk = disk();
@@ -60,7 +60,7 @@ fn the_monitor_says_that_it_keeps_the_order() {
 
 #[test]
 fn the_kernel_sees_the_same_order() {
-    if !can_run() {
+    if !can_run() || !has_memory(4) {
         return;
     }
     if Command::new("strace").arg("-V").output().is_err() {
