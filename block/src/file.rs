@@ -133,6 +133,11 @@ impl HostFile {
         })
     }
 
+    /// The opened file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// The size in bytes when it was opened.
     pub(crate) fn size(&self) -> u64 {
         self.size

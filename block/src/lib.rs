@@ -30,17 +30,21 @@ mod buffers;
 mod disk;
 mod engine;
 mod file;
+mod image;
 mod lock;
 mod magic;
 mod opener;
 mod options;
 mod queue;
+mod qcow2;
 mod raw;
+mod storage;
 #[cfg(test)]
 mod testing;
 
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
+pub use image::{Extent, Image, Kept};
 pub use opener::{Access, Opener};
 pub use options::{Aio, Cache, Discard, DiskOptions, Format};
 pub use raw::{OpenError, RawDisk};

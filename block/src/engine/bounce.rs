@@ -44,6 +44,13 @@ impl AlignedBuf {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
     }
 
+    /// The whole buffer, to look at. Not to be called while the host works on it.
+    #[expect(unsafe_code, reason = "the memory is raw")]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the memory is ours, initialised (zeroed), and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
+    }
+
     /// The first `len` bytes, as the host sees them.
     pub(crate) fn piece(&self, len: usize) -> IoVec {
         IoVec {

@@ -1,0 +1,6 @@
+//! qcow2, versions 2 and 3: mapping, allocation, snapshots, checks.
+//!
+//! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
+
+pub(crate) mod entry;
+pub(crate) mod geometry;
