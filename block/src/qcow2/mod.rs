@@ -3,4 +3,9 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 pub(crate) mod entry;
+pub(crate) mod extension;
+pub(crate) mod fields;
 pub(crate) mod geometry;
+pub(crate) mod header;
+#[cfg(test)]
+mod testing;
