@@ -15,13 +15,11 @@ pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> u64 {
 }
 
 /// The number at `offset`; bytes past the end count as zeros.
-#[expect(clippy::cast_possible_truncation, reason = "its upper half")]
 pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> u32 {
     (u64_at(bytes, offset) >> 32) as u32
 }
 
 /// The number at `offset`; bytes past the end count as zeros.
-#[expect(clippy::cast_possible_truncation, reason = "its upper quarter")]
 pub(crate) fn u16_at(bytes: &[u8], offset: usize) -> u16 {
     (u64_at(bytes, offset) >> 48) as u16
 }

@@ -274,13 +274,14 @@ impl Header {
     pub(crate) fn decode(area: &[u8]) -> Result<Self, HeaderError> {
         let cluster = cluster_size(area)?;
         let mut header = Self::decode_fields(area);
-        let length = u64::from(header.header_length);
+        let length = header.header_length;
+        // The file may end within the first cluster, but not within the header.
+        let known = usize::try_from(length).unwrap_or(0);
         if header.version == 3
-            && (header.header_length < Self::LENGTH_V3 || length > cluster || length % 8 != 0)
+            && (length < Self::LENGTH_V3 || known > area.len() || !length.is_multiple_of(8))
         {
-            return Err(HeaderError::Length(header.header_length));
+            return Err(HeaderError::Length(length));
         }
-        let known = usize::try_from(header.header_length).unwrap_or(0);
         if let Some(unknown) = area.get(Self::LENGTH as usize..known) {
             header.unknown_fields = unknown.to_vec();
         }
@@ -409,7 +410,7 @@ impl Header {
     fn check_table(&self, table: &'static str, offset: u64, len: u64) -> Result<(), HeaderError> {
         let end = offset.checked_add(len);
         let within = end.is_some_and(|end| end <= OFFSET_END);
-        if offset == 0 || offset % (1 << self.cluster_bits) != 0 || !within {
+        if offset == 0 || !offset.is_multiple_of(1 << self.cluster_bits) || !within {
             return Err(HeaderError::TableOffset { table, offset });
         }
         Ok(())

@@ -17,6 +17,8 @@ pub(crate) mod meta;
 mod packed;
 mod pages;
 mod refcount;
+#[cfg(test)]
+mod testing;
 pub(crate) mod write;
 mod zero;
 
