@@ -27,6 +27,8 @@ type Writes = Vec<(u64, Vec<u8>)>;
 
 /// What one checkpoint writes, and what to restore if it fails.
 struct Work {
+    /// How long the file must be at least, in bytes, so that it holds every cluster in use.
+    end: u64,
     early: Writes,
     link: Writes,
     /// A header that points to a new refcount table.
@@ -118,6 +120,7 @@ impl Qcow2 {
                 .try_for_each(|(at, bytes)| storage.write_at(bytes, *at))
         };
         stage(&work.early)?;
+        self.reach(work.end)?;
         self.sync_data()?;
         if let Some(header) = &work.header {
             header.store_reftable(storage)?;
@@ -131,6 +134,20 @@ impl Qcow2 {
             self.sync_tables()?;
         }
         Ok(())
+    }
+
+    /// Makes the file at least so long. Clusters that are zeros may never have been written, and
+    /// others take it for damage when the mapping leads past the end.
+    fn reach(&self, end: u64) -> io::Result<()> {
+        let storage = self.storage();
+        if !storage.grows_zeroed() || end == 0 || storage.len()? >= end {
+            return Ok(());
+        }
+        // Not by setting the length: a write beyond it may be on its way.
+        match storage.reserve(end - 1, 1) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
     }
 
     /// Frees the clusters whose last users are gone; with `discard=unmap` they become holes first.
@@ -187,6 +204,7 @@ impl Work {
             link = table_sectors(&meta.reftable, meta.header.reftable_offset, &reftable_dirty);
         }
         Self {
+            end: meta.frontier << meta.geometry.cluster_bits,
             early,
             link,
             header,

@@ -22,6 +22,9 @@ mod testing;
 pub(crate) mod write;
 mod zero;
 
+#[cfg(test)]
+mod tests;
+
 pub use header::Compression;
 pub use image::Qcow2;
 
