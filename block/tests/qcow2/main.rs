@@ -7,4 +7,5 @@
 )]
 
 mod differential;
+mod hostile;
 mod support;
