@@ -2,10 +2,12 @@
 //!
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
+pub(crate) mod create;
 pub(crate) mod entry;
 pub(crate) mod extension;
 pub(crate) mod fields;
 pub(crate) mod geometry;
 pub(crate) mod header;
+pub(crate) mod refblock;
 #[cfg(test)]
 mod testing;
