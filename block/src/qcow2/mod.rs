@@ -3,6 +3,7 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 pub(crate) mod bitmap_table;
+pub(crate) mod check;
 pub(crate) mod create;
 pub(crate) mod entry;
 pub(crate) mod extension;
@@ -10,6 +11,7 @@ pub(crate) mod fields;
 pub(crate) mod geometry;
 pub(crate) mod header;
 pub(crate) mod refblock;
+pub(crate) mod repair;
 pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
