@@ -12,11 +12,10 @@ use std::io;
 use super::check::{
     CheckError, CheckReport, Counts, Finding, Leniency, Run, Scan, Severity, Sink, scan,
 };
-use super::create::refcounts_for;
 use super::entry::{self, COPIED, EntryError, L2, OFFSET, ZERO};
 use super::fields::{put, u64_at};
 use super::geometry::Geometry;
-use super::header::{AUTOCLEAR_KNOWN, CORRUPT, DIRTY, Header, REFTABLE_MAX};
+use super::header::{AUTOCLEAR_KNOWN, CORRUPT, DIRTY, Header, OFFSET_END, REFTABLE_MAX};
 use super::refblock;
 use super::snapshot_table;
 use crate::storage::Storage;
@@ -376,28 +375,29 @@ impl Plan {
         let geometry = scan.geometry;
         let bits = geometry.refblock_bits();
         let fixed = !storage.grows_zeroed();
-        let start = if fixed {
+        let mut start = if fixed {
             let last = scan.found.last_used().max(scan.stored.last_used());
             last.map_or(1, |last| last + 1)
         } else {
             scan.clusters
         };
-        let mut blocks = BTreeSet::new();
+        let mut used = BTreeSet::new();
         for part in Counts::parts(&[&scan.found]) {
-            let used = (part..part + Counts::PART).filter(|cluster| scan.found.get(*cluster) != 0);
-            blocks.extend(used.map(|cluster| cluster >> bits));
+            let clusters = (part..part + Counts::PART).filter(|it| scan.found.get(*it) != 0);
+            used.extend(clusters.map(|cluster| cluster >> bits));
         }
-        // Each round adds the blocks for what the round before added; it ends where nothing is added.
-        let mut total = snapshots + refcounts_for(&geometry, 1).0;
-        let table = loop {
-            blocks.extend((start >> bits)..=((start + total) >> bits));
-            let entries = blocks.last().map_or(0, |last| last + 1);
-            let table = geometry.clusters(entries * 8);
-            let needed = table + blocks.len() as u64 + snapshots;
-            if needed <= total {
-                break table;
+        scan.past_end.sort_unstable();
+        let mut past_end = scan.past_end.iter().peekable();
+        let (blocks, table, total) = loop {
+            let (blocks, table, total) = fit(&geometry, &used, start, snapshots);
+            // A cluster that is referred to, though it is not there, must not become a table's.
+            match past_end.next_if(|(first, _)| *first < start.saturating_add(total)) {
+                Some((_, last)) => start = start.max(last.saturating_add(1)),
+                None => break (blocks, table, total),
             }
-            total = needed;
+            if start >= OFFSET_END >> geometry.cluster_bits {
+                return Err(CheckError::NoRoom(total));
+            }
         };
         let too_large = table << geometry.cluster_bits > REFTABLE_MAX;
         if too_large || (fixed && start + total > scan.clusters) {
@@ -405,7 +405,6 @@ impl Plan {
         }
         let used = table + blocks.len() as u64 + snapshots;
         (start..start + used).for_each(|cluster| scan.found.set(cluster, 1));
-        let blocks: Vec<u64> = blocks.into_iter().collect();
         let place = |cluster: u64| cluster << geometry.cluster_bits;
         Ok(Self {
             table: place(start),
@@ -436,6 +435,31 @@ impl Plan {
             put(&mut table, place, &offset.to_be_bytes());
         }
         storage.write_at(&table, self.table)
+    }
+}
+
+/// The blocks, the clusters of the table, and a bound of all clusters together that new structures need which start
+/// at `start`. `used` are the blocks that are needed anyway.
+fn fit(
+    geometry: &Geometry,
+    used: &BTreeSet<u64>,
+    start: u64,
+    snapshots: u64,
+) -> (Vec<u64>, u64, u64) {
+    let bits = geometry.refblock_bits();
+    // Each round adds the blocks for what the round before added; it ends where nothing is added.
+    let mut total = snapshots + 1;
+    loop {
+        let own = (start >> bits)..=((start + total) >> bits);
+        let more = own.clone().filter(|block| !used.contains(block)).count() as u64;
+        let last = used.last().copied().unwrap_or(0).max(*own.end());
+        let table = geometry.clusters((last + 1) * 8);
+        let needed = table + used.len() as u64 + more + snapshots;
+        if needed <= total {
+            let blocks: BTreeSet<u64> = used.iter().copied().chain(own).collect();
+            return (blocks.into_iter().collect(), table, total);
+        }
+        total = needed;
     }
 }
 

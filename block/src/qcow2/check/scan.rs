@@ -52,6 +52,8 @@ pub(crate) struct Scan {
     pub broken: bool,
     /// There are references that could not be followed, so that what looks leaked may be in use.
     pub hidden: bool,
+    /// References past the end of the file: first and last cluster. Nothing may ever be put there.
+    pub past_end: Vec<(u64, u64)>,
     /// How many zero clusters keep an impossible place: they lose nothing when they give it up.
     pub bad_zeros: u64,
     /// The snapshots as they should be in the table, if they are not, and where the old table is.
@@ -128,6 +130,7 @@ pub(crate) fn scan(
             structures: Vec::new(),
             broken: false,
             hidden: false,
+            past_end: Vec::new(),
             bad_zeros: 0,
             snapshots: None,
         },
@@ -165,6 +168,7 @@ impl Scanner<'_> {
         for cluster in first..=last {
             if cluster >= self.scan.clusters {
                 let Run { offset, len } = run;
+                self.scan.past_end.push((cluster, last));
                 self.hiding(format!(
                     "{what}: {len:#x} bytes at {offset:#x} are past the end of the file"
                 ));
@@ -320,6 +324,7 @@ impl Scanner<'_> {
                 Ok(next) => next,
                 Err(error @ SnapshotError::PastEnd { .. }) => {
                     self.hiding(error.to_string());
+                    rewrite = true;
                     break;
                 }
                 Err(error @ SnapshotError::TableSize(_)) if lenient => {

@@ -33,7 +33,8 @@ fn theirs(bench: &Bench, repair: &str) -> (i32, CheckReport) {
         compressed_clusters: field(&json, "compressed-clusters"),
         image_end_offset: field(&json, "image-end-offset"),
     };
-    (output.status.code().unwrap(), report)
+    // Some of these images make QEMU abort.
+    (output.status.code().unwrap_or(134), report)
 }
 
 fn exit(report: &Result<CheckReport, CheckError>) -> i32 {
@@ -293,13 +294,13 @@ const POKES: &[Poke] = &[
     ("header free", Place::Refblock(0), &[0, 0], [2, 2, 0]),
     ("block free", Place::Refblock(4), &[0, 0], [2, 2, 0]),
     ("data free", Place::Refblock(10), &[0, 0], [2, 2, 0]),
-    ("data leaked", Place::Refblock(10), &[0, 9], [2, 0, 0]),
+    ("data leaked", Place::Refblock(10), &[0, 9], [3, 0, 0]),
     ("beyond leaked", Place::Refblock(2000), &[0, 1], [0, 0, 0]),
     ("L1 entry reserved", Place::L1(7), &[1], [2, 2, 2]),
     ("L1 entry unaligned", Place::L1(6), &[2], [2, 2, 2]),
     ("L1 entry past the end", Place::L1(3), &[9], [2, 2, 2]),
     ("L1 entry gone", Place::L1(0), &[0; 8], [3, 0, 0]),
-    ("L2 entry gone", Place::L2(0), &[0; 8], [2, 0, 0]),
+    ("L2 entry gone", Place::L2(0), &[0; 8], [3, 0, 0]),
     ("L2 not COPIED", Place::L1(0), &[0], [2, 0, 0]),
     ("data wrongly COPIED", Place::L2(0), &[0x80], [2, 0, 0]),
     ("data not COPIED", Place::L2(80), &[0], [2, 0, 0]),
@@ -400,14 +401,25 @@ fn locate(bench: &Bench, header: &Header, place: Place) -> u64 {
     }
 }
 
-/// The standard image: data that is in a snapshot, data that is not, a bitmap.
-fn standard(bench: &Bench) -> Header {
+/// The standard image: data in two parts, a snapshot of the first or a bitmap.
+///
+/// Not both: QEMU 7.2 drops all snapshots when it repairs an image that has bitmaps.
+fn standard(bench: &Bench, bitmap: bool) -> Header {
     bench.line("qemu-img create -q -f qcow2 image 64M");
     bench.run(&["qemu-io", "-c", "write 0 640k", "image"]);
-    bench.line("qemu-img snapshot -c one image");
-    bench.run(&["qemu-io", "-c", "write 640k 640k", "image"]);
-    bench.line("qemu-img bitmap --add image b0");
-    bench.run(&["qemu-io", "-c", "write 20M 64k", "image"]);
+    if bitmap {
+        bench.line("qemu-img bitmap --add image b0");
+    } else {
+        bench.line("qemu-img snapshot -c one image");
+    }
+    bench.run(&[
+        "qemu-io",
+        "-c",
+        "write 640k 640k",
+        "-c",
+        "write 20M 64k",
+        "image",
+    ]);
     agree(bench, "standard");
     std::fs::copy(bench.path("image"), bench.path("saved")).unwrap();
     Header::load(&bench.storage("image")).unwrap()
@@ -418,49 +430,58 @@ fn damaged_images_are_judged_and_repaired() {
     let Some(bench) = Bench::with_qemu() else {
         return;
     };
-    let header = standard(&bench);
     let mut wrong = Vec::new();
-    for &(what, place, bytes, [checked, leaks, all]) in POKES {
-        let poke = || {
-            std::fs::copy(bench.path("saved"), bench.path("image")).unwrap();
-            bench.poke("image", locate(&bench, &header, place), bytes);
-        };
-        poke();
-        let (report, messages) = ours(&bench);
-        let (their_exit, their_report) = theirs(&bench, "");
-        if exit(&report) != checked || their_exit != checked {
-            wrong.push(format!(
-                "{what}: {report:?} {messages:?}, theirs {their_exit} {their_report:?}"
-            ));
-        }
-        for (how, name, expected) in [(Repair::Leaks, "leaks", leaks), (Repair::All, "all", all)] {
-            poke();
-            let (their_exit, _) = theirs(&bench, name);
-            poke();
-            let mut messages = Vec::new();
-            let report = repair(&bench.storage("image"), how, &mut |it| {
-                messages.push(it.message)
-            });
-            if exit(&report) != expected {
-                wrong.push(format!("{what} -r {name}: {report:?} {messages:?}"));
-            }
-            if their_exit != expected && !BETTER.contains(&what) {
-                wrong.push(format!("{what} -r {name}: {expected}, theirs {their_exit}"));
-            }
-            if let (Ok(report), 0) = (report, expected) {
-                let (_, again) = theirs(&bench, "");
-                let ours = CheckReport {
-                    corruptions_fixed: 0,
-                    leaks_fixed: 0,
-                    ..report
-                };
-                if again != ours {
-                    wrong.push(format!("{what} -r {name}: {ours:?} is {again:?} to them"));
-                }
-                let header = Header::load(&bench.storage("image")).unwrap();
-                assert_eq!(header.incompatible, 0, "{what}: it is clean now");
-            }
+    let (bitmaps, others): (Vec<&Poke>, Vec<_>) =
+        POKES.iter().partition(|(what, ..)| what.contains("bitmap"));
+    for (bitmap, pokes) in [(false, others), (true, bitmaps)] {
+        let header = standard(&bench, bitmap);
+        for poke in pokes {
+            judge_and_repair(&bench, &header, poke, &mut wrong);
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+fn judge_and_repair(bench: &Bench, header: &Header, poke: &Poke, wrong: &mut Vec<String>) {
+    let &(what, place, bytes, [checked, leaks, all]) = poke;
+    let poke = || {
+        std::fs::copy(bench.path("saved"), bench.path("image")).unwrap();
+        bench.poke("image", locate(bench, header, place), bytes);
+    };
+    poke();
+    let (report, messages) = ours(bench);
+    let (their_exit, their_report) = theirs(bench, "");
+    if exit(&report) != checked || their_exit != checked {
+        wrong.push(format!(
+            "{what}: {report:?} {messages:?}, theirs {their_exit} {their_report:?}"
+        ));
+    }
+    for (how, name, expected) in [(Repair::Leaks, "leaks", leaks), (Repair::All, "all", all)] {
+        poke();
+        let (their_exit, _) = theirs(bench, name);
+        poke();
+        let mut messages = Vec::new();
+        let report = repair(&bench.storage("image"), how, &mut |it| {
+            messages.push(it.message);
+        });
+        if exit(&report) != expected {
+            wrong.push(format!("{what} -r {name}: {report:?} {messages:?}"));
+        }
+        if their_exit != expected && !BETTER.contains(&what) {
+            wrong.push(format!("{what} -r {name}: {expected}, theirs {their_exit}"));
+        }
+        if let (Ok(report), 0) = (report, expected) {
+            let (_, again) = theirs(bench, "");
+            let ours = CheckReport {
+                corruptions_fixed: 0,
+                leaks_fixed: 0,
+                ..report
+            };
+            if again != ours {
+                wrong.push(format!("{what} -r {name}: {ours:?} is {again:?} to them"));
+            }
+            let header = Header::load(&bench.storage("image")).unwrap();
+            assert_eq!(header.incompatible, 0, "{what}: it is clean now");
+        }
+    }
 }
