@@ -3,8 +3,11 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 mod allocate;
+pub(crate) mod bitmap_table;
+pub(crate) mod check;
 mod checkpoint;
 mod compress;
+pub(crate) mod create;
 pub(crate) mod entry;
 mod epoch;
 pub(crate) mod extension;
@@ -16,7 +19,10 @@ pub(crate) mod map;
 pub(crate) mod meta;
 mod packed;
 mod pages;
+pub(crate) mod refblock;
 mod refcount;
+pub(crate) mod repair;
+pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
 pub(crate) mod write;
