@@ -127,7 +127,7 @@ fn a_read_only_image_of_an_odd_size_ends_in_zeros() {
     {
         let case = format!("{size} bytes, {aio:?}, {cache:?}");
         let file = image(0);
-        let bytes: Vec<u8> = (0..size).map(|i| (i % 251) as u8 + 1).collect();
+        let bytes: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).unwrap() + 1).collect();
         std::fs::write(file.path(), &bytes).unwrap();
         let options = DiskOptions {
             aio,
