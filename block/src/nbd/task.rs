@@ -350,6 +350,3 @@ fn zeros(len: u64) -> (u64, Buffers) {
         Buffers::new(pieces, std::sync::Arc::new(()))
     })
 }
-
-#[cfg(test)]
-mod tests;
