@@ -150,17 +150,18 @@ fn a_server_that_says_no_is_quoted_and_left_politely() {
     }
 }
 
+fn refuses(cases: impl IntoIterator<Item = (&'static str, Bytes, &'static str)>) {
+    for (case, bytes, wanted) in cases {
+        let message = told(bytes).unwrap_err().to_string();
+        assert!(message.contains(wanted), "{case}: {message}");
+    }
+}
+
 #[test]
 fn a_server_that_breaks_the_rules_is_left_with_the_rule_named() {
-    let go = |kind, payload: &[u8]| option_reply(OPT_GO, kind, payload).0;
-    let sizes = |a, b, c| {
-        begun()
-            .raw(&export_info(512, 1).0)
-            .raw(&size_info(a, b, c).0)
-    };
+    let ack = option_reply(OPT_GO, REP_ACK, &[]).0;
     let oldstyle = Bytes::default().u64(INIT_MAGIC).u64(OLDSTYLE_MAGIC);
-    let info = go(REP_INFO, &[0, 77]);
-    for (case, bytes, wanted) in [
+    refuses([
         ("nothing", Bytes::default(), "closed the connection during"),
         (
             "a word",
@@ -189,16 +190,20 @@ fn a_server_that_breaks_the_rules_is_left_with_the_rule_named() {
             greeting(3).raw(&[1; 20]),
             "begins with other bytes",
         ),
-        (
-            "other option",
-            greeting(3).raw(&go(REP_ACK, &[])),
-            "was not sent",
-        ),
+        ("other option", greeting(3).raw(&ack), "was not sent"),
         (
             "structured of a wrong type",
             greeting(3).raw(&option_reply(OPT_STRUCTURED_REPLY, 2, &[]).0),
             "wrong type",
         ),
+    ]);
+}
+
+#[test]
+fn wrong_information_about_an_export_is_named() {
+    let go = |kind, payload: &[u8]| option_reply(OPT_GO, kind, payload).0;
+    let info = go(REP_INFO, &[0, 77]);
+    refuses([
         ("ack without size", begun().raw(&ack()), "size is missing"),
         ("go of a wrong type", begun().raw(&go(2, &[])), "wrong type"),
         (
@@ -240,6 +245,17 @@ fn a_server_that_breaks_the_rules_is_left_with_the_rule_named() {
             begun().raw(&info.repeat(MAX_REPLIES)),
             "too many replies",
         ),
+    ]);
+}
+
+#[test]
+fn sizes_that_cannot_be_are_named() {
+    let sizes = |a, b, c| {
+        begun()
+            .raw(&export_info(512, 1).0)
+            .raw(&size_info(a, b, c).0)
+    };
+    refuses([
         (
             "size",
             begun().raw(&export_info(1 << 63, 1).0).raw(&ack()),
@@ -270,10 +286,7 @@ fn a_server_that_breaks_the_rules_is_left_with_the_rule_named() {
             sizes(4096, 4096, 4095).raw(&ack()),
             "maximum block size",
         ),
-    ] {
-        let message = told(bytes).unwrap_err().to_string();
-        assert!(message.contains(wanted), "{case}: {message}");
-    }
+    ]);
 }
 
 #[test]

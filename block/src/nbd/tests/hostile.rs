@@ -151,98 +151,100 @@ fn every_right_form_of_an_answer_is_understood() {
     }
 }
 
+/// Answers that no server may give.
+const BREACHES: &[(&str, Answer)] = &[
+    ("the end", |_| Bytes::default()),
+    ("half a header", |a| {
+        Bytes(data(1, a.cookie, AT, LEN).0[..15].to_vec())
+    }),
+    ("half the data", |a| {
+        Bytes(data(1, a.cookie, AT, LEN).0[..500].to_vec())
+    }),
+    ("another magic", |a| {
+        Bytes::default().u32(0x1234_5678).u64(a.cookie).u64(0)
+    }),
+    ("another cookie", |a| data(1, a.cookie + 1, AT, LEN)),
+    ("a cookie far off", |_| data(1, u64::MAX, AT, LEN)),
+    ("a cookie of another time", |a| {
+        data(1, a.cookie ^ 1 << 40, AT, LEN)
+    }),
+    ("a simple reply", |a| simple(0, a.cookie).raw(&[0x11; LEN])),
+    ("a simple error", |a| simple(5, a.cookie)),
+    ("no data at all", |a| Bytes(done(a.cookie))),
+    ("too little data", |a| {
+        data(0, a.cookie, AT, LEN - 1).raw(&done(a.cookie))
+    }),
+    ("too little, at once", |a| data(1, a.cookie, AT, LEN - 512)),
+    ("data before", |a| data(1, a.cookie, AT - 1, LEN)),
+    ("data at 0", |a| data(1, a.cookie, 0, LEN)),
+    ("data behind", |a| data(1, a.cookie, AT + 1, LEN)),
+    ("data far behind", |a| data(1, a.cookie, u64::MAX, LEN)),
+    ("too much data", |a| data(1, a.cookie, AT, LEN + 1)),
+    ("a huge chunk", |a| {
+        chunk(1, CHUNK_DATA, a.cookie, u32::MAX).u64(AT)
+    }),
+    ("an empty chunk", |a| {
+        chunk(1, CHUNK_DATA, a.cookie, 8).u64(AT)
+    }),
+    ("less than an offset", |a| {
+        chunk(1, CHUNK_DATA, a.cookie, 7).u64(AT)
+    }),
+    ("data twice", |a| {
+        data(0, a.cookie, AT, 512).raw(&data(0, a.cookie, AT + 511, 1).0)
+    }),
+    ("a hole over data", |a| {
+        data(0, a.cookie, AT, LEN).raw(&hole(1, a.cookie, AT, 512).0)
+    }),
+    ("a hole before", |a| hole(1, a.cookie, AT - 512, 1024)),
+    ("a hole behind", |a| hole(1, a.cookie, AT, 1025)),
+    ("a huge hole", |a| hole(1, a.cookie, AT, u32::MAX)),
+    ("an empty hole", |a| hole(1, a.cookie, AT, 0)),
+    ("a long hole chunk", |a| {
+        chunk(1, CHUNK_HOLE, a.cookie, 13)
+            .u64(AT)
+            .u32(512)
+            .raw(&[0])
+    }),
+    ("none with a payload", |a| {
+        chunk(1, CHUNK_NONE, a.cookie, 1).raw(&[0])
+    }),
+    ("none that is not the last", |a| {
+        chunk(0, CHUNK_NONE, a.cookie, 0)
+    }),
+    ("block status", |a| chunk(1, 5, a.cookie, 12).u64(0).u32(0)),
+    ("a type that is not known", |a| chunk(1, 77, a.cookie, 0)),
+    ("a short error", |a| {
+        chunk(1, CHUNK_ERROR, a.cookie, 5).raw(&[0; 5])
+    }),
+    ("a huge error", |a| {
+        chunk(1, CHUNK_ERROR, a.cookie, u32::MAX).u32(5).u16(0)
+    }),
+    ("an error's text too long", |a| {
+        chunk(1, CHUNK_ERROR, a.cookie, 10)
+            .u32(5)
+            .u16(5)
+            .raw(&[65; 4])
+    }),
+    ("an error with more than it has", |a| {
+        error(1, CHUNK_ERROR, a.cookie, b"", &[0; 8])
+    }),
+    ("an error without its offset", |a| {
+        error(1, CHUNK_ERROR_OFFSET, a.cookie, b"", &[])
+    }),
+    ("no error", |a| {
+        chunk(1, CHUNK_ERROR, a.cookie, 6).u32(0).u16(0)
+    }),
+    ("errors without end", |a| {
+        Bytes(error(0, CHUNK_ERROR, a.cookie, b"", &[]).0.repeat(5000))
+    }),
+    ("it shuts down", |a| {
+        chunk(1, CHUNK_ERROR, a.cookie, 6).u32(108).u16(0)
+    }),
+];
+
 #[test]
 fn every_breach_of_the_protocol_ends_the_connection_and_writes_nowhere_else() {
-    let cases: &[(&str, Answer)] = &[
-        ("the end", |_| Bytes::default()),
-        ("half a header", |a| {
-            Bytes(data(1, a.cookie, AT, LEN).0[..15].to_vec())
-        }),
-        ("half the data", |a| {
-            Bytes(data(1, a.cookie, AT, LEN).0[..500].to_vec())
-        }),
-        ("another magic", |a| {
-            Bytes::default().u32(0x1234_5678).u64(a.cookie).u64(0)
-        }),
-        ("another cookie", |a| data(1, a.cookie + 1, AT, LEN)),
-        ("a cookie far off", |_| data(1, u64::MAX, AT, LEN)),
-        ("a cookie of another time", |a| {
-            data(1, a.cookie ^ 1 << 40, AT, LEN)
-        }),
-        ("a simple reply", |a| simple(0, a.cookie).raw(&[0x11; LEN])),
-        ("a simple error", |a| simple(5, a.cookie)),
-        ("no data at all", |a| Bytes(done(a.cookie))),
-        ("too little data", |a| {
-            data(0, a.cookie, AT, LEN - 1).raw(&done(a.cookie))
-        }),
-        ("too little, at once", |a| data(1, a.cookie, AT, LEN - 512)),
-        ("data before", |a| data(1, a.cookie, AT - 1, LEN)),
-        ("data at 0", |a| data(1, a.cookie, 0, LEN)),
-        ("data behind", |a| data(1, a.cookie, AT + 1, LEN)),
-        ("data far behind", |a| data(1, a.cookie, u64::MAX, LEN)),
-        ("too much data", |a| data(1, a.cookie, AT, LEN + 1)),
-        ("a huge chunk", |a| {
-            chunk(1, CHUNK_DATA, a.cookie, u32::MAX).u64(AT)
-        }),
-        ("an empty chunk", |a| {
-            chunk(1, CHUNK_DATA, a.cookie, 8).u64(AT)
-        }),
-        ("less than an offset", |a| {
-            chunk(1, CHUNK_DATA, a.cookie, 7).u64(AT)
-        }),
-        ("data twice", |a| {
-            data(0, a.cookie, AT, 512).raw(&data(0, a.cookie, AT + 511, 1).0)
-        }),
-        ("a hole over data", |a| {
-            data(0, a.cookie, AT, LEN).raw(&hole(1, a.cookie, AT, 512).0)
-        }),
-        ("a hole before", |a| hole(1, a.cookie, AT - 512, 1024)),
-        ("a hole behind", |a| hole(1, a.cookie, AT, 1025)),
-        ("a huge hole", |a| hole(1, a.cookie, AT, u32::MAX)),
-        ("an empty hole", |a| hole(1, a.cookie, AT, 0)),
-        ("a long hole chunk", |a| {
-            chunk(1, CHUNK_HOLE, a.cookie, 13)
-                .u64(AT)
-                .u32(512)
-                .raw(&[0])
-        }),
-        ("none with a payload", |a| {
-            chunk(1, CHUNK_NONE, a.cookie, 1).raw(&[0])
-        }),
-        ("none that is not the last", |a| {
-            chunk(0, CHUNK_NONE, a.cookie, 0)
-        }),
-        ("block status", |a| chunk(1, 5, a.cookie, 12).u64(0).u32(0)),
-        ("a type that is not known", |a| chunk(1, 77, a.cookie, 0)),
-        ("a short error", |a| {
-            chunk(1, CHUNK_ERROR, a.cookie, 5).raw(&[0; 5])
-        }),
-        ("a huge error", |a| {
-            chunk(1, CHUNK_ERROR, a.cookie, u32::MAX).u32(5).u16(0)
-        }),
-        ("an error's text too long", |a| {
-            chunk(1, CHUNK_ERROR, a.cookie, 10)
-                .u32(5)
-                .u16(5)
-                .raw(&[65; 4])
-        }),
-        ("an error with more than it has", |a| {
-            error(1, CHUNK_ERROR, a.cookie, b"", &[0; 8])
-        }),
-        ("an error without its offset", |a| {
-            error(1, CHUNK_ERROR_OFFSET, a.cookie, b"", &[])
-        }),
-        ("no error", |a| {
-            chunk(1, CHUNK_ERROR, a.cookie, 6).u32(0).u16(0)
-        }),
-        ("errors without end", |a| {
-            Bytes(error(0, CHUNK_ERROR, a.cookie, b"", &[]).0.repeat(5000))
-        }),
-        ("it shuts down", |a| {
-            chunk(1, CHUNK_ERROR, a.cookie, 6).u32(108).u16(0)
-        }),
-    ];
-    for (case, answer) in cases {
+    for (case, answer) in BREACHES {
         let disk = answering(Manners::default(), *answer);
         let (result, _) = read(&disk);
         let code = result.unwrap_err().raw_os_error();
