@@ -14,7 +14,8 @@
 //!   wait: other file descriptors (doorbells) are watched through it, so that
 //!   a worker blocks in a single system call.
 //! * Files are opened through the caller's [`Opener`] only.
-//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's.
+//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's;
+//!   [`NbdDisk`] that whose bytes an NBD server has.
 //! * Below it, an engine (io_uring or threads) runs jobs at (file, offset).
 //!   It knows no formats, so a format's mapping goes between disk and engine.
 //!
@@ -33,6 +34,7 @@ mod file;
 mod image;
 mod lock;
 mod magic;
+pub mod nbd;
 mod open;
 mod opener;
 mod options;
@@ -46,8 +48,9 @@ mod testing;
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
 pub use image::{Extent, Image, Kept};
+pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_image};
-pub use opener::{Access, Opener};
+pub use opener::{Access, Address, Connector, Opener};
 pub use options::{Aio, Cache, Discard, DiskOptions, Format};
 pub use qcow2::{Compression, Qcow2};
 pub use raw::{OpenError, RawDisk, RawImage};

@@ -9,7 +9,7 @@ use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
 use crate::engine::Engine;
 use crate::engine::threads::Threads;
 use crate::engine::uring::Uring;
-use crate::file::{self, HostFile};
+use crate::file::{self, HostFile, Kind};
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
 use crate::opener::{Access, Opener};
@@ -84,7 +84,7 @@ pub enum OpenError {
     /// Its size is no number of sectors.
     #[error(
         "disk {}: its size of {size} bytes is not a multiple of {unit}; \
-         'truncate -s %{unit}' rounds it up",
+         'truncate -s %{unit}' rounds it up, or say readonly=on",
         path.display()
     )]
     OddSize {
@@ -215,7 +215,8 @@ pub struct RawDisk {
 }
 
 impl RawDisk {
-    /// Opens and locks the file or block device at `path`.
+    /// Opens and locks the file or block device at `path`. A file that is no whole number of
+    /// sectors can be opened read-only: zeros make its last sector whole.
     ///
     /// # Errors
     ///
@@ -281,7 +282,13 @@ pub(crate) fn open_file(
     if locked {
         path.lock(&file, !access.write)?;
     }
-    HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))
+    let mut file =
+        HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+    if !access.write && kind == Kind::Regular {
+        // An ISO image, say. As QEMU does, so that the last bytes can be read.
+        file.pad_to(SECTOR.max(file.abilities().align.offset.into()));
+    }
+    Ok(file)
 }
 
 /// Judges contents and size of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.

@@ -16,8 +16,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use block::Access;
+use block::{Access, Address};
 use kvm_ioctls::Kvm;
+
+mod connect;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -330,6 +332,11 @@ impl block::Opener for Opener {
         check_kind(file.metadata()?.file_type())?;
         tracing::debug!(path = %path.display(), ?access, "opened");
         Ok(file)
+    }
+
+    /// Any address may be connected to.
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn block::Connector>> {
+        Ok(Box::new(connect::Connector(address.clone())))
     }
 }
 

@@ -124,7 +124,7 @@ impl Until {
     }
 
     /// What is left, `None` without limit.
-    fn left(self) -> Option<Duration> {
+    pub(crate) fn left(self) -> Option<Duration> {
         match self {
             Self::Now => Some(Duration::ZERO),
             Self::Deadline(at) => Some(at.saturating_duration_since(Instant::now())),

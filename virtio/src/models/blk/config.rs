@@ -1,9 +1,9 @@
 //! The configuration of a block device.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::{Aio, Cache, Discard, DiskOptions, RawDisk};
+use block::{Aio, Cache, Discard, Disk, DiskOptions, NbdDisk, RawDisk, nbd};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +26,8 @@ const FIELDS: &[Field] = &[
         name: "path",
         kind: FieldKind::Path,
         required: true,
-        help: "the image file or block device",
+        help: "the image file or block device, or nbd://HOST[:PORT]/EXPORT or \
+               nbd+unix:///EXPORT?socket=PATH",
     },
     Field {
         name: "readonly",
@@ -94,7 +95,7 @@ const FIELDS: &[Field] = &[
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkConfig {
-    /// The image file or block device.
+    /// The image file or block device, or the URI of an NBD export.
     pub path: PathBuf,
     /// Refuse writes.
     #[serde(default)]
@@ -236,7 +237,24 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
     let options = config.disk_options()?;
-    let disk = RawDisk::open(&config.path, &*context.opener, &options)
-        .map_err(|error| BuildError::Backend(error.into()))?;
-    Ok(Box::new(Blk::new(&context.id, Arc::new(disk), settings)))
+    let disk = open(&config.path, context, &options)?;
+    Ok(Box::new(Blk::new(&context.id, disk, settings)))
+}
+
+fn open(
+    path: &Path,
+    context: &BuildContext,
+    options: &DiskOptions,
+) -> Result<Arc<dyn Disk>, BuildError> {
+    let opener = &*context.opener;
+    if nbd::is_uri(path) {
+        return match NbdDisk::open(path, opener, options) {
+            Ok(disk) => Ok(Arc::new(disk)),
+            Err(error) => Err(BuildError::Backend(error.into())),
+        };
+    }
+    match RawDisk::open(path, opener, options) {
+        Ok(disk) => Ok(Arc::new(disk)),
+        Err(error) => Err(BuildError::Backend(error.into())),
+    }
 }

@@ -297,6 +297,23 @@ fn a_disk_that_cannot_be_opened_is_named() {
     );
 }
 
+#[test]
+fn the_uri_of_an_export_is_no_path() {
+    for (uri, reason) in [
+        ("nbd://h/x", "connections are not allowed here"),
+        ("nbd+unix:///x", "it names no socket"),
+        ("nbds://h/x", "TLS is not built in yet"),
+    ] {
+        let built = (MODEL.build)(json!({"path": uri}), &context());
+        let Some(BuildError::Backend(error)) = built.err() else {
+            panic!("it was built");
+        };
+        assert!(error.to_string().contains(uri), "{error}");
+        let source = error.source().unwrap().to_string();
+        assert!(source.contains(reason), "{source}");
+    }
+}
+
 /// A raw image, through the registry, on either engine.
 #[test]
 fn a_raw_image_is_written_flushed_and_read_back() {
