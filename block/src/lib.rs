@@ -26,17 +26,20 @@
 //! served completes with an [`std::io::Error`]; nothing here panics on what a
 //! file, a device or a guest holds.
 
+mod admit;
 mod buffers;
+mod crew;
 mod disk;
 mod engine;
 mod file;
 mod image;
+mod jobs;
 mod lock;
 mod magic;
 mod opener;
 mod options;
-mod queue;
 mod qcow2;
+mod queue;
 mod raw;
 mod storage;
 #[cfg(test)]
@@ -46,5 +49,5 @@ pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
 pub use image::{Extent, Image, Kept};
 pub use opener::{Access, Opener};
-pub use options::{Aio, Cache, Discard, DiskOptions, Format};
+pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use raw::{OpenError, RawDisk};

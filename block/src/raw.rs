@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::admit::Policy;
 use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
 use crate::engine::Engine;
 use crate::engine::threads::Threads;
@@ -13,8 +14,8 @@ use crate::file::{self, HostFile};
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
 use crate::opener::Opener;
-use crate::options::{Aio, Discard, DiskOptions};
-use crate::queue::{Policy, RawQueue};
+use crate::options::{Aio, DiskOptions};
+use crate::queue::RawQueue;
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
@@ -178,12 +179,7 @@ impl RawDisk {
         path.check(&file, options.format.is_some())?;
         Ok(Self {
             file: Arc::new(file),
-            policy: Policy {
-                read_only: options.read_only,
-                durable: !options.cache.writeback(),
-                ignore_flush: options.cache.ignores_flush(),
-                unmap: options.discard == Discard::Unmap,
-            },
+            policy: Policy::new(options),
             aio: options.aio,
         })
     }

@@ -128,7 +128,11 @@ impl FileStorage {
     fn read_some(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.file.file().read_at(rest, offset.saturating_add(done as u64)) {
+            match self
+                .file
+                .file()
+                .read_at(rest, offset.saturating_add(done as u64))
+            {
                 Ok(0) => break,
                 Ok(n) => done += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -3,7 +3,8 @@
 //! An engine runs [`Job`]s at (file, host offset) and knows nothing of disks
 //! or formats, so that a format's mapping can sit between a disk and an engine.
 //! There are two, of one behaviour: [`uring`] and [`threads`]. What a request
-//! goes through is decided in [`job`], which both share.
+//! goes through is decided in [`job`], which both share. Files are storages; those without a
+//! descriptor are served by threads in both engines.
 //!
 //! An engine belongs to one queue. Jobs that it has taken keep their memory
 //! alive until they are harvested; dropping an engine waits for them.
@@ -14,15 +15,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::disk::Watch;
-use crate::file::HostFile;
+use crate::file::Abilities;
+use crate::storage::Storage;
 
 pub(crate) mod bounce;
 pub(crate) mod job;
 mod pool;
+mod target;
 pub(crate) mod threads;
 pub(crate) mod uring;
 
 pub(crate) use job::Job;
+use target::Target;
+
+/// How many threads serve the files of one queue that block their callers.
+const MAX_THREADS: usize = 8;
 
 /// Names a file within an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,17 +42,30 @@ pub(crate) struct Harvest {
     pub done: Vec<(Job, io::Result<()>)>,
     /// Watched descriptors that became readable.
     pub watches: Vec<Watch>,
+    /// The queue's own descriptor became readable.
+    pub bell: bool,
+}
+
+/// What to report when a descriptor becomes readable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// To the queue's user.
+    Watch(Watch),
+    /// To the queue itself.
+    Bell,
 }
 
 impl Harvest {
     pub(crate) fn is_empty(&self) -> bool {
-        self.done.is_empty() && self.watches.is_empty()
+        self.done.is_empty() && self.watches.is_empty() && !self.bell
     }
 
-    /// Notes a watch, once.
-    fn watch(&mut self, watch: Watch) {
-        if !self.watches.contains(&watch) {
-            self.watches.push(watch);
+    /// Notes a notice, once.
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Bell => self.bell = true,
+            Notice::Watch(watch) if self.watches.contains(&watch) => {}
+            Notice::Watch(watch) => self.watches.push(watch),
         }
     }
 }
@@ -59,11 +79,21 @@ pub(crate) enum Engine {
 
 impl Engine {
     /// Makes a file known; its jobs name it by the result.
-    pub(crate) fn add_file(&mut self, file: Arc<HostFile>) -> FileId {
+    pub(crate) fn add_file(&mut self, storage: Arc<dyn Storage>) -> FileId {
+        let target = Target::new(storage);
         match self {
-            Self::Uring(e) => e.add_file(file),
-            Self::Threads(e) => e.add_file(file),
+            Self::Uring(e) => e.add_file(target),
+            Self::Threads(e) => e.add_file(target),
         }
+    }
+
+    /// What can be done with a file of this engine.
+    pub(crate) fn abilities(&self, file: FileId) -> &Abilities {
+        let files = match self {
+            Self::Uring(e) => e.files(),
+            Self::Threads(e) => e.files(),
+        };
+        files[file.0].abilities()
     }
 
     /// Takes a job that has begun, about a file of this engine. At most as many as the engine was
@@ -84,10 +114,10 @@ impl Engine {
     }
 
     /// As [`crate::IoQueue::watch`].
-    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
+    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, notice: Notice) -> io::Result<()> {
         match self {
-            Self::Uring(e) => e.watch(fd, watch),
-            Self::Threads(e) => e.watch(fd, watch),
+            Self::Uring(e) => e.watch(fd, notice),
+            Self::Threads(e) => e.watch(fd, notice),
         }
     }
 
@@ -124,7 +154,7 @@ impl Until {
     }
 
     /// What is left, `None` without limit.
-    fn left(self) -> Option<Duration> {
+    pub(crate) fn left(self) -> Option<Duration> {
         match self {
             Self::Now => Some(Duration::ZERO),
             Self::Deadline(at) => Some(at.saturating_duration_since(Instant::now())),

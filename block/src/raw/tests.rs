@@ -3,7 +3,7 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Output};
 
 use super::*;
-use crate::options::{Cache, Format};
+use crate::options::{Cache, Discard, Format};
 use crate::testing::{AnyPath, Arena, perform};
 use crate::{Buffers, Op};
 
