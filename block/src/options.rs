@@ -144,6 +144,8 @@ pub enum DetectZeroes {
 pub enum Format {
     /// Its bytes are the disk's.
     Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
 }
 
 #[cfg(test)]

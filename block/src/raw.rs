@@ -13,7 +13,7 @@ use crate::engine::uring::Uring;
 use crate::file::{self, HostFile};
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
-use crate::opener::Opener;
+use crate::opener::{Access, Opener};
 use crate::options::{Aio, DiskOptions};
 use crate::queue::RawQueue;
 
@@ -130,6 +130,72 @@ pub enum OpenError {
         /// What to do about it.
         mend: &'static str,
     },
+    /// Its contents are not a usable image of the stated format.
+    #[error("disk {}: it is no usable {format} image", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// The stated format.
+        format: &'static str,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It is marked as corrupt.
+    #[error(
+        "disk {}: it is marked as corrupt; repair it with 'vireo image check -r all', or open it read-only",
+        path.display()
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It refers to a file that the policy does not allow.
+    #[error(
+        "disk {}: it refers to {}, which is not allowed; {mend}",
+        path.display(), other.display()
+    )]
+    Forbidden {
+        /// The file.
+        path: PathBuf,
+        /// What it refers to.
+        other: PathBuf,
+        /// What to do about it.
+        mend: &'static str,
+    },
+    /// It refers to itself, or to too many others.
+    #[error("disk {}: its backing chain is a loop or deeper than {depth}", path.display())]
+    EndlessChain {
+        /// The file.
+        path: PathBuf,
+        /// How deep a chain may be.
+        depth: usize,
+    },
+    /// Something that it refers to cannot be opened.
+    #[error("disk {}: its {role} cannot be opened", path.display())]
+    Part {
+        /// The file.
+        path: PathBuf,
+        /// What it is to the image: "backing file" or "data file".
+        role: &'static str,
+        /// Why not.
+        #[source]
+        source: Box<OpenError>,
+    },
+    /// Its clusters are smaller than what direct I/O demands.
+    #[error(
+        "disk {}: its clusters of {cluster} bytes are smaller than the {unit} bytes that direct I/O \
+         demands here; say direct=off or cache=writeback",
+        path.display()
+    )]
+    SmallClusters {
+        /// The file.
+        path: PathBuf,
+        /// The cluster size in bytes.
+        cluster: u64,
+        /// The unit of direct I/O in bytes.
+        unit: u64,
+    },
     /// It cannot be locked.
     #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
     NoLocks {
@@ -160,22 +226,8 @@ impl RawDisk {
         opener: &dyn Opener,
         options: &DiskOptions,
     ) -> Result<Self, OpenError> {
+        let file = open_file(path, opener, options.access(), options.lock)?;
         let path = Named(path);
-        let access = options.access();
-        let file = opener
-            .open(path.0, access)
-            .map_err(|source| path.unopened(source, access.write, access.direct))?;
-        let kind = match file::kind(&file).map_err(|source| path.unreadable(source))? {
-            Ok(kind) => kind,
-            Err(kind) => return Err(path.not_a_disk(kind)),
-        };
-        file::make_blocking(&file).map_err(|source| path.unreadable(source))?;
-        if options.lock {
-            path.lock(&file, options.read_only)?;
-        }
-        // From here on the file unlocks itself.
-        let file =
-            HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
         path.check(&file, options.format.is_some())?;
         Ok(Self {
             file: Arc::new(file),
@@ -204,6 +256,33 @@ impl RawDisk {
             },
         }
     }
+}
+
+/// Opens and locks a file or block device, whatever is in it. It unlocks itself.
+pub(crate) fn open_file(
+    path: &Path,
+    opener: &dyn Opener,
+    access: Access,
+    locked: bool,
+) -> Result<HostFile, OpenError> {
+    let path = Named(path);
+    let file = opener
+        .open(path.0, access)
+        .map_err(|source| path.unopened(source, access.write, access.direct))?;
+    let kind = match file::kind(&file).map_err(|source| path.unreadable(source))? {
+        Ok(kind) => kind,
+        Err(kind) => return Err(path.not_a_disk(kind)),
+    };
+    file::make_blocking(&file).map_err(|source| path.unreadable(source))?;
+    if locked {
+        path.lock(&file, !access.write)?;
+    }
+    HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))
+}
+
+/// Judges contents and size of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
+pub(crate) fn check_raw(path: &Path, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+    Named(path).check(file, stated)
 }
 
 /// Whether an error means that io_uring is missing, forbidden or too old.
@@ -328,5 +407,8 @@ impl Named<'_> {
     }
 }
 
+mod image;
 #[cfg(test)]
 mod tests;
+
+pub use image::RawImage;

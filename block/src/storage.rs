@@ -330,7 +330,13 @@ impl Storage for FileStorage {
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.file.abilities().kind {
-            Kind::Regular => self.allocate(0, offset, len),
+            Kind::Regular => self.allocate(0, offset, len).map_err(|error| {
+                if unsupported(&error) {
+                    io::ErrorKind::Unsupported.into()
+                } else {
+                    error
+                }
+            }),
             Kind::Device => Ok(()),
         }
     }

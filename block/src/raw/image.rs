@@ -1,0 +1,134 @@
+//! A raw file as an image of operations: its bytes are the disk's.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::c_int;
+
+use crate::image::{Extent, Image, Kept};
+use crate::storage::Storage;
+
+/// A raw image, blocking.
+#[derive(Debug)]
+pub struct RawImage {
+    storage: Arc<dyn Storage>,
+    size: AtomicU64,
+    read_only: bool,
+    sync: bool,
+}
+
+impl RawImage {
+    /// The disk whose `size` bytes are those of `storage`. Without `sync`, a flush does nothing.
+    pub(crate) fn new(storage: Arc<dyn Storage>, size: u64, read_only: bool, sync: bool) -> Self {
+        Self {
+            storage,
+            size: AtomicU64::new(size),
+            read_only,
+            sync,
+        }
+    }
+
+    /// Changes the size of the file and of the disk, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The host's; `EROFS` on a read-only image.
+    pub fn resize(&self, size: u64) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        self.storage.set_len(size)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn check(&self, offset: u64, len: u64, change: bool) -> io::Result<()> {
+        if change && self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    /// Where the next data or the next hole is from `offset` on; `None` when the host cannot tell or there is
+    /// none.
+    fn seek(&self, offset: u64, whence: c_int) -> Option<u64> {
+        let file = self.storage.host_file()?.file();
+        let offset = i64::try_from(offset).ok()?;
+        #[expect(unsafe_code, reason = "lseek by descriptor has no safe wrapper")]
+        // SAFETY: plain numbers and an open descriptor, whose position nobody uses.
+        let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+        u64::try_from(found).ok()
+    }
+}
+
+impl Image for RawImage {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.check(offset, buf.len() as u64, false)?;
+        self.storage.read_at(buf, offset)
+    }
+
+    fn write(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.check(offset, buf.len() as u64, true)?;
+        self.storage.write_at(buf, offset)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _may_unmap: bool) -> io::Result<()> {
+        self.check(offset, len, true)?;
+        self.storage.zero(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(offset, len, true)?;
+        self.storage.discard(offset, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only || !self.sync {
+            return Ok(());
+        }
+        self.storage.sync()
+    }
+
+    fn extent(&self, offset: u64, max: u64) -> io::Result<Extent> {
+        self.check(offset, max, false)?;
+        let data = Extent {
+            len: max,
+            kept: Kept::Data { host: Some(offset) },
+        };
+        let hole = Kept::Zero { host: None };
+        match self.seek(offset, libc::SEEK_DATA) {
+            Some(start) if start > offset => Ok(Extent {
+                len: max.min(start - offset),
+                kept: hole,
+            }),
+            Some(_) => {
+                let end = self.seek(offset, libc::SEEK_HOLE).unwrap_or(u64::MAX);
+                let len = end.saturating_sub(offset).max(1).min(max);
+                Ok(Extent { len, ..data })
+            }
+            // No data up to the end, if the host can tell holes at all.
+            None if self.seek(0, libc::SEEK_HOLE).is_some() => Ok(Extent {
+                len: max,
+                kept: hole,
+            }),
+            None => Ok(data),
+        }
+    }
+
+    fn backing(&self) -> Option<&dyn Image> {
+        None
+    }
+}
