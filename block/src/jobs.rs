@@ -10,11 +10,15 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::disk::{Completed, Watch};
+use crate::disk::{Completed, QueueError, Watch};
 use crate::engine::bounce::BouncePool;
 use crate::engine::{Engine, FileId, Harvest, Job, Notice, Until};
 use crate::file::Abilities;
+use crate::options::Aio;
 use crate::storage::Storage;
+
+/// The most jobs that a queue has at the host at once.
+const MAX_DEPTH: u32 = 1024;
 
 /// A queue of jobs.
 #[derive(Debug)]
@@ -32,17 +36,23 @@ pub(crate) struct JobQueue {
 }
 
 impl JobQueue {
-    /// A queue that has up to `depth` jobs at the host at once; the engine was made for as many.
-    pub(crate) fn new(engine: Engine, depth: usize) -> Self {
-        Self {
+    /// A queue that has up to `depth` jobs at the host at once, at least 1 and at most [`MAX_DEPTH`].
+    ///
+    /// # Errors
+    ///
+    /// [`QueueError`] when the host lacks resources, or the very engine that was asked for.
+    pub(crate) fn new(aio: Aio, depth: u32) -> Result<Self, QueueError> {
+        let host_depth = depth.clamp(1, MAX_DEPTH);
+        let engine = Engine::new(aio, host_depth).map_err(|source| QueueError { depth, source })?;
+        Ok(Self {
             engine,
-            depth,
+            depth: usize::try_from(host_depth).unwrap_or(1),
             running: 0,
             waiting: VecDeque::new(),
             bounces: BouncePool::default(),
             ready: Vec::new(),
             harvest: Harvest::default(),
-        }
+        })
     }
 
     /// Makes a file known; jobs name it by the result. Files are numbered from 0 in the order of these calls.

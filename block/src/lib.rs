@@ -31,6 +31,7 @@ mod buffers;
 mod crew;
 mod disk;
 mod engine;
+mod events;
 mod file;
 mod image;
 mod jobs;
@@ -47,7 +48,10 @@ mod storage;
 mod testing;
 
 pub use buffers::{Buffers, INLINE, IoVec};
-pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
+pub use disk::{
+    Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, ResizeError, Token, Watch,
+};
+pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use open::{BackingPolicy, ImageOptions, open_image};
 pub use opener::{Access, Opener};

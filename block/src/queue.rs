@@ -8,7 +8,8 @@ use std::time::Duration;
 use crate::admit::Policy;
 use crate::buffers::Buffers;
 use crate::disk::{Completed, IoQueue, Op, Request, Watch};
-use crate::engine::{Engine, FileId, Job, Until};
+use crate::engine::{FileId, Job, Until};
+use crate::events::Events;
 use crate::file::{HostFile, Kind};
 use crate::jobs::JobQueue;
 use crate::storage::FileStorage;
@@ -19,16 +20,23 @@ pub(crate) struct RawQueue {
     file: Arc<HostFile>,
     id: FileId,
     policy: Policy,
+    events: Arc<Events>,
     jobs: JobQueue,
 }
 
 impl RawQueue {
-    pub(crate) fn new(file: Arc<HostFile>, policy: Policy, engine: Engine, depth: usize) -> Self {
-        let mut jobs = JobQueue::new(engine, depth);
+    /// A queue of the disk that `file` is; `jobs` knows no file yet.
+    pub(crate) fn new(
+        file: Arc<HostFile>,
+        policy: Policy,
+        events: Arc<Events>,
+        mut jobs: JobQueue,
+    ) -> Self {
         Self {
             id: jobs.add_file(Arc::new(FileStorage::new(Arc::clone(&file)))),
             file,
             policy,
+            events,
             jobs,
         }
     }
@@ -60,6 +68,13 @@ impl RawQueue {
             Op::Flush => (Op::Flush, 0),
             op => (op, request.offset),
         };
+        if let Op::Write | Op::WriteZeroes { .. } = op {
+            let len = match op {
+                Op::WriteZeroes { len, .. } => len,
+                _ => request.buffers.len(),
+            };
+            self.events.writes_to(offset.saturating_add(len));
+        }
         let buffers = match op {
             Op::Read | Op::Write => request.buffers,
             Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } => Buffers::none(),

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::disk::Watch;
 use crate::file::Abilities;
+use crate::options::Aio;
 use crate::storage::Storage;
 
 pub(crate) mod bounce;
@@ -78,6 +79,25 @@ pub(crate) enum Engine {
 }
 
 impl Engine {
+    /// The engine that was asked for, for `depth` jobs at once.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it lacks resources or the very engine that was asked for.
+    pub(crate) fn new(aio: Aio, depth: u32) -> io::Result<Self> {
+        match aio {
+            Aio::Threads => threads::Threads::new(depth).map(Self::Threads),
+            Aio::IoUring => uring::Uring::new(depth).map(|e| Self::Uring(Box::new(e))),
+            Aio::Auto => match uring::Uring::new(depth) {
+                Err(error) if absent(&error) => {
+                    tracing::debug!(%error, "no io_uring here, disk I/O uses threads");
+                    threads::Threads::new(depth).map(Self::Threads)
+                }
+                other => other.map(|e| Self::Uring(Box::new(e))),
+            },
+        }
+    }
+
     /// Makes a file known; its jobs name it by the result.
     pub(crate) fn add_file(&mut self, storage: Arc<dyn Storage>) -> FileId {
         let target = Target::new(storage);
@@ -130,6 +150,15 @@ impl Engine {
     }
 }
 
+/// Whether an error means that io_uring is missing, forbidden or too old.
+fn absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Unsupported
+        || matches!(
+            error.raw_os_error(),
+            Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EINVAL)
+        )
+}
+
 /// How long to wait.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Until {
@@ -160,5 +189,19 @@ impl Until {
             Self::Deadline(at) => Some(at.saturating_duration_since(Instant::now())),
             Self::Forever => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_host_without_io_uring_makes_auto_fall_back() {
+        for code in [libc::ENOSYS, libc::EPERM, libc::ENOMEM] {
+            assert!(absent(&io::Error::from_raw_os_error(code)));
+        }
+        assert!(absent(&io::ErrorKind::Unsupported.into()));
+        assert!(!absent(&io::Error::from_raw_os_error(libc::EMFILE)));
     }
 }

@@ -2,22 +2,14 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
-use crate::engine::threads::Threads;
-use crate::engine::uring::Uring;
 use crate::file::{HostFile, Kind};
 use crate::storage::FileStorage;
 use crate::testing::{Arena, Call, Script, Scripted};
 use crate::{Buffers, Op};
 
-const DEPTH: u32 = 4;
-
 /// A queue on each engine.
-fn queues() -> Vec<JobQueue> {
-    let engines = [
-        Engine::Uring(Box::new(Uring::new(DEPTH).unwrap())),
-        Engine::Threads(Threads::new(DEPTH).unwrap()),
-    ];
-    engines.map(|engine| JobQueue::new(engine, 4)).into()
+fn queues() -> [JobQueue; 2] {
+    [Aio::IoUring, Aio::Threads].map(|aio| JobQueue::new(aio, 4).unwrap())
 }
 
 fn willing() -> Script {
