@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use crate::buffers::IoVec;
-use crate::engine::bounce::for_window;
+use crate::buffers::for_window;
 
 use super::reply::{Replies, ReplyError};
 use super::slots::{Command, Ended, Slots};

@@ -18,7 +18,7 @@
 use std::io;
 
 use crate::buffers::IoVec;
-use crate::engine::bounce::for_window;
+use crate::buffers::for_window;
 
 use super::slots::{Ended, Slot, Slots};
 use super::socket::MAX_PIECES;

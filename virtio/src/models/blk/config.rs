@@ -229,6 +229,7 @@ impl BlkConfig {
             discard: self.discard,
             format,
             lock: self.lock,
+            ..DiskOptions::default()
         })
     }
 }
