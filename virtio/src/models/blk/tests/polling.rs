@@ -11,6 +11,8 @@ struct Hands {
     passed: Arc<AtomicU64>,
     /// Nanoseconds that each look at it takes.
     tick: Arc<AtomicU64>,
+    /// How often it has been looked at.
+    reads: Arc<AtomicU64>,
 }
 
 impl Hands {
@@ -18,12 +20,14 @@ impl Hands {
         Self {
             passed: Arc::default(),
             tick: Arc::default(),
+            reads: Arc::default(),
         }
     }
 
     fn clock(&self) -> Clock {
         let (hands, origin) = (self.clone(), Instant::now());
         Arc::new(move || {
+            hands.reads.fetch_add(1, Ordering::SeqCst);
             let tick = hands.tick.load(Ordering::SeqCst);
             let passed = hands.passed.fetch_add(tick, Ordering::SeqCst);
             origin + Duration::from_nanos(passed)
@@ -57,11 +61,27 @@ impl Watched {
     /// by a clock that stands, every wait was short.
     fn looking(event_idx: bool) -> Self {
         let mut watched = Self::new(event_idx);
-        for _ in 0..2 {
+        let limit = soon();
+        loop {
             watched.flush(true);
+            if watched.looks() {
+                return watched;
+            }
+            assert!(Instant::now() < limit, "the worker never looks");
         }
-        assert!(!watched.invited());
-        watched
+    }
+
+    /// Waits until the worker, which has nothing to do, either looks (and
+    /// then at the clock too, over and over) or asks for a kick.
+    fn looks(&self) -> bool {
+        let before = self.hands.reads.load(Ordering::SeqCst);
+        while self.hands.reads.load(Ordering::SeqCst) < before + 100 {
+            if self.invited() {
+                return false;
+            }
+            thread::yield_now();
+        }
+        true
     }
 
     /// Does a request, and kicks or not whatever the device asks for.
