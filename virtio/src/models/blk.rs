@@ -3,7 +3,8 @@
 //! * [`BlkConfig`]: how one is described; [`MODEL`] builds it.
 //! * [`Blk`]: configuration space, features, and the workers.
 //! * `request`: what the driver's chains mean; `worker`: what is done about
-//!   them, one worker for each queue; `spec`: the layouts.
+//!   them, one worker for each queue; `poll`: how long a worker looks for
+//!   work before it sleeps; `spec`: the layouts.
 //!
 //! # Durability
 //!
@@ -72,6 +73,7 @@ pub struct Blk {
     accepted: u64,
     /// The register, which the workers read.
     writeback: Arc<AtomicBool>,
+    /// What the workers time their polling by.
     clock: Clock,
 }
 
