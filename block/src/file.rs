@@ -7,8 +7,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use crate::disk::ResizeError;
 use crate::engine::bounce::AlignedBuf;
 use crate::lock;
 
@@ -94,7 +96,9 @@ impl Abilities {
 #[derive(Debug)]
 pub(crate) struct HostFile {
     file: File,
-    size: u64,
+    size: AtomicU64,
+    /// Held by who changes the size.
+    sizing: Mutex<()>,
     physical: u32,
     logical: u32,
     abilities: Abilities,
@@ -126,7 +130,8 @@ impl HostFile {
         let logical = sector.max(align.offset).max(512);
         Ok(Self {
             file,
-            size,
+            size: AtomicU64::new(size),
+            sizing: Mutex::default(),
             physical: plausible(physical).unwrap_or(4096).max(logical),
             logical,
             abilities: Abilities::new(kind, direct, align),
@@ -138,9 +143,33 @@ impl HostFile {
         &self.file
     }
 
-    /// The size in bytes when it was opened.
+    /// The size in bytes when it was opened, or when it was last [grown](HostFile::grow).
     pub(crate) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Makes a regular file `size` bytes long, at least; reads a device's size again, which must be enough.
+    pub(crate) fn grow(&self, size: u64) -> io::Result<()> {
+        let _sizing = self.sizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = self.size();
+        if size < from {
+            return Err(ResizeError::Shrink { from, to: size }.into());
+        }
+        let now = match self.abilities.kind {
+            Kind::Regular => {
+                // Whoever made it longer has bytes there.
+                if self.file.metadata()?.len() < size {
+                    self.file.set_len(size)?;
+                }
+                size
+            }
+            Kind::Device => match device_size(&self.file)? {
+                held if held < size => return Err(ResizeError::Device { size, held }.into()),
+                held => held,
+            },
+        };
+        self.size.store(now, Ordering::Release);
+        Ok(())
     }
 
     /// The smallest unit that can be written, in bytes.

@@ -26,11 +26,15 @@
 //! served completes with an [`std::io::Error`]; nothing here panics on what a
 //! file, a device or a guest holds.
 
+mod admit;
 mod buffers;
+mod crew;
 mod disk;
 mod engine;
+mod events;
 mod file;
 mod image;
+mod jobs;
 mod lock;
 mod magic;
 mod open;
@@ -44,10 +48,13 @@ mod storage;
 mod testing;
 
 pub use buffers::{Buffers, INLINE, IoVec};
-pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
+pub use disk::{
+    Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, ResizeError, Token, Watch,
+};
+pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use open::{BackingPolicy, ImageOptions, open_image};
 pub use opener::{Access, Opener};
-pub use options::{Aio, Cache, Discard, DiskOptions, Format};
+pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{Compression, Qcow2};
 pub use raw::{OpenError, RawDisk, RawImage};

@@ -5,22 +5,20 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
+use crate::admit::Policy;
+use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::engine::Engine;
-use crate::engine::threads::Threads;
-use crate::engine::uring::Uring;
+use crate::events::{Events, Observer};
 use crate::file::{self, HostFile};
+use crate::jobs::JobQueue;
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
 use crate::opener::{Access, Opener};
-use crate::options::{Aio, Discard, DiskOptions};
-use crate::queue::{Policy, RawQueue};
+use crate::options::{Aio, DiskOptions};
+use crate::queue::RawQueue;
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
-
-/// The most requests that a queue has at the host at once.
-const MAX_DEPTH: u32 = 1024;
 
 /// Why a disk could not be opened. Each message names the file, and where there is one the mend.
 #[derive(Debug, thiserror::Error)]
@@ -211,6 +209,7 @@ pub enum OpenError {
 pub struct RawDisk {
     file: Arc<HostFile>,
     policy: Policy,
+    events: Arc<Events>,
     aio: Aio,
 }
 
@@ -230,12 +229,8 @@ impl RawDisk {
         path.check(&file, options.format.is_some())?;
         Ok(Self {
             file: Arc::new(file),
-            policy: Policy {
-                read_only: options.read_only,
-                durable: !options.cache.writeback(),
-                ignore_flush: options.cache.ignores_flush(),
-                unmap: options.discard == Discard::Unmap,
-            },
+            policy: Policy::new(options),
+            events: Arc::default(),
             aio: options.aio,
         })
     }
@@ -245,20 +240,6 @@ impl RawDisk {
     pub(crate) fn lose_data(&self) {
         let lost = &self.file.abilities().lost;
         lost.store(true, std::sync::atomic::Ordering::Relaxed);
-    }
-
-    fn engine(&self, depth: u32) -> io::Result<Engine> {
-        match self.aio {
-            Aio::Threads => Threads::new(depth).map(Engine::Threads),
-            Aio::IoUring => Uring::new(depth).map(|e| Engine::Uring(Box::new(e))),
-            Aio::Auto => match Uring::new(depth) {
-                Err(error) if absent(&error) => {
-                    tracing::debug!(%error, "no io_uring here, disk I/O uses threads");
-                    Threads::new(depth).map(Engine::Threads)
-                }
-                other => other.map(|e| Engine::Uring(Box::new(e))),
-            },
-        }
     }
 }
 
@@ -289,15 +270,6 @@ pub(crate) fn check_raw(path: &Path, file: &HostFile, stated: bool) -> Result<()
     Named(path).check(file, stated)
 }
 
-/// Whether an error means that io_uring is missing, forbidden or too old.
-fn absent(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::Unsupported
-        || matches!(
-            error.raw_os_error(),
-            Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EINVAL)
-        )
-}
-
 impl Disk for RawDisk {
     fn info(&self) -> DiskInfo {
         DiskInfo {
@@ -310,18 +282,28 @@ impl Disk for RawDisk {
     }
 
     fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError> {
-        let host_depth = depth.clamp(1, MAX_DEPTH);
-        let engine = self
-            .engine(host_depth)
-            .map_err(|source| QueueError { depth, source })?;
-        let file = Arc::clone(&self.file);
-        let host_depth = usize::try_from(host_depth).unwrap_or(1);
-        Ok(Box::new(RawQueue::new(
-            file,
-            self.policy,
-            engine,
-            host_depth,
-        )))
+        let jobs = JobQueue::new(self.aio, depth)?;
+        let (file, events) = (Arc::clone(&self.file), Arc::clone(&self.events));
+        Ok(Box::new(RawQueue::new(file, self.policy, events, jobs)))
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        if self.policy.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        let unit = SECTOR.max(self.file.abilities().align.offset.into());
+        if !size.is_multiple_of(unit) {
+            return Err(ResizeError::Unit { size, unit }.into());
+        }
+        self.file.grow(size)
+    }
+
+    fn observe(&self, observer: Arc<dyn Observer>) {
+        self.events.observe(observer);
+    }
+
+    fn set_write_threshold(&self, threshold: Option<u64>) {
+        self.events.set_threshold(threshold);
     }
 }
 

@@ -549,6 +549,57 @@ fn discards_and_zeroes_free_space_only_when_asked_to() {
 }
 
 #[test]
+fn writes_of_zeros_become_holes_only_as_detect_zeroes_says() {
+    for aio in ENGINES {
+        for (detect_zeroes, discard, frees) in [
+            (DetectZeroes::Off, Discard::Unmap, false),
+            (DetectZeroes::On, Discard::Unmap, false),
+            (DetectZeroes::Unmap, Discard::Ignore, false),
+            (DetectZeroes::Unmap, Discard::Unmap, true),
+        ] {
+            let file = image(1 << 20);
+            file.as_file().write_all_at(&vec![1; 1 << 20], 0).unwrap();
+            file.as_file().sync_all().unwrap();
+            let before = file.as_file().metadata().unwrap().blocks();
+            let options = DiskOptions {
+                detect_zeroes,
+                discard,
+                ..options(aio, Cache::Writeback)
+            };
+            let disk = open(file.path(), &options);
+            let mut queue = disk.queue(2).unwrap();
+            let arena = Arena::new((1 << 20) + 4096);
+            let buffers = arena.buffers(&[(0, 4096), (4096, (1 << 20) - 8192)]);
+            queue.push(request(0, Op::Write, 4096, buffers));
+            // One byte of these is none.
+            arena.put((1 << 20) + 4095, &[1]);
+            let buffers = arena.buffers(&[(1 << 20, 4096)]);
+            queue.push(request(1, Op::Write, 0, buffers));
+            for (token, result, bytes) in finish(queue.as_mut(), 2) {
+                result.unwrap();
+                assert_eq!(
+                    bytes,
+                    [(1 << 20) - 4096, 4096][usize::try_from(token).unwrap()]
+                );
+            }
+            let bytes = std::fs::read(file.path()).unwrap();
+            assert_eq!(bytes[4095], 1);
+            assert!(
+                bytes.iter().filter(|byte| **byte != 0).count() == 1,
+                "{aio:?}"
+            );
+            file.as_file().sync_all().unwrap();
+            let after = file.as_file().metadata().unwrap().blocks();
+            assert_eq!(
+                after < before,
+                frees,
+                "{aio:?} {detect_zeroes:?} {discard:?}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_full_file_system_gives_its_error_and_the_disk_lives_on() {
     // The host refuses to grow a file beyond the limit of a process, so this runs in its own.
     const CHILD: &str = "VIREO_BLOCK_TEST_FILE_LIMIT";

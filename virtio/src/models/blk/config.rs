@@ -228,6 +228,7 @@ impl BlkConfig {
             discard: self.discard,
             format,
             lock: self.lock,
+            ..DiskOptions::default()
         })
     }
 }

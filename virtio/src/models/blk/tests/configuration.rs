@@ -253,6 +253,7 @@ fn every_field_reaches_the_disk_or_the_device() {
         discard: Discard::Ignore,
         format: Some(block::Format::Raw),
         lock: false,
+        ..DiskOptions::default()
     };
     assert_eq!(config.disk_options().unwrap(), expected);
     let settings = config.settings(1).unwrap();
