@@ -76,6 +76,19 @@ pub fn open_image(
     })
 }
 
+/// Opens an image and its chain as a disk of a machine.
+///
+/// # Errors
+///
+/// [`OpenError`]; nothing is left open or locked then.
+pub fn open_disk(
+    path: &Path,
+    opener: &dyn Opener,
+    options: &ImageOptions,
+) -> Result<Arc<dyn crate::Disk>, OpenError> {
+    crate::RawDisk::open(path, opener, &options.disk).map(|disk| Arc::new(disk) as _)
+}
+
 /// Opens an image and its chain.
 pub(crate) fn open_chain(
     path: &Path,

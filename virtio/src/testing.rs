@@ -10,7 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Activation, ActiveQueue, Notifier, StoppedQueue, VirtioDevice};
+use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::worker::borrow;
 
@@ -44,6 +44,7 @@ pub enum Notice {
     Queue(u16),
     Config,
     Reset(String),
+    Disk(DiskReport),
 }
 
 struct Notices(Mutex<Sender<Notice>>);
@@ -66,6 +67,10 @@ impl Notifier for Notices {
 
     fn needs_reset(&self, reason: &str) {
         self.send(Notice::Reset(reason.to_owned()));
+    }
+
+    fn disk_report(&self, report: &DiskReport) {
+        self.send(Notice::Disk(report.clone()));
     }
 }
 
@@ -262,7 +267,8 @@ impl Driver {
                 return returned;
             }
             let notice = notices.recv_timeout(PATIENCE).unwrap();
-            assert!(matches!(notice, Notice::Queue(_)), "{notice:?}");
+            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_));
+            assert!(expected, "{notice:?}");
         }
     }
 
@@ -308,7 +314,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

@@ -16,9 +16,10 @@ use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch}
 use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::config::{OnReadError, OnWriteError};
 use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
-use crate::device::{ActivateError, StoppedQueue};
+use crate::device::{ActivateError, DiskReport, ErrorAction, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, total};
 use crate::worker::{QueueWorker, Turn, Wake};
@@ -48,6 +49,12 @@ pub struct Service {
     pub write_through: bool,
     /// The driver can flush. If not, every write must be durable at once.
     pub flushes: bool,
+    /// Where failures are told.
+    pub notifier: Arc<dyn Notifier>,
+    /// What becomes of a read that fails.
+    pub rerror: OnReadError,
+    /// What becomes of any other request that fails.
+    pub werror: OnWriteError,
     /// The configuration space's writeback field, which may change at any time.
     pub writeback: Arc<AtomicBool>,
     /// What polling is timed by.
@@ -99,6 +106,8 @@ pub struct Worker {
     depth: usize,
     slots: Vec<Slot>,
     free: Vec<usize>,
+    /// Requests that failed and wait for the next start, by their heads.
+    parked: Vec<u16>,
     chain: Chain,
     ranges: Vec<Range>,
     pieces: Vec<IoVec>,
@@ -134,6 +143,7 @@ impl Worker {
             depth: depth.into(),
             slots: Vec::new(),
             free: Vec::new(),
+            parked: Vec::new(),
             chain: Chain::default(),
             ranges: Vec::new(),
             pieces: Vec::new(),
@@ -294,10 +304,17 @@ impl Worker {
             mark_dirty(&slot_view, &slot.data);
         }
         let (status, written) = match result {
-            Err(error) => {
-                self.report(job, &error);
-                (failure(&error), 0)
-            }
+            Err(error) => match self.service.action(job, &error) {
+                ErrorAction::Stop => {
+                    self.park(index, job, &error);
+                    return Ok(());
+                }
+                ErrorAction::Ignore => (Status::Ok, u32::try_from(total(&slot.data)).unwrap_or(0)),
+                ErrorAction::Report => {
+                    self.report(job, &error, ErrorAction::Report);
+                    (failure(&error), 0)
+                }
+            },
             Ok(()) => {
                 if let Some(range) = slot.ranges.pop() {
                     self.push(index, range_op(job, range), range.offset, Buffers::none());
@@ -333,15 +350,33 @@ impl Worker {
         self.ring.complete(view, head, written)
     }
 
-    fn report(&self, job: Job, error: &io::Error) {
+    /// Puts a request aside until the device is started again, and asks for the machine to be stopped. The
+    /// driver hears nothing.
+    fn park(&mut self, index: usize, job: Job, error: &io::Error) {
+        if self.parked.is_empty() {
+            self.report(job, error, ErrorAction::Stop);
+            self.service.tell(job, error, ErrorAction::Stop);
+        }
+        if let Some(slot) = self.slots.get_mut(index) {
+            self.parked.push(slot.head);
+            slot.release();
+            self.free.push(index);
+        }
+    }
+
+    fn report(&self, job: Job, error: &io::Error, action: ErrorAction) {
         if let Some(suppressed) = self.log.allow() {
             tracing::warn!(
                 device = %self.service.id,
                 request = ?job,
                 %error,
+                ?action,
                 suppressed,
                 "a disk request failed",
             );
+            if action == ErrorAction::Report {
+                self.service.tell(job, error, action);
+            }
         }
     }
 
@@ -372,6 +407,47 @@ enum Step {
 }
 
 impl Service {
+    /// What becomes of a request that has failed.
+    fn action(&self, job: Job, error: &io::Error) -> ErrorAction {
+        // What the disk cannot do, or not there, it can do at no other time.
+        if matches!(
+            error.kind(),
+            io::ErrorKind::Unsupported
+                | io::ErrorKind::InvalidInput
+                | io::ErrorKind::ReadOnlyFilesystem
+        ) {
+            return ErrorAction::Report;
+        }
+        if job == Job::Read {
+            return match self.rerror {
+                OnReadError::Report => ErrorAction::Report,
+                OnReadError::Ignore => ErrorAction::Ignore,
+                OnReadError::Stop => ErrorAction::Stop,
+            };
+        }
+        match self.werror {
+            OnWriteError::Enospc if no_space(error) => ErrorAction::Stop,
+            OnWriteError::Enospc | OnWriteError::Report => ErrorAction::Report,
+            OnWriteError::Ignore => ErrorAction::Ignore,
+            OnWriteError::Stop => ErrorAction::Stop,
+        }
+    }
+
+    fn tell(&self, job: Job, error: &io::Error, action: ErrorAction) {
+        self.notifier.disk_report(&DiskReport::Error {
+            operation: match job {
+                Job::Read => "read",
+                Job::Write => "write",
+                Job::Flush | Job::Sync => "flush",
+                Job::Discard => "discard",
+                Job::Zeroes => "write-zeroes",
+            },
+            reason: error.to_string(),
+            no_space: no_space(error),
+            action,
+        });
+    }
+
     /// Whether a write that has ended must be made durable before the driver
     /// learns of it (Virtio 1.2, 5.2.6.2). Asked when the write has ended: a
     /// driver that wants it has kept writeback at 0 all the while.
@@ -410,6 +486,14 @@ fn range_op(job: Job, range: Range) -> Op {
             may_unmap: unmap,
         },
     }
+}
+
+/// Whether the host has no space left, or no more for this user.
+fn no_space(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn failure(error: &io::Error) -> Status {
@@ -465,6 +549,7 @@ impl QueueWorker for Worker {
             mut ring,
             io,
             slots,
+            parked,
             ..
         } = self;
         // Until here the host may still write what was to be read.
@@ -478,6 +563,6 @@ impl QueueWorker for Worker {
         if !ring.failed() {
             let _ = ring.invite(&service.memory.memory());
         }
-        vec![ring.stop(unfinished.collect::<Vec<_>>())]
+        vec![ring.stop(parked.into_iter().chain(unfinished).collect::<Vec<_>>())]
     }
 }
