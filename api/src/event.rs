@@ -42,6 +42,35 @@ pub enum EventKind {
         /// What the driver or back end did.
         reason: String,
     },
+    /// A request to a disk failed at the host.
+    DiskError {
+        /// The device's id.
+        id: String,
+        /// What was tried.
+        operation: String,
+        /// The host's reason.
+        reason: String,
+        /// The reason is that the host has no space left.
+        no_space: bool,
+        /// The machine is paused because of it; the request is tried again on resume.
+        stopped: bool,
+    },
+    /// A write has gone past the threshold set on a disk, which is disarmed by that.
+    DiskWriteThreshold {
+        /// The device's id.
+        id: String,
+        /// The threshold, as a byte offset of the image file.
+        threshold: u64,
+        /// Where the write ends in the image file.
+        offset: u64,
+    },
+    /// A disk's image contradicts itself; nothing is written to it any more.
+    DiskCorrupt {
+        /// The device's id.
+        id: String,
+        /// What was found.
+        reason: String,
+    },
     /// The machine ended.
     Exit {
         /// Why.

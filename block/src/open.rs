@@ -76,6 +76,22 @@ pub fn open_image(
     })
 }
 
+/// Opens an image and its chain as a disk of a machine.
+///
+/// # Errors
+///
+/// [`OpenError`]; nothing is left open or locked then.
+pub fn open_disk(
+    path: &Path,
+    opener: &dyn Opener,
+    options: &ImageOptions,
+) -> Result<Arc<dyn crate::Disk>, OpenError> {
+    if crate::nbd::is_uri(path) {
+        return Ok(Arc::new(crate::NbdDisk::open(path, opener, &options.disk)?));
+    }
+    crate::RawDisk::open(path, opener, &options.disk).map(|disk| Arc::new(disk) as _)
+}
+
 /// Opens an image and its chain.
 pub(crate) fn open_chain(
     path: &Path,

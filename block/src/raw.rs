@@ -193,6 +193,9 @@ pub enum OpenError {
         /// The unit of direct I/O in bytes.
         unit: u64,
     },
+    /// It is on an NBD server and cannot be had there.
+    #[error(transparent)]
+    Nbd(#[from] crate::nbd::NbdError),
     /// It cannot be locked.
     #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
     NoLocks {
