@@ -28,6 +28,10 @@ const EXITS: &str = "exit_reason != 0x60";
 const RING: &str = "1024";
 /// The most events in a round that is told once.
 const ROUND: usize = 4;
+/// `EXITINTINFO`: valid, an exception with an error code, vector 14.
+const PAGE_FAULT: u64 = 0x8000_0B0E;
+/// A page fault's error code: the access was an instruction fetch.
+const FETCH: u64 = 1 << 4;
 /// How many lines are told.
 const TOLD: usize = 80;
 
@@ -63,6 +67,26 @@ pub fn last() -> io::Result<String> {
     Ok(end_of(&text, TOLD))
 }
 
+/// Whether `trace`, from [`last`], ends in the way in which the emulated
+/// processor loses guests: it enters a guest with page tables that are not the
+/// guest's (those of L1: a guest that spins is then seen at the instruction
+/// behind L1's own VMRUN), and the fetch of the first instruction, which ran a
+/// moment ago, is a page fault that no handler can be fetched for.
+#[must_use]
+pub fn lost_its_page_tables(trace: &str) -> bool {
+    let Some(exit) = trace.lines().rfind(|line| line.contains("reason shutdown")) else {
+        return false;
+    };
+    let field = |name: &str| {
+        let (_, rest) = exit.split_once(name)?;
+        let word = rest.split_whitespace().next()?;
+        u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()
+    };
+    // What was being delivered (AMD APM volume 2, 15.7.2), and its error code.
+    field(" intr_info ") == Some(PAGE_FAULT)
+        && field(" error_code ").is_some_and(|code| code & FETCH != 0)
+}
+
 /// The last `count` events, where a round of events that a guest in a loop
 /// repeats is told once.
 fn end_of(text: &str, count: usize) -> String {
@@ -90,6 +114,25 @@ mod tests {
         assert_eq!(end_of(text, 2), "v 0.2: two\nv 0.3: three\n");
         assert_eq!(end_of(text, 9).lines().count(), 3);
         assert_eq!(end_of("# nothing\n", 2), "");
+    }
+
+    #[test]
+    fn only_a_shutdown_out_of_a_failed_fetch_is_the_emulators() {
+        let trace = |reason: &str, delivered: &str, code: &str| {
+            format!(
+                "v 0.1: kvm_exit: vcpu 0 reason io rip 0x8e intr_info 0x0 error_code 0x0\n\
+                 v 0.2: kvm_exit: vcpu 0 reason {reason} rip 0x8f info1 0x0 info2 0x0 \
+                 intr_info {delivered} error_code {code}\n\
+                 v 0.3: kvm_userspace_exit: reason KVM_EXIT_SHUTDOWN (8)\n"
+            )
+        };
+        let judge = |reason, delivered, code| lost_its_page_tables(&trace(reason, delivered, code));
+        assert!(judge("shutdown", "0x80000b0e", "0x00000010"));
+        assert!(!judge("shutdown", "0x80000b0e", "0x00000002"));
+        assert!(!judge("shutdown", "0x80000b0d", "0x00000010"));
+        assert!(!judge("shutdown", "0x00000000", "0x00000000"));
+        assert!(!judge("npf", "0x80000b0e", "0x00000010"));
+        assert!(!lost_its_page_tables(""));
     }
 
     #[test]

@@ -3,9 +3,10 @@
 //! - A failed demand is final. A case that the emulator lost (L1 ended, fell silent
 //!   or its kernel failed, or the guest did not end in time) is run again in a new
 //!   boot, at most twice; how often is printed at the end. So is the first case of a
-//!   class whose guest shuts down unasked: the emulated processor does that too, but
-//!   so rarely that a second one is a failure. What was seen of a lost case stays in
-//!   its own log. Direct runs are never repeated.
+//!   class whose guest shuts down unasked, when KVM's trace shows the emulator's way
+//!   of doing that ([`kvm_trace::lost_its_page_tables`]); it is so rare that a second
+//!   one is a failure. What was seen of a lost case stays in its own log. Direct runs
+//!   are never repeated.
 //! - Each class leaves a note on where it ran, from which [`ledger`] tells CI
 //!   whether one ran nowhere.
 //!
@@ -22,7 +23,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::case::{Boot, Case, Outcome, Report, Verdict};
 use crate::nested::{Clock, Machine};
-use crate::{kit, nested, places, probe, runner};
+use crate::{kit, kvm_trace, nested, places, probe, runner};
 
 /// How often a case that the emulator lost is run again.
 const REPEATS: u32 = 2;
@@ -179,7 +180,7 @@ impl Suite {
             let before = waiting.len();
             let mut lost = Vec::new();
             for outcome in &boot.outcomes {
-                if let Some(why) = loss(&outcome.verdict, boot.oops.as_deref(), shut_downs) {
+                if let Some(why) = loss(outcome, boot.oops.as_deref(), shut_downs) {
                     shut_downs += u32::from(matches!(outcome.verdict, Verdict::ShutDown(_)));
                     self.keep_lost(outcome, number)?;
                     lost.push((outcome.name.clone(), why));
@@ -333,11 +334,15 @@ impl Suite {
 
 /// Why the emulator is taken to have lost a case of the nested machine, if it
 /// is: `oops` tells of its boot, `shut_downs` of its class so far.
-fn loss(verdict: &Verdict, oops: Option<&str>, shut_downs: u32) -> Option<String> {
-    match verdict {
+fn loss(outcome: &Outcome, oops: Option<&str>, shut_downs: u32) -> Option<String> {
+    match &outcome.verdict {
         Verdict::Pass => None,
         Verdict::Hung(why) => Some(why.clone()),
-        Verdict::ShutDown(complaints) if shut_downs < SHUT_DOWNS => Some(complaints.join("; ")),
+        Verdict::ShutDown(complaints)
+            if shut_downs < SHUT_DOWNS && kvm_trace::lost_its_page_tables(&outcome.errors) =>
+        {
+            Some(complaints.join("; "))
+        }
         Verdict::Fail(complaints) | Verdict::ShutDown(complaints) => {
             oops.map(|line| format!("{}; L1's kernel failed: {line}", complaints.join("; ")))
         }
@@ -436,17 +441,31 @@ fn ledger_in(notes: &Path, classes: &[&str]) -> Result<()> {
 mod tests {
     use super::*;
 
+    /// What KVM sees of a guest that the emulator lost.
+    const FETCHLESS: &str =
+        "kvm_exit: vcpu 0 reason shutdown rip 0x8f intr_info 0x80000b0e error_code 0x00000010\n";
+
     #[test]
     fn a_failed_demand_is_no_loss_and_a_second_shut_down_neither() {
+        let outcome = |verdict, errors: &str| Outcome {
+            name: "case".to_owned(),
+            verdict,
+            millis: 0,
+            output: String::new(),
+            errors: errors.to_owned(),
+        };
         let complaints = vec!["exit code 4, not 0".to_owned()];
-        let failed = Verdict::Fail(complaints.clone());
-        let shut_down = Verdict::ShutDown(complaints);
-        assert_eq!(loss(&Verdict::Pass, Some("Oops"), 0), None);
+        let hung = outcome(Verdict::Hung("why".to_owned()), "");
+        let failed = outcome(Verdict::Fail(complaints.clone()), FETCHLESS);
+        let shut_down = outcome(Verdict::ShutDown(complaints.clone()), FETCHLESS);
+        let unexplained = outcome(Verdict::ShutDown(complaints), "vCPU 0 shut down");
+        assert_eq!(loss(&outcome(Verdict::Pass, ""), Some("Oops"), 0), None);
         assert_eq!(loss(&failed, None, 0), None);
         assert!(loss(&failed, Some("Oops"), 0).is_some());
-        assert!(loss(&Verdict::Hung("why".to_owned()), None, 9).is_some());
+        assert!(loss(&hung, None, 9).is_some());
         assert!(loss(&shut_down, None, 0).is_some());
         assert_eq!(loss(&shut_down, None, SHUT_DOWNS), None);
+        assert_eq!(loss(&unexplained, None, 0), None);
     }
 
     #[test]
