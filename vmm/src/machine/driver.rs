@@ -426,10 +426,7 @@ impl Driver {
     fn on_vcpu(&mut self, index: u32, stop: Stop) {
         match stop {
             Stop::Kicked => (),
-            Stop::TripleFault => {
-                let detail = format!("vCPU {index} shut down after a triple fault");
-                self.finish(ExitReason::TripleFault, Some(detail));
-            }
+            Stop::TripleFault(detail) => self.finish(ExitReason::TripleFault, Some(detail)),
             Stop::Failed(detail) => self.finish(ExitReason::KvmError, Some(detail)),
             Stop::Debug(debug) => {
                 self.machine.vcpus().pause();
