@@ -15,6 +15,7 @@
 //! | 3 | the guest's kernel panicked |
 //! | 4 | the guest's processor shut down (triple fault) |
 //! | 5 | KVM could not go on |
+//! | 6 | the guest did not power off in time and was ended |
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
@@ -48,7 +49,8 @@ Exit codes:
   2  wrong usage: nothing was done
   3  the guest's kernel panicked
   4  the guest's processor shut down (triple fault)
-  5  KVM could not go on with the guest";
+  5  KVM could not go on with the guest
+  6  the guest did not power off in time after a signal";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -227,6 +229,7 @@ fn exit_code(reason: ExitReason) -> u8 {
         ExitReason::GuestPanic => 3,
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
+        ExitReason::Unresponsive => 6,
     }
 }
 
@@ -294,6 +297,7 @@ mod tests {
             (ExitReason::GuestPanic, 3),
             (ExitReason::TripleFault, 4),
             (ExitReason::KvmError, 5),
+            (ExitReason::Unresponsive, 6),
         ] {
             assert_eq!(exit_code(reason), code);
         }
