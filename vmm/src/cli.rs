@@ -33,7 +33,7 @@ use std::sync::Arc;
 use api::ExitReason;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
-use virtio::models::{MODELS, Model};
+use virtio::models::{BuildError, MODELS, Model};
 
 use crate::opener::Opener;
 
@@ -98,7 +98,7 @@ enum Verb {
         shell: clap_complete::Shell,
     },
     /// Write the manual pages into a directory
-    #[command(hide = true, after_help = MAN_EXAMPLES)]
+    #[command(after_help = MAN_EXAMPLES)]
     Man {
         /// An existing directory
         #[arg(value_name = "DIR")]
@@ -160,7 +160,9 @@ fn execute(arguments: Vec<OsString>) -> u8 {
             USAGE
         }
         Err(Failure::Failed(error)) => {
-            message::report(&format!("{error:#}"));
+            let mend = crate::error::mend(error.root_cause());
+            let mend = mend.map_or_else(String::new, |mend| format!(": {mend}"));
+            message::report(&format!("{error:#}{mend}"));
             FAILURE
         }
     }
@@ -206,7 +208,7 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
         Verb::Run(arguments) => {
             let matches = matches.subcommand_matches("run");
             let config = run::configure(*arguments, matches, MODELS).map_err(Failure::Usage)?;
-            let reason = crate::run::run(config, opener).map_err(Failure::Failed)?;
+            let reason = crate::run::run(config, opener).map_err(judge)?;
             Ok(exit_code(reason))
         }
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
@@ -219,6 +221,22 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
                 .map_err(Failure::Failed)?;
             Ok(0)
         }
+    }
+}
+
+/// A value of a device's configuration that makes no sense is wrong usage,
+/// though the model finds it and not the flag: nothing has been done by then.
+fn judge(error: anyhow::Error) -> Failure {
+    let is_usage = error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref(),
+            Some(BuildError::Field { .. } | BuildError::Config { .. })
+        )
+    });
+    if is_usage {
+        Failure::Usage(error)
+    } else {
+        Failure::Failed(error)
     }
 }
 
