@@ -237,6 +237,9 @@ impl Driver {
                 output.finish(PATIENCE);
             }
         }
+        if let Some(input) = &self.ears.input {
+            input.finish(PATIENCE);
+        }
     }
 
     /// Waits until a reader takes output; `false` when a signal came first.
