@@ -7,14 +7,15 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, IsTerminal};
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::case::{Case, Outcome, Report};
 use crate::{initramfs, kit, places};
@@ -111,6 +112,26 @@ pub fn missing() -> Option<String> {
     }
 }
 
+/// How often it is looked whether anybody still uses the machine.
+const LOOK: Duration = Duration::from_millis(300);
+
+/// Waits for the end of an emulator on this terminal. One whose terminal has
+/// been closed, or whose `make` has been killed, would run on for nobody: QEMU
+/// does not notice the first and nobody tells it the second.
+fn accompany(mut child: Child) -> Result<()> {
+    let parent = parent_id();
+    while child.try_wait()?.is_none() {
+        if parent_id() != parent || !io::stdin().is_terminal() {
+            // It may just have ended.
+            let _ = child.kill();
+            child.wait()?;
+            bail!("nobody is there any more");
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 impl Machine {
     /// Boots L1 and runs `cases` in it, telling `watch` each report as it comes.
     ///
@@ -140,9 +161,10 @@ impl Machine {
     pub fn interact(&self, case: &Case) -> Result<Option<Outcome>> {
         let mut command = self.command(std::slice::from_ref(case), Mode::Interactive)?;
         command.stderr(File::create(self.directory.join("qemu.log"))?);
-        command
-            .status()
+        let child = command
+            .spawn()
             .context("QEMU does not start; run `make setup`")?;
+        accompany(child)?;
         let text = fs::read_to_string(self.directory.join("results")).unwrap_or_default();
         Ok(text
             .lines()

@@ -237,6 +237,9 @@ impl Driver {
                 output.finish(PATIENCE);
             }
         }
+        if let Some(input) = &self.ears.input {
+            input.finish(PATIENCE);
+        }
     }
 
     /// Waits until a reader takes output; `false` when a signal came first.
@@ -460,8 +463,8 @@ impl Driver {
             .deadline()
             .is_some_and(|deadline| deadline <= now)
         {
-            let detail = "the guest did not power off within --shutdown-timeout";
-            self.finish(ExitReason::Stopped, Some(detail.to_owned()));
+            let detail = "the guest did not power off within --shutdown-timeout and was ended";
+            self.finish(ExitReason::Unresponsive, Some(detail.to_owned()));
         }
     }
 
