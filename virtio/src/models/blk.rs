@@ -3,7 +3,8 @@
 //! * [`BlkConfig`]: how one is described; [`MODEL`] builds it.
 //! * [`Blk`]: configuration space, features, and the workers.
 //! * `request`: what the driver's chains mean; `worker`: what is done about
-//!   them, one worker for each queue; `spec`: the layouts.
+//!   them, one worker for each queue; `poll`: how long a worker looks for
+//!   work before it sleeps; `spec`: the layouts.
 //!
 //! # Durability
 //!
@@ -13,6 +14,7 @@
 //! disk itself works so (`cache=writethrough` or `directsync`).
 
 mod config;
+mod poll;
 mod request;
 mod spec;
 #[cfg(test)]
@@ -39,7 +41,7 @@ use self::request::{
     Limits, MAX_DISCARD_SECTORS, MAX_PIECES, MAX_SEGMENTS, MAX_ZEROES_SECTORS,
 };
 use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
-use self::worker::{Service, Worker};
+use self::worker::{Clock, Service, Worker};
 use crate::device::{ActivateError, Activation, Identity, StoppedQueue, VirtioDevice};
 use crate::ring::Ring;
 use crate::worker::Workers;
@@ -71,6 +73,8 @@ pub struct Blk {
     accepted: u64,
     /// The register, which the workers read.
     writeback: Arc<AtomicBool>,
+    /// What the workers time their polling by.
+    clock: Clock,
 }
 
 const fn bit(feature: u32) -> u64 {
@@ -88,6 +92,7 @@ impl Blk {
             workers: Workers::new(id),
             accepted: 0,
             writeback: Arc::new(AtomicBool::new(!settings.write_through)),
+            clock: Arc::new(Instant::now),
             settings,
         }
     }
@@ -213,6 +218,7 @@ impl VirtioDevice for Blk {
             write_through: self.settings.write_through,
             flushes: self.accepts(VIRTIO_BLK_F_FLUSH),
             writeback: Arc::clone(&self.writeback),
+            clock: Arc::clone(&self.clock),
         };
         self.workers.start(&notifier, queues, |queue, wake| {
             let ring = Ring::new(queue, features, Arc::clone(&notifier));

@@ -18,6 +18,7 @@ use crate::testing::{
 mod configuration;
 mod disk;
 mod hostile;
+mod polling;
 
 use disk::{Call, MemDisk, disk, info};
 
@@ -67,9 +68,16 @@ impl Rig {
     }
 
     fn with(info: DiskInfo, features: u64, size: u16) -> Self {
+        Self::timed(info, features, size, None)
+    }
+
+    fn timed(info: DiskInfo, features: u64, size: u16, clock: Option<Clock>) -> Self {
         let memory = memory();
         let (disk, calls) = disk(info);
         let mut blk = Blk::new("disk0", Arc::new(disk.clone()), settings(1));
+        if let Some(clock) = clock {
+            blk.clock = clock;
+        }
         let driver = Driver::new(&memory, 0, size);
         let queue = driver.activate_with(features & EVENT_IDX != 0);
         let notices = start(&mut blk, features, &memory, vec![queue]);

@@ -1,6 +1,8 @@
 //! The worker of one queue of a block device.
 //!
-//! It sleeps in its [`IoQueue`] alone, which watches the doorbell too. Every
+//! It sleeps in its [`IoQueue`] alone, which watches the doorbell too. Before
+//! it does it looks for a while, if that has paid ([`Window`]): at the ring,
+//! whose driver then need not kick, and for completions. Every
 //! request has at most one operation at the disk at a time, so that the depth
 //! of the queue bounds everything: a discard's ranges go one after the other,
 //! and a write that must be durable is followed by a flush.
@@ -8,12 +10,13 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
 use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
 use crate::device::{ActivateError, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
@@ -26,6 +29,9 @@ const MAX_DEPTH: u16 = 1024;
 
 const DOORBELL: Watch = Watch(0);
 const WAKE: Watch = Watch(1);
+
+/// Tells the time. It is asked for differences of microseconds.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
 /// What the workers of a device are given.
 #[derive(Clone)]
@@ -44,6 +50,19 @@ pub struct Service {
     pub flushes: bool,
     /// The configuration space's writeback field, which may change at any time.
     pub writeback: Arc<AtomicBool>,
+    /// What polling is timed by.
+    pub clock: Clock,
+}
+
+/// Why no more requests were taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    /// There are none. The driver does not kick.
+    Empty,
+    /// The disk has as many as it is to have. The driver does not kick.
+    Full,
+    /// It was enough for one turn.
+    More,
 }
 
 /// What a request is waiting for.
@@ -84,6 +103,10 @@ pub struct Worker {
     ranges: Vec<Range>,
     pieces: Vec<IoVec>,
     completed: Vec<Completed>,
+    /// For waits with nothing at the disk, for the driver alone.
+    idle: Window,
+    /// For waits with requests at the disk.
+    busy: Window,
     log: LogLimit,
 }
 
@@ -115,24 +138,63 @@ impl Worker {
             ranges: Vec::new(),
             pieces: Vec::new(),
             completed: Vec::new(),
+            idle: Window::new(),
+            busy: Window::new(),
             log: LogLimit::new(),
         })
     }
 
     /// Takes new requests: at most one ring full, and no more than the disk
-    /// is to have at once. `true` when there may be more to take right now.
-    fn serve(&mut self, view: &Arc<GuestMap>) -> Result<bool, RingError> {
+    /// is to have at once.
+    fn serve(&mut self, view: &Arc<GuestMap>) -> Result<Served, RingError> {
         self.ring.quiet(view)?;
         for _ in 0..self.ring.size() {
             if self.in_flight() >= self.depth {
-                return Ok(false);
+                return Ok(Served::Full);
             }
-            if !self.ring.take(view, &mut self.chain)? {
-                return Ok(false);
+            if !self.ring.next(view, &mut self.chain)? {
+                return Ok(Served::Empty);
             }
             self.begin(view)?;
         }
-        Ok(true)
+        Ok(Served::More)
+    }
+
+    /// Submits, and waits until there is something to do: looks for a while,
+    /// then sleeps. What the ring has to say of errors it says again to the next turn.
+    fn rest(&mut self, view: &GuestMap, served: Served) -> io::Result<()> {
+        let listens = served == Served::Empty;
+        let begin = (self.service.clock)();
+        let span = self.window().span();
+        while !span.is_zero() {
+            self.io.wait(Some(Duration::ZERO), &mut self.completed)?;
+            let found = !self.completed.is_empty() || listens && self.ring.pending(view).unwrap_or(true);
+            let passed = (self.service.clock)().saturating_duration_since(begin);
+            if found {
+                self.window().found(passed);
+                return Ok(());
+            }
+            if passed >= span {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        if listens && self.ring.invite(view).unwrap_or(true) {
+            return self.io.wait(Some(Duration::ZERO), &mut self.completed);
+        }
+        self.io.wait(None, &mut self.completed)?;
+        let passed = (self.service.clock)().saturating_duration_since(begin);
+        self.window().slept(passed);
+        Ok(())
+    }
+
+    /// The requests that are at the disk and those that the driver makes have their own times.
+    fn window(&mut self) -> &mut Window {
+        if self.in_flight() > 0 {
+            &mut self.busy
+        } else {
+            &mut self.idle
+        }
     }
 
     /// Begins what the chain asks for, or answers it at once.
@@ -367,17 +429,21 @@ fn put_status(view: &GuestMap, at: GuestAddress, status: Status, written: u32) -
 
 impl QueueWorker for Worker {
     fn turn(&mut self, serve: bool) -> Turn {
-        let mut timeout = None;
-        if serve && !self.ring.failed() {
+        let waited = if serve && !self.ring.failed() {
             let view = self.service.memory.memory().into_inner();
             let served = self.serve(&view);
-            match served.and_then(|more| self.ring.notify(&view).map(|()| more)) {
-                Ok(true) => timeout = Some(Duration::ZERO),
-                Ok(false) => {}
-                Err(error) => self.ring.fail(&error),
+            match served.and_then(|served| self.ring.notify(&view).map(|()| served)) {
+                Ok(Served::More) => self.io.wait(Some(Duration::ZERO), &mut self.completed),
+                Ok(served) => self.rest(&view, served),
+                Err(error) => {
+                    self.ring.fail(&error);
+                    self.io.wait(None, &mut self.completed)
+                }
             }
-        }
-        if let Err(error) = self.io.wait(timeout, &mut self.completed) {
+        } else {
+            self.io.wait(None, &mut self.completed)
+        };
+        if let Err(error) = waited {
             tracing::error!(device = %self.service.id, %error, "the disk's I/O engine is broken");
             self.ring.fail(&error);
             return Turn::Halt;
@@ -395,7 +461,11 @@ impl QueueWorker for Worker {
 
     fn finish(self) -> Vec<StoppedQueue> {
         let Self {
-            ring, io, slots, ..
+            service,
+            mut ring,
+            io,
+            slots,
+            ..
         } = self;
         // Until here the host may still write what was to be read.
         drop(io);
@@ -404,6 +474,10 @@ impl QueueWorker for Worker {
             mark_dirty(view, &slot.data);
             Some(slot.head)
         });
+        // Whoever goes on with the queue may wait for a kick first.
+        if !ring.failed() {
+            let _ = ring.invite(&service.memory.memory());
+        }
         vec![ring.stop(unfinished.collect::<Vec<_>>())]
     }
 }
