@@ -18,6 +18,9 @@ pub enum ExitReason {
     KvmError,
     /// A command or a signal ended it.
     Stopped,
+    /// It was to power off after a signal and did not within its time, so it
+    /// was ended.
+    Unresponsive,
 }
 
 /// One thing that happened.

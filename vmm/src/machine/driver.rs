@@ -247,6 +247,9 @@ impl Driver {
                 output.finish(PATIENCE);
             }
         }
+        if let Some(input) = &self.ears.input {
+            input.finish(PATIENCE);
+        }
     }
 
     /// Waits until a reader takes output; `false` when a signal came first.
@@ -476,10 +479,7 @@ impl Driver {
     fn on_vcpu(&mut self, index: u32, stop: Stop) {
         match stop {
             Stop::Kicked => (),
-            Stop::TripleFault => {
-                let detail = format!("vCPU {index} shut down after a triple fault");
-                self.finish(ExitReason::TripleFault, Some(detail));
-            }
+            Stop::TripleFault(detail) => self.finish(ExitReason::TripleFault, Some(detail)),
             Stop::Failed(detail) => self.finish(ExitReason::KvmError, Some(detail)),
             Stop::Debug(debug) => {
                 self.machine.vcpus().pause();
@@ -517,8 +517,8 @@ impl Driver {
             .deadline()
             .is_some_and(|deadline| deadline <= now)
         {
-            let detail = "the guest did not power off within --shutdown-timeout";
-            self.finish(ExitReason::Stopped, Some(detail.to_owned()));
+            let detail = "the guest did not power off within --shutdown-timeout and was ended";
+            self.finish(ExitReason::Unresponsive, Some(detail.to_owned()));
         }
     }
 

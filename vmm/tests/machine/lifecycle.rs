@@ -340,11 +340,41 @@ fn the_ways_in_which_guests_end_are_told() {
         let mut machine = Local::boot(&config("poke", word, json!({})));
         let outcome = machine.outcome();
         assert_eq!(outcome.reason, reason);
-        assert_eq!(outcome.detail.is_some(), reason != ExitReason::PowerOff);
+        let detail = outcome.detail;
+        assert_eq!(detail.is_some(), reason != ExitReason::PowerOff);
+        let place =
+            detail.is_some_and(|d| d.starts_with("vCPU 0 shut down after a triple fault ("));
+        assert_eq!(place, reason == ExitReason::TripleFault);
         let events = kinds(machine.events.try_iter());
         assert_eq!(events.contains(&EventKind::GuestPanic), panicked);
         assert_eq!(events.last(), Some(&EventKind::Exit { reason }));
     }
+}
+
+/// The vCPU that reports a panic goes no further, however long the control
+/// thread takes to hear of it: what it would have done next is not taken for
+/// the cause.
+#[test]
+fn a_guest_that_reports_a_panic_does_not_get_to_its_triple_fault() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let serial = dir.path().join("serial");
+    // Reading the clock gives the control thread time to go deaf.
+    let words = format!("{}panic triple", "rtc ".repeat(20));
+    let mut machine = Local::boot(&config(
+        "poke",
+        &words,
+        json!({ "serial": { "file": serial } }),
+    ));
+    machine.machine(|machine| {
+        // Only idle vCPUs answer.
+        until("the vCPU's wait", || machine.vcpus().ask(0, |_| ()));
+    });
+    assert_eq!(machine.outcome().reason, ExitReason::GuestPanic);
+    let text = std::fs::read_to_string(&serial).unwrap();
+    assert_eq!(text.lines().last(), Some("panic=event"), "{text}");
 }
 
 /// The guest is stopped between the two halves of accesses to devices again

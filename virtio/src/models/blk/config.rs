@@ -181,10 +181,10 @@ pub struct BlkConfig {
     /// share no lock and are interrupted where they asked; but no more than 4,
     /// because each has a thread that competes with the vCPUs for the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub num_queues: Option<u16>,
+    pub num_queues: Option<u64>,
     /// Entries in each queue: a power of two from 4 to 32768.
     #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
+    pub queue_size: u64,
 }
 
 /// What becomes of a read that fails.
@@ -223,7 +223,7 @@ fn locked() -> bool {
     true
 }
 
-fn default_queue_size() -> u16 {
+fn default_queue_size() -> u64 {
     256
 }
 
@@ -233,6 +233,12 @@ const DEFAULT_QUEUES: u16 = 4;
 const MIN_QUEUE_SIZE: u16 = 4;
 const MAX_QUEUE_SIZE: u16 = 32768;
 
+/// The value, where it is from `least` to `most`.
+fn within(value: u64, least: u16, most: u16) -> Option<u16> {
+    let value = u16::try_from(value).ok()?;
+    (least..=most).contains(&value).then_some(value)
+}
+
 impl BlkConfig {
     /// What the guest sees, on a machine with `cpus` vCPUs.
     ///
@@ -241,23 +247,25 @@ impl BlkConfig {
     /// [`BuildError::Field`] when a value is out of its range.
     pub fn settings(&self, cpus: u16) -> Result<BlkSettings, BuildError> {
         let fail = |field, reason| Err(BuildError::Field { field, reason });
-        let num_queues = self.num_queues.unwrap_or(cpus.clamp(1, DEFAULT_QUEUES));
-        if !(1..=MAX_QUEUES).contains(&num_queues) {
+        let default = u64::from(cpus.clamp(1, DEFAULT_QUEUES));
+        let given = self.num_queues.unwrap_or(default);
+        let Some(num_queues) = within(given, 1, MAX_QUEUES) else {
             return fail(
                 "num_queues",
-                format!("{num_queues} is not from 1 to {MAX_QUEUES}"),
+                format!("{given}: a disk has 1 to {MAX_QUEUES} queues: give a number in between"),
             );
-        }
-        let queue_size = self.queue_size;
-        if !queue_size.is_power_of_two() || !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&queue_size)
-        {
+        };
+        let given = self.queue_size;
+        let Some(queue_size) =
+            within(given, MIN_QUEUE_SIZE, MAX_QUEUE_SIZE).filter(|size| size.is_power_of_two())
+        else {
             return fail(
                 "queue_size",
                 format!(
-                    "{queue_size} is not a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
+                    "{given}: give a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
                 ),
             );
-        }
+        };
         let mut serial = [0; 20];
         let given = self.serial.as_deref().unwrap_or_default().as_bytes();
         match serial.get_mut(..given.len()) {
@@ -265,7 +273,10 @@ impl BlkConfig {
             Some(_) => return fail("serial", "it holds a zero byte".to_owned()),
             None => {
                 let len = given.len();
-                return fail("serial", format!("{len} bytes; a disk reports up to 20"));
+                return fail(
+                    "serial",
+                    format!("{len} bytes, but a disk reports up to 20: give a shorter one"),
+                );
             }
         }
         Ok(BlkSettings {

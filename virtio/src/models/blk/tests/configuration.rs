@@ -276,9 +276,11 @@ fn values_out_of_range_are_refused_by_name() {
     let cases = [
         ("num_queues", json!(0)),
         ("num_queues", json!(257)),
+        ("num_queues", json!(u64::MAX)),
         ("queue_size", json!(0)),
         ("queue_size", json!(2)),
         ("queue_size", json!(100)),
+        ("queue_size", json!(65536)),
         ("serial", json!("012345678901234567890")),
         ("serial", json!("a\0b")),
     ];
