@@ -143,9 +143,8 @@ pub fn command(case: &Case, locate: Locate<'_>, directory: &Path) -> Result<Comm
 
 /// The command as a shell's, for scripts that start the monitor once more.
 fn shell_line(command: &Command) -> String {
-    let quote = |word: &std::ffi::OsStr| {
-        format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"))
-    };
+    let quote =
+        |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
     let words: Vec<_> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(quote)
