@@ -53,7 +53,7 @@ pub use disk::{
 };
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
-pub use open::{BackingPolicy, ImageOptions, open_image};
+pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Opener};
 pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{Compression, Qcow2};

@@ -10,12 +10,14 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::Disk;
 use crate::image::Image;
 use crate::opener::{Access, Opener};
 use crate::options::{Discard, DiskOptions, Format};
+use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
-use crate::raw::{OpenError, RawImage, check_raw, open_file};
+use crate::raw::{OpenError, RawDisk, RawImage, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 
 /// How deep a backing chain may be.
@@ -74,6 +76,32 @@ pub fn open_image(
         Opened::Raw(raw) => Arc::new(*raw.image),
         Opened::Qcow2(image) => image,
     })
+}
+
+/// Opens an image and its chain as the disk of a VM. Without a stated format it is raw, and refused where it looks
+/// like something else.
+///
+/// # Errors
+///
+/// [`OpenError`]; nothing is left open or locked then.
+pub fn open_disk(
+    path: &Path,
+    opener: &dyn Opener,
+    options: &ImageOptions,
+) -> Result<Arc<dyn Disk>, OpenError> {
+    if options.disk.format != Some(Format::Qcow2) {
+        return Ok(Arc::new(RawDisk::open(path, opener, &options.disk)?));
+    }
+    let chain = Chain { opener, options };
+    let image = chain.qcow2(path, !options.disk.read_only, 0)?;
+    let disk =
+        Qcow2Disk::new(image, &options.disk).map_err(|error| unusable(path, "qcow2", error))?;
+    let (size, unit) = (disk.info().size, u64::from(disk.info().logical_block));
+    if !size.is_multiple_of(unit) {
+        let path = path.to_owned();
+        return Err(OpenError::OddDirectSize { path, size, unit });
+    }
+    Ok(Arc::new(disk))
 }
 
 /// Opens an image and its chain.

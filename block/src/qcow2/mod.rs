@@ -5,6 +5,7 @@
 mod allocate;
 mod checkpoint;
 mod compress;
+pub(crate) mod disk;
 pub(crate) mod entry;
 mod epoch;
 pub(crate) mod extension;
@@ -16,7 +17,9 @@ pub(crate) mod map;
 pub(crate) mod meta;
 mod packed;
 mod pages;
+mod queue;
 mod refcount;
+mod slow;
 #[cfg(test)]
 mod testing;
 pub(crate) mod write;
