@@ -173,6 +173,11 @@ impl<R> Mailbox<R> {
         unsafe { BorrowedFd::borrow_raw(self.bell.as_raw_fd()) }
     }
 
+    /// The same as something that others may ring.
+    pub(crate) fn ringer(&self) -> &Arc<EventFd> {
+        &self.bell
+    }
+
     /// Puts a result in.
     pub(crate) fn put(&self, letter: R) {
         let mut letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);

@@ -113,4 +113,4 @@ impl IoQueue for RawQueue {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use crate::admit::Policy;
 use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
-use crate::engine::Engine;
 use crate::events::{Events, Observer};
 use crate::file::{self, HostFile, Kind};
 use crate::jobs::JobQueue;

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::testing::{AnyPath, Arena, finish, perform, request};
 use crate::*;
 
-const ENGINES: [Aio; 2] = [Aio::IoUring, Aio::Threads];
+pub(crate) const ENGINES: [Aio; 2] = [Aio::IoUring, Aio::Threads];
 
 fn image(size: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -40,7 +40,7 @@ fn invalid(result: std::io::Result<()>) -> bool {
 
 /// One random step of the differential test; numbers are in blocks of 512 bytes.
 #[derive(Clone, Debug)]
-enum Act {
+pub(crate) enum Act {
     Read(u64, Vec<usize>),
     Write(u64, Vec<usize>, u8),
     Zero(u64, u64, bool),
@@ -48,9 +48,9 @@ enum Act {
     Flush,
 }
 
-const BLOCKS: u64 = 600;
+pub(crate) const BLOCKS: u64 = 600;
 
-fn acts() -> impl Strategy<Value = Vec<Act>> {
+pub(crate) fn acts() -> impl Strategy<Value = Vec<Act>> {
     let pieces = || prop::collection::vec(1_usize..20, 1..8);
     let act = prop_oneof![
         3 => (0..BLOCKS, pieces()).prop_map(|(at, lens)| Act::Read(at, lens)),
@@ -63,7 +63,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 }
 
 /// The disk as it should be; `None` is a byte that a discard left open.
-struct Model(Vec<Option<u8>>);
+pub(crate) struct Model(pub Vec<Option<u8>>);
 
 impl Model {
     fn range(&self, at: u64, len: usize) -> Option<std::ops::Range<usize>> {
@@ -71,7 +71,7 @@ impl Model {
         (at + len <= self.0.len()).then_some(at..at + len)
     }
 
-    fn agrees(&self, at: usize, bytes: &[u8]) -> bool {
+    pub(crate) fn agrees(&self, at: usize, bytes: &[u8]) -> bool {
         let expected = &self.0[at..at + bytes.len()];
         expected
             .iter()
@@ -80,12 +80,12 @@ impl Model {
     }
 }
 
-struct Differential {
-    queue: Box<dyn IoQueue>,
-    arena: Arc<Arena>,
-    model: Model,
+pub(crate) struct Differential {
+    pub queue: Box<dyn IoQueue>,
+    pub arena: Arc<Arena>,
+    pub model: Model,
     /// Moves buffers off alignment, so that direct I/O must bounce.
-    shift: usize,
+    pub shift: usize,
 }
 
 impl Differential {
@@ -102,7 +102,7 @@ impl Differential {
         (places, lens.iter().sum::<usize>() * 512)
     }
 
-    fn act(&mut self, act: &Act) {
+    pub(crate) fn act(&mut self, act: &Act) {
         match act {
             Act::Read(at, lens) => {
                 let (places, len) = self.places(lens);

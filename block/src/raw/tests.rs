@@ -86,7 +86,7 @@ fn a_pipe_a_socket_and_a_character_device_are_refused_without_waiting() {
 struct NoWriting;
 
 impl Opener for NoWriting {
-    fn open(&self, path: &Path, access: crate::Access) -> io::Result<File> {
+    fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         if access.write {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
@@ -360,7 +360,7 @@ fn direct_io_on_a_disk_of_odd_blocks_names_the_mend() {
 fn a_file_system_without_direct_io_names_the_mend() {
     struct NoDirect;
     impl Opener for NoDirect {
-        fn open(&self, path: &Path, access: crate::Access) -> io::Result<File> {
+        fn open(&self, path: &Path, access: Access) -> io::Result<File> {
             if access.direct {
                 return Err(io::Error::from_raw_os_error(libc::EINVAL));
             }
