@@ -5,6 +5,7 @@
 mod allocate;
 mod checkpoint;
 mod compress;
+pub(crate) mod create;
 pub(crate) mod entry;
 mod epoch;
 pub(crate) mod extension;
@@ -17,6 +18,7 @@ pub(crate) mod meta;
 mod packed;
 mod pages;
 mod refcount;
+pub(crate) mod refblock;
 #[cfg(test)]
 mod testing;
 pub(crate) mod write;
