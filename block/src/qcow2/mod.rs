@@ -5,6 +5,7 @@
 mod allocate;
 mod checkpoint;
 mod compress;
+pub(crate) mod bitmap_table;
 pub(crate) mod create;
 pub(crate) mod entry;
 mod epoch;
@@ -19,6 +20,7 @@ mod packed;
 mod pages;
 mod refcount;
 pub(crate) mod refblock;
+pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
 pub(crate) mod write;
@@ -27,6 +29,7 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use create::{CreateError, CreateOptions, Preallocation};
 pub use header::Compression;
 pub use image::Qcow2;
 
