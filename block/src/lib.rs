@@ -35,6 +35,7 @@ mod lock;
 mod magic;
 mod open;
 mod opener;
+pub mod ops;
 mod options;
 mod qcow2;
 mod queue;

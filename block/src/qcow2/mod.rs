@@ -3,9 +3,9 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 mod allocate;
+pub(crate) mod bitmap_table;
 mod checkpoint;
 mod compress;
-pub(crate) mod bitmap_table;
 pub(crate) mod create;
 pub(crate) mod entry;
 mod epoch;
@@ -18,8 +18,8 @@ pub(crate) mod map;
 pub(crate) mod meta;
 mod packed;
 mod pages;
-mod refcount;
 pub(crate) mod refblock;
+mod refcount;
 pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;

@@ -131,4 +131,8 @@ impl Image for RawImage {
     fn backing(&self) -> Option<&dyn Image> {
         None
     }
+
+    fn as_raw(&self) -> Option<&Self> {
+        Some(self)
+    }
 }
