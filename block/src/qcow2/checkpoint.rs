@@ -99,7 +99,11 @@ impl Qcow2 {
     }
 
     fn commit(&self) -> io::Result<()> {
-        let work = Work::collect(&mut self.lock());
+        let work = {
+            let mut meta = self.lock();
+            meta.writable()?;
+            Work::collect(&mut meta)
+        };
         let written = self.write_out(&work);
         let mut meta = self.lock();
         match written {

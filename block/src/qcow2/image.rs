@@ -691,6 +691,7 @@ impl Image for Qcow2 {
         if self.read_only {
             return Ok(());
         }
+        self.lock().writable()?;
         if self.is_dirty() {
             self.checkpoint()
         } else {

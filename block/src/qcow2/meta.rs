@@ -115,15 +115,25 @@ impl Meta {
         cache: usize,
     ) -> io::Result<Self> {
         let geometry = header.geometry();
+        let end = geometry.clusters(storage.len()?);
+        let l1_bytes = u64::from(header.l1_entries) * 8;
+        inside(&geometry, end, "L1 table", header.l1_offset, l1_bytes)?;
         let l1 = read_table(&*storage, header.l1_offset, header.l1_entries as usize)?;
         let clusters = u64::from(header.reftable_clusters);
         let reftable = if read_only {
             Vec::new()
         } else {
-            let entries = usize::try_from(clusters * geometry.cluster() / 8).unwrap_or(usize::MAX);
+            let bytes = clusters * geometry.cluster();
+            inside(
+                &geometry,
+                end,
+                "refcount table",
+                header.reftable_offset,
+                bytes,
+            )?;
+            let entries = usize::try_from(bytes / 8).unwrap_or(usize::MAX);
             read_table(&*storage, header.reftable_offset, entries)?
         };
-        let end = geometry.clusters(storage.len()?);
         let page = geometry.cluster().min(MAX_PAGE);
         let mut meta = Self {
             geometry,
@@ -431,6 +441,17 @@ pub(crate) enum Lookup {
     },
     /// It has to be loaded first.
     Miss,
+}
+
+/// Refuses a table that reaches past the end of the file: memory is only spent on what is there.
+fn inside(geometry: &Geometry, end: u64, what: &str, offset: u64, len: u64) -> io::Result<()> {
+    if offset.saturating_add(len) <= end << geometry.cluster_bits {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("its {what} of {len} bytes at {offset:#x} is not within the file"),
+    ))
 }
 
 /// Reads a table of big-endian words.

@@ -17,6 +17,7 @@ struct Shape {
     size: u64,
     options: String,
     backing: bool,
+    data: bool,
 }
 
 impl Shape {
@@ -48,10 +49,21 @@ impl Shape {
         if rng.below(6) == 0 {
             options += ",preallocation=metadata";
         }
+        let mut data = false;
+        if !v2 && rng.below(6) == 0 && !options.contains("preallocation") {
+            data = true;
+            options += ",data_file=data";
+            if rng.below(2) == 0 {
+                options += ",data_file_raw=on";
+            }
+        }
         let most = if bits < 12 { 2 << 20 } else { 16 << 20 };
         Self {
             size: (1 + rng.below(most / SECTOR)) * SECTOR,
-            backing: rng.below(2) == 0 && !options.contains("preallocation"),
+            backing: rng.below(2) == 0
+                && !options.contains("preallocation")
+                && !options.contains("data_file_raw"),
+            data,
             options,
         }
     }
@@ -230,6 +242,16 @@ fn sequence(seed: u64) {
                 *model = *now;
             }
         }
+    }
+    if shape.data && shape.options.contains("raw") {
+        // Whatever the tables say, the data file is the disk.
+        let data = std::fs::read(directory.join("data")).unwrap();
+        assert!(
+            data.iter()
+                .chain(std::iter::repeat(&0))
+                .zip(&model)
+                .all(|(a, b)| a == b)
+        );
     }
     std::fs::write(directory.join("flat"), &model).unwrap();
     qemu_img(

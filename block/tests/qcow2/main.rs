@@ -6,5 +6,7 @@
     reason = "tests"
 )]
 
+mod concurrent;
 mod differential;
+mod hostile;
 mod support;
