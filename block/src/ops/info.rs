@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::file::Kind;
 use crate::magic;
 use crate::open::{MAX_DEPTH, allowed, backing_format, resolve, unusable};
 use crate::opener::{Access, Opener};
@@ -30,6 +31,8 @@ pub struct ImageInfo {
     pub actual_size: u64,
     /// The file's length in bytes.
     pub file_length: u64,
+    /// It is a block device.
+    pub device: bool,
     /// What only qcow2 images have.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -212,6 +215,7 @@ fn look(
         virtual_size: file.size().next_multiple_of(SECTOR),
         actual_size: facts.blocks().saturating_mul(SECTOR),
         file_length: file.size(),
+        device: file.abilities().kind == Kind::Device,
         qcow2: None,
     };
     if format == Format::Raw {

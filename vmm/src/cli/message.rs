@@ -10,6 +10,11 @@ pub(super) fn report(text: &str) {
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
 
+/// Prints a warning, as [`report`] does failures.
+pub(super) fn warn(text: &str) {
+    report(&format!("warning: {text}"));
+}
+
 /// The text with control characters escaped.
 fn one_line(text: &str) -> String {
     text.chars()
