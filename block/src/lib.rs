@@ -50,5 +50,8 @@ pub use image::{Extent, Image, Kept};
 pub use open::{BackingPolicy, ImageOptions, open_image};
 pub use opener::{Access, Opener};
 pub use options::{Aio, Cache, Discard, DiskOptions, Format};
-pub use qcow2::{Compression, CreateError, CreateOptions, Preallocation, Qcow2};
+pub use qcow2::{
+    CheckReport, Compression, CreateError, CreateOptions, Finding, Preallocation, Qcow2, Repair,
+    Severity,
+};
 pub use raw::{OpenError, RawDisk, RawImage};

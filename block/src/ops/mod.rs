@@ -5,6 +5,7 @@
 //! operation early.
 
 mod bench;
+mod check;
 mod commit;
 mod compare;
 mod convert;
@@ -23,6 +24,7 @@ use std::io as std_io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use bench::{Bench, bench};
+pub use check::{CheckImageError, check};
 pub use commit::{Commit, CommitError, commit};
 pub use compare::{CompareError, Difference, compare};
 pub use convert::{Convert, convert};

@@ -4,6 +4,7 @@
 
 mod allocate;
 pub(crate) mod bitmap_table;
+pub(crate) mod check;
 mod checkpoint;
 mod compress;
 pub(crate) mod create;
@@ -20,6 +21,7 @@ mod packed;
 mod pages;
 pub(crate) mod refblock;
 mod refcount;
+pub(crate) mod repair;
 pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
@@ -29,9 +31,11 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use check::{CheckReport, Finding, Severity};
 pub use create::{CreateError, CreateOptions, Preallocation};
 pub use header::Compression;
 pub use image::Qcow2;
+pub use repair::Repair;
 
 /// Where an image's snapshots and bitmaps have their metadata, as (offset, length) in bytes.
 ///
