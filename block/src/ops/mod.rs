@@ -34,6 +34,7 @@ pub use info::{
 };
 pub use measure::{MeasureError, Measured, measure};
 pub use rebase::{NewBacking, RebaseError, rebase, set_backing};
+pub use resize::resize;
 pub use size::{ExactSize, HumanSize, SizeError, parse_size};
 pub use status::{Status, map, status};
 

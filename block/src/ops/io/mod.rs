@@ -13,6 +13,7 @@ use self::args::{Flags, number, pattern};
 use self::report::{Report, dump, reason};
 use super::size::ExactSize;
 use super::{resize, zeros};
+use crate::Preallocation;
 use crate::image::{Image, Kept};
 use crate::qcow2::geometry::Geometry;
 
@@ -356,7 +357,7 @@ impl<'a> Session<'a> {
 
     fn truncate(&mut self, arguments: &[&str]) -> Result<(), Failed> {
         let size = number(arguments.first().copied().unwrap_or_default())?;
-        resize::set(self.image, size)
+        resize::resize(self.image, size, Preallocation::Off)
             .map_err(|error| Failed::Wrong(format!("truncate failed: {}", reason(&error))))
     }
 

@@ -97,7 +97,10 @@ impl BenchArgs {
             bail!("--flush-interval is for writes: say -w");
         }
         if self.flush_interval > 0 && self.flush_interval < u64::from(self.depth) {
-            bail!("--flush-interval must be at least the depth, {}", self.depth);
+            bail!(
+                "--flush-interval must be at least the depth, {}",
+                self.depth
+            );
         }
         let size = usize::try_from(self.buffer_size)?;
         let how = Bench {
@@ -127,7 +130,11 @@ impl BenchArgs {
     fn disk(&self, opener: &Opener) -> anyhow::Result<Box<dyn Disk>> {
         let purpose = if self.write { Use::Write } else { Use::Read };
         let format = find_format(&self.file, self.format, purpose, opener)?;
-        let cache = if self.nocache { Cache::None } else { self.cache };
+        let cache = if self.nocache {
+            Cache::None
+        } else {
+            self.cache
+        };
         let mut options = self.sharing.options(format, purpose, cache);
         options.disk.aio = self.aio.unwrap_or_default();
         if format == Format::Qcow2 {
@@ -143,8 +150,7 @@ impl BenchArgs {
             how.count, how.size, how.depth, how.offset, how.step
         );
         if how.flush_interval > 0 {
-            let drain = if how.drain { "drain" } else { "no drain" };
-            text += &format!("Sending flush every {} requests ({drain})\n", how.flush_interval);
+            text += &format!("Sending flush every {} requests\n", how.flush_interval);
         }
         text
     }

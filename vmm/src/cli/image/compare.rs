@@ -7,9 +7,9 @@ use block::ops::{CompareError, Control, Difference, OpError, compare};
 use block::{Cache, Format};
 use clap::Args;
 
+use super::interrupt;
 use super::progress::Progress;
 use super::source::{self, Sharing, Use};
-use super::interrupt;
 use crate::cli::{message, print};
 use crate::opener::Opener;
 
@@ -70,7 +70,10 @@ impl CompareArgs {
     pub(super) fn run(self, opener: &Opener) -> u8 {
         self.compare(opener).unwrap_or_else(|error| {
             message::report(&format!("{error:#}"));
-            match error.downcast_ref::<CompareError>().map(|error| &error.source) {
+            match error
+                .downcast_ref::<CompareError>()
+                .map(|error| &error.source)
+            {
                 Some(OpError::Status { .. }) => 3,
                 Some(OpError::Read { .. }) => 4,
                 _ => TROUBLE,
@@ -79,7 +82,10 @@ impl CompareArgs {
     }
 
     fn compare(&self, opener: &Opener) -> anyhow::Result<u8> {
-        let open = |path, format| self.sharing.open(path, format, Use::Read, self.cache, opener);
+        let open = |path, format| {
+            self.sharing
+                .open(path, format, Use::Read, self.cache, opener)
+        };
         let first = open(&self.first, self.format)?;
         let second = open(&self.second, self.second_format)?;
         let progress = Progress::new(self.progress, self.quiet);
@@ -87,7 +93,12 @@ impl CompareArgs {
             progress: &|done, total| progress.advance(done, total),
             cancel: interrupt::flag()?,
         };
-        let found = compare([&*first, &*second], self.strict, source::threads(), &control);
+        let found = compare(
+            [&*first, &*second],
+            self.strict,
+            source::threads(),
+            &control,
+        );
         progress.finish();
         let found = found?;
         let same_size = first.size() == second.size();

@@ -256,7 +256,11 @@ mod tests {
 
     #[test]
     fn options_are_read_from_all_lists() {
-        let made = all(&["cluster_size=2M,lazy_refcounts", "backing_file=a,,b,compat=v3"]).unwrap();
+        let made = all(&[
+            "cluster_size=2M,lazy_refcounts",
+            "backing_file=a,,b,compat=v3",
+        ])
+        .unwrap();
         assert_eq!(made.options.cluster_size, 2 << 20);
         assert!(made.options.lazy_refcounts);
         assert_eq!(made.backing.as_deref(), Some("a,b"));
@@ -269,10 +273,20 @@ mod tests {
 
     #[test]
     fn a_wrong_option_is_named() {
-        for wrong in ["foo=1", "lazy_refcounts=maybe", "compat=2", "size", "size=1x", "preallocation=some"] {
+        for wrong in [
+            "foo=1",
+            "lazy_refcounts=maybe",
+            "compat=2",
+            "size",
+            "size=1x",
+            "preallocation=some",
+        ] {
             let error = all(&[wrong]).unwrap_err();
             let key = wrong.split('=').next().unwrap();
-            assert!(format!("{error:#}").starts_with(&format!("-o {key}: ")), "{error:#}");
+            assert!(
+                format!("{error:#}").starts_with(&format!("-o {key}: ")),
+                "{error:#}"
+            );
         }
         assert!(Creation::new(Format::Raw, &["cluster_size=1M".to_owned()]).is_err());
     }

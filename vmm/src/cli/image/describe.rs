@@ -43,7 +43,10 @@ pub(super) fn json(info: &ImageInfo) -> Value {
     };
     let mut add = |key: &str, value: Value| map.insert(key.to_owned(), value);
     add("cluster-size", qcow2.cluster_size.into());
-    add("format-specific", json!({ "type": "qcow2", "data": specific(qcow2) }));
+    add(
+        "format-specific",
+        json!({ "type": "qcow2", "data": specific(qcow2) }),
+    );
     if let (Some(name), Some(path)) = (&qcow2.backing, &qcow2.backing_path) {
         add("backing-filename", name.to_string_lossy().into());
         add("full-backing-filename", path.to_string_lossy().into());
@@ -151,7 +154,10 @@ pub(super) fn text(info: &ImageInfo) -> String {
             if path.as_os_str() == name.as_os_str() {
                 line(format!("backing file: {name_text}"));
             } else {
-                line(format!("backing file: {name_text} (actual path: {})", path.display()));
+                line(format!(
+                    "backing file: {name_text} (actual path: {})",
+                    path.display()
+                ));
             }
         }
         if let Some(format) = &qcow2.backing_format {
@@ -222,7 +228,10 @@ pub(super) fn snapshots(list: &[SnapshotInfo]) -> String {
     let mut all = String::from("Snapshot list:\n");
     let mut row = |cells: [&str; 6]| {
         let [id, tag, size, date, clock, count] = cells;
-        let _ = writeln!(all, "{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {count:>10}");
+        let _ = writeln!(
+            all,
+            "{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {count:>10}"
+        );
     };
     row(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
     for snapshot in list {

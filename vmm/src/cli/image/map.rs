@@ -50,8 +50,13 @@ pub(super) struct MapArgs {
 impl MapArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
         let format = find_format(&self.file, self.format, Use::Read, opener)?;
-        let image =
-            self.sharing.open(&self.file, Some(format), Use::Read, Cache::Writeback, opener)?;
+        let image = self.sharing.open(
+            &self.file,
+            Some(format),
+            Use::Read,
+            Cache::Writeback,
+            opener,
+        )?;
         let policy = self.sharing.backing_policy;
         let images = chain(&self.file, opener, format, policy, false)?;
         let start = self.start_offset.min(image.size());
@@ -67,7 +72,9 @@ impl MapArgs {
             trouble: None,
         };
         list.begin();
-        map(&*image, start..end, &Control::none(), |found| list.add(&found))?;
+        map(&*image, start..end, &Control::none(), |found| {
+            list.add(&found)
+        })?;
         list.end()?;
         Ok(0)
     }
@@ -115,18 +122,29 @@ impl List<'_> {
             return Ok(());
         }
         let Some(host) = found.host else {
-            bail!("the image has compressed clusters, which are at no one offset: use --output json");
+            bail!(
+                "the image has compressed clusters, which are at no one offset: use --output json"
+            );
         };
         let image = self.images.get(found.depth);
         let file = image.map(|image| {
-            let data = image.qcow2.as_ref().and_then(|qcow2| qcow2.data_file.as_ref());
+            let data = image
+                .qcow2
+                .as_ref()
+                .and_then(|qcow2| qcow2.data_file.as_ref());
             match data {
                 Some(name) => image.path.with_file_name(name),
                 None => image.path.clone(),
             }
         });
         let file = file.unwrap_or_default();
-        let hex = |number: u64| if number == 0 { "0".to_owned() } else { format!("{number:#x}") };
+        let hex = |number: u64| {
+            if number == 0 {
+                "0".to_owned()
+            } else {
+                format!("{number:#x}")
+            }
+        };
         // Writing to a string cannot fail.
         let _ = writeln!(
             self.text,

@@ -65,7 +65,10 @@ impl MeasureArgs {
                 None
             }
             (Some(file), None) => {
-                Some(self.sharing.open(file, self.format, Use::Read, Cache::Writeback, opener)?)
+                Some(
+                    self.sharing
+                        .open(file, self.format, Use::Read, Cache::Writeback, opener)?,
+                )
             }
         };
         let mut options = new.options.clone();

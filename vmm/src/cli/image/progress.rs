@@ -56,7 +56,11 @@ impl Progress {
             }
             Self::Lines(due) => {
                 let part = u128::from(done) * 10_000 / u128::from(total.max(1));
-                let part = if total == 0 { 10_000 } else { u64::try_from(part).unwrap_or(0) };
+                let part = if total == 0 {
+                    10_000
+                } else {
+                    u64::try_from(part).unwrap_or(0)
+                };
                 let mut due = due.lock().unwrap_or_else(PoisonError::into_inner);
                 if part >= *due {
                     *due = part - part % STEP + STEP;
@@ -83,5 +87,10 @@ impl Progress {
 
 fn line(part: u64) {
     // Progress that nobody reads is no failure.
-    let _ = writeln!(std::io::stdout(), "    ({}.{:02}/100%)", part / 100, part % 100);
+    let _ = writeln!(
+        std::io::stdout(),
+        "    ({}.{:02}/100%)",
+        part / 100,
+        part % 100
+    );
 }

@@ -49,9 +49,7 @@ pub(super) fn cache(text: &str) -> Result<Cache, String> {
         "writethrough" => Ok(Cache::Writethrough),
         "directsync" => Ok(Cache::Directsync),
         "unsafe" => Ok(Cache::Unsafe),
-        _ => Err(
-            "the modes are none, writeback, writethrough, directsync and unsafe".to_owned(),
-        ),
+        _ => Err("the modes are none, writeback, writethrough, directsync and unsafe".to_owned()),
     }
 }
 
@@ -126,7 +124,9 @@ impl Sharing {
 
 /// How many threads work where nothing else is said.
 pub(super) fn threads() -> usize {
-    std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 16)
+    std::thread::available_parallelism()
+        .map_or(2, usize::from)
+        .clamp(2, 16)
 }
 
 /// Ends what was done to an image: all of it durable, and nothing left to be written.
