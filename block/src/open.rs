@@ -18,11 +18,11 @@ use crate::options::{Discard, DiskOptions, Format};
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
-use crate::raw::{OpenError, RawDisk, RawImage, check_raw, open_file};
+use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 
 /// How deep a backing chain may be.
-const MAX_DEPTH: usize = 200;
+pub(crate) const MAX_DEPTH: usize = 200;
 
 /// How many bytes of tables an image keeps in memory: what maps 256 GiB at the usual cluster size, if that much
 /// is ever used.
@@ -52,6 +52,10 @@ pub struct ImageOptions {
     /// How many bytes of its tables are kept in memory; `None`: enough for 256 GiB of disk at the usual
     /// cluster size.
     pub cache_size: Option<u64>,
+    /// A raw image may have any size: it is rounded up to a whole sector, with zeros. For operations on files, not for
+    /// disks of machines.
+    #[serde(skip)]
+    pub any_size: bool,
 }
 
 /// An opened image.
@@ -163,6 +167,10 @@ impl Chain<'_> {
     fn raw(&self, path: &Path, stated: bool, write: bool) -> Result<RawBacking, OpenError> {
         let storage = self.storage(path, write)?;
         let size = match storage.host_file() {
+            Some(file) if self.options.any_size => {
+                check_contents(path, file, stated)?;
+                file.size().next_multiple_of(512)
+            }
             Some(file) => {
                 check_raw(path, file, stated)?;
                 file.size()
@@ -220,7 +228,7 @@ impl Chain<'_> {
         let Some(name) = &header.data_file else {
             return Err(unusable(path, "qcow2", "it does not name its data file"));
         };
-        let other = self.allowed(path, name)?;
+        let other = allowed(self.options.backing, path, name)?;
         match self.storage(&other, write) {
             Ok(storage) => Ok(Some(storage)),
             Err(source) => Err(part(path, "data file", source)),
@@ -236,46 +244,65 @@ impl Chain<'_> {
         let Some(name) = &header.backing else {
             return Ok(None);
         };
-        let format = match header.backing_format.as_deref() {
-            None => None,
-            Some("raw" | "file" | "host_device") => Some(Format::Raw),
-            Some("qcow2") => Some(Format::Qcow2),
-            Some(other) => {
-                let why = format!("the format of its backing file, {other}, is not known");
-                return Err(unusable(path, "qcow2", why));
-            }
-        };
-        let other = self.allowed(path, name)?;
+        let format = backing_format(path, header)?;
+        let other = allowed(self.options.backing, path, name)?;
         match self.open(&other, format, false, depth + 1) {
             Ok(Opened::Raw(raw)) => Ok(Some(Backing::Raw(raw))),
             Ok(Opened::Qcow2(image)) => Ok(Some(Backing::Qcow2(image))),
             // One message for the whole chain, not one for each link.
             Err(error @ OpenError::EndlessChain { .. }) => Err(error),
+            Err(OpenError::Foreign { path: other, .. }) if format.is_none() => {
+                Err(OpenError::Unstated {
+                    path: path.to_owned(),
+                    other,
+                })
+            }
             Err(source) => Err(part(path, "backing file", source)),
-        }
-    }
-
-    /// The path of a file that an image refers to, if it may.
-    fn allowed(&self, path: &Path, name: &OsStr) -> Result<PathBuf, OpenError> {
-        let other = resolve(path, name);
-        let forbidden = |mend| OpenError::Forbidden {
-            path: path.to_owned(),
-            other: other.clone(),
-            mend,
-        };
-        match self.options.backing {
-            BackingPolicy::Any => Ok(other),
-            BackingPolicy::Deny => Err(forbidden("say backing=directory to allow its directory")),
-            BackingPolicy::Directory if same_directory(path, &other) => Ok(other),
-            BackingPolicy::Directory => Err(forbidden(
-                "only files in its own directory are; say backing=any if you trust the image",
-            )),
         }
     }
 }
 
+/// What the backing file of an image is, as far as the image says so.
+pub(crate) fn backing_format(path: &Path, header: &Header) -> Result<Option<Format>, OpenError> {
+    match header.backing_format.as_deref() {
+        None => Ok(None),
+        Some("raw" | "file" | "host_device") => Ok(Some(Format::Raw)),
+        Some("qcow2") => Ok(Some(Format::Qcow2)),
+        Some(other) => {
+            let why = format!("the format of its backing file, {other}, is not known");
+            Err(unusable(path, "qcow2", why))
+        }
+    }
+}
+
+/// The path of a file that an image refers to, if it may.
+pub(crate) fn allowed(
+    policy: BackingPolicy,
+    path: &Path,
+    name: &OsStr,
+) -> Result<PathBuf, OpenError> {
+    let other = resolve(path, name);
+    let forbidden = |mend| OpenError::Forbidden {
+        path: path.to_owned(),
+        other: other.clone(),
+        mend,
+    };
+    match policy {
+        BackingPolicy::Any => Ok(other),
+        BackingPolicy::Deny => Err(forbidden("say backing=directory to allow its directory")),
+        BackingPolicy::Directory if same_directory(path, &other) => Ok(other),
+        BackingPolicy::Directory => Err(forbidden(
+            "only files in its own directory are; say backing=any if you trust the image",
+        )),
+    }
+}
+
 /// What must be done before an image may be changed.
-fn prepare(path: &Path, header: &mut Header, storage: &dyn Storage) -> Result<(), OpenError> {
+pub(crate) fn prepare(
+    path: &Path,
+    header: &mut Header,
+    storage: &dyn Storage,
+) -> Result<(), OpenError> {
     if header.incompatible & header::CORRUPT != 0 {
         return Err(OpenError::Corrupt {
             path: path.to_owned(),
@@ -322,7 +349,7 @@ fn same_directory(a: &Path, b: &Path) -> bool {
     plain(b) && !nbd::is_uri(b) && a.parent() == b.parent()
 }
 
-fn unusable(
+pub(crate) fn unusable(
     path: &Path,
     format: &'static str,
     source: impl Into<Box<dyn std::error::Error + Send + Sync>>,

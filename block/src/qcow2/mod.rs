@@ -34,8 +34,11 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use check::{CheckReport, Finding, Severity};
+pub use create::{CreateError, CreateOptions, Preallocation};
 pub use header::Compression;
 pub use image::Qcow2;
+pub use repair::Repair;
 
 /// Where an image's snapshots and bitmaps have their metadata, as (offset, length) in bytes.
 ///

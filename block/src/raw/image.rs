@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libc::c_int;
 
 use crate::image::{Extent, Image, Kept};
+use crate::qcow2::create::{Preallocation, preallocate};
 use crate::storage::Storage;
 
 /// A raw image, blocking.
@@ -34,12 +35,19 @@ impl RawImage {
     ///
     /// # Errors
     ///
-    /// The host's; `EROFS` on a read-only image.
-    pub fn resize(&self, size: u64) -> io::Result<()> {
+    /// The host's; `EROFS` on a read-only image; `Unsupported` for preallocated metadata.
+    pub fn resize(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {
         if self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
+        if preallocation == Preallocation::Metadata {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let old = self.size();
         self.storage.set_len(size)?;
+        if size > old {
+            preallocate(&*self.storage, old, size - old, preallocation)?;
+        }
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -130,5 +138,9 @@ impl Image for RawImage {
 
     fn backing(&self) -> Option<&dyn Image> {
         None
+    }
+
+    fn as_raw(&self) -> Option<&Self> {
+        Some(self)
     }
 }
