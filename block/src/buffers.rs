@@ -135,6 +135,44 @@ impl Buffers {
         self.len() == 0
     }
 
+    /// Overwrites `len` bytes with zeros, from `skip` bytes in; stops at the end.
+    #[expect(unsafe_code, reason = "guest memory is reached by address only")]
+    pub(crate) fn zero(&self, skip: u64, len: u64) {
+        for_window(self.pieces(), skip, len, |piece| {
+            // SAFETY: the piece is within memory that the owner keeps mapped and writable, and
+            // nothing refers to it; another's concurrent change can only mix bytes.
+            unsafe { std::ptr::write_bytes(piece.base, 0, piece.len) };
+            true
+        });
+    }
+
+    /// Copies `bytes` to where `skip` bytes in is; stops at the end.
+    #[expect(unsafe_code, reason = "guest memory is reached by address only")]
+    pub(crate) fn put(&self, skip: u64, bytes: &[u8]) {
+        let mut rest = bytes;
+        for_window(self.pieces(), skip, bytes.len() as u64, |piece| {
+            let (now, later) = rest.split_at(piece.len.min(rest.len()));
+            // SAFETY: the piece is at least as long as `now`, and within memory that the owner
+            // keeps mapped and writable and that nothing refers to, so `now` is elsewhere;
+            // another's concurrent change can only mix bytes.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.base, now.len()) };
+            rest = later;
+            !rest.is_empty()
+        });
+    }
+
+    /// The part of this memory that begins `skip` bytes in and is at most `len` bytes long.
+    #[expect(unsafe_code, reason = "buffers of the same memory")]
+    pub(crate) fn window(&self, skip: u64, len: u64) -> Self {
+        let mut pieces = Vec::new();
+        for_window(self.pieces(), skip, len, |piece| {
+            pieces.push(piece);
+            true
+        });
+        // SAFETY: the pieces lie within this one's, under the same owner.
+        unsafe { Self::from_slice(&pieces, Arc::clone(&self.owner)) }
+    }
+
     /// What keeps the memory mapped.
     #[must_use]
     pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
@@ -323,6 +361,32 @@ mod tests {
                 "{count} pieces"
             );
         }
+    }
+
+    #[test]
+    fn bytes_go_to_their_places_across_pieces_and_stop_at_the_end() {
+        let arena = Arena::new(4096);
+        let buffers = arena.buffers(&[(0, 3), (8, 0), (10, 4)]);
+        arena.put(0, &[9; 16]);
+        buffers.put(2, &[1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(
+            arena.get(0, 16),
+            [9, 9, 1, 9, 9, 9, 9, 9, 9, 9, 2, 3, 4, 5, 9, 9]
+        );
+        buffers.zero(1, 3);
+        assert_eq!(
+            arena.get(0, 16),
+            [9, 0, 0, 9, 9, 9, 9, 9, 9, 9, 0, 3, 4, 5, 9, 9]
+        );
+        buffers.zero(6, u64::MAX);
+        assert_eq!(arena.get(10, 6), [0, 3, 4, 0, 9, 9]);
+        let window = buffers.window(2, 3);
+        assert_eq!(window.len(), 3);
+        window.put(0, &[7; 8]);
+        assert_eq!(
+            arena.get(0, 16),
+            [9, 0, 7, 9, 9, 9, 9, 9, 9, 9, 7, 7, 4, 0, 9, 9]
+        );
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub(crate) struct Abilities {
     pub zero_range: AtomicBool,
     /// Ranges can be discarded.
     pub discard: AtomicBool,
+    /// Where the file ends, in bytes, if the disk goes on past that: what is read there is zeros.
+    pub end: Option<u64>,
     /// A flush has failed: the page cache may have dropped data that it could not write, and
     /// the host reports that once only. Later flushes must not claim success.
     pub lost: AtomicBool,
@@ -78,6 +80,7 @@ impl Abilities {
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
             discard: AtomicBool::new(true),
+            end: None,
             lost: AtomicBool::new(false),
         }
     }
@@ -143,7 +146,8 @@ impl HostFile {
         &self.file
     }
 
-    /// The size in bytes when it was opened, or when it was last [grown](HostFile::grow).
+    /// The size in bytes when it was opened, with the zeros past the end of the file if there are any, or when it
+    /// was last [grown](HostFile::grow).
     pub(crate) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
@@ -170,6 +174,18 @@ impl HostFile {
         };
         self.size.store(now, Ordering::Release);
         Ok(())
+    }
+
+    /// Has reads go on past the end of the file, with zeros, to a whole number of `unit` bytes. For a file
+    /// that is only read.
+    pub(crate) fn pad_to(&mut self, unit: u64) {
+        let held = *self.size.get_mut();
+        if let Some(size) = held.checked_next_multiple_of(unit)
+            && size != held
+        {
+            self.abilities.end = Some(held);
+            *self.size.get_mut() = size;
+        }
     }
 
     /// The smallest unit that can be written, in bytes.

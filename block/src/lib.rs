@@ -14,7 +14,8 @@
 //!   wait: other file descriptors (doorbells) are watched through it, so that
 //!   a worker blocks in a single system call.
 //! * Files are opened through the caller's [`Opener`] only.
-//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's.
+//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's;
+//!   [`NbdDisk`] that whose bytes an NBD server has.
 //! * Below it, an engine (io_uring or threads) runs jobs at (file, offset).
 //!   It knows no formats, so a format's mapping goes between disk and engine.
 //!
@@ -37,6 +38,7 @@ mod image;
 mod jobs;
 mod lock;
 mod magic;
+pub mod nbd;
 mod open;
 mod opener;
 mod options;
@@ -53,8 +55,9 @@ pub use disk::{
 };
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
+pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
-pub use opener::{Access, Opener};
+pub use opener::{Access, Address, Connector, Opener};
 pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{Compression, Qcow2};
 pub use raw::{OpenError, RawDisk, RawImage};

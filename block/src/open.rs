@@ -89,6 +89,9 @@ pub fn open_disk(
     opener: &dyn Opener,
     options: &ImageOptions,
 ) -> Result<Arc<dyn Disk>, OpenError> {
+    if crate::nbd::is_uri(path) {
+        return Ok(Arc::new(crate::NbdDisk::open(path, opener, &options.disk)?));
+    }
     if options.disk.format != Some(Format::Qcow2) {
         return Ok(Arc::new(RawDisk::open(path, opener, &options.disk)?));
     }

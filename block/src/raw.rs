@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::admit::Policy;
 use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::events::{Events, Observer};
-use crate::file::{self, HostFile};
+use crate::file::{self, HostFile, Kind};
 use crate::jobs::JobQueue;
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
@@ -81,7 +81,7 @@ pub enum OpenError {
     /// Its size is no number of sectors.
     #[error(
         "disk {}: its size of {size} bytes is not a multiple of {unit}; \
-         'truncate -s %{unit}' rounds it up",
+         'truncate -s %{unit}' rounds it up, or say readonly=on",
         path.display()
     )]
     OddSize {
@@ -192,6 +192,9 @@ pub enum OpenError {
         /// The unit of direct I/O in bytes.
         unit: u64,
     },
+    /// It is on an NBD server and cannot be had there.
+    #[error(transparent)]
+    Nbd(#[from] crate::nbd::NbdError),
     /// It cannot be locked.
     #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
     NoLocks {
@@ -213,7 +216,8 @@ pub struct RawDisk {
 }
 
 impl RawDisk {
-    /// Opens and locks the file or block device at `path`.
+    /// Opens and locks the file or block device at `path`. A file that is no whole number of
+    /// sectors can be opened read-only: zeros make its last sector whole.
     ///
     /// # Errors
     ///
@@ -261,7 +265,13 @@ pub(crate) fn open_file(
     if locked {
         path.lock(&file, !access.write)?;
     }
-    HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))
+    let mut file =
+        HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+    if !access.write && kind == Kind::Regular {
+        // An ISO image, say. As QEMU does, so that the last bytes can be read.
+        file.pad_to(SECTOR.max(file.abilities().align.offset.into()));
+    }
+    Ok(file)
 }
 
 /// Judges contents and size of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.

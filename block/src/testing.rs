@@ -4,12 +4,17 @@
 use std::cell::UnsafeCell;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::storage::Storage;
-use crate::{Access, Buffers, Completed, IoQueue, IoVec, Op, Opener, Request, Token};
+use crate::{
+    Access, Address, Buffers, Completed, Connector, IoQueue, IoVec, Op, Opener, Request, Token,
+};
 
 /// Opens whatever the system lets it.
 pub(crate) struct AnyPath;
@@ -22,6 +27,24 @@ impl Opener for AnyPath {
             .write(access.write)
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | direct)
             .open(path)
+    }
+
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
+        Ok(Box::new(Anywhere(address.clone())))
+    }
+}
+
+#[derive(Debug)]
+struct Anywhere(Address);
+
+impl Connector for Anywhere {
+    fn connect(&self) -> io::Result<OwnedFd> {
+        match &self.0 {
+            Address::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+            Address::Tcp { host, port } => {
+                TcpStream::connect((host.as_str(), *port)).map(OwnedFd::from)
+            }
+        }
     }
 }
 

@@ -125,7 +125,8 @@ echo "PCI devices (address vendor device class):"
 for device in /sys/bus/pci/devices/*; do
     echo "  ${device##*/} $(cat "$device/vendor") $(cat "$device/device") $(cat "$device/class")"
 done
-echo "Disks: $(ls /sys/block | grep vd | tr '\n' ' ')"
+disks=$(ls /sys/block | grep vd | tr '\n' ' ')
+echo "Disks: ${disks:-none (vireo run --disk adds one)}"
 "#;
 
 /// The cases of `make test` for a kernel, such as `6.12-cloud`.

@@ -16,6 +16,8 @@ use crate::{initramfs, kit};
 
 /// How much of each output stream is kept, in bytes.
 const KEPT: usize = 256 << 10;
+/// The monitor's exit code when the guest's processor has shut down.
+const TRIPLE_FAULT: i32 = 4;
 /// How long output may still come after the monitor has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -79,7 +81,11 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
             .filter_map(|want| want.complaint(&outcome.output, &outcome.errors)),
     );
     if !complaints.is_empty() {
-        outcome.verdict = Verdict::Fail(complaints);
+        outcome.verdict = if code == TRIPLE_FAULT && case.exit != code {
+            Verdict::ShutDown(complaints)
+        } else {
+            Verdict::Fail(complaints)
+        };
     }
     Ok(())
 }

@@ -337,6 +337,9 @@ impl Job {
 
     /// A transfer has moved `moved` bytes of what was asked.
     fn moved(&mut self, moved: u64, abilities: &Abilities) -> Option<io::Result<()>> {
+        if self.op == Op::Read && self.past_end(moved, abilities) {
+            return Some(Ok(()));
+        }
         // Direct I/O can only go on from where it may start.
         let tail = if self.done.saturating_add(moved) < self.len {
             moved % u64::from(abilities.align.offset)
@@ -373,6 +376,24 @@ impl Job {
         None
     }
 
+    /// Ends a read that has come to the end of a file that its disk goes on past: the rest is zeros.
+    fn past_end(&mut self, moved: u64, abilities: &Abilities) -> bool {
+        let done = self.done.saturating_add(moved);
+        if abilities
+            .end
+            .is_none_or(|end| self.offset.saturating_add(done) < end)
+        {
+            return false;
+        }
+        if let Some(bounce) = &mut self.bounce {
+            let len = usize::try_from(moved).unwrap_or(BOUNCE_SIZE);
+            bounce.exchange(self.buffers.pieces(), self.done, len, Way::Out);
+        }
+        self.buffers.zero(done, u64::MAX);
+        self.done = self.len;
+        true
+    }
+
     /// Prepares the transfer of what is left, or of as much as one step takes.
     fn next_transfer(&mut self) {
         let left = self.len.saturating_sub(self.done);
@@ -405,19 +426,25 @@ impl Job {
     /// Prepares the writing of zeros over what is left, a bounded part at a time.
     fn next_zeros(&mut self) {
         let left = self.len.saturating_sub(self.done);
-        let ask = left.min(ZEROS_LEN as u64 * ZEROS_REPEAT);
-        let mut unasked = usize::try_from(ask).unwrap_or(ZEROS_LEN);
-        self.window.clear();
-        while unasked > 0 {
-            let len = unasked.min(ZEROS_LEN);
-            self.window.push(IoVec {
-                base: ZEROS.0.as_ptr().cast_mut().cast(),
-                len,
-            });
-            unasked -= len;
-        }
+        let ask = zeros(left, &mut self.window);
         self.stage = Stage::ZeroWrite { ask };
     }
+}
+
+/// Makes `pieces` up to `len` zeros that are only to be read, as many as one step may write: how many that is.
+pub(crate) fn zeros(len: u64, pieces: &mut Vec<IoVec>) -> u64 {
+    let ask = len.min(ZEROS_LEN as u64 * ZEROS_REPEAT);
+    let mut unasked = usize::try_from(ask).unwrap_or(ZEROS_LEN);
+    pieces.clear();
+    while unasked > 0 {
+        let len = unasked.min(ZEROS_LEN);
+        pieces.push(IoVec {
+            base: ZEROS.0.as_ptr().cast_mut().cast(),
+            len,
+        });
+        unasked -= len;
+    }
+    ask
 }
 
 /// Whether the answer means that the host will never do this.

@@ -113,7 +113,7 @@ impl Threads {
 }
 
 /// Epoll's unit, rounded up so that a short time is no busy loop; -1 is no limit.
-fn milliseconds(time: Option<Duration>) -> i32 {
+pub(crate) fn milliseconds(time: Option<Duration>) -> i32 {
     time.map_or(-1, |time| {
         i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
     })

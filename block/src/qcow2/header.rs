@@ -597,6 +597,13 @@ impl Header {
         storage.write_at(&self.snapshots_field(), Self::SNAPSHOTS as u64)
     }
 
+    /// Writes the places and the sizes of the refcount table and of the snapshot table, in one write.
+    pub(crate) fn store_tables(&self, storage: &dyn Storage) -> io::Result<()> {
+        // The two fields are neighbours.
+        let field = [self.reftable_field(), self.snapshots_field()].concat();
+        storage.write_at(&field, Self::REFTABLE as u64)
+    }
+
     /// Writes the three fields of feature bits alone, in one write; version 2 has none.
     pub(crate) fn store_features(&self, storage: &dyn Storage) -> io::Result<()> {
         if self.version < 3 {

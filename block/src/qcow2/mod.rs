@@ -3,8 +3,11 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 mod allocate;
+pub(crate) mod bitmap_table;
+pub(crate) mod check;
 mod checkpoint;
 mod compress;
+pub(crate) mod create;
 pub(crate) mod disk;
 pub(crate) mod entry;
 mod epoch;
@@ -18,8 +21,11 @@ pub(crate) mod meta;
 mod packed;
 mod pages;
 mod queue;
+pub(crate) mod refblock;
 mod refcount;
+pub(crate) mod repair;
 mod slow;
+pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
 pub(crate) mod write;

@@ -119,6 +119,52 @@ fn odd_sizes_are_refused_and_whole_sectors_taken() {
 }
 
 #[test]
+fn a_read_only_image_of_an_odd_size_ends_in_zeros() {
+    for (size, aio, cache) in [1, 511, 1000, 2048, 4097, (256 << 10) + 700]
+        .into_iter()
+        .flat_map(|size| [Aio::IoUring, Aio::Threads].map(|aio| (size, aio)))
+        .flat_map(|(size, aio)| [Cache::Writeback, Cache::None].map(|cache| (size, aio, cache)))
+    {
+        let case = format!("{size} bytes, {aio:?}, {cache:?}");
+        let file = image(0);
+        let bytes: Vec<u8> = (0..size)
+            .map(|i| u8::try_from(i % 251).unwrap() + 1)
+            .collect();
+        std::fs::write(file.path(), &bytes).unwrap();
+        let options = DiskOptions {
+            aio,
+            cache,
+            ..read_only()
+        };
+        let disk = RawDisk::open(file.path(), &AnyPath, &options).unwrap();
+        let info = disk.info();
+        let unit = u64::from(info.logical_block);
+        assert_eq!(info.size, (size as u64).next_multiple_of(unit), "{case}");
+        let whole = usize::try_from(info.size).unwrap();
+        let arena = Arena::new(whole + 4096);
+        let mut queue = disk.queue(1).unwrap();
+        // Memory that suits direct I/O, and memory that does not.
+        for at in [0, 1] {
+            arena.put(0, &vec![0xee; whole + 4096]);
+            let buffers = arena.buffers(&[(at, whole)]);
+            perform(queue.as_mut(), Op::Read, 0, buffers).unwrap();
+            assert_eq!(arena.get(at, size), bytes, "{case}");
+            assert_eq!(
+                arena.get(at + size, whole - size),
+                vec![0; whole - size],
+                "{case}"
+            );
+            assert_eq!(arena.get(at + whole, 8), [0xee; 8], "{case}");
+        }
+        let last = arena.buffers(&[(0, info.logical_block as usize)]);
+        perform(queue.as_mut(), Op::Read, info.size - unit, last).unwrap();
+        let past = arena.buffers(&[(0, info.logical_block as usize)]);
+        let error = perform(queue.as_mut(), Op::Read, info.size, past).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{case}");
+    }
+}
+
+#[test]
 fn a_foreign_format_is_refused_unless_raw_is_stated() {
     let file = image(0);
     let out = qemu("qemu-img", &["create", "-q", "-f", "qcow2"], file.path());
