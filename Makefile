@@ -26,7 +26,9 @@ help:
 	@echo 'make bench      measure against QEMU'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
+	@echo 'make guests     the small guest programs: target/guests'
 	@echo 'make setup      get what the machine lacks; the others do it themselves'
+	@echo 'make clean      remove target/ with all that was built and unpacked'
 	@echo
 	@echo 'TESTBED_ONLY=TEXT make test    the guests alone whose case holds TEXT'
 	@echo 'TESTBED_GROUND=nested          not on the own /dev/kvm; or direct'

@@ -30,7 +30,7 @@ pub enum VmState {
 }
 
 /// What can be asked of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
     /// Start a created machine.
@@ -43,6 +43,13 @@ pub enum Command {
     PowerButton,
     /// Restart the guest in place, as the reset button would.
     Reset,
+    /// Make a running machine's disk larger and tell the guest.
+    ResizeDisk {
+        /// The device's id.
+        id: String,
+        /// The new size in bytes.
+        size: u64,
+    },
     /// End the machine now.
     Stop,
     /// Say which state the machine is in.

@@ -18,6 +18,9 @@ pub enum ExitReason {
     KvmError,
     /// A command or a signal ended it.
     Stopped,
+    /// It was to power off after a signal and did not within its time, so it
+    /// was ended.
+    Unresponsive,
 }
 
 /// One thing that happened.
@@ -40,6 +43,35 @@ pub enum EventKind {
         /// The device's id.
         id: String,
         /// What the driver or back end did.
+        reason: String,
+    },
+    /// A request to a disk failed at the host.
+    DiskError {
+        /// The device's id.
+        id: String,
+        /// What was tried.
+        operation: String,
+        /// The host's reason.
+        reason: String,
+        /// The reason is that the host has no space left.
+        no_space: bool,
+        /// The machine is paused because of it; the request is tried again on resume.
+        stopped: bool,
+    },
+    /// A write has gone past the threshold set on a disk, which is disarmed by that.
+    DiskWriteThreshold {
+        /// The device's id.
+        id: String,
+        /// The threshold, as a byte offset of the image file.
+        threshold: u64,
+        /// Where the write ends in the image file.
+        offset: u64,
+    },
+    /// A disk's image contradicts itself; nothing is written to it any more.
+    DiskCorrupt {
+        /// The device's id.
+        id: String,
+        /// What was found.
         reason: String,
     },
     /// The machine ended.

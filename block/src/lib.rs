@@ -14,7 +14,8 @@
 //!   wait: other file descriptors (doorbells) are watched through it, so that
 //!   a worker blocks in a single system call.
 //! * Files are opened through the caller's [`Opener`] only.
-//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's.
+//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's;
+//!   [`NbdDisk`] that whose bytes an NBD server has.
 //! * Below it, an engine (io_uring or threads) runs jobs at (file, offset).
 //!   It knows no formats, so a format's mapping goes between disk and engine.
 //!
@@ -26,13 +27,18 @@
 //! served completes with an [`std::io::Error`]; nothing here panics on what a
 //! file, a device or a guest holds.
 
+mod admit;
 mod buffers;
+mod crew;
 mod disk;
 mod engine;
+mod events;
 mod file;
 mod image;
+mod jobs;
 mod lock;
 mod magic;
+pub mod nbd;
 mod open;
 mod opener;
 pub mod ops;
@@ -45,11 +51,15 @@ mod storage;
 mod testing;
 
 pub use buffers::{Buffers, INLINE, IoVec};
-pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
+pub use disk::{
+    Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, ResizeError, Token, Watch,
+};
+pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
-pub use open::{BackingPolicy, ImageOptions, open_image};
-pub use opener::{Access, Opener};
-pub use options::{Aio, Cache, Discard, DiskOptions, Format};
+pub use nbd::NbdDisk;
+pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
+pub use opener::{Access, Address, Connector, Opener};
+pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{
     CheckReport, Compression, CreateError, CreateOptions, Finding, Preallocation, Qcow2, Repair,
     Severity,

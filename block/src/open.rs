@@ -10,12 +10,15 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::Disk;
 use crate::image::Image;
+use crate::nbd::{self, NbdDisk, NbdStorage};
 use crate::opener::{Access, Opener};
 use crate::options::{Discard, DiskOptions, Format};
+use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
-use crate::raw::{OpenError, RawImage, check_contents, check_raw, open_file};
+use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 
 /// How deep a backing chain may be.
@@ -80,6 +83,35 @@ pub fn open_image(
     })
 }
 
+/// Opens an image and its chain as the disk of a VM. Without a stated format it is raw, and refused where it looks
+/// like something else.
+///
+/// # Errors
+///
+/// [`OpenError`]; nothing is left open or locked then.
+pub fn open_disk(
+    path: &Path,
+    opener: &dyn Opener,
+    options: &ImageOptions,
+) -> Result<Arc<dyn Disk>, OpenError> {
+    if options.disk.format != Some(Format::Qcow2) && nbd::is_uri(path) {
+        return Ok(Arc::new(NbdDisk::open(path, opener, &options.disk)?));
+    }
+    if options.disk.format != Some(Format::Qcow2) {
+        return Ok(Arc::new(RawDisk::open(path, opener, &options.disk)?));
+    }
+    let chain = Chain { opener, options };
+    let image = chain.qcow2(path, !options.disk.read_only, 0)?;
+    let disk =
+        Qcow2Disk::new(image, &options.disk).map_err(|error| unusable(path, "qcow2", error))?;
+    let (size, unit) = (disk.info().size, u64::from(disk.info().logical_block));
+    if !size.is_multiple_of(unit) {
+        let path = path.to_owned();
+        return Err(OpenError::OddDirectSize { path, size, unit });
+    }
+    Ok(Arc::new(disk))
+}
+
 /// Opens an image and its chain.
 pub(crate) fn open_chain(
     path: &Path,
@@ -115,8 +147,15 @@ impl Chain<'_> {
         }
     }
 
-    fn storage(&self, path: &Path, write: bool) -> Result<Arc<FileStorage>, OpenError> {
+    fn storage(&self, path: &Path, write: bool) -> Result<Arc<dyn Storage>, OpenError> {
         let disk = &self.options.disk;
+        if nbd::is_uri(path) {
+            let options = DiskOptions {
+                read_only: !write,
+                ..disk.clone()
+            };
+            return Ok(Arc::new(NbdStorage::open(path, self.opener, &options)?));
+        }
         let access = Access {
             write,
             direct: disk.access().direct,
@@ -127,18 +166,20 @@ impl Chain<'_> {
 
     fn raw(&self, path: &Path, stated: bool, write: bool) -> Result<RawBacking, OpenError> {
         let storage = self.storage(path, write)?;
-        let Some(file) = storage.host_file() else {
-            return Err(unusable(path, "raw", "it is no file"));
-        };
-        let size = if self.options.any_size {
-            check_contents(path, file, stated)?;
-            file.size().next_multiple_of(512)
-        } else {
-            check_raw(path, file, stated)?;
-            file.size()
+        let size = match storage.host_file() {
+            Some(file) if self.options.any_size => {
+                check_contents(path, file, stated)?;
+                file.size().next_multiple_of(512)
+            }
+            Some(file) => {
+                check_raw(path, file, stated)?;
+                file.size()
+            }
+            None => storage
+                .len()
+                .map_err(|error| unusable(path, "raw", error))?,
         };
         let sync = !self.options.disk.cache.ignores_flush();
-        let storage: Arc<dyn Storage> = storage;
         Ok(RawBacking {
             image: Box::new(RawImage::new(Arc::clone(&storage), size, !write, sync)),
             storage,
@@ -281,6 +322,9 @@ pub(crate) fn prepare(
 
 /// The path that a name in an image means: names are relative to the image's directory.
 pub(crate) fn resolve(image: &Path, name: &OsStr) -> PathBuf {
+    if nbd::is_uri(Path::new(name)) {
+        return PathBuf::from(name);
+    }
     let bytes = name.as_encoded_bytes();
     let name = match bytes.strip_prefix(b"file:") {
         #[expect(unsafe_code, reason = "a cut platform string has no safe constructor")]
@@ -303,7 +347,7 @@ fn same_directory(a: &Path, b: &Path) -> bool {
             .is_some_and(|last| matches!(last, Component::Normal(_)))
             && !path.as_os_str().as_encoded_bytes().ends_with(b"/")
     };
-    plain(b) && a.parent() == b.parent()
+    plain(b) && !nbd::is_uri(b) && a.parent() == b.parent()
 }
 
 pub(crate) fn unusable(

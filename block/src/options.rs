@@ -21,6 +21,8 @@ pub struct DiskOptions {
     pub aio: Aio,
     /// What a discard does.
     pub discard: Discard,
+    /// What becomes of a write of nothing but zeros.
+    pub detect_zeroes: DetectZeroes,
     /// What the file is, as stated by the user; a file that looks like
     /// something else than raw must be stated to be raw.
     pub format: Option<Format>,
@@ -36,6 +38,7 @@ impl Default for DiskOptions {
             direct: None,
             aio: Aio::default(),
             discard: Discard::default(),
+            detect_zeroes: DetectZeroes::default(),
             format: None,
             lock: true,
         }
@@ -119,6 +122,19 @@ pub enum Discard {
     #[default]
     Ignore,
     /// It frees the space.
+    Unmap,
+}
+
+/// What becomes of a write of nothing but zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DetectZeroes {
+    /// It is written like any other.
+    #[default]
+    Off,
+    /// The range is zeroed, which takes less time and traffic where the host or the format can.
+    On,
+    /// The range is zeroed, and its space freed if a discard frees space too.
     Unmap,
 }
 

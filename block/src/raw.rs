@@ -5,22 +5,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
-use crate::engine::Engine;
-use crate::engine::threads::Threads;
-use crate::engine::uring::Uring;
-use crate::file::{self, HostFile};
+use crate::admit::Policy;
+use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
+use crate::events::{Events, Observer};
+use crate::file::{self, HostFile, Kind};
+use crate::jobs::JobQueue;
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
 use crate::opener::{Access, Opener};
-use crate::options::{Aio, Discard, DiskOptions};
-use crate::queue::{Policy, RawQueue};
+use crate::options::{Aio, DiskOptions};
+use crate::queue::RawQueue;
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
-
-/// The most requests that a queue has at the host at once.
-const MAX_DEPTH: u32 = 1024;
 
 /// Why a disk could not be opened. Each message names the file, and where there is one the mend.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +81,7 @@ pub enum OpenError {
     /// Its size is no number of sectors.
     #[error(
         "disk {}: its size of {size} bytes is not a multiple of {unit}; \
-         'truncate -s %{unit}' rounds it up",
+         'truncate -s %{unit}' rounds it up, or say readonly=on",
         path.display()
     )]
     OddSize {
@@ -207,6 +204,9 @@ pub enum OpenError {
         /// The unit of direct I/O in bytes.
         unit: u64,
     },
+    /// It is on an NBD server and cannot be had there.
+    #[error(transparent)]
+    Nbd(#[from] crate::nbd::NbdError),
     /// It cannot be locked.
     #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
     NoLocks {
@@ -223,11 +223,13 @@ pub enum OpenError {
 pub struct RawDisk {
     file: Arc<HostFile>,
     policy: Policy,
+    events: Arc<Events>,
     aio: Aio,
 }
 
 impl RawDisk {
-    /// Opens and locks the file or block device at `path`.
+    /// Opens and locks the file or block device at `path`. A file that is no whole number of
+    /// sectors can be opened read-only: zeros make its last sector whole.
     ///
     /// # Errors
     ///
@@ -242,12 +244,8 @@ impl RawDisk {
         path.check(&file, options.format.is_some())?;
         Ok(Self {
             file: Arc::new(file),
-            policy: Policy {
-                read_only: options.read_only,
-                durable: !options.cache.writeback(),
-                ignore_flush: options.cache.ignores_flush(),
-                unmap: options.discard == Discard::Unmap,
-            },
+            policy: Policy::new(options),
+            events: Arc::default(),
             aio: options.aio,
         })
     }
@@ -257,20 +255,6 @@ impl RawDisk {
     pub(crate) fn lose_data(&self) {
         let lost = &self.file.abilities().lost;
         lost.store(true, std::sync::atomic::Ordering::Relaxed);
-    }
-
-    fn engine(&self, depth: u32) -> io::Result<Engine> {
-        match self.aio {
-            Aio::Threads => Threads::new(depth).map(Engine::Threads),
-            Aio::IoUring => Uring::new(depth).map(|e| Engine::Uring(Box::new(e))),
-            Aio::Auto => match Uring::new(depth) {
-                Err(error) if absent(&error) => {
-                    tracing::debug!(%error, "no io_uring here, disk I/O uses threads");
-                    Threads::new(depth).map(Engine::Threads)
-                }
-                other => other.map(|e| Engine::Uring(Box::new(e))),
-            },
-        }
     }
 }
 
@@ -293,7 +277,13 @@ pub(crate) fn open_file(
     if locked {
         path.lock(&file, !access.write)?;
     }
-    HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))
+    let mut file =
+        HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+    if !access.write && kind == Kind::Regular {
+        // An ISO image, say. As QEMU does, so that the last bytes can be read.
+        file.pad_to(SECTOR.max(file.abilities().align.offset.into()));
+    }
+    Ok(file)
 }
 
 /// Judges the contents alone of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
@@ -304,15 +294,6 @@ pub(crate) fn check_contents(path: &Path, file: &HostFile, stated: bool) -> Resu
 /// Judges contents and size of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
 pub(crate) fn check_raw(path: &Path, file: &HostFile, stated: bool) -> Result<(), OpenError> {
     Named(path).check(file, stated)
-}
-
-/// Whether an error means that io_uring is missing, forbidden or too old.
-fn absent(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::Unsupported
-        || matches!(
-            error.raw_os_error(),
-            Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EINVAL)
-        )
 }
 
 impl Disk for RawDisk {
@@ -327,18 +308,28 @@ impl Disk for RawDisk {
     }
 
     fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError> {
-        let host_depth = depth.clamp(1, MAX_DEPTH);
-        let engine = self
-            .engine(host_depth)
-            .map_err(|source| QueueError { depth, source })?;
-        let file = Arc::clone(&self.file);
-        let host_depth = usize::try_from(host_depth).unwrap_or(1);
-        Ok(Box::new(RawQueue::new(
-            file,
-            self.policy,
-            engine,
-            host_depth,
-        )))
+        let jobs = JobQueue::new(self.aio, depth)?;
+        let (file, events) = (Arc::clone(&self.file), Arc::clone(&self.events));
+        Ok(Box::new(RawQueue::new(file, self.policy, events, jobs)))
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        if self.policy.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        let unit = SECTOR.max(self.file.abilities().align.offset.into());
+        if !size.is_multiple_of(unit) {
+            return Err(ResizeError::Unit { size, unit }.into());
+        }
+        self.file.grow(size)
+    }
+
+    fn observe(&self, observer: Arc<dyn Observer>) {
+        self.events.observe(observer);
+    }
+
+    fn set_write_threshold(&self, threshold: Option<u64>) {
+        self.events.set_threshold(threshold);
     }
 }
 

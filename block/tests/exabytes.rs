@@ -35,10 +35,7 @@ fn a_sector_that_claims_exabytes_costs_little_and_fails() {
     header[59] = 4;
     header[99] = 4;
     header[103] = 104;
-    std::fs::File::create(&path)
-        .unwrap()
-        .write_all(&header)
-        .unwrap();
+    File::create(&path).unwrap().write_all(&header).unwrap();
     let options = ImageOptions {
         disk: DiskOptions {
             format: Some(Format::Qcow2),

@@ -294,6 +294,9 @@ pub enum Verdict {
     Fail(Vec<String>),
     /// It did not end in time; on nested ground the emulator may be to blame.
     Hung(String),
+    /// Each broken demand, after the guest's processor shut down unasked (a triple
+    /// fault); on nested ground the emulator may be to blame.
+    ShutDown(Vec<String>),
 }
 
 /// What the agent in the nested machine sends, one JSON value per line.

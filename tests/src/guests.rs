@@ -42,12 +42,13 @@ fn ends() -> Vec<Case> {
             .lines(["reset=triple"])
             .exits(4),
         guest(
-            "sigterm-ends-a-deaf-guest-after-the-timeout",
+            "sigterm-ends-a-deaf-guest-after-the-timeout-with-6",
             "poke",
             "outs halt",
         )
         .step("outs=", Action::Signal("TERM".to_owned()))
         .args("--shutdown-timeout 1")
+        .exits(6)
         .want(Want::Message("did not power off".to_owned())),
     ];
     for how in ["i8042", "cf9"] {

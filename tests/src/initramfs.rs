@@ -62,6 +62,7 @@ mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
 mount -t tmpfs -o size=90% tmp /tmp
+mount -t tracefs tracing /sys/kernel/tracing
 ip link set lo up
 for module in $(cat /modules/order); do insmod "/modules/$module.ko"; done
 mode=cases

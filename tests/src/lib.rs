@@ -22,6 +22,7 @@ pub mod guests;
 pub mod initramfs;
 pub mod kernel;
 pub mod kit;
+pub mod kvm_trace;
 pub mod linux;
 pub mod modules;
 pub mod nested;

@@ -7,7 +7,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, IsTerminal};
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -60,6 +61,9 @@ pub struct Boot {
     pub outcomes: Vec<Outcome>,
     /// Why it ended early and during which case, if it did.
     pub lost: Option<Lost>,
+    /// The first line with which L1's kernel tells of its own failure, if it does.
+    /// No program in L1 can bring that about, so no case of this boot is to blame.
+    pub oops: Option<String>,
 }
 
 /// A boot that the emulator lost.
@@ -108,11 +112,31 @@ pub fn missing() -> Option<String> {
     }
 }
 
+/// How often it is looked whether anybody still uses the machine.
+const LOOK: Duration = Duration::from_millis(300);
+
+/// Waits for the end of an emulator on this terminal. One whose terminal has
+/// been closed, or whose `make` has been killed, would run on for nobody: QEMU
+/// does not notice the first and nobody tells it the second.
+fn accompany(mut child: Child) -> Result<()> {
+    let parent = parent_id();
+    while child.try_wait()?.is_none() {
+        if parent_id() != parent || !io::stdin().is_terminal() {
+            // It may just have ended.
+            let _ = child.kill();
+            child.wait()?;
+            bail!("nobody is there any more");
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 impl Machine {
     /// Boots L1 and runs `cases` in it, telling `watch` each report as it comes.
     ///
     /// # Errors
-    /// The machine cannot be put together, or its KVM does not work.
+    /// The machine cannot be put together.
     pub fn run(&self, cases: &[Case], watch: &mut dyn FnMut(&Report)) -> Result<Boot> {
         let mut command = self.command(cases, Mode::Cases)?;
         command.stdin(Stdio::null()).stdout(Stdio::piped());
@@ -121,11 +145,12 @@ impl Machine {
             .spawn()
             .context("QEMU does not start; run `make setup`")?;
         let reports = reports(&mut child)?;
-        let result = self.follow(cases, &reports, watch);
+        let mut boot = self.follow(cases, &reports, watch);
         // It has ended, is ending, or is lost.
         let _ = child.kill();
         let _ = child.wait();
-        result
+        boot.oops = oops(&read_lossy(&self.console()));
+        Ok(boot)
     }
 
     /// Boots L1 with the case's guest on this terminal, until it ends. Gives
@@ -136,9 +161,10 @@ impl Machine {
     pub fn interact(&self, case: &Case) -> Result<Option<Outcome>> {
         let mut command = self.command(std::slice::from_ref(case), Mode::Interactive)?;
         command.stderr(File::create(self.directory.join("qemu.log"))?);
-        command
-            .status()
+        let child = command
+            .spawn()
             .context("QEMU does not start; run `make setup`")?;
+        accompany(child)?;
         let text = fs::read_to_string(self.directory.join("results")).unwrap_or_default();
         Ok(text
             .lines()
@@ -228,10 +254,11 @@ impl Machine {
         cases: &[Case],
         reports: &Receiver<Report>,
         watch: &mut dyn FnMut(&Report),
-    ) -> Result<Boot> {
+    ) -> Boot {
         let mut boot = Boot {
             outcomes: Vec::new(),
             lost: None,
+            oops: None,
         };
         let mut running = None;
         let mut limit = BOOT_LIMIT;
@@ -248,12 +275,16 @@ impl Machine {
                     };
                     let why = format!("{why}; {}", last_words(&self.console()));
                     boot.lost = Some(Lost { case: running, why });
-                    return Ok(boot);
+                    return boot;
                 }
             };
             watch(&report);
             match report {
-                Report::Ready(Err(why)) => bail!("the nested machine's KVM does not work: {why}"),
+                Report::Ready(Err(why)) => {
+                    let why = format!("its KVM does not work: {why}");
+                    boot.lost = Some(Lost { case: None, why });
+                    return boot;
+                }
                 Report::Ready(Ok(())) => {}
                 Report::Begin(name) => {
                     limit = patience(cases, &name);
@@ -263,7 +294,7 @@ impl Machine {
                     running = None;
                     boot.outcomes.push(*outcome);
                 }
-                Report::Done => return Ok(boot),
+                Report::Done => return boot,
             }
         }
     }
@@ -295,12 +326,40 @@ fn reports(child: &mut Child) -> Result<Receiver<Report>> {
     Ok(receiver)
 }
 
+fn read_lossy(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// Where a kernel's console tells that the kernel itself has failed.
+fn oops(console: &str) -> Option<String> {
+    let told = ["Oops", "BUG: ", "Kernel panic"];
+    let line = console
+        .lines()
+        .find(|line| told.iter().any(|text| line.contains(text)));
+    line.map(|line| line.trim().to_owned())
+}
+
 fn last_words(console: &Path) -> String {
-    let bytes = fs::read(console).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
+    let text = read_lossy(console);
     let line = text
         .lines()
         .rfind(|line| !line.trim().is_empty())
         .unwrap_or("nothing");
     format!("its console ends with: {}", line.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_failure_of_the_kernel_itself_is_an_oops() {
+        let quiet = "kvm: Nested Paging enabled\nvireo[93]: segfault at 0 ip 0\n";
+        assert_eq!(oops(quiet), None);
+        let loud = format!("{quiet}[ 9.1] Oops: int3: 0000 [#1] SMP\r\n[ 9.2] RIP: 0010:x\n");
+        assert_eq!(
+            oops(&loud).as_deref(),
+            Some("[ 9.1] Oops: int3: 0000 [#1] SMP")
+        );
+    }
 }

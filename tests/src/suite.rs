@@ -1,8 +1,12 @@
 //! Runs the cases of a class on the ground that the machine has, and reports.
 //!
-//! - A failed demand is final. A case that the emulator lost (L1 ended or
-//!   fell silent, or the guest did not end in time) is run again in a new boot, at
-//!   most twice; how often is printed at the end. Direct runs are never repeated.
+//! - A failed demand is final. A case that the emulator lost (L1 ended, fell silent
+//!   or its kernel failed, or the guest did not end in time) is run again in a new
+//!   boot, at most twice; how often is printed at the end. So is the first case of a
+//!   class whose guest shuts down unasked, when KVM's trace shows the emulator's way
+//!   of doing that ([`kvm_trace::lost_its_page_tables`]); it is so rare that a second
+//!   one is a failure. What was seen of a lost case stays in its own log. Direct runs
+//!   are never repeated.
 //! - Each class leaves a note on where it ran, from which [`ledger`] tells CI
 //!   whether one ran nowhere.
 //!
@@ -19,10 +23,14 @@ use anyhow::{Context, Result, bail};
 
 use crate::case::{Boot, Case, Outcome, Report, Verdict};
 use crate::nested::{Clock, Machine};
-use crate::{kit, nested, places, probe, runner};
+use crate::{kit, kvm_trace, nested, places, probe, runner};
 
 /// How often a case that the emulator lost is run again.
 const REPEATS: u32 = 2;
+/// How many cases of a class may be taken for lost because the guest's processor shut down.
+const SHUT_DOWNS: u32 = 1;
+/// How many lines of what a lost case left behind are printed.
+const TRACES: usize = 15;
 /// L1's memory in MiB; the largest guest has 3.5 GiB of which it touches little.
 const NESTED_MEMORY: u32 = 5120;
 
@@ -163,6 +171,7 @@ impl Suite {
         let lock = File::create(places::testbed().join("nested.lock"))?;
         lock.lock()?;
         let mut attempts = std::collections::HashMap::<String, u32>::new();
+        let mut shut_downs = 0;
         let mut fruitless = 0;
         let mut number = 0;
         while !waiting.is_empty() {
@@ -171,9 +180,10 @@ impl Suite {
             let before = waiting.len();
             let mut lost = Vec::new();
             for outcome in &boot.outcomes {
-                if let Verdict::Hung(why) = &outcome.verdict {
-                    self.keep(outcome)?;
-                    lost.push((outcome.name.clone(), why.clone()));
+                if let Some(why) = loss(outcome, boot.oops.as_deref(), shut_downs) {
+                    shut_downs += u32::from(matches!(outcome.verdict, Verdict::ShutDown(_)));
+                    self.keep_lost(outcome, number)?;
+                    lost.push((outcome.name.clone(), why));
                 } else {
                     self.settle(outcome)?;
                     waiting.retain(|case| case.name != outcome.name);
@@ -239,7 +249,9 @@ impl Suite {
                 self.keep(outcome)?;
                 Ok(())
             }
-            Verdict::Fail(complaints) => self.failure(outcome, complaints),
+            Verdict::Fail(complaints) | Verdict::ShutDown(complaints) => {
+                self.failure(outcome, complaints)
+            }
             Verdict::Hung(why) => self.failure(outcome, std::slice::from_ref(why)),
         }
     }
@@ -262,9 +274,25 @@ impl Suite {
     }
 
     fn keep(&self, outcome: &Outcome) -> Result<PathBuf> {
+        self.keep_as(outcome, "log")
+    }
+
+    /// Keeps what a case left behind that the emulator lost in boot `number`,
+    /// and prints its end: the run that follows does not overwrite it.
+    fn keep_lost(&self, outcome: &Outcome, number: u32) -> Result<()> {
+        let log = self.keep_as(outcome, &format!("lost-{number}.log"))?;
+        println!("----- the last of {}:", log.display());
+        let lines: Vec<&str> = outcome.errors.lines().collect();
+        for line in &lines[lines.len().saturating_sub(TRACES)..] {
+            println!("    {line}");
+        }
+        Ok(())
+    }
+
+    fn keep_as(&self, outcome: &Outcome, suffix: &str) -> Result<PathBuf> {
         let log = self
             .logs
-            .join(format!("{}.log", outcome.name.replace('/', "-")));
+            .join(format!("{}.{suffix}", outcome.name.replace('/', "-")));
         let text = format!(
             "{}\n--- the monitor's messages\n{}--- output\n{}",
             line(outcome),
@@ -304,6 +332,23 @@ impl Suite {
     }
 }
 
+/// Why the emulator is taken to have lost a case of the nested machine, if it
+/// is: `oops` tells of its boot, `shut_downs` of its class so far.
+fn loss(outcome: &Outcome, oops: Option<&str>, shut_downs: u32) -> Option<String> {
+    match &outcome.verdict {
+        Verdict::Pass => None,
+        Verdict::Hung(why) => Some(why.clone()),
+        Verdict::ShutDown(complaints)
+            if shut_downs < SHUT_DOWNS && kvm_trace::lost_its_page_tables(&outcome.errors) =>
+        {
+            Some(complaints.join("; "))
+        }
+        Verdict::Fail(complaints) | Verdict::ShutDown(complaints) => {
+            oops.map(|line| format!("{}; L1's kernel failed: {line}", complaints.join("; ")))
+        }
+    }
+}
+
 fn clock() -> Clock {
     match std::env::var("TESTBED_CLOCK").as_deref() {
         Ok("instructions") => Clock::Instructions,
@@ -315,7 +360,9 @@ fn line(outcome: &Outcome) -> String {
     let seconds = std::time::Duration::from_millis(outcome.millis).as_secs_f64();
     let (word, rest) = match &outcome.verdict {
         Verdict::Pass => ("PASS", String::new()),
-        Verdict::Fail(complaints) => ("FAIL", format!(": {}", complaints.join("; "))),
+        Verdict::Fail(complaints) | Verdict::ShutDown(complaints) => {
+            ("FAIL", format!(": {}", complaints.join("; ")))
+        }
         Verdict::Hung(why) => ("HUNG", format!(": {why}")),
     };
     format!("{word}  {:<44} {seconds:6.1} s{rest}", outcome.name)
@@ -393,6 +440,33 @@ fn ledger_in(notes: &Path, classes: &[&str]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What KVM sees of a guest that the emulator lost.
+    const FETCHLESS: &str =
+        "kvm_exit: vcpu 0 reason shutdown rip 0x8f intr_info 0x80000b0e error_code 0x00000010\n";
+
+    #[test]
+    fn a_failed_demand_is_no_loss_and_a_second_shut_down_neither() {
+        let outcome = |verdict, errors: &str| Outcome {
+            name: "case".to_owned(),
+            verdict,
+            millis: 0,
+            output: String::new(),
+            errors: errors.to_owned(),
+        };
+        let complaints = vec!["exit code 4, not 0".to_owned()];
+        let hung = outcome(Verdict::Hung("why".to_owned()), "");
+        let failed = outcome(Verdict::Fail(complaints.clone()), FETCHLESS);
+        let shut_down = outcome(Verdict::ShutDown(complaints.clone()), FETCHLESS);
+        let unexplained = outcome(Verdict::ShutDown(complaints), "vCPU 0 shut down");
+        assert_eq!(loss(&outcome(Verdict::Pass, ""), Some("Oops"), 0), None);
+        assert_eq!(loss(&failed, None, 0), None);
+        assert!(loss(&failed, Some("Oops"), 0).is_some());
+        assert!(loss(&hung, None, 9).is_some());
+        assert!(loss(&shut_down, None, 0).is_some());
+        assert_eq!(loss(&shut_down, None, SHUT_DOWNS), None);
+        assert_eq!(loss(&unexplained, None, 0), None);
+    }
 
     #[test]
     fn a_class_that_was_skipped_or_never_ran_is_told() {

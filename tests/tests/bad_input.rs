@@ -44,7 +44,7 @@ const KERNELS: &[Bad] = &[
         "missing kernel",
         "--kernel none",
         1,
-        &["--kernel", "none", "No such file"],
+        &["--kernel", "none", "No such file", "check the path"],
     ),
     bad(
         "kernel is a directory",
@@ -104,7 +104,7 @@ const KERNELS: &[Bad] = &[
         "initramfs missing",
         "--kernel hello --initramfs none",
         1,
-        &["--initramfs", "none"],
+        &["--initramfs", "none", "check the path"],
     ),
     bad(
         "initramfs is a directory",
@@ -296,13 +296,13 @@ const DISKS: &[Bad] = &[
     bad(
         "too many queues",
         "--kernel hello --disk path=disk,num_queues=1000",
-        1,
+        2,
         &["--disk", "num_queues", "256"],
     ),
     bad(
         "serial number too long",
         "--kernel hello --disk path=disk,serial=123456789012345678901",
-        1,
+        2,
         &["--disk", "serial", "20"],
     ),
     bad(

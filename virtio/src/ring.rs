@@ -5,7 +5,9 @@
 //! was activated with. Its owner does, in a loop:
 //!
 //! 1. [`Ring::quiet`], then [`Ring::take`] until it answers `false`: the ring
-//!    was empty and the driver will kick from now on;
+//!    was empty and the driver will kick from now on. An owner that looks for
+//!    new entries itself for a while ([`Ring::pending`]) uses [`Ring::next`],
+//!    which leaves kicks off, and [`Ring::invite`] before it sleeps;
 //! 2. [`Ring::complete`] for every chain that is done, in any order;
 //! 3. [`Ring::notify`] once, which interrupts the driver if it wants that;
 //! 4. sleep until the doorbell rings ([`Ring::doorbell`]).
@@ -38,6 +40,10 @@ use crate::memory::GuestMap;
 /// memory (`UIO_MAXIOV`); two more are a header and a status. A driver keeps
 /// to the limits that the configuration space states, which are below.
 pub const MAX_CHAIN: u16 = 1026;
+
+/// Bytes before the entries of the used ring, and of each entry (Virtio 1.2, 2.7.8).
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
 
 /// How the driver broke the rules of a queue.
 #[derive(Debug, thiserror::Error)]
@@ -214,6 +220,10 @@ pub struct Ring {
     parked: VecDeque<u16>,
     notifier: Arc<dyn Notifier>,
     indirect: bool,
+    /// The driver may have been asked to kick.
+    invited: bool,
+    /// An entry was seen in the available ring that has not been taken.
+    announced: bool,
     unannounced: bool,
     failed: bool,
 }
@@ -235,6 +245,8 @@ impl Ring {
             parked: parked.into(),
             notifier,
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            invited: true,
+            announced: false,
             unannounced: false,
             failed: false,
         }
@@ -298,9 +310,27 @@ impl Ring {
     ///
     /// [`RingError::Rings`] when the used ring is not memory.
     pub fn quiet(&mut self, view: &GuestMap) -> Result<(), RingError> {
-        self.queue
-            .disable_notification(view)
-            .map_err(|e| rings(self.index, "suppressing kicks", e))
+        if !std::mem::take(&mut self.invited) {
+            return Ok(());
+        }
+        let quieted = if self.queue.event_idx_enabled() {
+            self.pass_avail_event(view)
+        } else {
+            self.queue.disable_notification(view)
+        };
+        quieted.map_err(|e| rings(self.index, "suppressing kicks", e))
+    }
+
+    /// With EVENT_IDX a kick is asked for at an index (Virtio 1.2, 2.7.10):
+    /// one that the driver has passed is reached again in 65,535 entries.
+    fn pass_avail_event(&self, view: &GuestMap) -> Result<(), virtio_queue::Error> {
+        let passed = self.queue.next_avail().wrapping_sub(1);
+        let offset = USED_HEADER + USED_ELEMENT * u64::from(self.queue.size());
+        let at = GuestAddress(self.queue.used_ring())
+            .checked_add(offset)
+            .ok_or(virtio_queue::Error::AddressOverflow)?;
+        view.store(passed.to_le(), at, Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)
     }
 
     /// Takes the next chain into `chain`: parked ones first. `false` when
@@ -310,20 +340,53 @@ impl Ring {
     ///
     /// Any [`RingError`].
     pub fn take(&mut self, view: &GuestMap, chain: &mut Chain) -> Result<bool, RingError> {
-        // An entry may arrive between the look and the re-enabling of kicks,
-        // once. If it still cannot be had it is not readable at all.
-        for _ in 0..2 {
-            if let Some(head) = self.pop(view)? {
-                self.walk(view, head, chain)?;
-                return Ok(true);
-            }
-            let more = self.queue.enable_notification(view);
-            if !more.map_err(|e| rings(self.index, "asking for kicks", e))? {
+        while !self.next(view, chain)? {
+            if !self.invite(view)? {
                 return Ok(false);
             }
             self.quiet(view)?;
         }
-        Err(RingError::Available { queue: self.index })
+        Ok(true)
+    }
+
+    /// As [`Ring::take`], but leaves it as it is whether the driver kicks.
+    ///
+    /// # Errors
+    ///
+    /// Any [`RingError`]; so when [`Ring::pending`] or [`Ring::invite`] saw
+    /// an entry, and it cannot be had.
+    pub fn next(&mut self, view: &GuestMap, chain: &mut Chain) -> Result<bool, RingError> {
+        let announced = std::mem::take(&mut self.announced);
+        match self.pop(view)? {
+            Some(head) => self.walk(view, head, chain).map(|()| true),
+            None if announced => Err(RingError::Available { queue: self.index }),
+            None => Ok(false),
+        }
+    }
+
+    /// Asks the driver to kick for the next entry. `true` when one has come
+    /// before it could see that: it is to be taken without a kick.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Rings`] when the rings are not memory.
+    pub fn invite(&mut self, view: &GuestMap) -> Result<bool, RingError> {
+        self.invited = true;
+        let more = self.queue.enable_notification(view);
+        self.announced = more.map_err(|e| rings(self.index, "asking for kicks", e))?;
+        Ok(self.announced)
+    }
+
+    /// Whether there is an entry to take. Only a look; it costs no system call.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Rings`] when the available ring is not memory.
+    pub fn pending(&mut self, view: &GuestMap) -> Result<bool, RingError> {
+        let index = self.queue.avail_idx(view, Ordering::Relaxed);
+        let index = index.map_err(|e| rings(self.index, "reading the available ring", e))?;
+        self.announced = index.0 != self.queue.next_avail();
+        Ok(self.announced || !self.parked.is_empty())
     }
 
     /// Hands the chain with this head back; `written` bytes of its writable

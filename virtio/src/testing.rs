@@ -1,6 +1,7 @@
 //! The driver's side of a device, for tests: memory, a ring to put chains
 //! into, and a notifier that passes on what it is told.
 
+use std::sync::atomic::{Ordering, fence};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Activation, ActiveQueue, Notifier, StoppedQueue, VirtioDevice};
+use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::worker::borrow;
 
@@ -43,6 +44,7 @@ pub enum Notice {
     Queue(u16),
     Config,
     Reset(String),
+    Disk(DiskReport),
 }
 
 struct Notices(Mutex<Sender<Notice>>);
@@ -65,6 +67,10 @@ impl Notifier for Notices {
 
     fn needs_reset(&self, reason: &str) {
         self.send(Notice::Reset(reason.to_owned()));
+    }
+
+    fn disk_report(&self, report: &DiskReport) {
+        self.send(Notice::Disk(report.clone()));
     }
 }
 
@@ -188,7 +194,7 @@ impl Driver {
     pub fn set_avail_index(&self, index: u16) {
         let view = self.memory.memory();
         let at = GuestAddress(self.avail + 2);
-        let order = std::sync::atomic::Ordering::SeqCst;
+        let order = Ordering::SeqCst;
         view.store(index, at, order).unwrap();
     }
 
@@ -215,6 +221,23 @@ impl Driver {
         self.get(self.used + 4 + 8 * u64::from(self.size))
     }
 
+    /// How many heads have been offered in all: the index of the next entry.
+    pub fn offered(&self) -> u16 {
+        self.offered
+    }
+
+    /// Whether the device asks for a kick when the entry of this index has
+    /// been added (Virtio 1.2, 2.7.7 and 2.7.10).
+    pub fn invited(&self, entry: u16, event_idx: bool) -> bool {
+        // Between adding the entry and asking.
+        fence(Ordering::SeqCst);
+        if event_idx {
+            self.avail_event() == entry
+        } else {
+            self.used_flags() & 1 == 0
+        }
+    }
+
     pub fn used_flags(&self) -> u16 {
         self.get(self.used)
     }
@@ -223,7 +246,7 @@ impl Driver {
     pub fn used_index(&self) -> u16 {
         let view = self.memory.memory();
         let at = GuestAddress(self.used + 2);
-        let order = std::sync::atomic::Ordering::SeqCst;
+        let order = Ordering::SeqCst;
         view.load(at, order).unwrap()
     }
 
@@ -244,7 +267,8 @@ impl Driver {
                 return returned;
             }
             let notice = notices.recv_timeout(PATIENCE).unwrap();
-            assert!(matches!(notice, Notice::Queue(_)), "{notice:?}");
+            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_));
+            assert!(expected, "{notice:?}");
         }
     }
 
@@ -290,7 +314,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

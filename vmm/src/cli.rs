@@ -15,6 +15,7 @@
 //! | 3 | the guest's kernel panicked |
 //! | 4 | the guest's processor shut down (triple fault) |
 //! | 5 | KVM could not go on |
+//! | 6 | the guest did not power off in time and was ended |
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
@@ -33,7 +34,7 @@ use std::sync::Arc;
 use api::ExitReason;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
-use virtio::models::{MODELS, Model};
+use virtio::models::{BuildError, MODELS, Model};
 
 use crate::opener::Opener;
 
@@ -49,7 +50,8 @@ Exit codes:
   2  wrong usage: nothing was done
   3  the guest's kernel panicked
   4  the guest's processor shut down (triple fault)
-  5  KVM could not go on with the guest";
+  5  KVM could not go on with the guest
+  6  the guest did not power off in time after a signal";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -103,7 +105,7 @@ enum Verb {
         shell: clap_complete::Shell,
     },
     /// Write the manual pages into a directory
-    #[command(hide = true, after_help = MAN_EXAMPLES)]
+    #[command(after_help = MAN_EXAMPLES)]
     Man {
         /// An existing directory
         #[arg(value_name = "DIR")]
@@ -168,7 +170,9 @@ fn execute(arguments: Vec<OsString>) -> u8 {
             USAGE
         }
         Err(Failure::Failed(error)) => {
-            message::report(&format!("{error:#}"));
+            let mend = crate::error::mend(error.root_cause());
+            let mend = mend.map_or_else(String::new, |mend| format!(": {mend}"));
+            message::report(&format!("{error:#}{mend}"));
             FAILURE
         }
     }
@@ -215,7 +219,7 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
         Verb::Run(arguments) => {
             let matches = matches.subcommand_matches("run");
             let config = run::configure(*arguments, matches, MODELS).map_err(Failure::Usage)?;
-            let reason = crate::run::run(config, opener).map_err(Failure::Failed)?;
+            let reason = crate::run::run(config, opener).map_err(judge)?;
             Ok(exit_code(reason))
         }
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
@@ -232,6 +236,22 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
     }
 }
 
+/// A value of a device's configuration that makes no sense is wrong usage,
+/// though the model finds it and not the flag: nothing has been done by then.
+fn judge(error: anyhow::Error) -> Failure {
+    let is_usage = error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref(),
+            Some(BuildError::Field { .. } | BuildError::Config { .. })
+        )
+    });
+    if is_usage {
+        Failure::Usage(error)
+    } else {
+        Failure::Failed(error)
+    }
+}
+
 /// The exit code that tells why a machine ended.
 fn exit_code(reason: ExitReason) -> u8 {
     match reason {
@@ -239,6 +259,7 @@ fn exit_code(reason: ExitReason) -> u8 {
         ExitReason::GuestPanic => 3,
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
+        ExitReason::Unresponsive => 6,
     }
 }
 
@@ -306,6 +327,7 @@ mod tests {
             (ExitReason::GuestPanic, 3),
             (ExitReason::TripleFault, 4),
             (ExitReason::KvmError, 5),
+            (ExitReason::Unresponsive, 6),
         ] {
             assert_eq!(exit_code(reason), code);
         }

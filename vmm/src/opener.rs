@@ -13,11 +13,13 @@ use std::io::{self, IsTerminal, Read};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
-use block::Access;
+use block::{Access, Address};
 use kvm_ioctls::Kvm;
+
+mod connect;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -35,6 +37,17 @@ pub enum OpenError {
         /// The system's reason.
         #[source]
         source: io::Error,
+    },
+    /// This user may not.
+    #[error(
+        "cannot {action} {}: permission denied: change its mode or owner, or run as a user who may",
+        path.display()
+    )]
+    Denied {
+        /// What was tried.
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
     },
     /// The path is something else than it has to be.
     #[error("{} is {found}: give the path of {wanted}", path.display())]
@@ -229,11 +242,7 @@ impl Opener {
             OpenError::System { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 OpenError::KvmMissing
             }
-            OpenError::System { source, .. }
-                if source.kind() == io::ErrorKind::PermissionDenied =>
-            {
-                OpenError::KvmPermission
-            }
+            OpenError::Denied { .. } => OpenError::KvmPermission,
             other => other,
         })?;
         // SAFETY: the descriptor is open and owned by nobody else: `into_raw_fd`
@@ -249,17 +258,24 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// [`OpenError::SocketInUse`] when somebody answers there,
-    /// [`OpenError::System`] for anything else at the path that is no socket.
+    /// [`OpenError::SocketInUse`] when a process has it,
+    /// [`OpenError::WrongType`] for anything else at the path that is no socket.
     pub fn listen_unix(&self, path: &Path) -> Result<UnixListener, OpenError> {
         match bind_private(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
             result => return result.map_err(system("listen at", path)),
         }
-        let stale = fs::symlink_metadata(path).is_ok_and(|facts| facts.file_type().is_socket())
-            && UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-        if !stale {
+        let kind = fs::symlink_metadata(path)
+            .map_err(system("listen at", path))?
+            .file_type();
+        if !kind.is_socket() {
+            return Err(OpenError::WrongType {
+                path: path.to_owned(),
+                found: describe(kind),
+                wanted: "a socket, or one where nothing is yet",
+            });
+        }
+        if !is_abandoned(path) {
             return Err(OpenError::SocketInUse {
                 path: path.to_owned(),
             });
@@ -330,6 +346,11 @@ impl block::Opener for Opener {
         check_kind(file.metadata()?.file_type())?;
         tracing::debug!(path = %path.display(), ?access, "opened");
         Ok(file)
+    }
+
+    /// Any address may be connected to.
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn block::Connector>> {
+        Ok(Box::new(connect::Connector(address.clone())))
     }
 
     /// Creates it with mode 0600; a symbolic link at its name is not followed.
@@ -409,12 +430,25 @@ fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
     Ok(file)
 }
 
+/// Whether no process has the socket at this path any more. Who listens there
+/// does not notice: a socket of another type is told that it is the wrong one,
+/// where a connection would be a visitor that goes again (to a waiting gdb
+/// server, a debugger that lets its guest run).
+fn is_abandoned(path: &Path) -> bool {
+    UnixDatagram::unbound()
+        .and_then(|probe| probe.connect(path))
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
 fn system(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
     let path = path.to_owned();
-    move |source| OpenError::System {
-        action,
-        path,
-        source,
+    move |source| match source.kind() {
+        io::ErrorKind::PermissionDenied => OpenError::Denied { action, path },
+        _ => OpenError::System {
+            action,
+            path,
+            source,
+        },
     }
 }
 
@@ -429,6 +463,8 @@ fn describe(kind: FileType) -> &'static str {
         "a pipe"
     } else if kind.is_socket() {
         "a socket"
+    } else if kind.is_symlink() {
+        "a symbolic link"
     } else {
         "a regular file"
     }

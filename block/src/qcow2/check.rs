@@ -13,6 +13,8 @@ mod tables;
 
 use std::io;
 
+use serde::Serialize;
+
 use super::bitmap_table::BitmapError;
 use super::header::HeaderError;
 use super::snapshot_table::SnapshotError;
@@ -70,29 +72,44 @@ pub struct Finding {
 /// Who gets the findings, one by one: there may be very many.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(Finding);
 
-/// What a check found, in the terms of `qemu-img check`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What a check found, in the terms of `qemu-img check`; serialized as its JSON, which leaves zeros out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
     /// Errors of the check itself.
     pub check_errors: u64,
     /// Corruptions that are there now.
+    #[serde(skip_serializing_if = "is_zero")]
     pub corruptions: u64,
     /// Leaked clusters that are there now.
+    #[serde(skip_serializing_if = "is_zero")]
     pub leaks: u64,
     /// Corruptions that were repaired.
+    #[serde(skip_serializing_if = "is_zero")]
     pub corruptions_fixed: u64,
     /// Leaked clusters that were freed.
+    #[serde(skip_serializing_if = "is_zero")]
     pub leaks_fixed: u64,
     /// How many clusters the disk has.
+    #[serde(skip_serializing_if = "is_zero")]
     pub total_clusters: u64,
     /// How many of them have space of their own.
+    #[serde(skip_serializing_if = "is_zero")]
     pub allocated_clusters: u64,
     /// How many of them are not where the one before would have them.
+    #[serde(skip_serializing_if = "is_zero")]
     pub fragmented_clusters: u64,
     /// How many of them are compressed.
+    #[serde(skip_serializing_if = "is_zero")]
     pub compressed_clusters: u64,
     /// Where the last used cluster ends, in bytes.
+    #[serde(skip_serializing_if = "is_zero")]
     pub image_end_offset: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Checks an image without changing it. Every finding goes to `sink`.

@@ -467,7 +467,7 @@ impl Run {
 
 /// How many clusters the refcount table and the refcount blocks need that count themselves and `rest`
 /// other clusters.
-pub(crate) fn refcounts_for(geometry: &Geometry, rest: u64) -> (u64, u64) {
+fn refcounts_for(geometry: &Geometry, rest: u64) -> (u64, u64) {
     let (mut table, mut blocks) = (1, 1);
     loop {
         let needed = (rest + table + blocks).div_ceil(1 << geometry.refblock_bits());

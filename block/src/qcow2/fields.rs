@@ -1,6 +1,7 @@
 //! Big-endian numbers within on-disk structures.
 
 /// The number at `offset`; bytes past the end count as zeros.
+#[inline]
 pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     let rest = bytes.get(offset..).unwrap_or_default();
     if let Some(field) = rest.first_chunk() {

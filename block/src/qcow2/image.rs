@@ -244,6 +244,11 @@ impl Qcow2 {
         self.shared.dirty.load(Ordering::Acquire)
     }
 
+    /// Whether it was found corrupt, so that nothing may be written.
+    pub(crate) fn is_corrupt(&self) -> bool {
+        self.shared.corrupt.load(Ordering::Acquire)
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, Meta> {
         self.meta.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -325,7 +330,8 @@ impl Qcow2 {
             return Err(Refusal::Slow);
         };
         let planned = meta.plan(self.asked(offset, len, true));
-        if matches!(planned, Err(Refusal::Busy)) {
+        let known = |other: &Arc<EventFd>| Arc::ptr_eq(other, waiter);
+        if matches!(planned, Err(Refusal::Busy)) && !meta.waiters.iter().any(known) {
             meta.waiters.push(Arc::clone(waiter));
         }
         planned
@@ -642,6 +648,9 @@ impl Drop for Qcow2 {
 pub(crate) struct ChainPins(Vec<Pins>);
 
 impl ChainPins {
+    /// No epoch: what [`ChainPins::enter`] never gives.
+    pub(crate) const NONE: u64 = u64::MAX;
+
     /// Pins the current epoch of the topmost image, the only one that changes.
     pub(crate) fn enter(&mut self) -> u64 {
         self.0.first_mut().map_or(0, Pins::enter)

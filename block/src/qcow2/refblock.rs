@@ -50,7 +50,7 @@ pub(crate) fn set(block: &mut [u8], index: usize, order: u32, value: u64) {
 }
 
 /// The largest refcount of `1 << order` bits.
-pub(crate) fn max(order: u32) -> u64 {
+fn max(order: u32) -> u64 {
     u64::MAX >> (64 - (1_u32 << order))
 }
 

@@ -331,7 +331,7 @@ impl Repairer<'_> {
 
 /// Makes `found` the refcounts that are to be, and takes out the old refcount structures.
 fn settle(scan: &mut Scan) {
-    let max = refblock::max(scan.geometry.refcount_order);
+    let max = scan.geometry.refcount_max();
     let mut wanted = Vec::new();
     let hidden = scan.hidden;
     let Ok(()) = scan.differences::<std::convert::Infallible>(|cluster, stored, found| {

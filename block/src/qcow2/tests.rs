@@ -1,5 +1,5 @@
 //! Tests of the engine on storages of their own.
 
-mod crash;
+pub(crate) mod crash;
 mod faults;
 pub(super) mod memory;

@@ -322,6 +322,8 @@ impl Meta {
     /// Enters the clusters of a plan into the mapping. Its data and its copies have been written.
     pub(crate) fn publish(&mut self, plan: Plan) {
         let mut unlinked = Vec::new();
+        // First, so that whoever finds the new entries without the lock also finds that they are not durable.
+        self.soil();
         for change in &plan.changes {
             self.set_entry(
                 change.page.as_ref(),

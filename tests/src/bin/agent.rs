@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use tests::case::{Case, Outcome, Report, Verdict};
-use tests::{probe, runner};
+use tests::{kvm_trace, probe, runner};
 
 const SCRATCH: &str = "/tmp/cases";
 
@@ -42,9 +42,19 @@ fn work(mode: &str, kit: &Path, port: &Path) -> Result<()> {
             let ready = probe::create_machine().map_err(|error| format!("{error:#}"));
             let works = ready.is_ok();
             report(&mut port, &Report::Ready(ready))?;
+            let traced = works && told(kvm_trace::start()).is_some();
             for case in cases.iter().filter(|_| works) {
                 report(&mut port, &Report::Begin(case.name.clone()))?;
-                let outcome = runner::run(case, &locate, Path::new(SCRATCH));
+                let mut outcome = runner::run(case, &locate, Path::new(SCRATCH));
+                if traced {
+                    if outcome.verdict != Verdict::Pass
+                        && let Some(seen) = told(kvm_trace::last())
+                    {
+                        outcome.errors.push_str("--- what KVM saw last\n");
+                        outcome.errors.push_str(&seen);
+                    }
+                    told(kvm_trace::clear());
+                }
                 report(&mut port, &Report::End(Box::new(outcome)))?;
             }
             report(&mut port, &Report::Done)
@@ -56,6 +66,13 @@ fn work(mode: &str, kit: &Path, port: &Path) -> Result<()> {
         }
         other => bail!("unknown mode {other}"),
     }
+}
+
+/// Says on L1's console why the trace is missing, if it is: no case depends on it.
+fn told<T>(result: std::io::Result<T>) -> Option<T> {
+    result
+        .inspect_err(|error| eprintln!("agent: KVM's trace: {error}"))
+        .ok()
 }
 
 /// Runs the monitor on this program's own terminal.

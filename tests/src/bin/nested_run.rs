@@ -91,7 +91,7 @@ fn interact(machine: &Machine, case: &Case) -> Result<()> {
         .verdict
     {
         Verdict::Pass => Ok(()),
-        Verdict::Fail(why) => bail!(why.join("; ")),
+        Verdict::Fail(why) | Verdict::ShutDown(why) => bail!(why.join("; ")),
         Verdict::Hung(why) => bail!(why),
     }
 }
@@ -122,7 +122,9 @@ fn tour(machine: &Machine, case: &Case) -> Result<()> {
     }
     match outcome.verdict {
         Verdict::Pass => Ok(()),
-        Verdict::Fail(why) => bail!("{}\n{}", why.join("; "), outcome.errors),
+        Verdict::Fail(why) | Verdict::ShutDown(why) => {
+            bail!("{}\n{}", why.join("; "), outcome.errors)
+        }
         Verdict::Hung(why) => bail!("{why}\n{}", outcome.errors),
     }
 }

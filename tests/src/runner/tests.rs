@@ -43,11 +43,24 @@ fn a_run_that_meets_all_demands_passes() {
 #[test]
 fn every_broken_demand_is_told() {
     let case = guest().lines(["other"]).exits(3).after("exit 1");
-    let Verdict::Fail(complaints) = run_with("echo hello; exit 4", &case).verdict else {
+    let Verdict::Fail(complaints) = run_with("echo hello; exit 5", &case).verdict else {
         panic!("passed");
     };
     assert_eq!(complaints.len(), 3, "{complaints:?}");
-    assert!(complaints[0].starts_with("exit code 4, not 3"));
+    assert!(complaints[0].starts_with("exit code 5, not 3"));
+}
+
+#[test]
+fn only_an_unasked_triple_fault_is_told_as_a_shut_down() {
+    let monitor = "echo at rip 1 >&2; exit 4";
+    let Verdict::ShutDown(complaints) = run_with(monitor, &guest()).verdict else {
+        panic!("not told");
+    };
+    assert_eq!(complaints, ["exit code 4, not 0: at rip 1"]);
+    let asked = guest().exits(4);
+    assert_eq!(run_with(monitor, &asked).verdict, Verdict::Pass);
+    let verdict = run_with(monitor, &asked.lines(["hello"])).verdict;
+    assert!(matches!(verdict, Verdict::Fail(_)), "{verdict:?}");
 }
 
 #[test]

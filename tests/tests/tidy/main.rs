@@ -87,6 +87,21 @@ fn crates_depend_along_the_arrows_only() {
 
 /// Each crate's dependencies, those of its tests aside.
 fn packages() -> BTreeMap<String, Vec<String>> {
+    let names = |package: &Value| {
+        list(&package["dependencies"])
+            .iter()
+            .filter(|dependency| dependency["kind"].as_str() != Some("dev"))
+            .map(|dependency| text(&dependency["name"]))
+            .collect()
+    };
+    list(&metadata()["packages"])
+        .iter()
+        .map(|package| (text(&package["name"]), names(package)))
+        .collect()
+}
+
+/// What Cargo knows of the workspace's own packages.
+fn metadata() -> Value {
     let output = Command::new(env!("CARGO"))
         .args([
             "metadata",
@@ -103,19 +118,50 @@ fn packages() -> BTreeMap<String, Vec<String>> {
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let list = |value: &Value| value.as_array().unwrap().clone();
-    list(&metadata["packages"])
-        .iter()
-        .map(|package| {
-            let dependencies = list(&package["dependencies"])
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn list(value: &Value) -> Vec<Value> {
+    value.as_array().unwrap().clone()
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+#[test]
+fn every_dependency_is_named_by_the_sources_that_it_is_for() {
+    let sources = sources(&workspace());
+    let mut broken = Vec::new();
+    for package in list(&metadata()["packages"]) {
+        let name = text(&package["name"]);
+        let within = format!("{name}/");
+        let own: Vec<&Source> = sources
+            .iter()
+            .filter(|source| source.path.starts_with(&within))
+            .collect();
+        for dependency in list(&package["dependencies"]) {
+            let crate_name = text(match &dependency["rename"] {
+                Value::Null => &dependency["name"],
+                rename => rename,
+            })
+            .replace('-', "_");
+            // What only tests name is a dependency of tests.
+            let for_tests = dependency["kind"].as_str() == Some("dev");
+            if !own
                 .iter()
-                .filter(|dependency| dependency["kind"].as_str() != Some("dev"))
-                .map(|dependency| dependency["name"].as_str().unwrap().to_owned())
-                .collect();
-            (package["name"].as_str().unwrap().to_owned(), dependencies)
-        })
-        .collect()
+                .any(|source| source.names(&crate_name, for_tests))
+            {
+                let what = if for_tests {
+                    "nothing"
+                } else {
+                    "only tests, or nothing,"
+                };
+                broken.push(format!("{name}/Cargo.toml: {what} names {crate_name}"));
+            }
+        }
+    }
+    report("take dependencies out that nothing names", broken);
 }
 
 #[test]

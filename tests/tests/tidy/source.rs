@@ -81,6 +81,27 @@ impl Source {
         })
     }
 
+    /// Whether a path in the code begins with this crate; in the code of tests
+    /// only where `in_tests` says so.
+    pub fn names(&self, crate_name: &str, in_tests: bool) -> bool {
+        let for_tests = self.is_test() || self.path.contains("/benches/");
+        // All of the crate `tests` is for tests.
+        if for_tests && !in_tests && !self.path.starts_with("tests/") {
+            return false;
+        }
+        let end = if in_tests { None } else { self.tests_begin() };
+        let inside = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+        self.code
+            .lines()
+            .take(end.unwrap_or(usize::MAX))
+            .any(|line| {
+                line.match_indices(crate_name).any(|(at, word)| {
+                    let rest = &line[at + word.len()..];
+                    !line[..at].ends_with(inside) && rest.starts_with("::")
+                })
+            })
+    }
+
     /// The modules it declares in other files: `mod name;`, or as a word of
     /// the registry `models! { … }`.
     pub fn declared_modules(&self) -> Vec<String> {
@@ -277,4 +298,15 @@ fn modules_and_the_start_of_tests_are_found() {
     let source = Source::new("x.rs".into(), text.into());
     assert_eq!(source.declared_modules(), ["a", "b", "tests", "e", "f"]);
     assert_eq!(source.tests_begin(), Some(11));
+}
+
+#[test]
+fn a_crate_is_named_where_a_path_begins_with_it() {
+    let text = "use net::Mac;\nuse std::time::Duration;\n// libc::c_int\nmy_serde::x();\n#[cfg(test)]\nmod tests {\n    use tempfile::tempdir;\n}\n";
+    let source = Source::new("a/src/lib.rs".into(), text.into());
+    assert!(source.names("net", false));
+    assert!(source.names("tempfile", true) && !source.names("tempfile", false));
+    for other in ["time", "libc", "serde", "ne"] {
+        assert!(!source.names(other, true), "{other}");
+    }
 }

@@ -43,7 +43,7 @@ pub struct BuildContext {
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The configuration does not have the model's shape.
-    #[error("{kind}: {source}")]
+    #[error("{kind}: its configuration has another shape")]
     Config {
         /// The model.
         kind: &'static str,

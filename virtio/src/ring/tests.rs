@@ -159,6 +159,37 @@ fn an_entry_that_is_announced_and_cannot_be_read_is_an_error_not_a_loop() {
 }
 
 #[test]
+fn kicks_are_off_from_quiet_to_invite_and_entries_are_pending_meanwhile() {
+    for event_idx in [false, true] {
+        let memory = memory();
+        let view = memory.memory();
+        let mut driver = Driver::new(&memory, 0, 16);
+        let (notifier, _notices) = notices();
+        let mut ring = Ring::new(driver.activate_with(event_idx), NO_FEATURES, notifier);
+        let mut chain = Chain::default();
+        assert!(driver.invited(0, event_idx));
+        for entry in 0..40 {
+            ring.quiet(&view).unwrap();
+            assert!(!driver.invited(entry, event_idx));
+            assert!(!ring.pending(&view).unwrap());
+            assert!(!ring.next(&view, &mut chain).unwrap());
+            assert!(!driver.invited(entry, event_idx));
+            if entry % 2 == 0 {
+                assert!(!ring.invite(&view).unwrap());
+                assert!(driver.invited(entry, event_idx));
+                ring.quiet(&view).unwrap();
+            }
+            driver.offer(&[(DATA, 1, false)]);
+            assert!(ring.pending(&view).unwrap());
+            assert!(ring.invite(&view).unwrap());
+            ring.quiet(&view).unwrap();
+            assert!(ring.next(&view, &mut chain).unwrap());
+            ring.complete(&view, chain.head, 0).unwrap();
+        }
+    }
+}
+
+#[test]
 fn parked_chains_come_first_and_what_was_not_served_is_given_back() {
     let memory = memory();
     let mut driver = Driver::new(&memory, 0, 16);

@@ -20,7 +20,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
 
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvent, Signals};
-use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, VirtioDevice};
+use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, ResizeError, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
 
 mod saved;
@@ -486,6 +486,11 @@ impl Core {
     }
 
     /// The doorbells begin at `base` now, or are not mapped.
+    /// As [`VirtioDevice::resize_disk`].
+    pub fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
+        self.device.resize_disk(size)
+    }
+
     pub fn set_notify_base(&mut self, base: Option<u64>) {
         self.notify_base = base;
         self.sync_doorbells();

@@ -43,7 +43,7 @@ pub enum BootError {
         source: io::Error,
     },
     /// A file of no bytes.
-    #[error("the {0} file is empty")]
+    #[error("the {0} file is empty; make it again, or give another")]
     Empty(Role),
     /// The host could not read the file.
     #[error("cannot read the {role} file at byte {offset}")]
@@ -141,7 +141,10 @@ pub enum BootError {
     )]
     NoPvhEntry,
     /// PVH was asked for with a bzImage.
-    #[error("PVH needs an ELF kernel (vmlinux), and this is a bzImage (vmlinuz)")]
+    #[error(
+        "PVH needs an ELF kernel (vmlinux), and this is a bzImage (vmlinuz); use --boot-protocol \
+         auto or another kernel"
+    )]
     PvhNeedsElf,
     /// The initial RAM disk does not fit, and more memory would help.
     #[error(
@@ -174,7 +177,9 @@ pub enum BootError {
         room: u64,
     },
     /// The command line is longer than the kernel reads.
-    #[error("the kernel command line has {len} bytes, and this kernel takes at most {max}")]
+    #[error(
+        "the kernel command line has {len} bytes, and this kernel takes at most {max}; shorten it"
+    )]
     CommandLineTooLong {
         /// Its length without the NUL that ends it.
         len: usize,

@@ -284,7 +284,7 @@ fn command_lines_are_bounded_by_the_kernel_and_free_of_nul() {
     let error = boot_with(&memory, &bzimage(), None, &line, Protocol::Auto).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the kernel command line has 256 bytes, and this kernel takes at most 255"
+        "the kernel command line has 256 bytes, and this kernel takes at most 255; shorten it"
     );
     let error = boot_with(&memory, &bzimage(), None, "a\0b", Protocol::Auto).unwrap_err();
     assert!(matches!(error, BootError::CommandLineNul { offset: 1 }));

@@ -72,7 +72,12 @@ pub(super) struct RunArgs {
     boot_protocol: BootProtocol,
 
     /// Processors: boot=N, 1 to 254; --cpus 4 is --cpus boot=4
-    #[arg(long, value_name = "boot=N", default_value = "boot=1")]
+    #[arg(
+        long,
+        value_name = "boot=N",
+        default_value = "boot=1",
+        allow_negative_numbers = true
+    )]
     cpus: String,
 
     /// Memory: size=S with K, M, G or T; --memory 1G is --memory size=1G
@@ -80,6 +85,7 @@ pub(super) struct RunArgs {
         long,
         value_name = "size=S,…",
         default_value = "size=512M",
+        allow_negative_numbers = true,
         long_help = keys("Memory; --memory 1G is --memory size=1G.", &[MEMORY_FIELDS])
     )]
     memory: String,
@@ -124,7 +130,7 @@ pub(super) struct RunArgs {
     pvpanic: String,
 
     /// Seconds that the guest has to power off after SIGTERM; 0: none
-    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
 }
 

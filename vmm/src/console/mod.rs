@@ -10,7 +10,14 @@ pub use terminal::{RawMode, open_pty};
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::machine::driver::ppoll;
+
+/// How often it is looked whether a pseudo-terminal has been read.
+const PEEK: Duration = Duration::from_millis(5);
 
 /// Where a console's input comes from, with what belongs to it.
 pub struct Input {
@@ -20,7 +27,7 @@ pub struct Input {
     /// Escapes are looked for on a terminal only: a pipe is passed on as it is.
     escapes: Option<EscapeFilter>,
     /// The far end of a pseudo-terminal, held open so that the near end never hangs up.
-    _peer: Option<OwnedFd>,
+    peer: Option<OwnedFd>,
     /// Typed but not yet taken by the guest.
     pending: Vec<u8>,
 }
@@ -87,7 +94,7 @@ impl Console {
             source,
             escapes: raw.is_some().then(EscapeFilter::default),
             raw,
-            _peer: None,
+            peer: None,
             pending: Vec::new(),
         };
         Ok(Self {
@@ -114,7 +121,7 @@ impl Console {
             source: near,
             escapes: None,
             raw: None,
-            _peer: Some(far),
+            peer: Some(far),
             pending: Vec::new(),
         };
         let console = Self {
@@ -152,6 +159,27 @@ impl Input {
     #[must_use]
     pub fn wants_more(&self) -> bool {
         self.escapes.is_some() || self.pending.is_empty()
+    }
+
+    /// Waits until the reader of a pseudo-terminal has taken what was written
+    /// to it, but no longer than `patience`: what is unread when the near end
+    /// closes is lost. Does nothing for other inputs.
+    pub fn finish(&self, patience: Duration) {
+        let Some(peer) = &self.peer else { return };
+        let end = Instant::now() + patience;
+        let mut fds = [libc::pollfd {
+            fd: peer.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        // The kernel tells when there is something to read, and not when there
+        // no longer is.
+        while ppoll(&mut fds, Some(Duration::ZERO)).is_ok()
+            && fds[0].revents != 0
+            && Instant::now() < end
+        {
+            thread::sleep(PEEK);
+        }
     }
 
     /// Reads once what is there, adding it to what is pending. Call it when
@@ -194,5 +222,35 @@ impl Input {
     /// The guest has taken the first `len` bytes of what is pending.
     pub fn taken(&mut self, len: usize) {
         self.pending.drain(..len.min(self.pending.len()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+    use std::io::Read;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_pseudo_terminals_last_output_is_there_for_who_reads_it_late() {
+        let (mut console, path) = Console::pty(Arc::new(|| ())).unwrap();
+        let mut reader = OpenOptions::new().read(true).open(path).unwrap();
+        let text = [b'x'; 1000];
+        console.sink.write_all(&text).unwrap();
+        let (sender, receiver) = channel();
+        let late = thread::spawn(move || {
+            receiver.recv().unwrap();
+            let mut read = Vec::new();
+            // The end of a pseudo-terminal is an error.
+            let _ = reader.read_to_end(&mut read);
+            read.len()
+        });
+        let input = console.input.take().unwrap();
+        sender.send(()).unwrap();
+        input.finish(Duration::from_secs(60));
+        drop((input, console));
+        assert_eq!(late.join().unwrap(), text.len());
     }
 }

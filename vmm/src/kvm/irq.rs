@@ -66,7 +66,7 @@ impl IrqRouter {
     pub fn line(&self, pin: u32) -> Result<Arc<dyn IrqLine>, KvmError> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(|source| KvmError::Call {
             call: "eventfd",
-            hint: "; the limit of open files (ulimit -n) may be too low",
+            hint: "",
             source,
         })?;
         self.0

@@ -37,6 +37,10 @@ const APIC_LVT_LINT1: usize = 0x360;
 const LVT_DELIVERY_NMI: u32 = 4 << 8;
 const LVT_MASKED: u32 = 1 << 16;
 
+/// Where a processor begins after reset and INIT.
+const INIT_RIP: u64 = 0xFFF0;
+const INIT_CS_BASE: u64 = 0xFFFF_0000;
+
 thread_local! {
     /// Where the kick signal asks this thread's `KVM_RUN` to return at once.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
@@ -56,8 +60,9 @@ pub struct Buses {
 pub enum Stop {
     /// It was asked to.
     Kicked,
-    /// The guest shut the CPU down: a triple fault.
-    TripleFault,
+    /// The guest shut the CPU down: a triple fault. The text says which vCPU
+    /// and where.
+    TripleFault(String),
     /// KVM could not go on; the text says why, with what the user can do.
     Failed(String),
     /// A breakpoint or single step, under a debugger.
@@ -407,7 +412,7 @@ impl Vcpu {
                     self.buses.mmio.write(address, data);
                 }
                 VcpuExit::Intr | VcpuExit::IrqWindowOpen => (),
-                VcpuExit::Shutdown => return Stop::TripleFault,
+                VcpuExit::Shutdown => return Stop::TripleFault(self.triple_fault()),
                 VcpuExit::Debug(debug) => return Stop::Debug(debug),
                 VcpuExit::InternalError => return Stop::Failed(self.internal_error()),
                 VcpuExit::FailEntry(reason, cpu) => {
@@ -423,6 +428,16 @@ impl Vcpu {
                 }
             }
         }
+    }
+
+    /// Describes KVM_EXIT_SHUTDOWN.
+    fn triple_fault(&self) -> String {
+        let place = match (self.regs(), self.sregs()) {
+            (Ok(regs), Ok(sregs)) => place_of_shutdown(&regs, &sregs),
+            (Err(error), _) | (_, Err(error)) => format!("no registers: {error}"),
+        };
+        let index = self.index;
+        format!("vCPU {index} shut down after a triple fault ({place})")
     }
 
     /// Describes KVM_EXIT_INTERNAL_ERROR.
@@ -445,6 +460,30 @@ impl Vcpu {
     }
 }
 
+/// Where a vCPU shut down, for who debugs the guest's kernel. The processor
+/// does not tell of which exceptions; RSP, CR2 and the IDT mostly show it.
+fn place_of_shutdown(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
+    // The state after INIT (AMD APM volume 2, 14.1.3): the VMCB is undefined
+    // after a shutdown intercept, so KVM on AMD gives the vCPU an INIT first.
+    if regs.rip == INIT_RIP && sregs.cs.base == INIT_CS_BASE {
+        return "KVM has reset its registers: the processor does not keep them".to_owned();
+    }
+    let kvm_regs { rip, rsp, .. } = regs;
+    let kvm_sregs {
+        cr0,
+        cr2,
+        cr3,
+        cr4,
+        idt,
+        ..
+    } = sregs;
+    format!(
+        "rip {rip:#x} rsp {rsp:#x} cr0 {cr0:#x} cr2 {cr2:#x} cr3 {cr3:#x} cr4 {cr4:#x} \
+         idt {:#x}+{:#x}",
+        idt.base, idt.limit
+    )
+}
+
 fn msr(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry {
         index,
@@ -459,4 +498,29 @@ fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
         hint: "",
         source: io::Error::from_raw_os_error(libc::E2BIG),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shutdown_is_placed_by_its_registers_unless_kvm_has_reset_them() {
+        let mut regs = kvm_regs {
+            rip: 0xFFF0,
+            rsp: 0x7000,
+            ..Default::default()
+        };
+        let mut sregs = kvm_sregs {
+            cr2: 0xDEAD_0000,
+            ..Default::default()
+        };
+        let place = place_of_shutdown(&regs, &sregs);
+        assert!(place.starts_with("rip 0xfff0 rsp 0x7000 "), "{place}");
+        assert!(place.contains(" cr2 0xdead0000 "), "{place}");
+        sregs.cs.base = 0xFFFF_0000;
+        assert!(!place_of_shutdown(&regs, &sregs).contains("rip"));
+        regs.rip = 0xFFF1;
+        assert!(place_of_shutdown(&regs, &sregs).contains("rip 0xfff1"));
+    }
 }

@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicBool;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
-use virtio::device::VirtioDevice;
+use virtio::device::{DiskReport, ErrorAction, VirtioDevice};
 use virtio::models::{BuildContext, Model};
 use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -199,6 +199,7 @@ pub fn build(
     let Devices {
         buses,
         units,
+        virtio,
         platform,
     } = pieces.devices(models, hosts)?;
     let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
@@ -207,6 +208,7 @@ pub fn build(
         vm,
         ram,
         units,
+        virtio,
         platform,
         payload,
         entry: Some(entry),
@@ -287,6 +289,7 @@ fn open_devices<'a>(
 struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn Unit>>,
+    virtio: Vec<Arc<VirtioPci>>,
     platform: Platform,
 }
 
@@ -327,12 +330,15 @@ impl Pieces<'_> {
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
+        let mut virtio = Vec::new();
         for device in models {
-            units.push(self.plug(device, &router, &pci)?);
+            virtio.push(self.plug(device, &router, &pci)?);
         }
+        units.extend(virtio.iter().map(|device| Arc::clone(device) as _));
         Ok(Devices {
             buses,
             units,
+            virtio,
             platform,
         })
     }
@@ -343,7 +349,7 @@ impl Pieces<'_> {
         device: OpenDevice<'_>,
         router: &IrqRouter,
         pci: &Arc<PciRoot>,
-    ) -> Result<Arc<dyn Unit>, MachineError> {
+    ) -> Result<Arc<VirtioPci>, MachineError> {
         let OpenDevice {
             config,
             flag,
@@ -351,7 +357,10 @@ impl Pieces<'_> {
         } = device;
         let DeviceConfig { id, address, .. } = config;
         let doorbells = Arc::new(KvmDoorbells(Arc::clone(self.vm.fd())));
-        let reporter = Arc::new(Reporter(self.events.clone()));
+        let reporter = Arc::new(Reporter {
+            events: self.events.clone(),
+            mailbox: self.mailbox.clone(),
+        });
         let memory = self.ram.memory().clone();
         let function = VirtioPci::new(id.as_str(), model, memory, router, doorbells, reporter)
             .map_err(|error| device_error(flag, id, error))?;
@@ -401,16 +410,59 @@ impl Pieces<'_> {
 }
 
 /// Publishes what devices report.
-struct Reporter(EventBus);
+struct Reporter {
+    events: EventBus,
+    mailbox: Mailbox,
+}
+
+impl Reporter {
+    fn disk(&self, id: &str, report: &DiskReport) {
+        let id = id.to_owned();
+        match report {
+            DiskReport::Error {
+                operation,
+                reason,
+                no_space,
+                action,
+            } => {
+                let stopped = *action == ErrorAction::Stop;
+                self.events.publish(api::EventKind::DiskError {
+                    id: id.clone(),
+                    operation: (*operation).to_owned(),
+                    reason: reason.clone(),
+                    no_space: *no_space,
+                    stopped,
+                });
+                if stopped {
+                    let what = format!("{operation}: {reason}");
+                    self.mailbox.send(Message::DiskStopped { id, what });
+                }
+            }
+            DiskReport::WriteThreshold { threshold, offset } => {
+                self.events.publish(api::EventKind::DiskWriteThreshold {
+                    id,
+                    threshold: *threshold,
+                    offset: *offset,
+                });
+            }
+            DiskReport::Corrupt { reason } => {
+                let reason = reason.clone();
+                self.events
+                    .publish(api::EventKind::DiskCorrupt { id, reason });
+            }
+        }
+    }
+}
 
 impl DeviceEvents for Reporter {
     fn device_event(&self, name: &str, event: DeviceEvent<'_>) {
         match event {
             DeviceEvent::NeedsReset { reason } => {
                 let (id, reason) = (name.to_owned(), reason.to_owned());
-                self.0
+                self.events
                     .publish(api::EventKind::DeviceNeedsReset { id, reason });
             }
+            DeviceEvent::Disk(report) => self.disk(name, report),
             DeviceEvent::Activated | DeviceEvent::Reset => {
                 tracing::debug!(device = name, ?event);
             }

@@ -15,7 +15,7 @@ use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
 
 use super::inbox::{Inbox, Message};
-use super::signals::{Ending, ShutdownPolicy, Signals};
+use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::{follows, permits};
 use super::{Machine, MachineError};
 use crate::console::{Escape, Input, Output, Typed};
@@ -75,6 +75,8 @@ pub struct Driver {
     state: VmState,
     outcome: Option<Outcome>,
     debugger: Option<DebugSink>,
+    /// It is paused because a disk's request waits for the host.
+    waits_for_disk: bool,
     /// The debugger keeps the vCPUs from running.
     held: bool,
     /// The only vCPUs that run, when a debugger has the others wait.
@@ -98,6 +100,7 @@ impl Driver {
             state: VmState::Created,
             outcome: None,
             debugger: None,
+            waits_for_disk: false,
             held: false,
             chosen: None,
             stoppers: Vec::new(),
@@ -133,7 +136,7 @@ impl Driver {
     ///
     /// [`MachineError`] when it could not be booted, or the driver itself cannot wait.
     pub fn run(mut self) -> Result<Outcome, MachineError> {
-        if self.ears.signals.as_ref().is_some_and(Signals::take) {
+        if self.asked_to_end() {
             // It came while the machine was being built.
             self.finish(ExitReason::Stopped, None);
         } else if let Err(error) = self.boot() {
@@ -158,6 +161,12 @@ impl Driver {
             self.on_deadlines(Instant::now());
             self.on_messages();
         }
+    }
+
+    /// Whether a signal has asked for the end already.
+    fn asked_to_end(&self) -> bool {
+        let signals = self.ears.signals.as_ref();
+        signals.is_some_and(|s| std::iter::from_fn(|| s.take()).any(|signal| signal == Signal::End))
     }
 
     /// Takes messages: no more than [`BATCH`], because a guest can make some
@@ -194,6 +203,7 @@ impl Driver {
     }
 
     fn go(&mut self) {
+        self.waits_for_disk = false;
         self.enter(VmState::Running);
         self.go_on();
         self.feed_input();
@@ -237,6 +247,9 @@ impl Driver {
                 output.finish(PATIENCE);
             }
         }
+        if let Some(input) = &self.ears.input {
+            input.finish(PATIENCE);
+        }
     }
 
     /// Waits until a reader takes output; `false` when a signal came first.
@@ -248,7 +261,10 @@ impl Driver {
                 libc::POLLIN,
             ),
         ];
-        ppoll(&mut fds, None).is_ok() && fds[1].revents == 0
+        if ppoll(&mut fds, None).is_err() {
+            return false;
+        }
+        fds[1].revents == 0 || !self.asked_to_end()
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -337,7 +353,7 @@ impl Driver {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::Command(Command::Stop, answer) if permits(self.state, Command::Stop) => {
+            Message::Command(Command::Stop, answer) if permits(self.state, &Command::Stop) => {
                 self.finish(ExitReason::Stopped, None);
                 self.stoppers.push(answer);
             }
@@ -347,6 +363,7 @@ impl Driver {
             }
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
+            Message::DiskStopped { id, what } => self.on_disk_stopped(&id, &what),
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
@@ -356,11 +373,11 @@ impl Driver {
 
     fn on_command(&mut self, command: Command) -> Result<Reply, ControlError> {
         let state = self.state;
-        let wrong = Err(ControlError::WrongState { command, state });
-        if !permits(state, command) {
-            return wrong;
+        let wrong = |command| Err(ControlError::WrongState { command, state });
+        if !permits(state, &command) {
+            return wrong(command);
         }
-        let done = match command {
+        let done = match &command {
             Command::State => return Ok(Reply::State(self.state)),
             Command::Boot => self.boot(),
             Command::Pause => self.pause(),
@@ -371,7 +388,8 @@ impl Driver {
             }
             Command::Reset => self.reset(),
             // Where it is possible it is answered at the end.
-            Command::Stop => return wrong,
+            Command::Stop => return wrong(command),
+            Command::ResizeDisk { id, size } => self.machine.resize_disk(id, *size),
         };
         match done {
             Ok(()) => Ok(Reply::Done),
@@ -379,6 +397,41 @@ impl Driver {
                 command,
                 reason: crate::error::chain(&error),
             }),
+        }
+    }
+
+    /// A disk's request has failed and waits for better times. The machine waits with it.
+    fn on_disk_stopped(&mut self, id: &str, what: &str) {
+        if self.state != VmState::Running {
+            // It is tried again as soon as the devices start.
+            return;
+        }
+        match self.pause() {
+            Ok(()) => {
+                self.waits_for_disk = true;
+                eprintln!(
+                    "vireo: disk {id}: {what}: the VM is paused; mend the cause, then resume it \
+                     (or send SIGCONT to process {})",
+                    std::process::id()
+                );
+            }
+            Err(error) => tracing::error!(
+                "disk {id}: {what}, and the machine could not be paused: {}",
+                crate::error::chain(&error)
+            ),
+        }
+    }
+
+    /// Goes on after a disk's failure, if that is why the machine is paused.
+    fn try_again(&mut self) {
+        if !self.waits_for_disk || self.state != VmState::Paused {
+            return;
+        }
+        if let Err(error) = self.resume() {
+            eprintln!(
+                "vireo: the VM stays paused: {}",
+                crate::error::chain(&error)
+            );
         }
     }
 
@@ -426,10 +479,7 @@ impl Driver {
     fn on_vcpu(&mut self, index: u32, stop: Stop) {
         match stop {
             Stop::Kicked => (),
-            Stop::TripleFault => {
-                let detail = format!("vCPU {index} shut down after a triple fault");
-                self.finish(ExitReason::TripleFault, Some(detail));
-            }
+            Stop::TripleFault(detail) => self.finish(ExitReason::TripleFault, Some(detail)),
             Stop::Failed(detail) => self.finish(ExitReason::KvmError, Some(detail)),
             Stop::Debug(debug) => {
                 self.machine.vcpus().pause();
@@ -445,7 +495,11 @@ impl Driver {
     }
 
     fn on_signal(&mut self) {
-        while self.ears.signals.as_ref().is_some_and(Signals::take) {
+        while let Some(signal) = self.ears.signals.as_ref().and_then(Signals::take) {
+            if signal == Signal::Continue {
+                self.try_again();
+                continue;
+            }
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state == VmState::Running => self.press_power_button(),
                 Ending::PressButton => self.finish(ExitReason::Stopped, None),
@@ -463,8 +517,8 @@ impl Driver {
             .deadline()
             .is_some_and(|deadline| deadline <= now)
         {
-            let detail = "the guest did not power off within --shutdown-timeout";
-            self.finish(ExitReason::Stopped, Some(detail.to_owned()));
+            let detail = "the guest did not power off within --shutdown-timeout and was ended";
+            self.finish(ExitReason::Unresponsive, Some(detail.to_owned()));
         }
     }
 

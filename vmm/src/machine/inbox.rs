@@ -30,6 +30,13 @@ pub enum Message {
     InputReady,
     /// Output waits for a slow reader.
     OutputWaiting,
+    /// A disk cannot go on, and wants the machine to stop until it can.
+    DiskStopped {
+        /// The device's id.
+        id: String,
+        /// What failed, and why.
+        what: String,
+    },
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }

@@ -1,5 +1,6 @@
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
 
 use super::*;
 use block::Opener as _;
@@ -145,6 +146,9 @@ fn a_socket_is_private_and_a_live_one_is_not_taken_over() {
         Opener::new().listen_unix(&path),
         Err(OpenError::SocketInUse { .. })
     ));
+    listener.set_nonblocking(true).unwrap();
+    let visitor = listener.accept().unwrap_err();
+    assert_eq!(visitor.kind(), io::ErrorKind::WouldBlock);
     drop(listener);
     let listener = Opener::new().listen_unix(&path).unwrap();
     UnixStream::connect(&path).unwrap();
@@ -161,8 +165,10 @@ fn a_file_or_link_at_a_sockets_path_is_left_alone() {
     );
     fs::write(&file, "precious").unwrap();
     symlink(&target, &link).unwrap();
-    assert!(Opener::new().listen_unix(&file).is_err());
-    assert!(Opener::new().listen_unix(&link).is_err());
+    for (path, found) in [(&file, "a regular file"), (&link, "a symbolic link")] {
+        let error = Opener::new().listen_unix(path).unwrap_err();
+        assert!(error.to_string().contains(found), "{error}");
+    }
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     assert!(!target.exists() && link.symlink_metadata().is_ok());
 }

@@ -230,7 +230,7 @@ fn a_signal_presses_the_power_button_and_then_ends_what_does_not_listen() {
     let mut vireo = terminal.start("hello", "stay", &["--shutdown-timeout", "1"]);
     screen.wait_for("Hello");
     vireo.signal("TERM");
-    vireo.ends_with(0);
+    vireo.ends_with(6);
     assert!(vireo.stderr.rest().contains("--shutdown-timeout"));
     assert_eq!(terminal.settings(), before);
 }

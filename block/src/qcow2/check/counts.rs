@@ -12,14 +12,19 @@ const LARGE: u8 = u8::MAX;
 
 type Chunk = [u8; CHUNK_LEN];
 
+/// Parts below this are found by their number, others by hashing: a terabyte's 64 KiB clusters take 128 KiB.
+const NEAR: u64 = 1 << 20;
+/// Stands for a part that has no chunk.
+const NOWHERE: usize = usize::MAX;
+
 /// Numbers by cluster; those that are not there are 0.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    index: HashMap<u64, usize>,
+    /// Where the chunks of near parts are, as far as there are any.
+    near: Vec<usize>,
+    far: HashMap<u64, usize>,
     chunks: Vec<Chunk>,
     large: HashMap<u64, u64>,
-    /// The chunk that was used last, and where it is.
-    last: Option<(u64, usize)>,
 }
 
 impl Counts {
@@ -30,32 +35,53 @@ impl Counts {
         )
     }
 
-    fn find(&self, key: u64) -> Option<usize> {
-        match self.last {
-            Some((last, place)) if last == key => Some(place),
-            _ => self.index.get(&key).copied(),
+    fn chunk(&self, key: u64) -> Option<&Chunk> {
+        let place = if key < NEAR {
+            *self.near.get(usize::try_from(key).unwrap_or(NOWHERE))?
+        } else {
+            *self.far.get(&key)?
+        };
+        self.chunks.get(place)
+    }
+
+    fn chunk_mut(&mut self, key: u64) -> Option<&mut Chunk> {
+        let fresh = self.chunks.len();
+        let place = if key < NEAR {
+            let near = usize::try_from(key).unwrap_or(NOWHERE);
+            if self.near.len() <= near {
+                self.near.resize(near + 1, NOWHERE);
+            }
+            let place = self.near.get_mut(near)?;
+            if *place == NOWHERE {
+                *place = fresh;
+            }
+            *place
+        } else {
+            *self.far.entry(key).or_insert(fresh)
+        };
+        if place == fresh {
+            self.chunks.push([0; CHUNK_LEN]);
         }
+        self.chunks.get_mut(place)
     }
 
     fn slot(&mut self, cluster: u64) -> Option<&mut u8> {
         let (key, within) = Self::split(cluster);
-        let place = match self.find(key) {
-            Some(place) => place,
-            None => {
-                self.chunks.push([0; CHUNK_LEN]);
-                self.index.insert(key, self.chunks.len() - 1);
-                self.chunks.len() - 1
-            }
-        };
-        self.last = Some((key, place));
-        self.chunks.get_mut(place)?.get_mut(within)
+        self.chunk_mut(key)?.get_mut(within)
+    }
+
+    /// The numbers of all parts that have chunks.
+    fn keys(&self) -> impl Iterator<Item = u64> {
+        let near = (0..)
+            .zip(&self.near)
+            .filter(|(_, place)| **place != NOWHERE);
+        near.map(|(key, _)| key).chain(self.far.keys().copied())
     }
 
     /// The number of a cluster.
     pub(crate) fn get(&self, cluster: u64) -> u64 {
         let (key, within) = Self::split(cluster);
-        let chunk = self.find(key).and_then(|place| self.chunks.get(place));
-        match chunk.and_then(|chunk| chunk.get(within)) {
+        match self.chunk(key).and_then(|chunk| chunk.get(within)) {
             Some(&LARGE) => self.large.get(&cluster).copied().unwrap_or(0),
             Some(&small) => small.into(),
             None => 0,
@@ -64,15 +90,40 @@ impl Counts {
 
     /// Sets the number of a cluster.
     pub(crate) fn set(&mut self, cluster: u64, number: u64) {
-        let was_large = self.get(cluster) >= LARGE.into();
         let small = u8::try_from(number).unwrap_or(LARGE);
+        let Some(slot) = self.slot(cluster) else {
+            return;
+        };
+        let was = std::mem::replace(slot, small);
         if small == LARGE {
             self.large.insert(cluster, number);
-        } else if was_large {
+        } else if was == LARGE {
             self.large.remove(&cluster);
         }
-        if let Some(slot) = self.slot(cluster) {
-            *slot = small;
+    }
+
+    /// Sets the numbers of clusters from `first` on, which must not have any yet.
+    pub(crate) fn fill(&mut self, first: u64, numbers: &mut dyn Iterator<Item = u64>) {
+        let mut cluster = first;
+        loop {
+            let (key, within) = Self::split(cluster);
+            let part: Vec<u64> = numbers.take(CHUNK_LEN - within).collect();
+            if part.is_empty() {
+                return;
+            }
+            if part.iter().all(|number| *number < LARGE.into()) && part.iter().any(|it| *it != 0) {
+                let slots = self
+                    .chunk_mut(key)
+                    .and_then(|chunk| chunk.get_mut(within..));
+                let slots = slots.unwrap_or_default().iter_mut();
+                slots.zip(&part).for_each(|(slot, number)| {
+                    *slot = u8::try_from(*number).unwrap_or(LARGE);
+                });
+            } else {
+                let some = (cluster..).zip(&part).filter(|(_, number)| **number != 0);
+                some.for_each(|(cluster, number)| self.set(cluster, *number));
+            }
+            cluster += part.len() as u64;
         }
     }
 
@@ -98,10 +149,8 @@ impl Counts {
 
     /// The first cluster of each part that may have numbers, in order; a part has [`Counts::PART`] clusters.
     pub(crate) fn parts(all: &[&Self]) -> BTreeSet<u64> {
-        all.iter()
-            .flat_map(|counts| counts.index.keys())
-            .map(|key| key * CHUNK)
-            .collect()
+        let keys = all.iter().flat_map(|counts| counts.keys());
+        keys.map(|key| key * CHUNK).collect()
     }
 
     /// How many clusters a part has.
@@ -109,13 +158,9 @@ impl Counts {
 
     /// Whether all numbers of a part are the same in both.
     pub(crate) fn same_part(&self, other: &Self, start: u64) -> bool {
-        let chunk = |counts: &Self| {
-            let chunk = counts
-                .find(start / CHUNK)
-                .and_then(|place| counts.chunks.get(place));
-            chunk.copied().unwrap_or([0; CHUNK_LEN])
-        };
-        let (a, b) = (chunk(self), chunk(other));
+        const NONE: Chunk = [0; CHUNK_LEN];
+        let a = self.chunk(start / CHUNK).unwrap_or(&NONE);
+        let b = other.chunk(start / CHUNK).unwrap_or(&NONE);
         a == b && !a.contains(&LARGE)
     }
 
@@ -127,7 +172,7 @@ impl Counts {
                 .rev()
                 .find(|cluster| self.get(*cluster) != 0)
         };
-        let mut keys: Vec<u64> = self.index.keys().copied().collect();
+        let mut keys: Vec<u64> = self.keys().collect();
         keys.sort_unstable();
         keys.iter().rev().find_map(used)
     }
@@ -164,6 +209,18 @@ mod tests {
         counts.take_one(9);
         assert_eq!(counts.get(9), 0);
         assert!(counts.large.len() == 1, "only cluster 7 is large");
+    }
+
+    #[test]
+    fn numbers_are_filled_in_across_parts() {
+        let numbers = |at: u64| if at % 700 == 3 { at * 1000 } else { at % 5 };
+        let mut counts = Counts::default();
+        counts.fill(300, &mut (300..3000).map(numbers));
+        assert!((300..3000).all(|at| counts.get(at) == numbers(at)));
+        assert_eq!((counts.get(299), counts.get(3000)), (0, 0));
+        let mut zeros = Counts::default();
+        zeros.fill(0, &mut (0..9999).map(|_| 0));
+        assert_eq!(zeros.chunks.len(), 0, "zeros cost nothing");
     }
 
     #[test]

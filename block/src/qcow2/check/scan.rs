@@ -64,8 +64,7 @@ impl Scan {
     /// What a cluster's refcount is to be.
     pub(crate) fn expected(&self, cluster: u64, raise: bool) -> u64 {
         let (stored, found) = (self.stored.get(cluster), self.found.get(cluster));
-        let lost =
-            stored < found && (!raise || found > refblock::max(self.geometry.refcount_order));
+        let lost = stored < found && (!raise || found > self.geometry.refcount_max());
         if lost || (stored > found && self.hidden) {
             stored
         } else {
@@ -290,12 +289,8 @@ impl Scanner<'_> {
         let count = self.scan.clusters.saturating_sub(first);
         let count = refblock::capacity(block.len(), order)
             .min(usize::try_from(count).unwrap_or(usize::MAX));
-        for (cluster, index) in (first..).zip(0..count) {
-            let refcount = refblock::get(&block, index, order);
-            if refcount != 0 {
-                self.scan.stored.set(cluster, refcount);
-            }
-        }
+        let mut refcounts = (0..count).map(|index| refblock::get(&block, index, order));
+        self.scan.stored.fill(first, &mut refcounts);
         Ok(())
     }
 
@@ -416,7 +411,7 @@ impl Scanner<'_> {
                 ));
             }
         }
-        let max = refblock::max(geometry.refcount_order);
+        let max = geometry.refcount_max();
         let (mut leaks, mut corruptions, mut missing) = (0, 0, false);
         let sink = &mut self.sink;
         let Ok(()) = self

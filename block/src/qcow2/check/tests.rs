@@ -62,6 +62,35 @@ fn agree(bench: &Bench, what: &str) -> CheckReport {
     report
 }
 
+/// Options of qemu-img create for images that can have snapshots.
+const OPTIONS: &[&str] = &[
+    "compat=0.10",
+    "cluster_size=512",
+    "cluster_size=1k",
+    "cluster_size=2k,compat=0.10",
+    "cluster_size=4k",
+    "cluster_size=8k,refcount_bits=2",
+    "cluster_size=32k",
+    "cluster_size=128k",
+    "cluster_size=1M",
+    "cluster_size=2M",
+    "refcount_bits=4",
+    "refcount_bits=8",
+    "refcount_bits=32",
+    "refcount_bits=64,cluster_size=512",
+    "refcount_bits=64",
+    "lazy_refcounts=on",
+    "extended_l2=on",
+    "extended_l2=on,cluster_size=16k",
+    "extended_l2=on,cluster_size=2M",
+    "preallocation=metadata",
+    "preallocation=falloc,cluster_size=512",
+    "preallocation=full",
+    "backing_file=base,backing_fmt=raw",
+    "backing_file=base,backing_fmt=raw,compat=0.10",
+    "backing_file=base,backing_fmt=raw,extended_l2=on",
+];
+
 /// Images with something of everything in them: name, and commands that make it.
 fn zoo(bench: &Bench) -> Vec<(String, Vec<String>)> {
     bench.run(&[
@@ -95,34 +124,7 @@ fn zoo(bench: &Bench) -> Vec<(String, Vec<String>)> {
         io("write 6M 1M"),
     ];
     let mut all = Vec::new();
-    let options = [
-        "compat=0.10",
-        "cluster_size=512",
-        "cluster_size=1k",
-        "cluster_size=2k,compat=0.10",
-        "cluster_size=4k",
-        "cluster_size=8k,refcount_bits=2",
-        "cluster_size=32k",
-        "cluster_size=128k",
-        "cluster_size=1M",
-        "cluster_size=2M",
-        "refcount_bits=4",
-        "refcount_bits=8",
-        "refcount_bits=32",
-        "refcount_bits=64,cluster_size=512",
-        "refcount_bits=64",
-        "lazy_refcounts=on",
-        "extended_l2=on",
-        "extended_l2=on,cluster_size=16k",
-        "extended_l2=on,cluster_size=2M",
-        "preallocation=metadata",
-        "preallocation=falloc,cluster_size=512",
-        "preallocation=full",
-        "backing_file=base,backing_fmt=raw",
-        "backing_file=base,backing_fmt=raw,compat=0.10",
-        "backing_file=base,backing_fmt=raw,extended_l2=on",
-    ];
-    for options in options {
+    for &options in OPTIONS {
         let v3 = !options.contains("compat=0.10");
         all.push((options.to_owned(), snapshots.clone()));
         if v3 {

@@ -348,6 +348,147 @@ fn a_tiny_file_that_claims_much_is_read_without_a_large_buffer() {
     assert_eq!(load(&area).unwrap().size, 1 << 60);
 }
 
+/// Bytes to write, by their offset.
+type Pokes = Vec<(u64, Vec<u8>)>;
+
+fn u64v(value: u64) -> Vec<u8> {
+    u64s(value).to_vec()
+}
+
+fn u32v(value: u32) -> Vec<u8> {
+    u32s(value).to_vec()
+}
+
+fn places() -> Vec<(&'static str, Pokes)> {
+    vec![
+        ("nothing", vec![]),
+        ("magic", vec![(0, vec![1])]),
+        ("version 1", vec![(4, u32v(1))]),
+        ("version 4", vec![(4, u32v(4))]),
+        ("backing past", vec![(8, u64v(0x20000)), (16, u32v(5))]),
+        (
+            "backing past the end",
+            vec![(8, u64v(0xfff0)), (16, u32v(50))],
+        ),
+        (
+            "backing too long",
+            vec![(8, u64v(0x1000)), (16, u32v(1024))],
+        ),
+        (
+            "backing of no length",
+            vec![(8, u64v(0x1000)), (16, u32v(0))],
+        ),
+        ("clusters too large", vec![(20, u32v(22))]),
+        ("clusters too small", vec![(20, u32v(8))]),
+        ("size too large", vec![(24, u64v(1 << 63))]),
+        ("size over the L1 table", vec![(24, u64v(1 << 40))]),
+        ("AES", vec![(32, u32v(1))]),
+        ("LUKS", vec![(32, u32v(2))]),
+        ("crypt 3", vec![(32, u32v(3))]),
+        ("L1 of nothing", vec![(36, u32v(0))]),
+        ("L1 too large", vec![(36, u32v((4 << 20) + 1))]),
+        ("L1 largest", vec![(36, u32v(4 << 20))]),
+        ("L1 unaligned", vec![(40, u64v(0x30200))]),
+        ("refcounts unaligned", vec![(48, u64v(0x200))]),
+        ("refcounts of nothing", vec![(56, u32v(0))]),
+        ("refcounts too large", vec![(56, u32v(129))]),
+        ("refcounts largest", vec![(56, u32v(128))]),
+        ("too many snapshots", vec![(60, u32v(65_537))]),
+        (
+            "snapshots unaligned",
+            vec![(60, u32v(1)), (64, u64v(0x200))],
+        ),
+    ]
+}
+
+fn features() -> Vec<(&'static str, Pokes)> {
+    vec![
+        ("unknown feature", vec![(72, u64v(1 << 7))]),
+        ("corrupt", vec![(72, u64v(2))]),
+        ("compression bit", vec![(72, u64v(8))]),
+        ("compression type", vec![(104, vec![1])]),
+        ("zstd", vec![(72, u64v(8)), (104, vec![1])]),
+        ("compression unknown", vec![(72, u64v(8)), (104, vec![2])]),
+        ("compatible unknown", vec![(80, u64v(1 << 9))]),
+        ("autoclear unknown", vec![(88, u64v(1 << 9))]),
+        ("raw without data file", vec![(88, u64v(2))]),
+        ("refcount order", vec![(96, u32v(7))]),
+        ("header too short", vec![(100, u32v(96))]),
+        ("header unaligned", vec![(100, u32v(113))]),
+        ("header too long", vec![(100, u32v(0x10008))]),
+        ("header without type", vec![(100, u32v(104))]),
+    ]
+}
+
+fn extensions() -> Vec<(&'static str, Pokes)> {
+    let extension = |kind: u32, data: &[u8]| {
+        let len = u32::try_from(data.len()).unwrap();
+        [&u32s(kind), &u32s(len), data, &[0; 8]].concat()
+    };
+    let directory = |count: u8, reserved: u8, low: u8| {
+        let data = [
+            0, 0, 0, count, 0, 0, 0, reserved, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0, 0, 0, 0, 4, low, 0,
+        ];
+        extension(0x2385_2875, &data)
+    };
+    vec![
+        (
+            "format too long",
+            vec![(112, extension(0xe279_2aca, &[b'x'; 16]))],
+        ),
+        (
+            "extension too long",
+            vec![(112, vec![9, 9, 9, 9, 0, 1, 0, 0])],
+        ),
+        (
+            "extension unknown",
+            vec![(112, extension(0x1234_5678, b"12345678"))],
+        ),
+        ("bitmaps outdated", vec![(112, directory(0, 1, 2))]),
+        ("no bitmaps", vec![(112, directory(0, 0, 0)), (88, u64v(1))]),
+        (
+            "bitmaps reserved",
+            vec![(112, directory(1, 1, 0)), (88, u64v(1))],
+        ),
+        (
+            "bitmaps unaligned",
+            vec![(112, directory(1, 0, 2)), (88, u64v(1))],
+        ),
+        ("L1 is the header|", vec![(40, u64v(0))]),
+        ("L1 too far|", vec![(40, u64v(1 << 60))]),
+        ("refcounts are the header|", vec![(48, u64v(0))]),
+        ("refcounts too far|", vec![(48, u64v(1 << 60))]),
+        (
+            "snapshots are the header|",
+            vec![(60, u32v(1)), (64, u64v(0))],
+        ),
+    ]
+}
+
+#[test]
+fn qemu_refuses_the_same_headers() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    bench.line("qemu-img create -q -f qcow2 saved 64M");
+    for (what, pokes) in [places(), features(), extensions()].concat() {
+        std::fs::copy(bench.path("saved"), bench.path("image")).unwrap();
+        pokes
+            .iter()
+            .for_each(|(offset, bytes)| bench.poke("image", *offset, bytes));
+        let theirs = bench.try_run(&["qemu-io", "-r", "-f", "qcow2", "-c", "read 0 4k", "image"]);
+        let ours = Header::load(&bench.storage("image"));
+        // Names that end in a bar are of what is refused here only.
+        let stricter = what.ends_with('|');
+        assert_eq!(
+            ours.is_ok() || stricter,
+            theirs.status.success(),
+            "{what}: {ours:?}"
+        );
+        assert!(!stricter || ours.is_err(), "{what}");
+    }
+}
+
 proptest::proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(

@@ -205,6 +205,47 @@ fn nothing_is_freed_while_references_are_hidden() {
 }
 
 #[test]
+fn copied_bits_are_repaired_in_all_kinds_of_tables() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    for options in [
+        "data_file=data",
+        "extended_l2=on",
+        "cluster_size=512",
+        "compat=0.10",
+    ] {
+        bench.line(&format!(
+            "qemu-img create -q -f qcow2 -o {options} image 2M"
+        ));
+        bench.run(&["qemu-io", "-c", "write 64k 256k", "image"]);
+        let storage = bench.storage("image");
+        let header = Header::load(&storage).unwrap();
+        let scanned = scan(&storage, &mut |_| (), Leniency::Strict).unwrap();
+        let clear = |entry: u64| Some(entry & !COPIED).filter(|to| *to != entry && entry != 0);
+        let mut repairer = Repairer {
+            storage: &storage,
+            sink: &mut |_| (),
+            all: false,
+            corruptions_fixed: 0,
+            leaks_fixed: 0,
+        };
+        repairer
+            .rewrite(&scanned, &clear, &|entry, _| clear(entry))
+            .unwrap();
+        assert_ne!(bench.qemu_check("image"), 0, "{options}");
+        assert!(judged(&storage).unwrap().corruptions >= 5);
+        let report = quiet(&storage, Repair::Leaks).unwrap();
+        assert!(
+            sound(&report) && report.corruptions_fixed >= 5,
+            "{options}: {report:?}"
+        );
+        assert_eq!(bench.qemu_check("image"), 0, "{options}");
+        assert_eq!(Header::load(&storage).unwrap(), header);
+    }
+}
+
+#[test]
 fn devices_are_rebuilt_within_their_size() {
     let Some(bench) = Bench::with_qemu() else {
         return;

@@ -13,11 +13,10 @@ use crate::qcow2::header::Header;
 use crate::qcow2::image::{Qcow2, Settings};
 use crate::qcow2::meta::Lookup;
 use crate::qcow2::testing::Bench;
-use crate::storage::Storage;
 
 const SECTOR: u64 = 512;
 
-pub(super) fn open(storage: Arc<Memory>, read_only: bool) -> Qcow2 {
+pub(crate) fn open(storage: Arc<Memory>, read_only: bool) -> Qcow2 {
     let header = Header::load(&*storage).unwrap();
     let settings = Settings {
         read_only,
@@ -30,7 +29,7 @@ pub(super) fn open(storage: Arc<Memory>, read_only: bool) -> Qcow2 {
 }
 
 /// An image made by qemu-img, in memory.
-pub(super) fn blank(options: &str, size: u64) -> Option<Vec<u8>> {
+pub(crate) fn blank(options: &str, size: u64) -> Option<Vec<u8>> {
     let bench = Bench::with_qemu()?;
     bench.line(&format!(
         "qemu-img create -q -f qcow2 -o {options} image {size}"
@@ -39,7 +38,7 @@ pub(super) fn blank(options: &str, size: u64) -> Option<Vec<u8>> {
 }
 
 /// Panics unless every reference is counted and no cluster has two owners.
-pub(super) fn audit(image: &Qcow2) {
+pub(crate) fn audit(image: &Qcow2) {
     let geometry = *image.geometry();
     let bits = geometry.cluster_bits;
     let mut references: HashMap<u64, u64> = HashMap::new();

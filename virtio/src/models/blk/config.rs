@@ -1,9 +1,10 @@
 //! The configuration of a block device.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use block::{Aio, Cache, Discard, DiskOptions, RawDisk};
+use block::{
+    Aio, BackingPolicy, Cache, DetectZeroes, Discard, DiskOptions, ImageOptions, open_disk,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +27,8 @@ const FIELDS: &[Field] = &[
         name: "path",
         kind: FieldKind::Path,
         required: true,
-        help: "the image file or block device",
+        help: "the image file or block device, or nbd://HOST[:PORT]/EXPORT or \
+               nbd+unix:///EXPORT?socket=PATH",
     },
     Field {
         name: "readonly",
@@ -71,6 +73,42 @@ const FIELDS: &[Field] = &[
         help: "keep other programs from opening the image in conflict (default on)",
     },
     Field {
+        name: "rerror",
+        kind: FieldKind::Choice(&["report", "ignore", "stop"]),
+        required: false,
+        help: "on a failed read: tell the guest, say all is well, or pause the VM (default report)",
+    },
+    Field {
+        name: "werror",
+        kind: FieldKind::Choice(&["enospc", "report", "ignore", "stop"]),
+        required: false,
+        help: "on a failed write: the same; enospc pauses when the host is full, else reports (default enospc)",
+    },
+    Field {
+        name: "detect_zeroes",
+        kind: FieldKind::Choice(&["off", "on", "unmap"]),
+        required: false,
+        help: "write zeros as zeros, which may take no space (default off)",
+    },
+    Field {
+        name: "backing",
+        kind: FieldKind::Choice(&["directory", "deny", "any"]),
+        required: false,
+        help: "which files a qcow2 image may refer to (default directory: those beside it)",
+    },
+    Field {
+        name: "l2_cache_size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "memory for a qcow2 image's tables (default up to 32M, as used)",
+    },
+    Field {
+        name: "write_threshold",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "report once when a write goes past this offset of the image file (default off)",
+    },
+    Field {
         name: "serial",
         kind: FieldKind::Text,
         required: false,
@@ -94,7 +132,7 @@ const FIELDS: &[Field] = &[
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkConfig {
-    /// The image file or block device.
+    /// The image file or block device, or the URI of an NBD export.
     pub path: PathBuf,
     /// Refuse writes.
     #[serde(default)]
@@ -102,7 +140,7 @@ pub struct BlkConfig {
     /// What the image is. Without it, a file that starts like another format
     /// is refused: a guest can write such a start into a raw disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
+    pub format: Option<block::Format>,
     /// When a write is durable, and whether the host's page cache is used.
     #[serde(default)]
     pub cache: Cache,
@@ -118,6 +156,24 @@ pub struct BlkConfig {
     /// Keep other programs, and this one, from opening the image in conflict.
     #[serde(default = "locked")]
     pub lock: bool,
+    /// What becomes of a read that fails.
+    #[serde(default)]
+    pub rerror: OnReadError,
+    /// What becomes of any other request that fails.
+    #[serde(default)]
+    pub werror: OnWriteError,
+    /// Whether writes of zeros are made cheap.
+    #[serde(default)]
+    pub detect_zeroes: DetectZeroes,
+    /// Which files a qcow2 image may refer to.
+    #[serde(default)]
+    pub backing: BackingPolicy,
+    /// Bytes of memory for a qcow2 image's tables.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l2_cache_size: Option<u64>,
+    /// A byte offset of the image file: the first write past it is reported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_threshold: Option<u64>,
     /// The serial number: up to 20 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
@@ -125,20 +181,38 @@ pub struct BlkConfig {
     /// share no lock and are interrupted where they asked; but no more than 4,
     /// because each has a thread that competes with the vCPUs for the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub num_queues: Option<u16>,
+    pub num_queues: Option<u64>,
     /// Entries in each queue: a power of two from 4 to 32768.
     #[serde(default = "default_queue_size")]
-    pub queue_size: u16,
+    pub queue_size: u64,
 }
 
-/// The formats that have a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What becomes of a read that fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// The file's bytes are the disk's.
-    Raw,
-    /// Known, but not supported yet.
-    Qcow2,
+pub enum OnReadError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The guest is told that all is well. What it has read is not the disk's.
+    Ignore,
+    /// The request waits and the machine is paused; it is tried again on resume.
+    Stop,
+}
+
+/// What becomes of any other request that fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWriteError {
+    /// As `stop` when the host has no space left, else as `report`.
+    #[default]
+    Enospc,
+    /// The guest is told.
+    Report,
+    /// The guest is told that all is well. Its data is lost.
+    Ignore,
+    /// The request waits and the machine is paused; it is tried again on resume.
+    Stop,
 }
 
 fn unmap() -> Discard {
@@ -149,7 +223,7 @@ fn locked() -> bool {
     true
 }
 
-fn default_queue_size() -> u16 {
+fn default_queue_size() -> u64 {
     256
 }
 
@@ -159,6 +233,12 @@ const DEFAULT_QUEUES: u16 = 4;
 const MIN_QUEUE_SIZE: u16 = 4;
 const MAX_QUEUE_SIZE: u16 = 32768;
 
+/// The value, where it is from `least` to `most`.
+fn within(value: u64, least: u16, most: u16) -> Option<u16> {
+    let value = u16::try_from(value).ok()?;
+    (least..=most).contains(&value).then_some(value)
+}
+
 impl BlkConfig {
     /// What the guest sees, on a machine with `cpus` vCPUs.
     ///
@@ -167,23 +247,25 @@ impl BlkConfig {
     /// [`BuildError::Field`] when a value is out of its range.
     pub fn settings(&self, cpus: u16) -> Result<BlkSettings, BuildError> {
         let fail = |field, reason| Err(BuildError::Field { field, reason });
-        let num_queues = self.num_queues.unwrap_or(cpus.clamp(1, DEFAULT_QUEUES));
-        if !(1..=MAX_QUEUES).contains(&num_queues) {
+        let default = u64::from(cpus.clamp(1, DEFAULT_QUEUES));
+        let given = self.num_queues.unwrap_or(default);
+        let Some(num_queues) = within(given, 1, MAX_QUEUES) else {
             return fail(
                 "num_queues",
-                format!("{num_queues} is not from 1 to {MAX_QUEUES}"),
+                format!("{given}: a disk has 1 to {MAX_QUEUES} queues: give a number in between"),
             );
-        }
-        let queue_size = self.queue_size;
-        if !queue_size.is_power_of_two() || !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&queue_size)
-        {
+        };
+        let given = self.queue_size;
+        let Some(queue_size) =
+            within(given, MIN_QUEUE_SIZE, MAX_QUEUE_SIZE).filter(|size| size.is_power_of_two())
+        else {
             return fail(
                 "queue_size",
                 format!(
-                    "{queue_size} is not a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
+                    "{given}: give a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
                 ),
             );
-        }
+        };
         let mut serial = [0; 20];
         let given = self.serial.as_deref().unwrap_or_default().as_bytes();
         match serial.get_mut(..given.len()) {
@@ -191,7 +273,10 @@ impl BlkConfig {
             Some(_) => return fail("serial", "it holds a zero byte".to_owned()),
             None => {
                 let len = given.len();
-                return fail("serial", format!("{len} bytes; a disk reports up to 20"));
+                return fail(
+                    "serial",
+                    format!("{len} bytes, but a disk reports up to 20: give a shorter one"),
+                );
             }
         }
         Ok(BlkSettings {
@@ -199,44 +284,37 @@ impl BlkConfig {
             queue_size,
             serial,
             write_through: !self.cache.writeback(),
+            rerror: self.rerror,
+            werror: self.werror,
         })
     }
 
-    /// How the disk is to be opened.
-    ///
-    /// # Errors
-    ///
-    /// [`BuildError::Field`] for a format that is not supported.
-    pub fn disk_options(&self) -> Result<DiskOptions, BuildError> {
-        let format = match self.format {
-            None => None,
-            Some(Format::Raw) => Some(block::Format::Raw),
-            Some(Format::Qcow2) => {
-                return Err(BuildError::Field {
-                    field: "format",
-                    reason: "qcow2 is not supported yet; convert the image with \
-                             'qemu-img convert -O raw' and use format=raw"
-                        .to_owned(),
-                });
-            }
-        };
-        Ok(DiskOptions {
-            read_only: self.readonly,
-            cache: self.cache,
-            direct: self.direct,
-            aio: self.aio,
-            discard: self.discard,
-            format,
-            lock: self.lock,
-        })
+    /// How the image is to be opened.
+    #[must_use]
+    pub fn image_options(&self) -> ImageOptions {
+        ImageOptions {
+            disk: DiskOptions {
+                read_only: self.readonly,
+                cache: self.cache,
+                direct: self.direct,
+                aio: self.aio,
+                discard: self.discard,
+                detect_zeroes: self.detect_zeroes,
+                format: self.format,
+                lock: self.lock,
+            },
+            backing: self.backing,
+            cache_size: self.l2_cache_size,
+            any_size: false,
+        }
     }
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
-    let options = config.disk_options()?;
-    let disk = RawDisk::open(&config.path, &*context.opener, &options)
+    let disk = open_disk(&config.path, &*context.opener, &config.image_options())
         .map_err(|error| BuildError::Backend(error.into()))?;
-    Ok(Box::new(Blk::new(&context.id, Arc::new(disk), settings)))
+    disk.set_write_threshold(config.write_threshold);
+    Ok(Box::new(Blk::new(&context.id, disk, settings)))
 }

@@ -17,7 +17,9 @@ use crate::testing::{
 
 mod configuration;
 mod disk;
+mod errors;
 mod hostile;
+mod polling;
 
 use disk::{Call, MemDisk, disk, info};
 
@@ -48,6 +50,8 @@ fn settings(num_queues: u16) -> BlkSettings {
         queue_size: 16,
         serial,
         write_through: false,
+        rerror: OnReadError::default(),
+        werror: OnWriteError::default(),
     }
 }
 
@@ -67,9 +71,16 @@ impl Rig {
     }
 
     fn with(info: DiskInfo, features: u64, size: u16) -> Self {
+        Self::timed(info, features, size, None)
+    }
+
+    fn timed(info: DiskInfo, features: u64, size: u16, clock: Option<Clock>) -> Self {
         let memory = memory();
         let (disk, calls) = disk(info);
         let mut blk = Blk::new("disk0", Arc::new(disk.clone()), settings(1));
+        if let Some(clock) = clock {
+            blk.clock = clock;
+        }
         let driver = Driver::new(&memory, 0, size);
         let queue = driver.activate_with(features & EVENT_IDX != 0);
         let notices = start(&mut blk, features, &memory, vec![queue]);

@@ -1,6 +1,8 @@
 //! The worker of one queue of a block device.
 //!
-//! It sleeps in its [`IoQueue`] alone, which watches the doorbell too. Every
+//! It sleeps in its [`IoQueue`] alone, which watches the doorbell too. Before
+//! it does it looks for a while, if that has paid ([`Window`]): at the ring,
+//! whose driver then need not kick, and for completions. Every
 //! request has at most one operation at the disk at a time, so that the depth
 //! of the queue bounds everything: a discard's ranges go one after the other,
 //! and a write that must be durable is followed by a flush.
@@ -8,14 +10,16 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
 use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::config::{OnReadError, OnWriteError};
+use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
-use crate::device::{ActivateError, StoppedQueue};
+use crate::device::{ActivateError, DiskReport, ErrorAction, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, total};
 use crate::worker::{QueueWorker, Turn, Wake};
@@ -26,6 +30,9 @@ const MAX_DEPTH: u16 = 1024;
 
 const DOORBELL: Watch = Watch(0);
 const WAKE: Watch = Watch(1);
+
+/// Tells the time. It is asked for differences of microseconds.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
 /// What the workers of a device are given.
 #[derive(Clone)]
@@ -42,8 +49,27 @@ pub struct Service {
     pub write_through: bool,
     /// The driver can flush. If not, every write must be durable at once.
     pub flushes: bool,
+    /// Where failures are told.
+    pub notifier: Arc<dyn Notifier>,
+    /// What becomes of a read that fails.
+    pub rerror: OnReadError,
+    /// What becomes of any other request that fails.
+    pub werror: OnWriteError,
     /// The configuration space's writeback field, which may change at any time.
     pub writeback: Arc<AtomicBool>,
+    /// What polling is timed by.
+    pub clock: Clock,
+}
+
+/// Why no more requests were taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    /// There are none. The driver does not kick.
+    Empty,
+    /// The disk has as many as it is to have. The driver does not kick.
+    Full,
+    /// It was enough for one turn.
+    More,
 }
 
 /// What a request is waiting for.
@@ -80,10 +106,16 @@ pub struct Worker {
     depth: usize,
     slots: Vec<Slot>,
     free: Vec<usize>,
+    /// Requests that failed and wait for the next start, by their heads.
+    parked: Vec<u16>,
     chain: Chain,
     ranges: Vec<Range>,
     pieces: Vec<IoVec>,
     completed: Vec<Completed>,
+    /// For waits with nothing at the disk, for the driver alone.
+    idle: Window,
+    /// For waits with requests at the disk.
+    busy: Window,
     log: LogLimit,
 }
 
@@ -111,28 +143,68 @@ impl Worker {
             depth: depth.into(),
             slots: Vec::new(),
             free: Vec::new(),
+            parked: Vec::new(),
             chain: Chain::default(),
             ranges: Vec::new(),
             pieces: Vec::new(),
             completed: Vec::new(),
+            idle: Window::new(),
+            busy: Window::new(),
             log: LogLimit::new(),
         })
     }
 
     /// Takes new requests: at most one ring full, and no more than the disk
-    /// is to have at once. `true` when there may be more to take right now.
-    fn serve(&mut self, view: &Arc<GuestMap>) -> Result<bool, RingError> {
+    /// is to have at once.
+    fn serve(&mut self, view: &Arc<GuestMap>) -> Result<Served, RingError> {
         self.ring.quiet(view)?;
         for _ in 0..self.ring.size() {
             if self.in_flight() >= self.depth {
-                return Ok(false);
+                return Ok(Served::Full);
             }
-            if !self.ring.take(view, &mut self.chain)? {
-                return Ok(false);
+            if !self.ring.next(view, &mut self.chain)? {
+                return Ok(Served::Empty);
             }
             self.begin(view)?;
         }
-        Ok(true)
+        Ok(Served::More)
+    }
+
+    /// Submits, and waits until there is something to do: looks for a while,
+    /// then sleeps. What the ring has to say of errors it says again to the next turn.
+    fn rest(&mut self, view: &GuestMap, served: Served) -> io::Result<()> {
+        let listens = served == Served::Empty;
+        let begin = (self.service.clock)();
+        let span = self.window().span();
+        while !span.is_zero() {
+            self.io.wait(Some(Duration::ZERO), &mut self.completed)?;
+            let found = !self.completed.is_empty() || listens && self.ring.pending(view).unwrap_or(true);
+            let passed = (self.service.clock)().saturating_duration_since(begin);
+            if found {
+                self.window().found(passed);
+                return Ok(());
+            }
+            if passed >= span {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        if listens && self.ring.invite(view).unwrap_or(true) {
+            return self.io.wait(Some(Duration::ZERO), &mut self.completed);
+        }
+        self.io.wait(None, &mut self.completed)?;
+        let passed = (self.service.clock)().saturating_duration_since(begin);
+        self.window().slept(passed);
+        Ok(())
+    }
+
+    /// The requests that are at the disk and those that the driver makes have their own times.
+    fn window(&mut self) -> &mut Window {
+        if self.in_flight() > 0 {
+            &mut self.busy
+        } else {
+            &mut self.idle
+        }
     }
 
     /// Begins what the chain asks for, or answers it at once.
@@ -232,10 +304,17 @@ impl Worker {
             mark_dirty(&slot_view, &slot.data);
         }
         let (status, written) = match result {
-            Err(error) => {
-                self.report(job, &error);
-                (failure(&error), 0)
-            }
+            Err(error) => match self.service.action(job, &error) {
+                ErrorAction::Stop => {
+                    self.park(index, job, &error);
+                    return Ok(());
+                }
+                ErrorAction::Ignore => (Status::Ok, u32::try_from(total(&slot.data)).unwrap_or(0)),
+                ErrorAction::Report => {
+                    self.report(job, &error, ErrorAction::Report);
+                    (failure(&error), 0)
+                }
+            },
             Ok(()) => {
                 if let Some(range) = slot.ranges.pop() {
                     self.push(index, range_op(job, range), range.offset, Buffers::none());
@@ -271,15 +350,33 @@ impl Worker {
         self.ring.complete(view, head, written)
     }
 
-    fn report(&self, job: Job, error: &io::Error) {
+    /// Puts a request aside until the device is started again, and asks for the machine to be stopped. The
+    /// driver hears nothing.
+    fn park(&mut self, index: usize, job: Job, error: &io::Error) {
+        if self.parked.is_empty() {
+            self.report(job, error, ErrorAction::Stop);
+            self.service.tell(job, error, ErrorAction::Stop);
+        }
+        if let Some(slot) = self.slots.get_mut(index) {
+            self.parked.push(slot.head);
+            slot.release();
+            self.free.push(index);
+        }
+    }
+
+    fn report(&self, job: Job, error: &io::Error, action: ErrorAction) {
         if let Some(suppressed) = self.log.allow() {
             tracing::warn!(
                 device = %self.service.id,
                 request = ?job,
                 %error,
+                ?action,
                 suppressed,
                 "a disk request failed",
             );
+            if action == ErrorAction::Report {
+                self.service.tell(job, error, action);
+            }
         }
     }
 
@@ -310,6 +407,47 @@ enum Step {
 }
 
 impl Service {
+    /// What becomes of a request that has failed.
+    fn action(&self, job: Job, error: &io::Error) -> ErrorAction {
+        // What the disk cannot do, or not there, it can do at no other time.
+        if matches!(
+            error.kind(),
+            io::ErrorKind::Unsupported
+                | io::ErrorKind::InvalidInput
+                | io::ErrorKind::ReadOnlyFilesystem
+        ) {
+            return ErrorAction::Report;
+        }
+        if job == Job::Read {
+            return match self.rerror {
+                OnReadError::Report => ErrorAction::Report,
+                OnReadError::Ignore => ErrorAction::Ignore,
+                OnReadError::Stop => ErrorAction::Stop,
+            };
+        }
+        match self.werror {
+            OnWriteError::Enospc if no_space(error) => ErrorAction::Stop,
+            OnWriteError::Enospc | OnWriteError::Report => ErrorAction::Report,
+            OnWriteError::Ignore => ErrorAction::Ignore,
+            OnWriteError::Stop => ErrorAction::Stop,
+        }
+    }
+
+    fn tell(&self, job: Job, error: &io::Error, action: ErrorAction) {
+        self.notifier.disk_report(&DiskReport::Error {
+            operation: match job {
+                Job::Read => "read",
+                Job::Write => "write",
+                Job::Flush | Job::Sync => "flush",
+                Job::Discard => "discard",
+                Job::Zeroes => "write-zeroes",
+            },
+            reason: error.to_string(),
+            no_space: no_space(error),
+            action,
+        });
+    }
+
     /// Whether a write that has ended must be made durable before the driver
     /// learns of it (Virtio 1.2, 5.2.6.2). Asked when the write has ended: a
     /// driver that wants it has kept writeback at 0 all the while.
@@ -350,6 +488,14 @@ fn range_op(job: Job, range: Range) -> Op {
     }
 }
 
+/// Whether the host has no space left, or no more for this user.
+fn no_space(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 fn failure(error: &io::Error) -> Status {
     match error.kind() {
         io::ErrorKind::Unsupported => Status::Unsupported,
@@ -367,17 +513,21 @@ fn put_status(view: &GuestMap, at: GuestAddress, status: Status, written: u32) -
 
 impl QueueWorker for Worker {
     fn turn(&mut self, serve: bool) -> Turn {
-        let mut timeout = None;
-        if serve && !self.ring.failed() {
+        let waited = if serve && !self.ring.failed() {
             let view = self.service.memory.memory().into_inner();
             let served = self.serve(&view);
-            match served.and_then(|more| self.ring.notify(&view).map(|()| more)) {
-                Ok(true) => timeout = Some(Duration::ZERO),
-                Ok(false) => {}
-                Err(error) => self.ring.fail(&error),
+            match served.and_then(|served| self.ring.notify(&view).map(|()| served)) {
+                Ok(Served::More) => self.io.wait(Some(Duration::ZERO), &mut self.completed),
+                Ok(served) => self.rest(&view, served),
+                Err(error) => {
+                    self.ring.fail(&error);
+                    self.io.wait(None, &mut self.completed)
+                }
             }
-        }
-        if let Err(error) = self.io.wait(timeout, &mut self.completed) {
+        } else {
+            self.io.wait(None, &mut self.completed)
+        };
+        if let Err(error) = waited {
             tracing::error!(device = %self.service.id, %error, "the disk's I/O engine is broken");
             self.ring.fail(&error);
             return Turn::Halt;
@@ -395,7 +545,12 @@ impl QueueWorker for Worker {
 
     fn finish(self) -> Vec<StoppedQueue> {
         let Self {
-            ring, io, slots, ..
+            service,
+            mut ring,
+            io,
+            slots,
+            parked,
+            ..
         } = self;
         // Until here the host may still write what was to be read.
         drop(io);
@@ -404,6 +559,10 @@ impl QueueWorker for Worker {
             mark_dirty(view, &slot.data);
             Some(slot.head)
         });
-        vec![ring.stop(unfinished.collect::<Vec<_>>())]
+        // Whoever goes on with the queue may wait for a kick first.
+        if !ring.failed() {
+            let _ = ring.invite(&service.memory.memory());
+        }
+        vec![ring.stop(parked.into_iter().chain(unfinished).collect::<Vec<_>>())]
     }
 }

@@ -1,0 +1,147 @@
+//! What the nested machine's KVM saw last of a guest.
+//!
+//! The emulated processor loses a guest now and then, and what the monitor
+//! sees of that (a triple fault, a guest that spins) does not tell whose fault
+//! it was. KVM's trace points do: the last exits with their instruction
+//! pointers, and what was injected. The kernel keeps them in a ring, which
+//! costs a run nothing that can be measured.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+/// Where L1's init mounts the kernel's tracing.
+const TRACING: &str = "/sys/kernel/tracing";
+/// Exits that tell of the guest's way, and what KVM did to it.
+const EVENTS: &[&str] = &[
+    "kvm_exit",
+    "kvm_inj_exception",
+    "kvm_inj_virq",
+    "kvm_page_fault",
+    "kvm_pio",
+    "kvm_userspace_exit",
+];
+/// All exits but `SVM_EXIT_INTR` (0x60): a guest that spins has no others, and
+/// they would drive out what came before.
+const EXITS: &str = "exit_reason != 0x60";
+/// The ring's size for each processor, in KiB.
+const RING: &str = "1024";
+/// The most events in a round that is told once.
+const ROUND: usize = 4;
+/// `EXITINTINFO`: valid, an exception with an error code, vector 14.
+const PAGE_FAULT: u64 = 0x8000_0B0E;
+/// A page fault's error code: the access was an instruction fetch.
+const FETCH: u64 = 1 << 4;
+/// How many lines are told.
+const TOLD: usize = 80;
+
+/// Begins to keep what KVM sees.
+///
+/// # Errors
+/// The kernel has no such trace points, or their files are not where they should be.
+pub fn start() -> io::Result<()> {
+    let root = Path::new(TRACING);
+    fs::write(root.join("buffer_size_kb"), RING)?;
+    let kvm = root.join("events/kvm");
+    fs::write(kvm.join("kvm_exit/filter"), EXITS)?;
+    for event in EVENTS {
+        fs::write(kvm.join(event).join("enable"), "1")?;
+    }
+    clear()
+}
+
+/// Forgets what was kept so far: a new guest begins.
+///
+/// # Errors
+/// [`start`] has not been called.
+pub fn clear() -> io::Result<()> {
+    fs::write(Path::new(TRACING).join("trace"), "")
+}
+
+/// The last that KVM saw, one event a line.
+///
+/// # Errors
+/// [`start`] has not been called.
+pub fn last() -> io::Result<String> {
+    let text = fs::read_to_string(Path::new(TRACING).join("trace"))?;
+    Ok(end_of(&text, TOLD))
+}
+
+/// Whether `trace`, from [`last`], ends in the way in which the emulated
+/// processor loses guests: it enters a guest with page tables that are not the
+/// guest's (those of L1: a guest that spins is then seen at the instruction
+/// behind L1's own VMRUN), and the fetch of the first instruction, which ran a
+/// moment ago, is a page fault that no handler can be fetched for.
+#[must_use]
+pub fn lost_its_page_tables(trace: &str) -> bool {
+    let Some(exit) = trace.lines().rfind(|line| line.contains("reason shutdown")) else {
+        return false;
+    };
+    let field = |name: &str| {
+        let (_, rest) = exit.split_once(name)?;
+        let word = rest.split_whitespace().next()?;
+        u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()
+    };
+    // What was being delivered (AMD APM volume 2, 15.7.2), and its error code.
+    field(" intr_info ") == Some(PAGE_FAULT)
+        && field(" error_code ").is_some_and(|code| code & FETCH != 0)
+}
+
+/// The last `count` events, where a round of events that a guest in a loop
+/// repeats is told once.
+fn end_of(text: &str, count: usize) -> String {
+    let mut told = Vec::new();
+    let mut recent = [""; ROUND];
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        // In front are process, processor and time.
+        let event = line.split_once(": ").map_or(line, |(_, event)| event);
+        if !recent.contains(&event) {
+            told.push(format!("{}\n", line.trim()));
+        }
+        recent.rotate_left(1);
+        recent[ROUND - 1] = event;
+    }
+    told.split_off(told.len().saturating_sub(count)).concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_events_are_told_without_the_head() {
+        let text = "# tracer: nop\n#\n  v 0.1: one\n  v 0.2: two\n  v 0.3: three\n";
+        assert_eq!(end_of(text, 2), "v 0.2: two\nv 0.3: three\n");
+        assert_eq!(end_of(text, 9).lines().count(), 3);
+        assert_eq!(end_of("# nothing\n", 2), "");
+    }
+
+    #[test]
+    fn only_a_shutdown_out_of_a_failed_fetch_is_the_emulators() {
+        let trace = |reason: &str, delivered: &str, code: &str| {
+            format!(
+                "v 0.1: kvm_exit: vcpu 0 reason io rip 0x8e intr_info 0x0 error_code 0x0\n\
+                 v 0.2: kvm_exit: vcpu 0 reason {reason} rip 0x8f info1 0x0 info2 0x0 \
+                 intr_info {delivered} error_code {code}\n\
+                 v 0.3: kvm_userspace_exit: reason KVM_EXIT_SHUTDOWN (8)\n"
+            )
+        };
+        let judge = |reason, delivered, code| lost_its_page_tables(&trace(reason, delivered, code));
+        assert!(judge("shutdown", "0x80000b0e", "0x00000010"));
+        assert!(!judge("shutdown", "0x80000b0e", "0x00000002"));
+        assert!(!judge("shutdown", "0x80000b0d", "0x00000010"));
+        assert!(!judge("shutdown", "0x00000000", "0x00000000"));
+        assert!(!judge("npf", "0x80000b0e", "0x00000010"));
+        assert!(!lost_its_page_tables(""));
+    }
+
+    #[test]
+    fn what_a_guest_did_before_it_looped_is_not_driven_out() {
+        let round = "v 0.2: exit\nv 0.3: fault\nv 0.4: inject\n".repeat(1000);
+        let text = format!("v 0.1: before\n{round}");
+        assert_eq!(
+            end_of(&text, 4),
+            "v 0.1: before\nv 0.2: exit\nv 0.3: fault\nv 0.4: inject\n"
+        );
+    }
+}
