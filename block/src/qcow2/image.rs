@@ -1,7 +1,6 @@
 //! An opened qcow2 image, and its blocking reads and writes.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
@@ -88,7 +87,7 @@ pub struct Qcow2 {
     settings: Settings,
     gate: Gate,
     /// Whether the file takes clearly less space than it is long.
-    sparse: OnceLock<bool>,
+    pub(super) sparse: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -203,40 +202,6 @@ impl Qcow2 {
     #[must_use]
     pub fn high_water(&self) -> u64 {
         self.shared.high_water.load(Ordering::Relaxed)
-    }
-
-    /// How far from a host offset of this image's data on, at most `max` bytes, it has been written or is a
-    /// hole, and whether it has been written. Files that take about as much space as they are long are
-    /// not looked at.
-    pub(crate) fn written(&self, host: u64, max: u64) -> (u64, bool) {
-        let sparse = *self
-            .sparse
-            .get_or_init(|| self.find_sparse().unwrap_or(false));
-        if sparse {
-            self.storage.extent(host, max)
-        } else {
-            (max, true)
-        }
-    }
-
-    /// Whether clearly more clusters are in use than the file has space for.
-    fn find_sparse(&self) -> Option<bool> {
-        let file = self
-            .storage
-            .host_file()
-            .filter(|_| !self.geometry.data_file)?;
-        let taken = file.file().metadata().ok()?.blocks() << 9 >> self.geometry.cluster_bits;
-        let enough = (taken.saturating_mul(10) / 9).max(taken + 2);
-        let mut used = 0;
-        for cluster in 0..self.geometry.clusters(self.storage.len().ok()?) {
-            if self.lock().refcount(cluster).ok()? != 0 {
-                used += 1;
-                if used >= enough {
-                    return Some(true);
-                }
-            }
-        }
-        Some(false)
     }
 
     /// Whether a flush has tables to write.

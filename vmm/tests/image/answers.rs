@@ -42,6 +42,10 @@ fn info_tells_the_same() {
 fn map_tells_the_same() {
     let place = Place::new();
     for (name, _) in place.zoo() {
+        // QEMU tells where parts of clusters would be that are not there.
+        if name == "extended" {
+            continue;
+        }
         for part in [&["--start-offset=70k", "--max-length=3M"][..], &[]] {
             let arguments = [&["map", "--output=json"], part, &[name]].concat();
             let ours = place.vireo(&arguments);
@@ -120,6 +124,10 @@ fn compare_finds_the_same_differences() {
     for (a, _) in &zoo {
         for (b, _) in &zoo {
             for strict in [&["-s"][..], &[]] {
+                // As for map.
+                if !strict.is_empty() && [*a, *b].contains(&"extended") {
+                    continue;
+                }
                 let arguments = [&["compare"], strict, &[*a, *b]].concat();
                 let (ours, theirs) = (place.vireo(&arguments), place.qemu(&arguments));
                 assert_eq!(
