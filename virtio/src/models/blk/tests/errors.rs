@@ -1,7 +1,5 @@
 //! Failing disks: what the driver is told, what waits for the next start, what observers hear.
 
-use virtio_queue::QueueT;
-
 use super::*;
 use crate::device::{DiskReport, ErrorAction, StoppedQueue};
 
@@ -410,7 +408,7 @@ fn many_failures_are_told_a_few_times_and_one_that_waits_always() {
         rig.offer(FLUSH, 0, &[]);
         rig.driver.kick();
         while rig.driver.returned().is_none() {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         assert_eq!(rig.driver.get::<u8>(STATUS), IOERR);
     }
