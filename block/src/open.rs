@@ -292,7 +292,8 @@ pub(crate) fn allowed(
         BackingPolicy::Deny => Err(forbidden("say backing=directory to allow its directory")),
         BackingPolicy::Directory if same_directory(path, &other) => Ok(other),
         BackingPolicy::Directory => Err(forbidden(
-            "only files in its own directory are; say backing=any if you trust the image",
+            "only files in its own directory are; say backing=any (to a tool: --backing-policy any) \
+             if you trust the image",
         )),
     }
 }

@@ -167,9 +167,16 @@ impl Job<'_> {
 
     /// What is to be done from `at`, a multiple of the unit, on.
     fn piece(&self, at: u64) -> Result<Piece, OpError> {
-        let (len, what) = self.judge(at)?;
-        let whole = len - len % self.unit;
+        let (mut len, what) = self.judge(at)?;
         let left = self.size - at;
+        while len < self.unit.min(left) {
+            let (more, next) = self.judge(at + len)?;
+            if next != what {
+                break;
+            }
+            len += more;
+        }
+        let whole = len - len % self.unit;
         // Up to the next multiple of the largest piece, which a multiple of the unit is.
         let most = PIECE - at % PIECE;
         if what == Do::Skip && (whole > 0 || len == left) {

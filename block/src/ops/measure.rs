@@ -31,7 +31,7 @@ pub enum MeasureError {
 
 /// Tells how large the file of a new image would become: of a `source` when it is copied into it (its whole chain,
 /// or its topmost image alone if the new image has a backing file), otherwise of an empty disk. The disk's size is
-/// `options.size`, unless there is a source and that is 0.
+/// the source's, or `options.size` without one.
 ///
 /// # Errors
 ///
@@ -43,7 +43,7 @@ pub fn measure(
     control: &Control<'_>,
 ) -> Result<Measured, MeasureError> {
     let mut options = options.clone();
-    if let Some(source) = source.filter(|_| options.size == 0) {
+    if let Some(source) = source {
         options.size = source.size();
     }
     let size = options.size.div_ceil(SECTOR).saturating_mul(SECTOR);
@@ -87,7 +87,7 @@ fn data_clusters(
     };
     if !topmost {
         map(source, 0..source.size(), control, |found: Status| {
-            if found.data {
+            if found.data && !found.zero {
                 count(found.start, found.len);
             }
         })?;

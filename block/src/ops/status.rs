@@ -14,9 +14,9 @@ pub struct Status {
     pub depth: usize,
     /// An image of the chain says something about it.
     pub present: bool,
-    /// It reads as zeros, without a look at data.
+    /// It is known to read as zeros.
     pub zero: bool,
-    /// There are bytes that are to be read.
+    /// There is space for its bytes. If it reads as zeros nevertheless, that space is a hole.
     pub data: bool,
     /// They are compressed.
     pub compressed: bool,
@@ -62,7 +62,18 @@ pub fn status(image: &dyn Image, start: u64, max: u64) -> std::io::Result<Status
             host,
         };
         match extent.kept {
-            Kept::Data { host } => return Ok(found(true, false, true, host.is_none(), host)),
+            Kept::Data { host: None } => return Ok(found(true, false, true, true, None)),
+            Kept::Data { host: Some(host) } => {
+                // Space that was reserved beforehand, and never written.
+                let (part, data) = match image.as_qcow2() {
+                    Some(qcow2) => qcow2.written(host, len),
+                    None => (len, true),
+                };
+                return Ok(Status {
+                    len: part,
+                    ..found(true, !data, true, false, Some(host))
+                });
+            }
             Kept::Zero { host } => {
                 // A hole in a raw file is at its place.
                 let host = image.as_raw().map(|_| start).or(host);

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -86,6 +86,8 @@ pub struct Qcow2 {
     backing: Option<Backing>,
     settings: Settings,
     gate: Gate,
+    /// Whether the file takes clearly less space than it is long.
+    pub(super) sparse: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -125,6 +127,7 @@ impl Qcow2 {
             backing,
             settings,
             gate: Gate::default(),
+            sparse: OnceLock::new(),
         })
     }
 

@@ -15,6 +15,7 @@ pub(crate) mod extension;
 pub(crate) mod fields;
 pub(crate) mod geometry;
 pub(crate) mod header;
+mod holes;
 pub(crate) mod image;
 pub(crate) mod map;
 pub(crate) mod meta;

@@ -426,6 +426,7 @@ impl Reporter {
                 reason,
                 no_space,
                 action,
+                ..
             } => {
                 self.events.publish(api::EventKind::DiskError {
                     id: id.clone(),

@@ -495,7 +495,9 @@ fn contend(
                 let expected = byte.unwrap_or(bytes[0]);
                 assert!(
                     byte.is_none() || bytes.iter().all(|b| *b == expected),
-                    "block {block}"
+                    "writer {} block {block}: {byte:?} became {:?}",
+                    writer.number,
+                    &bytes[..4],
                 );
             }
         }

@@ -184,6 +184,7 @@ impl List<'_> {
 
     fn end(mut self) -> anyhow::Result<()> {
         if let Some(error) = self.trouble.take() {
+            print(self.text.as_bytes())?;
             return Err(error);
         }
         if self.output == Output::Json {
