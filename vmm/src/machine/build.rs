@@ -426,7 +426,6 @@ impl Reporter {
                 reason,
                 no_space,
                 action,
-                ..
             } => {
                 self.events.publish(api::EventKind::DiskError {
                     id: id.clone(),
