@@ -568,9 +568,6 @@ impl Drop for Qcow2 {
 pub(crate) struct ChainPins(Vec<Pins>);
 
 impl ChainPins {
-    /// No epoch: what [`ChainPins::enter`] never gives.
-    pub(crate) const NONE: u64 = u64::MAX;
-
     /// Pins the current epoch of the topmost image, the only one that changes.
     pub(crate) fn enter(&mut self) -> u64 {
         self.0.first_mut().map_or(0, Pins::enter)
