@@ -544,9 +544,10 @@ impl Qcow2 {
         if self.read_only || self.shared.corrupt.load(Ordering::Acquire) {
             return Ok(());
         }
-        // What the first one takes out of the mapping the second one frees.
+        // What the first one takes out of the mapping the second one frees. And what somebody still used when
+        // the last one freed others is free now.
         for _ in 0..3 {
-            if !self.is_dirty() {
+            if !self.is_dirty() && self.lock().released.is_empty() {
                 break;
             }
             self.checkpoint()?;

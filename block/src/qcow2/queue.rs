@@ -58,8 +58,8 @@ pub(crate) struct Qcow2Queue {
 /// What is on its way.
 #[derive(Debug)]
 struct Book {
-    core: Arc<Core>,
     pins: ChainPins,
+    core: Arc<Core>,
     /// How many requests are one job, and in no slot.
     single: usize,
     /// Other requests that have jobs or are with a thread.
