@@ -3,6 +3,9 @@
 use std::fmt;
 use std::io;
 
+use crate::qcow2::Qcow2;
+use crate::raw::RawImage;
+
 /// How a part of an image is kept, as the image alone knows it, without its backing chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
@@ -86,4 +89,14 @@ pub trait Image: Send + Sync + fmt::Debug {
 
     /// The image below this one, if any.
     fn backing(&self) -> Option<&dyn Image>;
+
+    /// As a qcow2 image, if it is one: for what only that format can do.
+    fn as_qcow2(&self) -> Option<&Qcow2> {
+        None
+    }
+
+    /// As a raw image, if it is one.
+    fn as_raw(&self) -> Option<&RawImage> {
+        None
+    }
 }

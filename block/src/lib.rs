@@ -41,6 +41,7 @@ mod magic;
 pub mod nbd;
 mod open;
 mod opener;
+pub mod ops;
 mod options;
 mod qcow2;
 mod queue;
@@ -59,5 +60,8 @@ pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Opener};
 pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
-pub use qcow2::{Compression, Qcow2};
+pub use qcow2::{
+    CheckReport, Compression, CreateError, CreateOptions, Finding, Preallocation, Qcow2, Repair,
+    Severity,
+};
 pub use raw::{OpenError, RawDisk, RawImage};

@@ -12,16 +12,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::Disk;
 use crate::image::Image;
+use crate::nbd::{self, NbdDisk, NbdStorage};
 use crate::opener::{Access, Opener};
 use crate::options::{Discard, DiskOptions, Format};
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
-use crate::raw::{OpenError, RawDisk, RawImage, check_raw, open_file};
+use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 
 /// How deep a backing chain may be.
-const MAX_DEPTH: usize = 200;
+pub(crate) const MAX_DEPTH: usize = 200;
 
 /// How many bytes of tables an image keeps in memory: what maps 256 GiB at the usual cluster size, if that much
 /// is ever used.
@@ -51,6 +52,10 @@ pub struct ImageOptions {
     /// How many bytes of its tables are kept in memory; `None`: enough for 256 GiB of disk at the usual
     /// cluster size.
     pub cache_size: Option<u64>,
+    /// A raw image may have any size: it is rounded up to a whole sector, with zeros. For operations on files, not for
+    /// disks of machines.
+    #[serde(skip)]
+    pub any_size: bool,
 }
 
 /// An opened image.
@@ -89,8 +94,8 @@ pub fn open_disk(
     opener: &dyn Opener,
     options: &ImageOptions,
 ) -> Result<Arc<dyn Disk>, OpenError> {
-    if crate::nbd::is_uri(path) {
-        return Ok(Arc::new(crate::NbdDisk::open(path, opener, &options.disk)?));
+    if options.disk.format != Some(Format::Qcow2) && nbd::is_uri(path) {
+        return Ok(Arc::new(NbdDisk::open(path, opener, &options.disk)?));
     }
     if options.disk.format != Some(Format::Qcow2) {
         return Ok(Arc::new(RawDisk::open(path, opener, &options.disk)?));
@@ -142,8 +147,15 @@ impl Chain<'_> {
         }
     }
 
-    fn storage(&self, path: &Path, write: bool) -> Result<Arc<FileStorage>, OpenError> {
+    fn storage(&self, path: &Path, write: bool) -> Result<Arc<dyn Storage>, OpenError> {
         let disk = &self.options.disk;
+        if nbd::is_uri(path) {
+            let options = DiskOptions {
+                read_only: !write,
+                ..disk.clone()
+            };
+            return Ok(Arc::new(NbdStorage::open(path, self.opener, &options)?));
+        }
         let access = Access {
             write,
             direct: disk.access().direct,
@@ -154,13 +166,20 @@ impl Chain<'_> {
 
     fn raw(&self, path: &Path, stated: bool, write: bool) -> Result<RawBacking, OpenError> {
         let storage = self.storage(path, write)?;
-        let Some(file) = storage.host_file() else {
-            return Err(unusable(path, "raw", "it is no file"));
+        let size = match storage.host_file() {
+            Some(file) if self.options.any_size => {
+                check_contents(path, file, stated)?;
+                file.size().next_multiple_of(512)
+            }
+            Some(file) => {
+                check_raw(path, file, stated)?;
+                file.size()
+            }
+            None => storage
+                .len()
+                .map_err(|error| unusable(path, "raw", error))?,
         };
-        check_raw(path, file, stated)?;
-        let size = file.size();
         let sync = !self.options.disk.cache.ignores_flush();
-        let storage: Arc<dyn Storage> = storage;
         Ok(RawBacking {
             image: Box::new(RawImage::new(Arc::clone(&storage), size, !write, sync)),
             storage,
@@ -209,7 +228,7 @@ impl Chain<'_> {
         let Some(name) = &header.data_file else {
             return Err(unusable(path, "qcow2", "it does not name its data file"));
         };
-        let other = self.allowed(path, name)?;
+        let other = allowed(self.options.backing, path, name)?;
         match self.storage(&other, write) {
             Ok(storage) => Ok(Some(storage)),
             Err(source) => Err(part(path, "data file", source)),
@@ -225,46 +244,66 @@ impl Chain<'_> {
         let Some(name) = &header.backing else {
             return Ok(None);
         };
-        let format = match header.backing_format.as_deref() {
-            None => None,
-            Some("raw" | "file" | "host_device") => Some(Format::Raw),
-            Some("qcow2") => Some(Format::Qcow2),
-            Some(other) => {
-                let why = format!("the format of its backing file, {other}, is not known");
-                return Err(unusable(path, "qcow2", why));
-            }
-        };
-        let other = self.allowed(path, name)?;
+        let format = backing_format(path, header)?;
+        let other = allowed(self.options.backing, path, name)?;
         match self.open(&other, format, false, depth + 1) {
             Ok(Opened::Raw(raw)) => Ok(Some(Backing::Raw(raw))),
             Ok(Opened::Qcow2(image)) => Ok(Some(Backing::Qcow2(image))),
             // One message for the whole chain, not one for each link.
             Err(error @ OpenError::EndlessChain { .. }) => Err(error),
+            Err(OpenError::Foreign { path: other, .. }) if format.is_none() => {
+                Err(OpenError::Unstated {
+                    path: path.to_owned(),
+                    other,
+                })
+            }
             Err(source) => Err(part(path, "backing file", source)),
-        }
-    }
-
-    /// The path of a file that an image refers to, if it may.
-    fn allowed(&self, path: &Path, name: &OsStr) -> Result<PathBuf, OpenError> {
-        let other = resolve(path, name);
-        let forbidden = |mend| OpenError::Forbidden {
-            path: path.to_owned(),
-            other: other.clone(),
-            mend,
-        };
-        match self.options.backing {
-            BackingPolicy::Any => Ok(other),
-            BackingPolicy::Deny => Err(forbidden("say backing=directory to allow its directory")),
-            BackingPolicy::Directory if same_directory(path, &other) => Ok(other),
-            BackingPolicy::Directory => Err(forbidden(
-                "only files in its own directory are; say backing=any if you trust the image",
-            )),
         }
     }
 }
 
+/// What the backing file of an image is, as far as the image says so.
+pub(crate) fn backing_format(path: &Path, header: &Header) -> Result<Option<Format>, OpenError> {
+    match header.backing_format.as_deref() {
+        None => Ok(None),
+        Some("raw" | "file" | "host_device") => Ok(Some(Format::Raw)),
+        Some("qcow2") => Ok(Some(Format::Qcow2)),
+        Some(other) => {
+            let why = format!("the format of its backing file, {other}, is not known");
+            Err(unusable(path, "qcow2", why))
+        }
+    }
+}
+
+/// The path of a file that an image refers to, if it may.
+pub(crate) fn allowed(
+    policy: BackingPolicy,
+    path: &Path,
+    name: &OsStr,
+) -> Result<PathBuf, OpenError> {
+    let other = resolve(path, name);
+    let forbidden = |mend| OpenError::Forbidden {
+        path: path.to_owned(),
+        other: other.clone(),
+        mend,
+    };
+    match policy {
+        BackingPolicy::Any => Ok(other),
+        BackingPolicy::Deny => Err(forbidden("say backing=directory to allow its directory")),
+        BackingPolicy::Directory if same_directory(path, &other) => Ok(other),
+        BackingPolicy::Directory => Err(forbidden(
+            "only files in its own directory are; say backing=any (to a tool: --backing-policy any) \
+             if you trust the image",
+        )),
+    }
+}
+
 /// What must be done before an image may be changed.
-fn prepare(path: &Path, header: &mut Header, storage: &dyn Storage) -> Result<(), OpenError> {
+pub(crate) fn prepare(
+    path: &Path,
+    header: &mut Header,
+    storage: &dyn Storage,
+) -> Result<(), OpenError> {
     if header.incompatible & header::CORRUPT != 0 {
         return Err(OpenError::Corrupt {
             path: path.to_owned(),
@@ -283,6 +322,9 @@ fn prepare(path: &Path, header: &mut Header, storage: &dyn Storage) -> Result<()
 
 /// The path that a name in an image means: names are relative to the image's directory.
 pub(crate) fn resolve(image: &Path, name: &OsStr) -> PathBuf {
+    if nbd::is_uri(Path::new(name)) {
+        return PathBuf::from(name);
+    }
     let bytes = name.as_encoded_bytes();
     let name = match bytes.strip_prefix(b"file:") {
         #[expect(unsafe_code, reason = "a cut platform string has no safe constructor")]
@@ -305,10 +347,10 @@ fn same_directory(a: &Path, b: &Path) -> bool {
             .is_some_and(|last| matches!(last, Component::Normal(_)))
             && !path.as_os_str().as_encoded_bytes().ends_with(b"/")
     };
-    plain(b) && a.parent() == b.parent()
+    plain(b) && !nbd::is_uri(b) && a.parent() == b.parent()
 }
 
-fn unusable(
+pub(crate) fn unusable(
     path: &Path,
     format: &'static str,
     source: impl Into<Box<dyn std::error::Error + Send + Sync>>,

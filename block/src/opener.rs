@@ -68,4 +68,37 @@ pub trait Opener: Send + Sync {
             "connections are not allowed here",
         ))
     }
+
+    /// Creates a regular file for reading and writing, which must not exist, and opens it as
+    /// [`Opener::open`] does. Only operations that make images ask for it.
+    ///
+    /// # Errors
+    ///
+    /// The system's error, `AlreadyExists` among them, or `PermissionDenied` when policy forbids the path,
+    /// as it does unless the implementer says otherwise.
+    fn create(&self, path: &Path, access: Access) -> io::Result<File> {
+        let _ = (path, access);
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// Gives a file that [`Opener::create`] made its final name in the same directory, if that name is
+    /// free.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create`].
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let _ = (from, to);
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// Removes a file that [`Opener::create`] made, or that its user asked to be rid of.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create`].
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let _ = path;
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
 }

@@ -148,6 +148,17 @@ pub enum Format {
     Qcow2,
 }
 
+impl Format {
+    /// The name that QEMU and images give it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

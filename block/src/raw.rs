@@ -118,6 +118,18 @@ pub enum OpenError {
         /// The format it looks like.
         format: &'static str,
     },
+    /// Its backing file looks like another format than raw, and it does not say which one it is.
+    #[error(
+        "disk {}: it does not say what format its backing file {} has, which looks like an image; say it with \
+         'vireo image rebase -u -F FORMAT -b NAME'",
+        path.display(), other.display()
+    )]
+    Unstated {
+        /// The file.
+        path: PathBuf,
+        /// Its backing file.
+        other: PathBuf,
+    },
     /// Someone else uses it.
     #[error("disk {}: it is already open elsewhere, here or in another program; {mend}", path.display())]
     InUse {
@@ -274,6 +286,11 @@ pub(crate) fn open_file(
     Ok(file)
 }
 
+/// Judges the contents alone of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
+pub(crate) fn check_contents(path: &Path, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+    Named(path).check_contents(file, stated)
+}
+
 /// Judges contents and size of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
 pub(crate) fn check_raw(path: &Path, file: &HostFile, stated: bool) -> Result<(), OpenError> {
     Named(path).check(file, stated)
@@ -375,20 +392,29 @@ impl Named<'_> {
         })
     }
 
+    fn check_contents(self, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+        if stated {
+            return Ok(());
+        }
+        let head = file
+            .head(magic::HEAD)
+            .map_err(|source| self.unreadable(source))?;
+        match magic::foreign(&head) {
+            Some(format) => Err(OpenError::Foreign {
+                path: self.path(),
+                format,
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Judges the contents and the size.
     fn check(self, file: &HostFile, stated: bool) -> Result<(), OpenError> {
         let (path, size) = (self.path(), file.size());
         if size == 0 {
             return Err(OpenError::Empty { path });
         }
-        if !stated {
-            let head = file
-                .head(magic::HEAD)
-                .map_err(|source| self.unreadable(source))?;
-            if let Some(format) = magic::foreign(&head) {
-                return Err(OpenError::Foreign { path, format });
-            }
-        }
+        self.check_contents(file, stated)?;
         let direct = u64::from(file.abilities().align.offset);
         if !size.is_multiple_of(SECTOR) {
             let unit = SECTOR;

@@ -85,6 +85,13 @@ pub(crate) trait Storage: Send + Sync + fmt::Debug {
     /// Whether bytes past the end of the file, once it has grown, are zeros: a regular file's are.
     fn grows_zeroed(&self) -> bool;
 
+    /// How far from `offset` on, at most `max` bytes, it goes on as it begins, and whether that is data; a hole, which reads as zeros,
+    /// otherwise. Where the host cannot tell, all is data.
+    fn extent(&self, offset: u64, max: u64) -> (u64, bool) {
+        let _ = offset;
+        (max, true)
+    }
+
     /// What the caller must align direct data I/O to, in bytes; 1 for none.
     fn alignment(&self) -> u32 {
         1
@@ -154,6 +161,16 @@ impl FileStorage {
         let part = left.min(BOUNCE - skip);
         let unit = usize::try_from(unit).unwrap_or(1);
         (start, skip, part, (skip + part).next_multiple_of(unit))
+    }
+
+    /// Where the next data or the next hole is from `offset` on; `None` when the host cannot tell or there is
+    /// none.
+    fn seek(&self, offset: u64, whence: c_int) -> Option<u64> {
+        let offset = i64::try_from(offset).ok()?;
+        #[expect(unsafe_code, reason = "lseek by descriptor has no safe wrapper")]
+        // SAFETY: plain numbers and an open descriptor, whose position nobody uses.
+        let found = unsafe { libc::lseek(self.file.as_fd().as_raw_fd(), offset, whence) };
+        u64::try_from(found).ok()
     }
 
     fn allocate(&self, mode: c_int, offset: u64, len: u64) -> io::Result<()> {
@@ -343,6 +360,18 @@ impl Storage for FileStorage {
 
     fn grows_zeroed(&self) -> bool {
         self.file.abilities().kind == Kind::Regular
+    }
+
+    fn extent(&self, offset: u64, max: u64) -> (u64, bool) {
+        match self.seek(offset, libc::SEEK_DATA) {
+            Some(start) if start > offset => (max.min(start - offset), false),
+            Some(_) => {
+                let end = self.seek(offset, libc::SEEK_HOLE).unwrap_or(u64::MAX);
+                (end.saturating_sub(offset).max(1).min(max), true)
+            }
+            // No data up to the end, if the host can tell holes at all.
+            None => (max, self.seek(0, libc::SEEK_HOLE).is_none()),
+        }
     }
 
     fn alignment(&self) -> u32 {

@@ -275,7 +275,7 @@ impl Storage for Scripted {
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        // At once: a write may grow it meanwhile.
+        // At once: a write may make it longer at any time.
         let mut bytes = self.bytes.lock().unwrap();
         let end = usize::try_from(offset + len).unwrap().max(bytes.len());
         bytes.resize(end, 0);

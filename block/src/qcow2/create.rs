@@ -480,6 +480,24 @@ fn refcounts_for(geometry: &Geometry, rest: u64) -> (u64, u64) {
     }
 }
 
+/// How long the file of an image with these options becomes when all of its disk is written, in bytes; with a data
+/// file, both files together.
+///
+/// # Errors
+///
+/// As [`create`], but for the host's.
+pub(crate) fn full_size(options: &CreateOptions) -> Result<u64, CreateError> {
+    options.check()?;
+    let mapped = CreateOptions {
+        preallocation: Preallocation::Metadata,
+        data_file: None,
+        data_file_raw: false,
+        ..options.clone()
+    };
+    let layout = Layout::new(&mapped)?;
+    Ok(layout.offset(layout.total))
+}
+
 /// Makes a new image of `storage`, whose contents are lost, as those of the data file.
 ///
 /// A regular file becomes as long as it must be. When this fails, there is no image.
@@ -536,7 +554,12 @@ fn clear(storage: &dyn Storage) -> io::Result<()> {
 }
 
 /// Makes all of a range zeros, in the way that is asked for.
-fn preallocate(storage: &dyn Storage, offset: u64, len: u64, how: Preallocation) -> io::Result<()> {
+pub(crate) fn preallocate(
+    storage: &dyn Storage,
+    offset: u64,
+    len: u64,
+    how: Preallocation,
+) -> io::Result<()> {
     if len == 0 || how == Preallocation::Off {
         return Ok(());
     }

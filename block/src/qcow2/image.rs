@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -86,6 +86,8 @@ pub struct Qcow2 {
     backing: Option<Backing>,
     settings: Settings,
     gate: Gate,
+    /// Whether the file takes clearly less space than it is long.
+    pub(super) sparse: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -125,6 +127,7 @@ impl Qcow2 {
             backing,
             settings,
             gate: Gate::default(),
+            sparse: OnceLock::new(),
         })
     }
 
@@ -405,12 +408,19 @@ impl Qcow2 {
         Ok(bytes)
     }
 
-    /// Writes bytes, or zeros (`None`), at most [`CHUNK`] of them.
-    fn write_chunk(&self, offset: u64, len: u64, data: Option<&[u8]>) -> io::Result<()> {
+    /// Writes bytes, or zeros (`None`), at most [`CHUNK`] of them; `planned` is called once they have a place.
+    fn write_chunk(
+        &self,
+        offset: u64,
+        len: u64,
+        data: Option<&[u8]>,
+        planned: impl FnOnce(),
+    ) -> io::Result<()> {
         let mut pins = self.pins();
         let _held = pins.hold();
         let asked = self.asked(offset, len, false);
         let plan = self.persist(|meta| meta.plan(asked))?;
+        planned();
         match self.carry_out(&plan, data) {
             Ok(()) => {
                 self.publish(plan);
@@ -435,10 +445,30 @@ impl Qcow2 {
                 Some(data) => Some(data.get(from..to).ok_or_else(eio)?),
                 None => None,
             };
-            self.write_chunk(at, part, bytes)?;
+            self.write_chunk(at, part, bytes, || {})?;
             done += part;
         }
         Ok(())
+    }
+
+    /// As [`Image::write`], for at most 2 MiB that do not cross a multiple of that; `planned` is called as soon as the
+    /// bytes have a place, before they are written.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::write`].
+    pub(crate) fn write_planned(
+        &self,
+        offset: u64,
+        data: &[u8],
+        planned: impl FnOnce(),
+    ) -> io::Result<()> {
+        let len = data.len() as u64;
+        self.check_range(offset, len)?;
+        if len > CHUNK - offset % CHUNK {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.write_chunk(offset, len, Some(data), planned)
     }
 
     /// How a range is kept, with tables loaded as needed.
@@ -491,7 +521,11 @@ impl Qcow2 {
             let range = Cleared {
                 offset: at,
                 len: end - at,
-                backing: self.backing_size(),
+                backing: if clear == Clear::Forget {
+                    0
+                } else {
+                    self.backing_size()
+                },
                 clear,
             };
             match self.persist(|meta| meta.clear(range))? {
@@ -503,6 +537,17 @@ impl Qcow2 {
             self.data.discard(offset, len)?;
         }
         Ok(true)
+    }
+
+    /// Takes everything out of the image, so that its backing file shows through.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::write`].
+    pub(crate) fn empty(&self) -> io::Result<()> {
+        self.lock().writable()?;
+        let size = self.disk_size().next_multiple_of(self.geometry.cluster());
+        self.clear(0, size, Clear::Forget).map(|_| ())
     }
 
     /// The part of a range that consists of whole units of `unit` bytes; the disk's end ends a unit.
@@ -697,5 +742,9 @@ impl Image for Qcow2 {
 
     fn backing(&self) -> Option<&dyn Image> {
         self.backing.as_ref().map(Backing::image)
+    }
+
+    fn as_qcow2(&self) -> Option<&Self> {
+        Some(self)
     }
 }

@@ -15,6 +15,7 @@ pub(crate) mod extension;
 pub(crate) mod fields;
 pub(crate) mod geometry;
 pub(crate) mod header;
+mod holes;
 pub(crate) mod image;
 pub(crate) mod map;
 pub(crate) mod meta;
@@ -34,8 +35,11 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use check::{CheckReport, Finding, Severity};
+pub use create::{CreateError, CreateOptions, Preallocation};
 pub use header::Compression;
 pub use image::Qcow2;
+pub use repair::Repair;
 
 /// Where an image's snapshots and bitmaps have their metadata, as (offset, length) in bytes.
 ///

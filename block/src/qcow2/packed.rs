@@ -104,6 +104,57 @@ impl Meta {
 }
 
 impl Qcow2 {
+    /// Compresses one whole cluster (the last one of the disk may be cut off) for
+    /// [`Qcow2::write_packed`]; `None` when that makes it no smaller.
+    ///
+    /// # Errors
+    ///
+    /// The library's.
+    pub(crate) fn pack(&self, data: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let cluster = usize::try_from(self.geometry().cluster()).unwrap_or(usize::MAX);
+        if data.len() >= cluster {
+            return compress::shrink(self.compression(), data);
+        }
+        let mut padded = data.to_vec();
+        padded.resize(cluster, 0);
+        compress::shrink(self.compression(), &padded)
+    }
+
+    /// Writes what [`Qcow2::pack`] made of the cluster at `offset`; `planned` is called as soon as it has a
+    /// place, before it is written.
+    ///
+    /// # Errors
+    ///
+    /// As [`crate::Image::write`]; `Unsupported` on images that cannot hold compressed data.
+    pub(crate) fn write_packed(
+        &self,
+        offset: u64,
+        small: &[u8],
+        planned: impl FnOnce(),
+    ) -> io::Result<()> {
+        if self.geometry().data_file {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.check_range(offset, 1)?;
+        if self.geometry().within(offset) != 0 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let packed = self.persist(|meta| meta.plan_packed(offset, small.len() as u64))?;
+        planned();
+        let written = self.storage().write_at(small, packed.host);
+        let mut meta = self.lock();
+        let result = match written {
+            Ok(()) => meta.publish_packed(offset, &packed),
+            Err(error) => {
+                meta.abandon_packed(offset, &packed);
+                Err(error)
+            }
+        };
+        drop(meta);
+        self.announce();
+        result
+    }
+
     /// Writes one whole cluster (the last one of the disk may be cut off) in compressed form; `false` when
     /// that makes it no smaller, so that nothing was written.
     ///
@@ -121,23 +172,9 @@ impl Qcow2 {
         if self.geometry().within(offset) != 0 || !whole {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let mut padded = data.to_vec();
-        padded.resize(usize::try_from(cluster).unwrap_or(data.len()), 0);
-        let Some(small) = compress::shrink(self.compression(), &padded)? else {
-            return Ok(false);
-        };
-        let packed = self.persist(|meta| meta.plan_packed(offset, small.len() as u64))?;
-        let written = self.storage().write_at(&small, packed.host);
-        let mut meta = self.lock();
-        let result = match written {
-            Ok(()) => meta.publish_packed(offset, &packed),
-            Err(error) => {
-                meta.abandon_packed(offset, &packed);
-                Err(error)
-            }
-        };
-        drop(meta);
-        self.announce();
-        result.map(|()| true)
+        match self.pack(data)? {
+            Some(small) => self.write_packed(offset, &small, || {}).map(|()| true),
+            None => Ok(false),
+        }
     }
 }

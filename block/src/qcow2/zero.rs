@@ -13,6 +13,8 @@ use super::write::Refusal;
 pub(crate) enum Clear {
     /// Anything; preferably zeros that take no space.
     Discard,
+    /// Nothing that this image says: the backing file's bytes.
+    Forget,
     /// Zeros.
     Zero {
         /// The space may be given back.
@@ -27,7 +29,7 @@ pub(crate) struct Cleared {
     pub offset: u64,
     /// Length in bytes, in whole subclusters or clusters.
     pub len: u64,
-    /// How far the backing file reaches, in bytes.
+    /// How far the backing file reaches, in bytes; 0 when that is to show through.
     pub backing: u64,
     /// What it becomes.
     pub clear: Clear,
@@ -65,7 +67,7 @@ impl Meta {
         if geometry.version < 3 && range.offset < range.backing {
             // It has no entry that hides the backing file.
             return Ok(match range.clear {
-                Clear::Discard => Some(len),
+                Clear::Discard | Clear::Forget => Some(len),
                 Clear::Zero { .. } => None,
             });
         }
@@ -137,6 +139,7 @@ impl Meta {
     fn cleared_whole(&self, entry: L2, clear: Clear, hides: bool) -> Option<New> {
         let zero = if self.geometry.version >= 3 { ZERO } else { 0 };
         let empty = match clear {
+            Clear::Forget => 0,
             Clear::Discard if !hides => 0,
             _ => zero,
         };
@@ -148,6 +151,7 @@ impl Meta {
         match (entry, clear) {
             (L2::Absent, _) if !hides => None,
             (L2::Absent, _) => gone,
+            (L2::Zero { .. }, Clear::Forget) => gone,
             (L2::Zero { host: None, .. }, _) => None,
             (L2::Zero { .. }, Clear::Zero { unmap: false }) => None,
             (L2::Data { host, copied: true }, Clear::Zero { unmap: false }) => Some(New {
@@ -189,7 +193,7 @@ impl Meta {
         let count = len / geometry.grain();
         let mask = u32::try_from(((1_u64 << count) - 1) << first).unwrap_or(u32::MAX);
         let allocated = allocated & !mask;
-        let zero = if clear == Clear::Discard && !hides && whole {
+        let zero = if matches!(clear, Clear::Discard | Clear::Forget) && !hides && whole {
             0
         } else {
             zero | mask

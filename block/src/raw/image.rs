@@ -1,13 +1,11 @@
 //! A raw file as an image of operations: its bytes are the disk's.
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use libc::c_int;
-
 use crate::image::{Extent, Image, Kept};
+use crate::qcow2::create::{Preallocation, preallocate};
 use crate::storage::Storage;
 
 /// A raw image, blocking.
@@ -34,12 +32,19 @@ impl RawImage {
     ///
     /// # Errors
     ///
-    /// The host's; `EROFS` on a read-only image.
-    pub fn resize(&self, size: u64) -> io::Result<()> {
+    /// The host's; `EROFS` on a read-only image; `Unsupported` for preallocated metadata.
+    pub fn resize(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {
         if self.read_only {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
+        if preallocation == Preallocation::Metadata {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let old = self.size();
         self.storage.set_len(size)?;
+        if size > old {
+            preallocate(&*self.storage, old, size - old, preallocation)?;
+        }
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -52,17 +57,6 @@ impl RawImage {
             Some(end) if end <= self.size() => Ok(()),
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
-    }
-
-    /// Where the next data or the next hole is from `offset` on; `None` when the host cannot tell or there is
-    /// none.
-    fn seek(&self, offset: u64, whence: c_int) -> Option<u64> {
-        let file = self.storage.host_file()?.file();
-        let offset = i64::try_from(offset).ok()?;
-        #[expect(unsafe_code, reason = "lseek by descriptor has no safe wrapper")]
-        // SAFETY: plain numbers and an open descriptor, whose position nobody uses.
-        let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
-        u64::try_from(found).ok()
     }
 }
 
@@ -104,31 +98,20 @@ impl Image for RawImage {
 
     fn extent(&self, offset: u64, max: u64) -> io::Result<Extent> {
         self.check(offset, max, false)?;
-        let data = Extent {
-            len: max,
-            kept: Kept::Data { host: Some(offset) },
+        let (len, data) = self.storage.extent(offset, max);
+        let kept = if data {
+            Kept::Data { host: Some(offset) }
+        } else {
+            Kept::Zero { host: None }
         };
-        let hole = Kept::Zero { host: None };
-        match self.seek(offset, libc::SEEK_DATA) {
-            Some(start) if start > offset => Ok(Extent {
-                len: max.min(start - offset),
-                kept: hole,
-            }),
-            Some(_) => {
-                let end = self.seek(offset, libc::SEEK_HOLE).unwrap_or(u64::MAX);
-                let len = end.saturating_sub(offset).max(1).min(max);
-                Ok(Extent { len, ..data })
-            }
-            // No data up to the end, if the host can tell holes at all.
-            None if self.seek(0, libc::SEEK_HOLE).is_some() => Ok(Extent {
-                len: max,
-                kept: hole,
-            }),
-            None => Ok(data),
-        }
+        Ok(Extent { len, kept })
     }
 
     fn backing(&self) -> Option<&dyn Image> {
         None
+    }
+
+    fn as_raw(&self) -> Option<&Self> {
+        Some(self)
     }
 }

@@ -34,7 +34,7 @@ pub fn options() -> ImageOptions {
             ..DiskOptions::default()
         },
         backing: BackingPolicy::Directory,
-        cache_size: None,
+        ..ImageOptions::default()
     }
 }
 

@@ -30,6 +30,7 @@ fn options(aio: Aio, cache: Cache) -> ImageOptions {
         },
         backing: BackingPolicy::Directory,
         cache_size: None,
+        any_size: false,
     }
 }
 

@@ -13,7 +13,6 @@ use crate::qcow2::header::Header;
 use crate::qcow2::image::{Qcow2, Settings};
 use crate::qcow2::meta::Lookup;
 use crate::qcow2::testing::Bench;
-use crate::storage::Storage;
 
 const SECTOR: u64 = 512;
 

@@ -228,7 +228,7 @@ proptest! {
             ordered,
         };
         let limits = Limits {
-            capacity: std::sync::Arc::new(1024.into()),
+            capacity: Arc::new(1024.into()),
             read_only: false,
             discard: true,
             write_zeroes: true,
