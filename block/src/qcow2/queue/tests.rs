@@ -1,3 +1,7 @@
+//! Queues of qcow2 disks: against a model, against each other, and on storages that fail and wait.
+//!
+//! `QCOW2_ROUNDS` multiplies how long the tests with many queues run.
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -294,6 +298,34 @@ fn a_write_to_clusters_in_flight_waits_for_them_in_its_own_queue_and_in_another(
 }
 
 #[test]
+fn a_wait_ends_with_its_limit_or_a_watch_while_a_thread_is_at_work() {
+    let Some(image) = blank("cluster_size=64k", 8 << 20) else {
+        return;
+    };
+    for aio in ENGINES {
+        let (open, gate) = channel();
+        let armed = Arc::new(AtomicBool::new(true));
+        let (disk, _image, _) = scripted(&image, aio, gated(&armed, gate));
+        let bell = Mailbox::<()>::new().unwrap();
+        let mut queue = disk.queue(4).unwrap();
+        queue.watch(bell.bell(), Watch(3)).unwrap();
+        // Longer than what is planned by the queue, so a thread writes it.
+        let arena = Arena::new(1 << 20);
+        let pieces = [(0, 1 << 20); 3];
+        queue.push(request(1, Op::Write, 0, arena.buffers(&pieces)));
+        let mut out = Vec::new();
+        let time = Some(Duration::from_millis(1));
+        queue.wait(time, &mut out).unwrap();
+        assert!(out.is_empty(), "{out:?}");
+        bell.put(());
+        queue.wait(None, &mut out).unwrap();
+        assert!(matches!(out[..], [Completed::Watch(Watch(3))]), "{out:?}");
+        drop(open);
+        finish(queue.as_mut(), 1).remove(0).1.unwrap();
+    }
+}
+
+#[test]
 fn a_failed_allocating_write_leaves_what_was_there_and_its_clusters_usable() {
     let Some(image) = blank("cluster_size=64k", 1 << 20) else {
         return;
@@ -525,6 +557,11 @@ impl Writer {
     }
 }
 
+/// How much longer than usual the tests with many queues are to run.
+fn patience() -> u32 {
+    std::env::var("QCOW2_ROUNDS").map_or(1, |times| times.parse().unwrap())
+}
+
 /// Lets many queues write to one image at once; `size` bytes of it, and what else it holds is `initial`.
 fn contend(
     disk: &dyn Disk,
@@ -534,6 +571,7 @@ fn contend(
     hostile: bool,
     initial: &(dyn Fn(u64) -> u8 + Sync),
 ) {
+    let rounds = rounds * patience();
     thread::scope(|scope| {
         let mut writers = Vec::new();
         for number in 0..WRITERS {
