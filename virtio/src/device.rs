@@ -50,10 +50,13 @@ pub enum ErrorAction {
 /// What a disk has to say to the people who run the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DiskReport {
-    /// A request failed. A disk that goes on failing is reported again once it has been started again.
+    /// A request failed. Not every one is reported where many fail, but always the first that waits
+    /// ([`ErrorAction::Stop`]) on each queue; one that fails again after the next start is reported again.
     Error {
         /// What was tried: "read", "write", "flush", "discard", "write-zeroes".
         operation: &'static str,
+        /// Where on the disk, in bytes; `None` for a flush.
+        offset: Option<u64>,
         /// The host's reason.
         reason: String,
         /// The reason is that the host has no space left.

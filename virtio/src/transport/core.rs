@@ -485,12 +485,16 @@ impl Core {
         self.device.reset();
     }
 
-    /// The doorbells begin at `base` now, or are not mapped.
-    /// As [`VirtioDevice::resize_disk`].
+    /// As [`VirtioDevice::resize_disk`]; tells the driver. Both happen under
+    /// the lock that a driver's look at the configuration takes, so that it
+    /// sees another generation whenever it sees another size (2.5).
     pub fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
-        self.device.resize_disk(size)
+        self.device.resize_disk(size)?;
+        self.signals.config_changed();
+        Ok(())
     }
 
+    /// The doorbells begin at `base` now, or are not mapped.
     pub fn set_notify_base(&mut self, base: Option<u64>) {
         self.notify_base = base;
         self.sync_doorbells();

@@ -33,7 +33,7 @@ use super::core::{COMMON_LEN, Core, CoreState, Parts};
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvents, Signals};
 use super::state::VirtioPciV1;
-use crate::device::{Identity, Notifier, ResizeError, VirtioDevice};
+use crate::device::{Identity, ResizeError, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// Byte offsets into the BAR.
@@ -196,9 +196,7 @@ impl VirtioPci {
     ///
     /// [`ResizeError`]; the disk is then as it was.
     pub fn resize_disk(&self, size: u64) -> Result<(), ResizeError> {
-        self.core().resize_disk(size)?;
-        self.signals.config_changed();
-        Ok(())
+        self.core().resize_disk(size)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

@@ -424,6 +424,7 @@ impl Reporter {
                 reason,
                 no_space,
                 action,
+                ..
             } => {
                 let stopped = *action == ErrorAction::Stop;
                 self.events.publish(api::EventKind::DiskError {

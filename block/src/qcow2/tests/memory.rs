@@ -126,10 +126,12 @@ impl Storage for Memory {
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        let end = offset + len;
-        if self.len()? < end {
-            self.set_len(end)?;
-        }
+        // At once: a write may make it longer at any time.
+        let mut state = self.lock();
+        let end = usize::try_from(offset + len)
+            .unwrap()
+            .max(state.bytes.len());
+        state.bytes.resize(end, 0);
         Ok(())
     }
 

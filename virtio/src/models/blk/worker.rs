@@ -6,7 +6,17 @@
 //! request has at most one operation at the disk at a time, so that the depth
 //! of the queue bounds everything: a discard's ranges go one after the other,
 //! and a write that must be durable is followed by a flush.
+//!
+//! # Requests that wait
+//!
+//! A request that fails and is to stop the machine ([`ErrorAction::Stop`]) is
+//! not answered. Its head is put aside, its slot is free again, and nothing
+//! new is taken any more. What is at the disk goes on, and is put aside too if
+//! it fails. The heads are given back with the queue as parked ones, in the order in which they came,
+//! and begin anew from their chains at the next start: a request that was half
+//! done is done again whole. When a stop is given up that happens at once.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -66,7 +76,8 @@ pub struct Service {
 enum Served {
     /// There are none. The driver does not kick.
     Empty,
-    /// The disk has as many as it is to have. The driver does not kick.
+    /// The disk has as many as it is to have, or some wait for the next
+    /// start. The driver does not kick.
     Full,
     /// It was enough for one turn.
     More,
@@ -89,6 +100,10 @@ struct Slot {
     head: u16,
     status_at: GuestAddress,
     job: Job,
+    /// Where on the disk, in bytes, the operation under way is.
+    offset: u64,
+    /// Its place among all requests that were taken.
+    order: u64,
     /// The memory it was parsed in; `None` when the slot is free.
     view: Option<Arc<GuestMap>>,
     /// Where the data of a read goes.
@@ -106,8 +121,11 @@ pub struct Worker {
     depth: usize,
     slots: Vec<Slot>,
     free: Vec<usize>,
-    /// Requests that failed and wait for the next start, by their heads.
-    parked: Vec<u16>,
+    /// How many requests have been taken.
+    taken: u64,
+    /// Requests that failed and wait for the next start, by their place among
+    /// all and their heads. No head is there twice.
+    parked: Vec<(u64, u16)>,
     chain: Chain,
     ranges: Vec<Range>,
     pieces: Vec<IoVec>,
@@ -143,6 +161,7 @@ impl Worker {
             depth: depth.into(),
             slots: Vec::new(),
             free: Vec::new(),
+            taken: 0,
             parked: Vec::new(),
             chain: Chain::default(),
             ranges: Vec::new(),
@@ -158,6 +177,9 @@ impl Worker {
     /// is to have at once.
     fn serve(&mut self, view: &Arc<GuestMap>) -> Result<Served, RingError> {
         self.ring.quiet(view)?;
+        if !self.parked.is_empty() {
+            return Ok(Served::Full);
+        }
         for _ in 0..self.ring.size() {
             if self.in_flight() >= self.depth {
                 return Ok(Served::Full);
@@ -266,16 +288,21 @@ impl Worker {
             slot.head = self.chain.head;
             slot.status_at = status_at;
             slot.job = job;
+            slot.order = self.taken;
             slot.view = Some(Arc::clone(view));
             std::mem::swap(&mut slot.ranges, &mut self.ranges);
             if job == Job::Read {
                 std::mem::swap(&mut slot.data, &mut self.chain.writable);
             }
         }
+        self.taken = self.taken.wrapping_add(1);
         index
     }
 
     fn push(&mut self, slot: usize, op: Op, offset: u64, buffers: Buffers) {
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.offset = offset;
+        }
         self.io.push(Request {
             token: slot as Token,
             op,
@@ -298,37 +325,38 @@ impl Worker {
         let Some(slot_view) = slot.view.clone() else {
             return Ok(());
         };
-        let job = slot.job;
+        let (job, offset) = (slot.job, slot.offset);
         if job == Job::Read {
             // A read that failed may have written some of its data.
             mark_dirty(&slot_view, &slot.data);
         }
-        let (status, written) = match result {
-            Err(error) => match self.service.action(job, &error) {
+        if let Err(error) = result {
+            match self.judge(job, offset, &error) {
                 ErrorAction::Stop => {
-                    self.park(index, job, &error);
+                    self.park(index);
                     return Ok(());
                 }
-                ErrorAction::Ignore => (Status::Ok, u32::try_from(total(&slot.data)).unwrap_or(0)),
                 ErrorAction::Report => {
-                    self.report(job, &error, ErrorAction::Report);
-                    (failure(&error), 0)
+                    return self.end(view, index, &slot_view, failure(&error), 0);
                 }
-            },
-            Ok(()) => {
-                if let Some(range) = slot.ranges.pop() {
-                    self.push(index, range_op(job, range), range.offset, Buffers::none());
-                    return Ok(());
-                }
-                if matches!(job, Job::Write | Job::Zeroes) && self.service.must_sync() {
-                    slot.job = Job::Sync;
-                    self.push(index, Op::Flush, 0, Buffers::none());
-                    return Ok(());
-                }
-                (Status::Ok, u32::try_from(total(&slot.data)).unwrap_or(0))
+                // As if it had been done: the rest of the request follows.
+                ErrorAction::Ignore => {}
             }
+        }
+        let Some(slot) = self.slots.get_mut(index) else {
+            return Ok(());
         };
-        self.end(view, index, &slot_view, status, written)
+        if let Some(range) = slot.ranges.pop() {
+            self.push(index, range_op(job, range), range.offset, Buffers::none());
+            return Ok(());
+        }
+        if matches!(job, Job::Write | Job::Zeroes) && self.service.must_sync() {
+            slot.job = Job::Sync;
+            self.push(index, Op::Flush, 0, Buffers::none());
+            return Ok(());
+        }
+        let written = u32::try_from(total(&slot.data)).unwrap_or(0);
+        self.end(view, index, &slot_view, Status::Ok, written)
     }
 
     /// Tells the driver how a request ended, and frees its slot.
@@ -350,22 +378,33 @@ impl Worker {
         self.ring.complete(view, head, written)
     }
 
-    /// Puts a request aside until the device is started again, and asks for the machine to be stopped. The
-    /// driver hears nothing.
-    fn park(&mut self, index: usize, job: Job, error: &io::Error) {
-        if self.parked.is_empty() {
-            self.report(job, error, ErrorAction::Stop);
-            self.service.tell(job, error, ErrorAction::Stop);
-        }
+    /// Puts a request aside until the device is started again. The driver hears nothing.
+    fn park(&mut self, index: usize) {
         if let Some(slot) = self.slots.get_mut(index) {
-            self.parked.push(slot.head);
+            // A driver that offered a head twice is answered once.
+            if !self.parked.iter().any(|(_, head)| *head == slot.head) {
+                self.parked.push((slot.order, slot.head));
+            }
             slot.release();
             self.free.push(index);
         }
     }
 
-    fn report(&self, job: Job, error: &io::Error, action: ErrorAction) {
-        if let Some(suppressed) = self.log.allow() {
+    /// What becomes of an operation that failed; tells those who watch. The
+    /// first request that waits asks for the machine to be stopped, whatever
+    /// has been told before.
+    fn judge(&self, job: Job, offset: u64, error: &io::Error) -> ErrorAction {
+        let action = if self.ring.failed() {
+            // The driver has to reset the device: no request of it is done again.
+            ErrorAction::Report
+        } else {
+            self.service.action(job, error)
+        };
+        let allowed = self.log.allow();
+        if allowed.is_some() || action == ErrorAction::Stop && self.parked.is_empty() {
+            self.service.tell(job, offset, error, action);
+        }
+        if let Some(suppressed) = allowed {
             tracing::warn!(
                 device = %self.service.id,
                 request = ?job,
@@ -374,10 +413,8 @@ impl Worker {
                 suppressed,
                 "a disk request failed",
             );
-            if action == ErrorAction::Report {
-                self.service.tell(job, error, action);
-            }
         }
+        action
     }
 
     /// Does what the disk and the descriptors have reported.
@@ -433,8 +470,10 @@ impl Service {
         }
     }
 
-    fn tell(&self, job: Job, error: &io::Error, action: ErrorAction) {
+    fn tell(&self, job: Job, offset: u64, error: &io::Error, action: ErrorAction) {
+        let everywhere = matches!(job, Job::Flush | Job::Sync);
         self.notifier.disk_report(&DiskReport::Error {
+            offset: (!everywhere).then_some(offset),
             operation: match job {
                 Job::Read => "read",
                 Job::Write => "write",
@@ -470,6 +509,8 @@ impl Default for Slot {
             head: 0,
             status_at: GuestAddress(0),
             job: Job::Flush,
+            offset: 0,
+            order: 0,
             view: None,
             data: Vec::new(),
             ranges: Vec::new(),
@@ -539,6 +580,12 @@ impl QueueWorker for Worker {
         Turn::Again
     }
 
+    fn resume(&mut self) {
+        self.parked.sort_unstable();
+        self.ring
+            .put_back(self.parked.drain(..).map(|(_, head)| head));
+    }
+
     fn in_flight(&self) -> usize {
         self.slots.len().saturating_sub(self.free.len())
     }
@@ -549,20 +596,24 @@ impl QueueWorker for Worker {
             mut ring,
             io,
             slots,
-            parked,
+            mut parked,
             ..
         } = self;
         // Until here the host may still write what was to be read.
         drop(io);
-        let unfinished = slots.iter().filter_map(|slot| {
+        parked.extend(slots.iter().filter_map(|slot| {
             let view = slot.view.as_ref()?;
             mark_dirty(view, &slot.data);
-            Some(slot.head)
-        });
+            Some((slot.order, slot.head))
+        }));
+        parked.sort_unstable();
+        // A broken driver may have offered a head twice.
+        let mut seen = BTreeSet::new();
+        let heads = parked.into_iter().map(|(_, head)| head);
         // Whoever goes on with the queue may wait for a kick first.
         if !ring.failed() {
             let _ = ring.invite(&service.memory.memory());
         }
-        vec![ring.stop(parked.into_iter().chain(unfinished).collect::<Vec<_>>())]
+        vec![ring.stop(heads.filter(|head| seen.insert(*head)))]
     }
 }
