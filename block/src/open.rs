@@ -15,6 +15,7 @@ use crate::image::Image;
 use crate::nbd::{self, NbdDisk, NbdStorage};
 use crate::opener::{Access, Opener};
 use crate::options::{Discard, DiskOptions, Format};
+use crate::qcow2::Repair;
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
@@ -201,6 +202,14 @@ impl Chain<'_> {
         }
         if write {
             prepare(path, &mut header, &*storage)?;
+            if header.incompatible & header::DIRTY != 0 {
+                // Its refcounts may be outdated, and nothing may be allocated by them.
+                crate::qcow2::repair::repair(&*storage, Repair::All, &mut |finding| {
+                    tracing::info!(?finding, "repair of an image that was not closed");
+                })
+                .map_err(|error| unusable(path, "qcow2", error))?;
+                header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
+            }
         }
         let data = self.data_file(path, &header, write)?;
         let backing = self.backing_file(path, &header, depth)?;
