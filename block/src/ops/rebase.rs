@@ -234,7 +234,7 @@ impl Job<'_> {
         let mut old = vec![0; len];
         self.top.read(at, &mut old).map_err(read)?;
         let mut new = vec![0; len];
-        if let Some(below) = self.below {
+        if let Some(below) = self.below.filter(|below| at < below.size()) {
             let held = below.size().saturating_sub(at);
             let held = usize::try_from(held).unwrap_or(usize::MAX).min(len);
             below

@@ -29,7 +29,7 @@ Exit codes:
   1  one failed; wrong usage";
 
 #[derive(Debug, Args)]
-pub(super) struct IoArgs {
+pub(in crate::cli) struct IoArgs {
     /// Command to run; may be repeated. Without any, they are read from standard input
     #[arg(short = 'c', long = "cmd", value_name = "COMMAND")]
     commands: Vec<String>,

@@ -21,7 +21,7 @@ Examples:
 
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("action").args(["list", "apply", "create", "delete"]))]
-pub(super) struct SnapshotArgs {
+pub(in crate::cli) struct SnapshotArgs {
     /// List the snapshots; so does no action
     #[arg(short, long)]
     list: bool,
