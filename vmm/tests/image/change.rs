@@ -116,6 +116,34 @@ fn rebase_keeps_what_the_disk_holds() {
 }
 
 #[test]
+fn what_a_short_backing_file_did_not_have_stays_zeros() {
+    for compat in ["0.10", "1.1"] {
+        let place = Place::new();
+        place
+            .vireo(&["create", "-q", "-f", "raw", "short", "1000k"])
+            .done();
+        place
+            .vireo(&["create", "-q", "-f", "raw", "long", "6M"])
+            .done();
+        place.qemu_io("long", "raw", &["write -P 7 0 6M"]).done();
+        let compat = format!("compat={compat}");
+        let options = ["-o", &compat, "-b", "short", "-F", "raw", "top", "4M"];
+        place
+            .qemu(&[&["create", "-q", "-f", "qcow2"], &options[..]].concat())
+            .done();
+        place
+            .qemu_io("top", "qcow2", &["write -P 1 3M 100k"])
+            .done();
+        let before = content(&place, "top");
+        place
+            .vireo(&["rebase", "-b", "long", "-F", "raw", "top"])
+            .done();
+        assert!(content(&place, "top") == before, "{compat}");
+        place.qemu(&["check", "top"]).done();
+    }
+}
+
+#[test]
 fn an_unsafe_rebase_only_changes_the_name() {
     let place = Place::new();
     place.zoo();
