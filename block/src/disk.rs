@@ -126,7 +126,7 @@ pub enum ResizeError {
         held: u64,
     },
     /// There is no way to.
-    #[error("a disk of this kind has the size that its server gives it")]
+    #[error("a disk of this kind cannot change its size while it is in use")]
     Fixed,
 }
 

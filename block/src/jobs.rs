@@ -2,8 +2,7 @@
 //!
 //! A [`JobQueue`] owns an engine. It holds jobs back that exceed its depth and lends bounce
 //! buffers to those whose memory the file does not accept. What a job means is its submitter's
-//! business: each carries a tag, which comes back as the token of its
-//! [`Completed::Request`].
+//! business: each carries a tag and a note, which come back with its [`End`].
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,6 +19,30 @@ use crate::storage::Storage;
 /// The most jobs that a queue has at the host at once.
 const MAX_DEPTH: u32 = 1024;
 
+/// How a job has ended.
+#[derive(Debug)]
+pub(crate) struct End {
+    /// The job's tag.
+    pub tag: u64,
+    /// The job's note.
+    pub note: u64,
+    /// Success, or why not.
+    pub result: io::Result<()>,
+    /// How many bytes were read or written. The buffers' owner has been released.
+    pub bytes: u64,
+}
+
+impl From<End> for Completed {
+    /// The end of a job whose tag is its request's token.
+    fn from(end: End) -> Self {
+        Self::Request {
+            token: end.tag,
+            result: end.result,
+            bytes: end.bytes,
+        }
+    }
+}
+
 /// A queue of jobs.
 #[derive(Debug)]
 pub(crate) struct JobQueue {
@@ -31,7 +54,7 @@ pub(crate) struct JobQueue {
     waiting: VecDeque<Job>,
     bounces: BouncePool,
     /// Ended without the host's help.
-    ready: Vec<Completed>,
+    ready: Vec<End>,
     harvest: Harvest,
 }
 
@@ -76,13 +99,9 @@ impl JobQueue {
         }
     }
 
-    /// Reports the end of something that needed no job, at the next [`JobQueue::wait`].
-    pub(crate) fn end(&mut self, tag: u64, result: io::Result<()>, bytes: u64) {
-        self.ready.push(Completed::Request {
-            token: tag,
-            result,
-            bytes,
-        });
+    /// Reports an end that needed no job, at the next [`JobQueue::wait`].
+    pub(crate) fn end(&mut self, end: End) {
+        self.ready.push(end);
     }
 
     /// As [`crate::IoQueue::submit`].
@@ -100,16 +119,39 @@ impl JobQueue {
         self.engine.watch(fd, Notice::Bell)
     }
 
-    /// As [`crate::IoQueue::wait`], and whether the bell has rung, which ends the wait too.
-    pub(crate) fn wait(&mut self, until: Until, out: &mut Vec<Completed>) -> io::Result<bool> {
+    /// Submits, then waits as [`crate::IoQueue::wait`] does. Each end is given to `each`, watches are appended to
+    /// `out`. Whether the bell has rung, which ends the wait too.
+    pub(crate) fn wait(
+        &mut self,
+        until: Until,
+        out: &mut Vec<Completed>,
+        mut each: impl FnMut(End, &mut Vec<Completed>),
+    ) -> io::Result<bool> {
         let until = if self.ready.is_empty() {
             until
         } else {
             Until::Now
         };
-        out.append(&mut self.ready);
+        for end in self.ready.drain(..) {
+            each(end, out);
+        }
         self.engine.wait(until, &mut self.harvest)?;
-        self.deliver(out);
+        for (mut job, result) in self.harvest.done.drain(..) {
+            self.running = self.running.saturating_sub(1);
+            if let Some(buf) = job.take_bounce() {
+                self.bounces.give(buf);
+            }
+            let end = End {
+                tag: job.tag,
+                note: job.note,
+                bytes: job.bytes(&result),
+                result,
+            };
+            // Its buffers first.
+            drop(job);
+            each(end, out);
+        }
+        out.extend(self.harvest.watches.drain(..).map(Completed::Watch));
         if !self.waiting.is_empty() {
             self.start_waiting();
             self.engine.submit();
@@ -142,7 +184,7 @@ impl JobQueue {
                 Ok(Some(buf)) => job.lend(buf),
                 Ok(None) => return Some(job),
                 Err(error) => {
-                    self.end(job.tag, Err(error), 0);
+                    self.finish(job, Err(error));
                     return None;
                 }
             }
@@ -162,24 +204,12 @@ impl JobQueue {
         if let Some(buf) = job.take_bounce() {
             self.bounces.give(buf);
         }
-        let bytes = job.bytes(&result);
-        self.end(job.tag, result, bytes);
-    }
-
-    /// Passes on what the engine has reported.
-    fn deliver(&mut self, out: &mut Vec<Completed>) {
-        for (mut job, result) in self.harvest.done.drain(..) {
-            self.running = self.running.saturating_sub(1);
-            if let Some(buf) = job.take_bounce() {
-                self.bounces.give(buf);
-            }
-            out.push(Completed::Request {
-                token: job.tag,
-                bytes: job.bytes(&result),
-                result,
-            });
-        }
-        out.extend(self.harvest.watches.drain(..).map(Completed::Watch));
+        self.ready.push(End {
+            tag: job.tag,
+            note: job.note,
+            bytes: job.bytes(&result),
+            result,
+        });
     }
 }
 

@@ -1,4 +1,4 @@
-//! Disks: where bytes live (raw files, block devices, later qcow2 and NBD),
+//! Disks: where bytes live (raw and qcow2 images, block devices, NBD),
 //! the engines that move them, and the locks that keep others out.
 //!
 //! This crate knows no virtio and no guest memory. It receives buffers as
@@ -14,8 +14,8 @@
 //!   wait: other file descriptors (doorbells) are watched through it, so that
 //!   a worker blocks in a single system call.
 //! * Files are opened through the caller's [`Opener`] only.
-//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's;
-//!   [`NbdDisk`] that whose bytes an NBD server has.
+//! * [`open_disk`] opens any disk: one whose bytes are a file's or a block device's ([`RawDisk`]) or an
+//!   NBD server's ([`NbdDisk`]), or a qcow2 image with its chain.
 //! * Below it, an engine (io_uring or threads) runs jobs at (file, offset).
 //!   It knows no formats, so a format's mapping goes between disk and engine.
 //!

@@ -11,7 +11,7 @@ use crate::disk::{Completed, IoQueue, Op, Request, Watch};
 use crate::engine::{FileId, Job, Until};
 use crate::events::Events;
 use crate::file::{HostFile, Kind};
-use crate::jobs::JobQueue;
+use crate::jobs::{End, JobQueue};
 use crate::storage::FileStorage;
 
 /// The queue of a raw disk.
@@ -88,11 +88,17 @@ impl RawQueue {
 impl IoQueue for RawQueue {
     fn push(&mut self, request: Request) {
         let token = request.token;
-        match self.job(request) {
-            Ok(Some(job)) => self.jobs.push(job),
-            Ok(None) => self.jobs.end(token, Ok(()), 0),
-            Err(error) => self.jobs.end(token, Err(error), 0),
-        }
+        let result = match self.job(request) {
+            Ok(Some(job)) => return self.jobs.push(job),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        self.jobs.end(End {
+            tag: token,
+            note: 0,
+            result,
+            bytes: 0,
+        });
     }
 
     fn submit(&mut self) {
@@ -104,7 +110,10 @@ impl IoQueue for RawQueue {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completed>) -> io::Result<()> {
-        self.jobs.wait(Until::new(timeout), out).map(|_| ())
+        let until = Until::new(timeout);
+        self.jobs
+            .wait(until, out, |end, out| out.push(end.into()))
+            .map(|_| ())
     }
 
     fn in_flight(&self) -> usize {

@@ -108,6 +108,8 @@ enum Stage {
 pub(crate) struct Job {
     /// The submitter's mark.
     pub tag: u64,
+    /// Another one.
+    pub note: u64,
     /// Which of the engine's files it is about.
     pub file: FileId,
     op: Op,
@@ -146,6 +148,7 @@ impl Job {
         };
         Self {
             tag,
+            note: 0,
             file,
             op,
             offset,
@@ -160,6 +163,12 @@ impl Job {
             retries: 0,
             window: Vec::new(),
         }
+    }
+
+    /// Gives it a note.
+    pub(crate) fn noted(mut self, note: u64) -> Self {
+        self.note = note;
+        self
     }
 
     /// Makes a read find zeros past the end of the file, instead of failing there.

@@ -20,11 +20,16 @@ fn job(tag: u64, file: FileId, op: Op, offset: u64, buffers: Buffers) -> Job {
     Job::new(tag, file, op, offset, buffers, false)
 }
 
+/// Waits; ends come as completions.
+fn wait(queue: &mut JobQueue, until: Until, out: &mut Vec<Completed>) -> io::Result<bool> {
+    queue.wait(until, out, |end, out| out.push(end.into()))
+}
+
 /// The ends of `count` jobs, by tag.
 fn ends(queue: &mut JobQueue, count: usize) -> Vec<(u64, Result<u64, Option<i32>>)> {
     let mut out = Vec::new();
     while out.len() < count {
-        queue.wait(Until::Forever, &mut out).unwrap();
+        wait(queue, Until::Forever, &mut out).unwrap();
     }
     let mut ends: Vec<_> = out
         .into_iter()
@@ -200,7 +205,7 @@ fn jobs_beyond_the_depth_wait_and_a_slow_storage_holds_up_nobody_else() {
         }
         let mut out = Vec::new();
         while out.len() < 9 {
-            queue.wait(Until::Forever, &mut out).unwrap();
+            wait(&mut queue, Until::Forever, &mut out).unwrap();
         }
         assert_eq!(queue.in_flight(), 1);
         open.send(()).unwrap();
@@ -245,12 +250,12 @@ fn the_bell_ends_a_wait_without_a_completion_and_beside_the_watches() {
         let mut out = Vec::new();
         for _ in 0..3 {
             bell.write(1).unwrap();
-            assert!(queue.wait(Until::Forever, &mut out).unwrap());
+            assert!(wait(&mut queue, Until::Forever, &mut out).unwrap());
             assert!(out.is_empty(), "{out:?}");
-            assert!(!queue.wait(Until::Now, &mut out).unwrap());
+            assert!(!wait(&mut queue, Until::Now, &mut out).unwrap());
         }
         other.write(1).unwrap();
-        assert!(!queue.wait(Until::Forever, &mut out).unwrap());
+        assert!(!wait(&mut queue, Until::Forever, &mut out).unwrap());
         assert!(matches!(out[..], [Completed::Watch(Watch(9))]), "{out:?}");
     }
 }

@@ -602,9 +602,10 @@ impl Qcow2 {
         if self.read_only || self.shared.corrupt.load(Ordering::Acquire) {
             return Ok(());
         }
-        // What the first one takes out of the mapping the second one frees.
+        // What the first one takes out of the mapping the second one frees. And what somebody still used when
+        // the last one freed others is free now.
         for _ in 0..3 {
-            if !self.is_dirty() {
+            if !self.is_dirty() && self.lock().released.is_empty() {
                 break;
             }
             self.checkpoint()?;
@@ -626,9 +627,6 @@ impl Drop for Qcow2 {
 pub(crate) struct ChainPins(Vec<Pins>);
 
 impl ChainPins {
-    /// No epoch: what [`ChainPins::enter`] never gives.
-    pub(crate) const NONE: u64 = u64::MAX;
-
     /// Pins the current epoch of the topmost image, the only one that changes.
     pub(crate) fn enter(&mut self) -> u64 {
         self.0.first_mut().map_or(0, Pins::enter)

@@ -30,33 +30,46 @@ use crate::buffers::Buffers;
 use crate::crew::Mailbox;
 use crate::disk::{Completed, IoQueue, Op, Request, Token, Watch};
 use crate::engine::{FileId, Job, Until};
-use crate::jobs::JobQueue;
+use crate::jobs::{End, JobQueue};
 
 /// The longest write that is planned here, in bytes; longer ones are written a part at a time by a thread.
 const MAX_PLAN: u64 = 2 << 20;
 
+/// The note of a job that is a part of the request in the slot that its tag names. Other notes are the
+/// epoch that is pinned for the one job of the request whose token the tag is.
+const PART: u64 = u64::MAX;
+
 /// A queue of a qcow2 disk.
 #[derive(Debug)]
 pub(crate) struct Qcow2Queue {
-    core: Arc<Core>,
     jobs: JobQueue,
+    book: Book,
     /// Some file demands alignment.
     strict: bool,
     cursor: Cursor,
+    /// Writes that wait for clusters in flight.
+    parked: VecDeque<Pending>,
+    mail: Arc<Mailbox<Reply>>,
+    // Kept for their memory; empty between calls.
+    pieces: Vec<Piece>,
+    letters: Vec<Reply>,
+}
+
+/// What is on its way.
+#[derive(Debug)]
+struct Book {
     pins: ChainPins,
-    /// Requests that have jobs or are with a thread; a job's tag is its request's index.
+    core: Arc<Core>,
+    /// How many requests are one job, and in no slot.
+    single: usize,
+    /// Other requests that have jobs or are with a thread.
     slots: Vec<Slot>,
     free: Vec<usize>,
     /// How many of them are with a thread.
     slow: usize,
-    /// Writes that wait for clusters in flight.
-    parked: VecDeque<Pending>,
-    mail: Arc<Mailbox<Reply>>,
+    /// Clusters in flight have been released since somebody last looked.
+    released: bool,
     ready: Vec<Completed>,
-    // Kept for their memory; empty between calls.
-    pieces: Vec<Piece>,
-    ended: Vec<Completed>,
-    letters: Vec<Reply>,
 }
 
 /// A request that is to be begun.
@@ -79,10 +92,94 @@ struct Slot {
     bytes: u64,
     error: Option<io::Error>,
     /// The epoch that is pinned for it.
-    epoch: u64,
+    epoch: Option<u64>,
     /// What its success enters into the mapping.
     plan: Option<Box<Plan>>,
     zeros: u64,
+}
+
+impl Book {
+    /// A place for a request that is begun.
+    fn occupy(&mut self, slot: Slot) -> usize {
+        let index = self.free.pop().unwrap_or(self.slots.len());
+        match self.slots.get_mut(index) {
+            Some(place) => *place = slot,
+            None => self.slots.push(slot),
+        }
+        index
+    }
+
+    /// Reports an end when the queue is next waited on.
+    fn end(&mut self, token: Token, result: io::Result<()>, bytes: u64) {
+        self.ready.push(Completed::Request {
+            token,
+            result,
+            bytes,
+        });
+    }
+
+    /// A job has ended.
+    fn ended(&mut self, end: End, out: &mut Vec<Completed>) {
+        if end.note != PART {
+            self.single = self.single.saturating_sub(1);
+            self.pins.leave(end.note);
+            return out.push(end.into());
+        }
+        let index = usize::try_from(end.tag).unwrap_or(usize::MAX);
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        slot.left = slot.left.saturating_sub(1);
+        slot.bytes += end.bytes;
+        if let Err(error) = end.result {
+            slot.error.get_or_insert(error);
+        }
+        if slot.left == 0 {
+            self.complete(index, out);
+        }
+    }
+
+    /// A thread has ended its work.
+    fn answered(&mut self, reply: Reply, out: &mut Vec<Completed>) {
+        self.slow = self.slow.saturating_sub(1);
+        let Some(slot) = self.slots.get_mut(reply.slot) else {
+            return;
+        };
+        slot.bytes = match &reply.result {
+            Ok(()) => reply.bytes.max(slot.zeros),
+            Err(_) => reply.bytes,
+        };
+        slot.error = reply.result.err();
+        self.complete(reply.slot, out);
+    }
+
+    /// The last part of a request has ended.
+    fn complete(&mut self, index: usize, out: &mut Vec<Completed>) {
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        let slot = std::mem::take(slot);
+        self.free.push(index);
+        let result = slot.error.map_or(Ok(()), Err);
+        if let Some(plan) = slot.plan {
+            match &result {
+                Ok(()) => self.core.image.publish(*plan),
+                Err(_) => self.core.image.abandon(*plan),
+            }
+            self.released = true;
+        }
+        if let Some(epoch) = slot.epoch {
+            self.pins.leave(epoch);
+        }
+        if result.is_err() {
+            self.core.tell_corruption();
+        }
+        out.push(Completed::Request {
+            token: slot.token,
+            result,
+            bytes: slot.bytes,
+        });
+    }
 }
 
 impl Qcow2Queue {
@@ -102,19 +199,22 @@ impl Qcow2Queue {
         }
         Ok(Self {
             cursor: Cursor::new(&core.image),
-            pins: core.image.pins(),
-            core,
             jobs,
             strict,
-            slots: Vec::new(),
-            free: Vec::new(),
-            slow: 0,
             parked: VecDeque::new(),
             mail,
-            ready: Vec::new(),
             pieces: Vec::new(),
-            ended: Vec::new(),
             letters: Vec::new(),
+            book: Book {
+                pins: core.image.pins(),
+                core,
+                single: 0,
+                slots: Vec::new(),
+                free: Vec::new(),
+                slow: 0,
+                released: false,
+                ready: Vec::new(),
+            },
         })
     }
 
@@ -122,10 +222,15 @@ impl Qcow2Queue {
         match pending.op {
             Op::Read => self.read(pending),
             Op::Write => self.write(pending),
-            Op::Flush if !self.core.image.is_dirty() => {
+            Op::Flush if !self.book.core.image.is_dirty() => {
                 // All tables are durable; what was written in place is in the first file.
-                let slot = self.occupy(pending.token);
-                self.start(slot, 0, Op::Flush, 0, Buffers::none());
+                let slot = self.book.occupy(Slot {
+                    token: pending.token,
+                    left: 1,
+                    ..Slot::default()
+                });
+                let flush = self.job(slot as u64, 0, Op::Flush, 0, Buffers::none());
+                self.jobs.push(flush.noted(PART));
             }
             Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } => self.delegate(pending),
         }
@@ -133,32 +238,32 @@ impl Qcow2Queue {
 
     fn read(&mut self, pending: Pending) {
         let len = pending.buffers.len();
-        let epoch = self.pins.enter();
-        let image = &self.core.image;
+        let epoch = self.book.pins.enter();
+        let image = &self.book.core.image;
         let found = image.map_read(&mut self.cursor, pending.offset, len, &mut self.pieces);
         if found && (!self.strict || self.suits()) {
             self.transfer(pending, epoch, None);
         } else {
-            self.pins.leave(epoch);
+            self.book.pins.leave(epoch);
             self.delegate(pending);
         }
     }
 
     fn write(&mut self, pending: Pending) {
         let len = pending.buffers.len();
-        let (offset, durable) = (pending.offset, self.core.policy.durable);
-        if len == 0 {
-            return self.end(pending.token, Ok(()), 0);
-        }
-        let epoch = self.pins.enter();
-        let image = &self.core.image;
-        if image.map_write(&mut self.cursor, offset, len, &mut self.pieces) {
+        let core = &self.book.core;
+        let (offset, durable) = (pending.offset, core.policy.durable);
+        let epoch = self.book.pins.enter();
+        if core
+            .image
+            .map_write(&mut self.cursor, offset, len, &mut self.pieces)
+        {
             // The mapping may be newer than what is on disk of it.
-            if !durable || !image.is_dirty() {
+            if !durable || !core.image.is_dirty() {
                 return self.transfer(pending, epoch, None);
             }
         } else if !durable && len <= MAX_PLAN {
-            match image.plan_quick(offset, len, self.mail.ringer()) {
+            match core.image.plan_quick(offset, len, self.mail.ringer()) {
                 Ok(plan) => {
                     self.pieces.clear();
                     let pieces = plan.pieces.iter();
@@ -170,18 +275,18 @@ impl Qcow2Queue {
                     return self.transfer(pending, epoch, Some(Box::new(plan)));
                 }
                 Err(Refusal::Busy) => {
-                    self.pins.leave(epoch);
+                    self.book.pins.leave(epoch);
                     return self.parked.push_back(pending);
                 }
                 Err(Refusal::Failed(error)) => {
-                    self.pins.leave(epoch);
-                    self.core.tell_corruption();
-                    return self.end(pending.token, Err(error), 0);
+                    core.tell_corruption();
+                    self.book.pins.leave(epoch);
+                    return self.book.end(pending.token, Err(error), 0);
                 }
                 Err(Refusal::Slow | Refusal::Checkpoint) => {}
             }
         }
-        self.pins.leave(epoch);
+        self.book.pins.leave(epoch);
         self.delegate(pending);
     }
 
@@ -198,167 +303,78 @@ impl Qcow2Queue {
 
     /// Moves the data of a read or write from or to the pieces that were found.
     fn transfer(&mut self, pending: Pending, epoch: u64, plan: Option<Box<Plan>>) {
-        let slot = self.occupy(pending.token);
-        if let Some(slot) = self.slots.get_mut(slot) {
-            (slot.epoch, slot.plan) = (epoch, plan);
+        let Pending {
+            token, op, buffers, ..
+        } = pending;
+        if let ([Piece::File { file, offset, .. }], None) = (&self.pieces[..], &plan) {
+            let job = self.job(token, *file, op, *offset, buffers);
+            self.book.single += 1;
+            return self.jobs.push(job.noted(epoch));
         }
-        let Pending { op, buffers, .. } = pending;
-        if let [Piece::File { file, offset, .. }] = self.pieces[..] {
-            return self.start(slot, file, op, offset, buffers);
-        }
-        let mut done = 0;
+        let slot = self.book.occupy(Slot {
+            token,
+            epoch: Some(epoch),
+            plan,
+            ..Slot::default()
+        });
+        let (mut done, mut left, mut zeros) = (0, 0, 0);
         let pieces = std::mem::take(&mut self.pieces);
         for piece in &pieces {
             match *piece {
                 Piece::File { file, offset, len } => {
-                    self.start(slot, file, op, offset, buffers.slice(done, len));
+                    let part = buffers.slice(done, len);
+                    let job = self.job(slot as u64, file, op, offset, part);
+                    self.jobs.push(job.noted(PART));
+                    left += 1;
                     done += len;
                 }
                 Piece::Zero { len } => {
                     buffers.fill_zero(done..done + len);
+                    zeros += len;
                     done += len;
-                    if let Some(slot) = self.slots.get_mut(slot) {
-                        slot.bytes += len;
-                    }
                 }
             }
         }
         self.pieces = pieces;
-        if self.slots.get(slot).is_some_and(|slot| slot.left == 0) {
-            self.complete(slot);
+        // No end is looked at before the next wait, so that this comes in time.
+        if let Some(slot) = self.book.slots.get_mut(slot) {
+            (slot.left, slot.bytes) = (left, zeros);
+        }
+        if left == 0 {
+            let mut ready = std::mem::take(&mut self.book.ready);
+            self.book.complete(slot, &mut ready);
+            self.book.ready = ready;
         }
     }
 
-    /// Starts a job for the request in `slot`.
-    fn start(&mut self, slot: usize, file: usize, op: Op, offset: u64, buffers: Buffers) {
+    /// A job on one of the files.
+    fn job(&self, tag: u64, file: usize, op: Op, offset: u64, buffers: Buffers) -> Job {
+        let core = &self.book.core;
         if op == Op::Write {
-            self.core
-                .events
-                .writes_to(offset.saturating_add(buffers.len()));
+            core.events.writes_to(offset.saturating_add(buffers.len()));
         }
-        if let Some(slot) = self.slots.get_mut(slot) {
-            slot.left += 1;
-        }
-        let durable = self.core.policy.durable;
-        let job = Job::new(slot as u64, FileId(file), op, offset, buffers, durable);
-        self.jobs.push(job.endless());
+        Job::new(tag, FileId(file), op, offset, buffers, core.policy.durable).endless()
     }
 
     /// Gives a request to a thread.
     fn delegate(&mut self, pending: Pending) {
-        let slot = self.occupy(pending.token);
-        if let Some(slot) = self.slots.get_mut(slot) {
-            slot.zeros = pending.zeros;
-            slot.left = 1;
-        }
-        self.slow += 1;
-        self.core.slow.start([Slow {
-            image: Arc::clone(&self.core.image),
-            events: Arc::clone(&self.core.events),
+        let slot = self.book.occupy(Slot {
+            token: pending.token,
+            zeros: pending.zeros,
+            ..Slot::default()
+        });
+        self.book.slow += 1;
+        let core = &self.book.core;
+        core.slow.start([Slow {
+            image: Arc::clone(&core.image),
+            events: Arc::clone(&core.events),
             op: pending.op,
             offset: pending.offset,
             buffers: pending.buffers,
-            durable: self.core.policy.durable,
+            durable: core.policy.durable,
             slot,
             reply: Arc::clone(&self.mail),
         }]);
-    }
-
-    /// A place for a request that is begun.
-    fn occupy(&mut self, token: Token) -> usize {
-        let fresh = Slot {
-            token,
-            epoch: ChainPins::NONE,
-            ..Slot::default()
-        };
-        let index = self.free.pop().unwrap_or(self.slots.len());
-        match self.slots.get_mut(index) {
-            Some(slot) => *slot = fresh,
-            None => self.slots.push(fresh),
-        }
-        index
-    }
-
-    fn end(&mut self, token: Token, result: io::Result<()>, bytes: u64) {
-        self.ready.push(Completed::Request {
-            token,
-            result,
-            bytes,
-        });
-    }
-
-    /// The last part of a request has ended.
-    fn complete(&mut self, index: usize) {
-        let Some(slot) = self.slots.get_mut(index) else {
-            return;
-        };
-        let (token, bytes, epoch) = (slot.token, slot.bytes, slot.epoch);
-        let result = slot.error.take().map_or(Ok(()), Err);
-        let plan = slot.plan.take();
-        self.free.push(index);
-        if let Some(plan) = plan {
-            match &result {
-                Ok(()) => self.core.image.publish(*plan),
-                Err(_) => self.core.image.abandon(*plan),
-            }
-        }
-        if epoch != ChainPins::NONE {
-            self.pins.leave(epoch);
-        }
-        if result.is_err() {
-            self.core.tell_corruption();
-        }
-        self.end(token, result, bytes);
-    }
-
-    /// Takes note of the ends of jobs; watches are passed on. Whether clusters were released.
-    fn take_ended(&mut self, out: &mut Vec<Completed>) -> bool {
-        let mut released = false;
-        let mut ended = std::mem::take(&mut self.ended);
-        for completed in ended.drain(..) {
-            let Completed::Request {
-                token,
-                result,
-                bytes,
-            } = completed
-            else {
-                out.push(completed);
-                continue;
-            };
-            let index = usize::try_from(token).unwrap_or(usize::MAX);
-            let Some(slot) = self.slots.get_mut(index) else {
-                continue;
-            };
-            slot.left = slot.left.saturating_sub(1);
-            slot.bytes += bytes;
-            if let Err(error) = result {
-                slot.error.get_or_insert(error);
-            }
-            if slot.left == 0 {
-                released |= slot.plan.is_some();
-                self.complete(index);
-            }
-        }
-        self.ended = ended;
-        released
-    }
-
-    /// Takes the threads' answers.
-    fn take_mail(&mut self) {
-        let mut letters = std::mem::take(&mut self.letters);
-        self.mail.take(&mut letters);
-        for reply in letters.drain(..) {
-            self.slow = self.slow.saturating_sub(1);
-            if let Some(slot) = self.slots.get_mut(reply.slot) {
-                slot.bytes = match &reply.result {
-                    Ok(()) => reply.bytes.max(slot.zeros),
-                    Err(_) => reply.bytes,
-                };
-                slot.error = reply.result.err();
-                self.complete(reply.slot);
-            }
-        }
-        self.letters = letters;
     }
 
     /// Begins again what waits for clusters; what still has to, parks again.
@@ -373,33 +389,42 @@ impl Qcow2Queue {
 
     /// Waits for jobs and answers, and deals with them.
     fn turn(&mut self, until: Until, out: &mut Vec<Completed>) -> io::Result<()> {
-        let rung = self.jobs.wait(until, &mut self.ended)?;
-        let released = self.take_ended(out);
+        let book = &mut self.book;
+        let rung = self
+            .jobs
+            .wait(until, out, |end, out| book.ended(end, out))?;
         if rung {
-            self.take_mail();
+            self.mail.take(&mut self.letters);
+            for reply in self.letters.drain(..) {
+                book.answered(reply, out);
+            }
         }
+        let released = std::mem::take(&mut book.released);
         if (rung || released) && !self.parked.is_empty() {
             self.unpark();
         }
-        out.append(&mut self.ready);
+        out.append(&mut self.book.ready);
         Ok(())
     }
 }
 
 impl IoQueue for Qcow2Queue {
     fn push(&mut self, request: Request) {
-        let (size, unit) = (self.core.size(), self.core.unit);
-        match self.core.policy.admit(&request, size, unit) {
-            Ok(Some(work)) => self.begin(Pending {
-                token: request.token,
-                op: work.op,
-                offset: request.offset,
-                buffers: request.buffers,
-                zeros: work.zeros,
-            }),
-            Ok(None) => self.end(request.token, Ok(()), 0),
-            Err(error) => self.end(request.token, Err(error), 0),
-        }
+        let core = &self.book.core;
+        let result = match core.policy.admit(&request, core.size(), core.unit) {
+            Ok(Some(work)) if work.op != Op::Write || !request.buffers.is_empty() => {
+                return self.begin(Pending {
+                    token: request.token,
+                    op: work.op,
+                    offset: request.offset,
+                    buffers: request.buffers,
+                    zeros: work.zeros,
+                });
+            }
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        self.book.end(request.token, result, 0);
     }
 
     fn submit(&mut self) {
@@ -413,7 +438,7 @@ impl IoQueue for Qcow2Queue {
     fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completed>) -> io::Result<()> {
         let limit = Until::new(timeout);
         let before = out.len();
-        out.append(&mut self.ready);
+        out.append(&mut self.book.ready);
         loop {
             let until = if out.len() > before {
                 Until::Now
@@ -428,7 +453,8 @@ impl IoQueue for Qcow2Queue {
     }
 
     fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len() + self.parked.len() + self.ready.len()
+        let book = &self.book;
+        book.single + book.slots.len() - book.free.len() + self.parked.len() + book.ready.len()
     }
 }
 
@@ -437,7 +463,7 @@ impl Drop for Qcow2Queue {
     fn drop(&mut self) {
         self.parked.clear();
         let mut out = Vec::new();
-        while self.jobs.in_flight() > 0 || self.slow > 0 {
+        while self.jobs.in_flight() > 0 || self.book.slow > 0 {
             if self.turn(Until::Forever, &mut out).is_err() {
                 // What the host may still write to stays in flight, and is never used for anything else.
                 return;

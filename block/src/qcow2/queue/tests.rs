@@ -1,3 +1,7 @@
+//! Queues of qcow2 disks: against a model, against each other, and on storages that fail and wait.
+//!
+//! `QCOW2_ROUNDS` multiplies how long the tests with many queues run.
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -8,7 +12,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::*;
 use crate::disk::Disk;
-use crate::image::Image;
+use crate::image::{Image, Kept};
 use crate::options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::Header;
@@ -294,6 +298,34 @@ fn a_write_to_clusters_in_flight_waits_for_them_in_its_own_queue_and_in_another(
 }
 
 #[test]
+fn a_wait_ends_with_its_limit_or_a_watch_while_a_thread_is_at_work() {
+    let Some(image) = blank("cluster_size=64k", 8 << 20) else {
+        return;
+    };
+    for aio in ENGINES {
+        let (open, gate) = channel();
+        let armed = Arc::new(AtomicBool::new(true));
+        let (disk, _image, _) = scripted(&image, aio, gated(&armed, gate));
+        let bell = Mailbox::<()>::new().unwrap();
+        let mut queue = disk.queue(4).unwrap();
+        queue.watch(bell.bell(), Watch(3)).unwrap();
+        // Longer than what is planned by the queue, so a thread writes it.
+        let arena = Arena::new(1 << 20);
+        let pieces = [(0, 1 << 20); 3];
+        queue.push(request(1, Op::Write, 0, arena.buffers(&pieces)));
+        let mut out = Vec::new();
+        let time = Some(Duration::from_millis(1));
+        queue.wait(time, &mut out).unwrap();
+        assert!(out.is_empty(), "{out:?}");
+        bell.put(());
+        queue.wait(None, &mut out).unwrap();
+        assert!(matches!(out[..], [Completed::Watch(Watch(3))]), "{out:?}");
+        drop(open);
+        finish(queue.as_mut(), 1).remove(0).1.unwrap();
+    }
+}
+
+#[test]
 fn a_failed_allocating_write_leaves_what_was_there_and_its_clusters_usable() {
     let Some(image) = blank("cluster_size=64k", 1 << 20) else {
         return;
@@ -312,6 +344,8 @@ fn a_failed_allocating_write_leaves_what_was_there_and_its_clusters_usable() {
         let mut bytes = vec![9; 128 << 10];
         image.read(0, &mut bytes).unwrap();
         assert!(bytes.iter().all(|byte| *byte == 0));
+        let extent = image.extent(0, 128 << 10).unwrap();
+        assert_eq!(extent.kept, Kept::Absent, "it takes no clusters");
         drop(open);
         perform(queue.as_mut(), Op::Write, 0, whole()).unwrap();
         armed.store(false, Ordering::SeqCst);
@@ -367,6 +401,84 @@ fn dropping_a_queue_ends_its_plans_and_waits_for_its_threads() {
         drop(image);
         opener.join().unwrap();
     }
+}
+
+#[test]
+fn a_cluster_that_is_freed_under_a_transfer_is_used_anew_only_after_it() {
+    const CLUSTER: u64 = 64 << 10;
+    let Some(image) = blank("cluster_size=64k", 4 << 20) else {
+        return;
+    };
+    for (aio, op) in [(Aio::IoUring, Op::Read), (Aio::Threads, Op::Write)] {
+        let (open, gate) = channel::<()>();
+        let (armed, gate) = (Arc::new(AtomicBool::new(false)), Mutex::new(gate));
+        let gating = Arc::clone(&armed);
+        let script: Script = Box::new(move |call| {
+            let meant = match call {
+                Call::Read(_, len) => op == Op::Read && len == 512,
+                Call::Write(_, len) => op == Op::Write && len == 512,
+                _ => false,
+            };
+            if meant && gating.load(Ordering::SeqCst) {
+                let _ = gate.lock().unwrap().recv();
+            }
+            None
+        });
+        let (disk, image, _) = scripted(&image, aio, script);
+        let [mut slow, mut other] = [4, 4].map(|depth| disk.queue(depth).unwrap());
+        let arena = Arena::new(256 << 10);
+        arena.put(0, &[1; 64 << 10]);
+        arena.put(64 << 10, &[2; 64 << 10]);
+        let mut act = |op, offset, place| {
+            let buffers = arena.buffers(&[(place, 64 << 10)]);
+            perform(other.as_mut(), op, offset, buffers).unwrap();
+        };
+        act(Op::Write, 0, 0);
+        act(Op::Flush, 0, 0);
+        armed.store(true, Ordering::SeqCst);
+        slow.push(request(1, op, 0, arena.buffers(&[(128 << 10, 512)])));
+        slow.submit();
+        act(Op::Discard { len: CLUSTER }, 0, 0);
+        for number in 1..40 {
+            act(Op::Write, number * CLUSTER, 64 << 10);
+            act(Op::Flush, 0, 0);
+        }
+        drop(open);
+        finish(slow.as_mut(), 1).remove(0).1.unwrap();
+        if op == Op::Read {
+            let got = arena.get(128 << 10, 512);
+            assert!(got == [1; 512] || got == [0; 512], "{:?}", &got[..4]);
+        }
+        for number in 1..40 {
+            let mut bytes = vec![0; 64 << 10];
+            image.read(number * CLUSTER, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 2), "{aio:?} {number}");
+        }
+        drop((slow, other, disk));
+        audit(&image);
+    }
+}
+
+#[test]
+fn a_cluster_that_was_freed_under_a_transfer_is_no_leak_once_the_image_is_closed() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    bench.line("qemu-img create -q -f qcow2 image 1M");
+    bench.run(&["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", "image"]);
+    let options = options(Aio::Auto, Cache::Writeback);
+    let chain = crate::open::open_chain(&bench.path("image"), &AnyPath, &options);
+    let crate::open::Opened::Qcow2(image) = chain.unwrap() else {
+        panic!("it is qcow2");
+    };
+    let mut pins = image.pins();
+    let epoch = pins.enter();
+    image.discard(0, 64 << 10).unwrap();
+    image.flush().unwrap();
+    image.flush().unwrap();
+    pins.leave(epoch);
+    drop(image);
+    assert_eq!(bench.qemu_check("image"), 0);
 }
 
 /// One of the threads that write to one image: a sixteenth of each 64 KiB are its own.
@@ -445,6 +557,11 @@ impl Writer {
     }
 }
 
+/// How much longer than usual the tests with many queues are to run.
+fn patience() -> u32 {
+    std::env::var("QCOW2_ROUNDS").map_or(1, |times| times.parse().unwrap())
+}
+
 /// Lets many queues write to one image at once; `size` bytes of it, and what else it holds is `initial`.
 fn contend(
     disk: &dyn Disk,
@@ -454,6 +571,7 @@ fn contend(
     hostile: bool,
     initial: &(dyn Fn(u64) -> u8 + Sync),
 ) {
+    let rounds = rounds * patience();
     thread::scope(|scope| {
         let mut writers = Vec::new();
         for number in 0..WRITERS {
