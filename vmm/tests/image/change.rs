@@ -237,6 +237,59 @@ fn io_answers_as_qemu_io_does() {
 }
 
 #[test]
+fn all_engines_answer_alike() {
+    let commands = [
+        "write -q -P 1 0 5M",
+        "write -q -P 2 70k 3k",
+        "write -q -z 1M 100k",
+        "write -q -z -u 2M 1M",
+        "discard -q 3M 128k",
+        "flush",
+        "read -P 2 70k 3k",
+        "read -P 1 4M 1M",
+        "read -P 0 1M 100k",
+        "read 8M 512",
+        "map",
+    ];
+    for (image, format) in [
+        ("plain", "qcow2"),
+        ("raw-even", "raw"),
+        ("on-raw", "qcow2"),
+        ("deep", "qcow2"),
+    ] {
+        let answers = |engine: &[&str]| {
+            let place = Place::new();
+            place.zoo();
+            place.qemu(&["create", "-q", "raw-even", "8M"]).done();
+            let mut arguments = [&["io", "-f", format, "-d", "unmap"], engine].concat();
+            commands
+                .iter()
+                .for_each(|command| arguments.extend(["-c", command]));
+            arguments.push(image);
+            let said = place.vireo(&arguments);
+            let told: Vec<_> = said
+                .out
+                .lines()
+                .filter(|line| !line.contains(" ops; "))
+                .collect();
+            let told = told.join("\n");
+            assert_eq!(place.qemu(&["check", "-f", format, image]).code % 63, 0);
+            (said.code, told, content(&place, image))
+        };
+        let waiting = answers(&[]);
+        for engine in ["threads", "io_uring"] {
+            let queued = answers(&["-i", engine]);
+            assert_eq!(
+                (queued.0, &queued.1),
+                (waiting.0, &waiting.1),
+                "{image} {engine}"
+            );
+            assert!(queued.2 == waiting.2, "{image} {engine}");
+        }
+    }
+}
+
+#[test]
 fn raw_images_change_their_size() {
     let place = Place::new();
     for (size, length) in [
