@@ -541,10 +541,10 @@ impl Qcow2 {
             let range = Cleared {
                 offset: at,
                 len: end - at,
-                backing: if clear == Clear::Forget {
-                    0
-                } else {
-                    self.backing_size()
+                backing: match clear {
+                    Clear::Forget => 0,
+                    Clear::Hide => u64::MAX,
+                    _ => self.backing_size(),
                 },
                 clear,
             };
@@ -557,6 +557,19 @@ impl Qcow2 {
             self.data.discard(offset, len)?;
         }
         Ok(true)
+    }
+
+    /// Says of a range that it is zeros even where it reads so already, because another backing file is to come. The range
+    /// consists of whole grains, or ends at the disk's end. `false`: the image cannot say so (version 2).
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::write`].
+    pub(crate) fn hide(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.check_range(offset, len)?;
+        self.lock().writable()?;
+        let whole = self.whole(offset, len, self.geometry.grain());
+        self.clear(whole.start, whole.end - whole.start, Clear::Hide)
     }
 
     /// Takes everything out of the image, so that its backing file shows through.

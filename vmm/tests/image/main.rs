@@ -10,4 +10,5 @@ mod answers;
 mod change;
 mod copy;
 mod place;
+mod random;
 mod safety;

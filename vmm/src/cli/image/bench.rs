@@ -41,7 +41,7 @@ pub(in crate::cli) struct BenchArgs {
     no_drain: bool,
 
     /// What moves the data: threads or io_uring
-    #[arg(short = 'i', long, value_name = "ENGINE", value_parser = engine)]
+    #[arg(short = 'i', long, value_name = "ENGINE", value_parser = source::engine)]
     aio: Option<Aio>,
 
     /// As -t none
@@ -82,14 +82,6 @@ pub(in crate::cli) struct BenchArgs {
     /// The image
     #[arg(value_name = "FILE")]
     file: PathBuf,
-}
-
-fn engine(text: &str) -> Result<Aio, String> {
-    match text {
-        "threads" => Ok(Aio::Threads),
-        "io_uring" => Ok(Aio::IoUring),
-        _ => Err("the engines are threads and io_uring".to_owned()),
-    }
 }
 
 impl BenchArgs {
