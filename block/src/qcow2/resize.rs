@@ -8,6 +8,7 @@ use std::io;
 
 use super::allocate::Run;
 use super::image::Qcow2;
+use super::map::Kind;
 use super::zero::Clear;
 use crate::disk::ResizeError;
 use crate::image::{Image, Kept};
@@ -63,9 +64,10 @@ impl Qcow2 {
 
     fn grow(&self, old: u64, size: u64) -> io::Result<()> {
         self.lengthen_l1(size)?;
+        self.clean_tail(old)?;
         let shown = size.min(self.backing_size());
         if shown > old {
-            self.hide(old, shown)?;
+            self.hide_backing(old, shown)?;
         }
         if self.has_raw_data() {
             self.data().set_len(size)?;
@@ -98,8 +100,22 @@ impl Qcow2 {
         })
     }
 
+    /// Zeroes what the last cluster holds past the disk's end: whoever shrank the disk may have left data there.
+    fn clean_tail(&self, end: u64) -> io::Result<()> {
+        let whole = end.next_multiple_of(self.geometry().cluster());
+        let mut at = end;
+        while at < whole {
+            let range = self.range(at, whole - at)?;
+            if matches!(range.kind, Kind::Data { .. } | Kind::Compressed(_)) {
+                self.write_zeros_past_end(at, range.len)?;
+            }
+            at += range.len;
+        }
+        Ok(())
+    }
+
     /// Has a range past the disk's end read as zeros, though the backing file has bytes there.
-    fn hide(&self, from: u64, to: u64) -> io::Result<()> {
+    fn hide_backing(&self, from: u64, to: u64) -> io::Result<()> {
         let cluster = self.geometry().cluster();
         let whole = from.next_multiple_of(cluster);
         if whole > from {
