@@ -78,23 +78,8 @@ fn chain(place: &Place, rng: &mut Rng) -> Vec<(String, &'static str, u64)> {
     images
 }
 
-fn run(seed: u64) {
-    let place = Place::new();
-    let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let images = chain(&place, &mut rng);
-    let (top, format, size) = images.last().unwrap();
-    place
-        .qemu(&["convert", "-f", format, "-O", "raw", top, "wanted"])
-        .done();
-    let holds = |name: &str, format: &str| {
-        let same = place.qemu(&["compare", "-f", "raw", "-F", format, "wanted", name]);
-        assert_eq!(same.code, 0, "seed {seed}: {name}: {same:?}");
-        let sound = place.qemu(&["check", "-q", "-f", format, name]);
-        assert!(
-            sound.code == 0 || format == "raw",
-            "seed {seed}: {name}: {sound:?}"
-        );
-    };
+/// Copies in several formats hold what the original does.
+fn converted(place: &Place, rng: &mut Rng, top: &str, format: &str, holds: &dyn Fn(&str, &str)) {
     let options = rng.pick(&[
         "cluster_size=512",
         "cluster_size=2M",
@@ -118,13 +103,33 @@ fn run(seed: u64) {
         let arguments = [
             &["convert", "-f", format, "-O", target],
             flags,
-            &[&**top, "copy"],
+            &[top, "copy"],
         ]
         .concat();
         place.vireo(&arguments).done();
         holds("copy", target);
         fs::remove_file(place.path("copy")).unwrap();
     }
+}
+
+fn run(seed: u64) {
+    let place = Place::new();
+    let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let images = chain(&place, &mut rng);
+    let (top, format, size) = images.last().unwrap();
+    place
+        .qemu(&["convert", "-f", format, "-O", "raw", top, "wanted"])
+        .done();
+    let holds = |name: &str, format: &str| {
+        let same = place.qemu(&["compare", "-f", "raw", "-F", format, "wanted", name]);
+        assert_eq!(same.code, 0, "seed {seed}: {name}: {same:?}");
+        let sound = place.qemu(&["check", "-q", "-f", format, name]);
+        assert!(
+            sound.code == 0 || format == "raw",
+            "seed {seed}: {name}: {sound:?}"
+        );
+    };
+    converted(&place, &mut rng, top, format, &holds);
     let [.., (base, base_format, base_size), _] = &images[..] else {
         return;
     };
