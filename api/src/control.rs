@@ -29,8 +29,19 @@ pub enum VmState {
     Stopped,
 }
 
+/// Why a machine is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseReason {
+    /// A command. It stays paused until a command resumes it.
+    Command,
+    /// A disk's request failed and waits. It is done again when the machine
+    /// is resumed, and the machine is paused again if that fails.
+    DiskError,
+}
+
 /// What can be asked of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
     /// Start a created machine.
@@ -43,6 +54,13 @@ pub enum Command {
     PowerButton,
     /// Restart the guest in place, as the reset button would.
     Reset,
+    /// Make the disk of a running or paused machine larger and tell the guest.
+    ResizeDisk {
+        /// The device's id.
+        id: String,
+        /// The new size in bytes.
+        size: u64,
+    },
     /// End the machine now.
     Stop,
     /// Say which state the machine is in.
@@ -56,7 +74,12 @@ pub enum Reply {
     /// It has been done.
     Done,
     /// The state now.
-    State(VmState),
+    State {
+        /// It.
+        state: VmState,
+        /// Why, while it is [`VmState::Paused`].
+        pause: Option<PauseReason>,
+    },
 }
 
 /// Why a command was not carried out.

@@ -2,9 +2,11 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::buffers::Buffers;
+use crate::events::Observer;
 
 /// How a request touches the disk. Offsets and lengths are bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +96,50 @@ pub struct QueueError {
     pub source: io::Error,
 }
 
+/// Why a disk's size could not be changed; within an [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// It would lose bytes.
+    #[error(
+        "a disk of {from} bytes that is in use cannot shrink to {to}; shrink it while it is not"
+    )]
+    Shrink {
+        /// Its size in bytes.
+        from: u64,
+        /// What was asked for.
+        to: u64,
+    },
+    /// Not in the disk's units.
+    #[error("a size of {size} bytes is not a multiple of {unit}")]
+    Unit {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What it should be a multiple of, in bytes.
+        unit: u64,
+    },
+    /// A device has the size that it has.
+    #[error("the device has {held} bytes, fewer than {size}; make the device larger first")]
+    Device {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// The device's size in bytes.
+        held: u64,
+    },
+    /// There is no way to.
+    #[error("a disk of this kind cannot change its size while it is in use")]
+    Fixed,
+}
+
+impl From<ResizeError> for io::Error {
+    fn from(error: ResizeError) -> Self {
+        let kind = match error {
+            ResizeError::Fixed => io::ErrorKind::Unsupported,
+            _ => io::ErrorKind::InvalidInput,
+        };
+        Self::new(kind, error)
+    }
+}
+
 /// An opened and locked disk image.
 pub trait Disk: Send + Sync {
     /// The facts of the disk as it is now.
@@ -107,6 +153,36 @@ pub trait Disk: Send + Sync {
     ///
     /// [`QueueError`] when the host lacks resources.
     fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError>;
+
+    /// Makes the disk `size` bytes long while it is in use; new bytes are zeros. All queues, and
+    /// [`Disk::info`], know of it when this returns. A block device is not changed: its size is read again, and
+    /// must be `size` at least.
+    ///
+    /// # Errors
+    ///
+    /// The host's, `EROFS` on a read-only disk, and a [`ResizeError`] as the inner error.
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(ResizeError::Fixed.into())
+    }
+
+    /// One past the highest byte of the image file that was ever allocated; `None` where nothing is
+    /// allocated as the disk is written.
+    fn high_water(&self) -> Option<u64> {
+        None
+    }
+
+    /// Has `observer` told of all further events, for as long as the disk or a queue of it lives. A disk that
+    /// has no image file here has no events.
+    fn observe(&self, observer: Arc<dyn Observer>) {
+        let _ = observer;
+    }
+
+    /// Sets a byte offset of the image file. The first write past it is
+    /// told as [`crate::DiskEvent::WriteThreshold`], once; it may be set again then. `None` takes it away.
+    fn set_write_threshold(&self, threshold: Option<u64>) {
+        let _ = threshold;
+    }
 }
 
 /// A worker's path to a disk, and its place to wait.

@@ -7,8 +7,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
+use crate::disk::ResizeError;
 use crate::engine::bounce::AlignedBuf;
 use crate::lock;
 
@@ -61,6 +63,8 @@ pub(crate) struct Abilities {
     pub zero_range: AtomicBool,
     /// Ranges can be discarded.
     pub discard: AtomicBool,
+    /// Where the file ends, in bytes, if the disk goes on past that: what is read there is zeros.
+    pub end: Option<u64>,
     /// A flush has failed: the page cache may have dropped data that it could not write, and
     /// the host reports that once only. Later flushes must not claim success.
     pub lost: AtomicBool,
@@ -76,6 +80,7 @@ impl Abilities {
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
             discard: AtomicBool::new(true),
+            end: None,
             lost: AtomicBool::new(false),
         }
     }
@@ -94,7 +99,9 @@ impl Abilities {
 #[derive(Debug)]
 pub(crate) struct HostFile {
     file: File,
-    size: u64,
+    size: AtomicU64,
+    /// Held by who changes the size.
+    sizing: Mutex<()>,
     physical: u32,
     logical: u32,
     abilities: Abilities,
@@ -126,16 +133,59 @@ impl HostFile {
         let logical = sector.max(align.offset).max(512);
         Ok(Self {
             file,
-            size,
+            size: AtomicU64::new(size),
+            sizing: Mutex::default(),
             physical: plausible(physical).unwrap_or(4096).max(logical),
             logical,
             abilities: Abilities::new(kind, direct, align),
         })
     }
 
-    /// The size in bytes when it was opened.
+    /// The opened file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The size in bytes when it was opened, with the zeros past the end of the file if there are any, or when it
+    /// was last [grown](HostFile::grow).
     pub(crate) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Makes a regular file `size` bytes long, at least; reads a device's size again, which must be enough.
+    pub(crate) fn grow(&self, size: u64) -> io::Result<()> {
+        let _sizing = self.sizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = self.size();
+        if size < from {
+            return Err(ResizeError::Shrink { from, to: size }.into());
+        }
+        let now = match self.abilities.kind {
+            Kind::Regular => {
+                // Whoever made it longer has bytes there.
+                if self.file.metadata()?.len() < size {
+                    self.file.set_len(size)?;
+                }
+                size
+            }
+            Kind::Device => match device_size(&self.file)? {
+                held if held < size => return Err(ResizeError::Device { size, held }.into()),
+                held => held,
+            },
+        };
+        self.size.store(now, Ordering::Release);
+        Ok(())
+    }
+
+    /// Has reads go on past the end of the file, with zeros, to a whole number of `unit` bytes. For a file
+    /// that is only read.
+    pub(crate) fn pad_to(&mut self, unit: u64) {
+        let held = *self.size.get_mut();
+        if let Some(size) = held.checked_next_multiple_of(unit)
+            && size != held
+        {
+            self.abilities.end = Some(held);
+            *self.size.get_mut() = size;
+        }
     }
 
     /// The smallest unit that can be written, in bytes.

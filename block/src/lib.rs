@@ -1,4 +1,4 @@
-//! Disks: where bytes live (raw files, block devices, later qcow2 and NBD),
+//! Disks: where bytes live (raw and qcow2 images, block devices, NBD),
 //! the engines that move them, and the locks that keep others out.
 //!
 //! This crate knows no virtio and no guest memory. It receives buffers as
@@ -14,7 +14,8 @@
 //!   wait: other file descriptors (doorbells) are watched through it, so that
 //!   a worker blocks in a single system call.
 //! * Files are opened through the caller's [`Opener`] only.
-//! * [`RawDisk`] is the disk whose bytes are a file's or a block device's.
+//! * [`open_disk`] opens any disk: one whose bytes are a file's or a block device's ([`RawDisk`]) or an
+//!   NBD server's ([`NbdDisk`]), or a qcow2 image with its chain.
 //! * Below it, an engine (io_uring or threads) runs jobs at (file, offset).
 //!   It knows no formats, so a format's mapping goes between disk and engine.
 //!
@@ -26,21 +27,43 @@
 //! served completes with an [`std::io::Error`]; nothing here panics on what a
 //! file, a device or a guest holds.
 
+mod admit;
 mod buffers;
+mod crew;
 mod disk;
 mod engine;
+mod events;
 mod file;
+mod image;
+mod jobs;
 mod lock;
 mod magic;
+pub mod nbd;
+mod open;
 mod opener;
+pub mod ops;
 mod options;
+mod qcow2;
 mod queue;
+mod queued;
 mod raw;
+mod storage;
 #[cfg(test)]
 mod testing;
 
 pub use buffers::{Buffers, INLINE, IoVec};
-pub use disk::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Token, Watch};
-pub use opener::{Access, Opener};
-pub use options::{Aio, Cache, Discard, DiskOptions, Format};
-pub use raw::{OpenError, RawDisk};
+pub use disk::{
+    Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, ResizeError, Token, Watch,
+};
+pub use events::{DiskEvent, Observer};
+pub use image::{Extent, Image, Kept};
+pub use nbd::NbdDisk;
+pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
+pub use opener::{Access, Address, Connector, Opener};
+pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
+pub use qcow2::{
+    CheckReport, Compression, CreateError, CreateOptions, Finding, Preallocation, Qcow2, Repair,
+    Severity,
+};
+pub use queued::open_queued;
+pub use raw::{OpenError, RawDisk, RawImage};

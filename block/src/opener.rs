@@ -1,8 +1,10 @@
-//! How this crate gets files: through its caller.
+//! How this crate gets files and connections: through its caller.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,6 +13,30 @@ pub struct Access {
     pub write: bool,
     /// Bypass the host's page cache (`O_DIRECT`).
     pub direct: bool,
+}
+
+/// Where a server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A unix socket. A path that begins with a zero byte is a name in the abstract namespace.
+    Unix(PathBuf),
+    /// A TCP port.
+    Tcp {
+        /// A host name or an address; an IPv6 address without brackets.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+/// Makes connections to one server, as often as its holder wants.
+pub trait Connector: Send + Sync + fmt::Debug {
+    /// A new connection: a stream socket with `O_CLOEXEC`. Gives up in bounded time.
+    ///
+    /// # Errors
+    ///
+    /// The system's error.
+    fn connect(&self) -> io::Result<OwnedFd>;
 }
 
 /// Opens files on behalf of this crate, by the policy of whoever implements it.
@@ -26,4 +52,53 @@ pub trait Opener: Send + Sync {
     ///
     /// The system's error, or `PermissionDenied` when policy forbids the path.
     fn open(&self, path: &Path, access: Access) -> io::Result<File>;
+
+    /// Asks for the right to connect to a server. The policy is asked once: whoever has the
+    /// [`Connector`] can make several connections, at any later time.
+    ///
+    /// Unless it is implemented, every address is refused.
+    ///
+    /// # Errors
+    ///
+    /// `PermissionDenied` when policy forbids the address.
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
+        let _ = address;
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "connections are not allowed here",
+        ))
+    }
+
+    /// Creates a regular file for reading and writing, which must not exist, and opens it as
+    /// [`Opener::open`] does. Only operations that make images ask for it.
+    ///
+    /// # Errors
+    ///
+    /// The system's error, `AlreadyExists` among them, or `PermissionDenied` when policy forbids the path,
+    /// as it does unless the implementer says otherwise.
+    fn create(&self, path: &Path, access: Access) -> io::Result<File> {
+        let _ = (path, access);
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// Gives a file that [`Opener::create`] made its final name in the same directory, if that name is
+    /// free.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create`].
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let _ = (from, to);
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// Removes a file that [`Opener::create`] made, or that its user asked to be rid of.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create`].
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let _ = path;
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
 }

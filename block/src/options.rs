@@ -21,6 +21,8 @@ pub struct DiskOptions {
     pub aio: Aio,
     /// What a discard does.
     pub discard: Discard,
+    /// What becomes of a write of nothing but zeros.
+    pub detect_zeroes: DetectZeroes,
     /// What the file is, as stated by the user; a file that looks like
     /// something else than raw must be stated to be raw.
     pub format: Option<Format>,
@@ -36,6 +38,7 @@ impl Default for DiskOptions {
             direct: None,
             aio: Aio::default(),
             discard: Discard::default(),
+            detect_zeroes: DetectZeroes::default(),
             format: None,
             lock: true,
         }
@@ -122,12 +125,38 @@ pub enum Discard {
     Unmap,
 }
 
+/// What becomes of a write of nothing but zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DetectZeroes {
+    /// It is written like any other.
+    #[default]
+    Off,
+    /// The range is zeroed, which takes less time and traffic where the host or the format can.
+    On,
+    /// The range is zeroed, and its space freed if a discard frees space too.
+    Unmap,
+}
+
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// Its bytes are the disk's.
     Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// The name that QEMU and images give it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 #[cfg(test)]

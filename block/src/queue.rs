@@ -1,29 +1,18 @@
-//! The queue of a raw disk: checks requests and hands them to an engine.
+//! The queue of a raw disk: checks requests and makes a job of each.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::admit::Policy;
 use crate::buffers::Buffers;
-use crate::disk::{Completed, IoQueue, Op, Request, Token, Watch};
-use crate::engine::bounce::BouncePool;
-use crate::engine::{Engine, FileId, Harvest, Job, Until};
+use crate::disk::{Completed, IoQueue, Op, Request, Watch};
+use crate::engine::{FileId, Job, Until};
+use crate::events::Events;
 use crate::file::{HostFile, Kind};
-
-/// What the queue must know of the disk's options.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Policy {
-    /// Refuse changes.
-    pub read_only: bool,
-    /// A write is durable when it completes.
-    pub durable: bool,
-    /// A flush does nothing.
-    pub ignore_flush: bool,
-    /// A discard frees space.
-    pub unmap: bool,
-}
+use crate::jobs::{End, JobQueue};
+use crate::storage::FileStorage;
 
 /// The queue of a raw disk.
 #[derive(Debug)]
@@ -31,70 +20,25 @@ pub(crate) struct RawQueue {
     file: Arc<HostFile>,
     id: FileId,
     policy: Policy,
-    engine: Engine,
-    depth: usize,
-    /// Jobs that the engine has.
-    running: usize,
-    /// Begun, but beyond the depth or without a bounce buffer so far. First come, first served.
-    waiting: VecDeque<Job>,
-    bounces: BouncePool,
-    /// Ended without the host's help.
-    ready: Vec<Completed>,
-    harvest: Harvest,
+    events: Arc<Events>,
+    jobs: JobQueue,
 }
 
 impl RawQueue {
+    /// A queue of the disk that `file` is; `jobs` knows no file yet.
     pub(crate) fn new(
         file: Arc<HostFile>,
         policy: Policy,
-        mut engine: Engine,
-        depth: usize,
+        events: Arc<Events>,
+        mut jobs: JobQueue,
     ) -> Self {
         Self {
-            id: engine.add_file(Arc::clone(&file)),
+            id: jobs.add_file(Arc::new(FileStorage::new(Arc::clone(&file)))),
             file,
             policy,
-            engine,
-            depth,
-            running: 0,
-            waiting: VecDeque::new(),
-            bounces: BouncePool::default(),
-            ready: Vec::new(),
-            harvest: Harvest::default(),
+            events,
+            jobs,
         }
-    }
-
-    /// The range that a request touches on the host, or why it may not. `None`
-    /// when nothing is to be done.
-    fn check(&self, request: &Request) -> io::Result<Option<(Op, u64)>> {
-        let len = match request.op {
-            Op::Read | Op::Write => request.buffers.len(),
-            Op::Flush if self.policy.read_only || self.policy.ignore_flush => return Ok(None),
-            Op::Flush => return Ok(Some((Op::Flush, 0))),
-            Op::Discard { len } | Op::WriteZeroes { len, .. } => len,
-        };
-        if request.op != Op::Read && self.policy.read_only {
-            return Err(io::Error::from_raw_os_error(libc::EROFS));
-        }
-        let offset = request.offset;
-        let end = offset.checked_add(len);
-        let unit = u64::from(self.file.abilities().align.offset);
-        if end.is_none_or(|end| end > self.file.size()) || !(offset | len).is_multiple_of(unit) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let (op, offset) = match request.op {
-            Op::Discard { .. } if !self.policy.unmap => return Ok(None),
-            Op::Discard { len } => {
-                let (offset, len) = self.whole_sectors(offset, len);
-                (Op::Discard { len }, offset)
-            }
-            Op::WriteZeroes { len, may_unmap } => {
-                let may_unmap = may_unmap && self.policy.unmap;
-                (Op::WriteZeroes { len, may_unmap }, offset)
-            }
-            op => (op, offset),
-        };
-        Ok(Some((op, offset)))
     }
 
     /// The sectors within a range that a device can discard; all of it on a file.
@@ -109,116 +53,73 @@ impl RawQueue {
         (first, last.saturating_sub(first))
     }
 
-    fn end(&mut self, token: Token, result: io::Result<()>) {
-        self.ready.push(Completed::Request {
-            token,
-            result,
-            bytes: 0,
-        });
-    }
-
-    /// Starts what waits, as far as depth and bounce buffers go.
-    fn start_waiting(&mut self) {
-        while self.running < self.depth
-            && let Some(job) = self.waiting.pop_front()
-        {
-            if let Some(job) = self.admit(job) {
-                self.waiting.push_front(job);
-                return;
-            }
-        }
-    }
-
-    /// Starts or ends a job; gives it back when it must wait for a bounce buffer.
-    fn admit(&mut self, mut job: Job) -> Option<Job> {
-        let abilities = self.file.abilities();
-        if job.needs_bounce(abilities) {
-            match self.bounces.take() {
-                Ok(Some(buf)) => job.lend(buf),
-                Ok(None) => return Some(job),
-                Err(error) => {
-                    self.end(job.token, Err(error));
-                    return None;
-                }
-            }
-        }
-        match job.begin(abilities) {
-            Some(result) => self.end(job.token, result),
-            None => {
-                self.running += 1;
-                self.engine.start(job);
-            }
-        }
-        None
-    }
-
-    /// Passes on what the engine has reported.
-    fn deliver(&mut self, out: &mut Vec<Completed>) {
-        for (mut job, result) in self.harvest.done.drain(..) {
-            self.running = self.running.saturating_sub(1);
-            if let Some(buf) = job.take_bounce() {
-                self.bounces.give(buf);
-            }
-            out.push(Completed::Request {
-                token: job.token,
-                result,
-                bytes: job.bytes(),
-            });
-        }
-        out.extend(self.harvest.watches.drain(..).map(Completed::Watch));
-    }
-}
-
-impl IoQueue for RawQueue {
-    fn push(&mut self, request: Request) {
-        let (op, offset) = match self.check(&request) {
-            Ok(Some(work)) => work,
-            Ok(None) => return self.end(request.token, Ok(())),
-            Err(error) => return self.end(request.token, Err(error)),
+    /// The job for a request; `None` when nothing is to be done.
+    fn job(&self, request: Request) -> io::Result<Option<Job>> {
+        let unit = u64::from(self.file.abilities().align.offset);
+        let size = self.file.size();
+        let Some(work) = self.policy.admit(&request, size, unit)? else {
+            return Ok(None);
         };
+        let (op, offset) = match work.op {
+            Op::Discard { len } => {
+                let (offset, len) = self.whole_sectors(request.offset, len);
+                (Op::Discard { len }, offset)
+            }
+            Op::Flush => (Op::Flush, 0),
+            op => (op, request.offset),
+        };
+        if let Op::Write | Op::WriteZeroes { .. } = op {
+            let len = match op {
+                Op::WriteZeroes { len, .. } => len,
+                _ => request.buffers.len(),
+            };
+            self.events.writes_to(offset.saturating_add(len));
+        }
         let buffers = match op {
             Op::Read | Op::Write => request.buffers,
             Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } => Buffers::none(),
         };
         let durable = self.policy.durable;
         let job = Job::new(request.token, self.id, op, offset, buffers, durable);
-        if self.running < self.depth && self.waiting.is_empty() {
-            if let Some(job) = self.admit(job) {
-                self.waiting.push_back(job);
-            }
-        } else {
-            self.waiting.push_back(job);
-        }
+        Ok(Some(job.standing_for(work.zeros)))
+    }
+}
+
+impl IoQueue for RawQueue {
+    fn push(&mut self, request: Request) {
+        let token = request.token;
+        let result = match self.job(request) {
+            Ok(Some(job)) => return self.jobs.push(job),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        self.jobs.end(End {
+            tag: token,
+            note: 0,
+            result,
+            bytes: 0,
+        });
     }
 
     fn submit(&mut self) {
-        self.engine.submit();
+        self.jobs.submit();
     }
 
     fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
-        self.engine.watch(fd, watch)
+        self.jobs.watch(fd, watch)
     }
 
     fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completed>) -> io::Result<()> {
-        let until = if self.ready.is_empty() {
-            Until::new(timeout)
-        } else {
-            Until::Now
-        };
-        out.append(&mut self.ready);
-        self.engine.wait(until, &mut self.harvest)?;
-        self.deliver(out);
-        if !self.waiting.is_empty() {
-            self.start_waiting();
-            self.engine.submit();
-        }
-        Ok(())
+        let until = Until::new(timeout);
+        self.jobs
+            .wait(until, out, |end, out| out.push(end.into()))
+            .map(|_| ())
     }
 
     fn in_flight(&self) -> usize {
-        self.running + self.waiting.len() + self.ready.len()
+        self.jobs.in_flight()
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

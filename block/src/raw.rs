@@ -5,22 +5,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
-use crate::engine::Engine;
-use crate::engine::threads::Threads;
-use crate::engine::uring::Uring;
-use crate::file::{self, HostFile};
+use crate::admit::Policy;
+use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
+use crate::events::{Events, Observer};
+use crate::file::{self, HostFile, Kind};
+use crate::jobs::JobQueue;
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
-use crate::opener::Opener;
-use crate::options::{Aio, Discard, DiskOptions};
-use crate::queue::{Policy, RawQueue};
+use crate::opener::{Access, Opener};
+use crate::options::{Aio, DiskOptions};
+use crate::queue::RawQueue;
 
 /// The unit of a disk's size, in bytes.
 const SECTOR: u64 = 512;
-
-/// The most requests that a queue has at the host at once.
-const MAX_DEPTH: u32 = 1024;
 
 /// Why a disk could not be opened. Each message names the file, and where there is one the mend.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +81,7 @@ pub enum OpenError {
     /// Its size is no number of sectors.
     #[error(
         "disk {}: its size of {size} bytes is not a multiple of {unit}; \
-         'truncate -s %{unit}' rounds it up",
+         'truncate -s %{unit}' rounds it up, or say readonly=on",
         path.display()
     )]
     OddSize {
@@ -121,6 +118,18 @@ pub enum OpenError {
         /// The format it looks like.
         format: &'static str,
     },
+    /// Its backing file looks like another format than raw, and it does not say which one it is.
+    #[error(
+        "disk {}: it does not say what format its backing file {} has, which looks like an image; say it with \
+         'vireo image rebase -u -F FORMAT -b NAME'",
+        path.display(), other.display()
+    )]
+    Unstated {
+        /// The file.
+        path: PathBuf,
+        /// Its backing file.
+        other: PathBuf,
+    },
     /// Someone else uses it.
     #[error("disk {}: it is already open elsewhere, here or in another program; {mend}", path.display())]
     InUse {
@@ -129,6 +138,75 @@ pub enum OpenError {
         /// What to do about it.
         mend: &'static str,
     },
+    /// Its contents are not a usable image of the stated format.
+    #[error("disk {}: it is no usable {format} image", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// The stated format.
+        format: &'static str,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It is marked as corrupt.
+    #[error(
+        "disk {}: it is marked as corrupt; repair it with 'vireo image check -r all', or open it read-only",
+        path.display()
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It refers to a file that the policy does not allow.
+    #[error(
+        "disk {}: it refers to {}, which is not allowed; {mend}",
+        path.display(), other.display()
+    )]
+    Forbidden {
+        /// The file.
+        path: PathBuf,
+        /// What it refers to.
+        other: PathBuf,
+        /// What to do about it.
+        mend: &'static str,
+    },
+    /// It refers to itself, or to too many others.
+    #[error("disk {}: its backing chain is a loop or deeper than {depth}", path.display())]
+    EndlessChain {
+        /// The file.
+        path: PathBuf,
+        /// How deep a chain may be.
+        depth: usize,
+    },
+    /// Something that it refers to cannot be opened.
+    #[error("disk {}: its {role} cannot be opened", path.display())]
+    Part {
+        /// The file.
+        path: PathBuf,
+        /// What it is to the image: "backing file" or "data file".
+        role: &'static str,
+        /// Why not.
+        #[source]
+        source: Box<OpenError>,
+    },
+    /// Its clusters are smaller than what direct I/O demands.
+    #[error(
+        "disk {}: its clusters of {cluster} bytes are smaller than the {unit} bytes that direct I/O \
+         demands here; say direct=off or cache=writeback",
+        path.display()
+    )]
+    SmallClusters {
+        /// The file.
+        path: PathBuf,
+        /// The cluster size in bytes.
+        cluster: u64,
+        /// The unit of direct I/O in bytes.
+        unit: u64,
+    },
+    /// It is on an NBD server and cannot be had there.
+    #[error(transparent)]
+    Nbd(#[from] crate::nbd::NbdError),
     /// It cannot be locked.
     #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
     NoLocks {
@@ -145,11 +223,13 @@ pub enum OpenError {
 pub struct RawDisk {
     file: Arc<HostFile>,
     policy: Policy,
+    events: Arc<Events>,
     aio: Aio,
 }
 
 impl RawDisk {
-    /// Opens and locks the file or block device at `path`.
+    /// Opens and locks the file or block device at `path`. A file that is no whole number of
+    /// sectors can be opened read-only: zeros make its last sector whole.
     ///
     /// # Errors
     ///
@@ -159,33 +239,20 @@ impl RawDisk {
         opener: &dyn Opener,
         options: &DiskOptions,
     ) -> Result<Self, OpenError> {
+        let file = open_file(path, opener, options.access(), options.lock)?;
         let path = Named(path);
-        let access = options.access();
-        let file = opener
-            .open(path.0, access)
-            .map_err(|source| path.unopened(source, access.write, access.direct))?;
-        let kind = match file::kind(&file).map_err(|source| path.unreadable(source))? {
-            Ok(kind) => kind,
-            Err(kind) => return Err(path.not_a_disk(kind)),
-        };
-        file::make_blocking(&file).map_err(|source| path.unreadable(source))?;
-        if options.lock {
-            path.lock(&file, options.read_only)?;
-        }
-        // From here on the file unlocks itself.
-        let file =
-            HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
         path.check(&file, options.format.is_some())?;
         Ok(Self {
             file: Arc::new(file),
-            policy: Policy {
-                read_only: options.read_only,
-                durable: !options.cache.writeback(),
-                ignore_flush: options.cache.ignores_flush(),
-                unmap: options.discard == Discard::Unmap,
-            },
+            policy: Policy::new(options),
+            events: Arc::default(),
             aio: options.aio,
         })
+    }
+
+    /// The opened file.
+    pub(crate) fn file(&self) -> Arc<HostFile> {
+        Arc::clone(&self.file)
     }
 
     /// As if a flush had failed.
@@ -194,29 +261,44 @@ impl RawDisk {
         let lost = &self.file.abilities().lost;
         lost.store(true, std::sync::atomic::Ordering::Relaxed);
     }
-
-    fn engine(&self, depth: u32) -> io::Result<Engine> {
-        match self.aio {
-            Aio::Threads => Threads::new(depth).map(Engine::Threads),
-            Aio::IoUring => Uring::new(depth).map(|e| Engine::Uring(Box::new(e))),
-            Aio::Auto => match Uring::new(depth) {
-                Err(error) if absent(&error) => {
-                    tracing::debug!(%error, "no io_uring here, disk I/O uses threads");
-                    Threads::new(depth).map(Engine::Threads)
-                }
-                other => other.map(|e| Engine::Uring(Box::new(e))),
-            },
-        }
-    }
 }
 
-/// Whether an error means that io_uring is missing, forbidden or too old.
-fn absent(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::Unsupported
-        || matches!(
-            error.raw_os_error(),
-            Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EINVAL)
-        )
+/// Opens and locks a file or block device, whatever is in it. It unlocks itself.
+pub(crate) fn open_file(
+    path: &Path,
+    opener: &dyn Opener,
+    access: Access,
+    locked: bool,
+) -> Result<HostFile, OpenError> {
+    let path = Named(path);
+    let file = opener
+        .open(path.0, access)
+        .map_err(|source| path.unopened(source, access.write, access.direct))?;
+    let kind = match file::kind(&file).map_err(|source| path.unreadable(source))? {
+        Ok(kind) => kind,
+        Err(kind) => return Err(path.not_a_disk(kind)),
+    };
+    file::make_blocking(&file).map_err(|source| path.unreadable(source))?;
+    if locked {
+        path.lock(&file, !access.write)?;
+    }
+    let mut file =
+        HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+    if !access.write && kind == Kind::Regular {
+        // An ISO image, say. As QEMU does, so that the last bytes can be read.
+        file.pad_to(SECTOR.max(file.abilities().align.offset.into()));
+    }
+    Ok(file)
+}
+
+/// Judges the contents alone of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
+pub(crate) fn check_contents(path: &Path, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+    Named(path).check_contents(file, stated)
+}
+
+/// Judges contents and size of a file whose bytes are to be a disk's. `stated`: somebody said that it is raw.
+pub(crate) fn check_raw(path: &Path, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+    Named(path).check(file, stated)
 }
 
 impl Disk for RawDisk {
@@ -231,18 +313,28 @@ impl Disk for RawDisk {
     }
 
     fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError> {
-        let host_depth = depth.clamp(1, MAX_DEPTH);
-        let engine = self
-            .engine(host_depth)
-            .map_err(|source| QueueError { depth, source })?;
-        let file = Arc::clone(&self.file);
-        let host_depth = usize::try_from(host_depth).unwrap_or(1);
-        Ok(Box::new(RawQueue::new(
-            file,
-            self.policy,
-            engine,
-            host_depth,
-        )))
+        let jobs = JobQueue::new(self.aio, depth)?;
+        let (file, events) = (Arc::clone(&self.file), Arc::clone(&self.events));
+        Ok(Box::new(RawQueue::new(file, self.policy, events, jobs)))
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        if self.policy.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        let unit = SECTOR.max(self.file.abilities().align.offset.into());
+        if !size.is_multiple_of(unit) {
+            return Err(ResizeError::Unit { size, unit }.into());
+        }
+        self.file.grow(size)
+    }
+
+    fn observe(&self, observer: Arc<dyn Observer>) {
+        self.events.observe(observer);
+    }
+
+    fn set_write_threshold(&self, threshold: Option<u64>) {
+        self.events.set_threshold(threshold);
     }
 }
 
@@ -305,20 +397,29 @@ impl Named<'_> {
         })
     }
 
+    fn check_contents(self, file: &HostFile, stated: bool) -> Result<(), OpenError> {
+        if stated {
+            return Ok(());
+        }
+        let head = file
+            .head(magic::HEAD)
+            .map_err(|source| self.unreadable(source))?;
+        match magic::foreign(&head) {
+            Some(format) => Err(OpenError::Foreign {
+                path: self.path(),
+                format,
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Judges the contents and the size.
     fn check(self, file: &HostFile, stated: bool) -> Result<(), OpenError> {
         let (path, size) = (self.path(), file.size());
         if size == 0 {
             return Err(OpenError::Empty { path });
         }
-        if !stated {
-            let head = file
-                .head(magic::HEAD)
-                .map_err(|source| self.unreadable(source))?;
-            if let Some(format) = magic::foreign(&head) {
-                return Err(OpenError::Foreign { path, format });
-            }
-        }
+        self.check_contents(file, stated)?;
         let direct = u64::from(file.abilities().align.offset);
         if !size.is_multiple_of(SECTOR) {
             let unit = SECTOR;
@@ -332,5 +433,8 @@ impl Named<'_> {
     }
 }
 
+mod image;
 #[cfg(test)]
 mod tests;
+
+pub use image::RawImage;

@@ -4,11 +4,17 @@
 use std::cell::UnsafeCell;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{Access, Buffers, Completed, IoQueue, IoVec, Op, Opener, Request, Token};
+use crate::storage::Storage;
+use crate::{
+    Access, Address, Buffers, Completed, Connector, IoQueue, IoVec, Op, Opener, Request, Token,
+};
 
 /// Opens whatever the system lets it.
 pub(crate) struct AnyPath;
@@ -21,6 +27,24 @@ impl Opener for AnyPath {
             .write(access.write)
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | direct)
             .open(path)
+    }
+
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
+        Ok(Box::new(Anywhere(address.clone())))
+    }
+}
+
+#[derive(Debug)]
+struct Anywhere(Address);
+
+impl Connector for Anywhere {
+    fn connect(&self) -> io::Result<OwnedFd> {
+        match &self.0 {
+            Address::Unix(path) => UnixStream::connect(path).map(OwnedFd::from),
+            Address::Tcp { host, port } => {
+                TcpStream::connect((host.as_str(), *port)).map(OwnedFd::from)
+            }
+        }
     }
 }
 
@@ -130,4 +154,139 @@ pub(crate) fn perform(
     let (token, result, _) = finish(queue, 1).remove(0);
     assert_eq!((token, queue.in_flight()), (7, 0));
     result
+}
+
+/// A call of a [`Scripted`] storage; ranges are offsets and lengths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    Read(u64, usize),
+    Write(u64, usize),
+    Sync,
+    Zero(u64, u64),
+    Discard(u64, u64),
+}
+
+/// What comes before every call: it may wait, and make the call fail with an error number.
+pub(crate) type Script = Box<dyn Fn(Call) -> Option<i32> + Send + Sync>;
+
+/// A storage in memory, without a descriptor, that does what a test says.
+pub(crate) struct Scripted {
+    bytes: Mutex<Vec<u8>>,
+    calls: Mutex<Vec<Call>>,
+    script: Script,
+    unit: u32,
+}
+
+impl std::fmt::Debug for Scripted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Scripted")
+    }
+}
+
+impl Scripted {
+    /// Of these bytes, which demands offsets and lengths that are multiples of `unit`.
+    pub(crate) fn new(bytes: Vec<u8>, unit: u32, script: Script) -> Arc<Self> {
+        Arc::new(Self {
+            bytes: Mutex::new(bytes),
+            calls: Mutex::default(),
+            script,
+            unit,
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.bytes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn called<T>(&self, call: Call, act: impl FnOnce(&mut Vec<u8>) -> T) -> io::Result<T> {
+        if let Call::Read(at, len) | Call::Write(at, len) = call {
+            assert!(
+                (at | len as u64).is_multiple_of(self.unit.into()),
+                "{call:?}"
+            );
+        }
+        self.calls.lock().unwrap().push(call);
+        match (self.script)(call) {
+            Some(code) => Err(io::Error::from_raw_os_error(code)),
+            None => Ok(act(&mut self
+                .bytes
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner))),
+        }
+    }
+}
+
+/// Overwrites bytes, which grow as needed.
+fn overwrite(bytes: &mut Vec<u8>, offset: u64, data: &[u8]) {
+    let start = usize::try_from(offset).unwrap();
+    let end = start + data.len();
+    if bytes.len() < end {
+        bytes.resize(end, 0);
+    }
+    bytes[start..end].copy_from_slice(data);
+}
+
+impl Storage for Scripted {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.called(Call::Read(offset, buf.len()), |bytes| {
+            let start = usize::try_from(offset).unwrap().min(bytes.len());
+            let held = (bytes.len() - start).min(buf.len());
+            buf[..held].copy_from_slice(&bytes[start..start + held]);
+            buf[held..].fill(0);
+        })
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.called(Call::Write(offset, buf.len()), |bytes| {
+            overwrite(bytes, offset, buf);
+        })
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.called(Call::Sync, |_| ())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.bytes().len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut bytes = self.bytes.lock().unwrap();
+        bytes.resize(usize::try_from(len).unwrap(), 0);
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.called(Call::Zero(offset, len), |bytes| {
+            let held = (bytes.len() as u64).saturating_sub(offset).min(len);
+            overwrite(bytes, offset, &vec![0; usize::try_from(held).unwrap()]);
+        })
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.called(Call::Discard(offset, len), |_| ())
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        // At once: a write may make it longer at any time.
+        let mut bytes = self.bytes.lock().unwrap();
+        let end = usize::try_from(offset + len).unwrap().max(bytes.len());
+        bytes.resize(end, 0);
+        Ok(())
+    }
+
+    fn grows_zeroed(&self) -> bool {
+        true
+    }
+
+    fn alignment(&self) -> u32 {
+        self.unit
+    }
 }

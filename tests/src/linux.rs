@@ -84,6 +84,35 @@ cmp /tmp/want /tmp/got && echo '@@ reads as zero'
 dd if=/dev/urandom of=/dev/vda bs=4096 count=1 conv=fsync 2>/dev/null && echo '@@ flushed'
 "#;
 
+/// Makes a file system and fills it, tells when it is on the disk, and goes on writing
+/// until it is killed; in its second life it looks whether all is there.
+const FILE_SYSTEM: &str = r#"
+mkdir -p /mnt
+if mount -t ext4 /dev/vda /mnt 2>/dev/null; then
+    cd /mnt && md5sum -c sums > /tmp/checked
+    echo "@@ second life: $(grep -c ': OK' /tmp/checked) of $(wc -l < sums) files whole"
+    cd / && umount /mnt
+else
+    mke2fs /dev/vda > /tmp/mke2fs 2>&1 && mount -t ext4 /dev/vda /mnt
+    for n in 1 2 3 4 5 6 7 8 9 10 11 12; do
+        dd if=/dev/urandom of=/mnt/file$n bs=40000 count=$n 2>/dev/null
+    done
+    for n in 2 4 6 8; do
+        dd if=/dev/urandom of=/mnt/file$n bs=777 seek=$n count=9 conv=notrunc 2>/dev/null
+    done
+    rm /mnt/file3 /mnt/file9
+    (cd /mnt && md5sum file* > sums)
+    # Without a journal the first one flushes the disk before it writes the metadata.
+    sync
+    sync
+    echo '@@ synced'
+    while :; do
+        dd if=/dev/urandom of=/mnt/junk bs=4096 count=300 conv=notrunc 2>/dev/null
+        cp /mnt/file12 /mnt/more && rm /mnt/more
+    done
+fi
+"#;
+
 const REBOOT: &str = r#"
 if dd if=/dev/vda bs=512 count=1 2>/dev/null | grep -q second; then
     echo "@@ second boot, $(nproc) CPUs"
@@ -139,6 +168,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         devices(kernel, 2),
         stress(kernel, "", 2),
         discard(kernel),
+        killed(kernel, ""),
         reboots(kernel, Form::BzImage, 2),
         panics(kernel),
         button(kernel),
@@ -166,6 +196,13 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
         ("num_queues=4,queue_size=16", 4),
     ] {
         cases.push(stress(kernel, word, cpus));
+    }
+    for words in [
+        ",cluster_size=512",
+        ",extended_l2=on,cluster_size=128k",
+        ",refcount_bits=1",
+    ] {
+        cases.push(killed(kernel, words));
     }
     cases.push(reboots(kernel, Form::Pvh, 4));
     cases.push(reboots(kernel, Form::Elf64, 1));
@@ -272,6 +309,26 @@ fn stress(kernel: &str, words: &str, cpus: u32) -> Case {
         .lines((0..4).map(|n| format!("@@ stream {n} ok")))
         .after("cmp source target && echo the files agree")
         .lines(["the files agree"])
+        .limit(180)
+}
+
+/// A file system on a qcow2 image whose monitor is killed while the guest writes.
+fn killed(kernel: &str, options: &str) -> Case {
+    let words = options.replace([',', '='], "-");
+    let name = format!("qcow2-survives-a-kill{words}");
+    case(kernel, Form::Pvh, &name, FILE_SYSTEM)
+        .before(&format!(
+            "\"$VIREO\" image create -q -f qcow2 -o compat=1.1{options} disk 48M"
+        ))
+        .args("--cpus boot=2 --disk path={dir}/disk,format=qcow2")
+        .step("@@ synced", Action::Signal("KILL".to_owned()))
+        .exits(137)
+        .after(
+            "\"$VIREO\" image check -f qcow2 disk || test $? = 3
+            sh again < /dev/null
+            \"$VIREO\" image check -f qcow2 disk || test $? = 3",
+        )
+        .lines(["@@ second life: 10 of 10 files whole"])
         .limit(180)
 }
 

@@ -50,8 +50,10 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
     for file in &case.files {
         make(file, directory)?;
     }
-    script("before", &case.before, directory)?;
+    let vireo = locate("vireo")?;
+    script("before", &case.before, directory, &vireo)?;
     let mut command = command(case, locate, directory)?;
+    fs::write(directory.join("again"), shell_line(&command))?;
     command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -71,7 +73,7 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
         let last = outcome.errors.lines().last().unwrap_or("").to_owned();
         complaints.push(format!("exit code {code}, not {}: {last}", case.exit));
     }
-    match script("after", &case.after, directory) {
+    match script("after", &case.after, directory, &vireo) {
         Ok(output) => outcome.output.push_str(&output),
         Err(error) => complaints.push(format!("{error:#}")),
     }
@@ -139,6 +141,17 @@ pub fn command(case: &Case, locate: Locate<'_>, directory: &Path) -> Result<Comm
     Ok(command)
 }
 
+/// The command as a shell's, for scripts that start the monitor once more.
+fn shell_line(command: &Command) -> String {
+    let quote =
+        |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"));
+    let words: Vec<_> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(quote)
+        .collect();
+    format!("exec {}\n", words.join(" "))
+}
+
 fn in_directory(text: &str, directory: &Path) -> String {
     text.replace("{dir}", &directory.to_string_lossy())
 }
@@ -168,12 +181,14 @@ pub fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
-fn script(which: &str, text: &str, directory: &Path) -> Result<String> {
+/// Runs a case's script; it finds the monitor as `$VIREO`, and the command of this case as the script `again`.
+fn script(which: &str, text: &str, directory: &Path, vireo: &Path) -> Result<String> {
     if text.is_empty() {
         return Ok(String::new());
     }
     let output = Command::new("sh")
         .args(["-ec", &in_directory(text, directory)])
+        .env("VIREO", vireo)
         .current_dir(directory)
         .output()?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();

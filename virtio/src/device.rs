@@ -36,6 +36,65 @@ pub struct Identity {
     pub pci_class: [u8; 3],
 }
 
+/// What is done about a failed disk request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorAction {
+    /// The driver is told.
+    Report,
+    /// The driver is told that all is well.
+    Ignore,
+    /// The request waits, and the machine is to be stopped until the cause is mended.
+    Stop,
+}
+
+/// What a disk has to say to the people who run the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskReport {
+    /// A request failed. Not every one is reported where many fail, but always the first that waits
+    /// ([`ErrorAction::Stop`]) on each queue; one that fails again after the next start is reported again.
+    Error {
+        /// What was tried: "read", "write", "flush", "discard", "write-zeroes".
+        operation: &'static str,
+        /// Where on the disk, in bytes; `None` for a flush.
+        offset: Option<u64>,
+        /// The host's reason.
+        reason: String,
+        /// The reason is that the host has no space left.
+        no_space: bool,
+        /// What is done about it.
+        action: ErrorAction,
+    },
+    /// A write has gone past the threshold that was set.
+    WriteThreshold {
+        /// The threshold, as a byte offset of the image file.
+        threshold: u64,
+        /// Where the write ends in the image file.
+        offset: u64,
+    },
+    /// The image contradicts itself; nothing is written to it any more.
+    Corrupt {
+        /// What was found.
+        reason: String,
+    },
+}
+
+/// Why a disk was not resized.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The device is no disk.
+    #[error("it is no disk")]
+    NoDisk,
+    /// The disk refused.
+    #[error("the disk cannot become {size} bytes long")]
+    Disk {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
 /// How a worker tells the driver, and the transport, about its queues.
 ///
 /// Any thread may call it; none of the calls blocks.
@@ -47,6 +106,10 @@ pub trait Notifier: Send + Sync {
     /// Marks the device as broken (Virtio 1.2, 2.1.1 DEVICE_NEEDS_RESET) and
     /// tells driver and observers. The worker then leaves the queues alone.
     fn needs_reset(&self, reason: &str);
+    /// Tells observers of the machine what has become of a disk.
+    fn disk_report(&self, report: &DiskReport) {
+        let _ = report;
+    }
 }
 
 /// One queue as the driver has set it up.
@@ -130,6 +193,16 @@ pub trait VirtioDevice: Send + DynSnapshot {
     /// [`StopError`] when requests are still in flight at `deadline`: the
     /// device then works on as before.
     fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError>;
+
+    /// Makes a disk `size` bytes long, in use or not. The transport tells the driver.
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`]; the disk is then as it was.
+    fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
+        let _ = size;
+        Err(ResizeError::NoDisk)
+    }
 
     /// Puts the registers back to their power-on values. The device is inactive.
     fn reset(&mut self);

@@ -264,6 +264,14 @@ impl Ring {
         }
     }
 
+    /// Puts heads that were taken back, to be taken before all others, in
+    /// this order. They are unlike each other and no more than the queue's size.
+    pub fn put_back(&mut self, heads: impl DoubleEndedIterator<Item = u16>) {
+        for head in heads.rev() {
+            self.parked.push_front(head);
+        }
+    }
+
     /// The size that the driver chose: an honest one never has more chains
     /// with the device.
     #[must_use]

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{Activation, ActiveQueue, Notifier, StoppedQueue, VirtioDevice};
+use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::worker::borrow;
 
@@ -44,6 +45,7 @@ pub enum Notice {
     Queue(u16),
     Config,
     Reset(String),
+    Disk(DiskReport),
 }
 
 struct Notices(Mutex<Sender<Notice>>);
@@ -66,6 +68,10 @@ impl Notifier for Notices {
 
     fn needs_reset(&self, reason: &str) {
         self.send(Notice::Reset(reason.to_owned()));
+    }
+
+    fn disk_report(&self, report: &DiskReport) {
+        self.send(Notice::Disk(report.clone()));
     }
 }
 
@@ -204,6 +210,18 @@ impl Driver {
         self.doorbell.write(1).unwrap();
     }
 
+    /// Kicks, and waits until the worker has woken up for that.
+    pub fn kick_and_wait(&self) {
+        let epoll = Epoll::new().unwrap();
+        let event = EpollEvent::new(EventSet::IN, 0);
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&self.doorbell);
+        epoll.ctl(ControlOperation::Add, fd, event).unwrap();
+        self.kick();
+        while epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0 {
+            std::thread::yield_now();
+        }
+    }
+
     pub fn set_avail_flags(&self, flags: u16) {
         self.put(self.avail, flags);
     }
@@ -262,7 +280,8 @@ impl Driver {
                 return returned;
             }
             let notice = notices.recv_timeout(PATIENCE).unwrap();
-            assert!(matches!(notice, Notice::Queue(_)), "{notice:?}");
+            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_));
+            assert!(expected, "{notice:?}");
         }
     }
 
@@ -308,7 +327,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

@@ -17,7 +17,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -49,11 +49,17 @@ pub trait QueueWorker: Send + 'static {
     /// the guest must not be able to prolong it at will.
     fn turn(&mut self, serve: bool) -> Turn;
 
-    /// How many requests it has taken and not completed.
+    /// Serving begins, or goes on after a stop that was given up: what was
+    /// put aside for after a stop is to be done again.
+    fn resume(&mut self) {}
+
+    /// How many requests it has taken and not ended. Those that it has put
+    /// aside for after a stop do not count: nothing is waited for.
     fn in_flight(&self) -> usize;
 
     /// Gives the queues back. What is still in flight (after [`Turn::Halt`],
-    /// or when the device is dropped) goes back as parked heads.
+    /// or when the device is dropped) and what was put aside goes back as
+    /// parked heads.
     fn finish(self) -> Vec<StoppedQueue>;
 }
 
@@ -165,6 +171,9 @@ struct State {
 struct Control {
     /// The phase is not `Serve`; what a worker looks at between turns.
     draining: AtomicBool,
+    /// How often the phase has become `Serve`: a worker that sees another
+    /// number has been asked to stop in between, whether it noticed or not.
+    rounds: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -177,6 +186,9 @@ impl Control {
 
     fn set_phase(&self, state: &mut State, phase: Phase) {
         state.phase = phase;
+        if phase == Phase::Serve {
+            self.rounds.fetch_add(1, Ordering::Release);
+        }
         self.draining
             .store(phase != Phase::Serve, Ordering::Release);
         self.changed.notify_all();
@@ -325,6 +337,7 @@ impl Workers {
         // They begin idle, so that nothing has happened if one cannot be started.
         let control = Arc::new(Control {
             draining: AtomicBool::new(true),
+            rounds: AtomicU64::new(0),
             state: Mutex::new(State {
                 phase: Phase::Drain,
                 progress: vec![Progress::Busy { in_flight: 0 }; built.len()],
@@ -425,6 +438,7 @@ fn spawn<W: QueueWorker>(
 }
 
 fn run<W: QueueWorker>(mut worker: W, control: &Control, slot: usize) -> Vec<StoppedQueue> {
+    let mut round = 0;
     loop {
         let draining = control.draining.load(Ordering::Acquire);
         if draining {
@@ -437,6 +451,12 @@ fn run<W: QueueWorker>(mut worker: W, control: &Control, slot: usize) -> Vec<Sto
             }
             if control.still_busy(slot, in_flight) {
                 return worker.finish();
+            }
+        } else {
+            let now = control.rounds.load(Ordering::Acquire);
+            if now != round {
+                round = now;
+                worker.resume();
             }
         }
         if worker.turn(!draining) == Turn::Halt {

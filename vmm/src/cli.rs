@@ -10,7 +10,7 @@
 //! | code | meaning |
 //! |---|---|
 //! | 0 | done; the guest powered itself off or was stopped |
-//! | 1 | failure |
+//! | 1 | failure; `vireo image` has [codes](image) of its own |
 //! | 2 | wrong usage: nothing was done |
 //! | 3 | the guest's kernel panicked |
 //! | 4 | the guest's processor shut down (triple fault) |
@@ -20,6 +20,7 @@
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
 mod documents;
+mod image;
 mod log;
 mod message;
 mod run;
@@ -91,6 +92,12 @@ enum Verb {
     /// The exit code is 0 where machines can run, and 1 where not.
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
+    /// Make, examine, copy and repair disk images
+    #[command(after_help = image::EXAMPLES)]
+    Image {
+        #[command(subcommand)]
+        verb: image::Verb,
+    },
     /// Print the completions of a shell
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {
@@ -148,7 +155,10 @@ fn execute(arguments: Vec<OsString>) -> u8 {
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
         Ok(parsed) => parsed,
-        Err(error) => return refuse(&error, &arguments),
+        Err(error) => {
+            let usage = image::usage_code(&arguments).unwrap_or(USAGE);
+            return refuse(&error, &arguments, usage);
+        }
     };
     let result = log::start(cli.verbose)
         .map_err(Failure::Usage)
@@ -168,20 +178,21 @@ fn execute(arguments: Vec<OsString>) -> u8 {
     }
 }
 
-/// The program and the verb that these arguments give it, as far as there is one.
+/// The program and the verbs that these arguments give it, as far as there are any.
 fn verb_in(arguments: &[OsString]) -> String {
-    let command = command(MODELS);
-    let verb = arguments
-        .iter()
-        .find_map(|argument| command.find_subcommand(argument));
-    verb.map_or_else(
-        || "vireo".to_owned(),
-        |verb| format!("vireo {}", verb.get_name()),
-    )
+    let mut names = "vireo".to_owned();
+    let mut command = &command(MODELS);
+    for argument in arguments.iter().skip(1) {
+        if let Some(verb) = command.find_subcommand(argument) {
+            names = format!("{names} {}", verb.get_name());
+            command = verb;
+        }
+    }
+    names
 }
 
 /// Prints the help or version that was asked for, or what is wrong with the arguments.
-fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
+fn refuse(error: &clap::Error, arguments: &[OsString], usage: u8) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match error.print() {
             Err(cause) if cause.kind() != io::ErrorKind::BrokenPipe => {
@@ -193,11 +204,11 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             // Nothing is left to tell of a failure to write to standard error.
             let _ = error.print();
-            USAGE
+            usage
         }
         _ => {
             message::report(&message::from_clap(error, &verb_in(arguments)));
-            USAGE
+            usage
         }
     }
 }
@@ -212,6 +223,7 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
             Ok(exit_code(reason))
         }
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
+        Verb::Image { verb } => Ok(image::run(verb, &opener)),
         Verb::Completions { shell } => {
             print(&documents::completions(command(MODELS), shell)).map_err(Failure::Failed)?;
             Ok(0)

@@ -16,8 +16,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
-use block::Access;
+use block::{Access, Address};
 use kvm_ioctls::Kvm;
+
+mod connect;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -344,6 +346,43 @@ impl block::Opener for Opener {
         check_kind(file.metadata()?.file_type())?;
         tracing::debug!(path = %path.display(), ?access, "opened");
         Ok(file)
+    }
+
+    /// Any address may be connected to.
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn block::Connector>> {
+        Ok(Box::new(connect::Connector(address.clone())))
+    }
+
+    /// Creates it with mode 0600; a symbolic link at its name is not followed.
+    fn create(&self, path: &Path, access: Access) -> io::Result<File> {
+        let direct = if access.direct { libc::O_DIRECT } else { 0 };
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(direct | libc::O_NOFOLLOW | libc::O_NOCTTY)
+            .open(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        // A second name for the file, rather than a new one: that never replaces another file.
+        match fs::hard_link(from, to) {
+            Ok(()) => fs::remove_file(from)?,
+            // Not all file systems have links.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
+                if fs::symlink_metadata(to).is_ok() {
+                    return Err(io::ErrorKind::AlreadyExists.into());
+                }
+                fs::rename(from, to)?;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
     }
 }
 

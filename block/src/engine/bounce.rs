@@ -4,7 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::io;
 use std::ptr::NonNull;
 
-use crate::buffers::IoVec;
+use crate::buffers::{IoVec, for_window};
 
 /// Suits every alignment that the host is known to demand of memory.
 const ALIGN: usize = 64 << 10;
@@ -42,6 +42,13 @@ impl AlignedBuf {
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the memory is ours, initialised (zeroed), and borrowed with `self`.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
+    }
+
+    /// The whole buffer, to look at. Not to be called while the host works on it.
+    #[expect(unsafe_code, reason = "the memory is raw")]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the memory is ours, initialised (zeroed), and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
     }
 
     /// The first `len` bytes, as the host sees them.
@@ -96,37 +103,6 @@ pub(crate) enum Way {
     In,
     /// To the pieces.
     Out,
-}
-
-/// Walks the part of `pieces` that starts `skip` bytes in and is at most `len`
-/// bytes long, until `each` says false. Empty pieces are left out.
-pub(crate) fn for_window(
-    pieces: &[IoVec],
-    skip: u64,
-    len: u64,
-    mut each: impl FnMut(IoVec) -> bool,
-) {
-    let mut skip = usize::try_from(skip).unwrap_or(usize::MAX);
-    let mut left = usize::try_from(len).unwrap_or(usize::MAX);
-    for piece in pieces {
-        if left == 0 {
-            break;
-        }
-        let skipped = skip.min(piece.len);
-        skip -= skipped;
-        let n = (piece.len - skipped).min(left);
-        if n == 0 {
-            continue;
-        }
-        left -= n;
-        let part = IoVec {
-            base: piece.base.wrapping_add(skipped),
-            len: n,
-        };
-        if !each(part) {
-            break;
-        }
-    }
 }
 
 /// A queue's bounce buffers: made when first needed, bounded in number.

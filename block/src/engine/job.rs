@@ -19,10 +19,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use libc::c_int;
 
-use crate::buffers::{Buffers, IoVec};
-use crate::disk::{Op, Token};
+use crate::buffers::{Buffers, IoVec, for_window};
+use crate::disk::Op;
 use crate::engine::FileId;
-use crate::engine::bounce::{AlignedBuf, BOUNCE_SIZE, Way, for_window};
+use crate::engine::bounce::{AlignedBuf, BOUNCE_SIZE, Way};
 use crate::file::{Abilities, Kind, forget};
 
 /// The most pieces that one system call takes (`IOV_MAX`).
@@ -107,13 +107,19 @@ enum Stage {
 #[derive(Debug)]
 pub(crate) struct Job {
     /// The submitter's mark.
-    pub token: Token,
+    pub tag: u64,
+    /// Another one.
+    pub note: u64,
     /// Which of the engine's files it is about.
     pub file: FileId,
     op: Op,
     offset: u64,
     len: u64,
     durable: bool,
+    /// A read finds zeros past the end of the file.
+    endless: bool,
+    /// It stands for a write of so many bytes.
+    stands_for: u64,
     buffers: Buffers,
     bounce: Option<AlignedBuf>,
     stage: Stage,
@@ -128,7 +134,7 @@ impl Job {
     ///
     /// Offset plus length must not overflow.
     pub(crate) fn new(
-        token: Token,
+        tag: u64,
         file: FileId,
         op: Op,
         offset: u64,
@@ -141,12 +147,15 @@ impl Job {
             Op::Discard { len } | Op::WriteZeroes { len, .. } => len,
         };
         Self {
-            token,
+            tag,
+            note: 0,
             file,
             op,
             offset,
             len,
             durable,
+            endless: false,
+            stands_for: 0,
             buffers,
             bounce: None,
             stage: Stage::Sync,
@@ -154,6 +163,24 @@ impl Job {
             retries: 0,
             window: Vec::new(),
         }
+    }
+
+    /// Gives it a note.
+    pub(crate) fn noted(mut self, note: u64) -> Self {
+        self.note = note;
+        self
+    }
+
+    /// Makes a read find zeros past the end of the file, instead of failing there.
+    pub(crate) fn endless(mut self) -> Self {
+        self.endless = true;
+        self
+    }
+
+    /// Makes its success count as that of a write of so many bytes.
+    pub(crate) fn standing_for(mut self, bytes: u64) -> Self {
+        self.stands_for = bytes;
+        self
     }
 
     /// Whether its memory does not suit the file, so that it needs [`Job::lend`].
@@ -178,10 +205,11 @@ impl Job {
         self.len
     }
 
-    /// How many bytes have been read or written.
-    pub(crate) fn bytes(&self) -> u64 {
+    /// How many bytes have been read or written for a request, given how the job has ended.
+    pub(crate) fn bytes(&self, result: &io::Result<()>) -> u64 {
         match self.op {
             Op::Read | Op::Write => self.done,
+            Op::WriteZeroes { .. } if result.is_ok() => self.stands_for,
             Op::Flush | Op::Discard { .. } | Op::WriteZeroes { .. } => 0,
         }
     }
@@ -318,13 +346,19 @@ impl Job {
 
     /// A transfer has moved `moved` bytes of what was asked.
     fn moved(&mut self, moved: u64, abilities: &Abilities) -> Option<io::Result<()>> {
+        if self.op == Op::Read && self.past_end(moved, abilities) {
+            return Some(Ok(()));
+        }
         // Direct I/O can only go on from where it may start.
-        let moved = if self.done.saturating_add(moved) < self.len {
-            moved - moved % u64::from(abilities.align.offset)
+        let tail = if self.done.saturating_add(moved) < self.len {
+            moved % u64::from(abilities.align.offset)
         } else {
-            moved
+            0
         };
-        if moved == 0 {
+        // A transfer that stops elsewhere has come to the end of the file; so has one of nothing.
+        let ended = self.endless && self.op == Op::Read && (moved == 0 || tail != 0);
+        let moved = if ended { moved } else { moved - tail };
+        if moved == 0 && !ended {
             return Some(Err(match self.op {
                 Op::Read => io::ErrorKind::UnexpectedEof.into(),
                 _ => io::ErrorKind::WriteZero.into(),
@@ -337,6 +371,10 @@ impl Job {
             bounce.exchange(self.buffers.pieces(), self.done, len, Way::Out);
         }
         self.done = self.done.saturating_add(moved);
+        if ended {
+            self.buffers.fill_zero(self.done..self.len);
+            self.done = self.len;
+        }
         if self.done >= self.len {
             return Some(Ok(()));
         }
@@ -345,6 +383,24 @@ impl Job {
             _ => self.next_transfer(),
         }
         None
+    }
+
+    /// Ends a read that has come to the end of a file that its disk goes on past: the rest is zeros.
+    fn past_end(&mut self, moved: u64, abilities: &Abilities) -> bool {
+        let done = self.done.saturating_add(moved);
+        if abilities
+            .end
+            .is_none_or(|end| self.offset.saturating_add(done) < end)
+        {
+            return false;
+        }
+        if let Some(bounce) = &mut self.bounce {
+            let len = usize::try_from(moved).unwrap_or(BOUNCE_SIZE);
+            bounce.exchange(self.buffers.pieces(), self.done, len, Way::Out);
+        }
+        self.buffers.zero(done, u64::MAX);
+        self.done = self.len;
+        true
     }
 
     /// Prepares the transfer of what is left, or of as much as one step takes.
@@ -379,19 +435,25 @@ impl Job {
     /// Prepares the writing of zeros over what is left, a bounded part at a time.
     fn next_zeros(&mut self) {
         let left = self.len.saturating_sub(self.done);
-        let ask = left.min(ZEROS_LEN as u64 * ZEROS_REPEAT);
-        let mut unasked = usize::try_from(ask).unwrap_or(ZEROS_LEN);
-        self.window.clear();
-        while unasked > 0 {
-            let len = unasked.min(ZEROS_LEN);
-            self.window.push(IoVec {
-                base: ZEROS.0.as_ptr().cast_mut().cast(),
-                len,
-            });
-            unasked -= len;
-        }
+        let ask = zeros(left, &mut self.window);
         self.stage = Stage::ZeroWrite { ask };
     }
+}
+
+/// Makes `pieces` up to `len` zeros that are only to be read, as many as one step may write: how many that is.
+pub(crate) fn zeros(len: u64, pieces: &mut Vec<IoVec>) -> u64 {
+    let ask = len.min(ZEROS_LEN as u64 * ZEROS_REPEAT);
+    let mut unasked = usize::try_from(ask).unwrap_or(ZEROS_LEN);
+    pieces.clear();
+    while unasked > 0 {
+        let len = unasked.min(ZEROS_LEN);
+        pieces.push(IoVec {
+            base: ZEROS.0.as_ptr().cast_mut().cast(),
+            len,
+        });
+        unasked -= len;
+    }
+    ask
 }
 
 /// Whether the answer means that the host will never do this.

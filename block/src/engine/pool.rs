@@ -1,47 +1,39 @@
-//! A bounded pool of threads that run jobs with plain system calls.
-//!
-//! Threads are started as work demands, up to the bound, and end with the pool.
+//! Threads that run jobs with blocking calls: system calls where a file has a descriptor, else
+//! those of its [`Storage`].
 
-use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
 
 use libc::c_int;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::buffers::IoVec;
+use crate::crew::{Crew, Mailbox, Task};
+use crate::engine::bounce::{AlignedBuf, BOUNCE_SIZE, Way};
 use crate::engine::job::{Job, Step};
-use crate::file::{HostFile, discard_device};
+use crate::engine::target::Target;
+use crate::file::discard_device;
+use crate::storage::Storage;
 
 /// The longest read that is tried in the calling thread, in bytes: copying
 /// that much costs less than waking a thread.
 const MAX_ATTEMPT: u64 = 64 << 10;
 
+/// A job that has ended, and how.
+type Ended = (Job, io::Result<()>);
+
 /// A pool of threads.
+#[derive(Debug)]
 pub(crate) struct Pool {
-    shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
-    limit: usize,
+    crew: Crew<Run>,
+    ended: Arc<Mailbox<Ended>>,
 }
 
-struct Shared {
-    state: Mutex<State>,
-    work: Condvar,
-    /// Readable when `done` has become non-empty. Watched edge-triggered, so
-    /// nobody ever reads it; its count cannot reach its limit in practice and a
-    /// failed write would mean just that it is readable already.
-    doorbell: EventFd,
-}
-
-#[derive(Default)]
-struct State {
-    todo: VecDeque<(Job, Arc<HostFile>)>,
-    done: Vec<(Job, io::Result<()>)>,
-    idle: usize,
-    stopping: bool,
+/// A job to run to its end.
+struct Run {
+    job: Job,
+    target: Target,
+    ended: Arc<Mailbox<Ended>>,
 }
 
 impl Pool {
@@ -51,135 +43,55 @@ impl Pool {
     ///
     /// The host's, when it has no thread or descriptor to give.
     pub(crate) fn new(limit: usize) -> io::Result<Self> {
-        let mut pool = Self {
-            shared: Arc::new(Shared {
-                state: Mutex::default(),
-                work: Condvar::new(),
-                doorbell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            }),
-            threads: Vec::new(),
-            limit: limit.max(1),
-        };
-        pool.grow()?;
-        Ok(pool)
+        Ok(Self {
+            ended: Arc::new(Mailbox::new()?),
+            crew: Crew::new("block-io", limit)?,
+        })
     }
 
     /// Becomes readable, edge by edge, when there is something to [`Pool::harvest`].
     pub(crate) fn doorbell(&self) -> BorrowedFd<'_> {
-        self.shared.doorbell()
+        self.ended.bell()
     }
 
     /// Runs jobs that have begun.
-    pub(crate) fn start(&mut self, jobs: impl IntoIterator<Item = (Job, Arc<HostFile>)>) {
-        let mut state = self.shared.lock();
-        let before = state.todo.len();
-        state.todo.extend(jobs);
-        let (fresh, short) = (
-            state.todo.len() - before,
-            state.todo.len().saturating_sub(state.idle),
-        );
-        drop(state);
-        for _ in 0..fresh {
-            self.shared.work.notify_one();
-        }
-        for _ in 0..short {
-            // One thread exists, so the work gets done; more would only be faster.
-            if self.threads.len() >= self.limit || self.grow().is_err() {
-                break;
-            }
-        }
+    pub(crate) fn start(&self, jobs: impl IntoIterator<Item = (Job, Target)>) {
+        let run = |(job, target)| Run {
+            job,
+            target,
+            ended: Arc::clone(&self.ended),
+        };
+        self.crew.start(jobs.into_iter().map(run));
     }
 
     /// Appends what has ended.
-    pub(crate) fn harvest(&self, out: &mut Vec<(Job, io::Result<()>)>) {
-        out.append(&mut self.shared.lock().done);
-    }
-
-    fn grow(&mut self) -> io::Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let thread = thread::Builder::new()
-            .name("block-io".to_owned())
-            .spawn(move || shared.serve())?;
-        self.threads.push(thread);
-        Ok(())
+    pub(crate) fn harvest(&self, out: &mut Vec<Ended>) {
+        self.ended.take(out);
     }
 }
 
-impl Drop for Pool {
-    /// Waits for all jobs.
-    fn drop(&mut self) {
-        self.shared.lock().stopping = true;
-        self.shared.work.notify_all();
-        for thread in self.threads.drain(..) {
-            // Its panic, if any, has been printed; there is nothing to add.
-            let _ = thread.join();
-        }
-    }
-}
-
-impl fmt::Debug for Pool {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool")
-            .field("threads", &self.threads.len())
-            .field("limit", &self.limit)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No code that can panic runs under the lock but the allocator's.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    #[expect(unsafe_code, reason = "vmm-sys-util's EventFd lends no BorrowedFd")]
-    fn doorbell(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open as long as `self.doorbell` lives, which the borrow sees to.
-        unsafe { BorrowedFd::borrow_raw(self.doorbell.as_raw_fd()) }
-    }
-
-    /// A thread's life.
-    fn serve(&self) {
-        let mut state = self.lock();
-        loop {
-            if let Some((job, file)) = state.todo.pop_front() {
-                drop(state);
-                let ended = run(job, &file);
-                drop(file);
-                state = self.lock();
-                state.done.push(ended);
-                if state.done.len() == 1 {
-                    let _ = self.doorbell.write(1);
-                }
-            } else if state.stopping {
-                return;
-            } else {
-                state.idle += 1;
-                state = self
-                    .work
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-                state.idle -= 1;
+impl Task for Run {
+    fn run(mut self) {
+        let abilities = self.target.abilities();
+        let end = loop {
+            let step = self.job.step(abilities);
+            let answer = match &self.target {
+                Target::Host(file) => perform(&step, file.as_fd()),
+                Target::Remote(remote) => call(&step, &*remote.storage).map_err(|e| number(&e)),
+            };
+            if let Some(end) = self.job.advance(answer, abilities) {
+                break end;
             }
-        }
-    }
-}
-
-/// Runs a job to its end in this thread.
-fn run(mut job: Job, file: &HostFile) -> (Job, io::Result<()>) {
-    let abilities = file.abilities();
-    loop {
-        let answer = perform(&job.step(abilities), file.as_fd());
-        if let Some(end) = job.advance(answer, abilities) {
-            return (job, end);
-        }
+        };
+        drop(self.target);
+        self.ended.put((self.job, end));
     }
 }
 
 /// Tries a job's step in the calling thread if the page cache may have the
 /// answer, so that the host need not wait. `None` when there is (still) a step to do.
-pub(crate) fn attempt(job: &mut Job, file: &HostFile) -> Option<io::Result<()>> {
-    let abilities = file.abilities();
+pub(crate) fn attempt(job: &mut Job, target: &Target) -> Option<io::Result<()>> {
+    let abilities = target.abilities();
     if abilities.direct || job.len() > MAX_ATTEMPT {
         return None;
     }
@@ -187,7 +99,7 @@ pub(crate) fn attempt(job: &mut Job, file: &HostFile) -> Option<io::Result<()>> 
         return None;
     };
     // Whatever an error is, a thread will find out.
-    let moved = read(file.as_fd(), offset, pieces, libc::RWF_NOWAIT).ok()?;
+    let moved = read(target.descriptor()?, offset, pieces, libc::RWF_NOWAIT).ok()?;
     job.advance(Ok(moved), abilities)
 }
 
@@ -204,11 +116,12 @@ fn read(file: BorrowedFd<'_>, offset: u64, pieces: &[IoVec], flags: c_int) -> Re
 
 /// What a system call gave back.
 fn moved(rc: isize) -> Result<u64, c_int> {
-    u64::try_from(rc).map_err(|_| {
-        io::Error::last_os_error()
-            .raw_os_error()
-            .unwrap_or(libc::EIO)
-    })
+    u64::try_from(rc).map_err(|_| number(&io::Error::last_os_error()))
+}
+
+/// The error number; `EIO` for an error that has none.
+fn number(error: &io::Error) -> c_int {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 /// Does one step with a plain system call; the bytes moved or the error number.
@@ -240,9 +153,47 @@ fn perform(step: &Step<'_>, file: BorrowedFd<'_>) -> Result<u64, c_int> {
         Step::DiscardDevice { offset, len } => {
             return match discard_device(file, offset, len) {
                 Ok(()) => Ok(0),
-                Err(e) => Err(e.raw_os_error().unwrap_or(libc::EIO)),
+                Err(e) => Err(number(&e)),
             };
         }
     };
     moved(rc)
+}
+
+/// Does one step, or the first part of a long one, by a storage's own calls; the bytes moved.
+fn call(step: &Step<'_>, storage: &dyn Storage) -> io::Result<u64> {
+    match *step {
+        Step::Read { offset, pieces } => {
+            let mut buf = buffer(pieces)?;
+            storage.read_at(buf.bytes_mut(), offset)?;
+            let len = buf.bytes().len();
+            buf.exchange(pieces, 0, len, Way::Out);
+            Ok(len as u64)
+        }
+        Step::Write {
+            offset,
+            pieces,
+            dsync,
+        } => {
+            let mut buf = buffer(pieces)?;
+            let len = buf.bytes().len();
+            buf.exchange(pieces, 0, len, Way::In);
+            storage.write_at(buf.bytes(), offset)?;
+            if dsync {
+                storage.sync()?;
+            }
+            Ok(len as u64)
+        }
+        Step::Sync => storage.sync().map(|()| 0),
+        Step::Allocate { offset, len, .. } => storage.zero(offset, len).map(|()| 0),
+        Step::DiscardDevice { offset, len } => storage.discard(offset, len).map(|()| 0),
+    }
+}
+
+/// Memory for these pieces, or for the first of them.
+fn buffer(pieces: &[IoVec]) -> io::Result<AlignedBuf> {
+    let len = pieces
+        .iter()
+        .fold(0, |len: usize, p| len.saturating_add(p.len));
+    AlignedBuf::new(len.min(BOUNCE_SIZE))
 }

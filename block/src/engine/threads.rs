@@ -5,18 +5,13 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::disk::Watch;
 use crate::engine::pool::{Pool, attempt};
-use crate::engine::{FileId, Harvest, Job, Until};
-use crate::file::HostFile;
-
-/// The most threads of one queue.
-const MAX_THREADS: usize = 8;
+use crate::engine::target::Target;
+use crate::engine::{FileId, Harvest, Job, MAX_THREADS, Notice, Until};
 
 /// Epoll's mark for the pool's doorbell; watches are marked by their index.
 const DOORBELL: u64 = u64::MAX;
@@ -28,11 +23,11 @@ const EVENTS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Threads {
     pool: Pool,
-    files: Vec<Arc<HostFile>>,
-    started: Vec<(Job, Arc<HostFile>)>,
+    files: Vec<Target>,
+    started: Vec<(Job, Target)>,
     /// Ended without a thread.
     ended: Vec<(Job, io::Result<()>)>,
-    watches: Vec<(OwnedFd, Watch)>,
+    watches: Vec<(OwnedFd, Notice)>,
     epoll: Epoll,
 }
 
@@ -52,16 +47,20 @@ impl Threads {
         Ok(engine)
     }
 
-    pub(crate) fn add_file(&mut self, file: Arc<HostFile>) -> FileId {
+    pub(crate) fn add_file(&mut self, file: Target) -> FileId {
         self.files.push(file);
         FileId(self.files.len() - 1)
+    }
+
+    pub(crate) fn files(&self) -> &[Target] {
+        &self.files
     }
 
     pub(crate) fn start(&mut self, mut job: Job) {
         let file = &self.files[job.file.0];
         match attempt(&mut job, file) {
             Some(end) => self.ended.push((job, end)),
-            None => self.started.push((job, Arc::clone(file))),
+            None => self.started.push((job, file.clone())),
         }
     }
 
@@ -71,10 +70,10 @@ impl Threads {
         }
     }
 
-    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
+    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, notice: Notice) -> io::Result<()> {
         let fd = fd.try_clone_to_owned()?;
         self.poll(fd.as_raw_fd(), self.watches.len() as u64)?;
-        self.watches.push((fd, watch));
+        self.watches.push((fd, notice));
         Ok(())
     }
 
@@ -96,8 +95,8 @@ impl Threads {
             };
             for event in events.iter().take(count) {
                 let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
-                if let Some((_, watch)) = self.watches.get(index) {
-                    out.watch(*watch);
+                if let Some((_, notice)) = self.watches.get(index) {
+                    out.notice(*notice);
                 }
             }
             self.pool.harvest(&mut out.done);
@@ -114,7 +113,7 @@ impl Threads {
 }
 
 /// Epoll's unit, rounded up so that a short time is no busy loop; -1 is no limit.
-fn milliseconds(time: Option<Duration>) -> i32 {
+pub(crate) fn milliseconds(time: Option<Duration>) -> i32 {
     time.map_or(-1, |time| {
         i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
     })

@@ -2,8 +2,8 @@
 //!
 //! Everything that has been started goes to the host in the one system call
 //! that also waits. Watched descriptors are multishot polls in the same ring, so the
-//! worker has one place to block. What the ring cannot do (an ioctl) runs in a
-//! helper thread that rings a watched bell.
+//! worker has one place to block. What the ring cannot do (an ioctl, or anything on a storage without
+//! a descriptor) runs in helper threads that ring a watched bell.
 //!
 //! The ring is not bound to one thread (no `SINGLE_ISSUER`): a queue is made
 //! by one thread, used by another and maybe drained by a third.
@@ -12,8 +12,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::squeue::{Entry, Flags};
@@ -21,11 +20,10 @@ use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
 
 use crate::buffers::IoVec;
-use crate::disk::Watch;
 use crate::engine::job::{Job, Step};
 use crate::engine::pool::Pool;
-use crate::engine::{FileId, Harvest, Until};
-use crate::file::HostFile;
+use crate::engine::target::Target;
+use crate::engine::{FileId, Harvest, MAX_THREADS, Notice, Until};
 
 /// Room in the submission ring beyond one entry per job: for polls.
 const SPARE_ENTRIES: u32 = 8;
@@ -43,7 +41,7 @@ pub(crate) struct Uring {
     /// Never grows, so that a job, and what the host reads of it, stays in place.
     slots: Vec<Option<Job>>,
     free: Vec<usize>,
-    files: Vec<Arc<HostFile>>,
+    files: Vec<Target>,
     /// The first so many files are registered.
     fixed: usize,
     polls: Vec<Poll>,
@@ -56,7 +54,7 @@ pub(crate) struct Uring {
 struct Poll {
     fd: OwnedFd,
     /// Whom to tell; `None` is the helper's bell.
-    watch: Option<Watch>,
+    notice: Option<Notice>,
 }
 
 impl Uring {
@@ -103,7 +101,7 @@ impl Uring {
         })
     }
 
-    pub(crate) fn add_file(&mut self, file: Arc<HostFile>) -> FileId {
+    pub(crate) fn add_file(&mut self, file: Target) -> FileId {
         let index = self.files.len();
         // Registration is all or nothing and only makes things faster.
         if self.fixed == index && self.register(index, &file).is_ok() {
@@ -113,7 +111,12 @@ impl Uring {
         FileId(index)
     }
 
-    fn register(&self, index: usize, file: &HostFile) -> io::Result<()> {
+    pub(crate) fn files(&self) -> &[Target] {
+        &self.files
+    }
+
+    fn register(&self, index: usize, file: &Target) -> io::Result<()> {
+        let descriptor = file.descriptor().ok_or(io::ErrorKind::Unsupported)?;
         let submitter = self.ring.submitter();
         if index == 0 {
             submitter.register_files_sparse(FIXED_FILES)?;
@@ -122,7 +125,7 @@ impl Uring {
         if index >= FIXED_FILES {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        submitter.register_files_update(index, &[file.as_fd().as_raw_fd()])?;
+        submitter.register_files_update(index, &[descriptor.as_raw_fd()])?;
         Ok(())
     }
 
@@ -147,7 +150,9 @@ impl Uring {
             Ok(fixed) if index < self.fixed => {
                 encode(&step, Fd(fixed)).map(|entry| entry.flags(Flags::FIXED_FILE))
             }
-            _ => encode(&step, Fd(file.as_fd().as_raw_fd())),
+            _ => file
+                .descriptor()
+                .and_then(|fd| encode(&step, Fd(fd.as_raw_fd()))),
         };
         match entry {
             Some(entry) => self.enqueue(entry.user_data(slot as u64)),
@@ -158,7 +163,7 @@ impl Uring {
     /// Has a helper thread do what the ring cannot.
     fn delegate(&mut self, slot: usize) {
         if self.helper.is_none()
-            && let Ok(pool) = Pool::new(1)
+            && let Ok(pool) = Pool::new(MAX_THREADS)
             && self.add_poll(pool.doorbell(), None).is_ok()
         {
             self.helper = Some(pool);
@@ -166,8 +171,8 @@ impl Uring {
         let Some(job) = self.slots[slot].take() else {
             return;
         };
-        let file = Arc::clone(&self.files[job.file.0]);
-        match &mut self.helper {
+        let file = self.files[job.file.0].clone();
+        match &self.helper {
             Some(helper) => {
                 self.free.push(slot);
                 helper.start([(job, file)]);
@@ -219,13 +224,13 @@ impl Uring {
         }
     }
 
-    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
-        self.add_poll(fd, Some(watch))
+    pub(crate) fn watch(&mut self, fd: BorrowedFd<'_>, notice: Notice) -> io::Result<()> {
+        self.add_poll(fd, Some(notice))
     }
 
-    fn add_poll(&mut self, fd: BorrowedFd<'_>, watch: Option<Watch>) -> io::Result<()> {
+    fn add_poll(&mut self, fd: BorrowedFd<'_>, notice: Option<Notice>) -> io::Result<()> {
         let fd = fd.try_clone_to_owned()?;
-        self.polls.push(Poll { fd, watch });
+        self.polls.push(Poll { fd, notice });
         self.arm(self.polls.len() - 1);
         Ok(())
     }
@@ -312,8 +317,8 @@ impl Uring {
         if result < 0 {
             return;
         }
-        match (self.polls[index].watch, &self.helper) {
-            (Some(watch), _) => out.watch(watch),
+        match (self.polls[index].notice, &self.helper) {
+            (Some(notice), _) => out.notice(notice),
             (None, Some(helper)) => helper.harvest(&mut out.done),
             (None, None) => {}
         }
@@ -323,9 +328,11 @@ impl Uring {
         let Some(job) = &mut self.slots[slot] else {
             return;
         };
-        let abilities = self.files[job.file.0].abilities();
+        let file = &self.files[job.file.0];
+        let abilities = file.abilities();
         // A delegated step that nobody could take comes back as if the host was short of threads.
-        let delegated = matches!(job.step(abilities), Step::DiscardDevice { .. });
+        let delegated = file.descriptor().is_none()
+            || matches!(job.step(abilities), Step::DiscardDevice { .. });
         let answer = match u64::try_from(result) {
             Ok(_) if delegated => Err(libc::EAGAIN),
             Ok(moved) => Ok(moved),
@@ -360,8 +367,7 @@ impl Drop for Uring {
                 mem::forget(mem::take(&mut self.slots));
                 return;
             }
-            out.done.clear();
-            out.watches.clear();
+            out = Harvest::default();
         }
     }
 }

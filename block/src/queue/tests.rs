@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::testing::{AnyPath, Arena, finish, perform, request};
 use crate::*;
 
-const ENGINES: [Aio; 2] = [Aio::IoUring, Aio::Threads];
+pub(crate) const ENGINES: [Aio; 2] = [Aio::IoUring, Aio::Threads];
 
 fn image(size: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -40,7 +40,7 @@ fn invalid(result: std::io::Result<()>) -> bool {
 
 /// One random step of the differential test; numbers are in blocks of 512 bytes.
 #[derive(Clone, Debug)]
-enum Act {
+pub(crate) enum Act {
     Read(u64, Vec<usize>),
     Write(u64, Vec<usize>, u8),
     Zero(u64, u64, bool),
@@ -48,9 +48,9 @@ enum Act {
     Flush,
 }
 
-const BLOCKS: u64 = 600;
+pub(crate) const BLOCKS: u64 = 600;
 
-fn acts() -> impl Strategy<Value = Vec<Act>> {
+pub(crate) fn acts() -> impl Strategy<Value = Vec<Act>> {
     let pieces = || prop::collection::vec(1_usize..20, 1..8);
     let act = prop_oneof![
         3 => (0..BLOCKS, pieces()).prop_map(|(at, lens)| Act::Read(at, lens)),
@@ -63,7 +63,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 }
 
 /// The disk as it should be; `None` is a byte that a discard left open.
-struct Model(Vec<Option<u8>>);
+pub(crate) struct Model(pub Vec<Option<u8>>);
 
 impl Model {
     fn range(&self, at: u64, len: usize) -> Option<std::ops::Range<usize>> {
@@ -71,7 +71,7 @@ impl Model {
         (at + len <= self.0.len()).then_some(at..at + len)
     }
 
-    fn agrees(&self, at: usize, bytes: &[u8]) -> bool {
+    pub(crate) fn agrees(&self, at: usize, bytes: &[u8]) -> bool {
         let expected = &self.0[at..at + bytes.len()];
         expected
             .iter()
@@ -80,12 +80,12 @@ impl Model {
     }
 }
 
-struct Differential {
-    queue: Box<dyn IoQueue>,
-    arena: Arc<Arena>,
-    model: Model,
+pub(crate) struct Differential {
+    pub queue: Box<dyn IoQueue>,
+    pub arena: Arc<Arena>,
+    pub model: Model,
     /// Moves buffers off alignment, so that direct I/O must bounce.
-    shift: usize,
+    pub shift: usize,
 }
 
 impl Differential {
@@ -102,7 +102,7 @@ impl Differential {
         (places, lens.iter().sum::<usize>() * 512)
     }
 
-    fn act(&mut self, act: &Act) {
+    pub(crate) fn act(&mut self, act: &Act) {
         match act {
             Act::Read(at, lens) => {
                 let (places, len) = self.places(lens);
@@ -544,6 +544,57 @@ fn discards_and_zeroes_free_space_only_when_asked_to() {
             let after = file.as_file().metadata().unwrap().blocks();
             assert_eq!(after < before, frees, "{aio:?} {discard:?} {op:?}");
             assert_eq!(file.as_file().metadata().unwrap().len(), 1 << 20);
+        }
+    }
+}
+
+#[test]
+fn writes_of_zeros_become_holes_only_as_detect_zeroes_says() {
+    for aio in ENGINES {
+        for (detect_zeroes, discard, frees) in [
+            (DetectZeroes::Off, Discard::Unmap, false),
+            (DetectZeroes::On, Discard::Unmap, false),
+            (DetectZeroes::Unmap, Discard::Ignore, false),
+            (DetectZeroes::Unmap, Discard::Unmap, true),
+        ] {
+            let file = image(1 << 20);
+            file.as_file().write_all_at(&vec![1; 1 << 20], 0).unwrap();
+            file.as_file().sync_all().unwrap();
+            let before = file.as_file().metadata().unwrap().blocks();
+            let options = DiskOptions {
+                detect_zeroes,
+                discard,
+                ..options(aio, Cache::Writeback)
+            };
+            let disk = open(file.path(), &options);
+            let mut queue = disk.queue(2).unwrap();
+            let arena = Arena::new((1 << 20) + 4096);
+            let buffers = arena.buffers(&[(0, 4096), (4096, (1 << 20) - 8192)]);
+            queue.push(request(0, Op::Write, 4096, buffers));
+            // One byte of these is none.
+            arena.put((1 << 20) + 4095, &[1]);
+            let buffers = arena.buffers(&[(1 << 20, 4096)]);
+            queue.push(request(1, Op::Write, 0, buffers));
+            for (token, result, bytes) in finish(queue.as_mut(), 2) {
+                result.unwrap();
+                assert_eq!(
+                    bytes,
+                    [(1 << 20) - 4096, 4096][usize::try_from(token).unwrap()]
+                );
+            }
+            let bytes = std::fs::read(file.path()).unwrap();
+            assert_eq!(bytes[4095], 1);
+            assert!(
+                bytes.iter().filter(|byte| **byte != 0).count() == 1,
+                "{aio:?}"
+            );
+            file.as_file().sync_all().unwrap();
+            let after = file.as_file().metadata().unwrap().blocks();
+            assert_eq!(
+                after < before,
+                frees,
+                "{aio:?} {detect_zeroes:?} {discard:?}"
+            );
         }
     }
 }

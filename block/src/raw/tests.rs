@@ -3,9 +3,9 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Output};
 
 use super::*;
-use crate::options::{Cache, Format};
+use crate::options::{Cache, Discard, Format};
 use crate::testing::{AnyPath, Arena, perform};
-use crate::{Buffers, Op};
+use crate::{Buffers, DiskEvent, Op};
 
 fn image(size: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -86,7 +86,7 @@ fn a_pipe_a_socket_and_a_character_device_are_refused_without_waiting() {
 struct NoWriting;
 
 impl Opener for NoWriting {
-    fn open(&self, path: &Path, access: crate::Access) -> io::Result<File> {
+    fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         if access.write {
             return Err(io::Error::from_raw_os_error(libc::EACCES));
         }
@@ -115,6 +115,52 @@ fn odd_sizes_are_refused_and_whole_sectors_taken() {
         let info = open(file.path()).unwrap().info();
         assert_eq!((info.size, info.logical_block), (size, 512));
         assert!(info.physical_block.is_power_of_two() && info.physical_block >= 512);
+    }
+}
+
+#[test]
+fn a_read_only_image_of_an_odd_size_ends_in_zeros() {
+    for (size, aio, cache) in [1, 511, 1000, 2048, 4097, (256 << 10) + 700]
+        .into_iter()
+        .flat_map(|size| [Aio::IoUring, Aio::Threads].map(|aio| (size, aio)))
+        .flat_map(|(size, aio)| [Cache::Writeback, Cache::None].map(|cache| (size, aio, cache)))
+    {
+        let case = format!("{size} bytes, {aio:?}, {cache:?}");
+        let file = image(0);
+        let bytes: Vec<u8> = (0..size)
+            .map(|i| u8::try_from(i % 251).unwrap() + 1)
+            .collect();
+        std::fs::write(file.path(), &bytes).unwrap();
+        let options = DiskOptions {
+            aio,
+            cache,
+            ..read_only()
+        };
+        let disk = RawDisk::open(file.path(), &AnyPath, &options).unwrap();
+        let info = disk.info();
+        let unit = u64::from(info.logical_block);
+        assert_eq!(info.size, (size as u64).next_multiple_of(unit), "{case}");
+        let whole = usize::try_from(info.size).unwrap();
+        let arena = Arena::new(whole + 4096);
+        let mut queue = disk.queue(1).unwrap();
+        // Memory that suits direct I/O, and memory that does not.
+        for at in [0, 1] {
+            arena.put(0, &vec![0xee; whole + 4096]);
+            let buffers = arena.buffers(&[(at, whole)]);
+            perform(queue.as_mut(), Op::Read, 0, buffers).unwrap();
+            assert_eq!(arena.get(at, size), bytes, "{case}");
+            assert_eq!(
+                arena.get(at + size, whole - size),
+                vec![0; whole - size],
+                "{case}"
+            );
+            assert_eq!(arena.get(at + whole, 8), [0xee; 8], "{case}");
+        }
+        let last = arena.buffers(&[(0, info.logical_block as usize)]);
+        perform(queue.as_mut(), Op::Read, info.size - unit, last).unwrap();
+        let past = arena.buffers(&[(0, info.logical_block as usize)]);
+        let error = perform(queue.as_mut(), Op::Read, info.size, past).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{case}");
     }
 }
 
@@ -314,7 +360,7 @@ fn direct_io_on_a_disk_of_odd_blocks_names_the_mend() {
 fn a_file_system_without_direct_io_names_the_mend() {
     struct NoDirect;
     impl Opener for NoDirect {
-        fn open(&self, path: &Path, access: crate::Access) -> io::Result<File> {
+        fn open(&self, path: &Path, access: Access) -> io::Result<File> {
             if access.direct {
                 return Err(io::Error::from_raw_os_error(libc::EINVAL));
             }
@@ -328,15 +374,6 @@ fn a_file_system_without_direct_io_names_the_mend() {
     };
     let error = RawDisk::open(file.path(), &NoDirect, &options).unwrap_err();
     assert!(error.to_string().contains("direct=off"), "{error}");
-}
-
-#[test]
-fn only_a_host_without_io_uring_makes_auto_fall_back() {
-    for code in [libc::ENOSYS, libc::EPERM, libc::ENOMEM] {
-        assert!(absent(&io::Error::from_raw_os_error(code)));
-    }
-    assert!(absent(&io::ErrorKind::Unsupported.into()));
-    assert!(!absent(&io::Error::from_raw_os_error(libc::EMFILE)));
 }
 
 #[test]
@@ -361,5 +398,104 @@ fn options_are_named_as_in_qemu() {
     assert_eq!(parse::<Discard>("unmap"), Ok(Discard::Unmap));
     assert_eq!(parse::<Discard>("ignore"), Ok(Discard::Ignore));
     assert_eq!(parse::<Format>("raw"), Ok(Format::Raw));
-    assert!(parse::<Format>("qcow2").is_err());
+    assert_eq!(parse::<Format>("qcow2"), Ok(Format::Qcow2));
+    assert!(parse::<Format>("vmdk").is_err());
+}
+
+#[test]
+fn a_running_disk_grows_and_its_queues_know() {
+    let file = image(1 << 20);
+    for direct in [false, true] {
+        let options = DiskOptions {
+            direct: Some(direct),
+            ..DiskOptions::default()
+        };
+        let disk = RawDisk::open(file.path(), &AnyPath, &options).unwrap();
+        let size = disk.info().size;
+        let unit = u64::from(disk.info().logical_block);
+        let mut queue = disk.queue(1).unwrap();
+        let arena = Arena::new(4096);
+        let mut read = |at| perform(queue.as_mut(), Op::Read, at, arena.buffers(&[(0, 4096)]));
+        assert_eq!(read(size).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        disk.resize(size + (1 << 20)).unwrap();
+        assert_eq!(disk.info().size, size + (1 << 20));
+        read(size).unwrap();
+        assert_eq!(arena.get(0, 4096), [0; 4096]);
+        for bad in [
+            0,
+            size,
+            size + (1 << 20) - unit,
+            size + (2 << 20) + 256,
+            u64::MAX,
+        ] {
+            let error = disk.resize(bad).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{bad}: {error}");
+            assert_eq!(disk.info().size, size + (1 << 20));
+        }
+        let text = disk.resize(size).unwrap_err().to_string();
+        assert!(text.contains("cannot shrink"), "{text}");
+        let length = file.as_file().metadata().unwrap().len();
+        assert_eq!(length, size + (1 << 20));
+    }
+}
+
+#[test]
+fn growing_keeps_what_others_have_appended_and_refuses_read_only() {
+    let file = image(1 << 20);
+    let disk = RawDisk::open(file.path(), &AnyPath, &DiskOptions::default()).unwrap();
+    file.as_file().set_len(4 << 20).unwrap();
+    disk.resize(2 << 20).unwrap();
+    assert_eq!(file.as_file().metadata().unwrap().len(), 4 << 20);
+    assert_eq!(disk.info().size, 2 << 20);
+    drop(disk);
+    let disk = RawDisk::open(file.path(), &AnyPath, &read_only()).unwrap();
+    let error = disk.resize(8 << 20).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+}
+
+/// Keeps what it hears.
+#[derive(Default)]
+struct Ear(std::sync::Mutex<Vec<DiskEvent>>);
+
+impl Observer for Ear {
+    fn event(&self, event: &DiskEvent) {
+        self.0.lock().unwrap().push(event.clone());
+    }
+}
+
+#[test]
+fn the_first_write_past_the_threshold_is_told_once() {
+    let file = image(1 << 20);
+    let disk = RawDisk::open(file.path(), &AnyPath, &DiskOptions::default()).unwrap();
+    let ear = Arc::new(Ear::default());
+    disk.observe(ear.clone());
+    let mut queue = disk.queue(1).unwrap();
+    let arena = Arena::new(4096);
+    let mut act = |op, offset| {
+        let buffers = arena.buffers(&[(0, 4096)]);
+        perform(queue.as_mut(), op, offset, buffers).unwrap();
+        std::mem::take(&mut *ear.0.lock().unwrap())
+    };
+    assert_eq!(act(Op::Write, 512 << 10), []);
+    disk.set_write_threshold(Some(512 << 10));
+    assert_eq!(act(Op::Write, (512 << 10) - 4096), []);
+    assert_eq!(act(Op::Read, 512 << 10), []);
+    assert_eq!(act(Op::Discard { len: 4096 }, 512 << 10), []);
+    let told = |offset| {
+        [DiskEvent::WriteThreshold {
+            threshold: 512 << 10,
+            offset,
+        }]
+    };
+    assert_eq!(act(Op::Write, 512 << 10), told((512 << 10) + 4096));
+    assert_eq!(act(Op::Write, 600 << 10), [], "it is disarmed");
+    disk.set_write_threshold(Some(512 << 10));
+    let zeroes = Op::WriteZeroes {
+        len: 8192,
+        may_unmap: true,
+    };
+    assert_eq!(act(zeroes, 512 << 10), told((512 << 10) + 8192));
+    disk.set_write_threshold(Some(512 << 10));
+    disk.set_write_threshold(None);
+    assert_eq!(act(Op::Write, 600 << 10), []);
 }

@@ -10,6 +10,7 @@
 mod disk;
 mod elf;
 mod guest_clock;
+mod images;
 mod measure;
 mod memory;
 mod monitor;
@@ -46,8 +47,8 @@ pub struct Settings {
     pub nested_runs: u32,
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
-    /// The measures whose group (`start`, `memory`, `port`, `disk`, `boot`,
-    /// `size`) is in the list; all when it is empty.
+    /// The measures whose group (`start`, `memory`, `port`, `disk`, `image`,
+    /// `boot`, `size`) is in the list; all when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
     pub directory: PathBuf,
@@ -124,6 +125,9 @@ impl Bench<'_> {
             let program = start::program(settings, &monitors)?;
             self.add(program);
         }
+        if settings.wants("image") {
+            self.images()?;
+        }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
                 "start, memory, port, disk: cannot open /dev/kvm: {error}"
@@ -147,6 +151,15 @@ impl Bench<'_> {
             disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;
         }
         Ok(())
+    }
+
+    fn images(&mut self) -> Result<()> {
+        let settings = self.settings;
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            self.skip("image: qemu-img is not installed; run `make setup`");
+            return Ok(());
+        }
+        images::all(settings, &mut |measure| self.add(measure))
     }
 
     fn nested(&mut self) -> Result<()> {

@@ -21,11 +21,11 @@ mod spec;
 mod tests;
 mod worker;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use block::{Disk, DiskInfo};
+use block::{Disk, DiskEvent, DiskInfo, Observer};
 use devices::StopError;
 use migration::{RestoreError, SaveError, SavedState, Snapshot};
 use serde::{Deserialize, Serialize};
@@ -42,11 +42,14 @@ use self::request::{
 };
 use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
 use self::worker::{Clock, Service, Worker};
-use crate::device::{ActivateError, Activation, Identity, StoppedQueue, VirtioDevice};
+use crate::device::{
+    ActivateError, Activation, DiskReport, Identity, Notifier, ResizeError, StoppedQueue,
+    VirtioDevice,
+};
 use crate::ring::Ring;
 use crate::worker::Workers;
 
-pub use self::config::{BlkConfig, MODEL};
+pub use self::config::{BlkConfig, MODEL, OnReadError, OnWriteError};
 
 /// What the guest sees of a block device, beside its disk.
 #[derive(Clone, Debug)]
@@ -60,6 +63,38 @@ pub struct BlkSettings {
     /// The disk makes every write durable before it completes. The writeback
     /// field then begins as 0, which spares the driver its flushes.
     pub write_through: bool,
+    /// What becomes of a read that fails.
+    pub rerror: OnReadError,
+    /// What becomes of any other request that fails.
+    pub werror: OnWriteError,
+}
+
+/// Passes what a disk tells on to whoever the device reports to.
+#[derive(Default)]
+struct Relay(Mutex<Option<Weak<dyn Notifier>>>);
+
+impl Relay {
+    fn connect(&self, notifier: &Arc<dyn Notifier>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(notifier));
+    }
+}
+
+impl Observer for Relay {
+    fn event(&self, event: &DiskEvent) {
+        let report = match event {
+            DiskEvent::WriteThreshold { threshold, offset } => DiskReport::WriteThreshold {
+                threshold: *threshold,
+                offset: *offset,
+            },
+            DiskEvent::Corrupt { message } => DiskReport::Corrupt {
+                reason: message.clone(),
+            },
+        };
+        let notifier = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(notifier) = notifier.and_then(|notifier| notifier.upgrade()) {
+            notifier.disk_report(&report);
+        }
+    }
 }
 
 /// A block device.
@@ -67,6 +102,9 @@ pub struct Blk {
     id: String,
     disk: Arc<dyn Disk>,
     info: DiskInfo,
+    /// Size in sectors, which the workers read.
+    sectors: Arc<AtomicU64>,
+    relay: Arc<Relay>,
     settings: BlkSettings,
     workers: Workers,
     /// The features that the driver has accepted.
@@ -85,10 +123,15 @@ impl Blk {
     /// Makes the device `id` for an opened disk.
     #[must_use]
     pub fn new(id: &str, disk: Arc<dyn Disk>, settings: BlkSettings) -> Self {
+        let info = disk.info();
+        let relay = Arc::new(Relay::default());
+        disk.observe(Arc::clone(&relay) as Arc<dyn Observer>);
         Self {
             id: id.to_owned(),
-            info: disk.info(),
+            sectors: Arc::new(AtomicU64::new(info.size / SECTOR)),
+            info,
             disk,
+            relay,
             workers: Workers::new(id),
             accepted: 0,
             writeback: Arc::new(AtomicBool::new(!settings.write_through)),
@@ -99,7 +142,7 @@ impl Blk {
 
     /// Size in sectors. A disk's last sector that is not whole is not seen.
     fn capacity(&self) -> u64 {
-        self.info.size / SECTOR
+        self.sectors.load(Ordering::Acquire)
     }
 
     fn features(&self) -> u64 {
@@ -204,11 +247,12 @@ impl VirtioDevice for Blk {
             notifier,
         } = activation;
         self.accepted = features;
+        self.relay.connect(&notifier);
         let service = Service {
             id: self.id.clone(),
             disk: Arc::clone(&self.disk),
             limits: Limits {
-                capacity: self.capacity(),
+                capacity: Arc::clone(&self.sectors),
                 read_only: self.info.read_only,
                 discard: self.accepts(VIRTIO_BLK_F_DISCARD),
                 write_zeroes: self.accepts(VIRTIO_BLK_F_WRITE_ZEROES),
@@ -219,6 +263,9 @@ impl VirtioDevice for Blk {
             flushes: self.accepts(VIRTIO_BLK_F_FLUSH),
             writeback: Arc::clone(&self.writeback),
             clock: Arc::clone(&self.clock),
+            notifier: Arc::clone(&notifier),
+            rerror: self.settings.rerror,
+            werror: self.settings.werror,
         };
         self.workers.start(&notifier, queues, |queue, wake| {
             let ring = Ring::new(queue, features, Arc::clone(&notifier));
@@ -228,6 +275,16 @@ impl VirtioDevice for Blk {
 
     fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
         self.workers.stop(deadline)
+    }
+
+    fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
+        self.disk
+            .resize(size)
+            .map_err(|source| ResizeError::Disk { size, source })?;
+        self.info = self.disk.info();
+        self.sectors
+            .store(self.info.size / SECTOR, Ordering::Release);
+        Ok(())
     }
 
     fn reset(&mut self) {

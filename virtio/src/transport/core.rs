@@ -20,7 +20,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
 
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvent, Signals};
-use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, VirtioDevice};
+use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, ResizeError, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
 
 mod saved;
@@ -483,6 +483,15 @@ impl Core {
             kick.clear();
         }
         self.device.reset();
+    }
+
+    /// As [`VirtioDevice::resize_disk`]; tells the driver. Both happen under
+    /// the lock that a driver's look at the configuration takes, so that it
+    /// sees another generation whenever it sees another size (2.5).
+    pub fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
+        self.device.resize_disk(size)?;
+        self.signals.config_changed();
+        Ok(())
     }
 
     /// The doorbells begin at `base` now, or are not mapped.

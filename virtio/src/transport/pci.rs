@@ -33,7 +33,7 @@ use super::core::{COMMON_LEN, Core, CoreState, Parts};
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvents, Signals};
 use super::state::VirtioPciV1;
-use crate::device::{Identity, VirtioDevice};
+use crate::device::{Identity, ResizeError, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// Byte offsets into the BAR.
@@ -188,6 +188,15 @@ impl VirtioPci {
             msix_cap,
             pci_cap,
         }))
+    }
+
+    /// Makes the disk `size` bytes long and tells the driver. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`]; the disk is then as it was.
+    pub fn resize_disk(&self, size: u64) -> Result<(), ResizeError> {
+        self.core().resize_disk(size)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

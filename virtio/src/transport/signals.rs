@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use devices::LogLimit;
 use devices::pci::Msix;
 
-use crate::device::Notifier;
+use crate::device::{DiskReport, Notifier};
 
 /// No vector is assigned (4.1.4.3, VIRTIO_MSI_NO_VECTOR).
 pub(super) const NO_VECTOR: u16 = 0xffff;
@@ -31,6 +31,8 @@ pub enum DeviceEvent<'a> {
         /// What the driver or the back end did.
         reason: &'a str,
     },
+    /// What has become of a disk.
+    Disk(&'a DiskReport),
 }
 
 /// Hears of a device's events. Called on vCPU, worker and control threads,
@@ -136,5 +138,9 @@ impl Notifier for Signals {
         }
         self.event(DeviceEvent::NeedsReset { reason });
         self.interrupt_config();
+    }
+
+    fn disk_report(&self, report: &DiskReport) {
+        self.event(DeviceEvent::Disk(report));
     }
 }

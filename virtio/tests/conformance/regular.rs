@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use devices::Unit;
 use migration::{Section, SectionSet};
+use virtio::device::ResizeError;
 use virtio::models::MODELS;
 use virtio::transport::VirtioPciV1;
 
@@ -451,6 +452,38 @@ fn isr_status_tells_the_cause_and_is_cleared_by_reading() {
     assert_eq!(driver.read::<u32>(ISR, 0), 2);
     assert_eq!(driver.read::<u32>(ISR, 0), 0);
     assert_ne!(driver.read::<u8>(COMMON, 21), generation);
+}
+
+#[test]
+fn a_driver_is_told_that_its_disk_has_grown_and_other_kinds_do_not_grow() {
+    for subject in all() {
+        let rig = Rig::new(&subject);
+        let driver = Driver::probe(&rig);
+        driver.boot();
+        let look = || {
+            let generation: u8 = driver.read(COMMON, 21);
+            (driver.read::<u64>(DEVICE, 0), generation)
+        };
+        let (size, generation) = look();
+        let resized = rig.device.resize_disk(3 << 20);
+        if subject.name != "blk" {
+            assert!(matches!(resized, Err(ResizeError::NoDisk)));
+            assert_eq!(rig.interrupts.take(CONFIG_MESSAGE), 0);
+            assert_eq!(look(), (size, generation));
+            continue;
+        }
+        resized.unwrap();
+        rig.interrupts.wait(CONFIG_MESSAGE);
+        let (larger, next) = look();
+        assert_eq!((size, larger), ((1 << 20) / 512, (3 << 20) / 512));
+        assert_ne!(generation, next);
+        // A stopped one grows as well.
+        rig.stop();
+        rig.device.resize_disk(4 << 20).unwrap();
+        rig.interrupts.wait(CONFIG_MESSAGE);
+        rig.device.start().unwrap();
+        assert_eq!(look().0, (4 << 20) / 512);
+    }
 }
 
 #[test]

@@ -160,6 +160,7 @@ impl DeviceEvents for Events {
             DeviceEvent::Activated => "activated".to_owned(),
             DeviceEvent::Reset => "reset".to_owned(),
             DeviceEvent::NeedsReset { reason } => format!("broken: {reason}"),
+            DeviceEvent::Disk(report) => format!("{report:?}"),
         };
         self.seen.lock().unwrap().push(text);
         self.changed.notify_all();

@@ -17,7 +17,7 @@ pub(super) fn completions(mut command: Command, shell: Shell) -> Vec<u8> {
     text
 }
 
-/// Writes a page for the program and one for each of its verbs.
+/// Writes a page for the program and one for each of its verbs and theirs.
 pub(super) fn write_manual(
     mut command: Command,
     directory: &Path,
@@ -25,12 +25,9 @@ pub(super) fn write_manual(
 ) -> anyhow::Result<()> {
     command = command.disable_help_subcommand(true);
     command.build();
-    let verbs: Vec<Command> = command
-        .get_subcommands()
-        .filter(|verb| !verb.is_hide_set())
-        .cloned()
-        .collect();
-    for page in std::iter::once(command).chain(verbs) {
+    let mut pages = Vec::new();
+    collect(command, &mut pages);
+    for page in pages {
         let page = Man::new(page);
         let path = directory.join(page.get_filename());
         let mut text = Vec::new();
@@ -41,4 +38,15 @@ pub(super) fn write_manual(
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// A command and all below it that are not hidden.
+fn collect(command: Command, pages: &mut Vec<Command>) {
+    let verbs: Vec<Command> = command
+        .get_subcommands()
+        .filter(|verb| !verb.is_hide_set())
+        .cloned()
+        .collect();
+    pages.push(command);
+    verbs.into_iter().for_each(|verb| collect(verb, pages));
 }

@@ -10,6 +10,18 @@ pub(super) fn report(text: &str) {
     let _ = std::io::stderr().lock().write_all(line.as_bytes());
 }
 
+/// Prints a remark about what is worked on.
+pub(super) fn note(text: &str) {
+    let line = format!("{}\n", one_line(text));
+    // As in `report`.
+    let _ = std::io::stderr().lock().write_all(line.as_bytes());
+}
+
+/// Prints a warning, as [`report`] does failures.
+pub(super) fn warn(text: &str) {
+    report(&format!("warning: {text}"));
+}
+
 /// The text with control characters escaped.
 fn one_line(text: &str) -> String {
     text.chars()

@@ -4,7 +4,8 @@
 //! the next comma. A value that holds a comma or a quote is put in double
 //! quotes, where `""` stands for one quote: `path="a,b.img",readonly=on`. A
 //! table may name one key whose `key=` can be left out of the first item, as
-//! in `--memory 1G` for `--memory size=1G`.
+//! in `--memory 1G` for `--memory size=1G`. Such a value may hold an equals sign behind
+//! a slash, as URIs do.
 //!
 //! The result is the JSON object that the same configuration would be in a
 //! file: [`FieldKind`] says which JSON type a value becomes.
@@ -217,6 +218,8 @@ fn take_item<'a>(
                 flag: table.flag.to_owned(),
             });
         }
+        // No key has a slash: it is a path or a URI that happens to hold an equals sign.
+        (Some(_), Some(key)) if first && head.contains('/') => (key, text),
         (Some(value), _) => (head, value),
         (None, _) if tail.starts_with('"') && !head.is_empty() => return Err(misquoted()),
         (None, Some(key)) if first && !key_named(table, head) && !text.starts_with(',') => {

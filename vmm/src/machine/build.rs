@@ -11,17 +11,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use api::DiskErrorAction;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
-use virtio::device::VirtioDevice;
+use virtio::device::{DiskReport, ErrorAction, VirtioDevice};
 use virtio::models::{BuildContext, Model};
 use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::doorbells::KvmDoorbells;
 use super::driver::Ears;
-use super::inbox::{Mailbox, Message, RequestDesk};
+use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::platform::{Hosts, Platform, Wiring};
 use super::signals::Signals;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
@@ -199,6 +200,7 @@ pub fn build(
     let Devices {
         buses,
         units,
+        virtio,
         platform,
     } = pieces.devices(models, hosts)?;
     let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
@@ -207,6 +209,7 @@ pub fn build(
         vm,
         ram,
         units,
+        virtio,
         platform,
         payload,
         entry: Some(entry),
@@ -287,6 +290,7 @@ fn open_devices<'a>(
 struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn Unit>>,
+    virtio: Vec<Arc<VirtioPci>>,
     platform: Platform,
 }
 
@@ -327,12 +331,15 @@ impl Pieces<'_> {
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
+        let mut virtio = Vec::new();
         for device in models {
-            units.push(self.plug(device, &router, &pci)?);
+            virtio.push(self.plug(device, &router, &pci)?);
         }
+        units.extend(virtio.iter().map(|device| Arc::clone(device) as _));
         Ok(Devices {
             buses,
             units,
+            virtio,
             platform,
         })
     }
@@ -343,7 +350,7 @@ impl Pieces<'_> {
         device: OpenDevice<'_>,
         router: &IrqRouter,
         pci: &Arc<PciRoot>,
-    ) -> Result<Arc<dyn Unit>, MachineError> {
+    ) -> Result<Arc<VirtioPci>, MachineError> {
         let OpenDevice {
             config,
             flag,
@@ -351,7 +358,10 @@ impl Pieces<'_> {
         } = device;
         let DeviceConfig { id, address, .. } = config;
         let doorbells = Arc::new(KvmDoorbells(Arc::clone(self.vm.fd())));
-        let reporter = Arc::new(Reporter(self.events.clone()));
+        let reporter = Arc::new(Reporter {
+            events: self.events.clone(),
+            mailbox: self.mailbox.clone(),
+        });
         let memory = self.ram.memory().clone();
         let function = VirtioPci::new(id.as_str(), model, memory, router, doorbells, reporter)
             .map_err(|error| device_error(flag, id, error))?;
@@ -400,17 +410,69 @@ impl Pieces<'_> {
     }
 }
 
-/// Publishes what devices report.
-struct Reporter(EventBus);
+/// Publishes what devices report, and has the machine paused where that is asked for.
+struct Reporter {
+    events: EventBus,
+    mailbox: Mailbox,
+}
+
+impl Reporter {
+    fn disk(&self, id: &str, report: &DiskReport) {
+        let id = id.to_owned();
+        match report {
+            DiskReport::Error {
+                operation,
+                offset,
+                reason,
+                no_space,
+                action,
+            } => {
+                self.events.publish(api::EventKind::DiskError {
+                    id: id.clone(),
+                    operation: (*operation).to_owned(),
+                    offset: *offset,
+                    reason: reason.clone(),
+                    no_space: *no_space,
+                    action: match action {
+                        ErrorAction::Report => DiskErrorAction::Report,
+                        ErrorAction::Ignore => DiskErrorAction::Ignore,
+                        ErrorAction::Stop => DiskErrorAction::Stop,
+                    },
+                });
+                if *action == ErrorAction::Stop {
+                    let place = offset.map_or_else(String::new, |at| format!(" at byte {at}"));
+                    self.mailbox.send(Message::DiskStopped(DiskStopped {
+                        id,
+                        what: format!("{operation}{place} failed: {reason}"),
+                        no_space: *no_space,
+                    }));
+                }
+            }
+            DiskReport::WriteThreshold { threshold, offset } => {
+                self.events.publish(api::EventKind::DiskWriteThreshold {
+                    id,
+                    threshold: *threshold,
+                    offset: *offset,
+                });
+            }
+            DiskReport::Corrupt { reason } => {
+                let reason = reason.clone();
+                self.events
+                    .publish(api::EventKind::DiskCorrupt { id, reason });
+            }
+        }
+    }
+}
 
 impl DeviceEvents for Reporter {
     fn device_event(&self, name: &str, event: DeviceEvent<'_>) {
         match event {
             DeviceEvent::NeedsReset { reason } => {
                 let (id, reason) = (name.to_owned(), reason.to_owned());
-                self.0
+                self.events
                     .publish(api::EventKind::DeviceNeedsReset { id, reason });
             }
+            DeviceEvent::Disk(report) => self.disk(name, report),
             DeviceEvent::Activated | DeviceEvent::Reset => {
                 tracing::debug!(device = name, ?event);
             }

@@ -10,12 +10,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use api::{Command, ControlError, EventKind, ExitReason, Reply, VmState};
+use api::{Command, ControlError, EventKind, ExitReason, PauseReason, Reply, VmState};
 use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
 
-use super::inbox::{Inbox, Message};
-use super::signals::{Ending, ShutdownPolicy, Signals};
+use super::inbox::{DiskStopped, Inbox, Message};
+use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::{follows, permits};
 use super::{Machine, MachineError};
 use crate::console::{Escape, Input, Output, Typed};
@@ -75,6 +75,8 @@ pub struct Driver {
     state: VmState,
     outcome: Option<Outcome>,
     debugger: Option<DebugSink>,
+    /// Why the machine is paused, while it is.
+    pause: Option<PauseReason>,
     /// The debugger keeps the vCPUs from running.
     held: bool,
     /// The only vCPUs that run, when a debugger has the others wait.
@@ -98,6 +100,7 @@ impl Driver {
             state: VmState::Created,
             outcome: None,
             debugger: None,
+            pause: None,
             held: false,
             chosen: None,
             stoppers: Vec::new(),
@@ -133,7 +136,7 @@ impl Driver {
     ///
     /// [`MachineError`] when it could not be booted, or the driver itself cannot wait.
     pub fn run(mut self) -> Result<Outcome, MachineError> {
-        if self.ears.signals.as_ref().is_some_and(Signals::take) {
+        if self.asked_to_end() {
             // It came while the machine was being built.
             self.finish(ExitReason::Stopped, None);
         } else if let Err(error) = self.boot() {
@@ -160,6 +163,12 @@ impl Driver {
         }
     }
 
+    /// Whether a signal has asked for the end already.
+    fn asked_to_end(&self) -> bool {
+        let signals = self.ears.signals.as_ref();
+        signals.is_some_and(|s| std::iter::from_fn(|| s.take()).any(|signal| signal == Signal::End))
+    }
+
     /// Takes messages: no more than [`BATCH`], because a guest can make some
     /// as fast as they are taken and signals and deadlines must be heard too.
     fn on_messages(&mut self) {
@@ -176,17 +185,21 @@ impl Driver {
     }
 
     /// The one place where the state changes.
-    fn enter(&mut self, state: VmState) {
-        if self.state == state {
+    fn enter(&mut self, state: VmState, pause: Option<PauseReason>) {
+        if (self.state, self.pause) == (state, pause) {
             return;
         }
-        debug_assert!(follows(self.state, state), "{:?} to {state:?}", self.state);
-        self.state = state;
-        self.events.publish(EventKind::State { state });
+        debug_assert!(
+            self.state == state || follows(self.state, state),
+            "{:?} to {state:?}",
+            self.state
+        );
+        (self.state, self.pause) = (state, pause);
+        self.events.publish(EventKind::State { state, pause });
     }
 
     fn boot(&mut self) -> Result<(), MachineError> {
-        self.enter(VmState::Booting);
+        self.enter(VmState::Booting, None);
         self.machine.load()?;
         self.machine.start_units()?;
         self.go();
@@ -194,7 +207,7 @@ impl Driver {
     }
 
     fn go(&mut self) {
-        self.enter(VmState::Running);
+        self.enter(VmState::Running, None);
         self.go_on();
         self.feed_input();
     }
@@ -208,7 +221,7 @@ impl Driver {
     /// Stops everything for good. What a back end cannot drain in time is
     /// reported and left.
     fn end(&mut self, reason: ExitReason) {
-        self.enter(VmState::ShuttingDown);
+        self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         let drain = if self.urgent { PATIENCE } else { DRAIN };
         if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
@@ -216,7 +229,7 @@ impl Driver {
         }
         let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
         self.flush_outputs(wanted);
-        self.enter(VmState::Stopped);
+        self.enter(VmState::Stopped, None);
         self.events.publish(EventKind::Exit { reason });
         for stopper in self.stoppers.drain(..) {
             // The asker may have gone.
@@ -251,18 +264,24 @@ impl Driver {
                 libc::POLLIN,
             ),
         ];
-        ppoll(&mut fds, None).is_ok() && fds[1].revents == 0
+        if ppoll(&mut fds, None).is_err() {
+            return false;
+        }
+        fds[1].revents == 0 || !self.asked_to_end()
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    /// Stops everything so that it can go on. A machine that is paused
+    /// already stays so for the new reason.
+    fn pause(&mut self, reason: PauseReason) -> Result<(), MachineError> {
         if self.state == VmState::Paused {
+            self.enter(VmState::Paused, Some(reason));
             return Ok(());
         }
         self.machine.vcpus().pause();
         let stopped = self.machine.stop_units(Instant::now() + DRAIN);
         match stopped.and_then(|()| self.machine.stop_clock()) {
             Ok(()) => {
-                self.enter(VmState::Paused);
+                self.enter(VmState::Paused, Some(reason));
                 Ok(())
             }
             Err(error) => {
@@ -285,6 +304,8 @@ impl Driver {
         if self.state == VmState::Running {
             return Ok(());
         }
+        // What waited until now is done again: no reason to pause once more.
+        self.ears.inbox.forget_disks();
         let started = self.machine.start_units();
         if let Err(error) = started.and_then(|()| self.machine.start_clock()) {
             if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
@@ -311,7 +332,7 @@ impl Driver {
             return Err(error);
         }
         self.ears.inbox.forget_guest();
-        self.enter(VmState::Booting);
+        self.enter(VmState::Booting, None);
         let restarted = self.restart(paused);
         if let Err(error) = &restarted {
             self.fail("the guest could not be reset", error);
@@ -324,7 +345,8 @@ impl Driver {
         self.machine.load()?;
         if paused {
             self.machine.stop_clock()?;
-            self.enter(VmState::Paused);
+            // No disk waits for anything any more.
+            self.enter(VmState::Paused, Some(PauseReason::Command));
         } else {
             self.machine.start_units()?;
             self.go();
@@ -340,7 +362,7 @@ impl Driver {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::Command(Command::Stop, answer) if permits(self.state, Command::Stop) => {
+            Message::Command(Command::Stop, answer) if permits(self.state, &Command::Stop) => {
                 self.finish(ExitReason::Stopped, None);
                 self.stoppers.push(answer);
             }
@@ -350,6 +372,7 @@ impl Driver {
             }
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
+            Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
@@ -359,14 +382,17 @@ impl Driver {
 
     fn on_command(&mut self, command: Command) -> Result<Reply, ControlError> {
         let state = self.state;
-        let wrong = Err(ControlError::WrongState { command, state });
-        if !permits(state, command) {
-            return wrong;
+        let wrong = |command| Err(ControlError::WrongState { command, state });
+        if !permits(state, &command) {
+            return wrong(command);
         }
-        let done = match command {
-            Command::State => return Ok(Reply::State(self.state)),
+        let done = match &command {
+            Command::State => {
+                let pause = self.pause;
+                return Ok(Reply::State { state, pause });
+            }
             Command::Boot => self.boot(),
-            Command::Pause => self.pause(),
+            Command::Pause => self.pause(PauseReason::Command),
             Command::Resume => self.resume(),
             Command::PowerButton => {
                 self.press_power_button();
@@ -374,7 +400,8 @@ impl Driver {
             }
             Command::Reset => self.reset(),
             // Where it is possible it is answered at the end.
-            Command::Stop => return wrong,
+            Command::Stop => return wrong(command),
+            Command::ResizeDisk { id, size } => self.resize_disk(id, *size),
         };
         match done {
             Ok(()) => Ok(Reply::Done),
@@ -382,6 +409,52 @@ impl Driver {
                 command,
                 reason: crate::error::chain(&error),
             }),
+        }
+    }
+
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
+        self.machine.resize_disk(id, size)?;
+        let id = id.to_owned();
+        self.events.publish(EventKind::DiskResized { id, size });
+        Ok(())
+    }
+
+    /// A disk's request failed and waits, and the machine waits with it.
+    fn on_disk_stopped(&mut self, stopped: &DiskStopped) {
+        let DiskStopped { id, what, no_space } = stopped;
+        if self.state != VmState::Running {
+            // It is done again when the machine goes on.
+            return;
+        }
+        match self.pause(PauseReason::DiskError) {
+            Ok(()) => {
+                let mend = if *no_space {
+                    "make room on the host"
+                } else {
+                    "mend what it needs"
+                };
+                eprintln!(
+                    "vireo: disk {id}: {what}: the machine is paused: {mend}, then send SIGCONT \
+                     to process {} to go on",
+                    std::process::id()
+                );
+            }
+            Err(error) => tracing::error!(
+                "disk {id}: {what}, and the machine could not be paused: {}",
+                crate::error::chain(&error)
+            ),
+        }
+    }
+
+    /// Goes on after a disk's failure, if that is why the machine is paused.
+    fn try_again(&mut self) {
+        if self.pause == Some(PauseReason::DiskError)
+            && let Err(error) = self.resume()
+        {
+            eprintln!(
+                "vireo: the machine stays paused: {}",
+                crate::error::chain(&error)
+            );
         }
     }
 
@@ -445,7 +518,11 @@ impl Driver {
     }
 
     fn on_signal(&mut self) {
-        while self.ears.signals.as_ref().is_some_and(Signals::take) {
+        while let Some(signal) = self.ears.signals.as_ref().and_then(Signals::take) {
+            if signal == Signal::Continue {
+                self.try_again();
+                continue;
+            }
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state == VmState::Running => self.press_power_button(),
                 Ending::PressButton => self.finish(ExitReason::Stopped, None),

@@ -23,6 +23,7 @@ use std::time::Instant;
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
+use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
@@ -117,6 +118,12 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// There is no such device.
+    #[error("there is no device with the id {id}")]
+    NoDevice {
+        /// The id.
+        id: String,
+    },
     /// A unit did not start.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -142,6 +149,8 @@ pub struct Machine {
     ram: GuestRam,
     /// In the order in which they start; they stop in reverse.
     units: Vec<Arc<dyn Unit>>,
+    /// The virtio devices, which are among the units.
+    virtio: Vec<Arc<VirtioPci>>,
     platform: Platform,
     payload: Payload,
     /// The kernel's entry, when it has been loaded and not been entered.
@@ -276,6 +285,19 @@ impl Machine {
             self.vcpus.ask(index, |vcpu| vcpu.announce_pause());
         }
         Ok(())
+    }
+
+    /// Makes a disk larger, in use or not.
+    fn resize_disk(&self, id: &str, size: u64) -> Result<(), MachineError> {
+        let Some(device) = self.virtio.iter().find(|device| device.name() == id) else {
+            return Err(MachineError::NoDevice { id: id.to_owned() });
+        };
+        device
+            .resize_disk(size)
+            .map_err(|source| MachineError::Device {
+                device: format!("disk {id}"),
+                source: source.into(),
+            })
     }
 
     fn press_power_button(&self) {

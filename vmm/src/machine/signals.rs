@@ -8,11 +8,20 @@ use std::time::{Duration, Instant};
 /// Signals that ask the monitor to end.
 const ENDING: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
-/// Receives the ending signals as a descriptor.
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// That the monitor ends.
+    End,
+    /// That a machine goes on which waits for a disk (`SIGCONT`).
+    Continue,
+}
+
+/// Receives the signals as a descriptor.
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks the ending signals for this thread and all that it starts, has
+    /// Blocks the signals that it takes for this thread and all that it starts, has
     /// the process ignore SIGXFSZ, and opens a descriptor that reports them. Call before any thread is started.
     ///
     /// # Errors
@@ -25,6 +34,7 @@ impl Signals {
         #[expect(unsafe_code, reason = "signal masks are C structures")]
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
+            libc::sigaddset(set.as_mut_ptr(), libc::SIGCONT);
             for signal in ENDING {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
@@ -46,15 +56,25 @@ impl Signals {
         self.0.as_raw_fd()
     }
 
-    /// Takes one signal; `false` when there is none.
+    /// Takes one signal, if there is one.
     #[must_use]
-    pub fn take(&self) -> bool {
-        let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
+    pub fn take(&self) -> Option<Signal> {
+        let mut info = MaybeUninit::<libc::signalfd_siginfo>::zeroed();
         let len = size_of::<libc::signalfd_siginfo>();
         // SAFETY: the buffer is as long as stated.
         #[expect(unsafe_code, reason = "read fills a C structure")]
         let read = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), len) };
-        usize::try_from(read).is_ok_and(|read| read == len)
+        if !usize::try_from(read).is_ok_and(|read| read == len) {
+            return None;
+        }
+        // SAFETY: it was zeroed, which is a valid value, and the kernel filled it.
+        #[expect(unsafe_code, reason = "a C structure that has been filled")]
+        let info = unsafe { info.assume_init() };
+        Some(if info.ssi_signo.cast_signed() == libc::SIGCONT {
+            Signal::Continue
+        } else {
+            Signal::End
+        })
     }
 }
 

@@ -5,11 +5,12 @@ use api::{Command, VmState};
 /// Whether `command` makes sense while the machine is in `state`. Asking for
 /// what already is (pausing a paused machine) does.
 #[must_use]
-pub fn permits(state: VmState, command: Command) -> bool {
+pub fn permits(state: VmState, command: &Command) -> bool {
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
     match command {
         Command::State => true,
         Command::Boot => state == Created,
+        Command::ResizeDisk { .. } => matches!(state, Running | Paused),
         Command::Pause | Command::Resume | Command::Reset => matches!(state, Running | Paused),
         Command::PowerButton => state == Running,
         Command::Stop => match state {
@@ -49,9 +50,9 @@ mod tests {
     #[test]
     fn every_state_can_be_asked_for_and_only_an_end_forbids_stopping() {
         for state in STATES {
-            assert!(permits(state, Command::State));
+            assert!(permits(state, &Command::State));
             let ended = matches!(state, VmState::ShuttingDown | VmState::Stopped);
-            assert_eq!(permits(state, Command::Stop), !ended, "{state:?}");
+            assert_eq!(permits(state, &Command::Stop), !ended, "{state:?}");
         }
     }
 

@@ -148,7 +148,7 @@ proptest! {
             write.lend(AlignedBuf::new(BOUNCE_SIZE).unwrap());
         }
         host.run(&mut write, &abilities).unwrap();
-        prop_assert_eq!(write.bytes(), total as u64);
+        prop_assert_eq!(write.bytes(&Ok(())), total as u64);
         prop_assert_eq!(&host.bytes[100..100 + total], &data[..]);
         prop_assert!(host.bytes[..100].iter().chain(&host.bytes[100 + total..]).all(|b| *b == 0xee));
         prop_assert_eq!(host.durable_writes > 0, durable && total > 0);
@@ -181,7 +181,7 @@ fn a_large_request_passes_the_bounce_buffer_in_turns() {
     assert!(write.needs_bounce(&abilities));
     write.lend(AlignedBuf::new(BOUNCE_SIZE).unwrap());
     host.run(&mut write, &abilities).unwrap();
-    assert_eq!((host.calls, write.bytes()), (4, len as u64));
+    assert_eq!((host.calls, write.bytes(&Ok(()))), (4, len as u64));
     assert_eq!(host.bytes, data);
     assert!(write.take_bounce().is_some());
 }
@@ -217,7 +217,7 @@ fn direct_io_continues_where_it_may_start() {
     // Less than a block is no progress.
     let end = read.advance(Ok(100), &abilities).unwrap().unwrap_err();
     assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
-    assert_eq!(read.bytes(), 512);
+    assert_eq!(read.bytes(&Ok(())), 512);
 }
 
 #[test]
@@ -231,8 +231,66 @@ fn the_end_of_the_file_inside_the_disk_is_an_error() {
         assert!(job.begin(&regular()).is_none());
         assert!(job.advance(Ok(512), &regular()).is_none());
         let end = job.advance(Ok(0), &regular()).unwrap().unwrap_err();
-        assert_eq!((end.kind(), job.bytes()), (kind, 512));
+        assert_eq!((end.kind(), job.bytes(&Ok(()))), (kind, 512));
     }
+}
+
+#[test]
+fn an_endless_read_finds_zeros_past_the_end_of_the_file_even_within_a_block() {
+    for (abilities, ends) in [(regular(), 1300), (direct(1, 512), 1300), (regular(), 0)] {
+        let arena = Arena::new(4096);
+        arena.put(0, &[0xee; 4096]);
+        let mut host = FakeHost::new(pattern(4096, 1), vec![]);
+        let mut read = job(
+            Op::Read,
+            0,
+            arena.buffers(&[(0, 1024), (2048, 1024)]),
+            false,
+        )
+        .endless();
+        assert!(read.begin(&abilities).is_none());
+        let mut left = ends;
+        let result = loop {
+            // A host gives what there is up to the end.
+            host.limits = vec![left];
+            let answer = if left == 0 {
+                Ok(0)
+            } else {
+                host.answer(&read.step(&abilities))
+            };
+            left -= answer.unwrap();
+            if let Some(end) = read.advance(answer, &abilities) {
+                break end;
+            }
+        };
+        result.unwrap();
+        assert_eq!(read.bytes(&Ok(())), 2048);
+        let mut got = arena.get(0, 1024);
+        got.extend(arena.get(2048, 1024));
+        let held = usize::try_from(ends).unwrap();
+        assert_eq!(got[..held], pattern(4096, 1)[..held]);
+        assert!(got[held..].iter().all(|byte| *byte == 0), "{ends}");
+        assert!(arena.get(1024, 1024).iter().all(|byte| *byte == 0xee));
+    }
+}
+
+#[test]
+fn zeroes_that_stand_for_a_write_count_its_bytes_on_success_only() {
+    let mut zeroes = job(
+        Op::WriteZeroes {
+            len: 512,
+            may_unmap: true,
+        },
+        0,
+        Buffers::none(),
+        false,
+    )
+    .standing_for(512);
+    let abilities = regular();
+    assert!(zeroes.begin(&abilities).is_none());
+    let result = zeroes.advance(Ok(0), &abilities).unwrap();
+    assert_eq!(zeroes.bytes(&result), 512);
+    assert_eq!(zeroes.bytes(&Err(os(libc::EIO))), 0);
 }
 
 #[test]
@@ -243,7 +301,7 @@ fn errors_end_a_transfer_and_say_what_the_host_said() {
         assert!(job.begin(&regular()).is_none());
         assert!(job.advance(Ok(512), &regular()).is_none());
         assert_eq!(code(job.advance(Err(error), &regular())), Some(error));
-        assert_eq!(job.bytes(), 512);
+        assert_eq!(job.bytes(&Ok(())), 512);
     }
 }
 
@@ -265,7 +323,7 @@ fn more_bytes_than_were_asked_for_count_as_what_was_asked_for() {
     let mut job = job(Op::Read, 0, arena.buffers(&[(0, 512)]), false);
     assert!(job.begin(&regular()).is_none());
     assert!(job.advance(Ok(u64::MAX), &regular()).unwrap().is_ok());
-    assert_eq!(job.bytes(), 512);
+    assert_eq!(job.bytes(&Ok(())), 512);
 }
 
 #[test]

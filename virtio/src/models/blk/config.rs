@@ -1,9 +1,10 @@
 //! The configuration of a block device.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use block::{Aio, Cache, Discard, DiskOptions, RawDisk};
+use block::{
+    Aio, BackingPolicy, Cache, DetectZeroes, Discard, DiskOptions, ImageOptions, open_disk,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +27,8 @@ const FIELDS: &[Field] = &[
         name: "path",
         kind: FieldKind::Path,
         required: true,
-        help: "the image file or block device",
+        help: "the image file or block device, or nbd://HOST[:PORT]/EXPORT or \
+               nbd+unix:///EXPORT?socket=PATH",
     },
     Field {
         name: "readonly",
@@ -71,6 +73,42 @@ const FIELDS: &[Field] = &[
         help: "keep other programs from opening the image in conflict (default on)",
     },
     Field {
+        name: "rerror",
+        kind: FieldKind::Choice(&["report", "ignore", "stop"]),
+        required: false,
+        help: "on a failed read: tell the guest, say all is well, or pause the VM (default report)",
+    },
+    Field {
+        name: "werror",
+        kind: FieldKind::Choice(&["enospc", "report", "ignore", "stop"]),
+        required: false,
+        help: "on a failed write: the same; enospc pauses when the host is full, else reports (default enospc)",
+    },
+    Field {
+        name: "detect_zeroes",
+        kind: FieldKind::Choice(&["off", "on", "unmap"]),
+        required: false,
+        help: "write zeros as zeros, which may take no space (default off)",
+    },
+    Field {
+        name: "backing",
+        kind: FieldKind::Choice(&["directory", "deny", "any"]),
+        required: false,
+        help: "which files a qcow2 image may refer to (default directory: those beside it)",
+    },
+    Field {
+        name: "l2_cache_size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "memory for a qcow2 image's tables (default up to 32M, as used)",
+    },
+    Field {
+        name: "write_threshold",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "report once when a write goes past this offset of the image file (default off)",
+    },
+    Field {
         name: "serial",
         kind: FieldKind::Text,
         required: false,
@@ -94,7 +132,7 @@ const FIELDS: &[Field] = &[
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkConfig {
-    /// The image file or block device.
+    /// The image file or block device, or the URI of an NBD export.
     pub path: PathBuf,
     /// Refuse writes.
     #[serde(default)]
@@ -102,7 +140,7 @@ pub struct BlkConfig {
     /// What the image is. Without it, a file that starts like another format
     /// is refused: a guest can write such a start into a raw disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
+    pub format: Option<block::Format>,
     /// When a write is durable, and whether the host's page cache is used.
     #[serde(default)]
     pub cache: Cache,
@@ -118,6 +156,24 @@ pub struct BlkConfig {
     /// Keep other programs, and this one, from opening the image in conflict.
     #[serde(default = "locked")]
     pub lock: bool,
+    /// What becomes of a read that fails.
+    #[serde(default)]
+    pub rerror: OnReadError,
+    /// What becomes of any other request that fails.
+    #[serde(default)]
+    pub werror: OnWriteError,
+    /// Whether writes of zeros are made cheap.
+    #[serde(default)]
+    pub detect_zeroes: DetectZeroes,
+    /// Which files a qcow2 image may refer to.
+    #[serde(default)]
+    pub backing: BackingPolicy,
+    /// Bytes of memory for a qcow2 image's tables.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l2_cache_size: Option<u64>,
+    /// A byte offset of the image file: the first write past it is reported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write_threshold: Option<u64>,
     /// The serial number: up to 20 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
@@ -131,14 +187,32 @@ pub struct BlkConfig {
     pub queue_size: u64,
 }
 
-/// The formats that have a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What becomes of a read that fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// The file's bytes are the disk's.
-    Raw,
-    /// Known, but not supported yet.
-    Qcow2,
+pub enum OnReadError {
+    /// The guest is told.
+    #[default]
+    Report,
+    /// The guest is told that all is well. What it has read is not the disk's.
+    Ignore,
+    /// The request waits and the machine is paused; it is tried again on resume.
+    Stop,
+}
+
+/// What becomes of any other request that fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWriteError {
+    /// As `stop` when the host has no space left, else as `report`.
+    #[default]
+    Enospc,
+    /// The guest is told.
+    Report,
+    /// The guest is told that all is well. Its data is lost.
+    Ignore,
+    /// The request waits and the machine is paused; it is tried again on resume.
+    Stop,
 }
 
 fn unmap() -> Discard {
@@ -210,44 +284,37 @@ impl BlkConfig {
             queue_size,
             serial,
             write_through: !self.cache.writeback(),
+            rerror: self.rerror,
+            werror: self.werror,
         })
     }
 
-    /// How the disk is to be opened.
-    ///
-    /// # Errors
-    ///
-    /// [`BuildError::Field`] for a format that is not supported.
-    pub fn disk_options(&self) -> Result<DiskOptions, BuildError> {
-        let format = match self.format {
-            None => None,
-            Some(Format::Raw) => Some(block::Format::Raw),
-            Some(Format::Qcow2) => {
-                return Err(BuildError::Field {
-                    field: "format",
-                    reason: "qcow2 is not supported yet; convert the image with \
-                             'qemu-img convert -O raw' and use format=raw"
-                        .to_owned(),
-                });
-            }
-        };
-        Ok(DiskOptions {
-            read_only: self.readonly,
-            cache: self.cache,
-            direct: self.direct,
-            aio: self.aio,
-            discard: self.discard,
-            format,
-            lock: self.lock,
-        })
+    /// How the image is to be opened.
+    #[must_use]
+    pub fn image_options(&self) -> ImageOptions {
+        ImageOptions {
+            disk: DiskOptions {
+                read_only: self.readonly,
+                cache: self.cache,
+                direct: self.direct,
+                aio: self.aio,
+                discard: self.discard,
+                detect_zeroes: self.detect_zeroes,
+                format: self.format,
+                lock: self.lock,
+            },
+            backing: self.backing,
+            cache_size: self.l2_cache_size,
+            any_size: false,
+        }
     }
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
-    let options = config.disk_options()?;
-    let disk = RawDisk::open(&config.path, &*context.opener, &options)
+    let disk = open_disk(&config.path, &*context.opener, &config.image_options())
         .map_err(|error| BuildError::Backend(error.into()))?;
-    Ok(Box::new(Blk::new(&context.id, Arc::new(disk), settings)))
+    disk.set_write_threshold(config.write_threshold);
+    Ok(Box::new(Blk::new(&context.id, disk, settings)))
 }

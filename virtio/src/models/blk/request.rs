@@ -5,6 +5,7 @@
 //! readable and which writable does. All of it is the guest's and is checked here.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::{Buffers, IoVec};
 use virtio_bindings::virtio_blk::{
@@ -66,8 +67,8 @@ impl Status {
 /// What requests are held against.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Size of the disk in sectors.
-    pub capacity: u64,
+    /// Size of the disk in sectors. It may grow at any time.
+    pub capacity: Arc<AtomicU64>,
     /// No writes, whatever the driver accepted.
     pub read_only: bool,
     /// The driver accepted discards.
@@ -195,7 +196,7 @@ fn transfer(sector: u64, data: &[Extent], limits: &Limits) -> Result<u64, Status
 fn within(sector: u64, count: u64, limits: &Limits) -> Result<u64, Status> {
     sector
         .checked_add(count)
-        .filter(|end| *end <= limits.capacity)
+        .filter(|end| *end <= limits.capacity.load(Ordering::Acquire))
         .and_then(|_| sector.checked_mul(SECTOR))
         .ok_or(Status::IoErr)
 }

@@ -17,6 +17,7 @@ use crate::testing::{
 
 mod configuration;
 mod disk;
+mod errors;
 mod hostile;
 mod polling;
 
@@ -49,6 +50,8 @@ fn settings(num_queues: u16) -> BlkSettings {
         queue_size: 16,
         serial,
         write_through: false,
+        rerror: OnReadError::default(),
+        werror: OnWriteError::default(),
     }
 }
 

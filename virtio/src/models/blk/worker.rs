@@ -6,7 +6,17 @@
 //! request has at most one operation at the disk at a time, so that the depth
 //! of the queue bounds everything: a discard's ranges go one after the other,
 //! and a write that must be durable is followed by a flush.
+//!
+//! # Requests that wait
+//!
+//! A request that fails and is to stop the machine ([`ErrorAction::Stop`]) is
+//! not answered. Its head is put aside, its slot is free again, and nothing
+//! new is taken any more. What is at the disk goes on, and is put aside too if
+//! it fails. The heads are given back with the queue as parked ones, in the order in which they came,
+//! and begin anew from their chains at the next start: a request that was half
+//! done is done again whole. When a stop is given up that happens at once.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,9 +26,10 @@ use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch}
 use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::config::{OnReadError, OnWriteError};
 use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
-use crate::device::{ActivateError, StoppedQueue};
+use crate::device::{ActivateError, DiskReport, ErrorAction, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, total};
 use crate::worker::{QueueWorker, Turn, Wake};
@@ -48,6 +59,12 @@ pub struct Service {
     pub write_through: bool,
     /// The driver can flush. If not, every write must be durable at once.
     pub flushes: bool,
+    /// Where failures are told.
+    pub notifier: Arc<dyn Notifier>,
+    /// What becomes of a read that fails.
+    pub rerror: OnReadError,
+    /// What becomes of any other request that fails.
+    pub werror: OnWriteError,
     /// The configuration space's writeback field, which may change at any time.
     pub writeback: Arc<AtomicBool>,
     /// What polling is timed by.
@@ -59,7 +76,8 @@ pub struct Service {
 enum Served {
     /// There are none. The driver does not kick.
     Empty,
-    /// The disk has as many as it is to have. The driver does not kick.
+    /// The disk has as many as it is to have, or some wait for the next
+    /// start. The driver does not kick.
     Full,
     /// It was enough for one turn.
     More,
@@ -82,6 +100,10 @@ struct Slot {
     head: u16,
     status_at: GuestAddress,
     job: Job,
+    /// Where on the disk, in bytes, the operation under way is.
+    offset: u64,
+    /// Its place among all requests that were taken.
+    order: u64,
     /// The memory it was parsed in; `None` when the slot is free.
     view: Option<Arc<GuestMap>>,
     /// Where the data of a read goes.
@@ -99,6 +121,11 @@ pub struct Worker {
     depth: usize,
     slots: Vec<Slot>,
     free: Vec<usize>,
+    /// How many requests have been taken.
+    taken: u64,
+    /// Requests that failed and wait for the next start, by their place among
+    /// all and their heads. No head is there twice.
+    parked: Vec<(u64, u16)>,
     chain: Chain,
     ranges: Vec<Range>,
     pieces: Vec<IoVec>,
@@ -134,6 +161,8 @@ impl Worker {
             depth: depth.into(),
             slots: Vec::new(),
             free: Vec::new(),
+            taken: 0,
+            parked: Vec::new(),
             chain: Chain::default(),
             ranges: Vec::new(),
             pieces: Vec::new(),
@@ -148,6 +177,9 @@ impl Worker {
     /// is to have at once.
     fn serve(&mut self, view: &Arc<GuestMap>) -> Result<Served, RingError> {
         self.ring.quiet(view)?;
+        if !self.parked.is_empty() {
+            return Ok(Served::Full);
+        }
         for _ in 0..self.ring.size() {
             if self.in_flight() >= self.depth {
                 return Ok(Served::Full);
@@ -256,16 +288,21 @@ impl Worker {
             slot.head = self.chain.head;
             slot.status_at = status_at;
             slot.job = job;
+            slot.order = self.taken;
             slot.view = Some(Arc::clone(view));
             std::mem::swap(&mut slot.ranges, &mut self.ranges);
             if job == Job::Read {
                 std::mem::swap(&mut slot.data, &mut self.chain.writable);
             }
         }
+        self.taken = self.taken.wrapping_add(1);
         index
     }
 
     fn push(&mut self, slot: usize, op: Op, offset: u64, buffers: Buffers) {
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.offset = offset;
+        }
         self.io.push(Request {
             token: slot as Token,
             op,
@@ -288,30 +325,38 @@ impl Worker {
         let Some(slot_view) = slot.view.clone() else {
             return Ok(());
         };
-        let job = slot.job;
+        let (job, offset) = (slot.job, slot.offset);
         if job == Job::Read {
             // A read that failed may have written some of its data.
             mark_dirty(&slot_view, &slot.data);
         }
-        let (status, written) = match result {
-            Err(error) => {
-                self.report(job, &error);
-                (failure(&error), 0)
-            }
-            Ok(()) => {
-                if let Some(range) = slot.ranges.pop() {
-                    self.push(index, range_op(job, range), range.offset, Buffers::none());
+        if let Err(error) = result {
+            match self.judge(job, offset, &error) {
+                ErrorAction::Stop => {
+                    self.park(index);
                     return Ok(());
                 }
-                if matches!(job, Job::Write | Job::Zeroes) && self.service.must_sync() {
-                    slot.job = Job::Sync;
-                    self.push(index, Op::Flush, 0, Buffers::none());
-                    return Ok(());
+                ErrorAction::Report => {
+                    return self.end(view, index, &slot_view, failure(&error), 0);
                 }
-                (Status::Ok, u32::try_from(total(&slot.data)).unwrap_or(0))
+                // As if it had been done: the rest of the request follows.
+                ErrorAction::Ignore => {}
             }
+        }
+        let Some(slot) = self.slots.get_mut(index) else {
+            return Ok(());
         };
-        self.end(view, index, &slot_view, status, written)
+        if let Some(range) = slot.ranges.pop() {
+            self.push(index, range_op(job, range), range.offset, Buffers::none());
+            return Ok(());
+        }
+        if matches!(job, Job::Write | Job::Zeroes) && self.service.must_sync() {
+            slot.job = Job::Sync;
+            self.push(index, Op::Flush, 0, Buffers::none());
+            return Ok(());
+        }
+        let written = u32::try_from(total(&slot.data)).unwrap_or(0);
+        self.end(view, index, &slot_view, Status::Ok, written)
     }
 
     /// Tells the driver how a request ended, and frees its slot.
@@ -333,16 +378,43 @@ impl Worker {
         self.ring.complete(view, head, written)
     }
 
-    fn report(&self, job: Job, error: &io::Error) {
-        if let Some(suppressed) = self.log.allow() {
+    /// Puts a request aside until the device is started again. The driver hears nothing.
+    fn park(&mut self, index: usize) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            // A driver that offered a head twice is answered once.
+            if !self.parked.iter().any(|(_, head)| *head == slot.head) {
+                self.parked.push((slot.order, slot.head));
+            }
+            slot.release();
+            self.free.push(index);
+        }
+    }
+
+    /// What becomes of an operation that failed; tells those who watch. The
+    /// first request that waits asks for the machine to be stopped, whatever
+    /// has been told before.
+    fn judge(&self, job: Job, offset: u64, error: &io::Error) -> ErrorAction {
+        let action = if self.ring.failed() {
+            // The driver has to reset the device: no request of it is done again.
+            ErrorAction::Report
+        } else {
+            self.service.action(job, error)
+        };
+        let allowed = self.log.allow();
+        if allowed.is_some() || action == ErrorAction::Stop && self.parked.is_empty() {
+            self.service.tell(job, offset, error, action);
+        }
+        if let Some(suppressed) = allowed {
             tracing::warn!(
                 device = %self.service.id,
                 request = ?job,
                 %error,
+                ?action,
                 suppressed,
                 "a disk request failed",
             );
         }
+        action
     }
 
     /// Does what the disk and the descriptors have reported.
@@ -372,6 +444,49 @@ enum Step {
 }
 
 impl Service {
+    /// What becomes of a request that has failed.
+    fn action(&self, job: Job, error: &io::Error) -> ErrorAction {
+        // What the disk cannot do, or not there, it can do at no other time.
+        if matches!(
+            error.kind(),
+            io::ErrorKind::Unsupported
+                | io::ErrorKind::InvalidInput
+                | io::ErrorKind::ReadOnlyFilesystem
+        ) {
+            return ErrorAction::Report;
+        }
+        if job == Job::Read {
+            return match self.rerror {
+                OnReadError::Report => ErrorAction::Report,
+                OnReadError::Ignore => ErrorAction::Ignore,
+                OnReadError::Stop => ErrorAction::Stop,
+            };
+        }
+        match self.werror {
+            OnWriteError::Enospc if no_space(error) => ErrorAction::Stop,
+            OnWriteError::Enospc | OnWriteError::Report => ErrorAction::Report,
+            OnWriteError::Ignore => ErrorAction::Ignore,
+            OnWriteError::Stop => ErrorAction::Stop,
+        }
+    }
+
+    fn tell(&self, job: Job, offset: u64, error: &io::Error, action: ErrorAction) {
+        let everywhere = matches!(job, Job::Flush | Job::Sync);
+        self.notifier.disk_report(&DiskReport::Error {
+            offset: (!everywhere).then_some(offset),
+            operation: match job {
+                Job::Read => "read",
+                Job::Write => "write",
+                Job::Flush | Job::Sync => "flush",
+                Job::Discard => "discard",
+                Job::Zeroes => "write-zeroes",
+            },
+            reason: error.to_string(),
+            no_space: no_space(error),
+            action,
+        });
+    }
+
     /// Whether a write that has ended must be made durable before the driver
     /// learns of it (Virtio 1.2, 5.2.6.2). Asked when the write has ended: a
     /// driver that wants it has kept writeback at 0 all the while.
@@ -394,6 +509,8 @@ impl Default for Slot {
             head: 0,
             status_at: GuestAddress(0),
             job: Job::Flush,
+            offset: 0,
+            order: 0,
             view: None,
             data: Vec::new(),
             ranges: Vec::new(),
@@ -410,6 +527,14 @@ fn range_op(job: Job, range: Range) -> Op {
             may_unmap: unmap,
         },
     }
+}
+
+/// Whether the host has no space left, or no more for this user.
+fn no_space(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn failure(error: &io::Error) -> Status {
@@ -455,6 +580,12 @@ impl QueueWorker for Worker {
         Turn::Again
     }
 
+    fn resume(&mut self) {
+        self.parked.sort_unstable();
+        self.ring
+            .put_back(self.parked.drain(..).map(|(_, head)| head));
+    }
+
     fn in_flight(&self) -> usize {
         self.slots.len().saturating_sub(self.free.len())
     }
@@ -465,19 +596,24 @@ impl QueueWorker for Worker {
             mut ring,
             io,
             slots,
+            mut parked,
             ..
         } = self;
         // Until here the host may still write what was to be read.
         drop(io);
-        let unfinished = slots.iter().filter_map(|slot| {
+        parked.extend(slots.iter().filter_map(|slot| {
             let view = slot.view.as_ref()?;
             mark_dirty(view, &slot.data);
-            Some(slot.head)
-        });
+            Some((slot.order, slot.head))
+        }));
+        parked.sort_unstable();
+        // A broken driver may have offered a head twice.
+        let mut seen = BTreeSet::new();
+        let heads = parked.into_iter().map(|(_, head)| head);
         // Whoever goes on with the queue may wait for a kick first.
         if !ring.failed() {
             let _ = ring.invite(&service.memory.memory());
         }
-        vec![ring.stop(unfinished.collect::<Vec<_>>())]
+        vec![ring.stop(heads.filter(|head| seen.insert(*head)))]
     }
 }

@@ -193,6 +193,20 @@ fn a_missing_required_key_is_named() {
 }
 
 #[test]
+fn a_path_or_uri_with_an_equals_sign_needs_no_key() {
+    for path in ["nbd+unix:///x?socket=/run/nbd", "/a=b.img", "./shared=on"] {
+        let wanted = json!({"path": path, "shared": true});
+        for text in [
+            format!("{path},shared=on"),
+            format!("shared=on,path={path}"),
+        ] {
+            let read = parse(&table(Some("path")), &text).unwrap();
+            assert_eq!(Value::Object(read), wanted);
+        }
+    }
+}
+
+#[test]
 fn the_shorthand_stands_for_its_key_in_the_first_item_alone() {
     let short = |text| parse(&table(Some("path")), text).map(Value::Object);
     assert_eq!(short("a.img").unwrap(), json!({"path": "a.img"}));
@@ -201,6 +215,10 @@ fn the_shorthand_stands_for_its_key_in_the_first_item_alone() {
         json!({"path": "a,b.img", "shared": true})
     );
     assert_eq!(short("path=a.img").unwrap(), json!({"path": "a.img"}));
+    assert!(matches!(
+        short("shared=on,/a=b.img"),
+        Err(FlagError::UnknownKey { .. })
+    ));
     assert!(matches!(
         short("shared=on,a.img"),
         Err(FlagError::NoValue { is_key: false, .. })

@@ -227,12 +227,14 @@ fn defaults_are_a_plain_cached_disk_with_a_queue_for_each_cpu() {
     let config = config(json!({"path": "/a"}));
     let queues = |cpus| config.settings(cpus).unwrap().num_queues;
     assert_eq!([0, 1, 2, 4, 64].map(queues), [1, 1, 2, 4, 4]);
-    let options = config.disk_options().unwrap();
+    let options = config.image_options();
     let expected = DiskOptions {
         discard: Discard::Unmap,
         ..DiskOptions::default()
     };
-    assert_eq!(options, expected);
+    assert_eq!(options.disk, expected);
+    assert_eq!(options.backing, block::BackingPolicy::Directory);
+    assert_eq!(options.cache_size, None);
     let settings = config.settings(1).unwrap();
     assert_eq!((settings.queue_size, settings.serial), (256, [0; 20]));
     assert!(!settings.write_through);
@@ -244,6 +246,8 @@ fn every_field_reaches_the_disk_or_the_device() {
         "path": "/a", "readonly": true, "format": "raw", "direct": true, "lock": false,
         "cache": "writethrough", "discard": "ignore", "serial": "01234567890123456789",
         "num_queues": 256, "queue_size": 32768, "aio": "io_uring",
+        "backing": "any", "l2_cache_size": 1_u64 << 20, "rerror": "stop", "werror": "ignore",
+        "detect_zeroes": "unmap",
     }));
     let expected = DiskOptions {
         read_only: true,
@@ -253,12 +257,18 @@ fn every_field_reaches_the_disk_or_the_device() {
         discard: Discard::Ignore,
         format: Some(block::Format::Raw),
         lock: false,
+        detect_zeroes: block::DetectZeroes::Unmap,
     };
-    assert_eq!(config.disk_options().unwrap(), expected);
+    let options = config.image_options();
+    assert_eq!(options.disk, expected);
+    assert_eq!(options.backing, block::BackingPolicy::Any);
+    assert_eq!(options.cache_size, Some(1 << 20));
     let settings = config.settings(1).unwrap();
     assert_eq!((settings.num_queues, settings.queue_size), (256, 32768));
     assert_eq!(&settings.serial, b"01234567890123456789");
     assert!(settings.write_through);
+    assert_eq!(settings.rerror, OnReadError::Stop);
+    assert_eq!(settings.werror, OnWriteError::Ignore);
 }
 
 #[test]
@@ -273,7 +283,6 @@ fn values_out_of_range_are_refused_by_name() {
         ("queue_size", json!(65536)),
         ("serial", json!("012345678901234567890")),
         ("serial", json!("a\0b")),
-        ("format", json!("qcow2")),
     ];
     for (name, value) in cases {
         let built = (MODEL.build)(json!({"path": "/a", name: value}), &context());
@@ -297,6 +306,23 @@ fn a_disk_that_cannot_be_opened_is_named() {
         error.to_string().contains("/nonexistent/disk.raw"),
         "{error}"
     );
+}
+
+#[test]
+fn the_uri_of_an_export_is_no_path() {
+    for (uri, reason) in [
+        ("nbd://h/x", "connections are not allowed here"),
+        ("nbd+unix:///x", "it names no socket"),
+        ("nbds://h/x", "TLS is not built in yet"),
+    ] {
+        let built = (MODEL.build)(json!({"path": uri}), &context());
+        let Some(BuildError::Backend(error)) = built.err() else {
+            panic!("it was built");
+        };
+        assert!(error.to_string().contains(uri), "{error}");
+        let source = error.source().unwrap().to_string();
+        assert!(source.contains(reason), "{source}");
+    }
 }
 
 /// A raw image, through the registry, on either engine.

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use block::{Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, Watch};
+use block::{Completed, Disk, DiskInfo, IoQueue, Observer, Op, QueueError, Request, Watch};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -31,6 +31,7 @@ pub struct Shared {
     pub exhausted: AtomicBool,
     /// The most requests that were at a queue at once.
     pub peak: AtomicUsize,
+    pub observers: Mutex<Vec<Arc<dyn Observer>>>,
     rouse: Mutex<Vec<EventFd>>,
 }
 
@@ -61,6 +62,7 @@ pub fn disk(info: DiskInfo) -> (MemDisk, Receiver<Call>) {
         panics: AtomicBool::new(false),
         exhausted: AtomicBool::new(false),
         peak: AtomicUsize::new(0),
+        observers: Mutex::default(),
         rouse: Mutex::default(),
     };
     (MemDisk(Arc::new(shared)), receiver)
@@ -93,7 +95,25 @@ impl MemDisk {
 
 impl Disk for MemDisk {
     fn info(&self) -> DiskInfo {
-        self.0.info.clone()
+        let size = self.0.data.lock().unwrap().len();
+        DiskInfo {
+            size: u64::try_from(size).unwrap(),
+            ..self.0.info.clone()
+        }
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let mut data = self.0.data.lock().unwrap();
+        let size = usize::try_from(size).unwrap();
+        if size < data.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        data.resize(size, 0);
+        Ok(())
+    }
+
+    fn observe(&self, observer: Arc<dyn Observer>) {
+        self.0.observers.lock().unwrap().push(observer);
     }
 
     fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError> {

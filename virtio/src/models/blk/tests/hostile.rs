@@ -228,7 +228,7 @@ proptest! {
             ordered,
         };
         let limits = Limits {
-            capacity: 1024,
+            capacity: Arc::new(1024.into()),
             read_only: false,
             discard: true,
             write_zeroes: true,

@@ -1,0 +1,291 @@
+//! Bringing changed tables to the disk, in an order that a power cut cannot hurt.
+//!
+//! ```text
+//! under the lock   copy what has changed
+//! early            refcounts, new refcount blocks, L2 tables that nothing points to yet;
+//!                  sync: with them all data whose write has completed is durable
+//! link             the refcount table's entries for new blocks, or the header's pointer
+//!                  to a new refcount table; sync (only when there are any)
+//! late             changed L2 tables, L1 entries for new ones; sync
+//! under the lock   what has left the mapping has now left it on disk too: it may be freed
+//! ```
+//!
+//! So whatever a table on disk points to is counted and written before the table is. What is
+//! counted and not pointed to is a leak, the only damage that a power cut can do. Lowered
+//! refcounts are written by the next checkpoint.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::header::Header;
+use super::image::Qcow2;
+use super::meta::{Meta, TableMove, Unlinked, table_sectors};
+
+type Writes = Vec<(u64, Vec<u8>)>;
+
+/// What one checkpoint writes, and what to restore if it fails.
+struct Work {
+    /// How long the file must be at least, in bytes, so that it holds every cluster in use.
+    end: u64,
+    early: Writes,
+    link: Writes,
+    /// A header that points to a new refcount table.
+    header: Option<Header>,
+    late: Writes,
+    pages: (BTreeSet<u64>, BTreeSet<u64>),
+    l1_dirty: BTreeSet<usize>,
+    reftable_dirty: BTreeSet<usize>,
+    table_move: Option<TableMove>,
+    /// A header that points to a new L1 table.
+    l1_header: Option<Header>,
+    new_tables: HashMap<u64, usize>,
+    unlinked: Vec<Unlinked>,
+}
+
+/// Lets one checkpoint run at a time and serves everybody who waits with the next one.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    state: Mutex<GateState>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    running: bool,
+    begun: u64,
+    done: u64,
+    /// The error number of the last one.
+    failure: Option<i32>,
+}
+
+impl Qcow2 {
+    /// Writes all changed tables, and makes them and all completed data writes durable.
+    ///
+    /// # Errors
+    ///
+    /// The host's; what could not be written is tried again by the next checkpoint.
+    pub(crate) fn checkpoint(&self) -> io::Result<()> {
+        let gate = self.gate();
+        let mut state = lock(&gate.state);
+        let wanted = state.begun + 1;
+        loop {
+            if state.done >= wanted {
+                return state
+                    .failure
+                    .map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code)));
+            }
+            if !state.running {
+                break;
+            }
+            state = gate
+                .ended
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.running = true;
+        state.begun += 1;
+        let own = state.begun;
+        drop(state);
+        let result = self.commit();
+        let mut state = lock(&gate.state);
+        state.running = false;
+        state.done = own;
+        state.failure = result
+            .as_ref()
+            .err()
+            .map(|error| error.raw_os_error().unwrap_or(libc::EIO));
+        gate.ended.notify_all();
+        result
+    }
+
+    fn commit(&self) -> io::Result<()> {
+        let work = {
+            let mut meta = self.lock();
+            meta.writable()?;
+            Work::collect(&mut meta)
+        };
+        let written = self.write_out(&work);
+        let mut meta = self.lock();
+        match written {
+            Ok(()) => work.succeed(&mut meta)?,
+            Err(error) => {
+                work.fail(&mut meta);
+                return Err(error);
+            }
+        }
+        self.free_released(meta)
+    }
+
+    fn write_out(&self, work: &Work) -> io::Result<()> {
+        let storage = self.storage();
+        let stage = |writes: &Writes| -> io::Result<()> {
+            writes
+                .iter()
+                .try_for_each(|(at, bytes)| storage.write_at(bytes, *at))
+        };
+        stage(&work.early)?;
+        self.reach(work.end)?;
+        self.sync_data()?;
+        if let Some(header) = &work.header {
+            header.store_reftable(storage)?;
+        }
+        stage(&work.link)?;
+        if work.header.is_some() || !work.link.is_empty() {
+            self.sync_tables()?;
+        }
+        if let Some(header) = &work.l1_header {
+            header.store_l1(storage)?;
+        }
+        if !work.late.is_empty() || work.l1_header.is_some() {
+            stage(&work.late)?;
+            self.sync_tables()?;
+        }
+        Ok(())
+    }
+
+    /// Makes the file at least so long. Clusters that are zeros may never have been written, and
+    /// others take it for damage when the mapping leads past the end.
+    fn reach(&self, end: u64) -> io::Result<()> {
+        let storage = self.storage();
+        if !storage.grows_zeroed() || end == 0 || storage.len()? >= end {
+            return Ok(());
+        }
+        // Not by setting the length: a write beyond it may be on its way.
+        match storage.reserve(end - 1, 1) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Frees the clusters whose last users are gone; with `discard=unmap` they become holes first.
+    fn free_released<'a>(&'a self, mut meta: MutexGuard<'a, Meta>) -> io::Result<()> {
+        let ready = meta.take_released(usize::MAX);
+        if ready.is_empty() {
+            return Ok(());
+        }
+        if self.punches() {
+            let mut parts = Vec::new();
+            for run in &ready {
+                parts.extend(meta.sole(*run)?);
+            }
+            drop(meta);
+            let size = self.geometry().cluster();
+            for (first, count) in parts {
+                // The clusters are still counted, so nobody else can have them. Space that is not given
+                // back is no reason to fail.
+                if let Err(error) = self.storage().discard(first * size, count * size) {
+                    tracing::debug!(%error, "a freed range was not given back");
+                }
+            }
+            meta = self.lock();
+        }
+        for run in ready {
+            meta.settle(run)?;
+        }
+        Ok(())
+    }
+}
+
+fn lock(state: &Mutex<GateState>) -> MutexGuard<'_, GateState> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Work {
+    fn collect(meta: &mut Meta) -> Self {
+        let pages = meta.pages.take_dirty();
+        let l1_dirty = std::mem::take(&mut meta.l1_dirty);
+        let reftable_dirty = std::mem::take(&mut meta.reftable_dirty);
+        let mut early = meta.pages.copy_out(&pages.0);
+        let mut late = meta.pages.copy_out(&pages.1);
+        let l1_header = meta.l1_move.map(|(offset, entries)| {
+            // Nothing points to the new table yet, so all of it can go first.
+            let words = meta.l1.iter();
+            early.push((
+                offset,
+                words.flat_map(|entry| entry.to_be_bytes()).collect(),
+            ));
+            let mut header = meta.header.clone();
+            (header.l1_offset, header.l1_entries) = (offset, entries);
+            header
+        });
+        if l1_header.is_none() {
+            late.extend(table_sectors(&meta.l1, meta.header.l1_offset, &l1_dirty));
+        }
+        let mut link = Writes::new();
+        let header = meta.reftable_move.map(|table| {
+            let words = meta.reftable.iter();
+            let bytes = words.flat_map(|entry| entry.to_be_bytes()).collect();
+            early.push((table.to.0, bytes));
+            let mut header = meta.header.clone();
+            (header.reftable_offset, header.reftable_clusters) = table.to;
+            header
+        });
+        if header.is_none() {
+            link = table_sectors(&meta.reftable, meta.header.reftable_offset, &reftable_dirty);
+        }
+        Self {
+            end: meta.frontier << meta.geometry.cluster_bits,
+            early,
+            link,
+            header,
+            late,
+            pages,
+            l1_dirty,
+            reftable_dirty,
+            table_move: meta.reftable_move,
+            l1_header,
+            new_tables: std::mem::take(&mut meta.new_tables),
+            unlinked: std::mem::take(&mut meta.unlinked),
+        }
+    }
+
+    fn succeed(self, meta: &mut Meta) -> io::Result<()> {
+        meta.pages.written(None);
+        meta.released.extend(self.unlinked);
+        if let Some(table) = self.table_move {
+            meta.header.reftable_offset = table.to.0;
+            meta.header.reftable_clusters = table.to.1;
+            meta.reftable_move = None;
+            let tag = meta.shared.epochs.advance();
+            meta.released.push_back(Unlinked {
+                first: table.from.0 >> meta.geometry.cluster_bits,
+                count: u64::from(table.from.1),
+                tag,
+            });
+        }
+        if let Some(header) = self.l1_header {
+            let old = (meta.header.l1_offset, u64::from(meta.header.l1_entries) * 8);
+            meta.header.l1_offset = header.l1_offset;
+            meta.header.l1_entries = header.l1_entries;
+            meta.l1_move = None;
+            let tag = meta.shared.epochs.advance();
+            meta.released.push_back(Unlinked {
+                first: old.0 >> meta.geometry.cluster_bits,
+                count: meta.geometry.clusters(old.1),
+                tag,
+            });
+        }
+        let clean = meta.pages.dirty() == 0
+            && meta.l1_move.is_none()
+            && meta.l1_dirty.is_empty()
+            && meta.reftable_dirty.is_empty()
+            && meta.reftable_move.is_none()
+            && meta.unlinked.is_empty();
+        if clean {
+            meta.shared.dirty.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn fail(self, meta: &mut Meta) {
+        meta.pages.written(Some(self.pages));
+        meta.l1_dirty.extend(self.l1_dirty);
+        meta.reftable_dirty.extend(self.reftable_dirty);
+        meta.new_tables.extend(self.new_tables);
+        let mut unlinked = self.unlinked;
+        unlinked.append(&mut meta.unlinked);
+        meta.unlinked = unlinked;
+    }
+}

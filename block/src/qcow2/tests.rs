@@ -1,0 +1,5 @@
+//! Tests of the engine on storages of their own.
+
+pub(crate) mod crash;
+mod faults;
+pub(super) mod memory;

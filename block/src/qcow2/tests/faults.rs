@@ -1,0 +1,61 @@
+//! Failing storage: what failed is reported, what was refused can be done again, and nothing is damaged.
+
+use std::sync::Arc;
+
+use super::crash::{audit, blank, open};
+use super::memory::{Event, Memory};
+use crate::image::Image;
+
+/// Fails the change that comes after `skip` others, once.
+fn one_fault(skip: usize, code: i32) -> super::memory::Fault {
+    let mut left = skip;
+    let mut done = false;
+    Box::new(move |_: &Event| {
+        if done || left > 0 {
+            left = left.saturating_sub(1);
+            return None;
+        }
+        done = true;
+        Some(code)
+    })
+}
+
+#[test]
+fn a_failure_at_any_change_leaves_an_image_that_works_on() {
+    let Some(bytes) = blank("cluster_size=512", 1 << 20) else {
+        return;
+    };
+    for skip in 0..60 {
+        let storage = Memory::new(bytes.clone());
+        let image = open(Arc::clone(&storage), false);
+        image.write(0, &[1; 3000]).unwrap();
+        storage.fail(Some(one_fault(skip, libc::ENOSPC)));
+        let mut failures = 0;
+        for number in 0..12_u8 {
+            let offset = u64::from(number) * 70_000 + 100;
+            let data = vec![number + 2; 5000];
+            // Twice: what failed is done again.
+            if image.write(offset, &data).is_err() {
+                failures += 1;
+                image.write(offset, &data).unwrap();
+            }
+            if image.flush().is_err() {
+                failures += 1;
+                image.flush().unwrap();
+            }
+        }
+        assert!(failures <= 1, "one fault gives one failure at most");
+        storage.fail(None);
+        image.flush().unwrap();
+        drop(image);
+        let image = open(Memory::new(storage.bytes()), false);
+        audit(&image);
+        let mut bytes = vec![0; 5000];
+        for number in 0..12_u8 {
+            image
+                .read(u64::from(number) * 70_000 + 100, &mut bytes)
+                .unwrap();
+            assert!(bytes.iter().all(|b| *b == number + 2), "write {number}");
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! `vireo image`: making, examining and changing disk images.
+//!
+//! Each verb has a module: its flags, which are those of `qemu-img` where that has the same, and what
+//! it prints. The work is done by [`block::ops`].
+//!
+//! # Exit codes
+//!
+//! Those of `qemu-img`: 1 for any failure, wrong usage included, but for the verbs that say otherwise ([`check`],
+//! [`compare`]).
+
+mod bench;
+mod check;
+mod commit;
+mod compare;
+mod convert;
+mod create;
+mod creation;
+mod describe;
+mod info;
+mod interrupt;
+mod io;
+mod map;
+mod measure;
+mod progress;
+mod rebase;
+mod resize;
+mod snapshot;
+mod source;
+
+use std::ffi::OsString;
+
+use clap::Subcommand;
+
+use super::message;
+use crate::opener::Opener;
+
+/// The exit code of any failure.
+const FAILURE: u8 = 1;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vireo image create -f qcow2 disk.qcow2 20G
+  vireo image create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+  vireo image info --backing-chain overlay.qcow2
+  vireo image convert -O raw disk.qcow2 disk.img
+  vireo image check -r leaks disk.qcow2
+
+Exit codes:
+  0  done
+  1  failure; wrong usage
+  check: 2 corruptions, 3 leaked clusters, 63 the format has no checks
+  compare: 1 the images differ, 2 or more: failure";
+
+/// The verbs of `vireo image`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Make a new image
+    #[command(after_help = create::EXAMPLES)]
+    Create(create::CreateArgs),
+    /// Tell what is known about an image
+    #[command(after_help = info::EXAMPLES)]
+    Info(info::InfoArgs),
+    /// Look for leaked clusters and corruptions in an image, and repair them
+    #[command(after_help = check::EXAMPLES)]
+    Check(check::CheckArgs),
+    /// Copy images into a new one, of another format if asked for
+    #[command(after_help = convert::EXAMPLES)]
+    Convert(Box<convert::ConvertArgs>),
+    /// Change the size of an image's disk
+    #[command(after_help = resize::EXAMPLES)]
+    Resize(resize::ResizeArgs),
+    /// Write what an overlay holds into its backing file
+    #[command(after_help = commit::EXAMPLES)]
+    Commit(commit::CommitArgs),
+    /// Give an overlay another backing file
+    #[command(after_help = rebase::EXAMPLES)]
+    Rebase(rebase::RebaseArgs),
+    /// List, create, apply or delete the snapshots within an image
+    #[command(after_help = snapshot::EXAMPLES)]
+    Snapshot(snapshot::SnapshotArgs),
+    /// Tell which file of a chain holds which part of the disk
+    #[command(after_help = map::EXAMPLES)]
+    Map(map::MapArgs),
+    /// Tell whether two images hold the same disk
+    #[command(after_help = compare::EXAMPLES)]
+    Compare(compare::CompareArgs),
+    /// Tell how large the file of a new image would become
+    #[command(after_help = measure::EXAMPLES)]
+    Measure(measure::MeasureArgs),
+    /// Time reads or writes
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::BenchArgs),
+    /// Read and write parts of an image, by commands as qemu-io has them
+    #[command(after_help = io::EXAMPLES)]
+    Io(io::IoArgs),
+}
+
+/// The exit code of wrong usage, if the arguments are those of `vireo image`.
+pub(super) fn usage_code(arguments: &[OsString]) -> Option<u8> {
+    let mut words = arguments.iter().skip_while(|word| *word != "image");
+    words.next()?;
+    let compares = words.next().is_some_and(|verb| verb == "compare");
+    Some(if compares { compare::TROUBLE } else { FAILURE })
+}
+
+/// Does what was asked; the exit code.
+pub(super) fn run(verb: Verb, opener: &Opener) -> u8 {
+    let result = match verb {
+        Verb::Create(arguments) => arguments.run(opener),
+        Verb::Info(arguments) => arguments.run(opener),
+        Verb::Check(arguments) => arguments.run(opener),
+        Verb::Convert(arguments) => arguments.run(opener),
+        Verb::Resize(arguments) => arguments.run(opener),
+        Verb::Commit(arguments) => arguments.run(opener),
+        Verb::Rebase(arguments) => arguments.run(opener),
+        Verb::Snapshot(arguments) => arguments.run(opener),
+        Verb::Map(arguments) => arguments.run(opener),
+        Verb::Compare(arguments) => return arguments.run(opener),
+        Verb::Measure(arguments) => arguments.run(opener),
+        Verb::Bench(arguments) => arguments.run(opener),
+        Verb::Io(arguments) => arguments.run(opener),
+    };
+    result.unwrap_or_else(|error| {
+        message::report(&format!("{error:#}"));
+        FAILURE
+    })
+}

@@ -1,0 +1,96 @@
+//! How far an operation is: a bar on a terminal, lines elsewhere if they are asked for.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How many hundredths of a percent lie between two lines.
+const STEP: u64 = 200;
+
+/// Shows progress.
+#[derive(Debug)]
+pub(super) enum Progress {
+    /// Not at all.
+    Hidden,
+    /// A bar on the terminal that standard error is.
+    Bar(ProgressBar),
+    /// A line on standard output every 2 %; the hundredths of a percent that the next one is due at.
+    Lines(Mutex<u64>),
+}
+
+impl Progress {
+    /// `asked`: with -p; `quiet`: with -q.
+    pub(super) fn new(asked: bool, quiet: bool) -> Self {
+        if quiet {
+            return Self::Hidden;
+        }
+        if !std::io::stderr().is_terminal() {
+            return if asked {
+                Self::Lines(Mutex::new(0))
+            } else {
+                Self::Hidden
+            };
+        }
+        let bar = ProgressBar::new(0);
+        let template = "{bar:40} {percent:>3}%  {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        Self::Bar(bar)
+    }
+
+    /// `done` of `total` bytes.
+    pub(super) fn advance(&self, done: u64, total: u64) {
+        match self {
+            Self::Hidden => {}
+            Self::Bar(bar) => {
+                if bar.length() != Some(total) {
+                    bar.set_length(total);
+                }
+                // Several threads report; a late one must not take it back.
+                if done > bar.position() {
+                    bar.set_position(done);
+                }
+            }
+            Self::Lines(due) => {
+                let part = u128::from(done) * 10_000 / u128::from(total.max(1));
+                let part = if total == 0 {
+                    10_000
+                } else {
+                    u64::try_from(part).unwrap_or(0)
+                };
+                let mut due = due.lock().unwrap_or_else(PoisonError::into_inner);
+                if part >= *due {
+                    *due = part - part % STEP + STEP;
+                    line(part);
+                }
+            }
+        }
+    }
+
+    /// It is over.
+    pub(super) fn finish(&self) {
+        match self {
+            Self::Hidden => {}
+            Self::Bar(bar) => bar.finish_and_clear(),
+            Self::Lines(due) => {
+                let due = *due.lock().unwrap_or_else(PoisonError::into_inner);
+                if due <= 10_000 {
+                    line(10_000);
+                }
+            }
+        }
+    }
+}
+
+fn line(part: u64) {
+    // Progress that nobody reads is no failure.
+    let _ = writeln!(
+        std::io::stdout(),
+        "    ({}.{:02}/100%)",
+        part / 100,
+        part % 100
+    );
+}
