@@ -99,6 +99,49 @@ pub enum EventKind {
         /// What was found.
         reason: String,
     },
+    /// A description of a machine has been stored.
+    Created,
+    /// The description of the machine has been forgotten.
+    Deleted,
+    /// The machine is booted again from its description.
+    Rebooting,
+    /// A device is on the bus of a machine that has been built.
+    DeviceAdded {
+        /// The device's id.
+        id: String,
+        /// Its PCI address, as in `0000:00:05.0`.
+        bdf: String,
+    },
+    /// The guest has given a device up, and it is gone.
+    DeviceRemoved {
+        /// The device's id.
+        id: String,
+        /// The PCI address that it had.
+        bdf: String,
+    },
+    /// The number of vCPUs has changed.
+    CpusResized {
+        /// How many there are.
+        count: u32,
+    },
+    /// The size of memory has changed.
+    MemoryResized {
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A job has begun, gone on or ended.
+    Job {
+        /// The job as it is now.
+        #[serde(flatten)]
+        info: crate::wire::JobInfo,
+    },
+    /// A request had fields that mean nothing here; told once for each endpoint and field.
+    UnknownFields {
+        /// The endpoint.
+        endpoint: String,
+        /// The fields, as paths.
+        fields: Vec<String>,
+    },
     /// The machine ended.
     Exit {
         /// Why.
