@@ -713,7 +713,11 @@ pub struct PlatformConfig {
     #[serde(default = "PlatformConfig::iommu_bits")]
     pub iommu_address_width_bits: u8,
     /// SMBIOS: the system's serial number.
-    #[serde(default, alias = "serial_number", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        alias = "serial_number",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub system_serial_number: Option<String>,
     /// SMBIOS: the system's UUID.
     #[serde(default, alias = "uuid", skip_serializing_if = "Option::is_none")]

@@ -21,16 +21,15 @@ use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::doorbells::KvmDoorbells;
-use super::driver::Ears;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
+use super::inventory::Item;
 use super::platform::{Hosts, Platform, Wiring};
-use super::signals::Signals;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
 use crate::config::{BootProtocol, DeviceConfig, MemoryConfig, SerialConfig, Thp, VmConfig};
-use crate::events::EventBus;
+use crate::console::{Input, Output};
 use crate::kvm::cpuid::Shape;
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::{Buses, Vcpu};
@@ -38,6 +37,7 @@ use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::memory;
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
+use api::EventLog;
 
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
@@ -139,17 +139,19 @@ fn subject(error: &BootError) -> Subject {
 pub struct Built {
     /// The machine, ready to be booted.
     pub machine: Machine,
-    /// What its driver listens to.
-    pub ears: Ears,
-    /// How others reach its driver.
-    pub mailbox: Mailbox,
+    /// Typed input for the serial port.
+    pub input: Option<Input>,
+    /// The guest's output, where a reader may be slow.
+    pub outputs: Vec<Output>,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
     /// The path of the serial port's pseudo-terminal, where it leads to one.
     pub pty: Option<String>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes.
+/// Builds the machine that `config` (complete and validated) describes. What it has to say
+/// goes to `mailbox`. Signals are blocked already: back ends have threads, which
+/// are to leave them alone ([`super::Signals`]).
 ///
 /// # Errors
 ///
@@ -158,11 +160,9 @@ pub fn build(
     config: &VmConfig,
     models: &[Model],
     opener: &Arc<Opener>,
-    events: &EventBus,
+    mailbox: &Mailbox,
+    events: &EventLog,
 ) -> Result<Built, MachineError> {
-    let host = |what| move |source| MachineError::Host { what, source };
-    // Back ends have threads, which are to leave these signals alone.
-    let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
     let models = open_devices(config, models, opener)?;
     let hypervisor = open_hypervisor(config, opener)?;
@@ -179,10 +179,8 @@ pub fn build(
 
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
-    let (mailbox, inbox) =
-        super::inbox::inbox().map_err(host("no descriptor for the control thread"))?;
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, &mailbox)?;
+    let hosts = Hosts::open(config, opener, mailbox)?;
     let pty = hosts.pty().map(str::to_owned);
     let (hosts, input, outputs) = hosts.split();
 
@@ -190,7 +188,7 @@ pub fn build(
     let pieces = Pieces {
         config,
         events,
-        mailbox: &mailbox,
+        mailbox,
         stop: &stop,
         vm: &vm,
         ram: &ram,
@@ -217,16 +215,10 @@ pub fn build(
         power_on,
         clock: None,
     };
-    let ears = Ears {
-        inbox,
-        signals: Some(signals),
-        input,
-        outputs,
-    };
     Ok(Built {
         machine,
-        ears,
-        mailbox,
+        input,
+        outputs,
         debugger,
         pty,
     })
@@ -290,14 +282,14 @@ fn open_devices<'a>(
 struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn Unit>>,
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<Item>,
     platform: Platform,
 }
 
 /// What the steps of [`build`] share.
 struct Pieces<'a> {
     config: &'a VmConfig,
-    events: &'a EventBus,
+    events: &'a EventLog,
     mailbox: &'a Mailbox,
     stop: &'a StopFlag,
     vm: &'a Vm,
@@ -335,7 +327,7 @@ impl Pieces<'_> {
         for device in models {
             virtio.push(self.plug(device, &router, &pci)?);
         }
-        units.extend(virtio.iter().map(|device| Arc::clone(device) as _));
+        units.extend(virtio.iter().map(|item| Arc::clone(&item.device) as _));
         Ok(Devices {
             buses,
             units,
@@ -350,7 +342,7 @@ impl Pieces<'_> {
         device: OpenDevice<'_>,
         router: &IrqRouter,
         pci: &Arc<PciRoot>,
-    ) -> Result<Arc<VirtioPci>, MachineError> {
+    ) -> Result<Item, MachineError> {
         let OpenDevice {
             config,
             flag,
@@ -365,9 +357,15 @@ impl Pieces<'_> {
         let memory = self.ram.memory().clone();
         let function = VirtioPci::new(id.as_str(), model, memory, router, doorbells, reporter)
             .map_err(|error| device_error(flag, id, error))?;
-        pci.add(Arc::clone(&function) as _, *address)
+        let address = pci
+            .add(Arc::clone(&function) as _, *address)
             .map_err(|error| device_error(flag, id, error))?;
-        Ok(function)
+        Ok(Item {
+            kind: config.kind.clone(),
+            address,
+            device: function,
+            removing: false,
+        })
     }
 
     fn vcpus(
@@ -412,7 +410,7 @@ impl Pieces<'_> {
 
 /// Publishes what devices report, and has the machine paused where that is asked for.
 struct Reporter {
-    events: EventBus,
+    events: EventLog,
     mailbox: Mailbox,
 }
 

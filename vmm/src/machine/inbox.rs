@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use api::{Command, Control, ControlError, Reply};
+use api::{Answer, Command, ControlError, ErrorKind, Reply};
 use devices::{GuestRequest, GuestRequests};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -31,8 +31,8 @@ pub struct DiskStopped {
 
 /// What reaches the control thread.
 pub enum Message {
-    /// Somebody commands, and waits for the answer.
-    Command(Command, Sender<Result<Reply, ControlError>>),
+    /// Somebody commands, and is to be answered.
+    Command(Command, Answer),
     /// The guest asks through a device.
     Guest(GuestRequest),
     /// A vCPU stopped for a reason of its own.
@@ -92,6 +92,23 @@ pub fn inbox() -> io::Result<(Mailbox, Inbox)> {
 }
 
 impl Mailbox {
+    /// Carries out a command and waits until that is done. Not for the control thread.
+    ///
+    /// # Errors
+    ///
+    /// The command's, and [`ended`].
+    pub fn call(&self, command: Command) -> Result<Reply, ControlError> {
+        let (sender, receiver) = channel();
+        let answer: Answer = Box::new(move |result| {
+            // The asker waits below.
+            let _ = sender.send(result);
+        });
+        if !self.send(Message::Command(command, answer)) {
+            return Err(ended());
+        }
+        receiver.recv().unwrap_or_else(|_| Err(ended()))
+    }
+
     /// Leaves a message and wakes the control thread. Never blocks. `false`
     /// when the machine has ended.
     pub fn send(&self, message: Message) -> bool {
@@ -155,26 +172,10 @@ impl Inbox {
     }
 }
 
-/// Commands the machine from any thread but its own.
-#[derive(Clone)]
-pub struct ControlHandle(Mailbox);
-
-impl ControlHandle {
-    /// A handle on the machine behind `mailbox`.
-    #[must_use]
-    pub fn new(mailbox: Mailbox) -> Self {
-        Self(mailbox)
-    }
-}
-
-impl Control for ControlHandle {
-    fn call(&self, command: Command) -> Result<Reply, ControlError> {
-        let (answer, receiver) = channel();
-        if !self.0.send(Message::Command(command, answer)) {
-            return Err(ControlError::Ended);
-        }
-        receiver.recv().unwrap_or(Err(ControlError::Ended))
-    }
+/// The answer to those whose command comes too late.
+#[must_use]
+pub fn ended() -> ControlError {
+    ControlError::new(ErrorKind::Conflict, "the monitor is ending")
 }
 
 /// Takes requests from devices on vCPU threads, and holds the vCPUs: the one

@@ -10,9 +10,10 @@ pub mod build;
 mod doorbells;
 pub mod driver;
 pub mod inbox;
+pub mod inventory;
 mod platform;
-mod signals;
-mod state;
+pub mod signals;
+pub mod state;
 pub mod vcpus;
 
 use std::io;
@@ -20,10 +21,11 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use api::{ControlError, ErrorKind};
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::transport::VirtioPci;
+use virtio::models::BuildError;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
@@ -32,6 +34,7 @@ use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
 use build::Payload;
+use inventory::{Inventory, Item};
 use platform::Platform;
 use vcpus::Vcpus;
 
@@ -135,6 +138,26 @@ pub enum MachineError {
     Wait(#[source] io::Error),
 }
 
+impl MachineError {
+    /// The same for those who asked over the control interface.
+    #[must_use]
+    pub fn to_control(&self) -> ControlError {
+        ControlError::from_error(self.kind(), self)
+    }
+
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoDevice { .. } => ErrorKind::NotFound,
+            Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
+            Self::Device { source, .. } => match source.downcast_ref() {
+                Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
+                _ => ErrorKind::Failed,
+            },
+            _ => ErrorKind::Failed,
+        }
+    }
+}
+
 /// The state that vCPUs and interrupt controllers have at power-on.
 struct PowerOn {
     cpus: Vec<VcpuState>,
@@ -150,7 +173,7 @@ pub struct Machine {
     /// In the order in which they start; they stop in reverse.
     units: Vec<Arc<dyn Unit>>,
     /// The virtio devices, which are among the units.
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<Item>,
     platform: Platform,
     payload: Payload,
     /// The kernel's entry, when it has been loaded and not been entered.
@@ -287,17 +310,31 @@ impl Machine {
         Ok(())
     }
 
+    /// What is in the machine, for readers.
+    #[must_use]
+    pub fn inventory(&self) -> Inventory {
+        Inventory::new(self.virtio.clone(), self.ram.size())
+    }
+
+    fn item(&self, id: &str) -> Result<&Item, MachineError> {
+        let found = self.virtio.iter().find(|item| item.device.id() == id);
+        found.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })
+    }
+
     /// Makes a disk larger, in use or not.
     fn resize_disk(&self, id: &str, size: u64) -> Result<(), MachineError> {
-        let Some(device) = self.virtio.iter().find(|device| device.name() == id) else {
-            return Err(MachineError::NoDevice { id: id.to_owned() });
-        };
-        device
+        self.item(id)?
+            .device
             .resize_disk(size)
             .map_err(|source| MachineError::Device {
                 device: format!("disk {id}"),
                 source: source.into(),
             })
+    }
+
+    /// Gives every vCPU a non-maskable interrupt.
+    fn inject_nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vm.signal_nmi()?)
     }
 
     fn press_power_button(&self) {
