@@ -713,7 +713,11 @@ pub struct PlatformConfig {
     #[serde(default = "PlatformConfig::iommu_bits")]
     pub iommu_address_width_bits: u8,
     /// SMBIOS: the system's serial number.
-    #[serde(default, alias = "serial_number", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        alias = "serial_number",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub system_serial_number: Option<String>,
     /// SMBIOS: the system's UUID.
     #[serde(default, alias = "uuid", skip_serializing_if = "Option::is_none")]
@@ -745,6 +749,27 @@ pub struct PlatformConfig {
     /// Whether assigned devices reach each other.
     #[serde(default = "yes")]
     pub vfio_p2p_dma: bool,
+}
+
+impl Default for PlatformConfig {
+    fn default() -> Self {
+        Self {
+            num_pci_segments: Self::segments(),
+            iommu_segments: None,
+            iommu_address_width_bits: Self::iommu_bits(),
+            system_serial_number: None,
+            system_uuid: None,
+            oem_strings: None,
+            system_manufacturer: None,
+            system_product_name: None,
+            system_version: None,
+            system_family: None,
+            system_sku_number: None,
+            chassis_asset_tag: None,
+            iommufd: false,
+            vfio_p2p_dma: true,
+        }
+    }
 }
 
 impl PlatformConfig {

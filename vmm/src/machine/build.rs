@@ -55,13 +55,14 @@ impl Payload {
                 .open_input(path)
                 .map_err(|source| MachineError::Open { flag, source })
         };
-        let kernel = open("--kernel", &payload.kernel)?;
+        let path = payload.kernel.as_ref().ok_or(MachineError::NoKernel)?;
+        let kernel = open("--kernel", path)?;
         let initramfs = match &payload.initramfs {
             Some(path) => Some((path.clone(), open("--initramfs", path)?)),
             None => None,
         };
         Ok(Self {
-            kernel: (payload.kernel.clone(), kernel),
+            kernel: (path.clone(), kernel),
             initramfs,
             cmdline: payload.cmdline.clone(),
             protocol: match payload.boot_protocol {

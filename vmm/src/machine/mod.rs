@@ -55,6 +55,9 @@ pub enum MachineError {
     /// There is not enough memory.
     #[error(transparent)]
     Memory(#[from] RamError),
+    /// There is nothing to boot.
+    #[error("--kernel: the machine has none: give it one")]
+    NoKernel,
     /// The kernel or the initial RAM disk could not be loaded.
     #[error("{what}")]
     Boot {
