@@ -163,9 +163,7 @@ impl VmConfig {
             serial: (&self.serial).into(),
             console: wire::ConsoleConfig {
                 mode: ConsoleMode::Off,
-                file: None,
-                socket: None,
-                pci: wire::PciFields::default(),
+                ..wire::ConsoleConfig::default()
             },
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,

@@ -37,8 +37,8 @@ pub(super) fn from_wire(
     let rng = &described.rng;
     devices.push(DeviceConfig {
         kind: rng::MODEL.kind.to_owned(),
-        id: rng.pci.id.clone().unwrap_or_else(|| names::RNG.to_owned()),
-        address: slot("rng", &rng.pci)?,
+        id: rng.id.clone().unwrap_or_else(|| names::RNG.to_owned()),
+        address: slot("rng", rng.pci_device_id)?,
         config: json(&RngConfig {
             src: path("rng.src", &rng.src)?,
         })?,
@@ -56,8 +56,8 @@ fn json(config: &impl Serialize) -> Result<Value, ControlError> {
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
 }
 
-fn slot(device: &str, pci: &wire::PciFields) -> Result<Option<u8>, ControlError> {
-    match pci.pci_device_id {
+fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
+    match slot {
         Some(slot) if !(1..=PCI_SLOTS).contains(&slot) => Err(invalid(format!(
             "{device}: pci_device_id {slot} is not from 1 to {PCI_SLOTS}"
         ))),
@@ -125,8 +125,8 @@ impl DeviceConfig {
         config.settings(cpus).map_err(|error| refused(&error))?;
         Ok(Self {
             kind: blk::MODEL.kind.to_owned(),
-            id: described.pci.id.clone().unwrap_or_default(),
-            address: slot("disk", &described.pci)?,
+            id: described.id.clone().unwrap_or_default(),
+            address: slot("disk", described.pci_device_id)?,
             config: json(&config)?,
         })
     }
@@ -154,7 +154,7 @@ impl VmConfig {
         if device.id.is_empty() {
             let number = names::next_number(self.ids());
             device.id = format!("_disk{number}");
-            disk.pci.id = Some(device.id.clone());
+            disk.id = Some(device.id.clone());
         }
         names::check_one(&device.id)?;
         if self.ids().any(|id| id == device.id) {
@@ -217,25 +217,24 @@ pub(super) fn to_wire(
             && rng.is_none()
             && let Ok(RngConfig { src }) = serde_json::from_value(config)
         {
-            let pci = named(&device.id);
-            rng = Some(wire::RngConfig { pci, src });
+            rng = Some(wire::RngConfig {
+                id: Some(device.id.clone()),
+                src,
+                ..wire::RngConfig::default()
+            });
         }
     }
     (disks, rng)
-}
-
-fn named(id: &str) -> wire::PciFields {
-    wire::PciFields {
-        id: Some(id.to_owned()),
-        ..wire::PciFields::default()
-    }
 }
 
 fn disk_to_wire(id: &str, config: &BlkConfig, cpus: u16) -> wire::DiskConfig {
     let settings = config.settings(cpus).ok();
     let limits = config.rate_limits().unwrap_or_default();
     wire::DiskConfig {
-        pci: named(id),
+        id: Some(id.to_owned()),
+        iommu: false,
+        pci_segment: 0,
+        pci_device_id: None,
         path: Some(config.path.clone()),
         readonly: config.readonly,
         direct: config.direct.unwrap_or_else(|| config.cache.direct()),

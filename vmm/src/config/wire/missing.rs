@@ -67,8 +67,8 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         (console.mode == ConsoleMode::File, "console.mode=File"),
         (console.mode == ConsoleMode::Socket, "console.mode=Socket"),
     ])?;
-    pci("console", &console.pci)?;
-    pci("rng", &described.rng.pci)?;
+    pci("console", console.pci())?;
+    pci("rng", described.rng.pci())?;
     cpus(&described.cpus)?;
     memory(&described.memory)?;
     let payload = described.payload.as_ref();
@@ -141,18 +141,18 @@ fn platform(described: &wire::PlatformConfig) -> Result<(), ControlError> {
 }
 
 /// Refuses what no PCI device has; `device` is how it is called.
-pub(super) fn pci(device: &str, described: &wire::PciFields) -> Result<(), ControlError> {
+pub(super) fn pci(device: &str, described: wire::PciFields<'_>) -> Result<(), ControlError> {
     let iommu = format!("{device}.iommu");
     let segment = format!("{device}.pci_segment");
     first([
         (described.iommu, iommu.as_str()),
-        (described.pci_segment > 0, segment.as_str()),
+        (described.segment > 0, segment.as_str()),
     ])
 }
 
 /// Refuses what no disk has.
 pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
-    pci("disk", &described.pci)?;
+    pci("disk", described.pci())?;
     let format = described.image_type;
     first([
         (

@@ -35,13 +35,13 @@ pub fn name_devices(described: &mut wire::VmConfig) {
     let fs = described.fs.iter_mut().flatten();
     let vsock = described.vsock.iter_mut();
     let devices = disks
-        .map(|disk| ("_disk", &mut disk.pci))
-        .chain(nets.map(|net| ("_net", &mut net.pci)))
-        .chain(fs.map(|fs| ("_fs", &mut fs.pci)))
-        .chain(vsock.map(|vsock| ("_vsock", &mut vsock.pci)));
-    for (stem, pci) in devices {
-        if pci.id.is_none() {
-            pci.id = Some(format!("{stem}{number}"));
+        .map(|disk| ("_disk", &mut disk.id))
+        .chain(nets.map(|net| ("_net", &mut net.id)))
+        .chain(fs.map(|fs| ("_fs", &mut fs.id)))
+        .chain(vsock.map(|vsock| ("_vsock", &mut vsock.id)));
+    for (stem, id) in devices {
+        if id.is_none() {
+            *id = Some(format!("{stem}{number}"));
             number = number.saturating_add(1);
         }
     }
@@ -60,19 +60,19 @@ pub(super) fn next_number<'a>(ids: impl Iterator<Item = &'a str>) -> u64 {
 
 /// Every name in the description.
 pub(super) fn ids(described: &wire::VmConfig) -> impl Iterator<Item = &str> {
-    let disks = described.disks.iter().flatten().map(|disk| &disk.pci);
-    let nets = described.net.iter().flatten().map(|net| &net.pci);
-    let fs = described.fs.iter().flatten().map(|fs| &fs.pci);
+    let disks = described.disks.iter().flatten().map(|disk| &disk.id);
+    let nets = described.net.iter().flatten().map(|net| &net.id);
+    let fs = described.fs.iter().flatten().map(|fs| &fs.id);
     let one = [
-        Some(&described.rng.pci),
-        Some(&described.console.pci),
-        described.balloon.as_ref().map(|balloon| &balloon.pci),
-        described.vsock.as_ref().map(|vsock| &vsock.pci),
+        Some(&described.rng.id),
+        Some(&described.console.id),
+        described.balloon.as_ref().map(|balloon| &balloon.id),
+        described.vsock.as_ref().map(|vsock| &vsock.id),
     ];
     let devices = disks.chain(nets).chain(fs).chain(one.into_iter().flatten());
     let groups = described.rate_limit_groups.iter().flatten();
     devices
-        .filter_map(|pci| pci.id.as_deref())
+        .filter_map(|id| id.as_deref())
         .chain(groups.map(|group| group.id.as_str()))
 }
 

@@ -177,7 +177,7 @@ fn devices_are_named_by_one_count_past_the_names_that_were_given() {
     name_devices(&mut config);
     assert_eq!(config, before);
     config.disks.as_mut().unwrap().push(wire::DiskConfig {
-        pci: wire::PciFields::default(),
+        id: None,
         ..before.disks.unwrap().remove(0)
     });
     name_devices(&mut config);
@@ -408,7 +408,7 @@ fn a_disk_is_planned_under_a_free_name_and_the_rules_of_the_whole_machine() {
     let plan = |value: Value| config.plan_disk(&serde_json::from_value(value).unwrap());
     let (disk, device) = plan(json!({"path": "/b", "rate_limit_group": "g"})).unwrap();
     assert_eq!(device.id, "_disk1");
-    assert_eq!(disk.pci.id.as_deref(), Some("_disk1"));
+    assert_eq!(disk.id.as_deref(), Some("_disk1"));
     assert_eq!(device.address, None);
     assert_eq!(plan(json!({"path": "/b", "id": "x"})).unwrap().1.id, "x");
     for (value, kind, part) in [
