@@ -16,3 +16,4 @@ pub mod machine;
 pub mod memory;
 pub mod opener;
 pub mod run;
+pub mod smbios;

@@ -38,6 +38,7 @@ use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::memory;
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
+use crate::smbios::{self, SmbiosImage};
 
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
@@ -45,6 +46,7 @@ pub struct Payload {
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
     protocol: Protocol,
+    smbios: SmbiosImage,
 }
 
 impl Payload {
@@ -70,10 +72,11 @@ impl Payload {
                 BootProtocol::Linux => Protocol::Linux64,
                 BootProtocol::Pvh => Protocol::Pvh,
             },
+            smbios: smbios::build(config)?,
         })
     }
 
-    /// Puts ACPI tables, kernel, initial RAM disk and command line into guest
+    /// Puts ACPI and SMBIOS tables, kernel, initial RAM disk and command line into guest
     /// memory, which reads as zeros elsewhere.
     ///
     /// # Errors
@@ -81,16 +84,18 @@ impl Payload {
     /// [`MachineError::Boot`], naming what could not be loaded.
     pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let view = ram.memory().memory();
-        let address = acpi.address;
-        view.write_slice(&acpi.bytes, GuestAddress(address))
-            .map_err(|_| MachineError::GuestMemory { address })?;
+        let SmbiosImage { bytes, address } = &self.smbios;
+        for (bytes, address) in [(bytes, *address), (&acpi.bytes, acpi.address)] {
+            view.write_slice(bytes, GuestAddress(address))
+                .map_err(|_| MachineError::GuestMemory { address })?;
+        }
         let source = BootSource {
             kernel: &mut self.kernel.1,
             initramfs: self.initramfs.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             protocol: self.protocol,
         };
-        boot::load(&view, source, address).map_err(|source| self.failed(source))
+        boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
     }
 
     /// Names the flag and the file that `source` is about.

@@ -31,6 +31,7 @@ use crate::boot::{BootError, Entry};
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
+use crate::smbios::SmbiosImageError;
 use build::Payload;
 use platform::Platform;
 use vcpus::Vcpus;
@@ -70,6 +71,9 @@ pub enum MachineError {
     /// The ACPI tables could not be made.
     #[error("ACPI tables")]
     Acpi(#[from] AcpiError),
+    /// The SMBIOS tables could not be made.
+    #[error("--smbios")]
+    Smbios(#[from] SmbiosImageError),
     /// The ACPI tables or registers could not be put into guest memory.
     #[error("guest memory at {address:#x} could not be written; give more --memory size=")]
     GuestMemory {
