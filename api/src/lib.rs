@@ -2,11 +2,14 @@
 //!
 //! * [`wire`]: the JSON objects of the socket.
 //! * [`Control`], [`Command`]: what can be asked; `vmm` implements it.
+//! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
 //! * [`EventLog`], [`Event`]: what has happened.
 
 mod control;
 mod event;
 mod event_log;
+pub mod openapi;
+pub mod routes;
 pub mod wire;
 
 pub use control::{

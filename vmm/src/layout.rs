@@ -48,10 +48,10 @@ pub mod memory {
     pub const EBDA_START: u64 = 0x9FC00;
     /// ACPI tables, the RSDP first, in the BIOS area.
     pub const ACPI_START: u64 = 0xE0000;
+    /// SMBIOS tables, from here to the reset vector; they end there.
+    pub const SMBIOS_START: u64 = 0xF_8000;
     /// Where a BIOS would start (F000:FFF0): code that resets the machine.
     pub const RESET_VECTOR: u64 = 0xF_FFF0;
-    /// The end of the BIOS area; RAM for the kernel starts here.
-    pub const ACPI_END: u64 = 0x10_0000;
     /// Where RAM proper starts and kernels are loaded.
     pub const HIMEM_START: u64 = 0x10_0000;
 }

@@ -16,3 +16,4 @@ pub mod memory;
 pub mod monitor;
 pub mod opener;
 pub mod run;
+pub mod smbios;

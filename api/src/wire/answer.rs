@@ -55,7 +55,7 @@ pub struct DeviceNode {
     /// Its id.
     pub id: String,
     /// What it occupies.
-    pub resources: Vec<serde_json::Value>,
+    pub resources: Vec<Resource>,
     /// The device that it sits on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
@@ -64,6 +64,55 @@ pub struct DeviceNode {
     /// Its PCI address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_bdf: Option<String>,
+}
+
+/// What a device occupies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Resource {
+    /// Ports.
+    PioAddressRange {
+        /// The first.
+        base: u16,
+        /// How many.
+        size: u16,
+    },
+    /// Guest-physical addresses.
+    MmioAddressRange {
+        /// The first.
+        base: u64,
+        /// How many.
+        size: u64,
+    },
+    /// What a PCI base address register decodes.
+    PciBar {
+        /// Which register.
+        index: usize,
+        /// The first address.
+        base: u64,
+        /// How many.
+        size: u64,
+        /// What kind of addresses.
+        type_: PciBarType,
+        /// Whether reading has no effects.
+        prefetchable: bool,
+    },
+    /// A pin of the interrupt controller.
+    LegacyIrq(u32),
+    /// The address of a network card.
+    MacAddress(String),
+    /// A slot of guest memory.
+    KvmMemSlot(u32),
+}
+
+/// What kind of addresses a PCI base address register decodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PciBarType {
+    /// Ports.
+    Io,
+    /// Memory below 4 GiB.
+    Mmio32,
+    /// Memory anywhere.
+    Mmio64,
 }
 
 /// `vm.counters`: device, counter, value.

@@ -327,29 +327,81 @@ pub struct RateLimitGroupConfig {
     pub rate_limiter_config: RateLimiterConfig,
 }
 
-/// What every PCI device has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct PciFields {
-    /// Its name, unique in the machine.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Whether it is behind an IOMMU.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub iommu: bool,
-    /// The PCI segment.
-    #[serde(default)]
-    pub pci_segment: u16,
-    /// The PCI device number.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pci_device_id: Option<u8>,
+/// Defines a PCI device: a struct with the fields that all of them have in
+/// front of its own, or behind them with `pci last`. They are no struct of
+/// their own, because one that is flattened hides unknown fields.
+macro_rules! pci_device {
+    ($(#[$attribute:meta])* pub struct $name:ident { $($own:tt)* }) => {
+        $(#[$attribute])*
+        pub struct $name {
+            /// Its name, unique in the machine.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub id: Option<String>,
+            /// Whether it is behind an IOMMU.
+            #[serde(default, skip_serializing_if = "is_false")]
+            pub iommu: bool,
+            /// The PCI segment.
+            #[serde(default)]
+            pub pci_segment: u16,
+            /// The PCI device number.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub pci_device_id: Option<u8>,
+            $($own)*
+        }
+        pci_device!(@fields $name);
+    };
+    (pci last; $(#[$attribute:meta])* pub struct $name:ident { $($own:tt)* }) => {
+        $(#[$attribute])*
+        pub struct $name {
+            $($own)*
+            /// Its name, unique in the machine.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub id: Option<String>,
+            /// Whether it is behind an IOMMU.
+            #[serde(default, skip_serializing_if = "is_false")]
+            pub iommu: bool,
+            /// The PCI segment.
+            #[serde(default)]
+            pub pci_segment: u16,
+            /// The PCI device number.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub pci_device_id: Option<u8>,
+        }
+        pci_device!(@fields $name);
+    };
+    (@fields $name:ident) => {
+        impl $name {
+            /// What every PCI device has.
+            #[must_use]
+            pub fn pci(&self) -> PciFields<'_> {
+                PciFields {
+                    id: self.id.as_deref(),
+                    iommu: self.iommu,
+                    segment: self.pci_segment,
+                    device: self.pci_device_id,
+                }
+            }
+        }
+    };
 }
 
+/// What every PCI device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciFields<'a> {
+    /// Its name.
+    pub id: Option<&'a str>,
+    /// Whether it is behind an IOMMU.
+    pub iommu: bool,
+    /// The PCI segment.
+    pub segment: u16,
+    /// The PCI device number.
+    pub device: Option<u8>,
+}
+
+pci_device! {
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskConfig {
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
     /// The image: a file, a block device or an address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
@@ -402,6 +454,7 @@ pub struct DiskConfig {
     #[serde(default)]
     pub lock_granularity: LockGranularity,
 }
+}
 
 impl DiskConfig {
     const fn queues() -> usize {
@@ -449,12 +502,10 @@ pub enum LockGranularity {
     Full,
 }
 
+pci_device! {
 /// A network card.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NetConfig {
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
     /// The host's interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
@@ -504,6 +555,7 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fds: Option<Vec<i32>>,
 }
+}
 
 impl NetConfig {
     const fn queues() -> usize {
@@ -524,31 +576,31 @@ pub enum VhostMode {
     Server,
 }
 
+pci_device! {
 /// The entropy source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RngConfig {
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
     /// The file that is read.
     pub src: PathBuf,
+}
 }
 
 impl Default for RngConfig {
     fn default() -> Self {
         Self {
-            pci: PciFields::default(),
+            id: None,
+            iommu: false,
+            pci_segment: 0,
+            pci_device_id: None,
             src: PathBuf::from("/dev/urandom"),
         }
     }
 }
 
+pci_device! {
 /// The balloon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BalloonConfig {
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
     /// How much the guest gives up, in bytes.
     pub size: u64,
     /// Whether it gets that back before it is out of memory.
@@ -558,13 +610,12 @@ pub struct BalloonConfig {
     #[serde(default)]
     pub free_page_reporting: bool,
 }
+}
 
+pci_device! {
 /// A shared directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FsConfig {
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
     /// The name by which the guest mounts it.
     pub tag: String,
     /// The server's socket.
@@ -576,6 +627,7 @@ pub struct FsConfig {
     #[serde(default = "FsConfig::depth")]
     pub queue_size: u16,
 }
+}
 
 impl FsConfig {
     const fn queues() -> usize {
@@ -586,16 +638,15 @@ impl FsConfig {
     }
 }
 
+pci_device! {
 /// The socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VsockConfig {
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
     /// The guest's address.
     pub cid: u32,
     /// The host's end.
     pub socket: PathBuf,
+}
 }
 
 /// Where a console leads.
@@ -644,6 +695,8 @@ impl Default for SerialConfig {
     }
 }
 
+pci_device! {
+pci last;
 /// The virtio console.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsoleConfig {
@@ -655,18 +708,19 @@ pub struct ConsoleConfig {
     /// The socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
-    /// What every PCI device has.
-    #[serde(flatten)]
-    pub pci: PciFields,
+}
 }
 
 impl ConsoleConfig {
-    fn of_v1() -> Self {
+    const fn of_v1() -> Self {
         Self {
             mode: ConsoleMode::Tty,
             file: None,
             socket: None,
-            pci: PciFields::default(),
+            id: None,
+            iommu: false,
+            pci_segment: 0,
+            pci_device_id: None,
         }
     }
 }
@@ -749,6 +803,27 @@ pub struct PlatformConfig {
     /// Whether assigned devices reach each other.
     #[serde(default = "yes")]
     pub vfio_p2p_dma: bool,
+}
+
+impl Default for PlatformConfig {
+    fn default() -> Self {
+        Self {
+            num_pci_segments: Self::segments(),
+            iommu_segments: None,
+            iommu_address_width_bits: Self::iommu_bits(),
+            system_serial_number: None,
+            system_uuid: None,
+            oem_strings: None,
+            system_manufacturer: None,
+            system_product_name: None,
+            system_version: None,
+            system_family: None,
+            system_sku_number: None,
+            chassis_asset_tag: None,
+            iommufd: false,
+            vfio_p2p_dma: true,
+        }
+    }
 }
 
 impl PlatformConfig {

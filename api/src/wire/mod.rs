@@ -10,6 +10,8 @@
 pub mod answer;
 pub mod config;
 pub mod request;
+#[cfg(test)]
+mod tests;
 
 pub use answer::*;
 pub use config::*;

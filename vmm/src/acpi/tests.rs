@@ -2,7 +2,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::*;
-use crate::layout::memory::{PCI_MMIO32_LEN, PCI_MMIO32_START};
+use crate::layout::memory::{PCI_MMIO32_LEN, PCI_MMIO32_START, RESET_VECTOR};
 
 fn config(cpus: u32) -> AcpiConfig {
     AcpiConfig {

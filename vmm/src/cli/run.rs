@@ -13,7 +13,7 @@ use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::{
     BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
     DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
-    MachineConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, files,
+    MachineConfig, MemoryConfig, PayloadConfig, SerialConfig, SmbiosConfig, VmConfig, files,
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -234,18 +234,20 @@ fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
         cpus: cpus(&arguments.cpus)?,
         memory,
         payload: PayloadConfig {
-            kernel: arguments.kernel,
+            kernel: Some(arguments.kernel),
             initramfs: arguments.initramfs,
             cmdline: arguments.cmdline,
             boot_protocol: arguments.boot_protocol,
         },
         devices: Vec::new(),
+        rate_limit_groups: Vec::new(),
         serial: named("--serial", arguments.serial.parse::<SerialConfig>())?,
         debugcon: named("--debugcon", arguments.debugcon.parse::<DebugconConfig>())?,
         gdb: match arguments.gdb {
             None => None,
             Some(text) => Some(named("--gdb", text.parse::<GdbConfig>())?),
         },
+        smbios: SmbiosConfig::default(),
         pvpanic: named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?,
         shutdown_timeout: arguments.shutdown_timeout,
     })

@@ -119,7 +119,10 @@ fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError>
 
 /// Every file that the machine uses besides its outputs, and what uses it.
 fn inputs(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
-    let mut named: Vec<(&Path, String)> = vec![(&config.payload.kernel, "--kernel".to_owned())];
+    let mut named: Vec<(&Path, String)> = Vec::new();
+    if let Some(path) = &config.payload.kernel {
+        named.push((path, "--kernel".to_owned()));
+    }
     if let Some(path) = &config.payload.initramfs {
         named.push((path, "--initramfs".to_owned()));
     }

@@ -16,16 +16,20 @@ pub mod endpoint;
 pub mod files;
 pub mod flag;
 pub mod host;
+pub mod smbios;
 mod validate;
+pub mod wire;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use virtio::limit::RateLimits;
 use virtio::schema::{Field, FieldKind};
 
 pub use device::DeviceConfig;
 pub use endpoint::{DebugconConfig, GdbConfig, SerialConfig};
 pub use host::HostLimits;
+pub use smbios::SmbiosConfig;
 pub use validate::ConfigError;
 
 /// The command line of a guest kernel when none is given.
@@ -53,10 +57,14 @@ pub struct VmConfig {
     #[serde(default)]
     pub memory: MemoryConfig,
     /// What the machine boots.
+    #[serde(default)]
     pub payload: PayloadConfig,
     /// The devices on the PCI bus, in the order they were given.
     #[serde(default)]
     pub devices: Vec<DeviceConfig>,
+    /// Limits that devices share, which name them in `rate_limit_group`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rate_limit_groups: Vec<RateLimitGroupConfig>,
     /// Where the first serial port leads.
     #[serde(default)]
     pub serial: SerialConfig,
@@ -67,6 +75,9 @@ pub struct VmConfig {
     /// first instruction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gdb: Option<GdbConfig>,
+    /// What the machine says of itself.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub smbios: SmbiosConfig,
     /// Whether the guest's kernel can report a panic.
     #[serde(default = "default_pvpanic")]
     pub pvpanic: bool,
@@ -76,12 +87,27 @@ pub struct VmConfig {
     pub shutdown_timeout: u64,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 const fn default_pvpanic() -> bool {
     true
 }
 
 const fn default_shutdown_timeout() -> u64 {
     DEFAULT_SHUTDOWN_TIMEOUT
+}
+
+/// Limits that devices share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitGroupConfig {
+    /// Its name, which no device has.
+    pub id: String,
+    /// The limits.
+    #[serde(default)]
+    pub limits: RateLimits,
 }
 
 /// The machine's type.
@@ -239,8 +265,9 @@ pub const MEMORY_FIELDS: &[Field] = &[
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
-    /// A bzImage or an ELF image.
-    pub kernel: PathBuf,
+    /// A bzImage or an ELF image. Without it the machine can be described, and not be booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
     /// The initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
@@ -250,6 +277,17 @@ pub struct PayloadConfig {
     /// How the kernel is entered.
     #[serde(default)]
     pub boot_protocol: BootProtocol,
+}
+
+impl Default for PayloadConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initramfs: None,
+            cmdline: default_cmdline(),
+            boot_protocol: BootProtocol::Auto,
+        }
+    }
 }
 
 fn default_cmdline() -> String {

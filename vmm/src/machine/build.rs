@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use api::DiskErrorAction;
+use api::{DiskErrorAction, EventLog};
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -37,7 +37,7 @@ use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::memory;
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
-use api::EventLog;
+use crate::smbios::{self, SmbiosImage};
 
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
@@ -45,6 +45,7 @@ pub struct Payload {
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
     protocol: Protocol,
+    smbios: SmbiosImage,
 }
 
 impl Payload {
@@ -55,13 +56,14 @@ impl Payload {
                 .open_input(path)
                 .map_err(|source| MachineError::Open { flag, source })
         };
-        let kernel = open("--kernel", &payload.kernel)?;
+        let path = payload.kernel.as_ref().ok_or(MachineError::NoKernel)?;
+        let kernel = open("--kernel", path)?;
         let initramfs = match &payload.initramfs {
             Some(path) => Some((path.clone(), open("--initramfs", path)?)),
             None => None,
         };
         Ok(Self {
-            kernel: (payload.kernel.clone(), kernel),
+            kernel: (path.clone(), kernel),
             initramfs,
             cmdline: payload.cmdline.clone(),
             protocol: match payload.boot_protocol {
@@ -69,10 +71,11 @@ impl Payload {
                 BootProtocol::Linux => Protocol::Linux64,
                 BootProtocol::Pvh => Protocol::Pvh,
             },
+            smbios: smbios::build(config)?,
         })
     }
 
-    /// Puts ACPI tables, kernel, initial RAM disk and command line into guest
+    /// Puts ACPI and SMBIOS tables, kernel, initial RAM disk and command line into guest
     /// memory, which reads as zeros elsewhere.
     ///
     /// # Errors
@@ -80,16 +83,18 @@ impl Payload {
     /// [`MachineError::Boot`], naming what could not be loaded.
     pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let view = ram.memory().memory();
-        let address = acpi.address;
-        view.write_slice(&acpi.bytes, GuestAddress(address))
-            .map_err(|_| MachineError::GuestMemory { address })?;
+        let SmbiosImage { bytes, address } = &self.smbios;
+        for (bytes, address) in [(bytes, *address), (&acpi.bytes, acpi.address)] {
+            view.write_slice(bytes, GuestAddress(address))
+                .map_err(|_| MachineError::GuestMemory { address })?;
+        }
         let source = BootSource {
             kernel: &mut self.kernel.1,
             initramfs: self.initramfs.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             protocol: self.protocol,
         };
-        boot::load(&view, source, address).map_err(|source| self.failed(source))
+        boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
     }
 
     /// Names the flag and the file that `source` is about.

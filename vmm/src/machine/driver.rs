@@ -107,7 +107,7 @@ impl Ears {
 
     /// Drops what belonged to a machine that is gone.
     pub fn forget_machine(&mut self) {
-        self.inbox.forget_guest();
+        self.inbox.close();
         self.input = None;
         self.outputs.clear();
     }

@@ -6,9 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
-use api::wire::{DeviceInfo, DeviceNode, DeviceState};
+use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
 use devices::pci::{BarKind, PciAddress, PciFunction};
-use serde_json::{Value, json};
 use virtio::transport::VirtioPci;
 
 /// A device on the PCI bus.
@@ -116,23 +115,23 @@ impl Item {
     }
 
     /// The base address registers that decode.
-    fn bars(&self) -> Vec<Value> {
+    fn bars(&self) -> Vec<Resource> {
         let config = self.device.config().lock();
         let decoded = config.unwrap_or_else(PoisonError::into_inner).decoded();
         decoded
             .into_iter()
             .filter_map(|(bar, base)| {
-                let kind = match bar.kind {
-                    BarKind::Memory32 => "Mmio32",
-                    BarKind::Memory64 => "Mmio64",
+                let type_ = match bar.kind {
+                    BarKind::Memory32 => PciBarType::Mmio32,
+                    BarKind::Memory64 => PciBarType::Mmio64,
                 };
-                Some(json!({"PciBar": {
-                    "index": bar.index,
-                    "base": base?,
-                    "size": bar.size,
-                    "type_": kind,
-                    "prefetchable": false,
-                }}))
+                Some(Resource::PciBar {
+                    index: bar.index.into(),
+                    base: base?,
+                    size: bar.size,
+                    type_,
+                    prefetchable: false,
+                })
             })
             .collect()
     }

@@ -33,6 +33,7 @@ use crate::boot::{BootError, Entry};
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
+use crate::smbios::SmbiosImageError;
 use build::Payload;
 use inventory::{Inventory, Item};
 use platform::Platform;
@@ -58,6 +59,9 @@ pub enum MachineError {
     /// There is not enough memory.
     #[error(transparent)]
     Memory(#[from] RamError),
+    /// There is nothing to boot.
+    #[error("--kernel: the machine has none: give it one")]
+    NoKernel,
     /// The kernel or the initial RAM disk could not be loaded.
     #[error("{what}")]
     Boot {
@@ -70,6 +74,9 @@ pub enum MachineError {
     /// The ACPI tables could not be made.
     #[error("ACPI tables")]
     Acpi(#[from] AcpiError),
+    /// The SMBIOS tables could not be made.
+    #[error("--smbios")]
+    Smbios(#[from] SmbiosImageError),
     /// The ACPI tables or registers could not be put into guest memory.
     #[error("guest memory at {address:#x} could not be written; give more --memory size=")]
     GuestMemory {

@@ -3,7 +3,7 @@
 use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
 use virtio::models::Model;
 
-use crate::config::{ConfigError, HostLimits, VmConfig, files};
+use crate::config::{VmConfig, files};
 use crate::error::chain;
 use crate::machine::state::wrong_state;
 
@@ -33,12 +33,8 @@ impl Description {
     ///
     /// [`ErrorKind::Invalid`] and [`ErrorKind::Conflict`] for what makes no sense, and
     /// [`ErrorKind::Unimplemented`] for what this monitor has not.
-    pub fn from_wire(wire: wire::VmConfig, models: &'static [Model]) -> Result<Self, ControlError> {
-        let mut config = VmConfig::from_wire(&wire)?;
-        config.complete(models);
-        config
-            .validate(models, &HostLimits::read())
-            .map_err(|error| invalid(&error))?;
+    pub fn from_wire(wire: wire::VmConfig) -> Result<Self, ControlError> {
+        let config = VmConfig::from_wire(&wire)?;
         Ok(Self { wire, config })
     }
 
@@ -48,18 +44,7 @@ impl Description {
     ///
     /// [`ErrorKind::Invalid`].
     pub fn check_bootable(&self) -> Result<(), ControlError> {
-        let kernel = self.wire.payload.as_ref().and_then(|p| p.kernel.as_ref());
-        if kernel.is_some() {
-            return Ok(());
-        }
-        Err(ControlError {
-            kind: ErrorKind::Invalid,
-            chain: vec![
-                "Failed to validate config".to_owned(),
-                "Payload configuration is not bootable".to_owned(),
-                "No bootitem provided: give payload.kernel".to_owned(),
-            ],
-        })
+        self.config.check_bootable()
     }
 
     /// The description after `command`, which only changes it: there is no machine.
@@ -67,11 +52,7 @@ impl Description {
     /// # Errors
     ///
     /// Why it makes no sense; [`ErrorKind::Conflict`] for a command that needs a machine.
-    pub fn changed(
-        &self,
-        command: Command,
-        models: &'static [Model],
-    ) -> Result<Self, ControlError> {
+    pub fn changed(&self, command: Command) -> Result<Self, ControlError> {
         let mut wire = self.wire.clone();
         match command {
             Command::AddDevice(device) => add(&mut wire, *device)?,
@@ -94,7 +75,7 @@ impl Description {
             }
             other => return Err(wrong_state(VmState::Created, &other)),
         }
-        Self::from_wire(wire, models)
+        Self::from_wire(wire)
     }
 
     /// The rules that need the host's files, which may have changed since.
@@ -108,10 +89,6 @@ impl Description {
                 .context("Failed to validate config")
         })
     }
-}
-
-fn invalid(error: &ConfigError) -> ControlError {
-    ControlError::from_error(ErrorKind::Invalid, error).context("Failed to validate config")
 }
 
 fn add(wire: &mut wire::VmConfig, device: AddDevice) -> Result<(), ControlError> {
@@ -137,16 +114,15 @@ fn add(wire: &mut wire::VmConfig, device: AddDevice) -> Result<(), ControlError>
 }
 
 fn remove(wire: &mut wire::VmConfig, id: &str) -> Result<(), ControlError> {
-    let named = |pci: &wire::PciFields| pci.id.as_deref() == Some(id);
     let mut removed = false;
     if let Some(disks) = &mut wire.disks
-        && let Some(at) = disks.iter().position(|disk| named(&disk.pci))
+        && let Some(at) = disks.iter().position(|disk| disk.id.as_deref() == Some(id))
     {
         disks.remove(at);
         removed = true;
     }
     if let Some(cards) = &mut wire.net
-        && let Some(at) = cards.iter().position(|card| named(&card.pci))
+        && let Some(at) = cards.iter().position(|card| card.id.as_deref() == Some(id))
     {
         cards.remove(at);
         removed = true;

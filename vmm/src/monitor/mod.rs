@@ -206,6 +206,7 @@ impl Monitor {
             eprintln!("vireo: the serial console is at {path}");
         }
         self.view.serial_at(pty);
+        ears.inbox.open();
         (ears.input, ears.outputs) = (input, outputs);
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
@@ -229,10 +230,11 @@ impl Monitor {
             outcome,
             then,
         } = driver.run(booted);
+        // Before the server ends, which may wait for an errand.
+        ears.forget_machine();
         drop(server);
         self.view.show(None);
         self.view.serial_at(None);
-        ears.forget_machine();
         self.view.describe(ears.description.as_ref());
         self.ears = Some(ears);
         let outcome = outcome?;
@@ -335,7 +337,7 @@ impl Monitor {
     }
 
     fn create(&mut self, wire: api::wire::VmConfig) -> Result<(), ControlError> {
-        let description = Description::from_wire(wire, self.models)?;
+        let description = Description::from_wire(wire)?;
         self.view.describe(Some(&description));
         if let Some(ears) = &mut self.ears {
             ears.life.renew();
@@ -367,7 +369,7 @@ impl Monitor {
         let Some(description) = self.ears.as_mut().and_then(|e| e.description.as_mut()) else {
             return Err(view::not_created());
         };
-        let changed = description.changed(command, self.models)?;
+        let changed = description.changed(command)?;
         *description = changed;
         self.view.describe(Some(description));
         Ok(Reply::Done)

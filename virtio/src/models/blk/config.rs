@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
+use crate::limit::{Bucket, RateLimits};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -126,6 +127,48 @@ const FIELDS: &[Field] = &[
         required: false,
         help: "entries in each queue, a power of two from 4 to 32768 (default 256)",
     },
+    Field {
+        name: "bw_size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "bytes that may be moved in bw_refill_time (default no limit)",
+    },
+    Field {
+        name: "bw_refill_time",
+        kind: FieldKind::Number,
+        required: false,
+        help: "milliseconds in which bw_size becomes available again",
+    },
+    Field {
+        name: "bw_one_time_burst",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "bytes that may be moved once beyond that (default 0)",
+    },
+    Field {
+        name: "ops_size",
+        kind: FieldKind::Number,
+        required: false,
+        help: "requests that may be made in ops_refill_time (default no limit)",
+    },
+    Field {
+        name: "ops_refill_time",
+        kind: FieldKind::Number,
+        required: false,
+        help: "milliseconds in which ops_size becomes available again",
+    },
+    Field {
+        name: "ops_one_time_burst",
+        kind: FieldKind::Number,
+        required: false,
+        help: "requests that may be made once beyond that (default 0)",
+    },
+    Field {
+        name: "rate_limit_group",
+        kind: FieldKind::Text,
+        required: false,
+        help: "id of a --rate-limit-group whose limits it shares (default none)",
+    },
 ];
 
 /// The configuration of a block device.
@@ -185,6 +228,27 @@ pub struct BlkConfig {
     /// Entries in each queue: a power of two from 4 to 32768.
     #[serde(default = "default_queue_size")]
     pub queue_size: u64,
+    /// Bytes that may be moved in [`BlkConfig::bw_refill_time`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_size: Option<u64>,
+    /// Milliseconds in which they become available again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_refill_time: Option<u64>,
+    /// Bytes that may be moved once beyond that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_one_time_burst: Option<u64>,
+    /// Requests that may be made in [`BlkConfig::ops_refill_time`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_size: Option<u64>,
+    /// Milliseconds in which they become available again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_refill_time: Option<u64>,
+    /// Requests that may be made once beyond that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_one_time_burst: Option<u64>,
+    /// The group whose limits the disk shares, beside its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
 }
 
 /// What becomes of a read that fails.
@@ -287,6 +351,60 @@ impl BlkConfig {
             rerror: self.rerror,
             werror: self.werror,
         })
+    }
+
+    /// The disk's own limits.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Field`] when half a limit is given.
+    pub fn rate_limits(&self) -> Result<RateLimits, BuildError> {
+        let bucket = |names: [&'static str; 2], size, refill_time, burst: Option<u64>| {
+            let [size_name, time_name] = names;
+            match (size, refill_time) {
+                (Some(size), Some(refill_time)) => Ok(Bucket {
+                    size,
+                    one_time_burst: burst.unwrap_or(0),
+                    refill_time,
+                }
+                .limiting()),
+                (None, None) if burst.is_none() => Ok(None),
+                (Some(_), _) => Err(BuildError::Field {
+                    field: time_name,
+                    reason: format!("it is missing beside {size_name}: give milliseconds"),
+                }),
+                _ => Err(BuildError::Field {
+                    field: size_name,
+                    reason: "it is missing beside the other keys of the limit: give it too"
+                        .to_owned(),
+                }),
+            }
+        };
+        Ok(RateLimits {
+            bandwidth: bucket(
+                ["bw_size", "bw_refill_time"],
+                self.bw_size,
+                self.bw_refill_time,
+                self.bw_one_time_burst,
+            )?,
+            ops: bucket(
+                ["ops_size", "ops_refill_time"],
+                self.ops_size,
+                self.ops_refill_time,
+                self.ops_one_time_burst,
+            )?,
+        })
+    }
+
+    /// Puts limits into the keys that say them.
+    pub fn set_rate_limits(&mut self, limits: RateLimits) {
+        let RateLimits { bandwidth, ops } = limits;
+        self.bw_size = bandwidth.map(|bucket| bucket.size);
+        self.bw_refill_time = bandwidth.map(|bucket| bucket.refill_time);
+        self.bw_one_time_burst = bandwidth.map(|bucket| bucket.one_time_burst);
+        self.ops_size = ops.map(|bucket| bucket.size);
+        self.ops_refill_time = ops.map(|bucket| bucket.refill_time);
+        self.ops_one_time_burst = ops.map(|bucket| bucket.one_time_burst);
     }
 
     /// How the image is to be opened.

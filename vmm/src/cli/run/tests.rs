@@ -69,18 +69,20 @@ fn every_flag_reaches_the_configuration() {
             ..MemoryConfig::default()
         },
         payload: PayloadConfig {
-            kernel: "/k".into(),
+            kernel: Some("/k".into()),
             initramfs: Some("/i".into()),
             cmdline: "-x y".to_owned(),
             boot_protocol: BootProtocol::Pvh,
         },
         devices: Vec::new(),
+        rate_limit_groups: Vec::new(),
         serial: SerialConfig::Pty,
         debugcon: DebugconConfig::Stdio,
         gdb: Some(GdbConfig::Tcp {
             host: "127.0.0.1".to_owned(),
             port: 99,
         }),
+        smbios: SmbiosConfig::default(),
         pvpanic: false,
         shutdown_timeout: 5,
     };
