@@ -15,5 +15,6 @@ pub mod machine;
 pub mod memory;
 pub mod monitor;
 pub mod opener;
+pub mod places;
 pub mod run;
 pub mod smbios;

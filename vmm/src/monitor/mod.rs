@@ -21,6 +21,7 @@ mod description;
 mod handle;
 mod jobs;
 mod metrics;
+mod socket;
 mod view;
 
 use std::io;
@@ -33,6 +34,7 @@ use virtio::models::Model;
 pub use description::Description;
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
+pub use socket::{ApiSocket, SocketPlace};
 pub use view::View;
 
 use crate::machine::build::{Built, build};
