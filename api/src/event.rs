@@ -99,6 +99,20 @@ pub enum EventKind {
         /// What was found.
         reason: String,
     },
+    /// A device is on the bus of a machine that has been built.
+    DeviceAdded {
+        /// The device's id.
+        id: String,
+        /// Its PCI address, as in `0000:00:05.0`.
+        bdf: String,
+    },
+    /// The guest has given a device up, and it is gone.
+    DeviceRemoved {
+        /// The device's id.
+        id: String,
+        /// The PCI address that it had.
+        bdf: String,
+    },
     /// The machine ended.
     Exit {
         /// Why.

@@ -223,7 +223,8 @@ fn slot_bit(slot: u8) -> u32 {
 /// `_ADR` (section 6.1.1) is function 0 of the slot, `_SUN` (6.1.11) what
 /// people call it.
 fn pci_slot(slot: u8) -> Vec<u8> {
-    let eject = MethodCall::new("PCEJ".into(), vec![&slot_bit(slot)]);
+    let bit = slot_bit(slot);
+    let eject = MethodCall::new("PCEJ".into(), vec![&bit]);
     device(
         &slot_name(slot),
         vec![

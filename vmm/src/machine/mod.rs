@@ -4,12 +4,16 @@
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
 //! * [`inbox`] is how everybody else reaches the control thread.
+//! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
 
 mod alarm;
+pub mod bay;
 pub mod build;
 mod doorbells;
 pub mod driver;
+pub mod hotplug;
 pub mod inbox;
+pub mod inventory;
 mod platform;
 mod signals;
 mod state;
@@ -23,15 +27,17 @@ use std::time::Instant;
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
 use crate::boot::{BootError, Entry};
+use crate::events::EventBus;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
+use bay::Bay;
 use build::Payload;
+use inventory::Item;
 use platform::Platform;
 use vcpus::Vcpus;
 
@@ -149,8 +155,12 @@ pub struct Machine {
     ram: GuestRam,
     /// In the order in which they start; they stop in reverse.
     units: Vec<Arc<dyn Unit>>,
+    /// The units have been started, and a new one is to be started too.
+    started: bool,
     /// The virtio devices, which are among the units.
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<Item>,
+    bay: Bay,
+    events: EventBus,
     platform: Platform,
     payload: Payload,
     /// The kernel's entry, when it has been loaded and not been entered.
@@ -204,20 +214,22 @@ impl Machine {
         }
     }
 
-    fn start_units(&self) -> Result<(), MachineError> {
+    fn start_units(&mut self) -> Result<(), MachineError> {
         for unit in &self.units {
             unit.start()?;
         }
+        self.started = true;
         Ok(())
     }
 
     /// Stops all units, those that drain last-started first. One that does not
     /// stop keeps no other from stopping; the first failure is returned.
-    fn stop_units(&self, deadline: Instant) -> Result<(), MachineError> {
+    fn stop_units(&mut self, deadline: Instant) -> Result<(), MachineError> {
         let mut result = Ok(());
         for unit in self.units.iter().rev() {
             result = result.and(unit.stop(deadline).map_err(MachineError::from));
         }
+        self.started &= result.is_err();
         result
     }
 
@@ -252,8 +264,10 @@ impl Machine {
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
-    /// reads as zeros and costs the host nothing. vCPUs and units are stopped.
+    /// reads as zeros and costs the host nothing. Devices that are to go are
+    /// gone then. vCPUs and units are stopped.
     fn reset(&mut self) -> Result<(), MachineError> {
+        self.finish_removals()?;
         for unit in &self.units {
             unit.reset();
         }
@@ -289,10 +303,10 @@ impl Machine {
 
     /// Makes a disk larger, in use or not.
     fn resize_disk(&self, id: &str, size: u64) -> Result<(), MachineError> {
-        let Some(device) = self.virtio.iter().find(|device| device.name() == id) else {
+        let Some(item) = self.virtio.iter().find(|item| item.device.id() == id) else {
             return Err(MachineError::NoDevice { id: id.to_owned() });
         };
-        device
+        item.device
             .resize_disk(size)
             .map_err(|source| MachineError::Device {
                 device: format!("disk {id}"),
