@@ -217,6 +217,15 @@ impl VirtioPci {
         self.counters.as_ref().map(|c| c.read()).unwrap_or_default()
     }
 
+    /// Lets go of model, back end and interrupts, for a device that has been
+    /// stopped and taken off the bus. When this returns, files that the back end had
+    /// open are closed. Others may hold the device for a while still: their accesses do nothing.
+    pub fn retire(&self) {
+        let model = self.core().retire();
+        self.signals.msix.reset();
+        drop(model);
+    }
+
     /// Makes the disk `size` bytes long and tells the driver. The guest may be running.
     ///
     /// # Errors

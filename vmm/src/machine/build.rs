@@ -4,7 +4,6 @@
 //! Everything that can be refused without KVM (files that the configuration
 //! names) is opened first, so that a mistake leaves nothing behind.
 
-use std::error::Error;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,11 +14,12 @@ use api::{DiskErrorAction, EventLog};
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
-use virtio::device::{DiskReport, ErrorAction, VirtioDevice};
-use virtio::models::{BuildContext, Model};
-use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
+use virtio::device::{DiskReport, ErrorAction};
+use virtio::models::Model;
+use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
@@ -28,7 +28,7 @@ use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, DeviceConfig, MemoryConfig, SerialConfig, Thp, VmConfig};
+use crate::config::{BootProtocol, MemoryConfig, SerialConfig, Thp, VmConfig};
 use crate::console::{Input, Output};
 use crate::kvm::cpuid::Shape;
 use crate::kvm::irq::IrqRouter;
@@ -169,7 +169,11 @@ pub fn build(
     events: &EventLog,
 ) -> Result<Built, MachineError> {
     let mut payload = Payload::open(config, opener)?;
-    let models = open_devices(config, models, opener)?;
+    let models = config
+        .devices
+        .iter()
+        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot))
+        .collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = hypervisor.create_vm()?;
@@ -204,6 +208,7 @@ pub fn build(
         buses,
         units,
         virtio,
+        bay,
         platform,
     } = pieces.devices(models, hosts)?;
     let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
@@ -212,7 +217,10 @@ pub fn build(
         vm,
         ram,
         units,
+        started: false,
         virtio,
+        bay,
+        events: events.clone(),
         platform,
         payload,
         entry: Some(entry),
@@ -229,65 +237,12 @@ pub fn build(
     })
 }
 
-/// A device model whose back end is open.
-struct OpenDevice<'a> {
-    config: &'a DeviceConfig,
-    flag: &'static str,
-    model: Box<dyn VirtioDevice>,
-}
-
-fn device_error(
-    flag: &str,
-    id: &str,
-    source: impl Into<Box<dyn Error + Send + Sync>>,
-) -> MachineError {
-    MachineError::Device {
-        device: format!("--{flag} (id {id})"),
-        source: source.into(),
-    }
-}
-
-/// Makes the models of all devices, which opens their back ends.
-fn open_devices<'a>(
-    config: &'a VmConfig,
-    models: &[Model],
-    opener: &Arc<Opener>,
-) -> Result<Vec<OpenDevice<'a>>, MachineError> {
-    let open = |device: &'a DeviceConfig| {
-        let DeviceConfig {
-            kind,
-            id,
-            config: value,
-            ..
-        } = device;
-        let Some(Model { flag, build, .. }) = models.iter().find(|model| model.kind == kind) else {
-            return Err(device_error(
-                "device",
-                id,
-                format!("there is no kind of device '{kind}'"),
-            ));
-        };
-        let context = BuildContext {
-            id: id.clone(),
-            opener: Arc::clone(opener) as Arc<dyn block::Opener>,
-            cpus: config.cpus.boot,
-        };
-        let model =
-            build(value.clone(), &context).map_err(|error| device_error(flag, id, error))?;
-        Ok(OpenDevice {
-            config: device,
-            flag,
-            model,
-        })
-    };
-    config.devices.iter().map(open).collect()
-}
-
 /// All that sits between the VM and its vCPUs.
 struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn Unit>>,
     virtio: Vec<Item>,
+    bay: Bay,
     platform: Platform,
 }
 
@@ -304,7 +259,7 @@ struct Pieces<'a> {
 }
 
 impl Pieces<'_> {
-    fn devices(&self, models: Vec<OpenDevice<'_>>, hosts: Hosts) -> Result<Devices, MachineError> {
+    fn devices(&self, models: Vec<OpenDevice>, hosts: Hosts) -> Result<Devices, MachineError> {
         let buses = Buses {
             pio: Arc::new(Bus::default()),
             mmio: Arc::new(Bus::default()),
@@ -328,49 +283,34 @@ impl Pieces<'_> {
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
+        let bay = self.bay(router, pci);
         let mut virtio = Vec::new();
         for device in models {
-            virtio.push(self.plug(device, &router, &pci)?);
+            let item = bay.plug(device, false)?;
+            platform.hotplug().inserted(item.address);
+            units.push(Arc::clone(&item.device) as Arc<dyn Unit>);
+            virtio.push(item);
         }
-        units.extend(virtio.iter().map(|item| Arc::clone(&item.device) as _));
         Ok(Devices {
             buses,
             units,
             virtio,
+            bay,
             platform,
         })
     }
 
-    /// Puts a device on the PCI bus.
-    fn plug(
-        &self,
-        device: OpenDevice<'_>,
-        router: &IrqRouter,
-        pci: &Arc<PciRoot>,
-    ) -> Result<Item, MachineError> {
-        let OpenDevice {
-            config,
-            flag,
-            model,
-        } = device;
-        let DeviceConfig { id, address, .. } = config;
-        let doorbells = Arc::new(KvmDoorbells(Arc::clone(self.vm.fd())));
-        let reporter = Arc::new(Reporter {
-            events: self.events.clone(),
-            mailbox: self.mailbox.clone(),
-        });
-        let memory = self.ram.memory().clone();
-        let function = VirtioPci::new(id.as_str(), model, memory, router, doorbells, reporter)
-            .map_err(|error| device_error(flag, id, error))?;
-        let address = pci
-            .add(Arc::clone(&function) as _, *address)
-            .map_err(|error| device_error(flag, id, error))?;
-        Ok(Item {
-            kind: config.kind.clone(),
-            address,
-            device: function,
-            removing: false,
-        })
+    fn bay(&self, router: IrqRouter, pci: Arc<PciRoot>) -> Bay {
+        Bay {
+            router,
+            pci,
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(self.vm.fd()))),
+            reporter: Arc::new(Reporter {
+                events: self.events.clone(),
+                mailbox: self.mailbox.clone(),
+            }),
+            memory: self.ram.memory().clone(),
+        }
     }
 
     fn vcpus(

@@ -157,6 +157,11 @@ impl Driver {
         &self.machine
     }
 
+    /// The machine, for errands that change it.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
     /// Stops the vCPUs for a debugger, or keeps them from starting. The
     /// machine's state stays.
     pub fn hold(&mut self) {
@@ -433,6 +438,7 @@ impl Driver {
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
+            Message::PciEject(address) => self.machine.eject(address),
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
@@ -490,8 +496,8 @@ impl Driver {
     /// A disk's request failed and waits, and the machine waits with it.
     fn on_disk_stopped(&mut self, stopped: &DiskStopped) {
         let DiskStopped { id, what, no_space } = stopped;
-        if self.state().0 != VmState::Running {
-            // It is done again when the machine goes on.
+        if self.state().0 != VmState::Running || !self.machine.has_device(id) {
+            // It is done again when the machine goes on, or never.
             return;
         }
         match self.pause(PauseReason::DiskError) {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use api::{Answer, Command, ControlError, ErrorKind, Reply};
+use devices::pci::PciAddress;
 use devices::{GuestRequest, GuestRequests};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -43,6 +44,8 @@ pub enum Message {
     OutputWaiting,
     /// A disk's request failed and waits: the machine is to be paused.
     DiskStopped(DiskStopped),
+    /// The guest gives up what is in a PCI slot.
+    PciEject(PciAddress),
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }

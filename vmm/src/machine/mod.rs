@@ -4,11 +4,14 @@
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
 //! * [`inbox`] is how everybody else reaches the control thread.
+//! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
 
 mod alarm;
+pub mod bay;
 pub mod build;
 mod doorbells;
 pub mod driver;
+pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
 mod platform;
@@ -21,7 +24,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use api::{ControlError, ErrorKind};
+use api::{ControlError, ErrorKind, EventLog};
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
@@ -34,6 +37,7 @@ use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
 use crate::smbios::SmbiosImageError;
+use bay::Bay;
 use build::Payload;
 use inventory::{Inventory, Item};
 use platform::Platform;
@@ -179,8 +183,12 @@ pub struct Machine {
     ram: GuestRam,
     /// In the order in which they start; they stop in reverse.
     units: Vec<Arc<dyn Unit>>,
+    /// The units have been started, and a new one is to be started too.
+    started: bool,
     /// The virtio devices, which are among the units.
     virtio: Vec<Item>,
+    bay: Bay,
+    events: EventLog,
     platform: Platform,
     payload: Payload,
     /// The kernel's entry, when it has been loaded and not been entered.
@@ -234,20 +242,22 @@ impl Machine {
         }
     }
 
-    fn start_units(&self) -> Result<(), MachineError> {
+    fn start_units(&mut self) -> Result<(), MachineError> {
         for unit in &self.units {
             unit.start()?;
         }
+        self.started = true;
         Ok(())
     }
 
     /// Stops all units, those that drain last-started first. One that does not
     /// stop keeps no other from stopping; the first failure is returned.
-    fn stop_units(&self, deadline: Instant) -> Result<(), MachineError> {
+    fn stop_units(&mut self, deadline: Instant) -> Result<(), MachineError> {
         let mut result = Ok(());
         for unit in self.units.iter().rev() {
             result = result.and(unit.stop(deadline).map_err(MachineError::from));
         }
+        self.started &= result.is_err();
         result
     }
 
@@ -282,8 +292,10 @@ impl Machine {
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
-    /// reads as zeros and costs the host nothing. vCPUs and units are stopped.
+    /// reads as zeros and costs the host nothing. Devices that are to go are
+    /// gone then. vCPUs and units are stopped.
     fn reset(&mut self) -> Result<(), MachineError> {
+        self.finish_removals()?;
         for unit in &self.units {
             unit.reset();
         }
