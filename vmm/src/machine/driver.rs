@@ -5,24 +5,26 @@
 //! typed input and deadlines. Nothing here blocks for long: what may (a back
 //! end that drains) has a deadline.
 
+mod commands;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::{
-    Answer, Command, ControlError, ErrorKind, EventKind, EventLog, ExitReason, PauseReason, Reply,
-    VmState,
-};
+use api::{Answer, Command, EventKind, EventLog, ExitReason, PauseReason, Reply, VmState};
 use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
+use virtio::models::Model;
 
-use super::inbox::{DiskStopped, Inbox, Message};
+use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
-use super::state::{Lifecycle, permits, wrong_state};
+use super::state::Lifecycle;
 use super::{Machine, MachineError};
 use crate::console::{Escape, Input, Output, Typed};
 use crate::kvm::vcpu::Stop;
 use crate::monitor::{Description, View};
+use crate::opener::Opener;
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -34,6 +36,18 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const BATCH: usize = 32;
 
 const ESCAPES: &str = "\nCtrl-a x  end the machine\nCtrl-a a  send Ctrl-a\nCtrl-a h  this help\n";
+
+/// What a driver works with besides the machine.
+pub struct Tools {
+    /// The models there are.
+    pub models: &'static [Model],
+    /// What opens the back ends of devices that are added.
+    pub opener: Arc<Opener>,
+    /// The way back to the driver for those that work for it.
+    pub mailbox: Mailbox,
+    /// Where readers see what the machine has.
+    pub view: View,
+}
 
 /// How a machine ended.
 #[derive(Debug)]
@@ -117,8 +131,7 @@ impl Ears {
 pub struct Driver {
     machine: Machine,
     ears: Ears,
-    /// Where readers see what the machine has.
-    view: View,
+    tools: Tools,
     policy: ShutdownPolicy,
     outcome: Option<Outcome>,
     debugger: Option<DebugSink>,
@@ -135,12 +148,12 @@ pub struct Driver {
 impl Driver {
     /// A driver for a machine that has been built.
     #[must_use]
-    pub fn new(machine: Machine, ears: Ears, view: View, shutdown_timeout: Duration) -> Self {
+    pub fn new(machine: Machine, ears: Ears, tools: Tools, shutdown_timeout: Duration) -> Self {
         let policy = ShutdownPolicy::new(shutdown_timeout);
         Self {
             machine,
             ears,
-            view,
+            tools,
             policy,
             outcome: None,
             debugger: None,
@@ -438,59 +451,15 @@ impl Driver {
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
-            Message::PciEject(address) => self.machine.eject(address),
+            Message::PciEject(address) => {
+                self.machine.eject(address);
+                self.show_devices();
+            }
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
             Message::Errand(errand) => errand(self),
         }
-    }
-
-    fn on_command(&mut self, command: Command, answer: Answer) {
-        let (state, pause) = self.state();
-        if !permits(state, pause, &command) {
-            return answer(Err(wrong_state(state, &command)));
-        }
-        match command {
-            Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
-                self.finish(ExitReason::Stopped, None);
-                self.then.push((command, answer));
-            }
-            // The monitor's, once there is no machine.
-            Command::Create(_) | Command::Boot => answer(Err(wrong_state(state, &command))),
-            command => answer(self.carry_out(command)),
-        }
-    }
-
-    fn carry_out(&mut self, command: Command) -> Result<Reply, ControlError> {
-        let done = match command {
-            Command::Pause => self.pause(PauseReason::Command),
-            Command::Resume => self.resume(),
-            Command::PowerButton => {
-                self.press_power_button();
-                Ok(())
-            }
-            Command::Nmi => self.machine.inject_nmi(),
-            Command::Reset => self.reset(),
-            Command::ResizeDisk(request) => self.resize_disk(&request.id, request.desired_size),
-            other => {
-                return Err(ControlError::new(
-                    ErrorKind::Unimplemented,
-                    format!("{other:?} is not there yet"),
-                ));
-            }
-        };
-        done.map(|()| Reply::Done)
-            .map_err(|error| error.to_control())
-    }
-
-    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
-        self.machine.resize_disk(id, size)?;
-        let id = id.to_owned();
-        self.ears
-            .events
-            .publish(EventKind::DiskResized { id, size });
-        Ok(())
     }
 
     /// A disk's request failed and waits, and the machine waits with it.

@@ -3,7 +3,8 @@
 use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
 use virtio::models::Model;
 
-use crate::config::{VmConfig, files};
+use crate::config::wire::name_devices;
+use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
 use crate::error::chain;
 use crate::machine::state::wrong_state;
 
@@ -52,30 +53,102 @@ impl Description {
     /// # Errors
     ///
     /// Why it makes no sense; [`ErrorKind::Conflict`] for a command that needs a machine.
-    pub fn changed(&self, command: Command) -> Result<Self, ControlError> {
-        let mut wire = self.wire.clone();
+    pub fn changed(
+        &self,
+        command: Command,
+        models: &'static [Model],
+    ) -> Result<Self, ControlError> {
+        let mut new = self.clone();
         match command {
-            Command::AddDevice(device) => add(&mut wire, *device)?,
-            Command::RemoveDevice(request) => remove(&mut wire, &request.id)?,
-            Command::Resize(request) => {
-                if let Some(count) = request.desired_vcpus {
-                    wire.cpus.boot_vcpus = count;
-                }
-                if let Some(size) = request.desired_ram {
-                    wire.memory.size = size;
-                }
-                match (request.desired_balloon, &mut wire.balloon) {
-                    (None, _) => (),
-                    (Some(size), Some(balloon)) => balloon.size = size,
-                    (Some(_), None) => {
-                        let message = "the machine has no balloon";
-                        return Err(ControlError::new(ErrorKind::NotFound, message));
-                    }
+            Command::AddDevice(device) => {
+                let planned = self.plan(&device)?;
+                new.add(planned);
+            }
+            Command::RemoveDevice(request) => {
+                new.retain(|id| id != request.id);
+                if new.config.devices.len() == self.config.devices.len() {
+                    let message = format!("No device with id {:?} to remove", request.id);
+                    return Err(ControlError::new(ErrorKind::NotFound, message));
                 }
             }
+            Command::Resize(request) => new.resize(&request)?,
             other => return Err(wrong_state(VmState::Created, &other)),
         }
-        Self::from_wire(wire)
+        new.config
+            .validate(models, &HostLimits::read())
+            .map_err(|error| ControlError::from(&error))?;
+        Ok(new)
+    }
+
+    fn resize(&mut self, request: &wire::VmResize) -> Result<(), ControlError> {
+        if let Some(count) = request.desired_vcpus {
+            self.config.cpus.boot = u16::try_from(count).map_err(|_| {
+                ControlError::new(ErrorKind::Invalid, format!("{count} vCPUs are too many"))
+            })?;
+            self.wire.cpus.boot_vcpus = count;
+            self.wire.cpus.max_vcpus = self.wire.cpus.max_vcpus.max(count);
+        }
+        if let Some(size) = request.desired_ram {
+            self.config.memory.size = size;
+            self.wire.memory.size = size;
+        }
+        if request.desired_balloon.is_some() {
+            let message = "the machine has no balloon";
+            return Err(ControlError::new(ErrorKind::NotFound, message));
+        }
+        Ok(())
+    }
+
+    /// What a device will be that is to be added. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`], [`ErrorKind::Conflict`], [`ErrorKind::Unimplemented`].
+    pub fn plan(&self, device: &AddDevice) -> Result<Planned, ControlError> {
+        let lacks = |what: &str| {
+            let message = format!("this monitor has no {what}");
+            Err(ControlError::new(ErrorKind::Unimplemented, message))
+        };
+        match device {
+            AddDevice::Disk(disk) => {
+                let (disk, config) = self.config.plan_disk(disk)?;
+                Ok(Planned {
+                    config,
+                    disk: Some(disk),
+                })
+            }
+            AddDevice::Virtio(device) => Ok(Planned {
+                config: self.config.plan_device(device)?,
+                disk: None,
+            }),
+            AddDevice::Net(..) => lacks("network cards"),
+            AddDevice::Vsock(_) => lacks("vsock device"),
+            AddDevice::Fs(_) => lacks("shared directories"),
+        }
+    }
+
+    /// Takes up a device that has been planned.
+    pub fn add(&mut self, planned: Planned) {
+        self.config.devices.push(planned.config);
+        if let Some(disk) = planned.disk {
+            self.wire.disks.get_or_insert_default().push(disk);
+        }
+    }
+
+    /// Keeps those devices whose ids `keep` knows.
+    pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.config.devices.retain(|device| keep(&device.id));
+        if let Some(disks) = &mut self.wire.disks {
+            disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));
+            if disks.is_empty() {
+                self.wire.disks = None;
+            }
+        }
+    }
+
+    /// Gives every device its name, as its clients are to see it from now on.
+    pub fn name_devices(&mut self) {
+        name_devices(&mut self.wire);
     }
 
     /// The rules that need the host's files, which may have changed since.
@@ -91,45 +164,11 @@ impl Description {
     }
 }
 
-fn add(wire: &mut wire::VmConfig, device: AddDevice) -> Result<(), ControlError> {
-    match device {
-        AddDevice::Disk(disk) => wire.disks.get_or_insert_default().push(disk),
-        AddDevice::Net(net, fds) if fds.is_empty() => wire.net.get_or_insert_default().push(net),
-        AddDevice::Net(..) => {
-            let message = "descriptors can be passed to a machine that has been booted only";
-            return Err(ControlError::new(ErrorKind::Invalid, message));
-        }
-        AddDevice::Fs(fs) => wire.fs.get_or_insert_default().push(fs),
-        AddDevice::Vsock(_) if wire.vsock.is_some() => {
-            let message = "Too many virtio-vsock devices";
-            return Err(ControlError::new(ErrorKind::Conflict, message));
-        }
-        AddDevice::Vsock(vsock) => wire.vsock = Some(vsock),
-        AddDevice::Virtio(_) => {
-            let message = "vm.add-virtio needs a machine that has been booted";
-            return Err(ControlError::new(ErrorKind::Conflict, message));
-        }
-    }
-    Ok(())
-}
-
-fn remove(wire: &mut wire::VmConfig, id: &str) -> Result<(), ControlError> {
-    let mut removed = false;
-    if let Some(disks) = &mut wire.disks
-        && let Some(at) = disks.iter().position(|disk| disk.id.as_deref() == Some(id))
-    {
-        disks.remove(at);
-        removed = true;
-    }
-    if let Some(cards) = &mut wire.net
-        && let Some(at) = cards.iter().position(|card| card.id.as_deref() == Some(id))
-    {
-        cards.remove(at);
-        removed = true;
-    }
-    if removed {
-        return Ok(());
-    }
-    let message = format!("No device with id {id:?} to remove");
-    Err(ControlError::new(ErrorKind::NotFound, message))
+/// A device that is to be added, with its name.
+#[derive(Clone)]
+pub struct Planned {
+    /// As it is built.
+    pub config: DeviceConfig,
+    /// As clients see it, when it is a disk.
+    disk: Option<wire::DiskConfig>,
 }

@@ -31,14 +31,14 @@ use std::time::Duration;
 use api::{Answer, Command, ControlError, EventKind, ExitReason, Reply, VmState};
 use virtio::models::Model;
 
-pub use description::Description;
+pub use description::{Description, Planned};
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, SocketPlace};
 pub use view::View;
 
 use crate::machine::build::{Built, build};
-use crate::machine::driver::{Driver, Ears, End, Outcome, poll_for, ppoll};
+use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, poll_for, ppoll};
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
@@ -164,6 +164,10 @@ impl Monitor {
         let Some(ears) = self.ears.take() else {
             return Ok(After::Idle);
         };
+        let mut ears = ears;
+        if let Some(description) = &mut ears.description {
+            description.name_devices();
+        }
         let Some(description) = ears.description.clone() else {
             self.ears = Some(ears);
             if let Some(booted) = booted {
@@ -213,7 +217,13 @@ impl Monitor {
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
         let cpus = machine.vcpus().count();
-        let mut driver = Driver::new(machine, ears, self.view.clone(), timeout);
+        let tools = Tools {
+            models: self.models,
+            opener: Arc::clone(&self.opener),
+            mailbox: self.mailbox.clone(),
+            view: self.view.clone(),
+        };
+        let mut driver = Driver::new(machine, ears, tools, timeout);
         let server = match (debugger, &description.config.gdb) {
             (Some(listener), Some(place)) => {
                 driver.hold();
@@ -371,7 +381,7 @@ impl Monitor {
         let Some(description) = self.ears.as_mut().and_then(|e| e.description.as_mut()) else {
             return Err(view::not_created());
         };
-        let changed = description.changed(command)?;
+        let changed = description.changed(command, self.models)?;
         *description = changed;
         self.view.describe(Some(description));
         Ok(Reply::Done)

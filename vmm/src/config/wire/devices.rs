@@ -156,6 +156,38 @@ impl VmConfig {
             device.id = format!("_disk{number}");
             disk.id = Some(device.id.clone());
         }
+        self.check_new(&device)?;
+        Ok((disk, device))
+    }
+
+    /// What a device of any kind will be that is to be added to this machine.
+    ///
+    /// # Errors
+    ///
+    /// As for [`VmConfig::from_wire`].
+    pub fn plan_device(
+        &self,
+        described: &wire::VirtioConfig,
+    ) -> Result<DeviceConfig, ControlError> {
+        let mut device = DeviceConfig {
+            kind: described.kind.clone(),
+            id: described.id.clone().unwrap_or_default(),
+            address: slot("device", described.address)?,
+            config: Value::Object(described.config.clone()),
+        };
+        if device.id.is_empty() {
+            let taken: Vec<&str> = self.ids().collect();
+            let free =
+                |number: &u64| !taken.contains(&format!("_{}{number}", device.kind).as_str());
+            let number = (0..).find(free).unwrap_or_default();
+            device.id = format!("_{}{number}", device.kind);
+        }
+        self.check_new(&device)?;
+        Ok(device)
+    }
+
+    /// Whether this machine can have `device` besides its own.
+    fn check_new(&self, device: &DeviceConfig) -> Result<(), ControlError> {
         names::check_one(&device.id)?;
         if self.ids().any(|id| id == device.id) {
             return Err(not_unique(&device.id));
@@ -166,8 +198,7 @@ impl VmConfig {
         grown
             .validate_devices(virtio::models::MODELS)
             .map_err(|error| ControlError::from(&error))?;
-        self.check_disk_is_new(&device)?;
-        Ok((disk, device))
+        self.check_disk_is_new(device)
     }
 
     fn ids(&self) -> impl Iterator<Item = &str> {
