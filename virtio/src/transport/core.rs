@@ -15,14 +15,19 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use devices::StopError;
+use serde_json::Value;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
 
 use super::doorbell::{Doorbells, Kick};
 use super::gone::Gone;
 use super::signals::{DeviceEvent, Signals};
-use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, ResizeError, VirtioDevice};
+use crate::device::{
+    ActivateError, Activation, ActiveQueue, Notifier, ReconfigureError, Reconfigured, ResizeError,
+    VirtioDevice,
+};
 use crate::memory::{GuestMap, GuestMemory};
+use crate::models::BuildContext;
 
 mod saved;
 
@@ -492,6 +497,18 @@ impl Core {
     pub fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
         self.device.resize_disk(size)?;
         self.signals.config_changed();
+        Ok(())
+    }
+
+    /// As [`VirtioDevice::reconfigure`]; tells the driver what it can see.
+    pub fn reconfigure(
+        &mut self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<(), ReconfigureError> {
+        if self.device.reconfigure(patch, context)? == Reconfigured::Seen {
+            self.signals.config_changed();
+        }
         Ok(())
     }
 

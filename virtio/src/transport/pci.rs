@@ -28,13 +28,15 @@ use devices::pci::{
 };
 use devices::{MsiAllocator, MsiError, StartError, StopError, Unit};
 use migration::{RestoreError, SaveError, SavedState, Section, SectionSet};
+use serde_json::Value;
 
 use super::core::{COMMON_LEN, Core, CoreState, Parts};
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvents, Signals};
 use super::state::VirtioPciV1;
-use crate::device::{Counters, Identity, ResizeError, VirtioDevice};
+use crate::device::{Counters, Identity, ReconfigureError, ResizeError, VirtioDevice};
 use crate::memory::GuestMemory;
+use crate::models::BuildContext;
 
 /// Byte offsets into the BAR.
 mod layout {
@@ -233,6 +235,19 @@ impl VirtioPci {
     /// [`ResizeError`]; the disk is then as it was.
     pub fn resize_disk(&self, size: u64) -> Result<(), ResizeError> {
         self.core().resize_disk(size)
+    }
+
+    /// Changes the device's configuration by a patch of its model's shape. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`].
+    pub fn reconfigure(
+        &self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<(), ReconfigureError> {
+        self.core().reconfigure(patch, context)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

@@ -1,6 +1,7 @@
 //! The configuration of a block device.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use block::{
     Aio, BackingPolicy, Cache, DetectZeroes, Discard, DiskOptions, ImageOptions, open_disk,
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
-use crate::limit::{Bucket, RateLimits};
+use crate::limit::{Bucket, Limiter, RateGroups, RateLimits, Throttle};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -396,6 +397,19 @@ impl BlkConfig {
         })
     }
 
+    /// The limits that hold for the disk, with full buckets of its own.
+    fn throttle(&self, groups: &RateGroups) -> Result<Throttle, BuildError> {
+        let own = Arc::new(Limiter::new(self.rate_limits()?));
+        let group = match &self.rate_limit_group {
+            None => None,
+            Some(name) => Some(groups.get(name).ok_or_else(|| BuildError::Field {
+                field: "rate_limit_group",
+                reason: format!("there is no group '{name}': add it"),
+            })?),
+        };
+        Ok(Throttle { own, group })
+    }
+
     /// Puts limits into the keys that say them.
     pub fn set_rate_limits(&mut self, limits: RateLimits) {
         let RateLimits { bandwidth, ops } = limits;
@@ -431,8 +445,12 @@ impl BlkConfig {
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
+    let throttle = config.throttle(&context.groups)?;
     let disk = open_disk(&config.path, &*context.opener, &config.image_options())
         .map_err(|error| BuildError::Backend(error.into()))?;
     disk.set_write_threshold(config.write_threshold);
-    Ok(Box::new(Blk::new(&context.id, disk, settings)))
+    let mut blk = Blk::new(&context.id, disk, settings);
+    blk.throttle = throttle;
+    blk.config = Some(config);
+    Ok(Box::new(blk))
 }
