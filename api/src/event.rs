@@ -146,6 +146,9 @@ pub enum EventKind {
     Exit {
         /// Why.
         reason: ExitReason,
+        /// What went wrong, when something did.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        detail: Option<String>,
     },
 }
 

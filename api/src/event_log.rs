@@ -52,7 +52,10 @@ pub struct Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.log.lock().alerts.retain(|(number, _)| *number != self.number);
+        self.log
+            .lock()
+            .alerts
+            .retain(|(number, _)| *number != self.number);
     }
 }
 
@@ -68,7 +71,11 @@ impl EventLog {
                 inner.events.pop_front();
             }
             inner.events.push_back(Arc::new(Event { id, at_us, kind }));
-            inner.alerts.iter().map(|(_, alert)| Arc::clone(alert)).collect()
+            inner
+                .alerts
+                .iter()
+                .map(|(_, alert)| Arc::clone(alert))
+                .collect()
         };
         alerts.iter().for_each(|alert| alert());
     }

@@ -211,11 +211,23 @@ pub struct ActivateError {
     pub reason: String,
 }
 
+/// What a device has counted since it was made. Read at any time, from any
+/// thread, whatever the device is doing.
+pub trait Counters: Send + Sync {
+    /// The values by name; the names are those of `vm.counters`.
+    fn read(&self) -> Vec<(&'static str, u64)>;
+}
+
 /// A device model. Called by the control thread and, for configuration space,
 /// by vCPU threads; the transport serialises the calls.
 pub trait VirtioDevice: Send + DynSnapshot {
     /// The fixed facts.
     fn identity(&self) -> Identity;
+
+    /// What the device counts, if anything.
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        None
+    }
 
     /// Reads the device-specific configuration space; bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);

@@ -74,13 +74,15 @@ pub mod port {
     pub const SLEEP_STATUS: u16 = 0x601;
     /// Generic event device: which events are pending, 32 bits, cleared by reading.
     pub const GED_EVENTS: u16 = 0x604;
+    /// PCI hot-plug: up, down and eject, 32 bits each.
+    pub const PCI_HOTPLUG: u16 = 0x610;
     /// PCI configuration address and data (0xCF8 to 0xCFF).
     pub const PCI_CONFIG: u16 = 0xCF8;
     /// Reset control register; inside the range above, handled by byte access.
     pub const RESET: u16 = 0xCF9;
 }
 
-/// Global system interrupts: I/O APIC pins, all edge-triggered.
+/// Global system interrupts: I/O APIC pins, edge-triggered but for [`GED`](gsi::GED).
 pub mod gsi {
     /// i8042 keyboard.
     pub const KEYBOARD: u32 = 1;
@@ -90,7 +92,7 @@ pub mod gsi {
     pub const RTC: u32 = 8;
     /// i8042 auxiliary device.
     pub const MOUSE: u32 = 12;
-    /// ACPI generic event device.
+    /// ACPI generic event device: a level, high while events are pending.
     pub const GED: u32 = 20;
     /// Pins of the I/O APIC; message-signalled interrupts come after.
     pub const IOAPIC_PINS: u32 = 24;

@@ -12,7 +12,7 @@ use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, IsTerminal, Read};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
@@ -248,6 +248,59 @@ impl Opener {
         // SAFETY: the descriptor is open and owned by nobody else: `into_raw_fd`
         // has just given it up. A device that is not KVM answers with errors.
         Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
+    }
+
+    /// Locks the file beside `path` whose name has `.lock` added, which is made
+    /// when it is not there. The lock lasts as long as the file is open.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::SocketInUse`] when another process has it.
+    pub fn lock_beside(&self, path: &Path) -> Result<File, OpenError> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".lock");
+        let lock = PathBuf::from(name);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&lock)
+            .map_err(system("create", &lock))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(fs::TryLockError::WouldBlock) => Err(OpenError::SocketInUse {
+                path: path.to_owned(),
+            }),
+            Err(fs::TryLockError::Error(source)) => Err(system("lock", &lock)(source)),
+        }
+    }
+
+    /// Makes the directory of sockets, for its owner alone, where it is not there.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::System`], and [`OpenError::Denied`] when it is somebody else's.
+    pub fn private_directory(&self, path: &Path) -> Result<(), OpenError> {
+        match fs::DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(system("create", path)(error));
+            }
+            _ => {}
+        }
+        let found = fs::symlink_metadata(path).map_err(system("look at", path))?;
+        // SAFETY: the call has no arguments and always succeeds.
+        #[expect(unsafe_code, reason = "geteuid is a system call")]
+        let user = unsafe { libc::geteuid() };
+        if !found.is_dir() || found.uid() != user || found.mode() & 0o022 != 0 {
+            return Err(OpenError::Denied {
+                action: "keep sockets in",
+                path: path.to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Listens at a new unix socket that only its owner can connect to. A

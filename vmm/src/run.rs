@@ -1,16 +1,13 @@
 //! Runs a machine from its configuration to its end.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use api::ExitReason;
 use virtio::models::MODELS;
 
 use crate::config::VmConfig;
-use crate::events::EventBus;
-use crate::machine::build::{Built, build};
-use crate::machine::driver::{Driver, Outcome};
+use crate::monitor::{Description, Monitor, MonitorOptions};
 use crate::opener::Opener;
 
 /// Builds the machine, boots it and waits for its end.
@@ -19,33 +16,7 @@ use crate::opener::Opener;
 ///
 /// What kept the machine from being built or from going on.
 pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
-    let events = EventBus::default();
-    let Built {
-        machine,
-        ears,
-        mailbox,
-        debugger,
-        pty,
-    } = build(&config, MODELS, &opener, &events)?;
-    if let Some(path) = pty {
-        eprintln!("vireo: the serial console is at {path}");
-    }
-    let timeout = Duration::from_secs(config.shutdown_timeout);
-    let cpus = machine.vcpus().count();
-    let mut driver = Driver::new(machine, ears, events, timeout);
-    let _server = match (debugger, &config.gdb) {
-        (Some(listener), Some(place)) => {
-            driver.hold();
-            let server =
-                crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?;
-            eprintln!("vireo: the guest waits for gdb at {place}");
-            Some(server)
-        }
-        _ => None,
-    };
-    let Outcome { reason, detail } = driver.run()?;
-    if let Some(detail) = detail {
-        eprintln!("vireo: {detail}");
-    }
-    Ok(reason)
+    let monitor = Monitor::new(MODELS, opener, MonitorOptions::default())
+        .context("the monitor cannot start")?;
+    Ok(monitor.run(Description::of(config))?)
 }

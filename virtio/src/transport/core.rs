@@ -20,6 +20,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
 
 use super::doorbell::{Doorbells, Kick};
+use super::gone::Gone;
 use super::signals::{DeviceEvent, Signals};
 use crate::device::{
     ActivateError, Activation, ActiveQueue, Notifier, ReconfigureError, Reconfigured, ResizeError,
@@ -600,6 +601,14 @@ impl Core {
         self.running = false;
         self.advance_reset();
         Ok(())
+    }
+
+    /// Gives up the model for good, and with it the back end; the unit is
+    /// stopped. To be dropped without the transport's lock.
+    pub fn retire(&mut self) -> Box<dyn VirtioDevice> {
+        self.running = false;
+        self.active = false;
+        std::mem::replace(&mut self.device, Box::new(Gone))
     }
 
     /// The machine resets. The unit is stopped; a model that is not is given a slice.

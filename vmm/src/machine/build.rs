@@ -4,33 +4,33 @@
 //! Everything that can be refused without KVM (files that the configuration
 //! names) is opened first, so that a mistake leaves nothing behind.
 
-use std::error::Error;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use api::DiskErrorAction;
+use api::{DiskErrorAction, EventLog};
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
-use virtio::device::{DiskReport, ErrorAction, VirtioDevice};
-use virtio::models::{BuildContext, Model};
-use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
+use virtio::device::{DiskReport, ErrorAction};
+use virtio::limit::RateGroups;
+use virtio::models::Model;
+use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
-use super::driver::Ears;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
+use super::inventory::Item;
 use super::platform::{Hosts, Platform, Wiring};
-use super::signals::Signals;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, DeviceConfig, MemoryConfig, SerialConfig, Thp, VmConfig};
-use crate::events::EventBus;
+use crate::config::{BootProtocol, MemoryConfig, SerialConfig, Thp, VmConfig};
+use crate::console::{Input, Output};
 use crate::kvm::cpuid::Shape;
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::{Buses, Vcpu};
@@ -145,17 +145,19 @@ fn subject(error: &BootError) -> Subject {
 pub struct Built {
     /// The machine, ready to be booted.
     pub machine: Machine,
-    /// What its driver listens to.
-    pub ears: Ears,
-    /// How others reach its driver.
-    pub mailbox: Mailbox,
+    /// Typed input for the serial port.
+    pub input: Option<Input>,
+    /// The guest's output, where a reader may be slow.
+    pub outputs: Vec<Output>,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
     /// The path of the serial port's pseudo-terminal, where it leads to one.
     pub pty: Option<String>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes.
+/// Builds the machine that `config` (complete and validated) describes. What it has to say
+/// goes to `mailbox`. Signals are blocked already: back ends have threads, which
+/// are to leave them alone ([`super::Signals`]).
 ///
 /// # Errors
 ///
@@ -164,13 +166,17 @@ pub fn build(
     config: &VmConfig,
     models: &[Model],
     opener: &Arc<Opener>,
-    events: &EventBus,
+    mailbox: &Mailbox,
+    events: &EventLog,
 ) -> Result<Built, MachineError> {
-    let host = |what| move |source| MachineError::Host { what, source };
-    // Back ends have threads, which are to leave these signals alone.
-    let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
-    let models = open_devices(config, models, opener)?;
+    let groups = config.rate_limit_groups.iter();
+    let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
+    let models = config
+        .devices
+        .iter()
+        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot, &groups))
+        .collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = hypervisor.create_vm()?;
@@ -185,10 +191,8 @@ pub fn build(
 
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
-    let (mailbox, inbox) =
-        super::inbox::inbox().map_err(host("no descriptor for the control thread"))?;
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, &mailbox)?;
+    let hosts = Hosts::open(config, opener, mailbox)?;
     let pty = hosts.pty().map(str::to_owned);
     let (hosts, input, outputs) = hosts.split();
 
@@ -196,17 +200,19 @@ pub fn build(
     let pieces = Pieces {
         config,
         events,
-        mailbox: &mailbox,
+        mailbox,
         stop: &stop,
         vm: &vm,
         ram: &ram,
         supported: &supported,
         space: &space,
+        groups: &groups,
     };
     let Devices {
         buses,
         units,
         virtio,
+        bay,
         platform,
     } = pieces.devices(models, hosts)?;
     let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
@@ -215,7 +221,10 @@ pub fn build(
         vm,
         ram,
         units,
+        started: false,
         virtio,
+        bay,
+        events: events.clone(),
         platform,
         payload,
         entry: Some(entry),
@@ -223,97 +232,39 @@ pub fn build(
         power_on,
         clock: None,
     };
-    let ears = Ears {
-        inbox,
-        signals: Some(signals),
-        input,
-        outputs,
-    };
     Ok(Built {
         machine,
-        ears,
-        mailbox,
+        input,
+        outputs,
         debugger,
         pty,
     })
-}
-
-/// A device model whose back end is open.
-struct OpenDevice<'a> {
-    config: &'a DeviceConfig,
-    flag: &'static str,
-    model: Box<dyn VirtioDevice>,
-}
-
-fn device_error(
-    flag: &str,
-    id: &str,
-    source: impl Into<Box<dyn Error + Send + Sync>>,
-) -> MachineError {
-    MachineError::Device {
-        device: format!("--{flag} (id {id})"),
-        source: source.into(),
-    }
-}
-
-/// Makes the models of all devices, which opens their back ends.
-fn open_devices<'a>(
-    config: &'a VmConfig,
-    models: &[Model],
-    opener: &Arc<Opener>,
-) -> Result<Vec<OpenDevice<'a>>, MachineError> {
-    let open = |device: &'a DeviceConfig| {
-        let DeviceConfig {
-            kind,
-            id,
-            config: value,
-            ..
-        } = device;
-        let Some(Model { flag, build, .. }) = models.iter().find(|model| model.kind == kind) else {
-            return Err(device_error(
-                "device",
-                id,
-                format!("there is no kind of device '{kind}'"),
-            ));
-        };
-        let context = BuildContext {
-            id: id.clone(),
-            opener: Arc::clone(opener) as Arc<dyn block::Opener>,
-            cpus: config.cpus.boot,
-        };
-        let model =
-            build(value.clone(), &context).map_err(|error| device_error(flag, id, error))?;
-        Ok(OpenDevice {
-            config: device,
-            flag,
-            model,
-        })
-    };
-    config.devices.iter().map(open).collect()
 }
 
 /// All that sits between the VM and its vCPUs.
 struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn Unit>>,
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<Item>,
+    bay: Bay,
     platform: Platform,
 }
 
 /// What the steps of [`build`] share.
 struct Pieces<'a> {
     config: &'a VmConfig,
-    events: &'a EventBus,
+    events: &'a EventLog,
     mailbox: &'a Mailbox,
     stop: &'a StopFlag,
     vm: &'a Vm,
     ram: &'a GuestRam,
     supported: &'a CpuId,
     space: &'a AddressSpace,
+    groups: &'a RateGroups,
 }
 
 impl Pieces<'_> {
-    fn devices(&self, models: Vec<OpenDevice<'_>>, hosts: Hosts) -> Result<Devices, MachineError> {
+    fn devices(&self, models: Vec<OpenDevice>, hosts: Hosts) -> Result<Devices, MachineError> {
         let buses = Buses {
             pio: Arc::new(Bus::default()),
             mmio: Arc::new(Bus::default()),
@@ -337,43 +288,35 @@ impl Pieces<'_> {
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
+        let bay = self.bay(router, pci);
         let mut virtio = Vec::new();
         for device in models {
-            virtio.push(self.plug(device, &router, &pci)?);
+            let item = bay.plug(device, false)?;
+            platform.hotplug().inserted(item.address);
+            units.push(Arc::clone(&item.device) as Arc<dyn Unit>);
+            virtio.push(item);
         }
-        units.extend(virtio.iter().map(|device| Arc::clone(device) as _));
         Ok(Devices {
             buses,
             units,
             virtio,
+            bay,
             platform,
         })
     }
 
-    /// Puts a device on the PCI bus.
-    fn plug(
-        &self,
-        device: OpenDevice<'_>,
-        router: &IrqRouter,
-        pci: &Arc<PciRoot>,
-    ) -> Result<Arc<VirtioPci>, MachineError> {
-        let OpenDevice {
-            config,
-            flag,
-            model,
-        } = device;
-        let DeviceConfig { id, address, .. } = config;
-        let doorbells = Arc::new(KvmDoorbells(Arc::clone(self.vm.fd())));
-        let reporter = Arc::new(Reporter {
-            events: self.events.clone(),
-            mailbox: self.mailbox.clone(),
-        });
-        let memory = self.ram.memory().clone();
-        let function = VirtioPci::new(id.as_str(), model, memory, router, doorbells, reporter)
-            .map_err(|error| device_error(flag, id, error))?;
-        pci.add(Arc::clone(&function) as _, *address)
-            .map_err(|error| device_error(flag, id, error))?;
-        Ok(function)
+    fn bay(&self, router: IrqRouter, pci: Arc<PciRoot>) -> Bay {
+        Bay {
+            router,
+            pci,
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(self.vm.fd()))),
+            reporter: Arc::new(Reporter {
+                events: self.events.clone(),
+                mailbox: self.mailbox.clone(),
+            }),
+            memory: self.ram.memory().clone(),
+            groups: self.groups.clone(),
+        }
     }
 
     fn vcpus(
@@ -418,7 +361,7 @@ impl Pieces<'_> {
 
 /// Publishes what devices report, and has the machine paused where that is asked for.
 struct Reporter {
-    events: EventBus,
+    events: EventLog,
     mailbox: Mailbox,
 }
 

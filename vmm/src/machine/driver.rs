@@ -7,20 +7,22 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use api::{Command, ControlError, EventKind, ExitReason, PauseReason, Reply, VmState};
+use api::{
+    Answer, Command, ControlError, ErrorKind, EventKind, EventLog, ExitReason, PauseReason, Reply,
+    VmState,
+};
 use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
 
 use super::inbox::{DiskStopped, Inbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
-use super::state::{follows, permits};
+use super::state::{Lifecycle, permits, wrong_state};
 use super::{Machine, MachineError};
 use crate::console::{Escape, Input, Output, Typed};
-use crate::events::EventBus;
 use crate::kvm::vcpu::Stop;
+use crate::monitor::{Description, View};
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -40,6 +42,20 @@ pub struct Outcome {
     pub reason: ExitReason,
     /// What went wrong, when something did.
     pub detail: Option<String>,
+    /// A signal has asked for the end of the monitor, too.
+    pub quit: bool,
+    /// It has never run, and who wanted it to has been told.
+    pub failed_to_boot: bool,
+}
+
+/// What is left of a machine.
+pub struct End {
+    /// What its driver listened to, for the next one.
+    pub ears: Ears,
+    /// How it ended. An error means that the driver itself could not wait any more.
+    pub outcome: Result<Outcome, MachineError>,
+    /// The commands that ended it, to be carried out and answered now.
+    pub then: Vec<(Command, Answer)>,
 }
 
 /// A vCPU stopped for the debugger.
@@ -64,25 +80,54 @@ pub struct Ears {
     pub input: Option<Input>,
     /// The guest's output, where a reader may be slow.
     pub outputs: Vec<Output>,
+    /// The machine's state.
+    pub life: Lifecycle,
+    /// Where things that happen are published.
+    pub events: EventLog,
+    /// What the machine is made from, where there is a description; it follows what
+    /// is added and removed.
+    pub description: Option<Description>,
+}
+
+impl Ears {
+    /// Nothing is typed and nothing described yet.
+    #[must_use]
+    pub fn new(inbox: Inbox, signals: Option<Signals>) -> Self {
+        let events = EventLog::default();
+        Self {
+            inbox,
+            signals,
+            input: None,
+            outputs: Vec::new(),
+            life: Lifecycle::new(events.clone()),
+            events,
+            description: None,
+        }
+    }
+
+    /// Drops what belonged to a machine that is gone.
+    pub fn forget_machine(&mut self) {
+        self.inbox.close();
+        self.input = None;
+        self.outputs.clear();
+    }
 }
 
 /// Drives one machine from creation to its end.
 pub struct Driver {
     machine: Machine,
     ears: Ears,
-    events: EventBus,
+    /// Where readers see what the machine has.
+    view: View,
     policy: ShutdownPolicy,
-    state: VmState,
     outcome: Option<Outcome>,
     debugger: Option<DebugSink>,
-    /// Why the machine is paused, while it is.
-    pause: Option<PauseReason>,
     /// The debugger keeps the vCPUs from running.
     held: bool,
     /// The only vCPUs that run, when a debugger has the others wait.
     chosen: Option<Vec<usize>>,
-    /// Who wait for the machine's end.
-    stoppers: Vec<Sender<Result<Reply, ControlError>>>,
+    /// What is to be done once the machine has ended.
+    then: Vec<(Command, Answer)>,
     /// Nobody has the patience to wait for back ends and readers.
     urgent: bool,
 }
@@ -90,20 +135,18 @@ pub struct Driver {
 impl Driver {
     /// A driver for a machine that has been built.
     #[must_use]
-    pub fn new(machine: Machine, ears: Ears, events: EventBus, shutdown_timeout: Duration) -> Self {
+    pub fn new(machine: Machine, ears: Ears, view: View, shutdown_timeout: Duration) -> Self {
         let policy = ShutdownPolicy::new(shutdown_timeout);
         Self {
             machine,
             ears,
-            events,
+            view,
             policy,
-            state: VmState::Created,
             outcome: None,
             debugger: None,
-            pause: None,
             held: false,
             chosen: None,
-            stoppers: Vec::new(),
+            then: Vec::new(),
             urgent: false,
         }
     }
@@ -112,6 +155,11 @@ impl Driver {
     #[must_use]
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The machine, for errands that change it.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
     }
 
     /// Stops the vCPUs for a debugger, or keeps them from starting. The
@@ -130,22 +178,49 @@ impl Driver {
         self.go_on();
     }
 
-    /// Boots the machine and drives it until it ends.
-    ///
-    /// # Errors
-    ///
-    /// [`MachineError`] when it could not be booted, or the driver itself cannot wait.
-    pub fn run(mut self) -> Result<Outcome, MachineError> {
-        if self.asked_to_end() {
+    /// Boots the machine and drives it until it ends. `booted` hears whether it could be booted.
+    pub fn run(mut self, booted: Option<Answer>) -> End {
+        let started = if self.asked_to_end() {
             // It came while the machine was being built.
+            self.policy.signal(Instant::now());
             self.finish(ExitReason::Stopped, None);
-        } else if let Err(error) = self.boot() {
-            self.end(ExitReason::KvmError);
-            return Err(error);
+            Ok(())
+        } else {
+            self.boot()
+        };
+        let outcome = match (started, booted) {
+            (Ok(()), booted) => {
+                if let Some(booted) = booted {
+                    booted(Ok(Reply::Done));
+                }
+                self.drive()
+            }
+            (Err(error), None) => Err(error),
+            (Err(error), Some(booted)) => {
+                booted(Err(error.to_control()));
+                Ok(Outcome {
+                    reason: ExitReason::Stopped,
+                    detail: None,
+                    quit: false,
+                    failed_to_boot: true,
+                })
+            }
+        };
+        let (reason, detail) = match &outcome {
+            Ok(outcome) => (outcome.reason, outcome.detail.clone()),
+            Err(error) => (ExitReason::KvmError, Some(crate::error::chain(error))),
+        };
+        self.end(reason, detail);
+        End {
+            ears: self.ears,
+            outcome,
+            then: self.then,
         }
+    }
+
+    fn drive(&mut self) -> Result<Outcome, MachineError> {
         loop {
             if let Some(outcome) = self.outcome.take() {
-                self.end(outcome.reason);
                 return Ok(outcome);
             }
             let ready = self.wait().map_err(MachineError::Wait)?;
@@ -161,6 +236,12 @@ impl Driver {
             self.on_deadlines(Instant::now());
             self.on_messages();
         }
+    }
+
+    /// The machine's state, and why it is paused.
+    #[must_use]
+    pub fn state(&self) -> (VmState, Option<PauseReason>) {
+        (self.ears.life.state(), self.ears.life.pause())
     }
 
     /// Whether a signal has asked for the end already.
@@ -184,18 +265,8 @@ impl Driver {
         self.ears.inbox.rouse();
     }
 
-    /// The one place where the state changes.
-    fn enter(&mut self, state: VmState, pause: Option<PauseReason>) {
-        if (self.state, self.pause) == (state, pause) {
-            return;
-        }
-        debug_assert!(
-            self.state == state || follows(self.state, state),
-            "{:?} to {state:?}",
-            self.state
-        );
-        (self.state, self.pause) = (state, pause);
-        self.events.publish(EventKind::State { state, pause });
+    fn enter(&self, state: VmState, pause: Option<PauseReason>) {
+        self.ears.life.enter(state, pause);
     }
 
     fn boot(&mut self) -> Result<(), MachineError> {
@@ -214,13 +285,18 @@ impl Driver {
 
     fn finish(&mut self, reason: ExitReason, detail: Option<String>) {
         if self.outcome.is_none() {
-            self.outcome = Some(Outcome { reason, detail });
+            self.outcome = Some(Outcome {
+                reason,
+                detail,
+                quit: self.policy.deadline().is_some() || self.urgent,
+                failed_to_boot: false,
+            });
         }
     }
 
     /// Stops everything for good. What a back end cannot drain in time is
     /// reported and left.
-    fn end(&mut self, reason: ExitReason) {
+    fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         let drain = if self.urgent { PATIENCE } else { DRAIN };
@@ -230,11 +306,7 @@ impl Driver {
         let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
         self.flush_outputs(wanted);
         self.enter(VmState::Stopped, None);
-        self.events.publish(EventKind::Exit { reason });
-        for stopper in self.stoppers.drain(..) {
-            // The asker may have gone.
-            let _ = stopper.send(Ok(Reply::Done));
-        }
+        self.ears.events.publish(EventKind::Exit { reason, detail });
     }
 
     /// Gives readers the guest's last output. The reader of a pipe may be a
@@ -273,7 +345,7 @@ impl Driver {
     /// Stops everything so that it can go on. A machine that is paused
     /// already stays so for the new reason.
     fn pause(&mut self, reason: PauseReason) -> Result<(), MachineError> {
-        if self.state == VmState::Paused {
+        if self.state().0 == VmState::Paused {
             self.enter(VmState::Paused, Some(reason));
             return Ok(());
         }
@@ -301,7 +373,7 @@ impl Driver {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        if self.state == VmState::Running {
+        if self.state().0 == VmState::Running {
             return Ok(());
         }
         // What waited until now is done again: no reason to pause once more.
@@ -321,7 +393,7 @@ impl Driver {
     /// instruction. When the old guest cannot be stopped it goes on; when the
     /// new one cannot be started the machine ends.
     fn reset(&mut self) -> Result<(), MachineError> {
-        let paused = self.state == VmState::Paused;
+        let paused = self.state().0 == VmState::Paused;
         self.machine.vcpus().pause();
         if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
             if paused {
@@ -362,17 +434,11 @@ impl Driver {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::Command(Command::Stop, answer) if permits(self.state, &Command::Stop) => {
-                self.finish(ExitReason::Stopped, None);
-                self.stoppers.push(answer);
-            }
-            Message::Command(command, answer) => {
-                // The asker may have gone; the command counts all the same.
-                let _ = answer.send(self.on_command(command));
-            }
+            Message::Command(command, answer) => self.on_command(command, answer),
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
+            Message::PciEject(address) => self.machine.eject(address),
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
@@ -380,50 +446,58 @@ impl Driver {
         }
     }
 
-    fn on_command(&mut self, command: Command) -> Result<Reply, ControlError> {
-        let state = self.state;
-        let wrong = |command| Err(ControlError::WrongState { command, state });
-        if !permits(state, &command) {
-            return wrong(command);
+    fn on_command(&mut self, command: Command, answer: Answer) {
+        let (state, pause) = self.state();
+        if !permits(state, pause, &command) {
+            return answer(Err(wrong_state(state, &command)));
         }
-        let done = match &command {
-            Command::State => {
-                let pause = self.pause;
-                return Ok(Reply::State { state, pause });
+        match command {
+            Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
+                self.finish(ExitReason::Stopped, None);
+                self.then.push((command, answer));
             }
-            Command::Boot => self.boot(),
+            // The monitor's, once there is no machine.
+            Command::Create(_) | Command::Boot => answer(Err(wrong_state(state, &command))),
+            command => answer(self.carry_out(command)),
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) -> Result<Reply, ControlError> {
+        let done = match command {
             Command::Pause => self.pause(PauseReason::Command),
             Command::Resume => self.resume(),
             Command::PowerButton => {
                 self.press_power_button();
                 Ok(())
             }
+            Command::Nmi => self.machine.inject_nmi(),
             Command::Reset => self.reset(),
-            // Where it is possible it is answered at the end.
-            Command::Stop => return wrong(command),
-            Command::ResizeDisk { id, size } => self.resize_disk(id, *size),
+            Command::ResizeDisk(request) => self.resize_disk(&request.id, request.desired_size),
+            other => {
+                return Err(ControlError::new(
+                    ErrorKind::Unimplemented,
+                    format!("{other:?} is not there yet"),
+                ));
+            }
         };
-        match done {
-            Ok(()) => Ok(Reply::Done),
-            Err(error) => Err(ControlError::Failed {
-                command,
-                reason: crate::error::chain(&error),
-            }),
-        }
+        done.map(|()| Reply::Done)
+            .map_err(|error| error.to_control())
     }
 
     fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
         self.machine.resize_disk(id, size)?;
         let id = id.to_owned();
-        self.events.publish(EventKind::DiskResized { id, size });
+        self.ears
+            .events
+            .publish(EventKind::DiskResized { id, size });
         Ok(())
     }
 
     /// A disk's request failed and waits, and the machine waits with it.
     fn on_disk_stopped(&mut self, stopped: &DiskStopped) {
         let DiskStopped { id, what, no_space } = stopped;
-        if self.state != VmState::Running {
-            // It is done again when the machine goes on.
+        if self.state().0 != VmState::Running || !self.machine.has_device(id) {
+            // It is done again when the machine goes on, or never.
             return;
         }
         match self.pause(PauseReason::DiskError) {
@@ -448,7 +522,7 @@ impl Driver {
 
     /// Goes on after a disk's failure, if that is why the machine is paused.
     fn try_again(&mut self) {
-        if self.pause == Some(PauseReason::DiskError)
+        if self.state().1 == Some(PauseReason::DiskError)
             && let Err(error) = self.resume()
         {
             eprintln!(
@@ -459,7 +533,7 @@ impl Driver {
     }
 
     fn press_power_button(&mut self) {
-        self.events.publish(EventKind::PowerButton);
+        self.ears.events.publish(EventKind::PowerButton);
         self.machine.press_power_button();
     }
 
@@ -472,21 +546,21 @@ impl Driver {
                 self.finish(ExitReason::PowerOff, None);
             }
             GuestRequest::Reset => {
-                self.events.publish(EventKind::GuestReset);
+                self.ears.events.publish(EventKind::GuestReset);
                 if let Err(error) = self.reset() {
                     // The guest has not been reset and must not run past its wish.
                     self.fail("guest reset", &error);
                 }
             }
             GuestRequest::Panicked => {
-                self.events.publish(EventKind::GuestPanic);
+                self.ears.events.publish(EventKind::GuestPanic);
                 self.finish(
                     ExitReason::GuestPanic,
                     Some("the guest's kernel panicked".to_owned()),
                 );
             }
             GuestRequest::CrashLoaded => {
-                self.events.publish(EventKind::GuestPanic);
+                self.ears.events.publish(EventKind::GuestPanic);
                 self.go_on();
             }
         }
@@ -494,7 +568,7 @@ impl Driver {
 
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.
     fn go_on(&mut self) {
-        if self.state == VmState::Running && !self.held {
+        if self.state().0 == VmState::Running && !self.held {
             self.machine.vcpus().run(self.chosen.as_deref());
         }
     }
@@ -524,7 +598,9 @@ impl Driver {
                 continue;
             }
             match self.policy.signal(Instant::now()) {
-                Ending::PressButton if self.state == VmState::Running => self.press_power_button(),
+                Ending::PressButton if self.state().0 == VmState::Running => {
+                    self.press_power_button()
+                }
                 Ending::PressButton => self.finish(ExitReason::Stopped, None),
                 Ending::Now => {
                     self.urgent = true;
@@ -569,7 +645,7 @@ impl Driver {
     /// Gives the serial port what has been typed and it has room for. While
     /// the machine is paused its devices stay as they are.
     fn feed_input(&mut self) {
-        if self.state == VmState::Running
+        if self.state().0 == VmState::Running
             && let Some(input) = &mut self.ears.input
         {
             let taken = self.machine.serial_input(input.pending());
@@ -610,7 +686,7 @@ impl Driver {
 }
 
 /// What to wait for on a descriptor, if there is one.
-fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
+pub(crate) fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
     libc::pollfd {
         fd: fd.unwrap_or(-1),
         events,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
 use devices::i8042::I8042;
-use devices::pci::PciRoot;
+use devices::pci::{HOTPLUG_LEN, PciHotplug, PciRoot};
 use devices::pvpanic::IsaPanic;
 use devices::rtc::{Rtc, SystemClock};
 use devices::serial::{InputReady, Serial};
@@ -15,6 +15,7 @@ use devices::{BusDevice, GuestRequests, Unit};
 
 use super::MachineError;
 use super::alarm::Alarm;
+use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
 use crate::config::{DebugconConfig, SerialConfig, VmConfig};
 use crate::console::{Console, Input, OnBacklog, Output};
@@ -127,6 +128,7 @@ pub struct Wiring<'a> {
 pub struct Platform {
     serial: Option<Arc<Serial>>,
     events: Arc<EventRegister>,
+    hotplug: Arc<PciHotplug>,
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
 }
@@ -196,8 +198,14 @@ impl Platform {
             2,
             Arc::new(SleepRegisters::new(Arc::clone(requests))),
         );
-        let events = Arc::new(EventRegister::new(router.line(gsi::GED)?));
+        let events = Arc::new(EventRegister::new(router.level(gsi::GED)));
         placed.port(port::GED_EVENTS, 4, events.clone());
+        let hotplug = Arc::new(PciHotplug::new(
+            Arc::clone(&events),
+            ged_event::PCI_HOTPLUG,
+            Arc::new(EjectDesk((*mailbox).clone())),
+        ));
+        placed.port(port::PCI_HOTPLUG, HOTPLUG_LEN.into(), hotplug.clone());
         if wiring.pvpanic {
             placed.port(
                 port::PVPANIC,
@@ -212,6 +220,7 @@ impl Platform {
             Self {
                 serial,
                 events,
+                hotplug,
                 rtc,
                 alarm,
             },
@@ -222,6 +231,12 @@ impl Platform {
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.events.raise(ged_event::POWER_BUTTON);
+    }
+
+    /// The registers of PCI hot-plug.
+    #[must_use]
+    pub fn hotplug(&self) -> &PciHotplug {
+        &self.hotplug
     }
 
     /// Offers input to the serial port; returns how much it took.
