@@ -37,6 +37,7 @@ use super::{
 };
 use crate::layout::port;
 
+pub use devices::{DiskUpdate, update_disk};
 pub use names::name_devices;
 
 /// The chain of a refusal begins with this, as v1 clients expect.

@@ -8,6 +8,7 @@ use std::time::Instant;
 use devices::pci::PciRoot;
 use devices::{StopError, Unit};
 use virtio::device::VirtioDevice;
+use virtio::limit::RateGroups;
 use virtio::memory::GuestMemory;
 use virtio::models::{BuildContext, Model};
 use virtio::transport::{DeviceEvents, VirtioPci};
@@ -32,7 +33,8 @@ pub struct OpenDevice {
 impl OpenDevice {
     /// Makes the model that `config` describes, which opens its back end. That
     /// may take as long as the host does; it needs no machine and may be done
-    /// on any thread. `cpus` are the machine's, a good number of queues.
+    /// on any thread. `cpus` are the machine's, a good number of queues, and
+    /// `groups` the limits that its devices share.
     ///
     /// # Errors
     ///
@@ -42,6 +44,7 @@ impl OpenDevice {
         models: &[Model],
         opener: &Arc<Opener>,
         cpus: u16,
+        groups: &RateGroups,
     ) -> Result<Self, MachineError> {
         let DeviceConfig {
             kind,
@@ -57,6 +60,7 @@ impl OpenDevice {
             id: id.clone(),
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
             cpus,
+            groups: groups.clone(),
         };
         let model =
             build(config.clone(), &context).map_err(|error| device_error(flag, id, error))?;
@@ -104,6 +108,8 @@ pub struct Bay {
     pub reporter: Arc<dyn DeviceEvents>,
     /// The guest's memory.
     pub memory: GuestMemory,
+    /// The limits that devices share.
+    pub groups: RateGroups,
 }
 
 impl Bay {

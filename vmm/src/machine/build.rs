@@ -15,6 +15,7 @@ use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
+use virtio::limit::RateGroups;
 use virtio::models::Model;
 use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -169,10 +170,12 @@ pub fn build(
     events: &EventLog,
 ) -> Result<Built, MachineError> {
     let mut payload = Payload::open(config, opener)?;
+    let groups = config.rate_limit_groups.iter();
+    let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
     let models = config
         .devices
         .iter()
-        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot))
+        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot, &groups))
         .collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
@@ -203,6 +206,7 @@ pub fn build(
         ram: &ram,
         supported: &supported,
         space: &space,
+        groups: &groups,
     };
     let Devices {
         buses,
@@ -256,6 +260,7 @@ struct Pieces<'a> {
     ram: &'a GuestRam,
     supported: &'a CpuId,
     space: &'a AddressSpace,
+    groups: &'a RateGroups,
 }
 
 impl Pieces<'_> {
@@ -310,6 +315,7 @@ impl Pieces<'_> {
                 mailbox: self.mailbox.clone(),
             }),
             memory: self.ram.memory().clone(),
+            groups: self.groups.clone(),
         }
     }
 

@@ -76,7 +76,8 @@ impl Machine {
         opener: &Arc<Opener>,
     ) -> Result<PciAddress, MachineError> {
         let cpus = u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX);
-        self.insert_device(OpenDevice::open(config, models, opener, cpus)?)
+        let groups = &self.bay.groups;
+        self.insert_device(OpenDevice::open(config, models, opener, cpus, groups)?)
     }
 
     /// The second half of [`Machine::add_device`], for a back end that was

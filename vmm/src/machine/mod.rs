@@ -28,7 +28,9 @@ use api::{ControlError, ErrorKind, EventLog};
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::models::BuildError;
+use serde_json::Value;
+use virtio::device::ReconfigureError;
+use virtio::models::{BuildContext, BuildError};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
@@ -36,6 +38,7 @@ use crate::boot::{BootError, Entry};
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
+use crate::opener::Opener;
 use crate::smbios::SmbiosImageError;
 use bay::Bay;
 use build::Payload;
@@ -161,11 +164,21 @@ impl MachineError {
             Self::NoDevice { .. } => ErrorKind::NotFound,
             Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
             Self::Device { source, .. } => match source.downcast_ref() {
-                Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
-                _ => ErrorKind::Failed,
+                Some(ReconfigureError::Value(error)) => built(Some(error)),
+                Some(ReconfigureError::Fixed | ReconfigureError::Shape(_)) => ErrorKind::Invalid,
+                Some(ReconfigureError::Busy(_)) => ErrorKind::Busy,
+                _ => built(source.downcast_ref()),
             },
             _ => ErrorKind::Failed,
         }
+    }
+}
+
+/// Whose fault it is that a device could not be made.
+fn built(error: Option<&BuildError>) -> ErrorKind {
+    match error {
+        Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
+        _ => ErrorKind::Failed,
     }
 }
 
@@ -347,6 +360,34 @@ impl Machine {
             .resize_disk(size)
             .map_err(|source| MachineError::Device {
                 device: format!("disk {id}"),
+                source: source.into(),
+            })
+    }
+
+    /// Changes what can be changed of the device `id`, by a patch of its model's
+    /// shape ([`virtio::device::VirtioDevice::reconfigure`]). Another medium's file is opened
+    /// here, and requests at the old one end first: that may take as long as the host does.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NoDevice`] and [`MachineError::Device`].
+    pub fn reconfigure(
+        &self,
+        id: &str,
+        patch: Value,
+        opener: &Arc<Opener>,
+    ) -> Result<(), MachineError> {
+        let context = BuildContext {
+            id: id.to_owned(),
+            opener: Arc::clone(opener) as Arc<dyn block::Opener>,
+            cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
+            groups: self.bay.groups.clone(),
+        };
+        self.item(id)?
+            .device
+            .reconfigure(patch, &context)
+            .map_err(|source| MachineError::Device {
+                device: format!("device {id}"),
                 source: source.into(),
             })
     }

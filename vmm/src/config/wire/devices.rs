@@ -7,7 +7,7 @@ use api::wire::{self, ImageType};
 use api::{ControlError, ErrorKind};
 use block::{Aio, BackingPolicy, Cache, DetectZeroes, Discard, Format};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use virtio::models::BuildError;
 use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
 use virtio::models::rng::{self, RngConfig};
@@ -201,6 +201,48 @@ impl VmConfig {
         self.check_disk_is_new(device)
     }
 
+    /// What a disk of this machine will be after a change. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] when there is no such disk, otherwise as for [`VmConfig::from_wire`].
+    pub fn plan_update(&self, request: &wire::VmUpdateDisk) -> Result<DiskUpdate, ControlError> {
+        let disk = |device: &&DeviceConfig| device.id == request.id;
+        let Some(device) = self.devices.iter().find(disk) else {
+            return Err(not_found(&request.id));
+        };
+        let blk = (device.kind == blk::MODEL.kind)
+            .then(|| serde_json::from_value::<BlkConfig>(device.config.clone()));
+        let Some(Ok(mut config)) = blk else {
+            return Err(invalid(format!("{}: it is no disk", request.id)));
+        };
+        let mut patch = Map::new();
+        if let Some(medium) = request.path.as_deref() {
+            if !config.readonly {
+                return Err(invalid(format!(
+                    "{}: only a read-only disk can be given another medium",
+                    request.id
+                )));
+            }
+            config.path = path("path", medium)?;
+            patch.insert("path".to_owned(), json(&config.path)?);
+        }
+        if let Some(limiter) = &request.rate_limiter_config {
+            let limits = rate_limits(limiter);
+            config.set_rate_limits(limits);
+            patch.insert("limits".to_owned(), json(&limits)?);
+        }
+        let device = DeviceConfig {
+            config: json(&config)?,
+            ..device.clone()
+        };
+        if request.path.is_some() {
+            self.check_disk_is_new(&device)?;
+        }
+        let patch = Value::Object(patch);
+        Ok(DiskUpdate { device, patch })
+    }
+
     fn ids(&self) -> impl Iterator<Item = &str> {
         let groups = self.rate_limit_groups.iter().map(|group| group.id.as_str());
         self.devices
@@ -217,7 +259,10 @@ impl VmConfig {
         let Some((path, readonly)) = facts(new) else {
             return Ok(());
         };
-        let mut others = self.devices.iter().filter(|d| d.kind == blk::MODEL.kind);
+        let mut others = self
+            .devices
+            .iter()
+            .filter(|other| other.kind == blk::MODEL.kind && other.id != new.id);
         let clash = others.any(|other| {
             facts(other).is_some_and(|(other, other_readonly)| {
                 other == path && !(readonly && other_readonly)
@@ -228,6 +273,43 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// A change of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskUpdate {
+    /// The disk's configuration after it.
+    pub device: DeviceConfig,
+    /// What the device in the machine is told
+    /// ([`virtio::device::VirtioDevice::reconfigure`]).
+    pub patch: Value,
+}
+
+fn not_found(id: &str) -> ControlError {
+    let message = format!("Failed to find device corresponding to the given identifier: {id}");
+    ControlError::new(ErrorKind::NotFound, message)
+}
+
+/// Puts a change of a disk, which makes sense, into the description that has it.
+///
+/// # Errors
+///
+/// [`ErrorKind::NotFound`] when no disk of the description has that id.
+pub fn update_disk(
+    described: &mut wire::VmConfig,
+    request: &wire::VmUpdateDisk,
+) -> Result<(), ControlError> {
+    let mut disks = described.disks.iter_mut().flatten();
+    let disk = disks
+        .find(|disk| disk.id.as_deref() == Some(&request.id))
+        .ok_or_else(|| not_found(&request.id))?;
+    if request.path.is_some() {
+        disk.path.clone_from(&request.path);
+    }
+    if let Some(limiter) = &request.rate_limiter_config {
+        disk.rate_limiter_config = rate_limiter(rate_limits(limiter));
+    }
+    Ok(())
 }
 
 /// The disks among `devices`, and the first entropy source.

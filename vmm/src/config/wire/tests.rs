@@ -495,3 +495,47 @@ fn a_machine_from_the_command_line_is_shown_with_what_it_has() {
     assert_eq!(shown.console.mode, ConsoleMode::Off);
     assert_eq!(shown.platform, None);
 }
+
+#[test]
+fn a_disk_is_updated_in_its_configuration_and_in_its_description() {
+    let mut described = with(json!({"disks": [
+        {"id": "d", "path": "/a", "readonly": true, "rate_limiter_config":
+            {"ops": {"size": 1, "refill_time": 1}}},
+        {"id": "w", "path": "/b"},
+    ]}));
+    let config = VmConfig::from_wire(&described).unwrap();
+    let request = |value: Value| -> wire::VmUpdateDisk { serde_json::from_value(value).unwrap() };
+    let change = request(json!({"id": "d", "path": "/c", "rate_limiter_config":
+        {"bandwidth": {"size": 5, "refill_time": 6}}}));
+    let DiskUpdate { device, patch } = config.plan_update(&change).unwrap();
+    assert_eq!(
+        patch,
+        json!({"path": "/c", "limits":
+            {"bandwidth": {"size": 5, "one_time_burst": 0, "refill_time": 6}}})
+    );
+    update_disk(&mut described, &change).unwrap();
+    let again = VmConfig::from_wire(&described).unwrap();
+    assert_eq!(again.devices[0], device);
+    let lifted = request(json!({"id": "d", "rate_limiter_config": {}}));
+    update_disk(&mut described, &lifted).unwrap();
+    assert_eq!(
+        described.disks.as_ref().unwrap()[0].rate_limiter_config,
+        None
+    );
+    assert_eq!(
+        config.plan_update(&lifted).unwrap().patch,
+        json!({"limits": {}})
+    );
+    for (value, kind) in [
+        (json!({"id": "x"}), ErrorKind::NotFound),
+        (json!({"id": "__rng"}), ErrorKind::Invalid),
+        (json!({"id": "w", "path": "/c"}), ErrorKind::Invalid),
+        (json!({"id": "d", "path": ""}), ErrorKind::Invalid),
+        (json!({"id": "d", "path": "/b"}), ErrorKind::Conflict),
+    ] {
+        assert_eq!(config.plan_update(&request(value)).unwrap_err().kind, kind);
+    }
+    let unknown = request(json!({"id": "x"}));
+    let error = update_disk(&mut described, &unknown).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::NotFound);
+}
