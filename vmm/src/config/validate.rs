@@ -237,7 +237,7 @@ impl VmConfig {
         Ok(())
     }
 
-    fn validate_devices(&self, models: &[Model]) -> Result<(), ConfigError> {
+    pub(super) fn validate_devices(&self, models: &[Model]) -> Result<(), ConfigError> {
         let count = self.devices.len();
         if count > usize::from(PCI_SLOTS) {
             return Err(ConfigError::TooManyDevices { count });
