@@ -165,11 +165,9 @@ pub fn build(
     // Back ends have threads, which are to leave these signals alone.
     let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
-    let models = config
-        .devices
-        .iter()
-        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot))
-        .collect::<Result<Vec<_>, _>>()?;
+    let open = |device| OpenDevice::open(device, models, opener, config.cpus.boot);
+    let models = config.devices.iter().map(open);
+    let models = models.collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = hypervisor.create_vm()?;
@@ -202,24 +200,18 @@ pub fn build(
         supported: &supported,
         space: &space,
     };
-    let Devices {
-        buses,
-        units,
-        virtio,
-        bay,
-        platform,
-    } = pieces.devices(models, hosts)?;
-    let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
+    let devices = pieces.devices(models, hosts)?;
+    let (vcpus, power_on) = pieces.vcpus(&hypervisor, &devices.buses)?;
     let machine = Machine {
         vcpus,
         vm,
         ram,
-        units,
+        units: devices.units,
         started: false,
-        virtio,
-        bay,
+        virtio: devices.virtio,
+        bay: devices.bay,
         events: events.clone(),
-        platform,
+        platform: devices.platform,
         payload,
         entry: Some(entry),
         acpi,
