@@ -10,6 +10,7 @@
 //! [`files::check`] (rules on the files that it names). What only the kernel
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
+mod addition;
 pub mod capability;
 pub mod device;
 pub mod endpoint;

@@ -208,24 +208,18 @@ pub fn build(
         space: &space,
         groups: &groups,
     };
-    let Devices {
-        buses,
-        units,
-        virtio,
-        bay,
-        platform,
-    } = pieces.devices(models, hosts)?;
-    let (vcpus, power_on) = pieces.vcpus(&hypervisor, &buses)?;
+    let devices = pieces.devices(models, hosts)?;
+    let (vcpus, power_on) = pieces.vcpus(&hypervisor, &devices.buses)?;
     let machine = Machine {
         vcpus,
         vm,
         ram,
-        units,
+        units: devices.units,
         started: false,
-        virtio,
-        bay,
+        virtio: devices.virtio,
+        bay: devices.bay,
         events: events.clone(),
-        platform,
+        platform: devices.platform,
         payload,
         entry: Some(entry),
         acpi,

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use api::EventKind;
 use devices::Unit;
 use devices::pci::{EjectRequests, PciAddress};
+use virtio::limit::RateGroups;
 use virtio::models::Model;
 
 use super::bay::OpenDevice;
@@ -53,6 +54,11 @@ impl Machine {
     #[must_use]
     pub fn items(&self) -> &[Item] {
         &self.virtio
+    }
+
+    /// The limits that its devices share.
+    pub(super) fn rate_groups(&self) -> RateGroups {
+        self.bay.groups.clone()
     }
 
     /// Whether there is such a device on the PCI bus.

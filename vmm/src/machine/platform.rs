@@ -198,14 +198,7 @@ impl Platform {
             2,
             Arc::new(SleepRegisters::new(Arc::clone(requests))),
         );
-        let events = Arc::new(EventRegister::new(router.level(gsi::GED)));
-        placed.port(port::GED_EVENTS, 4, events.clone());
-        let hotplug = Arc::new(PciHotplug::new(
-            Arc::clone(&events),
-            ged_event::PCI_HOTPLUG,
-            Arc::new(EjectDesk((*mailbox).clone())),
-        ));
-        placed.port(port::PCI_HOTPLUG, HOTPLUG_LEN.into(), hotplug.clone());
+        let (events, hotplug) = placed.events();
         if wiring.pvpanic {
             placed.port(
                 port::PVPANIC,
@@ -274,6 +267,19 @@ impl Placed<'_> {
         let placed = self.wiring.buses.pio.insert(base.into(), len, on_bus);
         debug_assert_eq!(placed, Ok(()));
         self.units.push(device);
+    }
+
+    /// The event register, and what it tells of.
+    fn events(&mut self) -> (Arc<EventRegister>, Arc<PciHotplug>) {
+        let events = Arc::new(EventRegister::new(self.wiring.router.level(gsi::GED)));
+        self.port(port::GED_EVENTS, 4, Arc::clone(&events));
+        let hotplug = Arc::new(PciHotplug::new(
+            Arc::clone(&events),
+            ged_event::PCI_HOTPLUG,
+            Arc::new(EjectDesk(self.wiring.mailbox.clone())),
+        ));
+        self.port(port::PCI_HOTPLUG, HOTPLUG_LEN.into(), Arc::clone(&hotplug));
+        (events, hotplug)
     }
 
     fn pci(&self, pci: &Arc<PciRoot>, reset: Arc<dyn BusDevice>) {

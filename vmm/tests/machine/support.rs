@@ -290,9 +290,13 @@ pub struct Local {
 
 /// Builds a machine that is not run.
 pub fn built(config: &VmConfig) -> Built {
+    built_with(config, &EventLog::default())
+}
+
+/// The same; what happens to it goes to `events`.
+pub fn built_with(config: &VmConfig, events: &EventLog) -> Built {
     let (mailbox, _) = inbox().unwrap();
-    let opener = Arc::new(Opener::new());
-    build(config, MODELS, &opener, &mailbox, &EventLog::default()).unwrap()
+    build(config, MODELS, &Arc::new(Opener::new()), &mailbox, events).unwrap()
 }
 
 impl Local {

@@ -72,8 +72,9 @@ impl Driver {
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
         let mailbox = self.tools.mailbox.clone();
         let cpus = u16::try_from(self.machine.vcpus().count()).unwrap_or(u16::MAX);
+        let groups = self.machine.rate_groups();
         let open = move || {
-            let opened = OpenDevice::open(&planned.config, models, &opener, cpus);
+            let opened = OpenDevice::open(&planned.config, models, &opener, cpus, &groups);
             // When the machine has ended meanwhile, so has the wish.
             mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
                 answer(driver.insert_device(opened, &device));
