@@ -29,7 +29,8 @@ use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, DeviceConfig, MemoryConfig, SerialConfig, Thp, VmConfig};
+use crate::config::{BootProtocol, DeviceConfig, MemoryConfig, Thp, VmConfig};
+use crate::console::Consoles;
 use crate::events::EventBus;
 use crate::kvm::cpuid::Shape;
 use crate::kvm::irq::IrqRouter;
@@ -145,11 +146,10 @@ pub struct Built {
     pub mailbox: Mailbox,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
-    /// The path of the serial port's pseudo-terminal, where it leads to one.
-    pub pty: Option<String>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes.
+/// Builds the machine that `config` (complete and validated) describes, on
+/// `consoles`, where what is open already stays so.
 ///
 /// # Errors
 ///
@@ -159,6 +159,7 @@ pub fn build(
     models: &[Model],
     opener: &Arc<Opener>,
     events: &EventBus,
+    consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
     let host = |what| move |source| MachineError::Host { what, source };
     // Back ends have threads, which are to leave these signals alone.
@@ -182,9 +183,7 @@ pub fn build(
     let (mailbox, inbox) =
         super::inbox::inbox().map_err(host("no descriptor for the control thread"))?;
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, &mailbox)?;
-    let pty = hosts.pty().map(str::to_owned);
-    let (hosts, input, outputs) = hosts.split();
+    let hosts = Hosts::open(config, opener, consoles, &mailbox)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -220,15 +219,13 @@ pub fn build(
     let ears = Ears {
         inbox,
         signals: Some(signals),
-        input,
-        outputs,
+        consoles: Arc::clone(consoles),
     };
     Ok(Built {
         machine,
         ears,
         mailbox,
         debugger,
-        pty,
     })
 }
 
@@ -325,7 +322,6 @@ impl Pieces<'_> {
             router: &router,
             buses: &buses,
             requests,
-            mailbox: self.mailbox,
             pci: &pci,
             pvpanic: self.config.pvpanic,
         };
@@ -569,7 +565,7 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
         pci_mmio64: Some(space.window64.clone())
             .filter(|range| !range.is_empty())
             .map(window),
-        serial: config.serial != SerialConfig::Off,
+        serial: config.serial.is_on(),
         pvpanic: config.pvpanic,
     }
 }

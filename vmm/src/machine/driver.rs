@@ -1,12 +1,13 @@
 //! The state driver: one thread that takes everything that can happen to the
 //! machine, and the only place where the machine's state changes.
 //!
-//! It waits for messages (commands, guest requests, stopped vCPUs), signals,
-//! typed input and deadlines. Nothing here blocks for long: what may (a back
+//! It waits for messages (commands, guest requests, stopped vCPUs), signals
+//! and deadlines. Nothing here blocks for long: what may (a back
 //! end that drains) has a deadline.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use super::inbox::{DiskStopped, Inbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::{follows, permits};
 use super::{Machine, MachineError};
-use crate::console::{Escape, Input, Output, Typed};
+use crate::console::{Consoles, Interrupt};
 use crate::events::EventBus;
 use crate::kvm::vcpu::Stop;
 
@@ -30,8 +31,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many messages are taken between looks at everything else.
 const BATCH: usize = 32;
-
-const ESCAPES: &str = "\nCtrl-a x  end the machine\nCtrl-a a  send Ctrl-a\nCtrl-a h  this help\n";
 
 /// How a machine ended.
 #[derive(Debug)]
@@ -60,10 +59,8 @@ pub struct Ears {
     pub inbox: Inbox,
     /// Signals that ask the monitor to end, when it is to take them.
     pub signals: Option<Signals>,
-    /// Typed input for the serial port.
-    pub input: Option<Input>,
-    /// The guest's output, where a reader may be slow.
-    pub outputs: Vec<Output>,
+    /// The consoles, whose readers get the guest's last output.
+    pub consoles: Arc<Consoles>,
 }
 
 /// Drives one machine from creation to its end.
@@ -155,9 +152,6 @@ impl Driver {
             if ready.signal {
                 self.on_signal();
             }
-            if ready.input {
-                self.on_input();
-            }
             self.on_deadlines(Instant::now());
             self.on_messages();
         }
@@ -209,7 +203,6 @@ impl Driver {
     fn go(&mut self) {
         self.enter(VmState::Running, None);
         self.go_on();
-        self.feed_input();
     }
 
     fn finish(&mut self, reason: ExitReason, detail: Option<String>) {
@@ -228,7 +221,7 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
-        self.flush_outputs(wanted);
+        self.flush_consoles(wanted);
         self.enter(VmState::Stopped, None);
         self.events.publish(EventKind::Exit { reason });
         for stopper in self.stoppers.drain(..) {
@@ -240,34 +233,12 @@ impl Driver {
     /// Gives readers the guest's last output. The reader of a pipe may be a
     /// pager: when the guest has ended by itself it has all the time it wants,
     /// until a signal says that nobody wants the output any more.
-    fn flush_outputs(&self, wanted: bool) {
-        for output in &self.ears.outputs {
-            if wanted && !output.is_terminal() {
-                while output.is_waiting() && self.wait_for_reader(output) {
-                    output.drain();
-                }
-            } else {
-                output.finish(PATIENCE);
-            }
-        }
-        if let Some(input) = &self.ears.input {
-            input.finish(PATIENCE);
-        }
-    }
-
-    /// Waits until a reader takes output; `false` when a signal came first.
-    fn wait_for_reader(&self, output: &Output) -> bool {
-        let mut fds = [
-            poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT),
-            poll_for(
-                self.ears.signals.as_ref().map(Signals::raw_fd),
-                libc::POLLIN,
-            ),
-        ];
-        if ppoll(&mut fds, None).is_err() {
-            return false;
-        }
-        fds[1].revents == 0 || !self.asked_to_end()
+    fn flush_consoles(&self, wanted: bool) {
+        let interrupt = Interrupt {
+            fd: self.ears.signals.as_ref().map(Signals::raw_fd),
+            asked: &|| self.asked_to_end(),
+        };
+        self.ears.consoles.finish(wanted, PATIENCE, &interrupt);
     }
 
     /// Stops everything so that it can go on. A machine that is paused
@@ -373,9 +344,7 @@ impl Driver {
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
-            Message::InputReady => self.feed_input(),
-            // The next wait looks at what waits.
-            Message::OutputWaiting => (),
+            Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
             Message::Errand(errand) => errand(self),
         }
     }
@@ -545,75 +514,29 @@ impl Driver {
         }
     }
 
-    fn on_input(&mut self) {
-        let Some(input) = &mut self.ears.input else {
-            return;
-        };
-        match input.read() {
-            Typed::Text => (),
-            Typed::Escape(Escape::Quit) => self.finish(ExitReason::Stopped, None),
-            Typed::Escape(Escape::Help) => eprint!("{ESCAPES}"),
-            Typed::End => {
-                // A terminal's settings must stay until the end; a pipe's end is
-                // no more than the end of input.
-                if !input.is_terminal() {
-                    self.ears.input = None;
-                    return;
-                }
-                self.finish(ExitReason::Stopped, None);
-            }
-        }
-        self.feed_input();
-    }
-
-    /// Gives the serial port what has been typed and it has room for. While
-    /// the machine is paused its devices stay as they are.
-    fn feed_input(&mut self) {
-        if self.state == VmState::Running
-            && let Some(input) = &mut self.ears.input
-        {
-            let taken = self.machine.serial_input(input.pending());
-            input.taken(taken);
-        }
-    }
-
     fn wait(&self) -> io::Result<Ready> {
-        let input = self.ears.input.as_ref().filter(|input| input.wants_more());
-        let mut fds: Vec<_> = [
+        let mut fds = [
             Some(self.ears.inbox.wake_fd()),
             self.ears.signals.as_ref().map(Signals::raw_fd),
-            input.map(|input| input.as_fd().as_raw_fd()),
             Some(self.machine.tick_fd()),
         ]
-        .map(|fd| poll_for(fd, libc::POLLIN))
-        .into();
-        let waiting = self
-            .ears
-            .outputs
-            .iter()
-            .filter(|output| output.is_waiting());
-        fds.extend(waiting.map(|output| poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT)));
+        .map(readable);
         let now = Instant::now();
         let left = self
             .policy
             .deadline()
             .map(|d| d.saturating_duration_since(now));
         ppoll(&mut fds, left)?;
-        self.ears.outputs.iter().for_each(Output::drain);
-        let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.revents != 0);
-        Ok(Ready {
-            signal: ready(1),
-            input: ready(2),
-            tick: ready(3),
-        })
+        let [_, signal, tick] = fds.map(|fd| fd.revents != 0);
+        Ok(Ready { signal, tick })
     }
 }
 
-/// What to wait for on a descriptor, if there is one.
-fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
+/// Waits for input on a descriptor, if there is one.
+fn readable(fd: Option<RawFd>) -> libc::pollfd {
     libc::pollfd {
         fd: fd.unwrap_or(-1),
-        events,
+        events: libc::POLLIN,
         revents: 0,
     }
 }
@@ -621,7 +544,6 @@ fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
 /// What woke the driver besides messages.
 struct Ready {
     signal: bool,
-    input: bool,
     tick: bool,
 }
 

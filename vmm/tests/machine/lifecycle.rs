@@ -206,7 +206,7 @@ fn nothing_typed_or_printed_is_lost_over_pauses() {
         let pty = OpenOptions::new()
             .read(true)
             .write(true)
-            .open(machine.pty.as_ref().unwrap())
+            .open(machine.pty())
             .unwrap();
         let mut screen = Collected::from(pty.try_clone().unwrap());
         screen.wait_for("echo=ready");
@@ -241,7 +241,7 @@ fn what_is_typed_at_a_paused_machine_waits() {
     let pty = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(machine.pty.as_ref().unwrap())
+        .open(machine.pty())
         .unwrap();
     let mut screen = Collected::from(pty.try_clone().unwrap());
     screen.wait_for("echo=ready");

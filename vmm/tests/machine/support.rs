@@ -14,6 +14,7 @@ use api::{Command as Ask, Control, ControlError, Event, Reply, VmState};
 use serde_json::{Value, json};
 use virtio::models::MODELS;
 use vmm::config::VmConfig;
+use vmm::console::Consoles;
 use vmm::events::EventBus;
 use vmm::gdb::Server;
 use vmm::machine::build::{Built, build};
@@ -281,18 +282,31 @@ pub struct Local {
     pub control: ControlHandle,
     pub mailbox: Mailbox,
     pub events: Receiver<Event>,
-    pub pty: Option<String>,
+    pub consoles: Arc<Consoles>,
     driver: Option<JoinHandle<Result<Outcome, MachineError>>>,
     server: Option<Server>,
 }
 
 /// Builds a machine that is not run.
 pub fn built(config: &VmConfig, events: &EventBus) -> Built {
-    build(config, MODELS, &Arc::new(Opener::new()), events).unwrap()
+    let consoles = Arc::new(Consoles::new(0).unwrap());
+    built_on(config, events, &consoles)
+}
+
+/// As [`built`], on consoles that may have served another machine.
+pub fn built_on(config: &VmConfig, events: &EventBus, consoles: &Arc<Consoles>) -> Built {
+    let opener = Arc::new(Opener::new());
+    build(config, MODELS, &opener, events, consoles).unwrap()
 }
 
 impl Local {
     pub fn boot(config: &VmConfig) -> Self {
+        let replay = usize::try_from(config.serial_replay).unwrap();
+        Self::boot_on(config, Arc::new(Consoles::new(replay).unwrap()))
+    }
+
+    /// As [`Local::boot`], on consoles that may have served another machine.
+    pub fn boot_on(config: &VmConfig, consoles: Arc<Consoles>) -> Self {
         let bus = EventBus::default();
         let events = bus.subscribe();
         let Built {
@@ -300,8 +314,7 @@ impl Local {
             ears,
             mailbox,
             debugger,
-            pty,
-        } = built(config, &bus);
+        } = built_on(config, &bus, &consoles);
         let cpus = machine.vcpus().count();
         let timeout = Duration::from_secs(config.shutdown_timeout);
         let driver = Driver::new(machine, ears, bus, timeout);
@@ -310,7 +323,7 @@ impl Local {
             control: ControlHandle::new(mailbox.clone()),
             mailbox,
             events,
-            pty,
+            consoles,
             driver: Some(thread::spawn(move || driver.run())),
             server,
         };
@@ -326,6 +339,12 @@ impl Local {
         ];
         assert!(booted.contains(&state), "{state:?}");
         local
+    }
+
+    /// The path of the serial port's pseudo-terminal.
+    pub fn pty(&self) -> PathBuf {
+        let sinks = self.consoles.serial().list();
+        sinks.into_iter().find_map(|sink| sink.path).unwrap()
     }
 
     pub fn ask(&self, command: Ask) -> Result<Reply, ControlError> {
