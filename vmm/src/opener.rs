@@ -159,14 +159,62 @@ impl Opener {
     /// Opens a file that is written from its start: it is created with mode
     /// 0600, or emptied when it is a regular file. A terminal, `/dev/null` or
     /// a pipe with a reader is taken as it is. Writing never blocks: where a
-    /// terminal or a pipe is full it fails with `WouldBlock`.
+    /// terminal or a pipe is full it fails with `WouldBlock`. What is written
+    /// goes to the file's end, also after somebody else has emptied it.
     ///
     /// # Errors
     ///
     /// [`OpenError`]; a symbolic link, a directory and a block device are refused,
     /// and nothing is changed then.
     pub fn create_output(&self, path: &Path) -> Result<File, OpenError> {
-        create(path, 0o600)
+        create(path, 0o600, libc::O_APPEND)
+    }
+
+    /// As [`Opener::create_output`], but what is in a regular file stays.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create_output`].
+    pub fn append_output(&self, path: &Path) -> Result<File, OpenError> {
+        open_output(path, 0o600, libc::O_APPEND)
+    }
+
+    /// Gives an output file that is full the name `kept`, in place of a file that had
+    /// it, and makes a new one. `current` is the file as
+    /// [`Opener::create_output`] or this has opened it. Where it has lost its
+    /// name already, only the new one is made.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::WrongType`] when another file has either name that is not to be
+    /// replaced, [`OpenError::System`] otherwise. `current` can be written on.
+    pub fn rotate_output(
+        &self,
+        path: &Path,
+        current: &File,
+        kept: &Path,
+    ) -> Result<File, OpenError> {
+        let facts = current.metadata().map_err(system("rotate", path))?;
+        match identity(path) {
+            Ok(found) if found == (facts.dev(), facts.ino()) => replace(path, kept)?,
+            // Whoever moved it away has rotated it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+            Ok(_) => {
+                return Err(OpenError::WrongType {
+                    path: path.to_owned(),
+                    found: "another file by now",
+                    wanted: "a file that nobody else makes",
+                });
+            }
+            Err(error) => return Err(system("rotate", path)(error)),
+        }
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_APPEND | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(system("create", path))
     }
 
     /// As [`Opener::create_output`], for what everybody may read (mode 0644,
@@ -176,7 +224,7 @@ impl Opener {
     ///
     /// As [`Opener::create_output`].
     pub fn create_document(&self, path: &Path) -> Result<File, OpenError> {
-        create(path, 0o644)
+        create(path, 0o644, 0)
     }
 
     /// Standard output, for writes that never wait where it is a terminal or
@@ -455,13 +503,36 @@ fn check_kind(kind: FileType) -> io::Result<()> {
     ))
 }
 
-fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
+fn create(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
+    let file = open_output(path, mode, flags)?;
+    if file.metadata().is_ok_and(|facts| facts.is_file()) {
+        file.set_len(0).map_err(system("empty", path))?;
+    }
+    Ok(file)
+}
+
+/// Gives the file at `path` the name `kept`, where nothing but a regular file is.
+fn replace(path: &Path, kept: &Path) -> Result<(), OpenError> {
+    match fs::symlink_metadata(kept) {
+        Ok(facts) if !facts.is_file() => {
+            return Err(OpenError::WrongType {
+                path: kept.to_owned(),
+                found: describe(facts.file_type()),
+                wanted: "a regular file, or one where nothing is yet",
+            });
+        }
+        _ => (),
+    }
+    fs::rename(path, kept).map_err(system("rotate", path))
+}
+
+fn open_output(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
     let file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(mode)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .custom_flags(flags | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)
         .map_err(|source| match source.raw_os_error() {
             Some(libc::ELOOP) => OpenError::SymbolicLink {
@@ -476,9 +547,6 @@ fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
             found: describe(kind),
             wanted: "a file to be written",
         });
-    }
-    if kind.is_file() {
-        file.set_len(0).map_err(system("empty", path))?;
     }
     Ok(file)
 }

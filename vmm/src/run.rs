@@ -16,7 +16,10 @@ use crate::opener::Opener;
 ///
 /// What kept the machine from being built or from going on.
 pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
-    let monitor = Monitor::new(MODELS, opener, MonitorOptions::default())
-        .context("the monitor cannot start")?;
+    let options = MonitorOptions {
+        serial_replay: usize::try_from(config.serial_replay).unwrap_or(usize::MAX),
+        ..MonitorOptions::default()
+    };
+    let monitor = Monitor::new(MODELS, opener, options).context("the monitor cannot start")?;
     Ok(monitor.run(Description::of(config))?)
 }

@@ -94,12 +94,15 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "type=NAME", default_value = "type=vireo-dev")]
     machine: String,
 
-    /// First serial port: tty, pty, null, off, file=PATH
+    /// First serial port: tty, pty, null, off, file=PATH, socket=PATH; may be repeated
     ///
     /// tty: this terminal, in raw mode; Ctrl-a x ends the machine.
     /// pty: a new pseudo-terminal, whose name is printed.
     /// null: a port whose output is dropped. off: no port.
-    /// file=PATH: output to a file, which is created, or emptied when it is there.
+    /// file=PATH[,append=on][,max_size=SIZE]: output to a file, which is created, or emptied
+    /// when it is there. At max_size it becomes PATH.1 and a new one is begun.
+    /// socket=PATH[,replay=off]: a unix socket for any number of clients. Each gets the last
+    /// output first, then what comes, and may type.
     #[arg(
         long,
         value_name = "WHERE",
@@ -107,7 +110,16 @@ pub(super) struct RunArgs {
         verbatim_doc_comment,
         help_heading = "Consoles"
     )]
-    serial: String,
+    serial: Vec<String>,
+
+    /// Serial output that is kept for those who connect late
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "64K",
+        help_heading = "Consoles"
+    )]
+    serial_replay: String,
 
     /// Debug console, port 0xE9: off, stdio, file=PATH
     #[arg(
@@ -241,7 +253,11 @@ fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
         },
         devices: Vec::new(),
         rate_limit_groups: Vec::new(),
-        serial: named("--serial", arguments.serial.parse::<SerialConfig>())?,
+        serial: named("--serial", SerialConfig::from_flags(&arguments.serial))?,
+        serial_replay: named(
+            "--serial-replay",
+            flag::parse_bytes(&arguments.serial_replay),
+        )?,
         debugcon: named("--debugcon", arguments.debugcon.parse::<DebugconConfig>())?,
         gdb: match arguments.gdb {
             None => None,

@@ -17,6 +17,7 @@ pub mod endpoint;
 pub mod files;
 pub mod flag;
 pub mod host;
+pub mod serial;
 pub mod smbios;
 mod validate;
 pub mod wire;
@@ -28,8 +29,9 @@ use virtio::limit::RateLimits;
 use virtio::schema::{Field, FieldKind};
 
 pub use device::DeviceConfig;
-pub use endpoint::{DebugconConfig, GdbConfig, SerialConfig};
+pub use endpoint::{DebugconConfig, GdbConfig};
 pub use host::HostLimits;
+pub use serial::{SerialConfig, SinkConfig};
 pub use smbios::SmbiosConfig;
 pub use validate::ConfigError;
 
@@ -39,6 +41,10 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Seconds that a guest has to power itself off.
 pub const DEFAULT_SHUTDOWN_TIMEOUT: u64 = 60;
+/// How much of the serial port's output is kept for those who come late, in bytes.
+pub const DEFAULT_SERIAL_REPLAY: u64 = 64 << 10;
+/// The most that is kept.
+pub const MAX_SERIAL_REPLAY: u64 = 16 << 20;
 
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +75,10 @@ pub struct VmConfig {
     /// Where the first serial port leads.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// How much of its last output is kept for those who come late, in bytes,
+    /// up to [`MAX_SERIAL_REPLAY`].
+    #[serde(default = "default_serial_replay")]
+    pub serial_replay: u64,
     /// Where bytes go that the guest writes to port 0xE9.
     #[serde(default)]
     pub debugcon: DebugconConfig,
@@ -94,6 +104,10 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 const fn default_pvpanic() -> bool {
     true
+}
+
+const fn default_serial_replay() -> u64 {
+    DEFAULT_SERIAL_REPLAY
 }
 
 const fn default_shutdown_timeout() -> u64 {
@@ -359,7 +373,8 @@ mod tests {
         assert_eq!(config.cpus.boot, 1);
         assert_eq!(config.memory.size, 512 << 20);
         assert_eq!(config.payload.cmdline, "console=ttyS0");
-        assert_eq!(config.serial, SerialConfig::Tty);
+        assert_eq!(config.serial, SinkConfig::Tty.into());
+        assert_eq!(config.serial_replay, 64 << 10);
         assert_eq!(config.debugcon, DebugconConfig::Off);
         assert_eq!(config.shutdown_timeout, 60);
         assert!(config.pvpanic);

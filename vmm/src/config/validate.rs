@@ -8,8 +8,9 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::serial::{MAX_SOCKET_PATH, SinkError};
 use super::smbios::SmbiosError;
-use super::{DeviceConfig, GdbConfig, HostLimits, MemoryConfig, VmConfig};
+use super::{DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig};
 use crate::layout::{MAX_CPUS, PCI_SLOTS, memory};
 
 /// The least memory that a machine has, in bytes.
@@ -18,8 +19,6 @@ const MIN_MEMORY: u64 = 2 << 20;
 const HUGEPAGE_SIZES: [u64; 2] = [2 << 20, 1 << 30];
 /// The longest name or id, in characters.
 const MAX_NAME: usize = 64;
-/// The longest path of a unix socket, in bytes (`sun_path` with its zero).
-const MAX_SOCKET_PATH: usize = 107;
 
 /// A rule that a configuration breaks. Each message names the flag and the mend.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -184,6 +183,18 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
+    /// The serial port's sinks are not as they may be.
+    #[error("--serial")]
+    Serial(#[from] SinkError),
+    /// More output than is kept for anybody.
+    #[error(
+        "--serial-replay {size}: at most {}: give less",
+        bytes(MAX_SERIAL_REPLAY)
+    )]
+    SerialReplay {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
     /// One image as two disks.
     #[error(
         "--{flag}: {} ('{first}') and {} ('{second}') are the same file: give it once, or \
@@ -246,6 +257,11 @@ impl VmConfig {
         self.validate_cmdline()?;
         self.validate_devices(models)?;
         self.smbios.validate()?;
+        self.serial.validate()?;
+        if self.serial_replay > MAX_SERIAL_REPLAY {
+            let size = self.serial_replay;
+            return Err(ConfigError::SerialReplay { size });
+        }
         match &self.gdb {
             Some(GdbConfig::Unix(path)) if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH => {
                 Err(ConfigError::SocketPath { path: path.clone() })

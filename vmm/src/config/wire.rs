@@ -30,10 +30,11 @@ use api::{ControlError, ErrorKind};
 use virtio::limit::{Bucket, RateLimits};
 use virtio::models::MODELS;
 
+use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::{
-    BootProtocol, ConfigError, CpusConfig, DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, HostLimits,
-    MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig,
-    Thp, VmConfig,
+    BootProtocol, ConfigError, CpusConfig, DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT,
+    DebugconConfig, HostLimits, MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig,
+    SerialConfig, SmbiosConfig, Thp, VmConfig,
 };
 use crate::layout::port;
 
@@ -104,6 +105,7 @@ impl VmConfig {
             devices: devices::from_wire(&named, cpus.boot)?,
             rate_limit_groups: groups.iter().map(RateLimitGroupConfig::from).collect(),
             serial: serial(&named.serial)?,
+            serial_replay: DEFAULT_SERIAL_REPLAY,
             debugcon: debugcon(&named.debug_console)?,
             gdb: None,
             smbios: smbios(named.platform.as_ref()),
@@ -241,30 +243,52 @@ fn file(field: &str, given: Option<&Path>) -> Result<PathBuf, ControlError> {
 }
 
 fn serial(described: &wire::SerialConfig) -> Result<SerialConfig, ControlError> {
-    Ok(match described.mode {
-        ConsoleMode::Off => SerialConfig::Off,
-        ConsoleMode::Pty => SerialConfig::Pty,
-        ConsoleMode::Tty => SerialConfig::Tty,
-        ConsoleMode::Null => SerialConfig::Null,
-        ConsoleMode::File => SerialConfig::File(file("serial", described.file.as_deref())?),
-        ConsoleMode::Socket => return Err(missing::named("serial.mode=Socket")),
-    })
+    let sink = match described.mode {
+        ConsoleMode::Off => return Ok(SerialConfig::Off),
+        ConsoleMode::Pty => SinkConfig::Pty,
+        ConsoleMode::Tty => SinkConfig::Tty,
+        ConsoleMode::Null => SinkConfig::Null,
+        ConsoleMode::File => {
+            SinkConfig::File(FileSink::new(file("serial", described.file.as_deref())?))
+        }
+        ConsoleMode::Socket => {
+            let Some(socket) = described.socket.as_deref() else {
+                return Err(invalid(
+                    "serial: its mode is Socket, and no socket is given",
+                ));
+            };
+            SinkConfig::Socket(SocketSink {
+                path: path("serial.socket", socket)?,
+                replay: true,
+            })
+        }
+    };
+    Ok(SerialConfig::Sinks(vec![sink]))
 }
 
+/// Of several sinks the first is shown: the description has one.
 impl From<&SerialConfig> for wire::SerialConfig {
     fn from(serial: &SerialConfig) -> Self {
-        let (mode, file) = match serial {
-            SerialConfig::Tty => (ConsoleMode::Tty, None),
-            SerialConfig::Pty => (ConsoleMode::Pty, None),
-            SerialConfig::Null => (ConsoleMode::Null, None),
-            SerialConfig::Off => (ConsoleMode::Off, None),
-            SerialConfig::File(path) => (ConsoleMode::File, Some(path.clone())),
-        };
-        Self {
-            mode,
-            file,
+        let mut shown = Self {
+            mode: ConsoleMode::Null,
+            file: None,
             socket: None,
+        };
+        match serial {
+            SerialConfig::Off => shown.mode = ConsoleMode::Off,
+            SerialConfig::Sinks(sinks) => match sinks.first() {
+                None | Some(SinkConfig::Null) => (),
+                Some(SinkConfig::Tty) => shown.mode = ConsoleMode::Tty,
+                Some(SinkConfig::Pty) => shown.mode = ConsoleMode::Pty,
+                Some(SinkConfig::File(file)) => {
+                    (shown.mode, shown.file) = (ConsoleMode::File, Some(file.path.clone()));
+                }
+                Some(SinkConfig::Socket(socket)) => {
+                    (shown.mode, shown.socket) = (ConsoleMode::Socket, Some(socket.path.clone()));
+                }
+            },
         }
+        shown
     }
 }
 

@@ -29,8 +29,8 @@ use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, MemoryConfig, SerialConfig, Thp, VmConfig};
-use crate::console::{Input, Output};
+use crate::config::{BootProtocol, MemoryConfig, Thp, VmConfig};
+use crate::console::Consoles;
 use crate::kvm::cpuid::Shape;
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::{Buses, Vcpu};
@@ -145,18 +145,12 @@ fn subject(error: &BootError) -> Subject {
 pub struct Built {
     /// The machine, ready to be booted.
     pub machine: Machine,
-    /// Typed input for the serial port.
-    pub input: Option<Input>,
-    /// The guest's output, where a reader may be slow.
-    pub outputs: Vec<Output>,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
-    /// The path of the serial port's pseudo-terminal, where it leads to one.
-    pub pty: Option<String>,
 }
 
 /// Builds the machine that `config` (complete and validated) describes. What it has to say
-/// goes to `mailbox`. Signals are blocked already: back ends have threads, which
+/// goes to `mailbox`, and its consoles to `consoles`, where what is open already stays so. Signals are blocked already: back ends have threads, which
 /// are to leave them alone ([`super::Signals`]).
 ///
 /// # Errors
@@ -168,6 +162,7 @@ pub fn build(
     opener: &Arc<Opener>,
     mailbox: &Mailbox,
     events: &EventLog,
+    consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
     let mut payload = Payload::open(config, opener)?;
     let groups = config.rate_limit_groups.iter();
@@ -192,9 +187,7 @@ pub fn build(
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, mailbox)?;
-    let pty = hosts.pty().map(str::to_owned);
-    let (hosts, input, outputs) = hosts.split();
+    let hosts = Hosts::open(config, opener, consoles, mailbox)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -226,13 +219,7 @@ pub fn build(
         power_on,
         clock: None,
     };
-    Ok(Built {
-        machine,
-        input,
-        outputs,
-        debugger,
-        pty,
-    })
+    Ok(Built { machine, debugger })
 }
 
 /// All that sits between the VM and its vCPUs.
@@ -512,7 +499,7 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
         pci_mmio64: Some(space.window64.clone())
             .filter(|range| !range.is_empty())
             .map(window),
-        serial: config.serial != SerialConfig::Off,
+        serial: config.serial.is_on(),
         pvpanic: config.pvpanic,
     }
 }

@@ -1,14 +1,14 @@
 //! The state driver: one thread that takes everything that can happen to the
 //! machine, and the only place where the machine's state changes.
 //!
-//! It waits for messages (commands, guest requests, stopped vCPUs), signals,
-//! typed input and deadlines. Nothing here blocks for long: what may (a back
+//! It waits for messages (commands, guest requests, stopped vCPUs), signals
+//! and deadlines. Nothing here blocks for long: what may (a back
 //! end that drains) has a deadline.
 
 mod commands;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
 use super::{Machine, MachineError};
-use crate::console::{Escape, Input, Output, Typed};
+use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
 use crate::monitor::{Description, View};
 use crate::opener::Opener;
@@ -34,8 +34,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many messages are taken between looks at everything else.
 const BATCH: usize = 32;
-
-const ESCAPES: &str = "\nCtrl-a x  end the machine\nCtrl-a a  send Ctrl-a\nCtrl-a h  this help\n";
 
 /// What a driver works with besides the machine.
 pub struct Tools {
@@ -90,10 +88,8 @@ pub struct Ears {
     pub inbox: Inbox,
     /// Signals that ask the monitor to end, when it is to take them.
     pub signals: Option<Signals>,
-    /// Typed input for the serial port.
-    pub input: Option<Input>,
-    /// The guest's output, where a reader may be slow.
-    pub outputs: Vec<Output>,
+    /// The consoles, whose readers get the guest's last output.
+    pub consoles: Arc<Consoles>,
     /// The machine's state.
     pub life: Lifecycle,
     /// Where things that happen are published.
@@ -104,15 +100,14 @@ pub struct Ears {
 }
 
 impl Ears {
-    /// Nothing is typed and nothing described yet.
+    /// Nothing is described yet.
     #[must_use]
-    pub fn new(inbox: Inbox, signals: Option<Signals>) -> Self {
+    pub fn new(inbox: Inbox, signals: Option<Signals>, consoles: Arc<Consoles>) -> Self {
         let events = EventLog::default();
         Self {
             inbox,
             signals,
-            input: None,
-            outputs: Vec::new(),
+            consoles,
             life: Lifecycle::new(events.clone()),
             events,
             description: None,
@@ -122,8 +117,6 @@ impl Ears {
     /// Drops what belonged to a machine that is gone.
     pub fn forget_machine(&mut self) {
         self.inbox.close();
-        self.input = None;
-        self.outputs.clear();
     }
 }
 
@@ -243,9 +236,6 @@ impl Driver {
             if ready.signal {
                 self.on_signal();
             }
-            if ready.input {
-                self.on_input();
-            }
             self.on_deadlines(Instant::now());
             self.on_messages();
         }
@@ -293,7 +283,6 @@ impl Driver {
     fn go(&mut self) {
         self.enter(VmState::Running, None);
         self.go_on();
-        self.feed_input();
     }
 
     fn finish(&mut self, reason: ExitReason, detail: Option<String>) {
@@ -317,7 +306,7 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
-        self.flush_outputs(wanted);
+        self.flush_consoles(wanted);
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
     }
@@ -325,34 +314,12 @@ impl Driver {
     /// Gives readers the guest's last output. The reader of a pipe may be a
     /// pager: when the guest has ended by itself it has all the time it wants,
     /// until a signal says that nobody wants the output any more.
-    fn flush_outputs(&self, wanted: bool) {
-        for output in &self.ears.outputs {
-            if wanted && !output.is_terminal() {
-                while output.is_waiting() && self.wait_for_reader(output) {
-                    output.drain();
-                }
-            } else {
-                output.finish(PATIENCE);
-            }
-        }
-        if let Some(input) = &self.ears.input {
-            input.finish(PATIENCE);
-        }
-    }
-
-    /// Waits until a reader takes output; `false` when a signal came first.
-    fn wait_for_reader(&self, output: &Output) -> bool {
-        let mut fds = [
-            poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT),
-            poll_for(
-                self.ears.signals.as_ref().map(Signals::raw_fd),
-                libc::POLLIN,
-            ),
-        ];
-        if ppoll(&mut fds, None).is_err() {
-            return false;
-        }
-        fds[1].revents == 0 || !self.asked_to_end()
+    fn flush_consoles(&self, wanted: bool) {
+        let interrupt = Interrupt {
+            fd: self.ears.signals.as_ref().map(Signals::raw_fd),
+            asked: &|| self.asked_to_end(),
+        };
+        self.ears.consoles.finish(wanted, PATIENCE, &interrupt);
     }
 
     /// Stops everything so that it can go on. A machine that is paused
@@ -455,9 +422,7 @@ impl Driver {
                 self.machine.eject(address);
                 self.show_devices();
             }
-            Message::InputReady => self.feed_input(),
-            // The next wait looks at what waits.
-            Message::OutputWaiting => (),
+            Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
             Message::Errand(errand) => errand(self),
         }
     }
@@ -590,75 +555,29 @@ impl Driver {
         }
     }
 
-    fn on_input(&mut self) {
-        let Some(input) = &mut self.ears.input else {
-            return;
-        };
-        match input.read() {
-            Typed::Text => (),
-            Typed::Escape(Escape::Quit) => self.finish(ExitReason::Stopped, None),
-            Typed::Escape(Escape::Help) => eprint!("{ESCAPES}"),
-            Typed::End => {
-                // A terminal's settings must stay until the end; a pipe's end is
-                // no more than the end of input.
-                if !input.is_terminal() {
-                    self.ears.input = None;
-                    return;
-                }
-                self.finish(ExitReason::Stopped, None);
-            }
-        }
-        self.feed_input();
-    }
-
-    /// Gives the serial port what has been typed and it has room for. While
-    /// the machine is paused its devices stay as they are.
-    fn feed_input(&mut self) {
-        if self.state().0 == VmState::Running
-            && let Some(input) = &mut self.ears.input
-        {
-            let taken = self.machine.serial_input(input.pending());
-            input.taken(taken);
-        }
-    }
-
     fn wait(&self) -> io::Result<Ready> {
-        let input = self.ears.input.as_ref().filter(|input| input.wants_more());
-        let mut fds: Vec<_> = [
+        let mut fds = [
             Some(self.ears.inbox.wake_fd()),
             self.ears.signals.as_ref().map(Signals::raw_fd),
-            input.map(|input| input.as_fd().as_raw_fd()),
             Some(self.machine.tick_fd()),
         ]
-        .map(|fd| poll_for(fd, libc::POLLIN))
-        .into();
-        let waiting = self
-            .ears
-            .outputs
-            .iter()
-            .filter(|output| output.is_waiting());
-        fds.extend(waiting.map(|output| poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT)));
+        .map(readable);
         let now = Instant::now();
         let left = self
             .policy
             .deadline()
             .map(|d| d.saturating_duration_since(now));
         ppoll(&mut fds, left)?;
-        self.ears.outputs.iter().for_each(Output::drain);
-        let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.revents != 0);
-        Ok(Ready {
-            signal: ready(1),
-            input: ready(2),
-            tick: ready(3),
-        })
+        let [_, signal, tick] = fds.map(|fd| fd.revents != 0);
+        Ok(Ready { signal, tick })
     }
 }
 
-/// What to wait for on a descriptor, if there is one.
-pub(crate) fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
+/// Waits for input on a descriptor, if there is one.
+pub(crate) fn readable(fd: Option<RawFd>) -> libc::pollfd {
     libc::pollfd {
         fd: fd.unwrap_or(-1),
-        events,
+        events: libc::POLLIN,
         revents: 0,
     }
 }
@@ -666,7 +585,6 @@ pub(crate) fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
 /// What woke the driver besides messages.
 struct Ready {
     signal: bool,
-    input: bool,
     tick: bool,
 }
 

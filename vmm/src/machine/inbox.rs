@@ -38,10 +38,8 @@ pub enum Message {
     Guest(GuestRequest),
     /// A vCPU stopped for a reason of its own.
     Vcpu(u32, Stop),
-    /// The serial port has room for input again.
-    InputReady,
-    /// Output waits for a slow reader.
-    OutputWaiting,
+    /// The user at the console asks for the end, or has closed the terminal.
+    ConsoleEnd,
     /// A disk's request failed and waits: the machine is to be paused.
     DiskStopped(DiskStopped),
     /// The guest gives up what is in a PCI slot.
@@ -242,7 +240,7 @@ mod tests {
             })
         };
         for message in [
-            Message::InputReady,
+            Message::ConsoleEnd,
             disk(),
             Message::Guest(GuestRequest::Reset),
             disk(),
@@ -251,7 +249,7 @@ mod tests {
         }
         inbox.forget_disks();
         assert!(mailbox.send(disk()));
-        assert!(matches!(inbox.take(), Some(Message::InputReady)));
+        assert!(matches!(inbox.take(), Some(Message::ConsoleEnd)));
         assert!(matches!(inbox.take(), Some(Message::Guest(_))));
         assert!(matches!(inbox.take(), Some(Message::DiskStopped(_))));
         assert!(mailbox.send(disk()));

@@ -122,9 +122,9 @@ pub enum MachineError {
     Console {
         /// The flag.
         flag: &'static str,
-        /// The host's reason.
+        /// Why.
         #[source]
-        source: io::Error,
+        source: crate::console::ConsoleError,
     },
     /// The host refused something that every machine needs.
     #[error("{what}")]
@@ -399,10 +399,6 @@ impl Machine {
 
     fn press_power_button(&self) {
         self.platform.press_power_button();
-    }
-
-    fn serial_input(&self, typed: &[u8]) -> usize {
-        self.platform.serial_input(typed)
     }
 
     /// Serves what is due on the real-time clock.

@@ -37,8 +37,9 @@ pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, SocketPlace};
 pub use view::View;
 
+use crate::console::{Consoles, SinkKind};
 use crate::machine::build::{Built, build};
-use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, poll_for, ppoll};
+use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
@@ -50,6 +51,8 @@ use crate::opener::Opener;
 pub struct MonitorOptions {
     /// The process stays when the guest has ended.
     pub no_shutdown: bool,
+    /// How many bytes of the serial port's output are kept for clients that come late.
+    pub serial_replay: usize,
     /// Requests with fields that nobody knows are refused.
     pub strict: bool,
 }
@@ -90,7 +93,8 @@ impl Monitor {
     ) -> io::Result<Self> {
         let signals = Signals::block()?;
         let (mailbox, inbox) = crate::machine::inbox::inbox()?;
-        let ears = Ears::new(inbox, Some(signals));
+        let consoles = Arc::new(Consoles::new(options.serial_replay)?);
+        let ears = Ears::new(inbox, Some(signals), consoles);
         let view = View::new(ears.life.view());
         let jobs = Jobs::new(ears.events.clone());
         Ok(Self {
@@ -182,6 +186,7 @@ impl Monitor {
             &self.opener,
             &self.mailbox,
             &ears.events,
+            &ears.consoles,
         );
         let built = match (built, booted) {
             (Ok(built), booted) => (built, booted),
@@ -201,19 +206,9 @@ impl Monitor {
         mut ears: Ears,
         description: &Description,
     ) -> Result<After, MachineError> {
-        let Built {
-            machine,
-            input,
-            outputs,
-            debugger,
-            pty,
-        } = built;
-        if let Some(path) = &pty {
-            eprintln!("vireo: the serial console is at {path}");
-        }
-        self.view.serial_at(pty);
+        let Built { machine, debugger } = built;
+        self.view.serial_at(announce(&ears.consoles));
         ears.inbox.open();
-        (ears.input, ears.outputs) = (input, outputs);
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
         let cpus = machine.vcpus().count();
@@ -303,10 +298,7 @@ impl Monitor {
             match ears.inbox.take() {
                 None => {
                     let signals = ears.signals.as_ref().map(Signals::raw_fd);
-                    let mut fds = [
-                        poll_for(Some(ears.inbox.wake_fd()), libc::POLLIN),
-                        poll_for(signals, libc::POLLIN),
-                    ];
+                    let mut fds = [readable(Some(ears.inbox.wake_fd())), readable(signals)];
                     ppoll(&mut fds, None).map_err(MachineError::Wait)?;
                 }
                 Some(Message::Command(command, answer)) => {
@@ -392,4 +384,17 @@ impl Monitor {
             ears.events.publish(kind);
         }
     }
+}
+
+/// Tells what only the host knows, the names of pseudo-terminals; the first is given back.
+fn announce(consoles: &Consoles) -> Option<String> {
+    let mut first = None;
+    for sink in consoles.serial().list() {
+        if let (SinkKind::Pty, Some(path)) = (sink.kind, sink.path) {
+            let path = path.display().to_string();
+            eprintln!("vireo: the serial console is at {path}");
+            first.get_or_insert(path);
+        }
+    }
+    first
 }

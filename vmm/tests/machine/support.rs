@@ -12,12 +12,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use api::{
-    Command as Ask, Control, ControlError, Event, EventKind, EventLog, ExitReason, PauseReason,
-    Reply, VmState,
+    Answer, Command as Ask, Control, ControlError, Event, EventKind, EventLog, ExitReason,
+    PauseReason, Reply, VmState,
 };
 use serde_json::{Value, json};
 use virtio::models::MODELS;
 use vmm::config::VmConfig;
+use vmm::console::Consoles;
 use vmm::machine::build::{Built, build};
 use vmm::machine::driver::Driver;
 use vmm::machine::inbox::{Mailbox, Message, inbox};
@@ -296,7 +297,8 @@ pub fn built(config: &VmConfig) -> Built {
 /// The same; what happens to it goes to `events`.
 pub fn built_with(config: &VmConfig, events: &EventLog) -> Built {
     let (mailbox, _) = inbox().unwrap();
-    build(config, MODELS, &Arc::new(Opener::new()), &mailbox, events).unwrap()
+    let (opener, consoles) = (Arc::new(Opener::new()), Arc::new(Consoles::new(0).unwrap()));
+    build(config, MODELS, &opener, &mailbox, events, &consoles).unwrap()
 }
 
 impl Local {
@@ -344,7 +346,8 @@ impl Local {
 
     /// Whether the monitor answers no more.
     pub fn has_ended(&self) -> bool {
-        !self.mailbox.send(Message::InputReady)
+        let nothing: Answer = Box::new(|_| ());
+        !self.mailbox.send(Message::Command(Ask::Boot, nothing))
     }
 
     /// All that has happened.

@@ -4,7 +4,8 @@ use serde_json::json;
 use super::super::{Cli, Verb, command};
 use super::*;
 use crate::config::device::tests::TEST_MODELS;
-use crate::config::{MachineType, Thp};
+use crate::config::serial::FileSink;
+use crate::config::{MachineType, SinkConfig, Thp};
 
 /// The configuration that `vireo run --kernel k` and these arguments make.
 fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
@@ -45,6 +46,10 @@ fn every_flag_reaches_the_configuration() {
         "vireo-dev",
         "--serial",
         "pty",
+        "--serial",
+        "file=/log",
+        "--serial-replay",
+        "1M",
         "--debugcon",
         "stdio",
         "--gdb",
@@ -76,7 +81,11 @@ fn every_flag_reaches_the_configuration() {
         },
         devices: Vec::new(),
         rate_limit_groups: Vec::new(),
-        serial: SerialConfig::Pty,
+        serial: SerialConfig::Sinks(vec![
+            SinkConfig::Pty,
+            SinkConfig::File(FileSink::new("/log")),
+        ]),
+        serial_replay: 1 << 20,
         debugcon: DebugconConfig::Stdio,
         gdb: Some(GdbConfig::Tcp {
             host: "127.0.0.1".to_owned(),
@@ -143,6 +152,18 @@ fn a_wrong_value_is_refused_by_the_name_of_its_flag() {
             "--machine: type=q35: not one of the choices",
         ),
         (&["--serial", "socket"], "--serial: 'socket' is none of tty"),
+        (
+            &["--serial", "file=a,max_size=1"],
+            "--serial: max_size=1: a file holds at least 4K",
+        ),
+        (
+            &["--serial", "tty", "--serial", "off"],
+            "--serial: 'off' means",
+        ),
+        (
+            &["--serial-replay", "17M"],
+            "--serial-replay 17825792: at most 16M",
+        ),
         (&["--debugcon", "file="], "--debugcon: 'file=' has no path"),
         (&["--gdb", "1234"], "--gdb: '1234' is none of unix:PATH"),
         (

@@ -34,7 +34,7 @@ fn an_empty_description_is_a_machine_with_the_defaults_of_v1_that_cannot_be_boot
     let config = VmConfig::from_wire(&described(json!({}))).unwrap();
     assert_eq!(config.cpus.boot, 1);
     assert_eq!(config.memory.size, 512 << 20);
-    assert_eq!(config.serial, SerialConfig::Null);
+    assert_eq!(config.serial, SerialConfig::Sinks(vec![SinkConfig::Null]));
     assert_eq!(config.debugcon, DebugconConfig::Off);
     assert!(!config.pvpanic);
     assert_eq!(config.payload.cmdline, "");
@@ -83,7 +83,8 @@ fn every_part_that_there_is_arrives() {
     );
     assert_eq!(config.payload.initramfs, Some("/i".into()));
     assert_eq!(config.payload.cmdline, "a b");
-    assert_eq!(config.serial, SerialConfig::File("/s".into()));
+    let file = SinkConfig::File(FileSink::new("/s"));
+    assert_eq!(config.serial, SerialConfig::Sinks(vec![file]));
     assert_eq!(config.debugcon, DebugconConfig::File("/d".into()));
     assert!(config.pvpanic);
     assert_eq!(
@@ -327,10 +328,6 @@ fn what_there_is_not_is_refused_by_its_name() {
         (
             json!({"rng": {"src": "/r", "pci_segment": 1}}),
             "rng.pci_segment",
-        ),
-        (
-            json!({"serial": {"mode": "Socket", "socket": "/s"}}),
-            "serial.mode=Socket",
         ),
         (
             json!({"debug_console": {"mode": "Pty"}}),
