@@ -131,8 +131,8 @@ pub enum EventKind {
     },
     /// A job has begun, gone on or ended.
     Job {
-        /// The job as it is now.
-        #[serde(flatten)]
+        /// The job as it is now. It has an `id` and a `kind` of its own, so it is not flattened.
+        #[serde(rename = "job")]
         info: crate::wire::JobInfo,
     },
     /// A request had fields that mean nothing here; told once for each endpoint and field.
@@ -155,7 +155,9 @@ pub enum EventKind {
 /// An event with its place in the sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Counts up from 1 over the life of the monitor.
+    /// Counts up from 1 over the life of the monitor. Goes by another name over the
+    /// wire: what happened may have an `id` of its own, that of a device.
+    #[serde(rename = "seq")]
     pub id: u64,
     /// Microseconds since the monitor started.
     pub at_us: u64,

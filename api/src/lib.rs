@@ -4,10 +4,12 @@
 //! * [`Control`], [`Command`]: what can be asked; `vmm` implements it.
 //! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
 //! * [`EventLog`], [`Event`]: what has happened.
+//! * [`http`]: the server.
 
 mod control;
 mod event;
 mod event_log;
+pub mod http;
 pub mod openapi;
 pub mod routes;
 pub mod wire;

@@ -157,7 +157,7 @@ fn responses(route: &Route, generator: &mut SchemaGenerator) -> Value {
         Success::DoneOrJob => {
             let job = generator.subschema_for::<wire::JobInfo>();
             let body = content("application/json", job);
-            say("202", "It goes on as a job.", Some(body));
+            say("200", "It goes on as a job.", Some(body));
             say("204", DONE, None);
         }
     }

@@ -109,7 +109,8 @@ pub enum Success {
     Text(&'static str),
     /// 101, and a stream of bytes by the name of the protocol.
     Stream(&'static str),
-    /// 204 when it is done, 202 with the job when it goes on.
+    /// 204 when it is done, 200 with the job when it goes on: v1 clients take any
+    /// other code for a failure.
     DoneOrJob,
 }
 
@@ -136,22 +137,76 @@ pub struct Route {
     pub errors: &'static [u16],
 }
 
-/// What v1 has and this monitor has not: the path behind [`BASE`], and what is missing.
-pub const MISSING: &[(Method, &str, &str)] = &[
-    (Method::Put, "vm.resize-zone", "memory zones"),
-    (Method::Put, "vm.add-device", "VFIO devices"),
-    (Method::Put, "vm.add-user-device", "vfio-user devices"),
-    (
-        Method::Put,
+/// An endpoint of v1 that this monitor has not.
+#[derive(Clone, Copy, Debug)]
+pub struct Missing {
+    /// Its method.
+    pub method: Method,
+    /// Its path behind [`BASE`].
+    pub name: &'static str,
+    /// What has not been done: the second element of the body.
+    pub failed: &'static str,
+    /// What is missing, in the plural.
+    pub what: &'static str,
+}
+
+const fn missing(name: &'static str, failed: &'static str, what: &'static str) -> Missing {
+    Missing {
+        method: Method::Put,
+        name,
+        failed,
+        what,
+    }
+}
+
+/// What v1 has and this monitor has not.
+pub const MISSING: &[Missing] = &[
+    missing(
+        "vm.resize-zone",
+        "The memory zone could not be resized",
+        "memory zones",
+    ),
+    missing(
+        "vm.add-device",
+        "The device could not be added to the VM",
+        "VFIO devices",
+    ),
+    missing(
+        "vm.add-user-device",
+        "The user device could not be added to the VM",
+        "vfio-user devices",
+    ),
+    missing(
         "vm.add-generic-vhost-user",
+        "The generic vhost-user device could not be added to the VM",
         "generic vhost-user devices",
     ),
-    (Method::Put, "vm.add-pmem", "pmem devices"),
-    (Method::Put, "vm.add-vdpa", "vDPA devices"),
-    (Method::Put, "vm.snapshot", "snapshots"),
-    (Method::Put, "vm.restore", "snapshots"),
-    (Method::Put, "vm.receive-migration", "migration"),
-    (Method::Put, "vm.send-migration", "migration"),
+    missing(
+        "vm.add-pmem",
+        "The pmem device could not be added to the VM",
+        "pmem devices",
+    ),
+    missing(
+        "vm.add-vdpa",
+        "The vDPA device could not be added to the VM",
+        "vDPA devices",
+    ),
+    missing(
+        "vm.snapshot",
+        "The VM could not be snapshotted",
+        "snapshots",
+    ),
+    missing("vm.restore", "The VM could not be restored", "snapshots"),
+    missing(
+        "vm.receive-migration",
+        "Error receiving migration",
+        "migrations",
+    ),
+    missing(
+        "vm.send-migration",
+        "Error dispatching the migration worker",
+        "migrations",
+    ),
 ];
 
 const fn get(endpoint: Endpoint, name: &'static str) -> Route {
@@ -417,7 +472,7 @@ mod tests {
         let endpoints: BTreeSet<_> = ROUTES.iter().map(|route| route.endpoint).collect();
         assert_eq!(endpoints.len(), ROUTES.len());
         let there = ROUTES.iter().map(|route| (route.method, route.name));
-        let missing = MISSING.iter().map(|(method, name, _)| (*method, *name));
+        let missing = MISSING.iter().map(|missing| (missing.method, missing.name));
         let paths: BTreeSet<_> = there.chain(missing).collect();
         assert_eq!(paths.len(), ROUTES.len() + MISSING.len());
     }
