@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::schema::{Field, FieldKind};
+
 /// Tells the time. It is asked for differences of microseconds.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
@@ -55,6 +57,80 @@ pub struct RateLimits {
     /// Requests made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ops: Option<Bucket>,
+}
+
+const fn field(name: &'static str, kind: FieldKind, help: &'static str) -> Field {
+    Field {
+        name,
+        kind,
+        required: false,
+        help,
+    }
+}
+
+/// The keys by which limits are given among others.
+pub const FIELDS: [Field; 6] = [
+    field(
+        "bw_size",
+        FieldKind::Bytes,
+        "bytes that may be moved in bw_refill_time (default no limit)",
+    ),
+    field(
+        "bw_refill_time",
+        FieldKind::Number,
+        "milliseconds in which bw_size becomes available again",
+    ),
+    field(
+        "bw_one_time_burst",
+        FieldKind::Bytes,
+        "bytes that may be moved once beyond that (default 0)",
+    ),
+    field(
+        "ops_size",
+        FieldKind::Number,
+        "requests that may be made in ops_refill_time (default no limit)",
+    ),
+    field(
+        "ops_refill_time",
+        FieldKind::Number,
+        "milliseconds in which ops_size becomes available again",
+    ),
+    field(
+        "ops_one_time_burst",
+        FieldKind::Number,
+        "requests that may be made once beyond that (default 0)",
+    ),
+];
+
+impl RateLimits {
+    /// Makes limits of the values of the keys in [`FIELDS`].
+    ///
+    /// # Errors
+    ///
+    /// The key that is missing, where half a limit is given.
+    pub fn from_keys(value: impl Fn(&str) -> Option<u64>) -> Result<Self, &'static str> {
+        let bucket = |[size_key, time_key, burst_key]: [&'static str; 3]| match (
+            value(size_key),
+            value(time_key),
+            value(burst_key),
+        ) {
+            (Some(size), Some(refill_time), burst) => Ok(Bucket {
+                size,
+                one_time_burst: burst.unwrap_or(0),
+                refill_time,
+            }
+            .limiting()),
+            (None, None, None) => Ok(None),
+            (Some(_), None, _) => Err(time_key),
+            (None, ..) => Err(size_key),
+        };
+        let [bw_size, bw_time, bw_burst, ops_size, ops_time, ops_burst] =
+            FIELDS.map(|field| field.name);
+        Ok(Self {
+            bandwidth: bucket([bw_size, bw_time, bw_burst])?,
+            ops: bucket([ops_size, ops_time, ops_burst])?,
+        })
+    }
 }
 
 /// The longest that anybody is told to wait before asking again.

@@ -10,10 +10,12 @@ use virtio::schema::{Field, FieldKind};
 
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
+use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
     BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
     DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
-    MachineConfig, MemoryConfig, PayloadConfig, SerialConfig, SmbiosConfig, VmConfig, files,
+    MachineConfig, MemoryConfig, PayloadConfig, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig,
+    SerialConfig, SmbiosConfig, VmConfig, files,
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -137,6 +139,26 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
     gdb: Option<String>,
 
+    /// What the machine says of itself in SMBIOS: uuid=, serial=, …; may be repeated
+    #[arg(
+        long,
+        value_name = "key=value,…",
+        action = ArgAction::Append,
+        long_help = keys("What the machine says of itself in SMBIOS. May be repeated.", &[SMBIOS_FIELDS])
+    )]
+    smbios: Vec<String>,
+
+    /// Limits that disks share; may be repeated
+    #[arg(
+        long,
+        value_name = "id=NAME,…",
+        action = ArgAction::Append,
+        help_heading = DEVICES,
+        long_help = keys("Limits that disks share, which name them in rate_limit_group=. May be repeated.",
+            &[RATE_LIMIT_GROUP_FIELDS])
+    )]
+    rate_limit_group: Vec<String>,
+
     /// Let the guest report a kernel panic (exit code 3): on, off
     #[arg(long, value_name = "SWITCH", default_value = "on")]
     pvpanic: String,
@@ -252,7 +274,11 @@ fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
             boot_protocol: arguments.boot_protocol,
         },
         devices: Vec::new(),
-        rate_limit_groups: Vec::new(),
+        rate_limit_groups: arguments
+            .rate_limit_group
+            .iter()
+            .map(|text| RateLimitGroupConfig::from_flag(text))
+            .collect::<Result<_, _>>()?,
         serial: named("--serial", SerialConfig::from_flags(&arguments.serial))?,
         serial_replay: named(
             "--serial-replay",
@@ -263,7 +289,7 @@ fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
             None => None,
             Some(text) => Some(named("--gdb", text.parse::<GdbConfig>())?),
         },
-        smbios: SmbiosConfig::default(),
+        smbios: SmbiosConfig::from_flags(arguments.smbios.iter().map(String::as_str))?,
         pvpanic: named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?,
         shutdown_timeout: arguments.shutdown_timeout,
     })

@@ -25,11 +25,13 @@ pub mod wire;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use virtio::limit::RateLimits;
+use serde_json::Value;
+use virtio::limit::{self, RateLimits};
 use virtio::schema::{Field, FieldKind};
 
 pub use device::DeviceConfig;
 pub use endpoint::{DebugconConfig, GdbConfig};
+use flag::{FlagError, FlagTable};
 pub use host::HostLimits;
 pub use serial::{SerialConfig, SinkConfig};
 pub use smbios::SmbiosConfig;
@@ -123,6 +125,50 @@ pub struct RateLimitGroupConfig {
     /// The limits.
     #[serde(default)]
     pub limits: RateLimits,
+}
+
+const GROUP_FLAG: &str = "--rate-limit-group";
+
+/// The keys of `--rate-limit-group`.
+pub const RATE_LIMIT_GROUP_FIELDS: &[Field] = &[
+    Field {
+        name: "id",
+        kind: FieldKind::Text,
+        required: true,
+        help: "name of the group, for rate_limit_group= of --disk",
+    },
+    limit::FIELDS[0],
+    limit::FIELDS[1],
+    limit::FIELDS[2],
+    limit::FIELDS[3],
+    limit::FIELDS[4],
+    limit::FIELDS[5],
+];
+
+impl RateLimitGroupConfig {
+    /// Reads the text of `--rate-limit-group`.
+    ///
+    /// # Errors
+    ///
+    /// [`FlagError`], also for half a limit.
+    pub fn from_flag(text: &str) -> Result<Self, FlagError> {
+        let table = FlagTable {
+            flag: GROUP_FLAG,
+            fields: RATE_LIMIT_GROUP_FIELDS,
+            shorthand: Some("id"),
+        };
+        let map = flag::parse(&table, text)?;
+        let number = |key: &str| map.get(key).and_then(Value::as_u64);
+        let limits = RateLimits::from_keys(number).map_err(|key| FlagError::MissingKey {
+            flag: GROUP_FLAG.to_owned(),
+            key,
+        })?;
+        let id = map.get("id").and_then(Value::as_str).unwrap_or_default();
+        Ok(Self {
+            id: id.to_owned(),
+            limits,
+        })
+    }
 }
 
 /// The machine's type.

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use virtio::schema::{Field, FieldKind};
 
+use super::flag::{self, FlagError, FlagTable};
+
 /// The texts of the SMBIOS tables. What is absent is not said, except that
 /// there is always a manufacturer and a product.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +40,7 @@ pub struct SmbiosConfig {
     pub oem_strings: Vec<String>,
 }
 
+const FLAG: &str = "--smbios";
 /// The most OEM strings: their count is a byte.
 const MAX_OEM_STRINGS: usize = 255;
 /// The most bytes of all texts together. They share the BIOS area with the ACPI tables.
@@ -52,7 +55,10 @@ const fn text(name: &'static str, help: &'static str) -> Field {
     }
 }
 
-/// The keys of `--smbios`, without the one that may be repeated.
+/// The key of `--smbios` for an OEM string, of which there may be several.
+const OEM_STRING: &str = "oem_string";
+
+/// The keys of `--smbios`.
 pub const SMBIOS_FIELDS: &[Field] = &[
     text("manufacturer", "manufacturer; default Vireo"),
     text("product", "product name; default is the machine type"),
@@ -62,6 +68,10 @@ pub const SMBIOS_FIELDS: &[Field] = &[
     text("sku", "stock-keeping unit; default none"),
     text("family", "the product's family; default none"),
     text("asset_tag", "asset tag of the chassis; default none"),
+    text(
+        OEM_STRING,
+        "a text for software in the guest; one in each --smbios, in order",
+    ),
 ];
 
 /// Why a machine cannot say this of itself.
@@ -113,6 +123,44 @@ pub fn parse_uuid(text: &str) -> Option<[u8; 16]> {
 }
 
 impl SmbiosConfig {
+    /// Reads the texts of all `--smbios` flags.
+    ///
+    /// # Errors
+    ///
+    /// [`FlagError`]; a key other than that of OEM strings is given once in all of them.
+    pub fn from_flags<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Self, FlagError> {
+        let table = FlagTable {
+            flag: FLAG,
+            fields: SMBIOS_FIELDS,
+            shorthand: None,
+        };
+        let mut config = Self::default();
+        for text in texts {
+            for (key, value) in flag::parse(&table, text)? {
+                let value = value.as_str().unwrap_or_default().to_owned();
+                let place = match key.as_str() {
+                    "manufacturer" => &mut config.manufacturer,
+                    "product" => &mut config.product,
+                    "version" => &mut config.version,
+                    "serial" => &mut config.serial,
+                    "uuid" => &mut config.uuid,
+                    "sku" => &mut config.sku,
+                    "family" => &mut config.family,
+                    "asset_tag" => &mut config.asset_tag,
+                    _ => {
+                        config.oem_strings.push(value);
+                        continue;
+                    }
+                };
+                if place.replace(value).is_some() {
+                    let flag = FLAG.to_owned();
+                    return Err(FlagError::RepeatedKey { flag, key });
+                }
+            }
+        }
+        Ok(config)
+    }
+
     /// Checks that the texts can be put into tables.
     ///
     /// # Errors
@@ -185,6 +233,29 @@ mod tests {
         ] {
             assert_eq!(parse_uuid(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn flags_are_read_together_and_every_key_has_its_place() {
+        let read = |texts: &[&'static str]| SmbiosConfig::from_flags(texts.iter().copied());
+        let keys: Vec<_> = SMBIOS_FIELDS.iter().map(|field| field.name).collect();
+        let whole = keys
+            .iter()
+            .map(|key| format!("{key}={key}!"))
+            .collect::<Vec<_>>();
+        let whole = whole.join(",");
+        let config = SmbiosConfig::from_flags([whole.as_str(), "oem_string=\"a,b\""]).unwrap();
+        let fields = serde_json::to_value(&config).unwrap();
+        for key in keys.iter().filter(|key| **key != OEM_STRING) {
+            assert_eq!(fields[key], format!("{key}!"));
+        }
+        assert_eq!(config.oem_strings, ["oem_string!", "a,b"]);
+        assert_eq!(read(&[]).unwrap(), SmbiosConfig::default());
+        let twice = read(&["serial=1", "uuid=2,serial=3"]).unwrap_err();
+        assert!(
+            twice.to_string().contains("'serial' is given twice"),
+            "{twice}"
+        );
     }
 
     #[test]

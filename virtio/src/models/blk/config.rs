@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
-use crate::limit::{Bucket, Limiter, RateGroups, RateLimits, Throttle};
+use crate::limit::{self, Limiter, RateGroups, RateLimits, Throttle};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -128,42 +128,12 @@ const FIELDS: &[Field] = &[
         required: false,
         help: "entries in each queue, a power of two from 4 to 32768 (default 256)",
     },
-    Field {
-        name: "bw_size",
-        kind: FieldKind::Bytes,
-        required: false,
-        help: "bytes that may be moved in bw_refill_time (default no limit)",
-    },
-    Field {
-        name: "bw_refill_time",
-        kind: FieldKind::Number,
-        required: false,
-        help: "milliseconds in which bw_size becomes available again",
-    },
-    Field {
-        name: "bw_one_time_burst",
-        kind: FieldKind::Bytes,
-        required: false,
-        help: "bytes that may be moved once beyond that (default 0)",
-    },
-    Field {
-        name: "ops_size",
-        kind: FieldKind::Number,
-        required: false,
-        help: "requests that may be made in ops_refill_time (default no limit)",
-    },
-    Field {
-        name: "ops_refill_time",
-        kind: FieldKind::Number,
-        required: false,
-        help: "milliseconds in which ops_size becomes available again",
-    },
-    Field {
-        name: "ops_one_time_burst",
-        kind: FieldKind::Number,
-        required: false,
-        help: "requests that may be made once beyond that (default 0)",
-    },
+    limit::FIELDS[0],
+    limit::FIELDS[1],
+    limit::FIELDS[2],
+    limit::FIELDS[3],
+    limit::FIELDS[4],
+    limit::FIELDS[5],
     Field {
         name: "rate_limit_group",
         kind: FieldKind::Text,
@@ -360,40 +330,18 @@ impl BlkConfig {
     ///
     /// [`BuildError::Field`] when half a limit is given.
     pub fn rate_limits(&self) -> Result<RateLimits, BuildError> {
-        let bucket = |names: [&'static str; 2], size, refill_time, burst: Option<u64>| {
-            let [size_name, time_name] = names;
-            match (size, refill_time) {
-                (Some(size), Some(refill_time)) => Ok(Bucket {
-                    size,
-                    one_time_burst: burst.unwrap_or(0),
-                    refill_time,
-                }
-                .limiting()),
-                (None, None) if burst.is_none() => Ok(None),
-                (Some(_), _) => Err(BuildError::Field {
-                    field: time_name,
-                    reason: format!("it is missing beside {size_name}: give milliseconds"),
-                }),
-                _ => Err(BuildError::Field {
-                    field: size_name,
-                    reason: "it is missing beside the other keys of the limit: give it too"
-                        .to_owned(),
-                }),
-            }
+        let value = |key: &str| match key {
+            "bw_size" => self.bw_size,
+            "bw_refill_time" => self.bw_refill_time,
+            "bw_one_time_burst" => self.bw_one_time_burst,
+            "ops_size" => self.ops_size,
+            "ops_refill_time" => self.ops_refill_time,
+            "ops_one_time_burst" => self.ops_one_time_burst,
+            _ => None,
         };
-        Ok(RateLimits {
-            bandwidth: bucket(
-                ["bw_size", "bw_refill_time"],
-                self.bw_size,
-                self.bw_refill_time,
-                self.bw_one_time_burst,
-            )?,
-            ops: bucket(
-                ["ops_size", "ops_refill_time"],
-                self.ops_size,
-                self.ops_refill_time,
-                self.ops_one_time_burst,
-            )?,
+        RateLimits::from_keys(value).map_err(|field| BuildError::Field {
+            field,
+            reason: "it is missing beside the other keys of the limit: give it too".to_owned(),
         })
     }
 

@@ -1,5 +1,6 @@
 use clap::FromArgMatches;
 use serde_json::json;
+use virtio::limit::{Bucket, RateLimits};
 
 use super::super::{Cli, Verb, command};
 use super::*;
@@ -58,6 +59,12 @@ fn every_flag_reaches_the_configuration() {
         "off",
         "--shutdown-timeout",
         "5",
+        "--smbios",
+        "serial=s,oem_string=a",
+        "--smbios",
+        "oem_string=b",
+        "--rate-limit-group",
+        "g,ops_size=5,ops_refill_time=6",
     ])
     .unwrap();
     let expected = VmConfig {
@@ -80,7 +87,17 @@ fn every_flag_reaches_the_configuration() {
             boot_protocol: BootProtocol::Pvh,
         },
         devices: Vec::new(),
-        rate_limit_groups: Vec::new(),
+        rate_limit_groups: vec![RateLimitGroupConfig {
+            id: "g".to_owned(),
+            limits: RateLimits {
+                bandwidth: None,
+                ops: Some(Bucket {
+                    size: 5,
+                    one_time_burst: 0,
+                    refill_time: 6,
+                }),
+            },
+        }],
         serial: SerialConfig::Sinks(vec![
             SinkConfig::Pty,
             SinkConfig::File(FileSink::new("/log")),
@@ -91,7 +108,11 @@ fn every_flag_reaches_the_configuration() {
             host: "127.0.0.1".to_owned(),
             port: 99,
         }),
-        smbios: SmbiosConfig::default(),
+        smbios: SmbiosConfig {
+            serial: Some("s".to_owned()),
+            oem_strings: vec!["a".to_owned(), "b".to_owned()],
+            ..SmbiosConfig::default()
+        },
         pvpanic: false,
         shutdown_timeout: 5,
     };
@@ -213,4 +234,24 @@ fn the_help_names_the_flag_and_every_key_of_every_model() {
         "the default command line is stated"
     );
     assert!(help.contains("Kinds: blk, rng."));
+}
+
+#[test]
+fn what_smbios_and_groups_cannot_be_is_refused_with_flag_and_key() {
+    for (arguments, part) in [
+        (["--smbios", "uuid=1"], "--smbios: uuid '1'"),
+        (["--smbios", "colour=1"], "--smbios: unknown key 'colour'"),
+        (
+            ["--rate-limit-group", "g,ops_size=1"],
+            "--rate-limit-group: 'ops_refill_time' is missing",
+        ),
+        (["--rate-limit-group", "ops_size=1"], "'id' is missing"),
+        (
+            ["--rate-limit-group", "id=-g"],
+            "--rate-limit-group id '-g'",
+        ),
+    ] {
+        let message = refusal(&arguments);
+        assert!(message.contains(part), "{message}");
+    }
 }
