@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::serve::SocketArgs;
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::smbios::SMBIOS_FIELDS;
@@ -166,6 +167,9 @@ pub(super) struct RunArgs {
     /// Seconds that the guest has to power off after SIGTERM; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
+
+    #[command(flatten)]
+    socket: SocketArgs,
 }
 
 fn seconds(text: &str) -> Result<u64, flag::ValueError> {
@@ -248,21 +252,21 @@ pub(super) fn configure(
     arguments: RunArgs,
     matches: Option<&ArgMatches>,
     models: &'static [Model],
-) -> anyhow::Result<VmConfig> {
-    let mut config = lower(arguments)?;
+) -> anyhow::Result<(VmConfig, SocketArgs)> {
+    let (mut config, socket) = lower(arguments)?;
     if let Some(matches) = matches {
         config.devices = devices(matches, models)?;
     }
     config.complete(models);
     config.validate(models, &HostLimits::read())?;
     files::check(&config, models)?;
-    Ok(config)
+    Ok((config, socket))
 }
 
-fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
+fn lower(arguments: RunArgs) -> anyhow::Result<(VmConfig, SocketArgs)> {
     let machine: MachineConfig = from_table("--machine", MACHINE_FIELDS, &arguments.machine)?;
     let memory: MemoryConfig = from_table("--memory", MEMORY_FIELDS, &arguments.memory)?;
-    Ok(VmConfig {
+    let config = VmConfig {
         name: arguments.name,
         machine,
         cpus: cpus(&arguments.cpus)?,
@@ -292,7 +296,8 @@ fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
         smbios: SmbiosConfig::from_flags(arguments.smbios.iter().map(String::as_str))?,
         pvpanic: named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?,
         shutdown_timeout: arguments.shutdown_timeout,
-    })
+    };
+    Ok((config, arguments.socket))
 }
 
 /// Puts the flag before the message of what its text is not.

@@ -15,7 +15,8 @@ fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
     let Verb::Run(parsed) = Cli::from_arg_matches(&matches)?.verb else {
         panic!("not run");
     };
-    configure(*parsed, matches.subcommand_matches("run"), TEST_MODELS)
+    let (config, _) = configure(*parsed, matches.subcommand_matches("run"), TEST_MODELS)?;
+    Ok(config)
 }
 
 fn refusal(arguments: &[&str]) -> String {
