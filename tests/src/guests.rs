@@ -159,6 +159,12 @@ fn consoles() -> Vec<Case> {
             .after("grep -q '^Hello' serial.log && echo the file has it")
             .lines(["the file has it"])
             .want(Want::NoText("Hello".to_owned())),
+        guest("serial-on-several-sinks", "hello", "")
+            .args("--serial tty --serial file={dir}/serial.log,append=on --serial pty")
+            .before("echo before > serial.log")
+            .after("cat serial.log")
+            .lines(["Hello", "before"])
+            .want(Want::Times("Hello".to_owned(), 2)),
         guest("serial-null-drops-output", "hello", "")
             .args("--serial null")
             .want(Want::NoText("ello".to_owned())),

@@ -236,6 +236,36 @@ const MACHINE: &[Bad] = &[
         1,
         &["--serial", "dir"],
     ),
+    bad(
+        "serial on a tty and off",
+        "--kernel hello --serial tty --serial off",
+        2,
+        &["--serial", "'off'", "alone"],
+    ),
+    bad(
+        "serial file with a tiny limit",
+        "--kernel hello --serial file=log,max_size=1",
+        2,
+        &["--serial", "max_size=1", "4K"],
+    ),
+    bad(
+        "serial socket where a file is",
+        "--kernel hello --serial socket=hello",
+        1,
+        &["--serial", "hello", "a regular file"],
+    ),
+    bad(
+        "serial twice to one file",
+        "--kernel hello --serial file=log --serial file=log",
+        2,
+        &["--serial", "log", "a file of its own"],
+    ),
+    bad(
+        "more serial replay than is kept",
+        "--kernel hello --serial-replay 1G",
+        2,
+        &["--serial-replay", "16M"],
+    ),
 ];
 
 const DISKS: &[Bad] = &[

@@ -165,7 +165,7 @@ fn a_flag_that_is_unknown_missing_or_repeated_is_named() {
         ("--kernel", "kernel"),
         ("--memory", "1G"),
         ("--cpus", "2"),
-        ("--serial", "off"),
+        ("--debugcon", "off"),
         ("--cmdline", "x"),
     ] {
         let text = place.wrong_run(&[flag, value, flag, value]);
@@ -199,7 +199,8 @@ fn a_flag_that_is_unknown_missing_or_repeated_is_named() {
 fn consoles_and_debuggers_that_lead_nowhere_are_refused() {
     let place = Place::new();
     for (flag, value) in [
-        ("--serial", "socket=x"),
+        ("--serial", "socket="),
+        ("--serial", "file=log,max_size=1"),
         ("--serial", "file="),
         ("--serial", ""),
         ("--debugcon", "tty"),

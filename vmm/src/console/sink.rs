@@ -20,7 +20,7 @@ use crate::config::SinkConfig;
 use crate::config::serial::SocketSink;
 use crate::opener::{Opener, SocketFile};
 
-/// Tells the sinks of a console apart. None is given twice in a process.
+/// Tells the sinks of a console apart. None is given twice by a hub.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SinkId(pub(super) u64);
 

@@ -4,13 +4,15 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmm::console::open_pty;
+use vmm::console::{Consoles, open_pty};
 use vmm::machine::driver::Driver;
 use vmm::machine::inbox::Message;
 
@@ -471,6 +473,167 @@ fn a_file_gets_the_output_and_nothing_else_does() {
         assert_eq!(vireo.stdout.rest(), "");
         vireo.ends_with(0);
     }
+}
+
+/// What the threads of a process are called.
+fn threads(id: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{id}/task")).unwrap();
+    tasks
+        .filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
+#[test]
+fn several_sinks_at_once_all_get_the_output_and_type() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (log, socket) = (dir.path().join("log"), dir.path().join("socket"));
+    let (file, listen) = (
+        format!("file={},max_size=1M", log.display()),
+        format!("socket={}", socket.display()),
+    );
+    let flags = ["--serial", "tty", "--serial", &file, "--serial", &listen];
+    let mut vireo = Vireo::start("poke", "serial-echo", &flags);
+    vireo.stdout.wait_for("echo=ready");
+    // They come late, and get what was written before.
+    let clients = [(); 2].map(|()| UnixStream::connect(&socket).unwrap());
+    let mut screens = clients.each_ref().map(|client| {
+        let client = client.try_clone().unwrap();
+        Collected::from(client)
+    });
+    screens[0].wait_for("echo=ready");
+    (&clients[0]).write_all(b"one\r").unwrap();
+    screens[1].wait_for("echo:one");
+    (&clients[1]).write_all(b"two\r").unwrap();
+    screens[0].wait_for("echo:two");
+    vireo.stdout.wait_for("echo:two");
+    drop(clients);
+    vireo.stdin.take().unwrap().write_all(b"q\r").unwrap();
+    let whole = screens[0].rest();
+    vireo.ends_with(0);
+    assert!(whole.ends_with("poke=done\n"), "{whole}");
+    assert_eq!(screens[1].rest(), whole);
+    assert_eq!(fs::read_to_string(&log).unwrap(), whole);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_console_has_a_thread_only_where_somebody_is_waited_for() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = format!("file={}", dir.path().join("log").display());
+    for (serial, count) in [("null", 0), ("off", 0), (file.as_str(), 0), ("tty", 1)] {
+        let mark = Mark::new();
+        let flags = ["--serial", serial, "--debugcon", &mark.flag()];
+        let vireo = Vireo::start("poke", "e9=here stay", &flags);
+        mark.wait();
+        let threads = threads(vireo.id());
+        let consoles = threads.iter().filter(|name| *name == "console").count();
+        assert_eq!(consoles, count, "{serial}: {threads:?}");
+    }
+}
+
+#[test]
+fn a_second_machine_finds_the_sinks_and_clients_of_the_first() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (log, socket) = (dir.path().join("log"), dir.path().join("socket"));
+    let serial = json!({ "serial": ["pty", { "file": log }, { "socket": socket }] });
+    let config = config("poke", "serial-echo", serial);
+    let consoles = Arc::new(Consoles::new(1 << 16).unwrap());
+    let mut machine = Local::boot_on(&config, Arc::clone(&consoles));
+    let path = machine.pty();
+    let pty = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let mut screen = Collected::from(pty.try_clone().unwrap());
+    let client = UnixStream::connect(&socket).unwrap();
+    let mut other = Collected::from(client.try_clone().unwrap());
+    for word in ["first", "second"] {
+        screen.wait_for("echo=ready");
+        other.wait_for("echo=ready");
+        (&client).write_all(format!("{word}\r").as_bytes()).unwrap();
+        screen.wait_for(&format!("echo:{word}"));
+        (&pty).write_all(b"q\r").unwrap();
+        other.wait_for("poke=done");
+        machine.outcome();
+        if word == "first" {
+            machine = Local::boot_on(&config, Arc::clone(&consoles));
+            assert_eq!(machine.pty(), path);
+        }
+    }
+    let text = fs::read_to_string(&log).unwrap();
+    assert_eq!(text.matches("poke=done").count(), 2, "{text}");
+    assert!(text.contains("echo:first") && text.contains("echo:second"));
+    drop((machine, consoles));
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_closed_terminal_ends_the_machine() {
+    if !can_run() {
+        return;
+    }
+    let terminal = Terminal::new();
+    let mark = Mark::new();
+    let flags = ["--debugcon", &mark.flag()];
+    let mut vireo = terminal.start("poke", "e9=here stay", &flags);
+    mark.wait();
+    drop(terminal);
+    vireo.ends_with(0);
+}
+
+#[test]
+fn a_socket_as_standard_output_that_nobody_reads_holds_up_nobody() {
+    if !can_run() {
+        return;
+    }
+    let mark = Mark::new();
+    let (reader, writer) = UnixStream::pair().unwrap();
+    // It is full before the guest says anything, and a blocking one.
+    writer.set_nonblocking(true).unwrap();
+    let filled = (0..).take_while(|_| (&writer).write(b"x").is_ok()).count();
+    writer.set_nonblocking(false).unwrap();
+    let words = format!("{}e9=here", much());
+    let mut vireo = Vireo::of(
+        Command::new(env!("CARGO_BIN_EXE_vireo"))
+            .args(run_arguments("poke", &words, &["--debugcon", &mark.flag()]))
+            .stdin(Stdio::null())
+            .stdout(OwnedFd::from(writer))
+            .spawn()
+            .unwrap(),
+    );
+    mark.wait();
+    let text = Collected::from(reader).rest();
+    assert!(text.trim_start_matches('x').len() > 80_000);
+    assert!(text.starts_with(&"x".repeat(filled)) && text.ends_with("poke=done\n"));
+    vireo.ends_with(0);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_told_once_with_its_flag() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let file = format!("file={}", log.display());
+    let flags = ["--serial", "file=/dev/full", "--serial", &file];
+    let mut vireo = Vireo::start("poke", "cpuid", &flags);
+    let told = vireo.stderr.rest();
+    vireo.ends_with(0);
+    assert_eq!(told.matches("--serial file=/dev/full").count(), 1, "{told}");
+    assert!(told.contains("No space left on device"), "{told}");
+    assert!(fs::read_to_string(&log).unwrap().ends_with("poke=done\n"));
 }
 
 #[test]
