@@ -19,12 +19,15 @@ CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 
 SECONDS ?= 60
 
-.PHONY: fuzz help run build guests setup setup-full test test-full bench lint clean
+.PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \
+	clean
 
 help:
 	@echo 'make run        boot a Debian kernel to a shell; without a terminal, show the guest and power off'
 	@echo 'make test       unit tests, small guests, bad input, stock kernels (minutes)'
 	@echo 'make test-full  the long cases, after make test'
+	@echo 'make test-openapi  requests of all kinds against the control socket; gets Python packages'
+	@echo 'make openapi    write the OpenAPI document anew, after a change of the wire types'
 	@echo 'make bench      measure against QEMU'
 	@echo 'make fuzz       any bytes as an image, for SECONDS=60; wants a C++ compiler'
 	@echo 'make lint       formatting, clippy, dependencies'
@@ -66,6 +69,12 @@ test: build guests
 test-full: setup-full build guests
 	@$(CARGO) build --quiet --locked -p tests --bins
 	@result=0; $(TEST) $(IGNORED) || result=1; $(CLASSES) check full || result=1; exit $$result
+
+test-openapi: build
+	@tests/openapi/run
+
+openapi:
+	@VIREO_WRITE_OPENAPI=1 $(CARGO) test --quiet --locked -p api the_document_in_the_repository
 
 bench: build guests
 	@$(CARGO) run --release --locked -p tests --bin bench

@@ -120,8 +120,8 @@ for name in sys_vendor product_name product_version product_serial product_uuid 
     echo "@@ $name=$(cat $name)"
 done
 dmesg | grep -o 'SMBIOS [0-9.]* present' | sed 's/^/@@ /'
-# Structures of type 11 have these in a row, each ended by a zero.
-tr '\000' '\n' < /sys/firmware/dmi/tables/DMI | grep -x 'firststring\|secondstring' | sed 's/^/@@ oem /'
+# Between texts there are bytes that are none.
+tr -c '\040-\176' '\n' < /sys/firmware/dmi/tables/DMI | grep -x 'firststring\|secondstring' | sed 's/^/@@ oem /'
 "#;
 
 const REBOOT: &str = r#"

@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
+use super::objects::Objects;
 use crate::routes::Route;
 use crate::{EventKind, EventLog};
 
@@ -100,7 +101,7 @@ impl Reader {
         within_bounds(body)?;
         let mut unknown: Vec<String> = Vec::new();
         let mut parser = serde_json::Deserializer::from_str(text);
-        let value = serde_ignored::deserialize(&mut parser, |path| {
+        let value = serde_ignored::deserialize(Objects(&mut parser), |path| {
             if unknown.len() < NAMED {
                 // The path of an optional field has a question mark in it.
                 let path = path.to_string().replace("?.", "");

@@ -28,6 +28,7 @@ mod events;
 mod head;
 mod json;
 mod mailbox;
+mod objects;
 mod peer;
 mod server;
 mod tunnel;

@@ -1,6 +1,7 @@
 //! The JSON objects of the socket.
 //!
 //! * [`config`]: the description of a machine, as Cloud Hypervisor's v1 API has it.
+//! * [`device`]: the devices in it.
 //! * [`request`]: what the other endpoints take.
 //! * [`answer`]: what is given back.
 //!
@@ -9,10 +10,12 @@
 
 pub mod answer;
 pub mod config;
+pub mod device;
 pub mod request;
 #[cfg(test)]
 mod tests;
 
 pub use answer::*;
 pub use config::*;
+pub use device::*;
 pub use request::*;

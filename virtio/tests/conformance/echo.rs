@@ -10,10 +10,13 @@ use std::time::Instant;
 use devices::StopError;
 use migration::{RestoreError, SaveError, SavedState, Snapshot};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio::device::{
-    ActivateError, Activation, ActiveQueue, Identity, Notifier, StoppedQueue, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, Identity, Notifier, ReconfigureError, Reconfigured,
+    StoppedQueue, VirtioDevice,
 };
 use virtio::memory::GuestMemory;
+use virtio::models::BuildContext;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -150,6 +153,21 @@ impl VirtioDevice for Echo {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (0, Ok(data)) = (offset, data.try_into()) {
             self.scratch = u32::from_le_bytes(data);
+        }
+    }
+
+    /// A number becomes the scratch register, which the driver sees; all else it does not.
+    fn reconfigure(
+        &mut self,
+        patch: Value,
+        _: &BuildContext,
+    ) -> Result<Reconfigured, ReconfigureError> {
+        match patch.as_u64() {
+            Some(number) => {
+                self.scratch = u32::try_from(number).unwrap();
+                Ok(Reconfigured::Seen)
+            }
+            None => Ok(Reconfigured::Unseen),
         }
     }
 

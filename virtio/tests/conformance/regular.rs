@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use devices::Unit;
 use devices::pci::PciFunction;
 use migration::{Section, SectionSet};
-use virtio::device::ResizeError;
+use serde_json::json;
+use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::MODELS;
 use virtio::transport::VirtioPciV1;
 
@@ -17,7 +18,7 @@ use crate::driver::{
 };
 use crate::echo::{EchoControl, FEATURE, Mode, QUEUE_SIZE, QUEUES};
 use crate::rig::{HIGH_WINDOW, Rig, soon};
-use crate::subjects::{Subject, all};
+use crate::subjects::{Subject, all, context};
 
 fn echo() -> (Subject, Arc<EchoControl>) {
     let control = Arc::new(EchoControl::default());
@@ -529,6 +530,46 @@ fn a_driver_is_told_that_its_disk_has_grown_and_other_kinds_do_not_grow() {
         rig.interrupts.wait(CONFIG_MESSAGE);
         rig.device.start().unwrap();
         assert_eq!(look().0, (4 << 20) / 512);
+    }
+}
+
+#[test]
+fn a_driver_is_told_of_changes_that_it_can_see_and_of_no_others() {
+    let (subject, _control) = echo();
+    let rig = Rig::new(&subject);
+    let driver = Driver::probe(&rig);
+    driver.boot();
+    let generation: u8 = driver.read(COMMON, 21);
+    rig.device.reconfigure(json!({}), &context()).unwrap();
+    assert_eq!(rig.interrupts.take(CONFIG_MESSAGE), 0);
+    assert_eq!(driver.read::<u8>(COMMON, 21), generation);
+    rig.device.reconfigure(json!(77), &context()).unwrap();
+    rig.interrupts.wait(CONFIG_MESSAGE);
+    assert_eq!(driver.read::<u32>(DEVICE, 0), 77);
+    assert_ne!(driver.read::<u8>(COMMON, 21), generation);
+}
+
+#[test]
+fn what_cannot_be_changed_of_a_device_stays_and_the_device_works() {
+    for subject in all() {
+        if subject.name == "echo" {
+            continue;
+        }
+        let rig = Rig::new(&subject);
+        let driver = Driver::probe(&rig);
+        driver.boot();
+        let refused = rig
+            .device
+            .reconfigure(json!({"no such key": 1}), &context());
+        assert!(
+            matches!(
+                refused,
+                Err(ReconfigureError::Fixed | ReconfigureError::Shape(_))
+            ),
+            "{}",
+            subject.name
+        );
+        assert_eq!(driver.status() & NEEDS_RESET, 0);
     }
 }
 

@@ -13,6 +13,16 @@ use virtio::models::{BuildContext, MODELS, Model};
 
 use crate::echo::{Echo, EchoControl};
 
+/// What every device here is built with.
+pub fn context() -> BuildContext {
+    BuildContext {
+        id: "dut".to_owned(),
+        opener: Arc::new(PlainOpener),
+        cpus: 2,
+        groups: virtio::limit::RateGroups::default(),
+    }
+}
+
 struct PlainOpener;
 
 impl Opener for PlainOpener {
@@ -50,13 +60,7 @@ impl Subject {
         let made = AtomicU32::new(0);
         let make = move || {
             let config = fixture(model.kind, &path, made.fetch_add(1, Ordering::Relaxed));
-            let context = BuildContext {
-                id: "dut".to_owned(),
-                opener: Arc::new(PlainOpener),
-                cpus: 2,
-                groups: virtio::limit::RateGroups::default(),
-            };
-            (model.build)(config, &context)
+            (model.build)(config, &context())
                 .unwrap_or_else(|error| panic!("{} cannot be built: {error:?}", model.kind))
         };
         Self {

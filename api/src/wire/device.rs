@@ -1,0 +1,403 @@
+//! The devices of a machine: their descriptions in `vm.create` and `vm.add-…`.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::config::{ConsoleMode, yes};
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// The limits of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiterConfig {
+    /// Bytes.
+    #[serde(default)]
+    pub bandwidth: Option<TokenBucket>,
+    /// Operations.
+    #[serde(default)]
+    pub ops: Option<TokenBucket>,
+}
+
+/// So many tokens in so much time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct TokenBucket {
+    /// How many there are in a full bucket.
+    pub size: u64,
+    /// How many more there are once, at the start.
+    #[serde(default)]
+    pub one_time_burst: Option<u64>,
+    /// How long it takes to fill the bucket, in milliseconds.
+    pub refill_time: u64,
+}
+
+/// Limits that several disks share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RateLimitGroupConfig {
+    /// Its name.
+    pub id: String,
+    /// The limits.
+    pub rate_limiter_config: RateLimiterConfig,
+}
+
+/// Defines a PCI device: a struct with the fields that all of them have in
+/// front of its own, or behind them with `pci last`. They are no struct of
+/// their own, because one that is flattened hides unknown fields.
+macro_rules! pci_device {
+    ($(#[$attribute:meta])* pub struct $name:ident { $($own:tt)* }) => {
+        $(#[$attribute])*
+        pub struct $name {
+            /// Its name, unique in the machine.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub id: Option<String>,
+            /// Whether it is behind an IOMMU.
+            #[serde(default, skip_serializing_if = "is_false")]
+            pub iommu: bool,
+            /// The PCI segment.
+            #[serde(default)]
+            pub pci_segment: u16,
+            /// The PCI device number.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub pci_device_id: Option<u8>,
+            $($own)*
+        }
+        pci_device!(@fields $name);
+    };
+    (pci last; $(#[$attribute:meta])* pub struct $name:ident { $($own:tt)* }) => {
+        $(#[$attribute])*
+        pub struct $name {
+            $($own)*
+            /// Its name, unique in the machine.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub id: Option<String>,
+            /// Whether it is behind an IOMMU.
+            #[serde(default, skip_serializing_if = "is_false")]
+            pub iommu: bool,
+            /// The PCI segment.
+            #[serde(default)]
+            pub pci_segment: u16,
+            /// The PCI device number.
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub pci_device_id: Option<u8>,
+        }
+        pci_device!(@fields $name);
+    };
+    (@fields $name:ident) => {
+        impl $name {
+            /// What every PCI device has.
+            #[must_use]
+            pub fn pci(&self) -> PciFields<'_> {
+                PciFields {
+                    id: self.id.as_deref(),
+                    iommu: self.iommu,
+                    segment: self.pci_segment,
+                    device: self.pci_device_id,
+                }
+            }
+        }
+    };
+}
+
+/// What every PCI device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciFields<'a> {
+    /// Its name.
+    pub id: Option<&'a str>,
+    /// Whether it is behind an IOMMU.
+    pub iommu: bool,
+    /// The PCI segment.
+    pub segment: u16,
+    /// The PCI device number.
+    pub device: Option<u8>,
+}
+
+pci_device! {
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskConfig {
+    /// The image: a file, a block device or an address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Whether the host's cache is passed by.
+    #[serde(default)]
+    pub direct: bool,
+    /// How many queues there are.
+    #[serde(default = "DiskConfig::queues")]
+    pub num_queues: usize,
+    /// How many requests a queue holds.
+    #[serde(default = "DiskConfig::depth")]
+    pub queue_size: u16,
+    /// Whether the disk is in another process.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// That process's socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<String>,
+    /// Limits shared with other disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
+    /// Limits of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Accepted for other monitors' clients; the engine is chosen by `engine`.
+    #[serde(default)]
+    pub disable_io_uring: bool,
+    /// Accepted for other monitors' clients.
+    #[serde(default)]
+    pub disable_aio: bool,
+    /// The serial number that the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Where queues are worked on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
+    /// Whether the image may name a backing file.
+    #[serde(default)]
+    pub backing_files: bool,
+    /// Whether discarded space goes back to the host.
+    #[serde(default = "yes")]
+    pub sparse: bool,
+    /// The image's format.
+    #[serde(default)]
+    pub image_type: ImageType,
+    /// How the image is locked.
+    #[serde(default)]
+    pub lock_granularity: LockGranularity,
+}
+}
+
+impl DiskConfig {
+    const fn queues() -> usize {
+        1
+    }
+    const fn depth() -> u16 {
+        128
+    }
+}
+
+/// Where a queue is worked on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VirtQueueAffinity {
+    /// The queue.
+    pub queue_index: u16,
+    /// The host's processors.
+    pub host_cpus: Vec<usize>,
+}
+
+/// The format of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ImageType {
+    /// VMware's, flat.
+    FlatVmdk,
+    /// Virtual PC's, of fixed size.
+    FixedVhd,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+    /// Bytes.
+    Raw,
+    /// Hyper-V's.
+    Vhdx,
+    /// Not said.
+    #[default]
+    Unknown,
+}
+
+/// How an image is locked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LockGranularity {
+    /// The bytes that QEMU locks.
+    #[default]
+    ByteRange,
+    /// The whole file.
+    Full,
+}
+
+pci_device! {
+/// A network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct NetConfig {
+    /// The host's interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// The host's address on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<String>,
+    /// That address's mask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<String>,
+    /// The card's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// The interface's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_mac: Option<String>,
+    /// The largest packet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// How many queues there are, for both directions together.
+    #[serde(default = "NetConfig::queues")]
+    pub num_queues: usize,
+    /// How many packets a queue holds.
+    #[serde(default = "NetConfig::depth")]
+    pub queue_size: u16,
+    /// Whether the back end is in another process.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// That process's socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<String>,
+    /// Who connects there.
+    #[serde(default)]
+    pub vhost_mode: VhostMode,
+    /// Limits of each direction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Whether the host cuts large TCP packets.
+    #[serde(default = "yes")]
+    pub offload_tso: bool,
+    /// Whether the host cuts large UDP packets.
+    #[serde(default = "yes")]
+    pub offload_ufo: bool,
+    /// Whether the host makes checksums.
+    #[serde(default = "yes")]
+    pub offload_csum: bool,
+    /// Ignored: descriptors come beside the request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i32>>,
+}
+}
+
+impl NetConfig {
+    const fn queues() -> usize {
+        2
+    }
+    const fn depth() -> u16 {
+        256
+    }
+}
+
+/// Who connects to a vhost-user socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VhostMode {
+    /// The monitor.
+    #[default]
+    Client,
+    /// The back end.
+    Server,
+}
+
+pci_device! {
+/// The entropy source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RngConfig {
+    /// The file that is read.
+    pub src: PathBuf,
+}
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            id: None,
+            iommu: false,
+            pci_segment: 0,
+            pci_device_id: None,
+            src: PathBuf::from("/dev/urandom"),
+        }
+    }
+}
+
+pci_device! {
+/// The balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BalloonConfig {
+    /// How much the guest gives up, in bytes.
+    pub size: u64,
+    /// Whether it gets that back before it is out of memory.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Whether the guest tells of free pages.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+}
+
+pci_device! {
+/// A shared directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct FsConfig {
+    /// The name by which the guest mounts it.
+    pub tag: String,
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// How many queues there are.
+    #[serde(default = "FsConfig::queues")]
+    pub num_queues: usize,
+    /// How many requests a queue holds.
+    #[serde(default = "FsConfig::depth")]
+    pub queue_size: u16,
+}
+}
+
+impl FsConfig {
+    const fn queues() -> usize {
+        1
+    }
+    const fn depth() -> u16 {
+        1024
+    }
+}
+
+pci_device! {
+/// The socket device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VsockConfig {
+    /// The guest's address.
+    pub cid: u32,
+    /// The host's end.
+    pub socket: PathBuf,
+}
+}
+
+pci_device! {
+pci last;
+/// The virtio console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ConsoleConfig {
+    /// Where it leads.
+    pub mode: ConsoleMode,
+    /// The file, or the pseudo-terminal once there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// The socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+}
+
+impl ConsoleConfig {
+    pub(super) const fn of_v1() -> Self {
+        Self {
+            mode: ConsoleMode::Tty,
+            file: None,
+            socket: None,
+            id: None,
+            iommu: false,
+            pci_segment: 0,
+            pci_device_id: None,
+        }
+    }
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self::of_v1()
+    }
+}
