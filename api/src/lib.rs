@@ -3,12 +3,13 @@
 //! * [`wire`]: the JSON objects of the socket.
 //! * [`Control`], [`Command`]: what can be asked; `vmm` implements it.
 //! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
-//! * [`EventLog`], [`Event`]: what has happened.
+//! * [`EventLog`], [`Event`]: what has happened; [`EventMonitor`] tells it as v1 does.
 //! * [`http`]: the server.
 
 mod control;
 mod event;
 mod event_log;
+mod event_v1;
 pub mod http;
 pub mod openapi;
 pub mod routes;
@@ -19,3 +20,4 @@ pub use control::{
 };
 pub use event::{DiskErrorAction, Event, EventKind, ExitReason};
 pub use event_log::{Alert, EventLog, Subscription};
+pub use event_v1::EventMonitor;

@@ -406,7 +406,7 @@ impl Connection {
             let Some(first) = batch.first() else { break };
             // Behind by more than the log keeps. A client that comes back with the
             // number that it has seen learns by the next one what it has missed.
-            if first.id > seen + 1 && seen > 0 {
+            if first.id > seen + 1 {
                 tracing::warn!(by = %Peer::of(&self.stream), "a reader of events is too slow");
                 self.phase = Phase::Closing;
                 return;

@@ -155,13 +155,17 @@ impl Dispatcher {
                 _ => return Err(unknown_parameter(name)),
             }
         }
-        let newest = self.control.events().last();
-        Ok(Outcome::Events(match seen {
+        let log = self.control.events();
+        let newest = log.last();
+        let seen = match seen {
             // A number from the future is one of a monitor that is gone.
             Some(seen) if seen > newest => 0,
             Some(seen) => seen,
             None => newest,
-        }))
+        };
+        // What is kept no more cannot be had; the first number tells the client.
+        let oldest = log.after(seen, 1).first().map(|event| event.id - 1);
+        Ok(Outcome::Events(oldest.unwrap_or(seen)))
     }
 
     fn put(&mut self, route: &'static Route, request: Request<'_>) -> Result<Outcome, Answer> {

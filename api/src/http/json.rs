@@ -32,6 +32,8 @@ const PATH: usize = 128;
 pub(super) enum JsonError {
     #[error("the body is not UTF-8 from byte {0}")]
     NotUtf8(usize),
+    #[error("the body is an array, not an object")]
+    Array,
     #[error("values are more than {DEPTH} deep in one another at byte {0}")]
     TooDeep(usize),
     #[error("there are more than {VALUES} values, or {OBJECTS} objects")]
@@ -98,6 +100,10 @@ impl Reader {
         events: &EventLog,
     ) -> Result<T, JsonError> {
         let text = str::from_utf8(body).map_err(|error| JsonError::NotUtf8(error.valid_up_to()))?;
+        // The parser would take an array's elements for the fields in their order.
+        if text.trim_start().starts_with('[') {
+            return Err(JsonError::Array);
+        }
         within_bounds(body)?;
         let mut unknown: Vec<String> = Vec::new();
         let mut parser = serde_json::Deserializer::from_str(text);

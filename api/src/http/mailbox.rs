@@ -62,24 +62,20 @@ impl Mailbox {
         self.ring();
     }
 
-    /// Whether the server is to end. Asked before [`Self::take`], so that
-    /// nothing that was there before is left behind.
-    pub fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Acquire)
-    }
-
-    /// Takes what has come and silences the bell.
-    pub fn take(&self) -> Vec<Completion> {
+    /// Takes what has come and silences the bell. Returns also whether the server is
+    /// to end; what was there before it was told so is then among what has come.
+    pub fn take(&self) -> (Vec<Completion>, bool) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.bell, &mut count);
-        // What comes from here on rings again.
-        self.rung.store(false, Ordering::Release);
-        std::mem::take(
-            &mut *self
-                .completions
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        )
+        // What comes from here on rings again, and what came before is seen: the
+        // swap has read what the last one to ring has written.
+        self.rung.swap(false, Ordering::AcqRel);
+        let stopped = self.stopped.load(Ordering::Acquire);
+        let mut completions = self
+            .completions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        (std::mem::take(&mut *completions), stopped)
     }
 
     fn post(&self, completion: Completion) {

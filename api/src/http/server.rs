@@ -311,8 +311,8 @@ impl Server {
 
     /// Takes what other threads have left.
     fn hear(&mut self) {
-        let stopped = self.mailbox.is_stopped();
-        for completion in self.mailbox.take() {
+        let (completions, stopped) = self.mailbox.take();
+        for completion in completions {
             self.with(completion.key, EventFlags::empty(), |connection, shared| {
                 connection.complete(shared, &completion.result)
             });

@@ -1,8 +1,11 @@
 //! Exchanges with real clients, byte for byte.
 
+use std::sync::Arc;
+
+use api::routes::{Method, ROUTES, Success};
 use api::{AddDevice, Command, ControlError, ErrorKind, Reply, wire};
 
-use crate::fake::{Fake, NOTHING, Server, content, get, put};
+use crate::fake::{Fake, NOTHING, Server, content, get, put, refused};
 
 fn failed(kind: ErrorKind, chain: &[&str]) -> Option<Result<Reply, ControlError>> {
     Some(Err(ControlError {
@@ -109,4 +112,167 @@ fn v1s_captures_are_answered_byte_for_byte() {
         "HTTP/1.1 200 \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n\
          Content-Type: application/json\r\nContent-Length: 0\r\n\r\n"
     );
+}
+
+/// What v1's client sends for `restore` and `resize` has nulls, and no type of content.
+#[test]
+fn ch_remotes_requests_are_understood() {
+    let fake = Fake::obedient();
+    let server = Server::of(&fake);
+    let mut client = server.connect();
+    for request in [
+        put(
+            "vm.resize",
+            r#"{"desired_vcpus":null,"desired_ram":1073741824,"desired_balloon":null}"#,
+        ),
+        put(
+            "vm.add-disk",
+            r#"{"pci_segment":0,"path":"/x.raw","readonly":false,"direct":false,"num_queues":1,"queue_size":128,"vhost_user":false,"disable_io_uring":false,"disable_aio":false,"backing_files":false,"sparse":true,"image_type":"Unknown","lock_granularity":"ByteRange"}"#,
+        ),
+    ] {
+        assert_eq!(client.exchange(request), NOTHING);
+    }
+    assert!(fake.events.after(0, 9).is_empty(), "no unknown fields");
+    let snapshot = put("vm.snapshot", r#"{"destination_url":"file:///x"}"#);
+    assert_eq!(
+        client.exchange(snapshot),
+        refused(
+            501,
+            &[
+                "Error from API",
+                "The VM could not be snapshotted",
+                "Vireo has no snapshots yet"
+            ]
+        )
+    );
+}
+
+/// Kata's generated Go client, as `net/http` writes its requests: a length of 0 where
+/// there is no body, a line end behind a body, and one connection for all of them.
+#[test]
+fn katas_go_client_is_answered() {
+    let mut fake = Fake::obedient();
+    Arc::get_mut(&mut fake).unwrap().created = true;
+    let server = Server::of(&fake);
+    let mut client = server.connect();
+    let go = "Host: localhost\r\nUser-Agent: OpenAPI-Generator/1.0.0/go\r\n";
+    let accept = "Accept: application/json\r\n";
+    let gzip = "Accept-Encoding: gzip\r\n\r\n";
+    let body = "{\"payload\":{\"kernel\":\"/k\"},\"serial\":{\"mode\":\"Tty\"}}\n";
+    let create = format!(
+        "PUT /api/v1/vm.create HTTP/1.1\r\n{go}Content-Length: {}\r\n{accept}Content-Type: application/json\r\n{gzip}{body}",
+        body.len()
+    );
+    assert_eq!(client.exchange(create), NOTHING);
+    let info = client.exchange(format!(
+        "GET /api/v1/vm.info HTTP/1.1\r\n{go}{accept}{gzip}"
+    ));
+    assert!(info.starts_with("HTTP/1.1 200 \r\n"), "{info}");
+    assert!(info.contains(r#""state":"Created""#), "{info}");
+    let boot = format!("PUT /api/v1/vm.boot HTTP/1.1\r\n{go}Content-Length: 0\r\n{gzip}");
+    assert_eq!(client.exchange(boot), NOTHING);
+    let submitted = fake.submitted();
+    assert!(submitted[0].starts_with("Create("), "{submitted:?}");
+    assert_eq!(submitted[1], "Boot");
+}
+
+/// libvirt's driver, as libcurl 7.88 was recorded with the driver's options.
+#[test]
+fn libvirts_driver_is_answered() {
+    let mut fake = Fake::obedient();
+    Arc::get_mut(&mut fake).unwrap().created = true;
+    let server = Server::of(&fake);
+    let mut client = server.connect();
+    let create = "PUT /api/v1/vm.create HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
+                  Content-Type: application/json\r\nContent-Length: 30\r\n\r\n{\"payload\":{\"kernel\":\"/boot/k\"}}";
+    let create = create.replace("30", "32");
+    assert_eq!(client.exchange(create), NOTHING);
+    let boot = "PUT /api/v1/vm.boot HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/7.88.1\r\n\
+                Accept: application/json\r\nContent-Length: 0\r\n\r\n";
+    assert_eq!(client.exchange(boot), NOTHING);
+    let info = "GET /api/v1/vm.info HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/7.88.1\r\n\
+                Accept: application/json\r\nContent-Type: application/json\r\n\r\n";
+    let info = client.exchange(info);
+    assert!(info.starts_with("HTTP/1.1 200 \r\n"), "{info}");
+}
+
+/// What a client of this server's additions gets.
+#[test]
+fn added_endpoints_answer_in_the_same_style() {
+    let server = Server::of(&Fake::obedient());
+    let mut client = server.connect();
+    assert_eq!(
+        client.exchange(get("vm.devices")),
+        content(
+            200,
+            r#"[{"id":"d\u00e9\ud83d\udc26","kind":"blk","bdf":"0000:00:05.0","state":"active"}]"#
+        )
+    );
+    let metrics = client.exchange(get("vm.metrics"));
+    assert!(
+        metrics.ends_with(
+            "Content-Type: text/plain; version=0.0.4\r\nContent-Length: 11\r\n\r\nvireo_up 1\n"
+        ),
+        "{metrics}"
+    );
+    assert_eq!(client.exchange(get("vm.jobs")), content(200, "[]"));
+    assert_eq!(client.exchange(get("vm.console")), content(200, "[]"));
+    assert_eq!(
+        client.exchange(put("vm.job-cancel", r#"{"id":"1"}"#)),
+        NOTHING
+    );
+    assert_eq!(
+        client.exchange(put("vm.job-cancel", r#"{"id":"2"}"#)),
+        refused(
+            404,
+            &[
+                "Error from API",
+                "The job could not be cancelled",
+                "There is no job 2"
+            ]
+        )
+    );
+    let document = client.exchange(get("vmm.openapi"));
+    assert!(document.contains("\"openapi\": \"3.1.0\""));
+}
+
+/// Every endpoint of the table is served: none is forgotten in the dispatcher.
+#[test]
+fn every_route_is_served() {
+    let mut fake = Fake::obedient();
+    Arc::get_mut(&mut fake).unwrap().created = true;
+    let server = Server::of(&fake);
+    let bodies = [
+        ("vm.create", "{}"),
+        ("vm.resize", "{}"),
+        ("vm.resize-disk", r#"{"id":"d","desired_size":1}"#),
+        ("vm.update-disk", r#"{"id":"d"}"#),
+        ("vm.add-disk", "{}"),
+        ("vm.add-net", "{}"),
+        ("vm.add-vsock", r#"{"cid":3,"socket":"/s"}"#),
+        ("vm.add-fs", r#"{"tag":"t","socket":"/s"}"#),
+        ("vm.add-virtio", r#"{"kind":"rng"}"#),
+        ("vm.remove-device", r#"{"id":"d"}"#),
+        ("vm.coredump", r#"{"destination_url":"file:///c"}"#),
+        ("vm.console", r#"{"remove":"1"}"#),
+        ("vm.job-cancel", r#"{"id":"1"}"#),
+    ];
+    for route in ROUTES {
+        let body = bodies.iter().find(|(name, _)| *name == route.name);
+        let body = body.map_or("", |(_, body)| body);
+        let request = match route.method {
+            Method::Get => get(route.name),
+            Method::Put => put(route.name, body),
+        };
+        // The stream of events has no length: its head is enough.
+        let mut client = server.connect();
+        client.send(request);
+        let answer = client.read_to("\r\n\r\n");
+        let expected = match route.success {
+            Success::Stream(_) => "HTTP/1.1 400 ",
+            Success::Nothing | Success::Placed | Success::DoneOrJob => "HTTP/1.1 204 ",
+            _ => "HTTP/1.1 200 ",
+        };
+        assert!(answer.starts_with(expected), "{}: {answer}", route.name);
+    }
 }

@@ -60,10 +60,6 @@ impl Fake {
         self.held.lock().unwrap().clear();
     }
 
-    pub fn held(&self) -> usize {
-        self.held.lock().unwrap().len()
-    }
-
     pub fn submitted(&self) -> Vec<String> {
         self.submitted.lock().unwrap().clone()
     }
@@ -255,6 +251,14 @@ impl Client {
         String::from_utf8(answer).unwrap()
     }
 
+    /// One answer, or what came of it: the server may close at any time.
+    pub fn try_exchange(mut self, request: impl AsRef<[u8]>) -> String {
+        if self.stream.write_all(request.as_ref()).is_ok() {
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+        self.rest()
+    }
+
     /// Reads up to and including a text, and gives all of it.
     pub fn read_to(&mut self, text: &str) -> String {
         let end = self.read_until(text.as_bytes());
@@ -265,6 +269,12 @@ impl Client {
     pub fn rest(&mut self) -> String {
         while self.try_read() {}
         String::from_utf8(std::mem::take(&mut self.unread)).unwrap()
+    }
+
+    /// The same, once the server knows that no more comes.
+    pub fn rest_after_finish(&mut self) -> String {
+        self.finish();
+        self.rest()
     }
 
     pub fn finish(&self) {

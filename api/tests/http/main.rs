@@ -6,4 +6,11 @@
 )]
 
 mod captures;
+mod commands;
+mod consoles;
+mod descriptors;
+mod events;
 mod fake;
+mod framing;
+mod hostile;
+mod segments;

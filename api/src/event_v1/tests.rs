@@ -1,0 +1,165 @@
+//! Records are what the managers of Cloud Hypervisor read.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::unix::net::UnixStream;
+
+use super::*;
+use crate::PauseReason;
+
+fn state(state: VmState) -> EventKind {
+    EventKind::State { state, pause: None }
+}
+
+/// The words of all records, with their sources.
+fn told(kinds: &[EventKind]) -> Vec<String> {
+    let mut teller = Teller::new();
+    let mut all = Vec::new();
+    for kind in kinds {
+        let (source, words) = teller.tell(kind);
+        all.extend(words.iter().map(|word| format!("{source}:{word}")));
+    }
+    all
+}
+
+#[test]
+fn a_record_is_written_as_it_was_captured() {
+    let event = Event {
+        id: 1,
+        at_us: 2_018_404,
+        kind: state(VmState::Booting),
+    };
+    let expected = "{\n  \"timestamp\": {\n    \"secs\": 2,\n    \"nanos\": 18404000\n  },\n  \
+                    \"source\": \"vm\",\n  \"event\": \"booting\",\n  \"properties\": null\n}\n\n";
+    assert_eq!(Teller::new().records(&event), [expected]);
+}
+
+#[test]
+fn a_device_that_is_gone_is_told_with_its_address() {
+    let event = Event {
+        id: 1,
+        at_us: 0,
+        kind: EventKind::DeviceRemoved {
+            id: "d0".to_owned(),
+            bdf: "0000:00:05.0".to_owned(),
+        },
+    };
+    let records = Teller::new().records(&event);
+    assert_eq!(records.len(), 1);
+    let record: serde_json::Value = serde_json::from_str(&records[0]).unwrap();
+    assert_eq!(record["event"], "device-removed");
+    assert_eq!(
+        record["properties"],
+        serde_json::json!({"id": "d0", "bdf": "0000:00:05.0"})
+    );
+}
+
+#[test]
+fn a_life_is_told_from_boot_to_power_off() {
+    let pause = |pause| EventKind::State {
+        state: VmState::Paused,
+        pause: Some(pause),
+    };
+    let life = [
+        EventKind::Created,
+        state(VmState::Booting),
+        state(VmState::Running),
+        pause(PauseReason::Command),
+        pause(PauseReason::DiskError),
+        state(VmState::Running),
+        EventKind::CpusResized { count: 2 },
+        EventKind::GuestPanic,
+        state(VmState::ShuttingDown),
+        state(VmState::Stopped),
+        EventKind::Deleted,
+    ];
+    assert_eq!(
+        told(&life),
+        [
+            "vm:booting",
+            "vm:booted",
+            "vm:pausing",
+            "vm:paused",
+            "vm:resuming",
+            "vm:resumed",
+            "vm:resizing",
+            "vm:resized",
+            "guest:panic",
+            "vm:shutdown",
+            "vm:deleted",
+        ]
+    );
+}
+
+#[test]
+fn a_machine_that_comes_back_is_not_told_as_shut_down() {
+    let boot = [state(VmState::Booting), state(VmState::Running)];
+    let again = [
+        "vm:booting",
+        "vm:booted",
+        "vm:rebooting",
+        "vm:booting",
+        "vm:booted",
+        "vm:rebooted",
+    ];
+    let by_guest = [&boot[..], &[EventKind::GuestReset], &boot].concat();
+    assert_eq!(told(&by_guest), again);
+    let ends = [
+        EventKind::Rebooting,
+        state(VmState::ShuttingDown),
+        state(VmState::Stopped),
+    ];
+    let by_command = [&boot[..], &ends, &boot].concat();
+    assert_eq!(told(&by_command), again);
+}
+
+#[test]
+fn a_boot_that_fails_is_not_told_as_a_shutdown() {
+    let failed = [state(VmState::Booting), state(VmState::Stopped)];
+    assert_eq!(told(&failed), ["vm:booting"]);
+}
+
+#[test]
+fn a_monitor_writes_everything_from_its_start_to_its_end() {
+    let mut file = tempfile::tempfile().unwrap();
+    let log = EventLog::default();
+    log.publish(state(VmState::Booting));
+    let monitor = EventMonitor::start(&log, file.try_clone().unwrap().into()).unwrap();
+    log.publish(state(VmState::Running));
+    drop(monitor);
+    log.publish(state(VmState::Paused));
+    let mut text = String::new();
+    file.rewind().unwrap();
+    file.read_to_string(&mut text).unwrap();
+    let events: Vec<String> = serde_json::Deserializer::from_str(&text)
+        .into_iter::<serde_json::Value>()
+        .map(|record| record.unwrap()["event"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(events, ["starting", "booting", "booted", "shutdown"]);
+}
+
+#[test]
+fn a_reader_that_never_reads_holds_nobody_up_and_its_loss_is_counted() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let log = EventLog::default();
+    let monitor = EventMonitor::start(&log, ours.into()).unwrap();
+    for count in 0..20_000 {
+        log.publish(EventKind::CpusResized { count });
+    }
+    let shared = Arc::clone(&monitor.shared);
+    drop(monitor);
+    // Some were written until the socket was full, and the last ones were still tried.
+    assert!(shared.lost.load(Ordering::Relaxed) > 0);
+    drop(theirs);
+}
+
+#[test]
+fn a_full_disk_loses_records_and_nothing_else() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let log = EventLog::default();
+    let monitor = EventMonitor::start(&log, full.into()).unwrap();
+    log.publish(state(VmState::Booting));
+    let shared = Arc::clone(&monitor.shared);
+    drop(monitor);
+    assert_eq!(shared.lost.load(Ordering::Relaxed), 3);
+}
