@@ -99,6 +99,16 @@ pub enum EventKind {
         /// What was found.
         reason: String,
     },
+    /// The number of vCPUs has changed.
+    CpusResized {
+        /// How many there are.
+        count: u32,
+    },
+    /// The size of memory has changed.
+    MemoryResized {
+        /// Its size in bytes.
+        size: u64,
+    },
     /// The machine ended.
     Exit {
         /// Why.

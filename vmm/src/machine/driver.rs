@@ -15,6 +15,7 @@ use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
 
 use super::inbox::{DiskStopped, Inbox, Message};
+use super::resize::{ResizeError, Resized};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::{follows, permits};
 use super::{Machine, MachineError};
@@ -341,7 +342,8 @@ impl Driver {
     }
 
     fn restart(&mut self, paused: bool) -> Result<(), MachineError> {
-        self.machine.reset()?;
+        let resized = self.machine.reset()?;
+        self.tell_resized(&resized);
         self.machine.load()?;
         if paused {
             self.machine.stop_clock()?;
@@ -376,6 +378,7 @@ impl Driver {
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
+            Message::SlotNews => self.on_slot_news(),
             Message::Errand(errand) => errand(self),
         }
     }
@@ -490,6 +493,56 @@ impl Driver {
                 self.go_on();
             }
         }
+    }
+
+    /// The guest has answered to vCPUs or memory that came or are to go.
+    fn on_slot_news(&mut self) {
+        match self.machine.take_resized() {
+            Ok(resized) => {
+                self.tell_resized(&resized);
+                self.go_on();
+            }
+            Err(error) => self.fail("a vCPU cannot be taken away", &error),
+        }
+    }
+
+    fn tell_resized(&self, resized: &[Resized]) {
+        for resized in resized {
+            tracing::info!(?resized, "the guest has answered");
+            if let Resized::CpuLeft { count, .. } = *resized {
+                self.events.publish(EventKind::CpusResized { count });
+            }
+        }
+    }
+
+    /// Changes the number of vCPUs; see [`Machine::resize_cpus`].
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`].
+    pub fn resize_cpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
+        let before = self.machine.cpu_count();
+        let result = self.machine.resize_cpus(wanted);
+        let count = self.machine.cpu_count();
+        if count > before {
+            self.events.publish(EventKind::CpusResized { count });
+        }
+        result
+    }
+
+    /// Adds memory; see [`Machine::resize_memory`].
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`].
+    pub fn resize_memory(&mut self, wanted: u64) -> Result<(), ResizeError> {
+        let before = self.machine.memory_size();
+        self.machine.resize_memory(wanted)?;
+        let size = self.machine.memory_size();
+        if size > before {
+            self.events.publish(EventKind::MemoryResized { size });
+        }
+        Ok(())
     }
 
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.

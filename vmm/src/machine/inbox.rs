@@ -43,6 +43,8 @@ pub enum Message {
     OutputWaiting,
     /// A disk's request failed and waits: the machine is to be paused.
     DiskStopped(DiskStopped),
+    /// The guest has done something with a slot for vCPUs or memory.
+    SlotNews,
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }

@@ -3,6 +3,7 @@
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
+//! * [`resize`] adds and removes vCPUs and memory while it runs.
 //! * [`inbox`] is how everybody else reaches the control thread.
 
 mod alarm;
@@ -11,6 +12,7 @@ mod doorbells;
 pub mod driver;
 pub mod inbox;
 mod platform;
+pub mod resize;
 mod signals;
 mod state;
 pub mod vcpus;
@@ -33,6 +35,7 @@ use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
 use build::Payload;
 use platform::Platform;
+use resize::{Resizable, Resized};
 use vcpus::Vcpus;
 
 pub use signals::Signals;
@@ -83,8 +86,10 @@ pub enum MachineError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// More vCPUs than KVM gives a VM.
-    #[error("--cpus boot={wanted}: this host's KVM gives a VM at most {most}")]
+    #[error("--cpus {key}={wanted}: this host's KVM gives a VM at most {most}")]
     TooManyCpus {
+        /// `boot`, or `max` when that is more.
+        key: &'static str,
         /// What was asked for.
         wanted: u16,
         /// What there is.
@@ -95,6 +100,17 @@ pub enum MachineError {
         "--memory size={size}: this host's guests have addresses of {bits} bits: give a smaller size"
     )]
     AddressWidth {
+        /// The bytes asked for.
+        size: u64,
+        /// The width.
+        bits: u32,
+    },
+    /// Memory that can be added reaches past that address.
+    #[error(
+        "--memory hotplug_size={size}: this host's guests have addresses of {bits} bits: give a \
+         smaller size"
+    )]
+    HotplugWidth {
         /// The bytes asked for.
         size: u64,
         /// The width.
@@ -156,6 +172,7 @@ pub struct Machine {
     /// The kernel's entry, when it has been loaded and not been entered.
     entry: Option<Entry>,
     acpi: AcpiImage,
+    resizable: Resizable,
     power_on: PowerOn,
     clock: Option<kvm_clock_data>,
 }
@@ -248,25 +265,27 @@ impl Machine {
         for unit in &self.units {
             unit.restore(&mut set)?;
         }
+        self.check_slots()?;
         set.finish()
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
     /// reads as zeros and costs the host nothing. vCPUs and units are stopped.
-    fn reset(&mut self) -> Result<(), MachineError> {
+    /// The guest finds the vCPUs and the memory that it had, less the vCPUs that it was
+    /// to give up; those are returned.
+    fn reset(&mut self) -> Result<Vec<Resized>, MachineError> {
         for unit in &self.units {
             unit.reset();
         }
+        let resized = self.take_resized()?;
+        self.renew_tables()?;
         self.ram.discard()?;
         self.vm.set_irqchip_state(&self.power_on.irqchip)?;
-        for (index, state) in self.power_on.cpus.iter().enumerate() {
-            let state = state.clone();
-            if let Some(done) = self.vcpus.ask(index, move |vcpu| vcpu.set_state(&state)) {
-                done?;
-            }
+        for index in 0..self.vcpus.count() {
+            self.power_up(index)?;
         }
         self.clock = None;
-        Ok(())
+        Ok(resized)
     }
 
     /// Stops the guest's clock: the time until [`Machine::start_clock`] does not pass for it.

@@ -4,6 +4,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use devices::acpi::hotplug::{self, NewsDesk, SlotKind, SlotRegisters};
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
 use devices::i8042::I8042;
@@ -20,7 +21,7 @@ use crate::config::{DebugconConfig, SerialConfig, VmConfig};
 use crate::console::{Console, Input, OnBacklog, Output};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
-use crate::layout::{ged_event, gsi, memory, port};
+use crate::layout::{MEMORY_SLOTS, ged_event, gsi, memory, port};
 use crate::opener::Opener;
 
 /// The host's ends of the consoles.
@@ -121,6 +122,10 @@ pub struct Wiring<'a> {
     pub pci: &'a Arc<PciRoot>,
     /// Whether there is a panic port.
     pub pvpanic: bool,
+    /// vCPUs that there may be, and that are there at boot, where they come and go.
+    pub cpu_slots: Option<(u32, u32)>,
+    /// Whether memory can be added.
+    pub memory_slots: bool,
 }
 
 /// Those platform devices that the control thread talks to.
@@ -129,6 +134,18 @@ pub struct Platform {
     events: Arc<EventRegister>,
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
+    /// The slots of vCPUs, where they come and go.
+    pub cpu_slots: Option<Arc<SlotRegisters>>,
+    /// The slots of memory, where it can be added.
+    pub memory_slots: Option<Arc<SlotRegisters>>,
+}
+
+struct News(Mailbox);
+
+impl NewsDesk for News {
+    fn news(&self) {
+        self.0.send(Message::SlotNews);
+    }
 }
 
 struct Ready(Mailbox);
@@ -198,6 +215,7 @@ impl Platform {
         );
         let events = Arc::new(EventRegister::new(router.line(gsi::GED)?));
         placed.port(port::GED_EVENTS, 4, events.clone());
+        let (cpu_slots, memory_slots) = placed.slots();
         if wiring.pvpanic {
             placed.port(
                 port::PVPANIC,
@@ -214,6 +232,8 @@ impl Platform {
                 events,
                 rtc,
                 alarm,
+                cpu_slots,
+                memory_slots,
             },
             placed.units,
         ))
@@ -222,6 +242,11 @@ impl Platform {
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.events.raise(ged_event::POWER_BUTTON);
+    }
+
+    /// Raises events of the event device, by the bits of [`ged_event`].
+    pub fn raise(&self, events: u32) {
+        self.events.raise(events);
     }
 
     /// Offers input to the serial port; returns how much it took.
@@ -259,6 +284,24 @@ impl Placed<'_> {
         let placed = self.wiring.buses.pio.insert(base.into(), len, on_bus);
         debug_assert_eq!(placed, Ok(()));
         self.units.push(device);
+    }
+
+    /// The registers of vCPUs and memory, where these come and go.
+    fn slots(&mut self) -> (Option<Arc<SlotRegisters>>, Option<Arc<SlotRegisters>>) {
+        let wiring = self.wiring;
+        let mut place = |port, kind, count, filled| {
+            let desk = Arc::new(News(wiring.mailbox.clone()));
+            let registers = Arc::new(SlotRegisters::new(kind, count, filled, desk));
+            self.port(port, hotplug::LEN.into(), Arc::clone(&registers));
+            registers
+        };
+        let cpus = wiring
+            .cpu_slots
+            .map(|(most, boot)| place(port::CPU_SLOTS, SlotKind::Cpus, most, boot));
+        let memory = wiring
+            .memory_slots
+            .then(|| place(port::MEMORY_SLOTS, SlotKind::Memory, MEMORY_SLOTS, 0));
+        (cpus, memory)
     }
 
     fn pci(&self, pci: &Arc<PciRoot>, reset: Arc<dyn BusDevice>) {
