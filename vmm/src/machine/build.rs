@@ -220,6 +220,7 @@ pub fn build(
                 block: config.memory.hotplug_block(),
             },
         }),
+        untold: Vec::new(),
         tables,
     };
     let machine = Machine {

@@ -231,19 +231,17 @@ impl Addable {
 pub(super) struct Resizable {
     pub(super) cpus: Option<CpuSlots>,
     pub(super) memory: Option<MemorySlots>,
+    /// What the guest has done and nobody has been told.
+    pub(super) untold: Vec<Resized>,
     /// What the ACPI tables were made from, to make them again.
     pub(super) tables: AcpiConfig,
 }
 
 impl Machine {
-    /// How many vCPUs the guest has, those that it has been asked to give up included.
+    /// How many vCPUs the guest has, those included that it has been asked to give up.
     #[must_use]
     pub fn cpu_count(&self) -> u32 {
-        let count = match &self.resizable.cpus {
-            Some(slots) => slots.registers.filled().len(),
-            None => self.vcpus.count(),
-        };
-        u32::try_from(count).unwrap_or(MAX_CPUS)
+        u32::try_from(self.vcpus.present().len()).unwrap_or(MAX_CPUS)
     }
 
     /// The guest's memory in bytes, with all that has been added.
@@ -266,6 +264,9 @@ impl Machine {
     /// [`ResizeError`]. After [`ResizeError::Kvm`] and [`ResizeError::Thread`] some of
     /// the vCPUs may have come; otherwise nothing has changed.
     pub fn resize_cpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
+        // What the guest has given back must be parked before it is used again. The message
+        // that tells of it is on its way, and upon that the vCPUs go on.
+        self.note_news()?;
         let now = self.cpu_count();
         let Some(CpuSlots { registers, .. }) = &self.resizable.cpus else {
             let same = wanted == now;
@@ -315,6 +316,9 @@ impl Machine {
             self.vcpus.unpark(index);
         } else {
             let (vcpu, state) = maker.make(&self.vm, slot)?;
+            // Setting a local APIC is what makes KVM find all of them anew; the guest's own
+            // set-up, which does it at boot, is long over.
+            vcpu.set_state(&state)?;
             self.vcpus.add(vcpu).map_err(ResizeError::Thread)?;
             self.power_on.cpus.push(state);
         }
@@ -373,37 +377,42 @@ impl Machine {
     ///
     /// [`MachineError::Kvm`]: a vCPU that is parked could not be stopped for good.
     pub fn take_resized(&mut self) -> Result<Vec<Resized>, MachineError> {
-        let mut all = Vec::new();
-        if let Some(slots) = &self.resizable.cpus {
-            let registers = Arc::clone(&slots.registers);
-            for news in registers.take_news() {
-                all.push(match news {
-                    SlotNews::Taken { slot } => Resized::CpuTaken { index: slot },
-                    SlotNews::Kept { slot, status } => Resized::CpuKept {
-                        index: slot,
-                        status,
-                    },
-                    SlotNews::Refused { slot, status } => Resized::CpuRefused {
-                        index: slot,
-                        status,
-                    },
-                    SlotNews::Left { slot } => {
-                        self.park(slot)?;
-                        let count = self.cpu_count();
-                        Resized::CpuLeft { index: slot, count }
-                    }
-                });
-            }
+        self.note_news()?;
+        Ok(std::mem::take(&mut self.resizable.untold))
+    }
+
+    fn note_news(&mut self) -> Result<(), KvmError> {
+        let slots = self.resizable.cpus.as_ref();
+        let news = slots.map(|slots| slots.registers.take_news());
+        for news in news.into_iter().flatten() {
+            let resized = match news {
+                SlotNews::Taken { slot: index } => Resized::CpuTaken { index },
+                SlotNews::Kept {
+                    slot: index,
+                    status,
+                } => Resized::CpuKept { index, status },
+                SlotNews::Refused {
+                    slot: index,
+                    status,
+                } => Resized::CpuRefused { index, status },
+                SlotNews::Left { slot: index } => {
+                    self.park(index)?;
+                    let count = self.cpu_count();
+                    Resized::CpuLeft { index, count }
+                }
+            };
+            self.resizable.untold.push(resized);
         }
-        if let Some(slots) = &self.resizable.memory {
-            let news = slots.registers.take_news().into_iter();
-            all.extend(news.filter_map(|news| match news {
-                SlotNews::Taken { slot } => Some(Resized::MemoryTaken { slot }),
-                SlotNews::Refused { slot, status } => Some(Resized::MemoryRefused { slot, status }),
-                SlotNews::Left { .. } | SlotNews::Kept { .. } => None,
-            }));
-        }
-        Ok(all)
+        let slots = self.resizable.memory.as_ref();
+        let news = slots.map(|slots| slots.registers.take_news());
+        let told = |news| match news {
+            SlotNews::Taken { slot } => Some(Resized::MemoryTaken { slot }),
+            SlotNews::Refused { slot, status } => Some(Resized::MemoryRefused { slot, status }),
+            SlotNews::Left { .. } | SlotNews::Kept { .. } => None,
+        };
+        let told = news.into_iter().flatten().filter_map(told);
+        self.resizable.untold.extend(told);
+        Ok(())
     }
 
     /// Takes a vCPU away from the guest. At power-on its timers are off.

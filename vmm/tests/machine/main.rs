@@ -14,6 +14,7 @@ mod consoles;
 mod disks;
 mod gdb;
 mod lifecycle;
+mod resize;
 mod shape;
 mod start_order;
 mod state;
