@@ -256,7 +256,7 @@ impl Slots {
 }
 
 /// Saved form of one slot.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct SlotV1 {
     filled: bool,
     new: bool,
@@ -741,85 +741,67 @@ mod tests {
         }
     }
 
+    const PRESENT: SlotV1 = SlotV1 {
+        filled: true,
+        new: false,
+        to_go: false,
+        arriving: false,
+        leaving: false,
+        base: 0,
+        len: 0,
+    };
+    const EMPTY: SlotV1 = SlotV1 {
+        filled: false,
+        ..PRESENT
+    };
+
+    fn refuse(kind: SlotKind, slots: &[SlotV1], why: &str) {
+        let device = SlotRegisters::new(kind, 2, 1, Arc::new(Rings::default()));
+        let state = SlotsV1 {
+            selected: 0,
+            ost_event: 0,
+            slots: slots.to_vec(),
+        };
+        conformance::assert_refused(&device, &state, why);
+    }
+
     #[test]
-    fn states_that_cannot_be_are_refused() {
-        let valid = SlotV1 {
-            filled: true,
-            new: false,
-            to_go: false,
-            arriving: false,
-            leaving: false,
-            base: 0,
-            len: 0,
+    fn states_of_vcpus_that_cannot_be_are_refused() {
+        let v = PRESENT;
+        refuse(SlotKind::Cpus, &[v], "too few slots");
+        refuse(SlotKind::Cpus, &[EMPTY, v], "no first vCPU");
+        let leaves = |slot| SlotV1 {
+            leaving: true,
+            ..slot
         };
-        let refuse = |kind, slots, why| {
-            let device = SlotRegisters::new(kind, 2, 1, Arc::new(Rings::default()));
-            let state = SlotsV1 {
-                selected: 0,
-                ost_event: 0,
-                slots,
-            };
-            conformance::assert_refused(&device, &state, why);
-        };
-        let empty = SlotV1 {
-            filled: false,
-            ..valid.clone()
-        };
-        let cpus = |second: SlotV1, why| refuse(SlotKind::Cpus, vec![valid.clone(), second], why);
-        refuse(SlotKind::Cpus, vec![valid.clone()], "too few slots");
-        refuse(
-            SlotKind::Cpus,
-            vec![empty.clone(), valid.clone()],
-            "no first vCPU",
-        );
-        cpus(
+        refuse(SlotKind::Cpus, &[leaves(v), v], "the first leaves");
+        let second = |slot, why| refuse(SlotKind::Cpus, &[PRESENT, slot], why);
+        second(SlotV1 { new: true, ..v }, "an event that nobody caused");
+        second(SlotV1 { to_go: true, ..v }, "nobody asked");
+        second(leaves(EMPTY), "an empty slot leaves");
+        second(SlotV1 { len: 1, ..v }, "a vCPU with an address");
+    }
+
+    #[test]
+    fn states_of_memory_that_cannot_be_are_refused() {
+        let first = |slot, why| refuse(SlotKind::Memory, &[slot, EMPTY], why);
+        first(PRESENT, "no memory in it");
+        first(SlotV1 { len: 1, ..EMPTY }, "memory in an empty slot");
+        let (base, len) = (u64::MAX, 2);
+        first(
             SlotV1 {
-                new: true,
-                ..valid.clone()
+                base,
+                len,
+                ..PRESENT
             },
-            "an event that nobody caused",
+            "it wraps",
         );
-        cpus(
+        let leaving = true;
+        first(
             SlotV1 {
-                to_go: true,
-                ..valid.clone()
-            },
-            "nobody asked",
-        );
-        cpus(
-            SlotV1 {
-                leaving: true,
-                ..empty.clone()
-            },
-            "an empty slot leaves",
-        );
-        cpus(
-            SlotV1 {
-                len: 1,
-                ..valid.clone()
-            },
-            "a vCPU with an address",
-        );
-        let memory = |first: SlotV1, why| refuse(SlotKind::Memory, vec![first, empty.clone()], why);
-        memory(valid.clone(), "no memory in it");
-        memory(
-            SlotV1 {
-                len: 1,
-                ..empty.clone()
-            },
-            "memory in an empty slot",
-        );
-        let wraps = SlotV1 {
-            base: u64::MAX,
-            len: 2,
-            ..valid.clone()
-        };
-        memory(wraps, "it wraps");
-        memory(
-            SlotV1 {
-                len: 1,
-                leaving: true,
-                ..valid.clone()
+                len,
+                leaving,
+                ..PRESENT
             },
             "memory that leaves",
         );

@@ -24,7 +24,7 @@ use super::doorbells::KvmDoorbells;
 use super::driver::Ears;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::platform::{Hosts, Platform, Wiring};
-use super::resize::{Addable, CpuSlots, MemorySlots, Resizable, VcpuMaker};
+use super::resize::{Addable, Resizable, VcpuMaker};
 use super::signals::Signals;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
@@ -170,12 +170,10 @@ pub fn build(
     let models = open_devices(config, models, opener)?;
     let hypervisor = open_hypervisor(config, opener)?;
 
-    let vm = hypervisor.create_vm()?;
-    vm.enable_capabilities()?;
+    let vm = create_vm(&hypervisor)?;
     let supported = hypervisor.supported_cpuid()?;
     let ram = GuestRam::new(&ram_spec(&config.memory))?;
-    let addable = config.memory.hotplug_size;
-    let space = AddressSpace::new(&ram, addable, cpuid::address_bits(&supported))?;
+    let space = AddressSpace::new(&ram, &config.memory, cpuid::address_bits(&supported))?;
     vm.set_memory(ram.slots())?;
     let tables = acpi_config(config, &space);
     let acpi = crate::acpi::build(&tables)?;
@@ -209,43 +207,28 @@ pub fn build(
         platform,
     } = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, buses)?;
-    let cpu_slots = platform.cpu_slots.clone();
-    let memory_slots = platform.memory_slots.clone();
-    let resizable = Resizable {
-        cpus: cpu_slots.map(|registers| CpuSlots { registers, maker }),
-        memory: memory_slots.map(|registers| MemorySlots {
-            registers,
-            addable: Addable {
-                area: space.addable,
-                block: config.memory.hotplug_block(),
-            },
-        }),
-        untold: Vec::new(),
-        tables,
-    };
     let machine = Machine {
         vcpus,
         vm,
         ram,
         units,
         virtio,
+        resizable: Resizable::new(platform.slots(), maker, space.addable, tables),
         platform,
         payload,
         entry: Some(entry),
         acpi,
-        resizable,
         power_on,
         clock: None,
     };
-    let ears = Ears {
-        inbox,
-        signals: Some(signals),
-        input,
-        outputs,
-    };
     Ok(Built {
         machine,
-        ears,
+        ears: Ears {
+            inbox,
+            signals: Some(signals),
+            input,
+            outputs,
+        },
         mailbox,
         debugger,
         pty,
@@ -510,6 +493,12 @@ fn open_hypervisor(config: &VmConfig, opener: &Opener) -> Result<Hypervisor, Mac
     Ok(hypervisor)
 }
 
+fn create_vm(hypervisor: &Hypervisor) -> Result<Vm, MachineError> {
+    let vm = hypervisor.create_vm()?;
+    vm.enable_capabilities()?;
+    Ok(vm)
+}
+
 fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineError> {
     let (wanted, most) = (config.cpus.most(), hypervisor.max_vcpus());
     if usize::from(wanted) > most {
@@ -581,26 +570,26 @@ fn window32() -> Range<u64> {
 /// What of the guest's physical addresses is used above RAM and 4 GiB.
 struct AddressSpace {
     /// For memory that is added later.
-    addable: Range<u64>,
+    addable: Addable,
     /// For PCI, empty when the address width leaves no room.
     window64: Range<u64>,
 }
 
 impl AddressSpace {
-    /// `addable` bytes of memory follow RAM, and the window them, as far as addresses of
+    /// What can be added follows RAM, and the window that, as far as addresses of
     /// `bits` bits go.
-    fn new(ram: &GuestRam, addable: u64, bits: u32) -> Result<Self, MachineError> {
+    fn new(ram: &GuestRam, config: &MemoryConfig, bits: u32) -> Result<Self, MachineError> {
         let (size, limit) = (ram.size(), 1 << bits);
         if ram.end() > limit {
             return Err(MachineError::AddressWidth { size, bits });
         }
         let mut ram_end = ram.end();
         let mut area = ram_end..ram_end;
-        if addable > 0 {
+        let size = config.hotplug_size;
+        if size > 0 {
             area.start = ram_end.next_multiple_of(memory::HOTPLUG_ALIGN);
-            area.end = area.start.saturating_add(addable);
+            area.end = area.start.saturating_add(size);
             if area.end > limit {
-                let size = addable;
                 return Err(MachineError::HotplugWidth { size, bits });
             }
             ram_end = area.end;
@@ -608,7 +597,10 @@ impl AddressSpace {
         let start = ram_end.next_multiple_of(memory::PCI_MMIO64_ALIGN);
         let end = start.saturating_add(memory::PCI_MMIO64_LEN).min(limit);
         Ok(Self {
-            addable: area,
+            addable: Addable {
+                area,
+                block: config.hotplug_block(),
+            },
             window64: start.min(end)..end,
         })
     }
@@ -659,7 +651,11 @@ mod tests {
             prefault: false,
         })
         .unwrap();
-        AddressSpace::new(&ram, addable, bits)
+        let config = MemoryConfig {
+            hotplug_size: addable,
+            ..MemoryConfig::default()
+        };
+        AddressSpace::new(&ram, &config, bits)
     }
 
     fn window(size: u64, bits: u32) -> Range<u64> {
@@ -682,7 +678,7 @@ mod tests {
     fn memory_to_be_added_lies_between_ram_and_the_window() {
         let layout = |size, addable| {
             let space = space(size, addable, 39).unwrap();
-            (space.addable, space.window64)
+            (space.addable.area, space.window64)
         };
         let (addable, window) = layout(GIB, GIB / 8);
         assert_eq!(addable, 4 * GIB..4 * GIB + GIB / 8);

@@ -134,10 +134,16 @@ pub struct Platform {
     events: Arc<EventRegister>,
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
-    /// The slots of vCPUs, where they come and go.
-    pub cpu_slots: Option<Arc<SlotRegisters>>,
-    /// The slots of memory, where it can be added.
-    pub memory_slots: Option<Arc<SlotRegisters>>,
+    slots: Slots,
+}
+
+/// The registers of what comes and goes.
+#[derive(Clone)]
+pub struct Slots {
+    /// Those of vCPUs, where they come and go.
+    pub cpus: Option<Arc<SlotRegisters>>,
+    /// Those of memory, where it can be added.
+    pub memory: Option<Arc<SlotRegisters>>,
 }
 
 struct News(Mailbox);
@@ -215,7 +221,7 @@ impl Platform {
         );
         let events = Arc::new(EventRegister::new(router.line(gsi::GED)?));
         placed.port(port::GED_EVENTS, 4, events.clone());
-        let (cpu_slots, memory_slots) = placed.slots();
+        let slots = placed.slots();
         if wiring.pvpanic {
             placed.port(
                 port::PVPANIC,
@@ -232,8 +238,7 @@ impl Platform {
                 events,
                 rtc,
                 alarm,
-                cpu_slots,
-                memory_slots,
+                slots,
             },
             placed.units,
         ))
@@ -247,6 +252,12 @@ impl Platform {
     /// Raises events of the event device, by the bits of [`ged_event`].
     pub fn raise(&self, events: u32) {
         self.events.raise(events);
+    }
+
+    /// The registers of what comes and goes.
+    #[must_use]
+    pub fn slots(&self) -> Slots {
+        self.slots.clone()
     }
 
     /// Offers input to the serial port; returns how much it took.
@@ -287,7 +298,7 @@ impl Placed<'_> {
     }
 
     /// The registers of vCPUs and memory, where these come and go.
-    fn slots(&mut self) -> (Option<Arc<SlotRegisters>>, Option<Arc<SlotRegisters>>) {
+    fn slots(&mut self) -> Slots {
         let wiring = self.wiring;
         let mut place = |port, kind, count, filled| {
             let desk = Arc::new(News(wiring.mailbox.clone()));
@@ -301,7 +312,7 @@ impl Placed<'_> {
         let memory = wiring
             .memory_slots
             .then(|| place(port::MEMORY_SLOTS, SlotKind::Memory, MEMORY_SLOTS, 0));
-        (cpus, memory)
+        Slots { cpus, memory }
     }
 
     fn pci(&self, pci: &Arc<PciRoot>, reset: Arc<dyn BusDevice>) {

@@ -24,6 +24,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use migration::RestoreError;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
+use super::platform::Slots;
 use super::{Machine, MachineError};
 use crate::acpi::{AcpiConfig, Processor};
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuState};
@@ -188,15 +189,15 @@ impl VcpuMaker {
 }
 
 /// vCPUs that come and go.
-pub(super) struct CpuSlots {
-    pub(super) registers: Arc<SlotRegisters>,
-    pub(super) maker: VcpuMaker,
+struct CpuSlots {
+    registers: Arc<SlotRegisters>,
+    maker: VcpuMaker,
 }
 
 /// Memory that can be added.
-pub(super) struct MemorySlots {
-    pub(super) registers: Arc<SlotRegisters>,
-    pub(super) addable: Addable,
+struct MemorySlots {
+    registers: Arc<SlotRegisters>,
+    addable: Addable,
 }
 
 /// Where memory can be added, and how.
@@ -229,12 +230,30 @@ impl Addable {
 
 /// What of a machine can change its size. Empty where nothing can.
 pub(super) struct Resizable {
-    pub(super) cpus: Option<CpuSlots>,
-    pub(super) memory: Option<MemorySlots>,
+    cpus: Option<CpuSlots>,
+    memory: Option<MemorySlots>,
     /// What the guest has done and nobody has been told.
-    pub(super) untold: Vec<Resized>,
+    untold: Vec<Resized>,
     /// What the ACPI tables were made from, to make them again.
-    pub(super) tables: AcpiConfig,
+    tables: AcpiConfig,
+}
+
+impl Resizable {
+    /// What `slots` there are, with what fills them.
+    pub(super) fn new(
+        slots: Slots,
+        maker: VcpuMaker,
+        addable: Addable,
+        tables: AcpiConfig,
+    ) -> Self {
+        let Slots { cpus, memory } = slots;
+        Self {
+            cpus: cpus.map(|registers| CpuSlots { registers, maker }),
+            memory: memory.map(|registers| MemorySlots { registers, addable }),
+            untold: Vec::new(),
+            tables,
+        }
+    }
 }
 
 impl Machine {

@@ -33,7 +33,7 @@ impl Grown {
         });
         let machine = Local::boot(&config("resize", words, more));
         let grown = Self { machine, serial };
-        grown.hears("boot ");
+        grown.hears(" mib=");
         grown
     }
 
@@ -378,7 +378,7 @@ fn any_sequence_of_sizes_pauses_and_resets_ends_with_the_vcpus_asked_for() {
                     guest.ask(Ask::Reset);
                     boots += 1;
                     until("the boot", || {
-                        (guest.text().matches("boot ").count() == boots).then_some(())
+                        (guest.text().matches(" mib=").count() == boots).then_some(())
                     });
                     let text = guest.text();
                     let last = text.rsplit("boot ").next().unwrap();
