@@ -108,15 +108,16 @@ static void take_memory(uint32_t slot, uint32_t status)
 {
     uint64_t base = in64(MEMORY_SLOTS + BASE), length = in64(MEMORY_SLOTS + LENGTH);
     uint64_t last = base + length - 8;
+    bool clear;
 
     if (!(status & NEW) || !map(base, length))
         fail("memory that is none");
-    print("memory=%u at=%lx mib=%lu clear=%u\n", slot, base, (unsigned long)(length / MIB),
-          !read64(base) && !read64(last));
+    clear = !read64(base) && !read64(last);
     write64(base, base);
     write64(last, last);
     if (read64(base) != base || read64(last) != last)
         fail("memory that does not keep what is written");
+    print("memory=%u at=%lx mib=%lu clear=%u\n", slot, base, (unsigned long)(length / MIB), clear);
     answer(MEMORY_SLOTS, DEVICE_CHECK, 0);
 }
 
