@@ -5,6 +5,9 @@
 //! | [`SleepRegisters`] | sleep control (offset 0), sleep status (offset 1) | ACPI 6.5, 4.8.3.7 |
 //! | [`ResetRegister`] | reset control, one byte | ACPI 6.5, 4.8.3.6; the PC's port 0xCF9 |
 //! | [`EventRegister`] | pending events of the generic event device, 32 bits | ACPI 6.5, 5.6.9 |
+//! | [`hotplug::SlotRegisters`] | vCPUs and memory that come and go | this machine's own |
+
+pub mod hotplug;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -165,6 +165,42 @@ const MACHINE: &[Bad] = &[
         &["--cpus", "number"],
     ),
     bad(
+        "fewer CPUs at most than at boot",
+        "--kernel hello --cpus boot=4,max=2",
+        2,
+        &["--cpus", "max=2", "boot=4"],
+    ),
+    bad(
+        "too many CPUs at most",
+        "--kernel hello --cpus boot=4,max=99999",
+        2,
+        &["--cpus", "max=99999", "254"],
+    ),
+    bad(
+        "a topology of other CPUs",
+        "--kernel hello --cpus boot=2,max=8,topology=2:2:1:1",
+        2,
+        &["--cpus", "topology=2:2:1:1", "8"],
+    ),
+    bad(
+        "a topology that is none",
+        "--kernel hello --cpus boot=2,topology=2:x",
+        2,
+        &["--cpus", "topology=2:x", "THREADS:CORES:DIES:PACKAGES"],
+    ),
+    bad(
+        "memory to add in odd pieces",
+        "--kernel hello --memory size=64M,hotplug_size=100M",
+        2,
+        &["--memory", "hotplug_size=100M", "128M"],
+    ),
+    bad(
+        "more memory to add than the host has",
+        "--kernel hello --memory size=64M,hotplug_size=100T",
+        2,
+        &["--memory", "hotplug_size=100T", "smaller"],
+    ),
+    bad(
         "memory of 0",
         "--kernel hello --memory size=0",
         2,

@@ -25,7 +25,12 @@ pub mod memory {
     pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
     /// Three pages for KVM's task state segment (used on Intel hosts).
     pub const KVM_TSS: u64 = 0xFFFB_D000;
-    /// The 64-bit PCI window starts at the end of RAM, rounded up to this.
+    /// Memory that is added later starts at the end of RAM, rounded up to this.
+    pub const HOTPLUG_ALIGN: u64 = 1 << 30;
+    /// It comes in multiples of this: a memory block of Linux, as small as they get.
+    pub const HOTPLUG_BLOCK: u64 = 128 << 20;
+    /// The 64-bit PCI window starts at the end of RAM and of what can be
+    /// added to it, rounded up to this.
     pub const PCI_MMIO64_ALIGN: u64 = 1 << 30;
     /// The 64-bit PCI window's length, unless the address width cuts it off.
     pub const PCI_MMIO64_LEN: u64 = 64 << 30;
@@ -76,6 +81,10 @@ pub mod port {
     pub const GED_EVENTS: u16 = 0x604;
     /// PCI hot-plug: up, down and eject, 32 bits each.
     pub const PCI_HOTPLUG: u16 = 0x610;
+    /// The slots of vCPUs (`devices::acpi::hotplug`), where they can be added.
+    pub const CPU_SLOTS: u16 = 0x620;
+    /// The slots of memory, where it can be added.
+    pub const MEMORY_SLOTS: u16 = 0x640;
     /// PCI configuration address and data (0xCF8 to 0xCFF).
     pub const PCI_CONFIG: u16 = 0xCF8;
     /// Reset control register; inside the range above, handled by byte access.
@@ -104,9 +113,16 @@ pub mod ged_event {
     pub const POWER_BUTTON: u32 = 1 << 0;
     /// PCI functions came or are to go; see the hot-plug registers.
     pub const PCI_HOTPLUG: u32 = 1 << 1;
+    /// vCPUs came or are to go; see [`super::port::CPU_SLOTS`].
+    pub const CPU_HOTPLUG: u32 = 1 << 2;
+    /// Memory came; see [`super::port::MEMORY_SLOTS`].
+    pub const MEMORY_HOTPLUG: u32 = 1 << 3;
 }
 
 /// The most vCPUs a machine has: APIC ids are 8 bits wide and 255 means all.
 pub const MAX_CPUS: u32 = 254;
+/// How often memory can be added until the guest is reset, which makes it part of
+/// what the guest boots with.
+pub const MEMORY_SLOTS: u32 = 32;
 /// Devices on the PCI bus besides the host bridge in slot 0.
 pub const PCI_SLOTS: u8 = 31;

@@ -139,7 +139,11 @@ fn unknown_repeated_and_empty_keys_are_refused() {
             "not a switch: write on or off",
         ),
         ("--memory", "thp=maybe", "write on, off, host"),
-        ("--cpus", "max=4", "unknown key 'max': it takes boot"),
+        (
+            "--cpus",
+            "mx=4",
+            "unknown key 'mx': did you mean 'max'? it takes boot, max, topology",
+        ),
         ("--machine", "type=q35", "write vireo-dev"),
         ("--device", "floppy", "--device: unknown kind 'floppy'"),
     ] {

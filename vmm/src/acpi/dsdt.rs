@@ -1,8 +1,8 @@
 //! The DSDT: the namespace of devices.
 //!
 //! Devices are described as they are: a system that believes the table needs
-//! no probing. `_STA` is left out everywhere, which says present and working
-//! (ACPI 6.5, section 6.3.7). The PCI bus has no `_PRT`: functions signal by
+//! no probing. `_STA` is left out except of what comes and goes, which says present and
+//! working (ACPI 6.5, section 6.3.7). The PCI bus has no `_PRT`: functions signal by
 //! message alone and have no interrupt pins.
 //!
 //! Each slot of the bus is a device that can be ejected, whether or not it
@@ -16,9 +16,10 @@ use acpi_tables::aml::{
     Package, Path, ResourceTemplate, Return, Scope, Store, Subtract, Uuid, While, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use devices::acpi::hotplug;
 
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, address32};
-use super::{AcpiConfig, AcpiError};
+use super::{AcpiConfig, AcpiError, cpus, memory};
 use crate::layout::memory::{ECAM_LEN, ECAM_START};
 use crate::layout::{PCI_SLOTS, ged_event, gsi, port};
 use devices::pci::HOTPLUG_LEN;
@@ -54,8 +55,8 @@ const OSC_MASKED: u8 = 1 << 4;
 /// The table's bytes, header included.
 pub(super) fn dsdt(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     let mut devices = pci_bus(config)?;
-    devices.extend(motherboard());
-    devices.extend(event_device());
+    devices.extend(motherboard(config));
+    devices.extend(event_device(config));
     devices.extend(keyboard_and_mouse());
     devices.extend(clock());
     if config.serial {
@@ -64,7 +65,8 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     if config.pvpanic {
         devices.extend(pvpanic());
     }
-    devices.extend(processors(config.cpus));
+    devices.extend(cpus::devices(config));
+    devices.extend(memory::devices(config));
 
     let mut body = Scope::raw("\\_SB_".into(), devices);
     let s5 = Package::new(vec![&S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO]);
@@ -82,7 +84,7 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     Ok(table.as_slice().to_vec())
 }
 
-fn device(name: &str, children: Vec<&dyn Aml>) -> Vec<u8> {
+pub(super) fn device(name: &str, children: Vec<&dyn Aml>) -> Vec<u8> {
     let mut bytes = Vec::new();
     Device::new(name.into(), children).to_aml_bytes(&mut bytes);
     bytes
@@ -107,21 +109,6 @@ fn fixed_device(name: &str, id: &str, resources: Vec<&dyn Aml>) -> Vec<u8> {
             &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
         ],
     )
-}
-
-/// Processors are devices (section 8.4); `_UID` is the one in the MADT.
-fn processors(cpus: u32) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for id in 0..cpus {
-        bytes.extend(device(
-            &format!("C{id:03X}"),
-            vec![
-                &Name::new("_HID".into(), &"ACPI0007"),
-                &Name::new("_UID".into(), &id),
-            ],
-        ));
-    }
-    bytes
 }
 
 /// The host bridge (PCI Firmware Specification 3.3, section 4.3): bus 0, the
@@ -321,10 +308,10 @@ fn pci_osc() -> Raw {
 
 /// AML that was encoded before.
 #[derive(Default)]
-struct Raw(Vec<u8>);
+pub(super) struct Raw(Vec<u8>);
 
 impl Raw {
-    fn add(&mut self, aml: &dyn Aml) {
+    pub(super) fn add(&mut self, aml: &dyn Aml) {
         aml.to_aml_bytes(&mut self.0);
     }
 }
@@ -339,26 +326,50 @@ impl Aml for Raw {
 /// 3.3, section 4.1.2, asks for that), and the
 /// ports of sleep, events, hot-plug and debugging. The event device cannot claim its own: its
 /// resources are interrupts only.
-fn motherboard() -> Vec<u8> {
-    fixed_device(
-        "MBRD",
-        "PNP0C02",
-        vec![
-            &Memory32Fixed::new(true, address32(ECAM_START), address32(ECAM_LEN)),
-            &ports(port::DEBUGCON, 1),
-            &ports(port::SLEEP_CONTROL, 2),
-            &ports(port::GED_EVENTS, 4),
-            &ports(port::PCI_HOTPLUG, HOTPLUG_LEN),
-        ],
-    )
+fn motherboard(config: &AcpiConfig) -> Vec<u8> {
+    let ecam = Memory32Fixed::new(true, address32(ECAM_START), address32(ECAM_LEN));
+    let mut claimed = vec![
+        ports(port::DEBUGCON, 1),
+        ports(port::SLEEP_CONTROL, 2),
+        ports(port::GED_EVENTS, 4),
+        ports(port::PCI_HOTPLUG, HOTPLUG_LEN),
+    ];
+    if config.cpu_slots {
+        claimed.push(ports(port::CPU_SLOTS, hotplug::LEN));
+    }
+    if config.memory_slots > 0 {
+        claimed.push(ports(port::MEMORY_SLOTS, hotplug::LEN));
+    }
+    let mut resources: Vec<&dyn Aml> = vec![&ecam];
+    resources.extend(claimed.iter().map(|ports| ports as &dyn Aml));
+    fixed_device("MBRD", "PNP0C02", resources)
 }
 
 /// The generic event device (section 5.6.9) and what it tells of: the power
-/// button (section 4.8.3.2.2) and hot-plug. `_EVT` reads the pending events,
+/// button (section 4.8.3.2.2), PCI hot-plug, and slots. `_EVT` reads the pending events,
 /// which clears them and lowers the line.
-fn event_device() -> Vec<u8> {
+fn event_device(config: &AcpiConfig) -> Vec<u8> {
     let pending = Local(0);
     let register = Path::new("GEVT");
+    let mut handler = Raw::default();
+    handler.add(&Store::new(&pending, &register));
+    let mut on = |event: u32, then: &dyn Aml| {
+        handler.add(&If::new(&And::new(&ZERO, &pending, &event), vec![then]));
+    };
+    on(
+        ged_event::POWER_BUTTON,
+        &Notify::new(&Path::new("PWRB"), &NOTIFY_PRESSED),
+    );
+    on(
+        ged_event::PCI_HOTPLUG,
+        &MethodCall::new("\\_SB_.PCI0.PCNT".into(), Vec::new()),
+    );
+    if config.cpu_slots {
+        on(ged_event::CPU_HOTPLUG, &cpus::scan());
+    }
+    if config.memory_slots > 0 {
+        on(ged_event::MEMORY_HOTPLUG, &memory::scan());
+    }
     let mut bytes = device(
         "PWRB",
         vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))],
@@ -384,22 +395,7 @@ fn event_device() -> Vec<u8> {
                 FieldUpdateRule::WriteAsZeroes,
                 vec![FieldEntry::Named(*b"GEVT", 32)],
             ),
-            &Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![
-                    &Store::new(&pending, &register),
-                    &If::new(
-                        &And::new(&ZERO, &pending, &ged_event::POWER_BUTTON),
-                        vec![&Notify::new(&Path::new("PWRB"), &NOTIFY_PRESSED)],
-                    ),
-                    &If::new(
-                        &And::new(&ZERO, &pending, &ged_event::PCI_HOTPLUG),
-                        vec![&MethodCall::new("\\_SB_.PCI0.PCNT".into(), Vec::new())],
-                    ),
-                ],
-            ),
+            &Method::new("_EVT".into(), 1, true, vec![&handler]),
         ],
     ));
     bytes

@@ -11,7 +11,10 @@
 //! sleep and reset through registers that the FADT names. Table formats cite
 //! ACPI 6.5 by section.
 
+mod cpus;
 mod dsdt;
+mod memory;
+mod slots;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -35,12 +38,25 @@ pub struct Window {
     pub len: u64,
 }
 
+/// Whether a vCPU is there when the guest boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processor {
+    /// It is.
+    Present,
+    /// It may be added later.
+    Absent,
+}
+
 /// What the tables describe, besides what every machine of this type has:
 /// [`crate::layout`], i8042, real-time clock, power button.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcpiConfig {
-    /// vCPUs, from 1 to [`MAX_CPUS`]; vCPU *n* has APIC id *n*.
-    pub cpus: u32,
+    /// All vCPUs that the machine may have, from 1 to [`MAX_CPUS`]; vCPU *n* has APIC id *n*.
+    pub processors: Vec<Processor>,
+    /// Whether vCPUs come and go; without, all are present.
+    pub cpu_slots: bool,
+    /// Slots for memory to be added; 0 when it cannot be.
+    pub memory_slots: u32,
     /// Where 32-bit PCI base addresses may be; below 4 GiB.
     pub pci_mmio32: Window,
     /// Where 64-bit PCI base addresses may be, if the address width has room.
@@ -108,14 +124,15 @@ impl Window {
 
 /// Builds the tables of a machine.
 pub fn build(config: &AcpiConfig) -> Result<AcpiImage, AcpiError> {
-    if !(1..=MAX_CPUS).contains(&config.cpus) {
-        return Err(AcpiError::Cpus(config.cpus));
+    let cpus = u32::try_from(config.processors.len()).unwrap_or(u32::MAX);
+    if !(1..=MAX_CPUS).contains(&cpus) {
+        return Err(AcpiError::Cpus(cpus));
     }
     let mut image = Image(vec![0; Rsdp::len()]);
     let dsdt_at = image.append(&dsdt(config)?);
     let tables = [
         image.append(&bytes_of(&fadt(config, dsdt_at))),
-        image.append(&madt(config.cpus)),
+        image.append(&madt(&config.processors)),
         image.append(&bytes_of(&mcfg())),
     ];
     let xsdt_at = image.append(&bytes_of(&xsdt(&tables)));

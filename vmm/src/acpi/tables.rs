@@ -9,7 +9,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
-use super::AcpiConfig;
+use super::{AcpiConfig, Processor};
 use crate::layout::memory::{ECAM_START, IOAPIC, LAPIC};
 use crate::layout::port;
 
@@ -98,11 +98,11 @@ fn byte_register(port: u16) -> GAS {
 /// Processors and the I/O APIC (section 5.2.12). The flags are zero, since
 /// there is no PIC; interrupts of legacy devices are the I/O APIC's pins
 /// one to one, so there are no overrides (section 5.2.12.5).
-pub(super) fn madt(cpus: u32) -> Vec<u8> {
+pub(super) fn madt(processors: &[Processor]) -> Vec<u8> {
     let mut entries = Vec::new();
     // APIC ids below 255 are told as local APICs, not x2APICs (section 5.2.12.12).
-    for id in (0..=u8::MAX).zip(0..cpus).map(|(id, _)| id) {
-        ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut entries);
+    for (id, processor) in (0..=u8::MAX).zip(processors) {
+        local_apic(id, *processor).to_aml_bytes(&mut entries);
     }
     IoApic::new(0, address32(IOAPIC), 0).to_aml_bytes(&mut entries);
 
@@ -117,6 +117,16 @@ pub(super) fn madt(cpus: u32) -> Vec<u8> {
     madt.write_u32(36, address32(LAPIC));
     madt.append_slice(&entries);
     madt.as_slice().to_vec()
+}
+
+/// What the MADT, or `_MAT`, says of one processor (section 5.2.12.2): one that is
+/// absent can be added.
+pub(super) fn local_apic(id: u8, processor: Processor) -> ProcessorLocalApic {
+    let status = match processor {
+        Processor::Present => EnabledStatus::Enabled,
+        Processor::Absent => EnabledStatus::DisabledOnlineCapable,
+    };
+    ProcessorLocalApic::new(id, id, status)
 }
 
 /// The enhanced configuration space of segment 0, bus 0 (PCI Firmware

@@ -6,7 +6,9 @@ use crate::layout::memory::{PCI_MMIO32_LEN, PCI_MMIO32_START, RESET_VECTOR};
 
 fn config(cpus: u32) -> AcpiConfig {
     AcpiConfig {
-        cpus,
+        processors: (0..cpus).map(|_| Processor::Present).collect(),
+        cpu_slots: false,
+        memory_slots: 0,
         pci_mmio32: Window {
             start: PCI_MMIO32_START,
             len: PCI_MMIO32_LEN,
@@ -85,7 +87,7 @@ fn every_cpu_count_gives_reachable_tables_with_right_checksums() {
 
 #[test]
 fn cpu_counts_that_do_not_exist_are_refused() {
-    for cpus in [0, MAX_CPUS + 1, u32::MAX] {
+    for cpus in [0, MAX_CPUS + 1, 70_000] {
         assert_eq!(build(&config(cpus)), Err(AcpiError::Cpus(cpus)));
     }
 }
@@ -180,6 +182,62 @@ fn optional_devices_are_in_the_dsdt_only_when_asked_for() {
     assert!(has(&bare, b"C000") && !has(&bare, b"C001"));
 }
 
+/// Of `cpus`, one is there at boot; memory can be added too.
+fn growing(cpus: u32) -> AcpiConfig {
+    let mut config = config(cpus);
+    config.processors[1..].fill(Processor::Absent);
+    AcpiConfig {
+        cpu_slots: true,
+        memory_slots: crate::layout::MEMORY_SLOTS,
+        ..config
+    }
+}
+
+#[test]
+fn vcpus_that_may_come_are_online_capable_until_they_are_there() {
+    let mut config = growing(4);
+    config.processors[2] = Processor::Present;
+    let image = build(&config).unwrap();
+    let madt = named(&image, b"APIC");
+    assert_eq!(madt[8], 6, "a revision that has online capable");
+    for (id, flags) in [(0u8, 1), (1, 2), (2, 1), (3, 2)] {
+        let at = 44 + 8 * usize::from(id);
+        assert_eq!(madt[at..at + 8], [0, 8, id, id, flags, 0, 0, 0]);
+    }
+    let dsdt = named(&image, b"DSDT");
+    assert!(holds(dsdt, b"C003") && !holds(dsdt, b"C004"));
+    // Whatever is there, the device's own entry is that of one that is.
+    for id in 1..4u8 {
+        assert!(holds(dsdt, &[0, 8, id, id, 1, 0, 0, 0]));
+    }
+}
+
+#[test]
+fn a_machine_that_does_not_grow_has_no_aml_for_it() {
+    let image = build(&config(4)).unwrap();
+    for name in [b"_STA", b"_MAT", b"_OST", b"CREG", b"MREG", b"M000"] {
+        assert!(!holds(&image.bytes, name));
+    }
+    let cpus = AcpiConfig {
+        memory_slots: 0,
+        ..growing(4)
+    };
+    let memory = AcpiConfig {
+        cpu_slots: false,
+        processors: config(4).processors,
+        ..growing(4)
+    };
+    let has = |config, name| holds(&build(config).unwrap().bytes, name);
+    assert!(has(&cpus, b"CREG") && !has(&cpus, b"MREG"));
+    assert!(has(&memory, b"MREG") && !has(&memory, b"CREG"));
+}
+
+#[test]
+fn the_largest_machine_that_grows_fits_into_the_bios_area() {
+    let image = build(&growing(MAX_CPUS)).unwrap();
+    assert!(image.bytes.len() < 64 << 10, "{}", image.bytes.len());
+}
+
 /// Runs iasl in `dir` and returns what it printed; fails unless it succeeds.
 fn iasl(dir: &Path, args: &[&str]) -> String {
     let output = Command::new("iasl")
@@ -220,6 +278,8 @@ fn iasl_reads_every_table_and_compiles_it_back_to_the_same_bytes() {
     for config in [
         config(1),
         config(MAX_CPUS),
+        growing(2),
+        growing(MAX_CPUS),
         AcpiConfig {
             serial: false,
             pvpanic: false,

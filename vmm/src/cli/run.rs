@@ -13,10 +13,10 @@ use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
-    BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
-    DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
-    MachineConfig, MemoryConfig, PayloadConfig, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig,
-    SerialConfig, SmbiosConfig, VmConfig, files,
+    BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, CpusError, DEFAULT_CMDLINE,
+    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS,
+    MEMORY_FIELDS, MachineConfig, MemoryConfig, PayloadConfig, RATE_LIMIT_GROUP_FIELDS,
+    RateLimitGroupConfig, SerialConfig, SmbiosConfig, VmConfig, files,
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -77,9 +77,10 @@ pub(super) struct RunArgs {
     /// Processors: boot=N, 1 to 254; --cpus 4 is --cpus boot=4
     #[arg(
         long,
-        value_name = "boot=N",
+        value_name = "boot=N,…",
         default_value = "boot=1",
-        allow_negative_numbers = true
+        allow_negative_numbers = true,
+        long_help = keys("Processors; --cpus 4 is --cpus boot=4.", &[CPUS_FIELDS])
     )]
     cpus: String,
 
@@ -338,13 +339,13 @@ fn from_table<T: serde::de::DeserializeOwned>(
 
 fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
     let map = read_table("--cpus", CPUS_FIELDS, text)?;
-    match map.get("boot").and_then(Value::as_u64) {
-        None => Ok(CpusConfig::default()),
-        Some(count) => match u16::try_from(count) {
-            Ok(boot) => Ok(CpusConfig { boot }),
-            Err(_) => Err(ConfigError::CpuCount { count }.into()),
-        },
+    for key in ["boot", "max"] {
+        let count = map.get(key).and_then(Value::as_u64).unwrap_or(0);
+        if u16::try_from(count).is_err() {
+            return Err(ConfigError::from(CpusError::Count { key, count }).into());
+        }
     }
+    named("--cpus", serde_json::from_value(Value::Object(map)))
 }
 
 /// The devices, in the order in which the command line gives them.

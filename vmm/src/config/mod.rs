@@ -12,6 +12,7 @@
 
 mod addition;
 pub mod capability;
+mod cpus;
 pub mod device;
 pub mod endpoint;
 pub mod files;
@@ -29,6 +30,7 @@ use serde_json::Value;
 use virtio::limit::{self, RateLimits};
 use virtio::schema::{Field, FieldKind};
 
+pub use cpus::{CPUS_FIELDS, CpuTopology, CpusConfig, CpusError};
 pub use device::DeviceConfig;
 pub use endpoint::{DebugconConfig, GdbConfig};
 use flag::{FlagError, FlagTable};
@@ -197,34 +199,15 @@ pub const MACHINE_FIELDS: &[Field] = &[Field {
     help: "machine type; default vireo-dev",
 }];
 
-/// The processors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CpusConfig {
-    /// How many there are at boot, 1 to [`crate::layout::MAX_CPUS`].
-    pub boot: u16,
-}
-
-impl Default for CpusConfig {
-    fn default() -> Self {
-        Self { boot: 1 }
-    }
-}
-
-/// The keys of `--cpus`.
-pub const CPUS_FIELDS: &[Field] = &[Field {
-    name: "boot",
-    kind: FieldKind::Number,
-    required: false,
-    help: "vCPUs at boot, 1 to 254; default 1",
-}];
-
 /// The memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
     /// How much, in bytes: at least 2 MiB, in whole pages of its backing.
     pub size: u64,
+    /// How much can be added while the machine runs, in bytes: a multiple of
+    /// [`crate::layout::memory::HOTPLUG_BLOCK`].
+    pub hotplug_size: u64,
     /// Whether it is a file (memfd) that other processes can map, instead of
     /// memory of this process alone.
     pub shared: bool,
@@ -244,6 +227,7 @@ impl Default for MemoryConfig {
     fn default() -> Self {
         Self {
             size: DEFAULT_MEMORY,
+            hotplug_size: 0,
             shared: false,
             hugepages: false,
             hugepage_size: None,
@@ -267,6 +251,12 @@ impl MemoryConfig {
             4 << 10
         }
     }
+
+    /// Memory is added in multiples of this, in bytes.
+    #[must_use]
+    pub fn hotplug_block(&self) -> u64 {
+        self.page_size().max(crate::layout::memory::HOTPLUG_BLOCK)
+    }
 }
 
 /// The advice on transparent huge pages.
@@ -289,6 +279,12 @@ pub const MEMORY_FIELDS: &[Field] = &[
         kind: FieldKind::Bytes,
         required: false,
         help: "how much, with K, M, G or T; at least 2M; default 512M",
+    },
+    Field {
+        name: "hotplug_size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "how much can be added later, a multiple of 128M; default 0",
     },
     Field {
         name: "shared",
@@ -375,8 +371,10 @@ mod tests {
 
     use super::*;
 
-    fn sample(kind: FieldKind) -> Value {
-        match kind {
+    fn sample(field: &Field) -> Value {
+        match field.kind {
+            // It has a form of its own.
+            FieldKind::Text if field.name == "topology" => json!("1:2:3:4"),
             FieldKind::Switch => json!(true),
             FieldKind::Bytes | FieldKind::Number => json!(7),
             FieldKind::Text | FieldKind::Path => json!("x"),
@@ -388,7 +386,7 @@ mod tests {
     fn fits<T: DeserializeOwned + Serialize>(fields: &[Field]) {
         let mut map = Map::new();
         for field in fields {
-            map.insert(field.name.to_owned(), sample(field.kind));
+            map.insert(field.name.to_owned(), sample(field));
         }
         let whole: T = serde_json::from_value(Value::Object(map.clone())).unwrap();
         assert_eq!(

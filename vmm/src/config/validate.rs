@@ -8,10 +8,11 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::cpus::CpusError;
 use super::serial::{MAX_SOCKET_PATH, SinkError};
 use super::smbios::SmbiosError;
 use super::{DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig};
-use crate::layout::{MAX_CPUS, PCI_SLOTS, memory};
+use crate::layout::{PCI_SLOTS, memory};
 
 /// The least memory that a machine has, in bytes.
 const MIN_MEMORY: u64 = 2 << 20;
@@ -61,12 +62,9 @@ pub enum ConfigError {
         /// What was given.
         name: String,
     },
-    /// No processors, or too many.
-    #[error("--cpus boot={count}: a machine has 1 to {MAX_CPUS} vCPUs: give a number in between")]
-    CpuCount {
-        /// What was asked for.
-        count: u64,
-    },
+    /// The processors do not fit together.
+    #[error(transparent)]
+    Cpus(#[from] CpusError),
     /// Less memory than any guest could use.
     #[error(
         "--memory size={size}: a machine needs at least {}: give for example size=512M",
@@ -95,6 +93,31 @@ pub enum ConfigError {
     MemoryTooLarge {
         /// What was asked for, in bytes.
         size: u64,
+        /// What there is.
+        host: HostLimits,
+    },
+    /// Memory cannot be added in such pieces.
+    #[error(
+        "--memory hotplug_size={}: memory is added in pieces of {}: give a multiple of it",
+        bytes(*size), bytes(*block)
+    )]
+    HotplugBlocks {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// The least piece, in bytes.
+        block: u64,
+    },
+    /// Memory and what can be added are more than the host has.
+    #[error(
+        "--memory hotplug_size={}: with size={} that is more than the host has, {}M of RAM and \
+         {}M of swap: give a smaller one",
+        bytes(*hotplug), bytes(*size), host.ram >> 20, host.swap >> 20
+    )]
+    HotplugTooLarge {
+        /// The memory at boot, in bytes.
+        size: u64,
+        /// What could be added, in bytes.
+        hotplug: u64,
         /// What there is.
         host: HostLimits,
     },
@@ -249,10 +272,7 @@ impl VmConfig {
         if let Some(name) = &self.name {
             validate_name("--name", name)?;
         }
-        let cpus = u32::from(self.cpus.boot);
-        if !(1..=MAX_CPUS).contains(&cpus) {
-            return Err(ConfigError::CpuCount { count: cpus.into() });
-        }
+        self.cpus.validate()?;
         validate_memory(&self.memory, host)?;
         self.validate_cmdline()?;
         self.validate_devices(models)?;
@@ -406,6 +426,19 @@ fn validate_memory(config: &MemoryConfig, host: &HostLimits) -> Result<(), Confi
     if !size.is_multiple_of(page) {
         return Err(ConfigError::MemoryNotPages { size, page });
     }
+    let (hotplug, block) = (config.hotplug_size, config.hotplug_block());
+    if !hotplug.is_multiple_of(block) {
+        let size = hotplug;
+        return Err(ConfigError::HotplugBlocks { size, block });
+    }
+    if size.saturating_add(hotplug) > host.memory() {
+        let host = *host;
+        return Err(ConfigError::HotplugTooLarge {
+            size,
+            hotplug,
+            host,
+        });
+    }
     Ok(())
 }
 
@@ -485,19 +518,6 @@ mod tests {
     }
 
     #[test]
-    fn cpus_are_1_to_254() {
-        accepted(|c| c.cpus.boot = 1);
-        accepted(|c| c.cpus.boot = 254);
-        for count in [0, 255, u16::MAX] {
-            let message = refusal(|c| c.cpus.boot = count);
-            assert!(
-                message.starts_with(&format!("--cpus boot={count}: ")),
-                "{message}"
-            );
-        }
-    }
-
-    #[test]
     fn memory_is_whole_pages_within_the_host() {
         accepted(|c| c.memory.size = 2 << 20);
         accepted(|c| c.memory.size = 9 << 30);
@@ -519,6 +539,31 @@ mod tests {
             assert!(message.starts_with("--memory size="), "{message}");
             assert!(message.contains(part), "{message}");
         }
+    }
+
+    #[test]
+    fn memory_that_can_be_added_is_whole_blocks_within_the_host() {
+        accepted(|c| c.memory.hotplug_size = 128 << 20);
+        accepted(|c| (c.memory.size, c.memory.hotplug_size) = (1 << 30, 8 << 30));
+        let odd = refusal(|c| c.memory.hotplug_size = 100 << 20);
+        assert_eq!(
+            odd,
+            "--memory hotplug_size=100M: memory is added in pieces of 128M: give a multiple of it"
+        );
+        for large in [9 << 30, u64::MAX - (128 << 20) + 1] {
+            let message = refusal(|c| c.memory.hotplug_size = large);
+            assert!(message.contains("8192M of RAM"), "{message}");
+        }
+        let huge = refusal(|c| {
+            c.memory = MemoryConfig {
+                size: 1 << 30,
+                hotplug_size: 128 << 20,
+                hugepages: true,
+                hugepage_size: Some(1 << 30),
+                ..MemoryConfig::default()
+            };
+        });
+        assert!(huge.contains("pieces of 1G"), "{huge}");
     }
 
     #[test]

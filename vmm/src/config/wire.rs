@@ -30,6 +30,7 @@ use api::{ControlError, ErrorKind};
 use virtio::limit::{Bucket, RateLimits};
 use virtio::models::MODELS;
 
+use super::cpus::CpuTopology;
 use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::{
     BootProtocol, ConfigError, CpusConfig, DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT,
@@ -141,12 +142,19 @@ impl VmConfig {
         wire::VmConfig {
             cpus: wire::CpusConfig {
                 boot_vcpus: cpus,
-                max_vcpus: cpus,
+                max_vcpus: self.cpus.max.map_or(cpus, u32::from),
+                topology: self.cpus.topology.map(|topology| wire::CpuTopology {
+                    threads_per_core: topology.threads_per_core,
+                    cores_per_die: topology.cores_per_die,
+                    dies_per_package: topology.dies_per_package,
+                    packages: topology.packages,
+                }),
                 nested: false,
                 ..wire::CpusConfig::default()
             },
             memory: wire::MemoryConfig {
                 size: self.memory.size,
+                hotplug_size: Some(self.memory.hotplug_size).filter(|size| *size > 0),
                 shared: self.memory.shared,
                 hugepages: self.memory.hugepages,
                 hugepage_size: self.memory.hugepage_size,
@@ -199,18 +207,26 @@ fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
             "cpus: max_vcpus {max_vcpus} is less than boot_vcpus {boot_vcpus}"
         )));
     }
-    let too_many = |_| {
-        let count = boot_vcpus.into();
-        ControlError::from(&ConfigError::CpuCount { count })
+    let number = |count: u32| {
+        u16::try_from(count).map_err(|_| invalid(format!("cpus: {count} vCPUs are too many")))
     };
     Ok(CpusConfig {
-        boot: boot_vcpus.try_into().map_err(too_many)?,
+        boot: number(boot_vcpus)?,
+        max: Some(number(max_vcpus)?).filter(|_| max_vcpus > boot_vcpus),
+        topology: described.topology.map(|topology| CpuTopology {
+            threads_per_core: topology.threads_per_core,
+            cores_per_die: topology.cores_per_die,
+            dies_per_package: topology.dies_per_package,
+            packages: topology.packages,
+        }),
     })
 }
 
 fn memory(described: &wire::MemoryConfig) -> MemoryConfig {
+    let added = described.hotplugged_size.unwrap_or(0);
     MemoryConfig {
-        size: described.size,
+        size: described.size.saturating_add(added),
+        hotplug_size: described.hotplug_size.unwrap_or(0).saturating_sub(added),
         shared: described.shared,
         hugepages: described.hugepages,
         hugepage_size: described.hugepage_size,

@@ -3,7 +3,8 @@
 //! The set starts from what KVM supports on this host and is then narrowed
 //! explicitly: leaves that are not listed are dropped, features that the
 //! machine does not virtualize are cleared, and topology and APIC ids are
-//! written anew. All CPUs are cores of one package, one thread each.
+//! written anew. The topology is that of all vCPUs that may come, whether
+//! they are there or not.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -50,11 +51,47 @@ const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
 
+/// How vCPUs are arranged: how many of each are in the next. All are 1 or
+/// more; those within the outermost that is not 1 are powers of two, so that the APIC ids,
+/// which have a field for each, are the numbers from 0 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// Threads in a core.
+    pub threads: u32,
+    /// Cores in a die.
+    pub cores: u32,
+    /// Dies in a package.
+    pub dies: u32,
+    /// Packages.
+    pub packages: u32,
+}
+
+impl Topology {
+    /// Cores of one package, one thread each.
+    #[must_use]
+    pub fn cores(count: u32) -> Self {
+        Self {
+            threads: 1,
+            cores: count.max(1),
+            dies: 1,
+            packages: 1,
+        }
+    }
+
+    fn in_die(self) -> u32 {
+        self.threads.saturating_mul(self.cores)
+    }
+
+    fn in_package(self) -> u32 {
+        self.in_die().saturating_mul(self.dies)
+    }
+}
+
 /// What shapes the set beyond the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// How many vCPUs the machine has, 1 to 254.
-    pub cpus: u32,
+    /// All vCPUs that the machine may have, 1 to 254.
+    pub topology: Topology,
     /// Whether the local APIC timer has TSC-deadline mode.
     pub tsc_deadline: bool,
 }
@@ -83,7 +120,7 @@ pub fn for_machine(supported: &CpuId, shape: Shape) -> Vec<kvm_cpuid_entry2> {
         max >= *leaf
     });
     for leaf in topology_leaves.collect::<Vec<_>>() {
-        entries.extend(topology(leaf, shape.cpus));
+        entries.extend(topology_leaf(leaf, shape.topology));
     }
     entries
 }
@@ -103,8 +140,10 @@ pub fn for_vcpu(
             0x1 => entry.ebx = entry.ebx & 0x00FF_FFFF | apic_id << 24,
             0xB | 0x1F => entry.edx = apic_id,
             0x8000_001E => {
+                // For the machine it holds the number of threads in a core, less one.
+                let threads = (entry.ebx >> 8) + 1;
                 entry.eax = apic_id;
-                entry.ebx = apic_id & 0xFF;
+                entry.ebx |= apic_id >> bits(threads) & 0xFF;
             }
             _ => (),
         }
@@ -122,13 +161,17 @@ pub fn address_bits(supported: &CpuId) -> u32 {
     leaf.map_or(0, |e| e.eax & 0xFF).clamp(36, 52)
 }
 
-/// The bits of an APIC id that number the cores.
-fn core_bits(cpus: u32) -> u32 {
-    cpus.max(1).next_power_of_two().trailing_zeros()
+/// The bits of an APIC id that number so many.
+fn bits(count: u32) -> u32 {
+    count.max(1).next_power_of_two().trailing_zeros()
 }
 
 fn narrow(entry: &mut kvm_cpuid_entry2, shape: Shape, amd: bool) {
-    let Shape { cpus, tsc_deadline } = shape;
+    let Shape {
+        topology,
+        tsc_deadline,
+    } = shape;
+    let cpus = topology.in_package();
     let several = cpus > 1;
     match (entry.function, entry.index) {
         (0x1, _) => {
@@ -141,10 +184,10 @@ fn narrow(entry: &mut kvm_cpuid_entry2, shape: Shape, amd: bool) {
             };
             entry.edx &= !(LEAF1_EDX_HIDDEN | LEAF1_EDX_HTT);
             entry.edx |= if several { LEAF1_EDX_HTT } else { 0 };
-            let logical = (1 << core_bits(cpus)).min(0xFF);
+            let logical = (1 << bits(cpus)).min(0xFF);
             entry.ebx = entry.ebx & 0x0000_FFFF | logical << 16;
         }
-        (0x4, _) => share_cache(entry, cpus, true),
+        (0x4, _) => share_cache(entry, topology, true),
         (0x5 | 0xA, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         // Thermal and power: only "the APIC timer runs always" is of interest.
         (0x6, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (entry.eax & 1 << 2, 0, 0, 0),
@@ -159,55 +202,70 @@ fn narrow(entry: &mut kvm_cpuid_entry2, shape: Shape, amd: bool) {
         }
         (0x8000_0001, _) => {
             entry.ecx &= !(AMD_ECX_HIDDEN | AMD_ECX_CMP_LEGACY);
-            entry.ecx |= if several && amd {
+            entry.ecx |= if several && topology.threads == 1 && amd {
                 AMD_ECX_CMP_LEGACY
             } else {
                 0
             };
         }
         (0x8000_0008, _) if amd => {
-            entry.ecx = core_bits(cpus) << 12 | cpus.saturating_sub(1) & 0xFF;
+            entry.ecx = bits(cpus) << 12 | cpus.saturating_sub(1) & 0xFF;
         }
-        (0x8000_001D, _) => share_cache(entry, cpus, false),
-        (0x8000_001E, _) => (entry.ecx, entry.edx) = (0, 0),
+        (0x8000_001D, _) => share_cache(entry, topology, false),
+        (0x8000_001E, _) => {
+            let threads = topology.threads.saturating_sub(1) & 0xFF;
+            (entry.ebx, entry.ecx, entry.edx) = (threads << 8, 0, 0);
+        }
         _ => (),
     }
 }
 
-/// Says who shares a cache: levels 1 and 2 belong to one core, level 3 to all.
-fn share_cache(entry: &mut kvm_cpuid_entry2, cpus: u32, core_count: bool) {
+/// Says who shares a cache: levels 1 and 2 belong to one core, level 3 to a die.
+fn share_cache(entry: &mut kvm_cpuid_entry2, topology: Topology, core_count: bool) {
     const CACHE_TYPE: u32 = 0x1F;
     if entry.eax & CACHE_TYPE == 0 {
         return;
     }
     let level = entry.eax >> 5 & 7;
     let sharing = if level >= 3 {
-        (1 << core_bits(cpus)) - 1
+        topology.in_die()
     } else {
-        0
+        topology.threads
     };
-    entry.eax = entry.eax & 0x3FFF | sharing << 14;
+    entry.eax = entry.eax & 0x3FFF | ((1 << bits(sharing)) - 1) << 14;
     if core_count {
-        entry.eax |= ((1 << core_bits(cpus)) - 1u32).min(0x3F) << 26;
+        let cores = topology.in_package() / topology.threads.max(1);
+        entry.eax |= ((1 << bits(cores)) - 1u32).min(0x3F) << 26;
     }
 }
 
-/// Leaf 0xB or 0x1F: one thread a core, all cores in one package.
-fn topology(function: u32, cpus: u32) -> [kvm_cpuid_entry2; 3] {
-    let level = |index: u32, shift, count, kind: u32| kvm_cpuid_entry2 {
+/// Leaf 0xB or 0x1F: a subleaf for each level, with the bits of the APIC id below
+/// the next level and the vCPUs in one of that. Leaf 0xB knows no dies.
+fn topology_leaf(function: u32, topology: Topology) -> Vec<kvm_cpuid_entry2> {
+    const THREAD: u32 = 1;
+    const CORE: u32 = 2;
+    const DIE: u32 = 5;
+    let core = if function == 0x1F {
+        topology.in_die()
+    } else {
+        topology.in_package()
+    };
+    let mut levels = vec![(THREAD, topology.threads), (CORE, core)];
+    if function == 0x1F && topology.dies > 1 {
+        levels.push((DIE, topology.in_package()));
+    }
+    // The last has no type: it ends the list.
+    levels.push((0, 0));
+    let entry = |(index, (kind, count)): (u32, (u32, u32))| kvm_cpuid_entry2 {
         function,
         index,
         flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-        eax: shift,
+        eax: if kind == 0 { 0 } else { bits(count) },
         ebx: count,
         ecx: kind << 8 | index,
         ..Default::default()
     };
-    [
-        level(0, 0, 1, 1),
-        level(1, core_bits(cpus), cpus, 2),
-        level(2, 0, 0, 0),
-    ]
+    (0..).zip(levels).map(entry).collect()
 }
 
 #[cfg(test)]
@@ -260,7 +318,7 @@ mod tests {
         let entries = for_machine(
             &host(),
             Shape {
-                cpus: 1,
+                topology: Topology::cores(1),
                 tsc_deadline: true,
             },
         );
@@ -278,7 +336,7 @@ mod tests {
         let entries = for_machine(
             &host(),
             Shape {
-                cpus: 1,
+                topology: Topology::cores(1),
                 tsc_deadline: false,
             },
         );
@@ -299,7 +357,7 @@ mod tests {
         let entries = for_machine(
             &host(),
             Shape {
-                cpus: 1,
+                topology: Topology::cores(1),
                 tsc_deadline: true,
             },
         );
@@ -328,7 +386,7 @@ mod tests {
             let entries = for_machine(
                 &host(),
                 Shape {
-                    cpus,
+                    topology: Topology::cores(cpus),
                     tsc_deadline: true,
                 },
             );
@@ -354,11 +412,46 @@ mod tests {
     }
 
     #[test]
+    fn threads_dies_and_packages_have_their_fields_of_the_apic_id() {
+        let topology = Topology {
+            threads: 2,
+            cores: 4,
+            dies: 2,
+            packages: 3,
+        };
+        let shape = Shape {
+            topology,
+            tsc_deadline: true,
+        };
+        let entries = for_machine(&host(), shape);
+        let level = |leaf, index| {
+            let entry = find(&entries, leaf, index);
+            (entry.eax, entry.ebx, entry.ecx)
+        };
+        assert_eq!(level(0xB, 0), (1, 2, 0x100));
+        assert_eq!(level(0xB, 1), (4, 16, 0x201));
+        assert_eq!(level(0xB, 2), (0, 0, 2));
+        assert_eq!(level(0x1F, 0), (1, 2, 0x100));
+        assert_eq!(level(0x1F, 1), (3, 8, 0x201));
+        assert_eq!(level(0x1F, 2), (4, 16, 0x502));
+        assert_eq!(level(0x1F, 3), (0, 0, 3));
+        assert_eq!(find(&entries, 1, 0).ebx >> 16 & 0xFF, 16);
+        assert_eq!(find(&entries, 0x8000_0008, 0).ecx, 4 << 12 | 15);
+        assert_eq!(find(&entries, 0x8000_0001, 0).ecx & 2, 0, "not cores alone");
+        assert_eq!(find(&entries, 4, 3).eax >> 14, (8 - 1) << 12 | (8 - 1));
+        let l1 = find(&entries, 0x8000_001D, 0).eax >> 14 & 0xFFF;
+        assert_eq!(l1, 1, "both threads of a core");
+        let cpuid = for_vcpu(&entries, 21).unwrap();
+        let unit = find(cpuid.as_slice(), 0x8000_001E, 0);
+        assert_eq!((unit.eax, unit.ebx), (21, 1 << 8 | 10));
+    }
+
+    #[test]
     fn each_vcpu_says_its_own_apic_id() {
         let entries = for_machine(
             &host(),
             Shape {
-                cpus: 254,
+                topology: Topology::cores(254),
                 tsc_deadline: true,
             },
         );

@@ -275,6 +275,20 @@ impl Vcpu {
         })
     }
 
+    /// Puts state back that [`Vcpu::state`] took, of a vCPU that the guest may have sent
+    /// INIT or SIPI while nobody ran it: KVM forgets them only when asked for
+    /// the state that they lead to.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn reset_to(&self, state: &VcpuState) -> Result<(), KvmError> {
+        self.fd
+            .get_mp_state()
+            .map_err(KvmError::call("KVM_GET_MP_STATE"))?;
+        self.set_state(state)
+    }
+
     /// Puts state back that [`Vcpu::state`] took. Segment registers come
     /// before the local APIC (they hold its mode), MSRs after it (they may
     /// arm its timer), and what makes the CPU run comes last.

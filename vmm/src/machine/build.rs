@@ -25,17 +25,18 @@ use super::doorbells::KvmDoorbells;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
 use super::platform::{Hosts, Platform, Wiring};
+use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
-use crate::acpi::{AcpiConfig, AcpiImage, Window};
+use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, MemoryConfig, Thp, VmConfig};
+use crate::config::{BootProtocol, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
-use crate::kvm::cpuid::Shape;
+use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
-use crate::kvm::vcpu::{Buses, Vcpu};
+use crate::kvm::vcpu::Buses;
 use crate::kvm::{Hypervisor, Vm, cpuid};
-use crate::layout::memory;
+use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};
@@ -174,13 +175,13 @@ pub fn build(
         .collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
-    let vm = hypervisor.create_vm()?;
-    vm.enable_capabilities()?;
+    let vm = create_vm(&hypervisor)?;
     let supported = hypervisor.supported_cpuid()?;
     let ram = GuestRam::new(&ram_spec(&config.memory))?;
-    let space = AddressSpace::new(&ram, cpuid::address_bits(&supported))?;
+    let space = AddressSpace::new(&ram, &config.memory, cpuid::address_bits(&supported))?;
     vm.set_memory(ram.slots())?;
-    let acpi = crate::acpi::build(&acpi_config(config, &space))?;
+    let tables = acpi_config(config, &space);
+    let acpi = crate::acpi::build(&tables)?;
     let entry = payload.load(&ram, &acpi)?;
     vm.create_irqchip()?;
 
@@ -202,7 +203,7 @@ pub fn build(
         groups: &groups,
     };
     let devices = pieces.devices(models, hosts)?;
-    let (vcpus, power_on) = pieces.vcpus(&hypervisor, &devices.buses)?;
+    let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let machine = Machine {
         vcpus,
         vm,
@@ -212,6 +213,7 @@ pub fn build(
         virtio: devices.virtio,
         bay: devices.bay,
         events: events.clone(),
+        resizable: Resizable::new(devices.platform.slots(), maker, space.addable, tables),
         platform: devices.platform,
         payload,
         entry: Some(entry),
@@ -266,6 +268,8 @@ impl Pieces<'_> {
             mailbox: self.mailbox,
             pci: &pci,
             pvpanic: self.config.pvpanic,
+            cpu_slots: cpu_slots(&self.config.cpus),
+            memory_slots: self.config.memory.hotplug_size > 0,
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
@@ -303,27 +307,25 @@ impl Pieces<'_> {
     fn vcpus(
         &self,
         hypervisor: &Hypervisor,
-        buses: &Buses,
-    ) -> Result<(Vcpus, PowerOn), MachineError> {
+        buses: Buses,
+    ) -> Result<(Vcpus, PowerOn, VcpuMaker), MachineError> {
         let host = |what| move |source| MachineError::Host { what, source };
         crate::kvm::vcpu::install_kick_handler()
             .map_err(host("the vCPUs' signal cannot be handled"))?;
-        let cpus = u32::from(self.config.cpus.boot);
         let shape = Shape {
-            cpus,
+            topology: topology(&self.config.cpus),
             tsc_deadline: hypervisor.tsc_deadline(),
         };
-        let set = cpuid::for_machine(self.supported, shape);
-        let msrs = hypervisor.msr_indices()?;
+        let maker = VcpuMaker {
+            cpuid: cpuid::for_machine(self.supported, shape),
+            msrs: hypervisor.msr_indices()?,
+            buses,
+        };
         let mut vcpus = Vec::new();
         let mut states = Vec::new();
-        for index in 0..cpus {
-            let cpuid = cpuid::for_vcpu(&set, index).map_err(|_| MachineError::Host {
-                what: "KVM takes no CPUID set of this size",
-                source: std::io::ErrorKind::InvalidInput.into(),
-            })?;
-            let vcpu = Vcpu::new(self.vm, index, &cpuid, buses.clone())?;
-            states.push(vcpu.state(&msrs)?);
+        for index in 0..u32::from(self.config.cpus.boot) {
+            let (vcpu, state) = maker.make(self.vm, index)?;
+            states.push(state);
             vcpus.push(vcpu);
         }
         let power_on = PowerOn {
@@ -334,9 +336,9 @@ impl Pieces<'_> {
         let on_stop: OnStop = Arc::new(move |index, stop| {
             mailbox.send(Message::Vcpu(index, stop));
         });
-        let vcpus = Vcpus::start(vcpus, Arc::clone(self.stop), &on_stop)
+        let vcpus = Vcpus::start(vcpus, Arc::clone(self.stop), on_stop)
             .map_err(host("no thread for a vCPU"))?;
-        Ok((vcpus, power_on))
+        Ok((vcpus, power_on, maker))
     }
 }
 
@@ -420,12 +422,39 @@ fn open_hypervisor(config: &VmConfig, opener: &Opener) -> Result<Hypervisor, Mac
     Ok(hypervisor)
 }
 
+fn create_vm(hypervisor: &Hypervisor) -> Result<Vm, MachineError> {
+    let vm = hypervisor.create_vm()?;
+    vm.enable_capabilities()?;
+    Ok(vm)
+}
+
 fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineError> {
-    let (wanted, most) = (config.cpus.boot, hypervisor.max_vcpus());
+    let (wanted, most) = (config.cpus.most(), hypervisor.max_vcpus());
     if usize::from(wanted) > most {
-        return Err(MachineError::TooManyCpus { wanted, most });
+        let key = if wanted > config.cpus.boot {
+            "max"
+        } else {
+            "boot"
+        };
+        return Err(MachineError::TooManyCpus { key, wanted, most });
     }
     Ok(())
+}
+
+/// vCPUs that there may be and that are there at boot, where they come and go.
+fn cpu_slots(config: &CpusConfig) -> Option<(u32, u32)> {
+    let (most, boot) = (config.most(), config.boot);
+    (most > boot).then_some((most.into(), boot.into()))
+}
+
+fn topology(config: &CpusConfig) -> Topology {
+    let [threads, cores, dies, packages] = config.arrangement().levels().map(u32::from);
+    Topology {
+        threads,
+        cores,
+        dies,
+        packages,
+    }
 }
 
 fn open_debugger(
@@ -467,22 +496,40 @@ fn window32() -> Range<u64> {
     memory::PCI_MMIO32_START..memory::PCI_MMIO32_START + memory::PCI_MMIO32_LEN
 }
 
-/// What of the guest's physical addresses is used above 4 GiB.
+/// What of the guest's physical addresses is used above RAM and 4 GiB.
 struct AddressSpace {
+    /// For memory that is added later.
+    addable: Addable,
     /// For PCI, empty when the address width leaves no room.
     window64: Range<u64>,
 }
 
 impl AddressSpace {
-    /// The window follows RAM, as far as addresses of `bits` bits go.
-    fn new(ram: &GuestRam, bits: u32) -> Result<Self, MachineError> {
+    /// What can be added follows RAM, and the window that, as far as addresses of
+    /// `bits` bits go.
+    fn new(ram: &GuestRam, config: &MemoryConfig, bits: u32) -> Result<Self, MachineError> {
         let (size, limit) = (ram.size(), 1 << bits);
         if ram.end() > limit {
             return Err(MachineError::AddressWidth { size, bits });
         }
-        let start = ram.end().next_multiple_of(memory::PCI_MMIO64_ALIGN);
+        let mut ram_end = ram.end();
+        let mut area = ram_end..ram_end;
+        let size = config.hotplug_size;
+        if size > 0 {
+            area.start = ram_end.next_multiple_of(memory::HOTPLUG_ALIGN);
+            area.end = area.start.saturating_add(size);
+            if area.end > limit {
+                return Err(MachineError::HotplugWidth { size, bits });
+            }
+            ram_end = area.end;
+        }
+        let start = ram_end.next_multiple_of(memory::PCI_MMIO64_ALIGN);
         let end = start.saturating_add(memory::PCI_MMIO64_LEN).min(limit);
         Ok(Self {
+            addable: Addable {
+                area,
+                block: config.hotplug_block(),
+            },
             window64: start.min(end)..end,
         })
     }
@@ -493,8 +540,22 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
         start: range.start,
         len: range.end - range.start,
     };
+    let (boot, most) = (config.cpus.boot, config.cpus.most());
+    let processor = |index| {
+        if index < boot {
+            Processor::Present
+        } else {
+            Processor::Absent
+        }
+    };
     AcpiConfig {
-        cpus: u32::from(config.cpus.boot),
+        processors: (0..most).map(processor).collect(),
+        cpu_slots: cpu_slots(&config.cpus).is_some(),
+        memory_slots: if config.memory.hotplug_size > 0 {
+            MEMORY_SLOTS
+        } else {
+            0
+        },
         pci_mmio32: window(window32()),
         pci_mmio64: Some(space.window64.clone())
             .filter(|range| !range.is_empty())
@@ -510,7 +571,7 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    fn space(size: u64, bits: u32) -> Result<Range<u64>, MachineError> {
+    fn space(size: u64, addable: u64, bits: u32) -> Result<AddressSpace, MachineError> {
         let ram = GuestRam::new(&RamSpec {
             size,
             shared: false,
@@ -519,24 +580,48 @@ mod tests {
             prefault: false,
         })
         .unwrap();
-        AddressSpace::new(&ram, bits).map(|space| space.window64)
+        let config = MemoryConfig {
+            hotplug_size: addable,
+            ..MemoryConfig::default()
+        };
+        AddressSpace::new(&ram, &config, bits)
+    }
+
+    fn window(size: u64, bits: u32) -> Range<u64> {
+        space(size, 0, bits).unwrap().window64
     }
 
     #[test]
     fn the_window_follows_ram() {
-        assert_eq!(space(GIB, 39).unwrap(), 4 * GIB..68 * GIB);
-        assert_eq!(space(4 * GIB, 39).unwrap(), 5 * GIB..69 * GIB);
+        assert_eq!(window(GIB, 39), 4 * GIB..68 * GIB);
+        assert_eq!(window(4 * GIB, 39), 5 * GIB..69 * GIB);
     }
 
     #[test]
     fn the_window_ends_where_addresses_do() {
-        assert_eq!(space(GIB, 36).unwrap(), 4 * GIB..64 * GIB);
-        assert!(space(63 * GIB, 36).unwrap().is_empty());
+        assert_eq!(window(GIB, 36), 4 * GIB..64 * GIB);
+        assert!(window(63 * GIB, 36).is_empty());
+    }
+
+    #[test]
+    fn memory_to_be_added_lies_between_ram_and_the_window() {
+        let layout = |size, addable| {
+            let space = space(size, addable, 39).unwrap();
+            (space.addable.area, space.window64)
+        };
+        let (addable, window) = layout(GIB, GIB / 8);
+        assert_eq!(addable, 4 * GIB..4 * GIB + GIB / 8);
+        assert_eq!(window, 5 * GIB..69 * GIB);
+        let (addable, window) = layout(3 * GIB + GIB / 2, 2 * GIB);
+        assert_eq!((addable, window), (5 * GIB..7 * GIB, 7 * GIB..71 * GIB));
+        let error = space(GIB, 60 * GIB + GIB / 8, 36).err().unwrap();
+        assert!(error.to_string().contains("hotplug_size="), "{error}");
+        assert!(space(GIB, 60 * GIB, 36).unwrap().window64.is_empty());
     }
 
     #[test]
     fn ram_past_the_address_width_is_refused() {
-        let error = space(64 * GIB, 36).unwrap_err().to_string();
+        let error = space(64 * GIB, 0, 36).err().unwrap().to_string();
         assert!(
             error.contains("--memory") && error.contains("36 bits"),
             "{error}"

@@ -18,6 +18,7 @@ use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
+use super::resize::Resized;
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
 use super::{Machine, MachineError};
@@ -114,6 +115,26 @@ impl Ears {
         }
     }
 
+    /// Whether a signal has asked for the end already.
+    fn asked_to_end(&self) -> bool {
+        let signals = self.signals.as_ref();
+        signals.is_some_and(|s| std::iter::from_fn(|| s.take()).any(|signal| signal == Signal::End))
+    }
+
+    /// Gives readers the guest's last output, before the process ends. The reader of a pipe may be a
+    /// pager: when the output is `wanted`, because the guest has ended by itself, it has all the time it
+    /// wants, until a signal says that nobody wants it any more.
+    pub fn finish_consoles(&self, wanted: bool) {
+        let interrupt = Interrupt {
+            fd: self.signals.as_ref().map(Signals::raw_fd),
+            asked: &|| self.asked_to_end(),
+        };
+        self.consoles.finish(wanted, PATIENCE, &interrupt);
+        // The terminal is as before when the rest is told.
+        self.consoles.serial().close();
+        self.consoles.debugcon().close();
+    }
+
     /// Drops what belonged to a machine that is gone.
     pub fn forget_machine(&mut self) {
         self.inbox.close();
@@ -186,7 +207,7 @@ impl Driver {
 
     /// Boots the machine and drives it until it ends. `booted` hears whether it could be booted.
     pub fn run(mut self, booted: Option<Answer>) -> End {
-        let started = if self.asked_to_end() {
+        let started = if self.ears.asked_to_end() {
             // It came while the machine was being built.
             self.policy.signal(Instant::now());
             self.finish(ExitReason::Stopped, None);
@@ -247,12 +268,6 @@ impl Driver {
         (self.ears.life.state(), self.ears.life.pause())
     }
 
-    /// Whether a signal has asked for the end already.
-    fn asked_to_end(&self) -> bool {
-        let signals = self.ears.signals.as_ref();
-        signals.is_some_and(|s| std::iter::from_fn(|| s.take()).any(|signal| signal == Signal::End))
-    }
-
     /// Takes messages: no more than [`BATCH`], because a guest can make some
     /// as fast as they are taken and signals and deadlines must be heard too.
     fn on_messages(&mut self) {
@@ -305,21 +320,8 @@ impl Driver {
         if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
-        let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
-        self.flush_consoles(wanted);
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
-    }
-
-    /// Gives readers the guest's last output. The reader of a pipe may be a
-    /// pager: when the guest has ended by itself it has all the time it wants,
-    /// until a signal says that nobody wants the output any more.
-    fn flush_consoles(&self, wanted: bool) {
-        let interrupt = Interrupt {
-            fd: self.ears.signals.as_ref().map(Signals::raw_fd),
-            asked: &|| self.asked_to_end(),
-        };
-        self.ears.consoles.finish(wanted, PATIENCE, &interrupt);
     }
 
     /// Stops everything so that it can go on. A machine that is paused
@@ -393,7 +395,8 @@ impl Driver {
     }
 
     fn restart(&mut self, paused: bool) -> Result<(), MachineError> {
-        self.machine.reset()?;
+        let resized = self.machine.reset()?;
+        self.tell_resized(&resized);
         self.machine.load()?;
         if paused {
             self.machine.stop_clock()?;
@@ -423,6 +426,7 @@ impl Driver {
                 self.show_devices();
             }
             Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
+            Message::SlotNews => self.on_slot_news(),
             Message::Errand(errand) => errand(self),
         }
     }
@@ -498,6 +502,27 @@ impl Driver {
                 self.go_on();
             }
         }
+    }
+
+    /// The guest has answered to vCPUs or memory that came or are to go.
+    fn on_slot_news(&mut self) {
+        match self.machine.take_resized() {
+            Ok(resized) => {
+                self.tell_resized(&resized);
+                self.go_on();
+            }
+            Err(error) => self.fail("a vCPU cannot be taken away", &error),
+        }
+    }
+
+    fn tell_resized(&mut self, resized: &[Resized]) {
+        for resized in resized {
+            tracing::info!(?resized, "the guest has answered");
+            if let Resized::CpuLeft { count, .. } = *resized {
+                self.ears.events.publish(EventKind::CpusResized { count });
+            }
+        }
+        self.show_size();
     }
 
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.

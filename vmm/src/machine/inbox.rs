@@ -44,6 +44,8 @@ pub enum Message {
     DiskStopped(DiskStopped),
     /// The guest gives up what is in a PCI slot.
     PciEject(PciAddress),
+    /// The guest has done something with a slot for vCPUs or memory.
+    SlotNews,
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }

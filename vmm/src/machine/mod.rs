@@ -3,6 +3,7 @@
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
+//! * [`resize`] adds and removes vCPUs and memory while it runs.
 //! * [`inbox`] is how everybody else reaches the control thread.
 //! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
 
@@ -15,6 +16,7 @@ pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
 mod platform;
+pub mod resize;
 pub mod signals;
 pub mod state;
 pub mod vcpus;
@@ -44,6 +46,7 @@ use bay::Bay;
 use build::Payload;
 use inventory::{Inventory, Item};
 use platform::Platform;
+use resize::{Resizable, Resized};
 use vcpus::Vcpus;
 
 pub use signals::Signals;
@@ -100,8 +103,10 @@ pub enum MachineError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// More vCPUs than KVM gives a VM.
-    #[error("--cpus boot={wanted}: this host's KVM gives a VM at most {most}")]
+    #[error("--cpus {key}={wanted}: this host's KVM gives a VM at most {most}")]
     TooManyCpus {
+        /// `boot`, or `max` when that is more.
+        key: &'static str,
         /// What was asked for.
         wanted: u16,
         /// What there is.
@@ -112,6 +117,17 @@ pub enum MachineError {
         "--memory size={size}: this host's guests have addresses of {bits} bits: give a smaller size"
     )]
     AddressWidth {
+        /// The bytes asked for.
+        size: u64,
+        /// The width.
+        bits: u32,
+    },
+    /// Memory that can be added reaches past that address.
+    #[error(
+        "--memory hotplug_size={size}: this host's guests have addresses of {bits} bits: give a \
+         smaller size"
+    )]
+    HotplugWidth {
         /// The bytes asked for.
         size: u64,
         /// The width.
@@ -207,6 +223,7 @@ pub struct Machine {
     /// The kernel's entry, when it has been loaded and not been entered.
     entry: Option<Entry>,
     acpi: AcpiImage,
+    resizable: Resizable,
     power_on: PowerOn,
     clock: Option<kvm_clock_data>,
 }
@@ -301,27 +318,29 @@ impl Machine {
         for unit in &self.units {
             unit.restore(&mut set)?;
         }
+        self.check_slots()?;
         set.finish()
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
     /// reads as zeros and costs the host nothing. Devices that are to go are
     /// gone then. vCPUs and units are stopped.
-    fn reset(&mut self) -> Result<(), MachineError> {
+    /// The guest finds the vCPUs and the memory that it had, less the vCPUs that it was
+    /// to give up; those are returned.
+    fn reset(&mut self) -> Result<Vec<Resized>, MachineError> {
         self.finish_removals()?;
         for unit in &self.units {
             unit.reset();
         }
+        let resized = self.take_resized()?;
+        self.renew_tables()?;
         self.ram.discard()?;
         self.vm.set_irqchip_state(&self.power_on.irqchip)?;
-        for (index, state) in self.power_on.cpus.iter().enumerate() {
-            let state = state.clone();
-            if let Some(done) = self.vcpus.ask(index, move |vcpu| vcpu.set_state(&state)) {
-                done?;
-            }
+        for index in 0..self.vcpus.count() {
+            self.power_up(index)?;
         }
         self.clock = None;
-        Ok(())
+        Ok(resized)
     }
 
     /// Stops the guest's clock: the time until [`Machine::start_clock`] does not pass for it.
@@ -345,7 +364,7 @@ impl Machine {
     /// What is in the machine, for readers.
     #[must_use]
     pub fn inventory(&self) -> Inventory {
-        Inventory::new(self.virtio.clone(), self.ram.size())
+        Inventory::new(self.virtio.clone(), self.memory_size())
     }
 
     fn item(&self, id: &str) -> Result<&Item, MachineError> {

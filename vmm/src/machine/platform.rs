@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use devices::acpi::hotplug::{self, NewsDesk, SlotKind, SlotRegisters};
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
 use devices::i8042::I8042;
@@ -24,7 +25,7 @@ use crate::config::{DebugconConfig, SinkConfig, VmConfig};
 use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
-use crate::layout::{ged_event, gsi, memory, port};
+use crate::layout::{MEMORY_SLOTS, ged_event, gsi, memory, port};
 use crate::opener::Opener;
 
 /// The host's ends of the consoles that the machine has.
@@ -94,6 +95,10 @@ pub struct Wiring<'a> {
     pub pci: &'a Arc<PciRoot>,
     /// Whether there is a panic port.
     pub pvpanic: bool,
+    /// vCPUs that there may be, and that are there at boot, where they come and go.
+    pub cpu_slots: Option<(u32, u32)>,
+    /// Whether memory can be added.
+    pub memory_slots: bool,
 }
 
 /// Those platform devices that the control thread talks to.
@@ -102,6 +107,24 @@ pub struct Platform {
     hotplug: Arc<PciHotplug>,
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
+    slots: Slots,
+}
+
+/// The registers of what comes and goes.
+#[derive(Clone)]
+pub struct Slots {
+    /// Those of vCPUs, where they come and go.
+    pub cpus: Option<Arc<SlotRegisters>>,
+    /// Those of memory, where it can be added.
+    pub memory: Option<Arc<SlotRegisters>>,
+}
+
+struct News(Mailbox);
+
+impl NewsDesk for News {
+    fn news(&self) {
+        self.0.send(Message::SlotNews);
+    }
 }
 
 /// Lets input reach the serial port while the machine runs: while it is paused
@@ -190,6 +213,7 @@ impl Platform {
             Arc::new(SleepRegisters::new(Arc::clone(requests))),
         );
         let (events, hotplug) = placed.events();
+        let slots = placed.slots();
         if wiring.pvpanic {
             placed.port(
                 port::PVPANIC,
@@ -206,6 +230,7 @@ impl Platform {
                 hotplug,
                 rtc,
                 alarm,
+                slots,
             },
             placed.units,
         ))
@@ -214,6 +239,17 @@ impl Platform {
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.events.raise(ged_event::POWER_BUTTON);
+    }
+
+    /// Raises events of the event device, by the bits of [`ged_event`].
+    pub fn raise(&self, events: u32) {
+        self.events.raise(events);
+    }
+
+    /// The registers of what comes and goes.
+    #[must_use]
+    pub fn slots(&self) -> Slots {
+        self.slots.clone()
     }
 
     /// The registers of PCI hot-plug.
@@ -262,6 +298,24 @@ impl Placed<'_> {
         ));
         self.port(port::PCI_HOTPLUG, HOTPLUG_LEN.into(), Arc::clone(&hotplug));
         (events, hotplug)
+    }
+
+    /// The registers of vCPUs and memory, where these come and go.
+    fn slots(&mut self) -> Slots {
+        let wiring = self.wiring;
+        let mut place = |port, kind, count, filled| {
+            let desk = Arc::new(News(wiring.mailbox.clone()));
+            let registers = Arc::new(SlotRegisters::new(kind, count, filled, desk));
+            self.port(port, hotplug::LEN.into(), Arc::clone(&registers));
+            registers
+        };
+        let cpus = wiring
+            .cpu_slots
+            .map(|(most, boot)| place(port::CPU_SLOTS, SlotKind::Cpus, most, boot));
+        let memory = wiring
+            .memory_slots
+            .then(|| place(port::MEMORY_SLOTS, SlotKind::Memory, MEMORY_SLOTS, 0));
+        Slots { cpus, memory }
     }
 
     fn pci(&self, pci: &Arc<PciRoot>, reset: Arc<dyn BusDevice>) {

@@ -2,6 +2,9 @@
 //!
 //! Each thread owns its [`Vcpu`]. The control thread never touches one: it
 //! sends the thread a [`Task`] while the vCPU is idle.
+//!
+//! vCPUs may come while others run. KVM deletes none: one that goes is parked, its
+//! thread idle, until it is wanted again.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,13 +33,20 @@ enum Task {
 
 /// How many threads are in guest code or serving an exit.
 #[derive(Default)]
+struct Count {
+    running: usize,
+    /// All vCPUs are to run, and those that come as well.
+    all: bool,
+}
+
+#[derive(Default)]
 struct Running {
-    count: Mutex<usize>,
+    count: Mutex<Count>,
     all_idle: Condvar,
 }
 
 impl Running {
-    fn lock(&self) -> MutexGuard<'_, usize> {
+    fn lock(&self) -> MutexGuard<'_, Count> {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -44,6 +54,8 @@ impl Running {
 struct Thread {
     tasks: Sender<Task>,
     handle: JoinHandle<()>,
+    /// The guest has no such vCPU now.
+    parked: bool,
 }
 
 /// All vCPUs of a machine. Dropping it stops and ends the threads.
@@ -51,6 +63,7 @@ pub struct Vcpus {
     threads: Vec<Thread>,
     stop: StopFlag,
     running: Arc<Running>,
+    on_stop: OnStop,
 }
 
 impl Vcpus {
@@ -59,42 +72,93 @@ impl Vcpus {
     /// # Errors
     ///
     /// The host's, when it has no more threads; those started are ended again.
-    pub fn start(vcpus: Vec<Vcpu>, stop: StopFlag, on_stop: &OnStop) -> io::Result<Self> {
-        let running = Arc::new(Running::default());
+    pub fn start(vcpus: Vec<Vcpu>, stop: StopFlag, on_stop: OnStop) -> io::Result<Self> {
         let mut all = Self {
             threads: Vec::with_capacity(vcpus.len()),
             stop,
-            running,
+            running: Arc::new(Running::default()),
+            on_stop,
         };
         for vcpu in vcpus {
-            let (tasks, inbox) = channel();
-            let stop = Arc::clone(&all.stop);
-            let running = Arc::clone(&all.running);
-            let on_stop = Arc::clone(on_stop);
-            let handle = Builder::new()
-                .name(format!("vcpu{}", vcpu.index()))
-                .spawn(move || serve(vcpu, &inbox, &stop, &running, &on_stop))?;
-            all.threads.push(Thread { tasks, handle });
+            all.add(vcpu)?;
         }
         Ok(all)
+    }
+
+    /// Starts a thread for one more vCPU, the next by index, which runs if the others do.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it has no more threads; the vCPU is then lost to this VM.
+    pub fn add(&mut self, vcpu: Vcpu) -> io::Result<()> {
+        let (tasks, inbox) = channel();
+        let stop = Arc::clone(&self.stop);
+        let running = Arc::clone(&self.running);
+        let on_stop = Arc::clone(&self.on_stop);
+        let handle = Builder::new()
+            .name(format!("vcpu{}", vcpu.index()))
+            .spawn(move || serve(vcpu, &inbox, &stop, &running, &on_stop))?;
+        let thread = Thread {
+            tasks,
+            handle,
+            parked: false,
+        };
+        self.join_in(&thread);
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Has a vCPU that has just come run, if all are to run. Should they be about to stop,
+    /// it stops as they do.
+    fn join_in(&self, thread: &Thread) {
+        let mut count = self.running.lock();
+        if count.all {
+            count.running += 1;
+            // A thread ends only when its sender is dropped.
+            let _ = thread.tasks.send(Task::Run);
+        }
+    }
+
+    /// Takes a vCPU out of those that run. vCPUs are idle.
+    pub fn park(&mut self, index: usize) {
+        if let Some(thread) = self.threads.get_mut(index) {
+            thread.parked = true;
+        }
+    }
+
+    /// Takes a parked vCPU back, which runs if the others do. `false` when there
+    /// is none.
+    pub fn unpark(&mut self, index: usize) -> bool {
+        match self.threads.get_mut(index) {
+            Some(thread) if thread.parked => thread.parked = false,
+            _ => return false,
+        }
+        self.threads
+            .get(index)
+            .inspect(|thread| self.join_in(thread));
+        true
     }
 
     /// Lets vCPUs run: those whose indices `only` gives, or all. Does nothing
     /// while some are running already.
     pub fn run(&self, only: Option<&[usize]>) {
         let chosen = |index: &usize| only.is_none_or(|only| only.contains(index));
+        let chosen = self
+            .threads
+            .iter()
+            .enumerate()
+            .filter(|(index, thread)| chosen(index) && !thread.parked);
         let mut count = self.running.lock();
-        if *count > 0 {
+        if count.running > 0 {
             return;
         }
-        *count = (0..self.threads.len()).filter(chosen).count();
+        count.running = chosen.clone().count();
+        count.all = only.is_none();
         drop(count);
         self.stop.store(false, Ordering::Release);
-        for (index, thread) in self.threads.iter().enumerate() {
-            if chosen(&index) {
-                // A thread ends only when its sender is dropped.
-                let _ = thread.tasks.send(Task::Run);
-            }
+        for (_, thread) in chosen {
+            // A thread ends only when its sender is dropped.
+            let _ = thread.tasks.send(Task::Run);
         }
     }
 
@@ -107,7 +171,8 @@ impl Vcpus {
             let _ = thread.handle.kill(kick_signal());
         }
         let mut count = self.running.lock();
-        while *count > 0 {
+        count.all = false;
+        while count.running > 0 {
             count = self
                 .running
                 .all_idle
@@ -116,21 +181,31 @@ impl Vcpus {
         }
     }
 
-    /// How many there are.
+    /// The indices of those that are not parked.
+    #[must_use]
+    pub fn present(&self) -> Vec<u32> {
+        let present = (0..)
+            .zip(&self.threads)
+            .filter(|(_, thread)| !thread.parked);
+        present.map(|(index, _)| index).collect()
+    }
+
+    /// How many there are, parked ones included.
     #[must_use]
     pub fn count(&self) -> usize {
         self.threads.len()
     }
 
     /// Has vCPU `index` do `ask` on its own thread and waits for the answer.
-    /// `None` when there is no such vCPU, and while vCPUs are running: a running
-    /// one would not answer until it stops.
+    /// `None` when there is no such vCPU, and while vCPUs are running unless it is
+    /// parked: a running one would not answer until it stops.
     pub fn ask<T: Send + 'static>(
         &self,
         index: usize,
         ask: impl FnOnce(&mut Vcpu) -> T + Send + 'static,
     ) -> Option<T> {
-        if *self.running.lock() > 0 {
+        let thread = self.threads.get(index)?;
+        if self.running.lock().running > 0 && !thread.parked {
             return None;
         }
         let (answer, receiver) = channel();
@@ -138,7 +213,7 @@ impl Vcpus {
             // The asker waits below, so the receiver is there.
             let _ = answer.send(ask(vcpu));
         });
-        self.threads.get(index)?.tasks.send(Task::Ask(ask)).ok()?;
+        thread.tasks.send(Task::Ask(ask)).ok()?;
         receiver.recv().ok()
     }
 }
@@ -160,8 +235,8 @@ struct IdleGuard<'a>(&'a Running);
 impl Drop for IdleGuard<'_> {
     fn drop(&mut self) {
         let mut count = self.0.lock();
-        *count = count.saturating_sub(1);
-        if *count == 0 {
+        count.running = count.running.saturating_sub(1);
+        if count.running == 0 {
             self.0.all_idle.notify_all();
         }
     }

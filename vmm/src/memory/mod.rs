@@ -11,12 +11,13 @@
 
 mod mapping;
 
+use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use virtio::memory::{DirtyLog, GuestMap, GuestMemory};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestRegionMmap};
 
 use crate::layout;
 use mapping::Mapping;
@@ -105,8 +106,16 @@ pub struct GuestRam {
     memory: GuestMemory,
     slots: Vec<RamSlot>,
     mappings: Vec<Arc<Mapping>>,
-    size: u64,
-    prefault: bool,
+    /// As it was made; `size` is what there is now.
+    spec: RamSpec,
+}
+
+/// RAM that has been mapped and is to be added. Dropping it adds nothing.
+pub struct MoreRam {
+    /// The slot to give to KVM.
+    pub slot: RamSlot,
+    mapping: Arc<Mapping>,
+    map: GuestMap,
 }
 
 impl GuestRam {
@@ -116,18 +125,7 @@ impl GuestRam {
     ///
     /// [`RamError`] when the host has not got it; nothing stays mapped.
     pub fn new(spec: &RamSpec) -> Result<Self, RamError> {
-        let file = if spec.shared || spec.huge_page.is_some() {
-            let file = mapping::memory_file(spec.size, spec.huge_page).map_err(|source| {
-                RamError::File {
-                    size: spec.size,
-                    hint: hint(spec, &source),
-                    source,
-                }
-            })?;
-            Some(Arc::new(file))
-        } else {
-            None
-        };
+        let file = backing_file(spec)?;
         let mut regions = Vec::new();
         let mut slots = Vec::new();
         let mut mappings = Vec::new();
@@ -152,9 +150,47 @@ impl GuestRam {
             memory: GuestMemory::new(map),
             slots,
             mappings,
-            size: spec.size,
-            prefault: spec.prefault,
+            spec: spec.clone(),
         })
+    }
+
+    /// Maps `len` bytes more, of the same kind, for the guest-physical address
+    /// `guest`. Devices see them once KVM has the slot and [`GuestRam::adopt`] has them.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError`] when the host has not got it, or it overlaps what is there.
+    pub fn map_more(&self, guest: u64, len: u64) -> Result<MoreRam, RamError> {
+        let spec = RamSpec {
+            size: len,
+            ..self.spec.clone()
+        };
+        let file = backing_file(&spec)?.map(|file| (file, 0));
+        let (region, mapping) = map_region(&spec, guest, len, file)?;
+        let map = self
+            .memory
+            .memory()
+            .insert_region(Arc::new(region))
+            .map_err(|_| RamError::Layout { size: len })?;
+        let next = self.slots.iter().map(|slot| slot.slot + 1).max();
+        let slot = RamSlot {
+            slot: next.unwrap_or(0),
+            guest,
+            len,
+            host: mapping.address(),
+        };
+        Ok(MoreRam { slot, mapping, map })
+    }
+
+    /// Adds what KVM has been given. Whoever takes a view of the memory from now on
+    /// sees it; views taken before stay as they are.
+    pub fn adopt(&mut self, more: MoreRam) {
+        let MoreRam { slot, mapping, map } = more;
+        self.spec.size = self.spec.size.saturating_add(slot.len);
+        self.slots.push(slot);
+        self.mappings.push(mapping);
+        let memory = self.memory.lock();
+        memory.unwrap_or_else(PoisonError::into_inner).replace(map);
     }
 
     /// Gives all of the guest's pages back to the host; they read as zeros.
@@ -164,12 +200,12 @@ impl GuestRam {
     ///
     /// [`RamError::Discard`] and [`RamError::Prefault`].
     pub fn discard(&self) -> Result<(), RamError> {
-        let size = self.size;
+        let size = self.spec.size;
         for mapping in &self.mappings {
             mapping
                 .discard()
                 .map_err(|source| RamError::Discard { size, source })?;
-            if self.prefault {
+            if self.spec.prefault {
                 mapping
                     .populate()
                     .map_err(|source| RamError::Prefault { size, source })?;
@@ -184,7 +220,7 @@ impl GuestRam {
         &self.memory
     }
 
-    /// The slots to give to KVM, by rising address.
+    /// The slots to give to KVM.
     #[must_use]
     pub fn slots(&self) -> &[RamSlot] {
         &self.slots
@@ -193,17 +229,14 @@ impl GuestRam {
     /// RAM in bytes, holes not counted.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.size
+        self.spec.size
     }
 
     /// The first guest-physical byte after all RAM and after the hole below 4 GiB.
     #[must_use]
     pub fn end(&self) -> u64 {
-        let last = self
-            .slots
-            .last()
-            .map_or(0, |s| s.guest.saturating_add(s.len));
-        last.max(layout::memory::HIGH_RAM_START)
+        let ends = self.slots.iter().map(|s| s.guest.saturating_add(s.len));
+        ends.max().unwrap_or(0).max(layout::memory::HIGH_RAM_START)
     }
 }
 
@@ -217,11 +250,26 @@ fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
+/// The file behind shared memory and huge pages.
+fn backing_file(spec: &RamSpec) -> Result<Option<Arc<File>>, RamError> {
+    if !spec.shared && spec.huge_page.is_none() {
+        return Ok(None);
+    }
+    match mapping::memory_file(spec.size, spec.huge_page) {
+        Ok(file) => Ok(Some(Arc::new(file))),
+        Err(source) => Err(RamError::File {
+            size: spec.size,
+            hint: hint(spec, &source),
+            source,
+        }),
+    }
+}
+
 fn map_region(
     spec: &RamSpec,
     guest: u64,
     len: u64,
-    file: Option<(Arc<std::fs::File>, u64)>,
+    file: Option<(Arc<File>, u64)>,
 ) -> Result<(GuestRegionMmap<DirtyLog>, Arc<Mapping>), RamError> {
     let fail = |source| RamError::Map {
         size: len,
@@ -272,7 +320,7 @@ fn hint(spec: &RamSpec, error: &io::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
     const GIB: u64 = 1 << 30;
 
@@ -325,6 +373,41 @@ mod tests {
         drop(ram);
         view.write_obj(7u32, GuestAddress(0x1000)).unwrap();
         assert_eq!(view.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 7);
+    }
+
+    #[test]
+    fn memory_that_is_added_is_seen_by_those_who_look_again() {
+        for shared in [false, true] {
+            let mut ram = GuestRam::new(&RamSpec {
+                shared,
+                ..spec(64 << 20)
+            })
+            .unwrap();
+            let handle = ram.memory().clone();
+            let (at, before) = (GuestAddress(4 * GIB), handle.memory());
+            let more = ram.map_more(4 * GIB, 128 << 20).unwrap();
+            assert_eq!((more.slot.slot, more.slot.guest), (1, 4 * GIB));
+            assert!(handle.memory().write_obj(7u32, at).is_err(), "not yet");
+            ram.adopt(more);
+            assert!(before.write_obj(7u32, at).is_err());
+            handle.memory().write_obj(7u32, at).unwrap();
+            assert_eq!(ram.size(), 192 << 20);
+            assert_eq!(ram.end(), 4 * GIB + (128 << 20));
+            assert!(matches!(
+                ram.map_more(4 * GIB, 128 << 20),
+                Err(RamError::Layout { .. })
+            ));
+            ram.discard().unwrap();
+            assert_eq!(handle.memory().read_obj::<u32>(at).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_adopted_changes_nothing() {
+        let ram = GuestRam::new(&spec(64 << 20)).unwrap();
+        drop(ram.map_more(4 * GIB, 128 << 20).unwrap());
+        assert_eq!((ram.size(), ram.slots().len()), (64 << 20, 1));
+        assert!(ram.map_more(4 * GIB, 1 << 52).is_err());
     }
 
     #[test]

@@ -243,12 +243,22 @@ impl Monitor {
         self.view.show(None);
         self.view.serial_at(None);
         self.view.describe(ears.description.as_ref());
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                ears.finish_consoles(false);
+                return Err(error);
+            }
+        };
         self.ears = Some(ears);
-        let outcome = outcome?;
+        let after = self.follow(&outcome, then);
+        if let (After::Exit(reason), Some(ears)) = (&after, &self.ears) {
+            ears.finish_consoles(*reason != ExitReason::Stopped && !outcome.quit);
+        }
         if let Some(detail) = &outcome.detail {
             eprintln!("vireo: {detail}");
         }
-        Ok(self.follow(&outcome, then))
+        Ok(after)
     }
 
     /// Carries out what ended a machine.

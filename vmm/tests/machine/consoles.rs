@@ -7,14 +7,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use api::{Command as Ask, EventKind, Reply};
 use serde_json::json;
-use vmm::console::{Consoles, open_pty};
+use vmm::console::open_pty;
 use vmm::machine::driver::Driver;
 use vmm::machine::inbox::Message;
+use vmm::monitor::MonitorOptions;
 
 use crate::support::{Collected, Local, Vireo, can_run, config, guest, run_arguments, until};
 
@@ -547,8 +548,12 @@ fn a_second_machine_finds_the_sinks_and_clients_of_the_first() {
     let (log, socket) = (dir.path().join("log"), dir.path().join("socket"));
     let serial = json!({ "serial": ["pty", { "file": log }, { "socket": socket }] });
     let config = config("poke", "serial-echo", serial);
-    let consoles = Arc::new(Consoles::new(1 << 16).unwrap());
-    let mut machine = Local::boot_on(&config, Arc::clone(&consoles));
+    let stays = MonitorOptions {
+        no_shutdown: true,
+        serial_replay: 1 << 16,
+        ..MonitorOptions::default()
+    };
+    let mut machine = Local::boot_in(&config, stays);
     let path = machine.pty();
     let pty = OpenOptions::new()
         .read(true)
@@ -565,16 +570,21 @@ fn a_second_machine_finds_the_sinks_and_clients_of_the_first() {
         screen.wait_for(&format!("echo:{word}"));
         (&pty).write_all(b"q\r").unwrap();
         other.wait_for("poke=done");
-        machine.outcome();
+        until("the end of the guest", || {
+            let events = machine.new_events();
+            let ended = |kind: &EventKind| matches!(kind, EventKind::Exit { .. });
+            events.iter().any(ended).then_some(())
+        });
         if word == "first" {
-            machine = Local::boot_on(&config, Arc::clone(&consoles));
+            assert_eq!(machine.ask(Ask::Boot), Ok(Reply::Done));
             assert_eq!(machine.pty(), path);
         }
     }
     let text = fs::read_to_string(&log).unwrap();
     assert_eq!(text.matches("poke=done").count(), 2, "{text}");
     assert!(text.contains("echo:first") && text.contains("echo:second"));
-    drop((machine, consoles));
+    assert_eq!(machine.ask(Ask::Quit), Ok(Reply::Done));
+    machine.outcome();
     assert!(!socket.exists());
 }
 

@@ -303,8 +303,13 @@ pub fn built_with(config: &VmConfig, events: &EventLog) -> Built {
 
 impl Local {
     pub fn boot(config: &VmConfig) -> Self {
+        Self::boot_in(config, MonitorOptions::default())
+    }
+
+    /// As [`Local::boot`], in a monitor that behaves so.
+    pub fn boot_in(config: &VmConfig, options: MonitorOptions) -> Self {
         let opener = Arc::new(Opener::new());
-        let monitor = Monitor::new(MODELS, opener, MonitorOptions::default()).unwrap();
+        let monitor = Monitor::new(MODELS, opener, options).unwrap();
         let (mailbox, handle) = (monitor.mailbox(), monitor.handle());
         let description = Description::of(config.clone());
         let local = Self {
@@ -354,6 +359,16 @@ impl Local {
     pub fn events(&self) -> Vec<Event> {
         let events = self.handle.events().after(0, usize::MAX);
         events.iter().map(|event| Event::clone(event)).collect()
+    }
+
+    /// What has happened that [`Local::next_event`] has not told yet.
+    pub fn new_events(&self) -> Vec<EventKind> {
+        let seen = self.seen.load(Ordering::Acquire);
+        let events = self.handle.events().after(seen, usize::MAX);
+        if let Some(last) = events.last() {
+            self.seen.store(last.id, Ordering::Release);
+        }
+        events.iter().map(|event| event.kind.clone()).collect()
     }
 
     /// Waits for the next event.

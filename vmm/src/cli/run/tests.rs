@@ -74,7 +74,11 @@ fn every_flag_reaches_the_configuration() {
         machine: MachineConfig {
             kind: MachineType::VireoDev,
         },
-        cpus: CpusConfig { boot: 4 },
+        cpus: CpusConfig {
+            boot: 4,
+            max: None,
+            topology: None,
+        },
         memory: MemoryConfig {
             size: 64 << 20,
             shared: true,

@@ -78,23 +78,9 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
 }
 
 fn cpus(described: &wire::CpusConfig) -> Result<(), ControlError> {
-    let whole = wire::CpuTopology {
-        threads_per_core: 1,
-        cores_per_die: u16::try_from(described.max_vcpus).unwrap_or(u16::MAX),
-        dies_per_package: 1,
-        packages: 1,
-    };
     // A guest's addresses are as wide as the host's; v1 cuts them at 46 bits unasked.
     let usual = wire::CpusConfig::default().max_phys_bits;
     first([
-        (
-            described.max_vcpus > described.boot_vcpus,
-            "cpus.max_vcpus greater than boot_vcpus",
-        ),
-        (
-            described.topology.is_some_and(|asked| asked != whole),
-            "cpus.topology other than one package of single-threaded cores",
-        ),
         (described.kvm_hyperv, "cpus.kvm_hyperv"),
         (
             described.max_phys_bits < usual,
@@ -115,14 +101,6 @@ fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
         (
             described.hotplug_method == HotplugMethod::VirtioMem,
             "memory.hotplug_method=VirtioMem",
-        ),
-        (
-            described.hotplug_size.is_some_and(|size| size > 0),
-            "memory.hotplug_size",
-        ),
-        (
-            described.hotplugged_size.is_some_and(|size| size > 0),
-            "memory.hotplugged_size",
         ),
         (described.reserve, "memory.reserve"),
         (any(described.zones.as_ref()), "memory.zones"),

@@ -74,6 +74,7 @@ fn every_part_that_there_is_arrives() {
         config.memory,
         MemoryConfig {
             size: 4 << 20,
+            hotplug_size: 0,
             shared: true,
             hugepages: true,
             hugepage_size: Some(2 << 20),
