@@ -29,8 +29,8 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 /// Images each on the one before, as (name, format, size in bytes).
-fn chain(place: &Place, rng: &mut Rng) -> Vec<(String, &'static str, u64)> {
-    let mut images: Vec<(String, &'static str, u64)> = Vec::new();
+fn chain(place: &Place, rng: &mut Rng) -> Vec<Made> {
+    let mut images: Vec<Made> = Vec::new();
     for depth in 0..=rng.below(4) {
         let name = format!("image{depth}");
         let size = (1 + rng.below(40)) << 19;
@@ -78,23 +78,29 @@ fn chain(place: &Place, rng: &mut Rng) -> Vec<(String, &'static str, u64)> {
     images
 }
 
+/// An image as `chain` made it.
+type Made = (String, &'static str, u64);
+
+/// That an image holds what `wanted` does, and is sound.
+#[track_caller]
+fn holds(place: &Place, seed: u64, name: &str, format: &str) {
+    let same = place.qemu(&["compare", "-f", "raw", "-F", format, "wanted", name]);
+    assert_eq!(same.code, 0, "seed {seed}: {name}: {same:?}");
+    let sound = place.qemu(&["check", "-q", "-f", format, name]);
+    assert!(
+        sound.code == 0 || format == "raw",
+        "seed {seed}: {name}: {sound:?}"
+    );
+}
+
 fn run(seed: u64) {
     let place = Place::new();
     let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let images = chain(&place, &mut rng);
-    let (top, format, size) = images.last().unwrap();
+    let (top, format, _) = images.last().unwrap();
     place
         .qemu(&["convert", "-f", format, "-O", "raw", top, "wanted"])
         .done();
-    let holds = |name: &str, format: &str| {
-        let same = place.qemu(&["compare", "-f", "raw", "-F", format, "wanted", name]);
-        assert_eq!(same.code, 0, "seed {seed}: {name}: {same:?}");
-        let sound = place.qemu(&["check", "-q", "-f", format, name]);
-        assert!(
-            sound.code == 0 || format == "raw",
-            "seed {seed}: {name}: {sound:?}"
-        );
-    };
     let options = rng.pick(&[
         "cluster_size=512",
         "cluster_size=2M",
@@ -122,10 +128,16 @@ fn run(seed: u64) {
         ]
         .concat();
         place.vireo(&arguments).done();
-        holds("copy", target);
+        holds(&place, seed, "copy", target);
         fs::remove_file(place.path("copy")).unwrap();
     }
-    let [.., (base, base_format, base_size), _] = &images[..] else {
+    if images.len() > 1 {
+        run_overlay(&place, seed, &mut rng, &images);
+    }
+}
+
+fn run_overlay(place: &Place, seed: u64, rng: &mut Rng, images: &[Made]) {
+    let [.., (base, base_format, base_size), (top, _, size)] = images else {
         return;
     };
     let arguments = [
@@ -140,22 +152,21 @@ fn run(seed: u64) {
         "copy",
     ];
     place.vireo(&arguments).done();
-    holds("copy", "qcow2");
-    let below: Vec<&(String, &str, u64)> = images.iter().take(images.len() - 1).collect();
+    holds(place, seed, "copy", "qcow2");
+    let below: Vec<&Made> = images.iter().take(images.len() - 1).collect();
     let (other, other_format, _) = rng.pick(&below);
     for flags in [&["-b", ""][..], &["-b", other, "-F", other_format]] {
         fs::copy(place.path(top), place.path("moved")).unwrap();
         place
             .vireo(&[&["rebase"], flags, &["moved"]].concat())
             .done();
-        holds("moved", "qcow2");
+        holds(place, seed, "moved", "qcow2");
     }
     if *base_format == "raw" || base_size >= size {
         place.vireo(&["commit", top]).done();
-        holds(top, "qcow2");
-        place.qemu(&["check", "-q", "-f", base_format, base]);
+        holds(place, seed, top, "qcow2");
         if base_size <= size {
-            holds(base, base_format);
+            holds(place, seed, base, base_format);
         }
     }
 }
