@@ -321,3 +321,30 @@ fn raw_images_change_their_size() {
         (1 << 19) + 512
     );
 }
+
+#[test]
+fn qcow2_images_change_their_size() {
+    let place = Place::new();
+    place.zoo();
+    for image in [
+        "plain", "v2", "small", "large", "extended", "deep", "on-raw",
+    ] {
+        let before = content(&place, image);
+        let has_snapshots = image == "plain";
+        place.vireo(&["resize", image, "+7M"]).done();
+        place.qemu(&["check", image]).done();
+        let grown = content(&place, image);
+        assert!(grown.len() == before.len() + (7 << 20) && grown.starts_with(&before));
+        assert!(
+            grown[before.len()..].iter().all(|&byte| byte == 0),
+            "{image}"
+        );
+        assert_eq!(place.vireo(&["resize", image, "1M"]).code, 1);
+        if has_snapshots {
+            continue;
+        }
+        place.vireo(&["resize", "--shrink", image, "1M"]).done();
+        place.qemu(&["check", image]).done();
+        assert!(content(&place, image) == before[..1 << 20], "{image}");
+    }
+}
