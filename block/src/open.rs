@@ -15,6 +15,8 @@ use crate::image::Image;
 use crate::nbd::{self, NbdDisk, NbdStorage};
 use crate::opener::{Access, Opener};
 use crate::options::{Discard, DiskOptions, Format};
+use crate::qcow2::Repair;
+use crate::qcow2::bitmap_table;
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
@@ -201,6 +203,17 @@ impl Chain<'_> {
         }
         if write {
             prepare(path, &mut header, &*storage)?;
+            if header.incompatible & header::DIRTY != 0 {
+                // Its refcounts may be outdated, and nothing may be allocated by them.
+                crate::qcow2::repair::repair(&*storage, Repair::All, &mut |finding| {
+                    tracing::info!(?finding, "repair of an image that was not closed");
+                })
+                .map_err(|error| unusable(path, "qcow2", error))?;
+                header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
+            }
+        }
+        if write {
+            retire_bitmaps(path, &header, &*storage)?;
         }
         let data = self.data_file(path, &header, write)?;
         let backing = self.backing_file(path, &header, depth)?;
@@ -318,6 +331,32 @@ pub(crate) fn prepare(
             .map_err(|error| unusable(path, "qcow2", error))?;
     }
     Ok(())
+}
+
+/// Marks the bitmaps that record changes as in use, so that nobody trusts them: changes
+/// made here are not recorded in them.
+fn retire_bitmaps(path: &Path, header: &Header, storage: &dyn Storage) -> Result<(), OpenError> {
+    let Some(extension) = header.consistent_bitmaps() else {
+        return Ok(());
+    };
+    let mut bitmaps = bitmap_table::load_unchecked(storage, &extension)
+        .map_err(|error| unusable(path, "qcow2", error))?;
+    let mut changed = false;
+    for bitmap in &mut bitmaps {
+        if bitmap.flags & (bitmap_table::AUTO | bitmap_table::IN_USE) == bitmap_table::AUTO {
+            bitmap.flags |= bitmap_table::IN_USE;
+            changed = true;
+        }
+    }
+    if !changed {
+        return Ok(());
+    }
+    let directory =
+        bitmap_table::encode(&bitmaps).map_err(|error| unusable(path, "qcow2", error))?;
+    storage
+        .write_at(&directory, extension.directory_offset)
+        .and_then(|()| storage.sync())
+        .map_err(|error| unusable(path, "qcow2", error))
 }
 
 /// The path that a name in an image means: names are relative to the image's directory.

@@ -38,6 +38,8 @@ struct Work {
     l1_dirty: BTreeSet<usize>,
     reftable_dirty: BTreeSet<usize>,
     table_move: Option<TableMove>,
+    /// A header that points to a new L1 table.
+    l1_header: Option<Header>,
     new_tables: HashMap<u64, usize>,
     unlinked: Vec<Unlinked>,
 }
@@ -133,7 +135,10 @@ impl Qcow2 {
         if work.header.is_some() || !work.link.is_empty() {
             self.sync_tables()?;
         }
-        if !work.late.is_empty() {
+        if let Some(header) = &work.l1_header {
+            header.store_l1(storage)?;
+        }
+        if !work.late.is_empty() || work.l1_header.is_some() {
             stage(&work.late)?;
             self.sync_tables()?;
         }
@@ -194,7 +199,20 @@ impl Work {
         let reftable_dirty = std::mem::take(&mut meta.reftable_dirty);
         let mut early = meta.pages.copy_out(&pages.0);
         let mut late = meta.pages.copy_out(&pages.1);
-        late.extend(table_sectors(&meta.l1, meta.header.l1_offset, &l1_dirty));
+        let l1_header = meta.l1_move.map(|(offset, entries)| {
+            // Nothing points to the new table yet, so all of it can go first.
+            let words = meta.l1.iter();
+            early.push((
+                offset,
+                words.flat_map(|entry| entry.to_be_bytes()).collect(),
+            ));
+            let mut header = meta.header.clone();
+            (header.l1_offset, header.l1_entries) = (offset, entries);
+            header
+        });
+        if l1_header.is_none() {
+            late.extend(table_sectors(&meta.l1, meta.header.l1_offset, &l1_dirty));
+        }
         let mut link = Writes::new();
         let header = meta.reftable_move.map(|table| {
             let words = meta.reftable.iter();
@@ -217,6 +235,7 @@ impl Work {
             l1_dirty,
             reftable_dirty,
             table_move: meta.reftable_move,
+            l1_header,
             new_tables: std::mem::take(&mut meta.new_tables),
             unlinked: std::mem::take(&mut meta.unlinked),
         }
@@ -236,7 +255,20 @@ impl Work {
                 tag,
             });
         }
+        if let Some(header) = self.l1_header {
+            let old = (meta.header.l1_offset, u64::from(meta.header.l1_entries) * 8);
+            meta.header.l1_offset = header.l1_offset;
+            meta.header.l1_entries = header.l1_entries;
+            meta.l1_move = None;
+            let tag = meta.shared.epochs.advance();
+            meta.released.push_back(Unlinked {
+                first: old.0 >> meta.geometry.cluster_bits,
+                count: meta.geometry.clusters(old.1),
+                tag,
+            });
+        }
         let clean = meta.pages.dirty() == 0
+            && meta.l1_move.is_none()
             && meta.l1_dirty.is_empty()
             && meta.reftable_dirty.is_empty()
             && meta.reftable_move.is_none()

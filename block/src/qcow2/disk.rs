@@ -8,10 +8,11 @@ use super::queue::Qcow2Queue;
 use super::slow::Slow;
 use crate::admit::Policy;
 use crate::crew::Crew;
-use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
+use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::events::{Events, Observer};
 use crate::jobs::JobQueue;
 use crate::options::{Aio, DiskOptions};
+use crate::qcow2::Preallocation;
 
 /// How many requests of one image are served by blocking calls at once.
 const SLOW_THREADS: usize = 16;
@@ -104,6 +105,18 @@ impl Disk for Qcow2Disk {
         let queue = Qcow2Queue::new(Arc::clone(&self.core), jobs)
             .map_err(|source| QueueError { depth, source })?;
         Ok(Box::new(queue))
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let from = self.core.image.disk_size();
+        if size < from {
+            return Err(ResizeError::Shrink { from, to: size }.into());
+        }
+        let unit = self.core.unit.max(SECTOR);
+        if !size.is_multiple_of(unit) {
+            return Err(ResizeError::Unit { size, unit }.into());
+        }
+        self.core.image.resize(size, Preallocation::Off)
     }
 
     fn high_water(&self) -> Option<u64> {

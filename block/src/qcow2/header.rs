@@ -485,11 +485,6 @@ impl Header {
         self.incompatible & DATA_FILE != 0
     }
 
-    /// Whether the data file alone is the disk.
-    pub(crate) fn has_raw_data_file(&self) -> bool {
-        self.has_data_file() && self.autoclear & RAW_DATA_FILE != 0
-    }
-
     /// The sizes that follow.
     pub(crate) fn geometry(&self) -> Geometry {
         Geometry {
@@ -593,6 +588,7 @@ impl Header {
     }
 
     /// Writes the place and the length of the snapshot table alone, in one write.
+    #[cfg(test)]
     pub(crate) fn store_snapshots(&self, storage: &dyn Storage) -> io::Result<()> {
         storage.write_at(&self.snapshots_field(), Self::SNAPSHOTS as u64)
     }

@@ -151,6 +151,16 @@ impl Qcow2 {
         self.backing.as_ref()
     }
 
+    /// Where its data is.
+    pub(crate) fn data(&self) -> &dyn Storage {
+        &*self.data
+    }
+
+    /// Whether the data file's bytes are the disk's, whatever the tables say.
+    pub(crate) fn has_raw_data(&self) -> bool {
+        self.raw_data
+    }
+
     /// Where its tables are.
     pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.storage
@@ -270,7 +280,7 @@ impl Qcow2 {
     }
 
     /// How far the backing file hides behind this image, in bytes.
-    fn backing_size(&self) -> u64 {
+    pub(crate) fn backing_size(&self) -> u64 {
         self.backing.as_ref().map_or(0, |b| b.image().size())
     }
 
@@ -451,6 +461,16 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Gives a range clusters of its own that read as zeros.
+    pub(crate) fn write_mapped_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_range(offset, len, None)
+    }
+
+    /// Writes zeros to part of one cluster, past the end of the disk too.
+    pub(crate) fn write_zeros_past_end(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_chunk(offset, len, None, || {})
+    }
+
     /// As [`Image::write`], for at most 2 MiB that do not cross a multiple of that; `planned` is called as soon as the
     /// bytes have a place, before they are written.
     ///
@@ -514,7 +534,7 @@ impl Qcow2 {
     }
 
     /// Clears whole units of a range in the mapping; `false` when the image cannot say that they are zeros.
-    fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<bool> {
+    pub(crate) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<bool> {
         let mut at = offset;
         let end = offset + len;
         while at < end {

@@ -73,6 +73,8 @@ pub(crate) struct Meta {
     pub reftable: Vec<u64>,
     pub reftable_dirty: BTreeSet<usize>,
     pub reftable_move: Option<TableMove>,
+    /// Where the L1 table is to be from the next checkpoint on: offset and entries.
+    pub l1_move: Option<(u64, u32)>,
     pub pages: Pages,
     /// L2 tables that no L1 entry on disk points to yet, with their L1 indices.
     pub new_tables: HashMap<u64, usize>,
@@ -146,6 +148,7 @@ impl Meta {
             reftable,
             reftable_dirty: BTreeSet::new(),
             reftable_move: None,
+            l1_move: None,
             pages: Pages::new(usize::try_from(page).unwrap_or(4096), cache),
             new_tables: HashMap::new(),
             metadata: HashSet::new(),

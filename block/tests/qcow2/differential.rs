@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::Image;
+use block::{Image, Preallocation};
 
 use crate::support::{Rng, open, qemu_img, qemu_io};
 
@@ -214,7 +214,7 @@ fn make(directory: &Path, shape: &Shape, rng: &mut Rng) -> Vec<u8> {
 
 fn sequence(seed: u64) {
     let mut rng = Rng::new(seed);
-    let shape = Shape::random(&mut rng);
+    let mut shape = Shape::random(&mut rng);
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     let mut model = make(directory, &shape, &mut rng);
@@ -228,6 +228,7 @@ fn sequence(seed: u64) {
         }
         verify(&image, &model);
         drop(image);
+        resize(directory, &path, &mut rng, &mut shape.size, &mut model);
         qemu_img(directory, &["check", "-q", "-f", "qcow2", "image"]);
         let ops: Vec<Op> = (0..rng.below(8))
             .map(|_| random_op(&mut rng, shape.size))
@@ -258,6 +259,38 @@ fn sequence(seed: u64) {
         directory,
         &["compare", "-q", "-f", "qcow2", "-F", "raw", "image", "flat"],
     );
+}
+
+/// Now and then another size, by us or by qemu-img.
+fn resize(directory: &Path, path: &Path, rng: &mut Rng, size: &mut u64, model: &mut Vec<u8>) {
+    if rng.below(3) != 0 {
+        return;
+    }
+    let grown = *size + (1 + rng.below(4000)) * SECTOR;
+    let to = if rng.below(3) == 0 {
+        (1 + rng.below(*size / SECTOR)) * SECTOR
+    } else {
+        grown
+    };
+    if rng.below(3) == 0 {
+        let text = to.to_string();
+        qemu_img(
+            directory,
+            &["resize", "-q", "--shrink", "-f", "qcow2", "image", &text],
+        );
+    } else {
+        let image = open(path);
+        let how = *rng.pick(&[Preallocation::Off, Preallocation::Metadata]);
+        match block::ops::resize(&*image, to, how) {
+            // A raw data file stays as long as it is.
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => return,
+            other => other.unwrap(),
+        }
+        assert_eq!(image.size(), to);
+    }
+    *size = to;
+    model.resize(to as usize, 0);
+    verify(&open(path), model);
 }
 
 fn number(name: &str, default: u64) -> u64 {

@@ -33,8 +33,12 @@ fn commit_moves_the_same_down() {
         let place = Place::new();
         let [ours, theirs] = twins(&place);
         let run = |directory: &str, program: &dyn Fn(&[&str]) -> crate::place::Said| {
-            let file = format!("{directory}/{image}");
-            let below = format!("{directory}/{base}");
+            // By their full names, as qemu-img finds a base in a chain by that alone.
+            let full = |name: &str| {
+                let path = place.path(&format!("{directory}/{name}"));
+                path.to_str().unwrap().to_owned()
+            };
+            let (file, below) = (full(image), full(base));
             let flags = if flags == ["-b"] {
                 vec!["-b", &below]
             } else {

@@ -29,8 +29,8 @@ fn setting(name: &str, default: u64) -> u64 {
 }
 
 /// Images each on the one before, as (name, format, size in bytes).
-fn chain(place: &Place, rng: &mut Rng) -> Vec<Made> {
-    let mut images: Vec<Made> = Vec::new();
+fn chain(place: &Place, rng: &mut Rng) -> Vec<(String, &'static str, u64)> {
+    let mut images: Vec<(String, &'static str, u64)> = Vec::new();
     for depth in 0..=rng.below(4) {
         let name = format!("image{depth}");
         let size = (1 + rng.below(40)) << 19;
@@ -78,29 +78,8 @@ fn chain(place: &Place, rng: &mut Rng) -> Vec<Made> {
     images
 }
 
-/// An image as `chain` made it.
-type Made = (String, &'static str, u64);
-
-/// That an image holds what `wanted` does, and is sound.
-#[track_caller]
-fn holds(place: &Place, seed: u64, name: &str, format: &str) {
-    let same = place.qemu(&["compare", "-f", "raw", "-F", format, "wanted", name]);
-    assert_eq!(same.code, 0, "seed {seed}: {name}: {same:?}");
-    let sound = place.qemu(&["check", "-q", "-f", format, name]);
-    assert!(
-        sound.code == 0 || format == "raw",
-        "seed {seed}: {name}: {sound:?}"
-    );
-}
-
-fn run(seed: u64) {
-    let place = Place::new();
-    let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let images = chain(&place, &mut rng);
-    let (top, format, _) = images.last().unwrap();
-    place
-        .qemu(&["convert", "-f", format, "-O", "raw", top, "wanted"])
-        .done();
+/// Copies in several formats hold what the original does.
+fn converted(place: &Place, rng: &mut Rng, top: &str, format: &str, holds: &dyn Fn(&str, &str)) {
     let options = rng.pick(&[
         "cluster_size=512",
         "cluster_size=2M",
@@ -124,20 +103,34 @@ fn run(seed: u64) {
         let arguments = [
             &["convert", "-f", format, "-O", target],
             flags,
-            &[&**top, "copy"],
+            &[top, "copy"],
         ]
         .concat();
         place.vireo(&arguments).done();
-        holds(&place, seed, "copy", target);
+        holds("copy", target);
         fs::remove_file(place.path("copy")).unwrap();
-    }
-    if images.len() > 1 {
-        run_overlay(&place, seed, &mut rng, &images);
     }
 }
 
-fn run_overlay(place: &Place, seed: u64, rng: &mut Rng, images: &[Made]) {
-    let [.., (base, base_format, base_size), (top, _, size)] = images else {
+fn run(seed: u64) {
+    let place = Place::new();
+    let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let images = chain(&place, &mut rng);
+    let (top, format, size) = images.last().unwrap();
+    place
+        .qemu(&["convert", "-f", format, "-O", "raw", top, "wanted"])
+        .done();
+    let holds = |name: &str, format: &str| {
+        let same = place.qemu(&["compare", "-f", "raw", "-F", format, "wanted", name]);
+        assert_eq!(same.code, 0, "seed {seed}: {name}: {same:?}");
+        let sound = place.qemu(&["check", "-q", "-f", format, name]);
+        assert!(
+            sound.code == 0 || format == "raw",
+            "seed {seed}: {name}: {sound:?}"
+        );
+    };
+    converted(&place, &mut rng, top, format, &holds);
+    let [.., (base, base_format, base_size), _] = &images[..] else {
         return;
     };
     let arguments = [
@@ -152,21 +145,22 @@ fn run_overlay(place: &Place, seed: u64, rng: &mut Rng, images: &[Made]) {
         "copy",
     ];
     place.vireo(&arguments).done();
-    holds(place, seed, "copy", "qcow2");
-    let below: Vec<&Made> = images.iter().take(images.len() - 1).collect();
+    holds("copy", "qcow2");
+    let below: Vec<&(String, &str, u64)> = images.iter().take(images.len() - 1).collect();
     let (other, other_format, _) = rng.pick(&below);
     for flags in [&["-b", ""][..], &["-b", other, "-F", other_format]] {
         fs::copy(place.path(top), place.path("moved")).unwrap();
         place
             .vireo(&[&["rebase"], flags, &["moved"]].concat())
             .done();
-        holds(place, seed, "moved", "qcow2");
+        holds("moved", "qcow2");
     }
     if *base_format == "raw" || base_size >= size {
         place.vireo(&["commit", top]).done();
-        holds(place, seed, top, "qcow2");
+        holds(top, "qcow2");
+        place.qemu(&["check", "-q", "-f", base_format, base]);
         if base_size <= size {
-            holds(place, seed, base, base_format);
+            holds(base, base_format);
         }
     }
 }

@@ -77,7 +77,7 @@ fn the_fields_are_what_was_asked_of_qemu() {
     assert!(v3.geometry().extended);
     let raw = made(&bench, "data_file=data,data_file_raw=on");
     assert_eq!(raw.data_file.as_deref(), Some("data".as_ref()));
-    assert!(raw.has_raw_data_file());
+    assert!(raw.autoclear & RAW_DATA_FILE != 0);
     made(&bench, "compat=1.1");
     bench.line("qemu-img bitmap --add image b0");
     let bitmaps = Header::load(&bench.storage("image")).unwrap();

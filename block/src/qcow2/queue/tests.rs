@@ -607,6 +607,11 @@ fn contend(
         }
         for writer in writers {
             let writer = writer.join().unwrap();
+            let known = writer.model.iter().flatten().count();
+            assert!(
+                known > writer.model.len() / 2,
+                "hardly anything was written"
+            );
             for (block, byte) in writer.model.iter().enumerate() {
                 let mut bytes = [0; 4096];
                 image.read(writer.offset(block), &mut bytes).unwrap();
@@ -699,6 +704,7 @@ fn many_queues_on_a_failing_storage_keep_what_they_were_told_is_written() {
         let (disk, image, storage) = scripted(&blank, aio, script);
         contend(&disk, &*image, 16 << 20, 60, true, &|_| 0);
         calm.store(true, Ordering::Relaxed);
+        assert!(!image.is_corrupt(), "a failure is no corruption");
         image.flush().unwrap();
         audit(&image);
         drop((disk, image));
