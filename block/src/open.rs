@@ -18,6 +18,9 @@ use crate::options::{Discard, DiskOptions, Format};
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
+use crate::qcow2::repair::repair;
+use crate::qcow2::snapshot::look_at;
+use crate::qcow2::{Finding, Repair};
 use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 
@@ -56,6 +59,9 @@ pub struct ImageOptions {
     /// disks of machines.
     #[serde(skip)]
     pub any_size: bool,
+    /// A qcow2 image is opened as this internal snapshot has it, by ID or name: read-only, whatever else is said.
+    #[serde(skip)]
+    pub snapshot: Option<String>,
 }
 
 /// An opened image.
@@ -188,8 +194,14 @@ impl Chain<'_> {
     }
 
     fn qcow2(&self, path: &Path, write: bool, depth: usize) -> Result<Arc<Qcow2>, OpenError> {
+        let snapshot = self.options.snapshot.as_deref().filter(|_| depth == 0);
+        let write = write && snapshot.is_none();
         let storage = self.storage(path, write)?;
         let mut header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
+        if let Some(snapshot) = snapshot {
+            look_at(&mut header, &*storage, snapshot)
+                .map_err(|error| unusable(path, "qcow2", error))?;
+        }
         let geometry = header.geometry();
         let unit = u64::from(storage.alignment());
         if geometry.cluster() < unit {
@@ -308,6 +320,17 @@ pub(crate) fn prepare(
         return Err(OpenError::Corrupt {
             path: path.to_owned(),
         });
+    }
+    if header.incompatible & header::DIRTY != 0 {
+        tracing::info!(path = %path.display(), "the image was not closed properly: repairing its refcounts");
+        let mut sink = |finding: Finding| tracing::debug!(message = finding.message, "repair");
+        let report = repair(storage, Repair::All, &mut sink)
+            .map_err(|error| unusable(path, "qcow2", error))?;
+        if report.corruptions != 0 || report.check_errors != 0 {
+            let why = "it was not closed properly, and could not be repaired in full: see what a check of it says";
+            return Err(unusable(path, "qcow2", why));
+        }
+        *header = Header::load(storage).map_err(|error| unusable(path, "qcow2", error))?;
     }
     let unknown = header.autoclear & !header::AUTOCLEAR_KNOWN;
     if unknown != 0 {

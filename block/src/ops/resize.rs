@@ -18,7 +18,10 @@ pub fn resize(image: &dyn Image, size: u64, preallocation: Preallocation) -> io:
         .ok_or(io::ErrorKind::InvalidInput)?;
     match image.as_raw() {
         Some(raw) => raw.resize(size, preallocation),
-        None => Err(io::ErrorKind::Unsupported.into()),
+        None => match image.as_qcow2() {
+            Some(qcow2) => Ok(qcow2.resize(size, preallocation)?),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        },
     }
 }
 

@@ -34,6 +34,8 @@ struct Work {
     /// A header that points to a new refcount table.
     header: Option<Header>,
     late: Writes,
+    /// The header, if the one on disk may be another.
+    restore: Option<Header>,
     pages: (BTreeSet<u64>, BTreeSet<u64>),
     l1_dirty: BTreeSet<usize>,
     reftable_dirty: BTreeSet<usize>,
@@ -56,6 +58,32 @@ struct GateState {
     done: u64,
     /// The error number of the last one.
     failure: Option<i32>,
+}
+
+/// Keeps checkpoints out.
+#[derive(Debug)]
+pub(crate) struct Turn<'a>(&'a Gate);
+
+impl Gate {
+    /// Waits until no checkpoint runs; none runs until the result is dropped.
+    pub(crate) fn turn(&self) -> Turn<'_> {
+        let mut state = lock(&self.state);
+        while state.running {
+            state = self
+                .ended
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.running = true;
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).running = false;
+        self.0.ended.notify_all();
+    }
 }
 
 impl Qcow2 {
@@ -98,6 +126,25 @@ impl Qcow2 {
         result
     }
 
+    /// As [`Qcow2::checkpoint`], under the lock and with the [`Turn`] held.
+    pub(crate) fn commit_held(&self, meta: &mut Meta) -> io::Result<()> {
+        meta.writable()?;
+        let work = Work::collect(meta);
+        match self.write_out(&work) {
+            Ok(()) => work.succeed(meta),
+            Err(error) => {
+                work.fail(meta);
+                return Err(error);
+            }
+        }
+        let ready = meta.take_released(usize::MAX);
+        if self.punches() {
+            let parts = sole_parts(meta, &ready)?;
+            self.punch(&parts);
+        }
+        ready.into_iter().try_for_each(|run| meta.settle(run))
+    }
+
     fn commit(&self) -> io::Result<()> {
         let work = {
             let mut meta = self.lock();
@@ -107,7 +154,7 @@ impl Qcow2 {
         let written = self.write_out(&work);
         let mut meta = self.lock();
         match written {
-            Ok(()) => work.succeed(&mut meta)?,
+            Ok(()) => work.succeed(&mut meta),
             Err(error) => {
                 work.fail(&mut meta);
                 return Err(error);
@@ -123,6 +170,11 @@ impl Qcow2 {
                 .iter()
                 .try_for_each(|(at, bytes)| storage.write_at(bytes, *at))
         };
+        if let Some(header) = &work.restore {
+            // Before anything is counted or written that the other one does not know.
+            header.store(storage)?;
+            self.sync_tables()?;
+        }
         stage(&work.early)?;
         self.reach(work.end)?;
         self.sync_data()?;
@@ -161,19 +213,9 @@ impl Qcow2 {
             return Ok(());
         }
         if self.punches() {
-            let mut parts = Vec::new();
-            for run in &ready {
-                parts.extend(meta.sole(*run)?);
-            }
+            let parts = sole_parts(&mut meta, &ready)?;
             drop(meta);
-            let size = self.geometry().cluster();
-            for (first, count) in parts {
-                // The clusters are still counted, so nobody else can have them. Space that is not given
-                // back is no reason to fail.
-                if let Err(error) = self.storage().discard(first * size, count * size) {
-                    tracing::debug!(%error, "a freed range was not given back");
-                }
-            }
+            self.punch(&parts);
             meta = self.lock();
         }
         for run in ready {
@@ -181,6 +223,26 @@ impl Qcow2 {
         }
         Ok(())
     }
+
+    /// Makes clusters holes that are still counted, so that nobody else can have them.
+    fn punch(&self, parts: &[(u64, u64)]) {
+        let size = self.geometry().cluster();
+        for (first, count) in parts {
+            // Space that is not given back is no reason to fail.
+            if let Err(error) = self.storage().discard(first * size, count * size) {
+                tracing::debug!(%error, "a freed range was not given back");
+            }
+        }
+    }
+}
+
+/// What of some runs nothing but the runs' own references keeps in use.
+fn sole_parts(meta: &mut Meta, runs: &[Unlinked]) -> io::Result<Vec<(u64, u64)>> {
+    let mut parts = Vec::new();
+    for run in runs {
+        parts.extend(meta.sole(*run)?);
+    }
+    Ok(parts)
 }
 
 fn lock(state: &Mutex<GateState>) -> MutexGuard<'_, GateState> {
@@ -213,6 +275,7 @@ impl Work {
             link,
             header,
             late,
+            restore: meta.stale.then(|| meta.header.clone()),
             pages,
             l1_dirty,
             reftable_dirty,
@@ -222,8 +285,11 @@ impl Work {
         }
     }
 
-    fn succeed(self, meta: &mut Meta) -> io::Result<()> {
+    fn succeed(self, meta: &mut Meta) {
         meta.pages.written(None);
+        if self.restore.is_some() {
+            meta.stale = false;
+        }
         meta.released.extend(self.unlinked);
         if let Some(table) = self.table_move {
             meta.header.reftable_offset = table.to.0;
@@ -244,7 +310,6 @@ impl Work {
         if clean {
             meta.shared.dirty.store(false, Ordering::Release);
         }
-        Ok(())
     }
 
     fn fail(self, meta: &mut Meta) {

@@ -3,12 +3,13 @@
 use std::io;
 use std::sync::Arc;
 
+use super::create::Preallocation;
 use super::image::Qcow2;
 use super::queue::Qcow2Queue;
 use super::slow::Slow;
 use crate::admit::Policy;
 use crate::crew::Crew;
-use crate::disk::{Disk, DiskInfo, IoQueue, QueueError};
+use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::events::{Events, Observer};
 use crate::jobs::JobQueue;
 use crate::options::{Aio, DiskOptions};
@@ -104,6 +105,21 @@ impl Disk for Qcow2Disk {
         let queue = Qcow2Queue::new(Arc::clone(&self.core), jobs)
             .map_err(|source| QueueError { depth, source })?;
         Ok(Box::new(queue))
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let (from, unit) = (self.core.size(), self.core.unit.max(SECTOR));
+        if self.core.policy.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        if !size.is_multiple_of(unit) {
+            return Err(ResizeError::Unit { size, unit }.into());
+        }
+        if size < from {
+            return Err(ResizeError::Shrink { from, to: size }.into());
+        }
+        self.core.image.resize(size, Preallocation::Off)?;
+        Ok(())
     }
 
     fn high_water(&self) -> Option<u64> {

@@ -3,11 +3,13 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 mod allocate;
+mod bitmap;
 pub(crate) mod bitmap_table;
 pub(crate) mod check;
 mod checkpoint;
 mod compress;
 pub(crate) mod create;
+mod dirty;
 pub(crate) mod disk;
 pub(crate) mod entry;
 mod epoch;
@@ -25,10 +27,15 @@ mod queue;
 pub(crate) mod refblock;
 mod refcount;
 pub(crate) mod repair;
+mod reserved;
+mod resize;
+mod session;
 mod slow;
+pub(crate) mod snapshot;
 pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
+mod tree;
 pub(crate) mod write;
 mod zero;
 
@@ -40,16 +47,5 @@ pub use create::{CreateError, CreateOptions, Preallocation};
 pub use header::Compression;
 pub use image::Qcow2;
 pub use repair::Repair;
-
-/// Where an image's snapshots and bitmaps have their metadata, as (offset, length) in bytes.
-///
-/// # Errors
-///
-/// The host's.
-fn snapshot_metadata(
-    header: &header::Header,
-    storage: &dyn crate::storage::Storage,
-) -> std::io::Result<Vec<(u64, u64)>> {
-    let _ = (header, storage);
-    Ok(Vec::new())
-}
+pub use session::ChangeError;
+pub use snapshot::NewSnapshot;
