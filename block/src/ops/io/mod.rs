@@ -357,7 +357,7 @@ impl<'a> Session<'a> {
 
     fn truncate(&mut self, arguments: &[&str]) -> Result<(), Failed> {
         let size = number(arguments.first().copied().unwrap_or_default())?;
-        resize::resize(self.image, size, Preallocation::Off)
+        resize(self.image, size, Preallocation::Off)
             .map_err(|error| Failed::Wrong(format!("truncate failed: {}", reason(&error))))
     }
 
