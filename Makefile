@@ -17,13 +17,16 @@ IGNORED := -- --ignored
 endif
 CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 
-.PHONY: help run build guests setup setup-full test test-full bench lint clean
+SECONDS ?= 60
+
+.PHONY: fuzz help run build guests setup setup-full test test-full bench lint clean
 
 help:
 	@echo 'make run        boot a Debian kernel to a shell; without a terminal, show the guest and power off'
 	@echo 'make test       unit tests, small guests, bad input, stock kernels (minutes)'
 	@echo 'make test-full  the long cases, after make test'
 	@echo 'make bench      measure against QEMU'
+	@echo 'make fuzz       any bytes as an image, for SECONDS=60; wants a C++ compiler'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
 	@echo 'make guests     the small guest programs: target/guests'
@@ -33,6 +36,9 @@ help:
 	@echo 'TESTBED_ONLY=TEXT make test    the guests alone whose case holds TEXT'
 	@echo 'TESTBED_GROUND=nested          not on the own /dev/kvm; or direct'
 	@echo 'VIREO=PATH                     another build of the program'
+
+fuzz:
+	@block/fuzz/run image $(SECONDS)
 
 setup:
 	@tests/setup

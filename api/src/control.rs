@@ -29,6 +29,17 @@ pub enum VmState {
     Stopped,
 }
 
+/// Why a machine is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseReason {
+    /// A command. It stays paused until a command resumes it.
+    Command,
+    /// A disk's request failed and waits. It is done again when the machine
+    /// is resumed, and the machine is paused again if that fails.
+    DiskError,
+}
+
 /// What can be asked of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -43,7 +54,7 @@ pub enum Command {
     PowerButton,
     /// Restart the guest in place, as the reset button would.
     Reset,
-    /// Make a running machine's disk larger and tell the guest.
+    /// Make the disk of a running or paused machine larger and tell the guest.
     ResizeDisk {
         /// The device's id.
         id: String,
@@ -63,7 +74,12 @@ pub enum Reply {
     /// It has been done.
     Done,
     /// The state now.
-    State(VmState),
+    State {
+        /// It.
+        state: VmState,
+        /// Why, while it is [`VmState::Paused`].
+        pause: Option<PauseReason>,
+    },
 }
 
 /// Why a command was not carried out.

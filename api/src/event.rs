@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::VmState;
+use crate::{PauseReason, VmState};
 
 /// Why a machine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +23,18 @@ pub enum ExitReason {
     Unresponsive,
 }
 
+/// What is done about a disk's request that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskErrorAction {
+    /// The guest is told.
+    Report,
+    /// The guest is told that all is well.
+    Ignore,
+    /// The machine is paused; the request is done again when it is resumed.
+    Stop,
+}
+
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
@@ -31,6 +43,9 @@ pub enum EventKind {
     State {
         /// The new state.
         state: VmState,
+        /// Why, while it is [`VmState::Paused`]. A change of the reason alone is told too.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pause: Option<PauseReason>,
     },
     /// The guest asked for a reset; it is restarted in place.
     GuestReset,
@@ -45,18 +60,28 @@ pub enum EventKind {
         /// What the driver or back end did.
         reason: String,
     },
-    /// A request to a disk failed at the host.
+    /// A request to a disk failed at the host. Of many not every one is told.
     DiskError {
         /// The device's id.
         id: String,
-        /// What was tried.
+        /// What was tried: `read`, `write`, `flush`, `discard` or `write-zeroes`.
         operation: String,
+        /// Where on the disk, in bytes; absent for a flush.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
         /// The host's reason.
         reason: String,
         /// The reason is that the host has no space left.
         no_space: bool,
-        /// The machine is paused because of it; the request is tried again on resume.
-        stopped: bool,
+        /// What is done about it.
+        action: DiskErrorAction,
+    },
+    /// A disk has been given another size, and the guest been told.
+    DiskResized {
+        /// The device's id.
+        id: String,
+        /// Its size in bytes.
+        size: u64,
     },
     /// A write has gone past the threshold set on a disk, which is disarmed by that.
     DiskWriteThreshold {

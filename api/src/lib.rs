@@ -7,5 +7,5 @@
 mod control;
 mod event;
 
-pub use control::{Command, Control, ControlError, Reply, VmState};
-pub use event::{Event, EventKind, ExitReason};
+pub use control::{Command, Control, ControlError, PauseReason, Reply, VmState};
+pub use event::{DiskErrorAction, Event, EventKind, ExitReason};

@@ -45,6 +45,7 @@ pub mod ops;
 mod options;
 mod qcow2;
 mod queue;
+mod queued;
 mod raw;
 mod storage;
 #[cfg(test)]
@@ -64,4 +65,5 @@ pub use qcow2::{
     ChangeError, CheckReport, Compression, CreateError, CreateOptions, Finding, NewSnapshot,
     Preallocation, Qcow2, Repair, Severity,
 };
+pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};

@@ -18,6 +18,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use libc::{c_int, c_short};
 
@@ -73,11 +74,33 @@ pub(crate) enum LockError {
     },
 }
 
+/// How long a holder is given to go away, in all.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// Takes the locks for `intent`; on failure none are left.
 ///
 /// They last until [`release`] or until the last descriptor of the opened file
 /// is closed.
+///
+/// The kernel keeps the files of a process that was killed until it has ended what the process
+/// had under way in its rings, and their locks with them: rightly, for those writes still reach
+/// the file. So a conflict is looked at again for a moment before it is one.
 pub(crate) fn acquire(file: &File, intent: Intent) -> Result<(), LockError> {
+    let mut waited = Duration::ZERO;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match attempt(file, intent) {
+            Err(LockError::Held { .. }) if waited < PATIENCE => {
+                std::thread::sleep(pause);
+                waited += pause;
+                pause *= 2;
+            }
+            other => return other,
+        }
+    }
+}
+
+fn attempt(file: &File, intent: Intent) -> Result<(), LockError> {
     let result = take(file, intent).and_then(|()| look(file, intent));
     if result.is_err() {
         release(file);

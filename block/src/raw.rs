@@ -250,6 +250,11 @@ impl RawDisk {
         })
     }
 
+    /// The opened file.
+    pub(crate) fn file(&self) -> Arc<HostFile> {
+        Arc::clone(&self.file)
+    }
+
     /// As if a flush had failed.
     #[cfg(test)]
     pub(crate) fn lose_data(&self) {

@@ -1,6 +1,6 @@
 /*
  * blk: a virtio-blk driver with several jobs, by the command line: verify,
- * bench=…, irq, irq-cpl3, hostile. Without one, it prints what the device is.
+ * bench=…, irq, irq-cpl3, grow, hostile. Without one, it prints what the device is.
  */
 #include "runtime/apic.h"
 #include "runtime/blkdev.h"
@@ -151,6 +151,31 @@ static void irq_set_up(void)
     blk_start((unsigned)number_word("queues", 1), 64, 3, blk_wanted(), true);
 }
 
+/* --- grow --------------------------------------------------------------- */
+
+/* Waits, halted, for the interrupt that tells of a larger disk, and uses its last sector. */
+static void grow(void)
+{
+    uint8_t *buffer = allocate(SECTOR, 4096);
+    uint64_t config = blk.device.config, sectors;
+    uint8_t past_end;
+
+    apic_enable();
+    on_interrupt(VECTOR_MSI, count_interrupt);
+    pci_msix_set(blk.device.slot, 0, msi_address(), MSI_DATA(VECTOR_MSI));
+    blk_start(1, 64, 3, blk_wanted(), false);
+    virtio_config_vector(&blk.device, 0);
+    past_end = blk_do(BLK_IN, blk.sectors, buffer, SECTOR);
+    print("sectors=%lu past-end=%u\ngrow=ready\n", blk.sectors, past_end);
+    while (!interrupts)
+        wait_for_interrupt();
+    sectors = read64(config + BLK_CONFIG_CAPACITY);
+    memset(buffer, 0xA5, SECTOR);
+    past_end = blk_do(BLK_OUT, sectors, buffer, SECTOR);
+    print("grown-to=%lu write-last=%u write-past-end=%u\n", sectors,
+          blk_do(BLK_OUT, sectors - 1, buffer, SECTOR), past_end);
+}
+
 void main(void)
 {
     const char *op = text_word("bench");
@@ -164,6 +189,10 @@ void main(void)
         if (has_word("irq-cpl3"))
             to_cpl3(irq_requests, true);
         irq_requests();
+        return;
+    }
+    if (has_word("grow")) {
+        grow();
         return;
     }
     blk_start(1, 256, 3, BLK_F_ALL, false);

@@ -12,6 +12,7 @@
 
 static uint8_t *buffer[DEPTH];
 static uint8_t *version; /* of each block of the disk: part of its pattern */
+static uint64_t first; /* sector of the disk where all this begins */
 static uint64_t chunks, seed;
 static uint64_t busy_with[DEPTH];
 static unsigned errors;
@@ -86,7 +87,7 @@ static void start_chunk(unsigned slot, uint32_t type, uint64_t n)
     else
         memset(buffer[slot], 0xEE, CHUNK);
     count = cut(buffer[slot], CHUNK, segments);
-    blk_submit(slot, type, offset / SECTOR, segments, count);
+    blk_submit(slot, type, first + offset / SECTOR, segments, count);
 }
 
 static void all_chunks(uint32_t type)
@@ -129,7 +130,7 @@ static void overwrite_some(void)
 
         version[block]++;
         fill(buffer[0], block * BLOCK, BLOCK);
-        if (blk_do(BLK_OUT, block * (BLOCK / SECTOR), buffer[0], BLOCK) != BLK_OK)
+        if (blk_do(BLK_OUT, first + block * (BLOCK / SECTOR), buffer[0], BLOCK) != BLK_OK)
             complain("overwrite", block * (BLOCK / SECTOR), blk.status[0]);
     }
     print("overwritten=%lu errors=%u\n", count, errors);
@@ -140,7 +141,7 @@ static const char *reads_as(uint64_t chunk)
 {
     bool zero = true, kept = true;
 
-    if (blk_do(BLK_IN, chunk * (CHUNK / SECTOR), buffer[0], CHUNK) != BLK_OK)
+    if (blk_do(BLK_IN, first + chunk * (CHUNK / SECTOR), buffer[0], CHUNK) != BLK_OK)
         return "error";
     for (uint32_t i = 0; i < CHUNK; i += 8) {
         uint64_t word = *(uint64_t *)(buffer[0] + i);
@@ -155,7 +156,7 @@ static const char *reads_as(uint64_t chunk)
 static void range_request(const char *name, uint32_t type, uint32_t flags)
 {
     uint64_t chunk = chunks / 2;
-    struct blk_range range = { chunk * (CHUNK / SECTOR), CHUNK / SECTOR, flags };
+    struct blk_range range = { first + chunk * (CHUNK / SECTOR), CHUNK / SECTOR, flags };
     uint8_t status = blk_do(type, 0, &range, sizeof(range));
     const char *here = reads_as(chunk);
 
@@ -166,7 +167,7 @@ static void range_request(const char *name, uint32_t type, uint32_t flags)
     range.sector = blk.sectors;
     print("%s-past-end=%u\n", name, blk_do(type, 0, &range, sizeof(range)));
     fill(buffer[0], chunk * CHUNK, CHUNK);
-    blk_do(BLK_OUT, chunk * (CHUNK / SECTOR), buffer[0], CHUNK);
+    blk_do(BLK_OUT, first + chunk * (CHUNK / SECTOR), buffer[0], CHUNK);
 }
 
 /* Requests that must fail without harm; the numbers are status bytes. */
@@ -200,7 +201,10 @@ void blk_verify(void)
     seed = number_word("seed", 1);
     blk_start((unsigned)number_word("queues", 1), 256, STRIDE,
               blk_wanted(), false);
-    chunks = blk.sectors * SECTOR / CHUNK;
+    first = number_word("first", 0);
+    if (first >= blk.sectors)
+        fail("first is past the end of the disk");
+    chunks = (blk.sectors - first) * SECTOR / CHUNK;
     if (chunks > mib * 16)
         chunks = mib * 16;
     if (!chunks)

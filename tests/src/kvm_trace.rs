@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 /// Where L1's init mounts the kernel's tracing.
@@ -34,6 +35,12 @@ const PAGE_FAULT: u64 = 0x8000_0B0E;
 const FETCH: u64 = 1 << 4;
 /// How many lines are told.
 const TOLD: usize = 80;
+/// L1's symbols with their addresses; only root sees these.
+const SYMBOLS: &str = "/proc/kallsyms";
+/// The function of L1's kernel that holds its VMRUN.
+const ENTRY: &str = "__svm_vcpu_run";
+/// What stands before the range of [`ENTRY`] in a trace.
+const ENTRY_IS: &str = "L1's VMRUN is in ";
 
 /// Begins to keep what KVM sees.
 ///
@@ -64,27 +71,63 @@ pub fn clear() -> io::Result<()> {
 /// [`start`] has not been called.
 pub fn last() -> io::Result<String> {
     let text = fs::read_to_string(Path::new(TRACING).join("trace"))?;
-    Ok(end_of(&text, TOLD))
+    let entry = function_in(&fs::read_to_string(SYMBOLS)?, ENTRY)
+        .map(|range| format!("{ENTRY_IS}{:#x}..{:#x}\n", range.start, range.end))
+        .unwrap_or_default();
+    Ok(entry + &end_of(&text, TOLD))
 }
 
-/// Whether `trace`, from [`last`], ends in the way in which the emulated
-/// processor loses guests: it enters a guest with page tables that are not the
-/// guest's (those of L1: a guest that spins is then seen at the instruction
-/// behind L1's own VMRUN), and the fetch of the first instruction, which ran a
-/// moment ago, is a page fault that no handler can be fetched for.
+/// Where `name` lies by `symbols`, the lines of `/proc/kallsyms`: up to the next symbol's address.
+fn function_in(symbols: &str, name: &str) -> Option<Range<u64>> {
+    let addresses = || {
+        symbols.lines().filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let address = u64::from_str_radix(words.next()?, 16).ok()?;
+            Some((address, words.nth(1)?))
+        })
+    };
+    let (start, _) = addresses().find(|&(address, symbol)| address != 0 && symbol == name)?;
+    let end = addresses()
+        .map(|(address, _)| address)
+        .filter(|&next| next > start)
+        .min()?;
+    Some(start..end)
+}
+
+/// Whether `trace`, from [`last`], ends in a way in which the emulated processor
+/// loses guests: it leaves state of L1 in the guest's control block, and the guest
+/// shuts down for want of anything it knows. Two marks prove it:
+///
+/// - the guest is at an address inside L1's own VMRUN function, which it has no
+///   means of knowing, or
+/// - it has its own instruction pointer but L1's page tables: the fetch of an
+///   instruction, which ran a moment ago, is a page fault that no handler can be
+///   fetched for.
 #[must_use]
-pub fn lost_its_page_tables(trace: &str) -> bool {
+pub fn lost_to_the_emulator(trace: &str) -> bool {
     let Some(exit) = trace.lines().rfind(|line| line.contains("reason shutdown")) else {
         return false;
     };
     let field = |name: &str| {
         let (_, rest) = exit.split_once(name)?;
-        let word = rest.split_whitespace().next()?;
-        u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()
+        number(rest.split_whitespace().next()?)
     };
+    let entry = trace.lines().find_map(|line| {
+        let (start, end) = line.split_once(ENTRY_IS)?.1.split_once("..")?;
+        Some(number(start)?..number(end.trim())?)
+    });
+    let has_its_pointer = entry
+        .zip(field(" rip "))
+        .is_some_and(|(entry, at)| entry.contains(&at));
     // What was being delivered (AMD APM volume 2, 15.7.2), and its error code.
-    field(" intr_info ") == Some(PAGE_FAULT)
-        && field(" error_code ").is_some_and(|code| code & FETCH != 0)
+    let has_its_page_tables = field(" intr_info ") == Some(PAGE_FAULT)
+        && field(" error_code ").is_some_and(|code| code & FETCH != 0);
+    has_its_pointer || has_its_page_tables
+}
+
+/// A hexadecimal number.
+fn number(word: &str) -> Option<u64> {
+    u64::from_str_radix(word.trim_start_matches("0x"), 16).ok()
 }
 
 /// The last `count` events, where a round of events that a guest in a loop
@@ -126,13 +169,38 @@ mod tests {
                  v 0.3: kvm_userspace_exit: reason KVM_EXIT_SHUTDOWN (8)\n"
             )
         };
-        let judge = |reason, delivered, code| lost_its_page_tables(&trace(reason, delivered, code));
+        let judge = |reason, delivered, code| lost_to_the_emulator(&trace(reason, delivered, code));
         assert!(judge("shutdown", "0x80000b0e", "0x00000010"));
         assert!(!judge("shutdown", "0x80000b0e", "0x00000002"));
         assert!(!judge("shutdown", "0x80000b0d", "0x00000010"));
         assert!(!judge("shutdown", "0x00000000", "0x00000000"));
         assert!(!judge("npf", "0x80000b0e", "0x00000010"));
-        assert!(!lost_its_page_tables(""));
+        assert!(!lost_to_the_emulator(""));
+    }
+
+    #[test]
+    fn a_shutdown_inside_the_vmrun_of_l1_is_the_emulators() {
+        let symbols = "ffffffffc06a5500 t svm_pre\t[kvm_amd]\n\
+                       ffffffffc06a5640 t svm_post\t[kvm_amd]\n\
+                       ffffffffc06a5580 t __svm_vcpu_run\t[kvm_amd]\n";
+        let range = function_in(symbols, ENTRY).unwrap();
+        assert_eq!(range, 0xffff_ffff_c06a_5580..0xffff_ffff_c06a_5640);
+        assert_eq!(function_in(symbols, "svm_vcpu"), None);
+        assert_eq!(
+            function_in("0000000000000000 t __svm_vcpu_run\n", ENTRY),
+            None
+        );
+
+        let trace = |head: &str, rip: &str| {
+            format!(
+                "{head}v 0.2: kvm_exit: vcpu 0 reason shutdown rip {rip} info1 0x0 info2 0x0 \
+                 intr_info 0x800000ec error_code 0x0\n"
+            )
+        };
+        let head = format!("{ENTRY_IS}{:#x}..{:#x}\n", range.start, range.end);
+        assert!(lost_to_the_emulator(&trace(&head, "0xffffffffc06a55b0")));
+        assert!(!lost_to_the_emulator(&trace(&head, "0xffffffffc06a5640")));
+        assert!(!lost_to_the_emulator(&trace("", "0xffffffffc06a55b0")));
     }
 
     #[test]

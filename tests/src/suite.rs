@@ -2,10 +2,10 @@
 //!
 //! - A failed demand is final. A case that the emulator lost (L1 ended, fell silent
 //!   or its kernel failed, or the guest did not end in time) is run again in a new
-//!   boot, at most twice; how often is printed at the end. So is the first case of a
-//!   class whose guest shuts down unasked, when KVM's trace shows the emulator's way
-//!   of doing that ([`kvm_trace::lost_its_page_tables`]); it is so rare that a second
-//!   one is a failure. What was seen of a lost case stays in its own log. Direct runs
+//!   boot, at most twice; how often is printed at the end. So is a case
+//!   whose guest shuts down unasked, when KVM's trace proves the emulator to have
+//!   done it ([`kvm_trace::lost_to_the_emulator`]); it is so rare that a third one
+//!   in a class is a failure. What was seen of a lost case stays in its own log. Direct runs
 //!   are never repeated.
 //! - Each class leaves a note on where it ran, from which [`ledger`] tells CI
 //!   whether one ran nowhere.
@@ -28,7 +28,7 @@ use crate::{kit, kvm_trace, nested, places, probe, runner};
 /// How often a case that the emulator lost is run again.
 const REPEATS: u32 = 2;
 /// How many cases of a class may be taken for lost because the guest's processor shut down.
-const SHUT_DOWNS: u32 = 1;
+const SHUT_DOWNS: u32 = 2;
 /// How many lines of what a lost case left behind are printed.
 const TRACES: usize = 15;
 /// L1's memory in MiB; the largest guest has 3.5 GiB of which it touches little.
@@ -339,7 +339,7 @@ fn loss(outcome: &Outcome, oops: Option<&str>, shut_downs: u32) -> Option<String
         Verdict::Pass => None,
         Verdict::Hung(why) => Some(why.clone()),
         Verdict::ShutDown(complaints)
-            if shut_downs < SHUT_DOWNS && kvm_trace::lost_its_page_tables(&outcome.errors) =>
+            if shut_downs < SHUT_DOWNS && kvm_trace::lost_to_the_emulator(&outcome.errors) =>
         {
             Some(complaints.join("; "))
         }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
@@ -207,6 +208,18 @@ impl Driver {
 
     pub fn kick(&self) {
         self.doorbell.write(1).unwrap();
+    }
+
+    /// Kicks, and waits until the worker has woken up for that.
+    pub fn kick_and_wait(&self) {
+        let epoll = Epoll::new().unwrap();
+        let event = EpollEvent::new(EventSet::IN, 0);
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&self.doorbell);
+        epoll.ctl(ControlOperation::Add, fd, event).unwrap();
+        self.kick();
+        while epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0 {
+            std::thread::yield_now();
+        }
     }
 
     pub fn set_avail_flags(&self, flags: u16) {

@@ -114,6 +114,30 @@ fn every_verb_and_every_exit_code_is_in_the_manual() {
 }
 
 #[test]
+fn every_verb_of_image_is_in_the_manuals_table_with_flags_that_exist() {
+    let page = page("images.md");
+    let help_text = help(&["image", "--help"]);
+    let verbs = help_text.split("Commands:\n").nth(1).unwrap();
+    let verbs = verbs.split("\n\n").next().unwrap();
+    let verbs = verbs.lines().filter_map(|l| l.split_whitespace().next());
+    for verb in verbs.filter(|&verb| verb != "help") {
+        let start = format!("`{verb} ");
+        let row = first_cells(&page).find(|cell| cell.starts_with(&start));
+        let row = row.unwrap_or_else(|| panic!("{verb} is in no table"));
+        let (defined, _) = defined(&help(&["image", verb, "--help"]));
+        for flag in flags(row) {
+            assert!(defined.contains(&flag), "{verb} has no {flag}");
+        }
+    }
+    // The options of new images.
+    let options = help(&["image", "create", "-f", "qcow2", "-o", "help"]);
+    for line in options.lines().skip(1) {
+        let key = format!("`{}`", line.trim().split('=').next().unwrap());
+        assert!(first_cells(&page).any(|cell| cell.contains(&key)), "{key}");
+    }
+}
+
+#[test]
 fn addresses_and_ports_of_the_machine_are_in_the_manual() {
     let page = page("machine.md");
     let ports = [

@@ -172,6 +172,9 @@ impl Job<'_> {
         let held = self.sizes[image & 1].saturating_sub(at);
         let held = usize::try_from(held).unwrap_or(usize::MAX).min(len);
         let part = data.get_mut(..held).unwrap_or_default();
+        if part.is_empty() {
+            return Ok(data);
+        }
         self.images[image & 1].read(at, part).map_err(|source| {
             self.blame(image);
             OpError::Read { offset: at, source }

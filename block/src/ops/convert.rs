@@ -20,6 +20,9 @@ const PIECE: u64 = 2 << 20;
 /// The unit of all ranges, in bytes.
 const SECTOR: u64 = 512;
 
+/// How long a wait goes on without a look at whether the operation is to end.
+const PATIENCE: Duration = Duration::from_millis(50);
+
 /// The most threads.
 const MAX_THREADS: usize = 64;
 
@@ -287,7 +290,7 @@ impl Job<'_> {
         data.resize(len, 0);
         self.read(piece.offset, &mut data)?;
         let parts = self.parts(piece.offset, &data)?;
-        self.pay(parts.iter().map(|part| part.len).sum());
+        self.pay(parts.iter().map(|part| part.len).sum())?;
         if ordered && !self.turns.wait(number) {
             return Ok(());
         }
@@ -363,9 +366,9 @@ impl Job<'_> {
     }
 
     /// Waits until `len` more bytes may be written.
-    fn pay(&self, len: u64) {
+    fn pay(&self, len: u64) -> Result<(), OpError> {
         let Some(rate) = self.how.rate.filter(|&rate| rate > 0) else {
-            return;
+            return Ok(());
         };
         let due = {
             let mut paid = self
@@ -376,7 +379,14 @@ impl Job<'_> {
             let micros = u128::from(paid.1) * 1_000_000 / u128::from(rate);
             paid.0 + Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
         };
-        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            self.control.go_on()?;
+            std::thread::sleep(left.min(PATIENCE));
+        }
     }
 }
 

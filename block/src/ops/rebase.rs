@@ -142,6 +142,7 @@ pub fn rebase(
         )?);
     }
     let job = Job {
+        unit: top.as_qcow2().map_or(512, |top| top.geometry().grain()),
         top: &*top,
         below: below.as_deref(),
         shared,
@@ -164,6 +165,8 @@ pub fn rebase(
 
 struct Job<'a> {
     top: &'a dyn Image,
+    /// What the image allocates at once, in bytes.
+    unit: u64,
     /// The new backing file.
     below: Option<&'a dyn Image>,
     /// Where in the old chain that is.
@@ -180,19 +183,21 @@ impl Job<'_> {
             self.control.go_on()?;
             while at < size {
                 let (len, look) = self.piece(at)?;
-                let start = at;
+                let before = at;
                 at += len;
                 if look {
-                    return Ok(Some((start, len)));
+                    // All of a grain is the image's own, or nothing of it.
+                    at = at.next_multiple_of(self.unit).min(size);
+                    self.count(at - before);
+                    let start = before - before % self.unit;
+                    return Ok(Some((start, at - start)));
                 }
                 self.count(len);
             }
             Ok(None)
         };
         share(threads, &Turns::new(), next, |_, (at, len)| {
-            self.keep(at, len)?;
-            self.count(len);
-            Ok(())
+            self.keep(at, len)
         })
     }
 
@@ -234,34 +239,36 @@ impl Job<'_> {
         let mut old = vec![0; len];
         self.top.read(at, &mut old).map_err(read)?;
         let mut new = vec![0; len];
-        if let Some(below) = self.below {
+        if let Some(below) = self.below.filter(|below| at < below.size()) {
             let held = below.size().saturating_sub(at);
             let held = usize::try_from(held).unwrap_or(usize::MAX).min(len);
             below
                 .read(at, new.get_mut(..held).unwrap_or_default())
                 .map_err(read)?;
         }
-        let unit = self
-            .top
-            .as_qcow2()
-            .map_or(512, |top| top.geometry().grain());
-        let unit = usize::try_from(unit).unwrap_or(len);
+        let unit = usize::try_from(self.unit).unwrap_or(len);
         let mut done = 0;
         while done < len {
             let offset = at + done as u64;
-            let to_boundary = unit - usize::try_from(offset % unit as u64).unwrap_or(0);
-            let end = (done + to_boundary).min(len);
+            let end = (done + unit).min(len);
             let part = old.get(done..end).unwrap_or_default();
             if Some(part) != new.get(done..end) {
-                let kept = if is_zero(part) {
-                    self.top.write_zeroes(offset, part.len() as u64, true)
-                } else {
-                    self.top.write(offset, part)
-                };
-                kept.map_err(|source| OpError::Write { offset, source })?;
+                self.own(offset, part)
+                    .map_err(|source| OpError::Write { offset, source })?;
             }
             done = end;
         }
         Ok(())
+    }
+
+    /// Makes the image itself hold these bytes. What reads as zeros only because the old backing file ends
+    /// before it must become zeros too.
+    fn own(&self, offset: u64, part: &[u8]) -> std::io::Result<()> {
+        if let Some(top) = self.top.as_qcow2().filter(|_| is_zero(part))
+            && top.hide(offset, part.len() as u64)?
+        {
+            return Ok(());
+        }
+        self.top.write(offset, part)
     }
 }

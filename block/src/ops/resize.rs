@@ -16,12 +16,10 @@ pub fn resize(image: &dyn Image, size: u64, preallocation: Preallocation) -> io:
     let size = size
         .checked_next_multiple_of(512)
         .ok_or(io::ErrorKind::InvalidInput)?;
-    match image.as_raw() {
-        Some(raw) => raw.resize(size, preallocation),
-        None => match image.as_qcow2() {
-            Some(qcow2) => Ok(qcow2.resize(size, preallocation)?),
-            None => Err(io::ErrorKind::Unsupported.into()),
-        },
+    match (image.as_raw(), image.as_qcow2()) {
+        (Some(raw), _) => raw.resize(size, preallocation),
+        (_, Some(qcow2)) => Ok(qcow2.resize(size, preallocation)?),
+        _ => Err(io::ErrorKind::Unsupported.into()),
     }
 }
 

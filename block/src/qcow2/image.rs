@@ -144,16 +144,6 @@ impl Qcow2 {
         &self.shared
     }
 
-    /// Where its data is.
-    pub(super) fn data(&self) -> &dyn Storage {
-        &*self.data
-    }
-
-    /// Whether the data file alone is the disk.
-    pub(super) fn has_raw_data(&self) -> bool {
-        self.raw_data
-    }
-
     /// How its clusters are compressed.
     pub(crate) fn compression(&self) -> Compression {
         self.compression
@@ -162,6 +152,16 @@ impl Qcow2 {
     /// What lies below.
     pub(crate) fn below(&self) -> Option<&Backing> {
         self.backing.as_ref()
+    }
+
+    /// Where its data is.
+    pub(crate) fn data(&self) -> &dyn Storage {
+        &*self.data
+    }
+
+    /// Whether the data file's bytes are the disk's, whatever the tables say.
+    pub(crate) fn has_raw_data(&self) -> bool {
+        self.raw_data
     }
 
     /// Where its tables are.
@@ -283,7 +283,7 @@ impl Qcow2 {
     }
 
     /// How far the backing file hides behind this image, in bytes.
-    pub(super) fn backing_size(&self) -> u64 {
+    pub(crate) fn backing_size(&self) -> u64 {
         self.backing.as_ref().map_or(0, |b| b.image().size())
     }
 
@@ -533,17 +533,17 @@ impl Qcow2 {
     }
 
     /// Clears whole units of a range in the mapping; `false` when the image cannot say that they are zeros.
-    pub(super) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<bool> {
+    pub(crate) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<bool> {
         let mut at = offset;
         let end = offset + len;
         while at < end {
             let range = Cleared {
                 offset: at,
                 len: end - at,
-                backing: if clear == Clear::Forget {
-                    0
-                } else {
-                    self.backing_size()
+                backing: match clear {
+                    Clear::Forget => 0,
+                    Clear::Hide => u64::MAX,
+                    _ => self.backing_size(),
                 },
                 clear,
             };
@@ -556,6 +556,19 @@ impl Qcow2 {
             self.data.discard(offset, len)?;
         }
         Ok(true)
+    }
+
+    /// Says of a range that it is zeros even where it reads so already, because another backing file is to come. The range
+    /// consists of whole grains, or ends at the disk's end. `false`: the image cannot say so (version 2).
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::write`].
+    pub(crate) fn hide(&self, offset: u64, len: u64) -> io::Result<bool> {
+        self.check_range(offset, len)?;
+        self.lock().writable()?;
+        let whole = self.whole(offset, len, self.geometry.grain());
+        self.clear(whole.start, whole.end - whole.start, Clear::Hide)
     }
 
     /// Takes everything out of the image, so that its backing file shows through.

@@ -82,7 +82,7 @@ impl Qcow2 {
         if self.has_raw_data() {
             self.grow_data(old, size)?;
         }
-        self.hide(old, size)?;
+        self.hide_past_end(old, size)?;
         // In a raw data file all is mapped, always.
         let preallocation = match preallocation {
             Preallocation::Off if self.has_raw_data() => Preallocation::Metadata,
@@ -112,7 +112,7 @@ impl Qcow2 {
 
     /// Makes a range past the end of the disk read as zeros: whatever is mapped there was never the disk's, and
     /// what the backing file has there never was either.
-    fn hide(&self, old: u64, size: u64) -> io::Result<()> {
+    fn hide_past_end(&self, old: u64, size: u64) -> io::Result<()> {
         let geometry = *self.geometry();
         let aligned = old.next_multiple_of(geometry.cluster());
         self.zero_part(old, aligned.min(size) - old)?;

@@ -15,6 +15,8 @@ pub(crate) enum Clear {
     Discard,
     /// Nothing that this image says: the backing file's bytes.
     Forget,
+    /// Zeros, whatever any backing file may hold there.
+    Hide,
     /// Zeros.
     Zero {
         /// The space may be given back.
@@ -29,7 +31,8 @@ pub(crate) struct Cleared {
     pub offset: u64,
     /// Length in bytes, in whole subclusters or clusters.
     pub len: u64,
-    /// How far the backing file reaches, in bytes; 0 when that is to show through.
+    /// How far the backing file reaches, in bytes; 0 when that is to show through, and the largest
+    /// number when nothing may.
     pub backing: u64,
     /// What it becomes.
     pub clear: Clear,
@@ -69,7 +72,7 @@ impl Meta {
             // It has no entry that hides the backing file.
             return Ok(match range.clear {
                 Clear::Discard | Clear::Forget => Some(len),
-                Clear::Zero { .. } => None,
+                Clear::Zero { .. } | Clear::Hide => None,
             });
         }
         if geometry.version < 3 && range.clear == (Clear::Zero { unmap: false }) {

@@ -441,8 +441,12 @@ impl Sequence<'_> {
             let (offset, len) = self.cluster();
             let byte = 1 + self.rng.below(255) as u8;
             let command = format!("write -c -P {byte} {offset} {len}");
-            qemu_io(self.directory, "image", &[command]);
-            self.model.now[range(offset, len)].fill(byte);
+            let words = ["-f", "qcow2", "-c", &command, "image"];
+            match tool(self.directory, "qemu-io", &words) {
+                Ok(_) => self.model.now[range(offset, len)].fill(byte),
+                // It never overwrites a cluster that is not shared.
+                Err(error) => assert!(error.contains("Input/output error"), "{error}"),
+            }
         }
     }
 
@@ -451,7 +455,8 @@ impl Sequence<'_> {
             return;
         }
         match (self.rng.below(4), self.any_snapshot()) {
-            (0, Some(index)) => {
+            // Not with a bitmap in use.
+            (0, Some(index)) if !self.model.bitmap => {
                 let (name, content) = self.model.snapshots[index].clone();
                 self.qemu_img(&["snapshot", "-a", &name, "image"]);
                 self.model.now = content;

@@ -6,6 +6,7 @@
     reason = "tests"
 )]
 
+mod bitmaps;
 mod concurrent;
 mod differential;
 mod hostile;

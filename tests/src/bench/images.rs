@@ -169,7 +169,7 @@ fn times() -> [Task; 6] {
             "image.commit",
             "commit an overlay of 256 MiB",
             "rm -f base top; cp --reflink=auto full.qcow2 base; $IMG create -q -f qcow2 -b base -F qcow2 top; \
-             qemu-io -f qcow2 -c 'write -q 0 256M' top",
+             qemu-io -f qcow2 -c 'write -q 0 256M' top; sync",
             "commit -q -f qcow2 top",
         ),
         Task::time(

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use api::DiskErrorAction;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -21,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::doorbells::KvmDoorbells;
 use super::driver::Ears;
-use super::inbox::{Mailbox, Message, RequestDesk};
+use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::platform::{Hosts, Platform, Wiring};
 use super::signals::Signals;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
@@ -409,7 +410,7 @@ impl Pieces<'_> {
     }
 }
 
-/// Publishes what devices report.
+/// Publishes what devices report, and has the machine paused where that is asked for.
 struct Reporter {
     events: EventBus,
     mailbox: Mailbox,
@@ -421,22 +422,30 @@ impl Reporter {
         match report {
             DiskReport::Error {
                 operation,
+                offset,
                 reason,
                 no_space,
                 action,
-                ..
             } => {
-                let stopped = *action == ErrorAction::Stop;
                 self.events.publish(api::EventKind::DiskError {
                     id: id.clone(),
                     operation: (*operation).to_owned(),
+                    offset: *offset,
                     reason: reason.clone(),
                     no_space: *no_space,
-                    stopped,
+                    action: match action {
+                        ErrorAction::Report => DiskErrorAction::Report,
+                        ErrorAction::Ignore => DiskErrorAction::Ignore,
+                        ErrorAction::Stop => DiskErrorAction::Stop,
+                    },
                 });
-                if stopped {
-                    let what = format!("{operation}: {reason}");
-                    self.mailbox.send(Message::DiskStopped { id, what });
+                if *action == ErrorAction::Stop {
+                    let place = offset.map_or_else(String::new, |at| format!(" at byte {at}"));
+                    self.mailbox.send(Message::DiskStopped(DiskStopped {
+                        id,
+                        what: format!("{operation}{place} failed: {reason}"),
+                        no_space: *no_space,
+                    }));
                 }
             }
             DiskReport::WriteThreshold { threshold, offset } => {

@@ -10,11 +10,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use api::{Command, ControlError, EventKind, ExitReason, Reply, VmState};
+use api::{Command, ControlError, EventKind, ExitReason, PauseReason, Reply, VmState};
 use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
 
-use super::inbox::{Inbox, Message};
+use super::inbox::{DiskStopped, Inbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::{follows, permits};
 use super::{Machine, MachineError};
@@ -75,8 +75,8 @@ pub struct Driver {
     state: VmState,
     outcome: Option<Outcome>,
     debugger: Option<DebugSink>,
-    /// It is paused because a disk's request waits for the host.
-    waits_for_disk: bool,
+    /// Why the machine is paused, while it is.
+    pause: Option<PauseReason>,
     /// The debugger keeps the vCPUs from running.
     held: bool,
     /// The only vCPUs that run, when a debugger has the others wait.
@@ -100,7 +100,7 @@ impl Driver {
             state: VmState::Created,
             outcome: None,
             debugger: None,
-            waits_for_disk: false,
+            pause: None,
             held: false,
             chosen: None,
             stoppers: Vec::new(),
@@ -185,17 +185,21 @@ impl Driver {
     }
 
     /// The one place where the state changes.
-    fn enter(&mut self, state: VmState) {
-        if self.state == state {
+    fn enter(&mut self, state: VmState, pause: Option<PauseReason>) {
+        if (self.state, self.pause) == (state, pause) {
             return;
         }
-        debug_assert!(follows(self.state, state), "{:?} to {state:?}", self.state);
-        self.state = state;
-        self.events.publish(EventKind::State { state });
+        debug_assert!(
+            self.state == state || follows(self.state, state),
+            "{:?} to {state:?}",
+            self.state
+        );
+        (self.state, self.pause) = (state, pause);
+        self.events.publish(EventKind::State { state, pause });
     }
 
     fn boot(&mut self) -> Result<(), MachineError> {
-        self.enter(VmState::Booting);
+        self.enter(VmState::Booting, None);
         self.machine.load()?;
         self.machine.start_units()?;
         self.go();
@@ -203,8 +207,7 @@ impl Driver {
     }
 
     fn go(&mut self) {
-        self.waits_for_disk = false;
-        self.enter(VmState::Running);
+        self.enter(VmState::Running, None);
         self.go_on();
         self.feed_input();
     }
@@ -218,7 +221,7 @@ impl Driver {
     /// Stops everything for good. What a back end cannot drain in time is
     /// reported and left.
     fn end(&mut self, reason: ExitReason) {
-        self.enter(VmState::ShuttingDown);
+        self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         let drain = if self.urgent { PATIENCE } else { DRAIN };
         if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
@@ -226,7 +229,7 @@ impl Driver {
         }
         let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
         self.flush_outputs(wanted);
-        self.enter(VmState::Stopped);
+        self.enter(VmState::Stopped, None);
         self.events.publish(EventKind::Exit { reason });
         for stopper in self.stoppers.drain(..) {
             // The asker may have gone.
@@ -267,15 +270,18 @@ impl Driver {
         fds[1].revents == 0 || !self.asked_to_end()
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    /// Stops everything so that it can go on. A machine that is paused
+    /// already stays so for the new reason.
+    fn pause(&mut self, reason: PauseReason) -> Result<(), MachineError> {
         if self.state == VmState::Paused {
+            self.enter(VmState::Paused, Some(reason));
             return Ok(());
         }
         self.machine.vcpus().pause();
         let stopped = self.machine.stop_units(Instant::now() + DRAIN);
         match stopped.and_then(|()| self.machine.stop_clock()) {
             Ok(()) => {
-                self.enter(VmState::Paused);
+                self.enter(VmState::Paused, Some(reason));
                 Ok(())
             }
             Err(error) => {
@@ -298,6 +304,8 @@ impl Driver {
         if self.state == VmState::Running {
             return Ok(());
         }
+        // What waited until now is done again: no reason to pause once more.
+        self.ears.inbox.forget_disks();
         let started = self.machine.start_units();
         if let Err(error) = started.and_then(|()| self.machine.start_clock()) {
             if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
@@ -324,7 +332,7 @@ impl Driver {
             return Err(error);
         }
         self.ears.inbox.forget_guest();
-        self.enter(VmState::Booting);
+        self.enter(VmState::Booting, None);
         let restarted = self.restart(paused);
         if let Err(error) = &restarted {
             self.fail("the guest could not be reset", error);
@@ -337,7 +345,8 @@ impl Driver {
         self.machine.load()?;
         if paused {
             self.machine.stop_clock()?;
-            self.enter(VmState::Paused);
+            // No disk waits for anything any more.
+            self.enter(VmState::Paused, Some(PauseReason::Command));
         } else {
             self.machine.start_units()?;
             self.go();
@@ -363,7 +372,7 @@ impl Driver {
             }
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
-            Message::DiskStopped { id, what } => self.on_disk_stopped(&id, &what),
+            Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
             Message::InputReady => self.feed_input(),
             // The next wait looks at what waits.
             Message::OutputWaiting => (),
@@ -378,9 +387,12 @@ impl Driver {
             return wrong(command);
         }
         let done = match &command {
-            Command::State => return Ok(Reply::State(self.state)),
+            Command::State => {
+                let pause = self.pause;
+                return Ok(Reply::State { state, pause });
+            }
             Command::Boot => self.boot(),
-            Command::Pause => self.pause(),
+            Command::Pause => self.pause(PauseReason::Command),
             Command::Resume => self.resume(),
             Command::PowerButton => {
                 self.press_power_button();
@@ -389,7 +401,7 @@ impl Driver {
             Command::Reset => self.reset(),
             // Where it is possible it is answered at the end.
             Command::Stop => return wrong(command),
-            Command::ResizeDisk { id, size } => self.machine.resize_disk(id, *size),
+            Command::ResizeDisk { id, size } => self.resize_disk(id, *size),
         };
         match done {
             Ok(()) => Ok(Reply::Done),
@@ -400,18 +412,30 @@ impl Driver {
         }
     }
 
-    /// A disk's request has failed and waits for better times. The machine waits with it.
-    fn on_disk_stopped(&mut self, id: &str, what: &str) {
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
+        self.machine.resize_disk(id, size)?;
+        let id = id.to_owned();
+        self.events.publish(EventKind::DiskResized { id, size });
+        Ok(())
+    }
+
+    /// A disk's request failed and waits, and the machine waits with it.
+    fn on_disk_stopped(&mut self, stopped: &DiskStopped) {
+        let DiskStopped { id, what, no_space } = stopped;
         if self.state != VmState::Running {
-            // It is tried again as soon as the devices start.
+            // It is done again when the machine goes on.
             return;
         }
-        match self.pause() {
+        match self.pause(PauseReason::DiskError) {
             Ok(()) => {
-                self.waits_for_disk = true;
+                let mend = if *no_space {
+                    "make room on the host"
+                } else {
+                    "mend what it needs"
+                };
                 eprintln!(
-                    "vireo: disk {id}: {what}: the VM is paused; mend the cause, then resume it \
-                     (or send SIGCONT to process {})",
+                    "vireo: disk {id}: {what}: the machine is paused: {mend}, then send SIGCONT \
+                     to process {} to go on",
                     std::process::id()
                 );
             }
@@ -424,12 +448,11 @@ impl Driver {
 
     /// Goes on after a disk's failure, if that is why the machine is paused.
     fn try_again(&mut self) {
-        if !self.waits_for_disk || self.state != VmState::Paused {
-            return;
-        }
-        if let Err(error) = self.resume() {
+        if self.pause == Some(PauseReason::DiskError)
+            && let Err(error) = self.resume()
+        {
             eprintln!(
-                "vireo: the VM stays paused: {}",
+                "vireo: the machine stays paused: {}",
                 crate::error::chain(&error)
             );
         }

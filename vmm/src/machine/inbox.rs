@@ -18,6 +18,17 @@ use crate::kvm::vcpu::Stop;
 /// Something that the control thread does for another thread.
 pub type Errand = Box<dyn FnOnce(&mut Driver) + Send>;
 
+/// A disk's request that failed and waits for the machine to be paused and resumed.
+#[derive(Debug)]
+pub struct DiskStopped {
+    /// The device's id.
+    pub id: String,
+    /// What failed, and why.
+    pub what: String,
+    /// The host has no room.
+    pub no_space: bool,
+}
+
 /// What reaches the control thread.
 pub enum Message {
     /// Somebody commands, and waits for the answer.
@@ -30,13 +41,8 @@ pub enum Message {
     InputReady,
     /// Output waits for a slow reader.
     OutputWaiting,
-    /// A disk cannot go on, and wants the machine to stop until it can.
-    DiskStopped {
-        /// The device's id.
-        id: String,
-        /// What failed, and why.
-        what: String,
-    },
+    /// A disk's request failed and waits: the machine is to be paused.
+    DiskStopped(DiskStopped),
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }
@@ -133,10 +139,19 @@ impl Inbox {
     /// Drops what the guest and its vCPUs have said so far: it belongs to a
     /// guest that is gone. Everything else keeps its place. vCPUs are idle.
     pub fn forget_guest(&mut self) {
-        self.kept.extend(self.receiver.try_iter());
+        self.forget_disks();
         self.kept
             .retain(|message| !matches!(message, Message::Guest(_) | Message::Vcpu(..)));
         self.crash_told.store(false, Ordering::Release);
+    }
+
+    /// Drops what disks have said of requests that wait: the devices are
+    /// stopped, and do them again, or not, once they start. Everything else
+    /// keeps its place.
+    pub fn forget_disks(&mut self) {
+        self.kept.extend(self.receiver.try_iter());
+        self.kept
+            .retain(|message| !matches!(message, Message::DiskStopped(_)));
     }
 }
 
@@ -181,6 +196,34 @@ impl GuestRequests for RequestDesk {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_stopped_disk_said_is_forgotten_and_all_else_keeps_its_order() {
+        let (mailbox, mut inbox) = inbox().unwrap();
+        let disk = || {
+            Message::DiskStopped(DiskStopped {
+                id: "disk0".to_owned(),
+                what: "write failed".to_owned(),
+                no_space: true,
+            })
+        };
+        for message in [
+            Message::InputReady,
+            disk(),
+            Message::Guest(GuestRequest::Reset),
+            disk(),
+        ] {
+            assert!(mailbox.send(message));
+        }
+        inbox.forget_disks();
+        assert!(mailbox.send(disk()));
+        assert!(matches!(inbox.take(), Some(Message::InputReady)));
+        assert!(matches!(inbox.take(), Some(Message::Guest(_))));
+        assert!(matches!(inbox.take(), Some(Message::DiskStopped(_))));
+        assert!(mailbox.send(disk()));
+        inbox.forget_guest();
+        assert!(inbox.take().is_none());
+    }
 
     #[test]
     fn a_crash_report_waits_once_however_often_it_is_made() {

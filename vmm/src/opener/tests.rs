@@ -221,3 +221,31 @@ fn the_file_of_a_socket_goes_with_its_owner_and_another_file_stays() {
     drop((listener, owned));
     assert!(path.exists());
 }
+
+#[test]
+fn a_created_image_is_new_private_and_never_replaces_another() {
+    let dir = dir();
+    let path = |name: &str| dir.path().join(name);
+    let opener = Opener::new();
+    let mut file = opener.create(&path("new"), Access::default()).unwrap();
+    file.write_all(b"new").unwrap();
+    assert_eq!(mode(&path("new")), 0o600);
+    assert!(is_close_on_exec(&file));
+    let again = opener.create(&path("new"), Access::default()).unwrap_err();
+    assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+    symlink(path("elsewhere"), path("link")).unwrap();
+    opener.create(&path("link"), Access::default()).unwrap_err();
+    assert!(!path("elsewhere").exists());
+
+    fs::write(path("old"), "old").unwrap();
+    for taken in ["old", "link"] {
+        let refused = opener.rename(&path("new"), &path(taken)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+    }
+    assert_eq!(fs::read_to_string(path("old")).unwrap(), "old");
+    opener.rename(&path("new"), &path("named")).unwrap();
+    assert!(!path("new").exists());
+    assert_eq!(fs::read_to_string(path("named")).unwrap(), "new");
+    opener.remove(&path("named")).unwrap();
+    assert!(!path("named").exists());
+}

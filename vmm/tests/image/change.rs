@@ -33,8 +33,12 @@ fn commit_moves_the_same_down() {
         let place = Place::new();
         let [ours, theirs] = twins(&place);
         let run = |directory: &str, program: &dyn Fn(&[&str]) -> crate::place::Said| {
-            let file = format!("{directory}/{image}");
-            let below = format!("{directory}/{base}");
+            // By their full names, as qemu-img finds a base in a chain by that alone.
+            let full = |name: &str| {
+                let path = place.path(&format!("{directory}/{name}"));
+                path.to_str().unwrap().to_owned()
+            };
+            let (file, below) = (full(image), full(base));
             let flags = if flags == ["-b"] {
                 vec!["-b", &below]
             } else {
@@ -112,6 +116,34 @@ fn rebase_keeps_what_the_disk_holds() {
         let info = place.qemu(&["info", "--output=json", image]).json();
         let named = info["backing-filename"].as_str().unwrap_or_default();
         assert_eq!(named, name);
+    }
+}
+
+#[test]
+fn what_a_short_backing_file_did_not_have_stays_zeros() {
+    for compat in ["0.10", "1.1"] {
+        let place = Place::new();
+        place
+            .vireo(&["create", "-q", "-f", "raw", "short", "1000k"])
+            .done();
+        place
+            .vireo(&["create", "-q", "-f", "raw", "long", "6M"])
+            .done();
+        place.qemu_io("long", "raw", &["write -P 7 0 6M"]).done();
+        let compat = format!("compat={compat}");
+        let options = ["-o", &compat, "-b", "short", "-F", "raw", "top", "4M"];
+        place
+            .qemu(&[&["create", "-q", "-f", "qcow2"], &options[..]].concat())
+            .done();
+        place
+            .qemu_io("top", "qcow2", &["write -P 1 3M 100k"])
+            .done();
+        let before = content(&place, "top");
+        place
+            .vireo(&["rebase", "-b", "long", "-F", "raw", "top"])
+            .done();
+        assert!(content(&place, "top") == before, "{compat}");
+        place.qemu(&["check", "top"]).done();
     }
 }
 
@@ -205,6 +237,59 @@ fn io_answers_as_qemu_io_does() {
         assert_eq!(ours.code, theirs.code);
         assert!(content(&place, image) == content(&place, "copy"), "{image}");
         assert_eq!(place.qemu(&["check", "-f", format, "copy"]).code % 63, 0);
+    }
+}
+
+#[test]
+fn all_engines_answer_alike() {
+    let commands = [
+        "write -q -P 1 0 5M",
+        "write -q -P 2 70k 3k",
+        "write -q -z 1M 100k",
+        "write -q -z -u 2M 1M",
+        "discard -q 3M 128k",
+        "flush",
+        "read -P 2 70k 3k",
+        "read -P 1 4M 1M",
+        "read -P 0 1M 100k",
+        "read 8M 512",
+        "map",
+    ];
+    for (image, format) in [
+        ("plain", "qcow2"),
+        ("raw-even", "raw"),
+        ("on-raw", "qcow2"),
+        ("deep", "qcow2"),
+    ] {
+        let answers = |engine: &[&str]| {
+            let place = Place::new();
+            place.zoo();
+            place.qemu(&["create", "-q", "raw-even", "8M"]).done();
+            let mut arguments = [&["io", "-f", format, "-d", "unmap"], engine].concat();
+            commands
+                .iter()
+                .for_each(|command| arguments.extend(["-c", command]));
+            arguments.push(image);
+            let said = place.vireo(&arguments);
+            let told: Vec<_> = said
+                .out
+                .lines()
+                .filter(|line| !line.contains(" ops; "))
+                .collect();
+            let told = told.join("\n");
+            assert_eq!(place.qemu(&["check", "-f", format, image]).code % 63, 0);
+            (said.code, told, content(&place, image))
+        };
+        let waiting = answers(&[]);
+        for engine in ["threads", "io_uring"] {
+            let queued = answers(&["-i", engine]);
+            assert_eq!(
+                (queued.0, &queued.1),
+                (waiting.0, &waiting.1),
+                "{image} {engine}"
+            );
+            assert!(queued.2 == waiting.2, "{image} {engine}");
+        }
     }
 }
 

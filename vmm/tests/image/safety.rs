@@ -221,3 +221,37 @@ fn a_guess_that_an_image_is_raw_is_said_aloud_before_a_change() {
     fs::write(place.path("a"), b"KDMV and more").unwrap();
     assert_eq!(place.vireo(&["info", "a"]).code, 1);
 }
+
+#[test]
+fn an_interrupted_copy_leaves_nothing_behind() {
+    let place = Place::new();
+    place.zoo();
+    let before = names(&place);
+    for signal in ["INT", "TERM"] {
+        // So slow that it would take an hour.
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vireo"))
+            .args([
+                "image", "convert", "-r", "2k", "-m", "1", "-O", "qcow2", "raw", "copy",
+            ])
+            .current_dir(place.path(""))
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while names(&place) == before {
+            assert!(child.try_wait().unwrap().is_none(), "it ended early");
+            std::thread::yield_now();
+        }
+        let pid = child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-s", signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+        let said = crate::place::Said::from(child.wait_with_output().unwrap());
+        assert_eq!(said.code, 1, "{said:?}");
+        assert_eq!(said.err, "vireo: cannot convert to copy: interrupted\n");
+        assert_eq!(names(&place), before);
+    }
+}

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use api::{Command as Ask, Reply, VmState};
+use api::{Command as Ask, PauseReason, Reply, VmState};
 use serde_json::json;
 
 use crate::support::{
@@ -616,7 +616,13 @@ fn a_machine_that_is_paused_stays_so_under_a_debugger() {
     let mut client = place.attach();
     let before = client.word(count);
     client.go();
-    assert_eq!(machine.ask(Ask::State), Ok(Reply::State(VmState::Paused)));
+    assert_eq!(
+        machine.ask(Ask::State),
+        Ok(Reply::State {
+            state: VmState::Paused,
+            pause: Some(PauseReason::Command)
+        })
+    );
     client.interrupt();
     assert_eq!(client.word(count), before);
     // A guest that is held does not run when the machine is resumed.

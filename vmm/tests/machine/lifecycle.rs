@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::{Command as Ask, Control, ControlError, Event, EventKind, ExitReason, Reply, VmState};
+use api::{
+    Command as Ask, Control, ControlError, Event, EventKind, ExitReason, PauseReason, Reply,
+    VmState,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
@@ -30,7 +33,15 @@ fn blk(disk: &tempfile::NamedTempFile, more: Value) -> Value {
 }
 
 fn state(state: VmState) -> EventKind {
-    EventKind::State { state }
+    EventKind::State {
+        state,
+        pause: reason(state),
+    }
+}
+
+/// Why a machine that only commands have paused is in this state.
+fn reason(state: VmState) -> Option<PauseReason> {
+    (state == VmState::Paused).then_some(PauseReason::Command)
 }
 
 /// What must happen on a command, and what is published then.
@@ -41,7 +52,10 @@ fn expected(now: VmState, command: Ask) -> (Result<Reply, ControlError>, VmState
         state: now,
     });
     match (command, now) {
-        (Ask::State, _) => (Ok(Reply::State(now)), now, vec![]),
+        (Ask::State, _) => {
+            let (state, pause) = (now, reason(now));
+            (Ok(Reply::State { state, pause }), now, vec![])
+        }
         (Ask::Pause, Running) => (Ok(Reply::Done), Paused, vec![state(Paused)]),
         (Ask::Resume, Paused) => (Ok(Reply::Done), Running, vec![state(Running)]),
         (Ask::Pause | Ask::Resume, _) => (Ok(Reply::Done), now, vec![]),
@@ -102,7 +116,13 @@ fn any_sequence_of_commands_leaves_a_machine_in_a_known_state() {
             prop_assert_eq!(machine.ask(command), answer);
             published.extend(events);
             now = next;
-            prop_assert_eq!(machine.ask(Ask::State), Ok(Reply::State(now)));
+            prop_assert_eq!(
+                machine.ask(Ask::State),
+                Ok(Reply::State {
+                    state: now,
+                    pause: reason(now)
+                })
+            );
             if now == VmState::Running {
                 let before = machine.word(count);
                 until("progress", || (machine.word(count) != before).then_some(()));

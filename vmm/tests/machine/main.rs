@@ -11,6 +11,7 @@
 )]
 
 mod consoles;
+mod disks;
 mod gdb;
 mod lifecycle;
 mod shape;

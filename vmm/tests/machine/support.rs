@@ -222,8 +222,12 @@ impl Vireo {
         }
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, name: &str) {
-        let id = self.child.id().to_string();
+        let id = self.id().to_string();
         let status = Command::new("kill").args(["-s", name, &id]).status();
         assert!(status.unwrap().success());
     }
@@ -313,7 +317,13 @@ impl Local {
         // The first answer comes from a machine that has booted; some guests
         // have come to their end by then.
         let state = local.ask(Ask::State);
-        let booted = [Ok(Reply::State(VmState::Running)), Err(ControlError::Ended)];
+        let booted = [
+            Ok(Reply::State {
+                state: VmState::Running,
+                pause: None,
+            }),
+            Err(ControlError::Ended),
+        ];
         assert!(booted.contains(&state), "{state:?}");
         local
     }

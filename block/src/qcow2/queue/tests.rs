@@ -606,6 +606,11 @@ fn contend(
         }
         for writer in writers {
             let writer = writer.join().unwrap();
+            let known = writer.model.iter().flatten().count();
+            assert!(
+                known > writer.model.len() / 2,
+                "hardly anything was written"
+            );
             for (block, byte) in writer.model.iter().enumerate() {
                 let mut bytes = [0; 4096];
                 image.read(writer.offset(block), &mut bytes).unwrap();
@@ -698,6 +703,7 @@ fn many_queues_on_a_failing_storage_keep_what_they_were_told_is_written() {
         let (disk, image, storage) = scripted(&blank, aio, script);
         contend(&disk, &*image, 16 << 20, 60, true, &|_| 0);
         calm.store(true, Ordering::Relaxed);
+        assert!(!image.is_corrupt(), "a failure is no corruption");
         image.flush().unwrap();
         audit(&image);
         drop((disk, image));
@@ -872,6 +878,40 @@ fn a_cluster_that_the_file_ends_in_reads_as_zeros_past_its_end() {
                 got[held..].iter().all(|byte| *byte == 0),
                 "{aio:?} {cache:?}"
             );
+        }
+    }
+}
+
+#[test]
+fn what_has_been_flushed_is_in_the_file_when_the_process_is_gone() {
+    let Some(blank) = blank("cluster_size=64k", 20 << 20) else {
+        return;
+    };
+    for aio in ENGINES {
+        let (disk, _image, storage) = scripted(&blank, aio, Box::new(|_| None));
+        let mut writer = Writer {
+            queue: disk.queue(8).unwrap(),
+            arena: Arena::new(64 << 10),
+            number: 0,
+            seed: 0x1234_5678,
+            model: vec![Some(0); 1000],
+        };
+        for round in 0..60 {
+            writer.round(false);
+            if round % 5 != 4 {
+                continue;
+            }
+            perform(writer.queue.as_mut(), Op::Flush, 0, Buffers::none()).unwrap();
+            let (_disk, left, _storage) = scripted(&storage.bytes(), aio, Box::new(|_| None));
+            for (block, byte) in writer.model.iter().enumerate() {
+                let mut bytes = [0; 4096];
+                left.read(writer.offset(block), &mut bytes).unwrap();
+                assert!(
+                    bytes.iter().all(|b| Some(*b) == *byte),
+                    "round {round}: block {block} is {} and should be {byte:?}",
+                    bytes[0]
+                );
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::memory::{Event, Memory, put};
 use crate::image::Image;
+use crate::qcow2::Preallocation;
 use crate::qcow2::bitmap_table;
 use crate::qcow2::entry::{self, L2};
 use crate::qcow2::fields::u64_at;
@@ -168,6 +169,8 @@ pub(crate) fn audit(image: &Qcow2) {
 
 /// What each sector may read as: the flushed byte, or one that was written later.
 struct Model {
+    /// How many sectors the disk has at least.
+    least: usize,
     now: Vec<u8>,
     allowed: Vec<Vec<u8>>,
 }
@@ -176,6 +179,7 @@ impl Model {
     fn new(size: u64) -> Self {
         let sectors = usize::try_from(size / SECTOR).unwrap();
         Self {
+            least: sectors,
             now: vec![0; sectors],
             allowed: vec![vec![0]; sectors],
         }
@@ -197,7 +201,10 @@ impl Model {
     }
 
     fn check(&self, image: &Qcow2) {
-        let mut bytes = vec![0; self.now.len() * 512];
+        // A cut within a growth may leave either size.
+        let sectors = usize::try_from(image.size() / SECTOR).unwrap();
+        assert!(sectors <= self.now.len() && sectors >= self.least);
+        let mut bytes = vec![0; sectors * 512];
         image.read(0, &mut bytes).unwrap();
         for (number, (sector, allowed)) in bytes.chunks(512).zip(&self.allowed).enumerate() {
             assert!(
@@ -253,7 +260,7 @@ fn act(image: &Qcow2, model: &mut Model, rng: &mut Rng, byte: u8) {
     let most = [1, 9, 64, 300][usize::try_from(rng.below(4)).unwrap()];
     let count = (1 + rng.below(most)).min(sectors - first);
     let (offset, len) = (first * SECTOR, count * SECTOR);
-    match rng.below(8) {
+    match rng.below(9) {
         0..=3 => {
             model.set(first, count, byte);
             let data = vec![byte; usize::try_from(len).unwrap()];
@@ -274,6 +281,18 @@ fn act(image: &Qcow2, model: &mut Model, rng: &mut Rng, byte: u8) {
             for (sector, bytes) in (first..).zip(bytes.chunks(512)) {
                 model.now[usize::try_from(sector).unwrap()] = bytes[0];
             }
+        }
+        8 if sectors < 8192 => {
+            let more = 1 + rng.below(1500);
+            let grown = usize::try_from(sectors + more).unwrap();
+            image
+                .resize((sectors + more) * SECTOR, Preallocation::Off)
+                .unwrap();
+            model.now.resize(grown, 0);
+            model.allowed.resize(grown, vec![0]);
+            model.least = grown;
+            // Growing flushes.
+            model.flushed();
         }
         _ => {
             image.flush().unwrap();
@@ -297,15 +316,17 @@ fn sequence(seed: u64, options: &str) {
         let seen = storage.log_len();
         // A cut within an operation may show the bytes of before and of after it.
         let before = Model {
+            least: model.least,
             now: model.now.clone(),
             allowed: model.allowed.clone(),
         };
         act(&image, &mut model, &mut rng, number + 1);
+        let none = Vec::new();
+        let earlier = before.allowed.iter().chain(std::iter::repeat(&none));
         let during = Model {
+            least: before.least,
             now: model.now.clone(),
-            allowed: before
-                .allowed
-                .iter()
+            allowed: earlier
                 .zip(&model.allowed)
                 .map(|(a, b)| a.iter().chain(b).copied().collect())
                 .collect(),

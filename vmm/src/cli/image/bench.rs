@@ -1,10 +1,11 @@
 //! `vireo image bench`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use block::ops::{Bench, Control, bench};
-use block::{Aio, Cache, Disk, Format, RawDisk};
+use block::{Aio, Cache, Disk, Format, open_disk};
 use clap::Args;
 
 use super::interrupt;
@@ -18,7 +19,7 @@ Examples:
   vireo image bench -w -s 64k -S 64k --flush-interval 1000 scratch.img";
 
 #[derive(Debug, Args)]
-pub(super) struct BenchArgs {
+pub(in crate::cli) struct BenchArgs {
     /// How many requests
     #[arg(short, long, value_name = "N", default_value = "75000")]
     count: u64,
@@ -40,7 +41,7 @@ pub(super) struct BenchArgs {
     no_drain: bool,
 
     /// What moves the data: threads or io_uring
-    #[arg(short = 'i', long, value_name = "ENGINE", value_parser = engine)]
+    #[arg(short = 'i', long, value_name = "ENGINE", value_parser = source::engine)]
     aio: Option<Aio>,
 
     /// As -t none
@@ -83,14 +84,6 @@ pub(super) struct BenchArgs {
     file: PathBuf,
 }
 
-fn engine(text: &str) -> Result<Aio, String> {
-    match text {
-        "threads" => Ok(Aio::Threads),
-        "io_uring" => Ok(Aio::IoUring),
-        _ => Err("the engines are threads and io_uring".to_owned()),
-    }
-}
-
 impl BenchArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
         if self.flush_interval > 0 && !self.write {
@@ -127,7 +120,7 @@ impl BenchArgs {
         Ok(0)
     }
 
-    fn disk(&self, opener: &Opener) -> anyhow::Result<Box<dyn Disk>> {
+    fn disk(&self, opener: &Opener) -> anyhow::Result<Arc<dyn Disk>> {
         let purpose = if self.write { Use::Write } else { Use::Read };
         let format = find_format(&self.file, self.format, purpose, opener)?;
         let cache = if self.nocache {
@@ -137,10 +130,7 @@ impl BenchArgs {
         };
         let mut options = self.sharing.options(format, purpose, cache);
         options.disk.aio = self.aio.unwrap_or_default();
-        if format == Format::Qcow2 {
-            bail!("{}: qcow2", self.file.display());
-        }
-        Ok(Box::new(RawDisk::open(&self.file, opener, &options.disk)?))
+        Ok(open_disk(&self.file, opener, &options)?)
     }
 
     fn headline(&self, how: &Bench) -> String {

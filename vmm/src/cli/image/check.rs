@@ -35,7 +35,7 @@ Exit codes:
   63  the format has no checks";
 
 #[derive(Debug, Args)]
-pub(super) struct CheckArgs {
+pub(in crate::cli) struct CheckArgs {
     /// Format of the image: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

@@ -18,7 +18,7 @@ Examples:
   vireo image commit -d -b base.qcow2 overlay.qcow2";
 
 #[derive(Debug, Args)]
-pub(super) struct CommitArgs {
+pub(in crate::cli) struct CommitArgs {
     /// Format of the overlay: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

@@ -29,7 +29,7 @@ Exit codes:
   4  an image cannot be read";
 
 #[derive(Debug, Args)]
-pub(super) struct CompareArgs {
+pub(in crate::cli) struct CompareArgs {
     /// Format of the first image: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

@@ -24,7 +24,7 @@ Examples:
   vireo image convert -n -O raw disk.qcow2 /dev/vg0/disk";
 
 #[derive(Debug, Args)]
-pub(super) struct ConvertArgs {
+pub(in crate::cli) struct ConvertArgs {
     /// Format of the sources: raw or qcow2; without it, what they look like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

@@ -20,7 +20,7 @@ Examples:
   vireo image create -f qcow2 -o help";
 
 #[derive(Debug, Args)]
-pub(super) struct CreateArgs {
+pub(in crate::cli) struct CreateArgs {
     /// Format of the new image: raw or qcow2
     #[arg(short, long, value_name = "FMT", default_value = "raw", value_parser = source::format)]
     format: Format,

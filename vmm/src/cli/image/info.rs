@@ -27,7 +27,7 @@ pub(super) enum Output {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct InfoArgs {
+pub(in crate::cli) struct InfoArgs {
     /// Format of the image: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

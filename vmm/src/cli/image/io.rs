@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use block::ops::info;
 use block::ops::io::Session;
-use block::{Cache, Discard, Format, Image};
+use block::{Aio, Cache, Discard, Format, Image, open_image, open_queued};
 use clap::Args;
 
 use super::describe;
@@ -29,7 +29,7 @@ Exit codes:
   1  one failed; wrong usage";
 
 #[derive(Debug, Args)]
-pub(super) struct IoArgs {
+pub(in crate::cli) struct IoArgs {
     /// Command to run; may be repeated. Without any, they are read from standard input
     #[arg(short = 'c', long = "cmd", value_name = "COMMAND")]
     commands: Vec<String>,
@@ -49,6 +49,12 @@ pub(super) struct IoArgs {
     /// Cache mode
     #[arg(short = 't', long, value_name = "MODE", default_value = "writeback", value_parser = source::cache)]
     cache: Cache,
+
+    /// Move data as a machine does, through a queue with this engine: threads or io_uring
+    ///
+    /// Offsets and lengths are whole sectors then. Without it, calls that wait are used.
+    #[arg(short = 'i', long, value_name = "ENGINE", value_parser = source::engine)]
+    aio: Option<Aio>,
 
     /// What a discard does: ignore or unmap
     #[arg(short, long, value_name = "WHAT", default_value = "ignore", value_parser = discard)]
@@ -85,7 +91,13 @@ impl IoArgs {
         };
         let mut options = self.sharing.options(format, purpose, cache);
         options.disk.discard = self.discard;
-        let image = block::open_image(&self.file, opener, &options)?;
+        let image = match self.aio {
+            None => open_image(&self.file, opener, &options)?,
+            Some(aio) => {
+                options.disk.aio = aio;
+                open_queued(&self.file, opener, &options)?
+            }
+        };
         let about = || {
             info(&self.file, opener, format, false)
                 .ok()

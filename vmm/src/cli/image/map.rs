@@ -22,7 +22,7 @@ Examples:
 const CHUNK: usize = 64 << 10;
 
 #[derive(Debug, Args)]
-pub(super) struct MapArgs {
+pub(in crate::cli) struct MapArgs {
     /// Format of the image: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,
@@ -73,7 +73,7 @@ impl MapArgs {
         };
         list.begin();
         map(&*image, start..end, &Control::none(), |found| {
-            list.add(&found)
+            list.add(&found);
         })?;
         list.end()?;
         Ok(0)

@@ -21,7 +21,7 @@ Examples:
   vireo image measure -O qcow2 -o cluster_size=2M disk.img";
 
 #[derive(Debug, Args)]
-pub(super) struct MeasureArgs {
+pub(in crate::cli) struct MeasureArgs {
     /// Format of the new image: raw or qcow2
     #[arg(short = 'O', long, value_name = "FMT", default_value = "raw", value_parser = source::format)]
     target_format: Format,

@@ -75,7 +75,7 @@ pub(super) enum Verb {
     /// Give an overlay another backing file
     #[command(after_help = rebase::EXAMPLES)]
     Rebase(rebase::RebaseArgs),
-    /// List, create, apply or delete the snapshots within an image
+    /// List the snapshots within an image
     #[command(after_help = snapshot::EXAMPLES)]
     Snapshot(snapshot::SnapshotArgs),
     /// Tell which file of a chain holds which part of the disk

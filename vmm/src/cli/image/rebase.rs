@@ -22,7 +22,7 @@ Examples:
       Only change the name, as the file has moved.";
 
 #[derive(Debug, Args)]
-pub(super) struct RebaseArgs {
+pub(in crate::cli) struct RebaseArgs {
     /// Format of the overlay: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

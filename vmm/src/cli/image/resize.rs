@@ -18,7 +18,7 @@ Examples:
   vireo image resize --shrink disk.img 5G";
 
 #[derive(Debug, Args)]
-pub(super) struct ResizeArgs {
+pub(in crate::cli) struct ResizeArgs {
     /// Format of the image: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use block::Format;
 use block::ops::info;
-use clap::{ArgGroup, Args};
+use clap::Args;
 
 use super::describe;
 use super::source::{self, Sharing, Use, find_format};
@@ -14,29 +14,13 @@ use crate::opener::Opener;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  vireo image snapshot -c before-upgrade disk.qcow2
-  vireo image snapshot -l disk.qcow2
-  vireo image snapshot -a before-upgrade disk.qcow2
-  vireo image snapshot -d before-upgrade disk.qcow2";
+  vireo image snapshot -l disk.qcow2";
 
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("action").args(["list", "apply", "create", "delete"]))]
-pub(super) struct SnapshotArgs {
-    /// List the snapshots; so does no action
+pub(in crate::cli) struct SnapshotArgs {
+    /// List the snapshots, which is done without it too
     #[arg(short, long)]
     list: bool,
-
-    /// Put the disk back to the state of this snapshot
-    #[arg(short, long, value_name = "SNAPSHOT")]
-    apply: Option<String>,
-
-    /// Keep the state of the disk as this snapshot
-    #[arg(short, long, value_name = "SNAPSHOT")]
-    create: Option<String>,
-
-    /// Delete this snapshot
-    #[arg(short, long, value_name = "SNAPSHOT")]
-    delete: Option<String>,
 
     /// Format of the image: raw or qcow2; without it, what it looks like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]

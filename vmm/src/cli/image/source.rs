@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use block::ops::looks_like;
-use block::{BackingPolicy, Cache, Discard, DiskOptions, Format, Image, ImageOptions, open_image};
+use block::{
+    Aio, BackingPolicy, Cache, Discard, DiskOptions, Format, Image, ImageOptions, open_image,
+};
 use clap::Args;
 
 use crate::cli::message;
@@ -59,6 +61,15 @@ fn policy(text: &str) -> Result<BackingPolicy, String> {
         "directory" => Ok(BackingPolicy::Directory),
         "any" => Ok(BackingPolicy::Any),
         _ => Err("the policies are deny, directory and any".to_owned()),
+    }
+}
+
+/// Reads the name of what moves data.
+pub(super) fn engine(text: &str) -> Result<Aio, String> {
+    match text {
+        "threads" => Ok(Aio::Threads),
+        "io_uring" => Ok(Aio::IoUring),
+        _ => Err("the engines are threads and io_uring".to_owned()),
     }
 }
 
