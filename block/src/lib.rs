@@ -62,8 +62,8 @@ pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Opener};
 pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{
-    CheckReport, Compression, CreateError, CreateOptions, Finding, Preallocation, Qcow2, Repair,
-    Severity,
+    ChangeError, CheckReport, Compression, CreateError, CreateOptions, Finding, NewSnapshot,
+    Preallocation, Qcow2, Repair, Severity,
 };
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};

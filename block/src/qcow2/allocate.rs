@@ -116,6 +116,10 @@ impl Meta {
             let size = self.geometry.cluster();
             self.pages.forget(cluster * size, size);
             self.metadata.remove(&cluster);
+            if self.compressed_end / size == cluster {
+                // No more goes into it: it may soon be somebody's.
+                self.compressed_end = 0;
+            }
             // What the search has not come to, it will find.
             if !(self.scan..self.scan_end).contains(&cluster) {
                 self.add_free(cluster, 1);

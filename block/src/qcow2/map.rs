@@ -202,7 +202,8 @@ impl Qcow2 {
         let Some(own) = cursor.layers.first_mut() else {
             return false;
         };
-        if self.shared().corrupt.load(Ordering::Acquire) {
+        let shared = self.shared();
+        if shared.corrupt.load(Ordering::Acquire) || shared.recorder.is_idle() {
             return false;
         }
         let end = offset + len;
@@ -226,6 +227,7 @@ impl Qcow2 {
                 _ => return false,
             }
         }
+        shared.recorder.note(offset, len);
         true
     }
 
@@ -237,7 +239,8 @@ impl Qcow2 {
             let mut meta = self.try_lock()?;
             return meta.range(offset, max, false).ok().flatten();
         }
-        let generation = self.shared().generation.load(Ordering::Acquire);
+        // Not before the caller's pin: see `Qcow2::exclusive`.
+        let generation = self.shared().generation.load(Ordering::SeqCst);
         if cursor.generation != generation || cursor.slots.is_empty() {
             cursor.slots.clear();
             cursor

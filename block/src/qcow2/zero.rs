@@ -62,6 +62,7 @@ impl Meta {
         if self.pages.crowded() {
             return Err(Refusal::Checkpoint);
         }
+        self.record(range.offset, len, false)?;
         if matches!(self.l2_page(range.offset, true)?, Lookup::NoTable)
             && range.offset >= range.backing
         {

@@ -1,13 +1,16 @@
-//! Random operations, done here and by qemu-io in turn, against a model in memory.
+//! Random operations, done here and by QEMU's tools in turn, against a model in memory: reads and writes of all kinds,
+//! snapshots, sizes, and overlays that are committed or rebased. After each turn the image checks clean and holds what the
+//! model does.
 //!
 //! `QCOW2_SEQUENCES` says how many sequences are run, `QCOW2_SEED` where they begin. A failure names its seed.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{Image, Preallocation};
+use block::ops::{Commit, Control, NewBacking, commit, rebase};
+use block::{ChangeError, Image, NewSnapshot, Preallocation, Qcow2};
 
-use crate::support::{Rng, open, qemu_img, qemu_io};
+use crate::support::{AnyPath, Rng, open, options, qemu_img, qemu_io, tool};
 
 const SECTOR: u64 = 512;
 
@@ -15,9 +18,14 @@ const SECTOR: u64 = 512;
 #[derive(Debug)]
 struct Shape {
     size: u64,
+    /// Clusters are `1 << bits` bytes.
+    bits: u64,
     options: String,
     backing: bool,
     data: bool,
+    raw_data: bool,
+    /// Refcounts are so narrow that snapshots may be refused.
+    few: bool,
 }
 
 impl Shape {
@@ -63,6 +71,12 @@ impl Shape {
             backing: rng.below(2) == 0
                 && !options.contains("preallocation")
                 && !options.contains("data_file_raw"),
+            raw_data: options.contains("data_file_raw"),
+            few: ["=1", "=2", "=4", "=8"].iter().any(|few| {
+                options.ends_with(&format!("refcount_bits{few}"))
+                    || options.contains(&format!("refcount_bits{few},"))
+            }),
+            bits,
             data,
             options,
         }
@@ -169,7 +183,7 @@ fn make(directory: &Path, shape: &Shape, rng: &mut Rng) -> Vec<u8> {
         qemu_img(directory, &["create", "-q", "-f", format, "base", &text]);
         let half = (below / 2 / SECTOR).max(1) * SECTOR;
         let command = format!("write -P 119 0 {half}");
-        crate::support::tool(
+        tool(
             directory,
             "qemu-io",
             &["-f", format, "-c", &command, "base"],
@@ -212,85 +226,414 @@ fn make(directory: &Path, shape: &Shape, rng: &mut Rng) -> Vec<u8> {
     model
 }
 
-fn sequence(seed: u64) {
-    let mut rng = Rng::new(seed);
-    let mut shape = Shape::random(&mut rng);
-    let directory = tempfile::tempdir().unwrap();
-    let directory = directory.path();
-    let mut model = make(directory, &shape, &mut rng);
-    let path = directory.join("image");
-    for _ in 0..2 + rng.below(3) {
+/// What the image is to hold.
+struct Model {
+    now: Vec<u8>,
+    snapshots: Vec<(String, Vec<u8>)>,
+    /// Names that have been given.
+    named: u32,
+    /// There is a bitmap that records.
+    bitmap: bool,
+}
+
+/// One sequence.
+struct Sequence<'a> {
+    directory: &'a Path,
+    shape: &'a Shape,
+    rng: Rng,
+    model: Model,
+}
+
+impl Sequence<'_> {
+    fn v2(&self) -> bool {
+        self.shape.options.contains("compat=0.10")
+    }
+
+    fn size(&self) -> u64 {
+        self.model.now.len() as u64
+    }
+
+    /// Snapshots can be counted.
+    fn counts(&self) -> bool {
+        !self.shape.options.contains("refcount_bits=1,")
+            && !self.shape.options.ends_with("refcount_bits=1")
+    }
+
+    fn qemu_img(&self, args: &[&str]) -> String {
+        qemu_img(self.directory, args)
+    }
+
+    /// Some reads and writes, and then something larger.
+    fn our_turn(&mut self) {
+        let path = self.directory.join("image");
         let image = open(&path);
-        verify(&image, &model);
-        for _ in 0..1 + rng.below(25) {
-            let op = random_op(&mut rng, shape.size);
-            perform(&image, &op, &mut model);
+        verify(&image, &self.model.now);
+        for _ in 0..1 + self.rng.below(3) {
+            for _ in 0..self.rng.below(12) {
+                let size = self.size();
+                let op = random_op(&mut self.rng, size);
+                perform(&image, &op, &mut self.model.now);
+            }
+            let qcow2 = image.as_qcow2().unwrap();
+            match self.rng.below(8) {
+                0 | 1 => self.our_compressed(qcow2),
+                2 | 3 => self.our_snapshot(qcow2),
+                4 => self.our_size(qcow2),
+                5 => self.our_bitmap(qcow2),
+                _ => {}
+            }
+            verify(&image, &self.model.now);
         }
-        verify(&image, &model);
         drop(image);
-        resize(directory, &path, &mut rng, &mut shape.size, &mut model);
-        qemu_img(directory, &["check", "-q", "-f", "qcow2", "image"]);
-        let ops: Vec<Op> = (0..rng.below(8))
-            .map(|_| random_op(&mut rng, shape.size))
-            .collect();
-        if !ops.is_empty() {
-            with_qemu(directory, &ops, &mut model);
-            // What qemu-io's discards made of the bytes is QEMU's to say.
-            qemu_img(directory, &["convert", "-O", "raw", "image", "flat"]);
-            let flat = std::fs::read(directory.join("flat")).unwrap();
-            for (now, model) in flat.iter().zip(&mut model) {
-                assert!(*now == 0 || now == model);
-                *model = *now;
+        self.look_at_snapshots(&path);
+    }
+
+    fn our_compressed(&mut self, image: &Qcow2) {
+        if self.shape.data {
+            return;
+        }
+        for _ in 0..1 + self.rng.below(4) {
+            let (offset, len) = self.cluster();
+            let byte = 1 + self.rng.below(255) as u8;
+            if image
+                .write_compressed(offset, &vec![byte; len as usize])
+                .unwrap()
+            {
+                self.model.now[range(offset, len)].fill(byte);
             }
         }
     }
-    if shape.data && shape.options.contains("raw") {
+
+    /// A cluster of the disk; the last one may be cut off.
+    fn cluster(&mut self) -> (u64, u64) {
+        let cluster = 1 << self.shape.bits;
+        let offset = self.rng.below(self.size().div_ceil(cluster)) * cluster;
+        (offset, cluster.min(self.size() - offset))
+    }
+
+    fn new_name(&mut self) -> String {
+        self.model.named += 1;
+        format!("snapshot{}", self.model.named)
+    }
+
+    fn any_snapshot(&mut self) -> Option<usize> {
+        let count = self.model.snapshots.len() as u64;
+        (count > 0).then(|| self.rng.below(count) as usize)
+    }
+
+    fn our_snapshot(&mut self, image: &Qcow2) {
+        match (self.rng.below(4), self.any_snapshot()) {
+            (0, Some(index)) => {
+                let (name, content) = self.model.snapshots[index].clone();
+                image.apply_snapshot(&name).unwrap();
+                self.model.now = content;
+            }
+            (1, Some(index)) => {
+                let (name, _) = self.model.snapshots.remove(index);
+                image.delete_snapshot(&name).unwrap();
+            }
+            _ => {
+                let name = self.new_name();
+                let new = NewSnapshot {
+                    id: None,
+                    name: &name,
+                    seconds: 1_700_000_000,
+                    nanoseconds: 5,
+                };
+                match image.create_snapshot(new) {
+                    Ok(_) => {
+                        assert!(!self.shape.data);
+                        let content = self.model.now.clone();
+                        self.model.snapshots.push((name, content));
+                    }
+                    Err(ChangeError::DataFile) => assert!(self.shape.data),
+                    Err(ChangeError::RefcountFull { .. }) => assert!(self.shape.few),
+                    Err(error) => panic!("{error}: {error:?}"),
+                }
+            }
+        }
+    }
+
+    /// A new size, and how much of it is not told by a change of size.
+    fn new_size(&mut self) -> Option<u64> {
+        if self.v2() && !self.model.snapshots.is_empty() {
+            return None;
+        }
+        let most = 2 * self.shape.size / SECTOR;
+        Some((1 + self.rng.below(most)) * SECTOR)
+    }
+
+    fn our_size(&mut self, image: &Qcow2) {
+        let Some(size) = self.new_size() else {
+            return;
+        };
+        let how = *self.rng.pick(&[
+            Preallocation::Off,
+            Preallocation::Off,
+            Preallocation::Off,
+            Preallocation::Metadata,
+            Preallocation::Falloc,
+            Preallocation::Full,
+        ]);
+        image.resize(size, how).unwrap();
+        self.model.now.resize(size as usize, 0);
+    }
+
+    fn our_bitmap(&mut self, image: &Qcow2) {
+        if self.v2() {
+            return;
+        }
+        if self.model.bitmap {
+            image.remove_bitmap("bits").unwrap();
+        } else {
+            image.add_bitmap("bits", Some(64 << 10), true).unwrap();
+        }
+        self.model.bitmap = !self.model.bitmap;
+    }
+
+    fn look_at_snapshots(&mut self, path: &Path) {
+        let Some(index) = self.any_snapshot() else {
+            return;
+        };
+        let (name, content) = &self.model.snapshots[index];
+        let mut at = options();
+        at.snapshot = Some(name.clone());
+        let image = block::open_image(path, &AnyPath, &at).unwrap();
+        assert!(image.read_only());
+        assert_eq!(image.size(), content.len() as u64);
+        verify(&image, content);
+    }
+
+    fn qemu_turn(&mut self) {
+        match self.rng.below(8) {
+            0 | 1 => self.qemu_snapshot(),
+            2 => self.qemu_size(),
+            3 => self.qemu_compressed(),
+            4 => self.overlay(),
+            _ => self.qemu_writes(),
+        }
+    }
+
+    fn qemu_writes(&mut self) {
+        let count = 1 + self.rng.below(8);
+        let size = self.size();
+        let ops: Vec<Op> = (0..count).map(|_| random_op(&mut self.rng, size)).collect();
+        with_qemu(self.directory, &ops, &mut self.model.now);
+        // What qemu-io's discards made of the bytes is QEMU's to say.
+        self.take_over(0..size as usize);
+    }
+
+    /// What QEMU says of a range, where zeros may have come.
+    fn take_over(&mut self, part: std::ops::Range<usize>) {
+        self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "image", "flat"]);
+        let flat = std::fs::read(self.directory.join("flat")).unwrap();
+        for (now, model) in flat[part.clone()].iter().zip(&mut self.model.now[part]) {
+            assert!(*now == 0 || now == model);
+            *model = *now;
+        }
+    }
+
+    fn qemu_compressed(&mut self) {
+        if self.shape.data {
+            return;
+        }
+        for _ in 0..1 + self.rng.below(4) {
+            let (offset, len) = self.cluster();
+            let byte = 1 + self.rng.below(255) as u8;
+            let command = format!("write -c -P {byte} {offset} {len}");
+            let words = ["-f", "qcow2", "-c", &command, "image"];
+            match tool(self.directory, "qemu-io", &words) {
+                Ok(_) => self.model.now[range(offset, len)].fill(byte),
+                // It never overwrites a cluster that is not shared.
+                Err(error) => assert!(error.contains("Input/output error"), "{error}"),
+            }
+        }
+    }
+
+    fn qemu_snapshot(&mut self) {
+        if self.shape.data || !self.counts() {
+            return;
+        }
+        match (self.rng.below(4), self.any_snapshot()) {
+            // Not with a bitmap in use.
+            (0, Some(index)) if !self.model.bitmap => {
+                let (name, content) = self.model.snapshots[index].clone();
+                self.qemu_img(&["snapshot", "-a", &name, "image"]);
+                self.model.now = content;
+            }
+            (1, Some(index)) => {
+                let (name, _) = self.model.snapshots.remove(index);
+                self.qemu_img(&["snapshot", "-d", &name, "image"]);
+            }
+            _ => {
+                let name = self.new_name();
+                let words = ["snapshot", "-c", &name, "image"];
+                if let Err(error) = tool(self.directory, "qemu-img", &words) {
+                    assert!(self.shape.few, "{error}");
+                    return;
+                }
+                let content = self.model.now.clone();
+                self.model.snapshots.push((name, content));
+            }
+        }
+    }
+
+    fn qemu_size(&mut self) {
+        let Some(size) = self.new_size() else {
+            return;
+        };
+        let old = self.size();
+        let text = size.to_string();
+        let words = ["resize", "-q", "--shrink", "-f", "qcow2", "image", &text];
+        if let Err(error) = tool(self.directory, "qemu-img", &words) {
+            // It cannot hide what a longer backing file has there.
+            assert!(self.v2() && self.shape.backing && size > old, "{error}");
+            return;
+        }
+        self.model.now.resize(size as usize, 0);
+        if size > old {
+            // In the cluster that the disk ended in, it may leave what was there.
+            let cluster = 1 << self.shape.bits;
+            let end = old.next_multiple_of(cluster).min(size);
+            self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "image", "flat"]);
+            let flat = std::fs::read(self.directory.join("flat")).unwrap();
+            let tail = range(old, end - old);
+            self.model.now[tail.clone()].copy_from_slice(&flat[tail]);
+        }
+    }
+
+    /// Writes to an overlay, which is then committed, or loses its backing file.
+    fn overlay(&mut self) {
+        if self.shape.raw_data {
+            return;
+        }
+        let (ours, rebased) = (self.rng.below(2) == 0, self.rng.below(2) == 0);
+        let cluster = 1_u64 << (9 + self.rng.below(9));
+        let options = format!("cluster_size={cluster}");
+        let words = ["create", "-q", "-f", "qcow2", "-b", "image", "-F", "qcow2"];
+        self.qemu_img(&[&words[..], &["-o", &options, "top"]].concat());
+        let mut content = self.model.now.clone();
+        let top = open(&self.directory.join("top"));
+        for _ in 0..1 + self.rng.below(8) {
+            let op = random_op(&mut self.rng, content.len() as u64);
+            perform(&top, &op, &mut content);
+        }
+        if self.rng.below(3) == 0 {
+            let size = (1 + self.rng.below(2 * self.shape.size / SECTOR)) * SECTOR;
+            let top = top.as_qcow2().unwrap();
+            top.resize(size, Preallocation::Off).unwrap();
+            content.resize(size as usize, 0);
+        }
+        verify(&top, &content);
+        drop(top);
+        self.qemu_img(&["check", "-q", "-f", "qcow2", "top"]);
+        if rebased {
+            self.lose_backing(ours);
+        } else if self.v2()
+            && !self.model.snapshots.is_empty()
+            && content.len() > self.model.now.len()
+        {
+            // The image below cannot grow.
+            return;
+        } else {
+            self.commit(ours);
+            let below = &mut self.model.now;
+            let both = content.len().min(below.len());
+            below[..both].copy_from_slice(&content[..both]);
+            if content.len() > below.len() {
+                below.clone_from(&content);
+            }
+        }
+        self.qemu_img(&["check", "-q", "-f", "qcow2", "top"]);
+        let top = open(&self.directory.join("top"));
+        verify(&top, &content);
+    }
+
+    fn commit(&self, ours: bool) {
+        if !ours {
+            self.qemu_img(&["commit", "-q", "-f", "qcow2", "top"]);
+            return;
+        }
+        let how = Commit {
+            path: &self.directory.join("top"),
+            options: &options(),
+            base: None,
+            keep: false,
+            threads: 2,
+        };
+        commit(&how, &AnyPath, &Control::none()).unwrap();
+    }
+
+    fn lose_backing(&self, ours: bool) {
+        if !ours {
+            self.qemu_img(&["rebase", "-q", "-f", "qcow2", "-b", "", "top"]);
+            return;
+        }
+        let path = self.directory.join("top");
+        let none: Option<&NewBacking> = None;
+        rebase(&path, &AnyPath, &options(), none, 2, &Control::none()).unwrap();
+    }
+
+    /// The image as QEMU sees it.
+    fn judge(&self) {
+        self.qemu_img(&["check", "-q", "-f", "qcow2", "image"]);
+        std::fs::write(self.directory.join("flat"), &self.model.now).unwrap();
+        self.qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", "image", "flat"]);
+        let info = self.qemu_img(&["info", "-f", "qcow2", "--output=json", "image"]);
+        assert!(!info.contains("in-use"), "{info}");
+        assert_eq!(info.contains("\"bits\""), self.model.bitmap, "{info}");
+        for (name, content) in &self.model.snapshots {
+            assert!(info.contains(&format!("\"{name}\"")), "{info}");
+            let snapshot = format!("snapshot.name={name}");
+            let words = [
+                "convert", "-l", &snapshot, "-f", "qcow2", "-O", "raw", "image", "flat",
+            ];
+            self.qemu_img(&words);
+            let mut flat = std::fs::read(self.directory.join("flat")).unwrap();
+            // QEMU shows it with the size that the disk has now.
+            let both = content.len().min(self.model.now.len());
+            flat.resize(both, 0);
+            assert!(flat == content[..both], "snapshot {name}");
+        }
+    }
+}
+
+fn sequence(seed: u64) {
+    let mut rng = Rng::new(seed);
+    let shape = Shape::random(&mut rng);
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let now = make(directory, &shape, &mut rng);
+    let mut sequence = Sequence {
+        directory,
+        shape: &shape,
+        rng,
+        model: Model {
+            now,
+            snapshots: Vec::new(),
+            named: 0,
+            bitmap: false,
+        },
+    };
+    for _ in 0..2 + sequence.rng.below(4) {
+        sequence.our_turn();
+        sequence.judge();
+        if sequence.rng.below(3) != 0 {
+            sequence.qemu_turn();
+            sequence.judge();
+        }
+    }
+    if shape.raw_data {
         // Whatever the tables say, the data file is the disk.
         let data = std::fs::read(directory.join("data")).unwrap();
+        let zeros = std::iter::repeat(&0);
         assert!(
             data.iter()
-                .chain(std::iter::repeat(&0))
-                .zip(&model)
+                .chain(zeros)
+                .zip(&sequence.model.now)
                 .all(|(a, b)| a == b)
         );
     }
-    std::fs::write(directory.join("flat"), &model).unwrap();
-    qemu_img(
-        directory,
-        &["compare", "-q", "-f", "qcow2", "-F", "raw", "image", "flat"],
-    );
-}
-
-/// Now and then another size, by us or by qemu-img.
-fn resize(directory: &Path, path: &Path, rng: &mut Rng, size: &mut u64, model: &mut Vec<u8>) {
-    if rng.below(3) != 0 {
-        return;
-    }
-    let grown = *size + (1 + rng.below(4000)) * SECTOR;
-    let to = if rng.below(3) == 0 {
-        (1 + rng.below(*size / SECTOR)) * SECTOR
-    } else {
-        grown
-    };
-    if rng.below(3) == 0 {
-        let text = to.to_string();
-        qemu_img(
-            directory,
-            &["resize", "-q", "--shrink", "-f", "qcow2", "image", &text],
-        );
-    } else {
-        let image = open(path);
-        let how = *rng.pick(&[Preallocation::Off, Preallocation::Metadata]);
-        match block::ops::resize(&*image, to, how) {
-            // A raw data file stays as long as it is.
-            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => return,
-            other => other.unwrap(),
-        }
-        assert_eq!(image.size(), to);
-    }
-    *size = to;
-    model.resize(to as usize, 0);
-    verify(&open(path), model);
 }
 
 fn number(name: &str, default: u64) -> u64 {

@@ -33,8 +33,7 @@ fn options(aio: Aio, cache: Cache) -> ImageOptions {
             ..DiskOptions::default()
         },
         backing: BackingPolicy::Directory,
-        cache_size: None,
-        any_size: false,
+        ..ImageOptions::default()
     }
 }
 

@@ -305,7 +305,7 @@ impl BlkConfig {
             },
             backing: self.backing,
             cache_size: self.l2_cache_size,
-            any_size: false,
+            ..ImageOptions::default()
         }
     }
 }
