@@ -7,3 +7,4 @@ mod change;
 mod copy;
 mod place;
 mod safety;
+mod snapshots;
