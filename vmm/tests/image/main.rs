@@ -12,3 +12,4 @@ mod copy;
 mod place;
 mod random;
 mod safety;
+mod snapshots;

@@ -29,6 +29,10 @@ pub(in crate::cli) struct ConvertArgs {
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,
 
+    /// Copy the source as this snapshot within it has it
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    source_snapshot: Option<String>,
+
     /// Cache mode of the sources
     #[arg(short = 'T', long, value_name = "MODE", default_value = "writeback", value_parser = source::cache)]
     source_cache: Cache,
@@ -120,10 +124,7 @@ impl ConvertArgs {
         };
         self.check(sources)?;
         let cancel = interrupt::flag()?;
-        let open = |path: &PathBuf| {
-            self.sharing
-                .open(path, self.format, Use::Read, self.source_cache, opener)
-        };
+        let open = |path: &PathBuf| self.source(path, opener);
         let images = sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let size = images.iter().map(|image| image.size()).sum();
         let (opened, layers) = if self.no_create {
@@ -158,12 +159,31 @@ impl ConvertArgs {
         Ok(0)
     }
 
+    fn source(&self, path: &Path, opener: &Opener) -> anyhow::Result<Arc<dyn Image>> {
+        let format = find_format(path, self.format, Use::Read, opener)?;
+        if format == Format::Raw && self.source_snapshot.is_some() {
+            bail!("{}: only qcow2 images have snapshots", path.display());
+        }
+        let mut options = self.sharing.options(format, Use::Read, self.source_cache);
+        // QEMU's way to say which kind of name it is.
+        options.snapshot = self.source_snapshot.as_ref().map(|name| {
+            let plain = ["snapshot.name=", "snapshot.id="]
+                .iter()
+                .find_map(|kind| name.strip_prefix(kind));
+            plain.unwrap_or(name).to_owned()
+        });
+        Ok(open_image(path, opener, &options)?)
+    }
+
     fn check(&self, sources: &[PathBuf]) -> anyhow::Result<()> {
         if !self.sparse_size.is_multiple_of(512) {
             bail!("-S {}: it must be a multiple of 512", self.sparse_size);
         }
         if self.no_create && !self.target_options.is_empty() {
             bail!("-n writes into an image that is there: -o makes no sense");
+        }
+        if self.source_snapshot.is_some() && sources.len() > 1 {
+            bail!("-l is for one source");
         }
         if self.backing.is_some() && sources.len() > 1 {
             bail!("-B is for one source");
