@@ -5,6 +5,7 @@
 //! operation early.
 
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -24,6 +25,7 @@ use std::io as std_io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use bench::{Bench, bench};
+pub use bitmap::{BitmapChange, BitmapCopy, BitmapOpError, bitmaps, change_bitmap};
 pub use check::{CheckImageError, check};
 pub use commit::{Commit, CommitError, commit};
 pub use compare::{CompareError, Difference, compare};

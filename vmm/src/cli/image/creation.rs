@@ -58,7 +58,7 @@ pub(super) fn help(format: Format, texts: &[String]) -> Option<&'static str> {
 }
 
 /// Divides at single commas; two stand for one.
-fn split(text: &str) -> Vec<String> {
+pub(super) fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {

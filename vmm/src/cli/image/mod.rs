@@ -9,6 +9,7 @@
 //! [`compare`]).
 
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -75,9 +76,12 @@ pub(super) enum Verb {
     /// Give an overlay another backing file
     #[command(after_help = rebase::EXAMPLES)]
     Rebase(rebase::RebaseArgs),
-    /// List the snapshots within an image
+    /// List, make, apply and delete snapshots within an image
     #[command(after_help = snapshot::EXAMPLES)]
     Snapshot(snapshot::SnapshotArgs),
+    /// Change the persistent bitmaps of an image, which record what is written
+    #[command(after_help = bitmap::EXAMPLES)]
+    Bitmap(bitmap::BitmapArgs),
     /// Tell which file of a chain holds which part of the disk
     #[command(after_help = map::EXAMPLES)]
     Map(map::MapArgs),
@@ -114,6 +118,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> u8 {
         Verb::Commit(arguments) => arguments.run(opener),
         Verb::Rebase(arguments) => arguments.run(opener),
         Verb::Snapshot(arguments) => arguments.run(opener),
+        Verb::Bitmap(arguments) => arguments.run(opener),
         Verb::Map(arguments) => arguments.run(opener),
         Verb::Compare(arguments) => return arguments.run(opener),
         Verb::Measure(arguments) => arguments.run(opener),

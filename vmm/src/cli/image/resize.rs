@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use block::ops::{parse_size, resize};
-use block::{Cache, Format, Preallocation};
+use block::ops::{BitmapFlag, BitmapInfo, BitmapOpError, bitmaps, parse_size, resize};
+use block::{Cache, Format, Image, Preallocation};
 use clap::Args;
 
 use super::creation;
@@ -49,6 +49,7 @@ pub(in crate::cli) struct ResizeArgs {
 
 impl ResizeArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
+        self.sharing.writing()?;
         let preallocation = creation::preallocation(&self.preallocation)?;
         let image = self.sharing.open(
             &self.file,
@@ -69,6 +70,7 @@ impl ResizeArgs {
         if new <= old && preallocation != Preallocation::Off {
             bail!("--preallocation is for images that grow");
         }
+        self.check_bitmaps(&*image)?;
         resize(&*image, new, preallocation)
             .with_context(|| format!("cannot resize {}", self.file.display()))?;
         close(image, &self.file)?;
@@ -76,6 +78,25 @@ impl ResizeArgs {
             print(b"Image resized.\n")?;
         }
         Ok(0)
+    }
+}
+
+impl ResizeArgs {
+    /// Refuses, as `qemu-img` does, where a bitmap that nobody can rely on would have to change its size.
+    fn check_bitmaps(&self, image: &dyn Image) -> anyhow::Result<()> {
+        let file = self.file.display();
+        let list = match bitmaps(image) {
+            Err(BitmapOpError::Format(_) | BitmapOpError::Version2(_)) => return Ok(()),
+            other => other.with_context(|| format!("cannot resize {file}"))?,
+        };
+        let broken = |bitmap: &&BitmapInfo| bitmap.flags.contains(&BitmapFlag::InUse);
+        match list.iter().find(broken) {
+            None => Ok(()),
+            Some(BitmapInfo { name, .. }) => bail!(
+                "cannot resize {file}: bitmap {name:?} was not saved after its last use: remove it first, with \
+                 bitmap --remove"
+            ),
+        }
     }
 }
 

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
-use block::ops::info;
+use block::ops::{SnapshotInfo, info};
 use block::{Cache, Format, NewSnapshot};
 use clap::{ArgGroup, Args};
 
-use super::describe;
 use super::source::{self, Sharing, Use, close, find_format};
+use super::{creation, describe};
 use crate::cli::print;
 use crate::opener::Opener;
 
@@ -74,6 +74,7 @@ impl SnapshotArgs {
     }
 
     fn change(&self, opener: &Opener) -> anyhow::Result<u8> {
+        self.sharing.writing()?;
         let format = Some(Format::Qcow2);
         let image = self
             .sharing
@@ -96,11 +97,56 @@ impl SnapshotArgs {
                 (qcow2.create_snapshot(new).map(|_| ()), "create", name)
             }
             (_, Some(name), _) => (qcow2.apply_snapshot(name), "apply", name),
-            (.., Some(name)) => (qcow2.delete_snapshot(name), "delete", name),
+            (.., Some(name)) => {
+                let id = self.named(name, opener)?;
+                (qcow2.delete_snapshot(&id), "delete", name)
+            }
             _ => return Ok(0),
         };
-        done.with_context(|| format!("{}: cannot {what} snapshot {name}", self.file.display()))?;
+        done.with_context(|| format!("{}: cannot {what} snapshot {name:?}", self.file.display()))?;
         close(image, &self.file)?;
         Ok(0)
     }
+
+    /// The ID of the first snapshot of a name. As for `qemu-img`, an ID is not enough to delete one: it may be another's
+    /// name, and what is deleted is lost.
+    fn named(&self, name: &str, opener: &Opener) -> anyhow::Result<String> {
+        // It is open, and locked.
+        let image = info(&self.file, opener, Format::Qcow2, false)?;
+        let all = image.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default();
+        if let Some(found) = all.iter().find(|snapshot| snapshot.name == name) {
+            return Ok(found.id.clone());
+        }
+        let file = self.file.display();
+        match all.iter().find(|snapshot| snapshot.id == name) {
+            Some(other) => bail!(
+                "{file}: no snapshot is named {name:?}: to delete the one with that ID, say -d {:?}, its name",
+                other.name
+            ),
+            None => bail!("{file}: no snapshot is named {name:?}: snapshot -l lists them"),
+        }
+    }
+}
+
+/// The snapshot that the user means: by ID or else by name, or `snapshot.id=ID,snapshot.name=NAME`.
+pub(super) fn choose<'a>(
+    all: &'a [SnapshotInfo],
+    wanted: &str,
+) -> anyhow::Result<Option<&'a SnapshotInfo>> {
+    if !wanted.starts_with("snapshot.") {
+        let by_id = all.iter().find(|snapshot| snapshot.id == wanted);
+        return Ok(by_id.or_else(|| all.iter().find(|snapshot| snapshot.name == wanted)));
+    }
+    let (mut id, mut name) = (None, None);
+    for part in creation::split(wanted) {
+        match part.split_once('=') {
+            Some(("snapshot.id", value)) => id = Some(value.to_owned()),
+            Some(("snapshot.name", value)) => name = Some(value.to_owned()),
+            _ => bail!("-l {part}: the keys are snapshot.id=ID and snapshot.name=NAME"),
+        }
+    }
+    Ok(all.iter().find(|snapshot| {
+        id.as_ref().is_none_or(|id| *id == snapshot.id)
+            && name.as_ref().is_none_or(|name| *name == snapshot.name)
+    }))
 }
