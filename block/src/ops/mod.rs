@@ -4,6 +4,7 @@
 //! [`crate::Opener`]. None prints anything: progress goes to a [`Control`], through which its caller can also end an
 //! operation early.
 
+mod amend;
 mod bench;
 mod bitmap;
 mod check;
@@ -24,6 +25,7 @@ mod zeros;
 use std::io as std_io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use amend::{Amend, AmendError, amend};
 pub use bench::{Bench, bench};
 pub use bitmap::{BitmapChange, BitmapCopy, BitmapOpError, bitmaps, change_bitmap};
 pub use check::{CheckImageError, check};

@@ -530,6 +530,8 @@ impl Qcow2 {
                 extra: Vec::new(),
             };
             edit.entries.push(bitmap.clone());
+            // What cannot be is to be known before anything is written.
+            bitmap_table::encode(&edit.entries).map_err(invalid)?;
             session.write_bits(edit, &bitmap, &bits)
         })
     }

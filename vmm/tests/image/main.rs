@@ -7,6 +7,7 @@
 )]
 
 mod answers;
+mod bitmaps;
 mod change;
 mod copy;
 mod place;

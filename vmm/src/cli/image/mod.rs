@@ -8,6 +8,7 @@
 //! Those of `qemu-img`: 1 for any failure, wrong usage included, but for the verbs that say otherwise ([`check`],
 //! [`compare`]).
 
+mod amend;
 mod bench;
 mod bitmap;
 mod check;
@@ -70,6 +71,9 @@ pub(super) enum Verb {
     /// Change the size of an image's disk
     #[command(after_help = resize::EXAMPLES)]
     Resize(resize::ResizeArgs),
+    /// Change options of an image that is there
+    #[command(after_help = amend::EXAMPLES)]
+    Amend(amend::AmendArgs),
     /// Write what an overlay holds into its backing file
     #[command(after_help = commit::EXAMPLES)]
     Commit(commit::CommitArgs),
@@ -115,6 +119,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> u8 {
         Verb::Check(arguments) => arguments.run(opener),
         Verb::Convert(arguments) => arguments.run(opener),
         Verb::Resize(arguments) => arguments.run(opener),
+        Verb::Amend(arguments) => arguments.run(opener),
         Verb::Commit(arguments) => arguments.run(opener),
         Verb::Rebase(arguments) => arguments.run(opener),
         Verb::Snapshot(arguments) => arguments.run(opener),
