@@ -532,8 +532,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Clears whole units of a range in the mapping; `false` when the image cannot say that they are zeros.
-    pub(crate) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<bool> {
+    /// Clears whole units of a range in the mapping; zeros that the image has no entry for are written.
+    pub(crate) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<()> {
         let mut at = offset;
         let end = offset + len;
         while at < end {
@@ -547,24 +547,34 @@ impl Qcow2 {
                 },
                 clear,
             };
-            match self.persist(|meta| meta.clear(range))? {
-                Some(done) => at += done,
-                None => return Ok(false),
+            if let Some(done) = self.persist(|meta| meta.clear(range))? {
+                at += done;
+                continue;
             }
+            let next = if self.geometry.extended {
+                end.min(self.geometry.down(at) + self.geometry.cluster())
+            } else {
+                end
+            };
+            match clear {
+                Clear::Hide => self.write_parts(at, next - at, None)?,
+                _ => self.zero_part(at, next - at)?,
+            }
+            at = next;
         }
         if self.geometry.data_file && self.punches() && clear != (Clear::Zero { unmap: false }) {
             self.data.discard(offset, len)?;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Says of a range that it is zeros even where it reads so already, because another backing file is to come. The range
-    /// consists of whole grains, or ends at the disk's end. `false`: the image cannot say so (version 2).
+    /// consists of whole grains, or ends at the disk's end.
     ///
     /// # Errors
     ///
     /// As [`Image::write`].
-    pub(crate) fn hide(&self, offset: u64, len: u64) -> io::Result<bool> {
+    pub(crate) fn hide(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_range(offset, len)?;
         self.lock().writable()?;
         let whole = self.whole(offset, len, self.geometry.grain());
@@ -579,7 +589,7 @@ impl Qcow2 {
     pub(crate) fn empty(&self) -> io::Result<()> {
         self.lock().writable()?;
         let size = self.disk_size().next_multiple_of(self.geometry.cluster());
-        self.clear(0, size, Clear::Forget).map(|_| ())
+        self.clear(0, size, Clear::Forget)
     }
 
     /// The part of a range that consists of whole units of `unit` bytes; the disk's end ends a unit.
@@ -714,9 +724,7 @@ impl Image for Qcow2 {
         let end = offset + len;
         self.zero_part(offset, whole.start - offset)?;
         let clear = Clear::Zero { unmap: may_unmap };
-        if !self.clear(whole.start, whole.end - whole.start, clear)? {
-            self.zero_part(whole.start, whole.end.min(end) - whole.start)?;
-        }
+        self.clear(whole.start, whole.end - whole.start, clear)?;
         if whole.end < end {
             self.zero_part(whole.end, end - whole.end)?;
         }
@@ -735,7 +743,7 @@ impl Image for Qcow2 {
             self.persist(|meta| meta.record(whole.start, len, false))?;
             return self.data.discard(whole.start, len);
         }
-        self.clear(whole.start, len, Clear::Discard).map(|_| ())
+        self.clear(whole.start, len, Clear::Discard)
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -123,9 +123,8 @@ impl Qcow2 {
             let next = end.min((table + 1) << geometry.table_bits());
             let index = usize::try_from(table).map_err(|_| eio())?;
             let mapped = self.lock().table(index)?.is_some();
-            let clear = Clear::Zero { unmap: true };
-            if (mapped || at < self.backing_size()) && !self.clear(at, next - at, clear)? {
-                self.zero_part(at, next - at)?;
+            if mapped || at < self.backing_size() {
+                self.clear(at, next - at, Clear::Zero { unmap: true })?;
             }
             at = next;
         }

@@ -3,4 +3,5 @@
 mod changes;
 pub(crate) mod crash;
 mod faults;
+mod found;
 pub(super) mod memory;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::support::{open, qemu_img, tool};
+use crate::support::{marked, open, qemu_img};
 
 /// The flags of a bitmap, as qemu-img lists them.
 fn flags(directory: &Path, image: &str, name: &str) -> String {
@@ -13,37 +13,6 @@ fn flags(directory: &Path, image: &str, name: &str) -> String {
     let bitmap = bitmaps.split('}').find(|it| it.contains(&name)).unwrap();
     let flags = bitmap.split("\"flags\":[").nth(1).unwrap();
     flags.split(']').next().unwrap().to_owned()
-}
-
-/// What a bitmap marks, as (offset, length) in bytes, as qemu-nbd exports it.
-fn marked(directory: &Path, name: &str) -> Vec<(u64, u64)> {
-    let words = ["-r", "--fork", "-f", "qcow2", "-B", name, "-k"];
-    let socket = directory.join("socket");
-    tool(
-        directory,
-        "qemu-nbd",
-        &[&words[..], &[socket.to_str().unwrap(), "image"]].concat(),
-    )
-    .unwrap();
-    let options = format!(
-        "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
-        socket.display()
-    );
-    let text = qemu_img(
-        directory,
-        &["map", "--output=json", "--image-opts", &options],
-    );
-    let text: String = text.split_whitespace().collect();
-    let number = |part: &str, key: &str| {
-        let rest = part.split(&format!("\"{key}\":")).nth(1).unwrap();
-        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
-        digits.parse().unwrap()
-    };
-    // Marked parts are shown as those without data.
-    text.split('}')
-        .filter(|part| part.contains("\"data\":false"))
-        .map(|part| (number(part, "start"), number(part, "length")))
-        .collect()
 }
 
 fn make(directory: &Path) {

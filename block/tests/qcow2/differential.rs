@@ -7,81 +7,15 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::ops::{Commit, Control, NewBacking, commit, rebase};
-use block::{ChangeError, Image, NewSnapshot, Preallocation, Qcow2};
+use block::ops::{Commit, Control, NewBacking, check, commit, rebase};
+use block::{ChangeError, Format, Image, NewSnapshot, Preallocation, Qcow2, Repair};
 
-use crate::support::{AnyPath, Rng, open, options, qemu_img, qemu_io, tool};
+use crate::shape::Shape;
+use crate::support::{AnyPath, Rng, marked, open, options, qemu_img, qemu_io, tool};
 
 const SECTOR: u64 = 512;
-
-/// What an image is made with.
-#[derive(Debug)]
-struct Shape {
-    size: u64,
-    /// Clusters are `1 << bits` bytes.
-    bits: u64,
-    options: String,
-    backing: bool,
-    data: bool,
-    raw_data: bool,
-    /// Refcounts are so narrow that snapshots may be refused.
-    few: bool,
-}
-
-impl Shape {
-    fn random(rng: &mut Rng) -> Self {
-        let v2 = rng.below(5) == 0;
-        let extended = !v2 && rng.below(4) == 0;
-        let bits = if extended {
-            14 + rng.below(8)
-        } else {
-            9 + rng.below(13)
-        };
-        let mut options = format!(
-            "compat={},cluster_size={}",
-            if v2 { "0.10" } else { "1.1" },
-            1_u64 << bits
-        );
-        if !v2 {
-            options += &format!(",refcount_bits={}", 1 << rng.below(7));
-            if extended {
-                options += ",extended_l2=on";
-            }
-            if rng.below(3) == 0 {
-                options += ",compression_type=zstd";
-            }
-            if rng.below(5) == 0 {
-                options += ",lazy_refcounts=on";
-            }
-        }
-        if rng.below(6) == 0 {
-            options += ",preallocation=metadata";
-        }
-        let mut data = false;
-        if !v2 && rng.below(6) == 0 && !options.contains("preallocation") {
-            data = true;
-            options += ",data_file=data";
-            if rng.below(2) == 0 {
-                options += ",data_file_raw=on";
-            }
-        }
-        let most = if bits < 12 { 2 << 20 } else { 16 << 20 };
-        Self {
-            size: (1 + rng.below(most / SECTOR)) * SECTOR,
-            backing: rng.below(2) == 0
-                && !options.contains("preallocation")
-                && !options.contains("data_file_raw"),
-            raw_data: options.contains("data_file_raw"),
-            few: ["=1", "=2", "=4", "=8"].iter().any(|few| {
-                options.ends_with(&format!("refcount_bits{few}"))
-                    || options.contains(&format!("refcount_bits{few},"))
-            }),
-            bits,
-            data,
-            options,
-        }
-    }
-}
+/// What a bit of the bitmap stands for.
+const UNIT: u64 = 64 << 10;
 
 /// One operation on both.
 #[derive(Clone, Debug)]
@@ -111,6 +45,7 @@ fn range(offset: u64, len: u64) -> std::ops::Range<usize> {
 }
 
 fn perform(image: &Arc<dyn Image>, op: &Op, model: &mut [u8]) {
+    eprintln!("{op:x?}");
     match *op {
         Op::Write(offset, len, byte) => {
             image.write(offset, &vec![byte; len as usize]).unwrap();
@@ -154,6 +89,7 @@ fn verify(image: &Arc<dyn Image>, model: &[u8]) {
 }
 
 fn with_qemu(directory: &Path, ops: &[Op], model: &mut [u8]) {
+    eprintln!("qemu-io {ops:x?}");
     let commands: Vec<String> = ops
         .iter()
         .map(|op| match *op {
@@ -173,67 +109,28 @@ fn with_qemu(directory: &Path, ops: &[Op], model: &mut [u8]) {
     qemu_io(directory, "image", &commands);
 }
 
-fn make(directory: &Path, shape: &Shape, rng: &mut Rng) -> Vec<u8> {
-    let size = shape.size.to_string();
-    let mut model = vec![0; shape.size as usize];
-    if shape.backing {
-        let below = (1 + rng.below(shape.size / SECTOR + 40)) * SECTOR;
-        let format = *rng.pick(&["raw", "qcow2"]);
-        let text = below.to_string();
-        qemu_img(directory, &["create", "-q", "-f", format, "base", &text]);
-        let half = (below / 2 / SECTOR).max(1) * SECTOR;
-        let command = format!("write -P 119 0 {half}");
-        tool(
-            directory,
-            "qemu-io",
-            &["-f", format, "-c", &command, "base"],
-        )
-        .unwrap();
-        let hidden = (half as usize).min(model.len());
-        model[..hidden].fill(119);
-        qemu_img(
-            directory,
-            &[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-b",
-                "base",
-                "-F",
-                format,
-                "-o",
-                &shape.options,
-                "image",
-                &size,
-            ],
-        );
-    } else {
-        qemu_img(
-            directory,
-            &[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-o",
-                &shape.options,
-                "image",
-                &size,
-            ],
-        );
-    }
-    model
-}
-
 /// What the image is to hold.
 struct Model {
     now: Vec<u8>,
     snapshots: Vec<(String, Vec<u8>)>,
     /// Names that have been given.
     named: u32,
-    /// There is a bitmap that records.
-    bitmap: bool,
+    /// What the disk was when its bitmap was added, if it has one.
+    marked: Option<Vec<u8>>,
+}
+
+impl Model {
+    fn resize(&mut self, len: usize) {
+        self.now.resize(len, 0);
+        if let Some(marked) = &mut self.marked {
+            marked.resize(len, 0);
+        }
+    }
+
+    fn go_back(&mut self, content: Vec<u8>) {
+        self.resize(content.len());
+        self.now = content;
+    }
 }
 
 /// One sequence.
@@ -245,18 +142,8 @@ struct Sequence<'a> {
 }
 
 impl Sequence<'_> {
-    fn v2(&self) -> bool {
-        self.shape.options.contains("compat=0.10")
-    }
-
     fn size(&self) -> u64 {
         self.model.now.len() as u64
-    }
-
-    /// Snapshots can be counted.
-    fn counts(&self) -> bool {
-        !self.shape.options.contains("refcount_bits=1,")
-            && !self.shape.options.ends_with("refcount_bits=1")
     }
 
     fn qemu_img(&self, args: &[&str]) -> String {
@@ -289,12 +176,13 @@ impl Sequence<'_> {
     }
 
     fn our_compressed(&mut self, image: &Qcow2) {
-        if self.shape.data {
+        if self.shape.has_data_file() {
             return;
         }
         for _ in 0..1 + self.rng.below(4) {
             let (offset, len) = self.cluster();
             let byte = 1 + self.rng.below(255) as u8;
+            eprintln!("compressed {offset:#x} {len:#x} {byte:#x}");
             if image
                 .write_compressed(offset, &vec![byte; len as usize])
                 .unwrap()
@@ -306,7 +194,7 @@ impl Sequence<'_> {
 
     /// A cluster of the disk; the last one may be cut off.
     fn cluster(&mut self) -> (u64, u64) {
-        let cluster = 1 << self.shape.bits;
+        let cluster = self.shape.new.cluster_size;
         let offset = self.rng.below(self.size().div_ceil(cluster)) * cluster;
         (offset, cluster.min(self.size() - offset))
     }
@@ -325,11 +213,17 @@ impl Sequence<'_> {
         match (self.rng.below(4), self.any_snapshot()) {
             (0, Some(index)) => {
                 let (name, content) = self.model.snapshots[index].clone();
-                image.apply_snapshot(&name).unwrap();
-                self.model.now = content;
+                eprintln!("apply {name}");
+                match image.apply_snapshot(&name) {
+                    Ok(()) => self.model.go_back(content),
+                    // For a moment it takes one reference more.
+                    Err(ChangeError::RefcountFull { .. }) => assert!(self.shape.counts_few()),
+                    Err(error) => panic!("{error}: {error:?}"),
+                }
             }
             (1, Some(index)) => {
                 let (name, _) = self.model.snapshots.remove(index);
+                eprintln!("delete {name}");
                 image.delete_snapshot(&name).unwrap();
             }
             _ => {
@@ -340,14 +234,16 @@ impl Sequence<'_> {
                     seconds: 1_700_000_000,
                     nanoseconds: 5,
                 };
-                match image.create_snapshot(new) {
+                let created = image.create_snapshot(new);
+                eprintln!("create {name}: {created:?}");
+                match created {
                     Ok(_) => {
-                        assert!(!self.shape.data);
+                        assert!(!self.shape.has_data_file());
                         let content = self.model.now.clone();
                         self.model.snapshots.push((name, content));
                     }
-                    Err(ChangeError::DataFile) => assert!(self.shape.data),
-                    Err(ChangeError::RefcountFull { .. }) => assert!(self.shape.few),
+                    Err(ChangeError::DataFile) => assert!(self.shape.has_data_file()),
+                    Err(ChangeError::RefcountFull { .. }) => assert!(self.shape.counts_few()),
                     Err(error) => panic!("{error}: {error:?}"),
                 }
             }
@@ -356,10 +252,10 @@ impl Sequence<'_> {
 
     /// A new size, and how much of it is not told by a change of size.
     fn new_size(&mut self) -> Option<u64> {
-        if self.v2() && !self.model.snapshots.is_empty() {
+        if self.shape.v2() && !self.model.snapshots.is_empty() {
             return None;
         }
-        let most = 2 * self.shape.size / SECTOR;
+        let most = 2 * self.shape.new.size / SECTOR;
         Some((1 + self.rng.below(most)) * SECTOR)
     }
 
@@ -375,20 +271,23 @@ impl Sequence<'_> {
             Preallocation::Falloc,
             Preallocation::Full,
         ]);
+        eprintln!("resize {size:#x} {how:?}");
         block::ops::resize(image, size, how).unwrap();
-        self.model.now.resize(size as usize, 0);
+        self.model.resize(size as usize);
     }
 
     fn our_bitmap(&mut self, image: &Qcow2) {
-        if self.v2() {
+        if self.shape.v2() {
             return;
         }
-        if self.model.bitmap {
+        if self.model.marked.take().is_some() {
+            eprintln!("remove the bitmap");
             image.remove_bitmap("bits").unwrap();
         } else {
-            image.add_bitmap("bits", Some(64 << 10), true).unwrap();
+            eprintln!("add a bitmap");
+            image.add_bitmap("bits", Some(UNIT), true).unwrap();
+            self.model.marked = Some(self.model.now.clone());
         }
-        self.model.bitmap = !self.model.bitmap;
     }
 
     fn look_at_snapshots(&mut self, path: &Path) {
@@ -434,7 +333,7 @@ impl Sequence<'_> {
     }
 
     fn qemu_compressed(&mut self) {
-        if self.shape.data {
+        if self.shape.has_data_file() {
             return;
         }
         for _ in 0..1 + self.rng.below(4) {
@@ -451,15 +350,24 @@ impl Sequence<'_> {
     }
 
     fn qemu_snapshot(&mut self) {
-        if self.shape.data || !self.counts() {
+        if self.shape.has_data_file() || self.shape.new.refcount_bits == 1 {
             return;
         }
         match (self.rng.below(4), self.any_snapshot()) {
             // Not with a bitmap in use.
-            (0, Some(index)) if !self.model.bitmap => {
+            (0, Some(index)) if self.model.marked.is_none() => {
                 let (name, content) = self.model.snapshots[index].clone();
-                self.qemu_img(&["snapshot", "-a", &name, "image"]);
-                self.model.now = content;
+                match tool(
+                    self.directory,
+                    "qemu-img",
+                    &["snapshot", "-a", &name, "image"],
+                ) {
+                    Ok(_) => self.model.go_back(content),
+                    Err(error) => {
+                        assert!(self.shape.counts_few(), "{error}");
+                        self.give_leaks_back();
+                    }
+                }
             }
             (1, Some(index)) => {
                 let (name, _) = self.model.snapshots.remove(index);
@@ -469,13 +377,22 @@ impl Sequence<'_> {
                 let name = self.new_name();
                 let words = ["snapshot", "-c", &name, "image"];
                 if let Err(error) = tool(self.directory, "qemu-img", &words) {
-                    assert!(self.shape.few, "{error}");
+                    assert!(self.shape.counts_few(), "{error}");
+                    self.give_leaks_back();
                     return;
                 }
                 let content = self.model.now.clone();
                 self.model.snapshots.push((name, content));
             }
         }
+    }
+
+    /// QEMU leaves what it had counted before it gave up. Its own repair forgets all snapshots of an image that has bitmaps.
+    fn give_leaks_back(&self) {
+        let path = self.directory.join("image");
+        let mend = Some(Repair::Leaks);
+        let report = check(&path, &AnyPath, Format::Qcow2, mend, true, &mut |_| ()).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0));
     }
 
     fn qemu_size(&mut self) {
@@ -487,13 +404,16 @@ impl Sequence<'_> {
         let words = ["resize", "-q", "--shrink", "-f", "qcow2", "image", &text];
         if let Err(error) = tool(self.directory, "qemu-img", &words) {
             // It cannot hide what a longer backing file has there.
-            assert!(self.v2() && self.shape.backing && size > old, "{error}");
+            assert!(
+                self.shape.v2() && self.shape.has_backing() && size > old,
+                "{error}"
+            );
             return;
         }
-        self.model.now.resize(size as usize, 0);
+        self.model.resize(size as usize);
         if size > old {
             // In the cluster that the disk ended in, it may leave what was there.
-            let cluster = 1 << self.shape.bits;
+            let cluster = self.shape.new.cluster_size;
             let end = old.next_multiple_of(cluster).min(size);
             self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "image", "flat"]);
             let flat = std::fs::read(self.directory.join("flat")).unwrap();
@@ -504,7 +424,7 @@ impl Sequence<'_> {
 
     /// Writes to an overlay, which is then committed, or loses its backing file.
     fn overlay(&mut self) {
-        if self.shape.raw_data {
+        if self.shape.new.data_file_raw {
             return;
         }
         let (ours, rebased) = (self.rng.below(2) == 0, self.rng.below(2) == 0);
@@ -519,7 +439,7 @@ impl Sequence<'_> {
             perform(&top, &op, &mut content);
         }
         if self.rng.below(3) == 0 {
-            let size = (1 + self.rng.below(2 * self.shape.size / SECTOR)) * SECTOR;
+            let size = (1 + self.rng.below(2 * self.shape.new.size / SECTOR)) * SECTOR;
             let top = top.as_qcow2().unwrap();
             top.resize(size, Preallocation::Off).unwrap();
             content.resize(size as usize, 0);
@@ -529,7 +449,7 @@ impl Sequence<'_> {
         self.qemu_img(&["check", "-q", "-f", "qcow2", "top"]);
         if rebased {
             self.lose_backing(ours);
-        } else if self.v2()
+        } else if self.shape.v2()
             && !self.model.snapshots.is_empty()
             && content.len() > self.model.now.len()
         {
@@ -537,12 +457,9 @@ impl Sequence<'_> {
             return;
         } else {
             self.commit(ours);
-            let below = &mut self.model.now;
-            let both = content.len().min(below.len());
-            below[..both].copy_from_slice(&content[..both]);
-            if content.len() > below.len() {
-                below.clone_from(&content);
-            }
+            let longer = content.len().max(self.model.now.len());
+            self.model.resize(longer);
+            self.model.now[..content.len()].copy_from_slice(&content);
         }
         self.qemu_img(&["check", "-q", "-f", "qcow2", "top"]);
         let top = open(&self.directory.join("top"));
@@ -575,14 +492,44 @@ impl Sequence<'_> {
         rebase(&path, &AnyPath, &options(), none, 2, &Control::none()).unwrap();
     }
 
-    /// The image as QEMU sees it.
+    /// Whatever is not as it was when the bitmap was added is marked.
+    fn judge_bitmap(&self) {
+        let Some(before) = &self.model.marked else {
+            return;
+        };
+        let ranges = marked(self.directory, "bits");
+        let is_marked = |at| {
+            ranges
+                .iter()
+                .any(|(offset, len)| (*offset..offset + len).contains(&at))
+        };
+        let unit = UNIT as usize;
+        let units = self.model.now.chunks(unit).zip(before.chunks(unit));
+        for (number, (now, before)) in units.enumerate() {
+            let offset = (number * unit) as u64;
+            assert!(
+                now == before || is_marked(offset),
+                "{offset:#x} is not in {ranges:x?}"
+            );
+        }
+    }
+
+    /// The image as QEMU sees it, and as our own check does.
     fn judge(&self) {
         self.qemu_img(&["check", "-q", "-f", "qcow2", "image"]);
+        let path = self.directory.join("image");
+        let mut findings = Vec::new();
+        let mut sink = |finding| findings.push(finding);
+        let report = check(&path, &AnyPath, Format::Qcow2, None, true, &mut sink).unwrap();
+        let found = (report.check_errors, report.corruptions, report.leaks);
+        assert_eq!(found, (0, 0, 0), "{findings:?}");
         std::fs::write(self.directory.join("flat"), &self.model.now).unwrap();
         self.qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", "image", "flat"]);
         let info = self.qemu_img(&["info", "-f", "qcow2", "--output=json", "image"]);
         assert!(!info.contains("in-use"), "{info}");
-        assert_eq!(info.contains("\"bits\""), self.model.bitmap, "{info}");
+        let has_bitmap = info.contains("\"bits\"");
+        assert_eq!(has_bitmap, self.model.marked.is_some(), "{info}");
+        self.judge_bitmap();
         for (name, content) in &self.model.snapshots {
             assert!(info.contains(&format!("\"{name}\"")), "{info}");
             let snapshot = format!("snapshot.name={name}");
@@ -604,7 +551,7 @@ fn sequence(seed: u64) {
     let shape = Shape::random(&mut rng);
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let now = make(directory, &shape, &mut rng);
+    let now = shape.make(directory, &mut rng);
     let mut sequence = Sequence {
         directory,
         shape: &shape,
@@ -613,7 +560,7 @@ fn sequence(seed: u64) {
             now,
             snapshots: Vec::new(),
             named: 0,
-            bitmap: false,
+            marked: None,
         },
     };
     for _ in 0..2 + sequence.rng.below(4) {
@@ -624,7 +571,7 @@ fn sequence(seed: u64) {
             sequence.judge();
         }
     }
-    if shape.raw_data {
+    if shape.new.data_file_raw {
         // Whatever the tables say, the data file is the disk.
         let data = std::fs::read(directory.join("data")).unwrap();
         let zeros = std::iter::repeat(&0);
