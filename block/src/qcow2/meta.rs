@@ -285,7 +285,7 @@ impl Meta {
 
     /// Looks whether all entries of a freshly loaded L2 page may be written through: not
     /// to metadata, and not to clusters that count as free.
-    fn judge(&mut self, page: &Page) -> io::Result<()> {
+    pub(crate) fn judge(&mut self, page: &Page) -> io::Result<()> {
         if self.geometry.data_file {
             return Ok(());
         }
