@@ -177,7 +177,7 @@ pub(super) fn guard(
         write,
         direct: false,
     };
-    open_file(path, opener, access, options.disk.lock)
+    open_file(path, opener, access, options.disk.keep())
 }
 
 /// How an image is opened that [`guard`] has locked.
