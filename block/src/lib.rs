@@ -36,6 +36,7 @@ mod events;
 mod file;
 mod image;
 mod jobs;
+mod lease;
 mod lock;
 mod magic;
 pub mod nbd;
@@ -57,13 +58,14 @@ pub use disk::{
 };
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
+pub use lease::Lease;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Opener};
 pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{
-    CheckReport, Compression, CreateError, CreateOptions, Finding, Preallocation, Qcow2, Repair,
-    Severity,
+    ChangeError, CheckReport, Compression, CreateError, CreateOptions, Finding, NewSnapshot,
+    Preallocation, Qcow2, Repair, Severity,
 };
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};

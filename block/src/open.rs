@@ -15,11 +15,12 @@ use crate::image::Image;
 use crate::nbd::{self, NbdDisk, NbdStorage};
 use crate::opener::{Access, Opener};
 use crate::options::{Discard, DiskOptions, Format};
-use crate::qcow2::Repair;
-use crate::qcow2::bitmap_table;
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::{self, Header};
 use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
+use crate::qcow2::repair::repair;
+use crate::qcow2::snapshot::look_at;
+use crate::qcow2::{Finding, Repair};
 use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 
@@ -58,6 +59,9 @@ pub struct ImageOptions {
     /// disks of machines.
     #[serde(skip)]
     pub any_size: bool,
+    /// A qcow2 image is opened as this internal snapshot has it, by ID or name: read-only, whatever else is said.
+    #[serde(skip)]
+    pub snapshot: Option<String>,
 }
 
 /// An opened image.
@@ -162,7 +166,7 @@ impl Chain<'_> {
             write,
             direct: disk.access().direct,
         };
-        let file = open_file(path, self.opener, access, disk.lock)?;
+        let file = open_file(path, self.opener, access, disk.keep())?;
         Ok(Arc::new(FileStorage::new(Arc::new(file))))
     }
 
@@ -190,8 +194,14 @@ impl Chain<'_> {
     }
 
     fn qcow2(&self, path: &Path, write: bool, depth: usize) -> Result<Arc<Qcow2>, OpenError> {
+        let snapshot = self.options.snapshot.as_deref().filter(|_| depth == 0);
+        let write = write && snapshot.is_none();
         let storage = self.storage(path, write)?;
         let mut header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
+        if let Some(snapshot) = snapshot {
+            look_at(&mut header, &*storage, snapshot)
+                .map_err(|error| unusable(path, "qcow2", error))?;
+        }
         let geometry = header.geometry();
         let unit = u64::from(storage.alignment());
         if geometry.cluster() < unit {
@@ -203,17 +213,6 @@ impl Chain<'_> {
         }
         if write {
             prepare(path, &mut header, &*storage)?;
-            if header.incompatible & header::DIRTY != 0 {
-                // Its refcounts may be outdated, and nothing may be allocated by them.
-                crate::qcow2::repair::repair(&*storage, Repair::All, &mut |finding| {
-                    tracing::info!(?finding, "repair of an image that was not closed");
-                })
-                .map_err(|error| unusable(path, "qcow2", error))?;
-                header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
-            }
-        }
-        if write {
-            retire_bitmaps(path, &header, &*storage)?;
         }
         let data = self.data_file(path, &header, write)?;
         let backing = self.backing_file(path, &header, depth)?;
@@ -322,6 +321,17 @@ pub(crate) fn prepare(
             path: path.to_owned(),
         });
     }
+    if header.incompatible & header::DIRTY != 0 {
+        tracing::info!(path = %path.display(), "the image was not closed properly: repairing its refcounts");
+        let mut sink = |finding: Finding| tracing::debug!(message = finding.message, "repair");
+        let report = repair(storage, Repair::All, &mut sink)
+            .map_err(|error| unusable(path, "qcow2", error))?;
+        if report.corruptions != 0 || report.check_errors != 0 {
+            let why = "it was not closed properly, and could not be repaired in full: see what a check of it says";
+            return Err(unusable(path, "qcow2", why));
+        }
+        *header = Header::load(storage).map_err(|error| unusable(path, "qcow2", error))?;
+    }
     let unknown = header.autoclear & !header::AUTOCLEAR_KNOWN;
     if unknown != 0 {
         header.autoclear &= !unknown;
@@ -331,32 +341,6 @@ pub(crate) fn prepare(
             .map_err(|error| unusable(path, "qcow2", error))?;
     }
     Ok(())
-}
-
-/// Marks the bitmaps that record changes as in use, so that nobody trusts them: changes
-/// made here are not recorded in them.
-fn retire_bitmaps(path: &Path, header: &Header, storage: &dyn Storage) -> Result<(), OpenError> {
-    let Some(extension) = header.consistent_bitmaps() else {
-        return Ok(());
-    };
-    let mut bitmaps = bitmap_table::load_unchecked(storage, &extension)
-        .map_err(|error| unusable(path, "qcow2", error))?;
-    let mut changed = false;
-    for bitmap in &mut bitmaps {
-        if bitmap.flags & (bitmap_table::AUTO | bitmap_table::IN_USE) == bitmap_table::AUTO {
-            bitmap.flags |= bitmap_table::IN_USE;
-            changed = true;
-        }
-    }
-    if !changed {
-        return Ok(());
-    }
-    let directory =
-        bitmap_table::encode(&bitmaps).map_err(|error| unusable(path, "qcow2", error))?;
-    storage
-        .write_at(&directory, extension.directory_offset)
-        .and_then(|()| storage.sync())
-        .map_err(|error| unusable(path, "qcow2", error))
 }
 
 /// The path that a name in an image means: names are relative to the image's directory.

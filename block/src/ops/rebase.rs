@@ -264,11 +264,9 @@ impl Job<'_> {
     /// Makes the image itself hold these bytes. What reads as zeros only because the old backing file ends
     /// before it must become zeros too.
     fn own(&self, offset: u64, part: &[u8]) -> std::io::Result<()> {
-        if let Some(top) = self.top.as_qcow2().filter(|_| is_zero(part))
-            && top.hide(offset, part.len() as u64)?
-        {
-            return Ok(());
+        match self.top.as_qcow2() {
+            Some(top) if is_zero(part) => top.hide(offset, part.len() as u64),
+            _ => self.top.write(offset, part),
         }
-        self.top.write(offset, part)
     }
 }

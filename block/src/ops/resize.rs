@@ -18,7 +18,7 @@ pub fn resize(image: &dyn Image, size: u64, preallocation: Preallocation) -> io:
         .ok_or(io::ErrorKind::InvalidInput)?;
     match (image.as_raw(), image.as_qcow2()) {
         (Some(raw), _) => raw.resize(size, preallocation),
-        (_, Some(qcow2)) => qcow2.resize(size, preallocation),
+        (_, Some(qcow2)) => Ok(qcow2.resize(size, preallocation)?),
         _ => Err(io::ErrorKind::Unsupported.into()),
     }
 }

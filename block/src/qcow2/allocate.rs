@@ -41,11 +41,11 @@ impl Meta {
     /// Allocates up to `want` clusters in a row, at least one, with a refcount of 1.
     pub(crate) fn allocate(&mut self, want: u64) -> io::Result<Run> {
         self.reclaim(1)?;
-        let run = match self.take_free(want, 1) {
+        let run = match self.take_counted(want, 1)? {
             Some(run) => run,
             None => {
                 self.search()?;
-                match self.take_free(want, 1) {
+                match self.take_counted(want, 1)? {
                     Some(run) => run,
                     None => return self.allocate_at_frontier(want, false),
                 }
@@ -57,7 +57,7 @@ impl Meta {
 
     /// Allocates exactly `count` clusters in a row.
     pub(crate) fn allocate_exact(&mut self, count: u64) -> io::Result<Run> {
-        let run = match self.take_free(count, count) {
+        let run = match self.take_counted(count, count)? {
             Some(run) => run,
             None => return self.allocate_at_frontier(count, true),
         };
@@ -116,6 +116,10 @@ impl Meta {
             let size = self.geometry.cluster();
             self.pages.forget(cluster * size, size);
             self.metadata.remove(&cluster);
+            if self.compressed_end / size == cluster {
+                // No more goes into it: it may soon be somebody's.
+                self.compressed_end = 0;
+            }
             // What the search has not come to, it will find.
             if !(self.scan..self.scan_end).contains(&cluster) {
                 self.add_free(cluster, 1);
@@ -170,15 +174,38 @@ impl Meta {
         })
     }
 
-    /// Searches some more refcounts for free clusters.
+    /// As [`Meta::take_free`], with blocks that count what was taken: whoever shrinks an image may give back blocks in the
+    /// midst of it.
+    fn take_counted(&mut self, want: u64, least: u64) -> io::Result<Option<Run>> {
+        let Some(run) = self.take_free(want, least) else {
+            return Ok(None);
+        };
+        let bits = self.geometry.refblock_bits();
+        for block in run.first >> bits..=(run.first + run.count - 1) >> bits {
+            loop {
+                match self.ensure_block(block << bits) {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => {
+                        self.add_free(run.first, run.count);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(Some(run))
+    }
+
+    /// Searches some more refcounts for free clusters, as far as the refcount table goes.
     fn search(&mut self) -> io::Result<()> {
-        let end = self.scan_end.min(self.scan + SEARCH);
+        let counted = (self.reftable.len() as u64) << self.geometry.refblock_bits();
+        let end = self.scan_end.min(self.scan + SEARCH).min(counted);
         for cluster in self.scan..end {
             if self.refcount(cluster)? == 0 && !self.metadata.contains(&cluster) {
                 self.add_free(cluster, 1);
             }
         }
-        self.scan = end;
+        self.scan = self.scan.max(end);
         Ok(())
     }
 

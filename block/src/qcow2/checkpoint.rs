@@ -34,12 +34,12 @@ struct Work {
     /// A header that points to a new refcount table.
     header: Option<Header>,
     late: Writes,
+    /// The header, if the one on disk may be another.
+    restore: Option<Header>,
     pages: (BTreeSet<u64>, BTreeSet<u64>),
     l1_dirty: BTreeSet<usize>,
     reftable_dirty: BTreeSet<usize>,
     table_move: Option<TableMove>,
-    /// A header that points to a new L1 table.
-    l1_header: Option<Header>,
     new_tables: HashMap<u64, usize>,
     unlinked: Vec<Unlinked>,
 }
@@ -58,6 +58,32 @@ struct GateState {
     done: u64,
     /// The error number of the last one.
     failure: Option<i32>,
+}
+
+/// Keeps checkpoints out.
+#[derive(Debug)]
+pub(crate) struct Turn<'a>(&'a Gate);
+
+impl Gate {
+    /// Waits until no checkpoint runs; none runs until the result is dropped.
+    pub(crate) fn turn(&self) -> Turn<'_> {
+        let mut state = lock(&self.state);
+        while state.running {
+            state = self
+                .ended
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.running = true;
+        Turn(self)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).running = false;
+        self.0.ended.notify_all();
+    }
 }
 
 impl Qcow2 {
@@ -100,6 +126,25 @@ impl Qcow2 {
         result
     }
 
+    /// As [`Qcow2::checkpoint`], under the lock and with the [`Turn`] held.
+    pub(crate) fn commit_held(&self, meta: &mut Meta) -> io::Result<()> {
+        meta.writable()?;
+        let work = Work::collect(meta);
+        match self.write_out(&work) {
+            Ok(()) => work.succeed(meta),
+            Err(error) => {
+                work.fail(meta);
+                return Err(error);
+            }
+        }
+        let ready = meta.take_released(usize::MAX);
+        if self.punches() {
+            let parts = sole_parts(meta, &ready)?;
+            self.punch(&parts);
+        }
+        ready.into_iter().try_for_each(|run| meta.settle(run))
+    }
+
     fn commit(&self) -> io::Result<()> {
         let work = {
             let mut meta = self.lock();
@@ -109,7 +154,7 @@ impl Qcow2 {
         let written = self.write_out(&work);
         let mut meta = self.lock();
         match written {
-            Ok(()) => work.succeed(&mut meta)?,
+            Ok(()) => work.succeed(&mut meta),
             Err(error) => {
                 work.fail(&mut meta);
                 return Err(error);
@@ -125,6 +170,11 @@ impl Qcow2 {
                 .iter()
                 .try_for_each(|(at, bytes)| storage.write_at(bytes, *at))
         };
+        if let Some(header) = &work.restore {
+            // Before anything is counted or written that the other one does not know.
+            header.store(storage)?;
+            self.sync_tables()?;
+        }
         stage(&work.early)?;
         self.reach(work.end)?;
         self.sync_data()?;
@@ -135,10 +185,7 @@ impl Qcow2 {
         if work.header.is_some() || !work.link.is_empty() {
             self.sync_tables()?;
         }
-        if let Some(header) = &work.l1_header {
-            header.store_l1(storage)?;
-        }
-        if !work.late.is_empty() || work.l1_header.is_some() {
+        if !work.late.is_empty() {
             stage(&work.late)?;
             self.sync_tables()?;
         }
@@ -166,19 +213,9 @@ impl Qcow2 {
             return Ok(());
         }
         if self.punches() {
-            let mut parts = Vec::new();
-            for run in &ready {
-                parts.extend(meta.sole(*run)?);
-            }
+            let parts = sole_parts(&mut meta, &ready)?;
             drop(meta);
-            let size = self.geometry().cluster();
-            for (first, count) in parts {
-                // The clusters are still counted, so nobody else can have them. Space that is not given
-                // back is no reason to fail.
-                if let Err(error) = self.storage().discard(first * size, count * size) {
-                    tracing::debug!(%error, "a freed range was not given back");
-                }
-            }
+            self.punch(&parts);
             meta = self.lock();
         }
         for run in ready {
@@ -186,6 +223,26 @@ impl Qcow2 {
         }
         Ok(())
     }
+
+    /// Makes clusters holes that are still counted, so that nobody else can have them.
+    fn punch(&self, parts: &[(u64, u64)]) {
+        let size = self.geometry().cluster();
+        for (first, count) in parts {
+            // Space that is not given back is no reason to fail.
+            if let Err(error) = self.storage().discard(first * size, count * size) {
+                tracing::debug!(%error, "a freed range was not given back");
+            }
+        }
+    }
+}
+
+/// What of some runs nothing but the runs' own references keeps in use.
+fn sole_parts(meta: &mut Meta, runs: &[Unlinked]) -> io::Result<Vec<(u64, u64)>> {
+    let mut parts = Vec::new();
+    for run in runs {
+        parts.extend(meta.sole(*run)?);
+    }
+    Ok(parts)
 }
 
 fn lock(state: &Mutex<GateState>) -> MutexGuard<'_, GateState> {
@@ -199,20 +256,7 @@ impl Work {
         let reftable_dirty = std::mem::take(&mut meta.reftable_dirty);
         let mut early = meta.pages.copy_out(&pages.0);
         let mut late = meta.pages.copy_out(&pages.1);
-        let l1_header = meta.l1_move.map(|(offset, entries)| {
-            // Nothing points to the new table yet, so all of it can go first.
-            let words = meta.l1.iter();
-            early.push((
-                offset,
-                words.flat_map(|entry| entry.to_be_bytes()).collect(),
-            ));
-            let mut header = meta.header.clone();
-            (header.l1_offset, header.l1_entries) = (offset, entries);
-            header
-        });
-        if l1_header.is_none() {
-            late.extend(table_sectors(&meta.l1, meta.header.l1_offset, &l1_dirty));
-        }
+        late.extend(table_sectors(&meta.l1, meta.header.l1_offset, &l1_dirty));
         let mut link = Writes::new();
         let header = meta.reftable_move.map(|table| {
             let words = meta.reftable.iter();
@@ -231,18 +275,21 @@ impl Work {
             link,
             header,
             late,
+            restore: meta.stale.then(|| meta.header.clone()),
             pages,
             l1_dirty,
             reftable_dirty,
             table_move: meta.reftable_move,
-            l1_header,
             new_tables: std::mem::take(&mut meta.new_tables),
             unlinked: std::mem::take(&mut meta.unlinked),
         }
     }
 
-    fn succeed(self, meta: &mut Meta) -> io::Result<()> {
+    fn succeed(self, meta: &mut Meta) {
         meta.pages.written(None);
+        if self.restore.is_some() {
+            meta.stale = false;
+        }
         meta.released.extend(self.unlinked);
         if let Some(table) = self.table_move {
             meta.header.reftable_offset = table.to.0;
@@ -255,20 +302,7 @@ impl Work {
                 tag,
             });
         }
-        if let Some(header) = self.l1_header {
-            let old = (meta.header.l1_offset, u64::from(meta.header.l1_entries) * 8);
-            meta.header.l1_offset = header.l1_offset;
-            meta.header.l1_entries = header.l1_entries;
-            meta.l1_move = None;
-            let tag = meta.shared.epochs.advance();
-            meta.released.push_back(Unlinked {
-                first: old.0 >> meta.geometry.cluster_bits,
-                count: meta.geometry.clusters(old.1),
-                tag,
-            });
-        }
         let clean = meta.pages.dirty() == 0
-            && meta.l1_move.is_none()
             && meta.l1_dirty.is_empty()
             && meta.reftable_dirty.is_empty()
             && meta.reftable_move.is_none()
@@ -276,7 +310,6 @@ impl Work {
         if clean {
             meta.shared.dirty.store(false, Ordering::Release);
         }
-        Ok(())
     }
 
     fn fail(self, meta: &mut Meta) {

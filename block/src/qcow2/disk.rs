@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::create::Preallocation;
 use super::image::Qcow2;
 use super::queue::Qcow2Queue;
 use super::slow::Slow;
@@ -12,7 +13,6 @@ use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::events::{Events, Observer};
 use crate::jobs::JobQueue;
 use crate::options::{Aio, DiskOptions};
-use crate::qcow2::Preallocation;
 
 /// How many requests of one image are served by blocking calls at once.
 const SLOW_THREADS: usize = 16;
@@ -108,15 +108,18 @@ impl Disk for Qcow2Disk {
     }
 
     fn resize(&self, size: u64) -> io::Result<()> {
-        let from = self.core.image.disk_size();
-        if size < from {
-            return Err(ResizeError::Shrink { from, to: size }.into());
+        let (from, unit) = (self.core.size(), self.core.unit.max(SECTOR));
+        if self.core.policy.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
-        let unit = self.core.unit.max(SECTOR);
         if !size.is_multiple_of(unit) {
             return Err(ResizeError::Unit { size, unit }.into());
         }
-        self.core.image.resize(size, Preallocation::Off)
+        if size < from {
+            return Err(ResizeError::Shrink { from, to: size }.into());
+        }
+        self.core.image.resize(size, Preallocation::Off)?;
+        Ok(())
     }
 
     fn high_water(&self) -> Option<u64> {

@@ -41,6 +41,14 @@ impl Epochs {
         oldest
     }
 
+    /// Whether anybody has anything pinned.
+    pub(crate) fn pinned(&self) -> bool {
+        let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        pins.iter()
+            .filter_map(Weak::upgrade)
+            .any(|pin| pin.load(Ordering::SeqCst) != NONE)
+    }
+
     /// A new party that does transfers; it has nothing pinned.
     pub(crate) fn join(self: &Arc<Self>) -> Pins {
         let oldest = Arc::new(AtomicU64::new(NONE));

@@ -485,6 +485,11 @@ impl Header {
         self.incompatible & DATA_FILE != 0
     }
 
+    /// Whether the data file alone is the disk.
+    pub(crate) fn has_raw_data_file(&self) -> bool {
+        self.has_data_file() && self.autoclear & RAW_DATA_FILE != 0
+    }
+
     /// The sizes that follow.
     pub(crate) fn geometry(&self) -> Geometry {
         Geometry {
@@ -572,14 +577,15 @@ impl Header {
         storage.write_at(&area, 0)
     }
 
-    /// Writes the size of the disk alone. Does not sync, as the others below.
-    pub(crate) fn store_size(&self, storage: &dyn Storage) -> io::Result<()> {
-        storage.write_at(&self.size.to_be_bytes(), Self::SIZE as u64)
-    }
-
-    /// Writes the place and the size of the L1 table alone, in one write.
-    pub(crate) fn store_l1(&self, storage: &dyn Storage) -> io::Result<()> {
-        storage.write_at(&self.l1_field(), Self::L1 as u64)
+    /// Writes the size of the disk, and the place and the size of the L1 table, in one write. Does not sync,
+    /// as the others below.
+    pub(crate) fn store_mapping(&self, storage: &dyn Storage) -> io::Result<()> {
+        // The encryption method is between them.
+        let mut field = [0; 24];
+        put(&mut field, 0, &self.size.to_be_bytes());
+        put(&mut field, 8, &self.crypt.to_be_bytes());
+        put(&mut field, Self::L1 - Self::SIZE, &self.l1_field());
+        storage.write_at(&field, Self::SIZE as u64)
     }
 
     /// Writes the place and the size of the refcount table alone, in one write.
@@ -588,7 +594,6 @@ impl Header {
     }
 
     /// Writes the place and the length of the snapshot table alone, in one write.
-    #[cfg(test)]
     pub(crate) fn store_snapshots(&self, storage: &dyn Storage) -> io::Result<()> {
         storage.write_at(&self.snapshots_field(), Self::SNAPSHOTS as u64)
     }

@@ -11,7 +11,7 @@ use super::compress;
 use super::entry::Compressed;
 use super::epoch::Pins;
 use super::geometry::Geometry;
-use super::header::{self, Compression, Header};
+use super::header::{Compression, Header};
 use super::map::{Kind, Range};
 use super::meta::{Meta, Shared, eio};
 use super::write::{Asked, Copy, Plan, Refusal};
@@ -21,7 +21,7 @@ use crate::raw::RawImage;
 use crate::storage::Storage;
 
 /// The most bytes that one plan is made for.
-const CHUNK: u64 = 2 << 20;
+pub(super) const CHUNK: u64 = 2 << 20;
 
 /// How often a lock is tried before somebody else does the work.
 const SPINS: u32 = 64;
@@ -86,6 +86,8 @@ pub struct Qcow2 {
     backing: Option<Backing>,
     settings: Settings,
     gate: Gate,
+    /// Held while the size changes.
+    pub(super) resizing: Mutex<()>,
     /// Whether the file takes clearly less space than it is long.
     pub(super) sparse: OnceLock<bool>,
 }
@@ -106,7 +108,7 @@ impl Qcow2 {
     ) -> io::Result<Self> {
         let geometry = header.geometry();
         let (size, compression) = (header.size, header.compression);
-        let raw_data = header.autoclear & header::RAW_DATA_FILE != 0;
+        let raw_data = header.has_raw_data_file();
         let meta = Meta::load(
             header,
             Arc::clone(&storage),
@@ -127,6 +129,7 @@ impl Qcow2 {
             backing,
             settings,
             gate: Gate::default(),
+            resizing: Mutex::default(),
             sparse: OnceLock::new(),
         })
     }
@@ -411,6 +414,7 @@ impl Qcow2 {
         let mut bytes = vec![0; usize::try_from(copy.len).unwrap_or(0)];
         let held = self.disk_size().saturating_sub(copy.guest).min(copy.len);
         if !copy.zero
+            && held > 0
             && let Some(held) = bytes.get_mut(..usize::try_from(held).unwrap_or(0))
         {
             self.read(copy.guest, held)?;
@@ -445,6 +449,11 @@ impl Qcow2 {
 
     fn write_range(&self, offset: u64, len: u64, data: Option<&[u8]>) -> io::Result<()> {
         self.check_range(offset, len)?;
+        self.write_parts(offset, len, data)
+    }
+
+    /// Writes bytes, or zeros (`None`), past the end of the disk too.
+    pub(super) fn write_parts(&self, offset: u64, len: u64, data: Option<&[u8]>) -> io::Result<()> {
         let mut done = 0;
         while done < len {
             let at = offset + done;
@@ -459,16 +468,6 @@ impl Qcow2 {
             done += part;
         }
         Ok(())
-    }
-
-    /// Gives a range clusters of its own that read as zeros.
-    pub(crate) fn write_mapped_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.write_range(offset, len, None)
-    }
-
-    /// Writes zeros to part of one cluster, past the end of the disk too.
-    pub(crate) fn write_zeros_past_end(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.write_chunk(offset, len, None, || {})
     }
 
     /// As [`Image::write`], for at most 2 MiB that do not cross a multiple of that; `planned` is called as soon as the
@@ -533,8 +532,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Clears whole units of a range in the mapping; `false` when the image cannot say that they are zeros.
-    pub(crate) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<bool> {
+    /// Clears whole units of a range in the mapping; zeros that the image has no entry for are written.
+    pub(crate) fn clear(&self, offset: u64, len: u64, clear: Clear) -> io::Result<()> {
         let mut at = offset;
         let end = offset + len;
         while at < end {
@@ -548,24 +547,34 @@ impl Qcow2 {
                 },
                 clear,
             };
-            match self.persist(|meta| meta.clear(range))? {
-                Some(done) => at += done,
-                None => return Ok(false),
+            if let Some(done) = self.persist(|meta| meta.clear(range))? {
+                at += done;
+                continue;
             }
+            let next = if self.geometry.extended {
+                end.min(self.geometry.down(at) + self.geometry.cluster())
+            } else {
+                end
+            };
+            match clear {
+                Clear::Hide => self.write_parts(at, next - at, None)?,
+                _ => self.zero_part(at, next - at)?,
+            }
+            at = next;
         }
         if self.geometry.data_file && self.punches() && clear != (Clear::Zero { unmap: false }) {
             self.data.discard(offset, len)?;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Says of a range that it is zeros even where it reads so already, because another backing file is to come. The range
-    /// consists of whole grains, or ends at the disk's end. `false`: the image cannot say so (version 2).
+    /// consists of whole grains, or ends at the disk's end.
     ///
     /// # Errors
     ///
     /// As [`Image::write`].
-    pub(crate) fn hide(&self, offset: u64, len: u64) -> io::Result<bool> {
+    pub(crate) fn hide(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_range(offset, len)?;
         self.lock().writable()?;
         let whole = self.whole(offset, len, self.geometry.grain());
@@ -580,7 +589,7 @@ impl Qcow2 {
     pub(crate) fn empty(&self) -> io::Result<()> {
         self.lock().writable()?;
         let size = self.disk_size().next_multiple_of(self.geometry.cluster());
-        self.clear(0, size, Clear::Forget).map(|_| ())
+        self.clear(0, size, Clear::Forget)
     }
 
     /// The part of a range that consists of whole units of `unit` bytes; the disk's end ends a unit.
@@ -596,19 +605,20 @@ impl Qcow2 {
     }
 
     /// Writes zeros where a range does not read as zeros yet.
-    fn zero_part(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub(super) fn zero_part(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut at = offset;
         while at < offset + len {
             let range = self.range(at, offset + len - at)?;
-            let zeros = match range.kind {
-                Kind::Zero { .. } => true,
-                Kind::Absent => at >= self.backing_size(),
-                Kind::Data { .. } | Kind::Compressed(_) => false,
+            let backing = self.backing_size();
+            let (zeros, len) = match range.kind {
+                Kind::Absent if at < backing => (false, range.len.min(backing - at)),
+                Kind::Zero { .. } | Kind::Absent => (true, range.len),
+                Kind::Data { .. } | Kind::Compressed(_) => (false, range.len),
             };
             if !zeros {
-                self.write_range(at, range.len, None)?;
+                self.write_parts(at, len, None)?;
             }
-            at += range.len;
+            at += len;
         }
         Ok(())
     }
@@ -617,7 +627,7 @@ impl Qcow2 {
     ///
     /// # Errors
     ///
-    /// The host's.
+    /// The host's; `ResourceBusy` when requests are under way and bitmaps are to be written.
     pub fn close(&self) -> io::Result<()> {
         if self.read_only || self.shared.corrupt.load(Ordering::Acquire) {
             return Ok(());
@@ -629,6 +639,13 @@ impl Qcow2 {
                 break;
             }
             self.checkpoint()?;
+        }
+        if self.shared.recorder.is_armed() {
+            let mut session = self.exclusive()?;
+            session.store_bitmaps()?;
+            session.finish();
+        } else if self.lock().marked {
+            self.session()?.finish();
         }
         Ok(())
     }
@@ -707,9 +724,7 @@ impl Image for Qcow2 {
         let end = offset + len;
         self.zero_part(offset, whole.start - offset)?;
         let clear = Clear::Zero { unmap: may_unmap };
-        if !self.clear(whole.start, whole.end - whole.start, clear)? {
-            self.zero_part(whole.start, whole.end.min(end) - whole.start)?;
-        }
+        self.clear(whole.start, whole.end - whole.start, clear)?;
         if whole.end < end {
             self.zero_part(whole.end, end - whole.end)?;
         }
@@ -725,9 +740,10 @@ impl Image for Qcow2 {
         }
         let len = whole.end - whole.start;
         if self.raw_data {
+            self.persist(|meta| meta.record(whole.start, len, false))?;
             return self.data.discard(whole.start, len);
         }
-        self.clear(whole.start, len, Clear::Discard).map(|_| ())
+        self.clear(whole.start, len, Clear::Discard)
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::bitmap_table::Bitmap;
+use super::dirty::Recorder;
 use super::entry::{self, L2};
 use super::epoch::Epochs;
 use super::geometry::Geometry;
@@ -56,6 +58,8 @@ pub(crate) struct Shared {
     pub corrupt: AtomicBool,
     /// One past the highest host byte that was ever allocated.
     pub high_water: AtomicU64,
+    /// The bitmaps that record changes.
+    pub recorder: Recorder,
 }
 
 /// The tables of one image.
@@ -73,8 +77,6 @@ pub(crate) struct Meta {
     pub reftable: Vec<u64>,
     pub reftable_dirty: BTreeSet<usize>,
     pub reftable_move: Option<TableMove>,
-    /// Where the L1 table is to be from the next checkpoint on: offset and entries.
-    pub l1_move: Option<(u64, u32)>,
     pub pages: Pages,
     /// L2 tables that no L1 entry on disk points to yet, with their L1 indices.
     pub new_tables: HashMap<u64, usize>,
@@ -99,6 +101,12 @@ pub(crate) struct Meta {
     pub waiters: Vec<Arc<EventFd>>,
     /// The first corruption that was found, until somebody asks.
     pub finding: Option<String>,
+    /// The header on disk may not be this one: a change of it has failed.
+    pub stale: bool,
+    /// The image is marked dirty for the time of a change.
+    pub marked: bool,
+    /// The bitmap directory of a writable image.
+    pub bitmaps: Vec<Bitmap>,
     /// How far compressed data has filled its last cluster, as a host offset.
     pub compressed_end: u64,
 }
@@ -148,7 +156,6 @@ impl Meta {
             reftable,
             reftable_dirty: BTreeSet::new(),
             reftable_move: None,
-            l1_move: None,
             pages: Pages::new(usize::try_from(page).unwrap_or(4096), cache),
             new_tables: HashMap::new(),
             metadata: HashSet::new(),
@@ -162,10 +169,14 @@ impl Meta {
             in_flight: HashSet::new(),
             waiters: Vec::new(),
             finding: None,
+            stale: false,
+            marked: false,
+            bitmaps: Vec::new(),
             compressed_end: 0,
         };
         if !read_only {
             meta.find_metadata()?;
+            meta.load_bitmaps()?;
             if !meta.storage.grows_zeroed() {
                 meta.find_frontier()?;
             }
@@ -261,15 +272,23 @@ impl Meta {
         if let Some(page) = self.pages.get(at) {
             return Ok(Lookup::Page { page, at });
         }
-        match self.page(at, load)? {
-            None => Ok(Lookup::Miss),
-            Some(page) => {
-                if !self.read_only {
-                    self.judge(&page)?;
-                }
-                Ok(Lookup::Page { page, at })
-            }
+        if !load {
+            return Ok(Lookup::Miss);
         }
+        let page = self.table_page(at)?;
+        Ok(Lookup::Page { page, at })
+    }
+
+    /// The page of an L2 table at a host offset.
+    pub(crate) fn table_page(&mut self, at: u64) -> io::Result<Arc<Page>> {
+        if let Some(page) = self.pages.get(at) {
+            return Ok(page);
+        }
+        let page = self.page(at, true)?.ok_or_else(eio)?;
+        if !self.read_only {
+            self.judge(&page)?;
+        }
+        Ok(page)
     }
 
     /// Decodes the L2 entry at a place.
@@ -285,7 +304,7 @@ impl Meta {
 
     /// Looks whether all entries of a freshly loaded L2 page may be written through: not
     /// to metadata, and not to clusters that count as free.
-    fn judge(&mut self, page: &Page) -> io::Result<()> {
+    pub(crate) fn judge(&mut self, page: &Page) -> io::Result<()> {
         if self.geometry.data_file {
             return Ok(());
         }
@@ -387,14 +406,14 @@ impl Meta {
         for table in tables.into_iter().filter(|table| *table != 0) {
             self.add_metadata(table, cluster);
         }
-        for (offset, len) in super::snapshot_metadata(&self.header, &*self.storage)? {
+        for (offset, len) in super::reserved::reserved(&self.header, &*self.storage)? {
             self.add_metadata(offset, len);
         }
         Ok(())
     }
 
     /// On a device the end of the file says nothing: the last used cluster does.
-    fn find_frontier(&mut self) -> io::Result<()> {
+    pub(crate) fn find_frontier(&mut self) -> io::Result<()> {
         let bits = self.geometry.refblock_bits();
         let mut frontier = 0;
         for index in (0..self.reftable.len()).rev() {

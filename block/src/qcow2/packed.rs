@@ -30,6 +30,7 @@ impl Meta {
         if self.pages.crowded() {
             return Err(Refusal::Checkpoint);
         }
+        self.record(offset, self.geometry.cluster(), false)?;
         self.own_table(offset, false)?;
         let (host, clusters) = self.pack(len)?;
         let Some(entry) = Compressed::encode(host, len, &self.geometry) else {
@@ -58,7 +59,8 @@ impl Meta {
         }
         let run = self.allocate(1)?;
         let start = run.first * size;
-        if shared && run.first == open + 1 {
+        // To allocate one cluster may have freed the other.
+        if shared && begun == self.compressed_end && run.first == open + 1 {
             self.raise(open)?;
             self.compressed_end = begun + len;
             return Ok((begun, (open, 2)));

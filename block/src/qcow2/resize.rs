@@ -1,251 +1,271 @@
-//! Changing the size of an image's disk.
+//! Changing the size of a disk.
 //!
-//! Growing is done under queues that work: the tables are made first, then what the backing file must not
-//! show is hidden, then the header says the new size durably, and last the queues see it. The L1 table, if it has
-//! to be longer, moves: a checkpoint writes the new one and switches the header to it in one write.
+//! A disk may grow while queues use it: the new part is complete on disk before the header knows of it, and the header before
+//! the queues. Shrinking wants the image to itself.
 
 use std::io;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
-use super::allocate::Run;
-use super::image::Qcow2;
+use super::create::Preallocation;
+use super::header::{L1_MAX, OFFSET_END};
+use super::image::{CHUNK, Qcow2};
 use super::map::Kind;
+use super::meta::eio;
+use super::session::{ChangeError, Part, Session};
+use super::snapshot_table;
 use super::zero::Clear;
-use crate::disk::ResizeError;
-use crate::image::{Image, Kept};
-use crate::qcow2::Preallocation;
-
-/// The unit of a disk's size, in bytes.
-const SECTOR: u64 = 512;
-
-/// The most bytes of an L1 table, as in QEMU.
-const MAX_L1: u64 = 32 << 20;
 
 impl Qcow2 {
-    /// Makes the disk `size` bytes long. What a larger one gains reads as zeros; what a smaller one leaves out is
-    /// lost, and nobody may be using it meanwhile.
+    /// Changes the size of the disk, in bytes, to a multiple of 512. New bytes are zeros, whatever the backing
+    /// file has there; `preallocation` is for them. It is durable when this returns.
+    ///
+    /// Growing may be done while queues use the image; they know of the new size when this returns. Shrinking
+    /// may not: what is past the new end is lost.
     ///
     /// # Errors
     ///
-    /// The host's; `EROFS` on a read-only image; a [`ResizeError`] as the inner error where the image cannot
-    /// have that size.
-    pub fn resize(&self, size: u64, preallocation: Preallocation) -> io::Result<()> {
-        self.may_resize(size)?;
+    /// [`ChangeError`]; the disk has its old size then, though what was to be cut off may have become zeros.
+    pub fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), ChangeError> {
+        if !size.is_multiple_of(512) {
+            return Err(ChangeError::Unaligned(size));
+        }
+        let _one = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.disk_size();
-        if size < old {
-            return self.shrink(old, size);
-        }
-        self.grow(old, size)?;
-        self.preallocate(old, size - old, preallocation)?;
-        self.flush()
-    }
-
-    fn may_resize(&self, size: u64) -> io::Result<()> {
-        if !size.is_multiple_of(SECTOR) {
-            let unit = SECTOR;
-            return Err(ResizeError::Unit { size, unit }.into());
-        }
-        let meta = self.lock();
-        meta.writable()?;
-        if meta.header.version < 3 && meta.header.snapshots > 0 {
-            return Err(unsupported(
-                "a version 2 image with snapshots keeps its size",
-            ));
-        }
-        if meta.header.consistent_bitmaps().is_some() {
-            return Err(unsupported("an image with bitmaps keeps its size"));
-        }
-        if meta.geometry.l1_entries(size) * 8 > MAX_L1 {
-            return Err(unsupported(
-                "its clusters are too small for a disk of that size",
-            ));
-        }
-        Ok(())
-    }
-
-    fn grow(&self, old: u64, size: u64) -> io::Result<()> {
-        self.lengthen_l1(size)?;
-        self.clean_tail(old)?;
-        let shown = size.min(self.backing_size());
-        if shown > old {
-            self.hide_backing(old, shown)?;
-        }
-        if self.has_raw_data() {
-            self.data().set_len(size)?;
-        }
-        // Tables before the size that needs them.
-        self.checkpoint()?;
-        self.set_size(size)
-    }
-
-    /// Makes the L1 table long enough for a disk of `size` bytes.
-    fn lengthen_l1(&self, size: u64) -> io::Result<()> {
-        self.persist(|meta| {
-            let wanted = meta.geometry.l1_entries(size);
-            if wanted <= meta.l1.len() as u64 {
-                return Ok(());
-            }
-            if meta.l1_move.is_some() {
-                return Err(super::write::Refusal::Checkpoint);
-            }
-            let clusters = meta.geometry.clusters(wanted * 8);
-            let Run { first, count, .. } = meta.allocate_exact(clusters)?;
-            meta.metadata.extend(first..first + count);
-            let entries =
-                u32::try_from(wanted).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
-            meta.l1
-                .resize(usize::try_from(wanted).unwrap_or(usize::MAX), 0);
-            meta.l1_move = Some((first << meta.geometry.cluster_bits, entries));
-            meta.soil();
+        self.check_snapshots()?;
+        if size > old {
+            self.grow(old, size, preallocation)
+        } else if size < old {
+            self.shrink(old, size)
+        } else {
             Ok(())
-        })
+        }
     }
 
-    /// Zeroes what the last cluster holds past the disk's end: whoever shrank the disk may have left data there.
-    fn clean_tail(&self, end: u64) -> io::Result<()> {
-        let whole = end.next_multiple_of(self.geometry().cluster());
-        let mut at = end;
-        while at < whole {
-            let range = self.range(at, whole - at)?;
-            if matches!(range.kind, Kind::Data { .. } | Kind::Compressed(_)) {
-                self.write_zeros_past_end(at, range.len)?;
+    /// Snapshots must know the size of their own disk.
+    fn check_snapshots(&self) -> Result<(), ChangeError> {
+        let session = self.session()?;
+        let snapshots = snapshot_table::load(session.storage(), &session.meta.header)
+            .map_err(|error| ChangeError::Snapshots(Box::new(error)))?;
+        if snapshots.is_empty() {
+            return Ok(());
+        }
+        if session.meta.geometry.version < 3 {
+            return Err(ChangeError::NeedsVersion3("resizing a disk with snapshots"));
+        }
+        if snapshots.iter().any(|it| it.disk_size.is_none()) {
+            return Err(ChangeError::SizelessSnapshots);
+        }
+        Ok(())
+    }
+
+    /// How many L1 entries a disk of this size needs, if it can be.
+    fn needed(&self, size: u64) -> Result<u32, ChangeError> {
+        let entries = self.geometry().l1_entries(size);
+        u32::try_from(entries)
+            .ok()
+            .filter(|entries| u64::from(*entries) * 8 <= L1_MAX && size < OFFSET_END)
+            .ok_or(ChangeError::TooLarge {
+                size,
+                cluster: self.geometry().cluster(),
+            })
+    }
+
+    fn grow(&self, old: u64, size: u64, preallocation: Preallocation) -> Result<(), ChangeError> {
+        let needed = self.needed(size)?;
+        {
+            let mut session = self.session()?;
+            if needed > session.meta.header.l1_entries {
+                session.grow_l1(needed)?;
             }
-            at += range.len;
         }
-        Ok(())
-    }
-
-    /// Has a range past the disk's end read as zeros, though the backing file has bytes there.
-    fn hide_backing(&self, from: u64, to: u64) -> io::Result<()> {
-        let cluster = self.geometry().cluster();
-        let whole = from.next_multiple_of(cluster);
-        if whole > from {
-            self.write_zeros_past_end(from, whole - from)?;
-        }
-        let end = to.next_multiple_of(cluster);
-        let mut at = whole;
-        while at < end && !self.clear(at, end - at, Clear::Zero { unmap: true })? {
-            // Version 2 has no entry for zeros.
-            self.write_zeros_past_end(at, cluster)?;
-            at += cluster;
-        }
-        Ok(())
-    }
-
-    /// Makes the header say the size, and then the queues see it.
-    fn set_size(&self, size: u64) -> io::Result<()> {
-        let mut meta = self.lock();
-        let old = meta.header.size;
-        meta.header.size = size;
-        let stored = meta.header.store_size(self.storage());
-        if let Err(error) = stored.and_then(|()| self.sync_tables()) {
-            meta.header.size = old;
-            return Err(error);
-        }
-        self.set_disk_size(size);
-        Ok(())
-    }
-
-    fn shrink(&self, old: u64, size: u64) -> io::Result<()> {
         if self.has_raw_data() {
-            return Err(unsupported("an image with a raw data file does not shrink"));
+            self.grow_data(old, size)?;
         }
-        let cluster = self.geometry().cluster();
-        let whole = size.next_multiple_of(cluster);
-        // So that it is zeros should the disk grow again.
-        self.write_zeroes(size, whole.min(old) - size, true)?;
-        self.flush()?;
-        self.set_size(size)?;
-        let end = old.next_multiple_of(cluster);
-        if end > whole {
-            self.clear(whole, end - whole, Clear::Forget)?;
+        self.hide_past_end(old, size)?;
+        // In a raw data file all is mapped, always.
+        let preallocation = match preallocation {
+            Preallocation::Off if self.has_raw_data() => Preallocation::Metadata,
+            other => other,
+        };
+        if preallocation != Preallocation::Off {
+            let from = old.next_multiple_of(self.geometry().cluster());
+            self.preallocate(from, size, preallocation)?;
         }
-        self.drop_tables(size);
-        self.close()?;
-        self.cut()
+        self.checkpoint()?;
+        let mut session = self.session()?;
+        let mut header = session.meta.header.clone();
+        header.size = size;
+        session.switch_size(header)?;
+        session.finish();
+        Ok(())
     }
 
-    /// Takes the L2 tables out that map nothing of a disk of `size` bytes.
-    fn drop_tables(&self, size: u64) {
-        let mut meta = self.lock();
-        let first = usize::try_from(meta.geometry.l1_entries(size)).unwrap_or(usize::MAX);
-        let mut dropped = Vec::new();
-        for index in first..meta.l1.len() {
-            let Some(entry) = meta.l1.get_mut(index) else {
-                break;
-            };
-            let table = std::mem::take(entry) & super::entry::OFFSET;
-            if table != 0 {
-                dropped.push((table >> meta.geometry.cluster_bits, 1));
-                meta.new_tables.remove(&table);
-                meta.l1_changed(index);
+    fn grow_data(&self, old: u64, size: u64) -> io::Result<()> {
+        let data = self.data();
+        data.zero(old, size - old)?;
+        if data.len()? < size {
+            data.set_len(size)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a range past the end of the disk read as zeros: whatever is mapped there was never the disk's, and
+    /// what the backing file has there never was either.
+    fn hide_past_end(&self, old: u64, size: u64) -> io::Result<()> {
+        let geometry = *self.geometry();
+        let aligned = old.next_multiple_of(geometry.cluster());
+        self.zero_part(old, aligned.min(size) - old)?;
+        let end = size.next_multiple_of(geometry.cluster());
+        let mut at = aligned;
+        while at < end {
+            let table = at >> geometry.table_bits();
+            let next = end.min((table + 1) << geometry.table_bits());
+            let index = usize::try_from(table).map_err(|_| eio())?;
+            let mapped = self.lock().table(index)?.is_some();
+            if mapped || at < self.backing_size() {
+                self.clear(at, next - at, Clear::Zero { unmap: true })?;
             }
+            at = next;
         }
-        meta.unlink_all(&dropped);
-        // Cursors may hold pages of them.
-        meta.shared
-            .generation
-            .fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+        Ok(())
     }
 
-    /// Gives the free clusters at the end of the file back.
-    fn cut(&self) -> io::Result<()> {
-        let mut meta = self.lock();
+    /// Gives a range of zeros its place.
+    fn preallocate(&self, from: u64, size: u64, how: Preallocation) -> io::Result<()> {
+        let zeros = match how {
+            Preallocation::Full => vec![0; usize::try_from(CHUNK).unwrap_or(0)],
+            _ => Vec::new(),
+        };
+        let mut at = from;
+        while at < size {
+            let len = (CHUNK - at % CHUNK).min(size - at);
+            let data = zeros.get(..usize::try_from(len).unwrap_or(usize::MAX));
+            self.write_parts(at, len, data)?;
+            if how == Preallocation::Falloc {
+                self.reserve(at, len)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Has the host reserve the space of a mapped range.
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let range = self.range(offset + done, len - done)?;
+            if let Kind::Data { host, .. } = range.kind {
+                self.data().reserve(host, range.len)?;
+            }
+            done += range.len;
+        }
+        Ok(())
+    }
+
+    fn shrink(&self, old: u64, size: u64) -> Result<(), ChangeError> {
+        let needed = self.needed(size)?;
+        // Nothing is lost when it cannot be done.
+        drop(self.exclusive()?);
+        let geometry = *self.geometry();
+        let aligned = size.next_multiple_of(geometry.cluster());
+        self.zero_part(size, aligned.min(old) - size)?;
+        let end = u64::from(needed) << geometry.table_bits();
+        if aligned < end {
+            self.clear(aligned, end - aligned, Clear::Forget)?;
+        }
+        let mut session = self.exclusive()?;
+        let mut header = session.meta.header.clone();
+        header.size = size;
+        let kept = usize::try_from(needed).map_err(|_| eio())?;
+        let entries = header.l1_entries.min(needed);
+        let freed = geometry.clusters(u64::from(header.l1_entries) * 8);
+        let (l1, keep) = (header.l1_offset, geometry.clusters(u64::from(entries) * 8));
+        header.l1_entries = entries;
+        session.commit()?;
+        session.switch_size(header)?;
+        let kept = kept.min(session.meta.l1.len());
+        let tail = session.meta.l1.split_off(kept);
+        let cluster = geometry.cluster();
+        session.free_range(l1 + keep * cluster, (freed - keep) * cluster);
+        if let Err(error) = session.drop_tree(&tail) {
+            tracing::warn!(%error, "the space of a disk that shrank was not given back");
+        }
+        if let Err(error) = self.shrink_files(&mut session, old, size) {
+            tracing::warn!(%error, "a file did not shrink with its disk");
+        }
+        session.finish();
+        Ok(())
+    }
+
+    fn shrink_files(&self, session: &mut Session<'_>, old: u64, size: u64) -> io::Result<()> {
+        self.settle(&mut session.meta)?;
+        session.cut_file()?;
+        if self.has_raw_data() {
+            return self.data().set_len(size);
+        }
+        if self.geometry().data_file {
+            let from = size.next_multiple_of(self.geometry().cluster());
+            self.data().discard(from, old.saturating_sub(from))?;
+        }
+        Ok(())
+    }
+}
+
+impl Session<'_> {
+    /// Puts the L1 table where it has room for so many entries.
+    fn grow_l1(&mut self, entries: u32) -> Result<(), ChangeError> {
+        // From now on the disk has what memory has.
+        self.commit()?;
+        let mut l1 = self.meta.l1.clone();
+        l1.resize(usize::try_from(entries).map_err(|_| eio())?, 0);
+        let run = self.put(l1.iter().flat_map(|entry| entry.to_be_bytes()).collect())?;
+        let mut header = self.meta.header.clone();
+        let old = (header.l1_offset, u64::from(header.l1_entries) * 8);
+        header.l1_entries = entries;
+        header.l1_offset = self.offset(run);
+        let switched = self
+            .commit()
+            .and_then(|()| self.switch(header, Part::Mapping));
+        if let Err(error) = switched {
+            self.give_back(run);
+            return Err(error.into());
+        }
+        self.meta.l1 = l1;
+        self.free_range(old.0, old.1);
+        Ok(())
+    }
+
+    /// Cuts the file off behind the last cluster in use.
+    fn cut_file(&mut self) -> io::Result<()> {
         if !self.storage().grows_zeroed() {
             return Ok(());
         }
-        let mut end = meta.frontier;
-        while end > 0 && meta.refcount(end - 1)? == 0 && !meta.metadata.contains(&(end - 1)) {
-            end -= 1;
+        let meta = &mut *self.meta;
+        let before = meta.frontier;
+        meta.find_frontier()?;
+        let last = meta.metadata.iter().max().map_or(0, |last| last + 1);
+        meta.frontier = meta.frontier.max(last).min(before);
+        meta.fresh = meta.frontier;
+        meta.scan_end = meta.frontier;
+        meta.scan = meta.scan.min(meta.frontier);
+        let _past_the_end = meta.free.split_off(&meta.frontier);
+        let len = meta.frontier << meta.geometry.cluster_bits;
+        if self.storage().len()? > len {
+            self.storage().set_len(len)?;
         }
-        if end == meta.frontier {
-            return Ok(());
-        }
-        let mut free = std::mem::take(&mut meta.free);
-        free.retain(|first, count| {
-            *count = (*count).min(end.saturating_sub(*first));
-            *count > 0
-        });
-        meta.free = free;
-        meta.frontier = end;
-        meta.fresh = end;
-        meta.scan_end = meta.scan_end.min(end);
-        meta.scan = meta.scan.min(meta.scan_end);
-        self.storage().set_len(end << meta.geometry.cluster_bits)?;
-        self.sync_tables()
+        Ok(())
     }
 
-    /// Gives a new part of the disk its clusters at once, as asked.
-    fn preallocate(&self, offset: u64, len: u64, how: Preallocation) -> io::Result<()> {
-        match how {
-            Preallocation::Off => Ok(()),
-            Preallocation::Metadata => self.write_mapped_zeros(offset, len),
-            Preallocation::Falloc => {
-                self.write_mapped_zeros(offset, len)?;
-                let mut done = 0;
-                while done < len {
-                    let extent = self.extent(offset + done, len - done)?;
-                    if let Kept::Data { host: Some(host) } = extent.kept {
-                        self.data().reserve(host, extent.len)?;
-                    }
-                    done += extent.len;
-                }
-                Ok(())
-            }
-            Preallocation::Full => {
-                let zeros = vec![0; 1 << 20];
-                let mut done = 0;
-                while done < len {
-                    let part = (len - done).min(zeros.len() as u64);
-                    let bytes = zeros.get(..usize::try_from(part).unwrap_or(0));
-                    self.write(offset + done, bytes.unwrap_or_default())?;
-                    done += part;
-                }
-                Ok(())
-            }
-        }
+    /// The new size is in the header: tells those who use the disk.
+    pub(crate) fn announce_size(&mut self) {
+        let size = self.meta.header.size;
+        self.meta.shared.recorder.resize(size);
+        self.image.set_disk_size(size);
+        // Nothing that was looked up past the old end counts.
+        self.meta.shared.generation.fetch_add(1, Ordering::SeqCst);
     }
 }
 
-fn unsupported(why: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, why)
-}
+#[cfg(test)]
+mod tests;

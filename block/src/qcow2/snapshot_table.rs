@@ -276,9 +276,17 @@ impl<'a> Entries<'a> {
 
 /// Reads and validates the whole table.
 pub(crate) fn load(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>, SnapshotError> {
+    load_with_len(storage, header).map(|(snapshots, _)| snapshots)
+}
+
+/// As [`load`], with the table's length in bytes.
+pub(crate) fn load_with_len(
+    storage: &dyn Storage,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64), SnapshotError> {
     let mut snapshots = Vec::new();
     if header.snapshots == 0 {
-        return Ok(snapshots);
+        return Ok((snapshots, 0));
     }
     let mut entries = Entries::new(storage, header.snapshot_offset)?;
     for index in 0..header.snapshots {
@@ -289,7 +297,7 @@ pub(crate) fn load(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapsho
         snapshot.check_l1(header)?;
         snapshots.push(snapshot);
     }
-    Ok(snapshots)
+    Ok((snapshots, entries.table_len()))
 }
 
 /// Encodes a table.

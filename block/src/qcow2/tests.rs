@@ -1,5 +1,7 @@
 //! Tests of the engine on storages of their own.
 
+mod changes;
 pub(crate) mod crash;
 mod faults;
+mod found;
 pub(super) mod memory;

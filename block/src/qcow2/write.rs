@@ -121,6 +121,7 @@ impl Meta {
         if self.pages.crowded() {
             return Err(Refusal::Checkpoint);
         }
+        self.record(asked.offset, asked.len, asked.quick)?;
         let mut found = Vec::new();
         for cluster in clusters.clone() {
             found.push(self.find(cluster << bits, asked.quick)?);
@@ -408,6 +409,11 @@ impl Meta {
                 };
                 new.set(word, page.get(word));
             }
+            if page.is_suspect()
+                && let Some(new) = self.pages.get(table + at)
+            {
+                new.suspect();
+            }
         }
         if let Some(entry) = self.l1.get_mut(index) {
             *entry = table | COPIED;
@@ -429,9 +435,8 @@ impl Meta {
         let size = self.pages.size();
         let mut pages = Vec::new();
         for number in 0..self.geometry.cluster() / size {
-            if let Some(page) = self.page(table + number * size, true)? {
-                pages.push((number * size, page));
-            }
+            let page = self.table_page(table + number * size)?;
+            pages.push((number * size, page));
         }
         Ok(pages)
     }

@@ -47,7 +47,7 @@ struct New {
 
 impl Meta {
     /// Clears from the start of a range as far as one L2 page goes; how many bytes that was. `Ok(None)`: the
-    /// image cannot say that the range is zeros (version 2), so they have to be written.
+    /// image cannot say that the first cluster is zeros (version 2; a part of a compressed cluster), so they have to be written.
     pub(crate) fn clear(&mut self, range: Cleared) -> Result<Option<u64>, Refusal> {
         self.writable()?;
         let geometry = self.geometry;
@@ -62,6 +62,7 @@ impl Meta {
         if self.pages.crowded() {
             return Err(Refusal::Checkpoint);
         }
+        self.record(range.offset, len, false)?;
         if matches!(self.l2_page(range.offset, true)?, Lookup::NoTable)
             && range.offset >= range.backing
         {
@@ -82,11 +83,24 @@ impl Meta {
         let mut at = range.offset;
         while at < end {
             let next = end.min(geometry.down(at) + geometry.cluster());
+            if next - at < geometry.cluster() && !self.has_parts(at)? {
+                break;
+            }
             unlinked.extend(self.clear_cluster(table, at, next - at, range)?);
             at = next;
         }
         self.unlink_all(&unlinked);
-        Ok(Some(len))
+        Ok((at > range.offset).then_some(at - range.offset))
+    }
+
+    /// Whether part of a cluster can be cleared: none of a compressed one, for example.
+    fn has_parts(&mut self, offset: u64) -> io::Result<bool> {
+        let Lookup::Page { page, .. } = self.l2_page(offset, true)? else {
+            return Ok(false);
+        };
+        let word = self.place(offset).word;
+        let entry = self.l2_entry(&page, word, offset)?;
+        Ok(self.geometry.extended && !matches!(entry, L2::Compressed(_)))
     }
 
     fn clear_cluster(
@@ -101,14 +115,11 @@ impl Meta {
         };
         let word = self.place(offset).word;
         let entry = self.l2_entry(&page, word, offset)?;
-        let whole = len == self.geometry.cluster();
         let hides = offset < range.backing;
         let new = if self.geometry.extended {
             self.cleared_parts(entry, offset, len, range.clear, hides)
-        } else if whole {
-            self.cleared_whole(entry, range.clear, hides)
         } else {
-            None
+            self.cleared_whole(entry, range.clear, hides)
         };
         let Some(new) = new else {
             return Ok(None);
@@ -188,8 +199,6 @@ impl Meta {
                 zero,
             } => (host, copied, allocated, zero),
             L2::Zero { host, copied } => (host, copied, 0, u32::MAX),
-            // Parts of a compressed cluster cannot be taken out.
-            L2::Compressed(_) if !whole => return None,
             L2::Compressed(_) => (None, false, 0, 0),
         };
         let first = geometry.within(offset) / geometry.grain();

@@ -10,4 +10,5 @@ mod bitmaps;
 mod concurrent;
 mod differential;
 mod hostile;
+mod shape;
 mod support;

@@ -2,7 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -22,6 +24,15 @@ impl Opener for AnyPath {
             .write(access.write)
             .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | direct)
             .open(path)
+    }
+
+    fn create(&self, path: &Path, _: Access) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).open(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
     }
 }
 
@@ -45,6 +56,7 @@ pub fn open(path: &Path) -> Arc<dyn Image> {
 
 /// Runs a tool in a directory; its output when it succeeds.
 pub fn tool(directory: &Path, program: &str, args: &[&str]) -> Result<String, String> {
+    eprintln!("{program} {}", args.join(" "));
     let output = Command::new(program)
         .args(args)
         .current_dir(directory)
@@ -76,6 +88,41 @@ pub fn qemu_io(directory: &Path, image: &str, commands: &[String]) {
     args.push(image);
     let text = tool(directory, "qemu-io", &args).unwrap_or_else(|error| panic!("{error}"));
     assert!(!text.contains("failed"), "{commands:?}: {text}");
+}
+
+/// What a bitmap marks, as (offset, length) in bytes, as qemu-nbd exports it.
+pub fn marked(directory: &Path, name: &str) -> Vec<(u64, u64)> {
+    let socket = directory.join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    // It takes over a socket that listens already, and ends with its first client.
+    let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec qemu-nbd -r -f qcow2 -B \"$0\" image 3<&0";
+    let mut server = Command::new("sh")
+        .args(["-c", script, name])
+        .current_dir(directory)
+        .stdin(OwnedFd::from(listener))
+        .spawn()
+        .unwrap();
+    let options = format!(
+        "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
+        socket.display()
+    );
+    let text = qemu_img(
+        directory,
+        &["map", "--output=json", "--image-opts", &options],
+    );
+    assert!(server.wait().unwrap().success());
+    std::fs::remove_file(&socket).unwrap();
+    let text: String = text.split_whitespace().collect();
+    let number = |part: &str, key: &str| {
+        let rest = part.split(&format!("\"{key}\":")).nth(1).unwrap();
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().unwrap()
+    };
+    // Marked parts are shown as those without data.
+    text.split('}')
+        .filter(|part| part.contains("\"data\":false"))
+        .map(|part| (number(part, "start"), number(part, "length")))
+        .collect()
 }
 
 /// A small repeatable generator (xorshift64*).

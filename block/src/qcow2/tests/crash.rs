@@ -3,16 +3,19 @@
 //!
 //! `QCOW2_CRASHES` says how many sequences are run.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::memory::{Event, Memory, put};
 use crate::image::Image;
 use crate::qcow2::Preallocation;
+use crate::qcow2::bitmap_table;
 use crate::qcow2::entry::{self, L2};
+use crate::qcow2::fields::u64_at;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Qcow2, Settings};
-use crate::qcow2::meta::Lookup;
+use crate::qcow2::meta::{Meta, read_table};
+use crate::qcow2::snapshot_table;
 use crate::qcow2::testing::Bench;
 
 const SECTOR: u64 = 512;
@@ -38,67 +41,129 @@ pub(crate) fn blank(options: &str, size: u64) -> Option<Vec<u8>> {
     Some(std::fs::read(bench.path("image")).unwrap())
 }
 
-/// Panics unless every reference is counted and no cluster has two owners.
-pub(crate) fn audit(image: &Qcow2) {
-    let geometry = *image.geometry();
-    let bits = geometry.cluster_bits;
-    let mut references: HashMap<u64, u64> = HashMap::new();
-    let mut owners: HashSet<u64> = HashSet::new();
-    let mut meta = image.lock();
-    let header = meta.header.clone();
-    let mut claim = |offset: u64, len: u64, what: &str| {
-        for cluster in offset >> bits..(offset + len).div_ceil(1 << bits) {
-            *references.entry(cluster).or_default() += 1;
-            assert!(owners.insert(cluster), "cluster {cluster} twice: {what}");
+/// What is referred to: each cluster's use, how often, and by which tree last.
+struct Audit {
+    bits: u32,
+    uses: HashMap<u64, (&'static str, u64, usize)>,
+    /// Clusters whose entries say that they are not shared.
+    sole: Vec<u64>,
+}
+
+impl Audit {
+    /// Metadata that only one reference may be to.
+    fn own(&mut self, offset: u64, len: u64, what: &'static str) {
+        for cluster in offset >> self.bits..(offset + len).div_ceil(1 << self.bits) {
+            let other = self.uses.insert(cluster, (what, 1, 0));
+            assert!(other.is_none(), "cluster {cluster}: {what} and {other:?}");
         }
-    };
-    claim(0, 1 << bits, "header");
-    claim(header.l1_offset, u64::from(header.l1_entries) * 8, "L1");
-    let reftable = u64::from(header.reftable_clusters) << bits;
-    claim(header.reftable_offset, reftable, "refcount table");
-    for block in meta.reftable.clone().into_iter().filter(|b| *b != 0) {
-        claim(block, 1 << bits, "refcount block");
     }
-    let mut compressed = Vec::new();
-    for index in 0..meta.l1.len() {
-        let Some(table) = meta.table(index).unwrap() else {
-            continue;
-        };
-        claim(table, 1 << bits, "L2 table");
-        for number in 0..geometry.l2_entries() {
-            let offset = ((index as u64) << geometry.table_bits()) + (number << bits);
-            let Lookup::Page { page, .. } = meta.l2_page(offset, true).unwrap() else {
-                panic!("no page");
+
+    /// What trees may share, though no tree may have it twice; compressed clusters may.
+    fn shared(&mut self, offset: u64, len: u64, what: &'static str, tree: usize) {
+        for cluster in offset >> self.bits..(offset + len).div_ceil(1 << self.bits) {
+            let (used, count, last) = self.uses.entry(cluster).or_insert((what, 0, 0));
+            assert_eq!(*used, what, "cluster {cluster}");
+            assert!(
+                *last != tree || what == "packed",
+                "cluster {cluster}: {what} twice"
+            );
+            (*count, *last) = (*count + 1, tree);
+        }
+    }
+
+    fn tree(&mut self, meta: &mut Meta, l1: &[u64], tree: usize) {
+        let geometry = meta.geometry;
+        for &l1_entry in l1 {
+            let Some(table) = entry::l1(l1_entry, &geometry).unwrap() else {
+                continue;
             };
-            let word = meta.place(offset).word;
-            match meta.l2_entry(&page, word, offset).unwrap() {
-                L2::Data { host, .. } => claim(host, 1 << bits, "data"),
-                L2::Zero { host, .. } | L2::Parts { host, .. } => {
-                    if let Some(host) = host {
-                        claim(host, 1 << bits, "kept");
+            self.shared(table, 1 << self.bits, "L2 table", tree);
+            if tree == 1 && l1_entry & entry::COPIED != 0 {
+                self.sole.push(table >> self.bits);
+            }
+            let mut bytes = vec![0; 1 << self.bits];
+            meta.storage.read_at(&mut bytes, table).unwrap();
+            for raw in bytes.chunks_exact(usize::try_from(geometry.entry_size()).unwrap()) {
+                let bitmap = if geometry.extended { u64_at(raw, 8) } else { 0 };
+                let word = u64_at(raw, 0);
+                match entry::l2(word, bitmap, &geometry).unwrap() {
+                    L2::Compressed(at) => self.shared(at.offset, at.len, "packed", tree),
+                    L2::Absent | L2::Zero { host: None, .. } | L2::Parts { host: None, .. } => {}
+                    L2::Data { host, copied }
+                    | L2::Zero {
+                        host: Some(host),
+                        copied,
+                    }
+                    | L2::Parts {
+                        host: Some(host),
+                        copied,
+                        ..
+                    } => {
+                        self.shared(host, 1 << self.bits, "data", tree);
+                        if tree == 1 && copied {
+                            self.sole.push(host >> self.bits);
+                        }
                     }
                 }
-                L2::Compressed(at) => compressed.push((at.offset, at.len)),
-                L2::Absent => {}
             }
         }
     }
-    for (offset, len) in compressed {
-        for cluster in offset >> bits..(offset + len).div_ceil(1 << bits) {
-            assert!(
-                !owners.contains(&cluster),
-                "compressed data in cluster {cluster}"
-            );
-            *references.entry(cluster).or_default() += 1;
+}
+
+/// Panics unless on the disk of an image every reference is counted, no cluster has two uses, and none that is shared
+/// counts as not shared.
+pub(crate) fn audit(image: &Qcow2) {
+    let mut meta = image.lock();
+    let meta = &mut *meta;
+    let (header, storage) = (meta.header.clone(), Arc::clone(&meta.storage));
+    let mut audit = Audit {
+        bits: header.cluster_bits,
+        uses: HashMap::new(),
+        sole: Vec::new(),
+    };
+    audit.own(0, 1 << audit.bits, "header");
+    audit.own(header.l1_offset, u64::from(header.l1_entries) * 8, "L1");
+    let reftable = u64::from(header.reftable_clusters) << audit.bits;
+    audit.own(header.reftable_offset, reftable, "refcount table");
+    for block in meta.reftable.clone().into_iter().filter(|b| *b != 0) {
+        audit.own(block, 1 << audit.bits, "refcount block");
+    }
+    let l1 = read_table(&*storage, header.l1_offset, header.l1_entries as usize).unwrap();
+    audit.tree(meta, &l1, 1);
+    let (snapshots, len) = snapshot_table::load_with_len(&*storage, &header).unwrap();
+    audit.own(header.snapshot_offset, len, "snapshot table");
+    for (tree, snapshot) in (2..).zip(snapshots) {
+        let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
+        audit.own(offset, u64::from(entries) * 8, "snapshot L1");
+        let l1 = read_table(&*storage, offset, entries as usize).unwrap();
+        audit.tree(meta, &l1, tree);
+    }
+    if let Some(extension) = header.consistent_bitmaps() {
+        let (offset, size) = (extension.directory_offset, extension.directory_size);
+        audit.own(offset, size, "bitmap directory");
+        for bitmap in
+            bitmap_table::load(&*storage, &extension, &meta.geometry, header.size).unwrap()
+        {
+            let entries = bitmap.table_entries;
+            audit.own(bitmap.table_offset, u64::from(entries) * 8, "bitmap table");
+            for entry in read_table(&*storage, bitmap.table_offset, entries as usize).unwrap() {
+                if let bitmap_table::Bits::At(at) =
+                    bitmap_table::bits(entry, &meta.geometry).unwrap()
+                {
+                    audit.own(at, 1 << audit.bits, "bitmap");
+                }
+            }
         }
     }
-    let _ = entry::COPIED;
-    for (cluster, count) in references {
-        let counted = meta.refcount(cluster).unwrap();
+    for (cluster, (what, count, _)) in &audit.uses {
+        let counted = meta.refcount(*cluster).unwrap();
         assert!(
-            counted >= count,
-            "cluster {cluster} has {count} references and a refcount of {counted}"
+            counted >= *count,
+            "{what} cluster {cluster} has {count} references and a refcount of {counted}"
         );
+    }
+    for cluster in audit.sole {
+        assert_eq!(audit.uses[&cluster].1, 1, "cluster {cluster} is shared");
     }
 }
 
@@ -151,10 +216,10 @@ impl Model {
     }
 }
 
-struct Rng(u64);
+pub(super) struct Rng(pub(super) u64);
 
 impl Rng {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -168,6 +233,9 @@ fn cut(durable: &[u8], pending: &[Event], model: &Model, rng: &mut Rng) {
         let mut bytes = durable.to_vec();
         for event in pending {
             let Event::Write(offset, data) = event else {
+                if round == 0 || rng.below(2) == 0 {
+                    event.apply_to(&mut bytes);
+                }
                 continue;
             };
             for (number, sector) in data.chunks(512).enumerate() {
@@ -267,11 +335,9 @@ fn sequence(seed: u64, options: &str) {
             let sync = matches!(event, Event::Sync);
             pending.push(event);
             if sync {
-                for event in pending.drain(..) {
-                    if let Event::Write(offset, data) = event {
-                        put(&mut durable, offset, &data);
-                    }
-                }
+                pending
+                    .drain(..)
+                    .for_each(|event| event.apply_to(&mut durable));
             }
             if rng.below(3) == 0 {
                 cut(&durable, &pending, &during, &mut rng);

@@ -10,8 +10,27 @@ use crate::storage::Storage;
 pub(crate) enum Event {
     /// Bytes at an offset; a hole is zeros.
     Write(u64, Vec<u8>),
+    /// The file has got this length.
+    Len(u64),
+    /// The file has got at least this length.
+    Reach(u64),
     /// Everything before is durable.
     Sync,
+}
+
+impl Event {
+    /// Does to a file's bytes what was done.
+    pub(crate) fn apply_to(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Write(offset, data) => put(bytes, *offset, data),
+            Self::Len(len) => bytes.resize(usize::try_from(*len).unwrap(), 0),
+            Self::Reach(len) => {
+                let len = usize::try_from(*len).unwrap().max(bytes.len());
+                bytes.resize(len, 0);
+            }
+            Self::Sync => {}
+        }
+    }
 }
 
 /// Decides whether the next change fails, and how.
@@ -78,9 +97,7 @@ impl Memory {
         if let Some(code) = state.fault.as_mut().and_then(|fault| fault(&event)) {
             return Err(io::Error::from_raw_os_error(code));
         }
-        if let Event::Write(offset, data) = &event {
-            put(&mut state.bytes, *offset, data);
-        }
+        event.apply_to(&mut state.bytes);
         state.log.push(event);
         Ok(())
     }
@@ -109,8 +126,7 @@ impl Storage for Memory {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.lock().bytes.resize(usize::try_from(len).unwrap(), 0);
-        Ok(())
+        self.apply(Event::Len(len))
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -126,13 +142,7 @@ impl Storage for Memory {
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        // At once: a write may make it longer at any time.
-        let mut state = self.lock();
-        let end = usize::try_from(offset + len)
-            .unwrap()
-            .max(state.bytes.len());
-        state.bytes.resize(end, 0);
-        Ok(())
+        self.apply(Event::Reach(offset + len))
     }
 
     fn grows_zeroed(&self) -> bool {

@@ -1,0 +1,120 @@
+//! Where the metadata of snapshots and bitmaps is, so that no guest data is ever written there.
+//!
+//! Whatever the tables claim, each byte of the file is read once, and memory is bounded by what is in the
+//! file: tables that lie over each other are read as one.
+
+use std::collections::HashSet;
+use std::io;
+
+use super::bitmap_table;
+use super::entry::OFFSET;
+use super::header::Header;
+use super::snapshot_table;
+use crate::storage::Storage;
+
+/// How much of the tables is read at once, in bytes.
+const CHUNK: u64 = 64 << 10;
+
+/// The metadata of an image's snapshots and bitmaps, as (offset, length) in bytes.
+///
+/// # Errors
+///
+/// The host's, and `InvalidData` when the tables cannot be.
+pub(crate) fn reserved(header: &Header, storage: &dyn Storage) -> io::Result<Vec<(u64, u64)>> {
+    let mut all = Vec::new();
+    let mut tables = Vec::new();
+    let end = storage.len()?;
+    let mut table = |what: &str, name: &str, offset: u64, entries: u32| {
+        let len = u64::from(entries) * 8;
+        // The last cluster of a file may be cut off.
+        let last = offset.checked_add(len);
+        if last.is_none_or(|last| last > end.next_multiple_of(header.geometry().cluster())) {
+            let why = format!("the {what} {name:?} has its table past the end of the file");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        if len != 0 {
+            tables.push((offset, len));
+        }
+        Ok(())
+    };
+    let (snapshots, len) = snapshot_table::load_with_len(storage, header).map_err(invalid)?;
+    all.push((header.snapshot_offset, len));
+    for snapshot in &snapshots {
+        let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
+        table("snapshot", &snapshot.name(), offset, entries)?;
+    }
+    if let Some(extension) = header.consistent_bitmaps() {
+        all.push((extension.directory_offset, extension.directory_size));
+        for bitmap in bitmap_table::load_unchecked(storage, &extension).map_err(invalid)? {
+            let (offset, entries) = (bitmap.table_offset, bitmap.table_entries);
+            table("bitmap", &bitmap.name(), offset, entries)?;
+        }
+    }
+    all.retain(|(_, len)| *len != 0);
+    let tables = united(tables);
+    all.extend(&tables);
+    // L1 tables and bitmap tables are alike in where their entries keep an offset.
+    let mut found = HashSet::new();
+    for (offset, len) in tables {
+        entries(storage, offset, len, |entry| {
+            let cluster = header.geometry().down(entry & OFFSET);
+            if cluster != 0 {
+                found.insert(cluster);
+            }
+        })?;
+    }
+    let cluster = header.geometry().cluster();
+    all.extend(found.into_iter().map(|offset| (offset, cluster)));
+    Ok(all)
+}
+
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// The same bytes in ranges that do not overlap.
+fn united(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    let mut united: Vec<(u64, u64)> = Vec::new();
+    for (offset, len) in ranges {
+        match united.last_mut() {
+            Some((start, have)) if *start + *have >= offset => {
+                *have = (*have).max(offset + len - *start);
+            }
+            _ => united.push((offset, len)),
+        }
+    }
+    united
+}
+
+fn entries(
+    storage: &dyn Storage,
+    offset: u64,
+    len: u64,
+    mut each: impl FnMut(u64),
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(CHUNK);
+        let mut bytes = vec![0; usize::try_from(part).unwrap_or(0)];
+        storage.read_at(&mut bytes, offset + done)?;
+        let (words, _) = bytes.as_chunks::<8>();
+        words
+            .iter()
+            .for_each(|word| each(u64::from_be_bytes(*word)));
+        done += part;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_overlap_or_touch_are_united() {
+        let ranges = vec![(100, 50), (0, 10), (120, 10), (150, 1), (10, 5), (300, 8)];
+        assert_eq!(united(ranges), [(0, 15), (100, 51), (300, 8)]);
+        assert_eq!(united(Vec::new()), []);
+    }
+}
