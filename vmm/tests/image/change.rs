@@ -402,6 +402,51 @@ fn what_cannot_be_amended_is_refused_by_name() {
 }
 
 #[test]
+fn the_new_part_of_a_larger_disk_is_preallocated_as_asked() {
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=4k",
+        "extended_l2=on",
+        "compat=0.10",
+    ] {
+        for how in ["off", "metadata", "falloc", "full"] {
+            let place = Place::new();
+            let facts = ["ours", "theirs"].map(|name| {
+                place
+                    .qemu(&["create", "-q", "-f", "qcow2", "-o", options, name, "1M"])
+                    .done();
+                place.qemu_io(name, "qcow2", &["write -P 5 0 1M"]).done();
+                let how = format!("--preallocation={how}");
+                let arguments = ["resize", &how, name, "5M"];
+                let said = if name == "ours" {
+                    place.vireo(&arguments)
+                } else {
+                    place.qemu(&arguments)
+                };
+                assert_eq!(said.done(), "Image resized.\n");
+                let check = place.qemu(&["check", "--output=json", name]).json();
+                let clusters = check["allocated-clusters"].clone();
+                (clusters, place.content(name))
+            });
+            let [ours, theirs] = facts;
+            assert_eq!(ours.0, theirs.0, "{options} {how}");
+            assert!(ours.1 == theirs.1, "{options} {how}");
+        }
+    }
+}
+
+#[test]
+fn a_commit_at_a_rate_commits_the_same() {
+    let place = Place::new();
+    let [ours, _] = twins(&place);
+    let before = place.content(&format!("{ours}/overlay"));
+    let file = format!("{ours}/overlay");
+    place.vireo(&["commit", "-r", "100M", "-p", &file]).done();
+    assert!(place.content(&file) == before);
+    assert!(place.content(&format!("{ours}/plain")) == before);
+}
+
+#[test]
 fn qcow2_images_change_their_size() {
     let place = Place::new();
     place.zoo();

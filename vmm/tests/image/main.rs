@@ -14,3 +14,4 @@ mod place;
 mod random;
 mod safety;
 mod snapshots;
+mod usage;

@@ -203,13 +203,15 @@ impl Place {
             .done();
             zoo.push((name, "qcow2"));
         }
-        // What a file takes may change when it is written back, and is part of answers.
-        for entry in fs::read_dir(self.0.path()).unwrap() {
-            fs::File::open(entry.unwrap().path())
-                .unwrap()
-                .sync_all()
-                .unwrap();
-        }
+        self.write_back();
         zoo
+    }
+
+    /// What a file takes may change when it is written back, and is part of answers.
+    fn write_back(&self) {
+        for entry in fs::read_dir(self.0.path()).unwrap() {
+            let file = fs::File::open(entry.unwrap().path()).unwrap();
+            file.sync_all().unwrap();
+        }
     }
 }
