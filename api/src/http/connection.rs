@@ -54,6 +54,15 @@ pub(super) struct Shared {
 #[derive(Debug)]
 pub(super) struct Gone;
 
+/// What epoll is to be told of a descriptor.
+#[derive(Debug)]
+pub(super) enum Change {
+    None,
+    Add(EventFlags),
+    Modify(EventFlags),
+    Delete,
+}
+
 /// Where a connection is.
 #[derive(Debug, Default)]
 enum Phase {
@@ -96,7 +105,8 @@ pub(super) struct Connection {
     since: Instant,
     /// What is counted in [`Shared`].
     counted: (usize, usize),
-    registered: EventFlags,
+    /// What it is registered for, once it is.
+    registered: Option<EventFlags>,
 }
 
 impl Connection {
@@ -114,7 +124,7 @@ impl Connection {
             ended: false,
             since: now,
             counted: (0, 0),
-            registered: EventFlags::IN,
+            registered: None,
         }
     }
 
@@ -466,9 +476,10 @@ impl Connection {
         }
     }
 
-    /// What to register for, if not for what it is registered for. `fired` is what has been
-    /// reported: what is wanted no more stays registered until it is, which spares most changes.
-    pub fn change_of_interest(&mut self, fired: EventFlags) -> Option<EventFlags> {
+    /// What to change about the registration, which is taken for done. `fired` is what has
+    /// been reported: what is wanted no more stays registered until it is, which spares
+    /// most changes.
+    pub fn change_of_interest(&mut self, fired: EventFlags) -> Change {
         let mut wanted = EventFlags::empty();
         if let Phase::Console(tunnel) = &self.phase {
             wanted = tunnel.wanted_of_client();
@@ -476,12 +487,16 @@ impl Connection {
             wanted.set(EventFlags::IN, self.wants_input());
             wanted.set(EventFlags::OUT, self.unsent() > 0);
         }
-        let unwanted = fired & self.registered & !wanted;
-        if self.registered.contains(wanted) && unwanted.is_empty() {
-            return None;
+        let Some(registered) = self.registered else {
+            self.registered = Some(wanted);
+            return Change::Add(wanted);
+        };
+        let unwanted = fired & registered & !wanted;
+        if registered.contains(wanted) && unwanted.is_empty() {
+            return Change::None;
         }
-        self.registered = wanted;
-        Some(wanted)
+        self.registered = Some(wanted);
+        Change::Modify(wanted)
     }
 
     fn receive(&mut self, shared: &mut Shared) -> Result<(), Gone> {

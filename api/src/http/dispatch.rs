@@ -51,6 +51,8 @@ pub(super) struct Dispatcher {
     pub control: Arc<dyn Control>,
     pub mailbox: Arc<Mailbox>,
     pub reader: Reader,
+    /// How many commands may be under way.
+    pub max_commands: usize,
 }
 
 impl Dispatcher {
@@ -170,6 +172,11 @@ impl Dispatcher {
 
     fn put(&mut self, route: &'static Route, request: Request<'_>) -> Result<Outcome, Answer> {
         let key = request.key;
+        let under_way = self.mailbox.commands();
+        if under_way >= self.max_commands {
+            let reason = format!("{under_way} commands are under way");
+            return Err(Answer::error(429, &["Too Many Requests", &reason]));
+        }
         let command = match route.endpoint {
             Endpoint::VmmShutdown => Command::Quit,
             Endpoint::VmDelete => Command::Delete,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -24,6 +24,8 @@ pub(super) struct Mailbox {
     /// The bell has been rung and not been heard: ringing again would cost a system call.
     rung: AtomicBool,
     stopped: AtomicBool,
+    /// How many commands are under way, those of clients that have gone included.
+    commands: AtomicUsize,
     completions: Mutex<Vec<Completion>>,
 }
 
@@ -39,6 +41,7 @@ impl Mailbox {
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             rung: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
+            commands: AtomicUsize::new(0),
             completions: Mutex::default(),
         })
     }
@@ -86,9 +89,15 @@ impl Mailbox {
         self.ring();
     }
 
+    /// How many commands have been submitted and not answered.
+    pub fn commands(&self) -> usize {
+        self.commands.load(Ordering::Relaxed)
+    }
+
     /// What a command calls when it is done. One that is dropped instead answers
     /// that the monitor has ended.
     pub fn answer(self: &Arc<Self>, key: u64) -> Answer {
+        self.commands.fetch_add(1, Ordering::Relaxed);
         let mut ticket = Ticket {
             mailbox: Arc::clone(self),
             key,
@@ -107,6 +116,7 @@ struct Ticket {
 impl Ticket {
     fn give(&mut self, result: Result<Reply, ControlError>) {
         self.given = true;
+        self.mailbox.commands.fetch_sub(1, Ordering::Relaxed);
         let key = self.key;
         self.mailbox.post(Completion { key, result });
     }

@@ -55,6 +55,9 @@ pub struct ServerOptions {
     /// How many connections may be open. The next one makes one that has been
     /// idle for [`Self::idle_timeout`] go, or is answered 503 and closed.
     pub max_connections: usize,
+    /// How many commands may be under way. They count until they are answered, even when
+    /// their clients have gone.
+    pub max_commands: usize,
     /// How many bytes a request may have before its body.
     pub head_limit: usize,
     /// How many bytes a body may have.
@@ -78,6 +81,7 @@ impl Default for ServerOptions {
         Self {
             strict: false,
             max_connections: 128,
+            max_commands: 32,
             head_limit: 16 << 10,
             body_limit: 4 << 20,
             total_limit: 16 << 20,

@@ -13,12 +13,11 @@ use rustix::net::{SendFlags, SocketFlags, accept_with, send};
 
 use super::ServerOptions;
 use super::answer::{After, Answer};
-use super::connection::{Connection, Gone, Shared};
+use super::connection::{Change, Connection, Gone, Shared};
 use super::dispatch::Dispatcher;
 use super::json::Reader;
 use super::mailbox::Mailbox;
 use super::peer::Peer;
-use super::tunnel::Change;
 use crate::{Alert, Control, Subscription};
 
 /// How epoll names the listener and the mailbox; connections have other numbers.
@@ -28,12 +27,12 @@ const MAILBOX: u64 = u64::MAX - 1;
 const CONSOLE: u64 = 1;
 /// How many events are taken up at once.
 const EVENTS: usize = 32;
-/// How many connections are taken up before those that are there are served.
-const ACCEPTS: usize = 16;
 /// How many bytes are received at once.
 const SCRATCH: usize = 8 << 10;
 /// How long no connections are taken up when the host is out of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long nothing is told of clients that find no place, after one has been told of.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// A place for a connection. Who knows the connection by an old generation
 /// finds none.
@@ -55,6 +54,8 @@ pub(super) struct Server {
     next: Option<Instant>,
     /// When connections are taken up again.
     paused: Option<Instant>,
+    /// When it was last told that there are too many connections.
+    warned: Option<Instant>,
     /// Rings the mailbox for each event while somebody reads them.
     subscription: Option<Subscription>,
     /// When the server ends, whatever is unfinished.
@@ -81,6 +82,7 @@ impl Server {
                     control,
                     mailbox: Arc::clone(&mailbox),
                     reader: Reader::new(options.strict),
+                    max_commands: options.max_commands,
                 },
                 options,
                 scratch: vec![0; SCRATCH].into_boxed_slice(),
@@ -93,6 +95,7 @@ impl Server {
             open: 0,
             next: None,
             paused: None,
+            warned: None,
             subscription: None,
             end: None,
         })
@@ -146,22 +149,19 @@ impl Server {
         Timespec::try_from(left).ok()
     }
 
+    /// Takes up one connection: the next one is reported again, and mostly there is none.
     fn accept(&mut self) {
-        for _ in 0..ACCEPTS {
-            let Some(listener) = &self.listener else {
-                return;
-            };
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            match accept_with(listener, flags) {
-                Ok(stream) => self.admit(UnixStream::from(stream)),
-                Err(Errno::AGAIN) => return,
-                Err(Errno::INTR | Errno::CONNABORTED) => (),
-                Err(error) => {
-                    tracing::warn!(%error, "no connections are taken for a moment");
-                    self.listen(EventFlags::empty());
-                    self.paused = self.shared.now.checked_add(PAUSE);
-                    return;
-                }
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        match accept_with(listener, flags) {
+            Ok(stream) => self.admit(UnixStream::from(stream)),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => (),
+            Err(error) => {
+                tracing::warn!(%error, "no connections are taken for a moment");
+                self.listen(EventFlags::empty());
+                self.paused = self.shared.now.checked_add(PAUSE);
             }
         }
     }
@@ -177,7 +177,7 @@ impl Server {
 
     fn admit(&mut self, stream: UnixStream) {
         if self.open >= self.shared.options.max_connections && !self.evict() {
-            tracing::warn!(by = %Peer::of(&stream), "too many connections");
+            self.warn_of_crowd(&stream);
             return reject(&stream, self.open);
         }
         let index = match self.slots.iter().position(|slot| slot.connection.is_none()) {
@@ -192,19 +192,24 @@ impl Server {
         };
         let slot = &mut self.slots[index];
         slot.generation = slot.generation.wrapping_add(1);
+        // Not yet known to epoll: the first request is mostly answered before.
         let key = (u64::from(slot.generation) << 32) | (index as u64) << 1;
-        if let Err(error) = epoll::add(
-            &self.epoll,
-            &stream,
-            EventData::new_u64(key),
-            EventFlags::IN,
-        ) {
-            tracing::warn!(%error, "a connection cannot be served");
-            return;
-        }
         tracing::debug!(by = %Peer::of(&stream), "connection");
         slot.connection = Some(Box::new(Connection::new(stream, key, self.shared.now)));
         self.open += 1;
+        self.ready(key, EventFlags::IN);
+    }
+
+    /// Tells of a client that finds no place: of many not every one.
+    fn warn_of_crowd(&mut self, stream: &UnixStream) {
+        let now = self.shared.now;
+        if self
+            .warned
+            .is_none_or(|warned| now.saturating_duration_since(warned) > SILENCE)
+        {
+            tracing::warn!(by = %Peer::of(stream), "too many connections");
+            self.warned = Some(now);
+        }
     }
 
     /// Closes the connection that has been idle for longest, if that is long enough.
@@ -274,25 +279,24 @@ impl Server {
 
     /// Tells epoll what the connection waits for.
     fn register(&self, connection: &mut Connection, key: u64, fired: EventFlags) -> io::Result<()> {
-        let number = EventData::new_u64;
-        if let Some(flags) = connection.change_of_interest(fired) {
-            epoll::modify(&self.epoll, connection.stream(), number(key), flags)?;
+        let change = connection.change_of_interest(fired);
+        self.change(connection.stream(), key, change)?;
+        if let Some(tunnel) = connection.tunnel() {
+            let change = tunnel.change_of_interest();
+            self.change(tunnel.console(), key | CONSOLE, change)?;
         }
-        let Some(tunnel) = connection.tunnel() else {
-            return Ok(());
-        };
-        let console = number(key | CONSOLE);
-        match tunnel.change_of_interest() {
-            Change::None => Ok(()),
-            Change::Add(flags) => Ok(epoll::add(&self.epoll, tunnel.console(), console, flags)?),
-            Change::Modify(flags) => Ok(epoll::modify(
-                &self.epoll,
-                tunnel.console(),
-                console,
-                flags,
-            )?),
-            Change::Delete => Ok(epoll::delete(&self.epoll, tunnel.console())?),
+        Ok(())
+    }
+
+    fn change(&self, stream: &UnixStream, key: u64, change: Change) -> io::Result<()> {
+        let key = EventData::new_u64(key);
+        match change {
+            Change::None => (),
+            Change::Add(flags) => epoll::add(&self.epoll, stream, key, flags)?,
+            Change::Modify(flags) => epoll::modify(&self.epoll, stream, key, flags)?,
+            Change::Delete => epoll::delete(&self.epoll, stream)?,
         }
+        Ok(())
     }
 
     fn subscribe(&mut self) {
@@ -328,7 +332,9 @@ impl Server {
         if stopped && self.end.is_none() {
             self.listener = None;
             self.paused = None;
-            self.end = Some(self.shared.now + self.shared.options.stop_timeout);
+            let now = self.shared.now;
+            let end = now.checked_add(self.shared.options.stop_timeout);
+            self.end = Some(end.unwrap_or(now));
             for key in self.keys(|_| true) {
                 self.with(key, EventFlags::empty(), Connection::stop);
             }

@@ -8,6 +8,8 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
+use super::connection::Change;
+
 /// How many bytes may wait in each direction.
 const WAITING: usize = 16 << 10;
 /// How often each direction is served before other connections are.
@@ -106,15 +108,6 @@ fn wanted(from: &Pipe, to: &Pipe) -> EventFlags {
     flags.set(EventFlags::IN, from.takes());
     flags.set(EventFlags::OUT, to.waiting() > 0);
     flags
-}
-
-/// What epoll is to be told.
-#[derive(Debug)]
-pub(super) enum Change {
-    None,
-    Add(EventFlags),
-    Modify(EventFlags),
-    Delete,
 }
 
 impl Pipe {

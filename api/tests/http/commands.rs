@@ -72,7 +72,7 @@ fn a_command_that_goes_on_as_a_job_is_answered_with_the_job() {
         error: None,
     };
     let fake = Fake::new(move |_| Some(Ok(Reply::Started(job.clone()))));
-    let dump = put("vm.coredump", r#"{"destination_url":"file:///c"}"#);
+    let dump = put("vm.coredump", r#"{"destination_url":"file://c"}"#);
     assert_eq!(
         Server::of(&fake).exchange(dump),
         content(
@@ -135,6 +135,25 @@ fn a_client_that_goes_away_is_forgotten_and_its_place_is_free() {
         .try_exchange(get("vmm.ping"))
         .contains("54.0.0")
     {}
+}
+
+#[test]
+fn commands_of_clients_that_have_gone_cannot_pile_up() {
+    let fake = Fake::new(|_| None);
+    let server = Server::of(&fake);
+    for count in 1..=32 {
+        server.connect().send(put("vm.boot", ""));
+        until_submitted(&fake, count);
+    }
+    let reason = ["Too Many Requests", "32 commands are under way"];
+    assert_eq!(server.exchange(put("vm.boot", "")), refused(429, &reason));
+    assert!(server.exchange(get("vmm.ping")).contains("54.0.0"));
+    assert_eq!(fake.release(&Ok(Reply::Done)), 32);
+    let mut client = server.connect();
+    client.send(put("vm.boot", ""));
+    until_submitted(&fake, 33);
+    fake.release(&Ok(Reply::Done));
+    assert_eq!(client.answer(), NOTHING);
 }
 
 #[test]

@@ -127,19 +127,13 @@ fn a_body_in_chunks_is_put_together() {
     assert_eq!(client.exchange(empty), NOTHING);
 }
 
-#[test]
-fn what_is_no_request_is_refused_with_a_reason_and_the_connection_closed() {
-    let fake = Fake::obedient();
-    let options = ServerOptions {
-        body_limit: 100,
-        ..ServerOptions::default()
-    };
-    let server = Server::start(&fake, options);
+/// What is no request, and a part of the reason.
+fn no_requests() -> Vec<(String, &'static str)> {
     let put = "PUT /api/v1/vm.resize HTTP/1.1\r\n";
     let chunked = "Transfer-Encoding: chunked\r\n";
     let headers = "A: b\r\n".repeat(65);
     let long = "x".repeat(20_000);
-    let cases = [
+    vec![
         ("nonsense\r\n\r\n".to_owned(), "cannot be parsed"),
         ("GET /\0 HTTP/1.1\r\n\r\n".to_owned(), "cannot be parsed"),
         ("GET / HTTP/2.0\r\n\r\n".to_owned(), "cannot be parsed"),
@@ -196,8 +190,18 @@ fn what_is_no_request_is_refused_with_a_reason_and_the_connection_closed() {
             "GET /api/v1/vm.events HTTP/1.1\r\nLast-Event-ID: x\r\n\r\n".to_owned(),
             "Last-Event-ID",
         ),
-    ];
-    for (request, reason) in cases {
+    ]
+}
+
+#[test]
+fn what_is_no_request_is_refused_with_a_reason_and_the_connection_closed() {
+    let fake = Fake::obedient();
+    let options = ServerOptions {
+        body_limit: 100,
+        ..ServerOptions::default()
+    };
+    let server = Server::start(&fake, options);
+    for (request, reason) in no_requests() {
         let mut client = server.connect();
         client.send(&request);
         let answer = client.rest();
