@@ -99,6 +99,7 @@ impl DeviceConfig {
                 Aio::Auto
             },
             lock: true,
+            lease: None,
             rerror: OnReadError::default(),
             werror: OnWriteError::default(),
             detect_zeroes: DetectZeroes::default(),
