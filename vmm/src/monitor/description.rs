@@ -3,7 +3,7 @@
 use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
 use virtio::models::Model;
 
-use crate::config::wire::name_devices;
+use crate::config::wire::{DiskUpdate, name_devices, update_disk};
 use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
 use crate::error::chain;
 use crate::machine::state::wrong_state;
@@ -72,6 +72,11 @@ impl Description {
                 }
             }
             Command::Resize(request) => new.resize(&request)?,
+            Command::UpdateDisk(request) => {
+                let update = self.config.plan_update(&request)?;
+                name_devices(&mut new.wire);
+                new.update(&request, update);
+            }
             other => return Err(wrong_state(VmState::Created, &other)),
         }
         new.config
@@ -152,6 +157,17 @@ impl Description {
             self.config.memory.hotplug_size = left;
             let before = self.wire.memory.hotplugged_size.unwrap_or(0);
             self.wire.memory.hotplugged_size = Some(before.saturating_add(added));
+        }
+    }
+
+    /// Takes up a change of a disk that has been planned.
+    pub fn update(&mut self, request: &wire::VmUpdateDisk, update: DiskUpdate) {
+        // A disk that was added by its own schema is in the configuration alone.
+        let _ = update_disk(&mut self.wire, request);
+        let DiskUpdate { device, .. } = update;
+        let mut devices = self.config.devices.iter_mut();
+        if let Some(known) = devices.find(|known| known.id == device.id) {
+            *known = device;
         }
     }
 

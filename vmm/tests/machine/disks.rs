@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use api::wire::VmResizeDisk;
-use api::{Command as Ask, DiskErrorAction, EventKind, ExitReason, PauseReason, Reply, VmState};
+use api::wire::{VmResizeDisk, VmUpdateDisk};
+use api::{
+    Command as Ask, DiskErrorAction, ErrorKind, EventKind, ExitReason, PauseReason, Reply, VmState,
+};
 use migration::SectionSet;
 use serde_json::{Value, json};
 
@@ -296,6 +298,43 @@ fn plain(mib: u64, more: Value) -> (tempfile::NamedTempFile, Value) {
         file,
         json!([{ "kind": "blk", "config": blk }, { "kind": "rng" }]),
     )
+}
+
+#[test]
+fn a_running_guest_gets_another_medium_and_is_told() {
+    if !can_run() {
+        return;
+    }
+    let (_first, devices) = plain(1, json!({"readonly": true}));
+    let (second, _) = plain(3, json!({}));
+    let directory = tempfile::tempdir().unwrap();
+    let serial = directory.path().join("serial");
+    let more = json!({ "devices": devices, "serial": { "file": serial } });
+    let mut machine = Local::boot(&config("blk", "grow", more));
+    let said = || fs::read_to_string(&serial).unwrap();
+    until("the guest's wait", || {
+        said().contains("grow=ready").then_some(())
+    });
+    let update = |id: &str, path: &Path| {
+        Ask::UpdateDisk(Box::new(VmUpdateDisk {
+            id: id.to_owned(),
+            rate_limiter_config: None,
+            path: Some(path.to_owned()),
+        }))
+    };
+    for (command, kind) in [
+        (update("disk7", second.path()), ErrorKind::NotFound),
+        (update("rng0", second.path()), ErrorKind::Invalid),
+        (
+            update("disk0", Path::new("/does/not/exist")),
+            ErrorKind::Failed,
+        ),
+    ] {
+        assert_eq!(machine.ask(command).unwrap_err().kind, kind);
+    }
+    assert_eq!(machine.ask(update("disk0", second.path())), Ok(Reply::Done));
+    assert_eq!(machine.outcome().reason, ExitReason::PowerOff);
+    assert!(said().contains("grown-to=6144"), "{}", said());
 }
 
 #[test]

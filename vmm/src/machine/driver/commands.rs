@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread::Builder;
 
-use api::wire::{PciDeviceInfo, VmResize};
+use api::wire::{PciDeviceInfo, VmResize, VmUpdateDisk};
 use api::{
     AddDevice, Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply,
     VmState,
@@ -23,6 +23,7 @@ impl Driver {
             return answer(Err(wrong_state(state, &command)));
         }
         match command {
+            Command::UpdateDisk(request) => answer(self.update_disk(&request)),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
                 self.finish(ExitReason::Stopped, None);
                 self.then.push((command, answer));
@@ -182,6 +183,20 @@ impl Driver {
         }
         self.tools.view.describe(self.ears.description.as_ref());
         self.tools.view.show(Some(self.machine.inventory()));
+    }
+
+    /// Changes limits or medium of a disk. Another medium is opened here.
+    fn update_disk(&mut self, request: &VmUpdateDisk) -> Result<Reply, ControlError> {
+        let Some(description) = &mut self.ears.description else {
+            return Err(ended());
+        };
+        let update = description.config.plan_update(request)?;
+        self.machine
+            .reconfigure(&request.id, update.patch.clone(), &self.tools.opener)
+            .map_err(|error| error.to_control())?;
+        description.update(request, update);
+        self.show_devices();
+        Ok(Reply::Done)
     }
 
     fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
