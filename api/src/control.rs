@@ -1,6 +1,18 @@
-//! Commands to the machine, and the states it can be in.
+//! What can be asked of the monitor, and the states its machine can be in.
+//!
+//! Two ways lead in. [`Control::submit`] takes commands: they change
+//! something, are carried out one after the other by the monitor's own thread, and may take
+//! long. Everything else in [`Control`] reads: it answers at once from what is
+//! known, whatever the monitor is busy with.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
+
+use crate::event_log::EventLog;
+use crate::wire;
 
 /// Where a machine is in its life.
 ///
@@ -40,79 +52,193 @@ pub enum PauseReason {
     DiskError,
 }
 
-/// What can be asked of a machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+/// What can be asked of the monitor.
+#[derive(Debug)]
 pub enum Command {
-    /// Start a created machine.
+    /// Keep this description of a machine.
+    Create(Box<wire::VmConfig>),
+    /// End the machine, if there is one, and forget its description.
+    Delete,
+    /// Build the machine and start it.
     Boot,
+    /// End the machine; its description is kept.
+    Shutdown,
+    /// End the machine and boot it again from its description.
+    Reboot,
     /// Stop vCPUs and drain devices, keeping everything.
     Pause,
     /// Go on from [`Command::Pause`].
     Resume,
     /// Press the ACPI power button; the guest decides.
     PowerButton,
+    /// Give every vCPU a non-maskable interrupt.
+    Nmi,
     /// Restart the guest in place, as the reset button would.
     Reset,
-    /// Make the disk of a running or paused machine larger and tell the guest.
-    ResizeDisk {
-        /// The device's id.
-        id: String,
-        /// The new size in bytes.
-        size: u64,
-    },
-    /// End the machine now.
-    Stop,
-    /// Say which state the machine is in.
-    State,
+    /// Change the number of vCPUs, the memory or the balloon.
+    Resize(wire::VmResize),
+    /// Make a disk larger and tell the guest.
+    ResizeDisk(wire::VmResizeDisk),
+    /// Add a device.
+    AddDevice(Box<AddDevice>),
+    /// Have the guest give a device up; an event tells when it has.
+    RemoveDevice(wire::VmRemoveDevice),
+    /// Change limits or medium of a disk.
+    UpdateDisk(Box<wire::VmUpdateDisk>),
+    /// Add or remove a sink of a console.
+    Console(wire::VmConsole),
+    /// Write the guest's memory and registers into an ELF file.
+    Coredump(wire::VmCoredumpData),
+    /// End machine and monitor.
+    Quit,
+}
+
+/// A device to be added, by the kind of the endpoint that was used.
+#[derive(Debug)]
+pub enum AddDevice {
+    /// `vm.add-disk`.
+    Disk(wire::DiskConfig),
+    /// `vm.add-net`, with the descriptors that came along.
+    Net(wire::NetConfig, Vec<OwnedFd>),
+    /// `vm.add-vsock`.
+    Vsock(wire::VsockConfig),
+    /// `vm.add-fs`.
+    Fs(wire::FsConfig),
+    /// A device of any kind, by its own name and schema (`vm.add-virtio`).
+    Virtio(wire::VirtioConfig),
 }
 
 /// What a command answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// It has been done.
     Done,
-    /// The state now.
-    State {
-        /// It.
-        state: VmState,
-        /// Why, while it is [`VmState::Paused`].
-        pause: Option<PauseReason>,
-    },
+    /// A device has been added to a machine that runs or is paused.
+    Added(wire::PciDeviceInfo),
+    /// It goes on as a job.
+    Started(wire::JobInfo),
+}
+
+/// Why a command was not carried out, as far as its sender can do something about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// What was asked makes no sense (400).
+    Invalid,
+    /// There is no such thing (404).
+    NotFound,
+    /// It makes no sense in this state, or something else has the name or the place (409).
+    Conflict,
+    /// Something like it is under way: ask again later (429).
+    Busy,
+    /// It was tried and failed; the machine is as it was (500).
+    Failed,
+    /// This monitor does not have it (501).
+    Unimplemented,
 }
 
 /// Why a command was not carried out.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ControlError {
-    /// The command makes no sense in this state.
-    #[error("{command:?} is not possible while the machine is {state:?}")]
-    WrongState {
-        /// What was asked.
-        command: Command,
-        /// The state that forbids it.
-        state: VmState,
-    },
-    /// The machine tried and failed; it is as it was before.
-    #[error("{command:?} failed: {reason}")]
-    Failed {
-        /// What was asked.
-        command: Command,
-        /// The chain of causes, outermost first.
-        reason: String,
-    },
-    /// The machine has ended and answers no more.
-    #[error("the machine has ended")]
-    Ended,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlError {
+    /// What kind of reason it is.
+    pub kind: ErrorKind,
+    /// The causes, outermost first; never empty.
+    pub chain: Vec<String>,
 }
 
-/// A machine's control interface.
+impl ControlError {
+    /// An error of one message.
+    #[must_use]
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            chain: vec![message.into()],
+        }
+    }
+
+    /// An error with its causes.
+    #[must_use]
+    pub fn from_error(kind: ErrorKind, error: &(dyn std::error::Error + 'static)) -> Self {
+        let causes = std::iter::successors(Some(error), |error| error.source());
+        Self {
+            kind,
+            chain: causes.map(ToString::to_string).collect(),
+        }
+    }
+
+    /// The same, seen from further out.
+    #[must_use]
+    pub fn context(mut self, message: impl Into<String>) -> Self {
+        self.chain.insert(0, message.into());
+        self
+    }
+}
+
+/// The chain on one line.
+impl fmt::Display for ControlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.chain.join(": "))
+    }
+}
+
+impl std::error::Error for ControlError {}
+
+/// Called once with what became of a command, from any thread; it must not block.
+pub type Answer = Box<dyn FnOnce(Result<Reply, ControlError>) + Send>;
+
+/// The monitor's control interface. Calls may come from any thread.
 pub trait Control: Send + Sync {
-    /// Carries out one command and returns when it is done. May be called
-    /// from any thread but the machine's own.
+    /// Begins a command. Never blocks; `answer` is called when it is done, failed, or
+    /// the monitor has ended.
+    fn submit(&self, command: Command, answer: Answer);
+
+    /// That the monitor lives, and what it can do.
+    fn ping(&self) -> wire::VmmPingResponse;
+
+    /// Description and state of the machine.
     ///
     /// # Errors
     ///
-    /// [`ControlError`]; the machine is then as it was.
-    fn call(&self, command: Command) -> Result<Reply, ControlError>;
+    /// [`ErrorKind::NotFound`] when none has been created.
+    fn info(&self) -> Result<wire::VmInfo, ControlError>;
+
+    /// What devices and vCPUs have counted.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] when none has been created, [`ErrorKind::Conflict`] when it has not been booted.
+    fn counters(&self) -> Result<wire::VmCounters, ControlError>;
+
+    /// The machine's devices.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Control::info`].
+    fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError>;
+
+    /// Counters and states as Prometheus text.
+    fn metrics(&self) -> String;
+
+    /// The jobs, those that ended lately included.
+    fn jobs(&self) -> Vec<wire::JobInfo>;
+
+    /// Asks a job to end. It has ended when its state says so.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Conflict`] when it has ended.
+    fn cancel_job(&self, id: &str) -> Result<(), ControlError>;
+
+    /// The sinks of the consoles.
+    fn consoles(&self) -> Vec<wire::ConsoleSink>;
+
+    /// A stream to a console: what the guest writes comes out of it, what is written to it the guest reads.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`], or [`ErrorKind::Failed`] when the host is out of descriptors.
+    fn open_console(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ControlError>;
+
+    /// What has happened.
+    fn events(&self) -> &EventLog;
 }

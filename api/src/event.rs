@@ -99,6 +99,26 @@ pub enum EventKind {
         /// What was found.
         reason: String,
     },
+    /// A description of a machine has been stored.
+    Created,
+    /// The description of the machine has been forgotten.
+    Deleted,
+    /// The machine is booted again from its description.
+    Rebooting,
+    /// A device is on the bus of a machine that has been built.
+    DeviceAdded {
+        /// The device's id.
+        id: String,
+        /// Its PCI address, as in `0000:00:05.0`.
+        bdf: String,
+    },
+    /// The guest has given a device up, and it is gone.
+    DeviceRemoved {
+        /// The device's id.
+        id: String,
+        /// The PCI address that it had.
+        bdf: String,
+    },
     /// The number of vCPUs has changed.
     CpusResized {
         /// How many there are.
@@ -109,17 +129,35 @@ pub enum EventKind {
         /// Its size in bytes.
         size: u64,
     },
+    /// A job has begun, gone on or ended.
+    Job {
+        /// The job as it is now. It has an `id` and a `kind` of its own, so it is not flattened.
+        #[serde(rename = "job")]
+        info: crate::wire::JobInfo,
+    },
+    /// A request had fields that mean nothing here; told once for each endpoint and field.
+    UnknownFields {
+        /// The endpoint.
+        endpoint: String,
+        /// The fields, as paths.
+        fields: Vec<String>,
+    },
     /// The machine ended.
     Exit {
         /// Why.
         reason: ExitReason,
+        /// What went wrong, when something did.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        detail: Option<String>,
     },
 }
 
 /// An event with its place in the sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Counts up from 1 over the life of the monitor.
+    /// Counts up from 1 over the life of the monitor. Goes by another name over the
+    /// wire: what happened may have an `id` of its own, that of a device.
+    #[serde(rename = "seq")]
     pub id: u64,
     /// Microseconds since the monitor started.
     pub at_us: u64,

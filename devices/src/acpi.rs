@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use migration::{RestoreError, SaveError, SavedState, Section, SectionSet, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use crate::{BusDevice, GuestRequest, GuestRequests, IrqLine, Unit};
+use crate::{BusDevice, GuestRequest, GuestRequests, LevelLine, Unit};
 
 const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 0b111 << SLEEP_TYPE_SHIFT;
@@ -246,9 +246,13 @@ impl Unit for ResetRegister {
 ///
 /// Reading gives the pending events and clears the bytes that were read, so
 /// that the guest's handler sees each event once. Writes are ignored.
+///
+/// The line is high while events are pending, so a guest that has no handler
+/// yet, or has its interrupts masked, hears of them later.
 pub struct EventRegister {
     pending: Mutex<PendingEvents>,
-    irq: Arc<dyn IrqLine>,
+    /// Driven with `pending` locked, so that it follows the register's order.
+    line: Arc<dyn LevelLine>,
 }
 
 /// The register of pending events, little-endian.
@@ -298,28 +302,39 @@ impl Snapshot for PendingEvents {
 }
 
 impl EventRegister {
-    /// Makes the register with nothing pending; events pulse `irq`.
+    /// Makes the register with nothing pending and `line` low.
     #[must_use]
-    pub fn new(irq: Arc<dyn IrqLine>) -> Self {
+    pub fn new(line: Arc<dyn LevelLine>) -> Self {
         Self {
             pending: Mutex::default(),
-            irq,
+            line,
         }
     }
 
     /// Makes the events in `bits` pending and interrupts the guest.
     ///
-    /// Any thread may call it while the machine runs. An event that is pending
-    /// already stays one event.
+    /// Any thread may call it, also while the machine is paused. An event that
+    /// is pending already stays one event.
     pub fn raise(&self, bits: u32) {
-        lock(&self.pending).bits |= bits;
-        self.irq.pulse();
+        self.change(|pending| pending.bits |= bits);
+    }
+
+    /// Changes the register, and the line with it.
+    fn change<T>(&self, change: impl FnOnce(&mut PendingEvents) -> T) -> T {
+        let mut pending = lock(&self.pending);
+        let before = pending.bits != 0;
+        let result = change(&mut pending);
+        let after = pending.bits != 0;
+        if before != after {
+            self.line.set(after);
+        }
+        result
     }
 }
 
 impl BusDevice for EventRegister {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        lock(&self.pending).read(offset, data);
+        self.change(|pending| pending.read(offset, data));
     }
 
     fn write(&self, _offset: u64, _data: &[u8]) {}
@@ -331,7 +346,7 @@ impl Unit for EventRegister {
     }
 
     fn reset(&self) {
-        *lock(&self.pending) = PendingEvents::default();
+        self.change(|pending| *pending = PendingEvents::default());
     }
 
     fn save(&self) -> Result<Vec<Section>, SaveError> {
@@ -341,14 +356,15 @@ impl Unit for EventRegister {
 
     fn restore(&self, set: &mut SectionSet) -> Result<(), RestoreError> {
         let section = set.take(self.name(), EventsV1::SCHEMA)?;
-        lock(&self.pending).restore(section.decode()?)
+        let state = section.decode()?;
+        self.change(|pending| pending.restore(state))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conformance::{self, Asked, Pulses};
+    use crate::conformance::{self, Asked, Level};
 
     fn byte(device: &impl BusDevice, offset: u64) -> u8 {
         let mut data = [0xff];
@@ -400,23 +416,26 @@ mod tests {
 
     #[test]
     fn events_add_up_until_they_are_read_once() {
-        let line = Arc::new(Pulses::default());
+        let line = Arc::new(Level::default());
         let events = EventRegister::new(line.clone());
         events.raise(1 << 0);
         events.raise(1 << 31);
-        assert_eq!(line.take(), 2);
+        assert!(line.is_high());
         let mut data = [0xff; 4];
         events.read(0, &mut data);
         assert_eq!(u32::from_le_bytes(data), 0x8000_0001);
+        assert!(!line.is_high());
         events.read(0, &mut data);
         assert_eq!(data, [0; 4]);
     }
 
     #[test]
     fn a_narrow_read_clears_only_the_events_it_gave() {
-        let events = EventRegister::new(Arc::new(Pulses::default()));
+        let line = Arc::new(Level::default());
+        let events = EventRegister::new(line.clone());
         events.raise(0x0001_0001);
         assert_eq!(byte(&events, 0), 1);
+        assert!(line.is_high(), "one is left");
         let mut data = [0xff; 4];
         events.read(0, &mut data);
         assert_eq!(u32::from_le_bytes(data), 0x0001_0000);
@@ -424,13 +443,16 @@ mod tests {
 
     #[test]
     fn pending_events_survive_saving_and_go_with_a_reset() {
-        let events = EventRegister::new(Arc::new(Pulses::default()));
+        let line = Arc::new(Level::default());
+        let events = EventRegister::new(line.clone());
         events.raise(0x5);
         let mut set = SectionSet::default();
         set.push(events.save().unwrap().remove(0));
         events.reset();
+        assert!(!line.is_high());
         assert_eq!(byte(&events, 0), 0);
         events.restore(&mut set).unwrap();
+        assert!(line.is_high());
         assert_eq!(byte(&events, 0), 5);
     }
 
@@ -440,7 +462,7 @@ mod tests {
         conformance::check(2, || SleepRegisters::new(asked()));
         conformance::check(1, || ResetRegister::new(asked()));
         conformance::check(4, || {
-            let events = EventRegister::new(Arc::new(Pulses::default()));
+            let events = EventRegister::new(Arc::new(Level::default()));
             events.raise(0xdead_beef);
             events
         });

@@ -4,13 +4,13 @@
 //! would, and restores it from arbitrary sections, as a hostile file would.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use migration::{RestoreError, SavedState, Section, SectionSet};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::{BusDevice, GuestRequest, GuestRequests, IrqLine, Unit};
+use crate::{BusDevice, GuestRequest, GuestRequests, IrqLine, LevelLine, Unit};
 
 /// An interrupt line that counts.
 #[derive(Default)]
@@ -26,6 +26,23 @@ impl Pulses {
 impl IrqLine for Pulses {
     fn pulse(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A level-triggered interrupt line.
+#[derive(Default)]
+pub(crate) struct Level(AtomicBool);
+
+impl Level {
+    /// Whether the line is high.
+    pub(crate) fn is_high(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl LevelLine for Level {
+    fn set(&self, high: bool) {
+        self.0.store(high, Ordering::Relaxed);
     }
 }
 

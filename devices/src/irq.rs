@@ -4,11 +4,21 @@ use std::sync::Arc;
 
 /// An edge-triggered input of the interrupt controller.
 ///
-/// Every wired interrupt of the machine is an edge: PCI functions use MSI-X
-/// only, and the platform devices are described as edge-triggered.
+/// Nearly every wired interrupt of the machine is an edge: PCI functions use
+/// MSI-X only, and the platform devices are described as edge-triggered. The one
+/// exception is a [`LevelLine`].
 pub trait IrqLine: Send + Sync {
     /// Raises and lowers the line once. May be called from any thread.
     fn pulse(&self);
+}
+
+/// A level-triggered input of the interrupt controller, for what must not be
+/// lost while the guest does not listen: a line that is high when the guest
+/// unmasks its pin interrupts then.
+pub trait LevelLine: Send + Sync {
+    /// Drives the line. Any thread may call it; whoever owns the line sees to
+    /// the order of the calls.
+    fn set(&self, high: bool);
 }
 
 /// The address and data that a function writes to signal a message

@@ -5,7 +5,7 @@
 //!
 //! | trait | what it stands for |
 //! |---|---|
-//! | [`IrqLine`] | an edge-triggered input of the interrupt controller |
+//! | [`IrqLine`], [`LevelLine`] | an edge- or level-triggered input of the interrupt controller |
 //! | [`MsiVector`], [`MsiAllocator`] | a message-signalled interrupt and where they come from |
 //! | [`GuestRequests`] | what a guest asks of the machine: power off, reset, panic |
 //!
@@ -34,7 +34,7 @@ pub mod unit;
 
 pub use bus::{Bus, BusDevice, BusError};
 pub use irq::{
-    GuestRequest, GuestRequests, IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector,
+    GuestRequest, GuestRequests, IrqLine, LevelLine, MsiAllocator, MsiError, MsiMessage, MsiVector,
 };
 pub use log_limit::LogLimit;
 pub use unit::{StartError, StopError, Unit};

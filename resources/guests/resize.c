@@ -10,8 +10,8 @@
 #define EVENT_CPU 4
 #define EVENT_MEMORY 8
 
-#define CPU_SLOTS 0x610
-#define MEMORY_SLOTS 0x630
+#define CPU_SLOTS 0x620
+#define MEMORY_SLOTS 0x640
 #define SELECT 0
 #define STATUS 4
 #define NEXT 8

@@ -60,7 +60,7 @@ static void fuzz_ports(uint64_t rounds)
         uint16_t first, count;
     } range[] = {
         { 0x20, 2 }, { 0x40, 4 }, { 0x60, 5 }, { 0x70, 2 }, { 0x80, 1 }, { 0x92, 1 }, { 0xA0, 2 },
-        { 0xE9, 1 }, { 0x3F8, 8 }, { 0x4D0, 2 }, { 0x500, 16 }, { 0x600, 16 }, { 0xCF8, 8 },
+        { 0xE9, 1 }, { 0x3F8, 8 }, { 0x4D0, 2 }, { 0x500, 16 }, { 0x600, 32 }, { 0xCF8, 8 },
         { 0xFFFC, 4 },
     };
 

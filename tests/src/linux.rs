@@ -113,6 +113,17 @@ else
 fi
 "#;
 
+const IDENTITY: &str = r#"
+cd /sys/class/dmi/id
+for name in sys_vendor product_name product_version product_serial product_uuid product_sku \
+    product_family chassis_asset_tag bios_vendor; do
+    echo "@@ $name=$(cat $name)"
+done
+dmesg | grep -o 'SMBIOS [0-9.]* present' | sed 's/^/@@ /'
+# Structures of type 11 have these in a row, each ended by a zero.
+tr '\000' '\n' < /sys/firmware/dmi/tables/DMI | grep -x 'firststring\|secondstring' | sed 's/^/@@ oem /'
+"#;
+
 const REBOOT: &str = r#"
 if dd if=/dev/vda bs=512 count=1 2>/dev/null | grep -q second; then
     echo "@@ second boot, $(nproc) CPUs"
@@ -173,6 +184,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         button(kernel),
         large_memory(kernel),
         shared_memory(kernel),
+        identity(kernel),
     ];
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {
@@ -198,6 +210,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
         ("cache=unsafe", 2),
         ("aio=threads", 4),
         ("num_queues=4,queue_size=16", 4),
+        ("num_queues=2,bw_size=16M,bw_refill_time=1000", 2),
     ] {
         cases.push(stress(kernel, word, cpus));
     }
@@ -292,6 +305,31 @@ fn devices(kernel: &str, cpus: u32) -> Case {
         .want(Want::NoText("@@ wrote".to_owned()))
         .want(Want::NoText("without MSI".to_owned()))
         .after("test $(stat -c %s two) = 3146240")
+}
+
+/// What the machine says of itself in SMBIOS.
+fn identity(kernel: &str) -> Case {
+    const UUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
+    case(kernel, Form::BzImage, "tells-who-it-is", IDENTITY)
+        .args(&format!(
+            "--smbios manufacturer=Maker,product=P-1,version=v2,serial=S.3,uuid={UUID}"
+        ))
+        .args("--smbios sku=k4,family=f5,asset_tag=t6,oem_string=firststring")
+        .args("--smbios oem_string=secondstring")
+        .lines([
+            "@@ sys_vendor=Maker",
+            "@@ product_name=P-1",
+            "@@ product_version=v2",
+            "@@ product_serial=S.3",
+            "@@ product_sku=k4",
+            "@@ product_family=f5",
+            "@@ chassis_asset_tag=t6",
+            "@@ bios_vendor=Vireo",
+            "@@ SMBIOS 3.0.0 present",
+            "@@ oem firststring",
+            "@@ oem secondstring",
+        ])
+        .lines([format!("@@ product_uuid={UUID}")])
 }
 
 fn stress(kernel: &str, words: &str, cpus: u32) -> Case {

@@ -18,9 +18,11 @@ use std::time::Instant;
 
 use devices::StopError;
 use migration::DynSnapshot;
+use serde_json::Value;
 use virtio_queue::Queue;
 
 use crate::memory::GuestMemory;
+use crate::models::{BuildContext, BuildError};
 
 /// The fixed facts of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +97,35 @@ pub enum ResizeError {
     },
 }
 
+/// Whether the driver can see a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reconfigured {
+    /// It is of no concern to the driver.
+    Unseen,
+    /// Configuration space has changed.
+    Seen,
+}
+
+/// Why a device was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconfigureError {
+    /// Nothing of it can be changed.
+    #[error("nothing of it can be changed while it is in the machine")]
+    Fixed,
+    /// The patch does not have the model's shape.
+    #[error("what is to be changed has another shape")]
+    Shape(#[source] serde_json::Error),
+    /// A field cannot be changed, or not to this.
+    #[error(transparent)]
+    Value(BuildError),
+    /// It is busy.
+    #[error("its requests do not come to an end")]
+    Busy(#[source] StopError),
+    /// It could not be started again. The driver has been told that the device is broken.
+    #[error("it does not work any more")]
+    Broken(#[source] ActivateError),
+}
+
 /// How a worker tells the driver, and the transport, about its queues.
 ///
 /// Any thread may call it; none of the calls blocks.
@@ -151,6 +182,24 @@ pub struct StoppedQueue {
     pub parked: Vec<u16>,
 }
 
+/// To be served again from where it was stopped.
+impl From<StoppedQueue> for ActiveQueue {
+    fn from(stopped: StoppedQueue) -> Self {
+        let StoppedQueue {
+            index,
+            queue,
+            kick,
+            parked,
+        } = stopped;
+        Self {
+            index,
+            queue,
+            kick,
+            parked,
+        }
+    }
+}
+
 /// Why a device did not begin work. The driver sees NEEDS_RESET or a cleared
 /// status, the VM goes on.
 #[derive(Debug, thiserror::Error)]
@@ -162,11 +211,23 @@ pub struct ActivateError {
     pub reason: String,
 }
 
+/// What a device has counted since it was made. Read at any time, from any
+/// thread, whatever the device is doing.
+pub trait Counters: Send + Sync {
+    /// The values by name; the names are those of `vm.counters`.
+    fn read(&self) -> Vec<(&'static str, u64)>;
+}
+
 /// A device model. Called by the control thread and, for configuration space,
 /// by vCPU threads; the transport serialises the calls.
 pub trait VirtioDevice: Send + DynSnapshot {
     /// The fixed facts.
     fn identity(&self) -> Identity;
+
+    /// What the device counts, if anything.
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        None
+    }
 
     /// Reads the device-specific configuration space; bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
@@ -202,6 +263,22 @@ pub trait VirtioDevice: Send + DynSnapshot {
     fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
         let _ = size;
         Err(ResizeError::NoDisk)
+    }
+
+    /// Changes what can be changed of the device's configuration, in use or
+    /// not. `patch` is an object of the model's own shape; the context is the
+    /// one that it was built with. The transport tells the driver.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`]; unless it is [`ReconfigureError::Broken`], the device is as it was.
+    fn reconfigure(
+        &mut self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<Reconfigured, ReconfigureError> {
+        let _ = (patch, context);
+        Err(ReconfigureError::Fixed)
     }
 
     /// Puts the registers back to their power-on values. The device is inactive.

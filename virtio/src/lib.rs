@@ -1,6 +1,7 @@
 //! Virtio 1.2: queues, the PCI transport, and the device models.
 //!
 //! * [`device`]: the trait that a model implements and what it is handed.
+//! * [`limit`]: rate limits.
 //! * [`memory`]: the guest memory that queues live in, and the log of pages
 //!   that devices have written.
 //! * [`transport`]: what joins a model to the PCI bus.
@@ -26,6 +27,7 @@
 //!    `stop` is [`worker::Workers::stop`].
 
 pub mod device;
+pub mod limit;
 pub mod memory;
 pub mod models;
 pub mod ring;

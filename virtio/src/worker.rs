@@ -63,7 +63,8 @@ pub trait QueueWorker: Send + 'static {
     fn finish(self) -> Vec<StoppedQueue>;
 }
 
-/// Becomes readable when its worker is to look up: to stop, or to go on.
+/// Becomes readable when its worker is to look up: to stop, to go on, or
+/// because something has changed.
 #[derive(Clone)]
 pub struct Wake(Arc<EventFd>);
 
@@ -384,7 +385,8 @@ impl Workers {
         })
     }
 
-    fn rouse(&self) {
+    /// Has every worker look up, as after a change of what it works by.
+    pub fn rouse(&self) {
         for thread in &self.threads {
             thread.wake.rouse();
         }

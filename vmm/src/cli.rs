@@ -24,6 +24,7 @@ mod image;
 mod log;
 mod message;
 mod run;
+mod serve;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -87,6 +88,9 @@ enum Verb {
     /// Boot a machine and run it until it ends
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", run::EXAMPLES))]
     Run(Box<run::RunArgs>),
+    /// Wait for machines that clients create and boot over a control socket
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", serve::EXAMPLES))]
+    Serve(serve::ServeArgs),
     /// Show what this host offers and lacks, each with its mend
     ///
     /// The exit code is 0 where machines can run, and 1 where not.
@@ -218,8 +222,16 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
     match verb {
         Verb::Run(arguments) => {
             let matches = matches.subcommand_matches("run");
-            let config = run::configure(*arguments, matches, MODELS).map_err(Failure::Usage)?;
-            let reason = crate::run::run(config, opener).map_err(judge)?;
+            let (config, socket) =
+                run::configure(*arguments, matches, MODELS).map_err(Failure::Usage)?;
+            let endpoint = socket.endpoint(config.name.as_deref(), &opener);
+            let endpoint = endpoint.map_err(Failure::Usage)?;
+            let reason = crate::run::run(config, endpoint, opener).map_err(judge)?;
+            Ok(exit_code(reason))
+        }
+        Verb::Serve(arguments) => {
+            let endpoint = arguments.endpoint(&opener).map_err(Failure::Usage)?;
+            let reason = crate::run::serve(endpoint, opener).map_err(judge)?;
             Ok(exit_code(reason))
         }
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),

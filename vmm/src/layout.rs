@@ -53,10 +53,10 @@ pub mod memory {
     pub const EBDA_START: u64 = 0x9FC00;
     /// ACPI tables, the RSDP first, in the BIOS area.
     pub const ACPI_START: u64 = 0xE0000;
+    /// SMBIOS tables, from here to the reset vector; they end there.
+    pub const SMBIOS_START: u64 = 0xF_8000;
     /// Where a BIOS would start (F000:FFF0): code that resets the machine.
     pub const RESET_VECTOR: u64 = 0xF_FFF0;
-    /// The end of the BIOS area; RAM for the kernel starts here.
-    pub const ACPI_END: u64 = 0x10_0000;
     /// Where RAM proper starts and kernels are loaded.
     pub const HIMEM_START: u64 = 0x10_0000;
 }
@@ -79,17 +79,19 @@ pub mod port {
     pub const SLEEP_STATUS: u16 = 0x601;
     /// Generic event device: which events are pending, 32 bits, cleared by reading.
     pub const GED_EVENTS: u16 = 0x604;
+    /// PCI hot-plug: up, down and eject, 32 bits each.
+    pub const PCI_HOTPLUG: u16 = 0x610;
     /// The slots of vCPUs (`devices::acpi::hotplug`), where they can be added.
-    pub const CPU_SLOTS: u16 = 0x610;
+    pub const CPU_SLOTS: u16 = 0x620;
     /// The slots of memory, where it can be added.
-    pub const MEMORY_SLOTS: u16 = 0x630;
+    pub const MEMORY_SLOTS: u16 = 0x640;
     /// PCI configuration address and data (0xCF8 to 0xCFF).
     pub const PCI_CONFIG: u16 = 0xCF8;
     /// Reset control register; inside the range above, handled by byte access.
     pub const RESET: u16 = 0xCF9;
 }
 
-/// Global system interrupts: I/O APIC pins, all edge-triggered.
+/// Global system interrupts: I/O APIC pins, edge-triggered but for [`GED`](gsi::GED).
 pub mod gsi {
     /// i8042 keyboard.
     pub const KEYBOARD: u32 = 1;
@@ -99,7 +101,7 @@ pub mod gsi {
     pub const RTC: u32 = 8;
     /// i8042 auxiliary device.
     pub const MOUSE: u32 = 12;
-    /// ACPI generic event device.
+    /// ACPI generic event device: a level, high while events are pending.
     pub const GED: u32 = 20;
     /// Pins of the I/O APIC; message-signalled interrupts come after.
     pub const IOAPIC_PINS: u32 = 24;

@@ -12,7 +12,7 @@ use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, IsTerminal, Read};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
@@ -159,14 +159,62 @@ impl Opener {
     /// Opens a file that is written from its start: it is created with mode
     /// 0600, or emptied when it is a regular file. A terminal, `/dev/null` or
     /// a pipe with a reader is taken as it is. Writing never blocks: where a
-    /// terminal or a pipe is full it fails with `WouldBlock`.
+    /// terminal or a pipe is full it fails with `WouldBlock`. What is written
+    /// goes to the file's end, also after somebody else has emptied it.
     ///
     /// # Errors
     ///
     /// [`OpenError`]; a symbolic link, a directory and a block device are refused,
     /// and nothing is changed then.
     pub fn create_output(&self, path: &Path) -> Result<File, OpenError> {
-        create(path, 0o600)
+        create(path, 0o600, libc::O_APPEND)
+    }
+
+    /// As [`Opener::create_output`], but what is in a regular file stays.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create_output`].
+    pub fn append_output(&self, path: &Path) -> Result<File, OpenError> {
+        open_output(path, 0o600, libc::O_APPEND)
+    }
+
+    /// Gives an output file that is full the name `kept`, in place of a file that had
+    /// it, and makes a new one. `current` is the file as
+    /// [`Opener::create_output`] or this has opened it. Where it has lost its
+    /// name already, only the new one is made.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::WrongType`] when another file has either name that is not to be
+    /// replaced, [`OpenError::System`] otherwise. `current` can be written on.
+    pub fn rotate_output(
+        &self,
+        path: &Path,
+        current: &File,
+        kept: &Path,
+    ) -> Result<File, OpenError> {
+        let facts = current.metadata().map_err(system("rotate", path))?;
+        match identity(path) {
+            Ok(found) if found == (facts.dev(), facts.ino()) => replace(path, kept)?,
+            // Whoever moved it away has rotated it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+            Ok(_) => {
+                return Err(OpenError::WrongType {
+                    path: path.to_owned(),
+                    found: "another file by now",
+                    wanted: "a file that nobody else makes",
+                });
+            }
+            Err(error) => return Err(system("rotate", path)(error)),
+        }
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_APPEND | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .map_err(system("create", path))
     }
 
     /// As [`Opener::create_output`], for what everybody may read (mode 0644,
@@ -176,7 +224,7 @@ impl Opener {
     ///
     /// As [`Opener::create_output`].
     pub fn create_document(&self, path: &Path) -> Result<File, OpenError> {
-        create(path, 0o644)
+        create(path, 0o644, 0)
     }
 
     /// Standard output, for writes that never wait where it is a terminal or
@@ -248,6 +296,59 @@ impl Opener {
         // SAFETY: the descriptor is open and owned by nobody else: `into_raw_fd`
         // has just given it up. A device that is not KVM answers with errors.
         Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
+    }
+
+    /// Locks the file beside `path` whose name has `.lock` added, which is made
+    /// when it is not there. The lock lasts as long as the file is open.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::SocketInUse`] when another process has it.
+    pub fn lock_beside(&self, path: &Path) -> Result<File, OpenError> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".lock");
+        let lock = PathBuf::from(name);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&lock)
+            .map_err(system("create", &lock))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(fs::TryLockError::WouldBlock) => Err(OpenError::SocketInUse {
+                path: path.to_owned(),
+            }),
+            Err(fs::TryLockError::Error(source)) => Err(system("lock", &lock)(source)),
+        }
+    }
+
+    /// Makes the directory of sockets, for its owner alone, where it is not there.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::System`], and [`OpenError::Denied`] when it is somebody else's.
+    pub fn private_directory(&self, path: &Path) -> Result<(), OpenError> {
+        match fs::DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(system("create", path)(error));
+            }
+            _ => {}
+        }
+        let found = fs::symlink_metadata(path).map_err(system("look at", path))?;
+        // SAFETY: the call has no arguments and always succeeds.
+        #[expect(unsafe_code, reason = "geteuid is a system call")]
+        let user = unsafe { libc::geteuid() };
+        if !found.is_dir() || found.uid() != user || found.mode() & 0o022 != 0 {
+            return Err(OpenError::Denied {
+                action: "keep sockets in",
+                path: path.to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Listens at a new unix socket that only its owner can connect to. A
@@ -402,13 +503,36 @@ fn check_kind(kind: FileType) -> io::Result<()> {
     ))
 }
 
-fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
+fn create(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
+    let file = open_output(path, mode, flags)?;
+    if file.metadata().is_ok_and(|facts| facts.is_file()) {
+        file.set_len(0).map_err(system("empty", path))?;
+    }
+    Ok(file)
+}
+
+/// Gives the file at `path` the name `kept`, where nothing but a regular file is.
+fn replace(path: &Path, kept: &Path) -> Result<(), OpenError> {
+    match fs::symlink_metadata(kept) {
+        Ok(facts) if !facts.is_file() => {
+            return Err(OpenError::WrongType {
+                path: kept.to_owned(),
+                found: describe(facts.file_type()),
+                wanted: "a regular file, or one where nothing is yet",
+            });
+        }
+        _ => (),
+    }
+    fs::rename(path, kept).map_err(system("rotate", path))
+}
+
+fn open_output(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
     let file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(mode)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .custom_flags(flags | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)
         .map_err(|source| match source.raw_os_error() {
             Some(libc::ELOOP) => OpenError::SymbolicLink {
@@ -423,9 +547,6 @@ fn create(path: &Path, mode: u32) -> Result<File, OpenError> {
             found: describe(kind),
             wanted: "a file to be written",
         });
-    }
-    if kind.is_file() {
-        file.set_len(0).map_err(system("empty", path))?;
     }
     Ok(file)
 }

@@ -1,51 +1,81 @@
-//! Runs a machine from its configuration to its end.
+//! Runs a monitor, with or without a machine of its own, to its end.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use api::ExitReason;
+use api::http::{ServerHandle, ServerOptions};
 use virtio::models::MODELS;
 
-use crate::config::VmConfig;
-use crate::events::EventBus;
-use crate::machine::build::{Built, build};
-use crate::machine::driver::{Driver, Outcome};
+use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
+use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, SocketPlace};
 use crate::opener::Opener;
 
-/// Builds the machine, boots it and waits for its end.
+/// Where a monitor is controlled, and how it behaves.
+#[derive(Debug, Default)]
+pub struct Endpoint {
+    /// The control socket, if there is one.
+    pub place: Option<SocketPlace>,
+    /// How it behaves.
+    pub options: MonitorOptions,
+}
+
+/// Builds the machine, boots it and waits for its end; with a control socket
+/// and [`MonitorOptions::no_shutdown`], for the end of the monitor.
 ///
 /// # Errors
 ///
-/// What kept the machine from being built or from going on.
-pub fn run(config: VmConfig, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
-    let events = EventBus::default();
-    let Built {
-        machine,
-        ears,
-        mailbox,
-        debugger,
-        pty,
-    } = build(&config, MODELS, &opener, &events)?;
-    if let Some(path) = pty {
-        eprintln!("vireo: the serial console is at {path}");
-    }
-    let timeout = Duration::from_secs(config.shutdown_timeout);
-    let cpus = machine.vcpus().count();
-    let mut driver = Driver::new(machine, ears, events, timeout);
-    let _server = match (debugger, &config.gdb) {
-        (Some(listener), Some(place)) => {
-            driver.hold();
-            let server =
-                crate::gdb::serve(listener, mailbox, cpus).context("no thread for --gdb")?;
-            eprintln!("vireo: the guest waits for gdb at {place}");
-            Some(server)
-        }
-        _ => None,
+/// What kept the machine from being built or from going on, or the socket from being made.
+pub fn run(
+    config: VmConfig,
+    endpoint: Endpoint,
+    opener: Arc<Opener>,
+) -> anyhow::Result<ExitReason> {
+    let replay = config.serial_replay;
+    let (monitor, _control) = monitor(endpoint, replay, opener)?;
+    Ok(monitor.run(Description::of(config))?)
+}
+
+/// Waits for clients that create and boot machines, until one of them, a signal or a guest ends the monitor.
+///
+/// # Errors
+///
+/// What kept the monitor from going on, or the socket from being made.
+pub fn serve(endpoint: Endpoint, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
+    let (monitor, _control) = monitor(endpoint, DEFAULT_SERIAL_REPLAY, opener)?;
+    Ok(monitor.serve()?)
+}
+
+/// The control socket while it is served: the server ends, then the socket's file goes.
+struct Served {
+    _server: ServerHandle,
+    _socket: ApiSocket,
+}
+
+fn monitor(
+    endpoint: Endpoint,
+    serial_replay: u64,
+    opener: Arc<Opener>,
+) -> anyhow::Result<(Monitor, Option<Served>)> {
+    let Endpoint { place, mut options } = endpoint;
+    options.serial_replay = usize::try_from(serial_replay).unwrap_or(usize::MAX);
+    let strict = options.strict;
+    let monitor =
+        Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
+    let Some(place) = place else {
+        return Ok((monitor, None));
     };
-    let Outcome { reason, detail } = driver.run()?;
-    if let Some(detail) = detail {
-        eprintln!("vireo: {detail}");
-    }
-    Ok(reason)
+    let socket = ApiSocket::listen(&place, &opener).context("--api-socket")?;
+    let listener = socket.listener.try_clone().context("--api-socket")?;
+    let options = ServerOptions {
+        strict,
+        ..ServerOptions::default()
+    };
+    let server = api::http::serve(listener, Arc::new(monitor.handle()), options)
+        .context("no thread for --api-socket")?;
+    let served = Served {
+        _server: server,
+        _socket: socket,
+    };
+    Ok((monitor, Some(served)))
 }

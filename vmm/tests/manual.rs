@@ -148,6 +148,7 @@ fn addresses_and_ports_of_the_machine_are_in_the_manual() {
         port::PVPANIC,
         port::SLEEP_CONTROL,
         port::GED_EVENTS,
+        port::PCI_HOTPLUG,
         port::PCI_CONFIG,
         port::RESET,
     ];

@@ -4,11 +4,13 @@
 //!   the memory windows in which base address registers decode.
 //! * [`PciFunction`]: what sits in a slot.
 //! * [`ConfigSpace`], [`Msix`]: the parts that functions are made of.
+//! * [`PciHotplug`]: how a guest hears of functions that come and go.
 //!
 //! There are no bridges, no I/O space registers and no interrupt pins; each
 //! slot holds function 0 only.
 
 mod config;
+mod hotplug;
 mod msix;
 mod root;
 mod routes;
@@ -17,6 +19,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 pub use config::{BAR_COUNT, Bar, BarKind, ConfigError, ConfigSpace, ConfigSpaceV1, FunctionId};
+pub use hotplug::{EjectRequests, HOTPLUG_LEN, PciHotplug};
 pub use msix::{CAPABILITY_ID as MSIX_CAPABILITY_ID, ENTRY_SIZE as MSIX_ENTRY_SIZE, Msix};
 pub use msix::{MAX_VECTORS as MSIX_MAX_VECTORS, MsixEntryV1, MsixV1};
 pub use root::{PciError, PciRoot, PciRootV1};

@@ -22,6 +22,7 @@
 #define IOAPIC_SELECT 0x00
 #define IOAPIC_WINDOW 0x10
 #define IOAPIC_REDIRECTION 0x10
+#define IOAPIC_LEVEL 0x8000
 
 static bool x2;
 
@@ -98,6 +99,11 @@ void ioapic_route(unsigned pin, unsigned vector)
 {
     ioapic_write(IOAPIC_REDIRECTION + 2 * pin + 1, apic_id() << 24);
     ioapic_write(IOAPIC_REDIRECTION + 2 * pin, vector);
+}
+
+void ioapic_route_level(unsigned pin, unsigned vector)
+{
+    ioapic_route(pin, vector | IOAPIC_LEVEL);
 }
 
 uint32_t msi_address(void)

@@ -17,6 +17,8 @@ void apic_send(uint32_t id, uint32_t command);
 
 /* Routes a pin, edge-triggered and active high, to this CPU. */
 void ioapic_route(unsigned pin, unsigned vector);
+/* The same for a level-triggered line. */
+void ioapic_route_level(unsigned pin, unsigned vector);
 
 /* The message that raises vector on this CPU (Intel SDM 3, 11.11). */
 uint32_t msi_address(void);

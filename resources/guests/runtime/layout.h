@@ -26,12 +26,15 @@
 #define PORT_PVPANIC 0x505
 #define PORT_SLEEP_CONTROL 0x600
 #define PORT_SLEEP_STATUS 0x601
+#define PORT_GED_EVENTS 0x604
+#define PORT_PCI_HOTPLUG 0x610
 #define PORT_PCI_ADDRESS 0xCF8
 #define PORT_PCI_DATA 0xCFC
 #define PORT_RESET 0xCF9
 
 /* The machine: global system interrupts. */
 #define GSI_COM1 4
+#define GSI_GED 20
 #define IOAPIC_PINS 24
 
 /* ACPI 6.4, 4.8.3.7: SLP_EN with the sleep type of S5. */
@@ -60,6 +63,7 @@
 /* Vectors. */
 #define VECTORS 64
 #define VECTOR_COM1 0x24
+#define VECTOR_GED 0x25
 #define VECTOR_MSI 0x30
 #define VECTOR_SPURIOUS 0x3F
 

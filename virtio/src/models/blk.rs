@@ -2,6 +2,7 @@
 //!
 //! * [`BlkConfig`]: how one is described; [`MODEL`] builds it.
 //! * [`Blk`]: configuration space, features, and the workers.
+//! * `change`: what of it can be changed in use.
 //! * `request`: what the driver's chains mean; `worker`: what is done about
 //!   them, one worker for each queue; `poll`: how long a worker looks for
 //!   work before it sleeps; `spec`: the layouts.
@@ -13,6 +14,7 @@
 //! driver did not accept flushes, or has set the writeback field to 0, or the
 //! disk itself works so (`cache=writethrough` or `directsync`).
 
+mod change;
 mod config;
 mod poll;
 mod request;
@@ -29,6 +31,7 @@ use block::{Disk, DiskEvent, DiskInfo, Observer};
 use devices::StopError;
 use migration::{RestoreError, SaveError, SavedState, Snapshot};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
@@ -41,11 +44,14 @@ use self::request::{
     Limits, MAX_DISCARD_SECTORS, MAX_PIECES, MAX_SEGMENTS, MAX_ZEROES_SECTORS,
 };
 use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
-use self::worker::{Clock, Service, Worker};
+use self::worker::{Service, Worker};
 use crate::device::{
-    ActivateError, Activation, DiskReport, Identity, Notifier, ResizeError, StoppedQueue,
-    VirtioDevice,
+    ActivateError, Activation, ActiveQueue, DiskReport, Identity, Notifier, ReconfigureError,
+    Reconfigured, ResizeError, StoppedQueue, VirtioDevice,
 };
+use crate::limit::{Clock, Throttle};
+use crate::memory::GuestMemory;
+use crate::models::BuildContext;
 use crate::ring::Ring;
 use crate::worker::Workers;
 
@@ -106,13 +112,26 @@ pub struct Blk {
     sectors: Arc<AtomicU64>,
     relay: Arc<Relay>,
     settings: BlkSettings,
+    /// What it was made from, where it can be made anew from another medium.
+    config: Option<BlkConfig>,
+    /// The limits that requests wait for.
+    throttle: Throttle,
     workers: Workers,
+    /// What the workers were started with, while they run.
+    running: Option<Running>,
     /// The features that the driver has accepted.
     accepted: u64,
     /// The register, which the workers read.
     writeback: Arc<AtomicBool>,
-    /// What the workers time their polling by.
+    /// What the workers time polling and limits by.
     clock: Clock,
+}
+
+/// What workers are started with, besides their queues.
+struct Running {
+    features: u64,
+    memory: GuestMemory,
+    notifier: Arc<dyn Notifier>,
 }
 
 const fn bit(feature: u32) -> u64 {
@@ -132,7 +151,10 @@ impl Blk {
             info,
             disk,
             relay,
+            config: None,
+            throttle: Throttle::default(),
             workers: Workers::new(id),
+            running: None,
             accepted: 0,
             writeback: Arc::new(AtomicBool::new(!settings.write_through)),
             clock: Arc::new(Instant::now),
@@ -197,6 +219,42 @@ impl Blk {
     fn accepts(&self, feature: u32) -> bool {
         self.accepted & bit(feature) != 0
     }
+
+    /// Starts a worker for each queue.
+    fn launch(&mut self, running: Running, queues: Vec<ActiveQueue>) -> Result<(), ActivateError> {
+        let Running {
+            features,
+            memory,
+            notifier,
+        } = &running;
+        let features = *features;
+        let service = Service {
+            id: self.id.clone(),
+            disk: Arc::clone(&self.disk),
+            limits: Limits {
+                capacity: Arc::clone(&self.sectors),
+                read_only: self.info.read_only,
+                discard: self.accepts(VIRTIO_BLK_F_DISCARD),
+                write_zeroes: self.accepts(VIRTIO_BLK_F_WRITE_ZEROES),
+                serial: self.settings.serial,
+            },
+            memory: memory.clone(),
+            write_through: self.settings.write_through,
+            flushes: self.accepts(VIRTIO_BLK_F_FLUSH),
+            writeback: Arc::clone(&self.writeback),
+            throttle: self.throttle.clone(),
+            clock: Arc::clone(&self.clock),
+            notifier: Arc::clone(notifier),
+            rerror: self.settings.rerror,
+            werror: self.settings.werror,
+        };
+        self.workers.start(notifier, queues, |queue, wake| {
+            let ring = Ring::new(queue, features, Arc::clone(notifier));
+            Worker::new(service.clone(), ring, wake)
+        })?;
+        self.running = Some(running);
+        Ok(())
+    }
 }
 
 impl VirtioDevice for Blk {
@@ -248,33 +306,20 @@ impl VirtioDevice for Blk {
         } = activation;
         self.accepted = features;
         self.relay.connect(&notifier);
-        let service = Service {
-            id: self.id.clone(),
-            disk: Arc::clone(&self.disk),
-            limits: Limits {
-                capacity: Arc::clone(&self.sectors),
-                read_only: self.info.read_only,
-                discard: self.accepts(VIRTIO_BLK_F_DISCARD),
-                write_zeroes: self.accepts(VIRTIO_BLK_F_WRITE_ZEROES),
-                serial: self.settings.serial,
-            },
+        let running = Running {
+            features,
             memory,
-            write_through: self.settings.write_through,
-            flushes: self.accepts(VIRTIO_BLK_F_FLUSH),
-            writeback: Arc::clone(&self.writeback),
-            clock: Arc::clone(&self.clock),
-            notifier: Arc::clone(&notifier),
-            rerror: self.settings.rerror,
-            werror: self.settings.werror,
+            notifier,
         };
-        self.workers.start(&notifier, queues, |queue, wake| {
-            let ring = Ring::new(queue, features, Arc::clone(&notifier));
-            Worker::new(service.clone(), ring, wake)
-        })
+        self.launch(running, queues)
     }
 
     fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
-        self.workers.stop(deadline)
+        let stopped = self.workers.stop(deadline);
+        if !matches!(stopped, Err(StopError::Deadline { .. })) {
+            self.running = None;
+        }
+        stopped
     }
 
     fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
@@ -285,6 +330,14 @@ impl VirtioDevice for Blk {
         self.sectors
             .store(self.info.size / SECTOR, Ordering::Release);
         Ok(())
+    }
+
+    fn reconfigure(
+        &mut self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<Reconfigured, ReconfigureError> {
+        self.change(patch, context)
     }
 
     fn reset(&mut self) {

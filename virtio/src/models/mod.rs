@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::device::VirtioDevice;
+use crate::limit::RateGroups;
 use crate::schema::Field;
 
 /// A kind of device that a machine can have.
@@ -37,6 +38,8 @@ pub struct BuildContext {
     pub opener: Arc<dyn block::Opener>,
     /// How many vCPUs the machine has: a good number of queues.
     pub cpus: u16,
+    /// The limits that devices share.
+    pub groups: RateGroups,
 }
 
 /// Why a device could not be built from its configuration.

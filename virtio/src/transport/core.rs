@@ -15,13 +15,19 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use devices::StopError;
+use serde_json::Value;
 use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _, Permissions};
 
 use super::doorbell::{Doorbells, Kick};
+use super::gone::Gone;
 use super::signals::{DeviceEvent, Signals};
-use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, ResizeError, VirtioDevice};
+use crate::device::{
+    ActivateError, Activation, ActiveQueue, Notifier, ReconfigureError, Reconfigured, ResizeError,
+    VirtioDevice,
+};
 use crate::memory::{GuestMap, GuestMemory};
+use crate::models::BuildContext;
 
 mod saved;
 
@@ -494,6 +500,18 @@ impl Core {
         Ok(())
     }
 
+    /// As [`VirtioDevice::reconfigure`]; tells the driver what it can see.
+    pub fn reconfigure(
+        &mut self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<(), ReconfigureError> {
+        if self.device.reconfigure(patch, context)? == Reconfigured::Seen {
+            self.signals.config_changed();
+        }
+        Ok(())
+    }
+
     /// The doorbells begin at `base` now, or are not mapped.
     pub fn set_notify_base(&mut self, base: Option<u64>) {
         self.notify_base = base;
@@ -583,6 +601,14 @@ impl Core {
         self.running = false;
         self.advance_reset();
         Ok(())
+    }
+
+    /// Gives up the model for good, and with it the back end; the unit is
+    /// stopped. To be dropped without the transport's lock.
+    pub fn retire(&mut self) -> Box<dyn VirtioDevice> {
+        self.running = false;
+        self.active = false;
+        std::mem::replace(&mut self.device, Box::new(Gone))
     }
 
     /// The machine resets. The unit is stopped; a model that is not is given a slice.

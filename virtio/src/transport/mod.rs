@@ -12,6 +12,7 @@
 //! | `signals` | interrupts, and what workers may touch without a lock |
 //! | `doorbell` | kicks from the driver |
 //! | `state` | the saved form |
+//! | `gone` | what is left of a device that was removed |
 //!
 //! # What a driver's mistake does
 //!
@@ -22,6 +23,7 @@
 
 mod core;
 mod doorbell;
+mod gone;
 mod pci;
 mod signals;
 mod state;

@@ -28,13 +28,15 @@ use devices::pci::{
 };
 use devices::{MsiAllocator, MsiError, StartError, StopError, Unit};
 use migration::{RestoreError, SaveError, SavedState, Section, SectionSet};
+use serde_json::Value;
 
 use super::core::{COMMON_LEN, Core, CoreState, Parts};
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvents, Signals};
 use super::state::VirtioPciV1;
-use crate::device::{Identity, ResizeError, VirtioDevice};
+use crate::device::{Counters, Identity, ReconfigureError, ResizeError, VirtioDevice};
 use crate::memory::GuestMemory;
+use crate::models::BuildContext;
 
 /// Byte offsets into the BAR.
 mod layout {
@@ -124,6 +126,7 @@ pub struct VirtioPci {
     kicks: Arc<[Kick]>,
     core: Mutex<Core>,
     config: Mutex<ConfigSpace>,
+    counters: Option<Arc<dyn Counters>>,
     /// Where the MSI-X and the access capability are.
     msix_cap: u16,
     pci_cap: u16,
@@ -146,6 +149,7 @@ impl VirtioPci {
     ) -> Result<Arc<Self>, TransportError> {
         let name = name.into();
         let identity = device.identity();
+        let counters = device.counters();
         let queues = queue_count(&name, &identity.queue_sizes)?;
         let msix = Msix::new(msi, queues + 1).map_err(|source| TransportError::Msi {
             name: name.clone(),
@@ -185,9 +189,43 @@ impl VirtioPci {
             kicks,
             core: Mutex::new(core),
             config: Mutex::new(config),
+            counters,
             msix_cap,
             pci_cap,
         }))
+    }
+
+    /// The device's id, which is its unit's name.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether a driver uses the device. Takes no lock.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.signals.driver_ok.load(Ordering::Acquire)
+    }
+
+    /// Whether the device works no more until its driver resets it. Takes no lock.
+    #[must_use]
+    pub fn needs_reset(&self) -> bool {
+        self.signals.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// What the model has counted, by name. Takes no lock.
+    #[must_use]
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.counters.as_ref().map(|c| c.read()).unwrap_or_default()
+    }
+
+    /// Lets go of model, back end and interrupts, for a device that has been
+    /// stopped and taken off the bus. When this returns, files that the back end had
+    /// open are closed. Others may hold the device for a while still: their accesses do nothing.
+    pub fn retire(&self) {
+        let model = self.core().retire();
+        self.signals.msix.reset();
+        drop(model);
     }
 
     /// Makes the disk `size` bytes long and tells the driver. The guest may be running.
@@ -197,6 +235,19 @@ impl VirtioPci {
     /// [`ResizeError`]; the disk is then as it was.
     pub fn resize_disk(&self, size: u64) -> Result<(), ResizeError> {
         self.core().resize_disk(size)
+    }
+
+    /// Changes the device's configuration by a patch of its model's shape. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`].
+    pub fn reconfigure(
+        &self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<(), ReconfigureError> {
+        self.core().reconfigure(patch, context)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use devices::Unit;
+use devices::pci::PciFunction;
 use migration::{Section, SectionSet};
 use virtio::device::ResizeError;
 use virtio::models::MODELS;
@@ -176,6 +177,51 @@ fn a_device_stops_and_starts_at_every_step() {
         drop(rig);
         assert!(weak.upgrade().is_none(), "{} is kept alive", subject.name);
     }
+}
+
+#[test]
+fn a_device_is_removed_at_every_step_and_lets_go_of_everything() {
+    for subject in all() {
+        for step in STEPS {
+            let rig = Rig::new(&subject);
+            let driver = Driver::probe(&rig);
+            driver.bring_to(step, u64::MAX);
+            rig.stop();
+            rig.unplug();
+            rig.device.retire();
+            assert!(rig.bells.addresses().is_empty(), "{}", subject.name);
+            let mut id = [0; 4];
+            rig.read(rig.config(0), &mut id);
+            assert_eq!(id, [0xff; 4], "{} at {step:?}", subject.name);
+        }
+    }
+}
+
+#[test]
+fn a_model_is_dropped_when_it_is_retired_and_late_accesses_do_nothing() {
+    let (subject, control) = echo();
+    let rig = Rig::new(&subject);
+    let driver = Driver::probe(&rig);
+    let rings = driver.boot();
+    round_trip(&driver, &rings[0], b"before");
+    rig.stop();
+    rig.unplug();
+    rig.device.retire();
+    // The test has it, and the subject, which could make another.
+    assert_eq!(Arc::strong_count(&control), 2);
+    // A vCPU that found the function before it went sets it up once more.
+    rig.events.take();
+    for status in [0, 1, 3, 11, 15] {
+        rig.device.bar_write(0, 20, &[status]);
+    }
+    for offset in (0..0x40).chain(0x2000..0x2010).chain(0x3000..0x3008) {
+        rig.device.bar_write(0, offset, &[1]);
+        rig.device.bar_read(0, offset, &mut [0; 4]);
+    }
+    assert_eq!(rig.interrupts.take(0), 0);
+    let told = rig.events.take();
+    assert!(!told.iter().any(|e| e.starts_with("broken")), "{told:?}");
+    assert!(rig.bells.addresses().is_empty());
 }
 
 #[test]

@@ -54,6 +54,7 @@ impl Subject {
                 id: "dut".to_owned(),
                 opener: Arc::new(PlainOpener),
                 cpus: 2,
+                groups: virtio::limit::RateGroups::default(),
             };
             (model.build)(config, &context)
                 .unwrap_or_else(|error| panic!("{} cannot be built: {error:?}", model.kind))

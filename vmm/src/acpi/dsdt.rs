@@ -4,13 +4,16 @@
 //! no probing. `_STA` is left out except of what comes and goes, which says present and
 //! working (ACPI 6.5, section 6.3.7). The PCI bus has no `_PRT`: functions signal by
 //! message alone and have no interrupt pins.
+//!
+//! Each slot of the bus is a device that can be ejected, whether or not it
+//! holds a function; the system asks configuration space for that.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
     Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
-    Memory32Fixed, Method, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or, Package, Path,
-    ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
+    Memory32Fixed, Method, MethodCall, Name, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Or,
+    Package, Path, ResourceTemplate, Return, Scope, Store, Subtract, Uuid, While, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use devices::acpi::hotplug;
@@ -18,7 +21,8 @@ use devices::acpi::hotplug;
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, address32};
 use super::{AcpiConfig, AcpiError, cpus, memory};
 use crate::layout::memory::{ECAM_LEN, ECAM_START};
-use crate::layout::{ged_event, gsi, port};
+use crate::layout::{PCI_SLOTS, ged_event, gsi, port};
+use devices::pci::HOTPLUG_LEN;
 
 /// Integers have 64 bits from this revision on (section 5.2.11.1).
 const DSDT_REVISION: u8 = 2;
@@ -28,6 +32,15 @@ const HEADER_LEN: u32 = 36;
 const S5_SLEEP_TYPE: u8 = 5;
 /// What a control-method power button notifies (section 5.6.6, table 5.167).
 const NOTIFY_PRESSED: u8 = 0x80;
+
+/// What hot-plug notifies a slot (section 5.6.6, table 5.166): look what is there
+/// now, and give up what is there.
+const NOTIFY_DEVICE_CHECK: u8 = 1;
+const NOTIFY_EJECT_REQUEST: u8 = 3;
+/// How often and at what distance, in milliseconds, `_EJ0` looks whether the slot
+/// is empty: longer than a back end may take to drain.
+const EJECT_LOOKS: u16 = 1000;
+const EJECT_REST: u8 = 10;
 
 /// `_OSC` of a PCI host bridge (PCI Firmware Specification 3.3, section 4.5.1).
 const PCI_OSC_UUID: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
@@ -136,8 +149,126 @@ fn pci_bus(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
             &Name::new("_UID".into(), &ZERO),
             &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
             &pci_osc(),
+            &pci_hotplug(),
         ],
     ))
+}
+
+/// The slots and their methods, over [`devices::pci::PciHotplug`]'s registers.
+///
+/// * `PCNT`, which the event device calls, notifies the slots whose bits are set.
+/// * `_EJ0` of a slot (section 6.3.3) calls `PCEJ` with the slot's bit: it gives
+///   the slot up and waits until it is empty, so that a system that looks at
+///   the bus next does not find what is about to go.
+fn pci_hotplug() -> Raw {
+    let mut all = Raw::default();
+    all.add(&OpRegion::new(
+        "PCHP".into(),
+        OpRegionSpace::SystemIO,
+        &port::PCI_HOTPLUG,
+        &HOTPLUG_LEN,
+    ));
+    let fields = [*b"PCUP", *b"PCDN", *b"PCEA"].map(|name| FieldEntry::Named(name, 32));
+    all.add(&Field::new(
+        "PCHP".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        fields.into(),
+    ));
+    for slot in 1..=PCI_SLOTS {
+        all.add(&Raw(pci_slot(slot)));
+    }
+    all.add(&pci_eject());
+    all.add(&pci_notify());
+    all.add(&Method::new(
+        "PCNT".into(),
+        0,
+        true,
+        vec![
+            &MethodCall::new(
+                "PCNF".into(),
+                vec![&Path::new("PCUP"), &NOTIFY_DEVICE_CHECK],
+            ),
+            &MethodCall::new(
+                "PCNF".into(),
+                vec![&Path::new("PCDN"), &NOTIFY_EJECT_REQUEST],
+            ),
+        ],
+    ));
+    all
+}
+
+fn slot_name(slot: u8) -> String {
+    format!("S{slot:03X}")
+}
+
+fn slot_bit(slot: u8) -> u32 {
+    1 << slot
+}
+
+/// `_ADR` (section 6.1.1) is function 0 of the slot, `_SUN` (6.1.11) what
+/// people call it.
+fn pci_slot(slot: u8) -> Vec<u8> {
+    let bit = slot_bit(slot);
+    let eject = MethodCall::new("PCEJ".into(), vec![&bit]);
+    device(
+        &slot_name(slot),
+        vec![
+            &Name::new("_ADR".into(), &(u32::from(slot) << 16)),
+            &Name::new("_SUN".into(), &slot),
+            &Method::new("_EJ0".into(), 1, false, vec![&eject]),
+        ],
+    )
+}
+
+/// `PCEJ`: Arg0 is the slot's bit.
+fn pci_eject() -> Raw {
+    let (register, looks, busy) = (Path::new("PCEA"), Local(0), Local(1));
+    let mut method = Raw::default();
+    method.add(&Method::new(
+        "PCEJ".into(),
+        1,
+        false,
+        vec![
+            &Store::new(&register, &Arg(0)),
+            &Store::new(&looks, &EJECT_LOOKS),
+            &While::new(
+                &looks,
+                vec![
+                    &Subtract::new(&looks, &looks, &ONE),
+                    &And::new(&busy, &register, &Arg(0)),
+                    &If::new(&busy, vec![&Sleep(EJECT_REST)]),
+                    &Else::new(vec![&Store::new(&looks, &ZERO)]),
+                ],
+            ),
+        ],
+    ));
+    method
+}
+
+/// `PCNF`: Arg0 are the slots' bits, Arg1 what to notify them.
+fn pci_notify() -> Raw {
+    let mut body = Raw::default();
+    for slot in 1..=PCI_SLOTS {
+        body.add(&If::new(
+            &And::new(&ZERO, &Arg(0), &slot_bit(slot)),
+            vec![&Notify::new(&Path::new(&slot_name(slot)), &Arg(1))],
+        ));
+    }
+    let mut method = Raw::default();
+    method.add(&Method::new("PCNF".into(), 2, false, vec![&body]));
+    method
+}
+
+/// Rests for so many milliseconds (section 19.6.125).
+struct Sleep(u8);
+
+impl Aml for Sleep {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&[0x5B, 0x22]);
+        self.0.to_aml_bytes(sink);
+    }
 }
 
 /// `_OSC`: Arg0 is the UUID, Arg1 the revision, Arg3 a buffer of status,
@@ -193,7 +324,7 @@ impl Aml for Raw {
 
 /// Reserves what no other device claims: the ECAM (PCI Firmware Specification
 /// 3.3, section 4.1.2, asks for that), and the
-/// ports of sleep, events and debugging. The event device cannot claim its own: its
+/// ports of sleep, events, hot-plug and debugging. The event device cannot claim its own: its
 /// resources are interrupts only.
 fn motherboard(config: &AcpiConfig) -> Vec<u8> {
     let ecam = Memory32Fixed::new(true, address32(ECAM_START), address32(ECAM_LEN));
@@ -201,6 +332,7 @@ fn motherboard(config: &AcpiConfig) -> Vec<u8> {
         ports(port::DEBUGCON, 1),
         ports(port::SLEEP_CONTROL, 2),
         ports(port::GED_EVENTS, 4),
+        ports(port::PCI_HOTPLUG, HOTPLUG_LEN),
     ];
     if config.cpu_slots {
         claimed.push(ports(port::CPU_SLOTS, hotplug::LEN));
@@ -214,7 +346,8 @@ fn motherboard(config: &AcpiConfig) -> Vec<u8> {
 }
 
 /// The generic event device (section 5.6.9) and what it tells of: the power
-/// button (section 4.8.3.2.2), and slots. `_EVT` reads the pending events, which clears them.
+/// button (section 4.8.3.2.2) and hot-plug. `_EVT` reads the pending events,
+/// which clears them and lowers the line.
 fn event_device(config: &AcpiConfig) -> Vec<u8> {
     let pending = Local(0);
     let register = Path::new("GEVT");
@@ -226,6 +359,10 @@ fn event_device(config: &AcpiConfig) -> Vec<u8> {
     on(
         ged_event::POWER_BUTTON,
         &Notify::new(&Path::new("PWRB"), &NOTIFY_PRESSED),
+    );
+    on(
+        ged_event::PCI_HOTPLUG,
+        &MethodCall::new("\\_SB_.PCI0.PCNT".into(), Vec::new()),
     );
     if config.cpu_slots {
         on(ged_event::CPU_HOTPLUG, &cpus::scan());
@@ -243,7 +380,7 @@ fn event_device(config: &AcpiConfig) -> Vec<u8> {
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&interrupt(gsi::GED)]),
+                &ResourceTemplate::new(vec![&Interrupt::new(true, false, false, false, gsi::GED)]),
             ),
             &OpRegion::new(
                 "GEDR".into(),

@@ -24,7 +24,7 @@ use acpi_tables::rsdp::Rsdp;
 use self::dsdt::dsdt;
 use self::tables::{bytes_of, fadt, madt, mcfg, rsdp, xsdt};
 use crate::layout::MAX_CPUS;
-use crate::layout::memory::{ACPI_START, RESET_VECTOR};
+use crate::layout::memory::{ACPI_START, SMBIOS_START};
 
 /// Tables start on this boundary; FACS alone would ask for more.
 const TABLE_ALIGN: usize = 16;
@@ -139,7 +139,7 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiImage, AcpiError> {
 
     let Image(mut bytes) = image;
     bytes[..Rsdp::len()].copy_from_slice(&bytes_of(&rsdp(xsdt_at)));
-    let max = RESET_VECTOR - ACPI_START;
+    let max = SMBIOS_START - ACPI_START;
     if bytes.len() as u64 > max {
         return Err(AcpiError::TooLarge {
             len: bytes.len(),

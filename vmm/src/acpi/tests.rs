@@ -2,7 +2,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::*;
-use crate::layout::memory::{PCI_MMIO32_LEN, PCI_MMIO32_START};
+use crate::layout::memory::{PCI_MMIO32_LEN, PCI_MMIO32_START, RESET_VECTOR};
 
 fn config(cpus: u32) -> AcpiConfig {
     AcpiConfig {
@@ -294,6 +294,17 @@ fn iasl_reads_every_table_and_compiles_it_back_to_the_same_bytes() {
             if table.starts_with(b"DSDT") {
                 assert!(listing.contains("Device (PCI0)"), "{listing}");
                 assert!(listing.contains("Notify (PWRB, 0x80)"), "{listing}");
+                for part in [
+                    "Device (S01F)",
+                    "Name (_ADR, 0x001F0000)",
+                    "Notify (S01F, Arg1)",
+                    "PCEJ (0x80000000)",
+                    "Sleep (0x0A)",
+                    "\\_SB.PCI0.PCNT ()",
+                ] {
+                    assert!(listing.contains(part), "no {part} in {listing}");
+                }
+                assert!(!listing.contains("Device (S000)"), "the host bridge stays");
             }
         }
     }

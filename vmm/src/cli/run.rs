@@ -8,12 +8,15 @@ use serde_json::{Map, Value};
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::serve::SocketArgs;
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
+use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
     BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, CpusError, DEFAULT_CMDLINE,
     DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS,
-    MEMORY_FIELDS, MachineConfig, MemoryConfig, PayloadConfig, SerialConfig, VmConfig, files,
+    MEMORY_FIELDS, MachineConfig, MemoryConfig, PayloadConfig, RATE_LIMIT_GROUP_FIELDS,
+    RateLimitGroupConfig, SerialConfig, SmbiosConfig, VmConfig, files,
 };
 
 pub(super) const EXAMPLES: &str = "\
@@ -95,12 +98,15 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "type=NAME", default_value = "type=vireo-dev")]
     machine: String,
 
-    /// First serial port: tty, pty, null, off, file=PATH
+    /// First serial port: tty, pty, null, off, file=PATH, socket=PATH; may be repeated
     ///
     /// tty: this terminal, in raw mode; Ctrl-a x ends the machine.
     /// pty: a new pseudo-terminal, whose name is printed.
     /// null: a port whose output is dropped. off: no port.
-    /// file=PATH: output to a file, which is created, or emptied when it is there.
+    /// file=PATH[,append=on][,max_size=SIZE]: output to a file, which is created, or emptied
+    /// when it is there. At max_size it becomes PATH.1 and a new one is begun.
+    /// socket=PATH[,replay=off]: a unix socket for any number of clients. Each gets the last
+    /// output first, then what comes, and may type.
     #[arg(
         long,
         value_name = "WHERE",
@@ -108,7 +114,16 @@ pub(super) struct RunArgs {
         verbatim_doc_comment,
         help_heading = "Consoles"
     )]
-    serial: String,
+    serial: Vec<String>,
+
+    /// Serial output that is kept for those who connect late
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "64K",
+        help_heading = "Consoles"
+    )]
+    serial_replay: String,
 
     /// Debug console, port 0xE9: off, stdio, file=PATH
     #[arg(
@@ -126,6 +141,26 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
     gdb: Option<String>,
 
+    /// What the machine says of itself in SMBIOS: uuid=, serial=, …; may be repeated
+    #[arg(
+        long,
+        value_name = "key=value,…",
+        action = ArgAction::Append,
+        long_help = keys("What the machine says of itself in SMBIOS. May be repeated.", &[SMBIOS_FIELDS])
+    )]
+    smbios: Vec<String>,
+
+    /// Limits that disks share; may be repeated
+    #[arg(
+        long,
+        value_name = "id=NAME,…",
+        action = ArgAction::Append,
+        help_heading = DEVICES,
+        long_help = keys("Limits that disks share, which name them in rate_limit_group=. May be repeated.",
+            &[RATE_LIMIT_GROUP_FIELDS])
+    )]
+    rate_limit_group: Vec<String>,
+
     /// Let the guest report a kernel panic (exit code 3): on, off
     #[arg(long, value_name = "SWITCH", default_value = "on")]
     pvpanic: String,
@@ -133,6 +168,9 @@ pub(super) struct RunArgs {
     /// Seconds that the guest has to power off after SIGTERM; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
+
+    #[command(flatten)]
+    socket: SocketArgs,
 }
 
 fn seconds(text: &str) -> Result<u64, flag::ValueError> {
@@ -215,41 +253,52 @@ pub(super) fn configure(
     arguments: RunArgs,
     matches: Option<&ArgMatches>,
     models: &'static [Model],
-) -> anyhow::Result<VmConfig> {
-    let mut config = lower(arguments)?;
+) -> anyhow::Result<(VmConfig, SocketArgs)> {
+    let (mut config, socket) = lower(arguments)?;
     if let Some(matches) = matches {
         config.devices = devices(matches, models)?;
     }
     config.complete(models);
     config.validate(models, &HostLimits::read())?;
     files::check(&config, models)?;
-    Ok(config)
+    Ok((config, socket))
 }
 
-fn lower(arguments: RunArgs) -> anyhow::Result<VmConfig> {
+fn lower(arguments: RunArgs) -> anyhow::Result<(VmConfig, SocketArgs)> {
     let machine: MachineConfig = from_table("--machine", MACHINE_FIELDS, &arguments.machine)?;
     let memory: MemoryConfig = from_table("--memory", MEMORY_FIELDS, &arguments.memory)?;
-    Ok(VmConfig {
+    let config = VmConfig {
         name: arguments.name,
         machine,
         cpus: cpus(&arguments.cpus)?,
         memory,
         payload: PayloadConfig {
-            kernel: arguments.kernel,
+            kernel: Some(arguments.kernel),
             initramfs: arguments.initramfs,
             cmdline: arguments.cmdline,
             boot_protocol: arguments.boot_protocol,
         },
         devices: Vec::new(),
-        serial: named("--serial", arguments.serial.parse::<SerialConfig>())?,
+        rate_limit_groups: arguments
+            .rate_limit_group
+            .iter()
+            .map(|text| RateLimitGroupConfig::from_flag(text))
+            .collect::<Result<_, _>>()?,
+        serial: named("--serial", SerialConfig::from_flags(&arguments.serial))?,
+        serial_replay: named(
+            "--serial-replay",
+            flag::parse_bytes(&arguments.serial_replay),
+        )?,
         debugcon: named("--debugcon", arguments.debugcon.parse::<DebugconConfig>())?,
         gdb: match arguments.gdb {
             None => None,
             Some(text) => Some(named("--gdb", text.parse::<GdbConfig>())?),
         },
+        smbios: SmbiosConfig::from_flags(arguments.smbios.iter().map(String::as_str))?,
         pvpanic: named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?,
         shutdown_timeout: arguments.shutdown_timeout,
-    })
+    };
+    Ok((config, arguments.socket))
 }
 
 /// Puts the flag before the message of what its text is not.

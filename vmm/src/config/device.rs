@@ -150,6 +150,17 @@ fn valid_slot(slot: u64) -> Option<u8> {
         .filter(|slot| (1..=PCI_SLOTS).contains(slot))
 }
 
+/// An id that is not `taken`: the flag of the device's model and the first free number.
+pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) -> String {
+    let model = models.iter().find(|model| model.kind == kind);
+    let stem = model.map_or(kind, |model| model.flag);
+    // One of the first `taken.len() + 1` numbers is free.
+    (0..=taken.len())
+        .map(|number| format!("{stem}{number}"))
+        .find(|id| !taken.contains(id))
+        .unwrap_or_default()
+}
+
 impl VmConfig {
     /// Gives each device that has none an id (its model's flag and the first
     /// free number) and a PCI slot (the first free one), in order. What was
@@ -161,13 +172,7 @@ impl VmConfig {
         let mut free = (1..=PCI_SLOTS).filter(|slot| !taken.contains(slot));
         for device in &mut self.devices {
             if device.id.is_empty() {
-                let model = models.iter().find(|model| model.kind == device.kind);
-                let stem = model.map_or(device.kind.as_str(), |model| model.flag);
-                // One of the first `ids.len() + 1` numbers is free.
-                let id = (0..=ids.len())
-                    .map(|number| format!("{stem}{number}"))
-                    .find(|id| !ids.contains(id));
-                device.id = id.unwrap_or_default();
+                device.id = free_id(&device.kind, &ids, models);
                 ids.insert(device.id.clone());
             }
             if device.address.is_none() {

@@ -1,27 +1,10 @@
-//! Where consoles and debuggers are attached: `--serial`, `--debugcon`, `--gdb`.
+//! Where the debug console and debuggers are attached: `--debugcon`, `--gdb`.
 
 use std::fmt::{self, Display, Formatter};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-
-/// Where the first serial port leads.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SerialConfig {
-    /// This process's standard input and output; a terminal is put into raw mode.
-    #[default]
-    Tty,
-    /// A new pseudo-terminal, whose name is printed.
-    Pty,
-    /// There is a port; output is dropped and there is no input.
-    Null,
-    /// There is no port.
-    Off,
-    /// Output goes to a file, which is created, or emptied when it is there.
-    File(PathBuf),
-}
 
 /// Where bytes go that the guest writes to port 0xE9.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,34 +59,6 @@ pub enum EndpointError {
         /// What was given.
         text: String,
     },
-}
-
-impl SerialConfig {
-    /// The forms on the command line.
-    pub const FORMS: &str = "tty, pty, null, off, file=PATH";
-
-    /// The file that is written, where there is one.
-    #[must_use]
-    pub fn output(&self) -> Option<&Path> {
-        match self {
-            Self::File(path) => Some(path),
-            Self::Tty | Self::Pty | Self::Null | Self::Off => None,
-        }
-    }
-}
-
-impl FromStr for SerialConfig {
-    type Err = EndpointError;
-
-    fn from_str(text: &str) -> Result<Self, EndpointError> {
-        match text {
-            "tty" => Ok(Self::Tty),
-            "pty" => Ok(Self::Pty),
-            "null" => Ok(Self::Null),
-            "off" => Ok(Self::Off),
-            _ => file(text, Self::FORMS).map(Self::File),
-        }
-    }
 }
 
 impl DebugconConfig {
@@ -211,17 +166,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_form_of_a_console_is_understood() {
-        assert_eq!("tty".parse(), Ok(SerialConfig::Tty));
-        assert_eq!("pty".parse(), Ok(SerialConfig::Pty));
-        assert_eq!("null".parse(), Ok(SerialConfig::Null));
-        assert_eq!("off".parse(), Ok(SerialConfig::Off));
-        assert_eq!(
-            "file=/a,b=c".parse(),
-            Ok(SerialConfig::File("/a,b=c".into()))
-        );
-        assert_eq!("stdio".parse(), Ok(DebugconConfig::Stdio));
+    fn every_form_of_the_debug_console_is_understood() {
         assert_eq!("off".parse(), Ok(DebugconConfig::Off));
+        assert_eq!("stdio".parse(), Ok(DebugconConfig::Stdio));
         assert_eq!("file=x".parse(), Ok(DebugconConfig::File("x".into())));
     }
 
@@ -245,12 +192,12 @@ mod tests {
 
     #[test]
     fn what_is_no_form_is_refused_with_the_forms() {
-        for text in ["", "TTY", "file", "file:/a", "tty ", "stdio"] {
-            let error = text.parse::<SerialConfig>().unwrap_err();
+        for text in ["", "STDIO", "file", "file:/a", "stdio ", "tty"] {
+            let error = text.parse::<DebugconConfig>().unwrap_err();
             assert!(error.to_string().contains("file=PATH"), "{error}");
         }
         assert!(matches!(
-            "file=".parse::<SerialConfig>(),
+            "file=".parse::<DebugconConfig>(),
             Err(EndpointError::NoPath { .. })
         ));
         assert!(matches!(

@@ -13,12 +13,14 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::FieldKind;
 
-use super::{ConfigError, VmConfig};
+use super::{ConfigError, SinkConfig, VmConfig};
 
 /// The kind of the model that is a disk, and its keys that matter here.
 const DISK: &str = "blk";
 const DISK_PATH: &str = "path";
 const DISK_READ_ONLY: &str = "readonly";
+
+const SERIAL: &str = "--serial";
 
 /// What tells one file from another.
 #[derive(PartialEq, Eq)]
@@ -90,36 +92,73 @@ fn check_disks(config: &VmConfig) -> Result<(), ConfigError> {
 }
 
 fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
-    let outputs: Vec<(&'static str, &Path)> = [
-        ("--serial", config.serial.output()),
-        ("--debugcon", config.debugcon.output()),
-    ]
-    .into_iter()
-    .filter_map(|(flag, path)| Some((flag, path?)))
-    .collect();
+    let outputs = outputs(config);
     if outputs.is_empty() {
         return Ok(());
     }
     let mut used = inputs(config, models);
     for (flag, path) in outputs {
-        let Some(identity) = Identity::of(path) else {
-            continue;
-        };
-        if let Some((_, other)) = used.iter().find(|(other, _)| *other == identity) {
-            return Err(ConfigError::OutputInUse {
-                output: flag,
-                path: path.to_owned(),
-                other: other.clone(),
-            });
-        }
-        used.push((identity, flag.to_owned()));
+        claim(&mut used, flag, path)?;
     }
+    Ok(())
+}
+
+/// Checks that a sink of the serial port that is added to a running machine
+/// writes over nothing that the machine uses.
+///
+/// # Errors
+///
+/// [`ConfigError::OutputInUse`].
+pub fn check_sink(
+    config: &VmConfig,
+    models: &[Model],
+    sink: &SinkConfig,
+) -> Result<(), ConfigError> {
+    let mut used = inputs(config, models);
+    for (flag, path) in outputs(config) {
+        used.extend(Identity::of(&path).map(|identity| (identity, flag.to_owned())));
+    }
+    sink.outputs()
+        .try_for_each(|path| claim(&mut used, SERIAL, path))
+}
+
+/// The files that the machine writes, by flag.
+fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
+    let serial = config.serial.sinks().iter().flat_map(SinkConfig::outputs);
+    let debugcon = config.debugcon.output().map(Path::to_owned);
+    serial
+        .map(|path| (SERIAL, path))
+        .chain(debugcon.map(|path| ("--debugcon", path)))
+        .collect()
+}
+
+/// Adds a file that `flag` writes to those in use.
+fn claim(
+    used: &mut Vec<(Identity, String)>,
+    flag: &'static str,
+    path: PathBuf,
+) -> Result<(), ConfigError> {
+    let Some(identity) = Identity::of(&path) else {
+        return Ok(());
+    };
+    if let Some((_, other)) = used.iter().find(|(other, _)| *other == identity) {
+        let other = other.clone();
+        return Err(ConfigError::OutputInUse {
+            output: flag,
+            path,
+            other,
+        });
+    }
+    used.push((identity, flag.to_owned()));
     Ok(())
 }
 
 /// Every file that the machine uses besides its outputs, and what uses it.
 fn inputs(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
-    let mut named: Vec<(&Path, String)> = vec![(&config.payload.kernel, "--kernel".to_owned())];
+    let mut named: Vec<(&Path, String)> = Vec::new();
+    if let Some(path) = &config.payload.kernel {
+        named.push((path, "--kernel".to_owned()));
+    }
     if let Some(path) = &config.payload.initramfs {
         named.push((path, "--initramfs".to_owned()));
     }
@@ -147,6 +186,7 @@ mod tests {
     use serde_json::json;
 
     use super::super::device::tests::TEST_MODELS;
+    use super::super::serial::FileSink;
     use super::super::{DebugconConfig, DeviceConfig, SerialConfig};
     use super::*;
 
@@ -181,7 +221,7 @@ mod tests {
         }
 
         fn serial(mut self, name: &str) -> Self {
-            self.config.serial = SerialConfig::File(self.path(name));
+            self.config.serial = SinkConfig::File(FileSink::new(self.path(name))).into();
             self
         }
 
@@ -256,8 +296,37 @@ mod tests {
         let mut case = Case::new().serial("log");
         case.config.debugcon = DebugconConfig::File(case.path("log"));
         assert!(case.check().unwrap_err().contains("--debugcon"));
-        case.config.serial = SerialConfig::File("/dev/null".into());
+        let null = SinkConfig::File(FileSink::new("/dev/null"));
+        case.config.serial = SerialConfig::Sinks(vec![null.clone(), null]);
         case.config.debugcon = DebugconConfig::File("/dev/null".into());
         assert_eq!(case.check(), Ok(()));
+    }
+
+    #[test]
+    fn a_file_with_a_limit_does_not_replace_what_the_machine_uses() {
+        let mut case = Case::new().disk("log.1", false).serial("log");
+        assert_eq!(case.check(), Ok(()));
+        let limited = SinkConfig::File(FileSink {
+            max_size: Some(1 << 20),
+            ..FileSink::new(case.path("log"))
+        });
+        case.config.serial = limited.clone().into();
+        assert!(case.check().unwrap_err().contains("'disk0'"));
+        case.config.serial = SerialConfig::Off;
+        let check = |sink| check_sink(&case.config, TEST_MODELS, sink);
+        assert!(check(&limited).unwrap_err().to_string().contains("'disk0'"));
+        assert_eq!(check(&SinkConfig::Pty), Ok(()));
+    }
+
+    #[test]
+    fn a_sink_that_is_added_later_writes_to_a_file_of_its_own() {
+        let case = Case::new().serial("log");
+        let check = |name| {
+            let sink = SinkConfig::File(FileSink::new(case.path(name)));
+            check_sink(&case.config, TEST_MODELS, &sink)
+        };
+        assert!(check("log").unwrap_err().to_string().contains("--serial"));
+        assert!(check("kernel").is_err());
+        assert_eq!(check("other"), Ok(()));
     }
 }

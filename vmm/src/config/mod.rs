@@ -10,6 +10,7 @@
 //! [`files::check`] (rules on the files that it names). What only the kernel
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
+mod addition;
 pub mod capability;
 mod cpus;
 pub mod device;
@@ -17,17 +18,25 @@ pub mod endpoint;
 pub mod files;
 pub mod flag;
 pub mod host;
+pub mod serial;
+pub mod smbios;
 mod validate;
+pub mod wire;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use virtio::limit::{self, RateLimits};
 use virtio::schema::{Field, FieldKind};
 
 pub use cpus::{CPUS_FIELDS, CpuTopology, CpusConfig, CpusError};
 pub use device::DeviceConfig;
-pub use endpoint::{DebugconConfig, GdbConfig, SerialConfig};
+pub use endpoint::{DebugconConfig, GdbConfig};
+use flag::{FlagError, FlagTable};
 pub use host::HostLimits;
+pub use serial::{SerialConfig, SinkConfig};
+pub use smbios::SmbiosConfig;
 pub use validate::ConfigError;
 
 /// The command line of a guest kernel when none is given.
@@ -36,6 +45,10 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Seconds that a guest has to power itself off.
 pub const DEFAULT_SHUTDOWN_TIMEOUT: u64 = 60;
+/// How much of the serial port's output is kept for those who come late, in bytes.
+pub const DEFAULT_SERIAL_REPLAY: u64 = 64 << 10;
+/// The most that is kept.
+pub const MAX_SERIAL_REPLAY: u64 = 16 << 20;
 
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,13 +68,21 @@ pub struct VmConfig {
     #[serde(default)]
     pub memory: MemoryConfig,
     /// What the machine boots.
+    #[serde(default)]
     pub payload: PayloadConfig,
     /// The devices on the PCI bus, in the order they were given.
     #[serde(default)]
     pub devices: Vec<DeviceConfig>,
+    /// Limits that devices share, which name them in `rate_limit_group`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rate_limit_groups: Vec<RateLimitGroupConfig>,
     /// Where the first serial port leads.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// How much of its last output is kept for those who come late, in bytes,
+    /// up to [`MAX_SERIAL_REPLAY`].
+    #[serde(default = "default_serial_replay")]
+    pub serial_replay: u64,
     /// Where bytes go that the guest writes to port 0xE9.
     #[serde(default)]
     pub debugcon: DebugconConfig,
@@ -69,6 +90,9 @@ pub struct VmConfig {
     /// first instruction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gdb: Option<GdbConfig>,
+    /// What the machine says of itself.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub smbios: SmbiosConfig,
     /// Whether the guest's kernel can report a panic.
     #[serde(default = "default_pvpanic")]
     pub pvpanic: bool,
@@ -78,12 +102,75 @@ pub struct VmConfig {
     pub shutdown_timeout: u64,
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 const fn default_pvpanic() -> bool {
     true
 }
 
+const fn default_serial_replay() -> u64 {
+    DEFAULT_SERIAL_REPLAY
+}
+
 const fn default_shutdown_timeout() -> u64 {
     DEFAULT_SHUTDOWN_TIMEOUT
+}
+
+/// Limits that devices share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitGroupConfig {
+    /// Its name, which no device has.
+    pub id: String,
+    /// The limits.
+    #[serde(default)]
+    pub limits: RateLimits,
+}
+
+const GROUP_FLAG: &str = "--rate-limit-group";
+
+/// The keys of `--rate-limit-group`.
+pub const RATE_LIMIT_GROUP_FIELDS: &[Field] = &[
+    Field {
+        name: "id",
+        kind: FieldKind::Text,
+        required: true,
+        help: "name of the group, for rate_limit_group= of --disk",
+    },
+    limit::FIELDS[0],
+    limit::FIELDS[1],
+    limit::FIELDS[2],
+    limit::FIELDS[3],
+    limit::FIELDS[4],
+    limit::FIELDS[5],
+];
+
+impl RateLimitGroupConfig {
+    /// Reads the text of `--rate-limit-group`.
+    ///
+    /// # Errors
+    ///
+    /// [`FlagError`], also for half a limit.
+    pub fn from_flag(text: &str) -> Result<Self, FlagError> {
+        let table = FlagTable {
+            flag: GROUP_FLAG,
+            fields: RATE_LIMIT_GROUP_FIELDS,
+            shorthand: Some("id"),
+        };
+        let map = flag::parse(&table, text)?;
+        let number = |key: &str| map.get(key).and_then(Value::as_u64);
+        let limits = RateLimits::from_keys(number).map_err(|key| FlagError::MissingKey {
+            flag: GROUP_FLAG.to_owned(),
+            key,
+        })?;
+        let id = map.get("id").and_then(Value::as_str).unwrap_or_default();
+        Ok(Self {
+            id: id.to_owned(),
+            limits,
+        })
+    }
 }
 
 /// The machine's type.
@@ -235,8 +322,9 @@ pub const MEMORY_FIELDS: &[Field] = &[
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
-    /// A bzImage or an ELF image.
-    pub kernel: PathBuf,
+    /// A bzImage or an ELF image. Without it the machine can be described, and not be booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
     /// The initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
@@ -246,6 +334,17 @@ pub struct PayloadConfig {
     /// How the kernel is entered.
     #[serde(default)]
     pub boot_protocol: BootProtocol,
+}
+
+impl Default for PayloadConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initramfs: None,
+            cmdline: default_cmdline(),
+            boot_protocol: BootProtocol::Auto,
+        }
+    }
 }
 
 fn default_cmdline() -> String {
@@ -318,7 +417,8 @@ mod tests {
         assert_eq!(config.cpus.boot, 1);
         assert_eq!(config.memory.size, 512 << 20);
         assert_eq!(config.payload.cmdline, "console=ttyS0");
-        assert_eq!(config.serial, SerialConfig::Tty);
+        assert_eq!(config.serial, SinkConfig::Tty.into());
+        assert_eq!(config.serial_replay, 64 << 10);
         assert_eq!(config.debugcon, DebugconConfig::Off);
         assert_eq!(config.shutdown_timeout, 60);
         assert!(config.pvpanic);

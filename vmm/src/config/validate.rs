@@ -1,6 +1,6 @@
 //! The rules that a configuration keeps, as far as no file is needed to tell.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -9,7 +9,9 @@ use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
 use super::cpus::CpusError;
-use super::{GdbConfig, HostLimits, MemoryConfig, VmConfig};
+use super::serial::{MAX_SOCKET_PATH, SinkError};
+use super::smbios::SmbiosError;
+use super::{DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig};
 use crate::layout::{PCI_SLOTS, memory};
 
 /// The least memory that a machine has, in bytes.
@@ -18,19 +20,44 @@ const MIN_MEMORY: u64 = 2 << 20;
 const HUGEPAGE_SIZES: [u64; 2] = [2 << 20, 1 << 30];
 /// The longest name or id, in characters.
 const MAX_NAME: usize = 64;
-/// The longest path of a unix socket, in bytes (`sun_path` with its zero).
-const MAX_SOCKET_PATH: usize = 107;
 
 /// A rule that a configuration breaks. Each message names the flag and the mend.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// A name or id has other characters than it may.
+    /// An id has other characters than it may.
+    #[error(
+        "{flag} '{id}': an id is 1 to {MAX_NAME} letters, digits, '.', '_' or '-', and begins \
+         with a letter, digit or '_'"
+    )]
+    Id {
+        /// The key of a device.
+        flag: String,
+        /// What was given.
+        id: String,
+    },
+    /// A device names a group that there is not.
+    #[error(
+        "--{flag} rate_limit_group={group}: '{id}' is in a group that there is not: add \
+         it with --rate-limit-group id={group},…"
+    )]
+    NoGroup {
+        /// The device's flag, without dashes.
+        flag: String,
+        /// The device.
+        id: String,
+        /// The group.
+        group: String,
+    },
+    /// What cannot be said in SMBIOS tables.
+    #[error("--smbios")]
+    Smbios(#[from] SmbiosError),
+    /// A name has other characters than it may.
     #[error(
         "{flag} '{name}': a name is 1 to {MAX_NAME} letters, digits, '.', '_' or '-', and \
          begins with a letter or digit"
     )]
     Name {
-        /// `--name` or the key of a device.
+        /// The flag.
         flag: String,
         /// What was given.
         name: String,
@@ -179,6 +206,18 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
+    /// The serial port's sinks are not as they may be.
+    #[error("--serial")]
+    Serial(#[from] SinkError),
+    /// More output than is kept for anybody.
+    #[error(
+        "--serial-replay {size}: at most {}: give less",
+        bytes(MAX_SERIAL_REPLAY)
+    )]
+    SerialReplay {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
     /// One image as two disks.
     #[error(
         "--{flag}: {} ('{first}') and {} ('{second}') are the same file: give it once, or \
@@ -237,6 +276,12 @@ impl VmConfig {
         validate_memory(&self.memory, host)?;
         self.validate_cmdline()?;
         self.validate_devices(models)?;
+        self.smbios.validate()?;
+        self.serial.validate()?;
+        if self.serial_replay > MAX_SERIAL_REPLAY {
+            let size = self.serial_replay;
+            return Err(ConfigError::SerialReplay { size });
+        }
         match &self.gdb {
             Some(GdbConfig::Unix(path)) if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH => {
                 Err(ConfigError::SocketPath { path: path.clone() })
@@ -257,12 +302,22 @@ impl VmConfig {
         Ok(())
     }
 
-    fn validate_devices(&self, models: &[Model]) -> Result<(), ConfigError> {
+    /// Checks the rules on devices and the groups that they are in.
+    pub(super) fn validate_devices(&self, models: &[Model]) -> Result<(), ConfigError> {
         let count = self.devices.len();
         if count > usize::from(PCI_SLOTS) {
             return Err(ConfigError::TooManyDevices { count });
         }
-        let mut ids: BTreeMap<&str, ()> = BTreeMap::new();
+        let mut ids: BTreeSet<&str> = BTreeSet::new();
+        for group in &self.rate_limit_groups {
+            validate_id("--rate-limit-group id", &group.id)?;
+            if !ids.insert(&group.id) {
+                return Err(ConfigError::DuplicateId {
+                    flag: "rate-limit-group".to_owned(),
+                    id: group.id.clone(),
+                });
+            }
+        }
         let mut slots: BTreeMap<u8, &str> = BTreeMap::new();
         for device in &self.devices {
             let id = device.id.as_str();
@@ -275,8 +330,8 @@ impl VmConfig {
                 });
             };
             let flag = || model.flag.to_owned();
-            validate_name(&format!("--{} id", model.flag), id)?;
-            if ids.insert(id, ()).is_some() {
+            validate_id(&format!("--{} id", model.flag), id)?;
+            if !ids.insert(id) {
                 return Err(ConfigError::DuplicateId {
                     flag: flag(),
                     id: id.to_owned(),
@@ -295,6 +350,7 @@ impl VmConfig {
                     });
                 }
             }
+            self.validate_group(model, device)?;
             check_shape(model.fields, &device.config).map_err(|reason| {
                 ConfigError::DeviceShape {
                     id: id.to_owned(),
@@ -304,15 +360,44 @@ impl VmConfig {
         }
         Ok(())
     }
+
+    fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {
+        let group = device
+            .config
+            .get("rate_limit_group")
+            .and_then(Value::as_str);
+        let Some(group) = group else { return Ok(()) };
+        if self.rate_limit_groups.iter().any(|known| known.id == group) {
+            return Ok(());
+        }
+        Err(ConfigError::NoGroup {
+            flag: model.flag.to_owned(),
+            id: device.id.clone(),
+            group: group.to_owned(),
+        })
+    }
+}
+
+/// Whether it has the characters of a name. Where it begins is not looked at.
+fn is_plain(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+fn validate_id(flag: &str, id: &str) -> Result<(), ConfigError> {
+    if is_plain(id) && id.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
+        return Ok(());
+    }
+    Err(ConfigError::Id {
+        flag: flag.to_owned(),
+        id: id.to_owned(),
+    })
 }
 
 fn validate_name(flag: &str, name: &str) -> Result<(), ConfigError> {
-    let good = (1..=MAX_NAME).contains(&name.len())
-        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-    if good {
+    if is_plain(name) && name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
         return Ok(());
     }
     Err(ConfigError::Name {

@@ -1,256 +1,206 @@
-//! Host ends of the guest's serial port: terminal, pseudo-terminal, file.
+//! Host ends of the guest's consoles: terminal, pseudo-terminal, files, sockets.
+//!
+//! [`Consoles`] belongs to the process and outlives its machines. Each console
+//! is a [`ConsoleHub`] with any number of sinks, which come and go while the
+//! guest runs. When the process ends, [`Consoles::finish`] gives readers the
+//! guest's last output; dropping restores the terminal, also in a panic.
 
 mod escape;
-mod output;
+mod file;
+mod history;
+mod hub;
+mod reader;
+mod sink;
+mod source;
+mod state;
 mod terminal;
 
-pub use escape::{Escape, EscapeFilter};
-pub use output::{OnBacklog, Output};
+pub use hub::{ConsoleHub, ConsoleWriter, InputPort, PortLink};
+pub use sink::{SinkId, SinkIdError, SinkInfo, SinkKind};
 pub use terminal::{RawMode, open_pty};
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::machine::driver::ppoll;
+use crate::opener::OpenError;
 
 /// How often it is looked whether a pseudo-terminal has been read.
 const PEEK: Duration = Duration::from_millis(5);
 
-/// Where a console's input comes from, with what belongs to it.
-pub struct Input {
-    source: File,
-    /// The terminal's settings are restored when this is dropped.
-    raw: Option<RawMode>,
-    /// Escapes are looked for on a terminal only: a pipe is passed on as it is.
-    escapes: Option<EscapeFilter>,
-    /// The far end of a pseudo-terminal, held open so that the near end never hangs up.
-    peer: Option<OwnedFd>,
-    /// Typed but not yet taken by the guest.
-    pending: Vec<u8>,
+/// Why a sink cannot be added or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// Its file or socket cannot be had.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Its description breaks a rule.
+    #[error(transparent)]
+    Config(#[from] SinkError),
+    /// The host refused something.
+    #[error("{what}")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// There is one terminal.
+    #[error("the terminal is a sink of this console already: remove that first")]
+    TerminalTaken,
+    /// Too many sinks.
+    #[error("a console has at most {MAX_SINKS} sinks: remove one first")]
+    TooManySinks,
+    /// Too many clients.
+    #[error(
+        "a console has at most {} clients: close another first",
+        state::MAX_CLIENTS
+    )]
+    TooManyClients,
+    /// There is no such sink.
+    #[error("there is no sink {id}: it has gone, or never was")]
+    Unknown {
+        /// The id.
+        id: SinkId,
+    },
+    /// The hub has been closed.
+    #[error("the console is closed")]
+    Closed,
 }
 
-/// What came of reading [`Input`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Typed {
-    /// Nothing special; see [`Input::pending`].
-    Text,
-    /// An escape was typed.
-    Escape(Escape),
-    /// There will be no more.
-    End,
+/// The consoles of this process. Dropping them removes all sinks, which
+/// restores the terminal.
+pub struct Consoles {
+    serial: ConsoleHub,
+    debugcon: ConsoleHub,
 }
 
-/// The host's side of a serial port.
-pub struct Console {
-    /// Where the guest's output goes.
-    pub sink: Box<dyn Write + Send>,
-    /// The same, when it is one whose reader may be slow.
-    pub output: Option<Output>,
-    /// Where its input comes from, if anywhere.
-    pub input: Option<Input>,
+/// What makes [`Consoles::finish`] wait for readers no longer.
+pub struct Interrupt<'a> {
+    /// Readable when it is to be asked.
+    pub fd: Option<RawFd>,
+    /// Whether nobody wants the output any more.
+    pub asked: &'a dyn Fn() -> bool,
 }
 
-/// How much input is read at once; from a pipe, also the most that waits.
-const INPUT_CHUNK: usize = 4096;
-
-/// The most that waits of what is typed on a terminal, which is read on
-/// because an escape may follow: a large paste.
-const MOST_TYPED: usize = 1 << 20;
-
-impl Console {
-    /// Nobody listens and nobody types.
-    #[must_use]
-    pub fn null() -> Self {
-        Self {
-            sink: Box::new(io::sink()),
-            output: None,
-            input: None,
-        }
-    }
-
-    /// Output goes to a file; there is no input.
-    #[must_use]
-    pub fn file(file: File) -> Self {
-        Self {
-            sink: Box::new(file),
-            output: None,
-            input: None,
-        }
-    }
-
-    /// The monitor's own standard input, with output to `stdout`. A terminal is
-    /// switched to raw mode until the console's input is dropped.
+impl Consoles {
+    /// Consoles without sinks; that of the serial port keeps the last `replay`
+    /// bytes for clients that come late.
     ///
     /// # Errors
     ///
-    /// The host's, when the terminal's settings cannot be changed.
-    pub fn stdio(stdout: File, on_backlog: OnBacklog) -> io::Result<Self> {
-        let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-        let raw = RawMode::enter(source.as_fd())?;
-        let input = Input {
-            source,
-            escapes: raw.is_some().then(EscapeFilter::default),
-            raw,
-            peer: None,
-            pending: Vec::new(),
-        };
+    /// The host's, when it is out of descriptors.
+    pub fn new(replay: usize) -> io::Result<Self> {
         Ok(Self {
-            input: Some(input),
-            ..Self::output_only(stdout, on_backlog)
+            serial: ConsoleHub::new("--serial", replay)?,
+            debugcon: ConsoleHub::new("--debugcon", 0)?,
         })
     }
 
-    /// Output to `stdout`; there is no input.
+    /// The serial port's.
     #[must_use]
-    pub fn output_only(stdout: File, on_backlog: OnBacklog) -> Self {
-        Self::to(Output::new(stdout, on_backlog))
+    pub fn serial(&self) -> &ConsoleHub {
+        &self.serial
     }
 
-    /// A new pseudo-terminal; returns the path of its far end too.
-    ///
-    /// # Errors
-    ///
-    /// The host's, when it has none left.
-    pub fn pty(on_backlog: OnBacklog) -> io::Result<(Self, String)> {
-        let (near, far, path) = open_pty()?;
-        let output = Output::new(near.try_clone()?, on_backlog);
-        let input = Input {
-            source: near,
-            escapes: None,
-            raw: None,
-            peer: Some(far),
-            pending: Vec::new(),
-        };
-        let console = Self {
-            input: Some(input),
-            ..Self::to(output)
-        };
-        Ok((console, path))
+    /// The debug console's.
+    #[must_use]
+    pub fn debugcon(&self) -> &ConsoleHub {
+        &self.debugcon
     }
 
-    fn to(output: Output) -> Self {
-        Self {
-            sink: Box::new(output.clone()),
-            output: Some(output),
-            input: None,
+    /// Gives readers what waits for them before the process ends; no machine
+    /// runs. With `wanted` the reader of a pipe, which may be a pager, has all the
+    /// time it wants until `interrupt`. A terminal has as long as it takes some
+    /// within each `patience`, a client of a socket and the reader of a
+    /// pseudo-terminal have `patience` altogether: what the latter has not read when
+    /// the near end closes is lost.
+    pub fn finish(&self, wanted: bool, patience: Duration, interrupt: &Interrupt<'_>) {
+        let mut unwanted = false;
+        while wanted && !unwanted && self.left().patient > 0 {
+            unwanted = !self.wait(interrupt.fd, None) || (interrupt.asked)();
         }
+        let begin = Instant::now();
+        let (mut changed, mut before) = (begin, u64::MAX);
+        loop {
+            let left = self.left();
+            let now = Instant::now();
+            let patient = if unwanted { 0 } else { left.patient };
+            let steady = patient.saturating_add(left.steady);
+            if steady != before {
+                (changed, before) = (now, steady);
+            }
+            let ends = [
+                (steady > 0).then(|| changed + patience),
+                (left.brief > 0).then(|| begin + patience),
+            ];
+            let end = ends.into_iter().flatten().max();
+            let Some(time) = end.and_then(|end| end.checked_duration_since(now)) else {
+                break;
+            };
+            if time.is_zero() || !self.wait(None, Some(time)) {
+                break;
+            }
+        }
+        let end = Instant::now() + patience;
+        for hub in [&self.serial, &self.debugcon] {
+            hub.peers().iter().for_each(|peer| await_reading(peer, end));
+        }
+    }
+
+    fn left(&self) -> state::Left {
+        let (a, b) = (self.serial.left(), self.debugcon.left());
+        state::Left {
+            patient: a.patient.saturating_add(b.patient),
+            steady: a.steady.saturating_add(b.steady),
+            brief: a.brief.saturating_add(b.brief),
+        }
+    }
+
+    /// Waits for a reader to take something, for `fd`, or until `timeout` has passed.
+    fn wait(&self, fd: Option<RawFd>, timeout: Option<Duration>) -> bool {
+        let fds = [
+            self.serial.progress_fd(),
+            self.debugcon.progress_fd(),
+            fd.unwrap_or(-1),
+        ];
+        let mut fds = fds.map(|fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        });
+        ppoll(&mut fds, timeout).is_ok()
     }
 }
 
-impl Input {
-    /// The descriptor to wait on.
-    #[must_use]
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.source.as_fd()
+impl Drop for Consoles {
+    fn drop(&mut self) {
+        self.serial.close();
+        self.debugcon.close();
     }
+}
 
-    /// Whether somebody types on a terminal, as opposed to a pipe or a file.
-    #[must_use]
-    pub fn is_terminal(&self) -> bool {
-        self.raw.is_some()
-    }
-
-    /// Whether to read on. A pipe waits until the guest has taken what came
-    /// before; a terminal is always read, because the escape that ends the
-    /// machine must be heard although the guest takes nothing.
-    #[must_use]
-    pub fn wants_more(&self) -> bool {
-        self.escapes.is_some() || self.pending.is_empty()
-    }
-
-    /// Waits until the reader of a pseudo-terminal has taken what was written
-    /// to it, but no longer than `patience`: what is unread when the near end
-    /// closes is lost. Does nothing for other inputs.
-    pub fn finish(&self, patience: Duration) {
-        let Some(peer) = &self.peer else { return };
-        let end = Instant::now() + patience;
-        let mut fds = [libc::pollfd {
-            fd: peer.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        }];
-        // The kernel tells when there is something to read, and not when there
-        // no longer is.
-        while ppoll(&mut fds, Some(Duration::ZERO)).is_ok()
-            && fds[0].revents != 0
-            && Instant::now() < end
-        {
-            thread::sleep(PEEK);
-        }
-    }
-
-    /// Reads once what is there, adding it to what is pending. Call it when
-    /// the descriptor is readable and [`Input::wants_more`]. Of what is typed
-    /// at a guest that takes nothing, the first MiB is kept.
-    pub fn read(&mut self) -> Typed {
-        let mut chunk = [0; INPUT_CHUNK];
-        let typed = match io::Read::read(&mut self.source, &mut chunk) {
-            Ok(0) => return Typed::End,
-            Ok(len) => chunk.get(..len).unwrap_or_default(),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) =>
-            {
-                return Typed::Text;
-            }
-            Err(_) => return Typed::End,
-        };
-        match &mut self.escapes {
-            None => {
-                self.pending.extend_from_slice(typed);
-                Typed::Text
-            }
-            Some(filter) => {
-                let escape = filter.filter(typed, &mut self.pending);
-                self.pending.truncate(MOST_TYPED);
-                escape.map_or(Typed::Text, Typed::Escape)
-            }
-        }
-    }
-
-    /// What has been typed and not been taken.
-    #[must_use]
-    pub fn pending(&self) -> &[u8] {
-        &self.pending
-    }
-
-    /// The guest has taken the first `len` bytes of what is pending.
-    pub fn taken(&mut self, len: usize) {
-        self.pending.drain(..len.min(self.pending.len()));
+/// Waits until `peer`, the far end of a pseudo-terminal, has nothing to be
+/// read any more, or until `end`.
+fn await_reading(peer: &OwnedFd, end: Instant) {
+    let mut fds = [libc::pollfd {
+        fd: peer.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    }];
+    // The kernel tells when there is something to read, and not when there
+    // no longer is.
+    while ppoll(&mut fds, Some(Duration::ZERO)).is_ok()
+        && fds[0].revents != 0
+        && Instant::now() < end
+    {
+        thread::sleep(PEEK);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs::OpenOptions;
-    use std::io::Read;
-    use std::sync::Arc;
-    use std::sync::mpsc::channel;
-
-    #[test]
-    fn a_pseudo_terminals_last_output_is_there_for_who_reads_it_late() {
-        let (mut console, path) = Console::pty(Arc::new(|| ())).unwrap();
-        let mut reader = OpenOptions::new().read(true).open(path).unwrap();
-        let text = [b'x'; 1000];
-        console.sink.write_all(&text).unwrap();
-        let (sender, receiver) = channel();
-        let late = thread::spawn(move || {
-            receiver.recv().unwrap();
-            let mut read = Vec::new();
-            // The end of a pseudo-terminal is an error.
-            let _ = reader.read_to_end(&mut read);
-            read.len()
-        });
-        let input = console.input.take().unwrap();
-        sender.send(()).unwrap();
-        input.finish(Duration::from_secs(60));
-        drop((input, console));
-        assert_eq!(late.join().unwrap(), text.len());
-    }
-}
+mod tests;

@@ -20,7 +20,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 
 use api::Command;
@@ -95,7 +94,7 @@ fn session(link: Link, mailbox: &Mailbox, cpus: usize) -> Result<(), String> {
         .map_err(|error| error.to_string())?;
     if matches!(reason, DisconnectReason::Kill) {
         // Nobody waits for the answer, which comes when the machine has ended.
-        mailbox.send(Message::Command(Command::Stop, channel().0));
+        mailbox.send(Message::Command(Command::Quit, Box::new(|_| ())));
     }
     Ok(())
 }

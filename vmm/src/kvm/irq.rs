@@ -1,14 +1,15 @@
 //! Interrupt lines and message-signalled interrupts by irqfd.
 //!
-//! A wired interrupt is an eventfd bound to a pin of the I/O APIC. A
-//! message-signalled one gets an interrupt number and an eventfd when the
-//! guest routes it first, so vectors that are never used cost nothing.
+//! A wired interrupt is an eventfd bound to a pin of the I/O APIC, or, where it
+//! is a level, a call for each change. A message-signalled one gets an eventfd
+//! when the guest routes it first, so vectors that are never used cost nothing;
+//! its interrupt number is free again when the vector is dropped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use devices::{IrqLine, MsiAllocator, MsiError, MsiMessage, MsiVector};
+use devices::{IrqLine, LevelLine, MsiAllocator, MsiError, MsiMessage, MsiVector};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
     kvm_irq_routing_entry,
@@ -32,9 +33,35 @@ struct Shared {
 
 #[derive(Default)]
 struct Table {
-    /// Numbers given out for vectors so far; the pins come before.
-    allocated: u32,
+    numbers: Numbers,
     messages: BTreeMap<u32, MsiMessage>,
+}
+
+/// The interrupt numbers of vectors; the pins come before.
+#[derive(Default)]
+struct Numbers {
+    /// How many have ever been given out.
+    fresh: u32,
+    /// Given back, all below `IOAPIC_PINS + fresh`.
+    free: BTreeSet<u32>,
+}
+
+impl Numbers {
+    /// Gives out `count` numbers below `limit`, or none.
+    fn take(&mut self, count: u16, limit: u32) -> Option<Vec<u32>> {
+        let recycled = self.free.len().min(usize::from(count));
+        let missing = u32::from(count).checked_sub(u32::try_from(recycled).ok()?)?;
+        let first = IOAPIC_PINS.checked_add(self.fresh)?;
+        let end = first.checked_add(missing).filter(|end| *end <= limit)?;
+        self.fresh = self.fresh.checked_add(missing)?;
+        let mut taken: Vec<u32> = (0..recycled).map_while(|_| self.free.pop_first()).collect();
+        taken.extend(first..end);
+        Some(taken)
+    }
+
+    fn give_back(&mut self, number: u32) {
+        self.free.insert(number);
+    }
 }
 
 impl Table {
@@ -75,18 +102,23 @@ impl IrqRouter {
             .map_err(KvmError::call("KVM_IRQFD"))?;
         Ok(Arc::new(Line(event)))
     }
+
+    /// A level-triggered line to a pin of the I/O APIC, low at first.
+    #[must_use]
+    pub fn level(&self, pin: u32) -> Arc<dyn LevelLine> {
+        Arc::new(Level {
+            vm: Arc::clone(&self.0.vm),
+            pin,
+        })
+    }
 }
 
 impl MsiAllocator for IrqRouter {
     fn allocate(&self, count: u16) -> Result<Vec<Arc<dyn MsiVector>>, MsiError> {
-        let mut table = self.0.table();
-        let first = IOAPIC_PINS + table.allocated;
-        let end = first.saturating_add(u32::from(count));
-        if end > self.0.limit {
-            return Err(MsiError::Exhausted { wanted: count });
-        }
-        table.allocated += u32::from(count);
-        Ok((first..end)
+        let numbers = self.0.table().numbers.take(count, self.0.limit);
+        let numbers = numbers.ok_or(MsiError::Exhausted { wanted: count })?;
+        Ok(numbers
+            .into_iter()
             .map(|gsi| {
                 let router = Arc::clone(&self.0);
                 Arc::new(Vector {
@@ -160,6 +192,20 @@ impl IrqLine for Line {
     }
 }
 
+struct Level {
+    vm: Arc<VmFd>,
+    pin: u32,
+}
+
+impl LevelLine for Level {
+    fn set(&self, high: bool) {
+        // It fails only without interrupt controllers, which every machine has.
+        if let Err(error) = self.vm.set_irq_line(self.pin, high) {
+            tracing::error!(pin = self.pin, %error, "KVM_IRQ_LINE failed");
+        }
+    }
+}
+
 struct Vector {
     router: Arc<Shared>,
     gsi: u32,
@@ -180,6 +226,16 @@ impl Vector {
         // Routing happens under the function's MSI-X lock, so nobody else sets it.
         let _ = self.event.set(event);
         Ok(())
+    }
+}
+
+impl Drop for Vector {
+    /// Its eventfd closes, which ends the binding; the route is left to the
+    /// next commit, for nothing signals it any more.
+    fn drop(&mut self) {
+        let mut table = self.router.table();
+        table.set(self.gsi, None);
+        table.numbers.give_back(self.gsi);
     }
 }
 
@@ -213,6 +269,30 @@ impl MsiVector for Vector {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_come_back_and_never_go_out_twice() {
+        let limit = IOAPIC_PINS + 8;
+        let mut numbers = Numbers::default();
+        let mut held = numbers.take(5, limit).unwrap();
+        assert_eq!(numbers.take(4, limit), None, "all or none");
+        // Far more often than there are numbers.
+        for round in 0..100 {
+            numbers.give_back(held.remove(round % held.len()));
+            numbers.give_back(held.remove(round % held.len()));
+            held.extend(numbers.take(4, limit).unwrap());
+            let mut distinct = held.clone();
+            distinct.sort_unstable();
+            distinct.dedup();
+            assert_eq!(distinct.len(), held.len());
+            assert!(held.iter().all(|gsi| (IOAPIC_PINS..limit).contains(gsi)));
+            for _ in 0..2 {
+                numbers.give_back(held.remove(0));
+            }
+        }
+        assert_eq!(numbers.take(3, limit).map(|n| n.len()), Some(3));
+        assert_eq!(numbers.take(1, limit), None);
+    }
 
     #[test]
     fn a_message_keeps_both_halves_of_its_address() {

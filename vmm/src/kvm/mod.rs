@@ -14,7 +14,7 @@ use kvm_bindings::{
     CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_X2APIC_API, KVM_CLOCK_TSC_STABLE,
     KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_clock_data, kvm_enable_cap, kvm_irqchip, kvm_msi,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
@@ -162,6 +162,26 @@ pub struct Vm {
 pub struct IrqchipState(Vec<kvm_irqchip>);
 
 impl Vm {
+    /// Gives every vCPU a non-maskable interrupt, as a message to all local APICs
+    /// (Intel SDM volume 3, 11.11).
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn signal_nmi(&self) -> Result<(), KvmError> {
+        const TO_ALL: u32 = 0xff << 12;
+        const DELIVER_NMI: u32 = 0b100 << 8;
+        let message = kvm_msi {
+            address_lo: u32::try_from(layout::memory::LAPIC).unwrap_or(u32::MAX) | TO_ALL,
+            data: DELIVER_NMI,
+            ..kvm_msi::default()
+        };
+        self.fd
+            .signal_msi(message)
+            .map(|_| ())
+            .map_err(KvmError::call("KVM_SIGNAL_MSI"))
+    }
+
     /// The descriptor, for interrupt routes, doorbells and vCPUs.
     #[must_use]
     pub fn fd(&self) -> &Arc<VmFd> {

@@ -4,36 +4,34 @@
 //! Everything that can be refused without KVM (files that the configuration
 //! names) is opened first, so that a mistake leaves nothing behind.
 
-use std::error::Error;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use api::DiskErrorAction;
+use api::{DiskErrorAction, EventLog};
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
-use virtio::device::{DiskReport, ErrorAction, VirtioDevice};
-use virtio::models::{BuildContext, Model};
-use virtio::transport::{DeviceEvent, DeviceEvents, VirtioPci};
+use virtio::device::{DiskReport, ErrorAction};
+use virtio::limit::RateGroups;
+use virtio::models::Model;
+use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
-use super::driver::Ears;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
+use super::inventory::Item;
 use super::platform::{Hosts, Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
-use super::signals::Signals;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{
-    BootProtocol, CpusConfig, DeviceConfig, MemoryConfig, SerialConfig, Thp, VmConfig,
-};
-use crate::events::EventBus;
+use crate::config::{BootProtocol, CpusConfig, MemoryConfig, Thp, VmConfig};
+use crate::console::Consoles;
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -41,6 +39,7 @@ use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
+use crate::smbios::{self, SmbiosImage};
 
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
@@ -48,6 +47,7 @@ pub struct Payload {
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
     protocol: Protocol,
+    smbios: SmbiosImage,
 }
 
 impl Payload {
@@ -58,13 +58,14 @@ impl Payload {
                 .open_input(path)
                 .map_err(|source| MachineError::Open { flag, source })
         };
-        let kernel = open("--kernel", &payload.kernel)?;
+        let path = payload.kernel.as_ref().ok_or(MachineError::NoKernel)?;
+        let kernel = open("--kernel", path)?;
         let initramfs = match &payload.initramfs {
             Some(path) => Some((path.clone(), open("--initramfs", path)?)),
             None => None,
         };
         Ok(Self {
-            kernel: (payload.kernel.clone(), kernel),
+            kernel: (path.clone(), kernel),
             initramfs,
             cmdline: payload.cmdline.clone(),
             protocol: match payload.boot_protocol {
@@ -72,10 +73,11 @@ impl Payload {
                 BootProtocol::Linux => Protocol::Linux64,
                 BootProtocol::Pvh => Protocol::Pvh,
             },
+            smbios: smbios::build(config)?,
         })
     }
 
-    /// Puts ACPI tables, kernel, initial RAM disk and command line into guest
+    /// Puts ACPI and SMBIOS tables, kernel, initial RAM disk and command line into guest
     /// memory, which reads as zeros elsewhere.
     ///
     /// # Errors
@@ -83,16 +85,18 @@ impl Payload {
     /// [`MachineError::Boot`], naming what could not be loaded.
     pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let view = ram.memory().memory();
-        let address = acpi.address;
-        view.write_slice(&acpi.bytes, GuestAddress(address))
-            .map_err(|_| MachineError::GuestMemory { address })?;
+        let SmbiosImage { bytes, address } = &self.smbios;
+        for (bytes, address) in [(bytes, *address), (&acpi.bytes, acpi.address)] {
+            view.write_slice(bytes, GuestAddress(address))
+                .map_err(|_| MachineError::GuestMemory { address })?;
+        }
         let source = BootSource {
             kernel: &mut self.kernel.1,
             initramfs: self.initramfs.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             protocol: self.protocol,
         };
-        boot::load(&view, source, address).map_err(|source| self.failed(source))
+        boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
     }
 
     /// Names the flag and the file that `source` is about.
@@ -142,17 +146,13 @@ fn subject(error: &BootError) -> Subject {
 pub struct Built {
     /// The machine, ready to be booted.
     pub machine: Machine,
-    /// What its driver listens to.
-    pub ears: Ears,
-    /// How others reach its driver.
-    pub mailbox: Mailbox,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
-    /// The path of the serial port's pseudo-terminal, where it leads to one.
-    pub pty: Option<String>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes.
+/// Builds the machine that `config` (complete and validated) describes. What it has to say
+/// goes to `mailbox`, and its consoles to `consoles`, where what is open already stays so. Signals are blocked already: back ends have threads, which
+/// are to leave them alone ([`super::Signals`]).
 ///
 /// # Errors
 ///
@@ -161,13 +161,18 @@ pub fn build(
     config: &VmConfig,
     models: &[Model],
     opener: &Arc<Opener>,
-    events: &EventBus,
+    mailbox: &Mailbox,
+    events: &EventLog,
+    consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
-    let host = |what| move |source| MachineError::Host { what, source };
-    // Back ends have threads, which are to leave these signals alone.
-    let signals = Signals::block().map_err(host("signals cannot be received"))?;
     let mut payload = Payload::open(config, opener)?;
-    let models = open_devices(config, models, opener)?;
+    let groups = config.rate_limit_groups.iter();
+    let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
+    let models = config
+        .devices
+        .iter()
+        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot, &groups))
+        .collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -182,135 +187,68 @@ pub fn build(
 
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
-    let (mailbox, inbox) =
-        super::inbox::inbox().map_err(host("no descriptor for the control thread"))?;
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, &mailbox)?;
-    let pty = hosts.pty().map(str::to_owned);
-    let (hosts, input, outputs) = hosts.split();
+    let hosts = Hosts::open(config, opener, consoles, mailbox)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
         config,
         events,
-        mailbox: &mailbox,
+        mailbox,
         stop: &stop,
         vm: &vm,
         ram: &ram,
         supported: &supported,
         space: &space,
+        groups: &groups,
     };
-    let Devices {
-        buses,
-        units,
-        virtio,
-        platform,
-    } = pieces.devices(models, hosts)?;
-    let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, buses)?;
+    let devices = pieces.devices(models, hosts)?;
+    let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
+    let slots = devices.platform.slots();
     let machine = Machine {
         vcpus,
         vm,
         ram,
-        units,
-        virtio,
-        resizable: Resizable::new(platform.slots(), maker, space.addable, tables),
-        platform,
+        resizable: Resizable::new(slots, maker, space.addable, tables),
+        units: devices.units,
+        started: false,
+        virtio: devices.virtio,
+        bay: devices.bay,
+        events: events.clone(),
+        platform: devices.platform,
         payload,
         entry: Some(entry),
         acpi,
         power_on,
         clock: None,
     };
-    Ok(Built {
-        machine,
-        ears: Ears {
-            inbox,
-            signals: Some(signals),
-            input,
-            outputs,
-        },
-        mailbox,
-        debugger,
-        pty,
-    })
-}
-
-/// A device model whose back end is open.
-struct OpenDevice<'a> {
-    config: &'a DeviceConfig,
-    flag: &'static str,
-    model: Box<dyn VirtioDevice>,
-}
-
-fn device_error(
-    flag: &str,
-    id: &str,
-    source: impl Into<Box<dyn Error + Send + Sync>>,
-) -> MachineError {
-    MachineError::Device {
-        device: format!("--{flag} (id {id})"),
-        source: source.into(),
-    }
-}
-
-/// Makes the models of all devices, which opens their back ends.
-fn open_devices<'a>(
-    config: &'a VmConfig,
-    models: &[Model],
-    opener: &Arc<Opener>,
-) -> Result<Vec<OpenDevice<'a>>, MachineError> {
-    let open = |device: &'a DeviceConfig| {
-        let DeviceConfig {
-            kind,
-            id,
-            config: value,
-            ..
-        } = device;
-        let Some(Model { flag, build, .. }) = models.iter().find(|model| model.kind == kind) else {
-            return Err(device_error(
-                "device",
-                id,
-                format!("there is no kind of device '{kind}'"),
-            ));
-        };
-        let context = BuildContext {
-            id: id.clone(),
-            opener: Arc::clone(opener) as Arc<dyn block::Opener>,
-            cpus: config.cpus.boot,
-        };
-        let model =
-            build(value.clone(), &context).map_err(|error| device_error(flag, id, error))?;
-        Ok(OpenDevice {
-            config: device,
-            flag,
-            model,
-        })
-    };
-    config.devices.iter().map(open).collect()
+    Ok(Built { machine, debugger })
 }
 
 /// All that sits between the VM and its vCPUs.
 struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn Unit>>,
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<Item>,
+    bay: Bay,
     platform: Platform,
 }
 
 /// What the steps of [`build`] share.
 struct Pieces<'a> {
     config: &'a VmConfig,
-    events: &'a EventBus,
+    events: &'a EventLog,
     mailbox: &'a Mailbox,
     stop: &'a StopFlag,
     vm: &'a Vm,
     ram: &'a GuestRam,
     supported: &'a CpuId,
     space: &'a AddressSpace,
+    groups: &'a RateGroups,
 }
 
 impl Pieces<'_> {
-    fn devices(&self, models: Vec<OpenDevice<'_>>, hosts: Hosts) -> Result<Devices, MachineError> {
+    fn devices(&self, models: Vec<OpenDevice>, hosts: Hosts) -> Result<Devices, MachineError> {
         let buses = Buses {
             pio: Arc::new(Bus::default()),
             mmio: Arc::new(Bus::default()),
@@ -336,43 +274,35 @@ impl Pieces<'_> {
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
+        let bay = self.bay(router, pci);
         let mut virtio = Vec::new();
         for device in models {
-            virtio.push(self.plug(device, &router, &pci)?);
+            let item = bay.plug(device, false)?;
+            platform.hotplug().inserted(item.address);
+            units.push(Arc::clone(&item.device) as Arc<dyn Unit>);
+            virtio.push(item);
         }
-        units.extend(virtio.iter().map(|device| Arc::clone(device) as _));
         Ok(Devices {
             buses,
             units,
             virtio,
+            bay,
             platform,
         })
     }
 
-    /// Puts a device on the PCI bus.
-    fn plug(
-        &self,
-        device: OpenDevice<'_>,
-        router: &IrqRouter,
-        pci: &Arc<PciRoot>,
-    ) -> Result<Arc<VirtioPci>, MachineError> {
-        let OpenDevice {
-            config,
-            flag,
-            model,
-        } = device;
-        let DeviceConfig { id, address, .. } = config;
-        let doorbells = Arc::new(KvmDoorbells(Arc::clone(self.vm.fd())));
-        let reporter = Arc::new(Reporter {
-            events: self.events.clone(),
-            mailbox: self.mailbox.clone(),
-        });
-        let memory = self.ram.memory().clone();
-        let function = VirtioPci::new(id.as_str(), model, memory, router, doorbells, reporter)
-            .map_err(|error| device_error(flag, id, error))?;
-        pci.add(Arc::clone(&function) as _, *address)
-            .map_err(|error| device_error(flag, id, error))?;
-        Ok(function)
+    fn bay(&self, router: IrqRouter, pci: Arc<PciRoot>) -> Bay {
+        Bay {
+            router,
+            pci,
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(self.vm.fd()))),
+            reporter: Arc::new(Reporter {
+                events: self.events.clone(),
+                mailbox: self.mailbox.clone(),
+            }),
+            memory: self.ram.memory().clone(),
+            groups: self.groups.clone(),
+        }
     }
 
     fn vcpus(
@@ -415,7 +345,7 @@ impl Pieces<'_> {
 
 /// Publishes what devices report, and has the machine paused where that is asked for.
 struct Reporter {
-    events: EventBus,
+    events: EventLog,
     mailbox: Mailbox,
 }
 
@@ -514,8 +444,7 @@ fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineE
 
 /// vCPUs that there may be and that are there at boot, where they come and go.
 fn cpu_slots(config: &CpusConfig) -> Option<(u32, u32)> {
-    let (most, boot) = (config.most(), config.boot);
-    (most > boot).then_some((most.into(), boot.into()))
+    config.max.map(|max| (max.into(), config.boot.into()))
 }
 
 fn topology(config: &CpusConfig) -> Topology {
@@ -631,7 +560,7 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
         pci_mmio64: Some(space.window64.clone())
             .filter(|range| !range.is_empty())
             .map(window),
-        serial: config.serial != SerialConfig::Off,
+        serial: config.serial.is_on(),
         pvpanic: config.pvpanic,
     }
 }

@@ -1,27 +1,31 @@
 //! The state driver: one thread that takes everything that can happen to the
 //! machine, and the only place where the machine's state changes.
 //!
-//! It waits for messages (commands, guest requests, stopped vCPUs), signals,
-//! typed input and deadlines. Nothing here blocks for long: what may (a back
+//! It waits for messages (commands, guest requests, stopped vCPUs), signals
+//! and deadlines. Nothing here blocks for long: what may (a back
 //! end that drains) has a deadline.
 
+mod commands;
+mod resize;
+
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::sync::mpsc::Sender;
+use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::{Command, ControlError, EventKind, ExitReason, PauseReason, Reply, VmState};
+use api::{Answer, Command, EventKind, EventLog, ExitReason, PauseReason, Reply, VmState};
 use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
+use virtio::models::Model;
 
-use super::inbox::{DiskStopped, Inbox, Message};
-use super::resize::{ResizeError, Resized};
+use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
-use super::state::{follows, permits};
+use super::state::Lifecycle;
 use super::{Machine, MachineError};
-use crate::console::{Escape, Input, Output, Typed};
-use crate::events::EventBus;
+use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
+use crate::monitor::{Description, View};
+use crate::opener::Opener;
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -32,7 +36,17 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How many messages are taken between looks at everything else.
 const BATCH: usize = 32;
 
-const ESCAPES: &str = "\nCtrl-a x  end the machine\nCtrl-a a  send Ctrl-a\nCtrl-a h  this help\n";
+/// What a driver works with besides the machine.
+pub struct Tools {
+    /// The models there are.
+    pub models: &'static [Model],
+    /// What opens the back ends of devices that are added.
+    pub opener: Arc<Opener>,
+    /// The way back to the driver for those that work for it.
+    pub mailbox: Mailbox,
+    /// Where readers see what the machine has.
+    pub view: View,
+}
 
 /// How a machine ended.
 #[derive(Debug)]
@@ -41,6 +55,20 @@ pub struct Outcome {
     pub reason: ExitReason,
     /// What went wrong, when something did.
     pub detail: Option<String>,
+    /// A signal has asked for the end of the monitor, too.
+    pub quit: bool,
+    /// It has never run, and who wanted it to has been told.
+    pub failed_to_boot: bool,
+}
+
+/// What is left of a machine.
+pub struct End {
+    /// What its driver listened to, for the next one.
+    pub ears: Ears,
+    /// How it ended. An error means that the driver itself could not wait any more.
+    pub outcome: Result<Outcome, MachineError>,
+    /// The commands that ended it, to be carried out and answered now.
+    pub then: Vec<(Command, Answer)>,
 }
 
 /// A vCPU stopped for the debugger.
@@ -61,29 +89,52 @@ pub struct Ears {
     pub inbox: Inbox,
     /// Signals that ask the monitor to end, when it is to take them.
     pub signals: Option<Signals>,
-    /// Typed input for the serial port.
-    pub input: Option<Input>,
-    /// The guest's output, where a reader may be slow.
-    pub outputs: Vec<Output>,
+    /// The consoles, whose readers get the guest's last output.
+    pub consoles: Arc<Consoles>,
+    /// The machine's state.
+    pub life: Lifecycle,
+    /// Where things that happen are published.
+    pub events: EventLog,
+    /// What the machine is made from, where there is a description; it follows what
+    /// is added and removed.
+    pub description: Option<Description>,
+}
+
+impl Ears {
+    /// Nothing is described yet.
+    #[must_use]
+    pub fn new(inbox: Inbox, signals: Option<Signals>, consoles: Arc<Consoles>) -> Self {
+        let events = EventLog::default();
+        Self {
+            inbox,
+            signals,
+            consoles,
+            life: Lifecycle::new(events.clone()),
+            events,
+            description: None,
+        }
+    }
+
+    /// Drops what belonged to a machine that is gone.
+    pub fn forget_machine(&mut self) {
+        self.inbox.close();
+    }
 }
 
 /// Drives one machine from creation to its end.
 pub struct Driver {
     machine: Machine,
     ears: Ears,
-    events: EventBus,
+    tools: Tools,
     policy: ShutdownPolicy,
-    state: VmState,
     outcome: Option<Outcome>,
     debugger: Option<DebugSink>,
-    /// Why the machine is paused, while it is.
-    pause: Option<PauseReason>,
     /// The debugger keeps the vCPUs from running.
     held: bool,
     /// The only vCPUs that run, when a debugger has the others wait.
     chosen: Option<Vec<usize>>,
-    /// Who wait for the machine's end.
-    stoppers: Vec<Sender<Result<Reply, ControlError>>>,
+    /// What is to be done once the machine has ended.
+    then: Vec<(Command, Answer)>,
     /// Nobody has the patience to wait for back ends and readers.
     urgent: bool,
 }
@@ -91,20 +142,18 @@ pub struct Driver {
 impl Driver {
     /// A driver for a machine that has been built.
     #[must_use]
-    pub fn new(machine: Machine, ears: Ears, events: EventBus, shutdown_timeout: Duration) -> Self {
+    pub fn new(machine: Machine, ears: Ears, tools: Tools, shutdown_timeout: Duration) -> Self {
         let policy = ShutdownPolicy::new(shutdown_timeout);
         Self {
             machine,
             ears,
-            events,
+            tools,
             policy,
-            state: VmState::Created,
             outcome: None,
             debugger: None,
-            pause: None,
             held: false,
             chosen: None,
-            stoppers: Vec::new(),
+            then: Vec::new(),
             urgent: false,
         }
     }
@@ -113,6 +162,11 @@ impl Driver {
     #[must_use]
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The machine, for errands that change it.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
     }
 
     /// Stops the vCPUs for a debugger, or keeps them from starting. The
@@ -131,22 +185,49 @@ impl Driver {
         self.go_on();
     }
 
-    /// Boots the machine and drives it until it ends.
-    ///
-    /// # Errors
-    ///
-    /// [`MachineError`] when it could not be booted, or the driver itself cannot wait.
-    pub fn run(mut self) -> Result<Outcome, MachineError> {
-        if self.asked_to_end() {
+    /// Boots the machine and drives it until it ends. `booted` hears whether it could be booted.
+    pub fn run(mut self, booted: Option<Answer>) -> End {
+        let started = if self.asked_to_end() {
             // It came while the machine was being built.
+            self.policy.signal(Instant::now());
             self.finish(ExitReason::Stopped, None);
-        } else if let Err(error) = self.boot() {
-            self.end(ExitReason::KvmError);
-            return Err(error);
+            Ok(())
+        } else {
+            self.boot()
+        };
+        let outcome = match (started, booted) {
+            (Ok(()), booted) => {
+                if let Some(booted) = booted {
+                    booted(Ok(Reply::Done));
+                }
+                self.drive()
+            }
+            (Err(error), None) => Err(error),
+            (Err(error), Some(booted)) => {
+                booted(Err(error.to_control()));
+                Ok(Outcome {
+                    reason: ExitReason::Stopped,
+                    detail: None,
+                    quit: false,
+                    failed_to_boot: true,
+                })
+            }
+        };
+        let (reason, detail) = match &outcome {
+            Ok(outcome) => (outcome.reason, outcome.detail.clone()),
+            Err(error) => (ExitReason::KvmError, Some(crate::error::chain(error))),
+        };
+        self.end(reason, detail);
+        End {
+            ears: self.ears,
+            outcome,
+            then: self.then,
         }
+    }
+
+    fn drive(&mut self) -> Result<Outcome, MachineError> {
         loop {
             if let Some(outcome) = self.outcome.take() {
-                self.end(outcome.reason);
                 return Ok(outcome);
             }
             let ready = self.wait().map_err(MachineError::Wait)?;
@@ -156,12 +237,15 @@ impl Driver {
             if ready.signal {
                 self.on_signal();
             }
-            if ready.input {
-                self.on_input();
-            }
             self.on_deadlines(Instant::now());
             self.on_messages();
         }
+    }
+
+    /// The machine's state, and why it is paused.
+    #[must_use]
+    pub fn state(&self) -> (VmState, Option<PauseReason>) {
+        (self.ears.life.state(), self.ears.life.pause())
     }
 
     /// Whether a signal has asked for the end already.
@@ -185,18 +269,8 @@ impl Driver {
         self.ears.inbox.rouse();
     }
 
-    /// The one place where the state changes.
-    fn enter(&mut self, state: VmState, pause: Option<PauseReason>) {
-        if (self.state, self.pause) == (state, pause) {
-            return;
-        }
-        debug_assert!(
-            self.state == state || follows(self.state, state),
-            "{:?} to {state:?}",
-            self.state
-        );
-        (self.state, self.pause) = (state, pause);
-        self.events.publish(EventKind::State { state, pause });
+    fn enter(&self, state: VmState, pause: Option<PauseReason>) {
+        self.ears.life.enter(state, pause);
     }
 
     fn boot(&mut self) -> Result<(), MachineError> {
@@ -210,18 +284,22 @@ impl Driver {
     fn go(&mut self) {
         self.enter(VmState::Running, None);
         self.go_on();
-        self.feed_input();
     }
 
     fn finish(&mut self, reason: ExitReason, detail: Option<String>) {
         if self.outcome.is_none() {
-            self.outcome = Some(Outcome { reason, detail });
+            self.outcome = Some(Outcome {
+                reason,
+                detail,
+                quit: self.policy.deadline().is_some() || self.urgent,
+                failed_to_boot: false,
+            });
         }
     }
 
     /// Stops everything for good. What a back end cannot drain in time is
     /// reported and left.
-    fn end(&mut self, reason: ExitReason) {
+    fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         let drain = if self.urgent { PATIENCE } else { DRAIN };
@@ -229,52 +307,26 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         let wanted = reason != ExitReason::Stopped && self.policy.deadline().is_none();
-        self.flush_outputs(wanted);
+        self.flush_consoles(wanted);
         self.enter(VmState::Stopped, None);
-        self.events.publish(EventKind::Exit { reason });
-        for stopper in self.stoppers.drain(..) {
-            // The asker may have gone.
-            let _ = stopper.send(Ok(Reply::Done));
-        }
+        self.ears.events.publish(EventKind::Exit { reason, detail });
     }
 
     /// Gives readers the guest's last output. The reader of a pipe may be a
     /// pager: when the guest has ended by itself it has all the time it wants,
     /// until a signal says that nobody wants the output any more.
-    fn flush_outputs(&self, wanted: bool) {
-        for output in &self.ears.outputs {
-            if wanted && !output.is_terminal() {
-                while output.is_waiting() && self.wait_for_reader(output) {
-                    output.drain();
-                }
-            } else {
-                output.finish(PATIENCE);
-            }
-        }
-        if let Some(input) = &self.ears.input {
-            input.finish(PATIENCE);
-        }
-    }
-
-    /// Waits until a reader takes output; `false` when a signal came first.
-    fn wait_for_reader(&self, output: &Output) -> bool {
-        let mut fds = [
-            poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT),
-            poll_for(
-                self.ears.signals.as_ref().map(Signals::raw_fd),
-                libc::POLLIN,
-            ),
-        ];
-        if ppoll(&mut fds, None).is_err() {
-            return false;
-        }
-        fds[1].revents == 0 || !self.asked_to_end()
+    fn flush_consoles(&self, wanted: bool) {
+        let interrupt = Interrupt {
+            fd: self.ears.signals.as_ref().map(Signals::raw_fd),
+            asked: &|| self.asked_to_end(),
+        };
+        self.ears.consoles.finish(wanted, PATIENCE, &interrupt);
     }
 
     /// Stops everything so that it can go on. A machine that is paused
     /// already stays so for the new reason.
     fn pause(&mut self, reason: PauseReason) -> Result<(), MachineError> {
-        if self.state == VmState::Paused {
+        if self.state().0 == VmState::Paused {
             self.enter(VmState::Paused, Some(reason));
             return Ok(());
         }
@@ -302,7 +354,7 @@ impl Driver {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        if self.state == VmState::Running {
+        if self.state().0 == VmState::Running {
             return Ok(());
         }
         // What waited until now is done again: no reason to pause once more.
@@ -322,7 +374,7 @@ impl Driver {
     /// instruction. When the old guest cannot be stopped it goes on; when the
     /// new one cannot be started the machine ends.
     fn reset(&mut self) -> Result<(), MachineError> {
-        let paused = self.state == VmState::Paused;
+        let paused = self.state().0 == VmState::Paused;
         self.machine.vcpus().pause();
         if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
             if paused {
@@ -364,69 +416,25 @@ impl Driver {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::Command(Command::Stop, answer) if permits(self.state, &Command::Stop) => {
-                self.finish(ExitReason::Stopped, None);
-                self.stoppers.push(answer);
-            }
-            Message::Command(command, answer) => {
-                // The asker may have gone; the command counts all the same.
-                let _ = answer.send(self.on_command(command));
-            }
+            Message::Command(command, answer) => self.on_command(command, answer),
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
-            Message::InputReady => self.feed_input(),
-            // The next wait looks at what waits.
-            Message::OutputWaiting => (),
+            Message::PciEject(address) => {
+                self.machine.eject(address);
+                self.show_devices();
+            }
             Message::SlotNews => self.on_slot_news(),
+            Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
             Message::Errand(errand) => errand(self),
         }
-    }
-
-    fn on_command(&mut self, command: Command) -> Result<Reply, ControlError> {
-        let state = self.state;
-        let wrong = |command| Err(ControlError::WrongState { command, state });
-        if !permits(state, &command) {
-            return wrong(command);
-        }
-        let done = match &command {
-            Command::State => {
-                let pause = self.pause;
-                return Ok(Reply::State { state, pause });
-            }
-            Command::Boot => self.boot(),
-            Command::Pause => self.pause(PauseReason::Command),
-            Command::Resume => self.resume(),
-            Command::PowerButton => {
-                self.press_power_button();
-                Ok(())
-            }
-            Command::Reset => self.reset(),
-            // Where it is possible it is answered at the end.
-            Command::Stop => return wrong(command),
-            Command::ResizeDisk { id, size } => self.resize_disk(id, *size),
-        };
-        match done {
-            Ok(()) => Ok(Reply::Done),
-            Err(error) => Err(ControlError::Failed {
-                command,
-                reason: crate::error::chain(&error),
-            }),
-        }
-    }
-
-    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
-        self.machine.resize_disk(id, size)?;
-        let id = id.to_owned();
-        self.events.publish(EventKind::DiskResized { id, size });
-        Ok(())
     }
 
     /// A disk's request failed and waits, and the machine waits with it.
     fn on_disk_stopped(&mut self, stopped: &DiskStopped) {
         let DiskStopped { id, what, no_space } = stopped;
-        if self.state != VmState::Running {
-            // It is done again when the machine goes on.
+        if self.state().0 != VmState::Running || !self.machine.has_device(id) {
+            // It is done again when the machine goes on, or never.
             return;
         }
         match self.pause(PauseReason::DiskError) {
@@ -451,7 +459,7 @@ impl Driver {
 
     /// Goes on after a disk's failure, if that is why the machine is paused.
     fn try_again(&mut self) {
-        if self.pause == Some(PauseReason::DiskError)
+        if self.state().1 == Some(PauseReason::DiskError)
             && let Err(error) = self.resume()
         {
             eprintln!(
@@ -462,7 +470,7 @@ impl Driver {
     }
 
     fn press_power_button(&mut self) {
-        self.events.publish(EventKind::PowerButton);
+        self.ears.events.publish(EventKind::PowerButton);
         self.machine.press_power_button();
     }
 
@@ -475,79 +483,29 @@ impl Driver {
                 self.finish(ExitReason::PowerOff, None);
             }
             GuestRequest::Reset => {
-                self.events.publish(EventKind::GuestReset);
+                self.ears.events.publish(EventKind::GuestReset);
                 if let Err(error) = self.reset() {
                     // The guest has not been reset and must not run past its wish.
                     self.fail("guest reset", &error);
                 }
             }
             GuestRequest::Panicked => {
-                self.events.publish(EventKind::GuestPanic);
+                self.ears.events.publish(EventKind::GuestPanic);
                 self.finish(
                     ExitReason::GuestPanic,
                     Some("the guest's kernel panicked".to_owned()),
                 );
             }
             GuestRequest::CrashLoaded => {
-                self.events.publish(EventKind::GuestPanic);
+                self.ears.events.publish(EventKind::GuestPanic);
                 self.go_on();
             }
         }
-    }
-
-    /// The guest has answered to vCPUs or memory that came or are to go.
-    fn on_slot_news(&mut self) {
-        match self.machine.take_resized() {
-            Ok(resized) => {
-                self.tell_resized(&resized);
-                self.go_on();
-            }
-            Err(error) => self.fail("a vCPU cannot be taken away", &error),
-        }
-    }
-
-    fn tell_resized(&self, resized: &[Resized]) {
-        for resized in resized {
-            tracing::info!(?resized, "the guest has answered");
-            if let Resized::CpuLeft { count, .. } = *resized {
-                self.events.publish(EventKind::CpusResized { count });
-            }
-        }
-    }
-
-    /// Changes the number of vCPUs; see [`Machine::resize_cpus`].
-    ///
-    /// # Errors
-    ///
-    /// [`ResizeError`].
-    pub fn resize_cpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
-        let before = self.machine.cpu_count();
-        let result = self.machine.resize_cpus(wanted);
-        let count = self.machine.cpu_count();
-        if count > before {
-            self.events.publish(EventKind::CpusResized { count });
-        }
-        result
-    }
-
-    /// Adds memory; see [`Machine::resize_memory`].
-    ///
-    /// # Errors
-    ///
-    /// [`ResizeError`].
-    pub fn resize_memory(&mut self, wanted: u64) -> Result<(), ResizeError> {
-        let before = self.machine.memory_size();
-        self.machine.resize_memory(wanted)?;
-        let size = self.machine.memory_size();
-        if size > before {
-            self.events.publish(EventKind::MemoryResized { size });
-        }
-        Ok(())
     }
 
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.
     fn go_on(&mut self) {
-        if self.state == VmState::Running && !self.held {
+        if self.state().0 == VmState::Running && !self.held {
             self.machine.vcpus().run(self.chosen.as_deref());
         }
     }
@@ -577,7 +535,9 @@ impl Driver {
                 continue;
             }
             match self.policy.signal(Instant::now()) {
-                Ending::PressButton if self.state == VmState::Running => self.press_power_button(),
+                Ending::PressButton if self.state().0 == VmState::Running => {
+                    self.press_power_button();
+                }
                 Ending::PressButton => self.finish(ExitReason::Stopped, None),
                 Ending::Now => {
                     self.urgent = true;
@@ -598,75 +558,29 @@ impl Driver {
         }
     }
 
-    fn on_input(&mut self) {
-        let Some(input) = &mut self.ears.input else {
-            return;
-        };
-        match input.read() {
-            Typed::Text => (),
-            Typed::Escape(Escape::Quit) => self.finish(ExitReason::Stopped, None),
-            Typed::Escape(Escape::Help) => eprint!("{ESCAPES}"),
-            Typed::End => {
-                // A terminal's settings must stay until the end; a pipe's end is
-                // no more than the end of input.
-                if !input.is_terminal() {
-                    self.ears.input = None;
-                    return;
-                }
-                self.finish(ExitReason::Stopped, None);
-            }
-        }
-        self.feed_input();
-    }
-
-    /// Gives the serial port what has been typed and it has room for. While
-    /// the machine is paused its devices stay as they are.
-    fn feed_input(&mut self) {
-        if self.state == VmState::Running
-            && let Some(input) = &mut self.ears.input
-        {
-            let taken = self.machine.serial_input(input.pending());
-            input.taken(taken);
-        }
-    }
-
     fn wait(&self) -> io::Result<Ready> {
-        let input = self.ears.input.as_ref().filter(|input| input.wants_more());
-        let mut fds: Vec<_> = [
+        let mut fds = [
             Some(self.ears.inbox.wake_fd()),
             self.ears.signals.as_ref().map(Signals::raw_fd),
-            input.map(|input| input.as_fd().as_raw_fd()),
             Some(self.machine.tick_fd()),
         ]
-        .map(|fd| poll_for(fd, libc::POLLIN))
-        .into();
-        let waiting = self
-            .ears
-            .outputs
-            .iter()
-            .filter(|output| output.is_waiting());
-        fds.extend(waiting.map(|output| poll_for(Some(output.as_fd().as_raw_fd()), libc::POLLOUT)));
+        .map(readable);
         let now = Instant::now();
         let left = self
             .policy
             .deadline()
             .map(|d| d.saturating_duration_since(now));
         ppoll(&mut fds, left)?;
-        self.ears.outputs.iter().for_each(Output::drain);
-        let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.revents != 0);
-        Ok(Ready {
-            signal: ready(1),
-            input: ready(2),
-            tick: ready(3),
-        })
+        let [_, signal, tick] = fds.map(|fd| fd.revents != 0);
+        Ok(Ready { signal, tick })
     }
 }
 
-/// What to wait for on a descriptor, if there is one.
-fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
+/// Waits for input on a descriptor, if there is one.
+pub(crate) fn readable(fd: Option<RawFd>) -> libc::pollfd {
     libc::pollfd {
         fd: fd.unwrap_or(-1),
-        events,
+        events: libc::POLLIN,
         revents: 0,
     }
 }
@@ -674,7 +588,6 @@ fn poll_for(fd: Option<RawFd>, events: i16) -> libc::pollfd {
 /// What woke the driver besides messages.
 struct Ready {
     signal: bool,
-    input: bool,
     tick: bool,
 }
 

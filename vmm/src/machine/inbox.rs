@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use api::{Command, Control, ControlError, Reply};
+use api::{Answer, Command, ControlError, ErrorKind, Reply};
+use devices::pci::PciAddress;
 use devices::{GuestRequest, GuestRequests};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -31,20 +32,20 @@ pub struct DiskStopped {
 
 /// What reaches the control thread.
 pub enum Message {
-    /// Somebody commands, and waits for the answer.
-    Command(Command, Sender<Result<Reply, ControlError>>),
+    /// Somebody commands, and is to be answered.
+    Command(Command, Answer),
     /// The guest asks through a device.
     Guest(GuestRequest),
     /// A vCPU stopped for a reason of its own.
     Vcpu(u32, Stop),
-    /// The serial port has room for input again.
-    InputReady,
-    /// Output waits for a slow reader.
-    OutputWaiting,
+    /// The user at the console asks for the end, or has closed the terminal.
+    ConsoleEnd,
     /// A disk's request failed and waits: the machine is to be paused.
     DiskStopped(DiskStopped),
     /// The guest has done something with a slot for vCPUs or memory.
     SlotNews,
+    /// The guest gives up what is in a PCI slot.
+    PciEject(PciAddress),
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }
@@ -55,6 +56,8 @@ pub struct Mailbox {
     sender: Sender<Message>,
     wake: Arc<EventFd>,
     crash_told: Arc<AtomicBool>,
+    /// There is a machine.
+    open: Arc<AtomicBool>,
 }
 
 /// The control thread's side.
@@ -67,6 +70,8 @@ pub struct Inbox {
     /// after which the guest goes on, so it is told once until it is taken: many
     /// vCPUs that repeat it would else fill the inbox faster than it is emptied.
     crash_told: Arc<AtomicBool>,
+    /// There is a machine that errands can be run for.
+    open: Arc<AtomicBool>,
 }
 
 /// Makes an inbox and its mailbox.
@@ -78,34 +83,57 @@ pub fn inbox() -> io::Result<(Mailbox, Inbox)> {
     let (sender, receiver) = channel();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let crash_told = Arc::new(AtomicBool::new(false));
+    let open = Arc::new(AtomicBool::new(false));
     Ok((
         Mailbox {
             sender,
             wake: Arc::clone(&wake),
             crash_told: Arc::clone(&crash_told),
+            open: Arc::clone(&open),
         },
         Inbox {
             receiver,
             kept: VecDeque::new(),
             wake,
             crash_told,
+            open,
         },
     ))
 }
 
 impl Mailbox {
+    /// Carries out a command and waits until that is done. Not for the control thread.
+    ///
+    /// # Errors
+    ///
+    /// The command's, and [`ended`].
+    pub fn call(&self, command: Command) -> Result<Reply, ControlError> {
+        let (sender, receiver) = channel();
+        let answer: Answer = Box::new(move |result| {
+            // The asker waits below.
+            let _ = sender.send(result);
+        });
+        if !self.send(Message::Command(command, answer)) {
+            return Err(ended());
+        }
+        receiver.recv().unwrap_or_else(|_| Err(ended()))
+    }
+
     /// Leaves a message and wakes the control thread. Never blocks. `false`
-    /// when the machine has ended.
+    /// when the monitor has ended, and for an errand when there is no machine.
     pub fn send(&self, message: Message) -> bool {
         if matches!(message, Message::Guest(GuestRequest::CrashLoaded))
             && self.crash_told.swap(true, Ordering::AcqRel)
         {
             return true;
         }
+        let errand = matches!(message, Message::Errand(_));
         let sent = self.sender.send(message).is_ok();
         // A full eventfd wakes as well as one more count would.
         let _ = self.wake.write(1);
-        sent
+        // Looked at only now: an errand that is left before the machine's end
+        // is dropped by it, and its sender hears of that.
+        sent && (!errand || self.open.load(Ordering::SeqCst))
     }
 }
 
@@ -138,6 +166,26 @@ impl Inbox {
         let _ = self.wake.write(1);
     }
 
+    /// There is a new machine: from now on errands are taken. What was left
+    /// for others is dropped.
+    pub fn open(&mut self) {
+        self.forget_machine();
+        self.open.store(true, Ordering::SeqCst);
+    }
+
+    /// There is no machine any more: errands are refused, and with all else
+    /// that it would have taken those that wait are dropped. Commands keep their place.
+    pub fn close(&mut self) {
+        self.open.store(false, Ordering::SeqCst);
+        self.forget_machine();
+    }
+
+    fn forget_machine(&mut self) {
+        self.forget_guest();
+        self.kept
+            .retain(|message| matches!(message, Message::Command(..)));
+    }
+
     /// Drops what the guest and its vCPUs have said so far: it belongs to a
     /// guest that is gone. Everything else keeps its place. vCPUs are idle.
     pub fn forget_guest(&mut self) {
@@ -157,26 +205,10 @@ impl Inbox {
     }
 }
 
-/// Commands the machine from any thread but its own.
-#[derive(Clone)]
-pub struct ControlHandle(Mailbox);
-
-impl ControlHandle {
-    /// A handle on the machine behind `mailbox`.
-    #[must_use]
-    pub fn new(mailbox: Mailbox) -> Self {
-        Self(mailbox)
-    }
-}
-
-impl Control for ControlHandle {
-    fn call(&self, command: Command) -> Result<Reply, ControlError> {
-        let (answer, receiver) = channel();
-        if !self.0.send(Message::Command(command, answer)) {
-            return Err(ControlError::Ended);
-        }
-        receiver.recv().unwrap_or(Err(ControlError::Ended))
-    }
+/// The answer to those whose command comes too late.
+#[must_use]
+pub fn ended() -> ControlError {
+    ControlError::new(ErrorKind::Conflict, "the monitor is ending")
 }
 
 /// Takes requests from devices on vCPU threads, and holds the vCPUs: the one
@@ -210,7 +242,7 @@ mod tests {
             })
         };
         for message in [
-            Message::InputReady,
+            Message::ConsoleEnd,
             disk(),
             Message::Guest(GuestRequest::Reset),
             disk(),
@@ -219,12 +251,32 @@ mod tests {
         }
         inbox.forget_disks();
         assert!(mailbox.send(disk()));
-        assert!(matches!(inbox.take(), Some(Message::InputReady)));
+        assert!(matches!(inbox.take(), Some(Message::ConsoleEnd)));
         assert!(matches!(inbox.take(), Some(Message::Guest(_))));
         assert!(matches!(inbox.take(), Some(Message::DiskStopped(_))));
         assert!(mailbox.send(disk()));
         inbox.forget_guest();
         assert!(inbox.take().is_none());
+    }
+
+    #[test]
+    fn an_errand_for_a_machine_that_is_gone_is_refused_or_dropped() {
+        let (mailbox, mut inbox) = inbox().unwrap();
+        let errand = || {
+            let (alive, gone) = channel::<()>();
+            let sent = mailbox.send(Message::Errand(Box::new(move |_| drop(alive))));
+            (sent, gone)
+        };
+        assert!(!errand().0);
+        inbox.open();
+        let (sent, gone) = errand();
+        assert!(sent);
+        let answer: Answer = Box::new(|_| ());
+        assert!(mailbox.send(Message::Command(Command::Quit, answer)));
+        inbox.close();
+        assert!(gone.recv().is_err());
+        assert!(!errand().0);
+        assert!(matches!(inbox.take(), Some(Message::Command(..))));
     }
 
     #[test]

@@ -5,16 +5,20 @@
 //! * [`vcpus`] are the vCPU threads.
 //! * [`resize`] adds and removes vCPUs and memory while it runs.
 //! * [`inbox`] is how everybody else reaches the control thread.
+//! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
 
 mod alarm;
+pub mod bay;
 pub mod build;
 mod doorbells;
 pub mod driver;
+pub mod hotplug;
 pub mod inbox;
+pub mod inventory;
 mod platform;
 pub mod resize;
-mod signals;
-mod state;
+pub mod signals;
+pub mod state;
 pub mod vcpus;
 
 use std::io;
@@ -22,10 +26,13 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use api::{ControlError, ErrorKind, EventLog};
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::transport::VirtioPci;
+use serde_json::Value;
+use virtio::device::ReconfigureError;
+use virtio::models::{BuildContext, BuildError};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
@@ -33,7 +40,11 @@ use crate::boot::{BootError, Entry};
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
+use crate::opener::Opener;
+use crate::smbios::SmbiosImageError;
+use bay::Bay;
 use build::Payload;
+use inventory::{Inventory, Item};
 use platform::Platform;
 use resize::{Resizable, Resized};
 use vcpus::Vcpus;
@@ -58,6 +69,9 @@ pub enum MachineError {
     /// There is not enough memory.
     #[error(transparent)]
     Memory(#[from] RamError),
+    /// There is nothing to boot.
+    #[error("--kernel: the machine has none: give it one")]
+    NoKernel,
     /// The kernel or the initial RAM disk could not be loaded.
     #[error("{what}")]
     Boot {
@@ -70,6 +84,9 @@ pub enum MachineError {
     /// The ACPI tables could not be made.
     #[error("ACPI tables")]
     Acpi(#[from] AcpiError),
+    /// The SMBIOS tables could not be made.
+    #[error("--smbios")]
+    Smbios(#[from] SmbiosImageError),
     /// The ACPI tables or registers could not be put into guest memory.
     #[error("guest memory at {address:#x} could not be written; give more --memory size=")]
     GuestMemory {
@@ -121,9 +138,9 @@ pub enum MachineError {
     Console {
         /// The flag.
         flag: &'static str,
-        /// The host's reason.
+        /// Why.
         #[source]
-        source: io::Error,
+        source: crate::console::ConsoleError,
     },
     /// The host refused something that every machine needs.
     #[error("{what}")]
@@ -151,6 +168,36 @@ pub enum MachineError {
     Wait(#[source] io::Error),
 }
 
+impl MachineError {
+    /// The same for those who asked over the control interface.
+    #[must_use]
+    pub fn to_control(&self) -> ControlError {
+        ControlError::from_error(self.kind(), self)
+    }
+
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::NoDevice { .. } => ErrorKind::NotFound,
+            Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
+            Self::Device { source, .. } => match source.downcast_ref() {
+                Some(ReconfigureError::Value(error)) => built(Some(error)),
+                Some(ReconfigureError::Fixed | ReconfigureError::Shape(_)) => ErrorKind::Invalid,
+                Some(ReconfigureError::Busy(_)) => ErrorKind::Busy,
+                _ => built(source.downcast_ref()),
+            },
+            _ => ErrorKind::Failed,
+        }
+    }
+}
+
+/// Whose fault it is that a device could not be made.
+fn built(error: Option<&BuildError>) -> ErrorKind {
+    match error {
+        Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
+        _ => ErrorKind::Failed,
+    }
+}
+
 /// The state that vCPUs and interrupt controllers have at power-on.
 struct PowerOn {
     cpus: Vec<VcpuState>,
@@ -165,8 +212,12 @@ pub struct Machine {
     ram: GuestRam,
     /// In the order in which they start; they stop in reverse.
     units: Vec<Arc<dyn Unit>>,
+    /// The units have been started, and a new one is to be started too.
+    started: bool,
     /// The virtio devices, which are among the units.
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<Item>,
+    bay: Bay,
+    events: EventLog,
     platform: Platform,
     payload: Payload,
     /// The kernel's entry, when it has been loaded and not been entered.
@@ -221,20 +272,22 @@ impl Machine {
         }
     }
 
-    fn start_units(&self) -> Result<(), MachineError> {
+    fn start_units(&mut self) -> Result<(), MachineError> {
         for unit in &self.units {
             unit.start()?;
         }
+        self.started = true;
         Ok(())
     }
 
     /// Stops all units, those that drain last-started first. One that does not
     /// stop keeps no other from stopping; the first failure is returned.
-    fn stop_units(&self, deadline: Instant) -> Result<(), MachineError> {
+    fn stop_units(&mut self, deadline: Instant) -> Result<(), MachineError> {
         let mut result = Ok(());
         for unit in self.units.iter().rev() {
             result = result.and(unit.stop(deadline).map_err(MachineError::from));
         }
+        self.started &= result.is_err();
         result
     }
 
@@ -270,10 +323,12 @@ impl Machine {
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
-    /// reads as zeros and costs the host nothing. vCPUs and units are stopped.
+    /// reads as zeros and costs the host nothing. Devices that are to go are
+    /// gone then. vCPUs and units are stopped.
     /// The guest finds the vCPUs and the memory that it had, less the vCPUs that it was
     /// to give up; those are returned.
     fn reset(&mut self) -> Result<Vec<Resized>, MachineError> {
+        self.finish_removals()?;
         for unit in &self.units {
             unit.reset();
         }
@@ -306,12 +361,21 @@ impl Machine {
         Ok(())
     }
 
+    /// What is in the machine, for readers.
+    #[must_use]
+    pub fn inventory(&self) -> Inventory {
+        Inventory::new(self.virtio.clone(), self.ram.size())
+    }
+
+    fn item(&self, id: &str) -> Result<&Item, MachineError> {
+        let found = self.virtio.iter().find(|item| item.device.id() == id);
+        found.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })
+    }
+
     /// Makes a disk larger, in use or not.
     fn resize_disk(&self, id: &str, size: u64) -> Result<(), MachineError> {
-        let Some(device) = self.virtio.iter().find(|device| device.name() == id) else {
-            return Err(MachineError::NoDevice { id: id.to_owned() });
-        };
-        device
+        self.item(id)?
+            .device
             .resize_disk(size)
             .map_err(|source| MachineError::Device {
                 device: format!("disk {id}"),
@@ -319,12 +383,41 @@ impl Machine {
             })
     }
 
-    fn press_power_button(&self) {
-        self.platform.press_power_button();
+    /// Changes what can be changed of the device `id`, by a patch of its model's
+    /// shape ([`virtio::device::VirtioDevice::reconfigure`]). Another medium's file is opened
+    /// here, and requests at the old one end first: that may take as long as the host does.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NoDevice`] and [`MachineError::Device`].
+    pub fn reconfigure(
+        &self,
+        id: &str,
+        patch: Value,
+        opener: &Arc<Opener>,
+    ) -> Result<(), MachineError> {
+        let context = BuildContext {
+            id: id.to_owned(),
+            opener: Arc::clone(opener) as Arc<dyn block::Opener>,
+            cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
+            groups: self.bay.groups.clone(),
+        };
+        self.item(id)?
+            .device
+            .reconfigure(patch, &context)
+            .map_err(|source| MachineError::Device {
+                device: format!("device {id}"),
+                source: source.into(),
+            })
     }
 
-    fn serial_input(&self, typed: &[u8]) -> usize {
-        self.platform.serial_input(typed)
+    /// Gives every vCPU a non-maskable interrupt.
+    fn inject_nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vm.signal_nmi()?)
+    }
+
+    fn press_power_button(&self) {
+        self.platform.press_power_button();
     }
 
     /// Serves what is due on the real-time clock.

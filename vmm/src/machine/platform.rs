@@ -3,109 +3,82 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::acpi::hotplug::{self, NewsDesk, SlotKind, SlotRegisters};
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
 use devices::i8042::I8042;
-use devices::pci::PciRoot;
+use devices::pci::{HOTPLUG_LEN, PciHotplug, PciRoot};
 use devices::pvpanic::IsaPanic;
 use devices::rtc::{Rtc, SystemClock};
-use devices::serial::{InputReady, Serial};
-use devices::{BusDevice, GuestRequests, Unit};
+use devices::serial::Serial;
+use devices::{BusDevice, GuestRequests, StartError, StopError, Unit};
+use migration::{RestoreError, SaveError, Section, SectionSet};
 
 use super::MachineError;
 use super::alarm::Alarm;
+use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
-use crate::config::{DebugconConfig, SerialConfig, VmConfig};
-use crate::console::{Console, Input, OnBacklog, Output};
+use crate::config::serial::FileSink;
+use crate::config::{DebugconConfig, SinkConfig, VmConfig};
+use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
 use crate::layout::{MEMORY_SLOTS, ged_event, gsi, memory, port};
 use crate::opener::Opener;
 
-/// The host's ends of the consoles.
+/// The host's ends of the consoles that the machine has.
 pub struct Hosts {
-    serial: Option<Console>,
-    debugcon: Option<Console>,
-    pty: Option<String>,
+    serial: Option<ConsoleHub>,
+    debugcon: Option<ConsoleHub>,
 }
 
 impl Hosts {
-    /// Opens what the configuration names.
+    /// Opens what the configuration names and is not open already.
     ///
     /// # Errors
     ///
-    /// [`MachineError::Open`] and [`MachineError::Console`], naming the flag.
+    /// [`MachineError::Console`], naming the flag.
     pub fn open(
         config: &VmConfig,
-        opener: &Opener,
+        opener: &Arc<Opener>,
+        consoles: &Consoles,
         mailbox: &Mailbox,
     ) -> Result<Self, MachineError> {
+        let failed = |flag| move |source| MachineError::Console { flag, source };
+        let serial = consoles.serial();
         let mailbox = mailbox.clone();
-        let on_backlog: OnBacklog = Arc::new(move || {
-            mailbox.send(Message::OutputWaiting);
-        });
-        let console = |flag| move |source| MachineError::Console { flag, source };
-        let file = |flag, path| {
-            let file = opener.create_output(path);
-            file.map(Console::file)
-                .map_err(|source| MachineError::Open { flag, source })
-        };
-        let mut pty = None;
-        let serial = match &config.serial {
-            SerialConfig::Off => None,
-            SerialConfig::Null => Some(Console::null()),
-            SerialConfig::File(path) => Some(file("--serial", path)?),
-            SerialConfig::Tty => {
-                let stdio = opener
-                    .open_stdout()
-                    .and_then(|stdout| Console::stdio(stdout, Arc::clone(&on_backlog)));
-                Some(stdio.map_err(console("--serial tty"))?)
-            }
-            SerialConfig::Pty => {
-                let (console, path) =
-                    Console::pty(Arc::clone(&on_backlog)).map_err(console("--serial pty"))?;
-                pty = Some(path);
-                Some(console)
-            }
-        };
-        let debugcon = match &config.debugcon {
-            DebugconConfig::Off => None,
-            DebugconConfig::File(path) => Some(file("--debugcon", path)?),
-            DebugconConfig::Stdio => {
-                let stdout = opener.open_stdout().map_err(console("--debugcon stdio"))?;
-                Some(Console::output_only(stdout, on_backlog))
-            }
-        };
+        serial.on_end(Arc::new(move || {
+            mailbox.send(Message::ConsoleEnd);
+        }));
+        serial
+            .configure(config.serial.sinks(), opener)
+            .map_err(failed("--serial"))?;
+        open_debugcon(&config.debugcon, opener, consoles.debugcon())
+            .map_err(failed("--debugcon"))?;
         Ok(Self {
-            serial,
-            debugcon,
-            pty,
+            serial: config.serial.is_on().then(|| serial.clone()),
+            debugcon: (config.debugcon != DebugconConfig::Off).then(|| consoles.debugcon().clone()),
         })
     }
+}
 
-    /// The far end of the serial port's pseudo-terminal, where there is one.
-    #[must_use]
-    pub fn pty(&self) -> Option<&str> {
-        self.pty.as_deref()
+fn open_debugcon(
+    config: &DebugconConfig,
+    opener: &Arc<Opener>,
+    hub: &ConsoleHub,
+) -> Result<(), ConsoleError> {
+    let file = match config {
+        DebugconConfig::File(path) => Some(SinkConfig::File(FileSink::new(path))),
+        DebugconConfig::Off | DebugconConfig::Stdio => None,
+    };
+    hub.configure(file.as_slice(), opener)?;
+    let is_there = hub.list().iter().any(|sink| sink.kind == SinkKind::Tty);
+    if *config == DebugconConfig::Stdio && !is_there {
+        hub.add_stdout(opener)?;
     }
-
-    /// Takes out what the driver waits on.
-    #[must_use]
-    pub fn split(mut self) -> (Self, Option<Input>, Vec<Output>) {
-        let input = self
-            .serial
-            .as_mut()
-            .and_then(|console| console.input.take());
-        let consoles = [&mut self.serial, &mut self.debugcon];
-        let outputs = consoles
-            .into_iter()
-            .flatten()
-            .filter_map(|c| c.output.take())
-            .collect();
-        (self, input, outputs)
-    }
+    Ok(())
 }
 
 /// What the platform devices are connected to.
@@ -130,8 +103,8 @@ pub struct Wiring<'a> {
 
 /// Those platform devices that the control thread talks to.
 pub struct Platform {
-    serial: Option<Arc<Serial>>,
     events: Arc<EventRegister>,
+    hotplug: Arc<PciHotplug>,
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
     slots: Slots,
@@ -154,11 +127,33 @@ impl NewsDesk for News {
     }
 }
 
-struct Ready(Mailbox);
+/// Lets input reach the serial port while the machine runs: while it is paused
+/// its devices stay as they are.
+struct SerialInput(PortLink);
 
-impl InputReady for Ready {
-    fn ready(&self) {
-        self.0.send(Message::InputReady);
+impl Unit for SerialInput {
+    fn name(&self) -> &str {
+        "com1-input"
+    }
+
+    fn start(&self) -> Result<(), StartError> {
+        self.0.open();
+        Ok(())
+    }
+
+    fn stop(&self, _deadline: Instant) -> Result<(), StopError> {
+        self.0.close();
+        Ok(())
+    }
+
+    fn reset(&self) {}
+
+    fn save(&self) -> Result<Vec<Section>, SaveError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&self, _set: &mut SectionSet) -> Result<(), RestoreError> {
+        Ok(())
     }
 }
 
@@ -175,7 +170,6 @@ impl Platform {
         let Wiring {
             router,
             requests,
-            mailbox,
             pci,
             ..
         } = wiring;
@@ -183,18 +177,17 @@ impl Platform {
             wiring,
             units: Vec::new(),
         };
-        let serial = match hosts.serial {
-            None => None,
-            Some(console) => {
-                let ready = Arc::new(Ready((*mailbox).clone()));
-                let irq = router.line(gsi::COM1)?;
-                let serial = Arc::new(Serial::new("com1", irq, console.sink, ready));
-                placed.port(port::COM1, 8, serial.clone());
-                Some(serial)
-            }
-        };
-        if let Some(console) = hosts.debugcon {
-            placed.port(port::DEBUGCON, 1, Arc::new(DebugConsole::new(console.sink)));
+        if let Some(hub) = hosts.serial {
+            let irq = router.line(gsi::COM1)?;
+            let ready = Arc::new(hub.clone());
+            let serial = Arc::new(Serial::new("com1", irq, Box::new(hub.writer()), ready));
+            placed.port(port::COM1, 8, serial.clone());
+            let link = hub.connect(serial);
+            placed.units.push(Arc::new(SerialInput(link)));
+        }
+        if let Some(hub) = hosts.debugcon {
+            let console = DebugConsole::new(Box::new(hub.writer()));
+            placed.port(port::DEBUGCON, 1, Arc::new(console));
         }
         let i8042 = Arc::new(I8042::new(
             router.line(gsi::KEYBOARD)?,
@@ -219,8 +212,7 @@ impl Platform {
             2,
             Arc::new(SleepRegisters::new(Arc::clone(requests))),
         );
-        let events = Arc::new(EventRegister::new(router.line(gsi::GED)?));
-        placed.port(port::GED_EVENTS, 4, events.clone());
+        let (events, hotplug) = placed.events();
         let slots = placed.slots();
         if wiring.pvpanic {
             placed.port(
@@ -234,8 +226,8 @@ impl Platform {
         placed.pci(pci, reset);
         Ok((
             Self {
-                serial,
                 events,
+                hotplug,
                 rtc,
                 alarm,
                 slots,
@@ -260,12 +252,10 @@ impl Platform {
         self.slots.clone()
     }
 
-    /// Offers input to the serial port; returns how much it took.
+    /// The registers of PCI hot-plug.
     #[must_use]
-    pub fn serial_input(&self, typed: &[u8]) -> usize {
-        self.serial
-            .as_ref()
-            .map_or(typed.len(), |serial| serial.input(typed))
+    pub fn hotplug(&self) -> &PciHotplug {
+        &self.hotplug
     }
 
     /// Serves what is due on the real-time clock.
@@ -313,6 +303,19 @@ impl Placed<'_> {
             .memory_slots
             .then(|| place(port::MEMORY_SLOTS, SlotKind::Memory, MEMORY_SLOTS, 0));
         Slots { cpus, memory }
+    }
+
+    /// The event register, and what it tells of.
+    fn events(&mut self) -> (Arc<EventRegister>, Arc<PciHotplug>) {
+        let events = Arc::new(EventRegister::new(self.wiring.router.level(gsi::GED)));
+        self.port(port::GED_EVENTS, 4, Arc::clone(&events));
+        let hotplug = Arc::new(PciHotplug::new(
+            Arc::clone(&events),
+            ged_event::PCI_HOTPLUG,
+            Arc::new(EjectDesk(self.wiring.mailbox.clone())),
+        ));
+        self.port(port::PCI_HOTPLUG, HOTPLUG_LEN.into(), Arc::clone(&hotplug));
+        (events, hotplug)
     }
 
     fn pci(&self, pci: &Arc<PciRoot>, reset: Arc<dyn BusDevice>) {

@@ -19,6 +19,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use api::{ControlError, ErrorKind};
 use devices::acpi::hotplug::{SlotNews, SlotRegisters};
 use kvm_bindings::kvm_cpuid_entry2;
 use migration::RestoreError;
@@ -46,7 +47,7 @@ pub enum ResizeError {
     /// None come and go.
     #[error(
         "{wanted} vCPUs: this machine has {now}, and none can be added or removed: --cpus max= \
-         above boot= makes that possible"
+         makes that possible"
     )]
     CpusFixed {
         /// What was asked for.
@@ -113,6 +114,24 @@ pub enum ResizeError {
     /// The host has no more threads.
     #[error("no thread for a vCPU")]
     Thread(#[source] io::Error),
+}
+
+impl ResizeError {
+    /// The same for those who asked over the control interface.
+    #[must_use]
+    pub fn to_control(&self) -> ControlError {
+        let kind = match self {
+            Self::CpuCount { .. }
+            | Self::CpusFixed { .. }
+            | Self::MemoryShrinks { .. }
+            | Self::MemoryLimit { .. }
+            | Self::MemoryBlocks { .. } => ErrorKind::Invalid,
+            Self::RemovalPending { .. } => ErrorKind::Busy,
+            Self::MemorySlots => ErrorKind::Conflict,
+            Self::Memory(_) | Self::Kvm(_) | Self::Thread(_) => ErrorKind::Failed,
+        };
+        ControlError::from_error(kind, self)
+    }
 }
 
 fn list(slots: &[u32]) -> String {
@@ -261,6 +280,15 @@ impl Machine {
     #[must_use]
     pub fn cpu_count(&self) -> u32 {
         u32::try_from(self.vcpus.present().len()).unwrap_or(MAX_CPUS)
+    }
+
+    /// How many vCPUs there are once the guest has done what it was asked.
+    #[must_use]
+    pub fn cpus_expected(&self) -> u32 {
+        let slots = self.resizable.cpus.as_ref();
+        let leaving = slots.map_or(0, |slots| slots.registers.leaving().len());
+        let leaving = u32::try_from(leaving).unwrap_or(MAX_CPUS);
+        self.cpu_count().saturating_sub(leaving)
     }
 
     /// The guest's memory in bytes, with all that has been added.

@@ -1,23 +1,50 @@
-//! Which command is possible in which state.
+//! The machine's state, and what is possible in which.
 
-use api::{Command, VmState};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// Whether `command` makes sense while the machine is in `state`. Asking for
-/// what already is (pausing a paused machine) does.
+use api::{Command, ControlError, ErrorKind, EventKind, EventLog, PauseReason, VmState};
+
+/// Whether `command` makes sense to a machine that is in `state`. Those that
+/// end a machine are possible as long as it has not ended; those that need no
+/// machine are no business of one.
 #[must_use]
-pub fn permits(state: VmState, command: &Command) -> bool {
+pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) -> bool {
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
+    let alive = matches!(state, Running | Paused);
     match command {
-        Command::State => true,
-        Command::Boot => state == Created,
-        Command::ResizeDisk { .. } => matches!(state, Running | Paused),
-        Command::Pause | Command::Resume | Command::Reset => matches!(state, Running | Paused),
-        Command::PowerButton => state == Running,
-        Command::Stop => match state {
-            Created | Booting | Running | Paused => true,
-            ShuttingDown | Stopped => false,
-        },
+        Command::Pause => {
+            state == Running || (state == Paused && pause != Some(PauseReason::Command))
+        }
+        Command::Resume => state == Paused,
+        Command::PowerButton | Command::Nmi => state == Running,
+        Command::Reset
+        | Command::Resize(_)
+        | Command::ResizeDisk(_)
+        | Command::AddDevice(_)
+        | Command::RemoveDevice(_)
+        | Command::UpdateDisk(_)
+        | Command::Coredump(_) => alive,
+        Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
+        Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
+        Command::Console(_) => true,
+        Command::Create(_) => false,
+        Command::Boot => matches!(state, Created | Stopped),
     }
+}
+
+/// The answer to a command that [`permits`] does not allow.
+#[must_use]
+pub fn wrong_state(state: VmState, command: &Command) -> ControlError {
+    let message = match (command, state) {
+        (Command::Create(_), _) => "VM is already created",
+        (Command::Boot, _) => "VM is already running",
+        (Command::Pause, VmState::Paused) => "VM is already paused",
+        (Command::Resume, VmState::Running) => "VM is not paused",
+        (_, VmState::Paused) => "VM is paused: resume it first",
+        (_, VmState::ShuttingDown) => "VM is shutting down",
+        _ => "VM is not running",
+    };
+    ControlError::new(ErrorKind::Conflict, message)
 }
 
 /// Whether the machine may go from one state to the other.
@@ -25,12 +52,80 @@ pub fn permits(state: VmState, command: &Command) -> bool {
 pub fn follows(from: VmState, to: VmState) -> bool {
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
     match from {
-        Created => matches!(to, Booting | ShuttingDown),
+        Created | Stopped => to == Booting,
         Booting => matches!(to, Running | Paused | ShuttingDown),
         Running => matches!(to, Paused | Booting | ShuttingDown),
         Paused => matches!(to, Running | Booting | ShuttingDown),
         ShuttingDown => to == Stopped,
-        Stopped => false,
+    }
+}
+
+/// The state, to be read from any thread.
+#[derive(Clone)]
+pub struct StateView(Arc<Mutex<(VmState, Option<PauseReason>)>>);
+
+impl StateView {
+    /// The state now, and why while it is [`VmState::Paused`].
+    #[must_use]
+    pub fn get(&self) -> (VmState, Option<PauseReason>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The state over the lives of all machines of a monitor: the only place where it changes.
+pub struct Lifecycle {
+    view: StateView,
+    events: EventLog,
+}
+
+impl Lifecycle {
+    /// [`VmState::Created`]; changes are published to `events`.
+    #[must_use]
+    pub fn new(events: EventLog) -> Self {
+        Self {
+            view: StateView(Arc::new(Mutex::new((VmState::Created, None)))),
+            events,
+        }
+    }
+
+    /// The state now.
+    #[must_use]
+    pub fn state(&self) -> VmState {
+        self.view.get().0
+    }
+
+    /// Why the machine is paused, while it is.
+    #[must_use]
+    pub fn pause(&self) -> Option<PauseReason> {
+        self.view.get().1
+    }
+
+    /// The state for readers on other threads.
+    #[must_use]
+    pub fn view(&self) -> StateView {
+        self.view.clone()
+    }
+
+    /// Goes into a state that [`follows`], and tells so.
+    pub fn enter(&self, state: VmState, pause: Option<PauseReason>) {
+        {
+            let mut now = self.view.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if *now == (state, pause) {
+                return;
+            }
+            debug_assert!(
+                now.0 == state || follows(now.0, state),
+                "{:?} to {state:?}",
+                now.0
+            );
+            *now = (state, pause);
+        }
+        self.events.publish(EventKind::State { state, pause });
+    }
+
+    /// There is a new description, or none any more: nothing has run.
+    pub fn renew(&self) {
+        *self.view.0.lock().unwrap_or_else(PoisonError::into_inner) = (VmState::Created, None);
     }
 }
 
@@ -48,16 +143,23 @@ mod tests {
     ];
 
     #[test]
-    fn every_state_can_be_asked_for_and_only_an_end_forbids_stopping() {
+    fn only_an_end_under_way_forbids_ending() {
         for state in STATES {
-            assert!(permits(state, &Command::State));
-            let ended = matches!(state, VmState::ShuttingDown | VmState::Stopped);
-            assert_eq!(permits(state, &Command::Stop), !ended, "{state:?}");
+            let ending = state == VmState::ShuttingDown;
+            assert_eq!(permits(state, None, &Command::Quit), !ending, "{state:?}");
+            assert_eq!(permits(state, None, &Command::Delete), !ending, "{state:?}");
         }
     }
 
     #[test]
-    fn every_state_but_the_last_leads_to_the_end() {
+    fn a_machine_that_a_disk_paused_can_be_paused_by_command_and_only_then() {
+        let permits = |pause| permits(VmState::Paused, Some(pause), &Command::Pause);
+        assert!(permits(PauseReason::DiskError));
+        assert!(!permits(PauseReason::Command));
+    }
+
+    #[test]
+    fn every_state_leads_to_the_end_and_the_end_to_a_new_boot_alone() {
         for state in STATES {
             let mut reached = vec![state];
             while let Some(next) = STATES
@@ -68,6 +170,10 @@ mod tests {
             }
             assert!(reached.contains(&VmState::Stopped), "{state:?} never ends");
         }
-        assert!(STATES.into_iter().all(|to| !follows(VmState::Stopped, to)));
+        let after = |to: &VmState| follows(VmState::Stopped, *to);
+        assert_eq!(
+            STATES.into_iter().filter(after).collect::<Vec<_>>(),
+            [VmState::Booting]
+        );
     }
 }

@@ -249,3 +249,66 @@ fn a_created_image_is_new_private_and_never_replaces_another() {
     opener.remove(&path("named")).unwrap();
     assert!(!path("named").exists());
 }
+
+#[test]
+fn an_output_that_is_appended_to_keeps_what_it_has() {
+    let dir = dir();
+    let path = dir.path().join("log");
+    fs::write(&path, "old ").unwrap();
+    let opener = Opener::new();
+    let mut file = opener.append_output(&path).unwrap();
+    // Others that append do so at the end, too.
+    let mut other = OpenOptions::new().append(true).open(&path).unwrap();
+    file.write_all(b"a").unwrap();
+    other.write_all(b"b").unwrap();
+    file.write_all(b"c").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "old abc");
+    let new = dir.path().join("new");
+    drop(opener.append_output(&new).unwrap());
+    assert_eq!(mode(&new), 0o600);
+    symlink(&path, dir.path().join("link")).unwrap();
+    let refused = opener.append_output(&dir.path().join("link"));
+    assert!(matches!(refused, Err(OpenError::SymbolicLink { .. })));
+}
+
+#[test]
+fn a_full_output_is_kept_under_its_other_name_and_begun_anew() {
+    let dir = dir();
+    let (path, kept) = (dir.path().join("log"), dir.path().join("log.1"));
+    let opener = Opener::new();
+    let mut file = opener.create_output(&path).unwrap();
+    for (text, before) in [("one", None), ("two", Some("one"))] {
+        file.write_all(text.as_bytes()).unwrap();
+        assert_eq!(fs::read_to_string(&kept).ok().as_deref(), before);
+        file = opener.rotate_output(&path, &file, &kept).unwrap();
+        assert_eq!(fs::read_to_string(&kept).unwrap(), text);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "");
+        assert_eq!(mode(&path), 0o600);
+    }
+    // Somebody else has moved it away.
+    fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+    let mut file = opener.rotate_output(&path, &file, &kept).unwrap();
+    assert_eq!(fs::read_to_string(&kept).unwrap(), "two");
+    file.write_all(b"three").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "three");
+}
+
+#[test]
+fn an_output_is_not_rotated_over_what_is_no_log() {
+    let dir = dir();
+    let (path, kept) = (dir.path().join("log"), dir.path().join("log.1"));
+    let opener = Opener::new();
+    let file = opener.create_output(&path).unwrap();
+    fs::create_dir(&kept).unwrap();
+    let error = opener.rotate_output(&path, &file, &kept).unwrap_err();
+    assert!(
+        error.to_string().contains("log.1 is a directory"),
+        "{error}"
+    );
+    fs::remove_dir(&kept).unwrap();
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "another's").unwrap();
+    let error = opener.rotate_output(&path, &file, &kept).unwrap_err();
+    assert!(error.to_string().contains("another file"), "{error}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "another's");
+}

@@ -5,14 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use api::{
-    Command as Ask, ControlError, DiskErrorAction, EventKind, ExitReason, PauseReason, Reply,
-    VmState,
-};
+use api::wire::VmResizeDisk;
+use api::{Command as Ask, DiskErrorAction, EventKind, ExitReason, PauseReason, Reply, VmState};
 use migration::SectionSet;
 use serde_json::{Value, json};
 
-use crate::support::{LIMIT, Local, Vireo, can_run, config, run_arguments, skip, until};
+use crate::support::{Local, Vireo, can_run, config, run_arguments, skip, until};
 
 const MIB: u64 = 1 << 20;
 /// Where files of this process may end: far from all that other tests write.
@@ -106,7 +104,7 @@ impl Fenced {
     fn paused(&self) -> Vec<EventKind> {
         let mut events = Vec::new();
         loop {
-            let kind = self.machine.events.recv_timeout(LIMIT).unwrap().kind;
+            let kind = self.machine.next_event();
             if let EventKind::State {
                 state: VmState::Paused,
                 pause,
@@ -120,10 +118,7 @@ impl Fenced {
     }
 
     fn state(&self) -> (VmState, Option<PauseReason>) {
-        match self.machine.ask(Ask::State) {
-            Ok(Reply::State { state, pause }) => (state, pause),
-            other => panic!("{other:?}"),
-        }
+        self.machine.state()
     }
 
     /// The guest comes to its end, with all of its data right.
@@ -223,7 +218,7 @@ fn an_error_that_is_not_for_want_of_room_is_the_guests_by_default() {
     assert_eq!(outcome.reason, ExitReason::PowerOff, "{text}");
     assert!(text.contains("verify=bad"), "{text}");
     let mut errors = 0;
-    for event in fenced.machine.events.try_iter() {
+    for event in fenced.machine.events().into_iter() {
         if let EventKind::DiskError { action, .. } = event.kind {
             assert_eq!(action, DiskErrorAction::Report);
             errors += 1;
@@ -318,9 +313,11 @@ fn a_running_disk_grows_and_its_guest_is_told() {
         said().contains("grow=ready").then_some(())
     });
     assert!(said().contains("sectors=2048 past-end=1"), "{}", said());
-    let resize = |id: &str, size| Ask::ResizeDisk {
-        id: id.to_owned(),
-        size,
+    let resize = |id: &str, desired_size| {
+        Ask::ResizeDisk(VmResizeDisk {
+            id: id.to_owned(),
+            desired_size,
+        })
     };
     for (command, why) in [
         (resize("disk7", 2 * MIB), "no device with the id disk7"),
@@ -329,8 +326,8 @@ fn a_running_disk_grows_and_its_guest_is_told() {
         (resize("disk0", MIB + 1), "512"),
     ] {
         match machine.ask(command) {
-            Err(ControlError::Failed { reason, .. }) => {
-                assert!(reason.contains(why), "{reason}");
+            Err(error) => {
+                assert!(error.to_string().contains(why), "{error}");
             }
             other => panic!("{other:?}"),
         }
@@ -348,8 +345,8 @@ fn a_running_disk_grows_and_its_guest_is_told() {
     };
     assert_eq!(
         machine
-            .events
-            .try_iter()
+            .events()
+            .into_iter()
             .filter(|event| event.kind == resized)
             .count(),
         1
@@ -366,8 +363,8 @@ fn a_write_past_the_threshold_is_told_once() {
     let mut machine = Local::boot(&config("blk", "verify keep queues=2", more));
     assert_eq!(machine.outcome().reason, ExitReason::PowerOff);
     let told: Vec<_> = machine
-        .events
-        .try_iter()
+        .events()
+        .into_iter()
         .filter_map(|event| match event.kind {
             EventKind::DiskWriteThreshold {
                 id,

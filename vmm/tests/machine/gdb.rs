@@ -617,11 +617,8 @@ fn a_machine_that_is_paused_stays_so_under_a_debugger() {
     let before = client.word(count);
     client.go();
     assert_eq!(
-        machine.ask(Ask::State),
-        Ok(Reply::State {
-            state: VmState::Paused,
-            pause: Some(PauseReason::Command)
-        })
+        machine.state(),
+        (VmState::Paused, Some(PauseReason::Command))
     );
     client.interrupt();
     assert_eq!(client.word(count), before);

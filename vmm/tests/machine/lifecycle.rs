@@ -6,16 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::{
-    Command as Ask, Control, ControlError, Event, EventKind, ExitReason, PauseReason, Reply,
-    VmState,
-};
+use api::{Command as Ask, ErrorKind, Event, EventKind, ExitReason, PauseReason, Reply, VmState};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
-use vmm::machine::inbox::ControlHandle;
+use vmm::machine::inbox::Mailbox;
 
-use crate::support::{Collected, Local, can_run, config, symbol, until};
+use crate::support::{Collected, Local, can_run, config, exit, symbol, until};
 
 fn disk(mib: u64) -> tempfile::NamedTempFile {
     let disk = tempfile::NamedTempFile::new().unwrap();
@@ -44,36 +41,50 @@ fn reason(state: VmState) -> Option<PauseReason> {
     (state == VmState::Paused).then_some(PauseReason::Command)
 }
 
-/// What must happen on a command, and what is published then.
-fn expected(now: VmState, command: Ask) -> (Result<Reply, ControlError>, VmState, Vec<EventKind>) {
-    use VmState::{Booting, Paused, Running};
-    let wrong = Err(ControlError::WrongState {
-        command: command.clone(),
-        state: now,
-    });
-    match (command, now) {
-        (Ask::State, _) => {
-            let (state, pause) = (now, reason(now));
-            (Ok(Reply::State { state, pause }), now, vec![])
+/// A command of a random sequence.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Pause,
+    Resume,
+    Reset,
+    PowerButton,
+    Boot,
+    Create,
+}
+
+impl Step {
+    fn command(self) -> Ask {
+        match self {
+            Self::Pause => Ask::Pause,
+            Self::Resume => Ask::Resume,
+            Self::Reset => Ask::Reset,
+            Self::PowerButton => Ask::PowerButton,
+            Self::Boot => Ask::Boot,
+            Self::Create => Ask::Create(Box::default()),
         }
-        (Ask::Pause, Running) => (Ok(Reply::Done), Paused, vec![state(Paused)]),
-        (Ask::Resume, Paused) => (Ok(Reply::Done), Running, vec![state(Running)]),
-        (Ask::Pause | Ask::Resume, _) => (Ok(Reply::Done), now, vec![]),
-        (Ask::Reset, _) => (Ok(Reply::Done), now, vec![state(Booting), state(now)]),
-        (Ask::PowerButton, Running) => (Ok(Reply::Done), now, vec![EventKind::PowerButton]),
-        (Ask::Boot | Ask::PowerButton, _) => (wrong, now, vec![]),
-        (Ask::Stop | Ask::ResizeDisk { .. }, _) => panic!("not in a sequence"),
+    }
+
+    /// Whether it succeeds, where it leads, and what is published then.
+    fn expected(self, now: VmState) -> (bool, VmState, Vec<EventKind>) {
+        use VmState::{Booting, Paused, Running};
+        match (self, now) {
+            (Self::Pause, Running) => (true, Paused, vec![state(Paused)]),
+            (Self::Resume, Paused) => (true, Running, vec![state(Running)]),
+            (Self::Reset, _) => (true, now, vec![state(Booting), state(now)]),
+            (Self::PowerButton, Running) => (true, now, vec![EventKind::PowerButton]),
+            _ => (false, now, vec![]),
+        }
     }
 }
 
-fn commands() -> impl Strategy<Value = Vec<Ask>> {
+fn steps() -> impl Strategy<Value = Vec<Step>> {
     let one = prop_oneof![
-        3 => Just(Ask::Pause),
-        3 => Just(Ask::Resume),
-        2 => Just(Ask::Reset),
-        1 => Just(Ask::State),
-        1 => Just(Ask::PowerButton),
-        1 => Just(Ask::Boot),
+        3 => Just(Step::Pause),
+        3 => Just(Step::Resume),
+        2 => Just(Step::Reset),
+        1 => Just(Step::PowerButton),
+        1 => Just(Step::Boot),
+        1 => Just(Step::Create),
     ];
     prop::collection::vec(one, 1..16)
 }
@@ -107,22 +118,22 @@ fn any_sequence_of_commands_leaves_a_machine_in_a_known_state() {
         failure_persistence: None,
         ..Config::default()
     });
-    let result = runner.run(&commands(), |commands| {
+    let result = runner.run(&steps(), |steps| {
         let mut machine = Local::boot(&configuration);
         let mut now = VmState::Running;
         let mut published = vec![state(VmState::Booting), state(VmState::Running)];
-        for command in commands {
-            let (answer, next, events) = expected(now, command.clone());
-            prop_assert_eq!(machine.ask(command), answer);
+        for step in steps {
+            let (succeeds, next, events) = step.expected(now);
+            match machine.ask(step.command()) {
+                Ok(reply) => prop_assert!(succeeds && reply == Reply::Done, "{:?}", step),
+                Err(error) => {
+                    prop_assert!(!succeeds, "{:?}: {}", step, error);
+                    prop_assert_eq!(error.kind, ErrorKind::Conflict);
+                }
+            }
             published.extend(events);
             now = next;
-            prop_assert_eq!(
-                machine.ask(Ask::State),
-                Ok(Reply::State {
-                    state: now,
-                    pause: reason(now)
-                })
-            );
+            prop_assert_eq!(machine.state(), (now, reason(now)));
             if now == VmState::Running {
                 let before = machine.word(count);
                 until("progress", || (machine.word(count) != before).then_some(()));
@@ -131,16 +142,16 @@ fn any_sequence_of_commands_leaves_a_machine_in_a_known_state() {
                 prop_assert_eq!(machine.word(count), before);
             }
         }
-        prop_assert_eq!(machine.ask(Ask::Stop), Ok(Reply::Done));
+        prop_assert_eq!(machine.ask(Ask::Quit), Ok(Reply::Done));
         prop_assert_eq!(machine.outcome().reason, ExitReason::Stopped);
         let reason = ExitReason::Stopped;
         published.extend([
             state(VmState::ShuttingDown),
             state(VmState::Stopped),
-            EventKind::Exit { reason },
+            exit(reason),
         ]);
-        prop_assert_eq!(kinds(machine.events.try_iter()), published);
-        prop_assert_eq!(machine.ask(Ask::State), Err(ControlError::Ended));
+        prop_assert_eq!(kinds(machine.events().into_iter()), published);
+        prop_assert!(machine.has_ended());
         Ok(())
     });
     if let Err(error) = result {
@@ -150,19 +161,20 @@ fn any_sequence_of_commands_leaves_a_machine_in_a_known_state() {
 
 /// Pauses and resumes (and resets, `resets` times) until told to stop; in
 /// between, the guest gets some time.
-fn disturb(control: &ControlHandle, resets: usize, enough: &AtomicBool) -> usize {
+fn disturb(machine: &Mailbox, resets: usize, enough: &AtomicBool) -> usize {
     let mut pauses = 0;
     let mut left = resets;
     while !enough.load(Ordering::Acquire) {
-        let paused = control.call(Ask::Pause);
+        let paused = machine.call(Ask::Pause);
         if left > 0 && pauses % 4 == 3 && paused == Ok(Reply::Done) {
             left -= 1;
             // The guest's own end may come first.
-            let _ = control.call(Ask::Reset);
+            let _ = machine.call(Ask::Reset);
         }
-        match (paused, control.call(Ask::Resume)) {
+        match (paused, machine.call(Ask::Resume)) {
             (Ok(Reply::Done), Ok(Reply::Done)) => pauses += 1,
-            (_, Err(ControlError::Ended)) => return pauses,
+            // The guest has come to its end.
+            (_, Err(_)) => return pauses,
             other => panic!("{other:?}"),
         }
         thread::sleep(Duration::from_millis(5));
@@ -186,7 +198,7 @@ fn a_disk_in_use_bears_pauses_and_resets() {
         let more = json!({ "devices": [blk(&disk, engine)], "serial": { "file": serial } });
         let mut machine = Local::boot(&config("blk", "verify indirect event-idx", more));
         let enough = AtomicBool::new(false);
-        let pauses = disturb(&machine.control, resets, &enough);
+        let pauses = disturb(&machine.mailbox, resets, &enough);
         let outcome = machine.outcome();
         let text = std::fs::read_to_string(&serial).unwrap();
         assert_eq!(outcome.reason, ExitReason::PowerOff, "{text}");
@@ -206,7 +218,7 @@ fn nothing_typed_or_printed_is_lost_over_pauses() {
         let pty = OpenOptions::new()
             .read(true)
             .write(true)
-            .open(machine.pty.as_ref().unwrap())
+            .open(machine.pty())
             .unwrap();
         let mut screen = Collected::from(pty.try_clone().unwrap());
         screen.wait_for("echo=ready");
@@ -215,7 +227,7 @@ fn nothing_typed_or_printed_is_lost_over_pauses() {
         let enough = AtomicBool::new(false);
         let text = thread::scope(|scope| {
             scope.spawn(|| (&pty).write_all(typed.as_bytes()).unwrap());
-            let disturber = scope.spawn(|| disturb(&machine.control, 0, &enough));
+            let disturber = scope.spawn(|| disturb(&machine.mailbox, 0, &enough));
             let text = screen.wait_for("echo:q");
             enough.store(true, Ordering::Release);
             assert!(disturber.join().unwrap() > 0);
@@ -241,7 +253,7 @@ fn what_is_typed_at_a_paused_machine_waits() {
     let pty = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(machine.pty.as_ref().unwrap())
+        .open(machine.pty())
         .unwrap();
     let mut screen = Collected::from(pty.try_clone().unwrap());
     screen.wait_for("echo=ready");
@@ -266,15 +278,17 @@ fn many_commanders_all_get_their_answers() {
     let more = json!({ "devices": [blk(&disk, json!({}))] });
     let cmdline = "bench=read count=1000000000 depth=8";
     let mut machine = Local::boot(&config("blk", cmdline, more));
-    let commands = [Ask::Pause, Ask::Resume, Ask::Reset, Ask::State];
+    let steps = [Step::Pause, Step::Resume, Step::Reset, Step::PowerButton];
     thread::scope(|scope| {
         for first in 0..4 {
-            let control = machine.control.clone();
-            let commands = &commands;
+            let machine = &machine;
+            let steps = &steps;
             scope.spawn(move || {
                 for n in 0..20 {
-                    let answer = control.call(commands[(first + n) % 4].clone());
-                    assert!(answer.is_ok(), "{answer:?}");
+                    // Others may just have done the same.
+                    if let Err(error) = machine.ask(steps[(first + n) % 4].command()) {
+                        assert_eq!(error.kind, ErrorKind::Conflict, "{error}");
+                    }
                 }
             });
         }
@@ -282,16 +296,15 @@ fn many_commanders_all_get_their_answers() {
     // Those that come too late are told so.
     let answers: Vec<_> = thread::scope(|scope| {
         let callers: Vec<_> = (0..4)
-            .map(|_| scope.spawn(|| machine.control.call(Ask::Stop)))
+            .map(|_| scope.spawn(|| machine.ask(Ask::Quit)))
             .collect();
         callers.into_iter().map(|c| c.join().unwrap()).collect()
     });
     assert!(answers.contains(&Ok(Reply::Done)), "{answers:?}");
     for answer in answers {
-        assert!(
-            matches!(answer, Ok(Reply::Done) | Err(ControlError::Ended)),
-            "{answer:?}"
-        );
+        if let Err(error) = answer {
+            assert_eq!(error.kind, ErrorKind::Conflict, "{error}");
+        }
     }
     assert_eq!(machine.outcome().reason, ExitReason::Stopped);
 }
@@ -301,13 +314,13 @@ fn a_stop_is_answered_when_the_machine_has_stopped() {
     if !can_run() {
         return;
     }
-    for first in [Ask::State, Ask::Pause] {
+    for first in [Step::PowerButton, Step::Pause] {
         let machine = Local::boot(&config("poke", "spin", json!({})));
-        machine.ask(first).unwrap();
-        assert_eq!(machine.ask(Ask::Stop), Ok(Reply::Done));
-        let last = kinds(machine.events.try_iter()).pop();
+        machine.ask(first.command()).unwrap();
+        assert_eq!(machine.ask(Ask::Quit), Ok(Reply::Done));
+        let last = kinds(machine.events().into_iter()).pop();
         let reason = ExitReason::Stopped;
-        assert_eq!(last, Some(EventKind::Exit { reason }));
+        assert_eq!(last, Some(exit(reason)));
     }
 }
 
@@ -324,7 +337,7 @@ fn guests_that_reset_themselves_start_in_a_fresh_machine() {
         let mut machine = Local::boot(&config("poke", &words, more));
         let outcome = machine.outcome();
         let text = std::fs::read_to_string(&serial).unwrap();
-        let events = kinds(machine.events.try_iter());
+        let events = kinds(machine.events().into_iter());
         if way == "triple" {
             assert_eq!(outcome.reason, ExitReason::TripleFault);
             continue;
@@ -340,7 +353,7 @@ fn guests_that_reset_themselves_start_in_a_fresh_machine() {
         let end = [
             state(VmState::ShuttingDown),
             state(VmState::Stopped),
-            EventKind::Exit { reason },
+            exit(reason),
         ];
         let want: Vec<_> = [&round[1..], &round, &round, &end].concat();
         assert_eq!(events, want);
@@ -365,9 +378,14 @@ fn the_ways_in_which_guests_end_are_told() {
         let place =
             detail.is_some_and(|d| d.starts_with("vCPU 0 shut down after a triple fault ("));
         assert_eq!(place, reason == ExitReason::TripleFault);
-        let events = kinds(machine.events.try_iter());
+        let events = kinds(machine.events().into_iter());
         assert_eq!(events.contains(&EventKind::GuestPanic), panicked);
-        assert_eq!(events.last(), Some(&EventKind::Exit { reason }));
+        assert_eq!(
+            events.last().is_some_and(
+                |last| matches!(last, EventKind::Exit { reason: r, .. } if *r == reason)
+            ),
+            true
+        );
     }
 }
 
@@ -417,6 +435,6 @@ fn a_reset_amid_accesses_to_devices_starts_at_the_first_instruction() {
         let text = std::fs::read_to_string(&serial).unwrap();
         text.contains("agree=yes").then_some(())
     });
-    assert_eq!(machine.ask(Ask::Stop), Ok(Reply::Done));
+    assert_eq!(machine.ask(Ask::Quit), Ok(Reply::Done));
     assert_eq!(machine.outcome().reason, ExitReason::Stopped);
 }

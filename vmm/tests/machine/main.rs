@@ -13,6 +13,7 @@
 mod consoles;
 mod disks;
 mod gdb;
+mod hotplug;
 mod lifecycle;
 mod resize;
 mod shape;

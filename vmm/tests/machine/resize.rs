@@ -7,7 +7,6 @@ use migration::{RestoreError, SectionSet};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
-use vmm::events::EventBus;
 use vmm::machine::driver::Driver;
 use vmm::machine::inbox::Message;
 use vmm::machine::resize::ResizeError;
@@ -80,7 +79,7 @@ impl Grown {
     }
 
     fn sizes(&self) -> Vec<EventKind> {
-        let kinds = self.machine.events.try_iter().map(|event| event.kind);
+        let kinds = self.machine.events().into_iter().map(|event| event.kind);
         kinds
             .filter(|kind| {
                 matches!(
@@ -316,7 +315,7 @@ fn the_state_of_slots_is_for_a_machine_that_has_what_they_hold() {
     let grown = save(&guest);
     let twin = |boot| {
         let more = json!({ "cpus": cpus(boot), "memory": memory, "serial": "null" });
-        built(&config("resize", "", more), &EventBus::default()).machine
+        built(&config("resize", "", more)).machine
     };
     let three = twin(3);
     three.restore_units(grown.clone()).unwrap();

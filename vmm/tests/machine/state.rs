@@ -3,7 +3,6 @@
 use api::{Command as Ask, Reply};
 use migration::{RestoreError, Section, SectionSet};
 use serde_json::{Value, json};
-use vmm::events::EventBus;
 
 use crate::support::{Local, built, can_run, config, until};
 
@@ -61,7 +60,7 @@ fn the_state_of_every_unit_survives_its_bytes() {
     for unit in ["com1", "i8042", "rtc", "pci", "disk0", "rng0"] {
         assert!(units.contains(&unit), "{unit} is not among {units:?}");
     }
-    let machine = built(&twin(&disk), &EventBus::default()).machine;
+    let machine = built(&twin(&disk)).machine;
     let fresh = machine.save_units().unwrap();
     assert_ne!(fresh, set, "the first machine has done something");
     let bytes = set.to_bytes();
@@ -86,14 +85,14 @@ fn a_machine_with_other_units_refuses_the_state() {
         "serial": "null",
         "debugcon": { "file": "/dev/null" },
     });
-    let machine = built(&config("blk", "", less), &EventBus::default()).machine;
+    let machine = built(&config("blk", "", less)).machine;
     match machine.restore_units(set.clone()) {
         Err(RestoreError::Unexpected { unit }) => assert_eq!(unit, "rng0"),
         Err(RestoreError::Invalid { .. }) => (),
         other => panic!("{other:?}"),
     }
     drop(machine);
-    let machine = built(&twin(&disk), &EventBus::default()).machine;
+    let machine = built(&twin(&disk)).machine;
     let mut fewer = SectionSet::default();
     for section in set.sections().iter().filter(|s| s.unit != "disk0") {
         fewer.push(section.clone());
@@ -111,7 +110,7 @@ fn state_that_was_tampered_with_is_refused_or_taken_and_harms_nobody() {
     }
     let disk = disk();
     let set = saved(&disk);
-    let machine = built(&twin(&disk), &EventBus::default()).machine;
+    let machine = built(&twin(&disk)).machine;
     let sections = set.sections();
     for (index, section) in sections.iter().enumerate() {
         for at in 0..section.body.len() {

@@ -5,21 +5,25 @@ use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use api::{Command as Ask, Control, ControlError, Event, Reply, VmState};
+use api::{
+    Answer, Command as Ask, Control, ControlError, Event, EventKind, EventLog, ExitReason,
+    PauseReason, Reply, VmState,
+};
 use serde_json::{Value, json};
 use virtio::models::MODELS;
 use vmm::config::VmConfig;
-use vmm::events::EventBus;
-use vmm::gdb::Server;
+use vmm::console::Consoles;
 use vmm::machine::build::{Built, build};
-use vmm::machine::driver::{Driver, Outcome};
-use vmm::machine::inbox::{ControlHandle, Mailbox, Message};
+use vmm::machine::driver::Driver;
+use vmm::machine::inbox::{Mailbox, Message, inbox};
 use vmm::machine::{Machine, MachineError};
+use vmm::monitor::{Description, Monitor, MonitorHandle, MonitorOptions};
 use vmm::opener::Opener;
 
 /// Nothing here takes long; who waits longer than this has found a fault.
@@ -278,58 +282,91 @@ pub fn config(name: &str, cmdline: &str, more: Value) -> VmConfig {
 
 /// A machine in this process.
 pub struct Local {
-    pub control: ControlHandle,
     pub mailbox: Mailbox,
-    pub events: Receiver<Event>,
-    pub pty: Option<String>,
-    driver: Option<JoinHandle<Result<Outcome, MachineError>>>,
-    server: Option<Server>,
+    pub handle: MonitorHandle,
+    /// The last event that [`Local::next_event`] gave.
+    seen: AtomicU64,
+    monitor: Option<JoinHandle<Result<ExitReason, MachineError>>>,
 }
 
 /// Builds a machine that is not run.
-pub fn built(config: &VmConfig, events: &EventBus) -> Built {
-    build(config, MODELS, &Arc::new(Opener::new()), events).unwrap()
+pub fn built(config: &VmConfig) -> Built {
+    built_with(config, &EventLog::default())
+}
+
+/// The same; what happens to it goes to `events`.
+pub fn built_with(config: &VmConfig, events: &EventLog) -> Built {
+    let (mailbox, _) = inbox().unwrap();
+    let (opener, consoles) = (Arc::new(Opener::new()), Arc::new(Consoles::new(0).unwrap()));
+    build(config, MODELS, &opener, &mailbox, events, &consoles).unwrap()
 }
 
 impl Local {
     pub fn boot(config: &VmConfig) -> Self {
-        let bus = EventBus::default();
-        let events = bus.subscribe();
-        let Built {
-            machine,
-            ears,
-            mailbox,
-            debugger,
-            pty,
-        } = built(config, &bus);
-        let cpus = machine.vcpus().count();
-        let timeout = Duration::from_secs(config.shutdown_timeout);
-        let driver = Driver::new(machine, ears, bus, timeout);
-        let server = debugger.map(|d| vmm::gdb::serve(d, mailbox.clone(), cpus).unwrap());
+        let opener = Arc::new(Opener::new());
+        let monitor = Monitor::new(MODELS, opener, MonitorOptions::default()).unwrap();
+        let (mailbox, handle) = (monitor.mailbox(), monitor.handle());
+        let description = Description::of(config.clone());
         let local = Self {
-            control: ControlHandle::new(mailbox.clone()),
             mailbox,
-            events,
-            pty,
-            driver: Some(thread::spawn(move || driver.run())),
-            server,
+            handle,
+            seen: AtomicU64::new(0),
+            monitor: Some(thread::spawn(move || monitor.run(description))),
         };
-        // The first answer comes from a machine that has booted; some guests
-        // have come to their end by then.
-        let state = local.ask(Ask::State);
-        let booted = [
-            Ok(Reply::State {
-                state: VmState::Running,
-                pause: None,
-            }),
-            Err(ControlError::Ended),
-        ];
-        assert!(booted.contains(&state), "{state:?}");
+        // Some guests have come to their end by then.
+        until("the boot", || {
+            let events = local.events();
+            let booted = |event: &Event| {
+                matches!(
+                    event.kind,
+                    EventKind::State {
+                        state: VmState::Running,
+                        ..
+                    }
+                )
+            };
+            events.iter().any(booted).then_some(())
+        });
         local
     }
 
     pub fn ask(&self, command: Ask) -> Result<Reply, ControlError> {
-        self.control.call(command)
+        self.mailbox.call(command)
+    }
+
+    /// The state now, and why it is paused.
+    pub fn state(&self) -> (VmState, Option<PauseReason>) {
+        let (answer, receiver) = channel();
+        let errand = Box::new(move |driver: &mut Driver| {
+            answer.send(driver.state()).unwrap();
+        });
+        assert!(self.mailbox.send(Message::Errand(errand)));
+        receiver.recv_timeout(LIMIT).unwrap()
+    }
+
+    /// Whether the monitor answers no more.
+    pub fn has_ended(&self) -> bool {
+        let nothing: Answer = Box::new(|_| ());
+        !self.mailbox.send(Message::Command(Ask::Boot, nothing))
+    }
+
+    /// All that has happened.
+    pub fn events(&self) -> Vec<Event> {
+        let events = self.handle.events().after(0, usize::MAX);
+        events.iter().map(|event| Event::clone(event)).collect()
+    }
+
+    /// Waits for the next event.
+    pub fn next_event(&self) -> EventKind {
+        let seen = self.seen.load(Ordering::Acquire);
+        let event = until("an event", || self.handle.events().after(seen, 1).pop());
+        self.seen.store(event.id, Ordering::Release);
+        event.kind.clone()
+    }
+
+    /// The far end of the serial port's pseudo-terminal.
+    pub fn pty(&self) -> PathBuf {
+        self.handle.info().unwrap().config.serial.file.unwrap()
     }
 
     /// Has the control thread do something with the machine.
@@ -356,21 +393,46 @@ impl Local {
 
     /// Waits for the end that the guest or a command has brought about.
     pub fn outcome(&mut self) -> Outcome {
-        let driver = self.driver.take().unwrap();
+        let monitor = self.monitor.take().unwrap();
         until("the end of the machine", || {
-            driver.is_finished().then_some(())
+            monitor.is_finished().then_some(())
         });
-        let outcome = driver.join().unwrap().unwrap();
-        self.server = None;
-        outcome
+        let reason = monitor.join().unwrap().unwrap();
+        let detail = self
+            .events()
+            .into_iter()
+            .rev()
+            .find_map(|event| match event.kind {
+                EventKind::Exit { detail, .. } => Some(detail),
+                _ => None,
+            });
+        Outcome {
+            reason,
+            detail: detail.flatten(),
+        }
     }
+}
+
+/// What is published at the end of a machine of which nothing was wrong.
+pub fn exit(reason: ExitReason) -> EventKind {
+    EventKind::Exit {
+        reason,
+        detail: None,
+    }
+}
+
+/// How a machine ended.
+#[derive(Debug)]
+pub struct Outcome {
+    pub reason: ExitReason,
+    pub detail: Option<String>,
 }
 
 impl Drop for Local {
     fn drop(&mut self) {
-        if let Some(driver) = self.driver.take() {
-            let _ = self.control.call(Ask::Stop);
-            let _ = driver.join();
+        if let Some(monitor) = self.monitor.take() {
+            let _ = self.ask(Ask::Quit);
+            let _ = monitor.join();
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The configuration of a block device.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use block::{
     Aio, BackingPolicy, Cache, DetectZeroes, Discard, DiskOptions, ImageOptions, open_disk,
@@ -10,6 +11,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
+use crate::limit::{self, Limiter, RateGroups, RateLimits, Throttle};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -126,6 +128,18 @@ const FIELDS: &[Field] = &[
         required: false,
         help: "entries in each queue, a power of two from 4 to 32768 (default 256)",
     },
+    limit::FIELDS[0],
+    limit::FIELDS[1],
+    limit::FIELDS[2],
+    limit::FIELDS[3],
+    limit::FIELDS[4],
+    limit::FIELDS[5],
+    Field {
+        name: "rate_limit_group",
+        kind: FieldKind::Text,
+        required: false,
+        help: "id of a --rate-limit-group whose limits it shares (default none)",
+    },
 ];
 
 /// The configuration of a block device.
@@ -185,6 +199,27 @@ pub struct BlkConfig {
     /// Entries in each queue: a power of two from 4 to 32768.
     #[serde(default = "default_queue_size")]
     pub queue_size: u64,
+    /// Bytes that may be moved in [`BlkConfig::bw_refill_time`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_size: Option<u64>,
+    /// Milliseconds in which they become available again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_refill_time: Option<u64>,
+    /// Bytes that may be moved once beyond that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bw_one_time_burst: Option<u64>,
+    /// Requests that may be made in [`BlkConfig::ops_refill_time`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_size: Option<u64>,
+    /// Milliseconds in which they become available again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_refill_time: Option<u64>,
+    /// Requests that may be made once beyond that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_one_time_burst: Option<u64>,
+    /// The group whose limits the disk shares, beside its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
 }
 
 /// What becomes of a read that fails.
@@ -289,6 +324,51 @@ impl BlkConfig {
         })
     }
 
+    /// The disk's own limits.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Field`] when half a limit is given.
+    pub fn rate_limits(&self) -> Result<RateLimits, BuildError> {
+        let value = |key: &str| match key {
+            "bw_size" => self.bw_size,
+            "bw_refill_time" => self.bw_refill_time,
+            "bw_one_time_burst" => self.bw_one_time_burst,
+            "ops_size" => self.ops_size,
+            "ops_refill_time" => self.ops_refill_time,
+            "ops_one_time_burst" => self.ops_one_time_burst,
+            _ => None,
+        };
+        RateLimits::from_keys(value).map_err(|field| BuildError::Field {
+            field,
+            reason: "it is missing beside the other keys of the limit: give it too".to_owned(),
+        })
+    }
+
+    /// The limits that hold for the disk, with full buckets of its own.
+    fn throttle(&self, groups: &RateGroups) -> Result<Throttle, BuildError> {
+        let own = Arc::new(Limiter::new(self.rate_limits()?));
+        let group = match &self.rate_limit_group {
+            None => None,
+            Some(name) => Some(groups.get(name).ok_or_else(|| BuildError::Field {
+                field: "rate_limit_group",
+                reason: format!("there is no group '{name}': add it"),
+            })?),
+        };
+        Ok(Throttle { own, group })
+    }
+
+    /// Puts limits into the keys that say them.
+    pub fn set_rate_limits(&mut self, limits: RateLimits) {
+        let RateLimits { bandwidth, ops } = limits;
+        self.bw_size = bandwidth.map(|bucket| bucket.size);
+        self.bw_refill_time = bandwidth.map(|bucket| bucket.refill_time);
+        self.bw_one_time_burst = bandwidth.map(|bucket| bucket.one_time_burst);
+        self.ops_size = ops.map(|bucket| bucket.size);
+        self.ops_refill_time = ops.map(|bucket| bucket.refill_time);
+        self.ops_one_time_burst = ops.map(|bucket| bucket.one_time_burst);
+    }
+
     /// How the image is to be opened.
     #[must_use]
     pub fn image_options(&self) -> ImageOptions {
@@ -313,8 +393,12 @@ impl BlkConfig {
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
+    let throttle = config.throttle(&context.groups)?;
     let disk = open_disk(&config.path, &*context.opener, &config.image_options())
         .map_err(|error| BuildError::Backend(error.into()))?;
     disk.set_write_threshold(config.write_threshold);
-    Ok(Box::new(Blk::new(&context.id, disk, settings)))
+    let mut blk = Blk::new(&context.id, disk, settings);
+    blk.throttle = throttle;
+    blk.config = Some(config);
+    Ok(Box::new(blk))
 }

@@ -15,6 +15,7 @@ use crate::testing::{
     start,
 };
 
+mod changes;
 mod configuration;
 mod disk;
 mod errors;

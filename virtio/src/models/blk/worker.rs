@@ -7,6 +7,12 @@
 //! of the queue bounds everything: a discard's ranges go one after the other,
 //! and a write that must be durable is followed by a flush.
 //!
+//! # Limits
+//!
+//! A request that is over a limit ([`Throttle`]) is put back, and so is what
+//! comes behind it. The worker sleeps for the time that it is told, or until
+//! something else wakes it, and looks at the request anew. Other queues go on.
+//!
 //! # Requests that wait
 //!
 //! A request that fails and is to stop the machine ([`ErrorAction::Stop`]) is
@@ -18,9 +24,10 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
 use devices::LogLimit;
@@ -30,6 +37,7 @@ use super::config::{OnReadError, OnWriteError};
 use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
 use crate::device::{ActivateError, DiskReport, ErrorAction, Notifier, StoppedQueue};
+use crate::limit::{Clock, Throttle};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, total};
 use crate::worker::{QueueWorker, Turn, Wake};
@@ -40,9 +48,6 @@ const MAX_DEPTH: u16 = 1024;
 
 const DOORBELL: Watch = Watch(0);
 const WAKE: Watch = Watch(1);
-
-/// Tells the time. It is asked for differences of microseconds.
-pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
 /// What the workers of a device are given.
 #[derive(Clone)]
@@ -67,7 +72,9 @@ pub struct Service {
     pub werror: OnWriteError,
     /// The configuration space's writeback field, which may change at any time.
     pub writeback: Arc<AtomicBool>,
-    /// What polling is timed by.
+    /// The limits that requests wait for.
+    pub throttle: Throttle,
+    /// What polling is timed by, and limits.
     pub clock: Clock,
 }
 
@@ -79,6 +86,8 @@ enum Served {
     /// The disk has as many as it is to have, or some wait for the next
     /// start. The driver does not kick.
     Full,
+    /// The next one has to wait so long. The driver does not kick.
+    Limited(Duration),
     /// It was enough for one turn.
     More,
 }
@@ -187,7 +196,9 @@ impl Worker {
             if !self.ring.next(view, &mut self.chain)? {
                 return Ok(Served::Empty);
             }
-            self.begin(view)?;
+            if let Some(wait) = self.begin(view)? {
+                return Ok(Served::Limited(wait));
+            }
         }
         Ok(Served::More)
     }
@@ -195,6 +206,9 @@ impl Worker {
     /// Submits, and waits until there is something to do: looks for a while,
     /// then sleeps. What the ring has to say of errors it says again to the next turn.
     fn rest(&mut self, view: &GuestMap, served: Served) -> io::Result<()> {
+        if let Served::Limited(wait) = served {
+            return self.io.wait(Some(wait), &mut self.completed);
+        }
         let listens = served == Served::Empty;
         let begin = (self.service.clock)();
         let span = self.window().span();
@@ -229,27 +243,36 @@ impl Worker {
         }
     }
 
-    /// Begins what the chain asks for, or answers it at once.
-    fn begin(&mut self, view: &Arc<GuestMap>) -> Result<(), RingError> {
+    /// Begins what the chain asks for, or answers it at once. A request that
+    /// is over a limit goes back to the front of the queue, and is read anew
+    /// when it has waited; how long that is, is returned.
+    fn begin(&mut self, view: &Arc<GuestMap>) -> Result<Option<Duration>, RingError> {
         let head = self.chain.head;
         let limits = &self.service.limits;
         let parsed = parse(view, &mut self.chain, limits, &mut self.ranges);
         let Some(Parsed { status_at, ask }) = parsed else {
-            return self.ring.complete(view, head, 0);
+            return self.ring.complete(view, head, 0).map(|()| None);
         };
         match ask.and_then(|ask| self.first_step(view, ask)) {
             Ok(Step::Disk(job, op, offset, buffers)) => {
+                let Service {
+                    throttle, clock, ..
+                } = &self.service;
+                if let Err(wait) = throttle.take(buffers.len(), clock) {
+                    self.ring.put_back(iter::once(head));
+                    return Ok(Some(wait));
+                }
                 let token = self.occupy(view, status_at, job);
                 self.push(token, op, offset, buffers);
-                Ok(())
+                Ok(None)
             }
             Ok(Step::Answer(written)) => {
                 let written = put_status(view, status_at, Status::Ok, written);
-                self.ring.complete(view, head, written)
+                self.ring.complete(view, head, written).map(|()| None)
             }
             Err(status) => {
                 let written = put_status(view, status_at, status, 0);
-                self.ring.complete(view, head, written)
+                self.ring.complete(view, head, written).map(|()| None)
             }
         }
     }

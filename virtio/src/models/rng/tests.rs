@@ -16,6 +16,7 @@ fn context() -> BuildContext {
         id: "rng0".to_owned(),
         opener: Arc::new(Files),
         cpus: 1,
+        groups: crate::limit::RateGroups::default(),
     }
 }
 

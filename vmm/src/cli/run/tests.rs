@@ -1,10 +1,12 @@
 use clap::FromArgMatches;
 use serde_json::json;
+use virtio::limit::{Bucket, RateLimits};
 
 use super::super::{Cli, Verb, command};
 use super::*;
 use crate::config::device::tests::TEST_MODELS;
-use crate::config::{MachineType, Thp};
+use crate::config::serial::FileSink;
+use crate::config::{MachineType, SinkConfig, Thp};
 
 /// The configuration that `vireo run --kernel k` and these arguments make.
 fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
@@ -13,7 +15,8 @@ fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
     let Verb::Run(parsed) = Cli::from_arg_matches(&matches)?.verb else {
         panic!("not run");
     };
-    configure(*parsed, matches.subcommand_matches("run"), TEST_MODELS)
+    let (config, _) = configure(*parsed, matches.subcommand_matches("run"), TEST_MODELS)?;
+    Ok(config)
 }
 
 fn refusal(arguments: &[&str]) -> String {
@@ -45,6 +48,10 @@ fn every_flag_reaches_the_configuration() {
         "vireo-dev",
         "--serial",
         "pty",
+        "--serial",
+        "file=/log",
+        "--serial-replay",
+        "1M",
         "--debugcon",
         "stdio",
         "--gdb",
@@ -53,6 +60,12 @@ fn every_flag_reaches_the_configuration() {
         "off",
         "--shutdown-timeout",
         "5",
+        "--smbios",
+        "serial=s,oem_string=a",
+        "--smbios",
+        "oem_string=b",
+        "--rate-limit-group",
+        "g,ops_size=5,ops_refill_time=6",
     ])
     .unwrap();
     let expected = VmConfig {
@@ -73,18 +86,38 @@ fn every_flag_reaches_the_configuration() {
             ..MemoryConfig::default()
         },
         payload: PayloadConfig {
-            kernel: "/k".into(),
+            kernel: Some("/k".into()),
             initramfs: Some("/i".into()),
             cmdline: "-x y".to_owned(),
             boot_protocol: BootProtocol::Pvh,
         },
         devices: Vec::new(),
-        serial: SerialConfig::Pty,
+        rate_limit_groups: vec![RateLimitGroupConfig {
+            id: "g".to_owned(),
+            limits: RateLimits {
+                bandwidth: None,
+                ops: Some(Bucket {
+                    size: 5,
+                    one_time_burst: 0,
+                    refill_time: 6,
+                }),
+            },
+        }],
+        serial: SerialConfig::Sinks(vec![
+            SinkConfig::Pty,
+            SinkConfig::File(FileSink::new("/log")),
+        ]),
+        serial_replay: 1 << 20,
         debugcon: DebugconConfig::Stdio,
         gdb: Some(GdbConfig::Tcp {
             host: "127.0.0.1".to_owned(),
             port: 99,
         }),
+        smbios: SmbiosConfig {
+            serial: Some("s".to_owned()),
+            oem_strings: vec!["a".to_owned(), "b".to_owned()],
+            ..SmbiosConfig::default()
+        },
         pvpanic: false,
         shutdown_timeout: 5,
     };
@@ -145,6 +178,18 @@ fn a_wrong_value_is_refused_by_the_name_of_its_flag() {
             "--machine: type=q35: not one of the choices",
         ),
         (&["--serial", "socket"], "--serial: 'socket' is none of tty"),
+        (
+            &["--serial", "file=a,max_size=1"],
+            "--serial: max_size=1: a file holds at least 4K",
+        ),
+        (
+            &["--serial", "tty", "--serial", "off"],
+            "--serial: 'off' means",
+        ),
+        (
+            &["--serial-replay", "17M"],
+            "--serial-replay 17825792: at most 16M",
+        ),
         (&["--debugcon", "file="], "--debugcon: 'file=' has no path"),
         (&["--gdb", "1234"], "--gdb: '1234' is none of unix:PATH"),
         (
@@ -194,4 +239,24 @@ fn the_help_names_the_flag_and_every_key_of_every_model() {
         "the default command line is stated"
     );
     assert!(help.contains("Kinds: blk, rng."));
+}
+
+#[test]
+fn what_smbios_and_groups_cannot_be_is_refused_with_flag_and_key() {
+    for (arguments, part) in [
+        (["--smbios", "uuid=1"], "--smbios: uuid '1'"),
+        (["--smbios", "colour=1"], "--smbios: unknown key 'colour'"),
+        (
+            ["--rate-limit-group", "g,ops_size=1"],
+            "--rate-limit-group: 'ops_refill_time' is missing",
+        ),
+        (["--rate-limit-group", "ops_size=1"], "'id' is missing"),
+        (
+            ["--rate-limit-group", "id=-g"],
+            "--rate-limit-group id '-g'",
+        ),
+    ] {
+        let message = refusal(&arguments);
+        assert!(message.contains(part), "{message}");
+    }
 }

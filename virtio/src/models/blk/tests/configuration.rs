@@ -8,6 +8,7 @@ use block::{Cache, Discard, DiskOptions};
 use serde_json::{Map, Value, json};
 
 use super::*;
+use crate::limit::RateGroups;
 use crate::models::{BuildContext, BuildError};
 use crate::schema::FieldKind;
 
@@ -19,11 +20,12 @@ impl block::Opener for Files {
     }
 }
 
-fn context() -> BuildContext {
+pub(super) fn context() -> BuildContext {
     BuildContext {
         id: "disk0".to_owned(),
         opener: Arc::new(Files),
         cpus: 2,
+        groups: RateGroups::default(),
     }
 }
 

@@ -33,6 +33,9 @@ pub struct Shared {
     pub peak: AtomicUsize,
     pub observers: Mutex<Vec<Arc<dyn Observer>>>,
     rouse: Mutex<Vec<EventFd>>,
+    /// Who hears of waits that are limited, and how long they may last. They
+    /// end by events alone.
+    pub sleeps: Mutex<Option<Sender<Duration>>>,
 }
 
 #[derive(Clone)]
@@ -64,6 +67,7 @@ pub fn disk(info: DiskInfo) -> (MemDisk, Receiver<Call>) {
         peak: AtomicUsize::new(0),
         observers: Mutex::default(),
         rouse: Mutex::default(),
+        sleeps: Mutex::default(),
     };
     (MemDisk(Arc::new(shared)), receiver)
 }
@@ -220,6 +224,11 @@ impl IoQueue for MemQueue {
                     bytes: 0,
                 });
             }
+        }
+        if let Some(limit) = timeout.filter(|limit| !limit.is_zero())
+            && let Some(sleeps) = &*self.disk.sleeps.lock().unwrap()
+        {
+            let _ = sleeps.send(limit);
         }
         let at_once = !self.done.is_empty() || timeout == Some(Duration::ZERO);
         let mut events = [EpollEvent::default(); 4];

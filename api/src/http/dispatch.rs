@@ -1,0 +1,263 @@
+//! From a request to a call of [`Control`], and from what that gives to an answer.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+
+use super::answer::Answer;
+use super::head::{Head, Target};
+use super::json::{self, Reader};
+use super::mailbox::Mailbox;
+use crate::routes::{Endpoint, Method, Route, Success};
+use crate::{AddDevice, Command, Control, ControlError, Reply, wire};
+
+/// The protocol of `vm.console-attach`.
+pub(super) const CONSOLE: &str = "vireo-console";
+
+/// A request that is all there.
+#[derive(Debug)]
+pub(super) struct Request<'a> {
+    pub head: &'a Head,
+    pub body: &'a [u8],
+    /// What came along with it. What is not taken is closed.
+    pub descriptors: Vec<OwnedFd>,
+    /// The connection, for the answer to a command.
+    pub key: u64,
+}
+
+/// What becomes of a request.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// It is answered.
+    Answered(Answer),
+    /// It has been submitted; the mailbox will have the answer.
+    Submitted(&'static Route),
+    /// The connection is to carry events from behind this one on.
+    Events(u64),
+    /// The connection is to be joined to this stream.
+    Console(UnixStream),
+}
+
+impl From<Answer> for Outcome {
+    fn from(answer: Answer) -> Self {
+        Self::Answered(answer)
+    }
+}
+
+/// What requests are carried out with.
+pub(super) struct Dispatcher {
+    pub control: Arc<dyn Control>,
+    pub mailbox: Arc<Mailbox>,
+    pub reader: Reader,
+}
+
+impl Dispatcher {
+    /// Carries a request out, or begins to.
+    pub fn dispatch(&mut self, request: Request<'_>) -> Outcome {
+        match &request.head.target {
+            Target::Nothing => Answer::not_found().into(),
+            // v1's server knows no 405.
+            Target::Method(None) => Answer::error(400, &["Bad Request"]).into(),
+            Target::Method(Some(allow)) => Answer {
+                allow: Some(allow),
+                ..Answer::error(405, &["Bad Request", "The method is not one of Allow"])
+            }
+            .into(),
+            Target::Missing(missing) => {
+                let what = format!("Vireo has no {} yet", missing.what);
+                Answer::error(501, &["Error from API", missing.failed, &what]).into()
+            }
+            Target::Route(route, query) => self
+                .serve(route, query, request)
+                .unwrap_or_else(Outcome::Answered),
+        }
+    }
+
+    fn serve(
+        &mut self,
+        route: &'static Route,
+        query: &str,
+        request: Request<'_>,
+    ) -> Result<Outcome, Answer> {
+        let takes_query = matches!(
+            route.endpoint,
+            Endpoint::VmEvents | Endpoint::VmConsoleAttach
+        );
+        if !takes_query && let Some((name, _)) = parameters(query).next() {
+            return Err(unknown_parameter(name));
+        }
+        if route.method == Method::Get {
+            return self.get(route, query, &request);
+        }
+        match (route.request, request.body.is_empty()) {
+            (Some(_), true) => return Err(Answer::bad(&format!("{} needs a body", route.name))),
+            // v1 ignores a body where the monitor ends.
+            (None, false) if route.endpoint != Endpoint::VmmShutdown => {
+                return Err(Answer::bad(&format!("{} takes no body", route.name)));
+            }
+            _ => (),
+        }
+        self.put(route, request)
+    }
+
+    fn get(
+        &self,
+        route: &'static Route,
+        query: &str,
+        request: &Request<'_>,
+    ) -> Result<Outcome, Answer> {
+        let failure = |error: ControlError| Answer::failure(route.failed, &error);
+        let control = &self.control;
+        let answer = match route.endpoint {
+            Endpoint::VmmPing => Answer::json(&control.ping()),
+            Endpoint::VmmOpenapi => {
+                Answer::content(json::TYPE, crate::openapi::DOCUMENT.as_bytes())
+            }
+            Endpoint::VmInfo => Answer::json(&control.info().map_err(failure)?),
+            Endpoint::VmCounters => Answer::json(&control.counters().map_err(failure)?),
+            Endpoint::VmDevices => Answer::json(&control.devices().map_err(failure)?),
+            Endpoint::VmJobs => Answer::json(&control.jobs()),
+            Endpoint::VmMetrics => {
+                let kind = match route.success {
+                    Success::Text(kind) => kind,
+                    _ => "text/plain",
+                };
+                Answer::content(kind, control.metrics().into_bytes())
+            }
+            Endpoint::VmConsoleList => Answer::json(&control.consoles()),
+            Endpoint::VmEvents => return self.events(query, request.head.last_event),
+            Endpoint::VmConsoleAttach => {
+                let wanted = console_request(query)?;
+                if request.head.upgrade.as_deref() != Some(CONSOLE) {
+                    return Err(Answer::bad(&format!(
+                        "vm.console-attach needs `Connection: Upgrade` and `Upgrade: {CONSOLE}`"
+                    )));
+                }
+                let stream = control.open_console(&wanted).map_err(failure)?;
+                return Ok(Outcome::Console(stream));
+            }
+            _ => Answer::not_found(),
+        };
+        Ok(answer.into())
+    }
+
+    /// Where a stream of events begins: behind the event that the client names, else
+    /// with what happens from now on.
+    fn events(&self, query: &str, last_event: Option<u64>) -> Result<Outcome, Answer> {
+        let mut seen = last_event;
+        for (name, value) in parameters(query) {
+            match (name, value.parse()) {
+                // A client that comes back sends the address that it began with.
+                ("since", Ok(since)) => seen = seen.or(Some(since)),
+                ("since", Err(_)) => return Err(Answer::bad("`since` is not a number")),
+                _ => return Err(unknown_parameter(name)),
+            }
+        }
+        let newest = self.control.events().last();
+        Ok(Outcome::Events(match seen {
+            // A number from the future is one of a monitor that is gone.
+            Some(seen) if seen > newest => 0,
+            Some(seen) => seen,
+            None => newest,
+        }))
+    }
+
+    fn put(&mut self, route: &'static Route, request: Request<'_>) -> Result<Outcome, Answer> {
+        let key = request.key;
+        let command = match route.endpoint {
+            Endpoint::VmmShutdown => Command::Quit,
+            Endpoint::VmDelete => Command::Delete,
+            Endpoint::VmBoot => Command::Boot,
+            Endpoint::VmShutdown => Command::Shutdown,
+            Endpoint::VmReboot => Command::Reboot,
+            Endpoint::VmReset => Command::Reset,
+            Endpoint::VmPause => Command::Pause,
+            Endpoint::VmResume => Command::Resume,
+            Endpoint::VmPowerButton => Command::PowerButton,
+            Endpoint::VmNmi => Command::Nmi,
+            Endpoint::VmJobCancel => {
+                let wire::JobCancel { id } = self.body(route, &request)?;
+                let done = self.control.cancel_job(&id);
+                done.map_err(|error| Answer::failure(route.failed, &error))?;
+                return Ok(Answer::NOTHING.into());
+            }
+            _ => self.command_with_body(route, request)?,
+        };
+        let answer = self.mailbox.answer(key);
+        self.control.submit(command, answer);
+        Ok(Outcome::Submitted(route))
+    }
+
+    fn command_with_body(
+        &mut self,
+        route: &'static Route,
+        mut request: Request<'_>,
+    ) -> Result<Command, Answer> {
+        let descriptors = std::mem::take(&mut request.descriptors);
+        let add = |device| Command::AddDevice(Box::new(device));
+        Ok(match route.endpoint {
+            Endpoint::VmCreate => Command::Create(self.body(route, &request)?),
+            Endpoint::VmResize => Command::Resize(self.body(route, &request)?),
+            Endpoint::VmResizeDisk => Command::ResizeDisk(self.body(route, &request)?),
+            Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
+            Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
+            Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
+            Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
+            Endpoint::VmAddDisk => add(AddDevice::Disk(self.body(route, &request)?)),
+            Endpoint::VmAddNet => add(AddDevice::Net(self.body(route, &request)?, descriptors)),
+            Endpoint::VmAddVsock => add(AddDevice::Vsock(self.body(route, &request)?)),
+            Endpoint::VmAddFs => add(AddDevice::Fs(self.body(route, &request)?)),
+            Endpoint::VmAddVirtio => add(AddDevice::Virtio(self.body(route, &request)?)),
+            _ => return Err(Answer::not_found()),
+        })
+    }
+
+    fn body<T: DeserializeOwned>(
+        &mut self,
+        route: &'static Route,
+        request: &Request<'_>,
+    ) -> Result<T, Answer> {
+        self.reader
+            .read(request.body, route, self.control.events())
+            .map_err(|error| {
+                Answer::error(400, &["Failed to deserialize JSON", &error.to_string()])
+            })
+    }
+}
+
+/// The answer to a command of `route`.
+pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> Answer {
+    match (result, route.success) {
+        (Err(error), _) => Answer::failure(route.failed, error),
+        (Ok(Reply::Added(place)), _) => Answer::json(place),
+        (Ok(Reply::Started(job)), _) => Answer::json(job),
+        (Ok(Reply::Done), Success::EmptyBody) => Answer::empty(),
+        (Ok(Reply::Done), _) => Answer::NOTHING,
+    }
+}
+
+fn console_request(query: &str) -> Result<wire::ConsoleRequest, Answer> {
+    let mut wanted = wire::ConsoleRequest::default();
+    for (name, value) in parameters(query) {
+        wanted.replay = match (name, value) {
+            ("replay", "1" | "true") => true,
+            ("replay", "0" | "false") => false,
+            ("replay", _) => return Err(Answer::bad("`replay` is neither 0 nor 1")),
+            _ => return Err(unknown_parameter(name)),
+        };
+    }
+    Ok(wanted)
+}
+
+fn parameters(query: &str) -> impl Iterator<Item = (&str, &str)> {
+    query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+}
+
+fn unknown_parameter(name: &str) -> Answer {
+    Answer::bad(&format!("unknown parameter `{name}`"))
+}

@@ -1,0 +1,489 @@
+//! The endpoints of the socket: one table, which serves requests and describes them.
+//!
+//! [`ROUTES`] has what there is; [`MISSING`] what v1 has besides, which is
+//! answered by [`crate::ErrorKind::Unimplemented`] and the name of what is
+//! missing. Anything else is not found.
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+
+use crate::wire;
+
+/// What all paths begin with.
+pub const BASE: &str = "/api/v1/";
+
+/// The methods that are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Method {
+    /// Asks.
+    Get,
+    /// Changes.
+    Put,
+}
+
+/// An endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Endpoint {
+    /// GET vmm.ping
+    VmmPing,
+    /// PUT vmm.shutdown
+    VmmShutdown,
+    /// GET vmm.openapi
+    VmmOpenapi,
+    /// GET vm.info
+    VmInfo,
+    /// GET vm.counters
+    VmCounters,
+    /// GET vm.devices
+    VmDevices,
+    /// GET vm.events
+    VmEvents,
+    /// GET vm.jobs
+    VmJobs,
+    /// PUT vm.job-cancel
+    VmJobCancel,
+    /// GET vm.metrics
+    VmMetrics,
+    /// PUT vm.create
+    VmCreate,
+    /// PUT vm.delete
+    VmDelete,
+    /// PUT vm.boot
+    VmBoot,
+    /// PUT vm.shutdown
+    VmShutdown,
+    /// PUT vm.reboot
+    VmReboot,
+    /// PUT vm.reset
+    VmReset,
+    /// PUT vm.pause
+    VmPause,
+    /// PUT vm.resume
+    VmResume,
+    /// PUT vm.power-button
+    VmPowerButton,
+    /// PUT vm.nmi
+    VmNmi,
+    /// PUT vm.resize
+    VmResize,
+    /// PUT vm.resize-disk
+    VmResizeDisk,
+    /// PUT vm.update-disk
+    VmUpdateDisk,
+    /// PUT vm.add-disk
+    VmAddDisk,
+    /// PUT vm.add-net
+    VmAddNet,
+    /// PUT vm.add-vsock
+    VmAddVsock,
+    /// PUT vm.add-fs
+    VmAddFs,
+    /// PUT vm.add-virtio
+    VmAddVirtio,
+    /// PUT vm.remove-device
+    VmRemoveDevice,
+    /// PUT vm.coredump
+    VmCoredump,
+    /// GET vm.console
+    VmConsoleList,
+    /// PUT vm.console
+    VmConsoleChange,
+    /// GET vm.console-attach
+    VmConsoleAttach,
+}
+
+/// Says what a body looks like.
+pub type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
+
+/// What is answered when all is well.
+#[derive(Clone, Copy, Debug)]
+pub enum Success {
+    /// 204.
+    Nothing,
+    /// 200 without a body (`vmm.shutdown`, as in v1).
+    EmptyBody,
+    /// 200 with an object.
+    Object(SchemaOf),
+    /// 200 with the place of the device where there is a machine, else 204.
+    Placed,
+    /// 200 with a text of this content type.
+    Text(&'static str),
+    /// 101, and a stream of bytes by the name of the protocol.
+    Stream(&'static str),
+    /// 204 when it is done, 200 with the job when it goes on: v1 clients take any
+    /// other code for a failure.
+    DoneOrJob,
+}
+
+/// An endpoint and what there is to say of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    /// Which it is.
+    pub endpoint: Endpoint,
+    /// Its method.
+    pub method: Method,
+    /// Its path behind [`BASE`].
+    pub name: &'static str,
+    /// Whether it is an addition to v1: then unknown fields are refused.
+    pub added: bool,
+    /// What it does, in a sentence.
+    pub about: &'static str,
+    /// What has not been done when it fails: the second element of the body.
+    pub failed: &'static str,
+    /// What it takes; without, a body is refused.
+    pub request: Option<SchemaOf>,
+    /// What it answers.
+    pub success: Success,
+    /// The other codes that it answers, beside 500.
+    pub errors: &'static [u16],
+}
+
+/// An endpoint of v1 that this monitor has not.
+#[derive(Clone, Copy, Debug)]
+pub struct Missing {
+    /// Its method.
+    pub method: Method,
+    /// Its path behind [`BASE`].
+    pub name: &'static str,
+    /// What has not been done: the second element of the body.
+    pub failed: &'static str,
+    /// What is missing, in the plural.
+    pub what: &'static str,
+}
+
+const fn missing(name: &'static str, failed: &'static str, what: &'static str) -> Missing {
+    Missing {
+        method: Method::Put,
+        name,
+        failed,
+        what,
+    }
+}
+
+/// What v1 has and this monitor has not.
+pub const MISSING: &[Missing] = &[
+    missing(
+        "vm.resize-zone",
+        "The memory zone could not be resized",
+        "memory zones",
+    ),
+    missing(
+        "vm.add-device",
+        "The device could not be added to the VM",
+        "VFIO devices",
+    ),
+    missing(
+        "vm.add-user-device",
+        "The user device could not be added to the VM",
+        "vfio-user devices",
+    ),
+    missing(
+        "vm.add-generic-vhost-user",
+        "The generic vhost-user device could not be added to the VM",
+        "generic vhost-user devices",
+    ),
+    missing(
+        "vm.add-pmem",
+        "The pmem device could not be added to the VM",
+        "pmem devices",
+    ),
+    missing(
+        "vm.add-vdpa",
+        "The vDPA device could not be added to the VM",
+        "vDPA devices",
+    ),
+    missing(
+        "vm.snapshot",
+        "The VM could not be snapshotted",
+        "snapshots",
+    ),
+    missing("vm.restore", "The VM could not be restored", "snapshots"),
+    missing(
+        "vm.receive-migration",
+        "Error receiving migration",
+        "migrations",
+    ),
+    missing(
+        "vm.send-migration",
+        "Error dispatching the migration worker",
+        "migrations",
+    ),
+];
+
+const fn get(endpoint: Endpoint, name: &'static str) -> Route {
+    Route {
+        endpoint,
+        method: Method::Get,
+        name,
+        added: false,
+        about: "",
+        failed: "The VM info is not available",
+        request: None,
+        success: Success::Nothing,
+        errors: &[],
+    }
+}
+
+const fn put(endpoint: Endpoint, name: &'static str, failed: &'static str) -> Route {
+    Route {
+        method: Method::Put,
+        failed,
+        errors: &[400, 404, 409],
+        ..get(endpoint, name)
+    }
+}
+
+impl Route {
+    const fn added(self) -> Self {
+        Self {
+            added: true,
+            ..self
+        }
+    }
+
+    const fn about(self, about: &'static str) -> Self {
+        Self { about, ..self }
+    }
+
+    const fn answers(self, success: Success) -> Self {
+        Self { success, ..self }
+    }
+
+    const fn fails(self, errors: &'static [u16]) -> Self {
+        Self { errors, ..self }
+    }
+
+    const fn takes<T: JsonSchema>(self) -> Self {
+        Self {
+            request: Some(schema_of::<T>),
+            ..self
+        }
+    }
+
+    const fn gives<T: JsonSchema>(self) -> Self {
+        self.answers(Success::Object(schema_of::<T>))
+    }
+}
+
+fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+    generator.subschema_for::<T>()
+}
+
+/// Every endpoint there is.
+pub const ROUTES: &[Route] = &[
+    get(Endpoint::VmmPing, "vmm.ping")
+        .about("Tells version, process and abilities of the monitor.")
+        .gives::<wire::VmmPingResponse>(),
+    put(
+        Endpoint::VmmShutdown,
+        "vmm.shutdown",
+        "The VMM could not shutdown",
+    )
+    .about("Ends machine and monitor.")
+    .answers(Success::EmptyBody)
+    .fails(&[]),
+    get(Endpoint::VmmOpenapi, "vmm.openapi")
+        .added()
+        .about("Gives this document.")
+        .answers(Success::Text("application/json")),
+    get(Endpoint::VmInfo, "vm.info")
+        .about("Tells description and state of the machine.")
+        .gives::<wire::VmInfo>()
+        .fails(&[404]),
+    get(Endpoint::VmCounters, "vm.counters")
+        .about("Tells what devices and vCPUs have counted.")
+        .gives::<wire::VmCounters>()
+        .fails(&[404, 409]),
+    get(Endpoint::VmDevices, "vm.devices")
+        .added()
+        .about("Lists the devices with kind, address and state.")
+        .gives::<Vec<wire::DeviceInfo>>()
+        .fails(&[404]),
+    get(Endpoint::VmEvents, "vm.events")
+        .added()
+        .about("Streams what happens as server-sent events; Last-Event-ID goes on behind one.")
+        .answers(Success::Text("text/event-stream")),
+    get(Endpoint::VmJobs, "vm.jobs")
+        .added()
+        .about("Lists what goes on in the background, and what has ended lately.")
+        .gives::<Vec<wire::JobInfo>>(),
+    put(
+        Endpoint::VmJobCancel,
+        "vm.job-cancel",
+        "The job could not be cancelled",
+    )
+    .added()
+    .about("Asks a job to end.")
+    .takes::<wire::JobCancel>(),
+    get(Endpoint::VmMetrics, "vm.metrics")
+        .added()
+        .about("Gives counters and states as Prometheus text.")
+        .answers(Success::Text("text/plain; version=0.0.4")),
+    put(
+        Endpoint::VmCreate,
+        "vm.create",
+        "The VM could not be created",
+    )
+    .about("Keeps the description of a machine.")
+    .takes::<wire::VmConfig>()
+    .fails(&[400, 409, 501]),
+    put(
+        Endpoint::VmDelete,
+        "vm.delete",
+        "The VM could not be deleted",
+    )
+    .about("Ends the machine, if there is one, and forgets its description.")
+    .fails(&[400]),
+    put(Endpoint::VmBoot, "vm.boot", "The VM could not boot")
+        .about("Builds the machine and starts it."),
+    put(
+        Endpoint::VmShutdown,
+        "vm.shutdown",
+        "The VM could not shutdown",
+    )
+    .about("Ends the machine at once; its description is kept."),
+    put(Endpoint::VmReboot, "vm.reboot", "The VM could not reboot")
+        .about("Ends the machine and boots it again."),
+    put(Endpoint::VmReset, "vm.reset", "The VM could not be reset")
+        .added()
+        .about("Restarts the guest in place, as the reset button would."),
+    put(Endpoint::VmPause, "vm.pause", "The VM could not be paused")
+        .about("Stops vCPUs and devices."),
+    put(Endpoint::VmResume, "vm.resume", "The VM could not resume")
+        .about("Lets a paused machine go on."),
+    put(
+        Endpoint::VmPowerButton,
+        "vm.power-button",
+        "Error triggering power button",
+    )
+    .about("Presses the ACPI power button; the guest decides."),
+    put(Endpoint::VmNmi, "vm.nmi", "Error triggering NMI")
+        .about("Gives every vCPU a non-maskable interrupt."),
+    put(
+        Endpoint::VmResize,
+        "vm.resize",
+        "The VM could not be resized",
+    )
+    .about("Changes the number of vCPUs, the memory or the balloon.")
+    .takes::<wire::VmResize>()
+    .fails(&[400, 404, 409, 429, 501]),
+    put(
+        Endpoint::VmResizeDisk,
+        "vm.resize-disk",
+        "The disk could not be resized",
+    )
+    .about("Makes a disk larger and tells the guest.")
+    .takes::<wire::VmResizeDisk>(),
+    put(
+        Endpoint::VmUpdateDisk,
+        "vm.update-disk",
+        "The disk could not be updated",
+    )
+    .added()
+    .about("Changes a disk's limits, or the medium of a read-only one.")
+    .takes::<wire::VmUpdateDisk>(),
+    put(
+        Endpoint::VmAddDisk,
+        "vm.add-disk",
+        "The disk could not be added to the VM",
+    )
+    .about("Adds a disk.")
+    .takes::<wire::DiskConfig>()
+    .answers(Success::Placed)
+    .fails(&[400, 404, 409, 501]),
+    put(
+        Endpoint::VmAddNet,
+        "vm.add-net",
+        "The network device could not be added to the VM",
+    )
+    .about("Adds a network card; descriptors of taps may come along.")
+    .takes::<wire::NetConfig>()
+    .answers(Success::Placed)
+    .fails(&[400, 404, 409, 501]),
+    put(
+        Endpoint::VmAddVsock,
+        "vm.add-vsock",
+        "The vsock device could not be added to the VM",
+    )
+    .about("Adds the socket device.")
+    .takes::<wire::VsockConfig>()
+    .answers(Success::Placed)
+    .fails(&[400, 404, 409, 501]),
+    put(
+        Endpoint::VmAddFs,
+        "vm.add-fs",
+        "The fs could not be added to the VM",
+    )
+    .about("Adds a shared directory.")
+    .takes::<wire::FsConfig>()
+    .answers(Success::Placed)
+    .fails(&[400, 404, 409, 501]),
+    put(
+        Endpoint::VmAddVirtio,
+        "vm.add-virtio",
+        "The device could not be added to the VM",
+    )
+    .added()
+    .about("Adds a device of any kind by its own keys.")
+    .takes::<wire::VirtioConfig>()
+    .answers(Success::Placed)
+    .fails(&[400, 404, 409, 501]),
+    put(
+        Endpoint::VmRemoveDevice,
+        "vm.remove-device",
+        "The device could not be removed from the VM",
+    )
+    .about("Has the guest give a device up; an event tells when it has.")
+    .takes::<wire::VmRemoveDevice>(),
+    put(
+        Endpoint::VmCoredump,
+        "vm.coredump",
+        "The VM could not be coredumped",
+    )
+    .about("Writes the guest's memory and registers into an ELF file.")
+    .takes::<wire::VmCoredumpData>()
+    .answers(Success::DoneOrJob),
+    get(Endpoint::VmConsoleList, "vm.console")
+        .added()
+        .about("Lists the sinks of the consoles.")
+        .gives::<Vec<wire::ConsoleSink>>(),
+    put(
+        Endpoint::VmConsoleChange,
+        "vm.console",
+        "The console could not be changed",
+    )
+    .added()
+    .about("Adds or removes a sink of a console.")
+    .takes::<wire::VmConsole>(),
+    get(Endpoint::VmConsoleAttach, "vm.console-attach")
+        .added()
+        .about("Turns the connection into a stream to the first serial port.")
+        .answers(Success::Stream("vireo-console"))
+        .fails(&[400, 404]),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_endpoint_and_every_method_of_a_path_is_there_once() {
+        let endpoints: BTreeSet<_> = ROUTES.iter().map(|route| route.endpoint).collect();
+        assert_eq!(endpoints.len(), ROUTES.len());
+        let there = ROUTES.iter().map(|route| (route.method, route.name));
+        let missing = MISSING.iter().map(|missing| (missing.method, missing.name));
+        let paths: BTreeSet<_> = there.chain(missing).collect();
+        assert_eq!(paths.len(), ROUTES.len() + MISSING.len());
+    }
+
+    #[test]
+    fn every_endpoint_is_described() {
+        for route in ROUTES {
+            assert!(route.about.ends_with('.'), "{}", route.name);
+            assert!(!route.failed.is_empty(), "{}", route.name);
+            let asks = route.method == Method::Get;
+            assert!(!asks || route.request.is_none(), "{}", route.name);
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! What endpoints give back.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::VmConfig;
+
+/// `vmm.ping`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmmPingResponse {
+    /// The release with its build.
+    pub build_version: String,
+    /// The release.
+    pub version: String,
+    /// The monitor's process.
+    pub pid: i64,
+    /// What this monitor can do.
+    pub features: Vec<String>,
+}
+
+/// The state of a machine as v1 clients know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum VmInfoState {
+    /// There is a description, and no machine.
+    Created,
+    /// The machine runs or boots.
+    Running,
+    /// It is on its way out.
+    Shutdown,
+    /// It is paused.
+    Paused,
+    /// A debugger holds it.
+    BreakPoint,
+}
+
+/// `vm.info`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct VmInfo {
+    /// The description.
+    pub config: VmConfig,
+    /// The state.
+    pub state: VmInfoState,
+    /// How much memory the guest has, in bytes.
+    pub memory_actual_size: u64,
+    /// The devices by id; absent when there is no machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// A device in `vm.info`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DeviceNode {
+    /// Its id.
+    pub id: String,
+    /// What it occupies.
+    pub resources: Vec<Resource>,
+    /// The device that it sits on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The devices that sit on it.
+    pub children: Vec<String>,
+    /// Its PCI address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_bdf: Option<String>,
+}
+
+/// What a device occupies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Resource {
+    /// Ports.
+    PioAddressRange {
+        /// The first.
+        base: u16,
+        /// How many.
+        size: u16,
+    },
+    /// Guest-physical addresses.
+    MmioAddressRange {
+        /// The first.
+        base: u64,
+        /// How many.
+        size: u64,
+    },
+    /// What a PCI base address register decodes.
+    PciBar {
+        /// Which register.
+        index: usize,
+        /// The first address.
+        base: u64,
+        /// How many.
+        size: u64,
+        /// What kind of addresses.
+        type_: PciBarType,
+        /// Whether reading has no effects.
+        prefetchable: bool,
+    },
+    /// A pin of the interrupt controller.
+    LegacyIrq(u32),
+    /// The address of a network card.
+    MacAddress(String),
+    /// A slot of guest memory.
+    KvmMemSlot(u32),
+}
+
+/// What kind of addresses a PCI base address register decodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PciBarType {
+    /// Ports.
+    Io,
+    /// Memory below 4 GiB.
+    Mmio32,
+    /// Memory anywhere.
+    Mmio64,
+}
+
+/// `vm.counters`: device, counter, value.
+pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// Where a device has been put.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PciDeviceInfo {
+    /// Its id.
+    pub id: String,
+    /// Its PCI address.
+    pub bdf: String,
+}
+
+/// A device in `vm.devices`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DeviceInfo {
+    /// Its id.
+    pub id: String,
+    /// Its kind, as in `vireo run --device KIND`.
+    pub kind: String,
+    /// Its PCI address, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bdf: Option<String>,
+    /// What it is doing.
+    pub state: DeviceState,
+}
+
+/// What a device is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceState {
+    /// The machine has not been built.
+    Configured,
+    /// It is there; no driver uses it.
+    Present,
+    /// A driver uses it.
+    Active,
+    /// It works no more until its driver resets it.
+    NeedsReset,
+    /// The guest has been asked to give it up.
+    Removing,
+}
+
+/// A job in `vm.jobs`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct JobInfo {
+    /// Its id.
+    pub id: String,
+    /// What it does.
+    pub kind: String,
+    /// How far it is.
+    pub state: JobState,
+    /// What has been done, in the job's own unit.
+    pub done: u64,
+    /// What there is to do, as far as it is known.
+    pub total: u64,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// How far a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JobState {
+    /// It goes on.
+    Running,
+    /// It has been asked to end.
+    Cancelling,
+    /// It has done what it was to do.
+    Completed,
+    /// It has ended before.
+    Cancelled,
+    /// It has failed.
+    Failed,
+}
+
+/// A sink in `vm.console`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ConsoleSink {
+    /// Its id.
+    pub id: String,
+    /// `tty`, `pty`, `file`, `socket`, `stream` or `null`.
+    pub kind: String,
+    /// Its file, socket or pseudo-terminal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Bytes that wait for its reader.
+    pub waiting: u64,
+    /// Bytes that it has missed.
+    pub lost: u64,
+}

@@ -1,0 +1,18 @@
+//! The JSON objects of the socket.
+//!
+//! * [`config`]: the description of a machine, as Cloud Hypervisor's v1 API has it.
+//! * [`request`]: what the other endpoints take.
+//! * [`answer`]: what is given back.
+//!
+//! Fields that are not set are left out. What v1 knows and this monitor has
+//! not is parsed all the same, so that it can be refused by name.
+
+pub mod answer;
+pub mod config;
+pub mod request;
+#[cfg(test)]
+mod tests;
+
+pub use answer::*;
+pub use config::*;
+pub use request::*;

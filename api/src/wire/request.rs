@@ -1,0 +1,103 @@
+//! What endpoints other than `vm.create` take.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::RateLimiterConfig;
+
+/// `vm.resize`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmResize {
+    /// How many vCPUs there are to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_vcpus: Option<u32>,
+    /// How much memory there is to be, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_ram: Option<u64>,
+    /// How much of it the guest is to give up, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_balloon: Option<u64>,
+}
+
+/// `vm.resize-disk`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmResizeDisk {
+    /// The disk's id.
+    pub id: String,
+    /// The new size in bytes.
+    pub desired_size: u64,
+}
+
+/// `vm.remove-device`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmRemoveDevice {
+    /// The device's id.
+    pub id: String,
+}
+
+/// `vm.coredump`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmCoredumpData {
+    /// `file://` and the path of a file that does not exist yet.
+    pub destination_url: String,
+}
+
+/// `vm.update-disk`: what is absent stays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmUpdateDisk {
+    /// The disk's id.
+    pub id: String,
+    /// New limits; one without buckets lifts them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Another medium for a read-only disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+}
+
+/// `vm.add-virtio`: a device of any kind, by its own schema.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VirtioConfig {
+    /// The kind, as in `vireo run --device KIND`.
+    pub kind: String,
+    /// Its name, unique in the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The PCI slot, 1 to 31.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<u8>,
+    /// The model's own keys.
+    #[serde(default)]
+    pub config: serde_json::Map<String, serde_json::Value>,
+}
+
+/// `vm.console`: adds or removes a sink.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum VmConsole {
+    /// A sink in the form of `--serial`, such as `file=boot.log`.
+    Add(String),
+    /// The id of a sink, as `GET vm.console` lists it.
+    Remove(String),
+}
+
+/// `vm.console-attach`: a stream to a console, by upgrade of the connection.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleRequest {
+    /// Whether what was written before comes first.
+    #[serde(default)]
+    pub replay: bool,
+}
+
+/// `vm.job-cancel`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JobCancel {
+    /// The job's id.
+    pub id: String,
+}

@@ -1,0 +1,9 @@
+//! The server of the control socket, seen from its clients.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
+
+mod captures;
+mod fake;

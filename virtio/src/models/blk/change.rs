@@ -1,0 +1,117 @@
+//! What of a block device can be changed while it is in the machine: its
+//! limits, and the medium of one that is read-only.
+//!
+//! New limits hold for requests that have not begun. Another medium is
+//! another disk under the same device: the queues are stopped, what is at the
+//! old disk comes to its end there, and the queues go on with the new one. The driver
+//! sees the new size, as it does when a disk grows. Requests that it
+//! made before and that had not begun are done on the new medium.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use block::{Observer, open_disk};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::Blk;
+use super::spec::SECTOR;
+use crate::device::{
+    ActiveQueue, ReconfigureError, Reconfigured, StoppedQueue,
+};
+use crate::limit::RateLimits;
+use crate::models::{BuildContext, BuildError};
+
+/// How long requests at the old medium have to come to their end.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A change of a block device: what is absent stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Patch {
+    /// The device's own limits.
+    limits: Option<RateLimits>,
+    /// The medium of a read-only device.
+    path: Option<PathBuf>,
+}
+
+impl Blk {
+    /// Carries out a [`Patch`].
+    pub(super) fn change(
+        &mut self,
+        patch: Value,
+        context: &BuildContext,
+    ) -> Result<Reconfigured, ReconfigureError> {
+        let Patch { limits, path } =
+            serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
+        let seen = match path {
+            Some(path) => {
+                self.change_medium(&path, context)?;
+                Reconfigured::Seen
+            }
+            None => Reconfigured::Unseen,
+        };
+        if let Some(limits) = limits {
+            self.throttle.own.set(limits);
+            self.workers.rouse();
+        }
+        Ok(seen)
+    }
+
+    fn change_medium(
+        &mut self,
+        path: &Path,
+        context: &BuildContext,
+    ) -> Result<(), ReconfigureError> {
+        let refused = |reason: String| {
+            ReconfigureError::Value(BuildError::Field {
+                field: "path",
+                reason,
+            })
+        };
+        let Some(mut config) = self.config.clone() else {
+            return Err(ReconfigureError::Fixed);
+        };
+        if !config.readonly {
+            return Err(refused(
+                "the medium of a disk that is written to cannot be changed: add it with \
+                 readonly=on, or remove it and add another"
+                    .to_owned(),
+            ));
+        }
+        path.clone_into(&mut config.path);
+        let disk = open_disk(path, &*context.opener, &config.image_options())
+            .map_err(|error| ReconfigureError::Value(BuildError::Backend(error.into())))?;
+        let info = disk.info();
+        if info.logical_block != self.info.logical_block {
+            return Err(refused(format!(
+                "its sectors are of {} bytes, and those of the medium before of {}: add it as \
+                 another disk",
+                info.logical_block, self.info.logical_block
+            )));
+        }
+        let stopped = self.workers.stop(Instant::now() + PATIENCE);
+        let queues = stopped.map_err(ReconfigureError::Busy)?;
+        disk.observe(Arc::clone(&self.relay) as Arc<dyn Observer>);
+        self.sectors.store(info.size / SECTOR, Ordering::Release);
+        self.info = info;
+        self.disk = disk;
+        self.config = Some(config);
+        self.go_on(queues)
+    }
+
+    /// Serves queues again that were stopped, if they were served.
+    fn go_on(&mut self, queues: Vec<StoppedQueue>) -> Result<(), ReconfigureError> {
+        let Some(running) = self.running.take() else {
+            return Ok(());
+        };
+        let notifier = Arc::clone(&running.notifier);
+        let queues = queues.into_iter().map(ActiveQueue::from).collect();
+        self.launch(running, queues).map_err(|error| {
+            notifier.needs_reset(&error.to_string());
+            ReconfigureError::Broken(error)
+        })
+    }
+}

@@ -1,0 +1,116 @@
+//! `vireo serve`, and the flags of the control socket that `vireo run` shares with it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::monitor::{MonitorOptions, SocketPlace};
+use crate::opener::Opener;
+use crate::places;
+use crate::run::Endpoint;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vireo serve --api-socket /tmp/vm.sock
+      A monitor without a machine; clients create and boot one over the socket.
+  vireo serve --api-socket fd=3 --no-shutdown
+      The same on a listening socket that this process was started with; it stays when the guest powers off.";
+
+/// How the monitor is controlled.
+#[derive(Debug, Args)]
+pub(super) struct SocketArgs {
+    /// Control socket: PATH, path=PATH, or fd=N for a listening one
+    #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
+    api_socket: Option<SocketPlace>,
+
+    /// Stay when the guest has ended, for another boot over the socket
+    #[arg(long, help_heading = "Control")]
+    no_shutdown: bool,
+
+    /// Refuse requests with fields that mean nothing
+    #[arg(long, help_heading = "Control")]
+    strict_api: bool,
+}
+
+/// The flags of `vireo serve`.
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
+}
+
+fn place(text: &str) -> Result<SocketPlace, String> {
+    if let Some(number) = text.strip_prefix("fd=") {
+        return match number.parse() {
+            Ok(fd) if fd > 2 => Ok(SocketPlace::Descriptor(fd)),
+            _ => Err("fd= takes the number of a descriptor, 3 or higher".to_owned()),
+        };
+    }
+    let path = text.strip_prefix("path=").unwrap_or(text);
+    if path.is_empty() {
+        return Err("the path is empty".to_owned());
+    }
+    Ok(SocketPlace::Path(PathBuf::from(path)))
+}
+
+impl SocketArgs {
+    /// Where a machine called `name` is controlled, which may be nowhere, and how.
+    ///
+    /// # Errors
+    ///
+    /// The directory of sockets cannot be had.
+    pub(super) fn endpoint(self, name: Option<&str>, opener: &Opener) -> anyhow::Result<Endpoint> {
+        let place = match (self.api_socket, name, places::sockets()) {
+            (Some(place), ..) => Some(place),
+            (None, Some(name), Some(directory)) => {
+                opener.private_directory(&directory)?;
+                Some(SocketPlace::Path(places::socket(&directory, name)))
+            }
+            _ => None,
+        };
+        if place.is_none() && self.no_shutdown {
+            anyhow::bail!(
+                "--no-shutdown keeps a monitor that nobody can reach: add --api-socket PATH or --name NAME"
+            );
+        }
+        Ok(Endpoint {
+            place,
+            options: MonitorOptions {
+                no_shutdown: self.no_shutdown,
+                strict: self.strict_api,
+                ..MonitorOptions::default()
+            },
+        })
+    }
+}
+
+impl ServeArgs {
+    /// Where the monitor listens.
+    ///
+    /// # Errors
+    ///
+    /// No socket is named.
+    pub(super) fn endpoint(self, opener: &Opener) -> anyhow::Result<Endpoint> {
+        let endpoint = self.socket.endpoint(None, opener)?;
+        if endpoint.place.is_none() {
+            anyhow::bail!("a monitor without a machine needs --api-socket PATH");
+        }
+        Ok(endpoint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_are_named_as_managers_do() {
+        let path = |text: &str| SocketPlace::Path(PathBuf::from(text));
+        assert_eq!(place("/a"), Ok(path("/a")));
+        assert_eq!(place("path=/a"), Ok(path("/a")));
+        assert_eq!(place("fd=3"), Ok(SocketPlace::Descriptor(3)));
+        for wrong in ["", "path=", "fd=", "fd=2", "fd=-1", "fd=x"] {
+            assert!(place(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,447 @@
+//! The machine as the control socket describes it: [`api::wire::VmConfig`] and
+//! [`VmConfig`], one from the other.
+//!
+//! [`VmConfig::from_wire`] gives a complete and valid configuration, or says
+//! what is wrong:
+//!
+//! * what makes no sense is [`ErrorKind::Invalid`];
+//! * an id or a disk that is there twice is [`ErrorKind::Conflict`];
+//! * what v1 knows and this monitor has not is [`ErrorKind::Unimplemented`], by its name.
+//!
+//! A machine without a kernel can be described and cannot be booted:
+//! [`VmConfig::check_bootable`]. The socket's clients name devices or have them
+//! named: [`name_devices`] tells how.
+//!
+//! [`VmConfig::to_wire`] is what clients are shown of a machine that was not
+//! described by one of them. The description says less than the
+//! configuration, so that nothing is made from it again.
+
+mod devices;
+mod missing;
+mod names;
+#[cfg(test)]
+mod tests;
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use api::wire::{self, ConsoleMode};
+use api::{ControlError, ErrorKind};
+use virtio::limit::{Bucket, RateLimits};
+use virtio::models::MODELS;
+
+use super::serial::{FileSink, SinkConfig, SocketSink};
+use super::{
+    BootProtocol, ConfigError, CpuTopology, CpusConfig, CpusError, DEFAULT_SERIAL_REPLAY,
+    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, HostLimits, MachineConfig, MemoryConfig,
+    PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig, Thp, VmConfig,
+};
+use crate::layout::port;
+
+pub use devices::{DiskUpdate, update_disk};
+pub use names::name_devices;
+
+/// The chain of a refusal begins with this, as v1 clients expect.
+const INVALID: &str = "Failed to validate config";
+
+/// What makes no sense.
+fn invalid(message: impl Into<String>) -> ControlError {
+    ControlError::new(ErrorKind::Invalid, message).context(INVALID)
+}
+
+/// What something else has already.
+fn conflict(message: impl Into<String>) -> ControlError {
+    ControlError::new(ErrorKind::Conflict, message).context(INVALID)
+}
+
+impl From<&ConfigError> for ControlError {
+    fn from(error: &ConfigError) -> Self {
+        match error {
+            ConfigError::DuplicateId { id, .. } => not_unique(id),
+            ConfigError::SameDisk { .. }
+            | ConfigError::DuplicateSlot { .. }
+            | ConfigError::OutputInUse { .. } => conflict(error.to_string()),
+            _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
+        }
+    }
+}
+
+fn not_unique(id: &str) -> ControlError {
+    conflict(format!("Identifier {id} is not unique"))
+}
+
+/// A path that a system call can take.
+fn path(field: &str, path: &Path) -> Result<PathBuf, ControlError> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.is_empty() {
+        return Err(invalid(format!("{field}: the path is empty")));
+    }
+    if bytes.contains(&0) {
+        return Err(invalid(format!("{field}: the path holds a zero byte")));
+    }
+    Ok(path.to_owned())
+}
+
+impl VmConfig {
+    /// Makes the configuration of a machine that the socket describes. It is complete and valid, but may lack
+    /// a kernel. No file is looked at.
+    ///
+    /// # Errors
+    ///
+    /// Of the kinds [`ErrorKind::Invalid`], [`ErrorKind::Conflict`] and [`ErrorKind::Unimplemented`].
+    pub fn from_wire(described: &wire::VmConfig) -> Result<Self, ControlError> {
+        missing::refuse(described)?;
+        let mut named = described.clone();
+        name_devices(&mut named);
+        names::check(&named)?;
+        let cpus = cpus(&named.cpus)?;
+        let groups = named.rate_limit_groups.as_deref().unwrap_or_default();
+        let mut config = Self {
+            name: None,
+            machine: MachineConfig::default(),
+            cpus,
+            memory: memory(&named.memory),
+            payload: payload(named.payload.as_ref())?,
+            devices: devices::from_wire(&named, cpus.boot)?,
+            rate_limit_groups: groups.iter().map(RateLimitGroupConfig::from).collect(),
+            serial: serial(&named.serial)?,
+            serial_replay: DEFAULT_SERIAL_REPLAY,
+            debugcon: debugcon(&named.debug_console)?,
+            gdb: None,
+            smbios: smbios(named.platform.as_ref()),
+            pvpanic: named.pvpanic,
+            shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+        };
+        config.complete(MODELS);
+        let checked = config.validate(MODELS, &HostLimits::read());
+        checked.map_err(|error| ControlError::from(&error))?;
+        Ok(config)
+    }
+
+    /// That the machine has something to boot.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`] when it has no kernel.
+    pub fn check_bootable(&self) -> Result<(), ControlError> {
+        if self.payload.kernel.is_some() {
+            return Ok(());
+        }
+        Err(invalid("No bootitem provided: neither firmware nor kernel")
+            .nested_in("Payload configuration is not bootable"))
+    }
+
+    /// What the socket's clients are shown of this machine, as far as a
+    /// description can say it.
+    #[must_use]
+    pub fn to_wire(&self) -> wire::VmConfig {
+        let topology = |topology: CpuTopology| wire::CpuTopology {
+            threads_per_core: topology.threads_per_core,
+            cores_per_die: topology.cores_per_die,
+            dies_per_package: topology.dies_per_package,
+            packages: topology.packages,
+        };
+        let hotplug_size = self.memory.hotplug_size;
+        let (disks, rng) = devices::to_wire(&self.devices, self.cpus.boot);
+        let groups: Vec<_> = self.rate_limit_groups.iter().map(Into::into).collect();
+        wire::VmConfig {
+            cpus: wire::CpusConfig {
+                boot_vcpus: self.cpus.boot.into(),
+                max_vcpus: self.cpus.most().into(),
+                topology: self.cpus.topology.map(topology),
+                nested: false,
+                ..wire::CpusConfig::default()
+            },
+            memory: wire::MemoryConfig {
+                size: self.memory.size,
+                hotplug_size: (hotplug_size > 0).then_some(hotplug_size),
+                shared: self.memory.shared,
+                hugepages: self.memory.hugepages,
+                hugepage_size: self.memory.hugepage_size,
+                prefault: self.memory.prefault,
+                thp: self.memory.thp != Thp::Off,
+                ..wire::MemoryConfig::default()
+            },
+            payload: Some(wire::PayloadConfig {
+                firmware: None,
+                kernel: self.payload.kernel.clone(),
+                cmdline: Some(self.payload.cmdline.clone()),
+                initramfs: self.payload.initramfs.clone(),
+            }),
+            rate_limit_groups: (!groups.is_empty()).then_some(groups),
+            disks: (!disks.is_empty()).then_some(disks),
+            rng: rng.unwrap_or_default(),
+            serial: (&self.serial).into(),
+            console: wire::ConsoleConfig {
+                mode: ConsoleMode::Off,
+                ..wire::ConsoleConfig::default()
+            },
+            debug_console: (&self.debugcon).into(),
+            pvpanic: self.pvpanic,
+            platform: platform(&self.smbios),
+            ..wire::VmConfig::default()
+        }
+    }
+}
+
+/// The cause's place in a chain: behind its first element.
+trait Nested {
+    fn nested_in(self, reason: &str) -> Self;
+}
+
+impl Nested for ControlError {
+    fn nested_in(mut self, reason: &str) -> Self {
+        self.chain.insert(1, reason.to_owned());
+        self
+    }
+}
+
+fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
+    let wire::CpusConfig {
+        boot_vcpus,
+        max_vcpus,
+        ..
+    } = *described;
+    if max_vcpus < boot_vcpus {
+        return Err(invalid(format!(
+            "cpus: max_vcpus {max_vcpus} is less than boot_vcpus {boot_vcpus}"
+        )));
+    }
+    let number = |key, count: u32| {
+        count.try_into().map_err(|_| {
+            let count = count.into();
+            ControlError::from(&ConfigError::from(CpusError::Count { key, count }))
+        })
+    };
+    let topology = |described: wire::CpuTopology| CpuTopology {
+        threads_per_core: described.threads_per_core,
+        cores_per_die: described.cores_per_die,
+        dies_per_package: described.dies_per_package,
+        packages: described.packages,
+    };
+    Ok(CpusConfig {
+        boot: number("boot", boot_vcpus)?,
+        // v1 always says it; only more than at boot asks for something.
+        max: if max_vcpus > boot_vcpus {
+            Some(number("max", max_vcpus)?)
+        } else {
+            None
+        },
+        topology: described.topology.map(topology),
+    })
+}
+
+fn memory(described: &wire::MemoryConfig) -> MemoryConfig {
+    MemoryConfig {
+        size: described.size,
+        hotplug_size: described.hotplug_size.unwrap_or(0),
+        shared: described.shared,
+        hugepages: described.hugepages,
+        hugepage_size: described.hugepage_size,
+        thp: if described.thp { Thp::On } else { Thp::Off },
+        prefault: described.prefault,
+    }
+}
+
+fn payload(described: Option<&wire::PayloadConfig>) -> Result<PayloadConfig, ControlError> {
+    let wire::PayloadConfig {
+        firmware: _,
+        kernel,
+        cmdline,
+        initramfs,
+    } = described.cloned().unwrap_or_default();
+    let file = |field, given: Option<PathBuf>| given.map(|given| path(field, &given)).transpose();
+    Ok(PayloadConfig {
+        kernel: file("payload.kernel", kernel)?,
+        initramfs: file("payload.initramfs", initramfs)?,
+        // v1 has no default.
+        cmdline: cmdline.unwrap_or_default(),
+        boot_protocol: BootProtocol::Auto,
+    })
+}
+
+fn file(field: &str, given: Option<&Path>) -> Result<PathBuf, ControlError> {
+    let given =
+        given.ok_or_else(|| invalid(format!("{field}: its mode is File, and no file is given")))?;
+    path(&format!("{field}.file"), given)
+}
+
+fn serial(described: &wire::SerialConfig) -> Result<SerialConfig, ControlError> {
+    let sink = match described.mode {
+        ConsoleMode::Off => return Ok(SerialConfig::Off),
+        ConsoleMode::Pty => SinkConfig::Pty,
+        ConsoleMode::Tty => SinkConfig::Tty,
+        ConsoleMode::Null => SinkConfig::Null,
+        ConsoleMode::File => {
+            SinkConfig::File(FileSink::new(file("serial", described.file.as_deref())?))
+        }
+        ConsoleMode::Socket => {
+            let Some(socket) = described.socket.as_deref() else {
+                return Err(invalid(
+                    "serial: its mode is Socket, and no socket is given",
+                ));
+            };
+            SinkConfig::Socket(SocketSink {
+                path: path("serial.socket", socket)?,
+                replay: true,
+            })
+        }
+    };
+    Ok(SerialConfig::Sinks(vec![sink]))
+}
+
+/// Of several sinks the first is shown: the description has one.
+impl From<&SerialConfig> for wire::SerialConfig {
+    fn from(serial: &SerialConfig) -> Self {
+        let mut shown = Self {
+            mode: ConsoleMode::Null,
+            file: None,
+            socket: None,
+        };
+        match serial {
+            SerialConfig::Off => shown.mode = ConsoleMode::Off,
+            SerialConfig::Sinks(sinks) => match sinks.first() {
+                None | Some(SinkConfig::Null) => (),
+                Some(SinkConfig::Tty) => shown.mode = ConsoleMode::Tty,
+                Some(SinkConfig::Pty) => shown.mode = ConsoleMode::Pty,
+                Some(SinkConfig::File(file)) => {
+                    (shown.mode, shown.file) = (ConsoleMode::File, Some(file.path.clone()));
+                }
+                Some(SinkConfig::Socket(socket)) => {
+                    (shown.mode, shown.socket) = (ConsoleMode::Socket, Some(socket.path.clone()));
+                }
+            },
+        }
+        shown
+    }
+}
+
+fn debugcon(described: &wire::DebugConsoleConfig) -> Result<DebugconConfig, ControlError> {
+    let elsewhere = described.iobase.is_some_and(|at| at != port::DEBUGCON);
+    Ok(match described.mode {
+        // A port whose bytes are dropped is as good as none.
+        ConsoleMode::Off | ConsoleMode::Null => DebugconConfig::Off,
+        _ if elsewhere => return Err(missing::named("debug_console.iobase other than 233")),
+        ConsoleMode::Tty => DebugconConfig::Stdio,
+        ConsoleMode::File => {
+            DebugconConfig::File(file("debug_console", described.file.as_deref())?)
+        }
+        ConsoleMode::Pty => return Err(missing::named("debug_console.mode=Pty")),
+        ConsoleMode::Socket => return Err(missing::named("debug_console.mode=Socket")),
+    })
+}
+
+impl From<&DebugconConfig> for wire::DebugConsoleConfig {
+    fn from(debugcon: &DebugconConfig) -> Self {
+        let (mode, file) = match debugcon {
+            DebugconConfig::Off => (ConsoleMode::Off, None),
+            DebugconConfig::Stdio => (ConsoleMode::Tty, None),
+            DebugconConfig::File(path) => (ConsoleMode::File, Some(path.clone())),
+        };
+        Self {
+            mode,
+            file,
+            iobase: Some(port::DEBUGCON),
+        }
+    }
+}
+
+fn smbios(described: Option<&wire::PlatformConfig>) -> SmbiosConfig {
+    let Some(platform) = described.cloned() else {
+        return SmbiosConfig::default();
+    };
+    SmbiosConfig {
+        manufacturer: platform.system_manufacturer,
+        product: platform.system_product_name,
+        version: platform.system_version,
+        serial: platform.system_serial_number,
+        uuid: platform.system_uuid,
+        sku: platform.system_sku_number,
+        family: platform.system_family,
+        asset_tag: platform.chassis_asset_tag,
+        oem_strings: platform.oem_strings.unwrap_or_default(),
+    }
+}
+
+fn platform(smbios: &SmbiosConfig) -> Option<wire::PlatformConfig> {
+    if *smbios == SmbiosConfig::default() {
+        return None;
+    }
+    let SmbiosConfig {
+        manufacturer,
+        product,
+        version,
+        serial,
+        uuid,
+        sku,
+        family,
+        asset_tag,
+        oem_strings,
+    } = smbios.clone();
+    Some(wire::PlatformConfig {
+        system_manufacturer: manufacturer,
+        system_product_name: product,
+        system_version: version,
+        system_serial_number: serial,
+        system_uuid: uuid,
+        system_sku_number: sku,
+        system_family: family,
+        chassis_asset_tag: asset_tag,
+        oem_strings: (!oem_strings.is_empty()).then_some(oem_strings),
+        ..wire::PlatformConfig::default()
+    })
+}
+
+/// Limits as the device models know them. A bucket of no size or time limits nothing.
+#[must_use]
+pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
+    let bucket = |described: wire::TokenBucket| {
+        let wire::TokenBucket {
+            size,
+            one_time_burst,
+            refill_time,
+        } = described;
+        let bucket = Bucket {
+            size,
+            one_time_burst: one_time_burst.unwrap_or(0),
+            refill_time,
+        };
+        bucket.limiting()
+    };
+    RateLimits {
+        bandwidth: described.bandwidth.and_then(bucket),
+        ops: described.ops.and_then(bucket),
+    }
+}
+
+/// Limits as clients are shown them; `None` where there are none.
+#[must_use]
+pub fn rate_limiter(limits: RateLimits) -> Option<wire::RateLimiterConfig> {
+    let bucket = |bucket: Bucket| wire::TokenBucket {
+        size: bucket.size,
+        one_time_burst: (bucket.one_time_burst > 0).then_some(bucket.one_time_burst),
+        refill_time: bucket.refill_time,
+    };
+    (limits != RateLimits::default()).then(|| wire::RateLimiterConfig {
+        bandwidth: limits.bandwidth.map(bucket),
+        ops: limits.ops.map(bucket),
+    })
+}
+
+impl From<&wire::RateLimitGroupConfig> for RateLimitGroupConfig {
+    fn from(described: &wire::RateLimitGroupConfig) -> Self {
+        Self {
+            id: described.id.clone(),
+            limits: rate_limits(&described.rate_limiter_config),
+        }
+    }
+}
+
+impl From<&RateLimitGroupConfig> for wire::RateLimitGroupConfig {
+    fn from(group: &RateLimitGroupConfig) -> Self {
+        Self {
+            id: group.id.clone(),
+            rate_limiter_config: rate_limiter(group.limits).unwrap_or_default(),
+        }
+    }
+}

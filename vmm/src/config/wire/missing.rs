@@ -1,0 +1,152 @@
+//! What v1 knows and this monitor has not.
+
+use api::wire::{self, ConsoleMode, CoreScheduling, HotplugMethod, ImageType};
+use api::{ControlError, ErrorKind};
+
+/// The refusal of what `field` asks for.
+pub(super) fn named(field: &str) -> ControlError {
+    let message = format!("{field}: this monitor does not have it");
+    ControlError::new(ErrorKind::Unimplemented, message)
+}
+
+/// The first of the fields that asks for something.
+fn first<'a>(fields: impl IntoIterator<Item = (bool, &'a str)>) -> Result<(), ControlError> {
+    match fields.into_iter().find(|(asked, _)| *asked) {
+        Some((_, field)) => Err(named(field)),
+        None => Ok(()),
+    }
+}
+
+fn any<T>(list: Option<&Vec<T>>) -> bool {
+    list.is_some_and(|list| !list.is_empty())
+}
+
+/// Refuses by its name what there is not.
+pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
+    let wire::VmConfig {
+        net,
+        balloon,
+        fs,
+        generic_vhost_user,
+        pmem,
+        console,
+        devices,
+        user_devices,
+        vdpa,
+        vsock,
+        iommu,
+        numa,
+        watchdog,
+        rtc,
+        pci_segments,
+        tpm,
+        landlock_enable,
+        landlock_rules,
+        ..
+    } = described;
+    first([
+        (any(net.as_ref()), "net"),
+        (balloon.is_some(), "balloon"),
+        (any(fs.as_ref()), "fs"),
+        (any(generic_vhost_user.as_ref()), "generic_vhost_user"),
+        (any(pmem.as_ref()), "pmem"),
+        (any(devices.as_ref()), "devices"),
+        (any(user_devices.as_ref()), "user_devices"),
+        (any(vdpa.as_ref()), "vdpa"),
+        (vsock.is_some(), "vsock"),
+        (*iommu, "iommu"),
+        (any(numa.as_ref()), "numa"),
+        (*watchdog, "watchdog"),
+        (rtc.is_some(), "rtc"),
+        (any(pci_segments.as_ref()), "pci_segments"),
+        (tpm.is_some(), "tpm"),
+        (*landlock_enable, "landlock_enable"),
+        (any(landlock_rules.as_ref()), "landlock_rules"),
+        // Clients that do not say have the terminal: that is no request for the device.
+        (console.mode == ConsoleMode::Pty, "console.mode=Pty"),
+        (console.mode == ConsoleMode::File, "console.mode=File"),
+        (console.mode == ConsoleMode::Socket, "console.mode=Socket"),
+    ])?;
+    pci("console", console.pci())?;
+    pci("rng", described.rng.pci())?;
+    cpus(&described.cpus)?;
+    memory(&described.memory)?;
+    let payload = described.payload.as_ref();
+    let firmware = payload.is_some_and(|payload| payload.firmware.is_some());
+    first([(firmware, "payload.firmware")])?;
+    described.platform.as_ref().map_or(Ok(()), platform)
+}
+
+fn cpus(described: &wire::CpusConfig) -> Result<(), ControlError> {
+    // A guest's addresses are as wide as the host's; v1 cuts them at 46 bits unasked.
+    let usual = wire::CpusConfig::default().max_phys_bits;
+    first([
+        (described.kvm_hyperv, "cpus.kvm_hyperv"),
+        (
+            described.max_phys_bits < usual,
+            "cpus.max_phys_bits less than 46",
+        ),
+        (any(described.affinity.as_ref()), "cpus.affinity"),
+        (described.features.amx, "cpus.features.amx"),
+        (
+            described.core_scheduling == CoreScheduling::Vcpu,
+            "cpus.core_scheduling=Vcpu",
+        ),
+    ])
+}
+
+fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
+    first([
+        (described.mergeable, "memory.mergeable"),
+        (
+            described.hotplug_method == HotplugMethod::VirtioMem,
+            "memory.hotplug_method=VirtioMem",
+        ),
+        (
+            described.hotplugged_size.is_some_and(|size| size > 0),
+            "memory.hotplugged_size",
+        ),
+        (described.reserve, "memory.reserve"),
+        (any(described.zones.as_ref()), "memory.zones"),
+    ])
+}
+
+fn platform(described: &wire::PlatformConfig) -> Result<(), ControlError> {
+    first([
+        (described.num_pci_segments > 1, "platform.num_pci_segments"),
+        (
+            any(described.iommu_segments.as_ref()),
+            "platform.iommu_segments",
+        ),
+        (described.iommufd, "platform.iommufd"),
+    ])
+}
+
+/// Refuses what no PCI device has; `device` is how it is called.
+pub(super) fn pci(device: &str, described: wire::PciFields<'_>) -> Result<(), ControlError> {
+    let iommu = format!("{device}.iommu");
+    let segment = format!("{device}.pci_segment");
+    first([
+        (described.iommu, iommu.as_str()),
+        (described.segment > 0, segment.as_str()),
+    ])
+}
+
+/// Refuses what no disk has.
+pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
+    pci("disk", described.pci())?;
+    let format = described.image_type;
+    first([
+        (
+            described.vhost_user || described.vhost_socket.is_some(),
+            "disk.vhost_user",
+        ),
+        (
+            any(described.queue_affinity.as_ref()),
+            "disk.queue_affinity",
+        ),
+        (format == ImageType::FlatVmdk, "disk.image_type=FlatVmdk"),
+        (format == ImageType::FixedVhd, "disk.image_type=FixedVhd"),
+        (format == ImageType::Vhdx, "disk.image_type=Vhdx"),
+    ])
+}

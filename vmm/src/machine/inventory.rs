@@ -1,0 +1,138 @@
+//! What is in a machine, for readers on other threads.
+//!
+//! Reading takes no lock that is held for longer than a moment: it answers while
+//! the machine drains, boots or is stuck.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
+
+use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
+use devices::pci::{BarKind, PciAddress, PciFunction};
+use virtio::transport::VirtioPci;
+
+/// A device on the PCI bus.
+#[derive(Clone)]
+pub struct Item {
+    /// The model's kind.
+    pub kind: String,
+    /// Where it is.
+    pub address: PciAddress,
+    /// The device; its unit's name is its id.
+    pub device: Arc<VirtioPci>,
+    /// The guest has been asked to give it up.
+    pub removing: bool,
+}
+
+/// The devices and the memory of a machine at one time.
+#[derive(Clone, Default)]
+pub struct Inventory {
+    items: Vec<Item>,
+    memory: u64,
+}
+
+impl Inventory {
+    /// These devices, and `memory` bytes.
+    #[must_use]
+    pub fn new(items: Vec<Item>, memory: u64) -> Self {
+        Self { items, memory }
+    }
+
+    /// How much memory the guest has, in bytes.
+    #[must_use]
+    pub fn memory_size(&self) -> u64 {
+        self.memory
+    }
+
+    /// As `vm.devices` lists them.
+    #[must_use]
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        let info = |item: &Item| DeviceInfo {
+            id: item.device.id().to_owned(),
+            kind: item.kind.clone(),
+            bdf: Some(item.address.to_string()),
+            state: item.state(),
+        };
+        self.items.iter().map(info).collect()
+    }
+
+    /// What every device has counted.
+    #[must_use]
+    pub fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        let mut all = BTreeMap::new();
+        for item in &self.items {
+            let counted: BTreeMap<_, _> = item
+                .device
+                .counters()
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect();
+            if !counted.is_empty() {
+                all.insert(item.device.id().to_owned(), counted);
+            }
+        }
+        all
+    }
+
+    /// As `vm.info` shows them: each device below its transport.
+    #[must_use]
+    pub fn tree(&self) -> BTreeMap<String, DeviceNode> {
+        let mut tree = BTreeMap::new();
+        for item in &self.items {
+            let id = item.device.id().to_owned();
+            let transport = format!("_virtio-pci-{id}");
+            let leaf = DeviceNode {
+                id: id.clone(),
+                resources: Vec::new(),
+                parent: Some(transport.clone()),
+                children: Vec::new(),
+                pci_bdf: None,
+            };
+            let node = DeviceNode {
+                id: transport.clone(),
+                resources: item.bars(),
+                parent: None,
+                children: vec![id.clone()],
+                pci_bdf: Some(item.address.to_string()),
+            };
+            tree.insert(id, leaf);
+            tree.insert(transport, node);
+        }
+        tree
+    }
+}
+
+impl Item {
+    fn state(&self) -> DeviceState {
+        if self.removing {
+            DeviceState::Removing
+        } else if self.device.needs_reset() {
+            DeviceState::NeedsReset
+        } else if self.device.is_active() {
+            DeviceState::Active
+        } else {
+            DeviceState::Present
+        }
+    }
+
+    /// The base address registers that decode.
+    fn bars(&self) -> Vec<Resource> {
+        let config = self.device.config().lock();
+        let decoded = config.unwrap_or_else(PoisonError::into_inner).decoded();
+        decoded
+            .into_iter()
+            .filter_map(|(bar, base)| {
+                let type_ = match bar.kind {
+                    BarKind::Memory32 => PciBarType::Mmio32,
+                    BarKind::Memory64 => PciBarType::Mmio64,
+                };
+                Some(Resource::PciBar {
+                    index: bar.index.into(),
+                    base: base?,
+                    size: bar.size,
+                    type_,
+                    prefetchable: false,
+                })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,193 @@
+//! What a machine is made from, as its clients gave it and as it is built.
+
+use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
+use virtio::models::Model;
+
+use crate::config::wire::name_devices;
+use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
+use crate::error::chain;
+use crate::machine::state::wrong_state;
+
+/// A machine's description in both forms, which say the same.
+#[derive(Clone)]
+pub struct Description {
+    /// As clients of the socket see it.
+    pub wire: wire::VmConfig,
+    /// As the machine is built.
+    pub config: VmConfig,
+}
+
+impl Description {
+    /// The description of a machine that the command line or a file has given.
+    /// It is complete and has been validated.
+    #[must_use]
+    pub fn of(config: VmConfig) -> Self {
+        Self {
+            wire: config.to_wire(),
+            config,
+        }
+    }
+
+    /// The description that a client has given.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`] and [`ErrorKind::Conflict`] for what makes no sense, and
+    /// [`ErrorKind::Unimplemented`] for what this monitor has not.
+    pub fn from_wire(wire: wire::VmConfig) -> Result<Self, ControlError> {
+        let config = VmConfig::from_wire(&wire)?;
+        Ok(Self { wire, config })
+    }
+
+    /// Whether there is anything to boot.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`].
+    pub fn check_bootable(&self) -> Result<(), ControlError> {
+        self.config.check_bootable()
+    }
+
+    /// The description after `command`, which only changes it: there is no machine.
+    ///
+    /// # Errors
+    ///
+    /// Why it makes no sense; [`ErrorKind::Conflict`] for a command that needs a machine.
+    pub fn changed(
+        &self,
+        command: Command,
+        models: &'static [Model],
+    ) -> Result<Self, ControlError> {
+        let mut new = self.clone();
+        match command {
+            Command::AddDevice(device) => {
+                let planned = self.plan(&device)?;
+                new.add(planned);
+            }
+            Command::RemoveDevice(request) => {
+                new.retain(|id| id != request.id);
+                if new.config.devices.len() == self.config.devices.len() {
+                    let message = format!("No device with id {:?} to remove", request.id);
+                    return Err(ControlError::new(ErrorKind::NotFound, message));
+                }
+            }
+            Command::Resize(request) => new.resize(&request)?,
+            other => return Err(wrong_state(VmState::Created, &other)),
+        }
+        new.config
+            .validate(models, &HostLimits::read())
+            .map_err(|error| ControlError::from(&error))?;
+        Ok(new)
+    }
+
+    /// Takes up how many vCPUs a machine has been given, and how much memory in all: the
+    /// next one has as much from the start.
+    pub fn resized(&mut self, cpus: u32, memory: u64) {
+        if let Ok(boot) = u16::try_from(cpus) {
+            self.config.cpus.boot = boot;
+            self.wire.cpus.boot_vcpus = cpus;
+        }
+        let more = memory.saturating_sub(self.config.memory.size);
+        if more > 0 {
+            let config = &mut self.config.memory;
+            config.size = memory;
+            config.hotplug_size = config.hotplug_size.saturating_sub(more);
+            let added = self.wire.memory.hotplugged_size.get_or_insert(0);
+            *added = added.saturating_add(more);
+        }
+    }
+
+    fn resize(&mut self, request: &wire::VmResize) -> Result<(), ControlError> {
+        if let Some(count) = request.desired_vcpus {
+            self.config.cpus.boot = u16::try_from(count).map_err(|_| {
+                ControlError::new(ErrorKind::Invalid, format!("{count} vCPUs are too many"))
+            })?;
+            let cpus = &mut self.config.cpus;
+            cpus.max = cpus.max.map(|max| max.max(cpus.boot));
+            self.wire.cpus.boot_vcpus = count;
+            self.wire.cpus.max_vcpus = self.wire.cpus.max_vcpus.max(count);
+        }
+        if let Some(size) = request.desired_ram {
+            self.config.memory.size = size;
+            self.wire.memory.size = size;
+        }
+        if request.desired_balloon.is_some() {
+            let message = "the machine has no balloon";
+            return Err(ControlError::new(ErrorKind::NotFound, message));
+        }
+        Ok(())
+    }
+
+    /// What a device will be that is to be added. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`], [`ErrorKind::Conflict`], [`ErrorKind::Unimplemented`].
+    pub fn plan(&self, device: &AddDevice) -> Result<Planned, ControlError> {
+        let lacks = |what: &str| {
+            let message = format!("this monitor has no {what}");
+            Err(ControlError::new(ErrorKind::Unimplemented, message))
+        };
+        match device {
+            AddDevice::Disk(disk) => {
+                let (disk, config) = self.config.plan_disk(disk)?;
+                Ok(Planned {
+                    config,
+                    disk: Some(disk),
+                })
+            }
+            AddDevice::Virtio(device) => Ok(Planned {
+                config: self.config.plan_device(device)?,
+                disk: None,
+            }),
+            AddDevice::Net(..) => lacks("network cards"),
+            AddDevice::Vsock(_) => lacks("vsock device"),
+            AddDevice::Fs(_) => lacks("shared directories"),
+        }
+    }
+
+    /// Takes up a device that has been planned.
+    pub fn add(&mut self, planned: Planned) {
+        self.config.devices.push(planned.config);
+        if let Some(disk) = planned.disk {
+            self.wire.disks.get_or_insert_default().push(disk);
+        }
+    }
+
+    /// Keeps those devices whose ids `keep` knows.
+    pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.config.devices.retain(|device| keep(&device.id));
+        if let Some(disks) = &mut self.wire.disks {
+            disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));
+            if disks.is_empty() {
+                self.wire.disks = None;
+            }
+        }
+    }
+
+    /// Gives every device its name, as its clients are to see it from now on.
+    pub fn name_devices(&mut self) {
+        name_devices(&mut self.wire);
+    }
+
+    /// The rules that need the host's files, which may have changed since.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`].
+    pub fn check_files(&self, models: &'static [Model]) -> Result<(), ControlError> {
+        files::check(&self.config, models).map_err(|error| {
+            ControlError::new(ErrorKind::Invalid, chain(&error))
+                .context("Failed to validate config")
+        })
+    }
+}
+
+/// A device that is to be added, with its name.
+#[derive(Clone)]
+pub struct Planned {
+    /// As it is built.
+    pub config: DeviceConfig,
+    /// As clients see it, when it is a disk.
+    disk: Option<wire::DiskConfig>,
+}

@@ -1,0 +1,400 @@
+//! The monitor: what outlives a machine.
+//!
+//! One process has one monitor, and the monitor has at most one machine at a
+//! time. It keeps the machine's description, builds the machine from it, lends what
+//! it listens to ([`Ears`]) to the machine's [`Driver`], and takes it back when the
+//! machine has ended.
+//!
+//! ```text
+//!            create                 boot                    the machine ends
+//!   nothing ───────► description ───────► machine (Driver) ─────────────────┐
+//!      ▲                │    ▲                                               │
+//!      └─── delete ─────┘    └── shut down, or power-off with --no-shutdown ─┤
+//!                                                                            ▼
+//!                                                      the process ends otherwise
+//! ```
+//!
+//! All of it runs on one thread, the control thread. Others send it commands
+//! ([`MonitorHandle`]) and read what it shows ([`View`]).
+
+mod description;
+mod handle;
+mod jobs;
+mod metrics;
+mod socket;
+mod view;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{Answer, Command, ControlError, EventKind, ExitReason, Reply, VmState};
+use virtio::models::Model;
+
+pub use description::{Description, Planned};
+pub use handle::MonitorHandle;
+pub use jobs::{JobHandle, Jobs};
+pub use socket::{ApiSocket, SocketPlace};
+pub use view::View;
+
+use crate::console::{Consoles, SinkKind};
+use crate::machine::build::{Built, build};
+use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
+use crate::machine::inbox::{Mailbox, Message};
+use crate::machine::signals::Signal;
+use crate::machine::state::wrong_state;
+use crate::machine::{MachineError, Signals};
+use crate::opener::Opener;
+
+/// How a monitor behaves, apart from any machine.
+#[derive(Clone, Debug, Default)]
+pub struct MonitorOptions {
+    /// The process stays when the guest has ended.
+    pub no_shutdown: bool,
+    /// How many bytes of the serial port's output are kept for clients that come late.
+    pub serial_replay: usize,
+    /// Requests with fields that nobody knows are refused.
+    pub strict: bool,
+}
+
+/// The monitor. It belongs to the control thread.
+pub struct Monitor {
+    models: &'static [Model],
+    opener: Arc<Opener>,
+    options: MonitorOptions,
+    mailbox: Mailbox,
+    view: View,
+    jobs: Jobs,
+    /// Always there, except while a driver has them.
+    ears: Option<Ears>,
+}
+
+/// What a life of a machine leads to.
+enum After {
+    /// Another command.
+    Idle,
+    /// The same again.
+    Boot(Option<Answer>),
+    /// The end of the process.
+    Exit(ExitReason),
+}
+
+impl Monitor {
+    /// A monitor without a description. Blocks the signals that it takes, so it is made
+    /// before any other thread.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it is out of descriptors.
+    pub fn new(
+        models: &'static [Model],
+        opener: Arc<Opener>,
+        options: MonitorOptions,
+    ) -> io::Result<Self> {
+        let signals = Signals::block()?;
+        let (mailbox, inbox) = crate::machine::inbox::inbox()?;
+        let consoles = Arc::new(Consoles::new(options.serial_replay)?);
+        let ears = Ears::new(inbox, Some(signals), consoles);
+        let view = View::new(ears.life.view());
+        let jobs = Jobs::new(ears.events.clone());
+        Ok(Self {
+            models,
+            opener,
+            options,
+            mailbox,
+            view,
+            jobs,
+            ears: Some(ears),
+        })
+    }
+
+    /// The way in for other threads.
+    #[must_use]
+    pub fn handle(&self) -> MonitorHandle {
+        let events = self.ears.as_ref().map(|ears| ears.events.clone());
+        MonitorHandle::new(
+            self.mailbox.clone(),
+            self.view.clone(),
+            self.jobs.clone(),
+            events.unwrap_or_default(),
+        )
+    }
+
+    /// The way in for parts of the monitor itself.
+    #[must_use]
+    pub fn mailbox(&self) -> Mailbox {
+        self.mailbox.clone()
+    }
+
+    /// Waits for commands until one of them, a signal or the end of a guest
+    /// ends the process.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Wait`] when the host lets it wait no more.
+    pub fn serve(mut self) -> Result<ExitReason, MachineError> {
+        self.go_on(After::Idle)
+    }
+
+    /// Boots a machine at once, then as [`Monitor::serve`].
+    ///
+    /// # Errors
+    ///
+    /// Also what kept the machine from being built or booted.
+    pub fn run(mut self, description: Description) -> Result<ExitReason, MachineError> {
+        if let Some(ears) = &mut self.ears {
+            ears.description = Some(description);
+        }
+        let after = self.live(None)?;
+        self.go_on(after)
+    }
+
+    fn go_on(&mut self, mut after: After) -> Result<ExitReason, MachineError> {
+        loop {
+            after = match after {
+                After::Idle => self.idle()?,
+                After::Exit(reason) => return Ok(reason),
+                After::Boot(answer) => {
+                    let answer = answer.unwrap_or_else(|| Box::new(|_| ()));
+                    self.live(Some(answer))?
+                }
+            };
+        }
+    }
+
+    /// Builds and drives a machine until it has ended. `booted` hears whether
+    /// it could be booted; without it the error is returned.
+    fn live(&mut self, booted: Option<Answer>) -> Result<After, MachineError> {
+        let Some(ears) = self.ears.take() else {
+            return Ok(After::Idle);
+        };
+        let mut ears = ears;
+        if let Some(description) = &mut ears.description {
+            description.name_devices();
+        }
+        let Some(description) = ears.description.clone() else {
+            self.ears = Some(ears);
+            if let Some(booted) = booted {
+                booted(Err(view::not_created()));
+            }
+            return Ok(After::Idle);
+        };
+        self.view.describe(Some(&description));
+        let built = build(
+            &description.config,
+            self.models,
+            &self.opener,
+            &self.mailbox,
+            &ears.events,
+            &ears.consoles,
+        );
+        let built = match (built, booted) {
+            (Ok(built), booted) => (built, booted),
+            (Err(error), None) => return Err(error),
+            (Err(error), Some(booted)) => {
+                self.ears = Some(ears);
+                booted(Err(error.to_control()));
+                return Ok(After::Idle);
+            }
+        };
+        self.drive(built, ears, &description)
+    }
+
+    fn drive(
+        &mut self,
+        (built, booted): (Built, Option<Answer>),
+        mut ears: Ears,
+        description: &Description,
+    ) -> Result<After, MachineError> {
+        let Built { machine, debugger } = built;
+        self.view.serial_at(announce(&ears.consoles));
+        ears.inbox.open();
+        self.view.show(Some(machine.inventory()));
+        let timeout = Duration::from_secs(description.config.shutdown_timeout);
+        let cpus = machine.vcpus().count();
+        let tools = Tools {
+            models: self.models,
+            opener: Arc::clone(&self.opener),
+            mailbox: self.mailbox.clone(),
+            view: self.view.clone(),
+        };
+        let mut driver = Driver::new(machine, ears, tools, timeout);
+        let server = match (debugger, &description.config.gdb) {
+            (Some(listener), Some(place)) => {
+                driver.hold();
+                let server = crate::gdb::serve(listener, self.mailbox.clone(), cpus);
+                let server = server.map_err(|source| MachineError::Host {
+                    what: "no thread for --gdb",
+                    source,
+                })?;
+                eprintln!("vireo: the guest waits for gdb at {place}");
+                Some(server)
+            }
+            _ => None,
+        };
+        let End {
+            mut ears,
+            outcome,
+            then,
+        } = driver.run(booted);
+        // Before the server ends, which may wait for an errand.
+        ears.forget_machine();
+        drop(server);
+        self.view.show(None);
+        self.view.serial_at(None);
+        self.view.describe(ears.description.as_ref());
+        self.ears = Some(ears);
+        let outcome = outcome?;
+        if let Some(detail) = &outcome.detail {
+            eprintln!("vireo: {detail}");
+        }
+        Ok(self.follow(&outcome, then))
+    }
+
+    /// Carries out what ended a machine.
+    fn follow(&mut self, outcome: &Outcome, then: Vec<(Command, Answer)>) -> After {
+        let commanded = !then.is_empty();
+        let mut after = After::Idle;
+        for (command, answer) in then {
+            after = match (command, after) {
+                (Command::Quit, _) | (_, After::Exit(_)) => {
+                    answer(Ok(Reply::Done));
+                    After::Exit(ExitReason::Stopped)
+                }
+                (Command::Delete, _) => {
+                    answer(Ok(Reply::Done));
+                    self.forget();
+                    After::Idle
+                }
+                (Command::Reboot, After::Idle) => {
+                    self.publish(EventKind::Rebooting);
+                    After::Boot(Some(answer))
+                }
+                (_, after) => {
+                    answer(Ok(Reply::Done));
+                    after
+                }
+            };
+        }
+        if outcome.quit || (!commanded && !self.options.no_shutdown && !outcome.failed_to_boot) {
+            return After::Exit(outcome.reason);
+        }
+        after
+    }
+
+    /// Waits for what to do while there is no machine.
+    fn idle(&mut self) -> Result<After, MachineError> {
+        loop {
+            let Some(ears) = &mut self.ears else {
+                return Ok(After::Exit(ExitReason::KvmError));
+            };
+            if let Some(signals) = &ears.signals {
+                while let Some(signal) = signals.take() {
+                    if signal == Signal::End {
+                        return Ok(After::Exit(ExitReason::Stopped));
+                    }
+                }
+            }
+            match ears.inbox.take() {
+                None => {
+                    let signals = ears.signals.as_ref().map(Signals::raw_fd);
+                    let mut fds = [readable(Some(ears.inbox.wake_fd())), readable(signals)];
+                    ppoll(&mut fds, None).map_err(MachineError::Wait)?;
+                }
+                Some(Message::Command(command, answer)) => {
+                    if let Some(after) = self.on_command(command, answer) {
+                        return Ok(after);
+                    }
+                }
+                // What is left of a machine that is gone.
+                Some(_) => (),
+            }
+        }
+    }
+
+    /// Carries out a command while there is no machine.
+    fn on_command(&mut self, command: Command, answer: Answer) -> Option<After> {
+        let described = self.ears.as_ref().is_some_and(|e| e.description.is_some());
+        match command {
+            Command::Quit => {
+                answer(Ok(Reply::Done));
+                return Some(After::Exit(ExitReason::Stopped));
+            }
+            Command::Delete => {
+                self.forget();
+                answer(Ok(Reply::Done));
+            }
+            Command::Create(_) if described => {
+                answer(Err(wrong_state(VmState::Created, &command)));
+            }
+            Command::Create(wire) => answer(self.create(*wire).map(|()| Reply::Done)),
+            _ if !described => answer(Err(view::not_created())),
+            Command::Boot => match self.check() {
+                Ok(()) => return Some(After::Boot(Some(answer))),
+                Err(error) => answer(Err(error)),
+            },
+            // Nothing runs: done already.
+            Command::Shutdown => answer(Ok(Reply::Done)),
+            command => answer(self.change(command)),
+        }
+        None
+    }
+
+    fn create(&mut self, wire: api::wire::VmConfig) -> Result<(), ControlError> {
+        let description = Description::from_wire(wire)?;
+        self.view.describe(Some(&description));
+        if let Some(ears) = &mut self.ears {
+            ears.life.renew();
+            ears.description = Some(description);
+        }
+        self.publish(EventKind::Created);
+        Ok(())
+    }
+
+    /// What can be found wrong before anything is opened.
+    fn check(&self) -> Result<(), ControlError> {
+        let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
+        let description = description.ok_or_else(view::not_created)?;
+        description.check_bootable()?;
+        description.check_files(self.models)
+    }
+
+    fn forget(&mut self) {
+        let Some(ears) = &mut self.ears else { return };
+        if ears.description.take().is_some() {
+            ears.life.renew();
+            self.view.describe(None);
+            self.publish(EventKind::Deleted);
+        }
+    }
+
+    /// Changes the description alone.
+    fn change(&mut self, command: Command) -> Result<Reply, ControlError> {
+        let Some(description) = self.ears.as_mut().and_then(|e| e.description.as_mut()) else {
+            return Err(view::not_created());
+        };
+        let changed = description.changed(command, self.models)?;
+        *description = changed;
+        self.view.describe(Some(description));
+        Ok(Reply::Done)
+    }
+
+    fn publish(&self, kind: EventKind) {
+        if let Some(ears) = &self.ears {
+            ears.events.publish(kind);
+        }
+    }
+}
+
+/// Tells what only the host knows, the names of pseudo-terminals; the first is given back.
+fn announce(consoles: &Consoles) -> Option<String> {
+    let mut first = None;
+    for sink in consoles.serial().list() {
+        if let (SinkKind::Pty, Some(path)) = (sink.kind, sink.path) {
+            let path = path.display().to_string();
+            eprintln!("vireo: the serial console is at {path}");
+            first.get_or_insert(path);
+        }
+    }
+    first
+}

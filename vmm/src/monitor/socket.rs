@@ -1,0 +1,135 @@
+//! The API socket: its file, and the lock that keeps a second monitor away.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use crate::opener::{OpenError, Opener, SocketFile};
+
+/// Where a monitor listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SocketPlace {
+    /// A socket that it makes.
+    Path(PathBuf),
+    /// A listening socket that it has been given.
+    Descriptor(RawFd),
+}
+
+/// A listening socket. Its file goes when this is dropped; the lock's file stays,
+/// because removing it would let two monitors each lock a file of their own.
+pub struct ApiSocket {
+    /// The socket.
+    pub listener: UnixListener,
+    _file: Option<SocketFile>,
+    _lock: Option<File>,
+}
+
+impl ApiSocket {
+    /// Listens at `place`. Of several monitors that try one path, one succeeds; the
+    /// file of one that has been killed is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], which names the path.
+    pub fn listen(place: &SocketPlace, opener: &Opener) -> Result<Self, OpenError> {
+        match place {
+            SocketPlace::Path(path) => {
+                let lock = opener.lock_beside(path)?;
+                let listener = opener.listen_unix(path)?;
+                Ok(Self {
+                    listener,
+                    _file: Some(opener.own_socket(path)?),
+                    _lock: Some(lock),
+                })
+            }
+            SocketPlace::Descriptor(fd) => Ok(Self {
+                listener: given(*fd)?,
+                _file: None,
+                _lock: None,
+            }),
+        }
+    }
+}
+
+/// The socket that the process was started with as descriptor `fd`.
+fn given(fd: RawFd) -> Result<UnixListener, OpenError> {
+    let listening = fd > 2 && option(fd, libc::SO_ACCEPTCONN) == Some(1);
+    if !listening || option(fd, libc::SO_DOMAIN) != Some(libc::AF_UNIX) {
+        return Err(OpenError::WrongType {
+            path: Path::new("/dev/fd").join(fd.to_string()),
+            found: "no listening unix socket",
+            wanted: "one that was passed to this process",
+        });
+    }
+    // SAFETY: it is open, and belongs to nobody else in this process: the flag
+    // names it, and that is read once.
+    #[expect(unsafe_code, reason = "takes ownership of an inherited descriptor")]
+    let listener = unsafe { UnixListener::from_raw_fd(fd) };
+    // It must not reach other programs.
+    // SAFETY: the descriptor is open.
+    #[expect(unsafe_code, reason = "fcntl is a system call")]
+    unsafe {
+        libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+    }
+    Ok(listener)
+}
+
+/// An integer option of a socket; `None` when `fd` is none.
+fn option(fd: RawFd, name: libc::c_int) -> Option<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = libc::socklen_t::try_from(size_of_val(&value)).ok()?;
+    // SAFETY: value and length are as long as stated and outlive the call.
+    #[expect(unsafe_code, reason = "getsockopt is a system call")]
+    let result = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0).then_some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn one_monitor_has_a_socket_and_the_next_is_told_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("api.sock");
+        let place = SocketPlace::Path(path.clone());
+        let opener = Opener::new();
+        let first = ApiSocket::listen(&place, &opener).unwrap();
+        let error = ApiSocket::listen(&place, &opener).err().unwrap();
+        assert!(matches!(error, OpenError::SocketInUse { .. }), "{error}");
+        UnixStream::connect(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{mode:o}");
+        drop(first);
+        assert!(!path.exists());
+        drop(ApiSocket::listen(&place, &opener).unwrap());
+    }
+
+    #[test]
+    fn what_a_killed_monitor_left_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("api.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let opener = Opener::new();
+        ApiSocket::listen(&SocketPlace::Path(path), &opener).unwrap();
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_listening_socket_is_refused() {
+        for fd in [-1, 0, 2, 9999] {
+            assert!(ApiSocket::listen(&SocketPlace::Descriptor(fd), &Opener::new()).is_err());
+        }
+    }
+}

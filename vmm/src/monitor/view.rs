@@ -1,0 +1,134 @@
+//! What readers see: it is there at once, whatever the monitor is busy with.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use api::{ControlError, ErrorKind, VmState, wire};
+
+use super::Description;
+use crate::machine::inventory::Inventory;
+use crate::machine::state::StateView;
+
+/// Shared between the control thread, which fills it, and readers.
+#[derive(Clone)]
+pub struct View {
+    state: StateView,
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    description: Option<Arc<wire::VmConfig>>,
+    machine: Option<Arc<Inventory>>,
+    pty: Option<String>,
+}
+
+impl View {
+    /// Nothing has been created.
+    #[must_use]
+    pub fn new(state: StateView) -> Self {
+        Self {
+            state,
+            inner: Arc::default(),
+        }
+    }
+
+    /// The description is new or has changed, or there is none any more.
+    pub fn describe(&self, description: Option<&Description>) {
+        self.lock().description = description.map(|d| Arc::new(d.wire.clone()));
+    }
+
+    /// The machine has been built or has changed, or there is none any more.
+    pub fn show(&self, machine: Option<Inventory>) {
+        self.lock().machine = machine.map(Arc::new);
+    }
+
+    /// The serial port leads to this pseudo-terminal, or to none.
+    pub fn serial_at(&self, pty: Option<String>) {
+        self.lock().pty = pty;
+    }
+
+    /// Description and state.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] when there is no description.
+    pub fn info(&self) -> Result<wire::VmInfo, ControlError> {
+        let (description, machine) = self.parts()?;
+        let memory = machine
+            .as_ref()
+            .map_or(description.memory.size, |machine| machine.memory_size());
+        let mut config = (*description).clone();
+        if config.serial.mode == wire::ConsoleMode::Pty {
+            config.serial.file = self.lock().pty.as_ref().map(PathBuf::from);
+        }
+        Ok(wire::VmInfo {
+            config,
+            state: self.v1_state(),
+            memory_actual_size: memory,
+            device_tree: machine.map(|machine| machine.tree()),
+        })
+    }
+
+    /// The devices.
+    ///
+    /// # Errors
+    ///
+    /// As for [`View::info`].
+    pub fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError> {
+        let (_, machine) = self.parts()?;
+        Ok(machine.map(|machine| machine.devices()).unwrap_or_default())
+    }
+
+    /// What devices have counted.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] when there is no description, [`ErrorKind::Conflict`] when there is no machine.
+    pub fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, ControlError> {
+        match self.parts()? {
+            (_, Some(machine)) => Ok(machine.counters()),
+            (_, None) => Err(ControlError::new(ErrorKind::Conflict, "VM is not running")),
+        }
+    }
+
+    /// The machine, where there is one.
+    #[must_use]
+    pub fn machine(&self) -> Option<Arc<Inventory>> {
+        self.lock().machine.clone()
+    }
+
+    /// The state now.
+    #[must_use]
+    pub fn state(&self) -> VmState {
+        self.state.get().0
+    }
+
+    fn v1_state(&self) -> wire::VmInfoState {
+        match self.state() {
+            VmState::Created | VmState::Stopped => wire::VmInfoState::Created,
+            VmState::Booting | VmState::Running => wire::VmInfoState::Running,
+            VmState::Paused => wire::VmInfoState::Paused,
+            VmState::ShuttingDown => wire::VmInfoState::Shutdown,
+        }
+    }
+
+    fn parts(&self) -> Result<(Arc<wire::VmConfig>, Option<Arc<Inventory>>), ControlError> {
+        let inner = self.lock();
+        match &inner.description {
+            Some(description) => Ok((Arc::clone(description), inner.machine.clone())),
+            None => Err(not_created()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// There is no description.
+#[must_use]
+pub fn not_created() -> ControlError {
+    ControlError::new(ErrorKind::NotFound, "VM is not created")
+}
