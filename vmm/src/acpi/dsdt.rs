@@ -346,7 +346,7 @@ fn motherboard(config: &AcpiConfig) -> Vec<u8> {
 }
 
 /// The generic event device (section 5.6.9) and what it tells of: the power
-/// button (section 4.8.3.2.2), PCI hot-plug, and slots. `_EVT` reads the pending events,
+/// button (section 4.8.3.2.2) and hot-plug. `_EVT` reads the pending events,
 /// which clears them and lowers the line.
 fn event_device(config: &AcpiConfig) -> Vec<u8> {
     let pending = Local(0);

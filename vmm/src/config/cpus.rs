@@ -14,7 +14,7 @@ use crate::layout::MAX_CPUS;
 pub struct CpusConfig {
     /// How many there are at boot, 1 to [`MAX_CPUS`].
     pub boot: u16,
-    /// How many there may be; as many as at boot when not given, and then none can be
+    /// How many there may be. Without it there are as many as at boot, and none can be
     /// added or removed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max: Option<u16>,
@@ -45,7 +45,7 @@ pub const CPUS_FIELDS: &[Field] = &[
         name: "max",
         kind: FieldKind::Number,
         required: false,
-        help: "vCPUs that there may be, so that they can be added and removed; default as boot",
+        help: "vCPUs that there may be: they can be added and removed then; default as boot",
     },
     Field {
         name: "topology",

@@ -30,12 +30,11 @@ use api::{ControlError, ErrorKind};
 use virtio::limit::{Bucket, RateLimits};
 use virtio::models::MODELS;
 
-use super::cpus::CpuTopology;
 use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::{
-    BootProtocol, ConfigError, CpusConfig, DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT,
-    DebugconConfig, HostLimits, MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig,
-    SerialConfig, SmbiosConfig, Thp, VmConfig,
+    BootProtocol, ConfigError, CpuTopology, CpusConfig, CpusError, DEFAULT_SERIAL_REPLAY,
+    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, HostLimits, MachineConfig, MemoryConfig,
+    PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig, Thp, VmConfig,
 };
 use crate::layout::port;
 
@@ -136,25 +135,26 @@ impl VmConfig {
     /// description can say it.
     #[must_use]
     pub fn to_wire(&self) -> wire::VmConfig {
-        let cpus = u32::from(self.cpus.boot);
+        let topology = |topology: CpuTopology| wire::CpuTopology {
+            threads_per_core: topology.threads_per_core,
+            cores_per_die: topology.cores_per_die,
+            dies_per_package: topology.dies_per_package,
+            packages: topology.packages,
+        };
+        let hotplug_size = self.memory.hotplug_size;
         let (disks, rng) = devices::to_wire(&self.devices, self.cpus.boot);
         let groups: Vec<_> = self.rate_limit_groups.iter().map(Into::into).collect();
         wire::VmConfig {
             cpus: wire::CpusConfig {
-                boot_vcpus: cpus,
-                max_vcpus: self.cpus.max.map_or(cpus, u32::from),
-                topology: self.cpus.topology.map(|topology| wire::CpuTopology {
-                    threads_per_core: topology.threads_per_core,
-                    cores_per_die: topology.cores_per_die,
-                    dies_per_package: topology.dies_per_package,
-                    packages: topology.packages,
-                }),
+                boot_vcpus: self.cpus.boot.into(),
+                max_vcpus: self.cpus.most().into(),
+                topology: self.cpus.topology.map(topology),
                 nested: false,
                 ..wire::CpusConfig::default()
             },
             memory: wire::MemoryConfig {
                 size: self.memory.size,
-                hotplug_size: Some(self.memory.hotplug_size).filter(|size| *size > 0),
+                hotplug_size: (hotplug_size > 0).then_some(hotplug_size),
                 shared: self.memory.shared,
                 hugepages: self.memory.hugepages,
                 hugepage_size: self.memory.hugepage_size,
@@ -207,26 +207,34 @@ fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
             "cpus: max_vcpus {max_vcpus} is less than boot_vcpus {boot_vcpus}"
         )));
     }
-    let number = |count: u32| {
-        u16::try_from(count).map_err(|_| invalid(format!("cpus: {count} vCPUs are too many")))
+    let number = |key, count: u32| {
+        count.try_into().map_err(|_| {
+            let count = count.into();
+            ControlError::from(&ConfigError::from(CpusError::Count { key, count }))
+        })
+    };
+    let topology = |described: wire::CpuTopology| CpuTopology {
+        threads_per_core: described.threads_per_core,
+        cores_per_die: described.cores_per_die,
+        dies_per_package: described.dies_per_package,
+        packages: described.packages,
     };
     Ok(CpusConfig {
-        boot: number(boot_vcpus)?,
-        max: Some(number(max_vcpus)?).filter(|_| max_vcpus > boot_vcpus),
-        topology: described.topology.map(|topology| CpuTopology {
-            threads_per_core: topology.threads_per_core,
-            cores_per_die: topology.cores_per_die,
-            dies_per_package: topology.dies_per_package,
-            packages: topology.packages,
-        }),
+        boot: number("boot", boot_vcpus)?,
+        // v1 always says it; only more than at boot asks for something.
+        max: if max_vcpus > boot_vcpus {
+            Some(number("max", max_vcpus)?)
+        } else {
+            None
+        },
+        topology: described.topology.map(topology),
     })
 }
 
 fn memory(described: &wire::MemoryConfig) -> MemoryConfig {
-    let added = described.hotplugged_size.unwrap_or(0);
     MemoryConfig {
-        size: described.size.saturating_add(added),
-        hotplug_size: described.hotplug_size.unwrap_or(0).saturating_sub(added),
+        size: described.size,
+        hotplug_size: described.hotplug_size.unwrap_or(0),
         shared: described.shared,
         hugepages: described.hugepages,
         hugepage_size: described.hugepage_size,

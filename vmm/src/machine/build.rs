@@ -204,16 +204,17 @@ pub fn build(
     };
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
+    let slots = devices.platform.slots();
     let machine = Machine {
         vcpus,
         vm,
         ram,
+        resizable: Resizable::new(slots, maker, space.addable, tables),
         units: devices.units,
         started: false,
         virtio: devices.virtio,
         bay: devices.bay,
         events: events.clone(),
-        resizable: Resizable::new(devices.platform.slots(), maker, space.addable, tables),
         platform: devices.platform,
         payload,
         entry: Some(entry),
@@ -443,8 +444,7 @@ fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineE
 
 /// vCPUs that there may be and that are there at boot, where they come and go.
 fn cpu_slots(config: &CpusConfig) -> Option<(u32, u32)> {
-    let (most, boot) = (config.most(), config.boot);
-    (most > boot).then_some((most.into(), boot.into()))
+    config.max.map(|max| (max.into(), config.boot.into()))
 }
 
 fn topology(config: &CpusConfig) -> Topology {

@@ -6,6 +6,7 @@
 //! end that drains) has a deadline.
 
 mod commands;
+mod resize;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -18,7 +19,6 @@ use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
-use super::resize::Resized;
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
 use super::{Machine, MachineError};
@@ -425,8 +425,8 @@ impl Driver {
                 self.machine.eject(address);
                 self.show_devices();
             }
-            Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
             Message::SlotNews => self.on_slot_news(),
+            Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
             Message::Errand(errand) => errand(self),
         }
     }
@@ -504,27 +504,6 @@ impl Driver {
         }
     }
 
-    /// The guest has answered to vCPUs or memory that came or are to go.
-    fn on_slot_news(&mut self) {
-        match self.machine.take_resized() {
-            Ok(resized) => {
-                self.tell_resized(&resized);
-                self.go_on();
-            }
-            Err(error) => self.fail("a vCPU cannot be taken away", &error),
-        }
-    }
-
-    fn tell_resized(&mut self, resized: &[Resized]) {
-        for resized in resized {
-            tracing::info!(?resized, "the guest has answered");
-            if let Resized::CpuLeft { count, .. } = *resized {
-                self.ears.events.publish(EventKind::CpusResized { count });
-            }
-        }
-        self.show_size();
-    }
-
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.
     fn go_on(&mut self) {
         if self.state().0 == VmState::Running && !self.held {
@@ -558,7 +537,7 @@ impl Driver {
             }
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state().0 == VmState::Running => {
-                    self.press_power_button()
+                    self.press_power_button();
                 }
                 Ending::PressButton => self.finish(ExitReason::Stopped, None),
                 Ending::Now => {

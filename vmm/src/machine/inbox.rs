@@ -42,10 +42,10 @@ pub enum Message {
     ConsoleEnd,
     /// A disk's request failed and waits: the machine is to be paused.
     DiskStopped(DiskStopped),
-    /// The guest gives up what is in a PCI slot.
-    PciEject(PciAddress),
     /// The guest has done something with a slot for vCPUs or memory.
     SlotNews,
+    /// The guest gives up what is in a PCI slot.
+    PciEject(PciAddress),
     /// A debugger's errand; vCPUs may be running.
     Errand(Errand),
 }

@@ -47,7 +47,7 @@ pub enum ResizeError {
     /// None come and go.
     #[error(
         "{wanted} vCPUs: this machine has {now}, and none can be added or removed: --cpus max= \
-         above boot= makes that possible"
+         makes that possible"
     )]
     CpusFixed {
         /// What was asked for.
@@ -117,19 +117,20 @@ pub enum ResizeError {
 }
 
 impl ResizeError {
-    /// The same for those who asked over the control interface; `part` is what v1 calls the part of the machine.
+    /// The same for those who asked over the control interface.
     #[must_use]
-    pub fn to_control(&self, part: &str) -> ControlError {
+    pub fn to_control(&self) -> ControlError {
         let kind = match self {
             Self::CpuCount { .. }
+            | Self::CpusFixed { .. }
             | Self::MemoryShrinks { .. }
             | Self::MemoryLimit { .. }
             | Self::MemoryBlocks { .. } => ErrorKind::Invalid,
-            Self::CpusFixed { .. } | Self::MemorySlots => ErrorKind::Conflict,
             Self::RemovalPending { .. } => ErrorKind::Busy,
+            Self::MemorySlots => ErrorKind::Conflict,
             Self::Memory(_) | Self::Kvm(_) | Self::Thread(_) => ErrorKind::Failed,
         };
-        ControlError::from_error(kind, self).context(part)
+        ControlError::from_error(kind, self)
     }
 }
 
@@ -279,6 +280,15 @@ impl Machine {
     #[must_use]
     pub fn cpu_count(&self) -> u32 {
         u32::try_from(self.vcpus.present().len()).unwrap_or(MAX_CPUS)
+    }
+
+    /// How many vCPUs there are once the guest has done what it was asked.
+    #[must_use]
+    pub fn cpus_expected(&self) -> u32 {
+        let slots = self.resizable.cpus.as_ref();
+        let leaving = slots.map_or(0, |slots| slots.registers.leaving().len());
+        let leaving = u32::try_from(leaving).unwrap_or(MAX_CPUS);
+        self.cpu_count().saturating_sub(leaving)
     }
 
     /// The guest's memory in bytes, with all that has been added.

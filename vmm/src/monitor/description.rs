@@ -85,15 +85,30 @@ impl Description {
         Ok(new)
     }
 
+    /// Takes up how many vCPUs a machine has been given, and how much memory in all: the
+    /// next one has as much from the start.
+    pub fn resized(&mut self, cpus: u32, memory: u64) {
+        if let Ok(boot) = u16::try_from(cpus) {
+            self.config.cpus.boot = boot;
+            self.wire.cpus.boot_vcpus = cpus;
+        }
+        let more = memory.saturating_sub(self.config.memory.size);
+        if more > 0 {
+            let config = &mut self.config.memory;
+            config.size = memory;
+            config.hotplug_size = config.hotplug_size.saturating_sub(more);
+            let added = self.wire.memory.hotplugged_size.get_or_insert(0);
+            *added = added.saturating_add(more);
+        }
+    }
+
     fn resize(&mut self, request: &wire::VmResize) -> Result<(), ControlError> {
         if let Some(count) = request.desired_vcpus {
-            if count > self.wire.cpus.max_vcpus {
-                let message = "Requested vCPUs exceed maximum";
-                return Err(ControlError::new(ErrorKind::Invalid, message));
-            }
-            let most = self.wire.cpus.max_vcpus;
-            self.config.cpus.boot = u16::try_from(count).unwrap_or(u16::MAX);
-            self.config.cpus.max = u16::try_from(most).ok().filter(|_| most > count);
+            self.config.cpus.boot = u16::try_from(count).map_err(|_| {
+                ControlError::new(ErrorKind::Invalid, format!("{count} vCPUs are too many"))
+            })?;
+            let cpus = &mut self.config.cpus;
+            cpus.max = cpus.max.map(|max| max.max(cpus.boot));
             self.wire.cpus.boot_vcpus = count;
         }
         if let Some(size) = request.desired_ram {
@@ -140,23 +155,6 @@ impl Description {
         self.config.devices.push(planned.config);
         if let Some(disk) = planned.disk {
             self.wire.disks.get_or_insert_default().push(disk);
-        }
-    }
-
-    /// The machine has this many vCPUs and this many bytes of memory now: it has them
-    /// after its next boot too.
-    pub fn resized(&mut self, cpus: u32, memory: u64) {
-        if let Ok(boot) = u16::try_from(cpus) {
-            self.config.cpus.boot = boot;
-            self.wire.cpus.boot_vcpus = cpus;
-        }
-        let added = memory.saturating_sub(self.config.memory.size);
-        if added > 0 {
-            self.config.memory.size = memory;
-            let left = self.config.memory.hotplug_size.saturating_sub(added);
-            self.config.memory.hotplug_size = left;
-            let before = self.wire.memory.hotplugged_size.unwrap_or(0);
-            self.wire.memory.hotplugged_size = Some(before.saturating_add(added));
         }
     }
 

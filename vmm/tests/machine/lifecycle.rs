@@ -380,12 +380,10 @@ fn the_ways_in_which_guests_end_are_told() {
         assert_eq!(place, reason == ExitReason::TripleFault);
         let events = kinds(machine.events().into_iter());
         assert_eq!(events.contains(&EventKind::GuestPanic), panicked);
-        assert_eq!(
-            events.last().is_some_and(
-                |last| matches!(last, EventKind::Exit { reason: r, .. } if *r == reason)
-            ),
-            true
-        );
+        let ended = events
+            .last()
+            .is_some_and(|last| matches!(last, EventKind::Exit { reason: r, .. } if *r == reason));
+        assert!(ended);
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::sync::mpsc::channel;
 
-use api::{Command as Ask, EventKind, Reply};
+use api::wire::VmResize;
+use api::{Command as Ask, Control, ControlError, ErrorKind, EventKind, Reply};
 use migration::{RestoreError, SectionSet};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -79,7 +80,7 @@ impl Grown {
     }
 
     fn sizes(&self) -> Vec<EventKind> {
-        let kinds = self.machine.new_events();
+        let kinds = self.machine.events().into_iter().map(|event| event.kind);
         kinds
             .into_iter()
             .filter(|kind| {
@@ -300,6 +301,50 @@ fn a_machine_without_room_refuses_by_name_and_has_nothing_for_it() {
         let error = guest.resize_cpus(wanted).unwrap_err().to_string();
         assert!(error.contains("1 to 4"), "{error}");
     }
+}
+
+#[test]
+fn a_command_resizes_and_the_description_follows() {
+    if !can_run() {
+        return;
+    }
+    let memory = json!({ "size": 64 * MIB, "hotplug_size": GIB });
+    let guest = Grown::boot("", json!({ "boot": 1, "max": 4 }), memory);
+    let resize = |desired_vcpus, desired_ram| {
+        guest.machine.ask(Ask::Resize(VmResize {
+            desired_vcpus,
+            desired_ram,
+            desired_balloon: None,
+        }))
+    };
+    let kind = |result: Result<Reply, ControlError>| result.unwrap_err().kind;
+    assert_eq!(resize(None, None), Ok(Reply::Done));
+    assert_eq!(resize(Some(3), Some(320 * MIB)), Ok(Reply::Done));
+    guest.hears("cpu=2 starts=1");
+    guest.hears("memory=0 ");
+    assert_eq!(kind(resize(Some(5), None)), ErrorKind::Invalid);
+    assert_eq!(kind(resize(None, Some(64 * MIB))), ErrorKind::Invalid);
+    guest.ask(Ask::Pause);
+    assert_eq!(resize(Some(2), None), Ok(Reply::Done));
+    assert_eq!(kind(resize(Some(1), None)), ErrorKind::Busy);
+    let shown = || {
+        let info = guest.machine.handle.info().unwrap();
+        let (cpus, memory) = (info.config.cpus, info.config.memory);
+        (
+            cpus.boot_vcpus,
+            memory.hotplugged_size,
+            info.memory_actual_size,
+        )
+    };
+    assert_eq!(shown(), (2, Some(256 * MIB), 320 * MIB));
+    guest.ask(Ask::Resume);
+    guest.settles(2);
+    // The next machine has it all from the start, and as much room as was left.
+    guest.ask(Ask::Reboot);
+    guest.hears("boot cpus=2 more=2 mib=320");
+    assert_eq!(resize(None, Some(1088 * MIB)), Ok(Reply::Done));
+    assert_eq!(kind(resize(None, Some(1216 * MIB))), ErrorKind::Invalid);
+    assert_eq!(shown().1, Some(GIB));
 }
 
 #[test]

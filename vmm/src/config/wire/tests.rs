@@ -56,9 +56,9 @@ fn an_empty_description_is_a_machine_with_the_defaults_of_v1_that_cannot_be_boot
 #[test]
 fn every_part_that_there_is_arrives() {
     let config = made(json!({
-        "cpus": {"boot_vcpus": 3, "max_vcpus": 3, "topology":
-            {"threads_per_core": 1, "cores_per_die": 3, "dies_per_package": 1, "packages": 1}},
-        "memory": {"size": 4194304, "shared": true, "hugepages": true, "hugepage_size": 2_097_152,
+        "cpus": {"boot_vcpus": 3, "max_vcpus": 8, "topology":
+            {"threads_per_core": 2, "cores_per_die": 2, "dies_per_package": 1, "packages": 2}},
+        "memory": {"size": 4194304, "hotplug_size": 268_435_456, "shared": true, "hugepages": true, "hugepage_size": 2_097_152,
             "prefault": true, "thp": false},
         "payload": {"kernel": "/k", "initramfs": "/i", "cmdline": "a b"},
         "serial": {"mode": "File", "file": "/s"},
@@ -69,12 +69,13 @@ fn every_part_that_there_is_arrives() {
         "platform": {"serial_number": "s", "uuid": "00112233-4455-6677-8899-aabbccddeeff",
             "oem_strings": ["x", "y"], "system_manufacturer": "m", "chassis_asset_tag": "t"},
     }));
-    assert_eq!(config.cpus.boot, 3);
+    assert_eq!((config.cpus.boot, config.cpus.max), (3, Some(8)));
+    assert_eq!(config.cpus.arrangement().levels(), [2, 2, 1, 2]);
     assert_eq!(
         config.memory,
         MemoryConfig {
             size: 4 << 20,
-            hotplug_size: 0,
+            hotplug_size: 256 << 20,
             shared: true,
             hugepages: true,
             hugepage_size: Some(2 << 20),
@@ -228,6 +229,19 @@ fn nonsense() -> Vec<(Value, &'static str)> {
             json!({"cpus": {"boot_vcpus": 70000, "max_vcpus": 70000}}),
             "70000",
         ),
+        (
+            json!({"cpus": {"boot_vcpus": 1, "max_vcpus": 255}}),
+            "max=255",
+        ),
+        (
+            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 2, "topology": {"threads_per_core": 2,
+                "cores_per_die": 2, "dies_per_package": 1, "packages": 1}}}),
+            "topology=2:2:1:1",
+        ),
+        (
+            json!({"memory": {"size": 4_194_304, "hotplug_size": 4_194_304}}),
+            "pieces of 128M",
+        ),
         (json!({"memory": {"size": 0}}), "at least 2M"),
         (json!({"memory": {"size": u64::MAX}}), "the host has"),
         (
@@ -370,9 +384,8 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
             "cpus.features.amx",
         ),
         (
-            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 2, "topology": {"threads_per_core": 2,
-                "cores_per_die": 1, "dies_per_package": 1, "packages": 1}}}),
-            "cpus.topology",
+            json!({"memory": {"size": 4_194_304, "hotplugged_size": 134_217_728}}),
+            "memory.hotplugged_size",
         ),
         (
             json!({"platform": {"num_pci_segments": 2}}),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread::Builder;
 
-use api::wire::{PciDeviceInfo, VmResize, VmUpdateDisk};
+use api::wire::{PciDeviceInfo, VmUpdateDisk};
 use api::{
     AddDevice, Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply,
     VmState,
@@ -13,7 +13,6 @@ use super::Driver;
 use crate::machine::MachineError;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::{Message, ended};
-use crate::machine::resize::ResizeError;
 use crate::machine::state::{permits, wrong_state};
 
 impl Driver {
@@ -61,55 +60,6 @@ impl Driver {
         };
         done.map(|()| Reply::Done)
             .map_err(|error| error.to_control())
-    }
-
-    /// Changes the number of vCPUs, then the memory; what has been done stays when the next step fails.
-    fn resize(&mut self, request: &VmResize) -> Result<(), ControlError> {
-        if request.desired_balloon.is_some() {
-            let message = "the machine has no balloon";
-            return Err(ControlError::new(ErrorKind::NotFound, message));
-        }
-        if let Some(wanted) = request.desired_vcpus {
-            let resized = self.resize_cpus(wanted);
-            resized.map_err(|error| error.to_control("Error from CPU manager"))?;
-        }
-        if let Some(wanted) = request.desired_ram {
-            let resized = self.resize_memory(wanted);
-            resized.map_err(|error| error.to_control("Memory manager error"))?;
-        }
-        Ok(())
-    }
-
-    /// Changes the number of vCPUs; see [`Machine::resize_cpus`].
-    ///
-    /// # Errors
-    ///
-    /// [`ResizeError`].
-    pub fn resize_cpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
-        let before = self.machine.cpu_count();
-        let result = self.machine.resize_cpus(wanted);
-        let count = self.machine.cpu_count();
-        if count > before {
-            self.ears.events.publish(EventKind::CpusResized { count });
-        }
-        self.show_size();
-        result
-    }
-
-    /// Adds memory; see [`Machine::resize_memory`].
-    ///
-    /// # Errors
-    ///
-    /// [`ResizeError`].
-    pub fn resize_memory(&mut self, wanted: u64) -> Result<(), ResizeError> {
-        let before = self.machine.memory_size();
-        self.machine.resize_memory(wanted)?;
-        let size = self.machine.memory_size();
-        if size > before {
-            self.ears.events.publish(EventKind::MemoryResized { size });
-        }
-        self.show_size();
-        Ok(())
     }
 
     /// Adds a device. Its back end is opened on a thread of its own, because that
@@ -165,15 +115,6 @@ impl Driver {
             id,
             bdf: address.to_string(),
         }))
-    }
-
-    /// Lets readers and the description know how many vCPUs and how much memory there is.
-    pub(super) fn show_size(&mut self) {
-        let (cpus, memory) = (self.machine.cpu_count(), self.machine.memory_size());
-        if let Some(description) = &mut self.ears.description {
-            description.resized(cpus, memory);
-        }
-        self.show_devices();
     }
 
     /// Lets readers and the description know which devices there are.

@@ -1,0 +1,90 @@
+//! vCPUs and memory that come and go: the commands, and what the guest answers.
+
+use api::{ControlError, ErrorKind, EventKind, wire};
+
+use super::Driver;
+use crate::machine::resize::{ResizeError, Resized};
+
+impl Driver {
+    /// Begins what `request` asks for: vCPUs, then memory. The first that cannot be
+    /// is the answer, and what was before it has been done.
+    pub(super) fn resize(&mut self, request: &wire::VmResize) -> Result<(), ControlError> {
+        let wire::VmResize {
+            desired_vcpus,
+            desired_ram,
+            desired_balloon,
+        } = *request;
+        if desired_balloon.is_some() {
+            let message = "the machine has no balloon";
+            return Err(ControlError::new(ErrorKind::NotFound, message));
+        }
+        let cpus = desired_vcpus.map_or(Ok(()), |count| self.resize_cpus(count));
+        cpus.and_then(|()| desired_ram.map_or(Ok(()), |size| self.resize_memory(size)))
+            .map_err(|error| error.to_control())
+    }
+
+    /// Changes the number of vCPUs; see [`crate::machine::Machine::resize_cpus`].
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`].
+    pub fn resize_cpus(&mut self, wanted: u32) -> Result<(), ResizeError> {
+        let before = self.machine.cpu_count();
+        let result = self.machine.resize_cpus(wanted);
+        let count = self.machine.cpu_count();
+        if count > before {
+            self.ears.events.publish(EventKind::CpusResized { count });
+        }
+        self.show_sizes();
+        result
+    }
+
+    /// Adds memory; see [`crate::machine::Machine::resize_memory`].
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`].
+    pub fn resize_memory(&mut self, wanted: u64) -> Result<(), ResizeError> {
+        let before = self.machine.memory_size();
+        self.machine.resize_memory(wanted)?;
+        let size = self.machine.memory_size();
+        if size > before {
+            self.ears.events.publish(EventKind::MemoryResized { size });
+        }
+        self.show_sizes();
+        Ok(())
+    }
+
+    /// The guest has answered to vCPUs or memory that came or are to go.
+    pub(super) fn on_slot_news(&mut self) {
+        match self.machine.take_resized() {
+            Ok(resized) => {
+                self.tell_resized(&resized);
+                self.go_on();
+            }
+            Err(error) => self.fail("a vCPU cannot be taken away", &error),
+        }
+    }
+
+    /// Publishes what has become of vCPUs and memory.
+    pub(super) fn tell_resized(&mut self, resized: &[Resized]) {
+        for resized in resized {
+            tracing::info!(?resized, "the guest has answered");
+            if let Resized::CpuLeft { count, .. } = *resized {
+                self.ears.events.publish(EventKind::CpusResized { count });
+            }
+        }
+        if !resized.is_empty() {
+            self.show_sizes();
+        }
+    }
+
+    /// Lets readers know how much there is, and the description what the next machine is to have.
+    fn show_sizes(&mut self) {
+        if let Some(description) = &mut self.ears.description {
+            let cpus = self.machine.cpus_expected();
+            description.resized(cpus, self.machine.memory_size());
+        }
+        self.show_devices();
+    }
+}
