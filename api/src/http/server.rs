@@ -330,7 +330,11 @@ impl Server {
             self.subscription = None;
         }
         if stopped && self.end.is_none() {
-            self.listener = None;
+            if let Some(listener) = self.listener.take() {
+                // Closing it is not enough where its owner has another descriptor of it:
+                // epoll would report what nobody takes.
+                let _ = epoll::delete(&self.epoll, &listener);
+            }
             self.paused = None;
             let now = self.shared.now;
             let end = now.checked_add(self.shared.options.stop_timeout);
