@@ -276,10 +276,7 @@ impl Monitor {
                     self.forget();
                     After::Idle
                 }
-                (Command::Reboot, After::Idle) => {
-                    self.publish(EventKind::Rebooting);
-                    After::Boot(Some(answer))
-                }
+                (Command::Reboot, After::Idle) => After::Boot(Some(answer)),
                 (_, after) => {
                     answer(Ok(Reply::Done));
                     after

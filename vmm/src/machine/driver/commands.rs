@@ -24,6 +24,10 @@ impl Driver {
         match command {
             Command::UpdateDisk(request) => answer(self.update_disk(&request)),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
+                if matches!(command, Command::Reboot) {
+                    // Before the machine's end is told: who hears of that knows that it is none.
+                    self.ears.events.publish(EventKind::Rebooting);
+                }
                 self.finish(ExitReason::Stopped, None);
                 self.then.push((command, answer));
             }
