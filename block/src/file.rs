@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::disk::ResizeError;
 use crate::engine::bounce::AlignedBuf;
+use crate::lease::Lease;
 use crate::lock;
 
 /// `BLKGETSIZE64`, `_IOR(0x12, 114, size_t)` of `linux/fs.h`: a device's size in bytes.
@@ -105,6 +106,8 @@ pub(crate) struct HostFile {
     physical: u32,
     logical: u32,
     abilities: Abilities,
+    /// Given up after the locks.
+    lease: Option<Box<dyn Lease>>,
 }
 
 impl HostFile {
@@ -138,7 +141,13 @@ impl HostFile {
             physical: plausible(physical).unwrap_or(4096).max(logical),
             logical,
             abilities: Abilities::new(kind, direct, align),
+            lease: None,
         })
+    }
+
+    /// Keeps the lease under which the file was opened as long as the file is open.
+    pub(crate) fn hold(&mut self, lease: Option<Box<dyn Lease>>) {
+        self.lease = lease;
     }
 
     /// The opened file.

@@ -36,6 +36,7 @@ mod events;
 mod file;
 mod image;
 mod jobs;
+mod lease;
 mod lock;
 mod magic;
 pub mod nbd;
@@ -57,6 +58,7 @@ pub use disk::{
 };
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
+pub use lease::Lease;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Opener};

@@ -166,7 +166,7 @@ impl Chain<'_> {
             write,
             direct: disk.access().direct,
         };
-        let file = open_file(path, self.opener, access, disk.lock)?;
+        let file = open_file(path, self.opener, access, disk.keep())?;
         Ok(Arc::new(FileStorage::new(Arc::new(file))))
     }
 

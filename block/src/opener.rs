@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::lease::Lease;
+
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Access {
@@ -66,6 +68,22 @@ pub trait Opener: Send + Sync {
         Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
             "connections are not allowed here",
+        ))
+    }
+
+    /// Has `program` permit the use of the image at `path`, for reading or for writing too. Called before the
+    /// image is opened; the lease is dropped once it has been closed.
+    ///
+    /// Unless it is implemented, every lease is refused.
+    ///
+    /// # Errors
+    ///
+    /// The system's error, `PermissionDenied` when the program refuses or policy forbids it.
+    fn lease(&self, program: &Path, path: &Path, write: bool) -> io::Result<Box<dyn Lease>> {
+        let _ = (program, path, write);
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "leases are not to be had here",
         ))
     }
 

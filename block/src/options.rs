@@ -1,7 +1,10 @@
 //! How a disk is to be opened, in QEMU's words.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
+use crate::lease::Keep;
 use crate::opener::Access;
 
 /// How a disk is to be opened.
@@ -28,6 +31,8 @@ pub struct DiskOptions {
     pub format: Option<Format>,
     /// Keep other programs, and this one, from opening the file in conflict.
     pub lock: bool,
+    /// The program that is asked for a lease on each file of the image.
+    pub lease: Option<PathBuf>,
 }
 
 impl Default for DiskOptions {
@@ -41,11 +46,20 @@ impl Default for DiskOptions {
             detect_zeroes: DetectZeroes::default(),
             format: None,
             lock: true,
+            lease: None,
         }
     }
 }
 
 impl DiskOptions {
+    /// How the file is kept from others.
+    pub(crate) fn keep(&self) -> Keep<'_> {
+        Keep {
+            lock: self.lock,
+            lease: self.lease.as_deref(),
+        }
+    }
+
     /// What the file is to be opened for.
     #[must_use]
     pub fn access(&self) -> Access {

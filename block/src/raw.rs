@@ -10,6 +10,7 @@ use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::events::{Events, Observer};
 use crate::file::{self, HostFile, Kind};
 use crate::jobs::JobQueue;
+use crate::lease::Keep;
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
 use crate::opener::{Access, Opener};
@@ -207,6 +208,15 @@ pub enum OpenError {
     /// It is on an NBD server and cannot be had there.
     #[error(transparent)]
     Nbd(#[from] crate::nbd::NbdError),
+    /// No lease was given on it.
+    #[error("disk {}: no lease on it", path.display())]
+    NoLease {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// It cannot be locked.
     #[error("disk {}: its file system cannot lock it; say lock=off if nobody else uses it", path.display())]
     NoLocks {
@@ -239,7 +249,7 @@ impl RawDisk {
         opener: &dyn Opener,
         options: &DiskOptions,
     ) -> Result<Self, OpenError> {
-        let file = open_file(path, opener, options.access(), options.lock)?;
+        let file = open_file(path, opener, options.access(), options.keep())?;
         let path = Named(path);
         path.check(&file, options.format.is_some())?;
         Ok(Self {
@@ -264,13 +274,19 @@ impl RawDisk {
 }
 
 /// Opens and locks a file or block device, whatever is in it. It unlocks itself.
-pub(crate) fn open_file(
+pub(crate) fn open_file<'a>(
     path: &Path,
     opener: &dyn Opener,
     access: Access,
-    locked: bool,
+    keep: impl Into<Keep<'a>>,
 ) -> Result<HostFile, OpenError> {
-    let path = Named(path);
+    let (path, keep) = (Named(path), keep.into());
+    let lease = keep
+        .lease(path.0, opener, access.write)
+        .map_err(|source| OpenError::NoLease {
+            path: path.path(),
+            source,
+        })?;
     let file = opener
         .open(path.0, access)
         .map_err(|source| path.unopened(source, access.write, access.direct))?;
@@ -279,11 +295,12 @@ pub(crate) fn open_file(
         Err(kind) => return Err(path.not_a_disk(kind)),
     };
     file::make_blocking(&file).map_err(|source| path.unreadable(source))?;
-    if locked {
+    if keep.lock {
         path.lock(&file, !access.write)?;
     }
     let mut file =
         HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+    file.hold(lease);
     if !access.write && kind == Kind::Regular {
         // An ISO image, say. As QEMU does, so that the last bytes can be read.
         file.pad_to(SECTOR.max(file.abilities().align.offset.into()));

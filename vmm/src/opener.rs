@@ -20,6 +20,7 @@ use block::{Access, Address};
 use kvm_ioctls::Kvm;
 
 mod connect;
+mod lease;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -351,6 +352,10 @@ impl block::Opener for Opener {
     /// Any address may be connected to.
     fn connector(&self, address: &Address) -> io::Result<Box<dyn block::Connector>> {
         Ok(Box::new(connect::Connector(address.clone())))
+    }
+
+    fn lease(&self, program: &Path, path: &Path, write: bool) -> io::Result<Box<dyn block::Lease>> {
+        Ok(Box::new(lease::Held::acquire(program, path, write)?))
     }
 
     /// Creates it with mode 0600; a symbolic link at its name is not followed.

@@ -1,6 +1,6 @@
 //! Memory aligned for direct I/O, for requests whose own memory is not.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::io;
 use std::ptr::NonNull;
 
@@ -8,6 +8,9 @@ use crate::buffers::{IoVec, for_window};
 
 /// Suits every alignment that the host is known to demand of memory.
 const ALIGN: usize = 64 << 10;
+
+/// The size and alignment of a large page, in bytes.
+const LARGE_PAGE: usize = 2 << 20;
 
 /// The size of one bounce buffer, in bytes; larger requests go through it in turns.
 pub(crate) const BOUNCE_SIZE: usize = 256 << 10;
@@ -27,13 +30,27 @@ pub(crate) struct AlignedBuf {
 unsafe impl Send for AlignedBuf {}
 
 impl AlignedBuf {
-    /// Allocates `len` bytes, at least one.
+    /// Allocates `len` bytes, at least one. Where that is a large page or more, the host is asked for such.
     #[expect(unsafe_code, reason = "aligned memory comes from the raw allocator")]
     pub(crate) fn new(len: usize) -> io::Result<Self> {
-        let layout = Layout::from_size_align(len.max(1), ALIGN).map_err(io::Error::other)?;
+        let align = if len < LARGE_PAGE { ALIGN } else { LARGE_PAGE };
+        let layout = Layout::from_size_align(len.max(1), align).map_err(io::Error::other)?;
         // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(layout) };
+        let start = unsafe { alloc(layout) };
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
+        if align == LARGE_PAGE {
+            // SAFETY: advice about whole pages of memory that is ours, which changes no content. The host may
+            // refuse it: that costs only time.
+            let _ = unsafe {
+                libc::madvise(
+                    start.as_ptr().cast(),
+                    len - len % LARGE_PAGE,
+                    libc::MADV_HUGEPAGE,
+                )
+            };
+        }
+        // SAFETY: so long is the memory.
+        unsafe { start.write_bytes(0, layout.size()) };
         Ok(Self { start, layout })
     }
 
@@ -53,9 +70,17 @@ impl AlignedBuf {
 
     /// The first `len` bytes, as the host sees them.
     pub(crate) fn piece(&self, len: usize) -> IoVec {
+        self.part(0, len)
+    }
+
+    /// `len` bytes from `from` on, as the host sees them; fewer where it ends before.
+    #[expect(unsafe_code, reason = "the memory is raw")]
+    pub(crate) fn part(&self, from: usize, len: usize) -> IoVec {
+        let from = from.min(self.layout.size());
         IoVec {
-            base: self.start.as_ptr(),
-            len: len.min(self.layout.size()),
+            // SAFETY: no further than one past the end.
+            base: unsafe { self.start.as_ptr().add(from) },
+            len: len.min(self.layout.size() - from),
         }
     }
 
@@ -138,5 +163,26 @@ impl BouncePool {
     /// Takes a buffer back.
     pub(crate) fn give(&mut self, buf: AlignedBuf) {
         self.free.push(buf);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_every_size_is_aligned_and_zero_and_has_parts() {
+        for len in [0, 1, 4096, LARGE_PAGE - 1, LARGE_PAGE, 2 * LARGE_PAGE + 512] {
+            // The allocator gives out again what it has got back, with what was in it.
+            AlignedBuf::new(len).unwrap().bytes_mut().fill(0xee);
+            let buf = AlignedBuf::new(len).unwrap();
+            assert!(buf.bytes().iter().all(|byte| *byte == 0), "{len}");
+            let whole = buf.piece(len);
+            assert!(whole.base.addr().is_multiple_of(ALIGN), "{len}");
+            let end = buf.part(len, 10);
+            assert_eq!(end.base.addr() - whole.base.addr(), len);
+            assert_eq!(end.len, len.max(1) - len);
+            assert_eq!(buf.part(len / 2, usize::MAX).len, len.max(1) - len / 2);
+        }
     }
 }

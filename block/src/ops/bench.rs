@@ -12,6 +12,9 @@ use crate::{Buffers, Completed, Disk, IoQueue, Op, Request};
 /// The most bytes of one request.
 const MAX_SIZE: usize = 1 << 30;
 
+/// The most requests at once.
+const MAX_DEPTH: u32 = 1024;
+
 /// Which requests are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bench {
@@ -56,7 +59,8 @@ pub fn bench(disk: &dyn Disk, how: &Bench, control: &Control<'_>) -> io::Result<
         done: 0,
         until_flush: how.flush_interval,
         flushing: false,
-        slots: slots(how)?,
+        memory: memory(how)?,
+        free: (0..depth(how)).rev().collect(),
     };
     let start = Instant::now();
     let mut completed = Vec::new();
@@ -86,8 +90,10 @@ struct Run<'a> {
     done: u64,
     until_flush: u64,
     flushing: bool,
-    /// Memory for requests, and whether it is in use.
-    slots: Vec<(Arc<Mutex<AlignedBuf>>, bool)>,
+    /// Memory for all requests, one after the other.
+    memory: Arc<Mutex<AlignedBuf>>,
+    /// Which parts of it are not in use.
+    free: Vec<usize>,
 }
 
 impl Run<'_> {
@@ -107,8 +113,10 @@ impl Run<'_> {
                 self.push(FLUSH, Op::Flush, 0, Buffers::none());
                 continue;
             }
-            let free = self.slots.iter().position(|(_, used)| !used);
-            let Some(slot) = free.filter(|_| self.sent < self.how.count) else {
+            if self.sent >= self.how.count {
+                return;
+            }
+            let Some(slot) = self.free.pop() else {
                 return;
             };
             self.send(slot);
@@ -116,18 +124,15 @@ impl Run<'_> {
     }
 
     fn send(&mut self, slot: usize) {
-        let Some((memory, used)) = self.slots.get_mut(slot) else {
-            return;
-        };
-        *used = true;
-        let piece = memory
+        let piece = self
+            .memory
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .piece(self.how.size);
+            .part(slot * self.how.size, self.how.size);
         #[expect(unsafe_code, reason = "the memory is named by its address")]
-        // SAFETY: the memory lives as long as its owner, and nobody refers to it until the request has ended:
-        // the lock is only ever taken for its address.
-        let buffers = unsafe { Buffers::from_slice(&[piece], memory.clone()) };
+        // SAFETY: the memory lives as long as its owner, and nobody refers to it until all requests have
+        // ended: the lock is only ever taken for its address.
+        let buffers = unsafe { Buffers::from_slice(&[piece], self.memory.clone()) };
         let op = match self.how.write {
             Some(_) => Op::Write,
             None => Op::Read,
@@ -161,22 +166,24 @@ impl Run<'_> {
             return Ok(());
         }
         self.done += 1;
-        let slot = usize::try_from(token).ok();
-        if let Some((_, used)) = slot.and_then(|slot| self.slots.get_mut(slot)) {
-            *used = false;
-        }
+        self.free.extend(usize::try_from(token));
         Ok(())
     }
 }
 
-fn slots(how: &Bench) -> io::Result<Vec<(Arc<Mutex<AlignedBuf>>, bool)>> {
-    (0..how.depth.clamp(1, 1024))
-        .map(|_| {
-            let mut memory = AlignedBuf::new(how.size)?;
-            memory.bytes_mut().fill(how.write.unwrap_or(0));
-            Ok((Arc::new(Mutex::new(memory)), false))
-        })
-        .collect()
+/// How many requests there are at once.
+fn depth(how: &Bench) -> usize {
+    usize::try_from(how.depth.clamp(1, MAX_DEPTH)).unwrap_or(1)
+}
+
+/// One piece for all requests, so that the host can give it large pages, as it does to a guest's memory.
+fn memory(how: &Bench) -> io::Result<Arc<Mutex<AlignedBuf>>> {
+    let len = how.size.checked_mul(depth(how));
+    let mut memory = AlignedBuf::new(len.ok_or(io::ErrorKind::OutOfMemory)?)?;
+    if let Some(byte @ 1..) = how.write {
+        memory.bytes_mut().fill(byte);
+    }
+    Ok(Arc::new(Mutex::new(memory)))
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ pub struct Commit<'a> {
     pub keep: bool,
     /// How many threads copy.
     pub threads: usize,
+    /// The most bytes to be written in a second.
+    pub rate: Option<u64>,
 }
 
 /// Why a commit failed.
@@ -108,7 +110,7 @@ pub fn commit(
     // From here on nobody else has them, so the same file may be opened twice.
     let top = open_image(how.path, opener, &unlocked(options, format, false))?;
     let base = open_image(&below.path, opener, &unlocked(options, below.format, false))?;
-    let copied = copy_down(&top, layers, &base, how.threads, control);
+    let copied = copy_down(&top, layers, &base, how, control);
     copied.map_err(|source| CommitError::Copy {
         base: below.path.clone(),
         source,
@@ -133,7 +135,7 @@ fn copy_down(
     top: &Arc<dyn Image>,
     layers: usize,
     base: &Arc<dyn Image>,
-    threads: usize,
+    how: &Commit<'_>,
     control: &Control<'_>,
 ) -> Result<(), OpError> {
     if base.size() < top.size() {
@@ -147,10 +149,10 @@ fn copy_down(
         target_is_zero: false,
         layers: Some(layers),
         backing: 0,
-        threads,
+        threads: how.threads,
         any_order: false,
         salvage: false,
-        rate: None,
+        rate: how.rate,
     };
     convert(&convert_layers, control)?;
     base.flush().map_err(OpError::Flush)
@@ -175,7 +177,7 @@ pub(super) fn guard(
         write,
         direct: false,
     };
-    open_file(path, opener, access, options.disk.lock)
+    open_file(path, opener, access, options.disk.keep())
 }
 
 /// How an image is opened that [`guard`] has locked.

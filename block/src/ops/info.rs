@@ -273,7 +273,7 @@ fn snapshot(snapshot: &snapshot_table::Snapshot) -> SnapshotInfo {
     }
 }
 
-fn bitmap(bitmap: &bitmap_table::Bitmap) -> BitmapInfo {
+pub(super) fn bitmap(bitmap: &bitmap_table::Bitmap) -> BitmapInfo {
     let flags = [
         (bitmap_table::IN_USE, BitmapFlag::InUse),
         (bitmap_table::AUTO, BitmapFlag::Auto),

@@ -3,6 +3,7 @@
 use super::{Control, OpError, Status, map};
 use crate::image::{Image, Kept};
 use crate::options::Format;
+use crate::qcow2::ChangeError;
 use crate::qcow2::create::full_size;
 use crate::{CreateError, CreateOptions, Preallocation};
 
@@ -16,6 +17,8 @@ pub struct Measured {
     pub required: u64,
     /// With all of the disk written, in bytes.
     pub fully_allocated: u64,
+    /// What the source's bitmaps take besides, in bytes; `None` where one side cannot have any.
+    pub bitmaps: Option<u64>,
 }
 
 /// Why the size cannot be told.
@@ -27,6 +30,9 @@ pub enum MeasureError {
     /// The source cannot be read.
     #[error(transparent)]
     Source(#[from] OpError),
+    /// The bitmaps of the source cannot be read.
+    #[error(transparent)]
+    Bitmaps(#[from] ChangeError),
 }
 
 /// Tells how large the file of a new image would become: of a `source` when it is copied into it (its whole chain,
@@ -51,6 +57,7 @@ pub fn measure(
         return Ok(Measured {
             required: size,
             fully_allocated: size,
+            bitmaps: None,
         });
     }
     let fully_allocated = full_size(&options)?;
@@ -68,7 +75,33 @@ pub fn measure(
     Ok(Measured {
         required: fully_allocated.saturating_sub(disk).saturating_add(data),
         fully_allocated,
+        bitmaps: bitmaps_size(source, &options)?,
     })
+}
+
+/// What copies of the source's bitmaps would take.
+fn bitmaps_size(
+    source: Option<&dyn Image>,
+    options: &CreateOptions,
+) -> Result<Option<u64>, MeasureError> {
+    let source = source.and_then(Image::as_qcow2);
+    let Some(source) = source.filter(|it| it.geometry().version >= 3 && options.version >= 3)
+    else {
+        return Ok(None);
+    };
+    let cluster = options.cluster_size;
+    let whole = |len: u64| len.div_ceil(cluster).saturating_mul(cluster);
+    let (mut directory, mut all) = (0_u64, 0_u64);
+    for bitmap in source.list_bitmaps()? {
+        let bits = source.disk_size().div_ceil(1 << bitmap.granularity_bits);
+        let clusters = whole(bits.div_ceil(8)) / cluster;
+        let table = whole(clusters.saturating_mul(8));
+        all = all
+            .saturating_add(clusters.saturating_mul(cluster))
+            .saturating_add(table);
+        directory = directory.saturating_add(bitmap.entry_len());
+    }
+    Ok(Some(all.saturating_add(whole(directory))))
 }
 
 /// How many clusters of the target would hold data of the source.

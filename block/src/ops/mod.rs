@@ -4,7 +4,9 @@
 //! [`crate::Opener`]. None prints anything: progress goes to a [`Control`], through which its caller can also end an
 //! operation early.
 
+mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -23,7 +25,9 @@ mod zeros;
 use std::io as std_io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use amend::{Amend, AmendError, amend};
 pub use bench::{Bench, bench};
+pub use bitmap::{BitmapChange, BitmapCopy, BitmapOpError, bitmaps, change_bitmap};
 pub use check::{CheckImageError, check};
 pub use commit::{Commit, CommitError, commit};
 pub use compare::{CompareError, Difference, compare};

@@ -77,7 +77,7 @@ fn find<'a>(entries: &'a mut [Bitmap], name: &str) -> Result<&'a mut Bitmap, Cha
 }
 
 /// The bitmap, if it may be used.
-fn usable(bitmap: &Bitmap) -> Result<&Bitmap, ChangeError> {
+pub(crate) fn usable(bitmap: &Bitmap) -> Result<&Bitmap, ChangeError> {
     if bitmap.flags & IN_USE != 0 {
         return Err(ChangeError::Inconsistent(bitmap.name().into_owned()));
     }
@@ -530,6 +530,8 @@ impl Qcow2 {
                 extra: Vec::new(),
             };
             edit.entries.push(bitmap.clone());
+            // What cannot be is to be known before anything is written.
+            bitmap_table::encode(&edit.entries).map_err(invalid)?;
             session.write_bits(edit, &bitmap, &bits)
         })
     }
@@ -609,17 +611,26 @@ impl Qcow2 {
         })
     }
 
-    /// A bitmap as it is on disk.
-    fn bits_of(&self, name: &str) -> Result<Bits, ChangeError> {
+    /// The bitmaps as they are on disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Bitmaps`] where the directory cannot be read.
+    pub(crate) fn list_bitmaps(&self) -> Result<Vec<Bitmap>, ChangeError> {
         let header = self.lock().header.clone();
         let Some(extension) = header.consistent_bitmaps() else {
-            return Err(ChangeError::NoBitmap(name.into()));
+            return Ok(Vec::new());
         };
         let (geometry, storage) = (header.geometry(), self.storage());
-        let mut bitmaps =
-            bitmap_table::load(storage, &extension, &geometry, header.size).map_err(invalid)?;
+        bitmap_table::load(storage, &extension, &geometry, header.size).map_err(invalid)
+    }
+
+    /// A bitmap as it is on disk.
+    fn bits_of(&self, name: &str) -> Result<Bits, ChangeError> {
+        let mut bitmaps = self.list_bitmaps()?;
         let bitmap = usable(find(&mut bitmaps, name)?)?;
-        load(storage, &geometry, bitmap, header.size, &mut HashSet::new())
+        let (geometry, size) = (self.geometry(), self.disk_size());
+        load(self.storage(), geometry, bitmap, size, &mut HashSet::new())
     }
 }
 

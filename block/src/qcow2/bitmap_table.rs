@@ -93,6 +93,11 @@ impl Bitmap {
         String::from_utf8_lossy(&self.name)
     }
 
+    /// The length of its directory entry in bytes.
+    pub(crate) fn entry_len(&self) -> u64 {
+        (Self::FIXED as u64 + self.extra.len() as u64 + self.name.len() as u64).next_multiple_of(8)
+    }
+
     /// How many table entries a bitmap of this granularity needs for a disk of `size` bytes.
     pub(crate) fn entries_for(geometry: &Geometry, granularity_bits: u8, size: u64) -> u64 {
         let bits = size.div_ceil(

@@ -6,11 +6,14 @@ use std::sync::atomic::Ordering;
 
 use super::entry::{self, Compressed, L2};
 use super::image::{Backing, Qcow2};
-use super::meta::{Lookup, Meta};
+use super::meta::{Lookup, Meta, eio};
 use super::pages::Page;
 
 /// How many pages a cursor holds; each maps 32 MiB at the usual cluster size.
 const SLOTS: u64 = 64;
+
+/// How many pages of a table are loaded together.
+const AHEAD: u64 = 16;
 
 /// How a range is kept in one image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +62,15 @@ pub(crate) enum Piece {
         /// Length in bytes.
         len: u64,
     },
+}
+
+/// Why a range was not found at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Miss {
+    /// A table is not in memory, or somebody is at work on the tables: [`Qcow2::load`] mends that.
+    Unloaded,
+    /// It is not kept in a way that the caller can use as it is.
+    Unfit,
 }
 
 /// Appends a piece, joined with the last where they are one.
@@ -112,7 +124,7 @@ impl Cursor {
 
 impl Qcow2 {
     /// Finds where a range is to be read from, without a system call and without waiting.
-    /// `false` when that cannot be told at once: [`crate::Image::read`] can then.
+    /// When that cannot be told at once, [`crate::Image::read`] can.
     ///
     /// The caller has pinned an epoch, and keeps it until it has read. The range lies within the disk.
     pub(crate) fn map_read(
@@ -121,7 +133,7 @@ impl Qcow2 {
         offset: u64,
         len: u64,
         pieces: &mut Vec<Piece>,
-    ) -> bool {
+    ) -> Result<(), Miss> {
         pieces.clear();
         self.map_layer(&mut cursor.layers, 0, offset, len, pieces)
     }
@@ -133,17 +145,13 @@ impl Qcow2 {
         offset: u64,
         len: u64,
         pieces: &mut Vec<Piece>,
-    ) -> bool {
-        let Some((own, rest)) = cursors.split_first_mut() else {
-            return false;
-        };
+    ) -> Result<(), Miss> {
+        let (own, rest) = cursors.split_first_mut().ok_or(Miss::Unfit)?;
         let end = offset + len;
         let inside = end.min(self.disk_size());
         let mut at = offset;
         while at < inside {
-            let Some(range) = self.quick_range(own, at, inside - at) else {
-                return false;
-            };
+            let range = self.quick_range(own, at, inside - at)?;
             match range.kind {
                 Kind::Data { host, .. } => join(
                     pieces,
@@ -154,13 +162,11 @@ impl Qcow2 {
                     },
                 ),
                 Kind::Zero { .. } => join(pieces, Piece::Zero { len: range.len }),
-                Kind::Compressed(_) => return false,
+                Kind::Compressed(_) => return Err(Miss::Unfit),
                 Kind::Absent => match self.below() {
                     None => join(pieces, Piece::Zero { len: range.len }),
                     Some(Backing::Qcow2(next)) => {
-                        if !next.map_layer(rest, depth + 1, at, range.len, pieces) {
-                            return false;
-                        }
+                        next.map_layer(rest, depth + 1, at, range.len, pieces)?;
                     }
                     Some(Backing::Raw(raw)) => {
                         let held = raw.size.saturating_sub(at).min(range.len);
@@ -187,7 +193,7 @@ impl Qcow2 {
             // A backing file that is shorter than what lies on it.
             join(pieces, Piece::Zero { len: end - at });
         }
-        true
+        Ok(())
     }
 
     /// Finds where a range may be written in place, as [`Qcow2::map_read`].
@@ -197,23 +203,21 @@ impl Qcow2 {
         offset: u64,
         len: u64,
         pieces: &mut Vec<Piece>,
-    ) -> bool {
+    ) -> Result<(), Miss> {
         pieces.clear();
-        let Some(own) = cursor.layers.first_mut() else {
-            return false;
-        };
+        let own = cursor.layers.first_mut().ok_or(Miss::Unfit)?;
         let shared = self.shared();
         if shared.corrupt.load(Ordering::Acquire) || shared.recorder.is_idle() {
-            return false;
+            return Err(Miss::Unfit);
         }
         let end = offset + len;
         let mut at = offset;
         while at < end {
-            match self.quick_range(own, at, end - at) {
-                Some(Range {
+            match self.quick_range(own, at, end - at)? {
+                Range {
                     len,
                     kind: Kind::Data { host, sole: true },
-                }) if !own.holds_suspect(self, at) => {
+                } if !own.holds_suspect(self, at) => {
                     join(
                         pieces,
                         Piece::File {
@@ -224,20 +228,21 @@ impl Qcow2 {
                     );
                     at += len;
                 }
-                _ => return false,
+                _ => return Err(Miss::Unfit),
             }
         }
         shared.recorder.note(offset, len);
-        true
+        Ok(())
     }
 
-    /// The range at `offset`, up to `max` bytes long, or `None` when only a slower look can tell.
-    fn quick_range(&self, cursor: &mut LayerCursor, offset: u64, max: u64) -> Option<Range> {
+    /// The range at `offset`, up to `max` bytes long, unless only a slower look can tell.
+    fn quick_range(&self, cursor: &mut LayerCursor, offset: u64, max: u64) -> Result<Range, Miss> {
         let geometry = self.geometry();
         if geometry.extended {
             // Two words are one entry there: only the lock keeps them together.
-            let mut meta = self.try_lock()?;
-            return meta.range(offset, max, false).ok().flatten();
+            let mut meta = self.try_lock().ok_or(Miss::Unloaded)?;
+            let range = meta.range(offset, max, false);
+            return range.map_err(|_| Miss::Unfit)?.ok_or(Miss::Unloaded);
         }
         // Not before the caller's pin: see `Qcow2::exclusive`.
         let generation = self.shared().generation.load(Ordering::SeqCst);
@@ -252,11 +257,12 @@ impl Qcow2 {
         let slice = offset >> shift;
         let slot = cursor
             .slots
-            .get_mut(usize::try_from(slice % SLOTS).unwrap_or(0))?;
+            .get_mut(usize::try_from(slice % SLOTS).unwrap_or(0))
+            .ok_or(Miss::Unfit)?;
         if slot.slice != slice + 1 {
-            let mut meta = self.try_lock()?;
-            slot.page = match meta.l2_page(offset, false).ok()? {
-                Lookup::Miss => return None,
+            let mut meta = self.try_lock().ok_or(Miss::Unloaded)?;
+            slot.page = match meta.l2_page(offset, false).map_err(|_| Miss::Unfit)? {
+                Lookup::Miss => return Err(Miss::Unloaded),
                 Lookup::NoTable => None,
                 Lookup::Page { page, .. } => Some(page),
             };
@@ -265,27 +271,57 @@ impl Qcow2 {
         let left = ((slice + 1) << shift) - offset;
         let max = max.min(left);
         let Some(page) = &slot.page else {
-            return Some(Range {
+            return Ok(Range {
                 len: max,
                 kind: Kind::Absent,
             });
         };
         page.touch();
         let mut word =
-            usize::try_from((offset >> geometry.cluster_bits) & self.slice_mask()).ok()?;
+            usize::try_from((offset >> geometry.cluster_bits) & self.slice_mask()).unwrap_or(0);
         let mut found: Option<Range> = None;
         let mut at = offset;
         while at < offset + max {
-            let entry = entry::l2(page.get(word), 0, geometry).ok()?;
+            let entry = entry::l2(page.get(word), 0, geometry).map_err(|_| Miss::Unfit)?;
             let part = (geometry.cluster() - geometry.within(at)).min(offset + max - at);
-            let next = simple(entry, geometry.within(at), part)?;
+            let next = simple(entry, geometry.within(at), part).ok_or(Miss::Unfit)?;
             if !extend(&mut found, next) {
                 break;
             }
             at += part;
             word += 1;
         }
-        found
+        found.ok_or(Miss::Unfit)
+    }
+
+    /// Loads the tables that say where a range is; `deep`: in the images below too, where it is there.
+    ///
+    /// # Errors
+    ///
+    /// The host's, and `EIO` for tables that make no sense.
+    pub(crate) fn load(&self, offset: u64, len: u64, deep: bool) -> io::Result<()> {
+        let end = offset.saturating_add(len).min(self.disk_size());
+        let mut at = offset;
+        while at < end {
+            let range = {
+                let mut meta = self.lock();
+                meta.load_ahead(at)?;
+                meta.range(at, end - at, true)?.ok_or_else(eio)?
+            };
+            if range.kind == Kind::Absent
+                && deep
+                && let Some(Backing::Qcow2(next)) = self.below()
+            {
+                next.load(at, range.len, deep)?;
+            }
+            at += range.len;
+        }
+        Ok(())
+    }
+
+    /// Which part of the disk [`Qcow2::load`] loads the tables of together, if there is room for them.
+    pub(crate) fn loaded_with(&self, offset: u64) -> u64 {
+        offset >> (self.slice_bits() + AHEAD.trailing_zeros())
     }
 }
 
@@ -344,6 +380,40 @@ fn extend(found: &mut Option<Range>, next: Range) -> bool {
 }
 
 impl Meta {
+    /// Loads the page with the entry for `offset` and, in the same read, those beside it in the table, as long as the
+    /// cache has room to spare. Does nothing when the page is there.
+    fn load_ahead(&mut self, offset: u64) -> io::Result<()> {
+        let size = self.pages.size();
+        let ahead = size * AHEAD;
+        if !matches!(self.l2_page(offset, false)?, Lookup::Miss) || !self.pages.has_room(AHEAD) {
+            return Ok(());
+        }
+        let place = self.place(offset);
+        let Some(table) = self.table(place.table)? else {
+            return Ok(());
+        };
+        let first = place.page - place.page % ahead;
+        let len = ahead.min(self.geometry.cluster() - first);
+        let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+        // Whoever needs one of them finds the error, if it is that page's.
+        if self.storage.read_at(&mut bytes, table + first).is_err() {
+            return Ok(());
+        }
+        let chunks = bytes.chunks_exact(usize::try_from(size).map_err(io::Error::other)?);
+        for (at, bytes) in (table + first..)
+            .step_by(usize::try_from(size).map_err(io::Error::other)?)
+            .zip(chunks)
+        {
+            if self.pages.get(at).is_none() {
+                let page = self.pages.insert(at, Page::new(bytes));
+                if !self.read_only && self.judge(&page).is_err() {
+                    page.suspect();
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The range at `offset`, up to `max` bytes long; `None` when a page would have to be loaded and
     /// `load` forbids it.
     pub(crate) fn range(&mut self, offset: u64, max: u64, load: bool) -> io::Result<Option<Range>> {

@@ -3,7 +3,7 @@
 //! The format is that of QEMU's interoperability document (`docs/interop/qcow2`).
 
 mod allocate;
-mod bitmap;
+pub(crate) mod bitmap;
 pub(crate) mod bitmap_table;
 pub(crate) mod check;
 mod checkpoint;

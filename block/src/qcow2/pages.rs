@@ -167,6 +167,11 @@ impl Pages {
         Some(Arc::clone(page))
     }
 
+    /// Whether `count` more pages may come in before others have to go.
+    pub(crate) fn has_room(&self, count: u64) -> bool {
+        (self.slots.len() as u64).saturating_add(count) < self.budget as u64
+    }
+
     /// Puts a page in, in place of the one that was there, and drops others that nobody needs.
     pub(crate) fn insert(&mut self, at: u64, page: Page) -> Arc<Page> {
         self.shrink();
@@ -328,6 +333,16 @@ mod tests {
         assert!(pages.get(64).is_some(), "it is being written");
         pages.written(Some(dirty));
         assert_eq!(pages.dirty(), 1);
+    }
+
+    #[test]
+    fn there_is_room_until_the_budget_is_spent() {
+        let mut pages = Pages::new(64, 32 * 64);
+        assert!(pages.has_room(31) && !pages.has_room(32));
+        for at in 0..31 {
+            pages.insert(at * 64, Page::zeroed(64));
+        }
+        assert!(!pages.has_room(1));
     }
 
     #[test]

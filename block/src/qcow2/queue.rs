@@ -6,8 +6,9 @@
 //!
 //! A write to clusters that are not mapped yet takes part in the image's mapping by a plan: it gets clusters,
 //! moves its data there, and enters them into the mapping when the last job has ended. A write
-//! that meets clusters of another's plan parks until that has ended. Everything that would have to wait, for a
-//! table, for copies or for decompression, goes to the image's threads.
+//! that meets clusters of another's plan parks until that has ended. Everything that would have to wait, for
+//! copies or for decompression, goes to the image's threads. For what lacks a table they only load
+//! that, and the queue begins it again.
 //!
 //! While a queue has jobs on host offsets that it looked up, it keeps an epoch pinned, so that no
 //! cluster is used anew under them.
@@ -23,7 +24,7 @@ use std::time::Duration;
 
 use super::disk::Core;
 use super::image::ChainPins;
-use super::map::{Cursor, Piece};
+use super::map::{Cursor, Miss, Piece};
 use super::slow::{Reply, Slow};
 use super::write::{Plan, Refusal};
 use crate::buffers::Buffers;
@@ -47,7 +48,7 @@ pub(crate) struct Qcow2Queue {
     /// Some file demands alignment.
     strict: bool,
     cursor: Cursor,
-    /// Writes that wait for clusters in flight.
+    /// Writes that wait for clusters in flight, and whatever waits for tables.
     parked: VecDeque<Pending>,
     mail: Arc<Mailbox<Reply>>,
     // Kept for their memory; empty between calls.
@@ -67,6 +68,8 @@ struct Book {
     free: Vec<usize>,
     /// How many of them are with a thread.
     slow: usize,
+    /// Which parts of the disk tables are being loaded for.
+    loading: Vec<u64>,
     /// Clusters in flight have been released since somebody last looked.
     released: bool,
     ready: Vec<Completed>,
@@ -81,6 +84,8 @@ struct Pending {
     buffers: Buffers,
     /// It was a write of so many zeros.
     zeros: u64,
+    /// The tables that it needs have been loaded for it.
+    loaded: bool,
 }
 
 /// A request that has been begun.
@@ -96,6 +101,8 @@ struct Slot {
     /// What its success enters into the mapping.
     plan: Option<Box<Plan>>,
     zeros: u64,
+    /// What is begun again with the answer: the thread has only loaded tables for it.
+    again: Option<Box<Pending>>,
 }
 
 impl Book {
@@ -139,18 +146,24 @@ impl Book {
         }
     }
 
-    /// A thread has ended its work.
-    fn answered(&mut self, reply: Reply, out: &mut Vec<Completed>) {
+    /// A thread has ended its work. The result is to be begun again.
+    fn answered(&mut self, reply: Reply, out: &mut Vec<Completed>) -> Option<Pending> {
         self.slow = self.slow.saturating_sub(1);
-        let Some(slot) = self.slots.get_mut(reply.slot) else {
-            return;
-        };
+        let slot = self.slots.get_mut(reply.slot)?;
+        if let Some(pending) = slot.again.take() {
+            // If that has failed, so does the request itself.
+            self.free.push(reply.slot);
+            let part = self.core.image.loaded_with(pending.offset);
+            self.loading.retain(|other| *other != part);
+            return Some(*pending);
+        }
         slot.bytes = match &reply.result {
             Ok(()) => reply.bytes.max(slot.zeros),
             Err(_) => reply.bytes,
         };
         slot.error = reply.result.err();
         self.complete(reply.slot, out);
+        None
     }
 
     /// The last part of a request has ended.
@@ -212,6 +225,7 @@ impl Qcow2Queue {
                 slots: Vec::new(),
                 free: Vec::new(),
                 slow: 0,
+                loading: Vec::new(),
                 released: false,
                 ready: Vec::new(),
             },
@@ -241,10 +255,13 @@ impl Qcow2Queue {
         let epoch = self.book.pins.enter();
         let image = &self.book.core.image;
         let found = image.map_read(&mut self.cursor, pending.offset, len, &mut self.pieces);
-        if found && (!self.strict || self.suits()) {
-            self.transfer(pending, epoch, None);
+        if found.is_ok() && (!self.strict || self.suits()) {
+            return self.transfer(pending, epoch, None);
+        }
+        self.book.pins.leave(epoch);
+        if found == Err(Miss::Unloaded) && !pending.loaded {
+            self.load(pending);
         } else {
-            self.book.pins.leave(epoch);
             self.delegate(pending);
         }
     }
@@ -254,10 +271,14 @@ impl Qcow2Queue {
         let core = &self.book.core;
         let (offset, durable) = (pending.offset, core.policy.durable);
         let epoch = self.book.pins.enter();
-        if core
+        let found = core
             .image
-            .map_write(&mut self.cursor, offset, len, &mut self.pieces)
-        {
+            .map_write(&mut self.cursor, offset, len, &mut self.pieces);
+        if found == Err(Miss::Unloaded) && !pending.loaded {
+            self.book.pins.leave(epoch);
+            return self.load(pending);
+        }
+        if found.is_ok() {
             // The mapping may be newer than what is on disk of it.
             if !durable || !core.image.is_dirty() {
                 return self.transfer(pending, epoch, None);
@@ -358,19 +379,50 @@ impl Qcow2Queue {
 
     /// Gives a request to a thread.
     fn delegate(&mut self, pending: Pending) {
-        let slot = self.book.occupy(Slot {
+        let slot = Slot {
             token: pending.token,
             zeros: pending.zeros,
             ..Slot::default()
-        });
+        };
+        let Pending {
+            op,
+            offset,
+            buffers,
+            ..
+        } = pending;
+        self.hand_over(slot, false, op, offset, buffers);
+    }
+
+    /// Has a thread load the tables that a request needs, and then begins that again. What needs tables near those
+    /// waits as well: most likely they come together.
+    fn load(&mut self, mut pending: Pending) {
+        let part = self.book.core.image.loaded_with(pending.offset);
+        if self.book.loading.contains(&part) {
+            return self.parked.push_back(pending);
+        }
+        self.book.loading.push(part);
+        pending.loaded = true;
+        let (op, offset) = (pending.op, pending.offset);
+        let buffers = pending.buffers.slice(0, u64::MAX);
+        let slot = Slot {
+            again: Some(Box::new(pending)),
+            ..Slot::default()
+        };
+        self.hand_over(slot, true, op, offset, buffers);
+    }
+
+    /// Gives work to a thread, whose answer goes to `slot`.
+    fn hand_over(&mut self, slot: Slot, load: bool, op: Op, offset: u64, buffers: Buffers) {
+        let slot = self.book.occupy(slot);
         self.book.slow += 1;
         let core = &self.book.core;
         core.slow.start([Slow {
             image: Arc::clone(&core.image),
             events: Arc::clone(&core.events),
-            op: pending.op,
-            offset: pending.offset,
-            buffers: pending.buffers,
+            load,
+            op,
+            offset,
+            buffers,
             durable: core.policy.durable,
             slot,
             reply: Arc::clone(&self.mail),
@@ -396,7 +448,7 @@ impl Qcow2Queue {
         if rung {
             self.mail.take(&mut self.letters);
             for reply in self.letters.drain(..) {
-                book.answered(reply, out);
+                self.parked.extend(book.answered(reply, out));
             }
         }
         let released = std::mem::take(&mut book.released);
@@ -419,6 +471,7 @@ impl IoQueue for Qcow2Queue {
                     offset: request.offset,
                     buffers: request.buffers,
                     zeros: work.zeros,
+                    loaded: false,
                 });
             }
             Ok(_) => Ok(()),

@@ -22,6 +22,8 @@ pub(crate) struct Slow {
     pub image: Arc<Qcow2>,
     /// Who hears of writes past a threshold.
     pub events: Arc<Events>,
+    /// Only load the tables that the request needs: the queue begins it again then.
+    pub load: bool,
     /// The operation.
     pub op: Op,
     /// Guest offset in bytes.
@@ -72,6 +74,9 @@ impl Task for Slow {
 impl Slow {
     fn perform(&self, bytes: &mut u64) -> io::Result<()> {
         let image = &*self.image;
+        if self.load {
+            return image.load(self.offset, self.buffers.len(), self.op == Op::Read);
+        }
         let changed = match self.op {
             Op::Read => {
                 return self.in_chunks(bytes, |at, buf, part| {

@@ -482,6 +482,7 @@ impl Sequence<'_> {
             base: None,
             keep: false,
             threads: 2,
+            rate: None,
         };
         commit(&how, &AnyPath, &Control::none()).unwrap();
     }

@@ -2,14 +2,6 @@
 
 use crate::place::Place;
 
-/// What a disk holds, as QEMU reads it.
-fn content(place: &Place, name: &str) -> Vec<u8> {
-    place
-        .qemu(&["convert", "-O", "raw", name, "content"])
-        .done();
-    std::fs::read(place.path("content")).unwrap()
-}
-
 /// Copies all images of the zoo, so that both tools can work on the same.
 fn twins(place: &Place) -> [&'static str; 2] {
     place.zoo();
@@ -51,13 +43,13 @@ fn commit_moves_the_same_down() {
             let top = if flags.len() == 2 {
                 Vec::new()
             } else {
-                content(&place, &file)
+                place.content(&file)
             };
-            (top, content(&place, &below))
+            (top, place.content(&below))
         };
         if image == "deep" && flags.is_empty() {
             // The base is smaller: qemu-img 7.2 and Vireo both grow it.
-            assert!(content(&place, "overlay").len() > content(&place, "deep").len());
+            assert!(place.content("overlay").len() > place.content("deep").len());
         }
         let a = run(ours, &|arguments| place.vireo(arguments));
         let b = run(theirs, &|arguments| place.qemu(arguments));
@@ -108,10 +100,10 @@ fn rebase_keeps_what_the_disk_holds() {
     ] {
         let place = Place::new();
         place.zoo();
-        let before = content(&place, image);
+        let before = place.content(image);
         let name = flags[1];
         place.vireo(&[&["rebase"], flags, &[image]].concat()).done();
-        assert!(content(&place, image) == before, "{image} {flags:?}");
+        assert!(place.content(image) == before, "{image} {flags:?}");
         place.qemu(&["check", image]).done();
         let info = place.qemu(&["info", "--output=json", image]).json();
         let named = info["backing-filename"].as_str().unwrap_or_default();
@@ -138,11 +130,11 @@ fn what_a_short_backing_file_did_not_have_stays_zeros() {
         place
             .qemu_io("top", "qcow2", &["write -P 1 3M 100k"])
             .done();
-        let before = content(&place, "top");
+        let before = place.content("top");
         place
             .vireo(&["rebase", "-b", "long", "-F", "raw", "top"])
             .done();
-        assert!(content(&place, "top") == before, "{compat}");
+        assert!(place.content("top") == before, "{compat}");
         place.qemu(&["check", "top"]).done();
     }
 }
@@ -235,7 +227,7 @@ fn io_answers_as_qemu_io_does() {
         let ours = place.vireo(&arguments);
         assert_eq!(plain(&ours.out), plain(&theirs.out), "{image}");
         assert_eq!(ours.code, theirs.code);
-        assert!(content(&place, image) == content(&place, "copy"), "{image}");
+        assert!(place.content(image) == place.content("copy"), "{image}");
         assert_eq!(place.qemu(&["check", "-f", format, "copy"]).code % 63, 0);
     }
 }
@@ -278,7 +270,7 @@ fn all_engines_answer_alike() {
                 .collect();
             let told = told.join("\n");
             assert_eq!(place.qemu(&["check", "-f", format, image]).code % 63, 0);
-            (said.code, told, content(&place, image))
+            (said.code, told, place.content(image))
         };
         let waiting = answers(&[]);
         for engine in ["threads", "io_uring"] {
@@ -324,4 +316,114 @@ fn raw_images_change_their_size() {
         std::fs::metadata(place.path("a")).unwrap().len(),
         (1 << 19) + 512
     );
+}
+
+#[test]
+fn amended_images_are_as_qemu_amends_them() {
+    let place = Place::new();
+    for name in ["ours", "theirs"] {
+        let options = "compat=0.10,cluster_size=4k";
+        let arguments = ["create", "-q", "-f", "qcow2", "-o", options, name, "4M"];
+        place.qemu(&arguments).done();
+        place
+            .qemu_io(name, "qcow2", &["write -q -P 5 1M 1M"])
+            .done();
+    }
+    let before = place.content("ours");
+    for options in [
+        "compat=1.1",
+        "compat=v3,lazy_refcounts=on",
+        "size=5M",
+        "lazy_refcounts=off,size=6M",
+    ] {
+        let facts = ["ours", "theirs"].map(|name| {
+            let arguments = ["amend", "-o", options, name];
+            let said = if name == "ours" {
+                place.vireo(&arguments)
+            } else {
+                place.qemu(&arguments)
+            };
+            assert_eq!(said.done(), "", "{options}");
+            place.qemu(&["check", name]).done();
+            place
+                .vireo(&["io", "-c", "write -q -z 3M 64k", name])
+                .done();
+            assert!(place.content(name).starts_with(&before));
+            let info = place.qemu(&["info", "--output=json", name]).json();
+            (
+                info["format-specific"].clone(),
+                info["virtual-size"].clone(),
+            )
+        });
+        assert_eq!(facts[0], facts[1], "{options}");
+    }
+}
+
+#[test]
+fn what_cannot_be_amended_is_refused_by_name() {
+    let place = Place::new();
+    for (name, options) in [("a", "size=4M"), ("v2", "size=4M,compat=0.10")] {
+        place
+            .qemu(&["create", "-q", "-f", "qcow2", "-o", options, name])
+            .done();
+    }
+    place.qemu(&["create", "-q", "raw", "1M"]).done();
+    for (words, why) in [
+        (&["a"][..], "--options"),
+        (&["-o", "size=5M"], "which file"),
+        (&["-o", "nonsense=1", "a"], "no such option"),
+        (&["-o", "compat=0.10", "a"], "convert -o compat=0.10"),
+        (&["-o", "compat=7", "a"], "levels"),
+        (&["-o", "cluster_size=4k", "a"], "convert -o cluster_size"),
+        (&["-o", "refcount_bits=8", "a"], "convert -o refcount_bits"),
+        (
+            &["-o", "compression_type=zstd", "a"],
+            "convert -o compression_type",
+        ),
+        (&["-o", "data_file_raw=on", "a"], "convert -o data_file_raw"),
+        (&["-o", "backing_file=raw", "a"], "rebase"),
+        (&["-o", "lazy_refcounts=maybe", "a"], "maybe"),
+        (&["-o", "lazy_refcounts=on", "v2"], "compat=1.1"),
+        (&["-o", "size=1M", "a"], "resize --shrink"),
+        (&["-o", "size=16E", "a"], "size"),
+        (&["-f", "raw", "-o", "size=2M", "raw"], "only qcow2"),
+        (&["-o", "size=5M", "nothing"], "nothing"),
+    ] {
+        let held = || ["a", "v2", "raw"].map(|name| std::fs::read(place.path(name)).unwrap());
+        let before = held();
+        let said = place.vireo(&[&["amend"], words].concat());
+        assert_eq!(said.code, 1, "{words:?}: {said:?}");
+        assert_eq!(said.err.lines().count(), 1, "{said:?}");
+        assert!(said.err.contains(why), "{words:?}: {said:?}");
+        assert!(held() == before, "{words:?}");
+    }
+    let help = place.vireo(&["amend", "-f", "qcow2", "-o", "help"]).done();
+    assert!(help.starts_with("Amend options for 'qcow2':\n"), "{help}");
+}
+
+#[test]
+fn qcow2_images_change_their_size() {
+    let place = Place::new();
+    place.zoo();
+    for image in [
+        "plain", "v2", "small", "large", "extended", "deep", "on-raw",
+    ] {
+        let before = place.content(image);
+        let has_snapshots = image == "plain";
+        place.vireo(&["resize", image, "+7M"]).done();
+        place.qemu(&["check", image]).done();
+        let grown = place.content(image);
+        assert!(grown.len() == before.len() + (7 << 20) && grown.starts_with(&before));
+        assert!(
+            grown[before.len()..].iter().all(|&byte| byte == 0),
+            "{image}"
+        );
+        assert_eq!(place.vireo(&["resize", image, "1M"]).code, 1);
+        if has_snapshots {
+            continue;
+        }
+        place.vireo(&["resize", "--shrink", image, "1M"]).done();
+        place.qemu(&["check", image]).done();
+        assert!(place.content(image) == before[..1 << 20], "{image}");
+    }
 }

@@ -7,8 +7,10 @@
 )]
 
 mod answers;
+mod bitmaps;
 mod change;
 mod copy;
 mod place;
 mod random;
 mod safety;
+mod snapshots;

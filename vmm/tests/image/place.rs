@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
 
@@ -94,6 +95,47 @@ impl Place {
         self.say(Command::new("qemu-io"), &arguments)
     }
 
+    /// What a disk holds, as QEMU reads it.
+    pub fn content(&self, name: &str) -> Vec<u8> {
+        self.qemu(&["convert", "-O", "raw", name, "content"]).done();
+        fs::read(self.path("content")).unwrap()
+    }
+
+    /// What a bitmap marks, as (offset, length) in bytes, as qemu-nbd exports it.
+    pub fn marks(&self, image: &str, bitmap: &str) -> Vec<(u64, u64)> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        // A server that is ending removes its socket, which must not be that of the next one.
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let socket = self.path(&format!("socket{number}"));
+        let mut server = Command::new("qemu-nbd");
+        server.args(["-r", "--fork", "-f", "qcow2", "-B", bitmap, "-k"]);
+        self.say(server, &[socket.to_str().unwrap(), image]).done();
+        let options = format!(
+            "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}",
+            socket.display()
+        );
+        // Once its one client is gone, the server is gone as well.
+        let map = self.qemu(&["map", "--output=json", "--image-opts", &options]);
+        let map = map.json();
+        // Marked parts are shown as those without data.
+        let parts = map.as_array().unwrap().iter();
+        parts
+            .filter(|part| part["data"] == false)
+            .map(|part| {
+                (
+                    part["start"].as_u64().unwrap(),
+                    part["length"].as_u64().unwrap(),
+                )
+            })
+            .collect()
+    }
+
+    /// The bitmaps of an image, as QEMU tells of them.
+    pub fn bitmaps(&self, image: &str) -> Value {
+        let info = self.qemu(&["info", "--output=json", image]).json();
+        info["format-specific"]["data"]["bitmaps"].clone()
+    }
+
     /// Images that differ in all that an answer may tell, by name and format.
     pub fn zoo(&self) -> Vec<(&'static str, &'static str)> {
         let mut zoo = Vec::new();
@@ -160,6 +202,13 @@ impl Place {
             )
             .done();
             zoo.push((name, "qcow2"));
+        }
+        // What a file takes may change when it is written back, and is part of answers.
+        for entry in fs::read_dir(self.0.path()).unwrap() {
+            fs::File::open(entry.unwrap().path())
+                .unwrap()
+                .sync_all()
+                .unwrap();
         }
         zoo
     }

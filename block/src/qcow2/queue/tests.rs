@@ -915,3 +915,64 @@ fn what_has_been_flushed_is_in_the_file_when_the_process_is_gone() {
         }
     }
 }
+
+/// An image whose one L2 table has two pages, and where that table is.
+fn two_pages() -> Option<(Vec<u8>, u64)> {
+    let image = blank("cluster_size=64k,preallocation=metadata", 40 << 20)?;
+    let (disk, qcow2, _) = scripted(&image, Aio::Threads, Box::new(|_| None));
+    let table = qcow2.lock().table(0).unwrap().unwrap();
+    drop(disk);
+    Some((image, table))
+}
+
+#[test]
+fn requests_that_need_one_table_have_it_loaded_once_and_move_their_own_data() {
+    let Some((image, table)) = two_pages() else {
+        return;
+    };
+    for (aio, op) in [(Aio::IoUring, Op::Read), (Aio::Threads, Op::Write)] {
+        let (disk, _, storage) = scripted(&image, aio, Box::new(|_| None));
+        let mut queue = disk.queue(8).unwrap();
+        let arena = Arena::new(4096);
+        for number in 0..8_u64 {
+            let place = usize::try_from(number * 512).unwrap();
+            let buffers = arena.buffers(&[(place, 512)]);
+            queue.push(request(number, op, number * (5 << 20), buffers));
+        }
+        let ended = finish(queue.as_mut(), 8);
+        assert!(ended.iter().all(|(_, result, _)| result.is_ok()));
+        drop((queue, disk));
+        let calls = storage.calls();
+        let in_table =
+            |call: &&Call| matches!(call, Call::Read(at, _) if (table..table + 65536).contains(at));
+        let loads: Vec<_> = calls.iter().filter(in_table).collect();
+        assert_eq!(loads, [&Call::Read(table, 65536)], "{aio:?}");
+        let own = |call: &&Call| matches!(call, Call::Read(_, 512) | Call::Write(_, 512));
+        assert_eq!(calls.iter().filter(own).count(), 8, "{aio:?}");
+    }
+}
+
+#[test]
+fn a_part_of_a_table_that_cannot_be_read_fails_only_the_requests_that_need_it() {
+    let Some((image, table)) = two_pages() else {
+        return;
+    };
+    for (aio, op) in [(Aio::IoUring, Op::Read), (Aio::Threads, Op::Write)] {
+        let script: Script = Box::new(move |call| match call {
+            Call::Read(at, len) if at <= table + 4096 && table + 4096 < at + len as u64 => {
+                Some(libc::EIO)
+            }
+            _ => None,
+        });
+        let (disk, _, _) = scripted(&image, aio, script);
+        let mut queue = disk.queue(8).unwrap();
+        let arena = Arena::new(4096);
+        let mut act = |offset| {
+            let buffers = arena.buffers(&[(0, 512)]);
+            perform(queue.as_mut(), op, offset, buffers).map_err(|error| error.raw_os_error())
+        };
+        assert_eq!(act(36 << 20), Err(Some(libc::EIO)), "{aio:?}");
+        assert_eq!(act(1 << 20), Ok(()), "{aio:?}");
+        assert_eq!(act(36 << 20), Err(Some(libc::EIO)), "{aio:?}");
+    }
+}

@@ -73,6 +73,12 @@ const FIELDS: &[Field] = &[
         help: "keep other programs from opening the image in conflict (default on)",
     },
     Field {
+        name: "lease",
+        kind: FieldKind::Path,
+        required: false,
+        help: "program that is asked before the image is opened, for disks that hosts share (default none)",
+    },
+    Field {
         name: "rerror",
         kind: FieldKind::Choice(&["report", "ignore", "stop"]),
         required: false,
@@ -156,6 +162,9 @@ pub struct BlkConfig {
     /// Keep other programs, and this one, from opening the image in conflict.
     #[serde(default = "locked")]
     pub lock: bool,
+    /// The program that is asked for a lease on each file of the image (`lease.rs` of `block`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<PathBuf>,
     /// What becomes of a read that fails.
     #[serde(default)]
     pub rerror: OnReadError,
@@ -302,6 +311,7 @@ impl BlkConfig {
                 detect_zeroes: self.detect_zeroes,
                 format: self.format,
                 lock: self.lock,
+                lease: self.lease.clone(),
             },
             backing: self.backing,
             cache_size: self.l2_cache_size,

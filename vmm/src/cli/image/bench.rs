@@ -95,6 +95,9 @@ impl BenchArgs {
                 self.depth
             );
         }
+        if self.write {
+            self.sharing.writing()?;
+        }
         let size = usize::try_from(self.buffer_size)?;
         let how = Bench {
             count: self.count,

@@ -76,6 +76,9 @@ impl CheckArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
         // Tables are read in order and once.
         let Self { cache: _, .. } = self;
+        if self.repair.is_some() {
+            self.sharing.writing()?;
+        }
         let format = find_format(&self.file, self.format, Use::Read, opener)?;
         let mut told = 0;
         let mut sink = |finding: Finding| {

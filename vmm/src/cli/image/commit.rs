@@ -34,6 +34,10 @@ pub(in crate::cli) struct CommitArgs {
     #[arg(short, long, value_name = "FILE")]
     base: Option<PathBuf>,
 
+    /// The most bytes to write in a second
+    #[arg(short, long, value_name = "RATE", value_parser = source::size)]
+    rate: Option<u64>,
+
     /// Do not empty the overlay
     #[arg(short = 'd', long)]
     keep: bool,
@@ -56,6 +60,7 @@ pub(in crate::cli) struct CommitArgs {
 
 impl CommitArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
+        self.sharing.writing()?;
         let format = find_format(&self.file, self.format, Use::Write, opener)?;
         let options = self.sharing.options(format, Use::Write, self.cache);
         let progress = Progress::new(self.progress, self.quiet);
@@ -65,6 +70,7 @@ impl CommitArgs {
             base: self.base.as_deref(),
             keep: self.keep || self.base.is_some(),
             threads: source::threads(),
+            rate: self.rate,
         };
         let control = Control {
             progress: &|done, total| progress.advance(done, total),

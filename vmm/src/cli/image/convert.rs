@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use block::ops::{Control, Convert, NewFile, convert};
+use block::ops::{BitmapCopy, BitmapOpError, Control, Convert, NewFile, convert};
 use block::{BackingPolicy, Cache, Format, Image, open_image};
 use clap::Args;
 
@@ -13,7 +13,7 @@ use super::creation::{self, Creation};
 use super::interrupt;
 use super::progress::Progress;
 use super::source::{self, Sharing, Use, close, find_format};
-use crate::cli::print;
+use crate::cli::{message, print};
 use crate::opener::Opener;
 
 pub(super) const EXAMPLES: &str = "\
@@ -28,6 +28,10 @@ pub(in crate::cli) struct ConvertArgs {
     /// Format of the sources: raw or qcow2; without it, what they look like
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,
+
+    /// Copy the source as this snapshot within it has it: its ID or name, or snapshot.id=ID,snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    source_snapshot: Option<String>,
 
     /// Cache mode of the sources
     #[arg(short = 'T', long, value_name = "MODE", default_value = "writeback", value_parser = source::cache)]
@@ -81,6 +85,18 @@ pub(in crate::cli) struct ConvertArgs {
     #[arg(short = 'W', long)]
     oob_writes: bool,
 
+    /// Copy the persistent bitmaps of the source as well
+    #[arg(long)]
+    bitmaps: bool,
+
+    /// Leave out bitmaps that cannot be used
+    #[arg(long, requires = "bitmaps")]
+    skip_broken_bitmaps: bool,
+
+    /// Let the host copy, as qemu-img has it; makes no difference
+    #[arg(short = 'C', long, conflicts_with = "compress")]
+    copy_range: bool,
+
     /// Go on where the source cannot be read: zeros stand for it
     #[arg(long)]
     salvage: bool,
@@ -120,9 +136,10 @@ impl ConvertArgs {
         };
         self.check(sources)?;
         let cancel = interrupt::flag()?;
+        let snapshot = self.source_snapshot.as_deref();
         let open = |path: &PathBuf| {
             self.sharing
-                .open(path, self.format, Use::Read, self.source_cache, opener)
+                .open_source(path, self.format, self.source_cache, snapshot, opener)
         };
         let images = sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         let size = images.iter().map(|image| image.size()).sum();
@@ -131,6 +148,7 @@ impl ConvertArgs {
         } else {
             self.create(target, size, opener)?
         };
+        let bitmaps = self.plan_bitmaps(&images, &opened, sources)?;
         let progress = Progress::new(self.progress, self.quiet);
         let references: Vec<&dyn Image> = images.iter().map(|image| &**image).collect();
         let threads = self.parallel.map_or_else(source::threads, usize::from);
@@ -154,8 +172,42 @@ impl ConvertArgs {
         let done = convert(&how, &control);
         progress.finish();
         done.with_context(|| format!("cannot convert to {}", target.display()))?;
+        bitmaps
+            .map_or(Ok(()), |bitmaps| bitmaps.run())
+            .with_context(|| format!("cannot convert to {}", target.display()))?;
         complete(opened, target)?;
         Ok(0)
+    }
+
+    /// Looks whether the bitmaps can be copied, and tells of those that are not.
+    fn plan_bitmaps<'a>(
+        &self,
+        images: &'a [Arc<dyn Image>],
+        target: &'a Target<'_>,
+        names: &[PathBuf],
+    ) -> anyhow::Result<Option<BitmapCopy<'a>>> {
+        let ([image], [name]) = (images, names) else {
+            return Ok(None);
+        };
+        if !self.bitmaps {
+            return Ok(None);
+        }
+        let plan = BitmapCopy::plan(&**image, &*target.image, self.skip_broken_bitmaps);
+        let plan = plan.map_err(|error| {
+            let mend = match error {
+                BitmapOpError::Source(_) => " (--skip-broken-bitmaps leaves out what is of no use)",
+                _ => "",
+            };
+            let text = format!("cannot copy the bitmaps of {}{mend}", name.display());
+            anyhow::Error::new(error).context(text)
+        })?;
+        for skipped in &plan.skipped {
+            message::warn(&format!(
+                "{}: bitmap {skipped:?} cannot be used and is not copied",
+                name.display()
+            ));
+        }
+        Ok(Some(plan))
     }
 
     fn check(&self, sources: &[PathBuf]) -> anyhow::Result<()> {
@@ -164,6 +216,18 @@ impl ConvertArgs {
         }
         if self.no_create && !self.target_options.is_empty() {
             bail!("-n writes into an image that is there: -o makes no sense");
+        }
+        if self.source_snapshot.is_some() && sources.len() > 1 {
+            bail!("-l is for one source");
+        }
+        if self.bitmaps && sources.len() > 1 {
+            bail!("--bitmaps is for one source");
+        }
+        if self.bitmaps && self.source_snapshot.is_some() {
+            bail!("--bitmaps and -l: the bitmaps tell of the disk as it is now, not of a snapshot");
+        }
+        if self.bitmaps && self.target_format != Format::Qcow2 {
+            bail!("--bitmaps is for qcow2 targets: say -O qcow2");
         }
         if self.backing.is_some() && sources.len() > 1 {
             bail!("-B is for one source");

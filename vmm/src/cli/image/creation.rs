@@ -45,20 +45,22 @@ pub(super) struct Creation {
     data_file_raw: bool,
 }
 
+/// Whether `help` is among the options.
+pub(super) fn asks_for_help(texts: &[String]) -> bool {
+    let mut words = texts.iter().flat_map(|text| text.split(','));
+    words.any(|word| word == "help" || word == "?")
+}
+
 /// The text that answers `-o help`, if that is among the options.
 pub(super) fn help(format: Format, texts: &[String]) -> Option<&'static str> {
-    let asked = texts
-        .iter()
-        .flat_map(|text| text.split(','))
-        .any(|word| word == "help" || word == "?");
-    asked.then_some(match format {
+    asks_for_help(texts).then_some(match format {
         Format::Raw => RAW_HELP,
         Format::Qcow2 => QCOW2_HELP,
     })
 }
 
 /// Divides at single commas; two stand for one.
-fn split(text: &str) -> Vec<String> {
+pub(super) fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut letters = text.chars().peekable();
     while let Some(letter) = letters.next() {
@@ -77,7 +79,7 @@ fn split(text: &str) -> Vec<String> {
     parts
 }
 
-fn switch(value: Option<&str>) -> anyhow::Result<bool> {
+pub(super) fn switch(value: Option<&str>) -> anyhow::Result<bool> {
     match value {
         None | Some("on" | "yes" | "true") => Ok(true),
         Some("off" | "no" | "false") => Ok(false),

@@ -83,6 +83,9 @@ impl IoArgs {
         } else {
             Use::Write
         };
+        if !self.read_only {
+            self.sharing.writing()?;
+        }
         let format = find_format(&self.file, self.format, purpose, opener)?;
         let cache = if self.nocache {
             Cache::None

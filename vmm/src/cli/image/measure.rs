@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use block::ops::{Control, measure};
+use block::ops::{Control, Measured, measure};
 use block::{Cache, Format};
 use clap::Args;
 use serde_json::json;
 
 use super::creation::{self, Creation};
 use super::info::Output;
-use super::source::{self, Sharing, Use};
+use super::source::{self, Sharing};
 use super::{describe, interrupt};
 use crate::cli::print;
 use crate::opener::Opener;
@@ -38,6 +38,10 @@ pub(in crate::cli) struct MeasureArgs {
     #[arg(short, long, value_name = "FMT", value_parser = source::format)]
     format: Option<Format>,
 
+    /// The file as this snapshot within it has it
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+
     /// How to print: human or json
     #[arg(long, value_name = "HOW", value_enum, default_value = "human")]
     output: Output,
@@ -60,15 +64,17 @@ impl MeasureArgs {
         let source = match (&self.file, self.size) {
             (Some(_), Some(_)) => bail!("give a file or --size, not both"),
             (None, None) => bail!("give a file or --size"),
+            (None, _) if self.snapshot.is_some() => bail!("-l is for a file"),
             (None, size) => {
                 new.size = size;
                 None
             }
             (Some(file), None) => {
-                Some(
+                let (cache, snapshot) = (Cache::Writeback, self.snapshot.as_deref());
+                let opened =
                     self.sharing
-                        .open(file, self.format, Use::Read, Cache::Writeback, opener)?,
-                )
+                        .open_source(file, self.format, cache, snapshot, opener)?;
+                Some(opened)
             }
         };
         let mut options = new.options.clone();
@@ -80,19 +86,27 @@ impl MeasureArgs {
         };
         let found = measure(source.as_deref(), self.target_format, &options, &control)
             .context("cannot measure")?;
-        let text = match self.output {
-            Output::Human => format!(
-                "required size: {}\nfully allocated size: {}\n",
-                found.required, found.fully_allocated
-            ),
-            Output::Json => {
-                describe::to_json(&json!({
-                    "required": found.required,
-                    "fully-allocated": found.fully_allocated,
-                })) + "\n"
-            }
-        };
-        print(text.as_bytes())?;
+        print(self.tell(&found).as_bytes())?;
         Ok(0)
+    }
+
+    fn tell(&self, found: &Measured) -> String {
+        if self.output == Output::Human {
+            let bitmaps = found
+                .bitmaps
+                .map_or_else(String::new, |size| format!("bitmaps size: {size}\n"));
+            return format!(
+                "required size: {}\nfully allocated size: {}\n{bitmaps}",
+                found.required, found.fully_allocated
+            );
+        }
+        let mut all = json!({
+            "required": found.required,
+            "fully-allocated": found.fully_allocated,
+        });
+        if let (Some(map), Some(size)) = (all.as_object_mut(), found.bitmaps) {
+            map.insert("bitmaps".to_owned(), size.into());
+        }
+        describe::to_json(&all) + "\n"
     }
 }

@@ -8,7 +8,9 @@
 //! Those of `qemu-img`: 1 for any failure, wrong usage included, but for the verbs that say otherwise ([`check`],
 //! [`compare`]).
 
+mod amend;
 mod bench;
+mod bitmap;
 mod check;
 mod commit;
 mod compare;
@@ -69,15 +71,21 @@ pub(super) enum Verb {
     /// Change the size of an image's disk
     #[command(after_help = resize::EXAMPLES)]
     Resize(resize::ResizeArgs),
+    /// Change options of an image that is there
+    #[command(after_help = amend::EXAMPLES)]
+    Amend(amend::AmendArgs),
     /// Write what an overlay holds into its backing file
     #[command(after_help = commit::EXAMPLES)]
     Commit(commit::CommitArgs),
     /// Give an overlay another backing file
     #[command(after_help = rebase::EXAMPLES)]
     Rebase(rebase::RebaseArgs),
-    /// List the snapshots within an image
+    /// List, make, apply and delete snapshots within an image
     #[command(after_help = snapshot::EXAMPLES)]
     Snapshot(snapshot::SnapshotArgs),
+    /// Change the persistent bitmaps of an image, which record what is written
+    #[command(after_help = bitmap::EXAMPLES)]
+    Bitmap(bitmap::BitmapArgs),
     /// Tell which file of a chain holds which part of the disk
     #[command(after_help = map::EXAMPLES)]
     Map(map::MapArgs),
@@ -111,9 +119,11 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> u8 {
         Verb::Check(arguments) => arguments.run(opener),
         Verb::Convert(arguments) => arguments.run(opener),
         Verb::Resize(arguments) => arguments.run(opener),
+        Verb::Amend(arguments) => arguments.run(opener),
         Verb::Commit(arguments) => arguments.run(opener),
         Verb::Rebase(arguments) => arguments.run(opener),
         Verb::Snapshot(arguments) => arguments.run(opener),
+        Verb::Bitmap(arguments) => arguments.run(opener),
         Verb::Map(arguments) => arguments.run(opener),
         Verb::Compare(arguments) => return arguments.run(opener),
         Verb::Measure(arguments) => arguments.run(opener),

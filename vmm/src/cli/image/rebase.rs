@@ -67,6 +67,7 @@ pub(in crate::cli) struct RebaseArgs {
 
 impl RebaseArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
+        self.sharing.writing()?;
         let format = find_format(&self.file, self.format, Use::Write, opener)?;
         if format != Format::Qcow2 {
             bail!(
@@ -74,10 +75,9 @@ impl RebaseArgs {
                 self.file.display()
             );
         }
-        let lock = !self.sharing.force_share;
         let new = self.wanted(opener)?;
         if self.backing_unsafe {
-            set_backing(&self.file, opener, lock, new.as_ref())?;
+            set_backing(&self.file, opener, true, new.as_ref())?;
             return Ok(0);
         }
         let options = self.sharing.options(format, Use::Write, self.cache);

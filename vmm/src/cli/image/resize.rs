@@ -1,10 +1,11 @@
 //! `vireo image resize`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use block::ops::{parse_size, resize};
-use block::{Cache, Format, Preallocation};
+use block::ops::{BitmapFlag, BitmapInfo, BitmapOpError, bitmaps, parse_size, resize};
+use block::{Cache, Format, Image, Preallocation};
 use clap::Args;
 
 use super::creation;
@@ -49,6 +50,7 @@ pub(in crate::cli) struct ResizeArgs {
 
 impl ResizeArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
+        self.sharing.writing()?;
         let preallocation = creation::preallocation(&self.preallocation)?;
         let image = self.sharing.open(
             &self.file,
@@ -69,13 +71,41 @@ impl ResizeArgs {
         if new <= old && preallocation != Preallocation::Off {
             bail!("--preallocation is for images that grow");
         }
-        resize(&*image, new, preallocation)
-            .with_context(|| format!("cannot resize {}", self.file.display()))?;
-        close(image, &self.file)?;
+        change(image, &self.file, new, preallocation)?;
         if !self.quiet {
             print(b"Image resized.\n")?;
         }
         Ok(0)
+    }
+}
+
+/// Gives an image another size in bytes, whole sectors.
+pub(super) fn change(
+    image: Arc<dyn Image>,
+    path: &Path,
+    new: u64,
+    preallocation: Preallocation,
+) -> anyhow::Result<()> {
+    check_bitmaps(&*image, path)?;
+    resize(&*image, new, preallocation)
+        .with_context(|| format!("cannot resize {}", path.display()))?;
+    close(image, path)
+}
+
+/// Refuses, as `qemu-img` does, where a bitmap that nobody can rely on would have to change its size.
+fn check_bitmaps(image: &dyn Image, path: &Path) -> anyhow::Result<()> {
+    let file = path.display();
+    let list = match bitmaps(image) {
+        Err(BitmapOpError::Format(_) | BitmapOpError::Version2(_)) => return Ok(()),
+        other => other.with_context(|| format!("cannot resize {file}"))?,
+    };
+    let broken = |bitmap: &&BitmapInfo| bitmap.flags.contains(&BitmapFlag::InUse);
+    match list.iter().find(broken) {
+        None => Ok(()),
+        Some(BitmapInfo { name, .. }) => bail!(
+            "cannot resize {file}: bitmap {name:?} was not saved after its last use: remove it first, with \
+                 bitmap --remove"
+        ),
     }
 }
 

@@ -3,22 +3,23 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Context;
-use block::ops::looks_like;
+use anyhow::{Context, bail};
+use block::ops::{info, looks_like};
 use block::{
     Aio, BackingPolicy, Cache, Discard, DiskOptions, Format, Image, ImageOptions, open_image,
 };
 use clap::Args;
 
+use super::snapshot;
 use crate::cli::message;
 use crate::opener::Opener;
 
-/// How images that exist already are opened.
+/// How images that exist already are opened. What is written to is locked in any case.
 #[derive(Clone, Copy, Debug, Args)]
 pub(super) struct Sharing {
-    /// Open images without locks, even while others write to them
+    /// Read images without locks, even while others write to them
     ///
-    /// What is read then may be old or mixed.
+    /// What is read then may be old or mixed. Nothing is changed without locks.
     #[arg(short = 'U', long)]
     pub force_share: bool,
 
@@ -101,6 +102,39 @@ pub(super) fn find_format(
 }
 
 impl Sharing {
+    /// Refuses -U where an image is changed.
+    pub(super) fn writing(&self) -> anyhow::Result<()> {
+        if self.force_share {
+            bail!("-U is for images that are only read: leave it out to change one");
+        }
+        Ok(())
+    }
+
+    /// Opens an image to be read, as one of its snapshots has it if one is wanted.
+    pub(super) fn open_source(
+        &self,
+        path: &Path,
+        stated: Option<Format>,
+        cache: Cache,
+        snapshot: Option<&str>,
+        opener: &Opener,
+    ) -> anyhow::Result<Arc<dyn Image>> {
+        let format = find_format(path, stated, Use::Read, opener)?;
+        let mut options = self.options(format, Use::Read, cache);
+        if let Some(wanted) = snapshot {
+            if format != Format::Qcow2 {
+                bail!("{}: only qcow2 images have snapshots", path.display());
+            }
+            let image = info(path, opener, format, !self.force_share)?;
+            let all = image.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default();
+            let found = snapshot::choose(&all, wanted)?;
+            let found =
+                found.with_context(|| format!("{}: no snapshot {wanted:?}", path.display()))?;
+            options.snapshot = Some(found.id.clone());
+        }
+        Ok(open_image(path, opener, &options)?)
+    }
+
     /// How an image is opened.
     pub(super) fn options(&self, format: Format, purpose: Use, cache: Cache) -> ImageOptions {
         ImageOptions {
@@ -109,7 +143,7 @@ impl Sharing {
                 cache,
                 discard: Discard::Unmap,
                 format: Some(format),
-                lock: !self.force_share,
+                lock: !self.force_share || purpose == Use::Write,
                 ..DiskOptions::default()
             },
             backing: self.backing_policy,

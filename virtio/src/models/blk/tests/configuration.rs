@@ -243,7 +243,7 @@ fn defaults_are_a_plain_cached_disk_with_a_queue_for_each_cpu() {
 #[test]
 fn every_field_reaches_the_disk_or_the_device() {
     let config = config(json!({
-        "path": "/a", "readonly": true, "format": "raw", "direct": true, "lock": false,
+        "path": "/a", "readonly": true, "format": "raw", "direct": true, "lock": false, "lease": "/lease",
         "cache": "writethrough", "discard": "ignore", "serial": "01234567890123456789",
         "num_queues": 256, "queue_size": 32768, "aio": "io_uring",
         "backing": "any", "l2_cache_size": 1_u64 << 20, "rerror": "stop", "werror": "ignore",
@@ -257,6 +257,7 @@ fn every_field_reaches_the_disk_or_the_device() {
         discard: Discard::Ignore,
         format: Some(block::Format::Raw),
         lock: false,
+        lease: Some("/lease".into()),
         detect_zeroes: block::DetectZeroes::Unmap,
     };
     let options = config.image_options();
