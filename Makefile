@@ -18,6 +18,7 @@ endif
 CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 
 SECONDS ?= 60
+FUZZED := image check
 
 .PHONY: fuzz help run build guests setup setup-full test test-full bench lint clean
 
@@ -26,7 +27,7 @@ help:
 	@echo 'make test       unit tests, small guests, bad input, stock kernels (minutes)'
 	@echo 'make test-full  the long cases, after make test'
 	@echo 'make bench      measure against QEMU'
-	@echo 'make fuzz       any bytes as an image, for SECONDS=60; wants a C++ compiler'
+	@echo 'make fuzz       any bytes as images, for SECONDS=60 each'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
 	@echo 'make guests     the small guest programs: target/guests'
@@ -38,7 +39,8 @@ help:
 	@echo 'VIREO=PATH                     another build of the program'
 
 fuzz:
-	@block/fuzz/run image $(SECONDS)
+	@tests/setup --fuzz
+	@result=0; for target in $(FUZZED); do block/fuzz/run $$target $(SECONDS) || result=1; done; exit $$result
 
 setup:
 	@tests/setup
@@ -72,6 +74,7 @@ bench: build guests
 
 lint: setup
 	$(CARGO) fmt --all -- --check
+	$(CARGO) fmt --manifest-path block/fuzz/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 		$(CARGO) deny --offline check licenses bans sources; \
