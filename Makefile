@@ -18,6 +18,7 @@ endif
 CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 
 SECONDS ?= 60
+FUZZED := image check
 
 .PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \
 	clean
@@ -29,7 +30,7 @@ help:
 	@echo 'make test-openapi  requests of all kinds against the control socket; gets Python packages'
 	@echo 'make openapi    write the OpenAPI document anew, after a change of the wire types'
 	@echo 'make bench      measure against QEMU'
-	@echo 'make fuzz       any bytes as an image, for SECONDS=60; wants a C++ compiler'
+	@echo 'make fuzz       any bytes as images, for SECONDS=60 each'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
 	@echo 'make guests     the small guest programs: target/guests'
@@ -41,7 +42,8 @@ help:
 	@echo 'VIREO=PATH                     another build of the program'
 
 fuzz:
-	@block/fuzz/run image $(SECONDS)
+	@tests/setup --fuzz
+	@result=0; for target in $(FUZZED); do block/fuzz/run $$target $(SECONDS) || result=1; done; exit $$result
 
 setup:
 	@tests/setup
@@ -81,6 +83,7 @@ bench: build guests
 
 lint: setup
 	$(CARGO) fmt --all -- --check
+	$(CARGO) fmt --manifest-path block/fuzz/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 		$(CARGO) deny --offline check licenses bans sources; \

@@ -565,54 +565,6 @@ impl Header {
         area
     }
 
-    /// Writes all that belongs into the first cluster, in one write. Does not sync.
-    pub(crate) fn store(&self, storage: &dyn Storage) -> io::Result<()> {
-        let mut area = self.encode().map_err(io::Error::other)?;
-        // Nothing of an older, longer header is left in the sectors that this one ends in.
-        let whole = area
-            .len()
-            .next_multiple_of(4096)
-            .min(1 << self.cluster_bits);
-        area.resize(whole, 0);
-        storage.write_at(&area, 0)
-    }
-
-    /// Writes the size of the disk, and the place and the size of the L1 table, in one write. Does not sync,
-    /// as the others below.
-    pub(crate) fn store_mapping(&self, storage: &dyn Storage) -> io::Result<()> {
-        // The encryption method is between them.
-        let mut field = [0; 24];
-        put(&mut field, 0, &self.size.to_be_bytes());
-        put(&mut field, 8, &self.crypt.to_be_bytes());
-        put(&mut field, Self::L1 - Self::SIZE, &self.l1_field());
-        storage.write_at(&field, Self::SIZE as u64)
-    }
-
-    /// Writes the place and the size of the refcount table alone, in one write.
-    pub(crate) fn store_reftable(&self, storage: &dyn Storage) -> io::Result<()> {
-        storage.write_at(&self.reftable_field(), Self::REFTABLE as u64)
-    }
-
-    /// Writes the place and the length of the snapshot table alone, in one write.
-    pub(crate) fn store_snapshots(&self, storage: &dyn Storage) -> io::Result<()> {
-        storage.write_at(&self.snapshots_field(), Self::SNAPSHOTS as u64)
-    }
-
-    /// Writes the places and the sizes of the refcount table and of the snapshot table, in one write.
-    pub(crate) fn store_tables(&self, storage: &dyn Storage) -> io::Result<()> {
-        // The two fields are neighbours.
-        let field = [self.reftable_field(), self.snapshots_field()].concat();
-        storage.write_at(&field, Self::REFTABLE as u64)
-    }
-
-    /// Writes the three fields of feature bits alone, in one write; version 2 has none.
-    pub(crate) fn store_features(&self, storage: &dyn Storage) -> io::Result<()> {
-        if self.version < 3 {
-            return Ok(());
-        }
-        storage.write_at(&self.features_field(), Self::FEATURES as u64)
-    }
-
     fn l1_field(&self) -> [u8; 12] {
         let mut field = [0; 12];
         put(&mut field, 0, &self.l1_entries.to_be_bytes());
@@ -691,5 +643,6 @@ fn backing_name(area: &[u8], cluster: u64) -> Result<Option<(usize, OsString)>, 
     Ok(Some((start, OsString::from_vec(name))))
 }
 
+mod store;
 #[cfg(test)]
 mod tests;

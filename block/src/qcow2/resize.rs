@@ -25,7 +25,7 @@ impl Qcow2 {
     ///
     /// # Errors
     ///
-    /// [`ChangeError`]; the disk has its old size then, though what was to be cut off may have become zeros.
+    /// [`ChangeError`]; the disk is as it was then.
     pub fn resize(&self, size: u64, preallocation: Preallocation) -> Result<(), ChangeError> {
         if !size.is_multiple_of(512) {
             return Err(ChangeError::Unaligned(size));
@@ -165,35 +165,31 @@ impl Qcow2 {
 
     fn shrink(&self, old: u64, size: u64) -> Result<(), ChangeError> {
         let needed = self.needed(size)?;
-        // Nothing is lost when it cannot be done.
-        drop(self.exclusive()?);
+        let mut session = self.exclusive()?;
+        let mut header = session.meta.header.clone();
+        header.size = size;
+        session.commit()?;
+        session.switch_size(header)?;
+        session.finish();
+        if let Err(error) = self.give_back(old, size, needed) {
+            tracing::warn!(%error, "the space of a disk that shrank was not given back");
+        }
+        Ok(())
+    }
+
+    /// Frees what is past the end of a disk that had `old` bytes and has `size`.
+    fn give_back(&self, old: u64, size: u64, needed: u32) -> Result<(), ChangeError> {
         let geometry = *self.geometry();
         let aligned = size.next_multiple_of(geometry.cluster());
+        // Not every program hides it when it makes the disk larger again.
         self.zero_part(size, aligned.min(old) - size)?;
         let end = u64::from(needed) << geometry.table_bits();
         if aligned < end {
             self.clear(aligned, end - aligned, Clear::Forget)?;
         }
         let mut session = self.exclusive()?;
-        let mut header = session.meta.header.clone();
-        header.size = size;
-        let kept = usize::try_from(needed).map_err(|_| eio())?;
-        let entries = header.l1_entries.min(needed);
-        let freed = geometry.clusters(u64::from(header.l1_entries) * 8);
-        let (l1, keep) = (header.l1_offset, geometry.clusters(u64::from(entries) * 8));
-        header.l1_entries = entries;
-        session.commit()?;
-        session.switch_size(header)?;
-        let kept = kept.min(session.meta.l1.len());
-        let tail = session.meta.l1.split_off(kept);
-        let cluster = geometry.cluster();
-        session.free_range(l1 + keep * cluster, (freed - keep) * cluster);
-        if let Err(error) = session.drop_tree(&tail) {
-            tracing::warn!(%error, "the space of a disk that shrank was not given back");
-        }
-        if let Err(error) = self.shrink_files(&mut session, old, size) {
-            tracing::warn!(%error, "a file did not shrink with its disk");
-        }
+        session.cut_l1(needed)?;
+        self.shrink_files(&mut session, old, size)?;
         session.finish();
         Ok(())
     }
@@ -234,6 +230,28 @@ impl Session<'_> {
         self.meta.l1 = l1;
         self.free_range(old.0, old.1);
         Ok(())
+    }
+
+    /// Makes the L1 table no longer than this, and frees what the rest of it leads to.
+    fn cut_l1(&mut self, needed: u32) -> Result<(), ChangeError> {
+        let geometry = self.meta.geometry;
+        let mut header = self.meta.header.clone();
+        if header.l1_entries <= needed {
+            return Ok(());
+        }
+        let (offset, entries) = (header.l1_offset, header.l1_entries);
+        header.l1_entries = needed;
+        self.commit()?;
+        self.switch(header, Part::Mapping)?;
+        let kept = usize::try_from(needed).map_err(|_| eio())?;
+        let kept = kept.min(self.meta.l1.len());
+        let tail = self.meta.l1.split_off(kept);
+        let bytes = |entries: u32| geometry.clusters(u64::from(entries) * 8) * geometry.cluster();
+        let keep = bytes(needed);
+        self.free_range(offset + keep, bytes(entries) - keep);
+        // Nothing that was looked up in it counts.
+        self.meta.shared.generation.fetch_add(1, Ordering::SeqCst);
+        self.drop_tree(&tail)
     }
 
     /// Cuts the file off behind the last cluster in use.

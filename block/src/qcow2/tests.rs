@@ -4,4 +4,5 @@ mod changes;
 pub(crate) mod crash;
 mod faults;
 mod found;
+mod header;
 pub(super) mod memory;

@@ -418,7 +418,10 @@ impl Sequence<'_> {
             self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "image", "flat"]);
             let flat = std::fs::read(self.directory.join("flat")).unwrap();
             let tail = range(old, end - old);
-            self.model.now[tail.clone()].copy_from_slice(&flat[tail]);
+            self.model.now[tail.clone()].copy_from_slice(&flat[tail.clone()]);
+            if let Some(marked) = &mut self.model.marked {
+                marked[tail.clone()].copy_from_slice(&flat[tail]);
+            }
         }
     }
 
@@ -456,7 +459,9 @@ impl Sequence<'_> {
             // The image below cannot grow.
             return;
         } else {
-            self.commit(ours);
+            // QEMU cannot hide what a longer backing file has there.
+            let grows = self.shape.v2() && content.len() > self.model.now.len();
+            self.commit(ours || grows && self.shape.has_backing());
             let longer = content.len().max(self.model.now.len());
             self.model.resize(longer);
             self.model.now[..content.len()].copy_from_slice(&content);

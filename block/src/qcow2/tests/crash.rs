@@ -13,14 +13,34 @@ use crate::qcow2::bitmap_table;
 use crate::qcow2::entry::{self, L2};
 use crate::qcow2::fields::u64_at;
 use crate::qcow2::header::Header;
-use crate::qcow2::image::{Qcow2, Settings};
+use crate::qcow2::image::{Backing, Qcow2, RawBacking, Settings};
 use crate::qcow2::meta::{Meta, read_table};
 use crate::qcow2::snapshot_table;
 use crate::qcow2::testing::Bench;
+use crate::raw::RawImage;
+use crate::storage::Storage;
 
 const SECTOR: u64 = 512;
 
 pub(crate) fn open(storage: Arc<Memory>, read_only: bool) -> Qcow2 {
+    open_over(storage, read_only, None)
+}
+
+/// Opens an image with a raw backing file.
+pub(crate) fn open_over(
+    storage: Arc<Memory>,
+    read_only: bool,
+    base: Option<&Arc<Memory>>,
+) -> Qcow2 {
+    let backing = base.map(|base| {
+        let (size, storage) = (base.len().unwrap(), Arc::clone(base) as Arc<dyn Storage>);
+        let image = RawImage::new(Arc::clone(&storage), size, true, false);
+        Backing::Raw(RawBacking {
+            image: Box::new(image),
+            storage,
+            size,
+        })
+    });
     let header = Header::load(&*storage).unwrap();
     let settings = Settings {
         read_only,
@@ -29,7 +49,7 @@ pub(crate) fn open(storage: Arc<Memory>, read_only: bool) -> Qcow2 {
         // So little that pages come and go.
         cache: 64 << 10,
     };
-    Qcow2::open(header, storage, None, None, settings).unwrap()
+    Qcow2::open(header, storage, None, backing, settings).unwrap()
 }
 
 /// An image made by qemu-img, in memory.
