@@ -78,12 +78,12 @@ mod tests {
             path("/etc/vireo")
         );
         assert_eq!(
-            definitions_of(false, path("/x"), path("/home/a")),
+            definitions_of(false, path("/x"), path("/people/a")),
             path("/x/vireo")
         );
         assert_eq!(
-            definitions_of(false, None, path("/home/a")),
-            path("/home/a/.config/vireo")
+            definitions_of(false, None, path("/people/a")),
+            path("/people/a/.config/vireo")
         );
         assert_eq!(definitions_of(false, None, None), None);
     }

@@ -218,7 +218,7 @@ fn what_is_there_twice_is_a_conflict() {
     made(json!({"disks": [{"path": "/a", "readonly": true}, {"path": "/a", "readonly": true}]}));
 }
 
-fn nonsense() -> Vec<(Value, &'static str)> {
+fn nonsense_of_cpus_and_memory() -> Vec<(Value, &'static str)> {
     vec![
         (json!({"cpus": {"boot_vcpus": 0, "max_vcpus": 0}}), "boot=0"),
         (
@@ -248,6 +248,11 @@ fn nonsense() -> Vec<(Value, &'static str)> {
             json!({"memory": {"size": 4_194_304, "hugepage_size": 2_097_152}}),
             "hugepages",
         ),
+    ]
+}
+
+fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
+    vec![
         (
             json!({"payload": {"kernel": ""}}),
             "payload.kernel: the path is empty",
@@ -301,7 +306,8 @@ fn nonsense() -> Vec<(Value, &'static str)> {
 
 #[test]
 fn nonsense_is_refused_with_what_is_wrong() {
-    for (more, part) in nonsense() {
+    let cases = nonsense_of_cpus_and_memory();
+    for (more, part) in cases.into_iter().chain(nonsense_of_files_and_disks()) {
         let error = refused(more.clone());
         assert_eq!(error.kind, ErrorKind::Invalid, "{more}: {error}");
         assert_eq!(error.chain[0], "Failed to validate config");
