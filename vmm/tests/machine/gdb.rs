@@ -607,6 +607,8 @@ fn a_machine_that_is_paused_stays_so_under_a_debugger() {
     let place = Place::new();
     let gdb = json!({ "gdb": { "unix": place.socket() } });
     let machine = Local::boot(&config("poke", "spin", gdb));
+    // The machine waits for its first debugger.
+    place.attach().detach();
     let count = symbol("poke", "spin_count");
     until("the first count", || {
         (machine.word(count) > 0).then_some(())
