@@ -148,3 +148,30 @@ fn snapshot(name: &str) -> crate::qcow2::NewSnapshot<'_> {
         nanoseconds: 0,
     }
 }
+
+#[test]
+fn nothing_is_packed_into_a_cluster_that_is_about_to_become_a_hole() {
+    let Some(blank) = blank("cluster_size=64k", 1 << 20) else {
+        return;
+    };
+    let image = open(Memory::new(blank), false);
+    assert!(image.write_compressed(0, &[7; 1 << 16]).unwrap());
+    image.flush().unwrap();
+    let mut pins = image.pins();
+    let epoch = pins.enter();
+    image.write(0, &[1; 1 << 16]).unwrap();
+    image.flush().unwrap();
+    pins.leave(epoch);
+    // What a checkpoint does before it makes the holes, without the lock.
+    let mut meta = image.lock();
+    let ready = meta.take_released(usize::MAX);
+    let holes: Vec<_> = ready
+        .iter()
+        .flat_map(|run| meta.sole(*run).unwrap())
+        .collect();
+    assert_eq!(holes.len(), 1);
+    let packed = meta.plan_packed(1 << 16, 100).unwrap();
+    let (first, count) = holes[0];
+    assert!(!(first..first + count).contains(&(packed.host >> 16)));
+    meta.abandon_packed(1 << 16, &packed);
+}
