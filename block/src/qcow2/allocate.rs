@@ -128,12 +128,16 @@ impl Meta {
         Ok(())
     }
 
-    /// The parts of a run that nothing but the run's own reference keeps in use.
+    /// The parts of a run that nothing but the run's own reference keeps in use. They are about to become holes, so no
+    /// more compressed data goes there.
     pub(crate) fn sole(&mut self, run: Unlinked) -> io::Result<Vec<(u64, u64)>> {
         let mut parts: Vec<(u64, u64)> = Vec::new();
         for cluster in run.first..run.first + run.count {
             if self.refcount(cluster)? != 1 {
                 continue;
+            }
+            if self.compressed_end >> self.geometry.cluster_bits == cluster {
+                self.compressed_end = 0;
             }
             match parts.last_mut() {
                 Some((first, count)) if *first + *count == cluster => *count += 1,

@@ -42,6 +42,8 @@ struct Work {
     table_move: Option<TableMove>,
     new_tables: HashMap<u64, usize>,
     unlinked: Vec<Unlinked>,
+    /// The early part is durable, and the disk may have some of the rest.
+    counted: bool,
 }
 
 /// Lets one checkpoint run at a time and serves everybody who waits with the next one.
@@ -129,8 +131,8 @@ impl Qcow2 {
     /// As [`Qcow2::checkpoint`], under the lock and with the [`Turn`] held.
     pub(crate) fn commit_held(&self, meta: &mut Meta) -> io::Result<()> {
         meta.writable()?;
-        let work = Work::collect(meta);
-        match self.write_out(&work) {
+        let mut work = Work::collect(meta);
+        match self.write_out(&mut work) {
             Ok(()) => work.succeed(meta),
             Err(error) => {
                 work.fail(meta);
@@ -146,12 +148,12 @@ impl Qcow2 {
     }
 
     fn commit(&self) -> io::Result<()> {
-        let work = {
+        let mut work = {
             let mut meta = self.lock();
             meta.writable()?;
             Work::collect(&mut meta)
         };
-        let written = self.write_out(&work);
+        let written = self.write_out(&mut work);
         let mut meta = self.lock();
         match written {
             Ok(()) => work.succeed(&mut meta),
@@ -163,7 +165,7 @@ impl Qcow2 {
         self.free_released(meta)
     }
 
-    fn write_out(&self, work: &Work) -> io::Result<()> {
+    fn write_out(&self, work: &mut Work) -> io::Result<()> {
         let storage = self.storage();
         let stage = |writes: &Writes| -> io::Result<()> {
             writes
@@ -178,6 +180,7 @@ impl Qcow2 {
         stage(&work.early)?;
         self.reach(work.end)?;
         self.sync_data()?;
+        work.counted = true;
         if let Some(header) = &work.header {
             header.store_reftable(storage)?;
         }
@@ -282,6 +285,7 @@ impl Work {
             table_move: meta.reftable_move,
             new_tables: std::mem::take(&mut meta.new_tables),
             unlinked: std::mem::take(&mut meta.unlinked),
+            counted: false,
         }
     }
 
@@ -312,7 +316,13 @@ impl Work {
         }
     }
 
-    fn fail(self, meta: &mut Meta) {
+    fn fail(mut self, meta: &mut Meta) {
+        if self.counted {
+            // An L1 entry may have reached the disk: its table is a new one no more, and from now on it is changed
+            // only after what it refers to.
+            self.pages.0.clear();
+            self.new_tables.clear();
+        }
         meta.pages.written(Some(self.pages));
         meta.l1_dirty.extend(self.l1_dirty);
         meta.reftable_dirty.extend(self.reftable_dirty);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bitmap_table::Bitmap;
+use super::claims::Claims;
 use super::dirty::Recorder;
 use super::entry::{self, L2};
 use super::epoch::Epochs;
@@ -383,31 +384,46 @@ impl Meta {
         Ok((entry != 0).then_some(entry))
     }
 
-    fn add_metadata(&mut self, offset: u64, len: u64) {
-        let first = offset >> self.geometry.cluster_bits;
-        let count = self.geometry.clusters(self.geometry.within(offset) + len);
-        self.metadata.extend(first..first.saturating_add(count));
-    }
-
-    /// Finds all clusters with metadata.
+    /// Finds all clusters with metadata. When two tables claim the same one, or what everything else hangs on
+    /// counts as free, the image is corrupt: whatever is written next would destroy some of it.
     fn find_metadata(&mut self) -> io::Result<()> {
         let cluster = self.geometry.cluster();
-        self.add_metadata(0, cluster);
-        self.add_metadata(self.header.l1_offset, u64::from(self.header.l1_entries) * 8);
-        self.add_metadata(
-            self.header.reftable_offset,
-            u64::from(self.header.reftable_clusters) * cluster,
-        );
-        let blocks: Vec<u64> = self.reftable.iter().filter(|e| **e != 0).copied().collect();
-        for block in blocks {
-            self.add_metadata(block & !REFTABLE_RESERVED, cluster);
+        let header = &self.header;
+        let l1 = (header.l1_offset, u64::from(header.l1_entries) * 8);
+        let reftable = u64::from(header.reftable_clusters) * cluster;
+        let reftable = (header.reftable_offset, reftable);
+        let mut claims = Claims::new(self.geometry);
+        for (offset, len) in [(0, cluster), l1, reftable] {
+            claims.own(offset, len);
         }
-        let tables: Vec<u64> = self.l1.iter().map(|e| e & entry::OFFSET).collect();
-        for table in tables.into_iter().filter(|table| *table != 0) {
-            self.add_metadata(table, cluster);
+        for block in self.reftable.iter().filter(|entry| **entry != 0) {
+            claims.own(block & !REFTABLE_RESERVED, cluster);
         }
-        for (offset, len) in super::reserved::reserved(&self.header, &*self.storage)? {
-            self.add_metadata(offset, len);
+        let tables = self.l1.iter().map(|entry| entry & entry::OFFSET);
+        tables
+            .filter(|table| *table != 0)
+            .for_each(|table| claims.table(table));
+        super::reserved::reserve(header, &*self.storage, &mut claims)?;
+        let (metadata, twice) = claims.into_parts();
+        self.metadata = metadata;
+        if let Some(cluster) = twice {
+            self.corrupt(format!("cluster {cluster} holds two kinds of metadata"));
+            return Ok(());
+        }
+        if let Some(cluster) = self.metadata.iter().find(|it| **it >= self.frontier) {
+            let finding = format!("cluster {cluster} holds metadata and is past the file's end");
+            self.corrupt(finding);
+            return Ok(());
+        }
+        for (what, (offset, len)) in [
+            ("header", (0, cluster)),
+            ("L1 table", l1),
+            ("refcount table", reftable),
+        ] {
+            if len != 0 && self.refcount(offset >> self.geometry.cluster_bits)? == 0 {
+                self.corrupt(format!("the {what} at {offset:#x} counts as free"));
+                return Ok(());
+            }
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ pub(crate) mod bitmap;
 pub(crate) mod bitmap_table;
 pub(crate) mod check;
 mod checkpoint;
+mod claims;
 mod compress;
 pub(crate) mod create;
 mod dirty;

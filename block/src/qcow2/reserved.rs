@@ -3,10 +3,10 @@
 //! Whatever the tables claim, each byte of the file is read once, and memory is bounded by what is in the
 //! file: tables that lie over each other are read as one.
 
-use std::collections::HashSet;
 use std::io;
 
 use super::bitmap_table;
+use super::claims::Claims;
 use super::entry::OFFSET;
 use super::header::Header;
 use super::snapshot_table;
@@ -15,57 +15,63 @@ use crate::storage::Storage;
 /// How much of the tables is read at once, in bytes.
 const CHUNK: u64 = 64 << 10;
 
-/// The metadata of an image's snapshots and bitmaps, as (offset, length) in bytes.
+/// Claims what the metadata of an image's snapshots and bitmaps takes.
 ///
 /// # Errors
 ///
 /// The host's, and `InvalidData` when the tables cannot be.
-pub(crate) fn reserved(header: &Header, storage: &dyn Storage) -> io::Result<Vec<(u64, u64)>> {
-    let mut all = Vec::new();
-    let mut tables = Vec::new();
+pub(crate) fn reserve(
+    header: &Header,
+    storage: &dyn Storage,
+    claims: &mut Claims,
+) -> io::Result<()> {
     let end = storage.len()?;
+    let geometry = header.geometry();
     let mut table = |what: &str, name: &str, offset: u64, entries: u32| {
         let len = u64::from(entries) * 8;
         // The last cluster of a file may be cut off.
         let last = offset.checked_add(len);
-        if last.is_none_or(|last| last > end.next_multiple_of(header.geometry().cluster())) {
+        if last.is_none_or(|last| last > end.next_multiple_of(geometry.cluster())) {
             let why = format!("the {what} {name:?} has its table past the end of the file");
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
-        if len != 0 {
-            tables.push((offset, len));
-        }
-        Ok(())
+        claims.own(offset, len);
+        Ok((offset, len))
     };
-    let (snapshots, len) = snapshot_table::load_with_len(storage, header).map_err(invalid)?;
-    all.push((header.snapshot_offset, len));
+    let (snapshots, snapshots_len) =
+        snapshot_table::load_with_len(storage, header).map_err(invalid)?;
+    let mut l1_tables = Vec::new();
     for snapshot in &snapshots {
         let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
-        table("snapshot", &snapshot.name(), offset, entries)?;
+        l1_tables.push(table("snapshot", &snapshot.name(), offset, entries)?);
     }
+    let mut bitmap_tables = Vec::new();
     if let Some(extension) = header.consistent_bitmaps() {
-        all.push((extension.directory_offset, extension.directory_size));
         for bitmap in bitmap_table::load_unchecked(storage, &extension).map_err(invalid)? {
             let (offset, entries) = (bitmap.table_offset, bitmap.table_entries);
-            table("bitmap", &bitmap.name(), offset, entries)?;
+            bitmap_tables.push(table("bitmap", &bitmap.name(), offset, entries)?);
         }
+        claims.own(extension.directory_offset, extension.directory_size);
     }
-    all.retain(|(_, len)| *len != 0);
-    let tables = united(tables);
-    all.extend(&tables);
-    // L1 tables and bitmap tables are alike in where their entries keep an offset.
-    let mut found = HashSet::new();
-    for (offset, len) in tables {
+    claims.own(header.snapshot_offset, snapshots_len);
+    for (offset, len) in united(l1_tables) {
         entries(storage, offset, len, |entry| {
-            let cluster = header.geometry().down(entry & OFFSET);
-            if cluster != 0 {
-                found.insert(cluster);
+            let table = geometry.down(entry & OFFSET);
+            if table != 0 {
+                claims.table(table);
             }
         })?;
     }
-    let cluster = header.geometry().cluster();
-    all.extend(found.into_iter().map(|offset| (offset, cluster)));
-    Ok(all)
+    // Entries of L1 tables and of bitmap tables are alike in where they keep an offset.
+    for (offset, len) in united(bitmap_tables) {
+        entries(storage, offset, len, |entry| {
+            let part = geometry.down(entry & OFFSET);
+            if part != 0 {
+                claims.own(part, geometry.cluster());
+            }
+        })?;
+    }
+    Ok(())
 }
 
 fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
@@ -74,6 +80,7 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
 
 /// The same bytes in ranges that do not overlap.
 fn united(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.retain(|(_, len)| *len != 0);
     ranges.sort_unstable();
     let mut united: Vec<(u64, u64)> = Vec::new();
     for (offset, len) in ranges {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::crash::{audit, blank, open};
 use super::memory::{Event, Memory};
 use crate::image::Image;
+use crate::qcow2::header::Header;
 
 /// Fails the change that comes after `skip` others, once.
 fn one_fault(skip: usize, code: i32) -> super::memory::Fault {
@@ -56,6 +57,48 @@ fn a_failure_at_any_change_leaves_an_image_that_works_on() {
                 .read(u64::from(number) * 70_000 + 100, &mut bytes)
                 .unwrap();
             assert!(bytes.iter().all(|b| *b == number + 2), "write {number}");
+        }
+    }
+}
+
+#[test]
+fn a_table_that_a_failed_flush_has_linked_changes_after_its_refcounts() {
+    let Some(blank) = blank("cluster_size=4096", 1 << 20) else {
+        return;
+    };
+    let storage = Memory::new(blank);
+    let l1 = Header::load(&*storage).unwrap().l1_offset;
+    let image = open(Arc::clone(&storage), false);
+    image.write(0, &[1; 4096]).unwrap();
+    let mut linked = false;
+    storage.fail(Some(Box::new(move |event: &Event| match event {
+        Event::Write(offset, _) => {
+            linked |= *offset == l1;
+            None
+        }
+        Event::Sync => linked.then_some(libc::EIO),
+        _ => None,
+    })));
+    image.flush().unwrap_err();
+    storage.fail(None);
+    let mut durable = storage.bytes();
+    let seen = storage.log_len();
+    image.write(8192, &[2; 4096]).unwrap();
+    image.flush().unwrap();
+    let mut pending = Vec::new();
+    for event in storage.log().split_off(seen) {
+        if matches!(event, Event::Sync) {
+            pending
+                .drain(..)
+                .for_each(|event: Event| event.apply_to(&mut durable));
+            continue;
+        }
+        pending.push(event);
+        // Any one of them may be all that a power cut leaves.
+        for event in &pending {
+            let mut bytes = durable.clone();
+            event.apply_to(&mut bytes);
+            audit(&open(Memory::new(bytes), false));
         }
     }
 }
