@@ -297,6 +297,9 @@ fn a_bitmap_that_was_not_saved_can_only_be_removed() {
     assert_eq!(seen(&place, "a").len(), 1);
 }
 
+/// The cluster size of a crowded image, in bytes.
+const CLUSTER: u64 = 512;
+
 /// Gives an image so many bitmaps, as it would take hours to make. The directory is where nothing is counted.
 fn crowd(place: &Place, image: &str, count: u32) {
     let mut bytes = fs::read(place.path(image)).unwrap();
@@ -304,14 +307,18 @@ fn crowd(place: &Place, image: &str, count: u32) {
     let entry: [u8; 32] = bytes[offset..offset + 32].try_into().unwrap();
     let end = bytes.len().next_multiple_of(64 << 10);
     bytes.resize(end, 0);
+    let tables = (end as u64 + u64::from(count) * 32).next_multiple_of(CLUSTER);
     for number in 0..count {
         let mut entry = entry;
-        // Not saved, and so of no certain size.
+        // Not saved, and so of no certain size. No two have one table.
         entry[15] |= 1;
+        entry[..8].copy_from_slice(&(tables + u64::from(number) * CLUSTER).to_be_bytes());
         entry[18..20].copy_from_slice(&6_u16.to_be_bytes());
         entry[24..30].copy_from_slice(format!("{number:06}").as_bytes());
         bytes.extend(entry);
     }
+    let tables_end = tables + u64::from(count) * CLUSTER;
+    bytes.resize(usize::try_from(tables_end).unwrap(), 0);
     bytes[at + 8..at + 12].copy_from_slice(&count.to_be_bytes());
     bytes[at + 16..at + 24].copy_from_slice(&(u64::from(count) * 32).to_be_bytes());
     bytes[at + 24..at + 32].copy_from_slice(&(end as u64).to_be_bytes());
@@ -321,7 +328,16 @@ fn crowd(place: &Place, image: &str, count: u32) {
 #[test]
 fn an_image_has_at_most_65535_bitmaps() {
     let place = Place::new();
-    let create = ["create", "-q", "-f", "qcow2", "full", "1M"];
+    let create = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=512",
+        "full",
+        "1M",
+    ];
     place.qemu(&create).done();
     place.qemu(&["bitmap", "--add", "full", "000000"]).done();
     crowd(&place, "full", 65_535);
