@@ -97,6 +97,44 @@ fn a_source_is_not_overwritten_by_itself() {
 }
 
 #[test]
+fn a_backing_file_is_not_overwritten_by_its_overlay() {
+    let place = Place::new();
+    place.zoo();
+    fs::hard_link(place.path("plain"), place.path("hard")).unwrap();
+    std::os::unix::fs::symlink("plain", place.path("soft")).unwrap();
+    let before = fs::read(place.path("plain")).unwrap();
+    let overlay = fs::read(place.path("overlay")).unwrap();
+    for (backing, target) in [
+        ("plain", "plain"),
+        ("./plain", "plain"),
+        ("plain", "hard"),
+        ("soft", "plain"),
+        ("plain", "soft"),
+        ("overlay", "plain"),
+    ] {
+        for arguments in [
+            &[
+                "create", "-f", "qcow2", "-b", backing, "-F", "qcow2", target,
+            ][..],
+            &[
+                "convert", "-O", "qcow2", "-B", backing, "-F", "qcow2", "large", target,
+            ],
+        ] {
+            let said = place.vireo(arguments);
+            assert_eq!(said.code, 1, "{arguments:?}: {said:?}");
+            assert!(fs::read(place.path("plain")).unwrap() == before);
+            assert!(fs::read(place.path("overlay")).unwrap() == overlay);
+        }
+    }
+    let unopened = [
+        "create", "-u", "-f", "qcow2", "-b", "plain", "-F", "qcow2", "plain", "1M",
+    ];
+    let said = place.vireo(&unopened);
+    assert_eq!(said.code, 1, "{said:?}");
+    assert!(fs::read(place.path("plain")).unwrap() == before);
+}
+
+#[test]
 fn what_fails_leaves_nothing_behind() {
     let place = Place::new();
     place.zoo();

@@ -273,7 +273,7 @@ impl ConvertArgs {
         new.size.get_or_insert(size);
         new.backing = self.backing.clone().or(new.backing);
         new.backing_format = self.backing_format.or(new.backing_format);
-        settle_backing(&mut new, path, false, opener)?;
+        let _chain = settle_backing(&mut new, path, false, opener)?;
         if new.backing.is_some() && self.sparse_size == 0 {
             bail!("-S 0 with a backing file would copy all of that");
         }

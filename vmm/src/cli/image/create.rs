@@ -1,10 +1,12 @@
 //! `vireo image create`.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use block::ops::create;
-use block::{BackingPolicy, Cache, Format};
+use block::{BackingPolicy, Cache, Format, Image};
 use clap::Args;
 
 use super::creation::{self, Creation};
@@ -68,7 +70,8 @@ impl CreateArgs {
         }
         new.backing = self.backing.or(new.backing);
         new.backing_format = self.backing_format.or(new.backing_format);
-        settle_backing(&mut new, &file, self.backing_unsafe, opener)?;
+        // Held open, and so locked, until the image is there: no file of its chain is overwritten.
+        let _chain = settle_backing(&mut new, &file, self.backing_unsafe, opener)?;
         if new.size.is_none() {
             bail!("{}: say how large the disk is to be", file.display());
         }
@@ -80,18 +83,19 @@ impl CreateArgs {
     }
 }
 
-/// Refuses what cannot be a backing file, and takes the size from it where none was given.
+/// Refuses what cannot be a backing file, and takes the size from it where none was given. It is returned with its chain
+/// open, if it was opened.
 pub(super) fn settle_backing(
     new: &mut Creation,
     file: &Path,
     unopened: bool,
     opener: &Opener,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Arc<dyn Image>>> {
     let Some(name) = &new.backing else {
         if new.backing_format.is_some() {
             bail!("a backing file's format is given, but no backing file");
         }
-        return Ok(());
+        return Ok(None);
     };
     if new.format == Format::Raw {
         bail!("{}: a raw image cannot have a backing file", file.display());
@@ -104,8 +108,14 @@ pub(super) fn settle_backing(
         };
         bail!("the format of backing file {name} must be stated: say -F qcow2 or -F raw{guess}");
     };
+    if same_file(&path, file) {
+        bail!(
+            "{} cannot be its own backing file: give the new image another name",
+            file.display()
+        );
+    }
     if unopened {
-        return Ok(());
+        return Ok(None);
     }
     let sharing = Sharing {
         force_share: false,
@@ -116,5 +126,14 @@ pub(super) fn settle_backing(
         .open(&path, Some(format), Use::Read, Cache::Writeback, opener)
         .with_context(|| "the backing file cannot be used; -u creates the image nevertheless")?;
     new.size.get_or_insert(backing.size());
-    Ok(())
+    Ok(Some(backing))
+}
+
+/// Whether two paths lead to one file, which need not be there.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let identity = |path: &Path| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    a == b || identity(a).is_some_and(|a| Some(a) == identity(b))
 }
