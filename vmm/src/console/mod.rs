@@ -30,6 +30,8 @@ use crate::opener::OpenError;
 
 /// How often it is looked whether a pseudo-terminal has been read.
 const PEEK: Duration = Duration::from_millis(5);
+/// After so many looks in a row that found nothing, it has been read.
+const QUIET: u32 = 3;
 
 /// Why a sink cannot be added or removed.
 #[derive(Debug, thiserror::Error)]
@@ -193,11 +195,11 @@ fn await_reading(peer: &OwnedFd, end: Instant) {
         revents: 0,
     }];
     // The kernel tells when there is something to read, and not when there
-    // no longer is.
-    while ppoll(&mut fds, Some(Duration::ZERO)).is_ok()
-        && fds[0].revents != 0
-        && Instant::now() < end
-    {
+    // no longer is; what has just been written is on its way for a moment.
+    let mut quiet = 0;
+    while quiet < QUIET && Instant::now() < end {
+        let waits = ppoll(&mut fds, Some(Duration::ZERO)).is_ok() && fds[0].revents != 0;
+        quiet = if waits { 0 } else { quiet + 1 };
         thread::sleep(PEEK);
     }
 }
