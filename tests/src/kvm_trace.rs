@@ -41,6 +41,12 @@ const SYMBOLS: &str = "/proc/kallsyms";
 const ENTRY: &str = "__svm_vcpu_run";
 /// What stands before the range of [`ENTRY`] in a trace.
 const ENTRY_IS: &str = "L1's VMRUN is in ";
+/// What stands before the number of an interrupt that no longer could be taken.
+const NOT_TAKEN: &str = "no device acted since the vCPU last took the interrupt it shut down in, ";
+/// The first vector of Linux's own timer and inter-processor interrupts; those of devices are below.
+const LOCAL_VECTORS: u64 = 0xEC;
+/// Exits of a guest that computes, waits and sets its timer: nothing else sees them.
+const QUIET_EXITS: [&str; 5] = ["hlt", "msr", "vintr", "interrupt", "shutdown"];
 
 /// Begins to keep what KVM sees.
 ///
@@ -74,7 +80,55 @@ pub fn last() -> io::Result<String> {
     let entry = function_in(&fs::read_to_string(SYMBOLS)?, ENTRY)
         .map(|range| format!("{ENTRY_IS}{:#x}..{:#x}\n", range.start, range.end))
         .unwrap_or_default();
-    Ok(entry + &end_of(&text, TOLD))
+    let not_taken = not_taken(&text)
+        .map(|vector| format!("{NOT_TAKEN}{vector:#x}\n"))
+        .unwrap_or_default();
+    Ok(entry + &not_taken + &end_of(&text, TOLD))
+}
+
+/// The vector of a local interrupt in whose delivery the guest shut down by `text`,
+/// if the same vCPU took it before and since then all vCPUs have but computed,
+/// waited and interrupted each other.
+fn not_taken(text: &str) -> Option<u64> {
+    let lines: Vec<&str> = text.lines().collect();
+    let end = lines
+        .iter()
+        .rposition(|line| line.contains("reason shutdown"))?;
+    let delivered = field(lines[end], " intr_info ")?;
+    // Valid, of type 0: an external interrupt (AMD APM volume 2, 15.7.2).
+    let vector = delivered.checked_sub(0x8000_0000)?;
+    if !(LOCAL_VECTORS..0x100).contains(&vector) {
+        return None;
+    }
+    let vcpu = lines[end].split_whitespace().next()?;
+    let of_vcpu = |line: &&&str| line.split_whitespace().next() == Some(vcpu);
+    let is_taken =
+        |line: &&str| line.contains(": kvm_exit: ") && field(line, " intr_info ") == Some(vector);
+    let taken = lines[..end]
+        .iter()
+        .rposition(|line| of_vcpu(&line) && is_taken(line))?;
+    lines[taken..=end]
+        .iter()
+        .all(|line| is_quiet(line))
+        .then_some(vector)
+}
+
+/// Whether no device and nobody outside the vCPUs has part in the event of `line`.
+fn is_quiet(line: &str) -> bool {
+    let reason = line
+        .split_once(" reason ")
+        .and_then(|(_, rest)| rest.split_whitespace().next());
+    if line.contains(": kvm_exit: ") {
+        reason.is_some_and(|reason| QUIET_EXITS.contains(&reason))
+    } else {
+        field(line, " kvm_inj_virq: IRQ ").is_some_and(|vector| vector >= LOCAL_VECTORS)
+    }
+}
+
+/// The hexadecimal number after `name` in `line`.
+fn field(line: &str, name: &str) -> Option<u64> {
+    let (_, rest) = line.split_once(name)?;
+    number(rest.split_whitespace().next()?)
 }
 
 /// Where `name` lies by `symbols`, the lines of `/proc/kallsyms`: up to the next symbol's address.
@@ -96,33 +150,32 @@ fn function_in(symbols: &str, name: &str) -> Option<Range<u64>> {
 
 /// Whether `trace`, from [`last`], ends in a way in which the emulated processor
 /// loses guests: it leaves state of L1 in the guest's control block, and the guest
-/// shuts down for want of anything it knows. Two marks prove it:
+/// shuts down for want of anything it knows. Each of three marks proves it:
 ///
 /// - the guest is at an address inside L1's own VMRUN function, which it has no
 ///   means of knowing, or
 /// - it has its own instruction pointer but L1's page tables: the fetch of an
 ///   instruction, which ran a moment ago, is a page fault that no handler can be
-///   fetched for.
+///   fetched for, or
+/// - it shuts down in the delivery of its own timer's or another vCPU's interrupt, as
+///   it has taken before, and since then no vCPU has done anything that a device or
+///   the monitor could see.
 #[must_use]
 pub fn lost_to_the_emulator(trace: &str) -> bool {
     let Some(exit) = trace.lines().rfind(|line| line.contains("reason shutdown")) else {
         return false;
-    };
-    let field = |name: &str| {
-        let (_, rest) = exit.split_once(name)?;
-        number(rest.split_whitespace().next()?)
     };
     let entry = trace.lines().find_map(|line| {
         let (start, end) = line.split_once(ENTRY_IS)?.1.split_once("..")?;
         Some(number(start)?..number(end.trim())?)
     });
     let has_its_pointer = entry
-        .zip(field(" rip "))
+        .zip(field(exit, " rip "))
         .is_some_and(|(entry, at)| entry.contains(&at));
     // What was being delivered (AMD APM volume 2, 15.7.2), and its error code.
-    let has_its_page_tables = field(" intr_info ") == Some(PAGE_FAULT)
-        && field(" error_code ").is_some_and(|code| code & FETCH != 0);
-    has_its_pointer || has_its_page_tables
+    let has_its_page_tables = field(exit, " intr_info ") == Some(PAGE_FAULT)
+        && field(exit, " error_code ").is_some_and(|code| code & FETCH != 0);
+    has_its_pointer || has_its_page_tables || trace.contains(NOT_TAKEN)
 }
 
 /// A hexadecimal number.
@@ -201,6 +254,43 @@ mod tests {
         assert!(lost_to_the_emulator(&trace(&head, "0xffffffffc06a55b0")));
         assert!(!lost_to_the_emulator(&trace(&head, "0xffffffffc06a5640")));
         assert!(!lost_to_the_emulator(&trace("", "0xffffffffc06a55b0")));
+    }
+
+    #[test]
+    fn a_timer_that_was_taken_a_moment_ago_is_not_taken_only_by_the_emulators_fault() {
+        let trace = |between: &str, delivered: &str| {
+            format!(
+                "vcpu1-5 [0] d.. 0.1: kvm_inj_virq: IRQ 0xec\n\
+                 vcpu1-5 [0] d.. 0.2: kvm_exit: vcpu 1 reason msr rip 0x8 info1 0x1 info2 0x0 \
+                 intr_info 0x000000ec error_code 0x0\n\
+                 {between}\
+                 vcpu1-5 [0] ... 0.4: kvm_inj_virq: IRQ 0xec\n\
+                 vcpu2-6 [1] d.. 0.5: kvm_exit: vcpu 2 reason hlt rip 0x9 info1 0x0 info2 0x0 \
+                 intr_info 0x00000000 error_code 0x0\n\
+                 vcpu1-5 [0] d.. 0.6: kvm_exit: vcpu 1 reason shutdown rip 0x7 info1 0x0 info2 0x0 \
+                 intr_info {delivered} error_code 0x0\n\
+                 vcpu1-5 [0] ... 0.7: kvm_userspace_exit: reason KVM_EXIT_SHUTDOWN (8)\n"
+            )
+        };
+        assert_eq!(not_taken(&trace("", "0x800000ec")), Some(0xEC));
+        // Another interrupt, and one that it never took; a device's; an exception.
+        assert_eq!(not_taken(&trace("", "0x800000fb")), None);
+        assert_eq!(not_taken(&trace("", "0x80000041")), None);
+        assert_eq!(not_taken(&trace("", "0x80000b0e")), None);
+        assert_eq!(not_taken(&trace("", "0x00000000")), None);
+        for acted in [
+            "vcpu2-6 [1] ... 0.3: kvm_inj_virq: IRQ 0x41\n",
+            "vcpu2-6 [1] ... 0.3: kvm_exit: vcpu 2 reason npf rip 0x8 intr_info 0x0\n",
+            "vcpu0-4 [1] ... 0.3: kvm_userspace_exit: reason KVM_EXIT_IO (2)\n",
+            "vcpu0-4 [1] ... 0.3: kvm_pio: pio_write at 0x3f8 size 1 count 1 val 0x41\n",
+        ] {
+            assert_eq!(not_taken(&trace(acted, "0x800000ec")), None, "{acted}");
+        }
+        assert_eq!(not_taken(""), None);
+        assert!(lost_to_the_emulator(&format!(
+            "{NOT_TAKEN}0xec\n{}",
+            trace("", "0x800000ec")
+        )));
     }
 
     #[test]

@@ -5,7 +5,9 @@
 //!   boot, at most twice; how often is printed at the end. So is a case
 //!   whose guest shuts down unasked, when KVM's trace proves the emulator to have
 //!   done it ([`kvm_trace::lost_to_the_emulator`]); it is so rare that a third one
-//!   in a class is a failure. What was seen of a lost case stays in its own log. Direct runs
+//!   in a class is a failure. Where the trace proves nothing, one such case of a class
+//!   has to pass three times more, and any other is a failure.
+//!   What was seen of a lost case stays in its own log. Direct runs
 //!   are never repeated.
 //! - Each class leaves a note on where it ran, from which [`ledger`] tells CI
 //!   whether one ran nowhere.
@@ -29,6 +31,8 @@ use crate::{kit, kvm_trace, nested, places, probe, runner};
 const REPEATS: u32 = 2;
 /// How many cases of a class may be taken for lost because the guest's processor shut down.
 const SHUT_DOWNS: u32 = 2;
+/// How often a case has to pass after a shutdown that KVM's trace did not explain.
+const PROOFS: u32 = 3;
 /// How many lines of what a lost case left behind are printed.
 const TRACES: usize = 15;
 /// L1's memory in MiB; the largest guest has 3.5 GiB of which it touches little.
@@ -122,6 +126,8 @@ struct Suite {
     skipped: u32,
     failed: Vec<String>,
     repeated: Vec<String>,
+    /// The case that shut down for no reason that KVM's trace tells.
+    unexplained: Option<String>,
     begin: Instant,
 }
 
@@ -137,6 +143,7 @@ impl Suite {
             skipped: 0,
             failed: Vec::new(),
             repeated: Vec::new(),
+            unexplained: None,
             begin: Instant::now(),
         })
     }
@@ -180,7 +187,12 @@ impl Suite {
             let before = waiting.len();
             let mut lost = Vec::new();
             for outcome in &boot.outcomes {
-                if let Some(why) = loss(outcome, boot.oops.as_deref(), shut_downs) {
+                if self.unexplained.is_none()
+                    && matches!(outcome.verdict, Verdict::ShutDown(_))
+                    && loss(outcome, boot.oops.as_deref(), shut_downs).is_none()
+                {
+                    self.ask_again(outcome, number, &mut waiting)?;
+                } else if let Some(why) = loss(outcome, boot.oops.as_deref(), shut_downs) {
                     shut_downs += u32::from(matches!(outcome.verdict, Verdict::ShutDown(_)));
                     self.keep_lost(outcome, number)?;
                     lost.push((outcome.name.clone(), why));
@@ -239,6 +251,25 @@ impl Suite {
         // The image is large and made anew each time.
         let _ = fs::remove_file(machine.directory.join("initramfs"));
         Ok(boot)
+    }
+
+    /// Replaces a case of `waiting` that shut down for no known reason by [`PROOFS`] of its kind.
+    fn ask_again(&mut self, outcome: &Outcome, number: u32, waiting: &mut Vec<Case>) -> Result<()> {
+        self.keep_lost(outcome, number)?;
+        println!(
+            "AGAIN {}: it shut down for no reason that KVM's trace tells; it has to pass {PROOFS} times",
+            outcome.name
+        );
+        self.unexplained = Some(outcome.name.clone());
+        let place = waiting.iter().position(|case| case.name == outcome.name);
+        if let Some(case) = place.map(|place| waiting.remove(place)) {
+            waiting.extend((1..=PROOFS).map(|count| {
+                let mut again = case.clone();
+                again.name = format!("{}-again-{count}", case.name);
+                again
+            }));
+        }
+        Ok(())
     }
 
     /// Counts a case that ran to its end.
@@ -320,6 +351,12 @@ impl Suite {
         );
         for name in &self.repeated {
             let _ = write!(summary, "\n      repeated: {name}");
+        }
+        if let Some(name) = &self.unexplained {
+            let _ = write!(
+                summary,
+                "\n      shut down once, unexplained, then run {PROOFS} times: {name}"
+            );
         }
         println!("{summary}");
         if std::env::var_os("TESTBED_ONLY").is_none() {
@@ -466,6 +503,26 @@ mod tests {
         assert!(loss(&shut_down, None, 0).is_some());
         assert_eq!(loss(&shut_down, None, SHUT_DOWNS), None);
         assert_eq!(loss(&unexplained, None, 0), None);
+    }
+
+    #[test]
+    fn a_case_that_shut_down_unexplained_is_asked_for_three_times_in_its_place() {
+        let mut suite = Suite::new("a-class-of-a-unit-test").unwrap();
+        let case = |name: &str| Case::new(name, Boot::guest("hello", ""));
+        let mut waiting = vec![case("one"), case("two")];
+        let outcome = Outcome {
+            name: "one".to_owned(),
+            verdict: Verdict::ShutDown(vec!["exit code 4, not 0".to_owned()]),
+            millis: 0,
+            output: String::new(),
+            errors: "vCPU 0 shut down".to_owned(),
+        };
+        suite.ask_again(&outcome, 1, &mut waiting).unwrap();
+        let names: Vec<&str> = waiting.iter().map(|case| case.name.as_str()).collect();
+        assert_eq!(names, ["two", "one-again-1", "one-again-2", "one-again-3"]);
+        assert!(suite.failed.is_empty());
+        assert_eq!(suite.unexplained.as_deref(), Some("one"));
+        fs::remove_dir_all(&suite.logs).unwrap();
     }
 
     #[test]
