@@ -4,8 +4,9 @@
 //! * [`Control`], [`Command`]: what can be asked; `vmm` implements it.
 //! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
 //! * [`EventLog`], [`Event`]: what has happened; [`EventMonitor`] tells it as v1 does.
-//! * [`http`]: the server.
+//! * [`http`]: the server; [`client`]: a client.
 
+pub mod client;
 mod control;
 mod event;
 mod event_log;

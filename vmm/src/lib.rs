@@ -6,6 +6,8 @@ pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod definitions;
+pub mod detach;
 pub mod doctor;
 pub mod error;
 pub mod gdb;

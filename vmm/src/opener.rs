@@ -20,6 +20,7 @@ use block::{Access, Address};
 use kvm_ioctls::Kvm;
 
 mod connect;
+mod documents;
 mod lease;
 
 /// Where KVM is.

@@ -45,6 +45,13 @@ impl Fake {
         Self::new(|_| Some(Ok(Reply::Done)))
     }
 
+    /// One with a description.
+    pub fn created() -> Arc<Self> {
+        let mut fake = Self::obedient();
+        Arc::get_mut(&mut fake).unwrap().created = true;
+        fake
+    }
+
     /// Answers the commands that have been held back.
     pub fn release(&self, result: &Result<Reply, ControlError>) -> usize {
         let held = std::mem::take(&mut *self.held.lock().unwrap());

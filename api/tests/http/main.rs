@@ -6,6 +6,7 @@
 )]
 
 mod captures;
+mod client;
 mod commands;
 mod consoles;
 mod descriptors;

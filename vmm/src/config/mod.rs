@@ -15,6 +15,7 @@ pub mod capability;
 mod cpus;
 pub mod device;
 pub mod endpoint;
+pub mod file;
 pub mod files;
 pub mod flag;
 pub mod host;
@@ -37,7 +38,8 @@ use flag::{FlagError, FlagTable};
 pub use host::HostLimits;
 pub use serial::{SerialConfig, SinkConfig};
 pub use smbios::SmbiosConfig;
-pub use validate::ConfigError;
+pub(crate) use validate::bytes;
+pub use validate::{ConfigError, is_name};
 
 /// The command line of a guest kernel when none is given.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -100,6 +102,28 @@ pub struct VmConfig {
     /// seconds. 0 ends it at once.
     #[serde(default = "default_shutdown_timeout")]
     pub shutdown_timeout: u64,
+}
+
+impl Default for VmConfig {
+    /// What a file without a word gives: it can be described, and not be booted.
+    fn default() -> Self {
+        Self {
+            name: None,
+            machine: MachineConfig::default(),
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::default(),
+            payload: PayloadConfig::default(),
+            devices: Vec::new(),
+            rate_limit_groups: Vec::new(),
+            serial: SerialConfig::default(),
+            serial_replay: DEFAULT_SERIAL_REPLAY,
+            debugcon: DebugconConfig::default(),
+            gdb: None,
+            smbios: SmbiosConfig::default(),
+            pvpanic: default_pvpanic(),
+            shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+        }
+    }
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

@@ -251,7 +251,7 @@ pub enum ConfigError {
 }
 
 /// Bytes as a person writes them, where that is exact.
-fn bytes(count: u64) -> String {
+pub(crate) fn bytes(count: u64) -> String {
     [(40, "T"), (30, "G"), (20, "M"), (10, "K")]
         .into_iter()
         .find(|(shift, _)| count != 0 && count.is_multiple_of(1 << shift))
@@ -396,8 +396,15 @@ fn validate_id(flag: &str, id: &str) -> Result<(), ConfigError> {
     })
 }
 
+/// Whether a machine may be called so: 1 to 64 letters, digits, `.`, `_` and `-`, the first
+/// a letter or digit.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    is_plain(name) && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
 fn validate_name(flag: &str, name: &str) -> Result<(), ConfigError> {
-    if is_plain(name) && name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+    if is_name(name) {
         return Ok(());
     }
     Err(ConfigError::Name {

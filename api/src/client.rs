@@ -1,0 +1,431 @@
+//! A small blocking client of the control socket.
+//!
+//! [`Client`] has a call for each endpoint. It keeps one connection, which it opens when it is
+//! needed and again when the monitor has closed it; a request that has been sent is never sent
+//! twice. Each call ends within [`Client::set_timeout`].
+//!
+//! What a monitor answers is bounded (64 MiB of body, 16 KiB before it) and mistrusted: a
+//! socket may be anybody's.
+//!
+//! ```no_run
+//! let mut client = api::client::Client::connect("/run/vireo/web.sock")?;
+//! println!("{:?}", client.info()?.state);
+//! # Ok::<(), api::client::ClientError>(())
+//! ```
+
+mod connection;
+mod error;
+mod events;
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::routes::BASE;
+use crate::{Event, wire};
+use connection::{AnswerHead, Connection, Deadline};
+pub use error::ClientError;
+pub use events::{Events, ToldEvent};
+
+/// How long a call may take when nothing else has been said. Commands may boot a machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a stream of events may be silent. A monitor gives a sign of life every 15 seconds.
+const SILENCE: Duration = Duration::from_secs(60);
+/// The protocol of a console.
+const CONSOLE: &str = "vireo-console";
+
+/// A client of one monitor.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    timeout: Duration,
+    connection: Option<Connection>,
+}
+
+/// What is sent with a command that needs nothing.
+const NO_BODY: Option<&()> = None;
+
+impl Client {
+    /// Connects to the monitor that listens at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Connect`].
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self, ClientError> {
+        Self::connect_within(path, TIMEOUT)
+    }
+
+    /// As [`Client::connect`], with a limit for this and each later call.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Connect`], [`ClientError::TimedOut`].
+    pub fn connect_within(path: impl AsRef<Path>, timeout: Duration) -> Result<Self, ClientError> {
+        let path = path.as_ref();
+        let connection = Connection::open(path, Deadline::after(timeout))?;
+        Ok(Self {
+            path: path.to_owned(),
+            timeout,
+            connection: Some(connection),
+        })
+    }
+
+    /// Where the monitor listens.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How long each call may take from now on.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    fn get(&mut self, endpoint: &'static str) -> Result<Vec<u8>, ClientError> {
+        let answer = self.exchange("GET", endpoint, &[], &[])?;
+        Ok(answer.1)
+    }
+
+    fn object<T: DeserializeOwned>(&mut self, endpoint: &'static str) -> Result<T, ClientError> {
+        read(endpoint, &self.get(endpoint)?)
+    }
+
+    fn text(&mut self, endpoint: &'static str) -> Result<String, ClientError> {
+        let body = self.get(endpoint)?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
+    fn put<T: Serialize>(
+        &mut self,
+        endpoint: &'static str,
+        body: Option<&T>,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Vec<u8>, ClientError> {
+        let body = body.map_or_else(|| Ok(Vec::new()), serde_json::to_vec);
+        let body = body.map_err(|source| ClientError::Request { endpoint, source })?;
+        let answer = self.exchange("PUT", endpoint, &body, descriptors)?;
+        Ok(answer.1)
+    }
+
+    fn command(&mut self, endpoint: &'static str) -> Result<(), ClientError> {
+        self.put(endpoint, NO_BODY, &[]).map(drop)
+    }
+
+    fn ask<T: Serialize>(&mut self, endpoint: &'static str, body: &T) -> Result<(), ClientError> {
+        self.put(endpoint, Some(body), &[]).map(drop)
+    }
+
+    /// Adds a device; where it is, when there is a machine.
+    fn add<T: Serialize>(
+        &mut self,
+        endpoint: &'static str,
+        body: &T,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Option<wire::PciDeviceInfo>, ClientError> {
+        let answer = self.put(endpoint, Some(body), descriptors)?;
+        if answer.is_empty() {
+            return Ok(None);
+        }
+        read(endpoint, &answer).map(Some)
+    }
+
+    /// Sends a request and reads its answer; one that is no success is an error.
+    fn exchange(
+        &mut self,
+        method: &str,
+        endpoint: &str,
+        body: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(AnswerHead, Vec<u8>), ClientError> {
+        let deadline = Deadline::after(self.timeout);
+        let kept = self.connection.take().filter(Connection::is_fresh);
+        let mut connection = match kept {
+            Some(connection) => connection,
+            None => Connection::open(&self.path, deadline)?,
+        };
+        let request = request(method, endpoint, "", body);
+        match connection.send(&request, descriptors, deadline) {
+            // Who does not read all may have answered why.
+            Ok(()) | Err(ClientError::Broken { .. }) => (),
+            Err(error) => return Err(error),
+        }
+        let head = connection.head(deadline)?;
+        let body = connection.body(head.length.unwrap_or(0), deadline)?;
+        // One of which something is left, or that has broken, is not kept.
+        self.connection = Some(connection).filter(|_| head.status != 503);
+        if head.status == 200 || head.status == 204 {
+            return Ok((head, body));
+        }
+        Err(refused(&head, &body))
+    }
+
+    /// Sends a request on a connection of its own, which is not for other requests afterwards.
+    fn open(&self, request: &[u8], deadline: Deadline) -> Result<Connection, ClientError> {
+        let mut connection = Connection::open(&self.path, deadline)?;
+        connection.send(request, &[], deadline)?;
+        Ok(connection)
+    }
+
+    /// What happens from now on; behind event number `after`, where that is given.
+    /// Events that the monitor no longer keeps are missing, which the numbers show.
+    ///
+    /// # Errors
+    ///
+    /// As for any call.
+    pub fn events(&self, after: Option<u64>) -> Result<Events, ClientError> {
+        let deadline = Deadline::after(self.timeout);
+        let last = after.map_or_else(String::new, |id| format!("Last-Event-ID: {id}\r\n"));
+        let request = request("GET", "vm.events", &last, &[]);
+        let mut connection = self.open(&request, deadline)?;
+        let head = connection.head(deadline)?;
+        if head.status != 200 {
+            let body = connection.body(head.length.unwrap_or(0), deadline)?;
+            return Err(refused(&head, &body));
+        }
+        Ok(Events::new(connection, SILENCE))
+    }
+
+    /// A stream to the first serial port: what the guest writes comes out of it, with
+    /// `replay` after what it has written lately, and what is written to it the guest reads.
+    ///
+    /// # Errors
+    ///
+    /// As for any call.
+    pub fn attach_console(&self, replay: bool) -> Result<UnixStream, ClientError> {
+        let deadline = Deadline::after(self.timeout);
+        let endpoint = format!("vm.console-attach?replay={}", u8::from(replay));
+        let upgrade = format!("Connection: Upgrade\r\nUpgrade: {CONSOLE}\r\n");
+        let request = request("GET", &endpoint, &upgrade, &[]);
+        let mut connection = self.open(&request, deadline)?;
+        let head = connection.upgraded_head(deadline)?;
+        if head.status != 101 {
+            let body = connection.body(head.length.unwrap_or(0), deadline)?;
+            return Err(refused(&head, &body));
+        }
+        connection
+            .into_stream()
+            .map_err(|source| ClientError::Broken {
+                path: self.path.clone(),
+                source,
+            })
+    }
+}
+
+/// The endpoints.
+///
+/// # Errors
+///
+/// Each call fails with [`ClientError::Refused`] when the monitor refuses, and with the others when
+/// it does not answer.
+#[expect(clippy::missing_errors_doc, reason = "it is the same for all of them")]
+impl Client {
+    /// That the monitor lives, and what it can do.
+    pub fn ping(&mut self) -> Result<wire::VmmPingResponse, ClientError> {
+        self.object("vmm.ping")
+    }
+
+    /// Ends machine and monitor.
+    pub fn quit(&mut self) -> Result<(), ClientError> {
+        self.command("vmm.shutdown")
+    }
+
+    /// The OpenAPI document, as JSON.
+    pub fn openapi(&mut self) -> Result<String, ClientError> {
+        self.text("vmm.openapi")
+    }
+
+    /// Description and state of the machine.
+    pub fn info(&mut self) -> Result<wire::VmInfo, ClientError> {
+        self.object("vm.info")
+    }
+
+    /// What devices and vCPUs have counted.
+    pub fn counters(&mut self) -> Result<wire::VmCounters, ClientError> {
+        self.object("vm.counters")
+    }
+
+    /// The machine's devices.
+    pub fn devices(&mut self) -> Result<Vec<wire::DeviceInfo>, ClientError> {
+        self.object("vm.devices")
+    }
+
+    /// What goes on in the background, and what has ended lately.
+    pub fn jobs(&mut self) -> Result<Vec<wire::JobInfo>, ClientError> {
+        self.object("vm.jobs")
+    }
+
+    /// Asks a job to end. It has ended when its state says so.
+    pub fn cancel_job(&mut self, id: &str) -> Result<(), ClientError> {
+        let id = id.to_owned();
+        self.ask("vm.job-cancel", &wire::JobCancel { id })
+    }
+
+    /// Counters and states as Prometheus text.
+    pub fn metrics(&mut self) -> Result<String, ClientError> {
+        self.text("vm.metrics")
+    }
+
+    /// Keeps the description of a machine.
+    pub fn create(&mut self, config: &wire::VmConfig) -> Result<(), ClientError> {
+        self.ask("vm.create", config)
+    }
+
+    /// Ends the machine, if there is one, and forgets its description.
+    pub fn delete(&mut self) -> Result<(), ClientError> {
+        self.command("vm.delete")
+    }
+
+    /// Builds the machine and starts it.
+    pub fn boot(&mut self) -> Result<(), ClientError> {
+        self.command("vm.boot")
+    }
+
+    /// Ends the machine at once; its description is kept.
+    pub fn shutdown(&mut self) -> Result<(), ClientError> {
+        self.command("vm.shutdown")
+    }
+
+    /// Ends the machine and boots it again.
+    pub fn reboot(&mut self) -> Result<(), ClientError> {
+        self.command("vm.reboot")
+    }
+
+    /// Restarts the guest in place, as the reset button would.
+    pub fn reset(&mut self) -> Result<(), ClientError> {
+        self.command("vm.reset")
+    }
+
+    /// Stops vCPUs and devices.
+    pub fn pause(&mut self) -> Result<(), ClientError> {
+        self.command("vm.pause")
+    }
+
+    /// Lets a paused machine go on.
+    pub fn resume(&mut self) -> Result<(), ClientError> {
+        self.command("vm.resume")
+    }
+
+    /// Presses the ACPI power button; the guest decides.
+    pub fn power_button(&mut self) -> Result<(), ClientError> {
+        self.command("vm.power-button")
+    }
+
+    /// Gives every vCPU a non-maskable interrupt.
+    pub fn nmi(&mut self) -> Result<(), ClientError> {
+        self.command("vm.nmi")
+    }
+
+    /// Changes the number of vCPUs, the memory or the balloon.
+    pub fn resize(&mut self, request: &wire::VmResize) -> Result<(), ClientError> {
+        self.ask("vm.resize", request)
+    }
+
+    /// Makes a disk larger and tells the guest.
+    pub fn resize_disk(&mut self, request: &wire::VmResizeDisk) -> Result<(), ClientError> {
+        self.ask("vm.resize-disk", request)
+    }
+
+    /// Changes limits or medium of a disk.
+    pub fn update_disk(&mut self, request: &wire::VmUpdateDisk) -> Result<(), ClientError> {
+        self.ask("vm.update-disk", request)
+    }
+
+    /// Adds a disk; where it is, when there is a machine.
+    pub fn add_disk(
+        &mut self,
+        disk: &wire::DiskConfig,
+    ) -> Result<Option<wire::PciDeviceInfo>, ClientError> {
+        self.add("vm.add-disk", disk, &[])
+    }
+
+    /// Adds a network card, with descriptors of its taps.
+    pub fn add_net(
+        &mut self,
+        net: &wire::NetConfig,
+        taps: &[BorrowedFd<'_>],
+    ) -> Result<Option<wire::PciDeviceInfo>, ClientError> {
+        self.add("vm.add-net", net, taps)
+    }
+
+    /// Adds the socket device.
+    pub fn add_vsock(
+        &mut self,
+        vsock: &wire::VsockConfig,
+    ) -> Result<Option<wire::PciDeviceInfo>, ClientError> {
+        self.add("vm.add-vsock", vsock, &[])
+    }
+
+    /// Adds a shared directory.
+    pub fn add_fs(
+        &mut self,
+        fs: &wire::FsConfig,
+    ) -> Result<Option<wire::PciDeviceInfo>, ClientError> {
+        self.add("vm.add-fs", fs, &[])
+    }
+
+    /// Adds a device of any kind by its own keys.
+    pub fn add_virtio(
+        &mut self,
+        device: &wire::VirtioConfig,
+    ) -> Result<Option<wire::PciDeviceInfo>, ClientError> {
+        self.add("vm.add-virtio", device, &[])
+    }
+
+    /// Has the guest give a device up; an event tells when it has.
+    pub fn remove_device(&mut self, id: &str) -> Result<(), ClientError> {
+        let id = id.to_owned();
+        self.ask("vm.remove-device", &wire::VmRemoveDevice { id })
+    }
+
+    /// Writes the guest's memory and registers into an ELF file; the job that does it, when it
+    /// goes on.
+    pub fn coredump(
+        &mut self,
+        request: &wire::VmCoredumpData,
+    ) -> Result<Option<wire::JobInfo>, ClientError> {
+        let answer = self.put("vm.coredump", Some(request), &[])?;
+        if answer.is_empty() {
+            return Ok(None);
+        }
+        read("vm.coredump", &answer).map(Some)
+    }
+
+    /// The sinks of the consoles.
+    pub fn consoles(&mut self) -> Result<Vec<wire::ConsoleSink>, ClientError> {
+        self.object("vm.console")
+    }
+
+    /// Adds or removes a sink of a console.
+    pub fn change_console(&mut self, request: &wire::VmConsole) -> Result<(), ClientError> {
+        self.ask("vm.console", request)
+    }
+}
+
+/// A request, as v1's own client writes it.
+fn request(method: &str, endpoint: &str, headers: &str, body: &[u8]) -> Vec<u8> {
+    let length = match body.len() {
+        0 => String::new(),
+        length => format!("Content-Length: {length}\r\n"),
+    };
+    let head = format!(
+        "{method} {BASE}{endpoint} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n{headers}{length}\r\n"
+    );
+    let mut request = head.into_bytes();
+    request.extend_from_slice(body);
+    request
+}
+
+fn read<T: DeserializeOwned>(endpoint: &'static str, body: &[u8]) -> Result<T, ClientError> {
+    serde_json::from_slice(body).map_err(|source| ClientError::Body { endpoint, source })
+}
+
+fn refused(head: &AnswerHead, body: &[u8]) -> ClientError {
+    ClientError::Refused {
+        status: head.status,
+        chain: serde_json::from_slice(body).unwrap_or_default(),
+    }
+}

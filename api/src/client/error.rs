@@ -1,0 +1,143 @@
+//! What can go wrong between a client and a monitor.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+
+/// Why a call has no answer, or another than was asked for.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nobody listens there, or this user may not connect.
+    #[error("cannot connect to {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The monitor has not answered, or has not read, in time. It may still do what it was asked.
+    #[error("the monitor at {} has not answered for {} s", path.display(), waited.as_secs_f32())]
+    TimedOut {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// The connection has ended before the answer was there: the monitor has ended.
+    #[error("the monitor at {} has closed the connection", path.display())]
+    Closed {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The connection broke otherwise.
+    #[error("the connection to {} broke", path.display())]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// What came is no answer of a monitor.
+    #[error("{} does not answer as a monitor does: {what}", path.display())]
+    Malformed {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// An answer's body is not what this endpoint gives.
+    #[error("the answer of {endpoint} cannot be understood")]
+    Body {
+        /// The endpoint.
+        endpoint: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The request cannot be written, for example because a path in it is no UTF-8.
+    #[error("the request for {endpoint} cannot be written")]
+    Request {
+        /// The endpoint.
+        endpoint: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// More descriptors than a message takes.
+    #[error("{count} descriptors are more than the 253 that a message takes")]
+    Descriptors {
+        /// How many there were.
+        count: usize,
+    },
+    /// The monitor refuses.
+    #[error("{}", refusal(*status, chain))]
+    Refused {
+        /// The HTTP status: 400, 404, 405, 409, 429, 500, 501 or 503.
+        status: u16,
+        /// The causes, outermost first, as far as the monitor has told any.
+        chain: Vec<String>,
+    },
+}
+
+impl ClientError {
+    /// The HTTP status with which the monitor has refused, if it has.
+    #[must_use]
+    pub fn status(&self) -> Option<u16> {
+        match self {
+            Self::Refused { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// Whether no monitor is there (any more): nobody listens, or who did has ended.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Closed { .. } => true,
+            Self::Connect { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ),
+            Self::Broken { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            ),
+            _ => false,
+        }
+    }
+}
+
+/// The first element says no more than that the status is no success.
+fn refusal(status: u16, chain: &[String]) -> String {
+    const EMPTY: [&str; 2] = ["Error from API", "Internal Server Error"];
+    let told: Vec<&str> = chain
+        .iter()
+        .map(String::as_str)
+        .filter(|text| !EMPTY.contains(text))
+        .collect();
+    if told.is_empty() {
+        return format!("the monitor has refused without a reason (status {status})");
+    }
+    told.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_reads_as_its_chain_without_what_says_nothing() {
+        let refused = |chain: &[&str]| ClientError::Refused {
+            status: 500,
+            chain: chain.iter().map(|&text| text.to_owned()).collect(),
+        };
+        let full = refused(&["Error from API", "The VM could not boot", "no kernel"]);
+        assert_eq!(full.to_string(), "The VM could not boot: no kernel");
+        assert!(refused(&[]).to_string().contains("status 500"));
+        assert_eq!(refused(&["Not Found"]).to_string(), "Not Found");
+    }
+}

@@ -1,0 +1,129 @@
+//! Files that are kept: read whole, replaced whole.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use super::{OpenError, Opener, system};
+
+impl Opener {
+    /// Reads a regular file of at most `limit` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; [`OpenError::WrongType`] for a file that is longer.
+    pub fn read_document(&self, path: &Path, limit: u64) -> Result<Vec<u8>, OpenError> {
+        let mut bytes = Vec::new();
+        self.open_input(path)?
+            .take(limit.saturating_add(1))
+            .read_to_end(&mut bytes)
+            .map_err(system("read", path))?;
+        if u64::try_from(bytes.len()).is_ok_and(|length| length > limit) {
+            return Err(OpenError::WrongType {
+                path: path.to_owned(),
+                found: "far too large",
+                wanted: "a smaller file",
+            });
+        }
+        Ok(bytes)
+    }
+
+    /// Gives the file at `path` this content, for its owner alone. Readers, and the
+    /// next start after a crash, find the old content or the new one, whole. A symbolic link at the path is
+    /// replaced, not followed.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; what was there is unchanged then.
+    pub fn replace_file(&self, path: &Path, content: &[u8]) -> Result<(), OpenError> {
+        let temporary = beside(path);
+        let written = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&temporary)
+            .and_then(|mut file| {
+                file.write_all(content)?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&temporary, path));
+        if let Err(source) = written {
+            // The reason that is told is the first one.
+            let _ = fs::remove_file(&temporary);
+            return Err(system("write", path)(source));
+        }
+        sync_directory(path)
+    }
+
+    /// Removes a file for good.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn remove_file(&self, path: &Path) -> Result<(), OpenError> {
+        fs::remove_file(path).map_err(system("remove", path))?;
+        sync_directory(path)
+    }
+
+    /// Makes a directory for its owner alone, and those above it, where they are not there.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn directory(&self, path: &Path) -> Result<(), OpenError> {
+        let mut builder = fs::DirBuilder::new();
+        let made = builder.recursive(true).mode(0o700).create(path);
+        made.map_err(system("create", path))
+    }
+
+    /// The names in a directory that are UTF-8, in no order.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn names_in(&self, directory: &Path) -> Result<Vec<String>, OpenError> {
+        let failed = |source| system("read", directory)(source);
+        let entries = fs::read_dir(directory).map_err(failed)?;
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(failed)?.file_name();
+            names.extend(name.into_string().ok());
+        }
+        Ok(names)
+    }
+
+    /// Has the user edit a file: `editor` is a command line for the shell, as in `$EDITOR`.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] when there is no shell.
+    pub fn edit(&self, editor: &str, path: &Path) -> Result<ExitStatus, OpenError> {
+        Command::new("/bin/sh")
+            .arg("-c")
+            .arg(format!("{editor} \"$1\""))
+            .arg("sh")
+            .arg(path)
+            .status()
+            .map_err(system("run", Path::new("/bin/sh")))
+    }
+}
+
+/// A name beside `path` that nobody else uses.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}.new", std::process::id()));
+    PathBuf::from(name)
+}
+
+/// What has been renamed or removed in the directory of `path` stays so after a crash.
+fn sync_directory(path: &Path) -> Result<(), OpenError> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    synced.map_err(system("sync", directory))
+}
