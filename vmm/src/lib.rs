@@ -7,7 +7,6 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod definitions;
-pub mod detach;
 pub mod doctor;
 pub mod error;
 pub mod gdb;
