@@ -223,7 +223,10 @@ pub fn all(settings: &Settings, watch: &mut dyn FnMut(Measure)) -> Result<()> {
     fs::create_dir_all(&directory.0)?;
     make(&directory.0)?;
     let ours = kit::vireo()?;
-    for task in tasks() {
+    for task in tasks()
+        .into_iter()
+        .filter(|task| settings.wants_measure(task.id))
+    {
         watch(run(settings, &task, &directory.0, &ours)?);
     }
     Ok(())

@@ -48,7 +48,7 @@ pub struct Settings {
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
     /// The measures whose group (`start`, `memory`, `port`, `disk`, `image`,
-    /// `boot`, `size`) is in the list; all when it is empty.
+    /// `boot`, `size`) is in the list, or of images those whose name begins with one of it; all when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
     pub directory: PathBuf,
@@ -56,7 +56,17 @@ pub struct Settings {
 
 impl Settings {
     fn wants(&self, group: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|only| only == group)
+        self.only.is_empty()
+            || self.only.iter().any(|only| {
+                only.split_once('.')
+                    .map_or(only.as_str(), |(first, _)| first)
+                    == group
+            })
+    }
+
+    /// Whether the measure `id` is wanted, of a group that is.
+    fn wants_measure(&self, id: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| id.starts_with(only.as_str()))
     }
 }
 
