@@ -101,11 +101,11 @@ impl Meta {
             return self.ensure_block(at);
         }
         self.advance_frontier(at + 1);
-        if self.metadata.contains(&at) || self.refcount(at)? != 0 {
+        if self.metadata.contains(at) || self.refcount(at)? != 0 {
             // Counted, though past the end of the file: not this one.
             return Ok(true);
         }
-        self.metadata.insert(at);
+        self.metadata.insert(at, at + 1);
         self.new_block(index, at);
         self.set_refcount(at, 1)?;
         Ok(true)
@@ -161,10 +161,8 @@ impl Meta {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         let end = start + blocks + clusters;
-        for cluster in start..end {
-            if self.metadata.contains(&cluster) {
-                return Err(self.corrupt(format!("cluster {cluster} is used and not counted")));
-            }
+        if let Some(cluster) = self.metadata.next_from(start).filter(|it| *it < end) {
+            return Err(self.corrupt(format!("cluster {cluster} is used and not counted")));
         }
         let entries = usize::try_from(bytes / 8).map_err(|_| io::ErrorKind::FileTooLarge)?;
         self.reftable.resize(entries, 0);
@@ -173,7 +171,7 @@ impl Meta {
             self.new_block(index, start + block);
         }
         self.advance_frontier(end);
-        self.metadata.extend(start..end);
+        self.metadata.insert(start, end);
         for cluster in start..end {
             self.set_refcount(cluster, 1)?;
         }

@@ -203,7 +203,7 @@ impl Session<'_> {
         };
         self.meta
             .metadata
-            .extend(run.first..run.first.saturating_add(run.count));
+            .insert(run.first, run.first.saturating_add(run.count));
         Ok(run)
     }
 
