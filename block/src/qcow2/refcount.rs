@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::meta::{Meta, TableMove};
+use super::meta::{Meta, TableMove, Unlinked};
 use super::pages::{Page, Stage};
 
 /// The most bytes of a refcount table, as in QEMU.
@@ -131,6 +131,18 @@ impl Meta {
             self.pages.mark(at, Stage::Early);
         }
         self.soil();
+    }
+
+    /// Makes the refcount table of a move the image's; the clusters of the old one, which the header on disk may still lead to.
+    pub(crate) fn take_reftable(&mut self, table: TableMove) -> Unlinked {
+        let TableMove { to, from } = table;
+        (self.header.reftable_offset, self.header.reftable_clusters) = to;
+        self.reftable_move = None;
+        Unlinked {
+            first: from.0 >> self.geometry.cluster_bits,
+            count: u64::from(from.1),
+            tag: self.shared.epochs.advance(),
+        }
     }
 
     /// Makes a refcount table that has an entry `index`, with the blocks that count it and themselves.

@@ -250,7 +250,10 @@ impl Session<'_> {
     }
 
     /// Makes the header this one, durably. When that fails, the old one is put back.
-    pub(crate) fn switch(&mut self, header: Header, part: Part) -> io::Result<()> {
+    pub(crate) fn switch(&mut self, mut header: Header, part: Part) -> io::Result<()> {
+        // The refcount table may have moved since the header was made.
+        header.reftable_offset = self.meta.header.reftable_offset;
+        header.reftable_clusters = self.meta.header.reftable_clusters;
         let storage = self.storage();
         let stored = part
             .store(&header, storage)
