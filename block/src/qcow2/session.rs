@@ -98,6 +98,9 @@ pub enum ChangeError {
     /// Not a size.
     #[error("a size of {0} bytes is not a multiple of 512")]
     Unaligned(u64),
+    /// Clusters have more uses than references, so that freeing one use would free them all.
+    #[error("the image is corrupt: {0}; repair it with 'vireo image check -r all'")]
+    Corrupt(String),
     /// The disk would be too large.
     #[error("a disk of {size} bytes is too large for clusters of {cluster} bytes")]
     TooLarge {
@@ -116,6 +119,7 @@ impl From<ChangeError> for io::Error {
         match error {
             ChangeError::Host(error) => error,
             ChangeError::Busy => Self::new(io::ErrorKind::ResourceBusy, error),
+            ChangeError::Corrupt(_) => super::meta::eio(),
             other => Self::new(io::ErrorKind::InvalidInput, other),
         }
     }
