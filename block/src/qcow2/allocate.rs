@@ -115,7 +115,7 @@ impl Meta {
             }
             let size = self.geometry.cluster();
             self.pages.forget(cluster * size, size);
-            self.metadata.remove(&cluster);
+            self.metadata.remove(cluster);
             if self.compressed_end / size == cluster {
                 // No more goes into it: it may soon be somebody's.
                 self.compressed_end = 0;
@@ -205,7 +205,7 @@ impl Meta {
         let counted = (self.reftable.len() as u64) << self.geometry.refblock_bits();
         let end = self.scan_end.min(self.scan + SEARCH).min(counted);
         for cluster in self.scan..end {
-            if self.refcount(cluster)? == 0 && !self.metadata.contains(&cluster) {
+            if self.refcount(cluster)? == 0 && !self.metadata.contains(cluster) {
                 self.add_free(cluster, 1);
             }
         }
@@ -255,7 +255,7 @@ impl Meta {
 
     fn used_in(&mut self, first: u64, count: u64) -> io::Result<Option<u64>> {
         for cluster in first..first + count {
-            if self.metadata.contains(&cluster) || self.refcount(cluster)? != 0 {
+            if self.metadata.contains(cluster) || self.refcount(cluster)? != 0 {
                 return Ok(Some(cluster));
             }
         }
@@ -264,7 +264,7 @@ impl Meta {
 
     fn count_in(&mut self, run: Run) -> io::Result<()> {
         for cluster in run.first..run.first + run.count {
-            if self.metadata.contains(&cluster) || self.refcount(cluster)? != 0 {
+            if self.metadata.contains(cluster) || self.refcount(cluster)? != 0 {
                 return Err(self.corrupt(format!("cluster {cluster} was free and is in use")));
             }
             self.set_refcount(cluster, 1)?;

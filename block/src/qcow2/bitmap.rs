@@ -17,21 +17,19 @@ use super::bitmap_table::{self, AUTO, Bitmap, DIRTY_TRACKING, EXTRA_COMPATIBLE, 
 use super::dirty::{self, Bits};
 use super::entry::EntryError;
 use super::extension::BitmapsExtension;
-use super::fields::u64_at;
 use super::geometry::Geometry;
 use super::header::{BITMAPS, Header};
 use super::image::Qcow2;
 use super::meta::{Meta, eio};
 use super::session::{ChangeError, Part, Session};
+use super::words::each_word;
 use super::write::Refusal;
 use crate::storage::Storage;
 
 /// The most bytes that the bits of one bitmap may have: QEMU's limit.
 const BITS_MAX: u64 = 512 << 20;
 /// The most bytes that the bits of all loaded bitmaps may have, if all of them were set. Clear ones cost a hundredth.
-const ALL_BITS_MAX: u64 = 16 << 30;
-/// How much of a bitmap's table is read at once, in bytes.
-const CHUNK: u64 = 64 << 10;
+const ALL_BITS_MAX: u64 = 8 << 30;
 
 /// A bitmap directory that is to take the place of the present one. It is written, but not referred to.
 #[derive(Debug)]
@@ -107,27 +105,14 @@ fn wrong(bitmap: &Bitmap, what: &'static str) -> ChangeError {
 fn each_entry(
     storage: &dyn Storage,
     bitmap: &Bitmap,
-    mut each: impl FnMut(u64, u64) -> Result<(), ChangeError>,
+    each: impl FnMut(u64, u64) -> Result<(), ChangeError>,
 ) -> Result<(), ChangeError> {
     let len = u64::from(bitmap.table_entries) * 8;
     let end = bitmap.table_offset.checked_add(len);
     if end.is_none_or(|end| end > storage.len().unwrap_or(0).next_multiple_of(1 << 21)) {
         return Err(wrong(bitmap, "its table is past the end of the file"));
     }
-    let mut done = 0;
-    while done < len {
-        let part = (len - done).min(CHUNK);
-        let mut bytes = vec![0; usize::try_from(part).unwrap_or(0)];
-        storage.read_at(&mut bytes, bitmap.table_offset + done)?;
-        for (index, entry) in (done / 8..).zip(bytes.chunks_exact(8)) {
-            match u64_at(entry, 0) {
-                0 => {}
-                entry => each(index, entry)?,
-            }
-        }
-        done += part;
-    }
-    Ok(())
+    each_word(storage, bitmap.table_offset, len, ChangeError::from, each)
 }
 
 /// Loads a bitmap for a disk of `size` bytes. `seen` are clusters of other bitmaps: none is in two places.

@@ -25,6 +25,12 @@ pub(crate) const DIRTY_TRACKING: u8 = 1;
 const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// The longest name in bytes.
 pub(crate) const NAME_MAX: usize = 1023;
+/// The most extra data of a bitmap, in bytes.
+const EXTRA_MAX: u32 = 1024;
+/// More than an entry of the directory can have, in bytes.
+const ENTRY_MAX: usize = 68 << 10;
+/// How much of the directory is in memory at a time, in bytes.
+const WINDOW: usize = 128 << 10;
 /// The largest bitmap table in bytes.
 const TABLE_MAX: u64 = 1 << 30;
 
@@ -45,6 +51,9 @@ pub(crate) enum BitmapError {
     /// The directory does not have as many entries as it is said to.
     #[error("the bitmap directory has not {0} entries, or something after them")]
     Count(u32),
+    /// A bitmap has more extra data than is supported.
+    #[error("a bitmap has {0} bytes of extra data, more than {EXTRA_MAX}")]
+    Extra(u32),
     /// A bitmap is not as it must be.
     #[error("bitmap {name:?}: {what}")]
     Entry {
@@ -144,8 +153,15 @@ impl Bitmap {
         Ok(())
     }
 
-    /// Decodes the entry that `bytes` start with; its length.
-    fn decode(bytes: &[u8]) -> Option<(Self, usize)> {
+    /// Decodes the entry that `bytes` start with, if they have all of it; its length.
+    fn decode(bytes: &[u8]) -> Result<Option<(Self, usize)>, BitmapError> {
+        match bytes.get(..Self::FIXED).map(|fixed| u32_at(fixed, 20)) {
+            Some(len) if len > EXTRA_MAX => Err(BitmapError::Extra(len)),
+            _ => Ok(Self::decode_small(bytes)),
+        }
+    }
+
+    fn decode_small(bytes: &[u8]) -> Option<(Self, usize)> {
         let fixed = bytes.get(..Self::FIXED)?;
         let name_len = usize::from(u16_at(fixed, 18));
         let extra_len = usize::try_from(u32_at(fixed, 20)).ok()?;
@@ -221,26 +237,33 @@ pub(crate) fn load_unchecked(
     let (offset, size) = (extension.directory_offset, extension.directory_size);
     let end = storage.len().map_err(BitmapError::Read)?;
     let past_end = offset.checked_add(size).is_none_or(|last| last > end);
-    let len = usize::try_from(size)
-        .ok()
-        .filter(|_| size <= BITMAP_DIRECTORY_MAX);
-    let Some(len) = len.filter(|_| !past_end) else {
+    if past_end || size > BITMAP_DIRECTORY_MAX {
         return Err(BitmapError::PastEnd { offset, size });
-    };
-    let mut directory = vec![0; len];
-    storage
-        .read_at(&mut directory, offset)
-        .map_err(BitmapError::Read)?;
-    let mut rest = directory.as_slice();
+    }
+    let mut window = Vec::new();
+    // Of the window, and of the directory.
+    let (mut used, mut read) = (0, 0);
     let mut bitmaps = Vec::new();
     for _ in 0..extension.count {
-        let Some((bitmap, len)) = Bitmap::decode(rest) else {
+        if window.len() - used < ENTRY_MAX && read < size {
+            window.drain(..used);
+            used = 0;
+            let have = window.len();
+            let more = (size - read).min((WINDOW - have) as u64);
+            window.resize(have + usize::try_from(more).unwrap_or(0), 0);
+            storage
+                .read_at(window.get_mut(have..).unwrap_or_default(), offset + read)
+                .map_err(BitmapError::Read)?;
+            read += more;
+        }
+        let rest = window.get(used..).unwrap_or_default();
+        let Some((bitmap, len)) = Bitmap::decode(rest)? else {
             return Err(BitmapError::Count(extension.count));
         };
-        rest = rest.get(len..).unwrap_or_default();
+        used += len;
         bitmaps.push(bitmap);
     }
-    if !rest.is_empty() {
+    if used != window.len() || read != size {
         return Err(BitmapError::Count(extension.count));
     }
     Ok(bitmaps)

@@ -4,7 +4,7 @@
 //! A check reads the image through its [`Storage`] only, and nobody may write to the image meanwhile. Memory and
 //! time are bounded by what is in the file, whatever its header claims.
 //!
-//! Each cluster is looked at once, however many snapshots share it: tables are read once, with the number of times
+//! Holes are not read, and tables in holes are not believed beyond a limit. Each cluster is looked at once, however many snapshots share it: tables are read once, with the number of times
 //! that they are referred to.
 
 mod counts;
@@ -41,6 +41,17 @@ pub(crate) enum CheckError {
     /// The host's error.
     #[error("the image cannot be repaired")]
     Write(#[source] io::Error),
+    /// Tables that nobody has written.
+    #[error(
+        "its tables are not to be believed: more than {most} clusters of what each would be the {what} are holes \
+         of the file; the disk can be read, and converted to a new image"
+    )]
+    Hollow {
+        /// What they would be.
+        what: String,
+        /// How many clusters may be.
+        most: u64,
+    },
     /// There is more to repair than leaks.
     #[error("the refcount structures are broken: repair them with check -r all")]
     NeedsRebuild,

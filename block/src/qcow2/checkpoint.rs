@@ -296,15 +296,8 @@ impl Work {
         }
         meta.released.extend(self.unlinked);
         if let Some(table) = self.table_move {
-            meta.header.reftable_offset = table.to.0;
-            meta.header.reftable_clusters = table.to.1;
-            meta.reftable_move = None;
-            let tag = meta.shared.epochs.advance();
-            meta.released.push_back(Unlinked {
-                first: table.from.0 >> meta.geometry.cluster_bits,
-                count: u64::from(table.from.1),
-                tag,
-            });
+            let old = meta.take_reftable(table);
+            meta.released.push_back(old);
         }
         let clean = meta.pages.dirty() == 0
             && meta.l1_dirty.is_empty()
@@ -322,6 +315,12 @@ impl Work {
             // only after what it refers to.
             self.pages.0.clear();
             self.new_tables.clear();
+            if let Some(table) = self.table_move {
+                // The header may have reached the disk too. The new refcount table is complete there, so it is the image's
+                // from now on, and what is added to it waits for what it refers to; the header is written again before that.
+                meta.stale = true;
+                self.unlinked.push(meta.take_reftable(table));
+            }
         }
         meta.pages.written(Some(self.pages));
         meta.l1_dirty.extend(self.l1_dirty);

@@ -1,9 +1,11 @@
 //! Space of an image's file that is reserved for data and has never been written: it is known to be zeros.
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 
 use super::image::Qcow2;
 use super::refblock;
+use super::words::{each_word, is_hole};
 
 impl Qcow2 {
     /// How far from a host offset of this image's data on, at most `max` bytes, it has been written or is a
@@ -31,14 +33,21 @@ impl Qcow2 {
             let meta = self.lock();
             (meta.header.reftable_offset, meta.header.reftable_clusters)
         };
-        let blocks = u64::from(clusters) * geometry.cluster() / 8;
         let all = geometry.clusters(self.storage().len().ok()?);
+        let blocks = all.div_ceil(1 << geometry.refblock_bits());
+        let len = (u64::from(clusters) * geometry.cluster()).min(blocks * 8);
+        let mut offsets = Vec::new();
+        let listed = each_word(self.storage(), table, len, io::Error::from, |_, entry| {
+            offsets.push(entry & !511);
+            Ok(())
+        });
+        listed.ok()?;
+        // A block that counts for several is looked at once.
+        offsets.sort_unstable();
+        offsets.dedup();
         let mut used = 0;
-        for index in 0..blocks.min(all.div_ceil(1 << geometry.refblock_bits())) {
-            let mut entry = [0; 8];
-            self.storage().read_at(&mut entry, table + index * 8).ok()?;
-            let offset = u64::from_be_bytes(entry) & !511;
-            if offset == 0 {
+        for offset in offsets {
+            if offset == 0 || is_hole(self.storage(), offset, geometry.cluster()) {
                 continue;
             }
             let mut block = vec![0; usize::try_from(geometry.cluster()).ok()?];

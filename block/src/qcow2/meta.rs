@@ -12,9 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::bitmap_table::Bitmap;
 use super::claims::Claims;
+use super::clusters::Clusters;
 use super::dirty::Recorder;
 use super::entry::{self, L2};
 use super::epoch::Epochs;
+use super::fields::u64_at;
 use super::geometry::Geometry;
 use super::header::Header;
 use super::pages::{MAX_PAGE, Page, Pages, Stage};
@@ -22,6 +24,9 @@ use crate::storage::Storage;
 
 /// How many bytes of a table held whole are written together: an atomic sector.
 pub(crate) const TABLE_SECTOR: usize = 512;
+
+/// How much of a table held whole is read at once, in bytes.
+const TABLE_CHUNK: usize = 64 << 10;
 
 /// Bits of a refcount table entry that are not the block's offset.
 const REFTABLE_RESERVED: u64 = 0x1ff;
@@ -82,7 +87,7 @@ pub(crate) struct Meta {
     /// L2 tables that no L1 entry on disk points to yet, with their L1 indices.
     pub new_tables: HashMap<u64, usize>,
     /// The numbers of all clusters with metadata. No guest data is ever written there. Empty on a read-only image.
-    pub metadata: HashSet<u64>,
+    pub metadata: Clusters,
     /// Free clusters below the frontier, as first cluster and count.
     pub free: BTreeMap<u64, u64>,
     /// From here up to `scan_end`, refcounts have not been searched for free clusters.
@@ -159,7 +164,7 @@ impl Meta {
             reftable_move: None,
             pages: Pages::new(usize::try_from(page).unwrap_or(4096), cache),
             new_tables: HashMap::new(),
-            metadata: HashSet::new(),
+            metadata: Clusters::default(),
             free: BTreeMap::new(),
             scan: 0,
             scan_end: end,
@@ -317,7 +322,7 @@ impl Meta {
             }
             let cluster = (raw & entry::OFFSET) >> self.geometry.cluster_bits;
             if raw & entry::OFFSET != 0
-                && (self.metadata.contains(&cluster) || self.refcount(cluster)? == 0)
+                && (self.metadata.contains(cluster) || self.refcount(cluster)? == 0)
             {
                 page.suspect();
                 return Ok(());
@@ -332,7 +337,7 @@ impl Meta {
             return Ok(());
         }
         let cluster = host >> self.geometry.cluster_bits;
-        if self.metadata.contains(&cluster) {
+        if self.metadata.contains(cluster) {
             return Err(self.corrupt(format!(
                 "a write to host offset {host:#x} would overwrite metadata"
             )));
@@ -410,7 +415,7 @@ impl Meta {
             self.corrupt(format!("cluster {cluster} holds two kinds of metadata"));
             return Ok(());
         }
-        if let Some(cluster) = self.metadata.iter().find(|it| **it >= self.frontier) {
+        if let Some(cluster) = self.metadata.next_from(self.frontier) {
             let finding = format!("cluster {cluster} holds metadata and is past the file's end");
             self.corrupt(finding);
             return Ok(());
@@ -492,16 +497,29 @@ fn inside(geometry: &Geometry, end: u64, what: &str, offset: u64, len: u64) -> i
     ))
 }
 
-/// Reads a table of big-endian words.
+/// Reads a table of big-endian words. It takes memory for the parts that are not zeros.
 pub(crate) fn read_table(
     storage: &dyn Storage,
     offset: u64,
     entries: usize,
 ) -> io::Result<Vec<u64>> {
-    let mut bytes = vec![0; entries.saturating_mul(8)];
-    storage.read_at(&mut bytes, offset)?;
-    let (words, _) = bytes.as_chunks::<8>();
-    Ok(words.iter().map(|word| u64::from_be_bytes(*word)).collect())
+    let mut table = vec![0; entries];
+    let mut chunk = vec![0; TABLE_CHUNK.min(entries.saturating_mul(8))];
+    for (words, at) in table
+        .chunks_mut(TABLE_CHUNK / 8)
+        .zip((offset..).step_by(TABLE_CHUNK))
+    {
+        chunk.truncate(words.len() * 8);
+        storage.read_at(&mut chunk, at)?;
+        // What is not touched takes no memory.
+        for (word, bytes) in words.iter_mut().zip(chunk.chunks_exact(8)) {
+            let value = u64_at(bytes, 0);
+            if value != 0 {
+                *word = value;
+            }
+        }
+    }
+    Ok(table)
 }
 
 /// The changed sectors of a table that is held whole, as (host offset, bytes).

@@ -8,6 +8,7 @@ pub(crate) mod bitmap_table;
 pub(crate) mod check;
 mod checkpoint;
 mod claims;
+mod clusters;
 mod compress;
 pub(crate) mod create;
 mod dirty;
@@ -37,6 +38,7 @@ pub(crate) mod snapshot_table;
 #[cfg(test)]
 mod testing;
 mod tree;
+mod words;
 pub(crate) mod write;
 mod zero;
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::meta::{Meta, TableMove};
+use super::meta::{Meta, TableMove, Unlinked};
 use super::pages::{Page, Stage};
 
 /// The most bytes of a refcount table, as in QEMU.
@@ -101,11 +101,11 @@ impl Meta {
             return self.ensure_block(at);
         }
         self.advance_frontier(at + 1);
-        if self.metadata.contains(&at) || self.refcount(at)? != 0 {
+        if self.metadata.contains(at) || self.refcount(at)? != 0 {
             // Counted, though past the end of the file: not this one.
             return Ok(true);
         }
-        self.metadata.insert(at);
+        self.metadata.insert(at, at + 1);
         self.new_block(index, at);
         self.set_refcount(at, 1)?;
         Ok(true)
@@ -131,6 +131,18 @@ impl Meta {
             self.pages.mark(at, Stage::Early);
         }
         self.soil();
+    }
+
+    /// Makes the refcount table of a move the image's; the clusters of the old one, which the header on disk may still lead to.
+    pub(crate) fn take_reftable(&mut self, table: TableMove) -> Unlinked {
+        let TableMove { to, from } = table;
+        (self.header.reftable_offset, self.header.reftable_clusters) = to;
+        self.reftable_move = None;
+        Unlinked {
+            first: from.0 >> self.geometry.cluster_bits,
+            count: u64::from(from.1),
+            tag: self.shared.epochs.advance(),
+        }
     }
 
     /// Makes a refcount table that has an entry `index`, with the blocks that count it and themselves.
@@ -161,10 +173,8 @@ impl Meta {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         let end = start + blocks + clusters;
-        for cluster in start..end {
-            if self.metadata.contains(&cluster) {
-                return Err(self.corrupt(format!("cluster {cluster} is used and not counted")));
-            }
+        if let Some(cluster) = self.metadata.next_from(start).filter(|it| *it < end) {
+            return Err(self.corrupt(format!("cluster {cluster} is used and not counted")));
         }
         let entries = usize::try_from(bytes / 8).map_err(|_| io::ErrorKind::FileTooLarge)?;
         self.reftable.resize(entries, 0);
@@ -173,7 +183,7 @@ impl Meta {
             self.new_block(index, start + block);
         }
         self.advance_frontier(end);
-        self.metadata.extend(start..end);
+        self.metadata.insert(start, end);
         for cluster in start..end {
             self.set_refcount(cluster, 1)?;
         }

@@ -18,6 +18,7 @@ use super::geometry::Geometry;
 use super::header::{AUTOCLEAR_KNOWN, CORRUPT, DIRTY, Header, OFFSET_END, REFTABLE_MAX};
 use super::refblock;
 use super::snapshot_table;
+use super::words::is_hole;
 use crate::storage::Storage;
 
 /// What to repair.
@@ -45,6 +46,8 @@ pub(crate) fn repair(
         Repair::Leaks => Leniency::Strict,
         Repair::All => Leniency::CutSnapshots,
     };
+    // What the host says of holes is to hold for all that has been written.
+    storage.sync().map_err(CheckError::Write)?;
     let mut scan_now = scan(storage, sink, leniency)?;
     let mut repairer = Repairer {
         storage,
@@ -236,7 +239,10 @@ impl Repairer<'_> {
                 let Ok(Some(offset)) = entry::l1(u64_at(bytes, 0), &geometry) else {
                     continue;
                 };
-                if offset < end && seen.insert(offset) {
+                if offset < end
+                    && seen.insert(offset)
+                    && !is_hole(self.storage, offset, geometry.cluster())
+                {
                     self.read(&mut table, offset)?;
                     self.change(&mut table, offset, size, &|bytes| {
                         l2(

@@ -1,7 +1,7 @@
 //! Where the metadata of snapshots and bitmaps is, so that no guest data is ever written there.
 //!
-//! Whatever the tables claim, each byte of the file is read once, and memory is bounded by what is in the
-//! file: tables that lie over each other are read as one.
+//! Whatever the tables claim, each byte of the file is read once, and time and memory are bounded by what is in the
+//! file: tables that lie over each other are read as one, holes are not read, and what is claimed is kept as ranges.
 
 use std::io;
 
@@ -10,10 +10,8 @@ use super::claims::Claims;
 use super::entry::OFFSET;
 use super::header::Header;
 use super::snapshot_table;
+use super::words::each_word;
 use crate::storage::Storage;
-
-/// How much of the tables is read at once, in bytes.
-const CHUNK: u64 = 64 << 10;
 
 /// Claims what the metadata of an image's snapshots and bitmaps takes.
 ///
@@ -38,13 +36,17 @@ pub(crate) fn reserve(
         claims.own(offset, len);
         Ok((offset, len))
     };
-    let (snapshots, snapshots_len) =
-        snapshot_table::load_with_len(storage, header).map_err(invalid)?;
     let mut l1_tables = Vec::new();
-    for snapshot in &snapshots {
+    let mut misplaced = Ok(());
+    let snapshots_len = snapshot_table::each(storage, header, |snapshot| {
         let (offset, entries) = (snapshot.l1_offset, snapshot.l1_entries);
-        l1_tables.push(table("snapshot", &snapshot.name(), offset, entries)?);
-    }
+        match table("snapshot", &snapshot.name(), offset, entries) {
+            Ok(range) => l1_tables.push(range),
+            Err(error) => misplaced = Err(error),
+        }
+    })
+    .map_err(invalid)?;
+    misplaced?;
     let mut bitmap_tables = Vec::new();
     if let Some(extension) = header.consistent_bitmaps() {
         for bitmap in bitmap_table::load_unchecked(storage, &extension).map_err(invalid)? {
@@ -55,20 +57,22 @@ pub(crate) fn reserve(
     }
     claims.own(header.snapshot_offset, snapshots_len);
     for (offset, len) in united(l1_tables) {
-        entries(storage, offset, len, |entry| {
+        each_word(storage, offset, len, io::Error::from, |_, entry| {
             let table = geometry.down(entry & OFFSET);
             if table != 0 {
                 claims.table(table);
             }
+            Ok(())
         })?;
     }
     // Entries of L1 tables and of bitmap tables are alike in where they keep an offset.
     for (offset, len) in united(bitmap_tables) {
-        entries(storage, offset, len, |entry| {
+        each_word(storage, offset, len, io::Error::from, |_, entry| {
             let part = geometry.down(entry & OFFSET);
             if part != 0 {
                 claims.own(part, geometry.cluster());
             }
+            Ok(())
         })?;
     }
     Ok(())
@@ -92,26 +96,6 @@ fn united(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
         }
     }
     united
-}
-
-fn entries(
-    storage: &dyn Storage,
-    offset: u64,
-    len: u64,
-    mut each: impl FnMut(u64),
-) -> io::Result<()> {
-    let mut done = 0;
-    while done < len {
-        let part = (len - done).min(CHUNK);
-        let mut bytes = vec![0; usize::try_from(part).unwrap_or(0)];
-        storage.read_at(&mut bytes, offset + done)?;
-        let (words, _) = bytes.as_chunks::<8>();
-        words
-            .iter()
-            .for_each(|word| each(u64::from_be_bytes(*word)));
-        done += part;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

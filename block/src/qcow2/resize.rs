@@ -262,8 +262,7 @@ impl Session<'_> {
         let meta = &mut *self.meta;
         let before = meta.frontier;
         meta.find_frontier()?;
-        let last = meta.metadata.iter().max().map_or(0, |last| last + 1);
-        meta.frontier = meta.frontier.max(last).min(before);
+        meta.frontier = meta.frontier.max(meta.metadata.end()).min(before);
         meta.fresh = meta.frontier;
         meta.scan_end = meta.frontier;
         meta.scan = meta.scan.min(meta.frontier);

@@ -98,6 +98,9 @@ pub enum ChangeError {
     /// Not a size.
     #[error("a size of {0} bytes is not a multiple of 512")]
     Unaligned(u64),
+    /// Clusters have more uses than references, so that freeing one use would free them all.
+    #[error("the image is corrupt: {0}; repair it with 'vireo image check -r all'")]
+    Corrupt(String),
     /// The disk would be too large.
     #[error("a disk of {size} bytes is too large for clusters of {cluster} bytes")]
     TooLarge {
@@ -116,6 +119,7 @@ impl From<ChangeError> for io::Error {
         match error {
             ChangeError::Host(error) => error,
             ChangeError::Busy => Self::new(io::ErrorKind::ResourceBusy, error),
+            ChangeError::Corrupt(_) => super::meta::eio(),
             other => Self::new(io::ErrorKind::InvalidInput, other),
         }
     }
@@ -203,7 +207,7 @@ impl Session<'_> {
         };
         self.meta
             .metadata
-            .extend(run.first..run.first.saturating_add(run.count));
+            .insert(run.first, run.first.saturating_add(run.count));
         Ok(run)
     }
 
@@ -250,7 +254,10 @@ impl Session<'_> {
     }
 
     /// Makes the header this one, durably. When that fails, the old one is put back.
-    pub(crate) fn switch(&mut self, header: Header, part: Part) -> io::Result<()> {
+    pub(crate) fn switch(&mut self, mut header: Header, part: Part) -> io::Result<()> {
+        // The refcount table may have moved since the header was made.
+        header.reftable_offset = self.meta.header.reftable_offset;
+        header.reftable_clusters = self.meta.header.reftable_clusters;
         let storage = self.storage();
         let stored = part
             .store(&header, storage)

@@ -3,6 +3,7 @@
 //! A snapshot is a copy of the L1 table; what the table leads to is shared and counted once more. The
 //! snapshot table is never changed in place: a new one is written, and one write to the header takes it for the old one.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use super::entry::COPIED;
@@ -125,8 +126,9 @@ impl Qcow2 {
         let found = find(&snapshots, id_or_name)?.clone();
         let l1 = session.l1_of(&found)?;
         session.commit()?;
-        session.mark()?;
         snapshots.retain(|snapshot| snapshot.id != found.id || *snapshot != found);
+        session.check_drop(&l1, &snapshots)?;
+        session.mark()?;
         if let Err(error) = session.replace_snapshots(&snapshots) {
             session.finish();
             return Err(error);
@@ -149,7 +151,7 @@ impl Session<'_> {
     }
 
     /// The L1 table of a snapshot.
-    fn l1_of(&self, snapshot: &Snapshot) -> io::Result<Vec<u64>> {
+    pub(crate) fn l1_of(&self, snapshot: &Snapshot) -> io::Result<Vec<u64>> {
         // All of it is in the file, or the image would not have been opened.
         let entries = usize::try_from(snapshot.l1_entries).map_err(|_| eio())?;
         let mut l1 = read_table(self.storage(), snapshot.l1_offset, entries)?;
@@ -268,7 +270,7 @@ fn unusable(error: snapshot_table::SnapshotError) -> ChangeError {
     ChangeError::Snapshots(Box::new(error))
 }
 
-/// The ID for a new snapshot: the wanted one, or the number after the largest.
+/// The ID for a new snapshot: the wanted one, or the number after the largest, or the smallest free one if there is none after.
 fn unused_id(snapshots: &[Snapshot], wanted: Option<&str>) -> Result<String, ChangeError> {
     if let Some(id) = wanted {
         if snapshots
@@ -282,7 +284,10 @@ fn unused_id(snapshots: &[Snapshot], wanted: Option<&str>) -> Result<String, Cha
     let numbers = snapshots
         .iter()
         .filter_map(|snapshot| snapshot.id().parse::<u64>().ok());
-    Ok(numbers.max().unwrap_or(0).saturating_add(1).to_string())
+    let numbers: BTreeSet<u64> = numbers.collect();
+    let after = numbers.last().map_or(Some(1), |last| last.checked_add(1));
+    let free = || (1..).find(|number| !numbers.contains(number));
+    Ok(after.or_else(free).unwrap_or(1).to_string())
 }
 
 /// The snapshot of this ID, or else the first of this name.

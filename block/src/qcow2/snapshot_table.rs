@@ -285,8 +285,19 @@ pub(crate) fn load_with_len(
     header: &Header,
 ) -> Result<(Vec<Snapshot>, u64), SnapshotError> {
     let mut snapshots = Vec::new();
+    let len = each(storage, header, |snapshot| snapshots.push(snapshot))?;
+    Ok((snapshots, len))
+}
+
+/// Reads and validates the table, and gives each entry to `visit`, so that they are not all in memory; the table's length in
+/// bytes.
+pub(crate) fn each(
+    storage: &dyn Storage,
+    header: &Header,
+    mut visit: impl FnMut(Snapshot),
+) -> Result<u64, SnapshotError> {
     if header.snapshots == 0 {
-        return Ok((snapshots, 0));
+        return Ok(0);
     }
     let mut entries = Entries::new(storage, header.snapshot_offset)?;
     for index in 0..header.snapshots {
@@ -295,9 +306,9 @@ pub(crate) fn load_with_len(
             return Err(SnapshotError::Extra { index, len });
         }
         snapshot.check_l1(header)?;
-        snapshots.push(snapshot);
+        visit(snapshot);
     }
-    Ok((snapshots, entries.table_len()))
+    Ok(entries.table_len())
 }
 
 /// Encodes a table.

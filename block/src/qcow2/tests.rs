@@ -6,3 +6,4 @@ mod faults;
 mod found;
 mod header;
 pub(super) mod memory;
+mod sparse;

@@ -3,14 +3,16 @@
 //! A cluster has one reference for each way that leads to it from an L1 table. So L2 tables that snapshots share count
 //! for each of them, and so does what they map.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
-use super::entry::{self, COPIED, L2};
+use super::check::Counts;
+use super::entry::{self, COPIED, L2, OFFSET};
 use super::meta::{Meta, Unlinked, eio};
 use super::pages::Page;
 use super::session::{ChangeError, Session};
+use super::snapshot_table::Snapshot;
 
 /// A reference, from the walk over a tree.
 #[derive(Debug)]
@@ -223,6 +225,51 @@ impl Session<'_> {
         if let Err(error) = lowered {
             tracing::warn!(%error, "clusters of a change that failed stay counted: a leak");
         }
+    }
+
+    /// Whether all that this snapshot's tree shares with the disk or with other snapshots counts that, so that none of it is
+    /// freed with the tree. When it does not, the image is marked corrupt.
+    pub(crate) fn check_drop(
+        &mut self,
+        l1: &[u64],
+        others: &[Snapshot],
+    ) -> Result<(), ChangeError> {
+        let mut dropped = Counts::default();
+        self.walk(l1, |_, reference| {
+            let clusters = reference.clusters();
+            clusters.for_each(|cluster| dropped.add(cluster, 1));
+            Ok(())
+        })?;
+        let mut seen = HashSet::new();
+        let mut trees = vec![self.meta.l1.clone()];
+        let mut others = others.iter();
+        while let Some(mut l1) = trees.pop() {
+            // A table that several share is looked at once.
+            for entry in &mut l1 {
+                if *entry != 0 && !seen.insert(*entry & OFFSET) {
+                    *entry = 0;
+                }
+            }
+            let mut shared = None;
+            self.walk(&l1, |meta, reference| {
+                for cluster in reference.clusters() {
+                    let less = dropped.get(cluster);
+                    if less != 0 && meta.refcount(cluster)? <= less {
+                        shared.get_or_insert(cluster);
+                    }
+                }
+                Ok(())
+            })?;
+            if let Some(cluster) = shared {
+                let finding = format!("cluster {cluster} has more uses than references");
+                self.meta.corrupt(finding.clone());
+                return Err(ChangeError::Corrupt(finding));
+            }
+            if let Some(other) = others.next() {
+                trees.push(self.l1_of(other)?);
+            }
+        }
+        Ok(())
     }
 
     /// Takes all references away that a tree has that nothing on disk leads to any more, and frees what that leaves unused.

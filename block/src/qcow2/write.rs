@@ -400,7 +400,7 @@ impl Meta {
         };
         let run = self.allocate(1)?;
         let table = run.first * self.geometry.cluster();
-        self.metadata.insert(run.first);
+        self.metadata.insert(run.first, run.first + 1);
         self.new_table_pages(table);
         for (at, page) in pages.into_iter().flatten() {
             for word in 0..page.len() {

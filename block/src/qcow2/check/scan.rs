@@ -1,19 +1,20 @@
 //! One pass over an image's metadata: what is referred to, and what the refcounts say.
 
 use super::super::bitmap_table;
+use super::super::clusters::layers;
 use super::super::entry::OFFSET;
 use super::super::extension::BitmapsExtension;
-use super::super::fields::u64_at;
 use super::super::geometry::Geometry;
 use super::super::header::{Header, HeaderError, SNAPSHOTS_MAX};
 use super::super::refblock;
 use super::super::snapshot_table::{Entries, Snapshot, SnapshotError};
+use super::super::words::{each_word, is_hole};
 use super::counts::Counts;
 use super::{CheckError, CheckReport, Finding, Severity, Sink};
 use crate::storage::Storage;
 
-/// How much of a table is read at once, in bytes.
-const CHUNK: u64 = 64 << 10;
+/// How many clusters the tables of snapshots and bitmaps may take that are holes of the file: whoever makes tables, writes them.
+const HOLLOW_MAX: u64 = 1 << 20;
 
 /// Whether a snapshot table that must be cut is an error, as it is to those who do not repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,21 +189,14 @@ impl Scanner<'_> {
         run: Run,
         mut visit: impl FnMut(&mut Self, u64, u64) -> Result<(), CheckError>,
     ) -> Result<(), CheckError> {
-        let mut chunk = Vec::new();
-        let mut done = 0;
-        while done < run.len {
-            let len = (run.len - done).min(CHUNK);
-            chunk.resize(usize::try_from(len).unwrap_or(0), 0);
-            self.read(&mut chunk, run.offset.saturating_add(done))?;
-            for (index, bytes) in (done / 8..).zip(chunk.chunks_exact(8)) {
-                let entry = u64_at(bytes, 0);
-                if entry != 0 {
-                    visit(self, index, entry)?;
-                }
-            }
-            done += len;
-        }
-        Ok(())
+        let storage = self.storage;
+        each_word(
+            storage,
+            run.offset,
+            run.len,
+            CheckError::Read,
+            |index, entry| visit(self, index, entry),
+        )
     }
 
     /// Turns "it is nowhere it could be" into a finding; all else stays an error.
@@ -280,6 +274,9 @@ impl Scanner<'_> {
         }
         if let Some(slot) = self.scan.blocks.get_mut(place) {
             *slot = entry;
+        }
+        if is_hole(self.storage, entry, len) {
+            return Ok(());
         }
         let mut block = vec![0; usize::try_from(len).unwrap_or(0)];
         self.read(&mut block, entry)?;
@@ -367,27 +364,24 @@ impl Scanner<'_> {
         let (geometry, size) = (self.scan.geometry, header.size);
         let bitmaps = bitmap_table::load(self.storage, &extension, &geometry, size)?;
         self.refer("bitmap directory", Run { offset, len }, 1);
+        let mut tables = Vec::new();
         for bitmap in bitmaps {
-            let len = u64::from(bitmap.table_entries) * 8;
             let run = Run {
                 offset: bitmap.table_offset,
-                len,
+                len: u64::from(bitmap.table_entries) * 8,
             };
             let what = format!("bitmap {:?}", bitmap.name());
-            if !self.refer(&what, run, 1) {
-                continue;
+            if self.is_within(&what, run) {
+                tables.push(run);
             }
+        }
+        let what = "table of a bitmap";
+        for (run, times) in self.tables(what, &tables)? {
             self.each_entry(run, |this, _, entry| {
                 match bitmap_table::bits(entry, &geometry) {
                     Ok(bitmap_table::Bits::At(offset)) => {
-                        this.refer(
-                            &what,
-                            Run {
-                                offset,
-                                len: geometry.cluster(),
-                            },
-                            1,
-                        );
+                        let len = geometry.cluster();
+                        this.refer("bitmap", Run { offset, len }, times);
                     }
                     Ok(_) => {}
                     Err(error) => this.hiding(format!("{what}: {error}")),
@@ -396,6 +390,74 @@ impl Scanner<'_> {
             })?;
         }
         Ok(())
+    }
+
+    /// Whether all of a table is in the file. What is there of one that is not stays uncounted: nothing is freed then.
+    pub(super) fn is_within(&mut self, what: &str, run: Run) -> bool {
+        let bits = self.scan.geometry.cluster_bits;
+        let (Run { offset, len }, end) = (run, self.scan.clusters);
+        let last = offset.saturating_add(len.saturating_sub(1)) >> bits;
+        if len == 0 || last < end {
+            return true;
+        }
+        self.scan.past_end.push((end.max(offset >> bits), last));
+        self.hiding(format!(
+            "{what}: {len:#x} bytes at {offset:#x} are past the end of the file"
+        ));
+        false
+    }
+
+    /// Counts references to all clusters of tables that are in the file. What is returned are their bytes, each one once, with the
+    /// number of tables that have it.
+    pub(super) fn tables(
+        &mut self,
+        what: &str,
+        tables: &[Run],
+    ) -> Result<Vec<(Run, u64)>, CheckError> {
+        let bits = self.scan.geometry.cluster_bits;
+        let whole = |run: &Run| {
+            let last = run.offset.saturating_add(run.len.saturating_sub(1)) >> bits;
+            let first = run.offset >> bits;
+            (first, if run.len == 0 { first } else { last + 1 })
+        };
+        let mut hollow = 0_u64;
+        for (first, end, times) in layers(tables.iter().map(whole)) {
+            let run = Run {
+                offset: first << bits,
+                len: (end - first) << bits,
+            };
+            hollow = hollow.saturating_add(self.hollow(run));
+            if hollow > HOLLOW_MAX {
+                let what = what.into();
+                return Err(CheckError::Hollow {
+                    what,
+                    most: HOLLOW_MAX,
+                });
+            }
+            self.refer(what, run, times);
+        }
+        let bytes = tables
+            .iter()
+            .map(|run| (run.offset, run.offset.saturating_add(run.len)));
+        let layers = layers(bytes).into_iter();
+        let run = |(offset, end, times)| {
+            let len = end - offset;
+            (Run { offset, len }, times)
+        };
+        Ok(layers.map(run).collect())
+    }
+
+    /// How many clusters of a range are holes of the file.
+    fn hollow(&self, run: Run) -> u64 {
+        let (mut done, mut holes) = (0, 0_u64);
+        while done < run.len {
+            let (part, data) = self.storage.extent(run.offset + done, run.len - done);
+            if !data {
+                holes += part;
+            }
+            done += part.max(1);
+        }
+        holes >> self.scan.geometry.cluster_bits
     }
 
     /// Compares references with refcounts, once all are known.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::super::entry::{self, COMPRESSED, COPIED, EntryError, L2, ZERO};
 use super::super::fields::u64_at;
 use super::super::snapshot_table::Snapshot;
+use super::super::words::is_hole;
 use super::CheckError;
 use super::scan::{Run, Scanner, offset_of};
 
@@ -43,20 +44,23 @@ impl Scanner<'_> {
             self.l1(active, 1, true, &mut tables)?;
         }
         // Snapshots that share an L1 table are as many references to it, and to all it refers to.
-        let mut runs: BTreeMap<(u64, u64), u64> = BTreeMap::new();
+        let what = "L1 table of a snapshot";
+        let mut runs = Vec::new();
         for snapshot in snapshots {
             if let Err(error) = snapshot.check_l1(&self.scan.header) {
                 self.hiding(error.to_string());
                 continue;
             }
-            let len = u64::from(snapshot.l1_entries) * 8;
-            *runs.entry((snapshot.l1_offset, len)).or_default() += 1;
-        }
-        for ((offset, len), times) in runs {
-            let run = Run { offset, len };
-            if self.refer("L1 table of a snapshot", run, times) {
-                self.l1(run, times, false, &mut tables)?;
+            let run = Run {
+                offset: snapshot.l1_offset,
+                len: u64::from(snapshot.l1_entries) * 8,
+            };
+            if self.is_within(what, run) {
+                runs.push(run);
             }
+        }
+        for (run, times) in self.tables(what, &runs)? {
+            self.l1(run, times, false, &mut tables)?;
         }
         for (offset, uses) in tables {
             self.l2(offset, uses)?;
@@ -124,6 +128,9 @@ impl Scanner<'_> {
 
     fn l2(&mut self, offset: u64, uses: Uses) -> Result<(), CheckError> {
         let geometry = self.scan.geometry;
+        if is_hole(self.storage, offset, geometry.cluster()) {
+            return Ok(());
+        }
         let mut bytes = vec![0; usize::try_from(geometry.cluster()).unwrap_or(0)];
         self.read(&mut bytes, offset)?;
         let size = usize::try_from(geometry.entry_size()).unwrap_or(8);

@@ -76,6 +76,8 @@ fn a_new_id_is_the_number_after_the_largest() {
     let snapshots = [sample("7", "a"), sample("x", "b"), sample("3", "c")];
     assert_eq!(unused_id(&snapshots, None).unwrap(), "8");
     assert_eq!(unused_id(&snapshots, Some("4")).unwrap(), "4");
+    let full = [sample("18446744073709551615", "a"), sample("1", "b")];
+    assert_eq!(unused_id(&full, None).unwrap(), "2");
     let taken = unused_id(&snapshots, Some("x"));
     assert!(matches!(taken, Err(ChangeError::SnapshotExists(id)) if id == "x"));
 }
@@ -174,4 +176,43 @@ fn requests_under_way_keep_a_change_out() {
     assert!(matches!(refused, Err(ChangeError::Busy)));
     pins.leave(epoch);
     assert_eq!(image.create_snapshot(new("one")).unwrap(), "1");
+}
+
+#[test]
+fn a_table_that_is_shared_and_not_counted_keeps_its_snapshot_from_being_deleted() {
+    let Some((bench, image)) = made("cluster_size=64k") else {
+        return;
+    };
+    image.write(0, &[7; 1 << 16]).unwrap();
+    image.create_snapshot(new("one")).unwrap();
+    image.create_snapshot(new("two")).unwrap();
+    drop(image);
+    let header = Header::load(&bench.storage("image")).unwrap();
+    let word = |at: u64| super::super::fields::u64_at(&bench.bytes("image", at, 8), 0);
+    let table = word(header.l1_offset) & super::super::entry::OFFSET;
+    let block = word(header.reftable_offset);
+    // The L2 table counts for one of the three that have it.
+    let refcount = block + (table >> 16) * 2;
+    assert_eq!(bench.bytes("image", refcount, 2), [0, 3]);
+    bench.poke("image", refcount, &[0, 1]);
+    let image = open(&bench, None);
+    let refused = image.delete_snapshot("one");
+    assert!(
+        matches!(refused, Err(ChangeError::Corrupt(_))),
+        "{refused:?}"
+    );
+    assert!(image.is_corrupt());
+    assert_eq!(byte(&image, 0), 7);
+    drop(image);
+    let listed = snapshot_table::load(&bench.storage("image"), &header).unwrap();
+    assert_eq!(listed.len(), 2, "nothing was deleted");
+    let repaired =
+        crate::qcow2::repair::repair(&bench.storage("image"), crate::Repair::All, &mut |_| ());
+    assert_eq!(repaired.unwrap().corruptions, 0);
+    let image = open(&bench, None);
+    image.delete_snapshot("one").unwrap();
+    image.delete_snapshot("two").unwrap();
+    assert_eq!(byte(&image, 0), 7);
+    drop(image);
+    assert_eq!(bench.qemu_check("image"), 0);
 }

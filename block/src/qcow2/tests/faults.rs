@@ -102,3 +102,65 @@ fn a_table_that_a_failed_flush_has_linked_changes_after_its_refcounts() {
         }
     }
 }
+
+#[test]
+fn a_refcount_table_whose_move_may_have_failed_is_added_to_in_order() {
+    // The first refcount table counts 2 MiB.
+    let Some(blank) = blank("cluster_size=512,refcount_bits=64", 8 << 20) else {
+        return;
+    };
+    let storage = Memory::new(blank);
+    let old = Header::load(&*storage).unwrap().reftable_offset;
+    let image = open(Arc::clone(&storage), false);
+    let mut at = 0;
+    let step = |at: &mut u64, clusters: usize| {
+        let done = image.write(*at, &vec![7; clusters << 9]);
+        *at += (clusters << 9) as u64;
+        done.and_then(|()| image.flush())
+    };
+    let mut moved = false;
+    storage.fail(Some(Box::new(move |event: &Event| match event {
+        Event::Write(48, _) => {
+            moved = true;
+            None
+        }
+        Event::Sync => moved.then_some(libc::EIO),
+        _ => None,
+    })));
+    while step(&mut at, 20).is_ok() {
+        assert!(at < 4 << 20, "the refcount table never moved");
+    }
+    storage.fail(None);
+    let on_disk = Header::load(&*storage).unwrap();
+    assert_ne!(on_disk.reftable_offset, old, "the header had been written");
+    // What failed to be synced, the move among it, may be durable or not; here it is.
+    let mut durable = storage.bytes();
+    audit(&open(Memory::new(durable.clone()), false));
+    let seen = storage.log_len();
+    for _ in 0..4 {
+        // They need several more refcount blocks.
+        step(&mut at, 200).unwrap();
+    }
+    let mut pending = Vec::new();
+    for event in storage.log().split_off(seen) {
+        if matches!(event, Event::Sync) {
+            pending
+                .drain(..)
+                .for_each(|event: Event| event.apply_to(&mut durable));
+            continue;
+        }
+        pending.push(event);
+        // Any one of them may be all that a power cut leaves.
+        for event in &pending {
+            let mut bytes = durable.clone();
+            event.apply_to(&mut bytes);
+            audit(&open(Memory::new(bytes), false));
+        }
+    }
+    let mut bytes = vec![0; usize::try_from(at).unwrap()];
+    drop(image);
+    let image = open(Memory::new(storage.bytes()), false);
+    audit(&image);
+    image.read(0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 7));
+}

@@ -175,3 +175,36 @@ fn nothing_is_packed_into_a_cluster_that_is_about_to_become_a_hole() {
     assert!(!(first..first + count).contains(&(packed.host >> 16)));
     meta.abandon_packed(1 << 16, &packed);
 }
+
+#[test]
+fn a_refcount_table_that_moves_amid_a_change_stays_where_it_went() {
+    // The first refcount table counts 4096 clusters.
+    let Some(blank) = blank("cluster_size=512,refcount_bits=64", 4 << 20) else {
+        return;
+    };
+    let mut moves = 0;
+    for less in 0..10_usize {
+        let storage = Memory::new(blank.clone());
+        let image = open(Arc::clone(&storage), false);
+        image.write(0, &vec![7; (3950 - less) << 9]).unwrap();
+        let mut place = Header::load(&*storage).unwrap().reftable_offset;
+        for number in 0..20 {
+            image
+                .create_snapshot(crate::NewSnapshot {
+                    id: None,
+                    name: "s",
+                    seconds: 0,
+                    nanoseconds: 0,
+                })
+                .unwrap();
+            let header = Header::load(&*storage).unwrap();
+            let known = image.lock().header.reftable_offset;
+            assert_eq!(known, header.reftable_offset, "{less}, snapshot {number}");
+            moves += usize::from(header.reftable_offset != place);
+            place = header.reftable_offset;
+        }
+        image.write(0, &[8; 512]).unwrap();
+        closed(image, &storage);
+    }
+    assert!(moves >= 5, "{moves}");
+}
