@@ -80,6 +80,13 @@ impl Client {
         &self.path
     }
 
+    /// The monitor's process, as the system knows it: also of one that does not answer.
+    /// `None` without a connection, and where it is of another namespace.
+    #[must_use]
+    pub fn process(&self) -> Option<u32> {
+        self.connection.as_ref().and_then(Connection::process)
+    }
+
     /// How long each call may take from now on.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;

@@ -23,8 +23,11 @@ mod documents;
 mod image;
 mod log;
 mod message;
+mod remote;
 mod run;
 mod serve;
+mod table;
+mod target;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -91,6 +94,8 @@ enum Verb {
     /// Wait for machines that clients create and boot over a control socket
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", serve::EXAMPLES))]
     Serve(serve::ServeArgs),
+    #[command(flatten)]
+    Remote(remote::Verb),
     /// Show what this host offers and lacks, each with its mend
     ///
     /// The exit code is 0 where machines can run, and 1 where not.
@@ -145,6 +150,11 @@ enum Failure {
     /// It was tried and failed.
     Failed(anyhow::Error),
 }
+
+/// Wrong usage that is found behind the parser of arguments.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Misuse(String);
 
 /// The whole program: reads the arguments of this process and gives its exit code.
 #[must_use]
@@ -234,6 +244,7 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
             let reason = crate::run::serve(endpoint, opener).map_err(judge)?;
             Ok(exit_code(reason))
         }
+        Verb::Remote(verb) => remote::run(verb, &opener).map_err(judge),
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
         Verb::Image { verb } => Ok(image::run(verb, &opener)),
         Verb::Completions { shell } => {
@@ -252,10 +263,11 @@ fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
 /// though the model finds it and not the flag: nothing has been done by then.
 fn judge(error: anyhow::Error) -> Failure {
     let is_usage = error.chain().any(|cause| {
-        matches!(
-            cause.downcast_ref(),
-            Some(BuildError::Field { .. } | BuildError::Config { .. })
-        )
+        cause.is::<Misuse>()
+            || matches!(
+                cause.downcast_ref(),
+                Some(BuildError::Field { .. } | BuildError::Config { .. })
+            )
     });
     if is_usage {
         Failure::Usage(error)

@@ -178,7 +178,7 @@ fn a_flag_that_is_unknown_missing_or_repeated_is_named() {
             "{text}"
         );
     }
-    assert!(place.refused(2, &["start"]).contains("'start'"));
+    assert!(place.refused(2, &["begin"]).contains("'begin'"));
     assert!(place.wrong_run(&["--kernel="]).contains("--kernel"));
     assert!(place.wrong_run(&["extra"]).contains("'extra'"));
     assert!(

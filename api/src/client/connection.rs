@@ -15,6 +15,7 @@ use rustix::net::{
 };
 
 use super::ClientError;
+use crate::http::peer::Peer;
 
 /// The most bytes before an answer's body.
 const HEAD: usize = 16 << 10;
@@ -98,6 +99,11 @@ impl Connection {
             }),
             Err(error) => Err(failed(error)),
         }
+    }
+
+    /// The process that listens.
+    pub fn process(&self) -> Option<u32> {
+        Peer::of(&self.stream).process()
     }
 
     /// Whether a request can be sent: the monitor has not closed, and nothing is left of an earlier answer.

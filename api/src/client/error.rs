@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::ErrorKind;
+
 /// Why a call has no answer, or another than was asked for.
 #[derive(Debug, Error)]
 pub enum ClientError {
@@ -93,6 +95,20 @@ impl ClientError {
         }
     }
 
+    /// What kind of reason the monitor had to refuse, if it has refused by one that it knows.
+    #[must_use]
+    pub fn kind(&self) -> Option<ErrorKind> {
+        Some(match self.status()? {
+            400 => ErrorKind::Invalid,
+            404 => ErrorKind::NotFound,
+            409 => ErrorKind::Conflict,
+            429 => ErrorKind::Busy,
+            500 => ErrorKind::Failed,
+            501 => ErrorKind::Unimplemented,
+            _ => return None,
+        })
+    }
+
     /// Whether no monitor is there (any more): nobody listens, or who did has ended.
     #[must_use]
     pub fn is_gone(&self) -> bool {
@@ -139,5 +155,26 @@ mod tests {
         assert_eq!(full.to_string(), "The VM could not boot: no kernel");
         assert!(refused(&[]).to_string().contains("status 500"));
         assert_eq!(refused(&["Not Found"]).to_string(), "Not Found");
+    }
+
+    #[test]
+    fn the_kind_of_a_refusal_is_that_of_its_status() {
+        let refused = |status| ClientError::Refused {
+            status,
+            chain: Vec::new(),
+        };
+        for (status, kind) in [
+            (400, Some(ErrorKind::Invalid)),
+            (404, Some(ErrorKind::NotFound)),
+            (409, Some(ErrorKind::Conflict)),
+            (429, Some(ErrorKind::Busy)),
+            (500, Some(ErrorKind::Failed)),
+            (501, Some(ErrorKind::Unimplemented)),
+            (503, None),
+        ] {
+            assert_eq!(refused(status).kind(), kind);
+        }
+        let count = 254;
+        assert_eq!(ClientError::Descriptors { count }.kind(), None);
     }
 }

@@ -29,7 +29,7 @@ mod head;
 mod json;
 mod mailbox;
 mod objects;
-mod peer;
+pub(crate) mod peer;
 mod server;
 mod tunnel;
 

@@ -4,8 +4,8 @@ use std::fmt;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-/// The process that connected, as the kernel knew it then.
-pub(super) struct Peer(Option<libc::ucred>);
+/// The process that connected, or listened, as the kernel knew it then.
+pub(crate) struct Peer(Option<libc::ucred>);
 
 impl Peer {
     /// Asks the kernel.
@@ -33,6 +33,12 @@ impl Peer {
             )
         };
         Self((result == 0).then_some(peer))
+    }
+
+    /// Its number, unless it is one of another namespace.
+    pub fn process(&self) -> Option<u32> {
+        let pid = self.0.as_ref()?.pid;
+        u32::try_from(pid).ok().filter(|&pid| pid > 0)
     }
 }
 

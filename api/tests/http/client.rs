@@ -148,6 +148,7 @@ fn a_refusal_has_its_status_and_its_chain() {
     let mut client = client(&server);
     let error = client.pause().unwrap_err();
     assert_eq!(error.status(), Some(409));
+    assert_eq!(error.kind(), Some(ErrorKind::Conflict));
     assert_eq!(
         error.to_string(),
         "The VM could not be paused: it is paused"
@@ -229,6 +230,8 @@ fn nobody_there_is_told_apart_from_a_monitor_that_hangs() {
     assert!(Client::connect(&path).unwrap_err().is_gone());
     let listener = UnixListener::bind(&path).unwrap();
     let mut client = Client::connect_within(&path, brief).unwrap();
+    // This process is the one that hangs.
+    assert_eq!(client.process(), Some(std::process::id()));
     let error = client.ping().unwrap_err();
     assert!(matches!(error, ClientError::TimedOut { .. }), "{error}");
     assert!(!error.is_gone());

@@ -23,7 +23,7 @@ pub(super) fn warn(text: &str) {
 }
 
 /// The text with control characters escaped.
-fn one_line(text: &str) -> String {
+pub(super) fn one_line(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
             let (escaped, plain) = if c.is_control() {

@@ -18,7 +18,9 @@ pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     for line in &lines {
         let cells = line.iter().zip(&widths);
-        let padded: Vec<String> = cells.map(|(cell, width)| format!("{cell:width$}")).collect();
+        let padded: Vec<String> = cells
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
         text.push_str(padded.join("  ").trim_end());
         text.push('\n');
     }
@@ -43,10 +45,16 @@ mod tests {
     #[test]
     fn columns_are_as_wide_as_their_widest_cell_and_lines_end_at_their_last() {
         let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
-        let text = table(&["NAME", "STATE"], &[row(["é", "running"]), row(["web-1", ""])]);
+        let text = table(
+            &["NAME", "STATE"],
+            &[row(["é", "running"]), row(["web-1", ""])],
+        );
         assert_eq!(text, "NAME   STATE\né      running\nweb-1\n");
         assert_eq!(table(&["NAME"], &[]), "NAME\n");
-        assert_eq!(table(&["A"], &[vec!["\x1b[2J".to_owned()]]), "A\n\\u{1b}[2J\n");
+        assert_eq!(
+            table(&["A"], &[vec!["\x1b[2J".to_owned()]]),
+            "A\n\\u{1b}[2J\n"
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Which machine a verb is for: by its name, or by its control socket.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +18,13 @@ use crate::places;
 
 /// How long a monitor may take to show that it lives, for `vireo list`.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+/// How many are looked at together.
+const AT_ONCE: usize = 32;
+/// How long a monitor that is to do something may take to show that it lives: reads
+/// are answered at once, whatever it is busy with.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a command may take. Some build a machine, or wait for disks.
+const COMMAND: Duration = Duration::from_secs(120);
 
 const SOCKET_ENDING: &str = ".sock";
 
@@ -46,8 +54,8 @@ pub(super) struct SocketFlag {
 /// A monitor that can be asked.
 #[derive(Debug)]
 pub(super) struct Remote {
-    /// The machine's name, or the path of the socket.
-    pub label: String,
+    /// Who it is, for messages: `machine 'web'`.
+    pub who: String,
     pub client: Client,
 }
 
@@ -64,6 +72,13 @@ impl Target {
     /// No such machine runs, or it cannot be reached; with a mend.
     pub fn connect(&self) -> anyhow::Result<Remote> {
         connect(self.name(), self.socket.path())
+    }
+}
+
+impl Remote {
+    /// Puts the machine before what went wrong with it.
+    pub fn failed(&self, error: ClientError) -> anyhow::Error {
+        anyhow::Error::new(error).context(self.who.clone())
     }
 }
 
@@ -94,42 +109,92 @@ impl SocketFlag {
             let first = if self.path().is_none() { "NAME " } else { "" };
             let wanted = names.join(" ");
             let given = rest.len() + usize::from(name.is_some());
-            Misuse(format!("{given} arguments: give {first}{wanted}"))
+            Misuse(format!(
+                "the arguments are {first}{wanted}, and {given} of them are given"
+            ))
         })?;
         Ok((connect(name.as_deref(), self.path())?, rest))
     }
 }
 
 fn connect(name: Option<&str>, socket: Option<&Path>) -> anyhow::Result<Remote> {
-    let path = match (name, socket) {
-        (_, Some(path)) => return connect_to(path),
-        (None, None) => return Err(Misuse("a name is missing: add NAME".to_owned()).into()),
-        (Some(name), None) => socket_of(name)?,
-    };
-    let name = name.unwrap_or_default();
-    match Client::connect(&path) {
-        Ok(client) => Ok(Remote {
-            label: name.to_owned(),
-            client,
-        }),
-        Err(error) if error.is_gone() => Err(no_such(name)),
-        Err(error) => Err(anyhow::Error::new(error).context(format!("machine '{name}'"))),
+    match (name, socket) {
+        (_, Some(path)) => connect_to(path),
+        (None, None) => Err(Misuse("a name is missing: add NAME".to_owned()).into()),
+        (Some(name), None) => connect_by(name),
+    }
+}
+
+fn connect_by(name: &str) -> anyhow::Result<Remote> {
+    let path = socket_of(name)?;
+    let who = format!("machine '{name}'");
+    match reach(&path, &who) {
+        Ok(client) => Ok(Remote { who, client }),
+        Err(Unreachable::Absent(_)) => Err(no_such(name)),
+        Err(Unreachable::Dead(_)) => anyhow::bail!(
+            "{who} does not run: it has ended without removing its socket {}: start it again, which replaces that",
+            path.display()
+        ),
+        Err(Unreachable::Other(error)) => Err(error),
     }
 }
 
 fn connect_to(path: &Path) -> anyhow::Result<Remote> {
     // As in the other flags of this name.
     let path = path.strip_prefix("path=").unwrap_or(path);
-    match Client::connect(path) {
-        Ok(client) => Ok(Remote {
-            label: path.display().to_string(),
-            client,
-        }),
-        Err(error) if error.is_gone() => {
-            let told = anyhow::Error::new(error).context("--api-socket");
-            Err(told.context("no monitor listens there"))
+    let who = format!("the machine at {}", path.display());
+    match reach(path, &who) {
+        Ok(client) => Ok(Remote { who, client }),
+        Err(Unreachable::Absent(error)) => {
+            Err(anyhow::Error::new(error).context("--api-socket: no monitor listens there"))
         }
-        Err(error) => Err(anyhow::Error::new(error).context("--api-socket")),
+        Err(Unreachable::Dead(error)) => {
+            let told = "--api-socket: the monitor that listened there has ended";
+            Err(anyhow::Error::new(error).context(told))
+        }
+        Err(Unreachable::Other(error)) => Err(error.context("--api-socket")),
+    }
+}
+
+/// Why a monitor cannot be asked.
+enum Unreachable {
+    /// There is no socket.
+    Absent(ClientError),
+    /// There is a socket to which nobody listens.
+    Dead(ClientError),
+    /// Something else.
+    Other(anyhow::Error),
+}
+
+/// Connects to a monitor that shows that it lives. Calls may then take as long as commands do.
+fn reach(path: &Path, who: &str) -> Result<Client, Unreachable> {
+    let other = |error: ClientError, process: Option<u32>| {
+        let silent = matches!(error, ClientError::TimedOut { .. });
+        let error = anyhow::Error::new(error);
+        Unreachable::Other(match process {
+            _ if !silent => error.context(who.to_owned()),
+            Some(process) => anyhow::anyhow!(
+                "{who} does not answer: {error}: try again, or end its process {process}"
+            ),
+            None => anyhow::anyhow!("{who} does not answer: {error}: try again"),
+        })
+    };
+    let mut client = Client::connect_within(path, PATIENCE).map_err(|error| match &error {
+        ClientError::Connect { source, .. } => match source.kind() {
+            ErrorKind::NotFound => Unreachable::Absent(error),
+            ErrorKind::ConnectionRefused => Unreachable::Dead(error),
+            _ => other(error, None),
+        },
+        _ => other(error, None),
+    })?;
+    // A call gives its connection up when it fails.
+    let process = client.process();
+    match client.ping() {
+        Ok(_) => {
+            client.set_timeout(COMMAND);
+            Ok(client)
+        }
+        Err(error) => Err(other(error, process)),
     }
 }
 
@@ -164,14 +229,17 @@ pub(super) fn check_name(name: &str) -> anyhow::Result<()> {
 
 /// That no machine of this name runs, with the names of those that do.
 fn no_such(name: &str) -> anyhow::Error {
-    if Definitions::of_user().is_ok_and(|stored| stored.has(name)) {
+    let stored = Definitions::of_user().ok().filter(|all| all.has(name));
+    if let Some(stored) = stored {
         return anyhow::anyhow!(
-            "machine '{name}' is defined and does not run: start it with 'vireo start {name}'"
+            "machine '{name}' is defined and does not run: start it with 'vireo run --config {}'",
+            stored.path(name).display()
         );
     }
-    let running: Vec<String> = running(&Opener::new())
+    let running: Vec<String> = found(&Opener::new())
         .into_iter()
-        .map(|live| live.name)
+        .filter(|found| !matches!(found.standing, Standing::Dead))
+        .map(|found| found.name)
         .collect();
     if running.is_empty() {
         return anyhow::anyhow!(
@@ -184,53 +252,79 @@ fn no_such(name: &str) -> anyhow::Error {
     anyhow::anyhow!("no machine '{name}': {hint}those that run are {all}")
 }
 
-/// A monitor that listens.
-pub(super) struct Live {
+/// A socket in the directory of sockets, and who is behind it.
+pub(super) struct Found {
     pub name: String,
     pub path: PathBuf,
-    /// `None` where it does not answer in time.
-    pub monitor: Option<wire::VmmPingResponse>,
-    /// `None` where it has no machine, or does not answer.
-    pub machine: Option<wire::VmInfo>,
+    /// The monitor's process, where it is known.
+    pub process: Option<u32>,
+    pub standing: Standing,
 }
 
-/// The monitors that listen in the directory of sockets, by name. Sockets whose
-/// monitors are gone are passed over.
-pub(super) fn running(opener: &Opener) -> Vec<Live> {
+/// What is behind a socket.
+pub(super) enum Standing {
+    /// A monitor with a machine.
+    Machine(Box<wire::VmInfo>),
+    /// A monitor without one.
+    Empty,
+    /// One that does not answer in time.
+    Silent,
+    /// Nobody: the monitor was killed.
+    Dead,
+}
+
+/// What the sockets in the directory of sockets lead to, by name. It takes no longer than
+/// [`SIGN_OF_LIFE`] for each [`AT_ONCE`] of them.
+pub(super) fn found(opener: &Opener) -> Vec<Found> {
     let Some(directory) = places::sockets() else {
         return Vec::new();
     };
-    let names = opener.names_in(&directory).unwrap_or_default();
-    let mut found: Vec<Live> = names
+    // Where there is no directory, there are no sockets.
+    let files = opener.names_in(&directory).unwrap_or_default();
+    let mut names: Vec<&str> = files
         .iter()
         .filter_map(|file| file.strip_suffix(SOCKET_ENDING))
         .filter(|name| is_name(name))
-        .filter_map(|name| look_at(name, places::socket(&directory, name)))
         .collect();
-    found.sort_by(|a, b| a.name.cmp(&b.name));
+    names.sort_unstable();
+    let mut found = Vec::new();
+    for batch in names.chunks(AT_ONCE) {
+        std::thread::scope(|scope| {
+            let directory = &directory;
+            let looks: Vec<_> = batch
+                .iter()
+                .map(|name| scope.spawn(|| look_at(name, places::socket(directory, name))))
+                .collect();
+            let seen = looks.into_iter().filter_map(|look| look.join().ok());
+            found.extend(seen.flatten());
+        });
+    }
     found
 }
 
-fn look_at(name: &str, path: PathBuf) -> Option<Live> {
-    let mut live = Live {
+/// `None` for a socket that has just gone, and for one of somebody else.
+fn look_at(name: &str, path: PathBuf) -> Option<Found> {
+    let (process, standing) = match Client::connect_within(&path, SIGN_OF_LIFE) {
+        Ok(mut client) => (client.process(), ask(&mut client)?),
+        Err(ClientError::Connect { source, .. }) => match source.kind() {
+            ErrorKind::ConnectionRefused => (None, Standing::Dead),
+            _ => return None,
+        },
+        Err(_) => (None, Standing::Silent),
+    };
+    Some(Found {
         name: name.to_owned(),
         path,
-        monitor: None,
-        machine: None,
-    };
-    let asked = Client::connect_within(&live.path, SIGN_OF_LIFE).and_then(|mut client| {
-        live.monitor = Some(client.ping()?);
-        match client.info() {
-            Ok(info) => live.machine = Some(info),
-            Err(error) if error.status() == Some(404) => (),
-            Err(error) => return Err(error),
-        }
-        Ok(())
-    });
-    match asked {
+        process,
+        standing,
+    })
+}
+
+fn ask(client: &mut Client) -> Option<Standing> {
+    match client.info() {
+        Ok(info) => Some(Standing::Machine(Box::new(info))),
+        Err(error) if error.status() == Some(404) => Some(Standing::Empty),
         Err(error) if error.is_gone() => None,
-        // It is somebody else's.
-        Err(ClientError::Connect { .. }) => None,
-        _ => Some(live),
+        Err(_) => Some(Standing::Silent),
     }
 }

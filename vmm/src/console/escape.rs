@@ -6,19 +6,36 @@ const ESCAPE: u8 = 0x01;
 /// What the user asked for with an escape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Escape {
-    /// Ctrl-a x: end the machine.
+    /// Ctrl-a x, or what else the filter leaves on: end the machine, or leave it.
     Quit,
     /// Ctrl-a h: say which escapes there are.
     Help,
 }
 
 /// Finds escapes in typed input, over any division into pieces.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct EscapeFilter {
     after_escape: bool,
+    /// The keys that mean [`Escape::Quit`] behind Ctrl-a.
+    leave: &'static [u8],
+}
+
+impl Default for EscapeFilter {
+    fn default() -> Self {
+        Self::leaving_on(b"xX")
+    }
 }
 
 impl EscapeFilter {
+    /// One for which Ctrl-a and any of `keys` is [`Escape::Quit`].
+    #[must_use]
+    pub fn leaving_on(keys: &'static [u8]) -> Self {
+        Self {
+            after_escape: false,
+            leave: keys,
+        }
+    }
+
     /// Appends to `guest` what is meant for the guest, and returns the first
     /// escape found; the rest of `typed` is then dropped with a quit, kept otherwise.
     pub fn filter(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> Option<Escape> {
@@ -33,7 +50,7 @@ impl EscapeFilter {
             }
             self.after_escape = false;
             match byte {
-                b'x' | b'X' => return Some(Escape::Quit),
+                key if self.leave.contains(&key) => return Some(Escape::Quit),
                 b'h' | b'H' | b'?' => found = Some(Escape::Help),
                 b'a' | ESCAPE => guest.push(ESCAPE),
                 other => guest.extend([ESCAPE, other]),
@@ -75,6 +92,15 @@ mod tests {
     fn the_escape_key_itself_is_sent_by_doubling_it() {
         assert_eq!(feed(&[b"\x01a\x01\x01"]), (vec![1, 1], None));
         assert_eq!(feed(&[b"\x01q"]), (vec![1, b'q'], None));
+    }
+
+    #[test]
+    fn a_filter_leaves_on_its_own_keys() {
+        let mut guest = Vec::new();
+        let mut filter = EscapeFilter::leaving_on(b"d");
+        assert_eq!(filter.filter(b"\x01x", &mut guest), None);
+        assert_eq!(filter.filter(b"\x01d", &mut guest), Some(Escape::Quit));
+        assert_eq!(guest, b"\x01x");
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod source;
 mod state;
 mod terminal;
 
+pub(crate) use escape::{Escape, EscapeFilter};
 pub use hub::{ConsoleHub, ConsoleWriter, InputPort, PortLink};
 pub use sink::{SinkId, SinkIdError, SinkInfo, SinkKind};
 pub use terminal::{RawMode, open_pty};

@@ -140,10 +140,13 @@ impl Description {
                     disk: Some(disk),
                 })
             }
-            AddDevice::Virtio(device) => Ok(Planned {
-                config: self.config.plan_device(device)?,
-                disk: None,
-            }),
+            AddDevice::Virtio(device) => {
+                let config = self.config.plan_device(device)?;
+                Ok(Planned {
+                    disk: self.config.shown_disk(&config),
+                    config,
+                })
+            }
             AddDevice::Net(..) => lacks("network cards"),
             AddDevice::Vsock(_) => lacks("vsock device"),
             AddDevice::Fs(_) => lacks("shared directories"),
@@ -160,7 +163,7 @@ impl Description {
 
     /// Takes up a change of a disk that has been planned.
     pub fn update(&mut self, request: &wire::VmUpdateDisk, update: DiskUpdate) {
-        // A disk that was added by its own schema is in the configuration alone.
+        // Every disk is in both forms.
         let _ = update_disk(&mut self.wire, request);
         let DiskUpdate { device, .. } = update;
         let mut devices = self.config.devices.iter_mut();

@@ -10,6 +10,7 @@
     reason = "a test ends at what it did not expect"
 )]
 
+mod attach;
 mod consoles;
 mod disks;
 mod gdb;
@@ -20,3 +21,4 @@ mod shape;
 mod start_order;
 mod state;
 mod support;
+mod verbs;

@@ -187,6 +187,16 @@ impl VmConfig {
         Ok(device)
     }
 
+    /// What clients are shown of a device of this machine, if it is a disk.
+    #[must_use]
+    pub fn shown_disk(&self, device: &DeviceConfig) -> Option<wire::DiskConfig> {
+        if device.kind != blk::MODEL.kind {
+            return None;
+        }
+        let config = serde_json::from_value(device.config.clone()).ok()?;
+        Some(disk_to_wire(&device.id, &config, self.cpus.boot))
+    }
+
     /// Whether this machine can have `device` besides its own.
     fn check_new(&self, device: &DeviceConfig) -> Result<(), ControlError> {
         names::check_one(&device.id)?;

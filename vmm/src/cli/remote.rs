@@ -1,0 +1,166 @@
+//! The verbs for machines that run: each asks a monitor over its control socket.
+
+mod console;
+mod disk;
+mod events;
+mod jobs;
+mod lifecycle;
+mod resize;
+mod show;
+mod watch;
+
+use clap::Subcommand;
+use serde::Serialize;
+
+use crate::opener::Opener;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// List this user's machines
+    ///
+    /// A machine is listed by the socket that its name gives it, or by its definition.
+    /// One that does not answer within half a second is 'not responding', and one that was
+    /// killed and left its socket is 'dead'.
+    #[command(after_help = show::LIST_EXAMPLES)]
+    List(show::ListArgs),
+    /// Show state and description of a machine
+    #[command(after_help = show::INFO_EXAMPLES)]
+    Info(show::ShowArgs),
+    /// Show the devices of a machine
+    #[command(after_help = show::DEVICES_EXAMPLES)]
+    Devices(show::ShowArgs),
+    /// Show what devices and vCPUs have counted
+    #[command(after_help = show::COUNTERS_EXAMPLES)]
+    Counters(show::ShowArgs),
+    /// Print states and counters for Prometheus
+    #[command(after_help = show::METRICS_EXAMPLES)]
+    Metrics(show::MetricsArgs),
+    /// Follow what happens to a machine, until it ends
+    #[command(after_help = events::EXAMPLES)]
+    Events(events::EventsArgs),
+    /// Boot a machine that a monitor has and that does not run
+    #[command(after_help = lifecycle::START_EXAMPLES)]
+    Start(lifecycle::PlainArgs),
+    /// Stop vCPUs and devices, keeping everything
+    #[command(after_help = lifecycle::PAUSE_EXAMPLES, visible_alias = "suspend")]
+    Pause(lifecycle::PlainArgs),
+    /// Let a paused machine go on
+    #[command(after_help = lifecycle::RESUME_EXAMPLES)]
+    Resume(lifecycle::PlainArgs),
+    /// Press the power button and wait until the guest has powered off
+    ///
+    /// The exit code is 0 when it has, 6 when it had to be ended by --force, and 1 when it still runs.
+    #[command(after_help = lifecycle::SHUTDOWN_EXAMPLES)]
+    Shutdown(lifecycle::ShutdownArgs),
+    /// End the guest at once and boot it again
+    #[command(after_help = lifecycle::REBOOT_EXAMPLES)]
+    Reboot(lifecycle::PlainArgs),
+    /// End machine and monitor at once
+    #[command(after_help = lifecycle::DESTROY_EXAMPLES)]
+    Destroy(lifecycle::PlainArgs),
+    /// Attach this terminal to the serial console of a machine
+    ///
+    /// Ctrl-a d detaches. A pipe or file on standard input is passed on as it is.
+    #[command(after_help = console::EXAMPLES)]
+    Console(console::ConsoleArgs),
+    /// Change the number of vCPUs, the memory or the balloon
+    #[command(after_help = resize::EXAMPLES)]
+    Resize(resize::ResizeArgs),
+    /// List, add, remove and change disks
+    #[command(after_help = disk::EXAMPLES)]
+    Disk {
+        #[command(subcommand)]
+        verb: disk::Verb,
+    },
+    /// List and cancel what goes on in the background
+    #[command(after_help = jobs::EXAMPLES)]
+    Jobs {
+        #[command(subcommand)]
+        verb: jobs::Verb,
+    },
+}
+
+/// Does what a verb says; the exit code.
+///
+/// # Errors
+///
+/// [`super::Misuse`], or why it was not done.
+pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
+    match verb {
+        Verb::List(arguments) => show::list(&arguments, opener),
+        Verb::Info(arguments) => show::info(&arguments),
+        Verb::Devices(arguments) => show::devices(&arguments),
+        Verb::Counters(arguments) => show::counters(&arguments),
+        Verb::Metrics(arguments) => show::metrics(&arguments),
+        Verb::Events(arguments) => events::follow(&arguments),
+        Verb::Start(arguments) => lifecycle::start(&arguments),
+        Verb::Pause(arguments) => lifecycle::pause(&arguments),
+        Verb::Resume(arguments) => lifecycle::resume(&arguments),
+        Verb::Shutdown(arguments) => return lifecycle::shutdown(&arguments),
+        Verb::Reboot(arguments) => lifecycle::reboot(&arguments),
+        Verb::Destroy(arguments) => lifecycle::destroy(&arguments),
+        Verb::Console(arguments) => console::attach(&arguments),
+        Verb::Resize(arguments) => resize::resize(&arguments),
+        Verb::Disk { verb } => disk::run(verb),
+        Verb::Jobs { verb } => jobs::run(verb),
+    }?;
+    Ok(0)
+}
+
+/// Prints a value for programs.
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    super::print(format!("{text}\n").as_bytes())
+}
+
+/// Prints a text for people.
+fn print(text: &str) -> anyhow::Result<()> {
+    super::print(text.as_bytes())
+}
+
+/// A number of bytes as the flags take it, as far as it is whole.
+fn size(bytes: u64) -> String {
+    for (unit, letter) in [
+        (1_u64 << 40, 'T'),
+        (1 << 30, 'G'),
+        (1 << 20, 'M'),
+        (1 << 10, 'K'),
+    ] {
+        if bytes >= unit && bytes.is_multiple_of(unit) {
+            return format!("{}{letter}", bytes / unit);
+        }
+    }
+    bytes.to_string()
+}
+
+/// The word that the socket has for a state.
+fn word(state: &impl Serialize) -> String {
+    let value = serde_json::to_value(state).unwrap_or_default();
+    value.as_str().unwrap_or("unknown").to_ascii_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_as_flags_take_them() {
+        for (bytes, text) in [
+            (0, "0"),
+            (1, "1"),
+            (1 << 10, "1K"),
+            (512 << 20, "512M"),
+            (3 << 29, "1536M"),
+            (1 << 40, "1T"),
+            (u64::MAX, "18446744073709551615"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn states_are_words() {
+        assert_eq!(word(&api::wire::VmInfoState::Running), "running");
+        assert_eq!(word(&api::wire::DeviceState::NeedsReset), "needs_reset");
+    }
+}

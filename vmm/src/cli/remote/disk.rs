@@ -1,0 +1,451 @@
+//! `vireo disk`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use api::wire::{self, DeviceState, ImageType, RateLimiterConfig, VmResizeDisk, VmUpdateDisk};
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use serde_json::Value;
+use virtio::limit::{self, RateLimits};
+use virtio::models::blk::MODEL;
+use virtio::schema::{Field, FieldKind};
+
+use super::super::Misuse;
+use super::super::table::table;
+use super::super::target::{Remote, SocketFlag, Target};
+use super::watch::Watch;
+use super::{print, print_json, word};
+use crate::config::DeviceConfig;
+use crate::config::file::make_device_paths_absolute;
+use crate::config::flag::{self, FlagError, FlagTable};
+use crate::config::wire::rate_limiter;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vireo disk list web
+  vireo disk add web path=/srv/data.img,id=data
+  vireo disk remove web data";
+const LIST_EXAMPLES: &str = "\
+Examples:
+  vireo disk list web
+  vireo disk list web --json | jq -r '.[].path'";
+const ADD_EXAMPLES: &str = "\
+Examples:
+  vireo disk add web /srv/data.img
+  vireo disk add web path=/srv/data.qcow2,format=qcow2,id=data,readonly=on
+      The keys are those of 'vireo run --disk', and of all devices: id= and addr=.
+  vireo disk add --api-socket /tmp/vm.sock /srv/data.img";
+const REMOVE_EXAMPLES: &str = "\
+Examples:
+  vireo disk remove web data
+  vireo disk remove web data --timeout 0
+      Ask the guest for it, and do not wait.";
+const UPDATE_EXAMPLES: &str = "\
+Examples:
+  vireo disk update web data bw_size=100M,bw_refill_time=1000
+      At most 100 MiB in a second.
+  vireo disk update web data limits=off
+  vireo disk update web cdrom path=/srv/other.iso
+      Another medium for a read-only disk.";
+const RESIZE_EXAMPLES: &str = "\
+Examples:
+  vireo disk resize web data 20G";
+
+/// Seconds that a guest has to give a disk up.
+const TIMEOUT: u64 = 60;
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(50);
+const LIMITS: &str = "limits";
+const PATH: &str = "path";
+
+/// The keys of `vireo disk update`.
+const UPDATE_FIELDS: &[Field] = &[
+    Field {
+        name: PATH,
+        kind: FieldKind::Path,
+        required: false,
+        help: "another image, for a read-only disk",
+    },
+    Field {
+        name: LIMITS,
+        kind: FieldKind::Choice(&["off"]),
+        required: false,
+        help: "lifts the limits",
+    },
+    limit::FIELDS[0],
+    limit::FIELDS[1],
+    limit::FIELDS[2],
+    limit::FIELDS[3],
+    limit::FIELDS[4],
+    limit::FIELDS[5],
+];
+
+#[derive(Debug, Subcommand)]
+pub(in crate::cli) enum Verb {
+    /// List the disks of a machine
+    #[command(after_help = LIST_EXAMPLES)]
+    List(ListArgs),
+    /// Add a disk
+    ///
+    /// The path is that of this machine's files, and is made absolute; the monitor opens it.
+    #[command(after_help = ADD_EXAMPLES, visible_alias = "attach")]
+    Add(AddArgs),
+    /// Have the guest give a disk up, and wait until it has
+    #[command(after_help = REMOVE_EXAMPLES, visible_alias = "detach")]
+    Remove(RemoveArgs),
+    /// Change the limits of a disk, or the medium of a read-only one
+    #[command(after_help = UPDATE_EXAMPLES)]
+    Update(UpdateArgs),
+    /// Make a disk larger and tell the guest
+    #[command(after_help = RESIZE_EXAMPLES)]
+    Resize(DiskResizeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ListArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Print JSON, for programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct AddArgs {
+    /// Name of the machine, and what 'vireo run --disk' takes
+    #[arg(value_names = ["NAME", "path=PATH,…"], num_args = 1..=2, required = true)]
+    words: Vec<String>,
+    #[command(flatten)]
+    socket: SocketFlag,
+    /// Print JSON, for programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct RemoveArgs {
+    /// Name of the machine, and id of the disk
+    #[arg(value_names = ["NAME", "DISK"], num_args = 1..=2, required = true)]
+    words: Vec<String>,
+    #[command(flatten)]
+    socket: SocketFlag,
+    /// Seconds that the guest has to give it up; 0: do not wait
+    #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT, allow_negative_numbers = true)]
+    timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct UpdateArgs {
+    /// Name of the machine, id of the disk, and what is to be different
+    #[arg(value_names = ["NAME", "DISK", "key=value,…"], num_args = 2..=3, required = true)]
+    words: Vec<String>,
+    #[command(flatten)]
+    socket: SocketFlag,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct DiskResizeArgs {
+    /// Name of the machine, id of the disk, and its new size
+    #[arg(value_names = ["NAME", "DISK", "SIZE"], num_args = 2..=3, required = true)]
+    words: Vec<String>,
+    #[command(flatten)]
+    socket: SocketFlag,
+}
+
+pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
+    match verb {
+        Verb::List(arguments) => list(&arguments),
+        Verb::Add(arguments) => add(arguments),
+        Verb::Remove(arguments) => remove(arguments),
+        Verb::Update(arguments) => update(arguments),
+        Verb::Resize(arguments) => resize(arguments),
+    }
+}
+
+/// A line of `vireo disk list`.
+#[derive(Debug, Serialize)]
+struct Row {
+    id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bdf: Option<String>,
+    state: DeviceState,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format: Option<&'static str>,
+    readonly: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<PathBuf>,
+}
+
+fn list(arguments: &ListArgs) -> anyhow::Result<()> {
+    let mut remote = arguments.target.connect()?;
+    let rows = disks(&mut remote)?;
+    if arguments.json {
+        return print_json(&rows);
+    }
+    let dash = || "-".to_owned();
+    let cells = |row: &Row| {
+        vec![
+            row.id.clone(),
+            row.bdf.clone().unwrap_or_else(dash),
+            word(&row.state),
+            row.format.map_or_else(dash, str::to_owned),
+            if row.readonly { "ro" } else { "rw" }.to_owned(),
+            row.path
+                .as_ref()
+                .map_or_else(dash, |path| path.display().to_string()),
+        ]
+    };
+    let rows: Vec<_> = rows.iter().map(cells).collect();
+    print(&table(
+        &["ID", "ADDRESS", "STATE", "FORMAT", "MODE", "PATH"],
+        &rows,
+    ))
+}
+
+/// The disks of the description, with what the machine says of them.
+fn disks(remote: &mut Remote) -> anyhow::Result<Vec<Row>> {
+    let info = remote.client.info();
+    let info = info.map_err(|error| remote.failed(error))?;
+    let devices = remote.client.devices();
+    let devices = devices.map_err(|error| remote.failed(error))?;
+    Ok(rows(info.config.disks.unwrap_or_default(), devices))
+}
+
+fn rows(disks: Vec<wire::DiskConfig>, devices: Vec<wire::DeviceInfo>) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for disk in disks {
+        let id = disk.id.unwrap_or_default();
+        let device = devices.iter().find(|device| device.id == id);
+        rows.push(Row {
+            bdf: device.and_then(|device| device.bdf.clone()),
+            state: device.map_or(DeviceState::Configured, |device| device.state),
+            format: match disk.image_type {
+                ImageType::Raw => Some("raw"),
+                ImageType::Qcow2 => Some("qcow2"),
+                _ => None,
+            },
+            readonly: disk.readonly,
+            path: disk.path,
+            id,
+        });
+    }
+    rows
+}
+
+/// What `vm.add-virtio` takes for the text of `--disk`.
+fn described(text: &str) -> anyhow::Result<wire::VirtioConfig> {
+    let misuse = |error: &dyn std::error::Error| Misuse(crate::error::chain(error));
+    let mut device =
+        DeviceConfig::from_flag(&MODEL, "disk", text).map_err(|error| misuse(&error))?;
+    let directory = std::env::current_dir().context("the working directory is gone")?;
+    make_device_paths_absolute(&mut device, &directory, &[MODEL]);
+    let Value::Object(config) = device.config else {
+        anyhow::bail!("the configuration of a disk is no object");
+    };
+    Ok(wire::VirtioConfig {
+        kind: device.kind,
+        id: Some(device.id).filter(|id| !id.is_empty()),
+        address: device.address,
+        config,
+    })
+}
+
+fn add(arguments: AddArgs) -> anyhow::Result<()> {
+    let (mut remote, [text]) = arguments
+        .socket
+        .connect_and_split(arguments.words, ["path=PATH,…"])?;
+    let added = remote.client.add_virtio(&described(&text)?);
+    let added = added.map_err(|error| remote.failed(error))?;
+    match added {
+        _ if arguments.json => print_json(&added),
+        Some(place) => print(&format!("{} is at {}\n", place.id, place.bdf)),
+        None => print("the disk will be there when the machine is booted\n"),
+    }
+}
+
+fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
+    let (mut remote, [id]) = arguments
+        .socket
+        .connect_and_split(arguments.words, ["DISK"])?;
+    let known = disks(&mut remote)?;
+    if known.iter().all(|row| row.id != id) {
+        let ids: Vec<&str> = known.iter().map(|row| row.id.as_str()).collect();
+        let those = match ids.as_slice() {
+            [] => "it has none".to_owned(),
+            ids => format!("its disks are {}", ids.join(", ")),
+        };
+        anyhow::bail!("{} has no disk '{id}': {those}", remote.who);
+    }
+    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
+    let asked = remote.client.remove_device(&id);
+    asked.map_err(|error| remote.failed(error))?;
+    let seconds = arguments.timeout;
+    let deadline = Instant::now().checked_add(Duration::from_secs(seconds));
+    let deadline = deadline.with_context(|| format!("--timeout {seconds}: too far away"))?;
+    if seconds == 0 {
+        return Ok(());
+    }
+    wait_for_removal(&mut remote, &mut watch, &id, deadline)?.with_context(|| {
+        format!(
+            "{}: the guest has not given '{id}' up within {seconds} s: it may still do so, if it is able to remove PCI devices and does not use the disk",
+            remote.who
+        )
+    })
+}
+
+/// Waits until a device is gone for good; `None` when it is still there at `deadline`.
+fn wait_for_removal(
+    remote: &mut Remote,
+    watch: &mut Watch,
+    id: &str,
+    deadline: Instant,
+) -> anyhow::Result<Option<()>> {
+    loop {
+        let devices = remote.client.devices();
+        let devices = devices.map_err(|error| remote.failed(error))?;
+        if devices.iter().all(|device| device.id != id) {
+            return Ok(Some(()));
+        }
+        // The event may come a moment before the list is without the device.
+        let soon = Instant::now().checked_add(LOOK);
+        let until = soon.map_or(deadline, |soon| soon.min(deadline));
+        let event = watch.next(until);
+        event.map_err(|error| remote.failed(error))?;
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+    }
+}
+
+/// What `vm.update-disk` takes for the text of `vireo disk update`.
+fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateDisk> {
+    let flag = "disk update";
+    let table = FlagTable {
+        flag,
+        fields: UPDATE_FIELDS,
+        shorthand: None,
+    };
+    let missing = |key| FlagError::MissingKey {
+        flag: flag.to_owned(),
+        key,
+    };
+    let misuse = |error: FlagError| Misuse(crate::error::chain(&error));
+    let keys = flag::parse(&table, text).map_err(misuse)?;
+    if keys.is_empty() {
+        return Err(Misuse(format!("{flag}: nothing is to change: give key=value")).into());
+    }
+    let limits = RateLimits::from_keys(|key| keys.get(key).and_then(Value::as_u64));
+    let limits = limits.map_err(|key| misuse(missing(key)))?;
+    let lifted = keys.contains_key(LIMITS);
+    if lifted && limits != RateLimits::default() {
+        return Err(Misuse(format!("{flag}: limits=off and other limits: give either")).into());
+    }
+    let limits = rate_limiter(limits);
+    let path = keys.get(PATH).and_then(Value::as_str);
+    let path = path
+        .map(|path| absolute(path).with_context(|| format!("{flag}: path={path}")))
+        .transpose()?;
+    Ok(VmUpdateDisk {
+        id,
+        rate_limiter_config: limits.or(lifted.then(RateLimiterConfig::default)),
+        path,
+    })
+}
+
+/// A path that the monitor understands as this process does; an address, such as `nbd://host/disk`, stays.
+fn absolute(path: &str) -> anyhow::Result<PathBuf> {
+    if path.contains("://") {
+        return Ok(PathBuf::from(path));
+    }
+    Ok(std::path::absolute(path)?)
+}
+
+fn update(arguments: UpdateArgs) -> anyhow::Result<()> {
+    let (mut remote, [id, text]) = arguments
+        .socket
+        .connect_and_split(arguments.words, ["DISK", "key=value,…"])?;
+    let updated = remote.client.update_disk(&changed(id, &text)?);
+    updated.map_err(|error| remote.failed(error))
+}
+
+fn resize(arguments: DiskResizeArgs) -> anyhow::Result<()> {
+    let (mut remote, [id, size]) = arguments
+        .socket
+        .connect_and_split(arguments.words, ["DISK", "SIZE"])?;
+    let desired_size =
+        flag::parse_bytes(&size).map_err(|error| Misuse(format!("size '{size}': {error}")))?;
+    let resized = remote
+        .client
+        .resize_disk(&VmResizeDisk { id, desired_size });
+    resized.map_err(|error| remote.failed(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_described_by_the_keys_of_its_flag_with_paths_that_the_monitor_can_use() {
+        let disk = described("a.img,readonly=on,id=data,addr=7").unwrap();
+        assert_eq!(
+            (disk.kind.as_str(), disk.id.as_deref()),
+            ("blk", Some("data"))
+        );
+        assert_eq!(disk.address, Some(7));
+        let path = disk.config["path"].as_str().unwrap();
+        assert!(path.starts_with('/') && path.ends_with("/a.img"), "{path}");
+        assert_eq!(disk.config["readonly"], Value::Bool(true));
+        let far = described("path=nbd://host/disk").unwrap();
+        assert_eq!(far.config["path"], "nbd://host/disk");
+        for wrong in ["", "paht=x", "a.img,addr=32", "a.img,readonly=perhaps"] {
+            let error = described(wrong).unwrap_err();
+            assert!(error.is::<Misuse>(), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_change_says_what_is_different_and_nothing_else() {
+        let change = |text: &str| changed("d".to_owned(), text);
+        let limited = change("bw_size=1M,bw_refill_time=100").unwrap();
+        let bucket = limited.rate_limiter_config.unwrap().bandwidth.unwrap();
+        assert_eq!((bucket.size, bucket.refill_time), (1 << 20, 100));
+        assert_eq!(limited.path, None);
+        let lifted = change("limits=off").unwrap().rate_limiter_config;
+        assert_eq!(lifted, Some(RateLimiterConfig::default()));
+        let medium = change("path=x.iso").unwrap();
+        assert_eq!(medium.rate_limiter_config, None);
+        assert!(medium.path.unwrap().is_absolute());
+        for wrong in [
+            "",
+            "bw_size=1M",
+            "size=1",
+            "limits=on",
+            "limits=off,ops_size=1,ops_refill_time=1",
+        ] {
+            let error = change(wrong).unwrap_err();
+            assert!(error.is::<Misuse>(), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn disks_are_listed_with_what_the_machine_says_of_them() {
+        let disks = serde_json::from_str(
+            r#"[{"id":"a","path":"/a","image_type":"Qcow2"},{"id":"b","path":"/b","readonly":true}]"#,
+        );
+        let devices = serde_json::from_str(
+            r#"[{"id":"a","kind":"blk","bdf":"0000:00:01.0","state":"active"}]"#,
+        );
+        let rows = rows(disks.unwrap(), devices.unwrap());
+        let told: Vec<_> = rows
+            .iter()
+            .map(|row| (row.id.as_str(), row.bdf.is_some(), row.state, row.format))
+            .collect();
+        let expected = [
+            ("a", true, DeviceState::Active, Some("qcow2")),
+            ("b", false, DeviceState::Configured, None),
+        ];
+        assert_eq!(told, expected);
+    }
+}

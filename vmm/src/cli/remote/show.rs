@@ -1,0 +1,308 @@
+//! List, info, devices, counters, metrics.
+
+use api::wire::{self, ConsoleMode};
+use clap::Args;
+use serde::Serialize;
+
+use super::super::table::{facts, table};
+use super::super::target::{Found, Standing, Target, found};
+use super::{print, print_json, size, word};
+use crate::definitions::Definitions;
+use crate::opener::Opener;
+
+pub(super) const LIST_EXAMPLES: &str = "\
+Examples:
+  vireo list
+  vireo list --json | jq -r '.[] | select(.state == \"running\") | .name'";
+pub(super) const INFO_EXAMPLES: &str = "\
+Examples:
+  vireo info web
+  vireo info web --json | jq .config.memory.size";
+pub(super) const DEVICES_EXAMPLES: &str = "\
+Examples:
+  vireo devices web";
+pub(super) const COUNTERS_EXAMPLES: &str = "\
+Examples:
+  vireo counters web
+  vireo counters web --json | jq '._disk0.read_bytes'";
+pub(super) const METRICS_EXAMPLES: &str = "\
+Examples:
+  vireo metrics web > /var/lib/node_exporter/web.prom";
+
+/// Ticks of a second in /proc (x86-64's USER_HZ, which programs may rely on).
+const TICKS: u64 = 100;
+/// The most bytes that are read of a file below /proc.
+const PROC: u64 = 4096;
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ListArgs {
+    /// Print JSON, for programs
+    #[arg(long)]
+    json: bool,
+}
+
+/// A machine of which something is shown.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ShowArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Print JSON, for programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct MetricsArgs {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// A line of `vireo list`; what is not known is absent.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    state: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpus: Option<u32>,
+    /// Bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<u64>,
+    /// Seconds since the monitor started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uptime: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    socket: Option<String>,
+}
+
+impl Row {
+    fn of(found: Found, opener: &Opener) -> Self {
+        let (state, machine) = match found.standing {
+            Standing::Machine(info) => (word(&info.state), Some(info)),
+            Standing::Empty => ("no machine".to_owned(), None),
+            Standing::Silent => ("not responding".to_owned(), None),
+            Standing::Dead => ("dead".to_owned(), None),
+        };
+        Self {
+            name: found.name,
+            state,
+            pid: found.process,
+            cpus: machine.as_ref().map(|info| info.config.cpus.boot_vcpus),
+            memory: machine.as_ref().map(|info| info.memory_actual_size),
+            uptime: found.process.and_then(|pid| uptime(pid, opener)),
+            socket: Some(found.path.display().to_string()),
+        }
+    }
+
+    fn defined(name: String) -> Self {
+        Self {
+            name,
+            state: "defined".to_owned(),
+            pid: None,
+            cpus: None,
+            memory: None,
+            uptime: None,
+            socket: None,
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let number = |value: Option<u32>| value.map_or_else(dash, |value| value.to_string());
+        vec![
+            self.name.clone(),
+            self.state.clone(),
+            number(self.pid),
+            number(self.cpus),
+            self.memory.map_or_else(dash, size),
+            self.uptime.map_or_else(dash, duration),
+        ]
+    }
+}
+
+fn dash() -> String {
+    "-".to_owned()
+}
+
+pub(super) fn list(arguments: &ListArgs, opener: &Opener) -> anyhow::Result<()> {
+    let mut rows: Vec<Row> = found(opener)
+        .into_iter()
+        .map(|found| Row::of(found, opener))
+        .collect();
+    // A user without a home has defined nothing.
+    let stored = Definitions::of_user().map(|stored| stored.names());
+    for name in stored.unwrap_or_default() {
+        if rows.iter().all(|row| row.name != name) {
+            rows.push(Row::defined(name));
+        }
+    }
+    rows.sort_by(|a, b| a.name.cmp(&b.name));
+    if arguments.json {
+        return print_json(&rows);
+    }
+    let cells: Vec<_> = rows.iter().map(Row::cells).collect();
+    print(&table(
+        &["NAME", "STATE", "PID", "CPUS", "MEMORY", "UPTIME"],
+        &cells,
+    ))
+}
+
+/// How long a process has run, in seconds; `None` where /proc does not tell.
+fn uptime(pid: u32, opener: &Opener) -> Option<u64> {
+    let read = |path: String| opener.read_text(path.as_ref(), PROC).ok();
+    let now = read("/proc/uptime".to_owned())?;
+    let now: u64 = now.split('.').next()?.parse().ok()?;
+    let start = start_ticks(&read(format!("/proc/{pid}/stat"))?)?;
+    Some(now.saturating_sub(start / TICKS))
+}
+
+/// The 22nd field of /proc/PID/stat (proc_pid_stat(5)). The second is a name in parentheses, which may hold anything.
+fn start_ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(") ")?;
+    rest.split(' ').nth(19)?.parse().ok()
+}
+
+/// A time in its two largest units.
+fn duration(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m{:02}s", seconds % 60),
+        (0, _, _) => format!("{hours}h{:02}m", minutes % 60),
+        _ => format!("{days}d{:02}h", hours % 24),
+    }
+}
+
+pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
+    let mut remote = arguments.target.connect()?;
+    let process = remote.client.process();
+    let info = remote.client.info();
+    let info = info.map_err(|error| remote.failed(error))?;
+    if arguments.json {
+        return print_json(&info);
+    }
+    let mut told = Vec::new();
+    if let Some(name) = arguments.target.name() {
+        told.push(("Name", name.to_owned()));
+    }
+    told.push(("State", word(&info.state)));
+    told.extend(process.map(|process| ("Process", process.to_string())));
+    told.push(("Socket", remote.client.path().display().to_string()));
+    told.extend(description(&info));
+    print(&facts(&told))
+}
+
+fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
+    let config = &info.config;
+    let mut told = Vec::new();
+    let (now, most) = (config.cpus.boot_vcpus, config.cpus.max_vcpus);
+    told.push((
+        "vCPUs",
+        if most > now {
+            format!("{now} of at most {most}")
+        } else {
+            now.to_string()
+        },
+    ));
+    told.push(("Memory", size(info.memory_actual_size)));
+    if let Some(payload) = &config.payload {
+        let path = |path: &Option<std::path::PathBuf>| {
+            path.as_ref().map(|path| path.display().to_string())
+        };
+        told.extend(path(&payload.kernel).map(|kernel| ("Kernel", kernel)));
+        told.extend(path(&payload.initramfs).map(|file| ("Initramfs", file)));
+        told.extend(payload.cmdline.clone().map(|text| ("Command line", text)));
+    }
+    for disk in config.disks.iter().flatten() {
+        let id = disk.id.as_deref().unwrap_or("-");
+        let path = disk.path.as_ref().map(|path| path.display().to_string());
+        let readonly = if disk.readonly { ", read-only" } else { "" };
+        let path = path.unwrap_or_else(dash);
+        told.push(("Disk", format!("{id} at {path}{readonly}")));
+    }
+    told.push(("Serial", serial(&config.serial)));
+    told
+}
+
+fn serial(serial: &wire::SerialConfig) -> String {
+    let place = match serial.mode {
+        ConsoleMode::Socket => serial.socket.as_ref(),
+        _ => serial.file.as_ref(),
+    };
+    let mode = word(&serial.mode);
+    place.map_or(mode.clone(), |place| format!("{mode} {}", place.display()))
+}
+
+pub(super) fn devices(arguments: &ShowArgs) -> anyhow::Result<()> {
+    let mut remote = arguments.target.connect()?;
+    let devices = remote.client.devices();
+    let devices = devices.map_err(|error| remote.failed(error))?;
+    if arguments.json {
+        return print_json(&devices);
+    }
+    let rows: Vec<_> = devices
+        .into_iter()
+        .map(|device| {
+            let state = word(&device.state);
+            vec![
+                device.id,
+                device.kind,
+                device.bdf.unwrap_or_else(dash),
+                state,
+            ]
+        })
+        .collect();
+    print(&table(&["ID", "KIND", "ADDRESS", "STATE"], &rows))
+}
+
+pub(super) fn counters(arguments: &ShowArgs) -> anyhow::Result<()> {
+    let mut remote = arguments.target.connect()?;
+    let counters = remote.client.counters();
+    let counters = counters.map_err(|error| remote.failed(error))?;
+    if arguments.json {
+        return print_json(&counters);
+    }
+    let mut rows = Vec::new();
+    for (device, counters) in counters {
+        for (name, value) in counters {
+            rows.push(vec![device.clone(), name, value.to_string()]);
+        }
+    }
+    print(&table(&["DEVICE", "COUNTER", "VALUE"], &rows))
+}
+
+pub(super) fn metrics(arguments: &MetricsArgs) -> anyhow::Result<()> {
+    let mut remote = arguments.target.connect()?;
+    let metrics = remote.client.metrics();
+    print(&metrics.map_err(|error| remote.failed(error))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_says_when_it_has_started_whatever_its_name() {
+        let fields: Vec<String> = (3..=52).map(|field| field.to_string()).collect();
+        let stat = format!("7 (a) 9 ) (b) {}", fields.join(" "));
+        assert_eq!(start_ticks(&stat), Some(22));
+        assert_eq!(start_ticks("7 (a) S 1"), None);
+        assert_eq!(start_ticks(""), None);
+        assert!(uptime(std::process::id(), &Opener::new()).is_some());
+        assert_eq!(uptime(u32::MAX, &Opener::new()), None);
+    }
+
+    #[test]
+    fn times_have_their_two_largest_units() {
+        for (seconds, text) in [
+            (0, "0s"),
+            (59, "59s"),
+            (61, "1m01s"),
+            (3600, "1h00m"),
+            (90_061, "1d01h"),
+            (u64::MAX, "213503982334601d07h"),
+        ] {
+            assert_eq!(duration(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! The verbs for machines that run, by name.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use api::client::Client;
+use serde_json::Value;
+
+use crate::support::{Vireo, can_run, run_arguments};
+
+/// A user with directories of their own, unless that is root, whose sockets are in one place.
+struct User(tempfile::TempDir);
+
+impl User {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn command(&self, arguments: &[impl AsRef<str>]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+        command
+            .args(arguments.iter().map(AsRef::as_ref))
+            .current_dir(self.0.path())
+            .env("XDG_RUNTIME_DIR", self.0.path())
+            .env("XDG_CONFIG_HOME", self.0.path())
+            .env_remove("VIREO_LOG");
+        command
+    }
+
+    fn sockets(&self) -> PathBuf {
+        let directory = if rustix::process::geteuid().is_root() {
+            PathBuf::from("/run/vireo")
+        } else {
+            self.0.path().join("vireo")
+        };
+        fs::create_dir_all(&directory).unwrap();
+        directory
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.sockets().join(format!("{name}.sock"))
+    }
+
+    fn start(&self, name: &str, guest: &str, cmdline: &str, flags: &[&str]) -> Vireo {
+        let mut flags = flags.to_vec();
+        flags.extend(["--name", name, "--shutdown-timeout", "1000"]);
+        Vireo::spawn(&mut self.command(&run_arguments(guest, cmdline, &flags)))
+    }
+
+    fn output(&self, arguments: &[&str]) -> Output {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// What a verb prints that does its work.
+    fn done(&self, arguments: &[&str]) -> String {
+        let output = self.output(arguments);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.done(arguments)).unwrap()
+    }
+
+    /// The one line that says why a verb did not.
+    fn refused(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.output(arguments);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
+        assert!(text.starts_with("vireo: "), "{arguments:?}: {text}");
+        text
+    }
+
+    /// What `vireo list --json` says of a machine.
+    fn listed(&self, name: &str) -> Option<Value> {
+        let all = self.json(&["list", "--json"]);
+        let found = all
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["name"] == name);
+        found.cloned()
+    }
+}
+
+/// A name that no other test has.
+fn name() -> String {
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let number = MADE.fetch_add(1, Ordering::Relaxed);
+    format!("test-{}-{number}", std::process::id())
+}
+
+#[test]
+fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
+    if !can_run() {
+        return;
+    }
+    let (user, name) = (User::new(), name());
+    let name = name.as_str();
+    let mut machine = user.start(name, "hotplug", "count=9", &["--cpus", "boot=1,max=2"]);
+    machine.stdout.wait_for("hotplug=ready");
+    let mut events = Vireo::spawn(&mut user.command(&["events", name, "--after", "0", "--json"]));
+
+    let row = user.listed(name).unwrap();
+    assert_eq!(
+        (&row["state"], &row["pid"]),
+        (&"running".into(), &machine.id().into())
+    );
+    assert_eq!(
+        (&row["cpus"], &row["memory"]),
+        (&1.into(), &(64 << 20).into())
+    );
+    assert!(row["uptime"].is_u64());
+    let table = user.done(&["list"]);
+    assert!(
+        table
+            .lines()
+            .any(|line| line.starts_with(name) && line.contains("running"))
+    );
+    let info = user.done(&["info", name]);
+    assert!(
+        info.contains("64M") && info.contains("1 of at most 2"),
+        "{info}"
+    );
+    assert_eq!(user.json(&["info", name, "--json"])["state"], "Running");
+
+    user.done(&["pause", name]);
+    assert_eq!(user.listed(name).unwrap()["state"], "paused");
+    let again = user.refused(1, &["pause", name]);
+    assert!(
+        again.contains(name) && again.contains("already paused"),
+        "{again}"
+    );
+    user.done(&["resume", name]);
+    assert_eq!(user.listed(name).unwrap()["state"], "running");
+
+    add_and_remove(&user, name, &mut machine);
+
+    assert!(user.done(&["devices", name]).starts_with("ID"));
+    assert_eq!(
+        user.json(&["jobs", "list", name, "--json"]),
+        Value::Array(Vec::new())
+    );
+    assert!(user.done(&["metrics", name]).contains("vireo_vm_state"));
+    user.json(&["counters", name, "--json"]);
+    let full = user.refused(1, &["resize", name, "--cpus", "3"]);
+    assert!(full.contains('3'), "{full}");
+
+    assert_eq!(user.done(&["destroy", name]), "");
+    // Nothing is left of it then.
+    assert!(!user.socket(name).exists());
+    machine.ends_with(0);
+    let told = events.stdout.rest();
+    events.ends_with(0);
+    for event in ["device_added", "device_removed", "\"paused\"", "exit"] {
+        assert!(told.contains(event), "{event}: {told}");
+    }
+    assert_eq!(user.listed(name), None);
+    let gone = user.refused(1, &["info", name]);
+    assert!(gone.contains(&format!("no machine '{name}'")), "{gone}");
+}
+
+fn add_and_remove(user: &User, name: &str, machine: &mut Vireo) {
+    let image = user.0.path().join("a.img");
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let missing = user.refused(1, &["disk", "add", name, "b.img"]);
+    assert!(missing.contains("b.img"), "{missing}");
+    // The path is this process's, and not the monitor's.
+    let added = user.done(&["disk", "add", name, "path=a.img,format=raw,id=hot"]);
+    assert_eq!(added, "hot is at 0000:00:01.0\n");
+    machine.stdout.wait_for("wrote=01 status=0");
+    let listed = user.json(&["disk", "list", name, "--json"]);
+    let row = &listed.as_array().unwrap()[0];
+    assert_eq!((&row["id"], &row["format"]), (&"hot".into(), &"raw".into()));
+    assert_eq!(row["path"], image.to_str().unwrap());
+    let taken = user.refused(1, &["disk", "add", name, "a.img"]);
+    assert!(taken.contains("a.img"), "{taken}");
+    user.done(&[
+        "disk",
+        "update",
+        name,
+        "hot",
+        "ops_size=5,ops_refill_time=100",
+    ]);
+    let info = user.json(&["info", name, "--json"]);
+    let limiter = &info["config"]["disks"][0]["rate_limiter_config"];
+    assert_eq!(limiter["ops"]["size"], 5);
+    user.done(&["disk", "update", name, "hot", "limits=off"]);
+    let writable = user.refused(1, &["disk", "update", name, "hot", "path=b.img"]);
+    assert!(writable.contains("read-only"), "{writable}");
+    let unknown = user.refused(1, &["disk", "remove", name, "hut"]);
+    assert!(unknown.contains("its disks are hot"), "{unknown}");
+
+    user.done(&["disk", "remove", name, "hot"]);
+    machine.stdout.wait_for("gone=01");
+    assert_eq!(
+        user.json(&["disk", "list", name, "--json"]),
+        Value::Array(Vec::new())
+    );
+    // By the socket it is the same machine.
+    let socket = user.socket(name);
+    let socket = socket.to_str().unwrap();
+    let added = user.json(&["disk", "add", "--api-socket", socket, "a.img", "--json"]);
+    assert_eq!(added["bdf"], "0000:00:02.0");
+    let id = added["id"].as_str().unwrap();
+    user.done(&["disk", "remove", "--api-socket", socket, id]);
+}
+
+#[test]
+fn shutdown_waits_for_the_guest() {
+    if !can_run() {
+        return;
+    }
+    let (user, name) = (User::new(), name());
+    let mut machine = user.start(&name, "poke", "serial-echo", &[]);
+    machine.stdout.wait_for("echo=ready");
+    let client = Client::connect(user.socket(&name)).unwrap();
+    let mut events = client.events(None).unwrap();
+    let mut verb = Vireo::spawn(&mut user.command(&["shutdown", &name]));
+    while events.next().unwrap().unwrap().kind != "power_button" {}
+    assert!(verb.is_running());
+    // This guest does not hear the button, and powers off when it reads this.
+    std::io::Write::write_all(machine.stdin.as_mut().unwrap(), b"q\n").unwrap();
+    verb.ends_with(0);
+    machine.ends_with(0);
+    assert!(!user.socket(&name).exists());
+}
+
+#[test]
+fn a_guest_that_ignores_the_button_goes_on_or_is_ended_by_force_and_its_name_is_free() {
+    if !can_run() {
+        return;
+    }
+    let (user, name) = (User::new(), name());
+    let mut machine = user.start(&name, "poke", "outs halt", &[]);
+    machine.stdout.wait_for("outs=");
+    let still = user.refused(1, &["shutdown", &name, "--timeout", "0"]);
+    assert!(
+        still.contains("still runs") && still.contains("--force"),
+        "{still}"
+    );
+    assert_eq!(user.listed(&name).unwrap()["state"], "running");
+    let ended = user.refused(6, &["shutdown", &name, "--timeout", "0", "--force"]);
+    assert!(ended.contains("was ended"), "{ended}");
+    // The next one does not meet the last.
+    let mut next = user.start(&name, "poke", "outs halt", &[]);
+    next.stdout.wait_for("outs=");
+    machine.ends_with(0);
+    user.done(&["destroy", &name]);
+    next.ends_with(0);
+}
+
+#[test]
+fn a_machine_that_has_powered_off_is_started_again() {
+    if !can_run() {
+        return;
+    }
+    let (user, name) = (User::new(), name());
+    let mut machine = user.start(&name, "hello", "", &["--no-shutdown"]);
+    let client = Client::connect(user.socket_when_there(&name)).unwrap();
+    let mut events = client.events(Some(0)).unwrap();
+    while events.next().unwrap().unwrap().kind != "exit" {}
+    crate::support::until("the state after the end", || {
+        (user.listed(&name)?["state"] == "created").then_some(())
+    });
+    let early = user.refused(1, &["pause", &name]);
+    assert!(early.contains("VM"), "{early}");
+    user.done(&["start", &name]);
+    while events.next().unwrap().unwrap().kind != "exit" {}
+    user.done(&["destroy", &name]);
+    machine.ends_with(0);
+    assert_eq!(machine.stdout.rest().matches("Hello").count(), 2);
+}
+
+impl User {
+    fn socket_when_there(&self, name: &str) -> PathBuf {
+        let socket = self.socket(name);
+        crate::support::until("the socket", || Client::connect(&socket).ok());
+        socket
+    }
+}
+
+#[test]
+fn sockets_without_a_monitor_are_dead_and_those_that_hang_hold_nobody_up() {
+    let (user, dead, silent) = (User::new(), name(), name());
+    let path = user.socket(&dead);
+    drop(UnixListener::bind(&path).unwrap());
+    let hung = user.socket(&silent);
+    let _listener = UnixListener::bind(&hung).unwrap();
+    assert_eq!(user.listed(&dead).unwrap()["state"], "dead");
+    let row = user.listed(&silent).unwrap();
+    assert_eq!(row["state"], "not responding");
+    let own = std::process::id();
+    assert_eq!(row["pid"], own);
+    let told = user.refused(1, &["info", &dead]);
+    assert!(
+        told.contains("has ended without removing its socket"),
+        "{told}"
+    );
+    let told = user.refused(1, &["pause", "--api-socket", path.to_str().unwrap()]);
+    assert!(told.contains("has ended"), "{told}");
+    let told = user.refused(1, &["pause", &silent]);
+    assert!(told.contains(&format!("end its process {own}")), "{told}");
+    fs::remove_file(path).unwrap();
+    fs::remove_file(hung).unwrap();
+}
+
+#[test]
+fn wrong_usage_is_refused_in_a_line_and_nobody_is_asked() {
+    let user = User::new();
+    for (arguments, part) in [
+        (&["info"][..], "NAME"),
+        (&["info", "../x"], "--api-socket"),
+        (&["info", "a", "--api-socket", "/x"], "cannot be used with"),
+        (&["resize", "a"], "--cpus"),
+        (&["resize", "a", "--memory", "1.5G"], "--memory"),
+        (&["disk", "remove", "a"], "NAME DISK"),
+        (&["disk", "update", "a", "b"], "NAME DISK"),
+        (&["jobs", "cancel", "--api-socket", "/x", "1", "2"], "JOB"),
+        (&["shutdown", "a", "--timeout", "-1"], "--timeout"),
+    ] {
+        let text = user.refused(2, arguments);
+        assert!(text.contains(part), "{arguments:?}: {text}");
+    }
+    let text = user.refused(1, &["info", "--api-socket", "/no/such"]);
+    assert!(text.contains("no monitor listens there"), "{text}");
+    let text = user.refused(1, &["destroy", "nobody-has-this-name"]);
+    assert!(text.contains("no machine 'nobody-has-this-name'"), "{text}");
+}
