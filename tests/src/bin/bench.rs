@@ -29,7 +29,7 @@ struct Args {
     quick: bool,
     /// Only these groups of measures
     #[arg(long, value_name = "GROUP", value_delimiter = ',',
-          value_parser = ["size", "start", "memory", "port", "disk", "image", "boot"])]
+          value_parser = ["size", "start", "api", "memory", "port", "disk", "image", "boot"])]
     only: Vec<String>,
 }
 

@@ -195,5 +195,5 @@ pub(super) fn whole_life(kernel: &str) -> Case {
             dd if=raw bs=64k skip=32 count=64 2>/dev/null | cmp - was
             echo the host sees what was read and written",
         )
-        .limit(120)
+        .limit(240)
 }
