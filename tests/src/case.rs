@@ -33,6 +33,9 @@ pub struct Case {
     pub limit: u64,
     /// The case changes settings of the machine it runs on: never direct.
     pub nested_only: bool,
+    /// The monitor is started as `vireo serve` with [`args`](Case::args), without a machine;
+    /// the steps create one over the control socket.
+    pub served: bool,
 }
 
 /// What a case boots.
@@ -123,10 +126,10 @@ pub enum Fill {
     Noise,
 }
 
-/// Waits for a text in the output, then acts.
+/// Waits for a text in the output, then acts. A case whose guest ends before fails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// The text to wait for; earlier steps' texts come before it.
+    /// The text to wait for; earlier steps' texts come before it. Empty is at once.
     pub when: String,
     /// What to do then.
     pub then: Action,
@@ -139,6 +142,86 @@ pub enum Action {
     Signal(String),
     /// Writes to the monitor's standard input.
     Type(String),
+    /// Sends a request to the control socket of a case that is [`served`](Case::served).
+    Ask(Ask),
+    /// Looks whether the output stands still: the guest writes all the time, but now it
+    /// must be silent for so many milliseconds.
+    Still(u64),
+}
+
+/// A request and what must be answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask {
+    /// Method and endpoint, such as `PUT vm.pause`.
+    pub request: String,
+    /// What is sent with it. Besides `{dir}`, the words `{kernel}`, `{initramfs}` and
+    /// `{cmdline}` stand for what the case boots.
+    pub body: String,
+    /// The status of the answer.
+    pub status: u16,
+    /// What the answer's body must and must not hold.
+    pub wants: Vec<Want>,
+    /// It is asked again until the answer is as wanted.
+    pub again: bool,
+}
+
+impl Ask {
+    /// A request to which 204 is answered.
+    #[must_use]
+    pub fn put(endpoint: &str, body: &str) -> Self {
+        Self {
+            request: format!("PUT {endpoint}"),
+            body: body.to_owned(),
+            status: 204,
+            wants: Vec::new(),
+            again: false,
+        }
+    }
+
+    /// A request whose answer has these texts.
+    #[must_use]
+    pub fn get(endpoint: &str, texts: &[&str]) -> Self {
+        let texts = texts.iter().map(|text| Want::Text((*text).to_owned()));
+        Self {
+            request: format!("GET {endpoint}"),
+            body: String::new(),
+            status: 200,
+            wants: texts.collect(),
+            again: false,
+        }
+    }
+
+    /// Asks until the answer is as wanted.
+    #[must_use]
+    pub fn until(mut self) -> Self {
+        self.again = true;
+        self
+    }
+
+    /// Sets the status to expect.
+    #[must_use]
+    pub fn answered(mut self, status: u16) -> Self {
+        self.status = status;
+        self
+    }
+
+    /// Adds one demand on the answer's body.
+    #[must_use]
+    pub fn want(mut self, want: Want) -> Self {
+        self.wants.push(want);
+        self
+    }
+
+    /// Says what is wrong with an answer, if anything.
+    #[must_use]
+    pub fn complaint(&self, status: u16, body: &str) -> Option<String> {
+        let wrong = if status == self.status {
+            self.wants.iter().find_map(|want| want.complaint(body, ""))
+        } else {
+            Some(format!("{status}, not {}", self.status))
+        };
+        wrong.map(|wrong| format!("{} was answered {wrong}: {body}", self.request))
+    }
 }
 
 /// One demand on the output.
@@ -195,6 +278,7 @@ impl Case {
             after: String::new(),
             limit: 60,
             nested_only: false,
+            served: false,
         }
     }
 
@@ -246,6 +330,22 @@ impl Case {
             then,
         });
         self
+    }
+
+    /// Lets the steps make the machine, over the control socket.
+    #[must_use]
+    pub fn served(mut self) -> Self {
+        self.served = true;
+        self
+    }
+
+    /// Adds requests, one after the other from when the text has come.
+    #[must_use]
+    pub fn asks<I: IntoIterator<Item = Ask>>(self, when: &str, asks: I) -> Self {
+        let mut when = when;
+        asks.into_iter().fold(self, |case, ask| {
+            case.step(std::mem::take(&mut when), Action::Ask(ask))
+        })
     }
 
     /// Sets the script to run before.
@@ -357,11 +457,41 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_is_measured_by_its_status_and_then_by_its_body() {
+        let ask = Ask::get("vm.info", &["Paused"]).want(Want::NoText("disk9".into()));
+        assert_eq!(ask.complaint(200, r#"{"state":"Paused"}"#), None);
+        assert!(
+            ask.complaint(404, "Paused")
+                .unwrap()
+                .contains("404, not 200")
+        );
+        assert!(ask.complaint(200, "Running").unwrap().contains("vm.info"));
+        assert!(ask.complaint(200, "Paused disk9").is_some());
+    }
+
+    #[test]
+    fn only_the_first_of_several_requests_waits_for_the_text() {
+        let case = Case::new("x", Boot::guest("hello", ""))
+            .asks("up", [Ask::put("vm.pause", ""), Ask::put("vm.resume", "")]);
+        let whens: Vec<&str> = case.steps.iter().map(|step| step.when.as_str()).collect();
+        assert_eq!(whens, ["up", ""]);
+    }
+
+    #[test]
     fn a_case_survives_the_way_into_the_nested_machine() {
         let case = Case::new("x", Boot::guest("hello", "stay"))
             .args("--cpus boot=2")
             .file("disk", 512, Fill::Noise)
             .step("up", Action::Signal("TERM".into()))
+            .served()
+            .asks(
+                "on",
+                [
+                    Ask::put("vm.pause", ""),
+                    Ask::get("vm.info", &["Paused"]).until(),
+                ],
+            )
+            .step("", Action::Still(300))
             .exits(3);
         let text = serde_json::to_string(&case).unwrap();
         assert_eq!(serde_json::from_str::<Case>(&text).unwrap(), case);

@@ -17,6 +17,7 @@
 
 pub mod bench;
 pub mod case;
+pub mod control;
 pub mod cpio;
 pub mod guests;
 pub mod initramfs;

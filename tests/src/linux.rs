@@ -3,6 +3,8 @@
 //! A guest's script prints what it finds as lines that begin with `@@`; the
 //! demands are on those lines.
 
+mod driven;
+
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
 const MIB: u64 = 1 << 20;
@@ -189,6 +191,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {
         cases.push(killed(kernel, ""));
+        cases.push(driven::whole_life(kernel));
     }
     cases
 }

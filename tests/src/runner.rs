@@ -9,9 +9,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::case::{Action, Boot, Case, Fill, Form, Outcome, ScratchFile, Step, Verdict};
+use crate::case::{Action, Ask, Boot, Case, Fill, Form, Outcome, ScratchFile, Step, Verdict};
+use crate::control::Connection;
 use crate::{initramfs, kit};
 
 /// How much of each output stream is kept, in bytes.
@@ -20,6 +21,14 @@ const KEPT: usize = 256 << 10;
 const TRIPLE_FAULT: i32 = 4;
 /// How long output may still come after the monitor has ended.
 const DRAIN: Duration = Duration::from_secs(5);
+/// The control socket of a case, in its directory.
+const SOCKET: &str = "api.sock";
+/// How long the monitor may take to listen, and an answer to become as wanted.
+const ANSWER: Duration = Duration::from_secs(30);
+/// How often a request is sent until the answer is as wanted.
+const AGAIN: Duration = Duration::from_millis(50);
+/// How often the output may move before it has to stand still.
+const MOVES: u32 = 3;
 
 /// Finds a file of the kit on this machine.
 pub type Locate<'a> = &'a dyn Fn(&str) -> Result<PathBuf>;
@@ -52,7 +61,8 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
     }
     let vireo = locate("vireo")?;
     script("before", &case.before, directory, &vireo)?;
-    let mut command = command(case, locate, directory)?;
+    let words = Words::prepare(case, locate, directory)?;
+    let mut command = words.command(case, locate)?;
     fs::write(directory.join("again"), shell_line(&command))?;
     command
         .stdin(Stdio::piped())
@@ -60,12 +70,12 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
         .stderr(Stdio::piped());
     let begin = Instant::now();
     let child = command.spawn().context("the monitor does not start")?;
-    let ended = Monitor::attach(child)?.watch(case, outcome)?;
+    let ended = Monitor::attach(child, words)?.watch(case, outcome)?;
     outcome.millis = u64::try_from(begin.elapsed().as_millis())?;
-    let Some(status) = ended else {
+    let Some(End { status, left }) = ended else {
         return Ok(());
     };
-    let mut complaints = Vec::new();
+    let mut complaints = Vec::from_iter(left);
     let code = status
         .code()
         .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
@@ -97,48 +107,90 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
 /// # Errors
 /// A file of the kit is not there.
 pub fn command(case: &Case, locate: Locate<'_>, directory: &Path) -> Result<Command> {
-    let payload = kit::payload(&case.boot);
-    let mut command = Command::new(locate("vireo")?);
-    command
-        .arg("run")
-        .arg("--kernel")
-        .arg(locate(&payload.kernel)?)
-        .current_dir(directory);
-    match &case.boot {
-        Boot::Guest { cmdline, .. } => {
-            command.arg("--cmdline").arg(cmdline);
-        }
-        Boot::Linux {
-            cmdline,
-            script,
-            form,
-            ..
-        } => {
-            let image = directory.join("initramfs");
-            let base = locate(&payload.initramfs.context("Linux has an initramfs")?)?;
-            fs::copy(&base, &image).with_context(|| format!("cannot copy {}", base.display()))?;
-            if !script.is_empty() {
-                let more = initramfs::guest_script(&in_directory(script, directory))?;
-                fs::OpenOptions::new()
-                    .append(true)
-                    .open(&image)?
-                    .write_all(&more)?;
+    Words::prepare(case, locate, directory)?.command(case, locate)
+}
+
+/// What the braces in a case stand for.
+struct Words {
+    directory: PathBuf,
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    cmdline: String,
+}
+
+impl Words {
+    /// Finds what the case boots; a guest's script is put behind its initramfs.
+    fn prepare(case: &Case, locate: Locate<'_>, directory: &Path) -> Result<Self> {
+        let payload = kit::payload(&case.boot);
+        let mut words = Self {
+            directory: directory.to_owned(),
+            kernel: locate(&payload.kernel)?,
+            initramfs: None,
+            cmdline: String::new(),
+        };
+        match &case.boot {
+            Boot::Guest { cmdline, .. } => words.cmdline.clone_from(cmdline),
+            Boot::Linux {
+                cmdline, script, ..
+            } => {
+                let image = directory.join("initramfs");
+                let base = locate(&payload.initramfs.context("Linux has an initramfs")?)?;
+                fs::copy(&base, &image)
+                    .with_context(|| format!("cannot copy {}", base.display()))?;
+                if !script.is_empty() {
+                    let more = initramfs::guest_script(&in_directory(script, directory))?;
+                    fs::OpenOptions::new()
+                        .append(true)
+                        .open(&image)?
+                        .write_all(&more)?;
+                }
+                words.initramfs = Some(image);
+                words.cmdline = format!("console=ttyS0 quiet {cmdline}")
+                    .trim_end()
+                    .to_owned();
             }
-            command.arg("--initramfs").arg(image);
-            command
-                .arg("--cmdline")
-                .arg(format!("console=ttyS0 quiet {cmdline}").trim_end());
-            if *form != Form::BzImage {
+        }
+        Ok(words)
+    }
+
+    fn command(&self, case: &Case, locate: Locate<'_>) -> Result<Command> {
+        let mut command = Command::new(locate("vireo")?);
+        command.current_dir(&self.directory);
+        if case.served {
+            command.args(["serve", "--api-socket"]).arg(self.socket());
+        } else {
+            command.arg("run").arg("--kernel").arg(&self.kernel);
+            if let Some(initramfs) = &self.initramfs {
+                command.arg("--initramfs").arg(initramfs);
+            }
+            command.arg("--cmdline").arg(&self.cmdline);
+            if let Boot::Linux { form, .. } = &case.boot
+                && *form != Form::BzImage
+            {
                 let protocol = if *form == Form::Pvh { "pvh" } else { "linux" };
                 command.args(["--boot-protocol", protocol]);
             }
+            if !case.args.iter().any(|arg| arg == "--serial") {
+                command.args(["--serial", "tty"]);
+            }
         }
+        let args = case.args.iter();
+        command.args(args.map(|arg| in_directory(arg, &self.directory)));
+        Ok(command)
     }
-    if !case.args.iter().any(|arg| arg == "--serial") {
-        command.args(["--serial", "tty"]);
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join(SOCKET)
     }
-    command.args(case.args.iter().map(|arg| in_directory(arg, directory)));
-    Ok(command)
+
+    /// `text` with what its braces stand for.
+    fn fill(&self, text: &str) -> String {
+        let initramfs = self.initramfs.as_deref().unwrap_or(Path::new(""));
+        in_directory(text, &self.directory)
+            .replace("{kernel}", &self.kernel.to_string_lossy())
+            .replace("{initramfs}", &initramfs.to_string_lossy())
+            .replace("{cmdline}", &self.cmdline)
+    }
 }
 
 /// The command as a shell's, for scripts that start the monitor once more.
@@ -207,15 +259,31 @@ enum Event {
     Exit(ExitStatus),
 }
 
+/// How a monitor ended.
+struct End {
+    status: ExitStatus,
+    /// That there are steps which were not taken.
+    left: Option<String>,
+}
+
 /// A running monitor with its three streams.
 struct Monitor {
     id: u32,
     stdin: ChildStdin,
     events: Receiver<Event>,
+    words: Words,
+    output: Vec<u8>,
+    errors: Vec<u8>,
+    /// How far the output has been searched for the steps' texts.
+    seen: usize,
+    status: Option<ExitStatus>,
+    /// How many streams may still bring something.
+    open: u32,
+    deadline: Instant,
 }
 
 impl Monitor {
-    fn attach(mut child: Child) -> Result<Self> {
+    fn attach(mut child: Child, words: Words) -> Result<Self> {
         let id = child.id();
         let stdin = child.stdin.take().context("no pipe")?;
         let stdout = child.stdout.take().context("no pipe")?;
@@ -230,66 +298,131 @@ impl Monitor {
                 let _ = sender.send(Event::Exit(status));
             }
         });
-        Ok(Self { id, stdin, events })
+        Ok(Self {
+            id,
+            stdin,
+            events,
+            words,
+            output: Vec::new(),
+            errors: Vec::new(),
+            seen: 0,
+            status: None,
+            open: 2,
+            deadline: Instant::now(),
+        })
     }
 
     /// Follows the run to its end; `None` when it took too long and was killed.
-    fn watch(mut self, case: &Case, outcome: &mut Outcome) -> Result<Option<ExitStatus>> {
-        let mut deadline = Instant::now() + Duration::from_secs(case.limit);
-        let (mut output, mut errors) = (Vec::new(), Vec::new());
-        let (mut status, mut open) = (None, 2);
+    fn watch(mut self, case: &Case, outcome: &mut Outcome) -> Result<Option<End>> {
+        self.deadline = Instant::now() + Duration::from_secs(case.limit);
         let mut steps = case.steps.as_slice();
-        let mut seen = 0;
-        while status.is_none() || open > 0 {
-            let rest = deadline.saturating_duration_since(Instant::now());
-            match self.events.recv_timeout(rest) {
-                Ok(Event::Output(bytes)) => {
-                    output.extend(bytes);
-                    steps = self.react(steps, &output, &mut seen)?;
+        let mut broken = None;
+        loop {
+            if broken.is_none() {
+                match self.react(steps) {
+                    Ok(later) => steps = later,
+                    Err(error) => {
+                        broken = Some(error);
+                        self.kill();
+                    }
                 }
-                Ok(Event::Errors(bytes)) => errors.extend(bytes),
-                Ok(Event::Closed) => open -= 1,
-                Ok(Event::Exit(ended)) => {
-                    status = Some(ended);
-                    deadline = Instant::now() + DRAIN;
-                }
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+            let ended = self.status.is_some() && self.open == 0;
+            if ended || !self.pull(self.deadline) {
+                break;
             }
         }
-        if status.is_none() {
+        if self.status.is_none() {
             let states = thread_states(self.id);
             outcome.verdict = Verdict::Hung(format!("no end within {} s\n{states}", case.limit));
-            self.signal("KILL")?;
+            self.kill();
         }
-        outcome.output = tail(&output);
-        outcome.errors = tail(&errors);
-        Ok(status)
+        outcome.output = tail(&self.output);
+        outcome.errors = tail(&self.errors);
+        if let Some(error) = broken {
+            return Err(error);
+        }
+        let left = steps.first();
+        let left = left.map(|step| format!("it ended before \"{}\"", step.when));
+        Ok(self.status.map(|status| End { status, left }))
+    }
+
+    /// Takes in what happens next; false when nothing has by `deadline`.
+    fn pull(&mut self, deadline: Instant) -> bool {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        match self.events.recv_timeout(rest) {
+            Ok(Event::Output(bytes)) => self.output.extend(bytes),
+            Ok(Event::Errors(bytes)) => self.errors.extend(bytes),
+            Ok(Event::Closed) => self.open -= 1,
+            Ok(Event::Exit(status)) => {
+                self.status = Some(status);
+                self.deadline = Instant::now() + DRAIN;
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return false,
+        }
+        true
     }
 
     /// Takes the steps whose texts have come, and gives the others back.
-    fn react<'a>(
-        &mut self,
-        mut steps: &'a [Step],
-        output: &[u8],
-        seen: &mut usize,
-    ) -> Result<&'a [Step]> {
+    fn react<'a>(&mut self, mut steps: &'a [Step]) -> Result<&'a [Step]> {
         while let Some((step, later)) = steps.split_first() {
             let text = step.when.as_bytes();
-            let fresh = &output[*seen..];
-            let Some(at) = fresh
-                .windows(text.len().max(1))
-                .position(|bytes| bytes == text)
-            else {
-                break;
+            let fresh = &self.output[self.seen..];
+            let at = match text {
+                [] => Some(0),
+                text => fresh.windows(text.len()).position(|bytes| bytes == text),
             };
-            *seen += at + text.len();
-            match &step.then {
-                Action::Signal(name) => self.signal(name)?,
-                Action::Type(text) => self.stdin.write_all(text.as_bytes())?,
-            }
+            let Some(at) = at else { break };
+            self.seen += at + text.len();
+            self.act(&step.then)
+                .with_context(|| format!("the step after \"{}\"", step.when))?;
             steps = later;
         }
         Ok(steps)
+    }
+
+    fn act(&mut self, action: &Action) -> Result<()> {
+        match action {
+            Action::Signal(name) => self.signal(name),
+            Action::Type(text) => Ok(self.stdin.write_all(text.as_bytes())?),
+            Action::Ask(ask) => self.ask(ask),
+            Action::Still(millis) => self.stand_still(Duration::from_millis(*millis)),
+        }
+    }
+
+    fn ask(&self, ask: &Ask) -> Result<()> {
+        let body = self.words.fill(&ask.body);
+        let deadline = self.deadline.min(Instant::now() + ANSWER);
+        loop {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            let mut connection = Connection::open_within(&self.words.socket(), rest)?;
+            let answer = connection.ask(&ask.request, &body)?;
+            match ask.complaint(answer.status, &answer.text()) {
+                None => return Ok(()),
+                Some(_) if ask.again && Instant::now() < deadline => thread::sleep(AGAIN),
+                Some(complaint) => bail!(complaint),
+            }
+        }
+    }
+
+    fn stand_still(&mut self, time: Duration) -> Result<()> {
+        // What was on its way when the guest was stopped comes still.
+        for _ in 0..MOVES {
+            let before = self.output.len();
+            let deadline = Instant::now() + time;
+            while self.pull(deadline) {}
+            if self.output.len() == before {
+                return Ok(());
+            }
+        }
+        bail!("the output does not stand still")
+    }
+
+    /// Ends the monitor, which may have ended by itself.
+    fn kill(&self) {
+        if self.status.is_none() {
+            let _ = self.signal("KILL");
+        }
     }
 
     fn signal(&self, name: &str) -> Result<()> {

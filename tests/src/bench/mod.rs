@@ -7,6 +7,7 @@
 //! Small guests (`resources/guests`) run on this machine's own `/dev/kvm`;
 //! Linux boots in the nested machine. What the machine lacks is skipped, with the reason.
 
+mod api;
 mod disk;
 mod elf;
 mod guest_clock;
@@ -47,7 +48,7 @@ pub struct Settings {
     pub nested_runs: u32,
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
-    /// The measures whose group (`start`, `memory`, `port`, `disk`, `image`,
+    /// The measures whose group (`start`, `api`, `memory`, `port`, `disk`, `image`,
     /// `boot`, `size`) is in the list, or of images those whose name begins with one of it; all when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
@@ -140,12 +141,18 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, memory, port, disk: cannot open /dev/kvm: {error}"
+                "start, api, memory, port, disk: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
         if settings.wants("start") {
             let measure = start::first_byte(settings, &monitors)?;
+            self.add(measure);
+        }
+        if settings.wants("api") {
+            let measures = api::requests(settings, &monitors)?;
+            self.add_all(measures);
+            let measure = api::boot(settings)?;
             self.add(measure);
         }
         if settings.wants("memory") {

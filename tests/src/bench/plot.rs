@@ -59,7 +59,7 @@ fn head(text: &mut String, report: &Report) {
     let _ = writeln!(
         text,
         "<text x=\"20\" y=\"30\" font-size=\"18\" font-weight=\"bold\">Vireo beside QEMU: times \
-         as good as the best QEMU, same run, medians</text>\n\
+         as good as the best other, same run, medians</text>\n\
          <text x=\"20\" y=\"50\">{}; {}. {} runs each; {} CPUs, {}</text>",
         escape(&report.vireo),
         escape(qemu),
@@ -129,7 +129,7 @@ impl Axis {
         }
         let _ = writeln!(
             text,
-            "<text x=\"{LEFT}\" y=\"{:.1}\">← worse than the best QEMU</text>\n\
+            "<text x=\"{LEFT}\" y=\"{:.1}\">← worse than the best other</text>\n\
              <text x=\"{RIGHT}\" y=\"{:.1}\" text-anchor=\"end\">better →</text>\n\
              <text x=\"20\" y=\"{:.1}\">green, red: Vireo, grey: QEMU; ◆ target met, ◇ missed</text>",
             bottom + 18.0,

@@ -101,7 +101,7 @@ pub fn lines(measure: &Measure, verdicts: &[Verdict]) -> String {
         }
         if series.name == OURS {
             if let Some(times) = measure.times_as_good(median) {
-                let _ = write!(text, " {times:.2} × as good as the best QEMU");
+                let _ = write!(text, " {times:.2} × as good as the best other");
             }
         } else if let Some(ours) = measure.ours() {
             let _ = write!(text, " {:.2} × ours", median / ours);
@@ -127,7 +127,7 @@ pub fn lines(measure: &Measure, verdicts: &[Verdict]) -> String {
 pub fn summary(report: &Report) -> String {
     let mut text = format!(
         "\n{:34} {:>16} {:>16}   target\n",
-        "measure", "ours", "best QEMU"
+        "measure", "ours", "best other"
     );
     for measure in &report.measures {
         let Some(ours) = measure.ours() else { continue };
@@ -252,7 +252,7 @@ mod tests {
         let report = report();
         let text = lines(&report.measures[0], &report.verdicts);
         assert!(text.contains("2.00       1.00 … 3.00"), "{text}");
-        assert!(text.contains("10.00 × as good as the best QEMU"), "{text}");
+        assert!(text.contains("10.00 × as good as the best other"), "{text}");
         assert!(text.contains("qemu"), "{text}");
         assert!(text.contains("MISSED by 100 % (a wish)"), "{text}");
     }

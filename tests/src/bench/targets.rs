@@ -81,7 +81,7 @@ impl Target {
                     Better::Lower => '≤',
                     Better::Higher => '≥',
                 };
-                let rule = format!("{sign} {times} × the best QEMU");
+                let rule = format!("{sign} {times} × the best other");
                 (times * measure.best_other()?, measure.better, rule)
             }
             (None, None, None) => return None,

@@ -7,7 +7,15 @@ use std::process::ExitCode;
 
 use tests::suite;
 
-const CLASSES: &[&str] = &["native", "bad-input", "linux-6.12-cloud", "linux-6.1-cloud"];
+const CLASSES: &[&str] = &[
+    "native",
+    "bad-input",
+    "recorded-ch-remote",
+    "recorded-kata",
+    "recorded-libvirt",
+    "linux-6.12-cloud",
+    "linux-6.1-cloud",
+];
 const MORE_CLASSES: &[&str] = &[
     "linux-6.12-cloud-more",
     "linux-6.12-generic",

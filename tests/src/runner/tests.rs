@@ -135,3 +135,46 @@ fn noise_is_the_same_each_time_and_has_no_short_period() {
     blocks.dedup();
     assert_eq!(blocks.len(), 2048);
 }
+
+#[test]
+fn a_monitor_that_ends_before_its_steps_were_taken_is_told() {
+    let case = guest().step("never", Action::Signal("TERM".into()));
+    let Verdict::Fail(complaints) = run_with("echo up", &case).verdict else {
+        panic!("passed");
+    };
+    assert_eq!(complaints, ["it ended before \"never\""]);
+}
+
+#[test]
+fn a_served_case_starts_without_a_machine_and_a_socket_that_is_not_there_is_told() {
+    let case = guest()
+        .served()
+        .args("--no-shutdown")
+        .asks("served", [Ask::put("vm.boot", "")]);
+    let monitor = "case \"$*\" in 'serve --api-socket '*/case/api.sock' --no-shutdown') \
+                   mkdir -p api.sock; echo served;; esac; exec sleep 1000";
+    let Verdict::Fail(complaints) = run_with(monitor, &case.limit(2)).verdict else {
+        panic!("passed");
+    };
+    assert!(complaints[0].contains("no connection to"), "{complaints:?}");
+    assert!(complaints[0].starts_with("the step after \"served\""));
+}
+
+#[test]
+fn output_that_goes_on_does_not_stand_still() {
+    let still = |monitor: &str| {
+        let case = guest()
+            .step("up", Action::Still(100))
+            .step("", Action::Signal("TERM".into()))
+            .exits(143);
+        run_with(monitor, &case).verdict
+    };
+    assert_eq!(still("echo up; exec sleep 1000"), Verdict::Pass);
+    let Verdict::Fail(complaints) = still("while echo up; do sleep 0.01; done") else {
+        panic!("passed");
+    };
+    assert!(
+        complaints[0].ends_with("the output does not stand still"),
+        "{complaints:?}"
+    );
+}

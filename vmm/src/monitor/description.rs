@@ -112,8 +112,11 @@ impl Description {
             self.wire.cpus.boot_vcpus = count;
         }
         if let Some(size) = request.desired_ram {
-            self.config.memory.size = size;
+            // What was added to a machine before is part of it.
             self.wire.memory.size = size;
+            self.wire.memory.hotplugged_size = None;
+            self.config.memory.size = size;
+            self.config.memory.hotplug_size = self.wire.memory.hotplug_size.unwrap_or(0);
         }
         if request.desired_balloon.is_some() {
             let message = "the machine has no balloon";

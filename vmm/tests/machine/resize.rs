@@ -345,6 +345,14 @@ fn a_command_resizes_and_the_description_follows() {
     assert_eq!(resize(None, Some(1088 * MIB)), Ok(Reply::Done));
     assert_eq!(kind(resize(None, Some(1216 * MIB))), ErrorKind::Invalid);
     assert_eq!(shown().1, Some(GIB));
+    // Without a machine too; and then it can be less again.
+    guest.ask(Ask::Shutdown);
+    assert_eq!(shown(), (2, Some(GIB), 1088 * MIB));
+    assert_eq!(resize(None, Some(128 * MIB)), Ok(Reply::Done));
+    assert_eq!(shown(), (2, None, 128 * MIB));
+    guest.ask(Ask::Boot);
+    guest.hears("boot cpus=2 more=2 mib=128");
+    assert_eq!(resize(None, Some(1152 * MIB)), Ok(Reply::Done));
 }
 
 #[test]
