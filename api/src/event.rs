@@ -129,6 +129,33 @@ pub enum EventKind {
         /// Its size in bytes.
         size: u64,
     },
+    /// A sink of the serial port is there: at boot, by command, or because a client has attached.
+    ConsoleSinkAdded {
+        /// The sink's id.
+        id: String,
+        /// What it is, as in `vm.console`.
+        sink: String,
+        /// Its file, socket or pseudo-terminal.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        path: Option<String>,
+    },
+    /// A sink of the serial port has gone: by command, or because its client has.
+    ConsoleSinkRemoved {
+        /// The sink's id.
+        id: String,
+        /// What it was, as in `vm.console`.
+        sink: String,
+    },
+    /// A sink has missed output: told at first, and each time the amount has doubled.
+    ConsoleOutputLost {
+        /// The sink's id; of a socket's client, the socket's.
+        id: String,
+        /// How many bytes it has missed so far.
+        lost: u64,
+        /// Why, when the host refused it; else its reader is too slow.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
     /// A job has begun, gone on or ended.
     Job {
         /// The job as it is now. It has an `id` and a `kind` of its own, so it is not flattened.

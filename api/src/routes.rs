@@ -453,12 +453,13 @@ pub const ROUTES: &[Route] = &[
     )
     .added()
     .about("Adds or removes a sink of a console.")
-    .takes::<wire::VmConsole>(),
+    .takes::<wire::VmConsole>()
+    .fails(&[400, 404, 409, 429]),
     get(Endpoint::VmConsoleAttach, "vm.console-attach")
         .added()
         .about("Turns the connection into a stream to the first serial port.")
         .answers(Success::Stream("vireo-console"))
-        .fails(&[400, 404]),
+        .fails(&[400, 404, 409, 429]),
 ];
 
 #[cfg(test)]

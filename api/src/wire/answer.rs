@@ -201,8 +201,11 @@ pub struct ConsoleSink {
     /// Its file, socket or pseudo-terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// Bytes that wait for its reader.
+    /// How many clients a socket has.
+    #[serde(default)]
+    pub clients: u64,
+    /// Bytes that wait for its reader; of a socket's clients, for the slowest.
     pub waiting: u64,
-    /// Bytes that it has missed.
+    /// Bytes that it has missed; of a socket's clients, all together.
     pub lost: u64,
 }

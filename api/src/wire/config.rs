@@ -323,6 +323,48 @@ pub struct SerialConfig {
     /// The socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// All sinks, where the fields above do not tell all there is to say. Given, they
+    /// take the place of what those say. An addition to v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sinks: Option<Vec<SinkConfig>>,
+}
+
+/// One sink of the serial port. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SinkConfig {
+    /// What it is; there is no `Off`.
+    pub mode: ConsoleMode,
+    /// The file, with mode `File`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// Whether what is in the file stays; without, it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub append: Option<bool>,
+    /// How large the file grows, in bytes, before it becomes `PATH.1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_size: Option<u64>,
+    /// The socket, with mode `Socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Whether clients of the socket first get what was written before; without, they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<bool>,
+}
+
+impl SinkConfig {
+    /// A sink of a mode that says everything.
+    #[must_use]
+    pub const fn of_mode(mode: ConsoleMode) -> Self {
+        Self {
+            mode,
+            file: None,
+            append: None,
+            max_size: None,
+            socket: None,
+            replay: None,
+        }
+    }
 }
 
 impl SerialConfig {
@@ -331,6 +373,7 @@ impl SerialConfig {
             mode: ConsoleMode::Null,
             file: None,
             socket: None,
+            sinks: None,
         }
     }
 }

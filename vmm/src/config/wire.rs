@@ -267,52 +267,122 @@ fn file(field: &str, given: Option<&Path>) -> Result<PathBuf, ControlError> {
 }
 
 fn serial(described: &wire::SerialConfig) -> Result<SerialConfig, ControlError> {
-    let sink = match described.mode {
-        ConsoleMode::Off => return Ok(SerialConfig::Off),
+    let wire::SerialConfig {
+        mode,
+        file,
+        socket,
+        sinks,
+    } = described;
+    if *mode == ConsoleMode::Off && sinks.is_none() {
+        return Ok(SerialConfig::Off);
+    }
+    let sinks = match sinks {
+        Some(sinks) => sinks.iter().map(sink).collect::<Result<_, _>>()?,
+        None => vec![sink(&wire::SinkConfig {
+            file: file.clone().filter(|_| *mode == ConsoleMode::File),
+            socket: socket.clone().filter(|_| *mode == ConsoleMode::Socket),
+            ..wire::SinkConfig::of_mode(*mode)
+        })?],
+    };
+    Ok(SerialConfig::Sinks(sinks))
+}
+
+fn sink(described: &wire::SinkConfig) -> Result<SinkConfig, ControlError> {
+    let wire::SinkConfig {
+        mode,
+        file: output,
+        append,
+        max_size,
+        socket,
+        replay,
+    } = described;
+    let (of_file, of_socket) = (
+        output.is_some() || append.is_some() || max_size.is_some(),
+        socket.is_some() || replay.is_some(),
+    );
+    let misplaced = match mode {
+        ConsoleMode::File => of_socket.then_some("socket and replay"),
+        ConsoleMode::Socket => of_file.then_some("file, append and max_size"),
+        _ => (of_file || of_socket).then_some("file and socket"),
+    };
+    if let Some(fields) = misplaced {
+        return Err(invalid(format!(
+            "serial.sinks: {fields} do not go with the mode {mode:?}"
+        )));
+    }
+    Ok(match mode {
+        ConsoleMode::Off => return Err(invalid("serial.sinks: Off is no sink")),
         ConsoleMode::Pty => SinkConfig::Pty,
         ConsoleMode::Tty => SinkConfig::Tty,
         ConsoleMode::Null => SinkConfig::Null,
-        ConsoleMode::File => {
-            SinkConfig::File(FileSink::new(file("serial", described.file.as_deref())?))
-        }
+        ConsoleMode::File => SinkConfig::File(FileSink {
+            path: file("serial", output.as_deref())?,
+            append: append.unwrap_or(false),
+            max_size: *max_size,
+        }),
         ConsoleMode::Socket => {
-            let Some(socket) = described.socket.as_deref() else {
+            let Some(socket) = socket.as_deref() else {
                 return Err(invalid(
                     "serial: its mode is Socket, and no socket is given",
                 ));
             };
             SinkConfig::Socket(SocketSink {
                 path: path("serial.socket", socket)?,
-                replay: true,
+                replay: replay.unwrap_or(true),
             })
         }
-    };
-    Ok(SerialConfig::Sinks(vec![sink]))
+    })
 }
 
-/// Of several sinks the first is shown: the description has one.
+/// The first sink in v1's words; and all, where these do not tell everything.
 impl From<&SerialConfig> for wire::SerialConfig {
     fn from(serial: &SerialConfig) -> Self {
-        let mut shown = Self {
-            mode: ConsoleMode::Null,
-            file: None,
-            socket: None,
+        let sinks: Vec<_> = serial.sinks().iter().map(wire::SinkConfig::from).collect();
+        let first = match (serial, sinks.first()) {
+            (SerialConfig::Off, _) => wire::SinkConfig::of_mode(ConsoleMode::Off),
+            (SerialConfig::Sinks(_), None) => wire::SinkConfig::of_mode(ConsoleMode::Null),
+            (SerialConfig::Sinks(_), Some(first)) => first.clone(),
         };
-        match serial {
-            SerialConfig::Off => shown.mode = ConsoleMode::Off,
-            SerialConfig::Sinks(sinks) => match sinks.first() {
-                None | Some(SinkConfig::Null) => (),
-                Some(SinkConfig::Tty) => shown.mode = ConsoleMode::Tty,
-                Some(SinkConfig::Pty) => shown.mode = ConsoleMode::Pty,
-                Some(SinkConfig::File(file)) => {
-                    (shown.mode, shown.file) = (ConsoleMode::File, Some(file.path.clone()));
-                }
-                Some(SinkConfig::Socket(socket)) => {
-                    (shown.mode, shown.socket) = (ConsoleMode::Socket, Some(socket.path.clone()));
-                }
+        let wire::SinkConfig {
+            mode,
+            file,
+            append,
+            max_size,
+            socket,
+            replay,
+        } = first;
+        let more = sinks.len() > 1 || append.is_some() || max_size.is_some() || replay.is_some();
+        Self {
+            mode,
+            file,
+            socket,
+            sinks: more.then_some(sinks),
+        }
+    }
+}
+
+impl From<&SinkConfig> for wire::SinkConfig {
+    fn from(sink: &SinkConfig) -> Self {
+        match sink {
+            SinkConfig::Tty => Self::of_mode(ConsoleMode::Tty),
+            SinkConfig::Pty => Self::of_mode(ConsoleMode::Pty),
+            SinkConfig::Null => Self::of_mode(ConsoleMode::Null),
+            SinkConfig::File(FileSink {
+                path,
+                append,
+                max_size,
+            }) => Self {
+                file: Some(path.clone()),
+                append: append.then_some(true),
+                max_size: *max_size,
+                ..Self::of_mode(ConsoleMode::File)
+            },
+            SinkConfig::Socket(SocketSink { path, replay }) => Self {
+                socket: Some(path.clone()),
+                replay: (!replay).then_some(false),
+                ..Self::of_mode(ConsoleMode::Socket)
             },
         }
-        shown
     }
 }
 

@@ -28,18 +28,19 @@
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Builder;
 
+use api::{EventKind, EventLog};
 use devices::LogLimit;
 use devices::serial::{InputReady, Serial};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ConsoleError;
 use super::file::Trouble;
-use super::sink::{Opened, SinkId, SinkInfo, SinkKind};
+use super::sink::{Opened, Sink, SinkId, SinkInfo, SinkKind};
 use super::source::{self, INPUT_CHUNK};
-use super::state::{Heard, Left, Made, OnEnd, State, Wait, WaitSet};
+use super::state::{Heard, Left, Loss, Made, OnEnd, State, Wait, WaitSet};
 use crate::config::SinkConfig;
 use crate::machine::driver::ppoll;
 use crate::opener::Opener;
@@ -89,6 +90,8 @@ pub(super) struct Hub {
     wake: EventFd,
     /// Written when a reader has taken something while somebody waits for that.
     progress: EventFd,
+    /// Where it is told which sinks come, go and miss output.
+    events: OnceLock<EventLog>,
 }
 
 /// One console's hub. Clones are the same hub.
@@ -109,7 +112,14 @@ impl ConsoleHub {
             port: Mutex::default(),
             wake: EventFd::new(EFD_NONBLOCK)?,
             progress: EventFd::new(EFD_NONBLOCK)?,
+            events: OnceLock::new(),
         })))
+    }
+
+    /// Tells `events` from now on which sinks come, go and miss output. Only the first
+    /// call counts.
+    pub fn tell(&self, events: EventLog) {
+        let _ = self.0.events.set(events);
     }
 
     /// Where a guest's device writes its output.
@@ -209,6 +219,22 @@ impl ConsoleHub {
         Ok(info)
     }
 
+    /// Has a sink that was added be one of the configuration:
+    /// [`ConsoleHub::configure`] removes it once it is no longer named.
+    pub fn adopt(&self, id: SinkId) {
+        for made in &mut self.0.state().made {
+            made.configured |= made.id == id;
+        }
+    }
+
+    /// The description that a sink was made from, if it was.
+    #[must_use]
+    pub fn config_of(&self, id: SinkId) -> Option<SinkConfig> {
+        let state = self.0.state();
+        let made = state.made.iter().find(|made| made.id == id)?;
+        Some(made.config.clone())
+    }
+
     /// Adds standard output, without input.
     ///
     /// # Errors
@@ -248,6 +274,7 @@ impl ConsoleHub {
         if sinks.is_empty() {
             return Err(ConsoleError::Unknown { id });
         }
+        self.0.tell_gone(&sinks);
         drop(sinks);
         self.0.rouse();
         Ok(())
@@ -303,9 +330,16 @@ impl ConsoleHub {
         let (id, oldest) = state.insert(opened);
         let info = state.info_of(id);
         drop(state);
+        self.0.tell_gone(oldest.as_slice());
         drop(oldest);
         self.0.rouse();
-        info.ok_or(ConsoleError::Unknown { id })
+        let info = info.ok_or(ConsoleError::Unknown { id })?;
+        self.0.publish(|| EventKind::ConsoleSinkAdded {
+            id: info.id.to_string(),
+            sink: info.kind.as_str().to_owned(),
+            path: info.path.as_ref().map(|path| path.display().to_string()),
+        });
+        Ok(info)
     }
 }
 
@@ -389,10 +423,33 @@ impl Hub {
         let _ = self.wake.write(1);
     }
 
+    fn publish(&self, event: impl FnOnce() -> EventKind) {
+        if let Some(events) = self.events.get() {
+            events.publish(event());
+        }
+    }
+
+    /// Tells which of those that were listed have gone. The state's lock is not held.
+    fn tell_gone(&self, sinks: &[Sink]) {
+        for sink in sinks.iter().filter(|sink| sink.parent.is_none()) {
+            self.publish(|| EventKind::ConsoleSinkRemoved {
+                id: sink.id.to_string(),
+                sink: sink.kind.as_str().to_owned(),
+            });
+        }
+    }
+
     fn put(&self, bytes: &[u8]) {
         let put = self.state().put(bytes);
         if put.wake {
             self.rouse();
+        }
+        for Loss { id, lost, reason } in put.losses {
+            self.publish(|| EventKind::ConsoleOutputLost {
+                id: id.to_string(),
+                lost,
+                reason,
+            });
         }
         for (path, trouble) in put.troubles {
             let (flag, path) = (self.flag, path.display());
@@ -532,6 +589,7 @@ impl Hub {
         }
         let (_, oldest) = state.insert(opened);
         drop(state);
+        self.tell_gone(oldest.as_slice());
         drop(oldest);
     }
 
@@ -562,6 +620,7 @@ impl Hub {
         let over = state.take_over();
         let told = state.finishing;
         drop(state);
+        self.tell_gone(&over);
         drop(over);
         if told {
             // A full eventfd wakes as well as one more count would.

@@ -15,6 +15,7 @@ use super::file::LogFile;
 use super::history::History;
 use super::reader::{Manners, Reader};
 use super::source::Source;
+use super::state::Loss;
 use super::terminal::{RawMode, open_pty};
 use crate::config::SinkConfig;
 use crate::config::serial::SocketSink;
@@ -134,6 +135,8 @@ pub(super) struct Sink {
     pub(super) writable: bool,
     /// It takes nothing although it is writable: it is left alone for a moment.
     pub(super) stalled: bool,
+    /// How much it had missed when that was told last, in bytes.
+    told_lost: u64,
     /// The terminal's settings are restored when this is dropped.
     _raw: Option<RawMode>,
 }
@@ -318,6 +321,7 @@ impl Opened {
             peer: self.peer,
             writable: false,
             stalled: false,
+            told_lost: 0,
             _raw: self.raw,
         }
     }
@@ -352,6 +356,22 @@ impl Sink {
 
     pub(super) fn waiting(&self, history: &History) -> u64 {
         self.reader().map_or(0, |reader| reader.waiting(history))
+    }
+
+    /// What is to be told of output that it has missed: the first time, each time the amount has
+    /// doubled, and when there is a `reason`.
+    pub(super) fn loss(&mut self, history: &History, reason: Option<String>) -> Option<Loss> {
+        let lost = self.lost(history);
+        let doubled = lost > 0 && lost / 2 >= self.told_lost;
+        if !doubled && reason.is_none() {
+            return None;
+        }
+        self.told_lost = lost;
+        Some(Loss {
+            id: self.parent.unwrap_or(self.id),
+            lost,
+            reason,
+        })
     }
 
     pub(super) fn lost(&self, history: &History) -> u64 {

@@ -88,6 +88,17 @@ pub(super) struct Put {
     pub(super) wake: bool,
     /// To be logged.
     pub(super) troubles: Vec<(PathBuf, Trouble)>,
+    /// To be told.
+    pub(super) losses: Vec<Loss>,
+}
+
+/// Output that a sink has missed.
+pub(super) struct Loss {
+    pub(super) id: SinkId,
+    /// How much so far, in bytes.
+    pub(super) lost: u64,
+    /// Why, where the host has said so.
+    pub(super) reason: Option<String>,
 }
 
 /// How much output waits at the end, by who is to get it.
@@ -244,10 +255,14 @@ impl State {
         let needed = self.needed();
         self.history.push(bytes, needed);
         for sink in &mut self.sinks {
+            let mut reason = None;
             match &mut sink.output {
                 Output::None => (),
                 Output::File(file) => {
                     if let Some(trouble) = file.write(bytes) {
+                        if let Trouble::Began(why) = &trouble {
+                            reason = Some(why.clone());
+                        }
                         put.troubles.push((file.path().to_owned(), trouble));
                     }
                 }
@@ -262,6 +277,7 @@ impl State {
                     }
                 }
             }
+            put.losses.extend(sink.loss(&self.history, reason));
         }
         put
     }

@@ -4,7 +4,8 @@ use std::os::unix::net::UnixStream;
 
 use api::{Answer, Command, Control, ControlError, ErrorKind, EventLog, wire};
 
-use super::{Jobs, View, metrics};
+use super::{Jobs, View, consoles, metrics};
+use crate::console::ConsoleHub;
 use crate::machine::inbox::{Mailbox, Message};
 
 /// What this monitor can do beyond v1, as `vmm.ping` lists it.
@@ -28,15 +29,24 @@ pub struct MonitorHandle {
     view: View,
     jobs: Jobs,
     events: EventLog,
+    /// The hub alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
+    serial: ConsoleHub,
 }
 
 impl MonitorHandle {
-    pub(super) fn new(mailbox: Mailbox, view: View, jobs: Jobs, events: EventLog) -> Self {
+    pub(super) fn new(
+        mailbox: Mailbox,
+        view: View,
+        jobs: Jobs,
+        events: EventLog,
+        serial: ConsoleHub,
+    ) -> Self {
         Self {
             mailbox,
             view,
             jobs,
             events,
+            serial,
         }
     }
 }
@@ -81,14 +91,14 @@ impl Control for MonitorHandle {
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {
-        Vec::new()
+        consoles::list(&self.serial)
     }
 
-    fn open_console(&self, _request: &wire::ConsoleRequest) -> Result<UnixStream, ControlError> {
-        Err(ControlError::new(
-            ErrorKind::NotFound,
-            "the machine has no serial port that can be attached to",
-        ))
+    fn open_console(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ControlError> {
+        if !self.view.has_serial()? {
+            return Err(consoles::no_port(ErrorKind::NotFound));
+        }
+        consoles::attach(&self.serial, request.replay)
     }
 
     fn events(&self) -> &EventLog {

@@ -17,6 +17,7 @@
 //! All of it runs on one thread, the control thread. Others send it commands
 //! ([`MonitorHandle`]) and read what it shows ([`View`]).
 
+pub mod consoles;
 mod description;
 mod handle;
 mod jobs;
@@ -37,7 +38,7 @@ pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, SocketPlace};
 pub use view::View;
 
-use crate::console::{Consoles, SinkKind};
+use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
@@ -65,6 +66,7 @@ pub struct Monitor {
     mailbox: Mailbox,
     view: View,
     jobs: Jobs,
+    serial: ConsoleHub,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
 }
@@ -94,7 +96,9 @@ impl Monitor {
         let signals = Signals::block()?;
         let (mailbox, inbox) = crate::machine::inbox::inbox()?;
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
+        let serial = consoles.serial().clone();
         let ears = Ears::new(inbox, Some(signals), consoles);
+        serial.tell(ears.events.clone());
         let view = View::new(ears.life.view());
         let jobs = Jobs::new(ears.events.clone());
         Ok(Self {
@@ -104,6 +108,7 @@ impl Monitor {
             mailbox,
             view,
             jobs,
+            serial,
             ears: Some(ears),
         })
     }
@@ -117,6 +122,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
+            self.serial.clone(),
         )
     }
 
@@ -207,7 +213,8 @@ impl Monitor {
         description: &Description,
     ) -> Result<After, MachineError> {
         let Built { machine, debugger } = built;
-        self.view.serial_at(announce(&ears.consoles));
+        announce(&ears.consoles);
+        self.view.serial_at(consoles::first_pty(&self.serial));
         ears.inbox.open();
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
@@ -342,6 +349,14 @@ impl Monitor {
             },
             // Nothing runs: done already.
             Command::Shutdown => answer(Ok(Reply::Done)),
+            Command::Console(request) => {
+                let Some(ears) = &mut self.ears else {
+                    return None;
+                };
+                let changed = consoles::change(ears, self.models, &self.opener, &request);
+                self.view.describe(ears.description.as_ref());
+                answer(changed.map(|()| Reply::Done));
+            }
             command => answer(self.change(command)),
         }
         None
@@ -393,15 +408,9 @@ impl Monitor {
     }
 }
 
-/// Tells what only the host knows, the names of pseudo-terminals; the first is given back.
-fn announce(consoles: &Consoles) -> Option<String> {
-    let mut first = None;
-    for sink in consoles.serial().list() {
-        if let (SinkKind::Pty, Some(path)) = (sink.kind, sink.path) {
-            let path = path.display().to_string();
-            eprintln!("vireo: the serial console is at {path}");
-            first.get_or_insert(path);
-        }
+/// Tells what only the host knows, the names of pseudo-terminals.
+fn announce(consoles: &Consoles) {
+    for path in consoles::ptys(consoles.serial()) {
+        eprintln!("vireo: the serial console is at {path}");
     }
-    first
 }

@@ -76,6 +76,16 @@ impl View {
         })
     }
 
+    /// Whether the machine that is described has a serial port.
+    ///
+    /// # Errors
+    ///
+    /// As for [`View::info`].
+    pub fn has_serial(&self) -> Result<bool, ControlError> {
+        let (description, _) = self.parts()?;
+        Ok(description.serial.mode != wire::ConsoleMode::Off || description.serial.sinks.is_some())
+    }
+
     /// The devices.
     ///
     /// # Errors

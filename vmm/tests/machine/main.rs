@@ -18,6 +18,7 @@ mod hotplug;
 mod lifecycle;
 mod resize;
 mod shape;
+mod sinks;
 mod start_order;
 mod state;
 mod support;

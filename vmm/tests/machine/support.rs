@@ -11,6 +11,8 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use api::client::Client;
+use api::wire::VmInfoState;
 use api::{
     Answer, Command as Ask, Control, ControlError, Event, EventKind, EventLog, ExitReason,
     PauseReason, Reply, VmState,
@@ -261,6 +263,44 @@ impl Drop for Vireo {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A `vireo run` with a control socket, in a directory of its own.
+pub struct Served {
+    pub vireo: Vireo,
+    pub dir: tempfile::TempDir,
+}
+
+impl Served {
+    /// The guest and its flags are as for [`Vireo::start`]; `{dir}` in flags is the directory.
+    pub fn start(name: &str, cmdline: &str, flags: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let here = dir.path().to_str().unwrap();
+        let flags: Vec<String> = flags.iter().map(|f| f.replace("{dir}", here)).collect();
+        let socket = format!("{here}/api.sock");
+        let mut all: Vec<&str> = flags.iter().map(String::as_str).collect();
+        all.extend(["--api-socket", &socket]);
+        let vireo = Vireo::start(name, cmdline, &all);
+        let served = Self { vireo, dir };
+        until("the boot", || {
+            let info = Client::connect(served.socket()).ok()?.info().ok()?;
+            (info.state == VmInfoState::Running).then_some(())
+        });
+        served
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("api.sock")
+    }
+
+    /// A file in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.socket()).unwrap()
     }
 }
 

@@ -283,6 +283,55 @@ fn a_client_that_never_reads_costs_others_nothing_and_a_bounded_amount() {
 }
 
 #[test]
+fn sinks_that_come_go_and_miss_output_are_told_of_in_bounds() {
+    let case = Case::with_socket(0);
+    let events = EventLog::default();
+    case.hub.tell(events.clone());
+    let told = || -> Vec<_> {
+        let all = events.after(0, usize::MAX);
+        all.iter().map(|event| event.kind.clone()).collect()
+    };
+    let (deaf, far) = UnixStream::pair().unwrap();
+    let id = case.hub.attach(far, false).unwrap().to_string();
+    let sink = || "stream".to_owned();
+    let added = EventKind::ConsoleSinkAdded {
+        id: id.clone(),
+        sink: sink(),
+        path: None,
+    };
+    assert_eq!(told(), [added]);
+    // Its socket may take some of it, and then 1 MiB waits: of what follows it misses most.
+    let piece = [b'x'; 64 << 10];
+    for _ in 0..1024 {
+        case.hub.writer().write_all(&piece).unwrap();
+    }
+    let losses: Vec<u64> = told()
+        .into_iter()
+        .filter_map(|event| match event {
+            EventKind::ConsoleOutputLost {
+                id: of,
+                lost,
+                reason: None,
+            } if of == id => Some(lost),
+            _ => None,
+        })
+        .collect();
+    assert!((2..=27).contains(&losses.len()), "{losses:?}");
+    assert!(
+        losses.windows(2).all(|two| two[0] <= two[1] / 2),
+        "{losses:?}"
+    );
+    drop(deaf);
+    let gone = EventKind::ConsoleSinkRemoved { id, sink: sink() };
+    until("end of the client", || told().last() == Some(&gone));
+    // A socket's clients are its own affair.
+    let client = case.client();
+    drop(client);
+    until("end of the client", || case.clients() == 0);
+    assert_eq!(told().last(), Some(&gone));
+}
+
+#[test]
 fn a_thousand_connections_are_served_in_turn_and_harm_nobody() {
     let case = Case::with_socket(100);
     let faithful = case.client();
@@ -401,7 +450,7 @@ fn a_deaf_guest_holds_up_who_types_and_loses_nothing() {
     assert!(sent < text.len());
     {
         let mut state = case.hub.0.state();
-        let waiting = |sink: &super::super::sink::Sink| {
+        let waiting = |sink: &Sink| {
             sink.source
                 .as_ref()
                 .map_or(0, |source| source.pending().len())

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::thread::Builder;
 
-use api::wire::{PciDeviceInfo, VmUpdateDisk};
+use api::wire::{PciDeviceInfo, VmConsole, VmUpdateDisk};
 use api::{
     AddDevice, Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply,
     VmState,
@@ -14,6 +14,7 @@ use crate::machine::MachineError;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::{Message, ended};
 use crate::machine::state::{permits, wrong_state};
+use crate::monitor::consoles;
 
 impl Driver {
     pub(super) fn on_command(&mut self, command: Command, answer: Answer) {
@@ -32,6 +33,7 @@ impl Driver {
                 self.then.push((command, answer));
             }
             Command::AddDevice(device) => self.add_device(*device, answer),
+            Command::Console(request) => answer(self.change_console(&request)),
             // The monitor's, once there is no machine.
             Command::Create(_) | Command::Boot => answer(Err(wrong_state(state, &command))),
             command => answer(self.carry_out(command)),
@@ -119,6 +121,15 @@ impl Driver {
             id,
             bdf: address.to_string(),
         }))
+    }
+
+    fn change_console(&mut self, request: &VmConsole) -> Result<Reply, ControlError> {
+        let (models, opener) = (self.tools.models, &self.tools.opener);
+        consoles::change(&mut self.ears, models, opener, request)?;
+        self.tools.view.describe(self.ears.description.as_ref());
+        let pty = consoles::first_pty(self.ears.consoles.serial());
+        self.tools.view.serial_at(pty);
+        Ok(Reply::Done)
     }
 
     /// Lets readers and the description know which devices there are.
