@@ -30,6 +30,7 @@ mod json;
 mod mailbox;
 mod objects;
 mod peer;
+mod requests;
 mod server;
 mod tunnel;
 

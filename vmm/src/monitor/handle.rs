@@ -1,11 +1,14 @@
 //! The monitor as other threads see it.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use api::{Answer, Command, Control, ControlError, ErrorKind, EventLog, wire};
 
 use super::{Jobs, View, metrics};
 use crate::machine::inbox::{Mailbox, Message};
+use crate::opener::Opener;
+use crate::process::Usage;
 
 /// What this monitor can do beyond v1, as `vmm.ping` lists it.
 const FEATURES: &[&str] = &[
@@ -28,15 +31,23 @@ pub struct MonitorHandle {
     view: View,
     jobs: Jobs,
     events: EventLog,
+    opener: Arc<Opener>,
 }
 
 impl MonitorHandle {
-    pub(super) fn new(mailbox: Mailbox, view: View, jobs: Jobs, events: EventLog) -> Self {
+    pub(super) fn new(
+        mailbox: Mailbox,
+        view: View,
+        jobs: Jobs,
+        events: EventLog,
+        opener: Arc<Opener>,
+    ) -> Self {
         Self {
             mailbox,
             view,
             jobs,
             events,
+            opener,
         }
     }
 }
@@ -69,7 +80,8 @@ impl Control for MonitorHandle {
     }
 
     fn metrics(&self) -> String {
-        metrics::text(&self.view, &self.jobs, &self.events)
+        let usage = Usage::now(&self.opener);
+        metrics::text(&self.view, &self.jobs, &self.events, usage.as_ref())
     }
 
     fn jobs(&self) -> Vec<wire::JobInfo> {

@@ -117,6 +117,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
+            Arc::clone(&self.opener),
         )
     }
 
