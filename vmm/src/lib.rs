@@ -17,5 +17,6 @@ pub mod memory;
 pub mod monitor;
 pub mod opener;
 pub mod places;
+pub mod process;
 pub mod run;
 pub mod smbios;

@@ -10,6 +10,7 @@ use super::answer::Answer;
 use super::head::{Head, Target};
 use super::json::{self, Reader};
 use super::mailbox::Mailbox;
+use super::requests::Requests;
 use crate::routes::{Endpoint, Method, Route, Success};
 use crate::{AddDevice, Command, Control, ControlError, Reply, wire};
 
@@ -53,11 +54,14 @@ pub(super) struct Dispatcher {
     pub reader: Reader,
     /// How many commands may be under way.
     pub max_commands: usize,
+    /// What has been asked.
+    pub requests: Requests,
 }
 
 impl Dispatcher {
     /// Carries a request out, or begins to.
     pub fn dispatch(&mut self, request: Request<'_>) -> Outcome {
+        self.requests.count(&request.head.target);
         match &request.head.target {
             Target::Nothing => Answer::not_found().into(),
             // v1's server knows no 405.
@@ -126,7 +130,9 @@ impl Dispatcher {
                     Success::Text(kind) => kind,
                     _ => "text/plain",
                 };
-                Answer::content(kind, control.metrics().into_bytes())
+                let mut text = control.metrics();
+                self.requests.tell(&mut text);
+                Answer::content(kind, text.into_bytes())
             }
             Endpoint::VmConsoleList => Answer::json(&control.consoles()),
             Endpoint::VmEvents => return self.events(query, request.head.last_event),

@@ -30,6 +30,7 @@ mod json;
 mod mailbox;
 mod objects;
 pub(crate) mod peer;
+mod requests;
 mod server;
 mod tunnel;
 

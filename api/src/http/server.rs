@@ -18,6 +18,7 @@ use super::dispatch::Dispatcher;
 use super::json::Reader;
 use super::mailbox::Mailbox;
 use super::peer::Peer;
+use super::requests::Requests;
 use crate::{Alert, Control, Subscription};
 
 /// How epoll names the listener and the mailbox; connections have other numbers.
@@ -83,6 +84,7 @@ impl Server {
                     mailbox: Arc::clone(&mailbox),
                     reader: Reader::new(options.strict),
                     max_commands: options.max_commands,
+                    requests: Requests::default(),
                 },
                 options,
                 scratch: vec![0; SCRATCH].into_boxed_slice(),

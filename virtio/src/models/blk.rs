@@ -4,7 +4,7 @@
 //! * [`Blk`]: configuration space, features, and the workers.
 //! * `change`: what of it can be changed in use.
 //! * `request`: what the driver's chains mean; `worker`: what is done about
-//!   them, one worker for each queue; `poll`: how long a worker looks for
+//!   them, one worker for each queue; `tally`: what it counts; `poll`: how long a worker looks for
 //!   work before it sleeps; `spec`: the layouts.
 //!
 //! # Durability
@@ -19,6 +19,7 @@ mod config;
 mod poll;
 mod request;
 mod spec;
+mod tally;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -44,9 +45,10 @@ use self::request::{
     Limits, MAX_DISCARD_SECTORS, MAX_PIECES, MAX_SEGMENTS, MAX_ZEROES_SECTORS,
 };
 use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
+use self::tally::Tallies;
 use self::worker::{Service, Worker};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, DiskReport, Identity, Notifier, ReconfigureError,
+    ActivateError, Activation, ActiveQueue, Counters, DiskReport, Identity, Notifier, ReconfigureError,
     Reconfigured, ResizeError, StoppedQueue, VirtioDevice,
 };
 use crate::limit::{Clock, Throttle};
@@ -116,6 +118,8 @@ pub struct Blk {
     config: Option<BlkConfig>,
     /// The limits that requests wait for.
     throttle: Throttle,
+    /// What the workers count.
+    tallies: Arc<Tallies>,
     workers: Workers,
     /// What the workers were started with, while they run.
     running: Option<Running>,
@@ -153,6 +157,7 @@ impl Blk {
             relay,
             config: None,
             throttle: Throttle::default(),
+            tallies: Arc::new(Tallies::new(settings.num_queues)),
             workers: Workers::new(id),
             running: None,
             accepted: 0,
@@ -248,9 +253,11 @@ impl Blk {
             rerror: self.settings.rerror,
             werror: self.settings.werror,
         };
+        let tallies = &self.tallies;
         self.workers.start(notifier, queues, |queue, wake| {
+            let tally = tallies.of(queue.index);
             let ring = Ring::new(queue, features, Arc::clone(notifier));
-            Worker::new(service.clone(), ring, wake)
+            Worker::new(service.clone(), tally, ring, wake)
         })?;
         self.running = Some(running);
         Ok(())
@@ -258,6 +265,10 @@ impl Blk {
 }
 
 impl VirtioDevice for Blk {
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(Arc::clone(&self.tallies) as Arc<dyn Counters>)
+    }
+
     fn identity(&self) -> Identity {
         Identity {
             device_type: u16::try_from(VIRTIO_ID_BLOCK).unwrap_or_default(),

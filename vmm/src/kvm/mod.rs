@@ -5,6 +5,7 @@
 
 pub mod cpuid;
 pub mod irq;
+pub mod stats;
 pub mod vcpu;
 
 use std::io;

@@ -14,6 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::stats::VcpuStats;
 use super::{KvmError, Vm, trace};
 
 /// `IA32_TSC`: never set back, so that the guest's clocks go on over a reset.
@@ -158,6 +159,12 @@ impl Vcpu {
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// What KVM counts of this vCPU, which is not running. `None` where it does not count.
+    #[must_use]
+    pub fn stats(&self) -> Option<VcpuStats> {
+        VcpuStats::of(&self.fd).ok()
     }
 
     /// The boot CPU takes NMIs on LINT1. LINT0 is masked: KVM has a PIC behind

@@ -10,6 +10,8 @@ use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
 use devices::pci::{BarKind, PciAddress, PciFunction};
 use virtio::transport::VirtioPci;
 
+use super::vcpus::VcpuView;
+
 /// A device on the PCI bus.
 #[derive(Clone)]
 pub struct Item {
@@ -23,18 +25,29 @@ pub struct Item {
     pub removing: bool,
 }
 
-/// The devices and the memory of a machine at one time.
+/// The devices, the vCPUs and the memory of a machine at one time.
 #[derive(Clone, Default)]
 pub struct Inventory {
     items: Vec<Item>,
+    vcpus: Vec<VcpuView>,
     memory: u64,
 }
 
 impl Inventory {
-    /// These devices, and `memory` bytes.
+    /// These devices and vCPUs, and `memory` bytes.
     #[must_use]
-    pub fn new(items: Vec<Item>, memory: u64) -> Self {
-        Self { items, memory }
+    pub fn new(items: Vec<Item>, vcpus: Vec<VcpuView>, memory: u64) -> Self {
+        Self {
+            items,
+            vcpus,
+            memory,
+        }
+    }
+
+    /// The vCPUs that the guest has.
+    #[must_use]
+    pub fn vcpus(&self) -> &[VcpuView] {
+        &self.vcpus
     }
 
     /// How much memory the guest has, in bytes.

@@ -364,7 +364,7 @@ impl Machine {
     /// What is in the machine, for readers.
     #[must_use]
     pub fn inventory(&self) -> Inventory {
-        Inventory::new(self.virtio.clone(), self.memory_size())
+        Inventory::new(self.virtio.clone(), self.vcpus.views(), self.memory_size())
     }
 
     fn item(&self, id: &str) -> Result<&Item, MachineError> {

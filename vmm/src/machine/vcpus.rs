@@ -15,6 +15,7 @@ use std::thread::{Builder, JoinHandle};
 
 use vmm_sys_util::signal::Killable;
 
+use crate::kvm::stats::VcpuStats;
 use crate::kvm::vcpu::{Stop, Vcpu, kick_signal};
 
 /// Called on a vCPU's thread when the vCPU stops for a reason of its own.
@@ -51,7 +52,35 @@ impl Running {
     }
 }
 
+/// What readers see of a vCPU, whatever it does.
+#[derive(Clone)]
+pub struct VcpuView {
+    /// Its number.
+    pub index: u32,
+    /// It is in guest code, or serves an exit.
+    running: Arc<AtomicBool>,
+    stats: Option<Arc<VcpuStats>>,
+}
+
+impl VcpuView {
+    /// Whether it is in guest code or serves an exit.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed)
+    }
+
+    /// What KVM has counted of it, by KVM's names; empty where it does not count.
+    #[must_use]
+    pub fn counts(&self) -> Vec<(&str, u64)> {
+        self.stats
+            .as_ref()
+            .map(|stats| stats.read())
+            .unwrap_or_default()
+    }
+}
+
 struct Thread {
+    view: VcpuView,
     tasks: Sender<Task>,
     handle: JoinHandle<()>,
     /// The guest has no such vCPU now.
@@ -95,10 +124,17 @@ impl Vcpus {
         let stop = Arc::clone(&self.stop);
         let running = Arc::clone(&self.running);
         let on_stop = Arc::clone(&self.on_stop);
+        let view = VcpuView {
+            index: vcpu.index(),
+            running: Arc::default(),
+            stats: vcpu.stats().map(Arc::new),
+        };
+        let runs = Arc::clone(&view.running);
         let handle = Builder::new()
             .name(format!("vcpu{}", vcpu.index()))
-            .spawn(move || serve(vcpu, &inbox, &stop, &running, &on_stop))?;
+            .spawn(move || serve(vcpu, &inbox, &stop, (&running, &runs), &on_stop))?;
         let thread = Thread {
+            view,
             tasks,
             handle,
             parked: false,
@@ -190,6 +226,13 @@ impl Vcpus {
         present.map(|(index, _)| index).collect()
     }
 
+    /// Those that are not parked, for readers.
+    #[must_use]
+    pub fn views(&self) -> Vec<VcpuView> {
+        let present = self.threads.iter().filter(|thread| !thread.parked);
+        present.map(|thread| thread.view.clone()).collect()
+    }
+
     /// How many there are, parked ones included.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -246,7 +289,7 @@ fn serve(
     mut vcpu: Vcpu,
     tasks: &Receiver<Task>,
     stop: &StopFlag,
-    running: &Running,
+    (running, runs): (&Running, &AtomicBool),
     on_stop: &OnStop,
 ) {
     for task in tasks {
@@ -254,8 +297,10 @@ fn serve(
             Task::Ask(ask) => ask(&mut vcpu),
             Task::Run => {
                 let idle = IdleGuard(running);
+                runs.store(true, Ordering::Relaxed);
                 let reason = catch_unwind(AssertUnwindSafe(|| vcpu.run(stop)))
                     .unwrap_or_else(|_| Stop::Failed("a device panicked on a vCPU thread".into()));
+                runs.store(false, Ordering::Relaxed);
                 // Told before the vCPU counts as idle, so that nobody who has
                 // waited for that is surprised by it later.
                 if !matches!(reason, Stop::Kicked) {

@@ -1,12 +1,15 @@
 //! The monitor as other threads see it.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use api::{Answer, Command, Control, ControlError, ErrorKind, EventLog, wire};
 
 use super::{Jobs, View, consoles, metrics};
 use crate::console::ConsoleHub;
 use crate::machine::inbox::{Mailbox, Message};
+use crate::opener::Opener;
+use crate::process::Usage;
 
 /// What this monitor can do beyond v1, as `vmm.ping` lists it.
 const FEATURES: &[&str] = &[
@@ -31,6 +34,7 @@ pub struct MonitorHandle {
     events: EventLog,
     /// The hub alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
     serial: ConsoleHub,
+    opener: Arc<Opener>,
 }
 
 impl MonitorHandle {
@@ -40,6 +44,7 @@ impl MonitorHandle {
         jobs: Jobs,
         events: EventLog,
         serial: ConsoleHub,
+        opener: Arc<Opener>,
     ) -> Self {
         Self {
             mailbox,
@@ -47,6 +52,7 @@ impl MonitorHandle {
             jobs,
             events,
             serial,
+            opener,
         }
     }
 }
@@ -79,7 +85,8 @@ impl Control for MonitorHandle {
     }
 
     fn metrics(&self) -> String {
-        metrics::text(&self.view, &self.jobs, &self.events)
+        let usage = Usage::now(&self.opener);
+        metrics::text(&self.view, &self.jobs, &self.events, usage.as_ref())
     }
 
     fn jobs(&self) -> Vec<wire::JobInfo> {

@@ -123,6 +123,7 @@ impl Monitor {
             self.jobs.clone(),
             events.unwrap_or_default(),
             self.serial.clone(),
+            Arc::clone(&self.opener),
         )
     }
 

@@ -17,6 +17,7 @@ use crate::testing::{
 
 mod changes;
 mod configuration;
+mod counting;
 mod disk;
 mod errors;
 mod hostile;

@@ -7,6 +7,12 @@
 //! of the queue bounds everything: a discard's ranges go one after the other,
 //! and a write that must be durable is followed by a flush.
 //!
+//! # Counting
+//!
+//! Requests that went to the disk are counted in the queue's [`QueueTally`]. The clock
+//! is read once a turn for those that begin. Those that end, end when the worker woke: it has
+//! looked at the clock then for its [`Window`].
+//!
 //! # Limits
 //!
 //! A request that is over a limit ([`Throttle`]) is put back, and so is what
@@ -27,7 +33,7 @@ use std::io;
 use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::{Buffers, Completed, Disk, IoQueue, IoVec, Op, Request, Token, Watch};
 use devices::LogLimit;
@@ -36,6 +42,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::config::{OnReadError, OnWriteError};
 use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
+use super::tally::{Kind, QueueTally};
 use crate::device::{ActivateError, DiskReport, ErrorAction, Notifier, StoppedQueue};
 use crate::limit::{Clock, Throttle};
 use crate::memory::{GuestMap, GuestMemory};
@@ -104,6 +111,18 @@ enum Job {
     Sync,
 }
 
+impl Job {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Read => Kind::Read,
+            Self::Write => Kind::Write,
+            Self::Flush | Self::Sync => Kind::Flush,
+            Self::Discard => Kind::Discard,
+            Self::Zeroes => Kind::Zeroes,
+        }
+    }
+}
+
 /// A request at the disk. Slots are used again, with their lists' memory.
 struct Slot {
     head: u16,
@@ -113,6 +132,11 @@ struct Slot {
     offset: u64,
     /// Its place among all requests that were taken.
     order: u64,
+    /// What it is counted as, and how many bytes it moves.
+    kind: Kind,
+    bytes: u64,
+    /// When the worker took it; `None` when the slot is free.
+    begun: Option<Instant>,
     /// The memory it was parsed in; `None` when the slot is free.
     view: Option<Arc<GuestMap>>,
     /// Where the data of a read goes.
@@ -124,6 +148,9 @@ struct Slot {
 /// Serves one queue.
 pub struct Worker {
     service: Service,
+    tally: Arc<QueueTally>,
+    /// The time, if it has been asked for since requests were last taken or waited for.
+    now: Option<Instant>,
     ring: Ring,
     io: Box<dyn IoQueue>,
     wake: Wake,
@@ -152,7 +179,12 @@ impl Worker {
     /// # Errors
     ///
     /// [`ActivateError`] when the host lacks resources.
-    pub fn new(service: Service, ring: Ring, wake: &Wake) -> Result<Self, ActivateError> {
+    pub fn new(
+        service: Service,
+        tally: Arc<QueueTally>,
+        ring: Ring,
+        wake: &Wake,
+    ) -> Result<Self, ActivateError> {
         let failed = |error: &dyn std::fmt::Display| ActivateError {
             what: "a disk queue",
             reason: error.to_string(),
@@ -164,6 +196,8 @@ impl Worker {
             .map_err(|e| failed(&e))?;
         Ok(Self {
             service,
+            tally,
+            now: None,
             ring,
             io,
             wake: wake.clone(),
@@ -215,7 +249,7 @@ impl Worker {
         while !span.is_zero() {
             self.io.wait(Some(Duration::ZERO), &mut self.completed)?;
             let found = !self.completed.is_empty() || listens && self.ring.pending(view).unwrap_or(true);
-            let passed = (self.service.clock)().saturating_duration_since(begin);
+            let passed = self.passed_since(begin);
             if found {
                 self.window().found(passed);
                 return Ok(());
@@ -229,10 +263,18 @@ impl Worker {
             return self.io.wait(Some(Duration::ZERO), &mut self.completed);
         }
         self.io.wait(None, &mut self.completed)?;
-        let passed = (self.service.clock)().saturating_duration_since(begin);
+        let passed = self.passed_since(begin);
         self.window().slept(passed);
         Ok(())
     }
+
+    /// Looks at the clock.
+    fn passed_since(&mut self, begin: Instant) -> Duration {
+        let now = (self.service.clock)();
+        self.now = Some(now);
+        now.saturating_duration_since(begin)
+    }
+
 
     /// The requests that are at the disk and those that the driver makes have their own times.
     fn window(&mut self) -> &mut Window {
@@ -262,7 +304,7 @@ impl Worker {
                     self.ring.put_back(iter::once(head));
                     return Ok(Some(wait));
                 }
-                let token = self.occupy(view, status_at, job);
+                let token = self.occupy(view, status_at, job, buffers.len());
                 self.push(token, op, offset, buffers);
                 Ok(None)
             }
@@ -271,6 +313,7 @@ impl Worker {
                 self.ring.complete(view, head, written).map(|()| None)
             }
             Err(status) => {
+                self.tally.failed();
                 let written = put_status(view, status_at, status, 0);
                 self.ring.complete(view, head, written).map(|()| None)
             }
@@ -302,7 +345,14 @@ impl Worker {
     }
 
     /// Puts the chain that was just parsed into a slot.
-    fn occupy(&mut self, view: &Arc<GuestMap>, status_at: GuestAddress, job: Job) -> usize {
+    fn occupy(
+        &mut self,
+        view: &Arc<GuestMap>,
+        status_at: GuestAddress,
+        job: Job,
+        bytes: u64,
+    ) -> usize {
+        let now = *self.now.get_or_insert_with(|| (self.service.clock)());
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
@@ -312,6 +362,9 @@ impl Worker {
             slot.status_at = status_at;
             slot.job = job;
             slot.order = self.taken;
+            slot.kind = job.kind();
+            slot.bytes = bytes;
+            slot.begun = Some(now);
             slot.view = Some(Arc::clone(view));
             std::mem::swap(&mut slot.ranges, &mut self.ranges);
             if job == Job::Read {
@@ -395,6 +448,14 @@ impl Worker {
             return Ok(());
         };
         let head = slot.head;
+        match (status, slot.begun) {
+            (Status::Ok, Some(begun)) => {
+                let now = *self.now.get_or_insert_with(|| (self.service.clock)());
+                let time = now.saturating_duration_since(begun);
+                self.tally.done(slot.kind, slot.bytes, time);
+            }
+            _ => self.tally.failed(),
+        }
         let written = put_status(slot_view, slot.status_at, status, written);
         slot.release();
         self.free.push(index);
@@ -521,6 +582,7 @@ impl Service {
 impl Slot {
     fn release(&mut self) {
         self.view = None;
+        self.begun = None;
         self.data.clear();
         self.ranges.clear();
     }
@@ -534,6 +596,9 @@ impl Default for Slot {
             job: Job::Flush,
             offset: 0,
             order: 0,
+            kind: Kind::Flush,
+            bytes: 0,
+            begun: None,
             view: None,
             data: Vec::new(),
             ranges: Vec::new(),
@@ -577,9 +642,12 @@ fn put_status(view: &GuestMap, at: GuestAddress, status: Status, written: u32) -
 
 impl QueueWorker for Worker {
     fn turn(&mut self, serve: bool) -> Turn {
+        self.now = None;
         let waited = if serve && !self.ring.failed() {
             let view = self.service.memory.memory().into_inner();
             let served = self.serve(&view);
+            // What ends ends after the wait.
+            self.now = None;
             match served.and_then(|served| self.ring.notify(&view).map(|()| served)) {
                 Ok(Served::More) => self.io.wait(Some(Duration::ZERO), &mut self.completed),
                 Ok(served) => self.rest(&view, served),
