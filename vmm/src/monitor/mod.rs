@@ -34,7 +34,7 @@ use virtio::models::Model;
 pub use description::{Description, Planned};
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
-pub use socket::{ApiSocket, SocketPlace};
+pub use socket::{ApiSocket, Place, event_sink};
 pub use view::View;
 
 use crate::console::{Consoles, SinkKind};
@@ -44,6 +44,7 @@ use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
+use crate::notice;
 use crate::opener::Opener;
 
 /// How a monitor behaves, apart from any machine.
@@ -227,7 +228,7 @@ impl Monitor {
                     what: "no thread for --gdb",
                     source,
                 })?;
-                eprintln!("vireo: the guest waits for gdb at {place}");
+                notice::tell(format_args!("the guest waits for gdb at {place}"));
                 Some(server)
             }
             _ => None,
@@ -256,7 +257,7 @@ impl Monitor {
             ears.finish_consoles(*reason != ExitReason::Stopped && !outcome.quit);
         }
         if let Some(detail) = &outcome.detail {
-            eprintln!("vireo: {detail}");
+            notice::tell(detail);
         }
         Ok(after)
     }
@@ -399,7 +400,7 @@ fn announce(consoles: &Consoles) -> Option<String> {
     for sink in consoles.serial().list() {
         if let (SinkKind::Pty, Some(path)) = (sink.kind, sink.path) {
             let path = path.display().to_string();
-            eprintln!("vireo: the serial console is at {path}");
+            notice::tell(format_args!("the serial console is at {path}"));
             first.get_or_insert(path);
         }
     }

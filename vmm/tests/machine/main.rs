@@ -15,6 +15,7 @@ mod disks;
 mod gdb;
 mod hotplug;
 mod lifecycle;
+mod managers;
 mod resize;
 mod shape;
 mod start_order;
