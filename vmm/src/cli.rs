@@ -22,6 +22,7 @@
 mod documents;
 mod image;
 mod log;
+mod manager;
 mod message;
 mod remote;
 mod run;
@@ -31,7 +32,7 @@ mod target;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -64,7 +65,9 @@ Examples:
   vireo run --kernel vmlinuz --initramfs initrd.img
       Boot a kernel with a console on this terminal; Ctrl-a x leaves.
   vireo run --help
-      Every flag of a machine.";
+      Every flag of a machine.
+  vireo --api-socket PATH …
+      Without a verb: the flags of run, as managers of Cloud Hypervisor give them.";
 
 /// A virtual machine monitor for Linux KVM: one process runs one machine.
 #[derive(Debug, Parser)]
@@ -163,20 +166,53 @@ pub fn main() -> ExitCode {
     ExitCode::from(execute(std::env::args_os().collect()))
 }
 
+/// What the command line asks for.
+struct Start {
+    verbose: u8,
+    /// Where the log goes, if not to standard error.
+    log_file: Option<PathBuf>,
+    /// What is to be said first.
+    warning: Option<&'static str>,
+    /// Does it, and gives the exit code.
+    work: Box<dyn FnOnce(Arc<Opener>) -> Result<u8, Failure>>,
+}
+
+fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
+    if manager::is_meant(arguments) {
+        return manager::parse(arguments);
+    }
+    let matches = command(MODELS).try_get_matches_from(arguments)?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    let log_file = match &cli.verb {
+        Verb::Run(arguments) => arguments.log_file(),
+        Verb::Serve(arguments) => arguments.log_file(),
+        _ => None,
+    };
+    Ok(Start {
+        verbose: cli.verbose,
+        log_file: log_file.map(Path::to_owned),
+        warning: None,
+        work: Box::new(move |opener| dispatch(cli.verb, &matches, opener)),
+    })
+}
+
 fn execute(arguments: Vec<OsString>) -> u8 {
-    let parsed = command(MODELS)
-        .try_get_matches_from(&arguments)
-        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
-    let (cli, matches) = match parsed {
-        Ok(parsed) => parsed,
+    let start = match parse(&arguments) {
+        Ok(start) => start,
         Err(error) => {
             let usage = image::usage_code(&arguments).unwrap_or(USAGE);
             return refuse(&error, &arguments, usage);
         }
     };
-    let result = log::start(cli.verbose)
+    let opener = Arc::new(Opener::new());
+    let result = log::start(start.verbose, start.log_file.as_deref(), &opener)
         .map_err(Failure::Usage)
-        .and_then(|()| dispatch(cli.verb, &matches));
+        .and_then(|()| {
+            if let Some(warning) = start.warning {
+                tracing::warn!("{warning}");
+            }
+            (start.work)(opener)
+        });
     match result {
         Ok(code) => code,
         Err(Failure::Usage(error)) => {
@@ -227,17 +263,11 @@ fn refuse(error: &clap::Error, arguments: &[OsString], usage: u8) -> u8 {
     }
 }
 
-fn dispatch(verb: Verb, matches: &ArgMatches) -> Result<u8, Failure> {
-    let opener = Arc::new(Opener::new());
+fn dispatch(verb: Verb, matches: &ArgMatches, opener: Arc<Opener>) -> Result<u8, Failure> {
     match verb {
         Verb::Run(arguments) => {
-            let matches = matches.subcommand_matches("run");
-            let (config, socket) =
-                run::configure(*arguments, matches, MODELS).map_err(Failure::Usage)?;
-            let endpoint = socket.endpoint(config.name.as_deref(), &opener);
-            let endpoint = endpoint.map_err(Failure::Usage)?;
-            let reason = crate::run::run(config, endpoint, opener).map_err(judge)?;
-            Ok(exit_code(reason))
+            let matches = matches.subcommand_matches("run").unwrap_or(matches);
+            run::execute(*arguments, matches, opener)
         }
         Verb::Serve(arguments) => {
             let endpoint = arguments.endpoint(&opener).map_err(Failure::Usage)?;

@@ -15,6 +15,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod notice;
 pub mod opener;
 pub mod places;
 pub mod process;

@@ -172,6 +172,27 @@ impl Opener {
         create(path, 0o600, libc::O_APPEND)
     }
 
+    /// As [`Opener::create_output`], and a pipe may have no reader yet: who comes later finds what
+    /// was written until then, as far as the pipe holds it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Opener::create_output`].
+    pub fn create_event_output(&self, path: &Path) -> Result<File, OpenError> {
+        match self.create_output(path) {
+            Err(OpenError::System { source, .. }) if source.raw_os_error() == Some(libc::ENXIO) => {
+                // Also open for reading, it is open without a reader.
+                OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+                    .open(path)
+                    .map_err(system("open", path))
+            }
+            result => result,
+        }
+    }
+
     /// As [`Opener::create_output`], but what is in a regular file stays.
     ///
     /// # Errors

@@ -3,19 +3,21 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use api::ExitReason;
 use api::http::{ServerHandle, ServerOptions};
+use api::{Control, EventMonitor, ExitReason};
 use virtio::models::MODELS;
 
 use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
-use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, SocketPlace};
+use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
 use crate::opener::Opener;
 
 /// Where a monitor is controlled, and how it behaves.
 #[derive(Debug, Default)]
 pub struct Endpoint {
     /// The control socket, if there is one.
-    pub place: Option<SocketPlace>,
+    pub place: Option<Place>,
+    /// Where events are written in Cloud Hypervisor's form, if they are.
+    pub events: Option<Place>,
     /// How it behaves.
     pub options: MonitorOptions,
 }
@@ -32,7 +34,7 @@ pub fn run(
     opener: Arc<Opener>,
 ) -> anyhow::Result<ExitReason> {
     let replay = config.serial_replay;
-    let (monitor, _control) = monitor(endpoint, replay, opener)?;
+    let (monitor, _around) = monitor(endpoint, replay, opener)?;
     Ok(monitor.run(Description::of(config))?)
 }
 
@@ -42,30 +44,55 @@ pub fn run(
 ///
 /// What kept the monitor from going on, or the socket from being made.
 pub fn serve(endpoint: Endpoint, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
-    let (monitor, _control) = monitor(endpoint, DEFAULT_SERIAL_REPLAY, opener)?;
+    let (monitor, _around) = monitor(endpoint, DEFAULT_SERIAL_REPLAY, opener)?;
     Ok(monitor.serve()?)
 }
 
-/// The control socket while it is served: the server ends, then the socket's file goes.
-struct Served {
-    _server: ServerHandle,
-    _socket: ApiSocket,
+/// What is beside the monitor and outlives it. The server ends, then the socket's file goes.
+struct Surroundings {
+    _server: Option<ServerHandle>,
+    _socket: Option<ApiSocket>,
+    _events: Option<EventMonitor>,
 }
 
 fn monitor(
     endpoint: Endpoint,
     serial_replay: u64,
     opener: Arc<Opener>,
-) -> anyhow::Result<(Monitor, Option<Served>)> {
-    let Endpoint { place, mut options } = endpoint;
+) -> anyhow::Result<(Monitor, Surroundings)> {
+    let Endpoint {
+        place,
+        events,
+        mut options,
+    } = endpoint;
     options.serial_replay = usize::try_from(serial_replay).unwrap_or(usize::MAX);
     let strict = options.strict;
     let monitor =
         Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
-    let Some(place) = place else {
-        return Ok((monitor, None));
+    let events = events.map(|place| write_events(&place, &monitor, &opener));
+    let events = events.transpose().context("--event-monitor")?;
+    let control = place.map(|place| listen(&place, &monitor, strict, &opener));
+    let (server, socket) = control.transpose()?.unzip();
+    let around = Surroundings {
+        _server: server,
+        _socket: socket,
+        _events: events,
     };
-    let socket = ApiSocket::listen(&place, &opener).context("--api-socket")?;
+    Ok((monitor, around))
+}
+
+fn write_events(place: &Place, monitor: &Monitor, opener: &Opener) -> anyhow::Result<EventMonitor> {
+    let sink = event_sink(place, opener)?;
+    Ok(EventMonitor::start(monitor.handle().events(), sink)?)
+}
+
+fn listen(
+    place: &Place,
+    monitor: &Monitor,
+    strict: bool,
+    opener: &Opener,
+) -> anyhow::Result<(ServerHandle, ApiSocket)> {
+    let socket = ApiSocket::listen(place, opener).context("--api-socket")?;
     let listener = socket.listener.try_clone().context("--api-socket")?;
     let options = ServerOptions {
         strict,
@@ -73,9 +100,5 @@ fn monitor(
     };
     let server = api::http::serve(listener, Arc::new(monitor.handle()), options)
         .context("no thread for --api-socket")?;
-    let served = Served {
-        _server: server,
-        _socket: socket,
-    };
-    Ok((monitor, Some(served)))
+    Ok((server, socket))
 }

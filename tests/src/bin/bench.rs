@@ -35,7 +35,9 @@ struct Args {
 
 /// A group, or the beginning of a measure's name.
 fn group(text: &str) -> Result<String, String> {
-    let known = ["size", "start", "api", "memory", "port", "disk", "image", "boot"];
+    let known = [
+        "size", "start", "api", "memory", "port", "disk", "image", "boot",
+    ];
     if known.contains(&text) || text.starts_with("image.") {
         Ok(text.to_owned())
     } else {

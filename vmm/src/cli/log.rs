@@ -1,19 +1,25 @@
-//! The log, on standard error.
+//! The log, on standard error or in a file.
 
 use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::opener::Opener;
 
 /// The variable that gives a level or a filter where `-v` does not.
 const VARIABLE: &str = "VIREO_LOG";
 
-/// Starts the log; warnings and errors only unless asked for more.
-pub(super) fn start(verbosity: u8) -> anyhow::Result<()> {
+/// Starts the log; warnings and errors only unless asked for more. What a full disk does not take
+/// is lost, and nobody hears of it.
+pub(super) fn start(verbosity: u8, file: Option<&Path>, opener: &Opener) -> anyhow::Result<()> {
     let level = match verbosity {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
@@ -34,9 +40,16 @@ pub(super) fn start(verbosity: u8) -> anyhow::Result<()> {
                 )
             })?,
     };
+    let (writer, colours) = match file {
+        None => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
+        Some(path) => {
+            let file = opener.append_output(path).context("--log-file")?;
+            (BoxMakeWriter::new(Arc::new(file)), false)
+        }
+    };
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
+        .with_writer(writer)
+        .with_ansi(colours)
         .compact();
     tracing_subscriber::registry()
         .with(lines.with_filter(targets))

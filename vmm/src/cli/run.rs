@@ -1,23 +1,28 @@
 //! `vireo run`: its flags, and how they become a configuration.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::builder::StyledStr;
+use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use virtio::models::Model;
+use virtio::models::{MODELS, Model};
 use virtio::schema::{Field, FieldKind};
 
 use super::serve::SocketArgs;
+use super::{Failure, exit_code, judge};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
-    BootProtocol, CPUS_FIELDS, ConfigError, CpusConfig, CpusError, DEFAULT_CMDLINE,
-    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS,
-    MEMORY_FIELDS, MachineConfig, MemoryConfig, PayloadConfig, RATE_LIMIT_GROUP_FIELDS,
-    RateLimitGroupConfig, SerialConfig, SmbiosConfig, VmConfig, files,
+    BootProtocol, CPUS_FIELDS, ConfigError, CpusError, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
+    DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
+    RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SmbiosConfig, VmConfig, files,
 };
+use crate::opener::Opener;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -42,7 +47,7 @@ pub(super) struct RunArgs {
 
     /// Kernel to boot: a bzImage, or an ELF image (vmlinux)
     #[arg(long, value_name = "PATH", help_heading = "Boot")]
-    kernel: PathBuf,
+    kernel: Option<PathBuf>,
 
     /// Initial RAM disk
     #[arg(
@@ -248,57 +253,150 @@ fn placeholder(kind: FieldKind) -> String {
     }
 }
 
-/// Makes the configuration and checks it, files included.
-pub(super) fn configure(
+impl RunArgs {
+    /// Where the log goes, if not to standard error.
+    pub(super) fn log_file(&self) -> Option<&Path> {
+        self.socket.log_file()
+    }
+
+    /// Whether there is anything to boot, or it is to be looked for.
+    pub(super) fn has_machine(&self) -> bool {
+        self.kernel.is_some()
+    }
+
+    /// The flags that concern the monitor alone.
+    pub(super) fn into_socket(self) -> SocketArgs {
+        self.socket
+    }
+}
+
+/// Runs the machine that the flags describe, to its end, and gives the exit code.
+pub(super) fn execute(
     arguments: RunArgs,
-    matches: Option<&ArgMatches>,
+    matches: &ArgMatches,
+    opener: Arc<Opener>,
+) -> Result<u8, Failure> {
+    let (config, socket) = configure(arguments, matches, MODELS).map_err(Failure::Usage)?;
+    let endpoint = socket.endpoint(config.name.as_deref(), &opener);
+    let endpoint = endpoint.map_err(Failure::Usage)?;
+    let reason = crate::run::run(config, endpoint, opener).map_err(judge)?;
+    Ok(exit_code(reason))
+}
+
+/// Makes the configuration and checks it, files included.
+fn configure(
+    arguments: RunArgs,
+    matches: &ArgMatches,
     models: &'static [Model],
 ) -> anyhow::Result<(VmConfig, SocketArgs)> {
-    let (mut config, socket) = lower(arguments)?;
-    if let Some(matches) = matches {
-        config.devices = devices(matches, models)?;
+    let mut config = VmConfig::default();
+    Flags { matches, models }.apply(&arguments, &mut config)?;
+    let socket = arguments.socket;
+    if config.payload.kernel.is_none() {
+        anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
     }
     config.complete(models);
     config.validate(models, &HostLimits::read())?;
     files::check(&config, models)?;
+    files::check_own(&config, models, socket.outputs())?;
     Ok((config, socket))
 }
 
-fn lower(arguments: RunArgs) -> anyhow::Result<(VmConfig, SocketArgs)> {
-    let machine: MachineConfig = from_table("--machine", MACHINE_FIELDS, &arguments.machine)?;
-    let memory: MemoryConfig = from_table("--memory", MEMORY_FIELDS, &arguments.memory)?;
-    let config = VmConfig {
-        name: arguments.name,
-        machine,
-        cpus: cpus(&arguments.cpus)?,
-        memory,
-        payload: PayloadConfig {
-            kernel: Some(arguments.kernel),
-            initramfs: arguments.initramfs,
-            cmdline: arguments.cmdline,
-            boot_protocol: arguments.boot_protocol,
-        },
-        devices: Vec::new(),
-        rate_limit_groups: arguments
-            .rate_limit_group
-            .iter()
-            .map(|text| RateLimitGroupConfig::from_flag(text))
-            .collect::<Result<_, _>>()?,
-        serial: named("--serial", SerialConfig::from_flags(&arguments.serial))?,
-        serial_replay: named(
-            "--serial-replay",
-            flag::parse_bytes(&arguments.serial_replay),
-        )?,
-        debugcon: named("--debugcon", arguments.debugcon.parse::<DebugconConfig>())?,
-        gdb: match arguments.gdb {
-            None => None,
-            Some(text) => Some(named("--gdb", text.parse::<GdbConfig>())?),
-        },
-        smbios: SmbiosConfig::from_flags(arguments.smbios.iter().map(String::as_str))?,
-        pvpanic: named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?,
-        shutdown_timeout: arguments.shutdown_timeout,
-    };
-    Ok((config, arguments.socket))
+/// The flags that are given, which change a configuration.
+struct Flags<'a> {
+    matches: &'a ArgMatches,
+    models: &'static [Model],
+}
+
+impl Flags<'_> {
+    /// Whether the user has given the flag: its default changes nothing.
+    fn has(&self, flag: &str) -> bool {
+        self.matches.value_source(flag) == Some(ValueSource::CommandLine)
+    }
+
+    fn apply(&self, arguments: &RunArgs, config: &mut VmConfig) -> anyhow::Result<()> {
+        if arguments.name.is_some() {
+            config.name.clone_from(&arguments.name);
+        }
+        let payload = &mut config.payload;
+        if arguments.kernel.is_some() {
+            payload.kernel.clone_from(&arguments.kernel);
+        }
+        if arguments.initramfs.is_some() {
+            payload.initramfs.clone_from(&arguments.initramfs);
+        }
+        if self.has("cmdline") {
+            payload.cmdline.clone_from(&arguments.cmdline);
+        }
+        if self.has("boot_protocol") {
+            payload.boot_protocol = arguments.boot_protocol;
+        }
+        if self.has("machine") {
+            let keys = read_table("--machine", MACHINE_FIELDS, &arguments.machine)?;
+            config.machine = merged("--machine", &config.machine, keys)?;
+        }
+        if self.has("cpus") {
+            config.cpus = merged("--cpus", &config.cpus, cpus(&arguments.cpus)?)?;
+        }
+        if self.has("memory") {
+            let keys = read_table("--memory", MEMORY_FIELDS, &arguments.memory)?;
+            config.memory = merged("--memory", &config.memory, keys)?;
+        }
+        self.apply_consoles(arguments, config)?;
+        if !arguments.smbios.is_empty() {
+            let given = SmbiosConfig::from_flags(arguments.smbios.iter().map(String::as_str))?;
+            let keys = keys_of("--smbios", &given)?;
+            config.smbios = merged("--smbios", &config.smbios, keys)?;
+        }
+        if self.has("pvpanic") {
+            config.pvpanic = named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?;
+        }
+        if self.has("shutdown_timeout") {
+            config.shutdown_timeout = arguments.shutdown_timeout;
+        }
+        for text in &arguments.rate_limit_group {
+            let group = RateLimitGroupConfig::from_flag(text)?;
+            config.rate_limit_groups.push(group);
+        }
+        config.devices.extend(devices(self.matches, self.models)?);
+        Ok(())
+    }
+
+    fn apply_consoles(&self, arguments: &RunArgs, config: &mut VmConfig) -> anyhow::Result<()> {
+        if self.has("serial") {
+            config.serial = named("--serial", SerialConfig::from_flags(&arguments.serial))?;
+        }
+        if self.has("serial_replay") {
+            let replay = flag::parse_bytes(&arguments.serial_replay);
+            config.serial_replay = named("--serial-replay", replay)?;
+        }
+        if self.has("debugcon") {
+            let place = arguments.debugcon.parse::<DebugconConfig>();
+            config.debugcon = named("--debugcon", place)?;
+        }
+        if let Some(text) = &arguments.gdb {
+            config.gdb = Some(named("--gdb", text.parse::<GdbConfig>())?);
+        }
+        Ok(())
+    }
+}
+
+/// `base` with the keys that a flag gives.
+fn merged<T: Serialize + DeserializeOwned>(
+    flag: &'static str,
+    base: &T,
+    keys: Map<String, Value>,
+) -> anyhow::Result<T> {
+    let mut whole = keys_of(flag, base)?;
+    whole.extend(keys);
+    named(flag, serde_json::from_value(Value::Object(whole)))
+}
+
+fn keys_of<T: Serialize>(flag: &'static str, value: &T) -> anyhow::Result<Map<String, Value>> {
+    match named(flag, serde_json::to_value(value))? {
+        Value::Object(map) => Ok(map),
+        _ => Ok(Map::new()),
+    }
 }
 
 /// Puts the flag before the message of what its text is not.
@@ -328,16 +426,7 @@ fn read_table(
     Ok(flag::parse(&table, text)?)
 }
 
-fn from_table<T: serde::de::DeserializeOwned>(
-    flag: &'static str,
-    fields: &'static [Field],
-    text: &str,
-) -> anyhow::Result<T> {
-    let map = read_table(flag, fields, text)?;
-    named(flag, serde_json::from_value(Value::Object(map)))
-}
-
-fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
+fn cpus(text: &str) -> anyhow::Result<Map<String, Value>> {
     let map = read_table("--cpus", CPUS_FIELDS, text)?;
     for key in ["boot", "max"] {
         let count = map.get(key).and_then(Value::as_u64).unwrap_or(0);
@@ -345,7 +434,7 @@ fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
             return Err(ConfigError::from(CpusError::Count { key, count }).into());
         }
     }
-    named("--cpus", serde_json::from_value(Value::Object(map)))
+    Ok(map)
 }
 
 /// The devices, in the order in which the command line gives them.

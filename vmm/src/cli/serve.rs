@@ -1,10 +1,10 @@
 //! `vireo serve`, and the flags of the control socket that `vireo run` shares with it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::monitor::{MonitorOptions, SocketPlace};
+use crate::monitor::{MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
 use crate::run::Endpoint;
@@ -21,7 +21,17 @@ Examples:
 pub(super) struct SocketArgs {
     /// Control socket: PATH, path=PATH, or fd=N for a listening one
     #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
-    api_socket: Option<SocketPlace>,
+    api_socket: Option<Place>,
+
+    /// Write events in Cloud Hypervisor's form: path=PATH, PATH, or fd=N
+    ///
+    /// A pipe may have no reader yet. Nobody waits for a reader that is slow, or for a full disk.
+    #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
+    event_monitor: Option<Place>,
+
+    /// Append the log to a file instead of writing it to standard error
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    log_file: Option<PathBuf>,
 
     /// Stay when the guest has ended, for another boot over the socket
     #[arg(long, help_heading = "Control")]
@@ -39,10 +49,10 @@ pub(super) struct ServeArgs {
     socket: SocketArgs,
 }
 
-fn place(text: &str) -> Result<SocketPlace, String> {
+fn place(text: &str) -> Result<Place, String> {
     if let Some(number) = text.strip_prefix("fd=") {
         return match number.parse() {
-            Ok(fd) if fd > 2 => Ok(SocketPlace::Descriptor(fd)),
+            Ok(fd) if fd > 2 => Ok(Place::Descriptor(fd)),
             _ => Err("fd= takes the number of a descriptor, 3 or higher".to_owned()),
         };
     }
@@ -50,10 +60,25 @@ fn place(text: &str) -> Result<SocketPlace, String> {
     if path.is_empty() {
         return Err("the path is empty".to_owned());
     }
-    Ok(SocketPlace::Path(PathBuf::from(path)))
+    Ok(Place::Path(PathBuf::from(path)))
 }
 
 impl SocketArgs {
+    /// Where the log goes, if not to standard error.
+    pub(super) fn log_file(&self) -> Option<&Path> {
+        self.log_file.as_deref()
+    }
+
+    /// The files that the monitor itself writes, by flag.
+    pub(super) fn outputs(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let events = match &self.event_monitor {
+            Some(Place::Path(path)) => Some(("--event-monitor path=", path.as_path())),
+            _ => None,
+        };
+        let log = self.log_file().map(|path| ("--log-file ", path));
+        events.into_iter().chain(log)
+    }
+
     /// Where a machine called `name` is controlled, which may be nowhere, and how.
     ///
     /// # Errors
@@ -64,7 +89,7 @@ impl SocketArgs {
             (Some(place), ..) => Some(place),
             (None, Some(name), Some(directory)) => {
                 opener.private_directory(&directory)?;
-                Some(SocketPlace::Path(places::socket(&directory, name)))
+                Some(Place::Path(places::socket(&directory, name)))
             }
             _ => None,
         };
@@ -75,6 +100,7 @@ impl SocketArgs {
         }
         Ok(Endpoint {
             place,
+            events: self.event_monitor,
             options: MonitorOptions {
                 no_shutdown: self.no_shutdown,
                 strict: self.strict_api,
@@ -82,20 +108,34 @@ impl SocketArgs {
             },
         })
     }
+
+    /// Where a monitor listens that waits for a machine.
+    ///
+    /// # Errors
+    ///
+    /// No socket is named.
+    pub(super) fn endpoint_without_machine(self, opener: &Opener) -> anyhow::Result<Endpoint> {
+        let endpoint = self.endpoint(None, opener)?;
+        if endpoint.place.is_none() {
+            anyhow::bail!("a monitor without a machine needs --api-socket PATH");
+        }
+        Ok(endpoint)
+    }
 }
 
 impl ServeArgs {
+    /// Where the log goes, if not to standard error.
+    pub(super) fn log_file(&self) -> Option<&Path> {
+        self.socket.log_file()
+    }
+
     /// Where the monitor listens.
     ///
     /// # Errors
     ///
     /// No socket is named.
     pub(super) fn endpoint(self, opener: &Opener) -> anyhow::Result<Endpoint> {
-        let endpoint = self.socket.endpoint(None, opener)?;
-        if endpoint.place.is_none() {
-            anyhow::bail!("a monitor without a machine needs --api-socket PATH");
-        }
-        Ok(endpoint)
+        self.socket.endpoint_without_machine(opener)
     }
 }
 
@@ -105,10 +145,10 @@ mod tests {
 
     #[test]
     fn sockets_are_named_as_managers_do() {
-        let path = |text: &str| SocketPlace::Path(PathBuf::from(text));
+        let path = |text: &str| Place::Path(PathBuf::from(text));
         assert_eq!(place("/a"), Ok(path("/a")));
         assert_eq!(place("path=/a"), Ok(path("/a")));
-        assert_eq!(place("fd=3"), Ok(SocketPlace::Descriptor(3)));
+        assert_eq!(place("fd=3"), Ok(Place::Descriptor(3)));
         for wrong in ["", "path=", "fd=", "fd=2", "fd=-1", "fd=x"] {
             assert!(place(wrong).is_err(), "{wrong}");
         }

@@ -20,7 +20,9 @@ const DISK: &str = "blk";
 const DISK_PATH: &str = "path";
 const DISK_READ_ONLY: &str = "readonly";
 
-const SERIAL: &str = "--serial";
+/// Flags that write a file, up to its path.
+const SERIAL: &str = "--serial file=";
+const DEBUGCON: &str = "--debugcon file=";
 
 /// What tells one file from another.
 #[derive(PartialEq, Eq)]
@@ -114,12 +116,39 @@ pub fn check_sink(
     models: &[Model],
     sink: &SinkConfig,
 ) -> Result<(), ConfigError> {
-    let mut used = inputs(config, models);
-    for (flag, path) in outputs(config) {
-        used.extend(Identity::of(&path).map(|identity| (identity, flag.to_owned())));
-    }
+    let mut used = in_use(config, models);
     sink.outputs()
         .try_for_each(|path| claim(&mut used, SERIAL, path))
+}
+
+/// Checks that files which the monitor writes for itself are none that the machine uses.
+/// Each comes with its flag, up to the path.
+///
+/// # Errors
+///
+/// [`ConfigError::OutputInUse`].
+pub fn check_own<'a>(
+    config: &VmConfig,
+    models: &[Model],
+    own: impl Iterator<Item = (&'static str, &'a Path)>,
+) -> Result<(), ConfigError> {
+    let mut used = in_use(config, models);
+    own.into_iter()
+        .try_for_each(|(flag, path)| claim(&mut used, flag, path.to_owned()))
+}
+
+/// Every file that the machine uses or writes, and what does.
+fn in_use(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
+    let mut used = inputs(config, models);
+    for (flag, path) in outputs(config) {
+        used.extend(Identity::of(&path).map(|identity| (identity, user(flag))));
+    }
+    used
+}
+
+/// A flag without the key of its path.
+fn user(flag: &str) -> String {
+    flag.split(' ').next().unwrap_or_default().to_owned()
 }
 
 /// The files that the machine writes, by flag.
@@ -128,7 +157,7 @@ fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
     let debugcon = config.debugcon.output().map(Path::to_owned);
     serial
         .map(|path| (SERIAL, path))
-        .chain(debugcon.map(|path| ("--debugcon", path)))
+        .chain(debugcon.map(|path| (DEBUGCON, path)))
         .collect()
 }
 
@@ -149,7 +178,7 @@ fn claim(
             other,
         });
     }
-    used.push((identity, flag.to_owned()));
+    used.push((identity, user(flag)));
     Ok(())
 }
 

@@ -237,11 +237,11 @@ pub enum ConfigError {
     },
     /// A file that would be overwritten is used otherwise.
     #[error(
-        "{output} file={}: it would overwrite what {other} uses: give it a file of its own",
+        "{output}{}: it would overwrite what {other} uses: give it a file of its own",
         path.display()
     )]
     OutputInUse {
-        /// The flag that writes.
+        /// The flag that writes, up to its path.
         output: &'static str,
         /// The file.
         path: PathBuf,

@@ -25,6 +25,7 @@ use super::{Machine, MachineError};
 use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
 use crate::monitor::{Description, View};
+use crate::notice;
 use crate::opener::Opener;
 
 /// How long back ends may take to drain for a pause or a reset.
@@ -445,11 +446,11 @@ impl Driver {
                 } else {
                     "mend what it needs"
                 };
-                eprintln!(
-                    "vireo: disk {id}: {what}: the machine is paused: {mend}, then send SIGCONT \
+                notice::tell(format_args!(
+                    "disk {id}: {what}: the machine is paused: {mend}, then send SIGCONT \
                      to process {} to go on",
                     std::process::id()
-                );
+                ));
             }
             Err(error) => tracing::error!(
                 "disk {id}: {what}, and the machine could not be paused: {}",
@@ -463,10 +464,10 @@ impl Driver {
         if self.state().1 == Some(PauseReason::DiskError)
             && let Err(error) = self.resume()
         {
-            eprintln!(
-                "vireo: the machine stays paused: {}",
+            notice::tell(format_args!(
+                "the machine stays paused: {}",
                 crate::error::chain(&error)
-            );
+            ));
         }
     }
 

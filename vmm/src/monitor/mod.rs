@@ -35,7 +35,7 @@ use virtio::models::Model;
 pub use description::{Description, Planned};
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
-pub use socket::{ApiSocket, SocketPlace};
+pub use socket::{ApiSocket, Place, event_sink};
 pub use view::View;
 
 use crate::console::{ConsoleHub, Consoles};
@@ -45,6 +45,7 @@ use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
+use crate::notice;
 use crate::opener::Opener;
 
 /// How a monitor behaves, apart from any machine.
@@ -235,7 +236,7 @@ impl Monitor {
                     what: "no thread for --gdb",
                     source,
                 })?;
-                eprintln!("vireo: the guest waits for gdb at {place}");
+                notice::tell(format_args!("the guest waits for gdb at {place}"));
                 Some(server)
             }
             _ => None,
@@ -264,7 +265,7 @@ impl Monitor {
             ears.finish_consoles(*reason != ExitReason::Stopped && !outcome.quit);
         }
         if let Some(detail) = &outcome.detail {
-            eprintln!("vireo: {detail}");
+            notice::tell(detail);
         }
         Ok(after)
     }
@@ -412,6 +413,6 @@ impl Monitor {
 /// Tells what only the host knows, the names of pseudo-terminals.
 fn announce(consoles: &Consoles) {
     for path in consoles::ptys(consoles.serial()) {
-        eprintln!("vireo: the serial console is at {path}");
+        notice::tell(format_args!("the serial console is at {path}"));
     }
 }

@@ -16,6 +16,7 @@ mod disks;
 mod gdb;
 mod hotplug;
 mod lifecycle;
+mod managers;
 mod metrics;
 mod resize;
 mod shape;

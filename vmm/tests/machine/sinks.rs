@@ -1,7 +1,7 @@
 //! The serial port's sinks, changed and attached to over the control socket.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;

@@ -6,7 +6,9 @@ use super::super::{Cli, Verb, command};
 use super::*;
 use crate::config::device::tests::TEST_MODELS;
 use crate::config::serial::FileSink;
-use crate::config::{MachineType, SinkConfig, Thp};
+use crate::config::{
+    CpusConfig, MachineConfig, MachineType, MemoryConfig, PayloadConfig, SinkConfig, Thp,
+};
 
 /// The configuration that `vireo run --kernel k` and these arguments make.
 fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
@@ -15,7 +17,11 @@ fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
     let Verb::Run(parsed) = Cli::from_arg_matches(&matches)?.verb else {
         panic!("not run");
     };
-    let (config, _) = configure(*parsed, matches.subcommand_matches("run"), TEST_MODELS)?;
+    let (config, _) = configure(
+        *parsed,
+        matches.subcommand_matches("run").unwrap(),
+        TEST_MODELS,
+    )?;
     Ok(config)
 }
 
