@@ -29,7 +29,9 @@ pub enum DefinitionError {
         others: Vec<String>,
     },
     /// There is one of this name already.
-    #[error("machine '{name}' is defined already: add --replace, or change it with 'vireo edit {name}'")]
+    #[error(
+        "machine '{name}' is defined already: add --replace, or change it with 'vireo edit {name}'"
+    )]
     Taken {
         /// The name.
         name: String,
@@ -131,7 +133,9 @@ impl Definitions {
             let name = name.to_owned();
             return Err(DefinitionError::Taken { name });
         }
-        Ok(self.opener.replace_file(&self.path(name), text.as_bytes())?)
+        Ok(self
+            .opener
+            .replace_file(&self.path(name), text.as_bytes())?)
     }
 
     /// Puts `text` where it can be edited.
@@ -200,7 +204,10 @@ mod tests {
         stored.store("web", "three", true).unwrap();
         let path = stored.find("web").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "three");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         stored.store_draft("web", "four").unwrap();
         stored.forget("web").unwrap();
         let left = fs::read_dir(path.parent().unwrap()).unwrap().count();

@@ -12,9 +12,7 @@ use virtio::schema::{Field, FieldKind};
 
 use super::flag::{ValueError, parse_bytes};
 use super::validate::bytes;
-use super::{
-    DebugconConfig, GdbConfig, MEMORY_FIELDS, SerialConfig, SinkConfig, VmConfig,
-};
+use super::{DebugconConfig, GdbConfig, MEMORY_FIELDS, SerialConfig, SinkConfig, VmConfig};
 use crate::opener::{OpenError, Opener};
 
 /// The longest file, in bytes.
@@ -112,7 +110,10 @@ impl VmConfig {
         // What a configuration holds, TOML can say.
         let mut table = Table::try_from(self).unwrap_or_default();
         for_each_size(&mut table, models, &mut |_, value| {
-            if let Some(count) = value.as_integer().and_then(|count| u64::try_from(count).ok()) {
+            if let Some(count) = value
+                .as_integer()
+                .and_then(|count| u64::try_from(count).ok())
+            {
                 let text = bytes(count);
                 if !text.ends_with(|c: char| c.is_ascii_digit()) {
                     *value = Value::String(text);
@@ -201,11 +202,7 @@ impl Sizes<'_> {
 type OnSize<'a, E> = &'a mut dyn FnMut(&str, &mut Value) -> Result<(), E>;
 
 /// Goes through what is a size wherever it is.
-fn for_each_size<E>(
-    table: &mut Table,
-    models: &[Model],
-    change: OnSize<'_, E>,
-) -> Result<(), E> {
+fn for_each_size<E>(table: &mut Table, models: &[Model], change: OnSize<'_, E>) -> Result<(), E> {
     visit(table, "", SIZES.iter().copied(), change)?;
     let memory = table.get_mut("memory").and_then(Value::as_table_mut);
     if let Some(memory) = memory {
@@ -266,7 +263,10 @@ fn visit<'a, E>(
 /// The line, from 1, that has the byte at `offset`.
 fn line_of(text: &str, offset: usize) -> usize {
     let before = text.bytes().take(offset);
-    before.filter(|byte| *byte == b'\n').count().saturating_add(1)
+    before
+        .filter(|byte| *byte == b'\n')
+        .count()
+        .saturating_add(1)
 }
 
 /// The parser's message, which may have several lines.
@@ -327,7 +327,10 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
     fn a_file_gives_a_machine_with_sizes_as_people_write_them() {
         let config = read(FULL).unwrap();
         assert_eq!(config.name.as_deref(), Some("web"));
-        assert_eq!((config.memory.size, config.memory.hotplug_size), (2 << 30, 128 << 20));
+        assert_eq!(
+            (config.memory.size, config.memory.hotplug_size),
+            (2 << 30, 128 << 20)
+        );
         assert_eq!(config.serial_replay, 1 << 20);
         assert_eq!(config.devices[0].config["l2_cache_size"], json!(1 << 20));
         assert_eq!(config.devices[0].config["bw_size"], json!(10 << 20));
@@ -353,12 +356,20 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
         config.debugcon = DebugconConfig::File("dbg".into());
         config.gdb = Some(GdbConfig::Unix("gdb".into()));
         config.make_paths_absolute(Path::new("/vm"), MODELS);
-        assert_eq!(config.payload.kernel.as_deref(), Some(Path::new("/vm/vmlinuz")));
+        assert_eq!(
+            config.payload.kernel.as_deref(),
+            Some(Path::new("/vm/vmlinuz"))
+        );
         assert_eq!(config.devices[0].config["path"], json!("/vm/a.img"));
         assert_eq!(config.devices[1].config["path"], json!("nbd://host/disk"));
         assert_eq!(config.debugcon.output(), Some(Path::new("/vm/dbg")));
         assert_eq!(config.gdb, Some(GdbConfig::Unix("/vm/gdb".into())));
-        let outputs: Vec<_> = config.serial.sinks().iter().flat_map(SinkConfig::outputs).collect();
+        let outputs: Vec<_> = config
+            .serial
+            .sinks()
+            .iter()
+            .flat_map(SinkConfig::outputs)
+            .collect();
         assert_eq!(outputs[0], Path::new("/vm/log"));
         let before = config.clone();
         config.make_paths_absolute(Path::new("/other"), TEST_MODELS);
@@ -370,7 +381,10 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
         for (text, part) in [
             ("a = ", "vm.toml: line 1: "),
             ("name = \"x\"\n[memory\n", "vm.toml: line 2: "),
-            ("[memory]\nsize = \"2Q\"", "memory.size = \"2Q\": not a size"),
+            (
+                "[memory]\nsize = \"2Q\"",
+                "memory.size = \"2Q\": not a size",
+            ),
             ("[memory]\nsise = 1", "unknown field `sise`"),
             ("[memory]\nsize = -1", "vm.toml: "),
             ("colour = 1", "unknown field `colour`"),
@@ -379,7 +393,10 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
             ("serial_replay = \"99999999999T\"", "serial_replay"),
         ] {
             let told = refusal(text);
-            assert!(told.contains(part) && !told.contains('\n'), "{text}: {told}");
+            assert!(
+                told.contains(part) && !told.contains('\n'),
+                "{text}: {told}"
+            );
         }
     }
 
@@ -392,8 +409,18 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
             VmConfig::from_file(&path, MODELS, &Opener::new())
         };
         let long = vec![b'#'; (1 << 20) + 1];
-        assert!(from_file(&long).unwrap_err().to_string().contains("too large"));
-        assert!(from_file(b"name = \"\xff\"").unwrap_err().to_string().contains("UTF-8"));
+        assert!(
+            from_file(&long)
+                .unwrap_err()
+                .to_string()
+                .contains("too large")
+        );
+        assert!(
+            from_file(b"name = \"\xff\"")
+                .unwrap_err()
+                .to_string()
+                .contains("UTF-8")
+        );
         let deep = format!("devices = {}", "[".repeat(100_000));
         assert!(from_file(deep.as_bytes()).is_err());
         let config = from_file(b"payload.kernel = \"k\"").unwrap();
