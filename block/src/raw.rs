@@ -24,7 +24,7 @@ const SECTOR: u64 = 512;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// There is no such file.
-    #[error("disk {}: no such file; create it first, for example with 'truncate -s 10G'", path.display())]
+    #[error("disk {}: no such file; create it first, for example with 'vireo image create -f qcow2 {} 10G'", path.display(), path.display())]
     Missing {
         /// The file.
         path: PathBuf,
@@ -132,7 +132,11 @@ pub enum OpenError {
         other: PathBuf,
     },
     /// Someone else uses it.
-    #[error("disk {}: it is already open elsewhere, here or in another program; {mend}", path.display())]
+    #[error(
+        "disk {}: it is in use by another program, or here already; its locks do not tell by whom, 'fuser -v {}' may; \
+         {mend}",
+        path.display(), path.display()
+    )]
     InUse {
         /// The file.
         path: PathBuf,
@@ -402,7 +406,7 @@ impl Named<'_> {
             LockError::Held { .. } => OpenError::InUse {
                 path: self.path(),
                 mend: if read_only {
-                    "readers can share it only while nobody writes"
+                    "readers can share it only while nobody writes to it"
                 } else {
                     "close it there, or say readonly=on in all places"
                 },

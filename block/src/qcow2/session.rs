@@ -30,7 +30,7 @@ pub enum ChangeError {
     #[error("an image with a data file cannot have internal snapshots")]
     DataFile,
     /// There is no such snapshot.
-    #[error("there is no snapshot with the id or name {0:?}")]
+    #[error("there is no snapshot with the id or name {0:?}: 'vireo image snapshot -l' lists them")]
     NoSnapshot(String),
     /// The ID is taken.
     #[error("there is a snapshot with the id {0:?} already")]
@@ -55,7 +55,7 @@ pub enum ChangeError {
     #[error("the bitmaps cannot be changed")]
     Bitmaps(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// There is no such bitmap.
-    #[error("there is no bitmap {0:?}")]
+    #[error("there is no bitmap {0:?}: 'vireo image info' lists them")]
     NoBitmap(String),
     /// The name is taken.
     #[error("there is a bitmap {0:?} already")]

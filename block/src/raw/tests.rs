@@ -198,7 +198,7 @@ fn a_disk_opened_twice_for_writing_is_refused_and_two_readers_are_fine() {
     let file = image(4096);
     let first = open(file.path()).unwrap();
     for options in [DiskOptions::default(), read_only()] {
-        assert!(refused(file.path(), &options).contains("already open"));
+        assert!(refused(file.path(), &options).contains("in use by another program"));
     }
     drop(first);
     let readers = [(); 2].map(|()| RawDisk::open(file.path(), &AnyPath, &read_only()).unwrap());

@@ -41,6 +41,11 @@ fn snapshots_are_made_applied_and_deleted() {
         }
     }
     assert_eq!(place.vireo(&["snapshot", "-c", "x", "raw"]).code, 1);
+    for list in [&["snapshot", "-l", "raw"][..], &["snapshot", "raw"]] {
+        let said = place.vireo(list);
+        let theirs = place.qemu(list);
+        assert_eq!((said.code, said.out), (theirs.code, theirs.out), "{list:?}");
+    }
     assert_eq!(place.vireo(&["snapshot", "-c", "x", "data"]).code, 1);
     assert_eq!(
         place

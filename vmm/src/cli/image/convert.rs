@@ -135,6 +135,17 @@ impl ConvertArgs {
             _ => bail!("give one or more sources and then the target"),
         };
         self.check(sources)?;
+        let place = target.canonicalize().ok();
+        if place.is_some()
+            && sources
+                .iter()
+                .any(|source| source.canonicalize().ok() == place)
+        {
+            bail!(
+                "{} cannot be source and target at once: name another target, and give it this name afterwards",
+                target.display()
+            );
+        }
         let cancel = interrupt::flag()?;
         let snapshot = self.source_snapshot.as_deref();
         let open = |path: &PathBuf| {

@@ -131,7 +131,47 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> u8 {
         Verb::Io(arguments) => arguments.run(opener),
     };
     result.unwrap_or_else(|error| {
-        message::report(&format!("{error:#}"));
+        let mend = mend(&error).unwrap_or_default();
+        message::report(&format!("{error:#}{mend}"));
         FAILURE
     })
+}
+
+/// What can be done about an error that comes from the host.
+fn mend(error: &anyhow::Error) -> Option<&'static str> {
+    let host = |cause: &(dyn std::error::Error + 'static)| {
+        let code = cause.downcast_ref::<std::io::Error>()?.raw_os_error()?;
+        match code {
+            libc::ENOSPC => Some(
+                ": make room on its file system, or take a larger device, and run the command again",
+            ),
+            libc::EDQUOT => {
+                Some(": make room within the quota, or have it raised, and run the command again")
+            }
+            libc::EFBIG => Some(": its file system, or 'ulimit -f', allows no file that large"),
+            _ => None,
+        }
+    };
+    error.chain().find_map(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn a_full_host_is_told_with_what_to_do_about_it() {
+        let failed = |code: i32| {
+            let error = std::io::Error::from_raw_os_error(code);
+            let result: anyhow::Result<()> = Err(error).context("cannot write disk.qcow2");
+            result.unwrap_err().context("commit")
+        };
+        assert!(mend(&failed(libc::ENOSPC)).unwrap().contains("make room"));
+        assert!(mend(&failed(libc::EDQUOT)).unwrap().contains("quota"));
+        assert!(mend(&failed(libc::EFBIG)).unwrap().contains("ulimit"));
+        assert_eq!(mend(&failed(libc::EIO)), None);
+        assert_eq!(mend(&anyhow::anyhow!("no host in it")), None);
+    }
 }

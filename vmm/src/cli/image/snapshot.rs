@@ -58,10 +58,14 @@ pub(in crate::cli) struct SnapshotArgs {
 impl SnapshotArgs {
     pub(super) fn run(self, opener: &Opener) -> anyhow::Result<u8> {
         let format = find_format(&self.file, self.format, Use::Read, opener)?;
-        if format != Format::Qcow2 {
-            bail!("{}: only qcow2 images have snapshots", self.file.display());
+        let changes = self.apply.is_some() || self.create.is_some() || self.delete.is_some();
+        if format != Format::Qcow2 && changes {
+            bail!(
+                "{}: only qcow2 images have snapshots; convert -O qcow2 makes one of it",
+                self.file.display()
+            );
         }
-        if self.apply.is_some() || self.create.is_some() || self.delete.is_some() {
+        if changes {
             return self.change(opener);
         }
         let lock = !self.sharing.force_share;
