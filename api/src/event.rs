@@ -53,6 +53,18 @@ pub enum EventKind {
     GuestPanic,
     /// The power button was pressed.
     PowerButton,
+    /// The guest's driver has taken a device into use. Of many in a short time not every one is told; `vm.devices`
+    /// tells what is so now.
+    DeviceActivated {
+        /// The device's id.
+        id: String,
+    },
+    /// The guest's driver has reset a device, as it does before it takes it into use and when it lets go of it.
+    /// Of many in a short time not every one is told.
+    DeviceReset {
+        /// The device's id.
+        id: String,
+    },
     /// A device stopped working until its driver resets it.
     DeviceNeedsReset {
         /// The device's id.
@@ -119,10 +131,41 @@ pub enum EventKind {
         /// The PCI address that it had.
         bdf: String,
     },
+    /// The guest has given a device up, but its back end did not come to an end with what it does: the device
+    /// stays until it is removed anew.
+    DeviceKept {
+        /// The device's id.
+        id: String,
+        /// Its PCI address.
+        bdf: String,
+        /// Why it stays.
+        reason: String,
+    },
     /// The number of vCPUs has changed.
     CpusResized {
         /// How many there are.
         count: u32,
+    },
+    /// The guest does not give up a vCPU that it was asked for: the vCPU stays.
+    CpuKept {
+        /// The vCPU's number.
+        index: u32,
+        /// What the guest's `_OST` says (ACPI 6.5, table 6.24).
+        status: u32,
+    },
+    /// The guest cannot use a vCPU that has come. It has it all the same, and finds it at its next boot.
+    CpuRefused {
+        /// The vCPU's number.
+        index: u32,
+        /// What the guest's `_OST` says (ACPI 6.5, table 6.23).
+        status: u32,
+    },
+    /// The guest cannot use memory that has come. It has it all the same, and finds it at its next boot.
+    MemoryRefused {
+        /// Which of the pieces that were added, from 0.
+        slot: u32,
+        /// What the guest's `_OST` says (ACPI 6.5, table 6.23).
+        status: u32,
     },
     /// The size of memory has changed.
     MemoryResized {

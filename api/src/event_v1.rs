@@ -47,6 +47,7 @@ struct Timestamp {
 #[serde(untagged)]
 enum Properties<'a> {
     Device { id: &'a str, bdf: &'a str },
+    Id { id: &'a str },
     Panic { event: &'static str },
 }
 
@@ -85,6 +86,8 @@ impl Teller {
                 &["rebooting"]
             }
             EventKind::GuestPanic => return ("guest", &["panic"]),
+            EventKind::DeviceActivated { .. } => return ("virtio-device", &["activated"]),
+            EventKind::DeviceReset { .. } => return ("virtio-device", &["reset"]),
             EventKind::Deleted => &["deleted"],
             EventKind::DeviceRemoved { .. } => &["device-removed"],
             EventKind::CpusResized { .. } | EventKind::MemoryResized { .. } => {
@@ -122,6 +125,9 @@ impl Teller {
     fn records(&mut self, event: &Event) -> Vec<String> {
         let properties = match &event.kind {
             EventKind::DeviceRemoved { id, bdf } => Some(Properties::Device { id, bdf }),
+            EventKind::DeviceActivated { id } | EventKind::DeviceReset { id } => {
+                Some(Properties::Id { id })
+            }
             EventKind::GuestPanic => Some(Properties::Panic { event: "panic" }),
             _ => None,
         };

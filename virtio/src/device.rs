@@ -12,6 +12,7 @@
 //! interrupts. The model owns its registers and, while active, a worker that
 //! owns the queues. The back end drains in `stop` and saves nothing.
 
+use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -124,6 +125,31 @@ pub enum ReconfigureError {
     /// It could not be started again. The driver has been told that the device is broken.
     #[error("it does not work any more")]
     Broken(#[source] ActivateError),
+}
+
+/// The part of a change that takes as long as the host does: it opens and reads what the
+/// change needs. It holds nothing of the device, which works on meanwhile.
+pub type Preparation = Box<dyn FnOnce() -> Result<Prepared, ReconfigureError> + Send>;
+
+/// What a [`Preparation`] has made, in the model's own shape.
+pub struct Prepared(Box<dyn Any + Send>);
+
+impl Prepared {
+    /// For the model that will take it.
+    #[must_use]
+    pub fn new<T: Send + 'static>(change: T) -> Self {
+        Self(Box::new(change))
+    }
+
+    /// What the model has put into it.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError::Fixed`] when another model has made it.
+    pub fn take<T: 'static>(self) -> Result<T, ReconfigureError> {
+        let change = self.0.downcast().map_err(|_| ReconfigureError::Fixed)?;
+        Ok(*change)
+    }
 }
 
 /// How a worker tells the driver, and the transport, about its queues.
@@ -265,19 +291,31 @@ pub trait VirtioDevice: Send + DynSnapshot {
         Err(ResizeError::NoDisk)
     }
 
-    /// Changes what can be changed of the device's configuration, in use or
+    /// Begins to change what can be changed of the device's configuration, in use or
     /// not. `patch` is an object of the model's own shape; the context is the
-    /// one that it was built with. The transport tells the driver.
+    /// one that it was built with. What may take long is left to the [`Preparation`], which is to be
+    /// run on a thread that may wait; then comes [`VirtioDevice::reconfigure`].
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`].
+    fn prepare(
+        &self,
+        patch: Value,
+        context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        let _ = (patch, context);
+        Err(ReconfigureError::Fixed)
+    }
+
+    /// Carries out a change that has been prepared. It takes no longer than requests
+    /// that are under way are given to end. The transport tells the driver.
     ///
     /// # Errors
     ///
     /// [`ReconfigureError`]; unless it is [`ReconfigureError::Broken`], the device is as it was.
-    fn reconfigure(
-        &mut self,
-        patch: Value,
-        context: &BuildContext,
-    ) -> Result<Reconfigured, ReconfigureError> {
-        let _ = (patch, context);
+    fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
+        let _ = prepared;
         Err(ReconfigureError::Fixed)
     }
 

@@ -295,16 +295,19 @@ struct Thread {
 /// worker whose back end hangs is left to end by itself.
 pub struct Workers {
     unit: String,
+    /// What kind of device it is, for the threads' names.
+    kind: &'static str,
     control: Option<Arc<Control>>,
     threads: Vec<Thread>,
 }
 
 impl Workers {
-    /// No workers yet, for the device named `unit`.
+    /// No workers yet, for the device named `unit`. Names of threads begin with `_` and `kind`.
     #[must_use]
-    pub fn new(unit: &str) -> Self {
+    pub fn new(kind: &'static str, unit: &str) -> Self {
         Self {
             unit: unit.to_owned(),
+            kind,
             control: None,
             threads: Vec::new(),
         }
@@ -347,7 +350,7 @@ impl Workers {
         });
         self.control = Some(Arc::clone(&control));
         for (slot, (worker, wake)) in built.into_iter().enumerate() {
-            let thread = spawn(&self.unit, slot, worker, &control, notifier);
+            let thread = spawn((self.kind, &self.unit), slot, worker, &control, notifier);
             match thread {
                 Ok(join) => self.threads.push(Thread { join, wake }),
                 Err(error) => {
@@ -417,8 +420,19 @@ impl Drop for Workers {
     }
 }
 
+/// The name of a queue's thread: `_disk0_q1`, as managers expect that tell threads of I/O from others by
+/// how their names begin. The host shows the first 15 bytes.
+fn thread_name(kind: &str, unit: &str, slot: usize) -> String {
+    let bare = unit.trim_start_matches('_');
+    if bare.starts_with(kind) {
+        format!("_{bare}_q{slot}")
+    } else {
+        format!("_{kind}_{bare}_q{slot}")
+    }
+}
+
 fn spawn<W: QueueWorker>(
-    unit: &str,
+    (kind, unit): (&str, &str),
     slot: usize,
     worker: W,
     control: &Arc<Control>,
@@ -431,7 +445,7 @@ fn spawn<W: QueueWorker>(
         notifier: Arc::clone(notifier),
     };
     thread::Builder::new()
-        .name(format!("{unit}/{slot}"))
+        .name(thread_name(kind, unit, slot))
         .spawn(move || {
             let queues = run(worker, &obituary.control, slot);
             drop(obituary);

@@ -114,6 +114,28 @@ fn a_machine_that_comes_back_is_not_told_as_shut_down() {
 }
 
 #[test]
+fn what_drivers_do_with_devices_is_told_with_the_devices_id() {
+    let id = || "disk0".to_owned();
+    let device = [
+        EventKind::DeviceReset { id: id() },
+        EventKind::DeviceActivated { id: id() },
+    ];
+    let expected = ["virtio-device:reset", "virtio-device:activated"];
+    assert_eq!(told(&device), expected);
+    let [reset, _] = device;
+    let event = Event {
+        id: 1,
+        at_us: 0,
+        kind: reset,
+    };
+    let [record] = &Teller::new().records(&event)[..] else {
+        panic!("one record");
+    };
+    let record: serde_json::Value = serde_json::from_str(record).unwrap();
+    assert_eq!(record["properties"], serde_json::json!({ "id": "disk0" }));
+}
+
+#[test]
 fn a_boot_that_fails_is_not_told_as_a_shutdown() {
     let failed = [state(VmState::Booting), state(VmState::Stopped)];
     assert_eq!(told(&failed), ["vm:booting"]);

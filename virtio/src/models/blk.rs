@@ -48,7 +48,7 @@ use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
 use self::tally::Tallies;
 use self::worker::{Service, Worker};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Counters, DiskReport, Identity, Notifier, ReconfigureError,
+    ActivateError, Activation, ActiveQueue, Counters, DiskReport, Identity, Notifier, Preparation, Prepared, ReconfigureError,
     Reconfigured, ResizeError, StoppedQueue, VirtioDevice,
 };
 use crate::limit::{Clock, Throttle};
@@ -158,7 +158,7 @@ impl Blk {
             config: None,
             throttle: Throttle::default(),
             tallies: Arc::new(Tallies::new(settings.num_queues)),
-            workers: Workers::new(id),
+            workers: Workers::new("disk", id),
             running: None,
             accepted: 0,
             writeback: Arc::new(AtomicBool::new(!settings.write_through)),
@@ -343,12 +343,16 @@ impl VirtioDevice for Blk {
         Ok(())
     }
 
-    fn reconfigure(
-        &mut self,
+    fn prepare(
+        &self,
         patch: Value,
-        context: &BuildContext,
-    ) -> Result<Reconfigured, ReconfigureError> {
-        self.change(patch, context)
+        context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        self.plan_change(patch, context)
+    }
+
+    fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
+        self.change(prepared.take()?)
     }
 
     fn reset(&mut self) {

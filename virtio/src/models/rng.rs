@@ -80,7 +80,7 @@ impl Rng {
     pub fn new(id: &str, source: File) -> Self {
         Self {
             source,
-            workers: Workers::new(id),
+            workers: Workers::new("rng", id),
         }
     }
 }

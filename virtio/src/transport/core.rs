@@ -23,8 +23,8 @@ use super::doorbell::{Doorbells, Kick};
 use super::gone::Gone;
 use super::signals::{DeviceEvent, Signals};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Notifier, ReconfigureError, Reconfigured, ResizeError,
-    VirtioDevice,
+    ActivateError, Activation, ActiveQueue, Notifier, Preparation, Prepared, ReconfigureError,
+    Reconfigured, ResizeError, VirtioDevice,
 };
 use crate::memory::{GuestMap, GuestMemory};
 use crate::models::BuildContext;
@@ -500,13 +500,18 @@ impl Core {
         Ok(())
     }
 
-    /// As [`VirtioDevice::reconfigure`]; tells the driver what it can see.
-    pub fn reconfigure(
-        &mut self,
+    /// As [`VirtioDevice::prepare`].
+    pub fn prepare(
+        &self,
         patch: Value,
-        context: &BuildContext,
-    ) -> Result<(), ReconfigureError> {
-        if self.device.reconfigure(patch, context)? == Reconfigured::Seen {
+        context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        self.device.prepare(patch, context)
+    }
+
+    /// As [`VirtioDevice::reconfigure`]; tells the driver what it can see.
+    pub fn reconfigure(&mut self, prepared: Prepared) -> Result<(), ReconfigureError> {
+        if self.device.reconfigure(prepared)? == Reconfigured::Seen {
             self.signals.config_changed();
         }
         Ok(())

@@ -34,7 +34,9 @@ use super::core::{COMMON_LEN, Core, CoreState, Parts};
 use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvents, Signals};
 use super::state::VirtioPciV1;
-use crate::device::{Counters, Identity, ReconfigureError, ResizeError, VirtioDevice};
+use crate::device::{
+    Counters, Identity, Preparation, Prepared, ReconfigureError, ResizeError, VirtioDevice,
+};
 use crate::memory::GuestMemory;
 use crate::models::BuildContext;
 
@@ -220,12 +222,14 @@ impl VirtioPci {
     }
 
     /// Lets go of model, back end and interrupts, for a device that has been
-    /// stopped and taken off the bus. When this returns, files that the back end had
-    /// open are closed. Others may hold the device for a while still: their accesses do nothing.
-    pub fn retire(&self) {
+    /// stopped and taken off the bus. When what is returned has been dropped, files that the back end had
+    /// open are closed; that may take as long as the host does. Others may hold the device for a while
+    /// still: their accesses do nothing.
+    #[must_use = "dropping it closes files, which may take long"]
+    pub fn retire(&self) -> Box<dyn VirtioDevice> {
         let model = self.core().retire();
         self.signals.msix.reset();
-        drop(model);
+        model
     }
 
     /// Makes the disk `size` bytes long and tells the driver. The guest may be running.
@@ -237,17 +241,28 @@ impl VirtioPci {
         self.core().resize_disk(size)
     }
 
-    /// Changes the device's configuration by a patch of its model's shape. The guest may be running.
+    /// Begins to change the device's configuration by a patch of its model's shape; see
+    /// [`VirtioDevice::prepare`]. The guest may be running.
     ///
     /// # Errors
     ///
     /// [`ReconfigureError`].
-    pub fn reconfigure(
+    pub fn prepare(
         &self,
         patch: Value,
-        context: &BuildContext,
-    ) -> Result<(), ReconfigureError> {
-        self.core().reconfigure(patch, context)
+        context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        self.core().prepare(patch, context)
+    }
+
+    /// Carries out a change that has been prepared. The guest may be running, and finds the device's registers
+    /// slow to answer until it is done.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`].
+    pub fn reconfigure(&self, prepared: Prepared) -> Result<(), ReconfigureError> {
+        self.core().reconfigure(prepared)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

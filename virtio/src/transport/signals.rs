@@ -21,9 +21,9 @@ pub(super) const ISR_BITS: u8 = ISR_QUEUE | ISR_CONFIG;
 /// What observers of the machine may want to know of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceEvent<'a> {
-    /// The driver has taken the device into use.
+    /// The driver has taken the device into use. Of many in a short time not every one is reported.
     Activated,
-    /// The driver has reset the device.
+    /// The driver has reset the device. Of many in a short time not every one is reported.
     Reset,
     /// The device has stopped serving its queues until its driver resets it.
     /// Reported once for each reset.
@@ -58,6 +58,8 @@ pub(super) struct Signals {
     pub driver_ok: AtomicBool,
     /// For everything that the guest can have logged about this device.
     pub log: LogLimit,
+    /// For activations and resets.
+    changes: LogLimit,
 }
 
 impl Signals {
@@ -73,6 +75,7 @@ impl Signals {
             needs_reset: AtomicBool::new(false),
             driver_ok: AtomicBool::new(false),
             log: LogLimit::new(),
+            changes: LogLimit::new(),
         }
     }
 
@@ -107,7 +110,12 @@ impl Signals {
         }
     }
 
+    /// Reports an event, unless the driver has caused too many of its kind.
     pub fn event(&self, event: DeviceEvent<'_>) {
+        let frequent = matches!(event, DeviceEvent::Activated | DeviceEvent::Reset);
+        if frequent && self.changes.allow().is_none() {
+            return;
+        }
         self.events.device_event(&self.name, event);
     }
 }

@@ -55,7 +55,7 @@ fn waiter(wake: &Wake, in_flight: usize, halts: bool) -> (Waiter, Receiver<bool>
 
 /// Workers with these numbers of requests in flight, and their turns.
 fn workers(parts: Vec<(usize, bool)>) -> (Workers, Vec<Receiver<bool>>) {
-    let mut workers = Workers::new("unit0");
+    let mut workers = Workers::new("unit", "unit0");
     let mut turns = Vec::new();
     let (notifier, _notices) = notices();
     let started = workers.start(&notifier, parts, |(in_flight, halts), wake| {
@@ -69,7 +69,7 @@ fn workers(parts: Vec<(usize, bool)>) -> (Workers, Vec<Receiver<bool>>) {
 
 #[test]
 fn inactive_workers_stop_at_once_and_active_ones_do_not_start_twice() {
-    let mut none = Workers::new("unit0");
+    let mut none = Workers::new("unit", "unit0");
     assert!(none.stop(Instant::now()).unwrap().is_empty());
     let (mut workers, turns) = workers(vec![(0, false), (0, false)]);
     for turns in &turns {
@@ -117,7 +117,7 @@ fn dropping_active_workers_ends_them_even_with_requests_in_flight() {
 
 #[test]
 fn when_one_cannot_be_built_none_runs() {
-    let mut workers = Workers::new("unit0");
+    let mut workers = Workers::new("unit", "unit0");
     let (notifier, _notices) = notices();
     let mut built = Vec::new();
     let failed = workers.start(&notifier, vec![true, false], |good, wake| {
@@ -154,7 +154,7 @@ impl QueueWorker for Panics {
 
 #[test]
 fn a_panic_is_told_to_the_driver_and_to_the_next_stop() {
-    let mut workers = Workers::new("unit0");
+    let mut workers = Workers::new("unit", "unit0");
     let (notifier, notices) = notices();
     workers
         .start(&notifier, vec![()], |(), _| Ok(Panics))
@@ -164,4 +164,16 @@ fn a_panic_is_told_to_the_driver_and_to_the_next_stop() {
     let lost = workers.stop(soon());
     assert!(matches!(lost, Err(StopError::WorkerLost { unit }) if unit == "unit0"));
     assert!(workers.control.is_none());
+}
+
+#[test]
+fn threads_are_named_by_kind_device_and_queue() {
+    for (unit, name) in [
+        ("disk0", "_disk0_q1"),
+        ("_disk0", "_disk0_q1"),
+        ("root", "_disk_root_q1"),
+        ("_root", "_disk_root_q1"),
+    ] {
+        assert_eq!(thread_name("disk", unit, 1), name);
+    }
 }

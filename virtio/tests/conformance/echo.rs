@@ -12,8 +12,8 @@ use migration::{RestoreError, SaveError, SavedState, Snapshot};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio::device::{
-    ActivateError, Activation, ActiveQueue, Identity, Notifier, ReconfigureError, Reconfigured,
-    StoppedQueue, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, Identity, Notifier, Preparation, Prepared,
+    ReconfigureError, Reconfigured, StoppedQueue, VirtioDevice,
 };
 use virtio::memory::GuestMemory;
 use virtio::models::BuildContext;
@@ -157,12 +157,12 @@ impl VirtioDevice for Echo {
     }
 
     /// A number becomes the scratch register, which the driver sees; all else it does not.
-    fn reconfigure(
-        &mut self,
-        patch: Value,
-        _: &BuildContext,
-    ) -> Result<Reconfigured, ReconfigureError> {
-        match patch.as_u64() {
+    fn prepare(&self, patch: Value, _: BuildContext) -> Result<Preparation, ReconfigureError> {
+        Ok(Box::new(move || Ok(Prepared::new(patch))))
+    }
+
+    fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
+        match prepared.take::<Value>()?.as_u64() {
             Some(number) => {
                 self.scratch = u32::try_from(number).unwrap();
                 Ok(Reconfigured::Seen)

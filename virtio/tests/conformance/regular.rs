@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use devices::Unit;
 use devices::pci::PciFunction;
 use migration::{Section, SectionSet};
-use serde_json::json;
+use serde_json::{Value, json};
 use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::MODELS;
 use virtio::transport::VirtioPciV1;
@@ -189,7 +189,7 @@ fn a_device_is_removed_at_every_step_and_lets_go_of_everything() {
             driver.bring_to(step, u64::MAX);
             rig.stop();
             rig.unplug();
-            rig.device.retire();
+            drop(rig.device.retire());
             assert!(rig.bells.addresses().is_empty(), "{}", subject.name);
             let mut id = [0; 4];
             rig.read(rig.config(0), &mut id);
@@ -207,7 +207,7 @@ fn a_model_is_dropped_when_it_is_retired_and_late_accesses_do_nothing() {
     round_trip(&driver, &rings[0], b"before");
     rig.stop();
     rig.unplug();
-    rig.device.retire();
+    drop(rig.device.retire());
     // The test has it, and the subject, which could make another.
     assert_eq!(Arc::strong_count(&control), 2);
     // A vCPU that found the function before it went sets it up once more.
@@ -533,6 +533,11 @@ fn a_driver_is_told_that_its_disk_has_grown_and_other_kinds_do_not_grow() {
     }
 }
 
+fn reconfigure(rig: &Rig, patch: Value) -> Result<(), ReconfigureError> {
+    let prepare = rig.device.prepare(patch, context())?;
+    rig.device.reconfigure(prepare()?)
+}
+
 #[test]
 fn a_driver_is_told_of_changes_that_it_can_see_and_of_no_others() {
     let (subject, _control) = echo();
@@ -540,10 +545,10 @@ fn a_driver_is_told_of_changes_that_it_can_see_and_of_no_others() {
     let driver = Driver::probe(&rig);
     driver.boot();
     let generation: u8 = driver.read(COMMON, 21);
-    rig.device.reconfigure(json!({}), &context()).unwrap();
+    reconfigure(&rig, json!({})).unwrap();
     assert_eq!(rig.interrupts.take(CONFIG_MESSAGE), 0);
     assert_eq!(driver.read::<u8>(COMMON, 21), generation);
-    rig.device.reconfigure(json!(77), &context()).unwrap();
+    reconfigure(&rig, json!(77)).unwrap();
     rig.interrupts.wait(CONFIG_MESSAGE);
     assert_eq!(driver.read::<u32>(DEVICE, 0), 77);
     assert_ne!(driver.read::<u8>(COMMON, 21), generation);
@@ -558,9 +563,7 @@ fn what_cannot_be_changed_of_a_device_stays_and_the_device_works() {
         let rig = Rig::new(&subject);
         let driver = Driver::probe(&rig);
         driver.boot();
-        let refused = rig
-            .device
-            .reconfigure(json!({"no such key": 1}), &context());
+        let refused = reconfigure(&rig, json!({"no such key": 1}));
         assert!(
             matches!(
                 refused,

@@ -100,7 +100,7 @@ impl VmConfig {
             name: None,
             machine: MachineConfig::default(),
             cpus,
-            memory: memory(&named.memory),
+            memory: memory(&named.memory)?,
             payload: payload(named.payload.as_ref())?,
             devices: devices::from_wire(&named, cpus.boot)?,
             rate_limit_groups: groups.iter().map(RateLimitGroupConfig::from).collect(),
@@ -231,16 +231,33 @@ fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
     })
 }
 
-fn memory(described: &wire::MemoryConfig) -> MemoryConfig {
-    MemoryConfig {
+/// Memory that had been added before the machine's first boot is there from the start, and there
+/// is so much less to add.
+fn memory(described: &wire::MemoryConfig) -> Result<MemoryConfig, ControlError> {
+    let room = described.hotplug_size.unwrap_or(0);
+    let added = described.hotplugged_size.unwrap_or(0);
+    let Some(left) = room.checked_sub(added) else {
+        return Err(invalid(format!(
+            "memory.hotplugged_size: {added} bytes are more than memory.hotplug_size, {room}"
+        )));
+    };
+    let mut memory = MemoryConfig {
         size: described.size,
-        hotplug_size: described.hotplug_size.unwrap_or(0),
+        hotplug_size: left,
         shared: described.shared,
         hugepages: described.hugepages,
         hugepage_size: described.hugepage_size,
         thp: if described.thp { Thp::On } else { Thp::Off },
         prefault: described.prefault,
+    };
+    let block = memory.hotplug_block();
+    if !added.is_multiple_of(block) {
+        return Err(invalid(format!(
+            "memory.hotplugged_size: memory is added in pieces of {block} bytes, and {added} is no multiple"
+        )));
     }
+    memory.size = memory.size.saturating_add(added);
+    Ok(memory)
 }
 
 fn payload(described: Option<&wire::PayloadConfig>) -> Result<PayloadConfig, ControlError> {

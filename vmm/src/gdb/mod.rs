@@ -1,7 +1,7 @@
 //! The GDB server: debugs the guest from outside (`--gdb`).
 //!
 //! One thread serves one debugger at a time over the GDB remote protocol.
-//! vCPUs are its threads, numbered from 1. The machine waits for the first
+//! vCPUs are its threads, numbered from 1; those that come later are among them, and meet its breakpoints. The machine waits for the first
 //! debugger before its first instruction. When a debugger attaches, all vCPUs
 //! stop; when it detaches or goes away, its breakpoints are taken out and they
 //! run on; when it kills, the machine ends. While the debugger holds the vCPUs the machine's state does not
@@ -66,13 +66,13 @@ impl Drop for Server {
 /// # Errors
 ///
 /// The host's, when it has no more threads or descriptors.
-pub fn serve(listener: Listener, mailbox: Mailbox, cpus: usize) -> io::Result<Server> {
+pub fn serve(listener: Listener, mailbox: Mailbox) -> io::Result<Server> {
     let ended = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let heard = Arc::clone(&ended);
     let limit = LogLimit::new();
     let thread = Builder::new().name("gdb".to_owned()).spawn(move || {
         while let Some(link) = listener.accept(&heard) {
-            let session = catch_unwind(AssertUnwindSafe(|| session(link, &mailbox, cpus)));
+            let session = catch_unwind(AssertUnwindSafe(|| session(link, &mailbox)));
             if let Ok(Err(error)) = session
                 && let Some(suppressed) = limit.allow()
             {
@@ -86,9 +86,8 @@ pub fn serve(listener: Listener, mailbox: Mailbox, cpus: usize) -> io::Result<Se
     })
 }
 
-fn session(link: Link, mailbox: &Mailbox, cpus: usize) -> Result<(), String> {
-    let mut guest =
-        Guest::attach(mailbox.clone(), cpus, link.raw_fd()).map_err(|e| e.to_string())?;
+fn session(link: Link, mailbox: &Mailbox) -> Result<(), String> {
+    let mut guest = Guest::attach(mailbox.clone(), link.raw_fd()).map_err(|e| e.to_string())?;
     let reason = GdbStub::new(link)
         .run_blocking::<Events>(&mut guest)
         .map_err(|error| error.to_string())?;

@@ -80,7 +80,6 @@ impl Drop for Bell {
 /// The guest, held or running, with the debugger's breakpoints.
 pub struct Guest {
     mailbox: Mailbox,
-    cpus: usize,
     link: RawFd,
     /// The stops of the present run. Each run has a channel of its own, so that
     /// a second vCPU that stopped in the run before is not taken for news: it
@@ -107,11 +106,10 @@ impl Guest {
     /// # Errors
     ///
     /// [`GuestError`] when the machine has ended or the host is out of descriptors.
-    pub fn attach(mailbox: Mailbox, cpus: usize, link: RawFd) -> Result<Self, GuestError> {
+    pub fn attach(mailbox: Mailbox, link: RawFd) -> Result<Self, GuestError> {
         let stopped = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(GuestError::Host)?);
         let mut guest = Self {
             mailbox,
-            cpus,
             link,
             // Nothing stops before the first run.
             stops: channel().1,
@@ -270,17 +268,17 @@ impl Guest {
         })
     }
 
-    /// KVM's debug controls for one vCPU.
-    fn controls(&self, cpu: usize) -> kvm_guest_debug {
+    /// KVM's debug controls for one vCPU, or for one that is yet to come.
+    fn controls(&self, cpu: Option<usize>) -> kvm_guest_debug {
         let mut debug = kvm_guest_debug {
             control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP,
             ..Default::default()
         };
-        if self.stepping.contains(&cpu) {
+        if cpu.is_some_and(|cpu| self.stepping.contains(&cpu)) {
             // Where KVM can, no interrupt handler gets in between.
             debug.control |= KVM_GUESTDBG_SINGLESTEP | self.offered & KVM_GUESTDBG_BLOCKIRQ;
         }
-        if self.reinject == Some(cpu) {
+        if cpu.is_some() && self.reinject == cpu {
             debug.control |= KVM_GUESTDBG_INJECT_BP;
         }
         if !self.hardware.is_empty() {
@@ -306,9 +304,9 @@ impl Drop for Guest {
         for planted in std::mem::take(&mut self.software).into_values() {
             let _ = self.uproot(planted);
         }
-        let cpus = self.cpus;
         let _ = self.errand(move |driver| {
-            for cpu in 0..cpus {
+            driver.machine_mut().debug_new_cpus(None);
+            for cpu in 0..driver.machine().vcpus().count() {
                 let off = kvm_guest_debug::default();
                 driver
                     .machine()
@@ -396,7 +394,11 @@ impl MultiThreadBase for Guest {
     }
 
     fn list_active_threads(&mut self, found: &mut dyn FnMut(Tid)) -> Result<(), GuestError> {
-        (0..self.cpus).map(tid).for_each(found);
+        let present = self.errand(|driver| driver.machine().vcpus().present())?;
+        let present = present
+            .into_iter()
+            .filter_map(|cpu| usize::try_from(cpu).ok());
+        present.map(tid).for_each(found);
         Ok(())
     }
 
@@ -407,7 +409,13 @@ impl MultiThreadBase for Guest {
 
 impl MultiThreadResume for Guest {
     fn resume(&mut self) -> Result<(), GuestError> {
-        let controls: Vec<_> = (0..self.cpus).map(|cpu| self.controls(cpu)).collect();
+        let cpus = match self.errand(|driver| driver.machine().vcpus().count()) {
+            // That is told below.
+            Err(GuestError::Ended) => 0,
+            counted => counted?,
+        };
+        let controls: Vec<_> = (0..cpus).map(|cpu| self.controls(Some(cpu))).collect();
+        let others = self.controls(None);
         self.reinject = None;
         let only = self.locked.then(|| {
             let chosen = self.stepping.iter().chain(&self.continuing);
@@ -421,7 +429,10 @@ impl MultiThreadResume for Guest {
             bell.ring();
         });
         let resumed = self.errand(move |driver| {
-            for (cpu, debug) in controls.into_iter().enumerate() {
+            driver.machine_mut().debug_new_cpus(Some(others));
+            // More may have come since they were counted.
+            for cpu in 0..driver.machine().vcpus().count() {
+                let debug = controls.get(cpu).copied().unwrap_or(others);
                 driver
                     .machine()
                     .vcpus()

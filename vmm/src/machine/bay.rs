@@ -153,26 +153,38 @@ impl Bay {
     }
 
     /// Takes a device off the bus, whether or not a driver uses it. When this
-    /// returns, the guest does not see it and the host's resources are free.
+    /// returns, the guest does not see it, and when what is returned has been dropped, the host's resources are free.
     ///
     /// # Errors
     ///
     /// [`StopError::Deadline`] when the back end did not drain in time; the
     /// device then works on as before.
-    pub fn unplug(&self, item: &Item, deadline: Instant) -> Result<(), StopError> {
+    pub fn unplug(
+        &self,
+        item: &Item,
+        deadline: Instant,
+    ) -> Result<Box<dyn VirtioDevice>, StopError> {
         let Item {
             address, device, ..
         } = item;
-        match device.stop(deadline) {
-            Err(error @ StopError::WorkerLost { .. }) => {
-                tracing::warn!(device = device.id(), %error, "removed nevertheless");
-                // Without its worker there is nothing left to drain.
-                device.stop(deadline)?;
-            }
-            stopped => stopped?,
-        }
+        drain(device, deadline)?;
         self.pci.remove(*address);
-        device.retire();
-        Ok(())
+        Ok(device.retire())
+    }
+}
+
+/// Stops a device that is to go.
+///
+/// # Errors
+///
+/// As [`Bay::unplug`].
+pub fn drain(device: &VirtioPci, deadline: Instant) -> Result<(), StopError> {
+    match device.stop(deadline) {
+        Err(error @ StopError::WorkerLost { .. }) => {
+            tracing::warn!(device = device.id(), %error, "removed nevertheless");
+            // Without its worker there is nothing left to drain.
+            device.stop(deadline)
+        }
+        stopped => stopped,
     }
 }

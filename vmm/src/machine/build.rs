@@ -221,6 +221,7 @@ pub fn build(
         acpi,
         power_on,
         clock: None,
+        debug: None,
     };
     Ok(Built { machine, debugger })
 }
@@ -406,8 +407,13 @@ impl DeviceEvents for Reporter {
                     .publish(api::EventKind::DeviceNeedsReset { id, reason });
             }
             DeviceEvent::Disk(report) => self.disk(name, report),
-            DeviceEvent::Activated | DeviceEvent::Reset => {
-                tracing::debug!(device = name, ?event);
+            DeviceEvent::Activated => {
+                let id = name.to_owned();
+                self.events.publish(api::EventKind::DeviceActivated { id });
+            }
+            DeviceEvent::Reset => {
+                let id = name.to_owned();
+                self.events.publish(api::EventKind::DeviceReset { id });
             }
         }
     }

@@ -2,9 +2,10 @@
 //! machine, and the only place where the machine's state changes.
 //!
 //! It waits for messages (commands, guest requests, stopped vCPUs), signals
-//! and deadlines. Nothing here blocks for long: what may (a back
-//! end that drains) has a deadline.
+//! and deadlines. Nothing here blocks for long: what may (all back
+//! ends that drain for a pause) has a deadline, or is done beside it ([`aside`]).
 
+mod aside;
 mod commands;
 mod resize;
 
@@ -18,6 +19,7 @@ use devices::GuestRequest;
 use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
+use self::aside::Asides;
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
@@ -158,6 +160,7 @@ pub struct Driver {
     then: Vec<(Command, Answer)>,
     /// Nobody has the patience to wait for back ends and readers.
     urgent: bool,
+    asides: Asides,
 }
 
 impl Driver {
@@ -176,6 +179,7 @@ impl Driver {
             chosen: None,
             then: Vec::new(),
             urgent: false,
+            asides: Asides::default(),
         }
     }
 
@@ -209,7 +213,8 @@ impl Driver {
     /// Boots the machine and drives it until it ends. `booted` hears whether it could be booted.
     pub fn run(mut self, booted: Option<Answer>) -> End {
         let started = if self.ears.asked_to_end() {
-            // It came while the machine was being built.
+            // It came while the machine was being built, which is part of its boot.
+            self.enter(VmState::Booting, None);
             self.policy.signal(Instant::now());
             self.finish(ExitReason::Stopped, None);
             Ok(())
@@ -321,6 +326,7 @@ impl Driver {
         if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
+        self.asides.wait(Instant::now() + drain);
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
     }
@@ -422,10 +428,7 @@ impl Driver {
             Message::Guest(request) => self.on_guest(request),
             Message::Vcpu(index, stop) => self.on_vcpu(index, stop),
             Message::DiskStopped(stopped) => self.on_disk_stopped(&stopped),
-            Message::PciEject(address) => {
-                self.machine.eject(address);
-                self.show_devices();
-            }
+            Message::PciEject(address) => self.begin_ejection(address),
             Message::SlotNews => self.on_slot_news(),
             Message::ConsoleEnd => self.finish(ExitReason::Stopped, None),
             Message::Errand(errand) => errand(self),

@@ -10,25 +10,29 @@
 //! ```text
 //!  request_removal ──► the guest is asked ──► it writes to the eject register
 //!                                                        │ Message::PciEject
-//!                            DeviceRemoved ◄── eject ◄───┘
+//!      DeviceRemoved ◄── closed ◄── off the bus ◄── drained ◄┘
 //! ```
+//!
+//! Draining and closing may take as long as the host does, and are not done on the control thread.
 //!
 //! The request waits for a guest that has not started its driver yet, and can be
 //! repeated for one that did not listen. A reset of the machine takes out what
 //! had been asked for, and before the first instruction of a guest the device
-//! goes at once. A back end that does not drain in time keeps its device; the
-//! next ejection tries again.
+//! goes at once. A back end that does not drain in time keeps its device, which [`EventKind::DeviceKept`]
+//! tells; the next ejection tries again.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use api::EventKind;
-use devices::Unit;
 use devices::pci::{EjectRequests, PciAddress};
+use devices::{StopError, Unit};
+use virtio::device::VirtioDevice;
 use virtio::limit::RateGroups;
 use virtio::models::Model;
+use virtio::transport::VirtioPci;
 
-use super::bay::OpenDevice;
+use super::bay::{self, OpenDevice};
 use super::inbox::{Mailbox, Message};
 use super::inventory::Item;
 use super::{Machine, MachineError};
@@ -39,6 +43,9 @@ use crate::opener::Opener;
 /// runs on meanwhile, and drivers give all requests back before they eject.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// How long one may take that has drained already.
+const DRAIN_AGAIN: Duration = Duration::from_millis(100);
+
 /// Hands ejections to the control thread. They are few: the registers tell of
 /// a slot anew only once the last ejection has been dealt with.
 pub struct EjectDesk(pub Mailbox);
@@ -46,6 +53,26 @@ pub struct EjectDesk(pub Mailbox);
 impl EjectRequests for EjectDesk {
     fn eject(&self, address: PciAddress) {
         self.0.send(Message::PciEject(address));
+    }
+}
+
+/// The model of a device that is off the bus, and what is to be told when it has been dropped.
+pub(super) type Removed = (Box<dyn VirtioDevice>, EventKind);
+
+/// A device that the guest has given up.
+pub(super) struct Ejection {
+    device: Weak<VirtioPci>,
+    drained: Result<(), StopError>,
+}
+
+impl Ejection {
+    /// Has the back end bring to an end what it does. Takes as long as [`DRAIN`]; nothing of the
+    /// machine is needed for it.
+    pub(super) fn drain(mut self) -> Self {
+        if let Some(device) = self.device.upgrade() {
+            self.drained = bay::drain(&device, Instant::now() + DRAIN);
+        }
+        self
     }
 }
 
@@ -134,18 +161,60 @@ impl Machine {
         }
     }
 
-    /// The guest has given up what is at `address`, if that has not been dealt
+    /// What there is to drain because the guest has given it up, if that has not been dealt
     /// with already.
-    pub(super) fn eject(&mut self, address: PciAddress) {
-        if !self.platform.hotplug().is_ejecting(address) {
-            return;
+    pub(super) fn begin_ejection(&self, address: PciAddress) -> Option<Ejection> {
+        let hotplug = self.platform.hotplug();
+        if !hotplug.is_ejecting(address) {
+            return None;
         }
-        if let Err(error) = self.take_out(address, Instant::now() + DRAIN) {
-            self.platform.hotplug().kept(address);
-            tracing::warn!(
-                "the guest gave up {address}, but it stays: {}; the next removal tries again",
-                crate::error::chain(&error)
-            );
+        let item = self.virtio.iter().find(|item| item.address == address);
+        if item.is_none() {
+            hotplug.removed(address);
+        }
+        item.map(|item| Ejection {
+            device: Arc::downgrade(&item.device),
+            drained: Ok(()),
+        })
+    }
+
+    /// The guest is told that what it has given up is there still.
+    pub(super) fn keep(&self, address: PciAddress) {
+        self.platform.hotplug().kept(address);
+    }
+
+    /// Takes out what has been drained, unless something else has become of it meanwhile. What is
+    /// returned is to be dropped, which may take long, and then told.
+    pub(super) fn finish_ejection(
+        &mut self,
+        address: PciAddress,
+        ejection: Ejection,
+    ) -> Option<Removed> {
+        let Ejection { device, drained } = ejection;
+        let item = self.virtio.iter().find(|item| item.address == address)?;
+        let same = device.ptr_eq(&Arc::downgrade(&item.device));
+        if !same || !self.platform.hotplug().is_ejecting(address) {
+            return None;
+        }
+        let id = item.device.id().to_owned();
+        // It may have been started again with the others.
+        let deadline = Instant::now() + DRAIN_AGAIN;
+        let taken = drained
+            .map_err(MachineError::from)
+            .and_then(|()| self.take_off(address, deadline));
+        match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                self.platform.hotplug().kept(address);
+                let reason = crate::error::chain(&error);
+                tracing::warn!(
+                    "the guest gave up {address}, but it stays: {reason}; the next removal tries again"
+                );
+                let bdf = address.to_string();
+                let kept = EventKind::DeviceKept { id, bdf, reason };
+                self.events.publish(kept);
+                None
+            }
         }
     }
 
@@ -160,19 +229,33 @@ impl Machine {
 
     /// Removes a device from everywhere.
     fn take_out(&mut self, address: PciAddress, deadline: Instant) -> Result<(), MachineError> {
+        if let Some((model, gone)) = self.take_off(address, deadline)? {
+            drop(model);
+            self.events.publish(gone);
+        }
+        Ok(())
+    }
+
+    /// Removes a device from the machine: its model, which is to be dropped, and what is to be told then.
+    fn take_off(
+        &mut self,
+        address: PciAddress,
+        deadline: Instant,
+    ) -> Result<Option<Removed>, MachineError> {
         let place = self.virtio.iter().position(|item| item.address == address);
+        let mut taken = None;
         if let Some(index) = place {
-            self.bay.unplug(&self.virtio[index], deadline)?;
+            let model = self.bay.unplug(&self.virtio[index], deadline)?;
             let Item { device, .. } = self.virtio.remove(index);
             // By identity: names are unique only among devices.
             let gone = Arc::as_ptr(&device);
             self.units
                 .retain(|unit| !std::ptr::addr_eq(Arc::as_ptr(unit), gone));
             let (id, bdf) = (device.id().to_owned(), address.to_string());
-            self.events.publish(EventKind::DeviceRemoved { id, bdf });
+            taken = Some((model, EventKind::DeviceRemoved { id, bdf }));
         }
         self.platform.hotplug().removed(address);
-        Ok(())
+        Ok(taken)
     }
 
     /// Whether the guest's first instruction may have run.

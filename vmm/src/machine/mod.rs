@@ -27,12 +27,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use api::{ControlError, ErrorKind, EventLog};
+use devices::pci::PciAddress;
 use devices::{StartError, StopError, Unit};
-use kvm_bindings::kvm_clock_data;
+use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
-use serde_json::Value;
 use virtio::device::ReconfigureError;
 use virtio::models::{BuildContext, BuildError};
+use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
@@ -226,6 +227,8 @@ pub struct Machine {
     resizable: Resizable,
     power_on: PowerOn,
     clock: Option<kvm_clock_data>,
+    /// How vCPUs that come are debugged.
+    debug: Option<kvm_guest_debug>,
 }
 
 impl Machine {
@@ -233,6 +236,11 @@ impl Machine {
     #[must_use]
     pub fn vcpus(&self) -> &Vcpus {
         &self.vcpus
+    }
+
+    /// vCPUs that come from now on are debugged so, before they run; `None`: not.
+    pub fn debug_new_cpus(&mut self, debug: Option<kvm_guest_debug>) {
+        self.debug = debug;
     }
 
     /// The ways in which KVM can debug this machine's vCPUs, as `KVM_GUESTDBG_*` bits.
@@ -372,43 +380,20 @@ impl Machine {
         found.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })
     }
 
-    /// Makes a disk larger, in use or not.
-    fn resize_disk(&self, id: &str, size: u64) -> Result<(), MachineError> {
-        self.item(id)?
-            .device
-            .resize_disk(size)
-            .map_err(|source| MachineError::Device {
-                device: format!("disk {id}"),
-                source: source.into(),
-            })
+    /// The device `id` and its address.
+    fn device(&self, id: &str) -> Result<(Arc<VirtioPci>, PciAddress), MachineError> {
+        let item = self.item(id)?;
+        Ok((Arc::clone(&item.device), item.address))
     }
 
-    /// Changes what can be changed of the device `id`, by a patch of its model's
-    /// shape ([`virtio::device::VirtioDevice::reconfigure`]). Another medium's file is opened
-    /// here, and requests at the old one end first: that may take as long as the host does.
-    ///
-    /// # Errors
-    ///
-    /// [`MachineError::NoDevice`] and [`MachineError::Device`].
-    pub fn reconfigure(
-        &self,
-        id: &str,
-        patch: Value,
-        opener: &Arc<Opener>,
-    ) -> Result<(), MachineError> {
-        let context = BuildContext {
+    /// What the device `id` would be built with now.
+    fn context(&self, id: &str, opener: &Arc<Opener>) -> BuildContext {
+        BuildContext {
             id: id.to_owned(),
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
-        };
-        self.item(id)?
-            .device
-            .reconfigure(patch, &context)
-            .map_err(|source| MachineError::Device {
-                device: format!("device {id}"),
-                source: source.into(),
-            })
+        }
     }
 
     /// Gives every vCPU a non-maskable interrupt.

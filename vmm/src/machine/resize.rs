@@ -360,12 +360,18 @@ impl Machine {
         let index = usize::try_from(slot).unwrap_or(usize::MAX);
         if index < self.vcpus.count() {
             self.power_up(index)?;
+            let debug = self.debug.unwrap_or_default();
+            let set = self.vcpus.ask(index, move |vcpu| vcpu.set_debug(&debug));
+            set.unwrap_or(Ok(()))?;
             self.vcpus.unpark(index);
         } else {
             let (vcpu, state) = maker.make(&self.vm, slot)?;
             // Setting a local APIC is what makes KVM find all of them anew; the guest's own
             // set-up, which does it at boot, is long over.
             vcpu.set_state(&state)?;
+            if let Some(debug) = &self.debug {
+                vcpu.set_debug(debug)?;
+            }
             self.vcpus.add(vcpu).map_err(ResizeError::Thread)?;
             self.power_on.cpus.push(state);
         }

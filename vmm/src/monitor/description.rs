@@ -212,3 +212,47 @@ pub struct Planned {
     /// As clients see it, when it is a disk.
     disk: Option<wire::DiskConfig>,
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use virtio::models::MODELS;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn both_forms_agree_on_memory_that_was_added_before_the_boot_in_use_and_between() {
+        let wire = json!({
+            "payload": {},
+            "memory": { "size": 64 * MIB, "hotplug_size": 512 * MIB, "hotplugged_size": 128 * MIB },
+        });
+        let wire = serde_json::from_value(wire).unwrap();
+        let mut description = Description::from_wire(wire).unwrap();
+        let agree = |description: &Description, total: u64, left: u64| {
+            let (memory, wire) = (description.config.memory, &description.wire.memory);
+            let added = wire.hotplugged_size.unwrap_or(0);
+            assert_eq!(
+                (memory.size, memory.hotplug_size),
+                (total * MIB, left * MIB)
+            );
+            assert_eq!(
+                (wire.size + added, wire.hotplug_size),
+                (total * MIB, Some(left * MIB + added))
+            );
+        };
+        agree(&description, 192, 384);
+        description.resized(1, 448 * MIB);
+        agree(&description, 448, 128);
+        let request = wire::VmResize {
+            desired_ram: Some(100 * MIB),
+            ..wire::VmResize::default()
+        };
+        let changed = description
+            .changed(Command::Resize(request), MODELS)
+            .unwrap();
+        // Nothing has been added to what it is now: all the room is there again.
+        agree(&changed, 100, 512);
+    }
+}

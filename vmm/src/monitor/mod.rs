@@ -220,7 +220,6 @@ impl Monitor {
         ears.inbox.open();
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
-        let cpus = machine.vcpus().count();
         let tools = Tools {
             models: self.models,
             opener: Arc::clone(&self.opener),
@@ -231,7 +230,7 @@ impl Monitor {
         let server = match (debugger, &description.config.gdb) {
             (Some(listener), Some(place)) => {
                 driver.hold();
-                let server = crate::gdb::serve(listener, self.mailbox.clone(), cpus);
+                let server = crate::gdb::serve(listener, self.mailbox.clone());
                 let server = server.map_err(|source| MachineError::Host {
                     what: "no thread for --gdb",
                     source,

@@ -56,14 +56,15 @@ impl View {
     /// [`ErrorKind::NotFound`] when there is no description.
     pub fn info(&self) -> Result<wire::VmInfo, ControlError> {
         let (description, machine) = self.parts()?;
-        let described = &description.memory;
-        let memory = machine.as_ref().map_or_else(
-            || {
-                let more = described.hotplugged_size.unwrap_or(0);
-                described.size.saturating_add(more)
-            },
-            |machine| machine.memory_size(),
-        );
+        let wire::MemoryConfig {
+            size,
+            hotplugged_size,
+            ..
+        } = description.memory;
+        let described = size.saturating_add(hotplugged_size.unwrap_or(0));
+        let memory = machine
+            .as_ref()
+            .map_or(described, |machine| machine.memory_size());
         let mut config = (*description).clone();
         if config.serial.mode == wire::ConsoleMode::Pty {
             config.serial.file = self.lock().pty.as_ref().map(PathBuf::from);

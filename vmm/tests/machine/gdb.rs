@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use api::wire::VmResize;
 use api::{Command as Ask, PauseReason, Reply, VmState};
 use serde_json::json;
 
@@ -635,6 +636,39 @@ fn a_machine_that_is_paused_stays_so_under_a_debugger() {
     assert_eq!(machine.word(count), before);
     assert_eq!(machine.ask(Ask::Resume), Ok(Reply::Done));
     until("progress", || (machine.word(count) != before).then_some(()));
+}
+
+#[test]
+fn a_vcpu_that_comes_while_a_debugger_is_there_is_one_of_its_threads() {
+    if !can_run() {
+        return;
+    }
+    let place = Place::new();
+    let more = json!({
+        "gdb": { "unix": place.socket() },
+        "cpus": { "boot": 1, "max": 3 },
+    });
+    let machine = Local::boot(&config("poke", "spin", more));
+    let mut client = place.attach();
+    assert_eq!(client.ask("qfThreadInfo"), "m01");
+    let resize = |count| {
+        Ask::Resize(VmResize {
+            desired_vcpus: Some(count),
+            ..VmResize::default()
+        })
+    };
+    // One while the debugger holds the machine, one while it runs.
+    assert_eq!(machine.ask(resize(2)), Ok(Reply::Done));
+    assert_eq!(client.ask("qfThreadInfo"), "m01,02");
+    client.go();
+    assert_eq!(machine.ask(resize(3)), Ok(Reply::Done));
+    client.interrupt();
+    assert_eq!(client.ask("qfThreadInfo"), "m01,02,03");
+    // It waits where a processor begins, and takes what is written to it.
+    assert_eq!(client.register(2, RIP), 0xFFF0);
+    client.set_register(2, R15, 0x1234);
+    assert_eq!(client.register(2, R15), 0x1234);
+    client.detach();
 }
 
 #[test]

@@ -10,6 +10,7 @@
     reason = "a test ends at what it did not expect"
 )]
 
+mod aside;
 mod attach;
 mod consoles;
 mod disks;

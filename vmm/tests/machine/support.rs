@@ -18,7 +18,7 @@ use api::{
     PauseReason, Reply, VmState,
 };
 use serde_json::{Value, json};
-use virtio::models::MODELS;
+use virtio::models::{MODELS, Model};
 use vmm::config::VmConfig;
 use vmm::console::Consoles;
 use vmm::machine::build::{Built, build};
@@ -348,8 +348,17 @@ impl Local {
 
     /// As [`Local::boot`], in a monitor that behaves so.
     pub fn boot_in(config: &VmConfig, options: MonitorOptions) -> Self {
+        Self::boot_with(MODELS, config, options)
+    }
+
+    /// As [`Local::boot`], with other devices behind the names of models.
+    pub fn boot_of(models: &'static [Model], config: &VmConfig) -> Self {
+        Self::boot_with(models, config, MonitorOptions::default())
+    }
+
+    fn boot_with(models: &'static [Model], config: &VmConfig, options: MonitorOptions) -> Self {
         let opener = Arc::new(Opener::new());
-        let monitor = Monitor::new(MODELS, opener, options).unwrap();
+        let monitor = Monitor::new(models, opener, options).unwrap();
         let (mailbox, handle) = (monitor.mailbox(), monitor.handle());
         let description = Description::of(config.clone());
         let local = Self {

@@ -2,24 +2,24 @@
 //! limits, and the medium of one that is read-only.
 //!
 //! New limits hold for requests that have not begun. Another medium is
-//! another disk under the same device: the queues are stopped, what is at the
+//! another disk under the same device: it is opened while the device works on, the queues are stopped, what is at the
 //! old disk comes to its end there, and the queues go on with the new one. The driver
 //! sees the new size, as it does when a disk grows. Requests that it
 //! made before and that had not begun are done on the new medium.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use block::{Observer, open_disk};
+use block::{Disk, Observer, open_disk};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::Blk;
 use super::spec::SECTOR;
 use crate::device::{
-    ActiveQueue, ReconfigureError, Reconfigured, StoppedQueue,
+    ActiveQueue, Preparation, Prepared, ReconfigureError, Reconfigured, StoppedQueue,
 };
 use crate::limit::RateLimits;
 use crate::models::{BuildContext, BuildError};
@@ -37,18 +37,62 @@ pub(super) struct Patch {
     path: Option<PathBuf>,
 }
 
+/// A [`Patch`] with what it needs.
+pub(super) struct Change {
+    limits: Option<RateLimits>,
+    medium: Option<Medium>,
+}
+
+/// Another medium, open, and the path it has.
+struct Medium {
+    path: PathBuf,
+    disk: Arc<dyn Disk>,
+}
+
+fn refused(reason: String) -> ReconfigureError {
+    ReconfigureError::Value(BuildError::Field {
+        field: "path",
+        reason,
+    })
+}
+
 impl Blk {
-    /// Carries out a [`Patch`].
-    pub(super) fn change(
-        &mut self,
+    /// What there is to do before a [`Patch`] can be carried out.
+    pub(super) fn plan_change(
+        &self,
         patch: Value,
-        context: &BuildContext,
-    ) -> Result<Reconfigured, ReconfigureError> {
+        context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
         let Patch { limits, path } =
             serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
-        let seen = match path {
-            Some(path) => {
-                self.change_medium(&path, context)?;
+        let Some(path) = path else {
+            let medium = None;
+            return Ok(Box::new(move || Ok(Prepared::new(Change { limits, medium }))));
+        };
+        let config = self.config.as_ref().ok_or(ReconfigureError::Fixed)?;
+        if !config.readonly {
+            return Err(refused(
+                "the medium of a disk that is written to cannot be changed: add it with \
+                 readonly=on, or remove it and add another"
+                    .to_owned(),
+            ));
+        }
+        let mut config = config.clone();
+        path.clone_into(&mut config.path);
+        Ok(Box::new(move || {
+            let disk = open_disk(&path, &*context.opener, &config.image_options())
+                .map_err(|error| ReconfigureError::Value(BuildError::Backend(error.into())))?;
+            let medium = Some(Medium { path, disk });
+            Ok(Prepared::new(Change { limits, medium }))
+        }))
+    }
+
+    /// Carries out a [`Patch`].
+    pub(super) fn change(&mut self, change: Change) -> Result<Reconfigured, ReconfigureError> {
+        let Change { limits, medium } = change;
+        let seen = match medium {
+            Some(medium) => {
+                self.change_medium(medium)?;
                 Reconfigured::Seen
             }
             None => Reconfigured::Unseen,
@@ -60,30 +104,8 @@ impl Blk {
         Ok(seen)
     }
 
-    fn change_medium(
-        &mut self,
-        path: &Path,
-        context: &BuildContext,
-    ) -> Result<(), ReconfigureError> {
-        let refused = |reason: String| {
-            ReconfigureError::Value(BuildError::Field {
-                field: "path",
-                reason,
-            })
-        };
-        let Some(mut config) = self.config.clone() else {
-            return Err(ReconfigureError::Fixed);
-        };
-        if !config.readonly {
-            return Err(refused(
-                "the medium of a disk that is written to cannot be changed: add it with \
-                 readonly=on, or remove it and add another"
-                    .to_owned(),
-            ));
-        }
-        path.clone_into(&mut config.path);
-        let disk = open_disk(path, &*context.opener, &config.image_options())
-            .map_err(|error| ReconfigureError::Value(BuildError::Backend(error.into())))?;
+    fn change_medium(&mut self, medium: Medium) -> Result<(), ReconfigureError> {
+        let Medium { path, disk } = medium;
         let info = disk.info();
         if info.logical_block != self.info.logical_block {
             return Err(refused(format!(
@@ -98,7 +120,9 @@ impl Blk {
         self.sectors.store(info.size / SECTOR, Ordering::Release);
         self.info = info;
         self.disk = disk;
-        self.config = Some(config);
+        if let Some(config) = &mut self.config {
+            config.path = path;
+        }
         self.go_on(queues)
     }
 

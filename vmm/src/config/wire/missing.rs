@@ -102,10 +102,6 @@ fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
             described.hotplug_method == HotplugMethod::VirtioMem,
             "memory.hotplug_method=VirtioMem",
         ),
-        (
-            described.hotplugged_size.is_some_and(|size| size > 0),
-            "memory.hotplugged_size",
-        ),
         (described.reserve, "memory.reserve"),
         (any(described.zones.as_ref()), "memory.zones"),
     ])

@@ -54,6 +54,15 @@ fn an_empty_description_is_a_machine_with_the_defaults_of_v1_that_cannot_be_boot
 }
 
 #[test]
+fn memory_that_had_been_added_is_there_from_the_start() {
+    let config = made(json!({
+        "memory": {"size": 67_108_864, "hotplug_size": 402_653_184, "hotplugged_size": 134_217_728},
+    }));
+    let memory = config.memory;
+    assert_eq!((memory.size, memory.hotplug_size), (192 << 20, 256 << 20));
+}
+
+#[test]
 fn every_part_that_there_is_arrives() {
     let config = made(json!({
         "cpus": {"boot_vcpus": 3, "max_vcpus": 8, "topology":
@@ -242,6 +251,18 @@ fn nonsense_of_cpus_and_memory() -> Vec<(Value, &'static str)> {
             json!({"memory": {"size": 4_194_304, "hotplug_size": 4_194_304}}),
             "pieces of 128M",
         ),
+        (
+            json!({"memory": {"size": 4_194_304, "hotplugged_size": 134_217_728}}),
+            "memory.hotplugged_size: 134217728 bytes are more than memory.hotplug_size, 0",
+        ),
+        (
+            json!({"memory": {"size": 4_194_304, "hotplug_size": 268_435_456, "hotplugged_size": 4_194_304}}),
+            "memory.hotplugged_size: memory is added in pieces of 134217728 bytes",
+        ),
+        (
+            json!({"memory": {"size": u64::MAX - 1, "hotplug_size": u64::MAX, "hotplugged_size": u64::MAX}}),
+            "memory.hotplugged_size",
+        ),
         (json!({"memory": {"size": 0}}), "at least 2M"),
         (json!({"memory": {"size": u64::MAX}}), "the host has"),
         (
@@ -388,10 +409,6 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
         (
             json!({"cpus": {"boot_vcpus": 1, "max_vcpus": 1, "features": {"amx": true}}}),
             "cpus.features.amx",
-        ),
-        (
-            json!({"memory": {"size": 4_194_304, "hotplugged_size": 134_217_728}}),
-            "memory.hotplugged_size",
         ),
         (
             json!({"platform": {"num_pci_segments": 2}}),

@@ -1,9 +1,8 @@
 //! The commands that a machine carries out.
 
 use std::sync::Arc;
-use std::thread::Builder;
 
-use api::wire::{PciDeviceInfo, VmConsole, VmUpdateDisk};
+use api::wire::{PciDeviceInfo, VmConsole};
 use api::{
     AddDevice, Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply,
     VmState,
@@ -12,7 +11,7 @@ use api::{
 use super::Driver;
 use crate::machine::MachineError;
 use crate::machine::bay::OpenDevice;
-use crate::machine::inbox::{Message, ended};
+use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
 use crate::monitor::consoles;
 
@@ -23,7 +22,8 @@ impl Driver {
             return answer(Err(wrong_state(state, &command)));
         }
         match command {
-            Command::UpdateDisk(request) => answer(self.update_disk(&request)),
+            Command::UpdateDisk(request) => self.update_disk(*request, answer),
+            Command::ResizeDisk(request) => self.resize_disk(request, answer),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
                 if matches!(command, Command::Reboot) {
                     // Before the machine's end is told: who hears of that knows that it is none.
@@ -50,7 +50,6 @@ impl Driver {
             }
             Command::Nmi => self.machine.inject_nmi(),
             Command::Reset => self.reset(),
-            Command::ResizeDisk(request) => self.resize_disk(&request.id, request.desired_size),
             Command::Resize(request) => return self.resize(&request).map(|()| Reply::Done),
             Command::RemoveDevice(request) => {
                 let asked = self.machine.request_removal(&request.id);
@@ -78,20 +77,16 @@ impl Driver {
             None => return answer(Err(wrong_state(VmState::Created, &Command::Boot))),
         };
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
-        let mailbox = self.tools.mailbox.clone();
         let cpus = u16::try_from(self.machine.vcpus().count()).unwrap_or(u16::MAX);
         let groups = self.machine.rate_groups();
-        let open = move || {
-            let opened = OpenDevice::open(&planned.config, models, &opener, cpus, &groups);
-            // When the machine has ended meanwhile, so has the wish.
-            mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
-                answer(driver.insert_device(opened, &device));
-            })));
-        };
-        // When the host has no more threads, the answer is dropped, which is one.
-        let started = Builder::new().name("open".to_owned()).spawn(open);
-        if let Err(error) = started {
-            tracing::warn!("no thread to open a device: {error}");
+        let open = move || OpenDevice::open(&planned.config, models, &opener, cpus, &groups);
+        let answer = self.asides.wait_with(answer);
+        let started = self.beside("open", open, move |driver, opened| {
+            let inserted = driver.insert_device(opened, &device);
+            driver.asides.answer(answer, inserted);
+        });
+        if !started {
+            self.asides.refuse(answer);
         }
     }
 
@@ -139,28 +134,5 @@ impl Driver {
         }
         self.tools.view.describe(self.ears.description.as_ref());
         self.tools.view.show(Some(self.machine.inventory()));
-    }
-
-    /// Changes limits or medium of a disk. Another medium is opened here.
-    fn update_disk(&mut self, request: &VmUpdateDisk) -> Result<Reply, ControlError> {
-        let Some(description) = &mut self.ears.description else {
-            return Err(ended());
-        };
-        let update = description.config.plan_update(request)?;
-        self.machine
-            .reconfigure(&request.id, update.patch.clone(), &self.tools.opener)
-            .map_err(|error| error.to_control())?;
-        description.update(request, update);
-        self.show_devices();
-        Ok(Reply::Done)
-    }
-
-    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
-        self.machine.resize_disk(id, size)?;
-        let id = id.to_owned();
-        self.ears
-            .events
-            .publish(EventKind::DiskResized { id, size });
-        Ok(())
     }
 }

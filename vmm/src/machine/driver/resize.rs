@@ -70,9 +70,16 @@ impl Driver {
     pub(super) fn tell_resized(&mut self, resized: &[Resized]) {
         for resized in resized {
             tracing::info!(?resized, "the guest has answered");
-            if let Resized::CpuLeft { count, .. } = *resized {
-                self.ears.events.publish(EventKind::CpusResized { count });
-            }
+            let kind = match *resized {
+                Resized::CpuLeft { count, .. } => EventKind::CpusResized { count },
+                Resized::CpuKept { index, status } => EventKind::CpuKept { index, status },
+                Resized::CpuRefused { index, status } => EventKind::CpuRefused { index, status },
+                Resized::MemoryRefused { slot, status } => {
+                    EventKind::MemoryRefused { slot, status }
+                }
+                Resized::CpuTaken { .. } | Resized::MemoryTaken { .. } => continue,
+            };
+            self.ears.events.publish(kind);
         }
         if !resized.is_empty() {
             self.show_sizes();

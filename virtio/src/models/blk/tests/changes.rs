@@ -13,6 +13,11 @@ use super::*;
 use crate::limit::{Bucket, Limiter, RateLimits};
 use crate::models::BuildError;
 
+fn reconfigure(blk: &mut dyn VirtioDevice, patch: Value) -> Result<Reconfigured, ReconfigureError> {
+    let prepare = blk.prepare(patch, context())?;
+    blk.reconfigure(prepare()?)
+}
+
 /// A device whose clock stands, and what its worker says of how long it sleeps.
 struct Limited {
     rig: Rig,
@@ -141,12 +146,12 @@ fn new_limits_reach_a_request_that_waits() {
     let second = limited.offer(1);
     limited.sleep();
     let patch = json!({"limits": {"ops": {"size": 4, "refill_time": 1000}}});
-    let changed = limited.rig.blk.reconfigure(patch, &context()).unwrap();
+    let changed = reconfigure(&mut limited.rig.blk, patch).unwrap();
     assert_eq!(changed, Reconfigured::Unseen);
     limited.ended(second);
     // None at all.
     let lifted = json!({"limits": {}});
-    limited.rig.blk.reconfigure(lifted, &context()).unwrap();
+    reconfigure(&mut limited.rig.blk, lifted).unwrap();
     for sector in 0..16 {
         let head = limited.offer(sector);
         limited.ended(head);
@@ -247,7 +252,7 @@ impl OnFile {
     }
 
     fn insert(&mut self, path: &Path) -> Result<Reconfigured, ReconfigureError> {
-        self.blk.reconfigure(json!({ "path": path }), &context())
+        reconfigure(&mut *self.blk, json!({ "path": path }))
     }
 }
 
@@ -295,10 +300,10 @@ fn a_medium_that_cannot_be_used_leaves_the_one_before() {
 fn what_cannot_be_changed_is_refused() {
     let mut rig = Rig::new();
     for patch in [json!({"x": 1}), json!({"limits": {"x": 1}}), json!(7), json!(null)] {
-        let refused = rig.blk.reconfigure(patch.clone(), &context());
+        let refused = reconfigure(&mut rig.blk, patch.clone());
         assert!(matches!(refused, Err(ReconfigureError::Shape(_))), "{patch}");
     }
-    let fixed = rig.blk.reconfigure(json!({"path": "/a"}), &context());
+    let fixed = reconfigure(&mut rig.blk, json!({"path": "/a"}));
     assert!(matches!(fixed, Err(ReconfigureError::Fixed)));
     assert_eq!(rig.request(FLUSH, 0, &[]), (OK, 1));
 }

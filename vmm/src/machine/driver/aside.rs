@@ -1,0 +1,348 @@
+//! Work for the machine that may take long, done beside the control thread.
+//!
+//! A thread does it, and an [`Errand`](crate::machine::inbox::Errand) brings the control thread what came of it:
+//! only there does the machine change. Meanwhile all else goes on.
+//!
+//! What opens files may never end, where the host's storage does not answer. It holds nothing of
+//! the machine, and is left to itself when that ends ([`Driver::beside`]). What holds a device has a limit
+//! of its own, and the machine's end waits for it, so that the next machine finds the device's files
+//! free ([`Driver::holding`]).
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::Builder;
+use std::time::Instant;
+
+use api::wire::{VmResizeDisk, VmUpdateDisk};
+use api::{Answer, ControlError, ErrorKind, EventKind, Reply};
+use devices::pci::PciAddress;
+use virtio::device::{Preparation, Prepared, ReconfigureError};
+use virtio::transport::VirtioPci;
+
+use super::Driver;
+use crate::machine::MachineError;
+use crate::machine::hotplug::Ejection;
+use crate::machine::inbox::{Message, ended};
+
+/// How many threads hold devices.
+#[derive(Default)]
+struct Held {
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One thread that holds a device.
+struct Hold(Arc<Held>);
+
+impl Hold {
+    fn of(held: &Arc<Held>) -> Self {
+        *held.lock() += 1;
+        Self(Arc::clone(held))
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut count = self.0.lock();
+        *count = count.saturating_sub(1);
+        self.0.changed.notify_all();
+    }
+}
+
+/// What is done beside the control thread.
+#[derive(Default)]
+pub(super) struct Asides {
+    held: Arc<Held>,
+    /// Devices that are being changed, by their ids: one change at a time. A device that
+    /// has the id of one that is gone is another.
+    changing: BTreeMap<String, Weak<VirtioPci>>,
+    /// Slots that are being emptied.
+    ejecting: Vec<PciAddress>,
+    /// Who waits for what is done. They are here and not with the threads, so that they hear of
+    /// the machine's end even when a thread never comes back.
+    waiting: BTreeMap<u64, Answer>,
+    /// How many have waited so far.
+    waited: u64,
+}
+
+impl Asides {
+    /// Waits until no thread holds a device, or until `deadline`.
+    pub(super) fn wait(&self, deadline: Instant) {
+        let mut count = self.held.lock();
+        while *count > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::warn!("a device is still in use at the end of its machine");
+                return;
+            }
+            let waited = self.held.changed.wait_timeout(count, left);
+            count = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Keeps an answer until it can be given; [`Asides::answer`] takes the number.
+    pub(super) fn wait_with(&mut self, answer: Answer) -> u64 {
+        self.waited = self.waited.wrapping_add(1);
+        self.waiting.insert(self.waited, answer);
+        self.waited
+    }
+
+    /// Gives an answer that has been kept.
+    pub(super) fn answer(&mut self, number: u64, result: Result<Reply, ControlError>) {
+        if let Some(answer) = self.waiting.remove(&number) {
+            answer(result);
+        }
+    }
+
+    /// Gives an answer up because the host has no thread for what it waits for.
+    pub(super) fn refuse(&mut self, number: u64) {
+        let message = "the host has no more threads";
+        self.answer(number, Err(ControlError::new(ErrorKind::Failed, message)));
+    }
+
+    /// Takes note of a change of `device`, or refuses it.
+    fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
+        let weak = Arc::downgrade(device);
+        let id = device.id();
+        if self.changing.get(id).is_some_and(|old| old.ptr_eq(&weak)) {
+            let message = format!("{id} is being changed: try again when that has ended");
+            return Err(ControlError::new(ErrorKind::Busy, message));
+        }
+        self.changing.insert(id.to_owned(), weak);
+        Ok(())
+    }
+
+    fn finish(&mut self, id: &str, device: &Weak<VirtioPci>) {
+        if self.changing.get(id).is_some_and(|old| old.ptr_eq(device)) {
+            self.changing.remove(id);
+        }
+    }
+}
+
+impl Driver {
+    /// Has a thread do `work`, which holds nothing of the machine, and goes on with `then`. When
+    /// the machine has ended meanwhile, nothing more happens; `false` when the host has no more threads,
+    /// and nothing happens at all.
+    pub(super) fn beside<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) -> bool {
+        let mailbox = self.tools.mailbox.clone();
+        let run = move || {
+            let done = work();
+            mailbox.send(Message::Errand(Box::new(move |driver| then(driver, done))));
+        };
+        let started = Builder::new().name(name.to_owned()).spawn(run);
+        if let Err(error) = &started {
+            tracing::warn!("no thread to {name}: {error}");
+        }
+        started.is_ok()
+    }
+
+    /// As [`Driver::beside`], for work that holds a device and has a limit.
+    fn holding<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) -> bool {
+        let hold = Hold::of(&self.asides.held);
+        let held = move || {
+            let done = work();
+            // What the work held is gone by now.
+            drop(hold);
+            done
+        };
+        self.beside(name, held, then)
+    }
+
+    /// The device `id`, if it is there to stay.
+    fn settled_device(&self, id: &str) -> Result<Arc<VirtioPci>, ControlError> {
+        let found = self.machine.device(id);
+        let (device, address) = found.map_err(|error| error.to_control())?;
+        if self.asides.ejecting.contains(&address) {
+            let message = format!("{id} is being removed");
+            return Err(ControlError::new(ErrorKind::Busy, message));
+        }
+        Ok(device)
+    }
+
+    /// Changes limits or medium of a disk. Another medium is opened first.
+    pub(super) fn update_disk(&mut self, request: VmUpdateDisk, answer: Answer) {
+        let begun = self.begin_update(&request);
+        let (device, prepare) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return answer(Err(error)),
+        };
+        let (id, weak) = (request.id.clone(), Weak::clone(&device));
+        let answer = self.asides.wait_with(answer);
+        let started = self.beside("open", prepare, move |driver, prepared| {
+            driver.swap(request, &device, prepared, answer);
+        });
+        if !started {
+            self.asides.finish(&id, &weak);
+            self.asides.refuse(answer);
+        }
+    }
+
+    fn begin_update(
+        &mut self,
+        request: &VmUpdateDisk,
+    ) -> Result<(Weak<VirtioPci>, Preparation), ControlError> {
+        let description = self.ears.description.as_ref().ok_or_else(ended)?;
+        let update = description.config.plan_update(request)?;
+        let device = self.settled_device(&request.id)?;
+        self.asides.begin(&device)?;
+        let context = self.machine.context(&request.id, &self.tools.opener);
+        match device.prepare(update.patch, context) {
+            Ok(prepare) => Ok((Arc::downgrade(&device), prepare)),
+            Err(error) => {
+                let weak = Arc::downgrade(&device);
+                self.asides.finish(&request.id, &weak);
+                Err(unchanged(&request.id, error))
+            }
+        }
+    }
+
+    /// The second third of [`Driver::update_disk`]: what was at the old medium comes to its end. Planned
+    /// anew: others may have come or gone meanwhile.
+    fn swap(
+        &mut self,
+        request: VmUpdateDisk,
+        weak: &Weak<VirtioPci>,
+        prepared: Result<Prepared, ReconfigureError>,
+        answer: u64,
+    ) {
+        let id = request.id.clone();
+        let ready = prepared
+            .map_err(|error| unchanged(&id, error))
+            .and_then(|prepared| {
+                let description = self.ears.description.as_ref().ok_or_else(ended)?;
+                description.config.plan_update(&request)?;
+                let device = self.settled_device(&id)?;
+                let same = weak.ptr_eq(&Arc::downgrade(&device));
+                let gone = || MachineError::NoDevice { id: id.clone() }.to_control();
+                same.then_some((device, prepared)).ok_or_else(gone)
+            });
+        let (device, prepared) = match ready {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.asides.finish(&id, weak);
+                return self.asides.answer(answer, Err(error));
+            }
+        };
+        let held = Weak::clone(weak);
+        let change = move || device.reconfigure(prepared);
+        let started = self.holding("change", change, move |driver, changed| {
+            driver.asides.finish(&request.id, &held);
+            let updated = driver.updated(&request, changed);
+            driver.asides.answer(answer, updated);
+        });
+        if !started {
+            self.asides.finish(&id, weak);
+            self.asides.refuse(answer);
+        }
+    }
+
+    /// The last third.
+    fn updated(
+        &mut self,
+        request: &VmUpdateDisk,
+        changed: Result<(), ReconfigureError>,
+    ) -> Result<Reply, ControlError> {
+        changed.map_err(|error| unchanged(&request.id, error))?;
+        let description = self.ears.description.as_mut().ok_or_else(ended)?;
+        let update = description.config.plan_update(request)?;
+        description.update(request, update);
+        self.show_devices();
+        Ok(Reply::Done)
+    }
+
+    /// Makes a disk larger.
+    pub(super) fn resize_disk(&mut self, request: VmResizeDisk, answer: Answer) {
+        let VmResizeDisk {
+            id,
+            desired_size: size,
+        } = request;
+        let begun = self.settled_device(&id).and_then(|device| {
+            self.asides.begin(&device)?;
+            Ok(device)
+        });
+        let device = match begun {
+            Ok(device) => device,
+            Err(error) => return answer(Err(error)),
+        };
+        let (weak, name) = (Arc::downgrade(&device), id.clone());
+        let held = Weak::clone(&weak);
+        let answer = self.asides.wait_with(answer);
+        let resize = move || device.resize_disk(size);
+        let started = self.holding("resize", resize, move |driver, resized| {
+            driver.asides.finish(&id, &held);
+            let events = &driver.ears.events;
+            let resized = match resized {
+                Ok(()) => {
+                    events.publish(EventKind::DiskResized { id, size });
+                    Ok(Reply::Done)
+                }
+                Err(source) => Err(failed(format!("disk {id}"), source.into())),
+            };
+            driver.asides.answer(answer, resized);
+        });
+        if !started {
+            self.asides.finish(&name, &weak);
+            self.asides.refuse(answer);
+        }
+    }
+
+    /// The guest has given up what is at `address`: its back end drains, and then it goes. A
+    /// restart of the machine's devices may tell of it again.
+    pub(super) fn begin_ejection(&mut self, address: PciAddress) {
+        if self.asides.ejecting.contains(&address) {
+            return;
+        }
+        let Some(ejection) = self.machine.begin_ejection(address) else {
+            return self.show_devices();
+        };
+        self.asides.ejecting.push(address);
+        let drain = move || ejection.drain();
+        let started = self.holding("eject", drain, move |driver, drained| {
+            driver.finish_ejection(address, drained);
+        });
+        if !started {
+            self.asides.ejecting.retain(|other| *other != address);
+            self.machine.keep(address);
+        }
+    }
+
+    fn finish_ejection(&mut self, address: PciAddress, drained: Ejection) {
+        self.asides.ejecting.retain(|other| *other != address);
+        let retired = self.machine.finish_ejection(address, drained);
+        self.show_devices();
+        let Some((model, gone)) = retired else {
+            return;
+        };
+        let events = self.ears.events.clone();
+        let close = move || {
+            drop(model);
+            events.publish(gone);
+        };
+        // Without a thread the model is dropped here, and nobody is told.
+        self.holding("close", close, |_, ()| ());
+    }
+}
+
+fn failed(device: String, source: Box<dyn std::error::Error + Send + Sync>) -> ControlError {
+    MachineError::Device { device, source }.to_control()
+}
+
+fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
+    failed(format!("device {id}"), error.into())
+}
