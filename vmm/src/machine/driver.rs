@@ -6,6 +6,7 @@
 //! end that drains) has a deadline.
 
 mod commands;
+mod coredump;
 mod resize;
 
 use std::io;
@@ -24,8 +25,9 @@ use super::state::Lifecycle;
 use super::{Machine, MachineError};
 use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
-use crate::monitor::{Description, View};
+use crate::monitor::{Description, Jobs, View};
 use crate::opener::Opener;
+use coredump::Dump;
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -46,6 +48,8 @@ pub struct Tools {
     pub mailbox: Mailbox,
     /// Where readers see what the machine has.
     pub view: View,
+    /// What takes long.
+    pub jobs: Jobs,
 }
 
 /// How a machine ended.
@@ -157,6 +161,8 @@ pub struct Driver {
     then: Vec<(Command, Answer)>,
     /// Nobody has the patience to wait for back ends and readers.
     urgent: bool,
+    /// A core file is being written; the machine is paused.
+    dump: Option<Dump>,
 }
 
 impl Driver {
@@ -175,6 +181,7 @@ impl Driver {
             chosen: None,
             then: Vec::new(),
             urgent: false,
+            dump: None,
         }
     }
 
@@ -317,6 +324,7 @@ impl Driver {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         let drain = if self.urgent { PATIENCE } else { DRAIN };
+        self.give_up_dump(drain);
         if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
@@ -461,6 +469,7 @@ impl Driver {
     /// Goes on after a disk's failure, if that is why the machine is paused.
     fn try_again(&mut self) {
         if self.state().1 == Some(PauseReason::DiskError)
+            && self.dump.is_none()
             && let Err(error) = self.resume()
         {
             eprintln!(

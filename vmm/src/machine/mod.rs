@@ -10,6 +10,7 @@
 mod alarm;
 pub mod bay;
 pub mod build;
+pub mod coredump;
 mod doorbells;
 pub mod driver;
 pub mod hotplug;
@@ -32,6 +33,7 @@ use kvm_bindings::kvm_clock_data;
 use migration::{RestoreError, SaveError, SectionSet};
 use serde_json::Value;
 use virtio::device::ReconfigureError;
+use virtio::memory::GuestMap;
 use virtio::models::{BuildContext, BuildError};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -409,6 +411,11 @@ impl Machine {
                 device: format!("device {id}"),
                 source: source.into(),
             })
+    }
+
+    /// RAM as it is now. It stays mapped as long as this is held; what is added later is not in it.
+    fn memory_map(&self) -> GuestMap {
+        GuestMap::clone(&self.ram.memory().memory())
     }
 
     /// Gives every vCPU a non-maskable interrupt.

@@ -224,6 +224,7 @@ impl Monitor {
             opener: Arc::clone(&self.opener),
             mailbox: self.mailbox.clone(),
             view: self.view.clone(),
+            jobs: self.jobs.clone(),
         };
         let mut driver = Driver::new(machine, ears, tools, timeout);
         let server = match (debugger, &description.config.gdb) {

@@ -11,6 +11,7 @@
 )]
 
 mod consoles;
+mod coredump;
 mod disks;
 mod gdb;
 mod hotplug;
