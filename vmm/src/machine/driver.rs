@@ -222,6 +222,7 @@ impl Driver {
         } else {
             self.boot()
         };
+        let mut refused = None;
         let outcome = match (started, booted) {
             (Ok(()), booted) => {
                 if let Some(booted) = booted {
@@ -231,7 +232,7 @@ impl Driver {
             }
             (Err(error), None) => Err(error),
             (Err(error), Some(booted)) => {
-                booted(Err(error.to_control()));
+                refused = Some((booted, error.to_control()));
                 Ok(Outcome {
                     reason: ExitReason::Stopped,
                     detail: None,
@@ -245,6 +246,10 @@ impl Driver {
             Err(error) => (ExitReason::KvmError, Some(crate::error::chain(error))),
         };
         self.end(reason, detail);
+        if let Some((booted, error)) = refused {
+            // Who has the answer finds no machine any more.
+            booted(Err(error));
+        }
         End {
             ears: self.ears,
             outcome,
@@ -253,6 +258,8 @@ impl Driver {
     }
 
     fn drive(&mut self) -> Result<Outcome, MachineError> {
+        // Commands may have waited since before the boot, whose wake-up is spent.
+        self.ears.inbox.rouse();
         loop {
             if let Some(outcome) = self.outcome.take() {
                 return Ok(outcome);

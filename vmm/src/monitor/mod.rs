@@ -280,8 +280,9 @@ impl Monitor {
                     After::Exit(ExitReason::Stopped)
                 }
                 (Command::Delete, _) => {
-                    answer(Ok(Reply::Done));
+                    // Who has the answer finds nothing any more.
                     self.forget();
+                    answer(Ok(Reply::Done));
                     After::Idle
                 }
                 (Command::Reboot, After::Idle) => After::Boot(Some(answer)),

@@ -16,6 +16,7 @@ mod disks;
 mod gdb;
 mod hotplug;
 mod lifecycle;
+mod lives;
 mod resize;
 mod shape;
 mod sinks;

@@ -375,6 +375,21 @@ impl Local {
         local
     }
 
+    /// A monitor without a description, which stays when its machine has ended.
+    pub fn idle() -> Self {
+        let options = MonitorOptions {
+            no_shutdown: true,
+            ..MonitorOptions::default()
+        };
+        let monitor = Monitor::new(MODELS, Arc::new(Opener::new()), options).unwrap();
+        Self {
+            mailbox: monitor.mailbox(),
+            handle: monitor.handle(),
+            seen: AtomicU64::new(0),
+            monitor: Some(thread::spawn(move || monitor.serve())),
+        }
+    }
+
     pub fn ask(&self, command: Ask) -> Result<Reply, ControlError> {
         self.mailbox.call(command)
     }
