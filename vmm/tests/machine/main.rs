@@ -14,6 +14,7 @@ mod consoles;
 mod coredump;
 mod disks;
 mod gdb;
+mod hostile;
 mod hotplug;
 mod lifecycle;
 mod lives;
