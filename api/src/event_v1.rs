@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::Serialize;
 
+use crate::wire::{JobInfo, JobState};
 use crate::{Alert, Event, EventKind, EventLog, VmState};
 
 /// The writer's thread has this much stack.
@@ -93,6 +94,7 @@ impl Teller {
             EventKind::CpusResized { .. } | EventKind::MemoryResized { .. } => {
                 &["resizing", "resized"]
             }
+            EventKind::Job { info } if begins(info, "coredump") => &["coredumping"],
             _ => &[][..],
         };
         ("vm", words)
@@ -135,6 +137,11 @@ impl Teller {
         let record = |word: &&'static str| written(event.at_us, source, word, properties);
         words.iter().map(record).collect()
     }
+}
+
+/// Whether this tells of the beginning of a job.
+fn begins(job: &JobInfo, kind: &str) -> bool {
+    job.kind == kind && job.state == JobState::Running && job.done == 0
 }
 
 fn written(

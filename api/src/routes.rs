@@ -441,7 +441,8 @@ pub const ROUTES: &[Route] = &[
     )
     .about("Writes the guest's memory and registers into an ELF file.")
     .takes::<wire::VmCoredumpData>()
-    .answers(Success::DoneOrJob),
+    .answers(Success::DoneOrJob)
+    .fails(&[400, 404, 409, 429]),
     get(Endpoint::VmConsoleList, "vm.console")
         .added()
         .about("Lists the sinks of the consoles.")

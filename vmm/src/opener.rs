@@ -23,12 +23,20 @@ mod connect;
 mod documents;
 mod lease;
 
+pub use documents::NewFile;
+
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
 
 /// Why a file could not be had. Each message names the path.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// There is something where a new file is to be.
+    #[error("{} exists already: choose another name", path.display())]
+    Exists {
+        /// Where.
+        path: PathBuf,
+    },
     /// The system refused.
     #[error("cannot {action} {}", path.display())]
     System {

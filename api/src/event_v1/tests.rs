@@ -55,6 +55,27 @@ fn a_device_that_is_gone_is_told_with_its_address() {
 }
 
 #[test]
+fn a_core_dump_is_told_once_and_other_jobs_are_not() {
+    let job = |kind: &str, done, state| EventKind::Job {
+        info: JobInfo {
+            id: format!("{kind}-1"),
+            kind: kind.to_owned(),
+            state,
+            done,
+            total: 10,
+            error: None,
+        },
+    };
+    let all = [
+        job("other", 0, JobState::Running),
+        job("coredump", 0, JobState::Running),
+        job("coredump", 5, JobState::Running),
+        job("coredump", 10, JobState::Completed),
+    ];
+    assert_eq!(told(&all), ["vm:coredumping"]);
+}
+
+#[test]
 fn a_life_is_told_from_boot_to_power_off() {
     let pause = |pause| EventKind::State {
         state: VmState::Paused,

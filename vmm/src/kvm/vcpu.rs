@@ -19,6 +19,7 @@ use super::{KvmError, Vm, trace};
 
 /// `IA32_TSC`: never set back, so that the guest's clocks go on over a reset.
 const MSR_TSC: u32 = 0x10;
+const MSR_KERNEL_GS_BASE: u32 = 0xC000_0102;
 const MSR_MISC_ENABLE: u32 = 0x1A0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2FF;
@@ -237,6 +238,16 @@ impl Vcpu {
         self.fd
             .set_guest_debug(debug)
             .map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// The base that `swapgs` gives GS; 0 where the vCPU has no such register.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Call`].
+    pub fn kernel_gs_base(&self) -> Result<u64, KvmError> {
+        let read = self.read_msrs(&[MSR_KERNEL_GS_BASE])?;
+        Ok(read.first().map_or(0, |entry| entry.data))
     }
 
     /// The guest-physical address behind a virtual one, as this vCPU sees it now.

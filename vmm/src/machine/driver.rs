@@ -7,6 +7,7 @@
 
 mod aside;
 mod commands;
+mod coredump;
 mod resize;
 
 use std::io;
@@ -26,9 +27,10 @@ use super::state::Lifecycle;
 use super::{Machine, MachineError};
 use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
-use crate::monitor::{Description, View};
+use crate::monitor::{Description, Jobs, View};
 use crate::notice;
 use crate::opener::Opener;
+use coredump::Dump;
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -49,6 +51,8 @@ pub struct Tools {
     pub mailbox: Mailbox,
     /// Where readers see what the machine has.
     pub view: View,
+    /// What takes long.
+    pub jobs: Jobs,
 }
 
 /// How a machine ended.
@@ -161,6 +165,8 @@ pub struct Driver {
     /// Nobody has the patience to wait for back ends and readers.
     urgent: bool,
     asides: Asides,
+    /// A core file is being written; the machine is paused.
+    dump: Option<Dump>,
 }
 
 impl Driver {
@@ -180,6 +186,7 @@ impl Driver {
             then: Vec::new(),
             urgent: false,
             asides: Asides::default(),
+            dump: None,
         }
     }
 
@@ -221,6 +228,7 @@ impl Driver {
         } else {
             self.boot()
         };
+        let mut refused = None;
         let outcome = match (started, booted) {
             (Ok(()), booted) => {
                 if let Some(booted) = booted {
@@ -230,7 +238,7 @@ impl Driver {
             }
             (Err(error), None) => Err(error),
             (Err(error), Some(booted)) => {
-                booted(Err(error.to_control()));
+                refused = Some((booted, error.to_control()));
                 Ok(Outcome {
                     reason: ExitReason::Stopped,
                     detail: None,
@@ -244,6 +252,10 @@ impl Driver {
             Err(error) => (ExitReason::KvmError, Some(crate::error::chain(error))),
         };
         self.end(reason, detail);
+        if let Some((booted, error)) = refused {
+            // Who has the answer finds no machine any more.
+            booted(Err(error));
+        }
         End {
             ears: self.ears,
             outcome,
@@ -252,6 +264,8 @@ impl Driver {
     }
 
     fn drive(&mut self) -> Result<Outcome, MachineError> {
+        // Commands may have waited since before the boot, whose wake-up is spent.
+        self.ears.inbox.rouse();
         loop {
             if let Some(outcome) = self.outcome.take() {
                 return Ok(outcome);
@@ -323,6 +337,7 @@ impl Driver {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         let drain = if self.urgent { PATIENCE } else { DRAIN };
+        self.give_up_dump(drain);
         if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
@@ -465,6 +480,7 @@ impl Driver {
     /// Goes on after a disk's failure, if that is why the machine is paused.
     fn try_again(&mut self) {
         if self.state().1 == Some(PauseReason::DiskError)
+            && self.dump.is_none()
             && let Err(error) = self.resume()
         {
             notice::tell(format_args!(

@@ -10,6 +10,7 @@
 mod alarm;
 pub mod bay;
 pub mod build;
+pub mod coredump;
 mod doorbells;
 pub mod driver;
 pub mod hotplug;
@@ -32,6 +33,7 @@ use devices::{StartError, StopError, Unit};
 use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
 use virtio::device::ReconfigureError;
+use virtio::memory::GuestMap;
 use virtio::models::{BuildContext, BuildError};
 use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -394,6 +396,11 @@ impl Machine {
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
         }
+    }
+
+    /// RAM as it is now. It stays mapped as long as this is held; what is added later is not in it.
+    fn memory_map(&self) -> GuestMap {
+        GuestMap::clone(&self.ram.memory().memory())
     }
 
     /// Gives every vCPU a non-maskable interrupt.

@@ -21,6 +21,7 @@ const FEATURES: &[&str] = &[
     "vireo.metrics",
     "vireo.update-disk",
     "vireo.console",
+    "vireo.coredump",
     "vireo.add-virtio",
     "vireo.reset",
 ];

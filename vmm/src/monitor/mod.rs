@@ -225,6 +225,7 @@ impl Monitor {
             opener: Arc::clone(&self.opener),
             mailbox: self.mailbox.clone(),
             view: self.view.clone(),
+            jobs: self.jobs.clone(),
         };
         let mut driver = Driver::new(machine, ears, tools, timeout);
         let server = match (debugger, &description.config.gdb) {
@@ -280,8 +281,9 @@ impl Monitor {
                     After::Exit(ExitReason::Stopped)
                 }
                 (Command::Delete, _) => {
-                    answer(Ok(Reply::Done));
+                    // Who has the answer finds nothing any more.
                     self.forget();
+                    answer(Ok(Reply::Done));
                     After::Idle
                 }
                 (Command::Reboot, After::Idle) => After::Boot(Some(answer)),

@@ -6,6 +6,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
 use super::{OpenError, Opener, system};
 
 impl Opener {
@@ -58,6 +60,33 @@ impl Opener {
         sync_directory(path)
     }
 
+    /// Begins a new file at `path`, for its owner alone, under a name of its own
+    /// beside it until [`NewFile::keep`].
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Exists`] when there is something at `path`.
+    pub fn begin_file(&self, path: &Path) -> Result<NewFile, OpenError> {
+        if fs::symlink_metadata(path).is_ok() {
+            return Err(OpenError::Exists {
+                path: path.to_owned(),
+            });
+        }
+        let temporary = beside(path);
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&temporary)
+            .map_err(system("create", path))?;
+        Ok(NewFile {
+            file,
+            temporary,
+            path: path.to_owned(),
+        })
+    }
+
     /// Removes a file for good.
     ///
     /// # Errors
@@ -108,6 +137,47 @@ impl Opener {
             .arg(path)
             .status()
             .map_err(system("run", Path::new("/bin/sh")))
+    }
+}
+
+/// A file that has not got its name yet. It is removed when this is dropped.
+#[derive(Debug)]
+pub struct NewFile {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl NewFile {
+    /// The file, for writing.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives the file its name; what has been written is on the disk then.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`], also when something has got the name first; the file is removed.
+    pub fn keep(self) -> Result<(), OpenError> {
+        self.file.sync_all().map_err(system("write", &self.path))?;
+        renameat_with(
+            CWD,
+            &self.temporary,
+            CWD,
+            &self.path,
+            RenameFlags::NOREPLACE,
+        )
+        .map_err(|error| system("name", &self.path)(error.into()))?;
+        sync_directory(&self.path)
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        // It is not there any more when it has got its name.
+        let _ = fs::remove_file(&self.temporary);
     }
 }
 

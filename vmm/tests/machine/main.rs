@@ -13,10 +13,13 @@
 mod aside;
 mod attach;
 mod consoles;
+mod coredump;
 mod disks;
 mod gdb;
+mod hostile;
 mod hotplug;
 mod lifecycle;
+mod lives;
 mod managers;
 mod metrics;
 mod resize;

@@ -13,24 +13,24 @@ use api::{EventKind, wire};
 use crate::support::{Collected, LIMIT, Served, can_run, until};
 
 /// A console that is attached to.
-struct Attached {
-    stream: UnixStream,
-    output: Collected,
+pub struct Attached {
+    pub stream: UnixStream,
+    pub output: Collected,
 }
 
 impl Attached {
-    fn to(served: &Served, replay: bool) -> Self {
+    pub fn to(served: &Served, replay: bool) -> Self {
         Self::over(served.client().attach_console(replay).unwrap())
     }
 
-    fn over(stream: UnixStream) -> Self {
+    pub fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(LIMIT)).unwrap();
         let output = Collected::from(stream.try_clone().unwrap());
         Self { stream, output }
     }
 
     /// Types a line, which the guest says again.
-    fn echo(&mut self, line: &str) {
+    pub fn echo(&mut self, line: &str) {
         writeln!(self.stream, "{line}").unwrap();
         self.output.wait_for(&format!("echo:{line}\n"));
     }

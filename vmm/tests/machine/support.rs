@@ -276,18 +276,27 @@ impl Served {
     /// The guest and its flags are as for [`Vireo::start`]; `{dir}` in flags is the directory.
     pub fn start(name: &str, cmdline: &str, flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let here = dir.path().to_str().unwrap();
+        let vireo = Self::run(dir.path(), name, cmdline, flags);
+        Self { vireo, dir }
+    }
+
+    /// Another process on the same socket, when the first has ended.
+    pub fn restart(&mut self, name: &str, cmdline: &str, flags: &[&str]) {
+        self.vireo = Self::run(self.dir.path(), name, cmdline, flags);
+    }
+
+    fn run(dir: &Path, name: &str, cmdline: &str, flags: &[&str]) -> Vireo {
+        let here = dir.to_str().unwrap();
         let flags: Vec<String> = flags.iter().map(|f| f.replace("{dir}", here)).collect();
         let socket = format!("{here}/api.sock");
         let mut all: Vec<&str> = flags.iter().map(String::as_str).collect();
         all.extend(["--api-socket", &socket]);
         let vireo = Vireo::start(name, cmdline, &all);
-        let served = Self { vireo, dir };
         until("the boot", || {
-            let info = Client::connect(served.socket()).ok()?.info().ok()?;
+            let info = Client::connect(&socket).ok()?.info().ok()?;
             (info.state == VmInfoState::Running).then_some(())
         });
-        served
+        vireo
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -382,6 +391,21 @@ impl Local {
             events.iter().any(booted).then_some(())
         });
         local
+    }
+
+    /// A monitor without a description, which stays when its machine has ended.
+    pub fn idle() -> Self {
+        let options = MonitorOptions {
+            no_shutdown: true,
+            ..MonitorOptions::default()
+        };
+        let monitor = Monitor::new(MODELS, Arc::new(Opener::new()), options).unwrap();
+        Self {
+            mailbox: monitor.mailbox(),
+            handle: monitor.handle(),
+            seen: AtomicU64::new(0),
+            monitor: Some(thread::spawn(move || monitor.serve())),
+        }
     }
 
     pub fn ask(&self, command: Ask) -> Result<Reply, ControlError> {

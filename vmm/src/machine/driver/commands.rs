@@ -18,6 +18,9 @@ use crate::monitor::consoles;
 impl Driver {
     pub(super) fn on_command(&mut self, command: Command, answer: Answer) {
         let (state, pause) = self.state();
+        if let Some(answered) = self.answer_while_dumping(&command) {
+            return answer(answered);
+        }
         if !permits(state, pause, &command) {
             return answer(Err(wrong_state(state, &command)));
         }
@@ -56,12 +59,9 @@ impl Driver {
                 self.show_devices();
                 asked
             }
-            other => {
-                return Err(ControlError::new(
-                    ErrorKind::Unimplemented,
-                    format!("{other:?} is not there yet"),
-                ));
-            }
+            Command::Coredump(request) => return self.coredump(&request),
+            // Taken before, by whoever carries them out.
+            other => return Err(wrong_state(self.state().0, &other)),
         };
         done.map(|()| Reply::Done)
             .map_err(|error| error.to_control())

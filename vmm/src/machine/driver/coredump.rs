@@ -1,0 +1,211 @@
+//! The command `vm.coredump`: a job that reads the memory of a machine that is paused meanwhile.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::thread::Builder;
+use std::time::Duration;
+
+use api::{Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
+
+use super::Driver;
+use crate::error::chain;
+use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
+use crate::machine::inbox::Message;
+use crate::machine::{Machine, MachineError};
+use crate::monitor::JobHandle;
+use crate::opener::{NewFile, OpenError};
+
+const SCHEME: &str = "file://";
+
+/// A dump that is being written.
+pub(super) struct Dump {
+    /// The job's id.
+    id: String,
+    /// The machine ran before, and goes on after it.
+    resume: bool,
+    /// Closed when the job has ended and what it leaves is there or gone.
+    ended: Receiver<()>,
+}
+
+impl Driver {
+    /// Begins to write a core file. A machine that runs is paused until it has been written.
+    pub(super) fn coredump(
+        &mut self,
+        request: &wire::VmCoredumpData,
+    ) -> Result<Reply, ControlError> {
+        self.settle_dump();
+        if let Some(dump) = &self.dump {
+            return Err(dump.busy());
+        }
+        let path = destination(request)?;
+        let file = self.tools.opener.begin_file(&path).map_err(|error| {
+            let kind = match &error {
+                OpenError::Exists { .. } => ErrorKind::Conflict,
+                _ => ErrorKind::Failed,
+            };
+            ControlError::from_error(kind, &error)
+        })?;
+        let resume = self.state().0 == VmState::Running;
+        if resume {
+            self.pause(PauseReason::Command)
+                .map_err(|error| error.to_control())?;
+        }
+        let started = self.start_dump(file, path, resume);
+        if started.is_err() && resume {
+            self.resume_after_dump();
+        }
+        started
+    }
+
+    fn start_dump(
+        &mut self,
+        file: NewFile,
+        path: PathBuf,
+        resume: bool,
+    ) -> Result<Reply, ControlError> {
+        let failed = |error: MachineError| error.to_control();
+        let cpus = self.machine.cpu_registers().map_err(failed)?;
+        let memory = self.machine.memory_map();
+        let job = self.tools.jobs.begin("coredump", total(&memory));
+        let (info, mailbox) = (job.info(), self.tools.mailbox.clone());
+        let (alive, ended) = channel();
+        let work = move || {
+            let mut job = job;
+            let result = dump(&mut job, file, &path, |file, step| {
+                write(file, &memory, &cpus, step)
+            });
+            drop(memory);
+            // Who knows of the job's end finds its file there or gone, and the machine free.
+            drop(alive);
+            job.finish(result);
+            // Without a machine there is none to go on.
+            mailbox.send(Message::Errand(Box::new(Self::settle_dump)));
+        };
+        let thread = Builder::new().name("coredump".to_owned()).spawn(work);
+        thread.map_err(|source| {
+            failed(MachineError::Host {
+                what: "no thread for the core dump",
+                source,
+            })
+        })?;
+        self.dump = Some(Dump {
+            id: info.id.clone(),
+            resume,
+            ended,
+        });
+        Ok(Reply::Started(info))
+    }
+
+    /// What becomes of a command while a dump is being written, if not the usual.
+    pub(super) fn answer_while_dumping(
+        &mut self,
+        command: &Command,
+    ) -> Option<Result<Reply, ControlError>> {
+        self.settle_dump();
+        let dump = self.dump.as_mut()?;
+        match command {
+            Command::Pause if dump.resume => {
+                dump.resume = false;
+                Some(Ok(Reply::Done))
+            }
+            // Memory stays as it is.
+            Command::Resume | Command::Reset => Some(Err(dump.busy())),
+            _ => None,
+        }
+    }
+
+    /// Lets the machine go on when a dump has ended.
+    fn settle_dump(&mut self) {
+        let ended = |dump: &mut Dump| dump.ended.try_recv() == Err(TryRecvError::Disconnected);
+        if let Some(dump) = self.dump.take_if(ended)
+            && dump.resume
+        {
+            self.resume_after_dump();
+        }
+    }
+
+    fn resume_after_dump(&mut self) {
+        if let Err(error) = self.resume() {
+            tracing::error!(
+                "the machine stays paused after a core dump: {}",
+                chain(&error)
+            );
+        }
+    }
+
+    /// Ends a dump that nobody waits for any more, within `time`: its file is not left half written.
+    pub(super) fn give_up_dump(&mut self, time: Duration) {
+        if let Some(dump) = self.dump.take() {
+            // It may have ended by itself.
+            let _ = self.tools.jobs.cancel(&dump.id);
+            let _ = dump.ended.recv_timeout(time);
+        }
+    }
+}
+
+impl Dump {
+    fn busy(&self) -> ControlError {
+        let message = format!(
+            "a core dump is being written: wait for the job {} or cancel it",
+            self.id
+        );
+        ControlError::new(ErrorKind::Busy, message)
+    }
+}
+
+impl Machine {
+    /// The registers of the vCPUs that the guest has. They are idle.
+    fn cpu_registers(&self) -> Result<Vec<CpuRegisters>, MachineError> {
+        let mut all = Vec::new();
+        for index in self.vcpus.present() {
+            let place = usize::try_from(index).unwrap_or(usize::MAX);
+            let asked = self.vcpus.ask(place, move |vcpu| {
+                Ok::<_, MachineError>(CpuRegisters {
+                    index,
+                    regs: vcpu.regs()?,
+                    sregs: vcpu.sregs()?,
+                    kernel_gs_base: vcpu.kernel_gs_base()?,
+                })
+            });
+            all.push(asked.unwrap_or_else(|| {
+                Err(MachineError::Host {
+                    what: "a vCPU's thread",
+                    source: std::io::ErrorKind::BrokenPipe.into(),
+                })
+            })?);
+        }
+        Ok(all)
+    }
+}
+
+/// Does the job; the file is there when all is well, and nothing is otherwise.
+fn dump(
+    job: &mut JobHandle,
+    file: NewFile,
+    path: &Path,
+    write: impl FnOnce(&std::fs::File, &mut dyn FnMut(u64) -> bool) -> Result<(), CoredumpError>,
+) -> Result<(), String> {
+    let total = job.info().total;
+    let mut step = |done| {
+        job.progress(done, total);
+        !job.is_cancelled()
+    };
+    let written = write(file.file(), &mut step);
+    written.map_err(|error| format!("{}: {}", path.display(), chain(&error)))?;
+    file.keep().map_err(|error| chain(&error))
+}
+
+fn destination(request: &wire::VmCoredumpData) -> Result<PathBuf, ControlError> {
+    let url = &request.destination_url;
+    let invalid = |what: &str| {
+        let message = format!("destination_url: {what}: give file:// and an absolute path");
+        Err(ControlError::new(ErrorKind::Invalid, message))
+    };
+    match url.strip_prefix(SCHEME).map(Path::new) {
+        None => invalid("it is no file"),
+        Some(_) if url.contains('\0') => invalid("the path holds a zero byte"),
+        Some(path) if !path.is_absolute() => invalid("the path is not absolute"),
+        Some(path) if path.file_name().is_none() => invalid("the path names no file"),
+        Some(path) => Ok(path.to_owned()),
+    }
+}
