@@ -19,6 +19,8 @@
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
+mod definition;
+mod detach;
 mod documents;
 mod image;
 mod log;
@@ -94,6 +96,18 @@ enum Verb {
     /// Wait for machines that clients create and boot over a control socket
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", serve::EXAMPLES))]
     Serve(serve::ServeArgs),
+    /// Keep a machine that a file describes, under a name
+    #[command(after_help = definition::DEFINE_EXAMPLES)]
+    Define(definition::DefineArgs),
+    /// Change a definition in $VISUAL or $EDITOR; one that makes no sense is not taken
+    #[command(after_help = definition::EDIT_EXAMPLES)]
+    Edit(definition::NameArgs),
+    /// Tell whether a file or definition describes a machine that could be started
+    #[command(after_help = definition::VALIDATE_EXAMPLES)]
+    Validate(definition::ValidateArgs),
+    /// Forget a definition; a machine that runs goes on
+    #[command(after_help = definition::UNDEFINE_EXAMPLES)]
+    Undefine(definition::NameArgs),
     /// Show what this host offers and lacks, each with its mend
     ///
     /// The exit code is 0 where machines can run, and 1 where not.
@@ -259,11 +273,11 @@ fn dispatch(verb: Verb, matches: &ArgMatches, opener: Arc<Opener>) -> Result<u8,
             let matches = matches.subcommand_matches("run").unwrap_or(matches);
             run::execute(*arguments, matches, opener)
         }
-        Verb::Serve(arguments) => {
-            let endpoint = arguments.endpoint(&opener).map_err(Failure::Usage)?;
-            let reason = crate::run::serve(endpoint, opener).map_err(judge)?;
-            Ok(exit_code(reason))
-        }
+        Verb::Serve(arguments) => arguments.execute(opener),
+        Verb::Define(arguments) => definition::define(arguments, &opener),
+        Verb::Edit(arguments) => definition::edit(&arguments, &opener),
+        Verb::Validate(arguments) => definition::validate(&arguments, &opener),
+        Verb::Undefine(arguments) => definition::undefine(&arguments),
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
         Verb::Image { verb } => Ok(image::run(verb, &opener)),
         Verb::Completions { shell } => {

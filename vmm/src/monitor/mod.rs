@@ -150,6 +150,16 @@ impl Monitor {
         self.go_on(after)
     }
 
+    /// Keeps a description, which a client may boot.
+    pub fn describe(&mut self, description: Description) {
+        self.view.describe(Some(&description));
+        if let Some(ears) = &mut self.ears {
+            ears.life.renew();
+            ears.description = Some(description);
+        }
+        self.publish(EventKind::Created);
+    }
+
     fn go_on(&mut self, mut after: After) -> Result<ExitReason, MachineError> {
         loop {
             after = match after {
@@ -349,13 +359,7 @@ impl Monitor {
     }
 
     fn create(&mut self, wire: api::wire::VmConfig) -> Result<(), ControlError> {
-        let description = Description::from_wire(wire)?;
-        self.view.describe(Some(&description));
-        if let Some(ears) = &mut self.ears {
-            ears.life.renew();
-            ears.description = Some(description);
-        }
-        self.publish(EventKind::Created);
+        self.describe(Description::from_wire(wire)?);
         Ok(())
     }
 

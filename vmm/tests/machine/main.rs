@@ -11,6 +11,7 @@
 )]
 
 mod consoles;
+mod definitions;
 mod disks;
 mod gdb;
 mod hotplug;
