@@ -311,7 +311,7 @@ fn judge(error: anyhow::Error) -> Failure {
 /// The exit code that tells why a machine ended.
 fn exit_code(reason: ExitReason) -> u8 {
     match reason {
-        ExitReason::PowerOff | ExitReason::Stopped => 0,
+        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped => 0,
         ExitReason::GuestPanic => 3,
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
@@ -380,6 +380,7 @@ mod tests {
         for (reason, code) in [
             (ExitReason::PowerOff, 0),
             (ExitReason::Stopped, 0),
+            (ExitReason::Reset, 0),
             (ExitReason::GuestPanic, 3),
             (ExitReason::TripleFault, 4),
             (ExitReason::KvmError, 5),

@@ -20,9 +20,9 @@ use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
     BootProtocol, CPUS_FIELDS, ConfigError, CpusError, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
-    DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
-    RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SinkConfig, SmbiosConfig,
-    VmConfig, files,
+    DebugconConfig, DeviceConfig, GdbConfig, GuestAction, HostLimits, MACHINE_FIELDS,
+    MEMORY_FIELDS, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SinkConfig,
+    SmbiosConfig, VmConfig, files,
 };
 use crate::opener::Opener;
 use crate::run::OnRunning;
@@ -41,6 +41,7 @@ Examples:
 A value that holds a comma is put in double quotes: path=\"a,b.img\".";
 
 const DEVICES: &str = "Devices";
+const ACTIONS: &str = "Actions";
 const DEVICE: &str = "device";
 
 /// The flags besides those of the device models.
@@ -192,6 +193,18 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
 
+    /// When the guest powers off: exit, stop (the monitor stays), restart, pause
+    #[arg(long, value_name = "ACTION", default_value = "exit", help_heading = ACTIONS)]
+    on_poweroff: String,
+
+    /// When the guest asks for a reset: restart, exit, stop, pause
+    #[arg(long, value_name = "ACTION", default_value = "restart", help_heading = ACTIONS)]
+    on_reboot: String,
+
+    /// When the guest's kernel panics and says so: exit, stop, restart, pause
+    #[arg(long, value_name = "ACTION", default_value = "exit", help_heading = ACTIONS)]
+    on_panic: String,
+
     #[command(flatten)]
     socket: SocketArgs,
 }
@@ -318,6 +331,9 @@ pub(super) fn start(
     let log = socket.log_file().map(Path::to_owned);
     let endpoint = socket.endpoint(config.name.as_deref(), &opener);
     let endpoint = endpoint.map_err(Failure::Usage)?;
+    if endpoint.place.is_none() {
+        check_ends(&config).map_err(Failure::Usage)?;
+    }
     let mut running: Option<OnRunning> = None;
     if detached {
         if endpoint.place.is_none() {
@@ -332,6 +348,21 @@ pub(super) fn start(
     }
     let reason = crate::run::run(config, endpoint, opener, running).map_err(judge)?;
     Ok(exit_code(reason))
+}
+
+/// That a machine which nobody can reach waits for nobody.
+fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
+    let waits = |action| matches!(action, GuestAction::Stop | GuestAction::Pause);
+    match config
+        .actions()
+        .into_iter()
+        .find(|(_, action)| waits(*action))
+    {
+        None => Ok(()),
+        Some((flag, _)) => anyhow::bail!(
+            "{flag}: nobody could reach the machine that then waits: add --name NAME or --api-socket PATH"
+        ),
+    }
 }
 
 /// Makes the configuration, from `base` on, and checks it, files included.
@@ -406,6 +437,15 @@ impl Flags<'_> {
         if self.has("pvpanic") {
             config.pvpanic = named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?;
         }
+        if self.has("on_poweroff") {
+            config.on_poweroff = action("--on-poweroff", &arguments.on_poweroff)?;
+        }
+        if self.has("on_reboot") {
+            config.on_reboot = action("--on-reboot", &arguments.on_reboot)?;
+        }
+        if self.has("on_panic") {
+            config.on_panic = action("--on-panic", &arguments.on_panic)?;
+        }
         if self.has("shutdown_timeout") {
             config.shutdown_timeout = arguments.shutdown_timeout;
         }
@@ -454,6 +494,11 @@ impl Flags<'_> {
         }
         Ok(())
     }
+}
+
+fn action(flag: &'static str, text: &str) -> anyhow::Result<GuestAction> {
+    serde_json::from_value(Value::String(text.to_owned()))
+        .map_err(|_| anyhow::anyhow!("{flag} {text:?}: give exit, stop, restart or pause"))
 }
 
 /// Adds what flags give to what a file has: in its place where both have the same id.

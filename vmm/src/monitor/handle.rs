@@ -19,6 +19,8 @@ const FEATURES: &[&str] = &[
     "vireo.console",
     "vireo.add-virtio",
     "vireo.reset",
+    "vireo.boot-once",
+    "vireo.actions",
 ];
 
 /// Commands and reads from any thread. Clones reach the same monitor.

@@ -10,6 +10,7 @@
     reason = "a test ends at what it did not expect"
 )]
 
+mod actions;
 mod consoles;
 mod definitions;
 mod disks;

@@ -64,6 +64,12 @@ const EVERY_FLAG: &[&str] = &[
     "tcp::99",
     "--pvpanic",
     "off",
+    "--on-poweroff",
+    "restart",
+    "--on-reboot",
+    "exit",
+    "--on-panic",
+    "restart",
     "--shutdown-timeout",
     "5",
     "--smbios",
@@ -128,6 +134,9 @@ fn every_flag_reaches_the_configuration() {
             ..SmbiosConfig::default()
         },
         pvpanic: false,
+        on_poweroff: GuestAction::Restart,
+        on_reboot: GuestAction::Exit,
+        on_panic: GuestAction::Restart,
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);
