@@ -331,6 +331,11 @@ impl Client {
         self.ask("vm.resize", request)
     }
 
+    /// Builds the machine and starts it with another kernel, until the guest is restarted.
+    pub fn boot_once(&mut self, request: &wire::VmBootOnce) -> Result<(), ClientError> {
+        self.ask("vm.boot-once", request)
+    }
+
     /// Makes a disk larger and tells the guest.
     pub fn resize_disk(&mut self, request: &wire::VmResizeDisk) -> Result<(), ClientError> {
         self.ask("vm.resize-disk", request)

@@ -50,6 +50,8 @@ pub enum PauseReason {
     /// A disk's request failed and waits. It is done again when the machine
     /// is resumed, and the machine is paused again if that fails.
     DiskError,
+    /// The guest has powered itself off, asked for a reset or panicked, and is to be paused for that.
+    Guest,
 }
 
 /// What can be asked of the monitor.
@@ -61,6 +63,8 @@ pub enum Command {
     Delete,
     /// Build the machine and start it.
     Boot,
+    /// The same with another kernel, until the guest is restarted.
+    BootOnce(wire::VmBootOnce),
     /// End the machine; its description is kept.
     Shutdown,
     /// End the machine and boot it again from its description.

@@ -10,6 +10,8 @@ use crate::{PauseReason, VmState};
 pub enum ExitReason {
     /// The guest powered itself off.
     PowerOff,
+    /// The guest asked for a reset, and is to end for that.
+    Reset,
     /// The guest's kernel panicked and said so through pvpanic.
     GuestPanic,
     /// A vCPU shut down: a triple fault.

@@ -49,6 +49,8 @@ pub enum Endpoint {
     VmDelete,
     /// PUT vm.boot
     VmBoot,
+    /// PUT vm.boot-once
+    VmBootOnce,
     /// PUT vm.shutdown
     VmShutdown,
     /// PUT vm.reboot
@@ -335,6 +337,14 @@ pub const ROUTES: &[Route] = &[
     .fails(&[400]),
     put(Endpoint::VmBoot, "vm.boot", "The VM could not boot")
         .about("Builds the machine and starts it."),
+    put(
+        Endpoint::VmBootOnce,
+        "vm.boot-once",
+        "The VM could not boot",
+    )
+    .added()
+    .about("Builds the machine and starts it with another kernel, until the guest is restarted.")
+    .takes::<wire::VmBootOnce>(),
     put(
         Endpoint::VmShutdown,
         "vm.shutdown",

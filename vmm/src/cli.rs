@@ -19,6 +19,8 @@
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
+mod definition;
+mod detach;
 mod documents;
 mod image;
 mod log;
@@ -99,6 +101,18 @@ enum Verb {
     Serve(serve::ServeArgs),
     #[command(flatten)]
     Remote(remote::Verb),
+    /// Keep a machine that a file describes, under a name
+    #[command(after_help = definition::DEFINE_EXAMPLES)]
+    Define(definition::DefineArgs),
+    /// Change a definition in $VISUAL or $EDITOR; one that makes no sense is not taken
+    #[command(after_help = definition::EDIT_EXAMPLES)]
+    Edit(definition::NameArgs),
+    /// Tell whether a file or definition describes a machine that could be started
+    #[command(after_help = definition::VALIDATE_EXAMPLES)]
+    Validate(definition::ValidateArgs),
+    /// Forget a definition; a machine that runs goes on
+    #[command(after_help = definition::UNDEFINE_EXAMPLES)]
+    Undefine(definition::NameArgs),
     /// Show what this host offers and lacks, each with its mend
     ///
     /// The exit code is 0 where machines can run, and 1 where not.
@@ -269,12 +283,12 @@ fn dispatch(verb: Verb, matches: &ArgMatches, opener: Arc<Opener>) -> Result<u8,
             let matches = matches.subcommand_matches("run").unwrap_or(matches);
             run::execute(*arguments, matches, opener)
         }
-        Verb::Serve(arguments) => {
-            let endpoint = arguments.endpoint(&opener).map_err(Failure::Usage)?;
-            let reason = crate::run::serve(endpoint, opener).map_err(judge)?;
-            Ok(exit_code(reason))
-        }
         Verb::Remote(verb) => remote::run(verb, &opener).map_err(judge),
+        Verb::Serve(arguments) => arguments.execute(opener),
+        Verb::Define(arguments) => definition::define(arguments, &opener),
+        Verb::Edit(arguments) => definition::edit(&arguments, &opener),
+        Verb::Validate(arguments) => definition::validate(&arguments, &opener),
+        Verb::Undefine(arguments) => definition::undefine(&arguments),
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
         Verb::Image { verb } => Ok(image::run(verb, &opener)),
         Verb::Completions { shell } => {
@@ -309,7 +323,7 @@ fn judge(error: anyhow::Error) -> Failure {
 /// The exit code that tells why a machine ended.
 fn exit_code(reason: ExitReason) -> u8 {
     match reason {
-        ExitReason::PowerOff | ExitReason::Stopped => 0,
+        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped => 0,
         ExitReason::GuestPanic => 3,
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
@@ -378,6 +392,7 @@ mod tests {
         for (reason, code) in [
             (ExitReason::PowerOff, 0),
             (ExitReason::Stopped, 0),
+            (ExitReason::Reset, 0),
             (ExitReason::GuestPanic, 3),
             (ExitReason::TripleFault, 4),
             (ExitReason::KvmError, 5),

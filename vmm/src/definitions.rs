@@ -6,7 +6,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::config::is_name;
+use virtio::models::Model;
+
+use crate::config::file::{self, FileError};
+use crate::config::{VmConfig, is_name};
 use crate::opener::{OpenError, Opener};
 use crate::places;
 
@@ -36,9 +39,17 @@ pub enum DefinitionError {
         /// The name.
         name: String,
     },
+    /// It is no description of a machine, or cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The host refused.
     #[error(transparent)]
     Open(#[from] OpenError),
+}
+
+/// What messages call the definition of `name`.
+fn called(name: &str) -> String {
+    format!("definition '{name}'")
 }
 
 fn those_that_are(names: &[String]) -> String {
@@ -120,6 +131,60 @@ impl Definitions {
         }
         let name = name.to_owned();
         Err(DefinitionError::Unknown { name, others })
+    }
+
+    /// The text of a definition.
+    ///
+    /// # Errors
+    ///
+    /// [`DefinitionError::Unknown`], [`DefinitionError::File`].
+    pub fn text(&self, name: &str) -> Result<String, DefinitionError> {
+        let path = self.find(name)?;
+        Ok(file::read(&path, &called(name), &self.opener)?)
+    }
+
+    /// What is being edited of a definition, if anything is.
+    ///
+    /// # Errors
+    ///
+    /// [`DefinitionError::File`].
+    pub fn draft_text(&self, name: &str) -> Result<Option<String>, DefinitionError> {
+        match file::read(&self.draft(name), &called(name), &self.opener) {
+            Ok(text) => Ok(Some(text)),
+            Err(FileError::Open(OpenError::System { source, .. }))
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The machine that is defined as `name`, which is its name. What it says is
+    /// not checked beyond its form.
+    ///
+    /// # Errors
+    ///
+    /// [`DefinitionError::Unknown`], [`DefinitionError::File`].
+    pub fn load(&self, name: &str, models: &[Model]) -> Result<VmConfig, DefinitionError> {
+        self.parse(name, &self.text(name)?, models)
+    }
+
+    /// The machine that `text` describes as the definition of `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`DefinitionError::File`].
+    pub fn parse(
+        &self,
+        name: &str,
+        text: &str,
+        models: &[Model],
+    ) -> Result<VmConfig, DefinitionError> {
+        let mut config = VmConfig::from_toml(text, &called(name), models)?;
+        config.make_paths_absolute(&self.directory, models);
+        config.name.get_or_insert_with(|| name.to_owned());
+        Ok(config)
     }
 
     /// Keeps `text` as the definition of `name`. It has been validated.

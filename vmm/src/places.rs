@@ -25,8 +25,8 @@ pub fn socket(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}.sock"))
 }
 
-/// Where this user's stored machines are: `$XDG_CONFIG_HOME/vireo` (by default
-/// `~/.config/vireo`), or `/etc/vireo` for root.
+/// Where this user's stored machines are: `$XDG_CONFIG_HOME/vireo`, by default
+/// `~/.config/vireo`, or `/etc/vireo` for root.
 #[must_use]
 pub fn definitions() -> Option<PathBuf> {
     let variable = |name| env::var_os(name).map(PathBuf::from);
@@ -34,13 +34,12 @@ pub fn definitions() -> Option<PathBuf> {
 }
 
 fn definitions_of(root: bool, config: Option<PathBuf>, home: Option<PathBuf>) -> Option<PathBuf> {
-    if root {
-        return Some(PathBuf::from("/etc/vireo"));
-    }
     let absolute = |path: &PathBuf| path.is_absolute();
-    let config = config.filter(absolute);
-    let base = config.or_else(|| Some(home.filter(absolute)?.join(".config")))?;
-    Some(base.join("vireo"))
+    match config.filter(absolute) {
+        Some(config) => Some(config.join("vireo")),
+        None if root => Some(PathBuf::from("/etc/vireo")),
+        None => Some(home.filter(absolute)?.join(".config/vireo")),
+    }
 }
 
 fn is_root() -> bool {
@@ -74,9 +73,10 @@ mod tests {
     fn stored_machines_are_with_the_users_configuration() {
         let path = |text: &str| Some(PathBuf::from(text));
         assert_eq!(
-            definitions_of(true, path("/x"), path("/root")),
+            definitions_of(true, None, path("/root")),
             path("/etc/vireo")
         );
+        assert_eq!(definitions_of(true, path("/x"), None), path("/x/vireo"));
         assert_eq!(
             definitions_of(false, path("/x"), path("/people/a")),
             path("/x/vireo")

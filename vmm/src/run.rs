@@ -1,10 +1,10 @@
 //! Runs a monitor, with or without a machine of its own, to its end.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use api::http::{ServerHandle, ServerOptions};
-use api::{Control, EventMonitor, ExitReason};
+use api::{Control, Event, EventKind, EventLog, EventMonitor, ExitReason, Subscription, VmState};
 use virtio::models::MODELS;
 
 use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
@@ -22,6 +22,9 @@ pub struct Endpoint {
     pub options: MonitorOptions,
 }
 
+/// Called once, on the control thread, when the guest runs for the first time; must not block.
+pub type OnRunning = Box<dyn FnOnce() + Send>;
+
 /// Builds the machine, boots it and waits for its end; with a control socket
 /// and [`MonitorOptions::no_shutdown`], for the end of the monitor.
 ///
@@ -32,20 +35,48 @@ pub fn run(
     config: VmConfig,
     endpoint: Endpoint,
     opener: Arc<Opener>,
+    running: Option<OnRunning>,
 ) -> anyhow::Result<ExitReason> {
     let replay = config.serial_replay;
     let (monitor, _around) = monitor(endpoint, replay, opener)?;
+    let _alarm = running.map(|running| when_running(monitor.handle().events(), running));
     Ok(monitor.run(Description::of(config))?)
 }
 
 /// Waits for clients that create and boot machines, until one of them, a signal or a guest ends the monitor.
+/// They find `machine` described, if it is given.
 ///
 /// # Errors
 ///
 /// What kept the monitor from going on, or the socket from being made.
-pub fn serve(endpoint: Endpoint, opener: Arc<Opener>) -> anyhow::Result<ExitReason> {
-    let (monitor, _around) = monitor(endpoint, DEFAULT_SERIAL_REPLAY, opener)?;
+pub fn serve(
+    machine: Option<VmConfig>,
+    endpoint: Endpoint,
+    opener: Arc<Opener>,
+) -> anyhow::Result<ExitReason> {
+    let replay = machine.as_ref().map(|machine| machine.serial_replay);
+    let replay = replay.unwrap_or(DEFAULT_SERIAL_REPLAY);
+    let (mut monitor, _around) = monitor(endpoint, replay, opener)?;
+    if let Some(machine) = machine {
+        monitor.describe(Description::of(machine));
+    }
     Ok(monitor.serve()?)
+}
+
+/// Has `running` called when the log tells that the guest runs.
+fn when_running(events: &EventLog, running: OnRunning) -> Subscription {
+    let waiting = Mutex::new(Some(running));
+    let log = events.clone();
+    events.subscribe(Arc::new(move || {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = |event: &Arc<Event>| {
+            let state = VmState::Running;
+            matches!(&event.kind, EventKind::State { state: now, .. } if *now == state)
+        };
+        if waiting.is_some() && log.after(0, usize::MAX).iter().any(runs) {
+            waiting.take().into_iter().for_each(|running| running());
+        }
+    }))
 }
 
 /// What is beside the monitor and outlives it. The server ends, then the socket's file goes.

@@ -216,6 +216,7 @@ impl Dispatcher {
         let add = |device| Command::AddDevice(Box::new(device));
         Ok(match route.endpoint {
             Endpoint::VmCreate => Command::Create(self.body(route, &request)?),
+            Endpoint::VmBootOnce => Command::BootOnce(self.body(route, &request)?),
             Endpoint::VmResize => Command::Resize(self.body(route, &request)?),
             Endpoint::VmResizeDisk => Command::ResizeDisk(self.body(route, &request)?),
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),

@@ -101,6 +101,29 @@ pub struct VmConfig {
     /// What it may access then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub landlock_rules: Option<Vec<LandlockConfig>>,
+    /// What is done when the guest powers itself off; not in v1. By default the monitor ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_poweroff: Option<GuestAction>,
+    /// What is done when the guest asks for a reset; not in v1. By default it is restarted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_reboot: Option<GuestAction>,
+    /// What is done when the guest's kernel panics and says so; not in v1. By default the monitor ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_panic: Option<GuestAction>,
+}
+
+/// What is done about something that the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestAction {
+    /// The machine ends, and the monitor with it.
+    Exit,
+    /// The machine ends. The monitor stays for another boot.
+    Stop,
+    /// The guest starts again.
+    Restart,
+    /// The machine is paused as it is.
+    Pause,
 }
 
 /// The processors.

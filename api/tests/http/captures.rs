@@ -246,6 +246,7 @@ fn every_route_is_served() {
     let server = Server::of(&fake);
     let bodies = [
         ("vm.create", "{}"),
+        ("vm.boot-once", "{}"),
         ("vm.resize", "{}"),
         ("vm.resize-disk", r#"{"id":"d","desired_size":1}"#),
         ("vm.update-disk", r#"{"id":"d"}"#),

@@ -11,7 +11,7 @@ use std::path::Path;
 use clap::{ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use virtio::models::{MODELS, Model};
 
-use super::{EXIT_CODES, Failure, Start, run};
+use super::{EXIT_CODES, Start, run};
 
 /// The name under which a manager may have the program.
 const NAME: &str = "cloud-hypervisor";
@@ -107,10 +107,7 @@ fn start(parsed: ManagerArgs, matches: ArgMatches) -> Start {
             if parsed.run.has_machine() {
                 return run::execute(parsed.run, &matches, opener);
             }
-            let endpoint = parsed.run.into_socket().endpoint_without_machine(&opener);
-            let endpoint = endpoint.map_err(Failure::Usage)?;
-            let reason = crate::run::serve(endpoint, opener).map_err(super::judge)?;
-            Ok(super::exit_code(reason))
+            parsed.run.into_socket().serve(None, opener)
         }),
     }
 }

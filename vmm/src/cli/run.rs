@@ -12,17 +12,20 @@ use serde_json::{Map, Value};
 use virtio::models::{MODELS, Model};
 use virtio::schema::{Field, FieldKind};
 
+use super::detach::{Side, detach};
 use super::serve::SocketArgs;
-use super::{Failure, exit_code, judge};
+use super::{Failure, definition, exit_code, judge};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
     BootProtocol, CPUS_FIELDS, ConfigError, CpusError, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
-    DebugconConfig, DeviceConfig, GdbConfig, HostLimits, MACHINE_FIELDS, MEMORY_FIELDS,
-    RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SmbiosConfig, VmConfig, files,
+    DebugconConfig, DeviceConfig, GdbConfig, GuestAction, HostLimits, MACHINE_FIELDS,
+    MEMORY_FIELDS, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SinkConfig,
+    SmbiosConfig, VmConfig, files,
 };
 use crate::opener::Opener;
+use crate::run::OnRunning;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -30,12 +33,15 @@ Examples:
       Boot to the console on this terminal; Ctrl-a x leaves.
   vireo run --kernel vmlinux --cpus boot=4 --memory size=2G,hugepages=on --serial file=boot.log
       Boot an ELF kernel with four vCPUs and keep its output in a file.
+  vireo run --config web.toml --memory 4G --detach
+      Start the machine that a file describes, with more memory, and return once it runs.
   vireo run --kernel bzImage --cmdline 'console=ttyS0 nokaslr' --gdb unix:/tmp/vm.gdb
       Wait for gdb before the first instruction.
 
 A value that holds a comma is put in double quotes: path=\"a,b.img\".";
 
 const DEVICES: &str = "Devices";
+const ACTIONS: &str = "Actions";
 const DEVICE: &str = "device";
 
 /// The flags besides those of the device models.
@@ -44,6 +50,19 @@ pub(super) struct RunArgs {
     /// Name of the machine: letters, digits, '.', '_' and '-'
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+
+    /// A machine as a file.toml, or the name of a definition; flags change it
+    ///
+    /// Flags come on top: --disk, --rng, --device and --rate-limit-group add, or replace what has the same id;
+    /// --cpus, --memory, --machine and --smbios change the keys that they give; others replace what the file says.
+    #[arg(long, value_name = "FILE")]
+    config: Option<String>,
+
+    /// Return once the guest runs, which goes on without a terminal
+    ///
+    /// The machine must be within reach, by --name or --api-socket. Its messages go to --log-file.
+    #[arg(long)]
+    detach: bool,
 
     /// Kernel to boot: a bzImage, or an ELF image (vmlinux)
     #[arg(long, value_name = "PATH", help_heading = "Boot")]
@@ -174,6 +193,18 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
 
+    /// When the guest powers off: exit, stop (the monitor stays), restart, pause
+    #[arg(long, value_name = "ACTION", default_value = "exit", help_heading = ACTIONS)]
+    on_poweroff: String,
+
+    /// When the guest asks for a reset: restart, exit, stop, pause
+    #[arg(long, value_name = "ACTION", default_value = "restart", help_heading = ACTIONS)]
+    on_reboot: String,
+
+    /// When the guest's kernel panics and says so: exit, stop, restart, pause
+    #[arg(long, value_name = "ACTION", default_value = "exit", help_heading = ACTIONS)]
+    on_panic: String,
+
     #[command(flatten)]
     socket: SocketArgs,
 }
@@ -261,7 +292,7 @@ impl RunArgs {
 
     /// Whether there is anything to boot, or it is to be looked for.
     pub(super) fn has_machine(&self) -> bool {
-        self.kernel.is_some()
+        self.kernel.is_some() || self.config.is_some()
     }
 
     /// The flags that concern the monitor alone.
@@ -276,30 +307,85 @@ pub(super) fn execute(
     matches: &ArgMatches,
     opener: Arc<Opener>,
 ) -> Result<u8, Failure> {
-    let (config, socket) = configure(arguments, matches, MODELS).map_err(Failure::Usage)?;
+    let base = match &arguments.config {
+        Some(text) => definition::load(text, &opener)?,
+        None => VmConfig::default(),
+    };
+    let detached = arguments.detach;
+    let (config, socket) = configure(arguments, matches, base, MODELS).map_err(Failure::Usage)?;
+    start(config, socket, detached, opener)
+}
+
+/// Runs a machine that is complete and valid, in a process of its own where it is
+/// to be `detached`, and gives the exit code.
+///
+/// # Errors
+///
+/// What kept it from being started, or ended it.
+pub(super) fn start(
+    config: VmConfig,
+    socket: SocketArgs,
+    detached: bool,
+    opener: Arc<Opener>,
+) -> Result<u8, Failure> {
+    let log = socket.log_file().map(Path::to_owned);
     let endpoint = socket.endpoint(config.name.as_deref(), &opener);
     let endpoint = endpoint.map_err(Failure::Usage)?;
-    let reason = crate::run::run(config, endpoint, opener).map_err(judge)?;
+    if endpoint.place.is_none() {
+        check_ends(&config).map_err(Failure::Usage)?;
+    }
+    let mut running: Option<OnRunning> = None;
+    if detached {
+        if endpoint.place.is_none() {
+            let told =
+                "--detach: nobody could reach the machine: add --name NAME or --api-socket PATH";
+            return Err(Failure::Usage(anyhow::anyhow!(told)));
+        }
+        match detach(log.as_deref(), &opener).map_err(Failure::Failed)? {
+            Side::User(code) => return Ok(code),
+            Side::Machine(detached) => running = Some(Box::new(move || detached.go())),
+        }
+    }
+    let reason = crate::run::run(config, endpoint, opener, running).map_err(judge)?;
     Ok(exit_code(reason))
 }
 
-/// Makes the configuration and checks it, files included.
+/// That a machine which nobody can reach waits for nobody.
+fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
+    let waits = |action| matches!(action, GuestAction::Stop | GuestAction::Pause);
+    match config
+        .actions()
+        .into_iter()
+        .find(|(_, action)| waits(*action))
+    {
+        None => Ok(()),
+        Some((flag, _)) => anyhow::bail!(
+            "{flag}: nobody could reach the machine that then waits: add --name NAME or --api-socket PATH"
+        ),
+    }
+}
+
+/// Makes the configuration, from `base` on, and checks it, files included.
 fn configure(
     arguments: RunArgs,
     matches: &ArgMatches,
+    base: VmConfig,
     models: &'static [Model],
 ) -> anyhow::Result<(VmConfig, SocketArgs)> {
-    let mut config = VmConfig::default();
-    Flags { matches, models }.apply(&arguments, &mut config)?;
-    let socket = arguments.socket;
-    if config.payload.kernel.is_none() {
-        anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
+    let mut config = base;
+    let flags = Flags { matches, models };
+    flags.apply(&arguments, &mut config)?;
+    if arguments.detach {
+        flags.detach(&mut config)?;
     }
     config.complete(models);
     config.validate(models, &HostLimits::read())?;
+    if config.payload.kernel.is_none() {
+        anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
+    }
     files::check(&config, models)?;
-    files::check_own(&config, models, socket.outputs())?;
-    Ok((config, socket))
+    files::check_own(&config, models, arguments.socket.outputs())?;
+    Ok((config, arguments.socket))
 }
 
 /// The flags that are given, which change a configuration.
@@ -351,14 +437,43 @@ impl Flags<'_> {
         if self.has("pvpanic") {
             config.pvpanic = named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?;
         }
+        if self.has("on_poweroff") {
+            config.on_poweroff = action("--on-poweroff", &arguments.on_poweroff)?;
+        }
+        if self.has("on_reboot") {
+            config.on_reboot = action("--on-reboot", &arguments.on_reboot)?;
+        }
+        if self.has("on_panic") {
+            config.on_panic = action("--on-panic", &arguments.on_panic)?;
+        }
         if self.has("shutdown_timeout") {
             config.shutdown_timeout = arguments.shutdown_timeout;
         }
-        for text in &arguments.rate_limit_group {
-            let group = RateLimitGroupConfig::from_flag(text)?;
-            config.rate_limit_groups.push(group);
+        let groups = arguments.rate_limit_group.iter();
+        let groups = groups.map(|text| RateLimitGroupConfig::from_flag(text));
+        let groups: Vec<_> = groups.collect::<Result<_, _>>()?;
+        add(&mut config.rate_limit_groups, groups, |group| &group.id);
+        let devices = devices(self.matches, self.models)?;
+        add(&mut config.devices, devices, |device| &device.id);
+        Ok(())
+    }
+
+    /// Takes the terminal from a machine that has none. Its last output is kept for those who attach.
+    fn detach(&self, config: &mut VmConfig) -> anyhow::Result<()> {
+        if config.debugcon == DebugconConfig::Stdio {
+            anyhow::bail!("--debugcon stdio: with --detach there is no terminal: give file=PATH");
         }
-        config.devices.extend(devices(self.matches, self.models)?);
+        let SerialConfig::Sinks(sinks) = &mut config.serial else {
+            return Ok(());
+        };
+        for sink in sinks.iter_mut().filter(|sink| **sink == SinkConfig::Tty) {
+            if self.has("serial") {
+                anyhow::bail!(
+                    "--serial tty: with --detach there is no terminal: give null, pty, file=PATH or socket=PATH"
+                );
+            }
+            *sink = SinkConfig::Null;
+        }
         Ok(())
     }
 
@@ -378,6 +493,24 @@ impl Flags<'_> {
             config.gdb = Some(named("--gdb", text.parse::<GdbConfig>())?);
         }
         Ok(())
+    }
+}
+
+fn action(flag: &'static str, text: &str) -> anyhow::Result<GuestAction> {
+    serde_json::from_value(Value::String(text.to_owned()))
+        .map_err(|_| anyhow::anyhow!("{flag} {text:?}: give exit, stop, restart or pause"))
+}
+
+/// Adds what flags give to what a file has: in its place where both have the same id.
+fn add<T>(known: &mut Vec<T>, given: Vec<T>, id: impl Fn(&T) -> &str) {
+    let from_file = known.len();
+    for item in given {
+        let mut places = known.iter_mut().take(from_file);
+        let same = places.find(|place| !id(&item).is_empty() && id(place) == id(&item));
+        match same {
+            Some(place) => *place = item,
+            None => known.push(item),
+        }
     }
 }
 

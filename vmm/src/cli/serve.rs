@@ -1,9 +1,13 @@
 //! `vireo serve`, and the flags of the control socket that `vireo run` shares with it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
+use virtio::models::MODELS;
 
+use super::{Failure, definition, exit_code, judge};
+use crate::config::{VmConfig, files};
 use crate::monitor::{MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
@@ -13,6 +17,8 @@ pub(super) const EXAMPLES: &str = "\
 Examples:
   vireo serve --api-socket /tmp/vm.sock
       A monitor without a machine; clients create and boot one over the socket.
+  vireo serve --config web
+      The same with the machine that is defined as 'web', on its own socket: a client boots it.
   vireo serve --api-socket fd=3 --no-shutdown
       The same on a listening socket that this process was started with; it stays when the guest powers off.";
 
@@ -45,6 +51,10 @@ pub(super) struct SocketArgs {
 /// The flags of `vireo serve`.
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
+    /// A machine that clients may boot: a file.toml, or the name of a definition
+    #[arg(long, value_name = "FILE")]
+    config: Option<String>,
+
     #[command(flatten)]
     socket: SocketArgs,
 }
@@ -109,17 +119,21 @@ impl SocketArgs {
         })
     }
 
-    /// Where a monitor listens that waits for a machine.
-    ///
-    /// # Errors
-    ///
-    /// No socket is named.
-    pub(super) fn endpoint_without_machine(self, opener: &Opener) -> anyhow::Result<Endpoint> {
-        let endpoint = self.endpoint(None, opener)?;
+    /// Serves a monitor that waits for clients, and gives the exit code. With a machine it is
+    /// described and not booted.
+    pub(super) fn serve(
+        self,
+        machine: Option<VmConfig>,
+        opener: Arc<Opener>,
+    ) -> Result<u8, Failure> {
+        let name = machine.as_ref().and_then(|machine| machine.name.as_deref());
+        let endpoint = self.endpoint(name, &opener).map_err(Failure::Usage)?;
         if endpoint.place.is_none() {
-            anyhow::bail!("a monitor without a machine needs --api-socket PATH");
+            let told = "a monitor that runs no machine needs --api-socket PATH";
+            return Err(Failure::Usage(anyhow::anyhow!(told)));
         }
-        Ok(endpoint)
+        let reason = crate::run::serve(machine, endpoint, opener).map_err(judge)?;
+        Ok(exit_code(reason))
     }
 }
 
@@ -129,13 +143,19 @@ impl ServeArgs {
         self.socket.log_file()
     }
 
-    /// Where the monitor listens.
-    ///
-    /// # Errors
-    ///
-    /// No socket is named.
-    pub(super) fn endpoint(self, opener: &Opener) -> anyhow::Result<Endpoint> {
-        self.socket.endpoint_without_machine(opener)
+    /// Serves the monitor to its end.
+    pub(super) fn execute(self, opener: Arc<Opener>) -> Result<u8, Failure> {
+        let machine = match &self.config {
+            None => None,
+            Some(text) => {
+                let mut config = definition::load(text, &opener)?;
+                definition::complete(&mut config)
+                    .and_then(|()| Ok(files::check_own(&config, MODELS, self.socket.outputs())?))
+                    .map_err(|error| Failure::Usage(error.context(text.clone())))?;
+                Some(config)
+            }
+        };
+        self.socket.serve(machine, opener)
     }
 }
 

@@ -1,26 +1,26 @@
 //! A machine as a TOML file: [`VmConfig`] with its fields' own names.
 //!
 //! Sizes are numbers of bytes, or texts as on the command line (`size = "2G"`). Paths that are
-//! not absolute begin at the file's directory. Fields that mean nothing are refused.
+//! not absolute begin at the file's directory. Keys that mean nothing are refused, with their line.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use toml::{Table, Value};
+use toml::de::{DeTable, DeValue};
+use toml::{Spanned, Table, Value};
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
-use super::flag::{ValueError, parse_bytes};
+use super::flag::{nearest, parse_bytes};
 use super::{DebugconConfig, GdbConfig, MEMORY_FIELDS, SerialConfig, SinkConfig, VmConfig, bytes};
 use crate::opener::{OpenError, Opener};
 
 /// The longest file, in bytes.
-const LIMIT: u64 = 1 << 20;
+pub const LIMIT: u64 = 1 << 20;
 
-/// Keys of the whole machine that are sizes.
-const SIZES: &[&str] = &["serial_replay"];
-/// Keys of a sink of the serial port that are.
-const SINK_SIZES: &[&str] = &["max_size"];
+/// Where the list of devices is, and what is told of one.
+const DEVICES: &str = "devices";
+const DEVICE_CONFIG: &str = "devices.config";
 
 /// Why a text is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -29,40 +29,19 @@ pub enum FileError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// It is no text.
-    #[error("{} is not UTF-8: it is no TOML file", path.display())]
+    #[error("{what}: it is not UTF-8, and so no TOML file")]
     Encoding {
         /// The file.
-        path: PathBuf,
+        what: String,
     },
-    /// It is no TOML.
-    #[error("{}: line {line}: {reason}", path.display())]
-    Syntax {
+    /// It is no TOML, or says what no machine has, or says it wrongly.
+    #[error("{what}{}: {reason}", line.map_or_else(String::new, |line| format!(": line {line}")))]
+    Text {
         /// The file.
-        path: PathBuf,
-        /// Where, from 1.
-        line: usize,
+        what: String,
+        /// Where, from 1, if that can be told.
+        line: Option<usize>,
         /// What is wrong there.
-        reason: String,
-    },
-    /// A size is none.
-    #[error("{}: {key} = {value:?}", path.display())]
-    Size {
-        /// The file.
-        path: PathBuf,
-        /// The key, with those above it.
-        key: String,
-        /// The text.
-        value: String,
-        /// What is wrong with it.
-        #[source]
-        source: ValueError,
-    },
-    /// It says what no machine has, or says it wrongly.
-    #[error("{}: {reason}", path.display())]
-    Shape {
-        /// The file.
-        path: PathBuf,
-        /// What.
         reason: String,
     },
 }
@@ -74,59 +53,52 @@ impl VmConfig {
     ///
     /// [`FileError`], which names the file.
     pub fn from_file(path: &Path, models: &[Model], opener: &Opener) -> Result<Self, FileError> {
-        let bytes = opener.read_document(path, LIMIT)?;
-        let text = String::from_utf8(bytes).map_err(|_| FileError::Encoding {
-            path: path.to_owned(),
-        })?;
-        let mut config = Self::from_toml(&text, path, models)?;
+        let what = path.display().to_string();
+        let text = read(path, &what, opener)?;
+        let mut config = Self::from_toml(&text, &what, models)?;
         let directory = path.parent().unwrap_or(Path::new(""));
         config.make_paths_absolute(directory, models);
         Ok(config)
     }
 
-    /// Reads the text of the file at `path`, whose paths stay as they are.
+    /// Reads a text, whose paths stay as they are. Errors call it `what`.
     ///
     /// # Errors
     ///
     /// As [`VmConfig::from_file`].
-    pub fn from_toml(text: &str, path: &Path, models: &[Model]) -> Result<Self, FileError> {
-        let mut table: Table = toml::from_str(text).map_err(|error| FileError::Syntax {
-            path: path.to_owned(),
-            line: error.span().map_or(1, |span| line_of(text, span.start)),
+    pub fn from_toml(text: &str, what: &str, models: &[Model]) -> Result<Self, FileError> {
+        let wrong = |error: &toml::de::Error| FileError::Text {
+            what: what.to_owned(),
+            line: error.span().map(|span| line_of(text, span.start)),
             reason: one_line(error.message()),
-        })?;
-        let sizes = Sizes { path, models };
-        sizes.read(&mut table)?;
-        Self::deserialize(Value::Table(table)).map_err(|error| FileError::Shape {
-            path: path.to_owned(),
-            reason: one_line(&error.to_string()),
-        })
+        };
+        let parsed = DeTable::parse(text).map_err(|error| wrong(&error))?;
+        let mut sizes = Sizes {
+            models,
+            found: Vec::new(),
+        };
+        sizes
+            .visit_table(parsed.get_ref(), "", None)
+            .map_err(|(place, reason)| FileError::Text {
+                what: what.to_owned(),
+                line: Some(line_of(text, place)),
+                reason,
+            })?;
+        toml::from_str(&sizes.replaced(text)).map_err(|error| wrong(&error))
     }
 
     /// The text of a file that gives this machine. Sizes are as short as they can be.
     #[must_use]
     pub fn to_toml(&self, models: &[Model]) -> String {
         // What a configuration holds, TOML can say.
-        let mut table = Table::try_from(self).unwrap_or_default();
-        for_each_size(&mut table, models, &mut |_, value| {
-            if let Some(count) = value
-                .as_integer()
-                .and_then(|count| u64::try_from(count).ok())
-            {
-                let text = bytes(count);
-                if !text.ends_with(|c: char| c.is_ascii_digit()) {
-                    *value = Value::String(text);
-                }
-            }
-            Ok::<(), ()>(())
-        })
-        .unwrap_or_default();
-        toml::to_string(&table).unwrap_or_default()
+        let mut whole = Value::Table(Table::try_from(self).unwrap_or_default());
+        shorten(&mut whole, "", None, models);
+        toml::to_string(&whole).unwrap_or_default()
     }
 
     /// Puts `directory` before every path that is not absolute.
     pub fn make_paths_absolute(&mut self, directory: &Path, models: &[Model]) {
-        let absolute = |path: &mut PathBuf| *path = directory.join(&*path);
+        let absolute = |path: &mut PathBuf| *path = joined(directory, path);
         self.payload.kernel.iter_mut().for_each(absolute);
         self.payload.initramfs.iter_mut().for_each(absolute);
         if let SerialConfig::Sinks(sinks) = &mut self.serial {
@@ -150,9 +122,14 @@ impl VmConfig {
     }
 }
 
+/// The path in the directory, unless it is absolute, without steps that lead nowhere.
+fn joined(directory: &Path, path: &Path) -> PathBuf {
+    directory.join(path).components().collect()
+}
+
 /// Puts `directory` before those paths of a device that are not absolute.
 /// An address, such as `nbd://host/disk`, stays.
-pub fn make_device_paths_absolute(
+pub(crate) fn make_device_paths_absolute(
     device: &mut super::DeviceConfig,
     directory: &Path,
     models: &[Model],
@@ -164,99 +141,156 @@ pub fn make_device_paths_absolute(
             continue;
         };
         let relative = value.as_str().filter(|path| !path.contains("://"));
-        let joined = relative.map(|path| directory.join(path));
-        if let Some(path) = joined.as_deref().and_then(Path::to_str) {
+        let path = relative.map(|path| joined(directory, Path::new(path)));
+        if let Some(path) = path.as_deref().and_then(Path::to_str) {
             *value = serde_json::Value::String(path.to_owned());
         }
     }
 }
 
-/// Turns the sizes that are texts into numbers.
+/// The text of a file, which is called `what`.
+///
+/// # Errors
+///
+/// [`FileError`].
+pub fn read(path: &Path, what: &str, opener: &Opener) -> Result<String, FileError> {
+    let bytes = opener.read_document(path, LIMIT)?;
+    String::from_utf8(bytes).map_err(|_| FileError::Encoding {
+        what: what.to_owned(),
+    })
+}
+
+/// What is wrong, and the byte of the text where.
+type Wrong = (usize, String);
+
+/// Finds the sizes that are texts. Lists do not count as levels of a path: `devices.config.path`.
 struct Sizes<'a> {
-    path: &'a Path,
     models: &'a [Model],
+    /// Where they are, and their numbers; in order.
+    found: Vec<(Range<usize>, String)>,
 }
 
 impl Sizes<'_> {
-    fn read(&self, table: &mut Table) -> Result<(), FileError> {
-        for_each_size(table, self.models, &mut |key, value| {
-            let Some(text) = value.as_str() else {
-                return Ok(());
-            };
-            let wrong = |source| FileError::Size {
-                path: self.path.to_owned(),
-                key: key.to_owned(),
-                value: text.to_owned(),
-                source,
-            };
-            let count = parse_bytes(text).map_err(wrong)?;
-            let count = i64::try_from(count).map_err(|_| wrong(ValueError::BytesOverflow))?;
-            *value = Value::Integer(count);
-            Ok(())
-        })
-    }
-}
-
-/// What is done with the value of a key.
-type OnSize<'a, E> = &'a mut dyn FnMut(&str, &mut Value) -> Result<(), E>;
-
-/// Goes through what is a size wherever it is.
-fn for_each_size<E>(table: &mut Table, models: &[Model], change: OnSize<'_, E>) -> Result<(), E> {
-    visit(table, "", SIZES.iter().copied(), change)?;
-    let memory = table.get_mut("memory").and_then(Value::as_table_mut);
-    if let Some(memory) = memory {
-        visit(memory, "memory.", sizes_of(MEMORY_FIELDS), change)?;
-    }
-    for sink in tables(table.get_mut("serial")) {
-        visit(sink, "serial.", SINK_SIZES.iter().copied(), change)?;
-    }
-    for group in tables(table.get_mut("rate_limit_groups")) {
-        let limits = group.get_mut("limits").and_then(Value::as_table_mut);
-        let bandwidth = limits.and_then(|limits| limits.get_mut("bandwidth"));
-        if let Some(bucket) = bandwidth.and_then(Value::as_table_mut) {
-            let keys = ["size", "one_time_burst"].into_iter();
-            visit(bucket, "rate_limit_groups.limits.bandwidth.", keys, change)?;
+    fn visit(
+        &mut self,
+        value: &Spanned<DeValue<'_>>,
+        path: &str,
+        kind: Option<&str>,
+    ) -> Result<(), Wrong> {
+        match value.get_ref() {
+            DeValue::Table(table) => self.visit_table(table, path, kind),
+            DeValue::Array(list) => list
+                .iter()
+                .try_for_each(|item| self.visit(item, path, kind)),
+            DeValue::String(text) if is_size(path, kind, self.models) => {
+                let span = value.span();
+                let count = parse_bytes(text)
+                    .map_err(|error| (span.start, format!("{path} = {text:?}: {error}")))?;
+                self.found.push((span, count.to_string()));
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
-    for device in tables(table.get_mut("devices")) {
-        let kind = device.get("kind").and_then(Value::as_str);
-        let model = models.iter().find(|model| Some(model.kind) == kind);
-        let fields = model.map_or(&[][..], |model| model.fields);
-        if let Some(config) = device.get_mut("config").and_then(Value::as_table_mut) {
-            visit(config, "devices.config.", sizes_of(fields), change)?;
+
+    fn visit_table(
+        &mut self,
+        table: &DeTable<'_>,
+        path: &str,
+        kind: Option<&str>,
+    ) -> Result<(), Wrong> {
+        let own = table.iter().find(|(key, _)| key.get_ref() == "kind");
+        let own = own.and_then(|(_, value)| value.get_ref().as_str());
+        let kind = if path == DEVICES { own } else { kind };
+        for (key, value) in table {
+            let name = key.get_ref();
+            if path == DEVICE_CONFIG {
+                check_key(name, kind, self.models).map_err(|reason| (key.span().start, reason))?;
+            }
+            self.visit(value, &below(path, name), kind)?;
         }
+        Ok(())
     }
-    Ok(())
+
+    /// The text with numbers in place of what has been found. Its lines stay, because a size has one.
+    fn replaced(mut self, text: &str) -> String {
+        self.found.sort_by_key(|(span, _)| span.start);
+        let mut whole = text.to_owned();
+        for (span, number) in self.found.iter().rev() {
+            whole.replace_range(span.clone(), number);
+        }
+        whole
+    }
 }
 
-fn sizes_of(fields: &[Field]) -> impl Iterator<Item = &'static str> + '_ {
-    let sizes = fields.iter().filter(|field| field.kind == FieldKind::Bytes);
-    sizes.map(|field| field.name)
+/// Makes those sizes texts that have a short form.
+fn shorten(value: &mut Value, path: &str, kind: Option<&str>, models: &[Model]) {
+    match value {
+        Value::Table(table) => {
+            let own = table.get("kind").and_then(Value::as_str).map(str::to_owned);
+            let kind = if path == DEVICES {
+                own.as_deref()
+            } else {
+                kind
+            };
+            for (key, value) in table.iter_mut() {
+                shorten(value, &below(path, key), kind, models);
+            }
+        }
+        Value::Array(list) => list
+            .iter_mut()
+            .for_each(|item| shorten(item, path, kind, models)),
+        Value::Integer(count) if is_size(path, kind, models) => {
+            let text = u64::try_from(*count).map_or_else(|_| count.to_string(), bytes);
+            if !text.ends_with(|c: char| c.is_ascii_digit()) {
+                *value = Value::String(text);
+            }
+        }
+        _ => (),
+    }
 }
 
-/// The tables that there are: one alone, or those of a list.
-fn tables(value: Option<&mut Value>) -> impl Iterator<Item = &mut Table> {
-    let (one, many) = match value {
-        Some(Value::Table(table)) => (Some(table), None),
-        Some(Value::Array(list)) => (None, Some(list)),
-        _ => (None, None),
+fn below(path: &str, key: &str) -> String {
+    if path.is_empty() {
+        return key.to_owned();
+    }
+    format!("{path}.{key}")
+}
+
+/// Whether what is there is a size in bytes; `kind` is that of the device that it is in.
+fn is_size(path: &str, kind: Option<&str>, models: &[Model]) -> bool {
+    let (above, key) = path.rsplit_once('.').unwrap_or(("", path));
+    let is_in = |fields: &[Field]| {
+        let mut sizes = fields.iter().filter(|field| field.kind == FieldKind::Bytes);
+        sizes.any(|field| field.name == key)
     };
-    let many = many.into_iter().flatten().filter_map(Value::as_table_mut);
-    one.into_iter().chain(many)
+    match above {
+        "" => key == "serial_replay",
+        "memory" => is_in(MEMORY_FIELDS),
+        "serial" => key == "max_size",
+        "rate_limit_groups.limits.bandwidth" => matches!(key, "size" | "one_time_burst"),
+        DEVICE_CONFIG => fields_of(kind, models).is_some_and(is_in),
+        _ => false,
+    }
 }
 
-fn visit<'a, E>(
-    table: &mut Table,
-    above: &str,
-    keys: impl Iterator<Item = &'a str>,
-    change: OnSize<'_, E>,
-) -> Result<(), E> {
-    for key in keys {
-        if let Some(value) = table.get_mut(key) {
-            change(&format!("{above}{key}"), value)?;
-        }
+fn fields_of(kind: Option<&str>, models: &[Model]) -> Option<&'static [Field]> {
+    let model = models.iter().find(|model| Some(model.kind) == kind)?;
+    Some(model.fields)
+}
+
+/// Refuses what is no key of a device. A kind that there is not is found later.
+fn check_key(key: &str, kind: Option<&str>, models: &[Model]) -> Result<(), String> {
+    let Some(fields) = fields_of(kind, models) else {
+        return Ok(());
+    };
+    if fields.iter().any(|field| field.name == key) {
+        return Ok(());
     }
-    Ok(())
+    let near = nearest(key, fields.iter().map(|field| field.name));
+    let hint = near.map_or_else(String::new, |near| format!(": did you mean '{near}'?"));
+    let kind = kind.unwrap_or_default();
+    Err(format!("unknown key '{key}' of a {kind} device{hint}"))
 }
 
 /// The line, from 1, that has the byte at `offset`.
@@ -283,7 +317,7 @@ mod tests {
     use virtio::models::MODELS;
 
     fn read(text: &str) -> Result<VmConfig, FileError> {
-        VmConfig::from_toml(text, Path::new("vm.toml"), MODELS)
+        VmConfig::from_toml(text, "vm.toml", MODELS)
     }
 
     fn refusal(text: &str) -> String {
@@ -384,12 +418,19 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
                 "[memory]\nsize = \"2Q\"",
                 "memory.size = \"2Q\": not a size",
             ),
-            ("[memory]\nsise = 1", "unknown field `sise`"),
+            ("[memory]\nsise = 1", "line 2: unknown field `sise`"),
             ("[memory]\nsize = -1", "vm.toml: "),
-            ("colour = 1", "unknown field `colour`"),
+            (
+                "name = \"x\"\nserial_replay = \"1M\"\ncolour = 1",
+                "line 3: unknown field `colour`",
+            ),
             ("memory = 1", "vm.toml: "),
             ("[[devices]]\nkind = 1", "vm.toml: "),
-            ("serial_replay = \"99999999999T\"", "serial_replay"),
+            ("serial_replay = \"99999999999T\"", "line 1: serial_replay"),
+            (
+                "[[devices]]\nkind = \"blk\"\n[devices.config]\npaht = \"a\"",
+                "line 4: unknown key 'paht' of a blk device: did you mean 'path'?",
+            ),
         ] {
             let told = refusal(text);
             assert!(

@@ -26,6 +26,7 @@ pub mod wire;
 
 use std::path::PathBuf;
 
+pub use api::wire::GuestAction;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio::limit::{self, RateLimits};
@@ -102,6 +103,15 @@ pub struct VmConfig {
     /// seconds. 0 ends it at once.
     #[serde(default = "default_shutdown_timeout")]
     pub shutdown_timeout: u64,
+    /// What is done when the guest powers itself off.
+    #[serde(default = "exits")]
+    pub on_poweroff: GuestAction,
+    /// What is done when the guest asks for a reset.
+    #[serde(default = "restarts")]
+    pub on_reboot: GuestAction,
+    /// What is done when the guest's kernel panics and says so.
+    #[serde(default = "exits")]
+    pub on_panic: GuestAction,
 }
 
 impl Default for VmConfig {
@@ -122,8 +132,31 @@ impl Default for VmConfig {
             smbios: SmbiosConfig::default(),
             pvpanic: default_pvpanic(),
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+            on_poweroff: exits(),
+            on_reboot: restarts(),
+            on_panic: exits(),
         }
     }
+}
+
+impl VmConfig {
+    /// What is done about each thing that a guest does, by the name of its flag.
+    #[must_use]
+    pub fn actions(&self) -> [(&'static str, GuestAction); 3] {
+        [
+            ("--on-poweroff", self.on_poweroff),
+            ("--on-reboot", self.on_reboot),
+            ("--on-panic", self.on_panic),
+        ]
+    }
+}
+
+const fn exits() -> GuestAction {
+    GuestAction::Exit
+}
+
+const fn restarts() -> GuestAction {
+    GuestAction::Restart
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {

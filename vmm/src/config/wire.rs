@@ -33,7 +33,7 @@ use virtio::models::MODELS;
 use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::{
     BootProtocol, ConfigError, CpuTopology, CpusConfig, CpusError, DEFAULT_SERIAL_REPLAY,
-    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, HostLimits, MachineConfig, MemoryConfig,
+    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, GuestAction, HostLimits, MachineConfig, MemoryConfig,
     PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig, Thp, VmConfig,
 };
 use crate::layout::port;
@@ -111,6 +111,9 @@ impl VmConfig {
             smbios: smbios(named.platform.as_ref()),
             pvpanic: named.pvpanic,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+            on_poweroff: named.on_poweroff.unwrap_or(GuestAction::Exit),
+            on_reboot: named.on_reboot.unwrap_or(GuestAction::Restart),
+            on_panic: named.on_panic.unwrap_or(GuestAction::Exit),
         };
         config.complete(MODELS);
         let checked = config.validate(MODELS, &HostLimits::read());
@@ -129,6 +132,33 @@ impl VmConfig {
         }
         Err(invalid("No bootitem provided: neither firmware nor kernel")
             .nested_in("Payload configuration is not bootable"))
+    }
+
+    /// The same machine with what one boot has instead.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`].
+    pub fn boot_once(&self, request: &wire::VmBootOnce) -> Result<Self, ControlError> {
+        let wire::VmBootOnce {
+            kernel,
+            initramfs,
+            cmdline,
+        } = request;
+        let mut config = self.clone();
+        if let Some(kernel) = kernel {
+            config.payload.kernel = Some(path("kernel", kernel)?);
+        }
+        if let Some(initramfs) = initramfs {
+            config.payload.initramfs = Some(path("initramfs", initramfs)?);
+        }
+        if let Some(cmdline) = cmdline {
+            config.payload.cmdline.clone_from(cmdline);
+        }
+        let checked = config.validate(MODELS, &HostLimits::read());
+        checked.map_err(|error| ControlError::from(&error))?;
+        config.check_bootable()?;
+        Ok(config)
     }
 
     /// What the socket's clients are shown of this machine, as far as a
@@ -179,9 +209,17 @@ impl VmConfig {
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,
             platform: platform(&self.smbios),
+            on_poweroff: other_than(GuestAction::Exit, self.on_poweroff),
+            on_reboot: other_than(GuestAction::Restart, self.on_reboot),
+            on_panic: other_than(GuestAction::Exit, self.on_panic),
             ..wire::VmConfig::default()
         }
     }
+}
+
+/// An action that has to be told.
+fn other_than(default: GuestAction, action: GuestAction) -> Option<GuestAction> {
+    (action != default).then_some(action)
 }
 
 /// The cause's place in a chain: behind its first element.

@@ -25,6 +25,7 @@ use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
 use super::{Machine, MachineError};
+use crate::config::GuestAction;
 use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
 use crate::monitor::{Description, Jobs, View};
@@ -64,6 +65,8 @@ pub struct Outcome {
     pub detail: Option<String>,
     /// A signal has asked for the end of the monitor, too.
     pub quit: bool,
+    /// What is done next where nobody has commanded otherwise.
+    pub next: GuestAction,
     /// It has never run, and who wanted it to has been told.
     pub failed_to_boot: bool,
 }
@@ -167,6 +170,8 @@ pub struct Driver {
     asides: Asides,
     /// A core file is being written; the machine is paused.
     dump: Option<Dump>,
+    /// What has been booted is for one boot: the guest is not restarted in place.
+    once: bool,
 }
 
 impl Driver {
@@ -187,7 +192,13 @@ impl Driver {
             urgent: false,
             asides: Asides::default(),
             dump: None,
+            once: false,
         }
+    }
+
+    /// What is booted is for this boot alone: a restart of the guest is another boot.
+    pub fn boot_once(&mut self) {
+        self.once = true;
     }
 
     /// The machine, for errands.
@@ -243,6 +254,7 @@ impl Driver {
                     reason: ExitReason::Stopped,
                     detail: None,
                     quit: false,
+                    next: GuestAction::Exit,
                     failed_to_boot: true,
                 })
             }
@@ -326,6 +338,7 @@ impl Driver {
                 reason,
                 detail,
                 quit: self.policy.deadline().is_some() || self.urgent,
+                next: GuestAction::Exit,
                 failed_to_boot: false,
             });
         }
@@ -501,25 +514,60 @@ impl Driver {
         self.machine.vcpus().pause();
         match request {
             GuestRequest::PowerOff | GuestRequest::PvShutdown => {
-                self.finish(ExitReason::PowerOff, None);
+                self.act(ExitReason::PowerOff, None);
             }
-            GuestRequest::Reset => {
-                self.ears.events.publish(EventKind::GuestReset);
-                if let Err(error) = self.reset() {
-                    // The guest has not been reset and must not run past its wish.
-                    self.fail("guest reset", &error);
-                }
-            }
+            GuestRequest::Reset => self.act(ExitReason::Reset, None),
             GuestRequest::Panicked => {
                 self.ears.events.publish(EventKind::GuestPanic);
-                self.finish(
-                    ExitReason::GuestPanic,
-                    Some("the guest's kernel panicked".to_owned()),
-                );
+                let detail = "the guest's kernel panicked".to_owned();
+                self.act(ExitReason::GuestPanic, Some(detail));
             }
             GuestRequest::CrashLoaded => {
                 self.ears.events.publish(EventKind::GuestPanic);
                 self.go_on();
+            }
+        }
+    }
+
+    /// What is to be done about what the guest has done.
+    fn action(&self, done: ExitReason) -> GuestAction {
+        let description = self.ears.description.as_ref();
+        let config = description.map(|description| &description.config);
+        match done {
+            ExitReason::Reset => config.map_or(GuestAction::Restart, |config| config.on_reboot),
+            // Who has asked for the end gets it.
+            _ if self.policy.deadline().is_some() => GuestAction::Exit,
+            ExitReason::PowerOff => config.map_or(GuestAction::Exit, |config| config.on_poweroff),
+            _ => config.map_or(GuestAction::Exit, |config| config.on_panic),
+        }
+    }
+
+    /// Does what is to be done about what the guest has done, which must not run past it.
+    fn act(&mut self, done: ExitReason, detail: Option<String>) {
+        let action = self.action(done);
+        match action {
+            GuestAction::Pause => {
+                if let Err(error) = self.pause(PauseReason::Guest) {
+                    self.fail("the guest could not be paused", &error);
+                }
+            }
+            GuestAction::Restart if !self.once => {
+                self.ears.events.publish(match done {
+                    ExitReason::Reset => EventKind::GuestReset,
+                    _ => EventKind::Rebooting,
+                });
+                if let Err(error) = self.reset() {
+                    self.fail("guest reset", &error);
+                }
+            }
+            GuestAction::Restart | GuestAction::Stop | GuestAction::Exit => {
+                if action == GuestAction::Restart {
+                    self.ears.events.publish(EventKind::Rebooting);
+                }
+                self.finish(done, detail);
+                if let Some(outcome) = &mut self.outcome {
+                    outcome.next = action;
+                }
             }
         }
     }

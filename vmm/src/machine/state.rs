@@ -28,7 +28,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
         Command::Console(_) => true,
         Command::Create(_) => false,
-        Command::Boot => matches!(state, Created | Stopped),
+        Command::Boot | Command::BootOnce(_) => matches!(state, Created | Stopped),
     }
 }
 
@@ -37,7 +37,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
 pub fn wrong_state(state: VmState, command: &Command) -> ControlError {
     let message = match (command, state) {
         (Command::Create(_), _) => "VM is already created",
-        (Command::Boot, _) => "VM is already running",
+        (Command::Boot | Command::BootOnce(_), _) => "VM is already running",
         (Command::Pause, VmState::Paused) => "VM is already paused",
         (Command::Resume, VmState::Running) => "VM is not paused",
         (_, VmState::Paused) => "VM is paused: resume it first",

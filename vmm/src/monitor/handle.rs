@@ -24,6 +24,8 @@ const FEATURES: &[&str] = &[
     "vireo.coredump",
     "vireo.add-virtio",
     "vireo.reset",
+    "vireo.boot-once",
+    "vireo.actions",
 ];
 
 /// Commands and reads from any thread. Clones reach the same monitor.

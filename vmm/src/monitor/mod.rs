@@ -38,6 +38,7 @@ pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, Place, event_sink};
 pub use view::View;
 
+use crate::config::{GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
@@ -70,13 +71,15 @@ pub struct Monitor {
     serial: ConsoleHub,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
+    /// What the next boot is made from instead of the description.
+    once: Option<VmConfig>,
 }
 
 /// What a life of a machine leads to.
 enum After {
     /// Another command.
     Idle,
-    /// The same again.
+    /// The same again. Without somebody who asked for it, the guest did.
     Boot(Option<Answer>),
     /// The end of the process.
     Exit(ExitReason),
@@ -111,6 +114,7 @@ impl Monitor {
             jobs,
             serial,
             ears: Some(ears),
+            once: None,
         })
     }
 
@@ -157,15 +161,30 @@ impl Monitor {
         self.go_on(after)
     }
 
+    /// Keeps a description, which a client may boot.
+    pub fn describe(&mut self, description: Description) {
+        self.view.describe(Some(&description));
+        if let Some(ears) = &mut self.ears {
+            ears.life.renew();
+            ears.description = Some(description);
+        }
+        self.publish(EventKind::Created);
+    }
+
     fn go_on(&mut self, mut after: After) -> Result<ExitReason, MachineError> {
         loop {
             after = match after {
                 After::Idle => self.idle()?,
                 After::Exit(reason) => return Ok(reason),
-                After::Boot(answer) => {
-                    let answer = answer.unwrap_or_else(|| Box::new(|_| ()));
-                    self.live(Some(answer))?
+                After::Boot(Some(answer)) => self.live(Some(answer))?,
+                After::Boot(None) if self.options.no_shutdown => {
+                    self.live(Some(Box::new(|booted| {
+                        if let Err(error) = booted {
+                            notice::tell(format_args!("the machine does not start again: {error}"));
+                        }
+                    })))?
                 }
+                After::Boot(None) => self.live(None)?,
             };
         }
     }
@@ -188,8 +207,9 @@ impl Monitor {
             return Ok(After::Idle);
         };
         self.view.describe(Some(&description));
+        let once = self.once.take();
         let built = build(
-            &description.config,
+            once.as_ref().unwrap_or(&description.config),
             self.models,
             &self.opener,
             &self.mailbox,
@@ -205,7 +225,7 @@ impl Monitor {
                 return Ok(After::Idle);
             }
         };
-        self.drive(built, ears, &description)
+        self.drive(built, ears, &description, once.is_some())
     }
 
     fn drive(
@@ -213,6 +233,7 @@ impl Monitor {
         (built, booted): (Built, Option<Answer>),
         mut ears: Ears,
         description: &Description,
+        once: bool,
     ) -> Result<After, MachineError> {
         let Built { machine, debugger } = built;
         announce(&ears.consoles);
@@ -228,6 +249,9 @@ impl Monitor {
             jobs: self.jobs.clone(),
         };
         let mut driver = Driver::new(machine, ears, tools, timeout);
+        if once {
+            driver.boot_once();
+        }
         let server = match (debugger, &description.config.gdb) {
             (Some(listener), Some(place)) => {
                 driver.hold();
@@ -293,10 +317,18 @@ impl Monitor {
                 }
             };
         }
-        if outcome.quit || (!commanded && !self.options.no_shutdown && !outcome.failed_to_boot) {
+        if outcome.quit {
             return After::Exit(outcome.reason);
         }
-        after
+        if commanded || outcome.failed_to_boot {
+            return after;
+        }
+        match outcome.next {
+            GuestAction::Restart => After::Boot(None),
+            GuestAction::Stop => after,
+            _ if self.options.no_shutdown => after,
+            _ => After::Exit(outcome.reason),
+        }
     }
 
     /// Waits for what to do while there is no machine.
@@ -350,6 +382,13 @@ impl Monitor {
                 Ok(()) => return Some(After::Boot(Some(answer))),
                 Err(error) => answer(Err(error)),
             },
+            Command::BootOnce(request) => match self.once(&request) {
+                Ok(config) => {
+                    self.once = Some(config);
+                    return Some(After::Boot(Some(answer)));
+                }
+                Err(error) => answer(Err(error)),
+            },
             // Nothing runs: done already.
             Command::Shutdown => answer(Ok(Reply::Done)),
             Command::Console(request) => {
@@ -366,13 +405,7 @@ impl Monitor {
     }
 
     fn create(&mut self, wire: api::wire::VmConfig) -> Result<(), ControlError> {
-        let description = Description::from_wire(wire)?;
-        self.view.describe(Some(&description));
-        if let Some(ears) = &mut self.ears {
-            ears.life.renew();
-            ears.description = Some(description);
-        }
-        self.publish(EventKind::Created);
+        self.describe(Description::from_wire(wire)?);
         Ok(())
     }
 
@@ -382,6 +415,19 @@ impl Monitor {
         let description = description.ok_or_else(view::not_created)?;
         description.check_bootable()?;
         description.check_files(self.models)
+    }
+
+    /// What one boot is made from.
+    fn once(&self, request: &api::wire::VmBootOnce) -> Result<VmConfig, ControlError> {
+        let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
+        let description = description.ok_or_else(view::not_created)?;
+        let config = description.config.boot_once(request)?;
+        Description {
+            config: config.clone(),
+            ..description.clone()
+        }
+        .check_files(self.models)?;
+        Ok(config)
     }
 
     fn forget(&mut self) {

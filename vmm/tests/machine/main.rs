@@ -10,10 +10,12 @@
     reason = "a test ends at what it did not expect"
 )]
 
+mod actions;
 mod aside;
 mod attach;
 mod consoles;
 mod coredump;
+mod definitions;
 mod disks;
 mod gdb;
 mod hostile;

@@ -149,7 +149,9 @@ fn tell(remote: &Remote, end: &End) -> u8 {
         return 0;
     };
     let how = match reason {
-        ExitReason::PowerOff | ExitReason::Stopped => return exit_code(reason),
+        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped => {
+            return exit_code(reason);
+        }
         ExitReason::GuestPanic => "the guest's kernel panicked",
         ExitReason::TripleFault => "the guest's processor shut down (triple fault)",
         ExitReason::KvmError => "KVM could not go on",

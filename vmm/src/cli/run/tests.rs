@@ -12,16 +12,18 @@ use crate::config::{
 
 /// The configuration that `vireo run --kernel k` and these arguments make.
 fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
+    configured_from(VmConfig::default(), arguments)
+}
+
+/// The same on top of a file.
+fn configured_from(base: VmConfig, arguments: &[&str]) -> anyhow::Result<VmConfig> {
     let words = ["vireo", "run", "--kernel", "/k"].iter().chain(arguments);
     let matches = command(TEST_MODELS).try_get_matches_from(words)?;
     let Verb::Run(parsed) = Cli::from_arg_matches(&matches)?.verb else {
         panic!("not run");
     };
-    let (config, _) = configure(
-        *parsed,
-        matches.subcommand_matches("run").unwrap(),
-        TEST_MODELS,
-    )?;
+    let matches = matches.subcommand_matches("run").unwrap();
+    let (config, _) = configure(*parsed, matches, base, TEST_MODELS)?;
     Ok(config)
 }
 
@@ -62,6 +64,12 @@ const EVERY_FLAG: &[&str] = &[
     "tcp::99",
     "--pvpanic",
     "off",
+    "--on-poweroff",
+    "restart",
+    "--on-reboot",
+    "exit",
+    "--on-panic",
+    "restart",
     "--shutdown-timeout",
     "5",
     "--smbios",
@@ -126,6 +134,9 @@ fn every_flag_reaches_the_configuration() {
             ..SmbiosConfig::default()
         },
         pvpanic: false,
+        on_poweroff: GuestAction::Restart,
+        on_reboot: GuestAction::Exit,
+        on_panic: GuestAction::Restart,
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);
@@ -266,4 +277,62 @@ fn what_smbios_and_groups_cannot_be_is_refused_with_flag_and_key() {
         let message = refusal(&arguments);
         assert!(message.contains(part), "{message}");
     }
+}
+
+#[test]
+fn flags_change_what_a_file_says_and_add_to_it() {
+    let file: VmConfig = serde_json::from_value(json!({
+        "name": "web",
+        "cpus": {"boot": 2, "max": 8},
+        "memory": {"size": 64 << 20, "shared": true},
+        "smbios": {"serial": "1", "family": "f"},
+        "serial": ["pty", {"file": "/log"}],
+        "devices": [{"kind": "blk", "id": "root", "config": {"path": "/a"}}, {"kind": "rng"}],
+        "shutdown_timeout": 7,
+    }))
+    .unwrap();
+    let same = configured_from(file.clone(), &[]).unwrap();
+    assert_eq!((same.cpus, same.serial), (file.cpus, file.serial.clone()));
+    assert_eq!((same.shutdown_timeout, same.devices.len()), (7, 2));
+    let flags = [
+        "--cpus",
+        "4",
+        "--memory",
+        "thp=off",
+        "--smbios",
+        "serial=2",
+        "--serial",
+        "null",
+        "--disk",
+        "path=/b,id=root",
+        "--disk",
+        "path=/c",
+    ];
+    let changed = configured_from(file, &flags).unwrap();
+    assert_eq!((changed.cpus.boot, changed.cpus.max), (4, Some(8)));
+    assert_eq!(
+        (changed.memory.size, changed.memory.thp),
+        (64 << 20, Thp::Off)
+    );
+    assert!(changed.memory.shared);
+    assert_eq!(changed.smbios.serial.as_deref(), Some("2"));
+    assert_eq!(changed.smbios.family.as_deref(), Some("f"));
+    assert_eq!(changed.serial, SinkConfig::Null.into());
+    let paths: Vec<_> = changed
+        .devices
+        .iter()
+        .map(|device| device.config.get("path"))
+        .collect();
+    assert_eq!(paths, [Some(&json!("/b")), None, Some(&json!("/c"))]);
+    assert_eq!(changed.name.as_deref(), Some("web"));
+}
+
+#[test]
+fn a_detached_machine_has_no_terminal() {
+    let quiet = configured(&["--detach"]).unwrap();
+    assert_eq!(quiet.serial, SinkConfig::Null.into());
+    assert!(refusal(&["--detach", "--serial", "tty"]).starts_with("--serial tty"));
+    assert!(refusal(&["--detach", "--debugcon", "stdio"]).starts_with("--debugcon stdio"));
+    let pty = configured(&["--detach", "--serial", "pty"]).unwrap();
+    assert_eq!(pty.serial, SinkConfig::Pty.into());
 }

@@ -35,10 +35,18 @@ impl Driver {
                 self.finish(ExitReason::Stopped, None);
                 self.then.push((command, answer));
             }
+            // The kernel of this boot is not the one that the guest restarts with.
+            Command::Reset if self.once => {
+                self.ears.events.publish(EventKind::Rebooting);
+                self.finish(ExitReason::Stopped, None);
+                self.then.push((Command::Reboot, answer));
+            }
             Command::AddDevice(device) => self.add_device(*device, answer),
             Command::Console(request) => answer(self.change_console(&request)),
             // The monitor's, once there is no machine.
-            Command::Create(_) | Command::Boot => answer(Err(wrong_state(state, &command))),
+            Command::Create(_) | Command::Boot | Command::BootOnce(_) => {
+                answer(Err(wrong_state(state, &command)));
+            }
             command => answer(self.carry_out(command)),
         }
     }

@@ -1,0 +1,127 @@
+//! `vireo run --detach`: the machine goes on in a process of its own, and the command
+//! returns once the guest runs, or with the reason why it does not.
+//!
+//! The process is made before there is any thread. Until the guest runs, it still has the user's
+//! standard error, and ends when the user interrupts the command.
+
+use std::fs::File;
+use std::io::{self, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+
+use anyhow::Context;
+
+use super::FAILURE;
+use crate::opener::Opener;
+
+/// What came out of [`detach`].
+pub(super) enum Side {
+    /// This is the process that the user has started, and this is its exit code.
+    User(u8),
+    /// This is the process that goes on.
+    Machine(Detached),
+}
+
+/// The process that goes on, before its guest runs.
+pub(super) struct Detached {
+    report: PipeWriter,
+    /// What its standard descriptors become.
+    nothing: File,
+    messages: File,
+}
+
+/// Makes the process that goes on. Call while there is one thread. What it has to say once its guest runs goes
+/// to the end of `log`, or nowhere.
+///
+/// # Errors
+///
+/// The host's, when it is out of processes or descriptors.
+pub(super) fn detach(log: Option<&Path>, opener: &Opener) -> anyhow::Result<Side> {
+    let null = Path::new("/dev/null");
+    let nothing = opener.open_device(null)?;
+    let messages = match log {
+        Some(path) => opener.append_output(path).context("--log-file")?,
+        None => opener.open_device(null)?,
+    };
+    let (mut ready, report) = io::pipe().context("--detach")?;
+    // SAFETY: there is one thread, so the child has all that this process has.
+    #[expect(unsafe_code, reason = "fork is a system call")]
+    let child = unsafe { libc::fork() };
+    match child {
+        ..0 => Err(anyhow::Error::new(io::Error::last_os_error()).context("--detach")),
+        0 => {
+            leave_session();
+            Ok(Side::Machine(Detached {
+                report,
+                nothing,
+                messages,
+            }))
+        }
+        child => {
+            drop(report);
+            if ready.read(&mut [0]).is_ok_and(|count| count == 1) {
+                return Ok(Side::User(0));
+            }
+            // It has said why.
+            Ok(Side::User(exit_code_of(child)?))
+        }
+    }
+}
+
+/// Makes this process the first of a session of its own, and has it asked to end when its parent ends.
+fn leave_session() {
+    // SAFETY: the calls have no pointers. A process that was just made leads no group, so
+    // the first succeeds; the second can only fail for a signal that there is not.
+    #[expect(unsafe_code, reason = "setsid and prctl are system calls")]
+    unsafe {
+        libc::setsid();
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+    }
+}
+
+impl Detached {
+    /// The guest runs: lets go of the user's terminal, and of the user.
+    pub(super) fn go(mut self) {
+        // SAFETY: the call has no pointers.
+        #[expect(unsafe_code, reason = "prctl is a system call")]
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, 0);
+        }
+        let (nothing, messages) = (self.nothing.as_raw_fd(), self.messages.as_raw_fd());
+        for (from, to) in [(nothing, 0), (nothing, 1), (messages, 2)] {
+            redirect(from, to);
+        }
+        // When the user has gone, nobody is to be told.
+        let _ = self.report.write_all(&[1]);
+    }
+}
+
+fn redirect(from: RawFd, to: RawFd) {
+    // SAFETY: `from` is open. Nobody in this process owns a standard descriptor as its own.
+    #[expect(unsafe_code, reason = "dup2 is a system call")]
+    unsafe {
+        libc::dup2(from, to);
+    }
+}
+
+/// Waits for the end of the child, and gives its exit code.
+fn exit_code_of(child: libc::pid_t) -> anyhow::Result<u8> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the status outlives the call.
+        #[expect(unsafe_code, reason = "waitpid is a system call")]
+        let ended = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        if ended == child {
+            break;
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error).context("--detach");
+        }
+    }
+    if libc::WIFSIGNALED(status) {
+        let signal = libc::WTERMSIG(status);
+        anyhow::bail!("--detach: the machine's process was killed by signal {signal}");
+    }
+    Ok(u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(FAILURE))
+}
