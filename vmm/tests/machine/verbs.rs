@@ -137,6 +137,8 @@ fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
         again.contains(name) && again.contains("already paused"),
         "{again}"
     );
+    let deaf = user.refused(1, &["shutdown", name]);
+    assert!(deaf.contains("is paused"), "{deaf}");
     user.done(&["resume", name]);
     assert_eq!(user.listed(name).unwrap()["state"], "running");
 
