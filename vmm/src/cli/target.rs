@@ -17,7 +17,7 @@ use crate::opener::Opener;
 use crate::places;
 
 /// How long a monitor may take to show that it lives, for `vireo list`.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 /// How many are looked at together.
 const AT_ONCE: usize = 32;
 /// How long a monitor that is to do something may take to show that it lives: reads
