@@ -281,6 +281,10 @@ fn help_and_version_are_printed_and_succeed() {
         &["doctor", "--help"],
         &["completions", "--help"],
         &["man", "--help"],
+        &["list", "--help"],
+        &["disk", "--help"],
+        &["disk", "add", "--help"],
+        &["help", "jobs", "cancel"],
     ] {
         let output = place.vireo(arguments);
         assert_eq!(output.status.code(), Some(0), "{arguments:?}");
@@ -361,6 +365,9 @@ fn completions_are_printed_for_each_shell() {
             script.contains("vireo") && script.contains("kernel"),
             "{shell}"
         );
+        for verb in ["shutdown", "console", "disk", "no-replay"] {
+            assert!(script.contains(verb), "{shell}: {verb}");
+        }
     }
     assert!(place.refused(2, &["completions", "tcsh"]).contains("tcsh"));
 }
@@ -411,6 +418,10 @@ fn the_manual_has_a_page_for_each_verb() {
         ("vireo-run.1", "kernel"),
         ("vireo-doctor.1", "json"),
         ("vireo-man.1", "directory"),
+        ("vireo-shutdown.1", "force"),
+        ("vireo-console.1", "replay"),
+        ("vireo-disk-add.1", "PATH"),
+        ("vireo-jobs-cancel.1", "JOB"),
     ] {
         let text = fs::read_to_string(dir.path().join(page)).unwrap();
         assert!(text.contains(word), "{page}");

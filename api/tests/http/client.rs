@@ -101,7 +101,7 @@ fn commands_arrive_each_as_itself() {
         .change_console(&wire::VmConsole::Add("pty".to_owned()))
         .unwrap();
     let dump = wire::VmCoredumpData {
-        destination_url: "file:///x".to_owned(),
+        destination_url: "file://c".to_owned(),
     };
     assert_eq!(client.coredump(&dump).unwrap(), None);
     assert_eq!(client.add_disk(&parsed("{}")).unwrap(), None);

@@ -19,7 +19,7 @@ pub(super) enum Verb {
     /// List this user's machines
     ///
     /// A machine is listed by the socket that its name gives it, or by its definition.
-    /// One that does not answer within half a second is 'not responding', and one that was
+    /// One that does not answer within two seconds is 'not responding', and one that was
     /// killed and left its socket is 'dead'.
     #[command(after_help = show::LIST_EXAMPLES)]
     List(show::ListArgs),

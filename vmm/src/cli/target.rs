@@ -17,14 +17,14 @@ use crate::opener::Opener;
 use crate::places;
 
 /// How long a monitor may take to show that it lives, for `vireo list`.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 /// How many are looked at together.
 const AT_ONCE: usize = 32;
 /// How long a monitor that is to do something may take to show that it lives: reads
 /// are answered at once, whatever it is busy with.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a command may take. Some build a machine, or wait for disks.
-const COMMAND: Duration = Duration::from_secs(120);
+/// How long a command may take. Some fill the memory of a machine, or wait for disks.
+const COMMAND: Duration = Duration::from_secs(600);
 
 const SOCKET_ENDING: &str = ".sock";
 
@@ -78,6 +78,10 @@ impl Target {
 impl Remote {
     /// Puts the machine before what went wrong with it.
     pub fn failed(&self, error: ClientError) -> anyhow::Error {
+        if matches!(error, ClientError::TimedOut { .. }) {
+            let who = &self.who;
+            return anyhow::anyhow!("{who}: {error}: it may still do what it was asked");
+        }
         anyhow::Error::new(error).context(self.who.clone())
     }
 }

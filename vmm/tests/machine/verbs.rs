@@ -1,5 +1,6 @@
 //! The verbs for machines that run, by name.
 
+use std::cell::RefCell;
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -12,20 +13,35 @@ use serde_json::Value;
 use crate::support::{Vireo, can_run, run_arguments};
 
 /// A user with directories of their own, unless that is root, whose sockets are in one place.
-struct User(tempfile::TempDir);
+struct User {
+    directory: tempfile::TempDir,
+    names: RefCell<Vec<String>>,
+}
 
 impl User {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+            names: RefCell::default(),
+        }
+    }
+
+    /// A name that no other test has.
+    fn name(&self) -> String {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("test-{}-{number}", std::process::id());
+        self.names.borrow_mut().push(name.clone());
+        name
     }
 
     fn command(&self, arguments: &[impl AsRef<str>]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
         command
             .args(arguments.iter().map(AsRef::as_ref))
-            .current_dir(self.0.path())
-            .env("XDG_RUNTIME_DIR", self.0.path())
-            .env("XDG_CONFIG_HOME", self.0.path())
+            .current_dir(self.directory.path())
+            .env("XDG_RUNTIME_DIR", self.directory.path())
+            .env("XDG_CONFIG_HOME", self.directory.path())
             .env_remove("VIREO_LOG");
         command
     }
@@ -34,7 +50,7 @@ impl User {
         let directory = if rustix::process::geteuid().is_root() {
             PathBuf::from("/run/vireo")
         } else {
-            self.0.path().join("vireo")
+            self.directory.path().join("vireo")
         };
         fs::create_dir_all(&directory).unwrap();
         directory
@@ -89,11 +105,15 @@ impl User {
     }
 }
 
-/// A name that no other test has.
-fn name() -> String {
-    static MADE: AtomicU32 = AtomicU32::new(0);
-    let number = MADE.fetch_add(1, Ordering::Relaxed);
-    format!("test-{}-{number}", std::process::id())
+impl Drop for User {
+    fn drop(&mut self) {
+        for name in self.names.take() {
+            // What a monitor leaves: its lock, and all when it was killed.
+            for ending in ["sock", "sock.lock"] {
+                let _ = fs::remove_file(self.sockets().join(format!("{name}.{ending}")));
+            }
+        }
+    }
 }
 
 #[test]
@@ -101,7 +121,8 @@ fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
     if !can_run() {
         return;
     }
-    let (user, name) = (User::new(), name());
+    let user = User::new();
+    let name = user.name();
     let name = name.as_str();
     let mut machine = user.start(name, "hotplug", "count=9", &["--cpus", "boot=1,max=2"]);
     machine.stdout.wait_for("hotplug=ready");
@@ -137,6 +158,8 @@ fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
         again.contains(name) && again.contains("already paused"),
         "{again}"
     );
+    let deaf = user.refused(1, &["shutdown", name]);
+    assert!(deaf.contains("is paused"), "{deaf}");
     user.done(&["resume", name]);
     assert_eq!(user.listed(name).unwrap()["state"], "running");
 
@@ -167,7 +190,7 @@ fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
 }
 
 fn add_and_remove(user: &User, name: &str, machine: &mut Vireo) {
-    let image = user.0.path().join("a.img");
+    let image = user.directory.path().join("a.img");
     fs::write(&image, vec![0; 1 << 20]).unwrap();
     let missing = user.refused(1, &["disk", "add", name, "b.img"]);
     assert!(missing.contains("b.img"), "{missing}");
@@ -217,7 +240,8 @@ fn shutdown_waits_for_the_guest() {
     if !can_run() {
         return;
     }
-    let (user, name) = (User::new(), name());
+    let user = User::new();
+    let name = user.name();
     let mut machine = user.start(&name, "poke", "serial-echo", &[]);
     machine.stdout.wait_for("echo=ready");
     let client = Client::connect(user.socket(&name)).unwrap();
@@ -237,7 +261,8 @@ fn a_guest_that_ignores_the_button_goes_on_or_is_ended_by_force_and_its_name_is_
     if !can_run() {
         return;
     }
-    let (user, name) = (User::new(), name());
+    let user = User::new();
+    let name = user.name();
     let mut machine = user.start(&name, "poke", "outs halt", &[]);
     machine.stdout.wait_for("outs=");
     let still = user.refused(1, &["shutdown", &name, "--timeout", "0"]);
@@ -261,7 +286,8 @@ fn a_machine_that_has_powered_off_is_started_again() {
     if !can_run() {
         return;
     }
-    let (user, name) = (User::new(), name());
+    let user = User::new();
+    let name = user.name();
     let mut machine = user.start(&name, "hello", "", &["--no-shutdown"]);
     let client = Client::connect(user.socket_when_there(&name)).unwrap();
     let mut events = client.events(Some(0)).unwrap();
@@ -288,7 +314,8 @@ impl User {
 
 #[test]
 fn sockets_without_a_monitor_are_dead_and_those_that_hang_hold_nobody_up() {
-    let (user, dead, silent) = (User::new(), name(), name());
+    let user = User::new();
+    let (dead, silent) = (user.name(), user.name());
     let path = user.socket(&dead);
     drop(UnixListener::bind(&path).unwrap());
     let hung = user.socket(&silent);
@@ -307,8 +334,6 @@ fn sockets_without_a_monitor_are_dead_and_those_that_hang_hold_nobody_up() {
     assert!(told.contains("has ended"), "{told}");
     let told = user.refused(1, &["pause", &silent]);
     assert!(told.contains(&format!("end its process {own}")), "{told}");
-    fs::remove_file(path).unwrap();
-    fs::remove_file(hung).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use api::ExitReason;
 use api::client::{Client, ClientError};
+use api::wire::VmInfoState;
 use clap::Args;
 
 use super::super::target::{Remote, Target};
@@ -85,6 +86,14 @@ pub(super) fn reboot(arguments: &PlainArgs) -> anyhow::Result<()> {
 
 pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
     let mut remote = arguments.target.connect()?;
+    let info = remote.client.info();
+    let state = info.map_err(|error| remote.failed(error))?.state;
+    if state == VmInfoState::Paused && !arguments.force {
+        anyhow::bail!(
+            "{} is paused, and its guest does not hear the power button: resume it first, or destroy it",
+            remote.who
+        );
+    }
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let pressed = remote.client.power_button();
     pressed.map_err(|error| remote.failed(error))?;
