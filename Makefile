@@ -72,7 +72,7 @@ test-full: setup-full build guests
 	@$(CARGO) build --quiet --locked -p tests --bins
 	@result=0; $(TEST) $(IGNORED) || result=1; $(CLASSES) check full || result=1; exit $$result
 
-test-openapi: build
+test-openapi: build guests
 	@tests/openapi/run
 
 openapi:

@@ -117,83 +117,120 @@ fn description() -> String {
     )
 }
 
+/// What the guest must have seen, and its disks at the end.
+const SEEN: &[&str] = &[
+    "@@ first life: 1 CPUs, 1 disk of 49152 sectors",
+    "@@ memory is small",
+    "@@ disks: 2, the new one of 8192 sectors",
+    "@@ copied",
+    "@@ disks: 1 again",
+    "@@ more: 4 CPUs, online 0-3",
+    "@@ ran on 3",
+    "@@ fewer: 2 CPUs, online 0-1",
+    "@@ memory grew by 4 blocks",
+    "@@ larger: 81920 sectors",
+    "@@ kernel: capacity change from 49152 to 81920",
+    "@@ wrote at the end",
+    "@@ resumed: 3 CPUs",
+    "@@ second life: 3 CPUs, 1 disk of 81920 sectors",
+    "@@ memory is still large",
+    "@@ at its end: at the end",
+    "@@ button of 24",
+    "the host sees what was read and written",
+];
+
+const DISKS: &str = r#"
+test "$(dd if=hot bs=512 skip=9 count=1 2>/dev/null | tr -d '\0')" = 'from the guest'
+test $(stat -c %s hot) = 4194304
+"$VIREO" image check -q -f qcow2 disk
+"$VIREO" image convert -f qcow2 -O raw disk raw
+test $(stat -c %s raw) = 41943040
+dd if=raw bs=64k skip=32 count=64 2>/dev/null | cmp - was
+echo the host sees what was read and written
+"#;
+
 /// Created, booted, given a disk and rid of it, resized in CPUs, memory and disk, paused,
 /// resumed, rebooted and powered off.
 pub(super) fn whole_life(kernel: &str) -> Case {
     let name = "lives-through-the-socket";
-    let running = || Ask::get("vm.info", &[r#""state":"Running""#]);
-    let hot = r#"{"path":"{dir}/hot","image_type":"Raw","id":"hot","serial":"hot"}"#;
-    let resize = |what: &str| Ask::put("vm.resize", what);
-    case(kernel, Form::BzImage, name, &script())
+    let case = case(kernel, Form::BzImage, name, &script())
         .served()
         .args("--no-shutdown")
         .file("hot", HOT, Fill::Noise)
-        .before(&format!("\"$VIREO\" image create -q -f qcow2 disk {DISK}; cp hot was"))
-        .asks("", [
-            Ask::get("vmm.ping", &[r#""version""#]),
-            Ask::put("vm.create", &description()),
-            Ask::get("vm.info", &[r#""state":"Created""#]),
-            Ask::put("vm.boot", ""),
-            running(),
-        ])
-        .asks("@@ ask for a disk", [Ask::put("vm.add-disk", hot)
-            .answered(200)
-            .want(Want::Text(r#"{"id":"hot","bdf":"0000:00:"#.to_owned()))])
-        .asks("@@ ask for its removal", [
-            Ask::put("vm.remove-device", r#"{"id":"hot"}"#),
-            Ask::get("vm.devices", &["disk0"]).want(Want::NoText("hot".to_owned())).until(),
-        ])
-        .asks("@@ ask for more CPUs", [resize(r#"{"desired_vcpus":4}"#)])
-        .asks("@@ ask for fewer CPUs", [resize(r#"{"desired_vcpus":2}"#).until()])
-        .asks("@@ ask for memory", [
-            resize(&format!(r#"{{"desired_ram":{LARGE}}}"#)).until(),
-            Ask::get("vm.info", &[&format!(r#""memory_actual_size":{LARGE}"#)]).until(),
-        ])
-        .asks("@@ ask for a larger disk", [Ask::put(
-            "vm.resize-disk",
-            &format!(r#"{{"id":"disk0","desired_size":{GROWN}}}"#),
-        )])
-        .asks("@@ ask for a pause", [
-            Ask::put("vm.pause", ""),
-            Ask::get("vm.info", &[r#""state":"Paused""#]),
-        ])
-        .step("", Action::Still(500))
-        .asks("", [Ask::put("vm.resume", ""), running()])
-        .asks("tick", [resize(r#"{"desired_vcpus":3}"#).until()])
-        .asks("@@ ask for a reboot", [Ask::put("vm.reboot", ""), running()])
-        .asks("@@ ask for the end", [
-            Ask::put("vm.power-button", ""),
-            Ask::get("vm.info", &[r#""state":"Created""#]).until(),
-            Ask::put("vmm.shutdown", "").answered(200),
-        ])
-        .lines([
-            "@@ first life: 1 CPUs, 1 disk of 49152 sectors",
-            "@@ memory is small",
-            "@@ disks: 2, the new one of 8192 sectors",
-            "@@ copied",
-            "@@ disks: 1 again",
-            "@@ more: 4 CPUs, online 0-3",
-            "@@ ran on 3",
-            "@@ fewer: 2 CPUs, online 0-1",
-            "@@ memory grew by 4 blocks",
-            "@@ larger: 81920 sectors",
-            "@@ kernel: capacity change from 49152 to 81920",
-            "@@ wrote at the end",
-            "@@ resumed: 3 CPUs",
-            "@@ second life: 3 CPUs, 1 disk of 81920 sectors",
-            "@@ memory is still large",
-            "@@ at its end: at the end",
-            "@@ button of 24",
-            "the host sees what was read and written",
-        ])
-        .after(
-            "test \"$(dd if=hot bs=512 skip=9 count=1 2>/dev/null | tr -d '\\0')\" = 'from the guest'
-            test $(stat -c %s hot) = 4194304
-            \"$VIREO\" image check -q -f qcow2 disk
-            \"$VIREO\" image convert -f qcow2 -O raw disk raw
-            test $(stat -c %s raw) = 41943040
-            dd if=raw bs=64k skip=32 count=64 2>/dev/null | cmp - was
-            echo the host sees what was read and written",
+        .before(&format!(
+            "\"$VIREO\" image create -q -f qcow2 disk {DISK}; cp hot was"
+        ))
+        .lines(SEEN.iter().copied())
+        .after(DISKS)
+        .limit(240);
+    let steps = [boots, is_given_a_disk, is_resized, is_paused, ends];
+    steps.into_iter().fold(case, |case, step| step(case))
+}
+
+fn state(state: &str) -> Ask {
+    Ask::get("vm.info", &[&format!(r#""state":"{state}""#)])
+}
+
+fn resize(what: &str) -> Ask {
+    Ask::put("vm.resize", what)
+}
+
+fn boots(case: Case) -> Case {
+    let steps = [
+        Ask::get("vmm.ping", &[r#""version""#]),
+        Ask::put("vm.create", &description()),
+        state("Created"),
+        Ask::put("vm.boot", ""),
+        state("Running"),
+    ];
+    case.asks("", steps)
+}
+
+fn is_given_a_disk(case: Case) -> Case {
+    let hot = r#"{"path":"{dir}/hot","image_type":"Raw","id":"hot","serial":"hot"}"#;
+    let place = Want::Text(r#"{"id":"hot","bdf":"0000:00:"#.to_owned());
+    let add = Ask::put("vm.add-disk", hot).answered(200).want(place);
+    let gone = Want::NoText("hot".to_owned());
+    let remove = [
+        Ask::put("vm.remove-device", r#"{"id":"hot"}"#),
+        Ask::get("vm.devices", &["disk0"]).want(gone).until(),
+    ];
+    case.asks("@@ ask for a disk", [add])
+        .asks("@@ ask for its removal", remove)
+}
+
+fn is_resized(case: Case) -> Case {
+    let memory = [
+        // CPUs that go are an operation of its own; until it is over, others are refused.
+        resize(&format!(r#"{{"desired_ram":{LARGE}}}"#)).until(),
+        Ask::get("vm.info", &[&format!(r#""memory_actual_size":{LARGE}"#)]).until(),
+    ];
+    let disk = format!(r#"{{"id":"disk0","desired_size":{GROWN}}}"#);
+    case.asks("@@ ask for more CPUs", [resize(r#"{"desired_vcpus":4}"#)])
+        .asks("@@ ask for fewer CPUs", [resize(r#"{"desired_vcpus":2}"#)])
+        .asks("@@ ask for memory", memory)
+        .asks(
+            "@@ ask for a larger disk",
+            [Ask::put("vm.resize-disk", &disk)],
         )
-        .limit(240)
+}
+
+/// After it, CPUs come while the guest is at work: it goes on.
+fn is_paused(case: Case) -> Case {
+    let pause = [Ask::put("vm.pause", ""), state("Paused")];
+    case.asks("@@ ask for a pause", pause)
+        .step("", Action::Still(500))
+        .asks("", [Ask::put("vm.resume", ""), state("Running")])
+        .asks("tick", [resize(r#"{"desired_vcpus":3}"#).until()])
+}
+
+fn ends(case: Case) -> Case {
+    let reboot = [Ask::put("vm.reboot", ""), state("Running")];
+    let end = [
+        Ask::put("vm.power-button", ""),
+        state("Created").until(),
+        Ask::put("vmm.shutdown", "").answered(200),
+    ];
+    case.asks("@@ ask for a reboot", reboot)
+        .asks("@@ ask for the end", end)
 }
