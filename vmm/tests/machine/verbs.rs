@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::fs;
+use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -236,6 +237,33 @@ fn add_and_remove(user: &User, name: &str, machine: &mut Vireo) {
 }
 
 #[test]
+fn a_console_shows_what_was_and_stays_over_a_reboot_until_the_machine_ends() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    let mut machine = user.start(&name, "poke", "serial-echo", &["--serial", "null"]);
+    user.socket_when_there(&name);
+    let attach = || Vireo::spawn(&mut user.command(&["console", &name]));
+    let mut first = attach();
+    first.stdout.wait_for("echo=ready");
+    let keys = first.stdin.as_mut().unwrap();
+    keys.write_all(b"hello there\n").unwrap();
+    first.stdout.wait_for("echo:hello there");
+    user.done(&["reboot", &name]);
+    first.stdout.wait_for("echo:hello there\necho=ready");
+    let mut late = attach();
+    late.stdout.wait_for("echo:hello there");
+    late.stdin.as_mut().unwrap().write_all(b"q\n").unwrap();
+    machine.ends_with(0);
+    for mut console in [first, late] {
+        assert!(console.stdout.rest().contains("poke=done"));
+        console.ends_with(0);
+    }
+}
+
+#[test]
 fn shutdown_waits_for_the_guest() {
     if !can_run() {
         return;
@@ -250,7 +278,7 @@ fn shutdown_waits_for_the_guest() {
     while events.next().unwrap().unwrap().kind != "power_button" {}
     assert!(verb.is_running());
     // This guest does not hear the button, and powers off when it reads this.
-    std::io::Write::write_all(machine.stdin.as_mut().unwrap(), b"q\n").unwrap();
+    machine.stdin.as_mut().unwrap().write_all(b"q\n").unwrap();
     verb.ends_with(0);
     machine.ends_with(0);
     assert!(!user.socket(&name).exists());
