@@ -126,6 +126,12 @@ dmesg | grep -o 'SMBIOS [0-9.]* present' | sed 's/^/@@ /'
 tr -c '\040-\176' '\n' < /sys/firmware/dmi/tables/DMI | grep -x 'firststring\|secondstring' | sed 's/^/@@ oem /'
 "#;
 
+const FEATURES: &str = r#"
+for name in popcnt cx16 xsave avx2 bmi2 aes sha_ni; do
+    echo "@@ $name=$(grep -cw "^flags.*$name" /proc/cpuinfo)"
+done
+"#;
+
 const REBOOT: &str = r#"
 if dd if=/dev/vda bs=512 count=1 2>/dev/null | grep -q second; then
     echo "@@ second boot, $(nproc) CPUs"
@@ -227,6 +233,8 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(reboots(kernel, Form::Pvh, 4));
     cases.push(reboots(kernel, Form::Elf64, 1));
     cases.push(huge_pages(kernel));
+    cases.push(baseline(kernel, "x86-64-v2", 0));
+    cases.push(baseline(kernel, "x86-64-v3", 2));
     cases
 }
 
@@ -333,6 +341,15 @@ fn identity(kernel: &str) -> Case {
             "@@ oem secondstring",
         ])
         .lines([format!("@@ product_uuid={UUID}")])
+}
+
+/// The features of two CPUs of a level; `third` have those of x86-64-v3.
+fn baseline(kernel: &str, level: &str, third: u32) -> Case {
+    let name = format!("cpu-baseline-{level}");
+    case(kernel, Form::BzImage, &name, FEATURES)
+        .args(&format!("--cpus boot=2,baseline={level}"))
+        .lines(["@@ popcnt=2", "@@ cx16=2", "@@ aes=0", "@@ sha_ni=0"])
+        .lines(["xsave", "avx2", "bmi2"].map(|name| format!("@@ {name}={third}")))
 }
 
 fn stress(kernel: &str, words: &str, cpus: u32) -> Case {

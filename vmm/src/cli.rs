@@ -142,7 +142,10 @@ enum Verb {
 const DOCTOR_EXAMPLES: &str = "\
 Examples:
   vireo doctor
-  vireo doctor --json | jq .hardware_virtualization";
+  vireo doctor --json | jq .hardware_virtualization
+  vireo doctor --cpu-baseline > first.toml
+      And on the second host, for what both have:
+  vireo doctor --cpu-baseline first.toml > both.toml";
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
@@ -158,6 +161,9 @@ struct DoctorArgs {
     /// Print JSON, for programs: see 'usable' and 'hardware_virtualization'
     #[arg(long)]
     json: bool,
+    /// Print the CPU features of this host as a file for --cpus baseline=, as far as all FILEs have them too
+    #[arg(long, value_name = "FILE", num_args = 0.., conflicts_with = "json")]
+    cpu_baseline: Option<Vec<PathBuf>>,
 }
 
 /// Why a verb did not do what it was to do.
@@ -283,7 +289,7 @@ fn dispatch(verb: Verb, matches: &ArgMatches, opener: Arc<Opener>) -> Result<u8,
             let matches = matches.subcommand_matches("run").unwrap_or(matches);
             run::execute(*arguments, matches, opener)
         }
-        Verb::Remote(verb) => remote::run(verb, &opener).map_err(judge),
+        Verb::Remote(verb) => ask(verb, opener),
         Verb::Serve(arguments) => arguments.execute(opener),
         Verb::Define(arguments) => definition::define(arguments, &opener),
         Verb::Edit(arguments) => definition::edit(&arguments, &opener),
@@ -301,6 +307,19 @@ fn dispatch(verb: Verb, matches: &ArgMatches, opener: Arc<Opener>) -> Result<u8,
             Ok(0)
         }
     }
+}
+
+/// Does a verb for machines that run; `start` is also for those that are defined.
+fn ask(verb: remote::Verb, opener: Arc<Opener>) -> Result<u8, Failure> {
+    if let remote::Verb::Start(arguments) = &verb
+        && let Some(name) = arguments.defined().map_err(judge)?
+    {
+        let line = ["vireo", "run", "--config", name, "--name", name, "--detach"];
+        let start = parse(&line.map(OsString::from));
+        let start = start.map_err(|error| Failure::Usage(error.into()))?;
+        return (start.work)(opener);
+    }
+    remote::run(verb, &opener).map_err(judge)
 }
 
 /// A value of a device's configuration that makes no sense is wrong usage,
@@ -332,6 +351,11 @@ fn exit_code(reason: ExitReason) -> u8 {
 }
 
 fn doctor(arguments: &DoctorArgs, opener: &Opener) -> anyhow::Result<u8> {
+    if let Some(others) = &arguments.cpu_baseline {
+        let common = crate::doctor::cpu_baseline(opener, others)?;
+        print(common.to_text().as_bytes())?;
+        return Ok(0);
+    }
     let report = crate::doctor::examine(opener);
     let text = if arguments.json {
         format!("{}\n", serde_json::to_string_pretty(&report)?)

@@ -19,9 +19,13 @@ mod probe;
 use std::fmt::{self, Display, Formatter};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use serde::Serialize;
 
 use crate::config::HostLimits;
+use crate::kvm::baseline::Baseline;
+use crate::kvm::cpuid::{Shape, Topology};
+use crate::kvm::{Hypervisor, cpuid};
 use crate::opener::Opener;
 
 /// How a check went.
@@ -91,6 +95,27 @@ impl Check {
         self.mend = Some(mend.into());
         self
     }
+}
+
+/// The CPU features that machines have on this host, as far as the baselines in
+/// `files` have them too.
+///
+/// # Errors
+///
+/// KVM is not there or too old, or a file cannot be read or is no baseline.
+pub fn cpu_baseline(opener: &Opener, files: &[PathBuf]) -> anyhow::Result<Baseline> {
+    let hypervisor = Hypervisor::new(opener.open_kvm()?)?;
+    let shape = Shape {
+        topology: Topology::cores(1),
+        tsc_deadline: false,
+    };
+    let supported = hypervisor.supported_cpuid()?;
+    let mut common = Baseline::of(&cpuid::for_machine(&supported, shape));
+    for path in files {
+        let other = Baseline::parse(&opener.read_text(path, TEXT_LIMIT)?);
+        common = common.common(&other.with_context(|| path.display().to_string())?);
+    }
+    Ok(common)
 }
 
 /// The files of the host, below a root that tests can choose.

@@ -157,6 +157,10 @@ pub struct CpusConfig {
     /// Which processor is shown.
     #[serde(default)]
     pub profile: CpuProfile,
+    /// The features that are shown of the host's: `host`, `x86-64-v2`, `x86-64-v3`, or the path of a
+    /// baseline's file. Not part of v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<String>,
 }
 
 impl CpusConfig {
@@ -178,6 +182,7 @@ impl Default for CpusConfig {
             nested: true,
             core_scheduling: CoreScheduling::Vm,
             profile: CpuProfile::Host,
+            baseline: None,
         }
     }
 }

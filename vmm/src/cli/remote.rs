@@ -38,7 +38,9 @@ pub(super) enum Verb {
     /// Follow what happens to a machine, until it ends
     #[command(after_help = events::EXAMPLES)]
     Events(events::EventsArgs),
-    /// Boot a machine that a monitor has and that does not run
+    /// Start a machine that is defined, or boot what a monitor has and does not run
+    ///
+    /// A definition is started as by 'vireo run --config NAME --detach'.
     #[command(after_help = lifecycle::START_EXAMPLES)]
     Start(lifecycle::PlainArgs),
     /// Stop vCPUs and devices, keeping everything

@@ -65,6 +65,25 @@ impl Target {
         self.name.as_deref()
     }
 
+    /// The name of a machine that is defined and has no monitor.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connect`], but for machines that do not run.
+    pub fn defined(&self) -> anyhow::Result<Option<&str>> {
+        let Some(name) = self.name() else {
+            return Ok(None);
+        };
+        match reach(&socket_of(name)?, &called(name)) {
+            Ok(_) => Ok(None),
+            Err(Unreachable::Other(error)) => Err(error),
+            Err(Unreachable::Absent(_) | Unreachable::Dead(_)) => {
+                let stored = Definitions::of_user().is_ok_and(|stored| stored.has(name));
+                Ok(stored.then_some(name))
+            }
+        }
+    }
+
     /// Connects.
     ///
     /// # Errors
@@ -131,7 +150,7 @@ fn connect(name: Option<&str>, socket: Option<&Path>) -> anyhow::Result<Remote> 
 
 fn connect_by(name: &str) -> anyhow::Result<Remote> {
     let path = socket_of(name)?;
-    let who = format!("machine '{name}'");
+    let who = called(name);
     match reach(&path, &who) {
         Ok(client) => Ok(Remote { who, client }),
         Err(Unreachable::Absent(_)) => Err(no_such(name)),
@@ -141,6 +160,11 @@ fn connect_by(name: &str) -> anyhow::Result<Remote> {
         ),
         Err(Unreachable::Other(error)) => Err(error),
     }
+}
+
+/// How messages call the machine of this name.
+fn called(name: &str) -> String {
+    format!("machine '{name}'")
 }
 
 fn connect_to(path: &Path) -> anyhow::Result<Remote> {
@@ -233,11 +257,9 @@ pub(super) fn check_name(name: &str) -> anyhow::Result<()> {
 
 /// That no machine of this name runs, with the names of those that do.
 fn no_such(name: &str) -> anyhow::Error {
-    let stored = Definitions::of_user().ok().filter(|all| all.has(name));
-    if let Some(stored) = stored {
+    if Definitions::of_user().is_ok_and(|stored| stored.has(name)) {
         return anyhow::anyhow!(
-            "machine '{name}' is defined and does not run: start it with 'vireo run --config {}'",
-            stored.path(name).display()
+            "machine '{name}' is defined and does not run: start it with 'vireo start {name}'"
         );
     }
     let running: Vec<String> = found(&Opener::new())

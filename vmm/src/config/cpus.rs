@@ -1,6 +1,7 @@
 //! The processors.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use virtio::schema::{Field, FieldKind};
 use crate::layout::MAX_CPUS;
 
 /// The processors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpusConfig {
     /// How many there are at boot, 1 to [`MAX_CPUS`].
@@ -21,6 +22,9 @@ pub struct CpusConfig {
     /// How [`CpusConfig::max`] are arranged; cores of one package when not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
+    /// The features that they have of the host's.
+    #[serde(skip_serializing_if = "CpuBaseline::is_host")]
+    pub baseline: CpuBaseline,
 }
 
 impl Default for CpusConfig {
@@ -29,6 +33,7 @@ impl Default for CpusConfig {
             boot: 1,
             max: None,
             topology: None,
+            baseline: CpuBaseline::Host,
         }
     }
 }
@@ -53,7 +58,75 @@ pub const CPUS_FIELDS: &[Field] = &[
         required: false,
         help: "THREADS:CORES:DIES:PACKAGES, threads in a core and so on, of max vCPUs; default 1:MAX:1:1",
     },
+    Field {
+        name: "baseline",
+        kind: FieldKind::Text,
+        required: false,
+        help: "features that they have: host, x86-64-v2, x86-64-v3, or a file of 'vireo doctor --cpu-baseline'; default host",
+    },
 ];
+
+/// Which of the host's features processors have; see [`crate::kvm::baseline`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum CpuBaseline {
+    /// All that the machine type has use for.
+    Host,
+    /// The psABI's level of this name.
+    V2,
+    /// The psABI's level of this name.
+    V3,
+    /// Those that a file lists.
+    File(PathBuf),
+}
+
+const HOST: &str = "host";
+const V2: &str = "x86-64-v2";
+const V3: &str = "x86-64-v3";
+
+impl CpuBaseline {
+    /// Whether nothing is taken away.
+    #[must_use]
+    pub fn is_host(&self) -> bool {
+        *self == Self::Host
+    }
+}
+
+impl From<CpuBaseline> for String {
+    fn from(baseline: CpuBaseline) -> Self {
+        match baseline {
+            CpuBaseline::Host => HOST.to_owned(),
+            CpuBaseline::V2 => V2.to_owned(),
+            CpuBaseline::V3 => V3.to_owned(),
+            // Texts are all that paths are made from here.
+            CpuBaseline::File(path) => path.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// A baseline that is none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "baseline={0}: give {HOST}, {V2}, {V3}, or a file, with a '/' in its path or '.toml' at its end"
+)]
+pub struct BaselineForm(String);
+
+impl TryFrom<String> for CpuBaseline {
+    type Error = BaselineForm;
+
+    fn try_from(text: String) -> Result<Self, BaselineForm> {
+        match text.as_str() {
+            HOST => Ok(Self::Host),
+            V2 => Ok(Self::V2),
+            V3 => Ok(Self::V3),
+            _ if text.contains('\0') => Err(BaselineForm(text)),
+            _ if text.contains('/') || text.to_ascii_lowercase().ends_with(".toml") => {
+                Ok(Self::File(PathBuf::from(text)))
+            }
+            _ => Err(BaselineForm(text)),
+        }
+    }
+}
 
 /// How processors are arranged. Written as `threads:cores:dies:packages`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -255,6 +328,7 @@ mod tests {
             boot,
             max,
             topology: topology.map(|text| text.parse().unwrap()),
+            baseline: CpuBaseline::Host,
         }
     }
 
@@ -311,6 +385,29 @@ mod tests {
         }
         let gaps = refusal(cpus(1, Some(12), Some("2:3:1:2")));
         assert!(gaps.contains("3 is no power of two"), "{gaps}");
+    }
+
+    #[test]
+    fn a_baseline_is_a_level_or_a_file() {
+        let config = |text: &str| serde_json::from_value::<CpusConfig>(json!({"baseline": text}));
+        for (text, baseline) in [
+            ("host", CpuBaseline::Host),
+            ("x86-64-v2", CpuBaseline::V2),
+            ("x86-64-v3", CpuBaseline::V3),
+            ("cpus.toml", CpuBaseline::File("cpus.toml".into())),
+            ("/etc/cpus", CpuBaseline::File("/etc/cpus".into())),
+            ("./host", CpuBaseline::File("./host".into())),
+        ] {
+            let config = config(text).unwrap();
+            assert_eq!(config.baseline, baseline);
+            let back = serde_json::to_value(&config).unwrap();
+            let written = (text != "host").then(|| json!(text));
+            assert_eq!(back.get("baseline"), written.as_ref());
+        }
+        for text in ["", "x86-64-v4", "Skylake", "a\0/b"] {
+            let error = config(text).unwrap_err().to_string();
+            assert!(error.contains("give host, x86-64-v2"), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -12,7 +12,10 @@ use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
 use super::flag::{nearest, parse_bytes};
-use super::{DebugconConfig, GdbConfig, MEMORY_FIELDS, SerialConfig, SinkConfig, VmConfig, bytes};
+use super::{
+    CpuBaseline, DebugconConfig, GdbConfig, MEMORY_FIELDS, SerialConfig, SinkConfig, VmConfig,
+    bytes,
+};
 use crate::opener::{OpenError, Opener};
 
 /// The longest file, in bytes.
@@ -109,6 +112,9 @@ impl VmConfig {
                     SinkConfig::Tty | SinkConfig::Pty | SinkConfig::Null => (),
                 }
             }
+        }
+        if let CpuBaseline::File(path) = &mut self.cpus.baseline {
+            absolute(path);
         }
         if let DebugconConfig::File(path) = &mut self.debugcon {
             absolute(path);

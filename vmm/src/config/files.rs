@@ -13,7 +13,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::FieldKind;
 
-use super::{ConfigError, SinkConfig, VmConfig};
+use super::{ConfigError, CpuBaseline, SinkConfig, VmConfig};
 
 /// The kind of the model that is a disk, and its keys that matter here.
 const DISK: &str = "blk";
@@ -190,6 +190,9 @@ fn inputs(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
     }
     if let Some(path) = &config.payload.initramfs {
         named.push((path, "--initramfs".to_owned()));
+    }
+    if let CpuBaseline::File(path) = &config.cpus.baseline {
+        named.push((path, "--cpus baseline=".to_owned()));
     }
     for device in &config.devices {
         let fields = models

@@ -32,7 +32,7 @@ use serde_json::Value;
 use virtio::limit::{self, RateLimits};
 use virtio::schema::{Field, FieldKind};
 
-pub use cpus::{CPUS_FIELDS, CpuTopology, CpusConfig, CpusError};
+pub use cpus::{CPUS_FIELDS, CpuBaseline, CpuTopology, CpusConfig, CpusError};
 pub use device::DeviceConfig;
 pub use endpoint::{DebugconConfig, GdbConfig};
 use flag::{FlagError, FlagTable};
@@ -432,6 +432,7 @@ mod tests {
         match field.kind {
             // It has a form of its own.
             FieldKind::Text if field.name == "topology" => json!("1:2:3:4"),
+            FieldKind::Text if field.name == "baseline" => json!("x86-64-v2"),
             FieldKind::Switch => json!(true),
             FieldKind::Bytes | FieldKind::Number => json!(7),
             FieldKind::Text | FieldKind::Path => json!("x"),

@@ -32,9 +32,10 @@ use virtio::models::MODELS;
 
 use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::{
-    BootProtocol, ConfigError, CpuTopology, CpusConfig, CpusError, DEFAULT_SERIAL_REPLAY,
-    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, GuestAction, HostLimits, MachineConfig, MemoryConfig,
-    PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig, Thp, VmConfig,
+    BootProtocol, ConfigError, CpuBaseline, CpuTopology, CpusConfig, CpusError,
+    DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, GuestAction, HostLimits,
+    MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig,
+    Thp, VmConfig,
 };
 use crate::layout::port;
 
@@ -95,6 +96,7 @@ impl VmConfig {
         name_devices(&mut named);
         names::check(&named)?;
         let cpus = cpus(&named.cpus)?;
+        let devices = devices::from_wire(&named, cpus.boot)?;
         let groups = named.rate_limit_groups.as_deref().unwrap_or_default();
         let mut config = Self {
             name: None,
@@ -102,7 +104,7 @@ impl VmConfig {
             cpus,
             memory: memory(&named.memory)?,
             payload: payload(named.payload.as_ref())?,
-            devices: devices::from_wire(&named, cpus.boot)?,
+            devices,
             rate_limit_groups: groups.iter().map(RateLimitGroupConfig::from).collect(),
             serial: serial(&named.serial)?,
             serial_replay: DEFAULT_SERIAL_REPLAY,
@@ -180,6 +182,8 @@ impl VmConfig {
                 max_vcpus: self.cpus.most().into(),
                 topology: self.cpus.topology.map(topology),
                 nested: false,
+                baseline: (!self.cpus.baseline.is_host())
+                    .then(|| self.cpus.baseline.clone().into()),
                 ..wire::CpusConfig::default()
             },
             memory: wire::MemoryConfig {
@@ -266,6 +270,11 @@ fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
             None
         },
         topology: described.topology.map(topology),
+        baseline: match &described.baseline {
+            None => CpuBaseline::Host,
+            Some(text) => CpuBaseline::try_from(text.clone())
+                .map_err(|error| invalid(format!("cpus.{error}")))?,
+        },
     })
 }
 

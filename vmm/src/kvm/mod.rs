@@ -3,6 +3,7 @@
 //! Only this module and the vCPU code below it talk to KVM. What the rest of
 //! the machine sees are the small traits of `devices`.
 
+pub mod baseline;
 pub mod cpuid;
 pub mod irq;
 pub mod stats;

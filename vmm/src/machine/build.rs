@@ -30,8 +30,9 @@ use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, CpusConfig, MemoryConfig, Thp, VmConfig};
+use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
+use crate::kvm::baseline::{Baseline, BaselineError};
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -166,6 +167,7 @@ pub fn build(
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
     let mut payload = Payload::open(config, opener)?;
+    let baseline = open_baseline(&config.cpus.baseline, opener)?;
     let groups = config.rate_limit_groups.iter();
     let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
     let models = config
@@ -199,6 +201,7 @@ pub fn build(
         vm: &vm,
         ram: &ram,
         supported: &supported,
+        baseline: baseline.as_ref(),
         space: &space,
         groups: &groups,
     };
@@ -244,6 +247,7 @@ struct Pieces<'a> {
     vm: &'a Vm,
     ram: &'a GuestRam,
     supported: &'a CpuId,
+    baseline: Option<&'a Baseline>,
     space: &'a AddressSpace,
     groups: &'a RateGroups,
 }
@@ -318,8 +322,13 @@ impl Pieces<'_> {
             topology: topology(&self.config.cpus),
             tsc_deadline: hypervisor.tsc_deadline(),
         };
+        let mut cpuid = cpuid::for_machine(self.supported, shape);
+        if let Some(baseline) = self.baseline {
+            let applied = baseline.apply(&mut cpuid);
+            applied.map_err(|source| unfit(&self.config.cpus.baseline, source))?;
+        }
         let maker = VcpuMaker {
-            cpuid: cpuid::for_machine(self.supported, shape),
+            cpuid,
             msrs: hypervisor.msr_indices()?,
             buses,
         };
@@ -416,6 +425,37 @@ impl DeviceEvents for Reporter {
                 self.events.publish(api::EventKind::DeviceReset { id });
             }
         }
+    }
+}
+
+/// The longest file of a baseline, in bytes; they have some hundred.
+const BASELINE_LIMIT: u64 = 64 << 10;
+
+/// The features that CPUs have, unless they are all the host's.
+fn open_baseline(
+    baseline: &CpuBaseline,
+    opener: &Opener,
+) -> Result<Option<Baseline>, MachineError> {
+    match baseline {
+        CpuBaseline::Host => Ok(None),
+        CpuBaseline::V2 => Ok(Some(Baseline::v2())),
+        CpuBaseline::V3 => Ok(Some(Baseline::v3())),
+        CpuBaseline::File(path) => {
+            let text = opener.read_text(path, BASELINE_LIMIT);
+            let text = text.map_err(|source| MachineError::Open {
+                flag: "--cpus baseline=",
+                source,
+            })?;
+            let read = Baseline::parse(&text);
+            read.map(Some).map_err(|source| unfit(baseline, source))
+        }
+    }
+}
+
+fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {
+    MachineError::Baseline {
+        baseline: baseline.clone().into(),
+        source,
     }
 }
 

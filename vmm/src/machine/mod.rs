@@ -72,6 +72,15 @@ pub enum MachineError {
     /// There is not enough memory.
     #[error(transparent)]
     Memory(#[from] RamError),
+    /// The host has not the features that the CPUs are to have, or they are not known.
+    #[error("--cpus baseline={baseline}")]
+    Baseline {
+        /// What was asked for.
+        baseline: String,
+        /// What is wrong with it.
+        #[source]
+        source: crate::kvm::baseline::BaselineError,
+    },
     /// There is nothing to boot.
     #[error("--kernel: the machine has none: give it one")]
     NoKernel,

@@ -533,7 +533,12 @@ fn a_console_has_a_thread_only_where_somebody_is_waited_for() {
         let flags = ["--serial", serial, "--debugcon", &mark.flag()];
         let vireo = Vireo::start("poke", "e9=here stay", &flags);
         mark.wait();
-        let threads = threads(vireo.id());
+        // A thread that has just begun still has the name of the process.
+        let threads = until("the threads' names", || {
+            let threads = threads(vireo.id());
+            let unnamed = threads.iter().filter(|name| *name == "vireo").count();
+            (unnamed == 1).then_some(threads)
+        });
         let consoles = threads.iter().filter(|name| *name == "console").count();
         assert_eq!(consoles, count, "{serial}: {threads:?}");
     }

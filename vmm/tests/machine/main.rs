@@ -13,6 +13,7 @@
 mod actions;
 mod aside;
 mod attach;
+mod baseline;
 mod consoles;
 mod coredump;
 mod definitions;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use api::client::Client;
 use serde_json::Value;
 
-use crate::support::{Vireo, can_run, run_arguments};
+use crate::support::{Vireo, can_run, guest, run_arguments};
 
 /// A user with directories of their own, unless that is root, whose sockets are in one place.
 struct User {
@@ -338,6 +338,34 @@ impl User {
         crate::support::until("the socket", || Client::connect(&socket).ok());
         socket
     }
+}
+
+#[test]
+fn what_is_defined_is_started_by_its_name_and_only_once() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    let name = name.as_str();
+    let kernel = guest("poke");
+    let text =
+        format!("memory.size = \"64M\"\n[payload]\nkernel = {kernel:?}\ncmdline = \"spin\"\n");
+    fs::write(user.directory.path().join("web.toml"), text).unwrap();
+    user.done(&["define", "web.toml", "--name", name]);
+    let told = user.refused(1, &["pause", name]);
+    assert!(told.contains(&format!("'vireo start {name}'")), "{told}");
+    for _ in 0..2 {
+        assert_eq!(user.listed(name).unwrap()["state"], "defined");
+        assert_eq!(user.done(&["start", name]), "");
+        assert_eq!(user.listed(name).unwrap()["state"], "running");
+        let told = user.refused(1, &["start", name]);
+        assert!(told.contains(name), "{told}");
+        user.done(&["destroy", name]);
+    }
+    user.done(&["undefine", name]);
+    let told = user.refused(1, &["start", name]);
+    assert!(told.contains(&format!("no machine '{name}'")), "{told}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::config::DEFAULT_SHUTDOWN_TIMEOUT;
 pub(super) const START_EXAMPLES: &str = "\
 Examples:
   vireo start web
-      After a power off with 'vireo run --no-shutdown', or what a client has created.";
+      What 'vireo define' has stored; or after a power off with 'vireo run --no-shutdown', or what a client has created.";
 pub(super) const PAUSE_EXAMPLES: &str = "\
 Examples:
   vireo pause web";
@@ -45,6 +45,17 @@ const GRACE: Duration = Duration::from_secs(1);
 pub(in crate::cli) struct PlainArgs {
     #[command(flatten)]
     target: Target,
+}
+
+impl PlainArgs {
+    /// The name of a machine that is defined and has no monitor.
+    ///
+    /// # Errors
+    ///
+    /// As [`Target::defined`].
+    pub(in crate::cli) fn defined(&self) -> anyhow::Result<Option<&str>> {
+        self.target.defined()
+    }
 }
 
 #[derive(Debug, Args)]

@@ -7,7 +7,8 @@ use super::*;
 use crate::config::device::tests::TEST_MODELS;
 use crate::config::serial::FileSink;
 use crate::config::{
-    CpusConfig, MachineConfig, MachineType, MemoryConfig, PayloadConfig, SinkConfig, Thp,
+    CpuBaseline, CpusConfig, MachineConfig, MachineType, MemoryConfig, PayloadConfig, SinkConfig,
+    Thp,
 };
 
 /// The configuration that `vireo run --kernel k` and these arguments make.
@@ -92,6 +93,7 @@ fn every_flag_reaches_the_configuration() {
             boot: 4,
             max: None,
             topology: None,
+            baseline: CpuBaseline::Host,
         },
         memory: MemoryConfig {
             size: 64 << 20,
@@ -292,7 +294,10 @@ fn flags_change_what_a_file_says_and_add_to_it() {
     }))
     .unwrap();
     let same = configured_from(file.clone(), &[]).unwrap();
-    assert_eq!((same.cpus, same.serial), (file.cpus, file.serial.clone()));
+    assert_eq!(
+        (same.cpus, same.serial),
+        (file.cpus.clone(), file.serial.clone())
+    );
     assert_eq!((same.shutdown_timeout, same.devices.len()), (7, 2));
     let flags = [
         "--cpus",
