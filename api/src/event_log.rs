@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::{Event, EventKind};
 
@@ -28,7 +28,9 @@ struct Shared {
 
 #[derive(Default)]
 struct Inner {
-    /// The number of the newest event; 0 before the first.
+    /// The number before that of the first event.
+    first: u64,
+    /// The number of the newest event; `first` before there is one.
     last: u64,
     events: VecDeque<Arc<Event>>,
     alerts: Vec<(u64, Alert)>,
@@ -60,6 +62,28 @@ impl Drop for Subscription {
 }
 
 impl EventLog {
+    /// A log whose numbers begin at the time, in microseconds since 1970: they are higher than those
+    /// of every monitor before this one. Who comes back with a number of another monitor gets all
+    /// that is kept, and sees the gap.
+    #[must_use]
+    pub fn of_now() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(0));
+        let log = Self::default();
+        {
+            let mut inner = log.lock();
+            (inner.first, inner.last) = (now, now);
+        }
+        log
+    }
+
+    /// How many events there have been.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        let inner = self.lock();
+        inner.last - inner.first
+    }
+
     /// Adds an event and alerts those who asked for it. May be called from any thread.
     pub fn publish(&self, kind: EventKind) {
         let alerts: Vec<Alert> = {
@@ -80,7 +104,7 @@ impl EventLog {
         alerts.iter().for_each(|alert| alert());
     }
 
-    /// The number of the newest event; 0 before the first.
+    /// The number of the newest event; before the first one that which stands before its own.
     #[must_use]
     pub fn last(&self) -> u64 {
         self.lock().last
@@ -136,6 +160,22 @@ mod tests {
         assert_eq!(ids(&log.after(1, 2)), [2, 3]);
         assert!(log.after(5, 10).is_empty());
         assert!(log.after(99, 10).is_empty());
+    }
+
+    #[test]
+    fn a_reader_of_another_monitor_gets_all_and_sees_the_gap() {
+        let (old, new) = (EventLog::of_now(), EventLog::of_now());
+        old.publish(EventKind::GuestReset);
+        let seen = old.last();
+        for _ in 0..3 {
+            new.publish(EventKind::GuestReset);
+        }
+        assert_eq!(new.count(), 3);
+        assert_eq!(new.after(0, 10).len(), 3);
+        let first = new.after(0, 1)[0].id;
+        assert!(first > 1_000_000_000_000_000, "{first}");
+        assert!(seen > 1_000_000_000_000_000, "{seen}");
+        assert_eq!(new.after(first - 1_000_000, 10).len(), 3);
     }
 
     #[test]

@@ -173,13 +173,24 @@ impl Dispatcher {
         };
         // What is kept no more cannot be had; the first number tells the client.
         let oldest = log.after(seen, 1).first().map(|event| event.id - 1);
-        Ok(Outcome::Events(oldest.unwrap_or(seen)))
+        Ok(Outcome::Events(oldest.unwrap_or(newest)))
     }
 
     fn put(&mut self, route: &'static Route, request: Request<'_>) -> Result<Outcome, Answer> {
+        if route.endpoint == Endpoint::VmJobCancel {
+            let wire::JobCancel { id } = self.body(route, &request)?;
+            let done = self.control.cancel_job(&id);
+            done.map_err(|error| Answer::failure(route.failed, &error))?;
+            return Ok(Answer::NOTHING.into());
+        }
         let key = request.key;
         let under_way = self.mailbox.commands();
-        if under_way >= self.max_commands {
+        let most = if is_urgent(route.endpoint) {
+            self.max_commands.saturating_mul(2)
+        } else {
+            self.max_commands
+        };
+        if under_way >= most {
             let reason = format!("{under_way} commands are under way");
             return Err(Answer::error(429, &["Too Many Requests", &reason]));
         }
@@ -194,12 +205,6 @@ impl Dispatcher {
             Endpoint::VmResume => Command::Resume,
             Endpoint::VmPowerButton => Command::PowerButton,
             Endpoint::VmNmi => Command::Nmi,
-            Endpoint::VmJobCancel => {
-                let wire::JobCancel { id } = self.body(route, &request)?;
-                let done = self.control.cancel_job(&id);
-                done.map_err(|error| Answer::failure(route.failed, &error))?;
-                return Ok(Answer::NOTHING.into());
-            }
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);
@@ -243,6 +248,20 @@ impl Dispatcher {
                 Answer::error(400, &["Failed to deserialize JSON", &error.to_string()])
             })
     }
+}
+
+/// Whether a command ends or holds the machine: there is room for it when others wait for
+/// what takes long.
+fn is_urgent(endpoint: Endpoint) -> bool {
+    matches!(
+        endpoint,
+        Endpoint::VmmShutdown
+            | Endpoint::VmDelete
+            | Endpoint::VmShutdown
+            | Endpoint::VmPowerButton
+            | Endpoint::VmPause
+            | Endpoint::VmResume
+    )
 }
 
 /// The answer to a command of `route`.

@@ -148,10 +148,24 @@ fn commands_of_clients_that_have_gone_cannot_pile_up() {
     let reason = ["Too Many Requests", "32 commands are under way"];
     assert_eq!(server.exchange(put("vm.boot", "")), refused(429, &reason));
     assert!(server.exchange(get("vmm.ping")).contains("54.0.0"));
-    assert_eq!(fake.release(&Ok(Reply::Done)), 32);
+    // What ends or holds the machine, and what cancels a job, is not kept out by them.
+    let cancelled = server.exchange(put("vm.job-cancel", r#"{"id":"none"}"#));
+    assert!(cancelled.starts_with("HTTP/1.1 404"), "{cancelled}");
+    for (number, command) in ["vm.pause", "vm.shutdown", "vm.delete", "vmm.shutdown"]
+        .iter()
+        .enumerate()
+    {
+        server.connect().send(put(command, ""));
+        until_submitted(&fake, 33 + number);
+    }
+    assert_eq!(
+        server.exchange(put("vm.boot", "")).lines().next(),
+        Some("HTTP/1.1 429 ")
+    );
+    assert_eq!(fake.release(&Ok(Reply::Done)), 36);
     let mut client = server.connect();
     client.send(put("vm.boot", ""));
-    until_submitted(&fake, 33);
+    until_submitted(&fake, 37);
     fake.release(&Ok(Reply::Done));
     assert_eq!(client.answer(), NOTHING);
 }

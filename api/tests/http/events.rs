@@ -3,8 +3,8 @@
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use api::EventKind;
 use api::http::ServerOptions;
+use api::{EventKind, EventLog};
 
 use crate::fake::{Client, Fake, Server, get, refused};
 
@@ -75,6 +75,26 @@ fn a_client_that_comes_back_gets_what_it_has_missed() {
     let mut client = follow(&server, &since(10));
     fake.events.publish(resized(10));
     assert_eq!(next(&mut client), 11);
+}
+
+#[test]
+fn a_client_of_an_earlier_monitor_gets_all_of_this_one_from_its_first_event_on() {
+    let mut fake = Fake::obedient();
+    let earlier = EventLog::of_now();
+    earlier.publish(EventKind::GuestReset);
+    let events = EventLog::of_now();
+    let first = events.last() + 1;
+    std::sync::Arc::get_mut(&mut fake).unwrap().events = events;
+    let server = Server::of(&fake);
+    // Nothing has happened yet, and they stay to hear of it.
+    let mut clients = [0, earlier.last().min(first - 1)].map(|seen| follow(&server, &behind(seen)));
+    fake.events.publish(EventKind::GuestPanic);
+    fake.events.publish(EventKind::GuestReset);
+    for client in &mut clients {
+        assert_eq!(next(client), first);
+        assert_eq!(next(client), first + 1);
+    }
+    assert_eq!(next(&mut follow(&server, &behind(7))), first);
 }
 
 #[test]

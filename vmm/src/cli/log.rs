@@ -12,13 +12,14 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::notice;
 use crate::opener::Opener;
 
 /// The variable that gives a level or a filter where `-v` does not.
 const VARIABLE: &str = "VIREO_LOG";
 
-/// Starts the log; warnings and errors only unless asked for more. What a full disk does not take
-/// is lost, and nobody hears of it.
+/// Starts the log; warnings and errors only unless asked for more. What a full disk or a reader
+/// does not take at once is lost, and nobody hears of it.
 pub(super) fn start(verbosity: u8, file: Option<&Path>, opener: &Opener) -> anyhow::Result<()> {
     let level = match verbosity {
         0 => LevelFilter::WARN,
@@ -41,7 +42,7 @@ pub(super) fn start(verbosity: u8, file: Option<&Path>, opener: &Opener) -> anyh
             })?,
     };
     let (writer, colours) = match file {
-        None => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
+        None => (BoxMakeWriter::new(notice::log), io::stderr().is_terminal()),
         Some(path) => {
             let file = opener.append_output(path).context("--log-file")?;
             (BoxMakeWriter::new(Arc::new(file)), false)

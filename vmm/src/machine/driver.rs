@@ -21,6 +21,7 @@ use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use self::aside::Asides;
+pub use self::aside::Opening;
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
@@ -54,6 +55,8 @@ pub struct Tools {
     pub view: View,
     /// What takes long.
     pub jobs: Jobs,
+    /// How many threads open files, those of earlier machines too.
+    pub opening: Opening,
 }
 
 /// How a machine ended.
@@ -114,7 +117,7 @@ impl Ears {
     /// Nothing is described yet.
     #[must_use]
     pub fn new(inbox: Inbox, signals: Option<Signals>, consoles: Arc<Consoles>) -> Self {
-        let events = EventLog::default();
+        let events = EventLog::of_now();
         Self {
             inbox,
             signals,
@@ -355,6 +358,7 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         self.asides.wait(Instant::now() + drain);
+        self.asides.give_up();
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
     }

@@ -142,7 +142,7 @@ pub fn text(view: &View, jobs: &Jobs, events: &EventLog, usage: Option<&Usage>) 
         Kind::Counter,
         "events since the monitor started",
     );
-    out.sample(&[], events.last());
+    out.sample(&[], events.count());
     tell_jobs(&mut out, jobs);
     if let Some(machine) = view.machine() {
         out.head(

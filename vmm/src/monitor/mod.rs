@@ -41,7 +41,7 @@ pub use view::View;
 use crate::config::{GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
-use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
+use crate::machine::driver::{Driver, Ears, End, Opening, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
@@ -69,6 +69,7 @@ pub struct Monitor {
     view: View,
     jobs: Jobs,
     serial: ConsoleHub,
+    opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
     /// What the next boot is made from instead of the description.
@@ -113,6 +114,7 @@ impl Monitor {
             view,
             jobs,
             serial,
+            opening: Opening::default(),
             ears: Some(ears),
             once: None,
         })
@@ -247,6 +249,7 @@ impl Monitor {
             mailbox: self.mailbox.clone(),
             view: self.view.clone(),
             jobs: self.jobs.clone(),
+            opening: self.opening.clone(),
         };
         let mut driver = Driver::new(machine, ears, tools, timeout);
         if once {

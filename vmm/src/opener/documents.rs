@@ -1,7 +1,7 @@
 //! Files that are kept: read whole, replaced whole.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -40,17 +40,10 @@ impl Opener {
     ///
     /// [`OpenError`]; what was there is unchanged then.
     pub fn replace_file(&self, path: &Path, content: &[u8]) -> Result<(), OpenError> {
-        let temporary = beside(path);
-        let written = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&temporary)
-            .and_then(|mut file| {
-                file.write_all(content)?;
-                file.sync_all()
-            })
+        let (mut file, temporary) = create_beside(path).map_err(system("write", path))?;
+        let written = file
+            .write_all(content)
+            .and_then(|()| file.sync_all())
             .and_then(|()| fs::rename(&temporary, path));
         if let Err(source) = written {
             // The reason that is told is the first one.
@@ -72,14 +65,7 @@ impl Opener {
                 path: path.to_owned(),
             });
         }
-        let temporary = beside(path);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&temporary)
-            .map_err(system("create", path))?;
+        let (file, temporary) = create_beside(path).map_err(system("create", path))?;
         Ok(NewFile {
             file,
             temporary,
@@ -181,11 +167,30 @@ impl Drop for NewFile {
     }
 }
 
-/// A name beside `path` that nobody else uses.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{}.new", std::process::id()));
-    PathBuf::from(name)
+/// How many names are tried for a temporary file.
+const NAMES: u32 = 100;
+
+/// Creates a file for its owner alone beside `path`, under a name that nobody has. What a
+/// process left behind that was killed may have some.
+fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
+    let mut number = 0;
+    loop {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{}-{number}.new", std::process::id()));
+        let created = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&name);
+        match created {
+            Ok(file) => return Ok((file, PathBuf::from(name))),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < NAMES => {
+                number += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// What has been renamed or removed in the directory of `path` stays so after a crash.

@@ -312,3 +312,27 @@ fn an_output_is_not_rotated_over_what_is_no_log() {
     assert!(error.to_string().contains("another file"), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "another's");
 }
+
+#[test]
+fn what_a_killed_process_left_behind_does_not_keep_a_file_from_being_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kept");
+    let left = directory
+        .path()
+        .join(format!("kept.{}-0.new", std::process::id()));
+    fs::write(&left, "left behind").unwrap();
+    let opener = Opener::new();
+    opener.replace_file(&path, b"one").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "one");
+    let other = directory.path().join("other");
+    let left_too = directory
+        .path()
+        .join(format!("other.{}-0.new", std::process::id()));
+    fs::write(&left_too, "left behind").unwrap();
+    opener.begin_file(&other).unwrap().keep().unwrap();
+    assert_eq!(fs::read_to_string(&other).unwrap(), "");
+    for left in [left, left_too] {
+        assert_eq!(fs::read_to_string(left).unwrap(), "left behind");
+    }
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -228,8 +228,8 @@ fn a_medium_that_takes_for_ever_to_open_holds_nobody_up_and_ends_with_the_machin
     let never = case.begin(case.insert("first"));
     arrivals.recv_timeout(LIMIT).unwrap();
     assert_eq!(case.machine.ask(Ask::Quit), Ok(Reply::Done));
-    let dropped = never.recv_timeout(LIMIT);
-    assert_eq!(dropped, Err(RecvTimeoutError::Disconnected));
+    let late = never.recv_timeout(LIMIT).unwrap().unwrap_err();
+    assert_eq!(late.kind, ErrorKind::Conflict, "{late}");
 }
 
 #[test]

@@ -9,6 +9,7 @@
 //! free ([`Driver::holding`]).
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::Instant;
@@ -23,6 +24,34 @@ use super::Driver;
 use crate::machine::MachineError;
 use crate::machine::hotplug::Ejection;
 use crate::machine::inbox::{Message, ended};
+
+/// How many threads may open files at once, those included that machines which have ended
+/// left behind: what they wait for may never answer.
+const MAX_OPENING: usize = 16;
+
+/// How many threads open files in this monitor. Clones count together.
+#[derive(Clone, Default)]
+pub struct Opening(Arc<AtomicUsize>);
+
+impl Opening {
+    /// Counts one more, unless there are [`MAX_OPENING`], until what it gives is dropped.
+    fn begin(&self) -> Option<Slot> {
+        let more = |count| (count < MAX_OPENING).then_some(count + 1);
+        let begun = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        begun.ok().map(|_| Slot(Arc::clone(&self.0)))
+    }
+}
+
+/// A thread that opens files.
+struct Slot(Arc<AtomicUsize>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// How many threads hold devices.
 #[derive(Default)]
@@ -100,10 +129,12 @@ impl Asides {
         }
     }
 
-    /// Gives an answer up because the host has no thread for what it waits for.
-    pub(super) fn refuse(&mut self, number: u64) {
-        let message = "the host has no more threads";
-        self.answer(number, Err(ControlError::new(ErrorKind::Failed, message)));
+    /// Gives up all that still wait: the machine has ended.
+    pub(super) fn give_up(&mut self) {
+        for answer in std::mem::take(&mut self.waiting).into_values() {
+            let message = "the machine has ended";
+            answer(Err(ControlError::new(ErrorKind::Conflict, message)));
+        }
     }
 
     /// Takes note of a change of `device`, or refuses it.
@@ -126,25 +157,48 @@ impl Asides {
 }
 
 impl Driver {
-    /// Has a thread do `work`, which holds nothing of the machine, and goes on with `then`. When
-    /// the machine has ended meanwhile, nothing more happens; `false` when the host has no more threads,
-    /// and nothing happens at all.
+    /// Has a thread do `work`, which opens files and holds nothing of the machine, and goes on with
+    /// `then`. When the machine has ended meanwhile, nothing more happens.
+    ///
+    /// # Errors
+    ///
+    /// When there are too many threads; nothing happens at all then.
     pub(super) fn beside<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(&mut Self, T) + Send + 'static,
-    ) -> bool {
+    ) -> Result<(), ControlError> {
+        let slot = self.tools.opening.begin().ok_or_else(|| {
+            let message = format!(
+                "{MAX_OPENING} devices and media are being opened, which takes their storage long: try again later"
+            );
+            ControlError::new(ErrorKind::Busy, message)
+        })?;
+        let opens = move || {
+            let done = work();
+            drop(slot);
+            done
+        };
+        self.start(name, opens, then)
+    }
+
+    fn start<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) -> Result<(), ControlError> {
         let mailbox = self.tools.mailbox.clone();
         let run = move || {
             let done = work();
             mailbox.send(Message::Errand(Box::new(move |driver| then(driver, done))));
         };
         let started = Builder::new().name(name.to_owned()).spawn(run);
-        if let Err(error) = &started {
+        started.map(|_| ()).map_err(|error| {
             tracing::warn!("no thread to {name}: {error}");
-        }
-        started.is_ok()
+            ControlError::new(ErrorKind::Failed, "the host has no more threads")
+        })
     }
 
     /// As [`Driver::beside`], for work that holds a device and has a limit.
@@ -153,7 +207,7 @@ impl Driver {
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(&mut Self, T) + Send + 'static,
-    ) -> bool {
+    ) -> Result<(), ControlError> {
         let hold = Hold::of(&self.asides.held);
         let held = move || {
             let done = work();
@@ -161,7 +215,7 @@ impl Driver {
             drop(hold);
             done
         };
-        self.beside(name, held, then)
+        self.start(name, held, then)
     }
 
     /// The device `id`, if it is there to stay.
@@ -187,9 +241,9 @@ impl Driver {
         let started = self.beside("open", prepare, move |driver, prepared| {
             driver.swap(request, &device, prepared, answer);
         });
-        if !started {
+        if let Err(error) = started {
             self.asides.finish(&id, &weak);
-            self.asides.refuse(answer);
+            self.asides.answer(answer, Err(error));
         }
     }
 
@@ -246,9 +300,9 @@ impl Driver {
             let updated = driver.updated(&request, changed);
             driver.asides.answer(answer, updated);
         });
-        if !started {
+        if let Err(error) = started {
             self.asides.finish(&id, weak);
-            self.asides.refuse(answer);
+            self.asides.answer(answer, Err(error));
         }
     }
 
@@ -296,9 +350,9 @@ impl Driver {
             };
             driver.asides.answer(answer, resized);
         });
-        if !started {
+        if let Err(error) = started {
             self.asides.finish(&name, &weak);
-            self.asides.refuse(answer);
+            self.asides.answer(answer, Err(error));
         }
     }
 
@@ -316,7 +370,7 @@ impl Driver {
         let started = self.holding("eject", drain, move |driver, drained| {
             driver.finish_ejection(address, drained);
         });
-        if !started {
+        if started.is_err() {
             self.asides.ejecting.retain(|other| *other != address);
             self.machine.keep(address);
         }
@@ -335,7 +389,7 @@ impl Driver {
             events.publish(gone);
         };
         // Without a thread the model is dropped here, and nobody is told.
-        self.holding("close", close, |_, ()| ());
+        let _unstarted = self.holding("close", close, |_, ()| ());
     }
 }
 
@@ -345,4 +399,21 @@ fn failed(device: String, source: Box<dyn std::error::Error + Send + Sync>) -> C
 
 fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
     failed(format!("device {id}"), error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn so_many_open_files_at_once_and_no_more() {
+        let opening = Opening::default();
+        let mut slots: Vec<Slot> = (0..MAX_OPENING)
+            .map(|_| opening.clone().begin().unwrap())
+            .collect();
+        assert!(opening.begin().is_none());
+        slots.pop();
+        assert!(opening.begin().is_some());
+        assert_eq!(opening.0.load(Ordering::Relaxed), MAX_OPENING - 1);
+    }
 }

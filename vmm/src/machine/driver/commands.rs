@@ -93,8 +93,8 @@ impl Driver {
             let inserted = driver.insert_device(opened, &device);
             driver.asides.answer(answer, inserted);
         });
-        if !started {
-            self.asides.refuse(answer);
+        if let Err(error) = started {
+            self.asides.answer(answer, Err(error));
         }
     }
 
