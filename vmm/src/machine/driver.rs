@@ -359,6 +359,10 @@ impl Driver {
         }
         self.asides.wait(Instant::now() + drain);
         self.asides.give_up();
+        // The next boot is without what was to go from this one.
+        if let Err(error) = self.finish_removals() {
+            tracing::error!("on the way out: {}", crate::error::chain(&error));
+        }
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
     }
@@ -434,6 +438,7 @@ impl Driver {
     }
 
     fn restart(&mut self, paused: bool) -> Result<(), MachineError> {
+        self.finish_removals()?;
         let resized = self.machine.reset()?;
         self.tell_resized(&resized);
         self.machine.load()?;

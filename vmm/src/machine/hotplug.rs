@@ -219,10 +219,11 @@ impl Machine {
     }
 
     /// Takes out what the guest was asked for or has given up: it is about to
-    /// be reset and will not do so itself. Units are stopped.
-    pub(super) fn finish_removals(&mut self) -> Result<(), MachineError> {
+    /// be reset, or has ended, and will not do so itself. Units are stopped. What goes is added to `gone`, to be
+    /// dropped and then told.
+    pub(super) fn finish_removals(&mut self, gone: &mut Vec<Removed>) -> Result<(), MachineError> {
         for address in self.platform.hotplug().leaving() {
-            self.take_out(address, Instant::now())?;
+            gone.extend(self.take_off(address, Instant::now())?);
         }
         Ok(())
     }

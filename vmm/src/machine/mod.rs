@@ -342,12 +342,11 @@ impl Machine {
     }
 
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
-    /// reads as zeros and costs the host nothing. Devices that are to go are
-    /// gone then. vCPUs and units are stopped.
+    /// reads as zeros and costs the host nothing. Devices that are to go have
+    /// been taken out before. vCPUs and units are stopped.
     /// The guest finds the vCPUs and the memory that it had, less the vCPUs that it was
     /// to give up; those are returned.
     fn reset(&mut self) -> Result<Vec<Resized>, MachineError> {
-        self.finish_removals()?;
         for unit in &self.units {
             unit.reset();
         }

@@ -270,3 +270,32 @@ fn a_disk_that_drains_for_long_when_it_is_ejected_holds_nobody_up() {
     while case.machine.next_event() != gone {}
     case.says("gone=02");
 }
+
+#[test]
+fn what_a_deaf_guest_was_to_give_up_is_gone_everywhere_after_its_restart_or_end() {
+    for (id, last) in [
+        ("deaf-reset", Ask::Reset),
+        ("deaf-reboot", Ask::Reboot),
+        ("deaf-shutdown", Ask::Shutdown),
+    ] {
+        let Some(case) = Case::boot(id, "poke", "spin") else {
+            return;
+        };
+        case.says("spin=begin");
+        let removal = VmRemoveDevice { id: id.to_owned() };
+        assert_eq!(
+            case.machine.ask(Ask::RemoveDevice(removal)),
+            Ok(Reply::Done)
+        );
+        assert!(case.machine.handle.info().unwrap().config.disks.is_some());
+        assert_eq!(case.machine.ask(last), Ok(Reply::Done));
+        let gone = |kind: &EventKind| matches!(kind, EventKind::DeviceRemoved { id: gone, .. } if gone == id);
+        while !gone(&case.machine.next_event()) {}
+        assert!(case.machine.handle.devices().unwrap().is_empty(), "{id}");
+        assert_eq!(
+            case.machine.handle.info().unwrap().config.disks,
+            None,
+            "{id}"
+        );
+    }
+}

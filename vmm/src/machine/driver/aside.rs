@@ -376,6 +376,20 @@ impl Driver {
         }
     }
 
+    /// Takes out what the guest was to give up and will not any more. Who hears of it finds it gone.
+    pub(super) fn finish_removals(&mut self) -> Result<(), MachineError> {
+        let mut all = Vec::new();
+        let finished = self.machine.finish_removals(&mut all);
+        if !all.is_empty() {
+            self.show_devices();
+        }
+        for (model, gone) in all {
+            drop(model);
+            self.ears.events.publish(gone);
+        }
+        finished
+    }
+
     fn finish_ejection(&mut self, address: PciAddress, drained: Ejection) {
         self.asides.ejecting.retain(|other| *other != address);
         let retired = self.machine.finish_ejection(address, drained);
