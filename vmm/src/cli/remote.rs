@@ -51,7 +51,8 @@ pub(super) enum Verb {
     Resume(lifecycle::PlainArgs),
     /// Press the power button and wait until the guest has powered off
     ///
-    /// The exit code is 0 when it has, 6 when it had to be ended by --force, and 1 when it still runs.
+    /// The exit code is 0 when it has, 6 when it had to be ended by --force, and 1 when it still runs, also
+    /// when --on-poweroff=restart has started it again.
     #[command(after_help = lifecycle::SHUTDOWN_EXAMPLES)]
     Shutdown(lifecycle::ShutdownArgs),
     /// End the guest at once and boot it again

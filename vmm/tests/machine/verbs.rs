@@ -310,6 +310,51 @@ fn a_guest_that_ignores_the_button_goes_on_or_is_ended_by_force_and_its_name_is_
 }
 
 #[test]
+fn force_ends_a_machine_that_does_not_hear_the_button() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    let mut machine = user.start(&name, "poke", "outs halt", &[]);
+    machine.stdout.wait_for("outs=");
+    user.done(&["pause", &name]);
+    let ended = user.refused(6, &["shutdown", &name, "--timeout", "1", "--force"]);
+    assert!(
+        ended.contains("is paused") && ended.contains("was ended"),
+        "{ended}"
+    );
+    machine.ends_with(0);
+}
+
+#[test]
+fn shutdown_tells_what_was_done_when_the_guest_powered_off() {
+    if !can_run() {
+        return;
+    }
+    for (action, code, part) in [
+        ("pause", 0, "--on-poweroff=pause has paused"),
+        ("restart", 1, "--on-poweroff=restart has started it again"),
+    ] {
+        let user = User::new();
+        let name = user.name();
+        let flags = ["--on-poweroff", action];
+        let mut machine = user.start(&name, "poke", "serial-echo", &flags);
+        machine.stdout.wait_for("echo=ready");
+        let client = Client::connect(user.socket(&name)).unwrap();
+        let mut events = client.events(None).unwrap();
+        let mut verb = Vireo::spawn(&mut user.command(&["shutdown", &name]));
+        while events.next().unwrap().unwrap().kind != "power_button" {}
+        machine.stdin.as_mut().unwrap().write_all(b"q\n").unwrap();
+        verb.ends_with(code);
+        let told = verb.stderr.rest();
+        assert!(told.contains(part), "{told}");
+        user.done(&["destroy", &name]);
+        machine.ends_with(0);
+    }
+}
+
+#[test]
 fn a_machine_that_has_powered_off_is_started_again() {
     if !can_run() {
         return;
