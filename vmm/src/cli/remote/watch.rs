@@ -74,6 +74,11 @@ impl Watch {
         }
     }
 
+    /// Whether the monitor has ended, as far as that was heard.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Waits until the guest is done; `None` when it still runs at `deadline`.
     ///
     /// # Errors
