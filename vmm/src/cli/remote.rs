@@ -29,7 +29,7 @@ pub(super) enum Verb {
     /// Show the devices of a machine
     #[command(after_help = show::DEVICES_EXAMPLES)]
     Devices(show::ShowArgs),
-    /// Show what devices and vCPUs have counted
+    /// Show what devices have counted
     #[command(after_help = show::COUNTERS_EXAMPLES)]
     Counters(show::ShowArgs),
     /// Print states and counters for Prometheus
@@ -59,6 +59,8 @@ pub(super) enum Verb {
     #[command(after_help = lifecycle::REBOOT_EXAMPLES)]
     Reboot(lifecycle::PlainArgs),
     /// End machine and monitor at once
+    ///
+    /// Of a machine that is dead, the socket is removed.
     #[command(after_help = lifecycle::DESTROY_EXAMPLES)]
     Destroy(lifecycle::PlainArgs),
     /// Attach this terminal to the serial console of a machine
@@ -101,7 +103,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Resume(arguments) => lifecycle::resume(&arguments),
         Verb::Shutdown(arguments) => return lifecycle::shutdown(&arguments),
         Verb::Reboot(arguments) => lifecycle::reboot(&arguments),
-        Verb::Destroy(arguments) => lifecycle::destroy(&arguments),
+        Verb::Destroy(arguments) => lifecycle::destroy(&arguments, opener),
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),

@@ -11,6 +11,7 @@ use super::super::target::{Remote, Target};
 use super::super::{exit_code, message};
 use super::watch::{End, Fate, Watch};
 use crate::config::DEFAULT_SHUTDOWN_TIMEOUT;
+use crate::opener::Opener;
 
 pub(super) const START_EXAMPLES: &str = "\
 Examples:
@@ -194,7 +195,10 @@ fn restarted(config: &VmConfig, panicked: bool) -> String {
     format!("still runs: its guest {how} has started it again")
 }
 
-pub(super) fn destroy(arguments: &PlainArgs) -> anyhow::Result<()> {
+pub(super) fn destroy(arguments: &PlainArgs, opener: &Opener) -> anyhow::Result<()> {
+    if arguments.target.clear_dead(opener)? {
+        return Ok(());
+    }
     let mut remote = arguments.target.connect()?;
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     quit(&mut remote, &mut watch)
