@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 use block::{Access, Address};
 use kvm_ioctls::Kvm;
 
+use crate::places;
+
 mod connect;
 mod documents;
 mod lease;
@@ -79,7 +81,7 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// Something else answers at the socket.
-    #[error("cannot listen at {}: another process does: choose another path", path.display())]
+    #[error("cannot listen at {}: {}", path.display(), in_use(path))]
     SocketInUse {
         /// The path.
         path: PathBuf,
@@ -107,6 +109,21 @@ pub enum OpenError {
          -aG kvm $USER) and log in again; 'vireo doctor' tells more"
     )]
     KvmPermission,
+}
+
+/// Why nobody else can listen at a path, and what to do: a path in the directory of sockets is that of a name.
+fn in_use(path: &Path) -> String {
+    let of_names = places::sockets().is_some_and(|directory| path.parent() == Some(&directory));
+    let name = path.file_stem().filter(|_| of_names);
+    name.map_or_else(
+        || "another process does: choose another path".to_owned(),
+        |name| {
+            let name = name.display();
+            format!(
+                "machine '{name}' runs already, or is just ending: choose another --name, or end it with 'vireo destroy {name}'"
+            )
+        },
+    )
 }
 
 /// The file of a unix socket, removed when this is dropped, unless another
@@ -414,6 +431,33 @@ impl Opener {
         }
         fs::remove_file(path).map_err(system("replace the socket", path))?;
         bind_private(path).map_err(system("listen at", path))
+    }
+
+    /// Removes the file of a socket to which nobody listens. No monitor that begins
+    /// meanwhile loses its own: who listens has the lock.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::SocketInUse`] when another process has it or is about to.
+    pub fn remove_abandoned(&self, path: &Path) -> Result<(), OpenError> {
+        let _lock = self.lock_beside(path)?;
+        let kind = match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            facts => facts.map_err(system("look at", path))?.file_type(),
+        };
+        if !kind.is_socket() {
+            return Err(OpenError::WrongType {
+                path: path.to_owned(),
+                found: describe(kind),
+                wanted: "a socket",
+            });
+        }
+        if !is_abandoned(path) {
+            return Err(OpenError::SocketInUse {
+                path: path.to_owned(),
+            });
+        }
+        fs::remove_file(path).map_err(system("remove", path))
     }
 
     /// Takes charge of the file of a socket that [`Opener::listen_unix`] has

@@ -29,7 +29,7 @@ pub(super) enum Verb {
     /// Show the devices of a machine
     #[command(after_help = show::DEVICES_EXAMPLES)]
     Devices(show::ShowArgs),
-    /// Show what devices and vCPUs have counted
+    /// Show what devices have counted
     #[command(after_help = show::COUNTERS_EXAMPLES)]
     Counters(show::ShowArgs),
     /// Print states and counters for Prometheus
@@ -51,13 +51,16 @@ pub(super) enum Verb {
     Resume(lifecycle::PlainArgs),
     /// Press the power button and wait until the guest has powered off
     ///
-    /// The exit code is 0 when it has, 6 when it had to be ended by --force, and 1 when it still runs.
+    /// The exit code is 0 when it has, 6 when it had to be ended by --force, and 1 when it still runs, also
+    /// when --on-poweroff=restart has started it again.
     #[command(after_help = lifecycle::SHUTDOWN_EXAMPLES)]
     Shutdown(lifecycle::ShutdownArgs),
     /// End the guest at once and boot it again
     #[command(after_help = lifecycle::REBOOT_EXAMPLES)]
     Reboot(lifecycle::PlainArgs),
     /// End machine and monitor at once
+    ///
+    /// Of a machine that is dead, the socket is removed.
     #[command(after_help = lifecycle::DESTROY_EXAMPLES)]
     Destroy(lifecycle::PlainArgs),
     /// Attach this terminal to the serial console of a machine
@@ -100,7 +103,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Resume(arguments) => lifecycle::resume(&arguments),
         Verb::Shutdown(arguments) => return lifecycle::shutdown(&arguments),
         Verb::Reboot(arguments) => lifecycle::reboot(&arguments),
-        Verb::Destroy(arguments) => lifecycle::destroy(&arguments),
+        Verb::Destroy(arguments) => lifecycle::destroy(&arguments, opener),
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),

@@ -84,6 +84,23 @@ impl Target {
         }
     }
 
+    /// Removes what a monitor has left that was killed; whether this name is of such a one.
+    ///
+    /// # Errors
+    ///
+    /// The name is none, or its socket cannot be removed.
+    pub fn clear_dead(&self, opener: &Opener) -> anyhow::Result<bool> {
+        let Some(name) = self.name() else {
+            return Ok(false);
+        };
+        let path = socket_of(name)?;
+        let dead = matches!(reach(&path, &called(name)), Err(Unreachable::Dead(_)));
+        if dead {
+            opener.remove_abandoned(&path)?;
+        }
+        Ok(dead)
+    }
+
     /// Connects.
     ///
     /// # Errors
@@ -155,7 +172,7 @@ fn connect_by(name: &str) -> anyhow::Result<Remote> {
         Ok(client) => Ok(Remote { who, client }),
         Err(Unreachable::Absent(_)) => Err(no_such(name)),
         Err(Unreachable::Dead(_)) => anyhow::bail!(
-            "{who} does not run: it has ended without removing its socket {}: start it again, which replaces that",
+            "{who} does not run: it has ended without removing its socket {}: start it again, which replaces that, or remove it with 'vireo destroy {name}'",
             path.display()
         ),
         Err(Unreachable::Other(error)) => Err(error),

@@ -304,9 +304,83 @@ fn a_guest_that_ignores_the_button_goes_on_or_is_ended_by_force_and_its_name_is_
     // The next one does not meet the last.
     let mut next = user.start(&name, "poke", "outs halt", &[]);
     next.stdout.wait_for("outs=");
+    let mut second = user.start(&name, "poke", "outs halt", &[]);
+    second.ends_with(1);
+    let told = second.stderr.rest();
+    assert!(
+        told.contains(&format!("'{name}' runs already")) && told.contains("--name"),
+        "{told}"
+    );
     machine.ends_with(0);
     user.done(&["destroy", &name]);
     next.ends_with(0);
+}
+
+#[test]
+fn force_ends_a_machine_that_does_not_hear_the_button() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    let mut machine = user.start(&name, "poke", "outs halt", &[]);
+    machine.stdout.wait_for("outs=");
+    user.done(&["pause", &name]);
+    let ended = user.refused(6, &["shutdown", &name, "--timeout", "1", "--force"]);
+    assert!(
+        ended.contains("is paused") && ended.contains("was ended"),
+        "{ended}"
+    );
+    machine.ends_with(0);
+}
+
+#[test]
+fn a_removal_for_which_a_machine_does_not_live_long_enough_is_told_so() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
+    let flags = ["--disk", "path=a.img,format=raw,id=data"];
+    let mut machine = user.start(&name, "poke", "outs halt", &flags);
+    machine.stdout.wait_for("outs=");
+    let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
+    user.done(&["destroy", &name]);
+    verb.ends_with(1);
+    let told = verb.stderr.rest();
+    assert!(
+        told.contains("has ended") || told.contains("no machine"),
+        "{told}"
+    );
+    machine.ends_with(0);
+}
+
+#[test]
+fn shutdown_tells_what_was_done_when_the_guest_powered_off() {
+    if !can_run() {
+        return;
+    }
+    for (action, code, part) in [
+        ("pause", 0, "--on-poweroff=pause has paused"),
+        ("restart", 1, "--on-poweroff=restart has started it again"),
+    ] {
+        let user = User::new();
+        let name = user.name();
+        let flags = ["--on-poweroff", action];
+        let mut machine = user.start(&name, "poke", "serial-echo", &flags);
+        machine.stdout.wait_for("echo=ready");
+        let client = Client::connect(user.socket(&name)).unwrap();
+        let mut events = client.events(None).unwrap();
+        let mut verb = Vireo::spawn(&mut user.command(&["shutdown", &name]));
+        while events.next().unwrap().unwrap().kind != "power_button" {}
+        machine.stdin.as_mut().unwrap().write_all(b"q\n").unwrap();
+        verb.ends_with(code);
+        let told = verb.stderr.rest();
+        assert!(told.contains(part), "{told}");
+        user.done(&["destroy", &name]);
+        machine.ends_with(0);
+    }
 }
 
 #[test]
@@ -369,7 +443,8 @@ fn what_is_defined_is_started_by_its_name_and_only_once() {
 }
 
 #[test]
-fn sockets_without_a_monitor_are_dead_and_those_that_hang_hold_nobody_up() {
+fn sockets_without_a_monitor_are_dead_until_they_are_destroyed_and_those_that_hang_hold_nobody_up()
+{
     let user = User::new();
     let (dead, silent) = (user.name(), user.name());
     let path = user.socket(&dead);
@@ -388,6 +463,9 @@ fn sockets_without_a_monitor_are_dead_and_those_that_hang_hold_nobody_up() {
     );
     let told = user.refused(1, &["pause", "--api-socket", path.to_str().unwrap()]);
     assert!(told.contains("has ended"), "{told}");
+    assert_eq!(user.done(&["destroy", &dead]), "");
+    assert!(!path.exists());
+    assert_eq!(user.listed(&dead), None);
     let told = user.refused(1, &["pause", &silent]);
     assert!(told.contains(&format!("end its process {own}")), "{told}");
 }

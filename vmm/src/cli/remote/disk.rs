@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use api::EventKind;
+use api::client::{Client, ClientError};
 use api::wire::{self, DeviceState, ImageType, RateLimiterConfig, VmResizeDisk, VmUpdateDisk};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -295,28 +297,51 @@ fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
     })
 }
 
-/// Waits until a device is gone for good; `None` when it is still there at `deadline`.
+/// Waits until a disk is gone for good; `None` when it is still there at `deadline`.
 fn wait_for_removal(
     remote: &mut Remote,
     watch: &mut Watch,
     id: &str,
     deadline: Instant,
 ) -> anyhow::Result<Option<()>> {
+    let ended = |who: &str| {
+        anyhow::anyhow!("{who}: the machine has ended before its guest has given '{id}' up")
+    };
     loop {
-        let devices = remote.client.devices();
-        let devices = devices.map_err(|error| remote.failed(error))?;
-        if devices.iter().all(|device| device.id != id) {
-            return Ok(Some(()));
+        match has_disk(&mut remote.client, id) {
+            Ok(false) => return Ok(Some(())),
+            Ok(true) => (),
+            Err(error) if error.is_gone() => return Err(ended(&remote.who)),
+            Err(error) => return Err(remote.failed(error)),
         }
-        // The event may come a moment before the list is without the device.
+        // The event may come a moment before the description is without the disk.
         let soon = Instant::now().checked_add(LOOK);
         let until = soon.map_or(deadline, |soon| soon.min(deadline));
-        let event = watch.next(until);
-        event.map_err(|error| remote.failed(error))?;
+        let told = watch.next(until).map_err(|error| remote.failed(error))?;
+        match told.and_then(|told| told.event()).map(|event| event.kind) {
+            Some(EventKind::Exit { .. }) => return Err(ended(&remote.who)),
+            Some(EventKind::DeviceKept {
+                id: kept, reason, ..
+            }) if kept == id => {
+                anyhow::bail!("{}: '{id}' stays: {reason}: remove it again", remote.who)
+            }
+            _ if watch.has_ended() => return Err(ended(&remote.who)),
+            _ => (),
+        }
         if Instant::now() >= deadline {
             return Ok(None);
         }
     }
+}
+
+/// Whether a disk is there. A machine that is being booted again has no devices for a moment, and
+/// its description has them all the same.
+fn has_disk(client: &mut Client, id: &str) -> Result<bool, ClientError> {
+    let described = client.info()?.config.disks.unwrap_or_default();
+    if described.iter().any(|disk| disk.id.as_deref() == Some(id)) {
+        return Ok(true);
+    }
+    Ok(client.devices()?.iter().any(|device| device.id == id))
 }
 
 /// What `vm.update-disk` takes for the text of `vireo disk update`.

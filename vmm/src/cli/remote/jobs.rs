@@ -10,15 +10,15 @@ use super::{print, print_json, word};
 pub(super) const EXAMPLES: &str = "\
 Examples:
   vireo jobs list web
-  vireo jobs cancel web 3";
+  vireo jobs cancel web coredump-1";
 const LIST_EXAMPLES: &str = "\
 Examples:
   vireo jobs list web
   vireo jobs list web --json | jq '.[] | select(.state == \"running\")'";
 const CANCEL_EXAMPLES: &str = "\
 Examples:
-  vireo jobs cancel web 3
-  vireo jobs cancel --api-socket /tmp/vm.sock 3";
+  vireo jobs cancel web coredump-1
+  vireo jobs cancel --api-socket /tmp/vm.sock coredump-1";
 
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Verb {
@@ -41,7 +41,7 @@ pub(in crate::cli) struct ListArgs {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct CancelArgs {
-    /// Name of the machine, and number of the job
+    /// Name of the machine, and id of the job, as 'vireo jobs list' shows it
     #[arg(value_names = ["NAME", "JOB"], num_args = 1..=2, required = true)]
     words: Vec<String>,
     #[command(flatten)]

@@ -4,13 +4,14 @@ use std::time::{Duration, Instant};
 
 use api::ExitReason;
 use api::client::{Client, ClientError};
-use api::wire::VmInfoState;
+use api::wire::{GuestAction, VmConfig, VmInfoState};
 use clap::Args;
 
 use super::super::target::{Remote, Target};
 use super::super::{exit_code, message};
-use super::watch::{End, Watch};
+use super::watch::{End, Fate, Watch};
 use crate::config::DEFAULT_SHUTDOWN_TIMEOUT;
+use crate::opener::Opener;
 
 pub(super) const START_EXAMPLES: &str = "\
 Examples:
@@ -96,38 +97,53 @@ pub(super) fn reboot(arguments: &PlainArgs) -> anyhow::Result<()> {
 }
 
 pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
-    let mut remote = arguments.target.connect()?;
-    let info = remote.client.info();
-    let state = info.map_err(|error| remote.failed(error))?.state;
-    if state == VmInfoState::Paused && !arguments.force {
-        anyhow::bail!(
-            "{} is paused, and its guest does not hear the power button: resume it first, or destroy it",
-            remote.who
-        );
-    }
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
-    let pressed = remote.client.power_button();
-    pressed.map_err(|error| remote.failed(error))?;
     let seconds = arguments.timeout;
     let deadline = Instant::now().checked_add(Duration::from_secs(seconds));
     let Some(deadline) = deadline else {
         let wrong = format!("--timeout {seconds}: too far away: give fewer seconds");
         return Err(super::super::Misuse(wrong).into());
     };
-    let end = watch.machine(deadline);
-    match end.map_err(|error| remote.failed(error))? {
-        Some(end) => {
+    let mut remote = arguments.target.connect()?;
+    let info = remote.client.info();
+    let info = info.map_err(|error| remote.failed(error))?;
+    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
+    if info.state == VmInfoState::Paused {
+        let deaf = "is paused, and its guest does not hear the power button";
+        if !arguments.force {
+            anyhow::bail!("{} {deaf}: resume it first, or destroy it", remote.who);
+        }
+        return end(&mut remote, &mut watch, deaf);
+    }
+    match remote.client.power_button() {
+        // Who is gone has ended, which the watch tells.
+        Err(error) if arguments.force && !error.is_gone() => {
+            return end(
+                &mut remote,
+                &mut watch,
+                &format!("cannot be asked to power off ({error})"),
+            );
+        }
+        Err(error) if !error.is_gone() => return Err(remote.failed(error)),
+        _ => (),
+    }
+    let fate = watch.guest(deadline);
+    match fate.map_err(|error| remote.failed(error))? {
+        Some(Fate::Ended(how)) => {
             // Most monitors end with their machine.
             let _stays = watch.monitor(GRACE);
-            Ok(tell(&remote, &end))
+            Ok(tell(&remote, &how))
+        }
+        Some(Fate::Paused { panicked }) => Ok(tell_paused(&remote, &info.config, panicked)),
+        Some(Fate::Restarted { panicked }) => {
+            let what = restarted(&info.config, panicked);
+            if arguments.force {
+                return end(&mut remote, &mut watch, &what);
+            }
+            anyhow::bail!("{} {what}: end it with 'vireo destroy'", remote.who)
         }
         None if arguments.force => {
-            quit(&mut remote, &mut watch)?;
-            message::warn(&format!(
-                "{} did not power off within {seconds} s and was ended",
-                remote.who
-            ));
-            Ok(exit_code(ExitReason::Unresponsive))
+            let what = format!("did not power off within {seconds} s");
+            end(&mut remote, &mut watch, &what)
         }
         None => anyhow::bail!(
             "{} has not powered off within {seconds} s and still runs: give it more with --timeout, or add --force",
@@ -136,7 +152,53 @@ pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
     }
 }
 
-pub(super) fn destroy(arguments: &PlainArgs) -> anyhow::Result<()> {
+/// Ends, by force, a machine that `why` tells of; the exit code.
+fn end(remote: &mut Remote, watch: &mut Watch, why: &str) -> anyhow::Result<u8> {
+    quit(remote, watch)?;
+    message::warn(&format!("{} {why} and was ended", remote.who));
+    Ok(exit_code(ExitReason::Unresponsive))
+}
+
+/// Says that the guest is done and its machine paused; the exit code.
+fn tell_paused(remote: &Remote, config: &VmConfig, panicked: bool) -> u8 {
+    let pauses = |action| action == Some(GuestAction::Pause);
+    let (what, flag, reason) = if panicked {
+        (
+            "guest's kernel panicked",
+            "--on-panic",
+            ExitReason::GuestPanic,
+        )
+    } else if pauses(config.on_poweroff) {
+        (
+            "guest has powered off",
+            "--on-poweroff",
+            ExitReason::PowerOff,
+        )
+    } else {
+        ("guest asked for a reset", "--on-reboot", ExitReason::Reset)
+    };
+    message::warn(&format!(
+        "{}: the {what}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",
+        remote.who
+    ));
+    exit_code(reason)
+}
+
+/// How it came that a guest started again that was to power off.
+fn restarted(config: &VmConfig, panicked: bool) -> String {
+    let restarts = config.on_poweroff == Some(GuestAction::Restart);
+    let how = match (panicked, restarts) {
+        (true, _) => "panicked, and --on-panic=restart",
+        (false, true) => "has powered off, and --on-poweroff=restart",
+        (false, false) => "was to power off, and somebody's reboot",
+    };
+    format!("still runs: its guest {how} has started it again")
+}
+
+pub(super) fn destroy(arguments: &PlainArgs, opener: &Opener) -> anyhow::Result<()> {
+    if arguments.target.clear_dead(opener)? {
+        return Ok(());
+    }
     let mut remote = arguments.target.connect()?;
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     quit(&mut remote, &mut watch)

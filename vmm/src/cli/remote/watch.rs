@@ -4,11 +4,22 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use api::client::{ClientError, Events, ToldEvent};
-use api::{EventKind, ExitReason};
+use api::{EventKind, ExitReason, PauseReason};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::super::target::Remote;
 use crate::machine::driver::ppoll;
+
+/// What became of a machine whose guest was to power off.
+#[derive(Debug)]
+pub(super) enum Fate {
+    /// It ended.
+    Ended(End),
+    /// The guest is done, and the machine was paused for that; whether the guest's kernel has panicked.
+    Paused { panicked: bool },
+    /// The guest is done, and was started again; whether its kernel has panicked.
+    Restarted { panicked: bool },
+}
 
 /// How a machine ended, as far as that was told.
 #[derive(Debug)]
@@ -63,22 +74,40 @@ impl Watch {
         }
     }
 
-    /// Waits for the end of the machine; `None` when it is still there at `deadline`.
+    /// Whether the monitor has ended, as far as that was heard.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Waits until the guest is done; `None` when it still runs at `deadline`.
     ///
     /// # Errors
     ///
     /// The connection's.
-    pub fn machine(&mut self, deadline: Instant) -> Result<Option<End>, ClientError> {
+    pub fn guest(&mut self, deadline: Instant) -> Result<Option<Fate>, ClientError> {
+        let mut panicked = false;
         while let Some(told) = self.next(deadline)? {
-            if let Some(EventKind::Exit { reason, detail }) = told.event().map(|event| event.kind) {
-                let reason = Some(reason);
-                return Ok(Some(End { reason, detail }));
+            let Some(event) = told.event() else {
+                continue;
+            };
+            match event.kind {
+                EventKind::Exit { reason, detail } => {
+                    let reason = Some(reason);
+                    return Ok(Some(Fate::Ended(End { reason, detail })));
+                }
+                EventKind::State {
+                    pause: Some(PauseReason::Guest),
+                    ..
+                } => return Ok(Some(Fate::Paused { panicked })),
+                EventKind::Rebooting => return Ok(Some(Fate::Restarted { panicked })),
+                EventKind::GuestPanic => panicked = true,
+                _ => (),
             }
         }
-        Ok(self.ended.then_some(End {
+        Ok(self.ended.then_some(Fate::Ended(End {
             reason: None,
             detail: None,
-        }))
+        })))
     }
 
     /// Waits for the end of the monitor, whose name and socket are then free; whether it has ended.
