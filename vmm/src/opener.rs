@@ -346,6 +346,14 @@ impl Opener {
         Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
     }
 
+    /// The file of [`Opener::lock_beside`].
+    #[must_use]
+    pub fn lock_path(path: &Path) -> PathBuf {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".lock");
+        PathBuf::from(name)
+    }
+
     /// Locks the file beside `path` whose name has `.lock` added, which is made
     /// when it is not there. The lock lasts as long as the file is open.
     ///
@@ -353,9 +361,7 @@ impl Opener {
     ///
     /// [`OpenError::SocketInUse`] when another process has it.
     pub fn lock_beside(&self, path: &Path) -> Result<File, OpenError> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".lock");
-        let lock = PathBuf::from(name);
+        let lock = Self::lock_path(path);
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -1,5 +1,6 @@
 //! Runs a monitor, with or without a machine of its own, to its end.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
@@ -7,6 +8,7 @@ use api::http::{ServerHandle, ServerOptions};
 use api::{Control, Event, EventKind, EventLog, EventMonitor, ExitReason, Subscription, VmState};
 use virtio::models::MODELS;
 
+use crate::config::files::OwnFiles;
 use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
 use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
 use crate::opener::Opener;
@@ -18,6 +20,8 @@ pub struct Endpoint {
     pub place: Option<Place>,
     /// Where events are written in Cloud Hypervisor's form, if they are.
     pub events: Option<Place>,
+    /// Where its log goes, which is open already, if not to standard error.
+    pub log: Option<PathBuf>,
     /// How it behaves.
     pub options: MonitorOptions,
 }
@@ -94,16 +98,30 @@ fn monitor(
     let Endpoint {
         place,
         events,
+        log,
         mut options,
     } = endpoint;
     options.serial_replay = usize::try_from(serial_replay).unwrap_or(usize::MAX);
     let strict = options.strict;
     let monitor =
         Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
+    let mut own = OwnFiles::default();
+    if let Some(log) = &log {
+        own.add(log, "--log-file");
+    }
+    let written = events.as_ref().map(Place::to_path);
+    let locked = place.as_ref().and_then(ApiSocket::lock_of);
     let events = events.map(|place| write_events(&place, &monitor, &opener));
     let events = events.transpose().context("--event-monitor")?;
     let control = place.map(|place| listen(&place, &monitor, strict, &opener));
     let (server, socket) = control.transpose()?.unzip();
+    if let Some(path) = written {
+        own.add(&path, "--event-monitor");
+    }
+    if let Some(path) = locked {
+        own.add(&path, "--api-socket");
+    }
+    monitor.reserve(own);
     let around = Surroundings {
         _server: server,
         _socket: socket,

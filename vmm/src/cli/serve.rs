@@ -111,6 +111,7 @@ impl SocketArgs {
         Ok(Endpoint {
             place,
             events: self.event_monitor,
+            log: self.log_file,
             options: MonitorOptions {
                 no_shutdown: self.no_shutdown,
                 strict: self.strict_api,

@@ -25,7 +25,7 @@ const SERIAL: &str = "--serial file=";
 const DEBUGCON: &str = "--debugcon file=";
 
 /// What tells one file from another.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Identity {
     /// A regular file: its file system and inode.
     File(u64, u64),
@@ -44,6 +44,38 @@ impl Identity {
             Ok(_) => None,
             Err(_) => Some(Self::Absent(path.to_owned())),
         }
+    }
+}
+
+/// The files that a monitor writes for itself: its events, its log, its socket's lock. What has
+/// been opened is known even under another name.
+#[derive(Debug, Default)]
+pub struct OwnFiles {
+    files: Vec<(Identity, String)>,
+}
+
+impl OwnFiles {
+    /// Takes up a file that has been opened, and what it is for.
+    pub fn add(&mut self, path: &Path, user: &str) {
+        let identity = Identity::of(path);
+        self.files
+            .extend(identity.map(|identity| (identity, user.to_owned())));
+    }
+
+    /// These, and where this process's standard output and error lead now.
+    fn in_use(&self) -> Vec<(Identity, String)> {
+        let mut used = self.files.clone();
+        for (path, user) in [
+            ("/proc/self/fd/1", "standard output"),
+            ("/proc/self/fd/2", "standard error"),
+        ] {
+            let opened = fs::metadata(path).ok().filter(fs::Metadata::is_file);
+            used.extend(opened.map(|facts| {
+                let identity = Identity::File(facts.dev(), facts.ino());
+                (identity, user.to_owned())
+            }));
+        }
+        used
     }
 }
 
@@ -106,7 +138,7 @@ fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError>
 }
 
 /// Checks that a sink of the serial port that is added to a running machine
-/// writes over nothing that the machine uses.
+/// writes over nothing that the machine or the monitor uses.
 ///
 /// # Errors
 ///
@@ -114,9 +146,11 @@ fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError>
 pub fn check_sink(
     config: &VmConfig,
     models: &[Model],
+    own: &OwnFiles,
     sink: &SinkConfig,
 ) -> Result<(), ConfigError> {
     let mut used = in_use(config, models);
+    used.extend(own.in_use());
     sink.outputs()
         .try_for_each(|path| claim(&mut used, SERIAL, path))
 }
@@ -135,6 +169,18 @@ pub fn check_own<'a>(
     let mut used = in_use(config, models);
     own.into_iter()
         .try_for_each(|(flag, path)| claim(&mut used, flag, path.to_owned()))
+}
+
+/// Checks that a machine that a client boots writes over none of the monitor's own files.
+///
+/// # Errors
+///
+/// [`ConfigError::OutputInUse`].
+pub fn check_machine(config: &VmConfig, own: &OwnFiles) -> Result<(), ConfigError> {
+    let mut used = own.in_use();
+    outputs(config)
+        .into_iter()
+        .try_for_each(|(flag, path)| claim(&mut used, flag, path))
 }
 
 /// Every file that the machine uses or writes, and what does.
@@ -345,7 +391,7 @@ mod tests {
         case.config.serial = limited.clone().into();
         assert!(case.check().unwrap_err().contains("'disk0'"));
         case.config.serial = SerialConfig::Off;
-        let check = |sink| check_sink(&case.config, TEST_MODELS, sink);
+        let check = |sink| check_sink(&case.config, TEST_MODELS, &OwnFiles::default(), sink);
         assert!(check(&limited).unwrap_err().to_string().contains("'disk0'"));
         assert_eq!(check(&SinkConfig::Pty), Ok(()));
     }
@@ -355,10 +401,30 @@ mod tests {
         let case = Case::new().serial("log");
         let check = |name| {
             let sink = SinkConfig::File(FileSink::new(case.path(name)));
-            check_sink(&case.config, TEST_MODELS, &sink)
+            check_sink(&case.config, TEST_MODELS, &OwnFiles::default(), &sink)
         };
         assert!(check("log").unwrap_err().to_string().contains("--serial"));
         assert!(check("kernel").is_err());
         assert_eq!(check("other"), Ok(()));
+    }
+    #[test]
+    fn the_monitors_own_files_are_no_sinks_even_under_another_name() {
+        let case = Case::new();
+        for name in ["log", "elsewhere"] {
+            fs::write(case.path(name), "").unwrap();
+        }
+        let mut own = OwnFiles::default();
+        own.add(&case.path("log"), "--log-file");
+        fs::rename(case.path("log"), case.path("log.old")).unwrap();
+        let sink = |name| SinkConfig::File(FileSink::new(case.path(name)));
+        let check = |name| check_sink(&case.config, TEST_MODELS, &own, &sink(name));
+        let refused = check("log.old").unwrap_err().to_string();
+        assert!(refused.contains("--log-file"), "{refused}");
+        assert_eq!(check("elsewhere"), Ok(()));
+        let mut machine = case.config.clone();
+        machine.serial = sink("log.old").into();
+        assert!(check_machine(&machine, &own).is_err());
+        machine.serial = sink("elsewhere").into();
+        assert_eq!(check_machine(&machine, &own), Ok(()));
     }
 }

@@ -22,9 +22,11 @@ pub use terminal::{RawMode, open_pty};
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::machine::driver::ppoll;
 use crate::opener::OpenError;
@@ -80,6 +82,7 @@ pub enum ConsoleError {
 pub struct Consoles {
     serial: ConsoleHub,
     debugcon: ConsoleHub,
+    own: OnceLock<OwnFiles>,
 }
 
 /// What makes [`Consoles::finish`] wait for readers no longer.
@@ -101,7 +104,20 @@ impl Consoles {
         Ok(Self {
             serial: ConsoleHub::new("--serial", replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
+            own: OnceLock::new(),
         })
+    }
+
+    /// Keeps clients from having a console write to what the monitor writes for itself. Once.
+    pub fn reserve(&self, own: OwnFiles) {
+        // The files are open for the process's life: the first list stays true.
+        let _ = self.own.set(own);
+    }
+
+    /// The files that the monitor writes for itself.
+    #[must_use]
+    pub fn reserved(&self) -> &OwnFiles {
+        self.own.get_or_init(OwnFiles::default)
     }
 
     /// The serial port's.

@@ -86,7 +86,7 @@ pub fn change(
             SerialConfig::Sinks(sinks.clone())
                 .validate()
                 .map_err(|error| broken(&error))?;
-            files::check_sink(&description.config, models, &sink)
+            files::check_sink(&description.config, models, ears.consoles.reserved(), &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let info = hub.add(&sink, opener).map_err(|error| refused(&error))?;
             hub.adopt(info.id);

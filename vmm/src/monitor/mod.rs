@@ -38,6 +38,7 @@ pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, Place, event_sink};
 pub use view::View;
 
+use crate::config::files::{self, OwnFiles};
 use crate::config::{GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
@@ -132,6 +133,14 @@ impl Monitor {
             self.serial.clone(),
             Arc::clone(&self.opener),
         )
+    }
+
+    /// Keeps its machines from writing to files that the monitor writes for itself. Before the
+    /// first machine.
+    pub fn reserve(&self, own: OwnFiles) {
+        if let Some(ears) = &self.ears {
+            ears.consoles.reserve(own);
+        }
     }
 
     /// The way in for parts of the monitor itself.
@@ -417,7 +426,17 @@ impl Monitor {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
         description.check_bootable()?;
-        description.check_files(self.models)
+        description.check_files(self.models)?;
+        self.check_own(&description.config)
+    }
+
+    /// That the machine writes to no file of the monitor's own.
+    fn check_own(&self, config: &VmConfig) -> Result<(), ControlError> {
+        let Some(ears) = &self.ears else {
+            return Ok(());
+        };
+        files::check_machine(config, ears.consoles.reserved())
+            .map_err(|error| ControlError::from(&error))
     }
 
     /// What one boot is made from.
@@ -430,6 +449,7 @@ impl Monitor {
             ..description.clone()
         }
         .check_files(self.models)?;
+        self.check_own(&config)?;
         Ok(config)
     }
 

@@ -17,6 +17,17 @@ pub enum Place {
     Descriptor(RawFd),
 }
 
+impl Place {
+    /// Where this is found as long as it is open.
+    #[must_use]
+    pub fn to_path(&self) -> PathBuf {
+        match self {
+            Self::Path(path) => path.clone(),
+            Self::Descriptor(fd) => Path::new("/proc/self/fd").join(fd.to_string()),
+        }
+    }
+}
+
 /// Opens what events are written to.
 ///
 /// # Errors
@@ -66,6 +77,15 @@ pub struct ApiSocket {
 }
 
 impl ApiSocket {
+    /// The file of the lock that a socket at `place` has, where it has one.
+    #[must_use]
+    pub fn lock_of(place: &Place) -> Option<PathBuf> {
+        let Place::Path(path) = place else {
+            return None;
+        };
+        Some(Opener::lock_path(path))
+    }
+
     /// Listens at `place`. Of several monitors that try one path, one succeeds; the
     /// file of one that has been killed is replaced.
     ///
