@@ -81,10 +81,18 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// Something else answers at the socket.
-    #[error("cannot listen at {}: {}", path.display(), in_use(path))]
+    #[error("cannot listen at {}: another process does: choose another path", path.display())]
     SocketInUse {
         /// The path.
         path: PathBuf,
+    },
+    /// The same for the socket that a name gives.
+    #[error(
+        "machine '{name}' runs already, or is just ending: choose another --name, or end it with 'vireo destroy {name}'"
+    )]
+    NameInUse {
+        /// The name.
+        name: String,
     },
     /// A TCP socket could not be made.
     #[error("cannot listen at {host}:{port}")]
@@ -111,19 +119,17 @@ pub enum OpenError {
     KvmPermission,
 }
 
-/// Why nobody else can listen at a path, and what to do: a path in the directory of sockets is that of a name.
-fn in_use(path: &Path) -> String {
+/// That another process listens at a path, which in the directory of sockets is that of a name.
+fn in_use(path: &Path) -> OpenError {
     let of_names = places::sockets().is_some_and(|directory| path.parent() == Some(&directory));
-    let name = path.file_stem().filter(|_| of_names);
-    name.map_or_else(
-        || "another process does: choose another path".to_owned(),
-        |name| {
-            let name = name.display();
-            format!(
-                "machine '{name}' runs already, or is just ending: choose another --name, or end it with 'vireo destroy {name}'"
-            )
+    match path.file_stem().filter(|_| of_names) {
+        Some(name) => OpenError::NameInUse {
+            name: name.to_string_lossy().into_owned(),
         },
-    )
+        None => OpenError::SocketInUse {
+            path: path.to_owned(),
+        },
+    }
 }
 
 /// The file of a unix socket, removed when this is dropped, unless another
@@ -359,7 +365,7 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// [`OpenError::SocketInUse`] when another process has it.
+    /// [`OpenError::SocketInUse`] or [`OpenError::NameInUse`] when another process has it.
     pub fn lock_beside(&self, path: &Path) -> Result<File, OpenError> {
         let lock = Self::lock_path(path);
         let file = OpenOptions::new()
@@ -373,9 +379,7 @@ impl Opener {
             .map_err(system("create", &lock))?;
         match file.try_lock() {
             Ok(()) => Ok(file),
-            Err(fs::TryLockError::WouldBlock) => Err(OpenError::SocketInUse {
-                path: path.to_owned(),
-            }),
+            Err(fs::TryLockError::WouldBlock) => Err(in_use(path)),
             Err(fs::TryLockError::Error(source)) => Err(system("lock", &lock)(source)),
         }
     }
@@ -413,7 +417,7 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// [`OpenError::SocketInUse`] when a process has it,
+    /// [`OpenError::SocketInUse`] or [`OpenError::NameInUse`] when a process has it,
     /// [`OpenError::WrongType`] for anything else at the path that is no socket.
     pub fn listen_unix(&self, path: &Path) -> Result<UnixListener, OpenError> {
         match bind_private(path) {
@@ -431,9 +435,7 @@ impl Opener {
             });
         }
         if !is_abandoned(path) {
-            return Err(OpenError::SocketInUse {
-                path: path.to_owned(),
-            });
+            return Err(in_use(path));
         }
         fs::remove_file(path).map_err(system("replace the socket", path))?;
         bind_private(path).map_err(system("listen at", path))
@@ -444,7 +446,7 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// [`OpenError::SocketInUse`] when another process has it or is about to.
+    /// [`OpenError::SocketInUse`] or [`OpenError::NameInUse`] when another process has it or is about to.
     pub fn remove_abandoned(&self, path: &Path) -> Result<(), OpenError> {
         let _lock = self.lock_beside(path)?;
         let kind = match fs::symlink_metadata(path) {
@@ -459,9 +461,7 @@ impl Opener {
             });
         }
         if !is_abandoned(path) {
-            return Err(OpenError::SocketInUse {
-                path: path.to_owned(),
-            });
+            return Err(in_use(path));
         }
         fs::remove_file(path).map_err(system("remove", path))
     }

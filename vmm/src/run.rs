@@ -11,7 +11,7 @@ use virtio::models::MODELS;
 use crate::config::files::OwnFiles;
 use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
 use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
-use crate::opener::Opener;
+use crate::opener::{OpenError, Opener};
 
 /// Where a monitor is controlled, and how it behaves.
 #[derive(Debug, Default)]
@@ -141,7 +141,11 @@ fn listen(
     strict: bool,
     opener: &Opener,
 ) -> anyhow::Result<(ServerHandle, ApiSocket)> {
-    let socket = ApiSocket::listen(place, opener).context("--api-socket")?;
+    let socket = match ApiSocket::listen(place, opener) {
+        // The path comes from the name, and no flag has given it.
+        Err(error @ OpenError::NameInUse { .. }) => return Err(error.into()),
+        other => other.context("--api-socket")?,
+    };
     let listener = socket.listener.try_clone().context("--api-socket")?;
     let options = ServerOptions {
         strict,

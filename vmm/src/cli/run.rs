@@ -48,6 +48,8 @@ const DEVICE: &str = "device";
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
     /// Name of the machine: letters, digits, '.', '_' and '-'
+    ///
+    /// The verbs find the machine by it, unless --api-socket puts its socket elsewhere: they then need that path.
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
 

@@ -118,7 +118,29 @@ impl Remote {
             let who = &self.who;
             return anyhow::anyhow!("{who}: {error}: it may still do what it was asked");
         }
+        if let Some(mend) = mend(&error) {
+            return anyhow::anyhow!("{}: {error}: {mend}", self.who);
+        }
         anyhow::Error::new(error).context(self.who.clone())
+    }
+}
+
+/// What can be done about a state in which the monitor refuses, in this program's words.
+fn mend(error: &ClientError) -> Option<&'static str> {
+    let ClientError::Refused { chain, .. } = error else {
+        return None;
+    };
+    match chain.last()?.as_str() {
+        "VM is already paused" => Some("let it go on with 'vireo resume'"),
+        "VM is not paused" => Some("it runs: there is nothing to resume"),
+        "VM is already running" => {
+            Some("boot it again with 'vireo reboot', or end it with 'vireo destroy'")
+        }
+        "VM is not running" => Some("start it with 'vireo start', or end it with 'vireo destroy'"),
+        "VM is not created" => Some(
+            "the monitor has no machine: create one with vm.create, or end it with 'vireo destroy'",
+        ),
+        _ => None,
     }
 }
 
@@ -160,7 +182,9 @@ impl SocketFlag {
 fn connect(name: Option<&str>, socket: Option<&Path>) -> anyhow::Result<Remote> {
     match (name, socket) {
         (_, Some(path)) => connect_to(path),
-        (None, None) => Err(Misuse("a name is missing: add NAME".to_owned()).into()),
+        (None, None) => {
+            Err(Misuse("a name is missing: add NAME, or --api-socket PATH".to_owned()).into())
+        }
         (Some(name), None) => connect_by(name),
     }
 }

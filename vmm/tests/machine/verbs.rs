@@ -156,7 +156,7 @@ fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
     assert_eq!(user.listed(name).unwrap()["state"], "paused");
     let again = user.refused(1, &["pause", name]);
     assert!(
-        again.contains(name) && again.contains("already paused"),
+        again.contains(name) && again.contains("already paused") && again.contains("vireo resume"),
         "{again}"
     );
     let deaf = user.refused(1, &["shutdown", name]);
@@ -308,7 +308,7 @@ fn a_guest_that_ignores_the_button_goes_on_or_is_ended_by_force_and_its_name_is_
     second.ends_with(1);
     let told = second.stderr.rest();
     assert!(
-        told.contains(&format!("'{name}' runs already")) && told.contains("--name"),
+        told.contains(&format!("machine '{name}' runs already")) && !told.contains("--api-socket"),
         "{told}"
     );
     machine.ends_with(0);
@@ -398,7 +398,10 @@ fn a_machine_that_has_powered_off_is_started_again() {
         (user.listed(&name)?["state"] == "created").then_some(())
     });
     let early = user.refused(1, &["pause", &name]);
-    assert!(early.contains("VM"), "{early}");
+    assert!(
+        early.contains("'vireo start'") && early.contains("'vireo destroy'"),
+        "{early}"
+    );
     user.done(&["start", &name]);
     while events.next().unwrap().unwrap().kind != "exit" {}
     user.done(&["destroy", &name]);

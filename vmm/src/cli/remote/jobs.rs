@@ -56,7 +56,13 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
                 .socket
                 .connect_and_split(arguments.words, ["JOB"])?;
             let cancelled = remote.client.cancel_job(&job);
-            cancelled.map_err(|error| remote.failed(error))
+            cancelled.map_err(|error| match error.status() {
+                Some(404) => anyhow::anyhow!(
+                    "{}: {error}: its jobs are told by 'vireo jobs list'",
+                    remote.who
+                ),
+                _ => remote.failed(error),
+            })
         }
     }
 }

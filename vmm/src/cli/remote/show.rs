@@ -220,8 +220,25 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
         let path = path.unwrap_or_else(dash);
         told.push(("Disk", format!("{id} at {path}{readonly}")));
     }
-    told.push(("Serial", serial(&config.serial)));
+    match config.serial.sinks.as_deref() {
+        Some(sinks) if !sinks.is_empty() => {
+            for sink in sinks {
+                let place = sink.socket.as_ref().or(sink.file.as_ref());
+                told.push(("Serial", at(&sink.mode, place)));
+            }
+        }
+        _ => told.push(("Serial", serial(&config.serial))),
+    }
     told
+}
+
+/// Where a sink leads.
+fn at(mode: &ConsoleMode, place: Option<&std::path::PathBuf>) -> String {
+    let mode = word(mode);
+    match place {
+        Some(place) => format!("{mode} {}", place.display()),
+        None => mode,
+    }
 }
 
 fn serial(serial: &wire::SerialConfig) -> String {
@@ -229,8 +246,7 @@ fn serial(serial: &wire::SerialConfig) -> String {
         ConsoleMode::Socket => serial.socket.as_ref(),
         _ => serial.file.as_ref(),
     };
-    let mode = word(&serial.mode);
-    place.map_or(mode.clone(), |place| format!("{mode} {}", place.display()))
+    at(&serial.mode, place)
 }
 
 pub(super) fn devices(arguments: &ShowArgs) -> anyhow::Result<()> {
@@ -265,10 +281,18 @@ pub(super) fn counters(arguments: &ShowArgs) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for (device, counters) in counters {
         for (name, value) in counters {
-            rows.push(vec![device.clone(), name, value.to_string()]);
+            rows.push(vec![device.clone(), name, counted(value)]);
         }
     }
     print(&table(&["DEVICE", "COUNTER", "VALUE"], &rows))
+}
+
+/// A counter's value. What has no value yet is told as the largest number, or as the 10000th part of it.
+fn counted(value: u64) -> String {
+    if matches!(value, u64::MAX | 1_844_674_407_370_955) {
+        return dash();
+    }
+    value.to_string()
 }
 
 pub(super) fn metrics(arguments: &MetricsArgs) -> anyhow::Result<()> {
@@ -290,6 +314,18 @@ mod tests {
         assert_eq!(start_ticks(""), None);
         assert!(uptime(std::process::id(), &Opener::new()).is_some());
         assert_eq!(uptime(u32::MAX, &Opener::new()), None);
+    }
+
+    #[test]
+    fn a_counter_without_a_value_yet_is_a_dash() {
+        for (value, text) in [
+            (0, "0"),
+            (7, "7"),
+            (u64::MAX, "-"),
+            (u64::MAX / 10_000, "-"),
+        ] {
+            assert_eq!(counted(value), text);
+        }
     }
 
     #[test]
