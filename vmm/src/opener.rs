@@ -632,7 +632,7 @@ const OTHERS: libc::mode_t = 0o077;
 #[expect(unsafe_code, reason = "umask(2) has no safe wrapper among our crates")]
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
     // SAFETY: umask takes no pointers and cannot fail.
-    let before = unsafe { libc::umask(OTHERS) };
+    let before = unsafe { libc::umask(OTHERS | 0o100) };
     let listener = UnixListener::bind(path);
     // SAFETY: as above.
     unsafe { libc::umask(before) };
