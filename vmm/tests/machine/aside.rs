@@ -204,7 +204,7 @@ impl Case {
 
 #[test]
 fn a_medium_that_takes_for_ever_to_open_holds_nobody_up_and_ends_with_the_machine() {
-    let Some(mut case) = Case::boot("slow-medium", "poke", "spin") else {
+    let Some(case) = Case::boot("slow-medium", "poke", "spin") else {
         return;
     };
     case.says("spin=begin");
