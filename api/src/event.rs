@@ -97,6 +97,11 @@ pub enum EventKind {
         /// Its size in bytes.
         size: u64,
     },
+    /// A disk has been given other limits or another medium.
+    DiskUpdated {
+        /// The device's id.
+        id: String,
+    },
     /// A write has gone past the threshold set on a disk, which is disarmed by that.
     DiskWriteThreshold {
         /// The device's id.

@@ -5,7 +5,7 @@
 //! sandbox can move into another process.
 //!
 //! What every descriptor has: close-on-exec. What is created is for its owner
-//! alone (files 0600, sockets 0700), and a symbolic link at its name is refused, not
+//! alone (files and sockets 0600), and a symbolic link at its name is refused, not
 //! followed. Existing input is opened through links, as users expect of paths.
 
 use std::fs::{self, File, FileType, OpenOptions};
@@ -676,13 +676,13 @@ fn describe(kind: FileType) -> &'static str {
     }
 }
 
-/// The bits of a new socket's mode that group and others would have.
-const OTHERS: libc::mode_t = 0o077;
+/// The bits of a new socket's mode that it does not get: what group and others would have, and execution.
+const WITHHELD: libc::mode_t = 0o177;
 
 #[expect(unsafe_code, reason = "umask(2) has no safe wrapper among our crates")]
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
     // SAFETY: umask takes no pointers and cannot fail.
-    let before = unsafe { libc::umask(OTHERS) };
+    let before = unsafe { libc::umask(WITHHELD) };
     let listener = UnixListener::bind(path);
     // SAFETY: as above.
     unsafe { libc::umask(before) };

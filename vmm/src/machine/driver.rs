@@ -523,13 +523,12 @@ impl Driver {
         self.machine.vcpus().pause();
         match request {
             GuestRequest::PowerOff | GuestRequest::PvShutdown => {
-                self.act(ExitReason::PowerOff, None);
+                self.act(ExitReason::PowerOff);
             }
-            GuestRequest::Reset => self.act(ExitReason::Reset, None),
+            GuestRequest::Reset => self.act(ExitReason::Reset),
             GuestRequest::Panicked => {
                 self.ears.events.publish(EventKind::GuestPanic);
-                let detail = "the guest's kernel panicked".to_owned();
-                self.act(ExitReason::GuestPanic, Some(detail));
+                self.act(ExitReason::GuestPanic);
             }
             GuestRequest::CrashLoaded => {
                 self.ears.events.publish(EventKind::GuestPanic);
@@ -552,7 +551,7 @@ impl Driver {
     }
 
     /// Does what is to be done about what the guest has done, which must not run past it.
-    fn act(&mut self, done: ExitReason, detail: Option<String>) {
+    fn act(&mut self, done: ExitReason) {
         let action = self.action(done);
         match action {
             GuestAction::Pause => {
@@ -573,7 +572,7 @@ impl Driver {
                 if action == GuestAction::Restart {
                     self.ears.events.publish(EventKind::Rebooting);
                 }
-                self.finish(done, detail);
+                self.finish(done, None);
                 if let Some(outcome) = &mut self.outcome {
                     outcome.next = action;
                 }

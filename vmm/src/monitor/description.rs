@@ -104,11 +104,18 @@ impl Description {
 
     fn resize(&mut self, request: &wire::VmResize) -> Result<(), ControlError> {
         if let Some(count) = request.desired_vcpus {
-            self.config.cpus.boot = u16::try_from(count).map_err(|_| {
-                ControlError::new(ErrorKind::Invalid, format!("{count} vCPUs are too many"))
-            })?;
             let cpus = &mut self.config.cpus;
-            cpus.max = cpus.max.map(|max| max.max(cpus.boot));
+            let most = cpus.most();
+            let boot = u16::try_from(count)
+                .ok()
+                .filter(|boot| (1..=most).contains(boot));
+            cpus.boot = boot.ok_or_else(|| {
+                let message =
+                    format!("{count} vCPUs: this machine has 1 to {most}; max_vcpus says how many");
+                ControlError::new(ErrorKind::Invalid, message)
+            })?;
+            // With fewer at boot, what was all of them is what there may be.
+            cpus.max = (most > cpus.boot).then_some(most);
             self.wire.cpus.boot_vcpus = count;
         }
         if let Some(size) = request.desired_ram {
@@ -221,6 +228,31 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn a_machine_that_is_not_booted_has_no_more_vcpus_than_it_may_have() {
+        for max in [2, 4] {
+            let wire = json!({ "payload": {}, "cpus": { "boot_vcpus": 2, "max_vcpus": max } });
+            let wire = serde_json::from_value(wire).unwrap();
+            let mut description = Description::from_wire(wire).unwrap();
+            let resize = |description: &Description, count| {
+                let request = wire::VmResize {
+                    desired_vcpus: Some(count),
+                    ..wire::VmResize::default()
+                };
+                description.changed(Command::Resize(request), MODELS)
+            };
+            for count in [0, max + 1, 70_000] {
+                let refused = resize(&description, count).err().unwrap();
+                assert_eq!(refused.kind, ErrorKind::Invalid, "{refused}");
+            }
+            for count in [1, max] {
+                description = resize(&description, count).unwrap();
+                assert_eq!(description.wire.cpus.boot_vcpus, count);
+                assert_eq!(u32::from(description.config.cpus.boot), count);
+            }
+        }
+    }
 
     #[test]
     fn both_forms_agree_on_memory_that_was_added_before_the_boot_in_use_and_between() {

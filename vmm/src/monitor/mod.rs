@@ -302,6 +302,8 @@ impl Monitor {
         }
         if let Some(detail) = &outcome.detail {
             notice::tell(detail);
+        } else if outcome.reason == ExitReason::GuestPanic {
+            notice::tell("the guest's kernel panicked");
         }
         Ok(after)
     }

@@ -160,7 +160,7 @@ mod tests {
         assert!(matches!(error, OpenError::SocketInUse { .. }), "{error}");
         UnixStream::connect(&path).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o077, 0, "{mode:o}");
+        assert_eq!(mode & 0o777, 0o600, "{mode:o}");
         drop(first);
         assert!(!path.exists());
         drop(ApiSocket::listen(&place, &opener).unwrap());

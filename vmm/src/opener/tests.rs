@@ -141,7 +141,7 @@ fn a_socket_is_private_and_a_live_one_is_not_taken_over() {
     let dir = dir();
     let path = dir.path().join("s");
     let listener = Opener::new().listen_unix(&path).unwrap();
-    assert_eq!(mode(&path), 0o700);
+    assert_eq!(mode(&path), 0o600);
     assert!(matches!(
         Opener::new().listen_unix(&path),
         Err(OpenError::SocketInUse { .. })

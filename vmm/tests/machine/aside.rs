@@ -220,6 +220,10 @@ fn a_medium_that_takes_for_ever_to_open_holds_nobody_up_and_ends_with_the_machin
     assert!(first.try_recv().is_err(), "not answered yet");
     open.send(()).unwrap();
     assert_eq!(first.recv_timeout(LIMIT).unwrap(), Ok(Reply::Done));
+    let told = EventKind::DiskUpdated {
+        id: case.id.clone(),
+    };
+    while case.machine.next_event() != told {}
     let shown = case.machine.handle.info().unwrap().config;
     let path = shown.disks.unwrap()[0].path.clone();
     assert_eq!(path, Some(case.directory.path().join("second")));

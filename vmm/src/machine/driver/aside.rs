@@ -317,6 +317,8 @@ impl Driver {
         let update = description.config.plan_update(request)?;
         description.update(request, update);
         self.show_devices();
+        let id = request.id.clone();
+        self.ears.events.publish(EventKind::DiskUpdated { id });
         Ok(Reply::Done)
     }
 
