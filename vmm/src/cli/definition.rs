@@ -10,6 +10,7 @@ use super::Failure;
 use crate::config::file::FileError;
 use crate::config::{HostLimits, VmConfig, files, is_name};
 use crate::definitions::{DefinitionError, Definitions};
+use crate::notice;
 use crate::opener::Opener;
 
 const ENDING: &str = ".toml";
@@ -131,6 +132,7 @@ pub(super) fn define(arguments: DefineArgs, opener: &Opener) -> Result<u8, Failu
     let text = config.to_toml(MODELS);
     stored
         .store(&name, &text, arguments.replace)
+        .and_then(|()| stored.drop_draft(&name))
         .map_err(failed)?;
     Ok(0)
 }
@@ -143,7 +145,14 @@ pub(super) fn edit(arguments: &NameArgs, opener: &Opener) -> Result<u8, Failure>
     // What was refused before is gone on with.
     let begun = stored.draft_text(name).map_err(failed)?;
     let draft = match begun {
-        Some(_) => stored.draft(name),
+        Some(_) => {
+            let draft = stored.draft(name);
+            notice::tell(format_args!(
+                "going on with the copy that was not taken before: remove {} to begin anew",
+                draft.display()
+            ));
+            draft
+        }
         None => stored.store_draft(name, &old).map_err(failed)?,
     };
     let status = opener
