@@ -47,7 +47,7 @@ const DEVICE: &str = "device";
 /// The flags besides those of the device models.
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// Name of the machine: letters, digits, '.', '_' and '-'
+    /// Name of the machine: letters, digits, '.', '_' and '-'; first a letter or digit
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
 
