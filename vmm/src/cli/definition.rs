@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use virtio::models::MODELS;
 
-use super::Failure;
+use super::{Failure, run};
 use crate::config::file::FileError;
 use crate::config::{HostLimits, VmConfig, files, is_name};
 use crate::definitions::{DefinitionError, Definitions};
@@ -197,6 +197,16 @@ fn editor() -> String {
 pub(super) fn validate(arguments: &ValidateArgs, opener: &Opener) -> Result<u8, Failure> {
     let config = load(&arguments.file, opener)?;
     check(&config, &arguments.file)?;
+    let what = || arguments.file.clone();
+    if config.payload.kernel.is_none() {
+        let told = "nothing to boot: give payload.kernel; 'vireo serve' alone takes it as it is";
+        return Err(Failure::Usage(anyhow::anyhow!(told).context(what())));
+    }
+    if config.name.is_none() {
+        run::check_ends(&config).map_err(|error| Failure::Usage(error.context(what())))?;
+    }
+    files::check_present(&config, MODELS)
+        .map_err(|error| Failure::Failed(anyhow::Error::new(error).context(what())))?;
     Ok(0)
 }
 

@@ -351,7 +351,7 @@ pub(super) fn start(
 }
 
 /// That a machine which nobody can reach waits for nobody.
-fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
+pub(super) fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
     let waits = |action| matches!(action, GuestAction::Stop | GuestAction::Pause);
     match config
         .actions()

@@ -174,6 +174,21 @@ fn a_copy_that_was_refused_is_told_of_and_goes_when_the_definition_is_replaced()
 }
 
 #[test]
+fn a_machine_that_could_not_be_started_is_not_valid() {
+    let home = Home::new();
+    fs::write(home.path("bad.toml"), "").unwrap();
+    let validate = ["validate", "bad.toml"];
+    let told = home.refused("false", 2, &validate);
+    assert!(told.contains("payload.kernel"), "{told}");
+    home.file("bad.toml", "hello", "", "on_panic = \"stop\"");
+    let told = home.refused("false", 2, &validate);
+    assert!(told.contains("--on-panic"), "{told}");
+    fs::write(home.path("bad.toml"), "payload.kernel = \"gone\"").unwrap();
+    let told = home.refused("false", 1, &validate);
+    assert!(told.contains("--kernel") && told.contains("gone"), "{told}");
+}
+
+#[test]
 fn what_is_wrong_in_a_file_is_told_with_its_line() {
     let home = Home::new();
     for (text, code, part) in [
