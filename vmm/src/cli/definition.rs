@@ -6,10 +6,11 @@ use anyhow::Context;
 use clap::Args;
 use virtio::models::MODELS;
 
-use super::Failure;
+use super::{Failure, run};
 use crate::config::file::FileError;
 use crate::config::{HostLimits, VmConfig, files, is_name};
 use crate::definitions::{DefinitionError, Definitions};
+use crate::notice;
 use crate::opener::Opener;
 
 const ENDING: &str = ".toml";
@@ -131,6 +132,7 @@ pub(super) fn define(arguments: DefineArgs, opener: &Opener) -> Result<u8, Failu
     let text = config.to_toml(MODELS);
     stored
         .store(&name, &text, arguments.replace)
+        .and_then(|()| stored.drop_draft(&name))
         .map_err(failed)?;
     Ok(0)
 }
@@ -143,7 +145,14 @@ pub(super) fn edit(arguments: &NameArgs, opener: &Opener) -> Result<u8, Failure>
     // What was refused before is gone on with.
     let begun = stored.draft_text(name).map_err(failed)?;
     let draft = match begun {
-        Some(_) => stored.draft(name),
+        Some(_) => {
+            let draft = stored.draft(name);
+            notice::tell(format_args!(
+                "going on with the copy that was not taken before: remove {} to begin anew",
+                draft.display()
+            ));
+            draft
+        }
         None => stored.store_draft(name, &old).map_err(failed)?,
     };
     let status = opener
@@ -188,6 +197,16 @@ fn editor() -> String {
 pub(super) fn validate(arguments: &ValidateArgs, opener: &Opener) -> Result<u8, Failure> {
     let config = load(&arguments.file, opener)?;
     check(&config, &arguments.file)?;
+    let what = || arguments.file.clone();
+    if config.payload.kernel.is_none() {
+        let told = "nothing to boot: give payload.kernel; 'vireo serve' alone takes it as it is";
+        return Err(Failure::Usage(anyhow::anyhow!(told).context(what())));
+    }
+    if config.name.is_none() {
+        run::check_ends(&config).map_err(|error| Failure::Usage(error.context(what())))?;
+    }
+    files::check_present(&config, MODELS)
+        .map_err(|error| Failure::Failed(anyhow::Error::new(error).context(what())))?;
     Ok(0)
 }
 

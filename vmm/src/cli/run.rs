@@ -47,7 +47,7 @@ const DEVICE: &str = "device";
 /// The flags besides those of the device models.
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// Name of the machine: letters, digits, '.', '_' and '-'
+    /// Name of the machine: letters, digits, '.', '_' and '-'; first a letter or digit
     ///
     /// The verbs find the machine by it, unless --api-socket puts its socket elsewhere: they then need that path.
     #[arg(long, value_name = "NAME")]
@@ -353,7 +353,7 @@ pub(super) fn start(
 }
 
 /// That a machine which nobody can reach waits for nobody.
-fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
+pub(super) fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
     let waits = |action| matches!(action, GuestAction::Stop | GuestAction::Pause);
     match config
         .actions()

@@ -183,6 +183,22 @@ pub fn check_machine(config: &VmConfig, own: &OwnFiles) -> Result<(), ConfigErro
         .try_for_each(|(flag, path)| claim(&mut used, flag, path))
 }
 
+/// Checks that every file is there that the machine reads.
+///
+/// # Errors
+///
+/// [`ConfigError::Missing`].
+pub fn check_present(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
+    let mut used = inputs(config, models).into_iter();
+    let missing = used.find_map(|(identity, user)| match identity {
+        Identity::Absent(path) if !path.to_string_lossy().contains("://") => Some((path, user)),
+        _ => None,
+    });
+    missing.map_or(Ok(()), |(path, user)| {
+        Err(ConfigError::Missing { user, path })
+    })
+}
+
 /// Every file that the machine uses or writes, and what does.
 fn in_use(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
     let mut used = inputs(config, models);

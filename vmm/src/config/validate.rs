@@ -235,6 +235,14 @@ pub enum ConfigError {
         /// How it names the file.
         second_path: PathBuf,
     },
+    /// A file that the machine reads is not there.
+    #[error("{user}: {} cannot be found: check the path", path.display())]
+    Missing {
+        /// What reads it: a flag, or a device.
+        user: String,
+        /// The file.
+        path: PathBuf,
+    },
     /// A file that would be overwritten is used otherwise.
     #[error(
         "{output}{}: it would overwrite what {other} uses: give it a file of its own",
