@@ -293,7 +293,7 @@ fn of_two_monitors_on_one_name_the_second_ends_and_the_first_runs_on() {
     console.output.wait_for("echo=ready");
     let mut second = start();
     let said = second.stderr.rest();
-    assert!(said.contains("another process"), "{said}");
+    assert!(said.contains("runs already"), "{said}");
     second.ends_with(1);
     console.echo("still here");
     assert!(first.is_running());
