@@ -5,9 +5,10 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use crate::machine::driver::ppoll;
 
 /// A pipe that can be written to takes so many bytes without waiting (`PIPE_BUF`).
 const AT_ONCE: usize = 4096;
@@ -31,15 +32,16 @@ struct Unhurried<W>(W);
 
 impl<W: Write + AsFd> Write for Unhurried<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut output = [PollFd::new(&self.0, PollFlags::OUT)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        match poll(&mut output, Some(&now)) {
-            Ok(0) => Ok(bytes.len()),
-            _ => self.0.write(bytes.get(..AT_ONCE).unwrap_or(bytes)),
+        let mut output = [libc::pollfd {
+            fd: self.0.as_fd().as_raw_fd(),
+            events: libc::POLLOUT,
+            revents: 0,
+        }];
+        ppoll(&mut output, Some(Duration::ZERO))?;
+        if output[0].revents == 0 {
+            return Ok(bytes.len());
         }
+        self.0.write(bytes.get(..AT_ONCE).unwrap_or(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {

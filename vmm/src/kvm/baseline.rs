@@ -394,18 +394,7 @@ impl Register {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 {
-            function,
-            index,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        }
-    }
+    use crate::kvm::cpuid::tests::{entry, find};
 
     /// A host with everything, and room for AVX (2) and AVX-512 (5 to 7).
     fn host() -> Vec<kvm_cpuid_entry2> {
@@ -427,13 +416,6 @@ mod tests {
             entry(0x8000_0008, 0, ones),
             entry(0x8000_0021, 0, ones),
         ]
-    }
-
-    fn find(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> kvm_cpuid_entry2 {
-        *entries
-            .iter()
-            .find(|entry| (entry.function, entry.index) == (leaf, subleaf))
-            .unwrap()
     }
 
     #[test]

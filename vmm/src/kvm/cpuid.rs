@@ -269,10 +269,11 @@ fn topology_leaf(function: u32, topology: Topology) -> Vec<kvm_cpuid_entry2> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+    /// A subleaf with these registers, from EAX on.
+    pub fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 {
             function,
             index,
@@ -306,7 +307,8 @@ mod tests {
         .unwrap()
     }
 
-    fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+    /// The subleaf of a set that has it.
+    pub fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
         *entries
             .iter()
             .find(|e| e.function == function && e.index == index)
