@@ -157,7 +157,7 @@ impl Client {
         let request = request(method, endpoint, "", body);
         match connection.send(&request, descriptors, deadline) {
             // Who does not read all may have answered why.
-            Ok(()) | Err(ClientError::Broken { .. }) => (),
+            Ok(()) | Err(ClientError::Closed { .. } | ClientError::Broken { .. }) => (),
             Err(error) => return Err(error),
         }
         let head = connection.head(deadline)?;

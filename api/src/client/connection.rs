@@ -292,6 +292,8 @@ impl Connection {
                 path,
                 waited: deadline.time,
             },
+            // It has ended before it read all that was sent.
+            Errno::CONNRESET | Errno::PIPE => ClientError::Closed { path },
             error => ClientError::Broken {
                 path,
                 source: error.into(),

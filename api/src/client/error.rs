@@ -118,10 +118,6 @@ impl ClientError {
                 source.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
             ),
-            Self::Broken { source, .. } => matches!(
-                source.kind(),
-                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
-            ),
             _ => false,
         }
     }

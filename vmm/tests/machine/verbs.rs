@@ -9,9 +9,10 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use api::client::Client;
+use api::wire::{DeviceInfo, DeviceState};
 use serde_json::Value;
 
-use crate::support::{Vireo, can_run, guest, run_arguments};
+use crate::support::{Vireo, can_run, guest, run_arguments, until};
 
 /// A user with directories of their own, unless that is root, whose sockets are in one place.
 struct User {
@@ -335,25 +336,35 @@ fn force_ends_a_machine_that_does_not_hear_the_button() {
 }
 
 #[test]
-fn a_removal_for_which_a_machine_does_not_live_long_enough_is_told_so() {
+fn a_removal_that_the_machines_end_finishes_is_done_and_one_that_nobody_finishes_is_told_so() {
     if !can_run() {
         return;
     }
-    let user = User::new();
-    let name = user.name();
-    fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
-    let flags = ["--disk", "path=a.img,format=raw,id=data"];
-    let mut machine = user.start(&name, "poke", "outs halt", &flags);
-    machine.stdout.wait_for("outs=");
-    let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
-    user.done(&["destroy", &name]);
-    verb.ends_with(1);
-    let told = verb.stderr.rest();
-    assert!(
-        told.contains("has ended") || told.contains("no machine"),
-        "{told}"
-    );
-    machine.ends_with(0);
+    for killed in [false, true] {
+        let user = User::new();
+        let name = user.name();
+        fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
+        let flags = ["--disk", "path=a.img,format=raw,id=data"];
+        let mut machine = user.start(&name, "poke", "outs halt", &flags);
+        machine.stdout.wait_for("outs=");
+        let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
+        let mut client = Client::connect(user.socket(&name)).unwrap();
+        until("the request to the guest", || {
+            let devices = client.devices().unwrap();
+            let asked = |device: &DeviceInfo| device.state == DeviceState::Removing;
+            devices.iter().any(asked).then_some(())
+        });
+        if killed {
+            machine.signal("KILL");
+            verb.ends_with(1);
+            let told = verb.stderr.rest();
+            assert!(told.contains("has ended before its guest"), "{told}");
+        } else {
+            user.done(&["destroy", &name]);
+            verb.ends_with(0);
+            machine.ends_with(0);
+        }
+    }
 }
 
 #[test]
@@ -394,7 +405,7 @@ fn a_machine_that_has_powered_off_is_started_again() {
     let client = Client::connect(user.socket_when_there(&name)).unwrap();
     let mut events = client.events(Some(0)).unwrap();
     while events.next().unwrap().unwrap().kind != "exit" {}
-    crate::support::until("the state after the end", || {
+    until("the state after the end", || {
         (user.listed(&name)?["state"] == "created").then_some(())
     });
     let early = user.refused(1, &["pause", &name]);
@@ -412,7 +423,7 @@ fn a_machine_that_has_powered_off_is_started_again() {
 impl User {
     fn socket_when_there(&self, name: &str) -> PathBuf {
         let socket = self.socket(name);
-        crate::support::until("the socket", || Client::connect(&socket).ok());
+        until("the socket", || Client::connect(&socket).ok());
         socket
     }
 }

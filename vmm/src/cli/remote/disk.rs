@@ -307,11 +307,15 @@ fn wait_for_removal(
     let ended = |who: &str| {
         anyhow::anyhow!("{who}: the machine has ended before its guest has given '{id}' up")
     };
+    // A machine that ends takes out what its guest was to give up, and says so before its end.
+    let mut told_so = false;
     loop {
         match has_disk(&mut remote.client, id) {
             Ok(false) => return Ok(Some(())),
+            Err(error) if error.is_gone() && told_so => return Ok(Some(())),
             Ok(true) => (),
-            Err(error) if error.is_gone() => return Err(ended(&remote.who)),
+            // What it has said last is heard all the same.
+            Err(error) if error.is_gone() => (),
             Err(error) => return Err(remote.failed(error)),
         }
         // The event may come a moment before the description is without the disk.
@@ -319,13 +323,15 @@ fn wait_for_removal(
         let until = soon.map_or(deadline, |soon| soon.min(deadline));
         let told = watch.next(until).map_err(|error| remote.failed(error))?;
         match told.and_then(|told| told.event()).map(|event| event.kind) {
+            Some(EventKind::DeviceRemoved { id: removed, .. }) if removed == id => told_so = true,
+            Some(EventKind::Exit { .. }) if told_so => return Ok(Some(())),
             Some(EventKind::Exit { .. }) => return Err(ended(&remote.who)),
             Some(EventKind::DeviceKept {
                 id: kept, reason, ..
             }) if kept == id => {
                 anyhow::bail!("{}: '{id}' stays: {reason}: remove it again", remote.who)
             }
-            _ if watch.has_ended() => return Err(ended(&remote.who)),
+            _ if watch.has_ended() && !told_so => return Err(ended(&remote.who)),
             _ => (),
         }
         if Instant::now() >= deadline {
