@@ -40,6 +40,15 @@ pub fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
+/// Opens no network.
+pub struct NoNetworks;
+
+impl net::Opener for NoNetworks {
+    fn network(&self, _request: &net::Request) -> Result<Box<dyn net::Backend>, net::BackendError> {
+        Err(net::BackendError::Refused)
+    }
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub enum Notice {
     Queue(u16),

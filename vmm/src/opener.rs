@@ -24,6 +24,7 @@ use crate::places;
 mod connect;
 mod documents;
 mod lease;
+mod networks;
 
 pub use documents::NewFile;
 

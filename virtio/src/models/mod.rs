@@ -36,6 +36,8 @@ pub struct BuildContext {
     pub id: String,
     /// How it opens files.
     pub opener: Arc<dyn block::Opener>,
+    /// How it opens networks.
+    pub networks: Arc<dyn ::net::Opener>,
     /// How many vCPUs the machine has: a good number of queues.
     pub cpus: u16,
     /// The limits that devices share.
@@ -94,7 +96,7 @@ macro_rules! models {
     };
 }
 
-models! { blk, rng }
+models! { blk, net, rng }
 
 /// The model of this kind.
 #[must_use]

@@ -401,6 +401,7 @@ impl Machine {
         BuildContext {
             id: id.to_owned(),
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
+            networks: Arc::clone(opener) as Arc<dyn net::Opener>,
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
         }
