@@ -346,6 +346,11 @@ impl Client {
         self.ask("vm.update-disk", request)
     }
 
+    /// Changes limits or link of a network card.
+    pub fn update_net(&mut self, request: &wire::VmUpdateNet) -> Result<(), ClientError> {
+        self.ask("vm.update-net", request)
+    }
+
     /// Adds a disk; where it is, when there is a machine.
     pub fn add_disk(
         &mut self,

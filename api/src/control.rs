@@ -89,6 +89,8 @@ pub enum Command {
     RemoveDevice(wire::VmRemoveDevice),
     /// Change limits or medium of a disk.
     UpdateDisk(Box<wire::VmUpdateDisk>),
+    /// Change limits or link of a network card.
+    UpdateNet(Box<wire::VmUpdateNet>),
     /// Add or remove a sink of a console.
     Console(wire::VmConsole),
     /// Write the guest's memory and registers into an ELF file.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::wire::LinkState;
 use crate::{PauseReason, VmState};
 
 /// Why a machine ended.
@@ -101,6 +102,14 @@ pub enum EventKind {
     DiskUpdated {
         /// The device's id.
         id: String,
+    },
+    /// A network card has been given other limits or another link.
+    NetUpdated {
+        /// The device's id.
+        id: String,
+        /// What its link has been set to.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        link: Option<LinkState>,
     },
     /// A write has gone past the threshold set on a disk, which is disarmed by that.
     DiskWriteThreshold {

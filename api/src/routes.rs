@@ -71,6 +71,8 @@ pub enum Endpoint {
     VmResizeDisk,
     /// PUT vm.update-disk
     VmUpdateDisk,
+    /// PUT vm.update-net
+    VmUpdateNet,
     /// PUT vm.add-disk
     VmAddDisk,
     /// PUT vm.add-net
@@ -391,6 +393,14 @@ pub const ROUTES: &[Route] = &[
     .added()
     .about("Changes a disk's limits, or the medium of a read-only one.")
     .takes::<wire::VmUpdateDisk>(),
+    put(
+        Endpoint::VmUpdateNet,
+        "vm.update-net",
+        "The network device could not be updated",
+    )
+    .added()
+    .about("Changes a network card's limits, or its link.")
+    .takes::<wire::VmUpdateNet>(),
     put(
         Endpoint::VmAddDisk,
         "vm.add-disk",

@@ -4,6 +4,7 @@
 //! demands are on those lines.
 
 mod driven;
+mod network;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
@@ -198,6 +199,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     if kernel.ends_with("cloud") {
         cases.push(killed(kernel, ""));
         cases.push(driven::whole_life(kernel));
+        cases.push(network::reaches_its_host(kernel));
     }
     cases
 }

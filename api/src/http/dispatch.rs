@@ -225,6 +225,7 @@ impl Dispatcher {
             Endpoint::VmResize => Command::Resize(self.body(route, &request)?),
             Endpoint::VmResizeDisk => Command::ResizeDisk(self.body(route, &request)?),
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
+            Endpoint::VmUpdateNet => Command::UpdateNet(self.body(route, &request)?),
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),

@@ -163,7 +163,7 @@ pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) ->
 
 impl VmConfig {
     /// Gives each device that has none an id (its model's flag and the first
-    /// free number) and a PCI slot (the first free one), in order. What was
+    /// free number) and a PCI slot (the first free one), in order, and each network card an address. What was
     /// given stays. With more devices than slots the last stay without, which
     /// [`VmConfig::validate`] refuses.
     pub fn complete(&mut self, models: &[Model]) {
@@ -179,6 +179,7 @@ impl VmConfig {
                 device.address = free.next();
             }
         }
+        self.complete_networks();
     }
 }
 

@@ -19,6 +19,7 @@ pub mod file;
 pub mod files;
 pub mod flag;
 pub mod host;
+mod network;
 pub mod serial;
 pub mod smbios;
 mod validate;

@@ -235,6 +235,26 @@ pub enum ConfigError {
         /// How it names the file.
         second_path: PathBuf,
     },
+    /// A network card's configuration makes no sense.
+    #[error("--net (id {id}): {reason}")]
+    Network {
+        /// The card.
+        id: String,
+        /// What is wrong, with the mend.
+        reason: String,
+    },
+    /// Two network cards have one address.
+    #[error(
+        "--net: {first} and {second} have the same MAC address {mac}: give one of them another"
+    )]
+    SameMac {
+        /// The address.
+        mac: net::MacAddress,
+        /// The card that came first.
+        first: String,
+        /// The card that came second.
+        second: String,
+    },
     /// A file that the machine reads is not there.
     #[error("{user}: {} cannot be found: check the path", path.display())]
     Missing {
@@ -366,7 +386,7 @@ impl VmConfig {
                 }
             })?;
         }
-        Ok(())
+        self.validate_networks()
     }
 
     fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {

@@ -19,6 +19,7 @@
 mod devices;
 mod missing;
 mod names;
+mod networks;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,7 @@ use crate::layout::port;
 
 pub use devices::{DiskUpdate, update_disk};
 pub use names::name_devices;
+pub use networks::{NetUpdate, address_nets, update_net};
 
 /// The chain of a refusal begins with this, as v1 clients expect.
 const INVALID: &str = "Failed to validate config";
@@ -60,6 +62,7 @@ impl From<&ConfigError> for ControlError {
         match error {
             ConfigError::DuplicateId { id, .. } => not_unique(id),
             ConfigError::SameDisk { .. }
+            | ConfigError::SameMac { .. }
             | ConfigError::DuplicateSlot { .. }
             | ConfigError::OutputInUse { .. } => conflict(error.to_string()),
             _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
@@ -175,6 +178,7 @@ impl VmConfig {
         };
         let hotplug_size = self.memory.hotplug_size;
         let (disks, rng) = devices::to_wire(&self.devices, self.cpus.boot);
+        let nets: Vec<_> = self.devices.iter().filter_map(networks::to_wire).collect();
         let groups: Vec<_> = self.rate_limit_groups.iter().map(Into::into).collect();
         wire::VmConfig {
             cpus: wire::CpusConfig {
@@ -204,6 +208,7 @@ impl VmConfig {
             }),
             rate_limit_groups: (!groups.is_empty()).then_some(groups),
             disks: (!disks.is_empty()).then_some(disks),
+            net: (!nets.is_empty()).then_some(nets),
             rng: rng.unwrap_or_default(),
             serial: (&self.serial).into(),
             console: wire::ConsoleConfig {

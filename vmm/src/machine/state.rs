@@ -23,6 +23,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::AddDevice(_)
         | Command::RemoveDevice(_)
         | Command::UpdateDisk(_)
+        | Command::UpdateNet(_)
         | Command::Coredump(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),

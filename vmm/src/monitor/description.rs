@@ -1,9 +1,16 @@
 //! What a machine is made from, as its clients gave it and as it is built.
 
-use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire};
+use serde_json::Value;
 use virtio::models::Model;
 
-use crate::config::wire::{DiskUpdate, name_devices, update_disk};
+use crate::config::wire::{
+    DiskUpdate, NetUpdate, address_nets, name_devices, update_disk, update_net,
+};
 use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
 use crate::error::chain;
 use crate::machine::state::wrong_state;
@@ -15,6 +22,72 @@ pub struct Description {
     pub wire: wire::VmConfig,
     /// As the machine is built.
     pub config: VmConfig,
+    /// The descriptors that came with a device, by its id. They are open as long as
+    /// it is described: a machine that is booted anew opens its devices anew.
+    passed: BTreeMap<String, Arc<Vec<OwnedFd>>>,
+}
+
+/// A change of a device.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// `vm.update-disk`.
+    Disk(wire::VmUpdateDisk),
+    /// `vm.update-net`.
+    Net(wire::VmUpdateNet),
+}
+
+impl Update {
+    /// Of which device.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Disk(request) => &request.id,
+            Self::Net(request) => &request.id,
+        }
+    }
+
+    /// What is told once it has been done.
+    #[must_use]
+    pub fn event(&self) -> EventKind {
+        let id = self.id().to_owned();
+        match self {
+            Self::Disk(_) => EventKind::DiskUpdated { id },
+            Self::Net(request) => EventKind::NetUpdated {
+                id,
+                link: request.link,
+            },
+        }
+    }
+}
+
+/// A change that makes sense.
+#[derive(Clone, Debug)]
+pub struct PlannedUpdate {
+    /// The device's configuration after it.
+    pub device: DeviceConfig,
+    /// What the device in the machine is told.
+    pub patch: Value,
+}
+
+/// Decides what of a device to be added is left to chance, so that planning it again has the same result.
+pub fn settle(device: &mut AddDevice) {
+    match device {
+        AddDevice::Net(net, _) => {
+            let mut described = wire::VmConfig {
+                net: Some(vec![net.clone()]),
+                ..wire::VmConfig::default()
+            };
+            address_nets(&mut described);
+            if let Some(settled) = described.net.and_then(|nets| nets.into_iter().next()) {
+                *net = settled;
+            }
+        }
+        AddDevice::Virtio(device) if device.kind == virtio::models::net::MODEL.kind => {
+            let mac = || Value::String(virtio::models::net::random_mac().to_string());
+            device.config.entry("mac").or_insert_with(mac);
+        }
+        _ => {}
+    }
 }
 
 impl Description {
@@ -25,6 +98,7 @@ impl Description {
         Self {
             wire: config.to_wire(),
             config,
+            passed: BTreeMap::new(),
         }
     }
 
@@ -34,9 +108,14 @@ impl Description {
     ///
     /// [`ErrorKind::Invalid`] and [`ErrorKind::Conflict`] for what makes no sense, and
     /// [`ErrorKind::Unimplemented`] for what this monitor has not.
-    pub fn from_wire(wire: wire::VmConfig) -> Result<Self, ControlError> {
+    pub fn from_wire(mut wire: wire::VmConfig) -> Result<Self, ControlError> {
+        address_nets(&mut wire);
         let config = VmConfig::from_wire(&wire)?;
-        Ok(Self { wire, config })
+        Ok(Self {
+            wire,
+            config,
+            passed: BTreeMap::new(),
+        })
     }
 
     /// Whether there is anything to boot.
@@ -60,7 +139,8 @@ impl Description {
     ) -> Result<Self, ControlError> {
         let mut new = self.clone();
         match command {
-            Command::AddDevice(device) => {
+            Command::AddDevice(mut device) => {
+                settle(&mut device);
                 let planned = self.plan(&device)?;
                 new.add(planned);
             }
@@ -73,9 +153,16 @@ impl Description {
             }
             Command::Resize(request) => new.resize(&request)?,
             Command::UpdateDisk(request) => {
-                let update = self.config.plan_update(&request)?;
+                let update = Update::Disk(*request);
+                let planned = self.plan_update(&update)?;
                 name_devices(&mut new.wire);
-                new.update(&request, update);
+                new.update(&update, planned);
+            }
+            Command::UpdateNet(request) => {
+                let update = Update::Net(*request);
+                let planned = self.plan_update(&update)?;
+                name_devices(&mut new.wire);
+                new.update(&update, planned);
             }
             other => return Err(wrong_state(VmState::Created, &other)),
         }
@@ -146,18 +233,32 @@ impl Description {
             AddDevice::Disk(disk) => {
                 let (disk, config) = self.config.plan_disk(disk)?;
                 Ok(Planned {
-                    config,
                     disk: Some(disk),
+                    ..Planned::of(config)
                 })
             }
             AddDevice::Virtio(device) => {
                 let config = self.config.plan_device(device)?;
                 Ok(Planned {
                     disk: self.config.shown_disk(&config),
-                    config,
+                    net: self.config.shown_net(&config),
+                    ..Planned::of(config)
                 })
             }
-            AddDevice::Net(..) => lacks("network cards"),
+            AddDevice::Net(net, descriptors) => {
+                let copies = descriptors.iter().map(OwnedFd::try_clone);
+                let passed = copies.collect::<Result<Vec<_>, _>>().map_err(|error| {
+                    ControlError::from_error(ErrorKind::Failed, &error)
+                        .context("the descriptors cannot be kept")
+                })?;
+                let numbers: Vec<RawFd> = passed.iter().map(AsRawFd::as_raw_fd).collect();
+                let (net, config) = self.config.plan_net(net, &numbers)?;
+                Ok(Planned {
+                    net: Some(net),
+                    passed: Arc::new(passed),
+                    ..Planned::of(config)
+                })
+            }
             AddDevice::Vsock(_) => lacks("vsock device"),
             AddDevice::Fs(_) => lacks("shared directories"),
         }
@@ -165,17 +266,52 @@ impl Description {
 
     /// Takes up a device that has been planned.
     pub fn add(&mut self, planned: Planned) {
-        self.config.devices.push(planned.config);
-        if let Some(disk) = planned.disk {
+        let Planned {
+            config,
+            disk,
+            net,
+            passed,
+        } = planned;
+        if !passed.is_empty() {
+            self.passed.insert(config.id.clone(), passed);
+        }
+        self.config.devices.push(config);
+        if let Some(disk) = disk {
             self.wire.disks.get_or_insert_default().push(disk);
+        }
+        if let Some(net) = net {
+            self.wire.net.get_or_insert_default().push(net);
         }
     }
 
-    /// Takes up a change of a disk that has been planned.
-    pub fn update(&mut self, request: &wire::VmUpdateDisk, update: DiskUpdate) {
-        // Every disk is in both forms.
-        let _ = update_disk(&mut self.wire, request);
-        let DiskUpdate { device, .. } = update;
+    /// What a device will be after a change. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Invalid`], [`ErrorKind::Conflict`].
+    pub fn plan_update(&self, update: &Update) -> Result<PlannedUpdate, ControlError> {
+        Ok(match update {
+            Update::Disk(request) => {
+                let DiskUpdate { device, patch } = self.config.plan_update(request)?;
+                PlannedUpdate { device, patch }
+            }
+            Update::Net(request) => {
+                let NetUpdate { device, patch } = self.config.plan_net_update(request)?;
+                PlannedUpdate { device, patch }
+            }
+        })
+    }
+
+    /// Takes up a change of a device that has been planned.
+    pub fn update(&mut self, update: &Update, planned: PlannedUpdate) {
+        let PlannedUpdate { device, .. } = planned;
+        match update {
+            Update::Disk(request) => {
+                // Every disk is in both forms.
+                let _ = update_disk(&mut self.wire, request);
+            }
+            Update::Net(_) => update_net(&mut self.wire, &device),
+        }
         let mut devices = self.config.devices.iter_mut();
         if let Some(known) = devices.find(|known| known.id == device.id) {
             *known = device;
@@ -191,6 +327,13 @@ impl Description {
                 self.wire.disks = None;
             }
         }
+        if let Some(nets) = &mut self.wire.net {
+            nets.retain(|net| net.id.as_deref().is_none_or(&keep));
+            if nets.is_empty() {
+                self.wire.net = None;
+            }
+        }
+        self.passed.retain(|id, _| keep(id));
     }
 
     /// Gives every device its name, as its clients are to see it from now on.
@@ -218,6 +361,22 @@ pub struct Planned {
     pub config: DeviceConfig,
     /// As clients see it, when it is a disk.
     disk: Option<wire::DiskConfig>,
+    /// As clients see it, when it is a network card.
+    net: Option<wire::NetConfig>,
+    /// The descriptors that came along, by whose numbers the configuration names them.
+    passed: Arc<Vec<OwnedFd>>,
+}
+
+impl Planned {
+    /// One that clients see among the devices alone.
+    fn of(config: DeviceConfig) -> Self {
+        Self {
+            config,
+            disk: None,
+            net: None,
+            passed: Arc::default(),
+        }
+    }
 }
 
 #[cfg(test)]

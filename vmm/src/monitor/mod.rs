@@ -18,7 +18,7 @@
 //! ([`MonitorHandle`]) and read what it shows ([`View`]).
 
 pub mod consoles;
-mod description;
+pub(crate) mod description;
 mod handle;
 mod jobs;
 mod metrics;
@@ -446,11 +446,9 @@ impl Monitor {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
         let config = description.config.boot_once(request)?;
-        Description {
-            config: config.clone(),
-            ..description.clone()
-        }
-        .check_files(self.models)?;
+        let mut once = description.clone();
+        once.config.clone_from(&config);
+        once.check_files(self.models)?;
         self.check_own(&config)?;
         Ok(config)
     }

@@ -10,10 +10,13 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use virtio::models::BuildError;
 use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
+use virtio::models::net;
 use virtio::models::rng::{self, RngConfig};
 
 use super::super::{DeviceConfig, VmConfig};
-use super::{conflict, invalid, missing, names, not_unique, path, rate_limiter, rate_limits};
+use super::{
+    conflict, invalid, missing, names, networks, not_unique, path, rate_limiter, rate_limits,
+};
 use crate::layout::PCI_SLOTS;
 
 /// The devices of a description whose devices are all named, for a machine with `cpus` vCPUs.
@@ -34,6 +37,9 @@ pub(super) fn from_wire(
             return Err(duplicated(path));
         }
     }
+    for net in described.net.iter().flatten() {
+        devices.push(DeviceConfig::from_wire_net(net, &[])?);
+    }
     let rng = &described.rng;
     devices.push(DeviceConfig {
         kind: rng::MODEL.kind.to_owned(),
@@ -50,13 +56,13 @@ fn duplicated(path: &Path) -> ControlError {
     conflict(format!("Duplicated device path: {}", path.display()))
 }
 
-fn json(config: &impl Serialize) -> Result<Value, ControlError> {
+pub(super) fn json(config: &impl Serialize) -> Result<Value, ControlError> {
     // It fails for no configuration: their keys are texts.
     serde_json::to_value(config)
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
 }
 
-fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
+pub(super) fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
     match slot {
         Some(slot) if !(1..=PCI_SLOTS).contains(&slot) => Err(invalid(format!(
             "{device}: pci_device_id {slot} is not from 1 to {PCI_SLOTS}"
@@ -170,6 +176,11 @@ impl VmConfig {
         &self,
         described: &wire::VirtioConfig,
     ) -> Result<DeviceConfig, ControlError> {
+        if described.kind == net::MODEL.kind && described.config.contains_key("fd") {
+            return Err(invalid(
+                "device: descriptors come beside the request: use vm.add-net",
+            ));
+        }
         let mut device = DeviceConfig {
             kind: described.kind.clone(),
             id: described.id.clone().unwrap_or_default(),
@@ -184,6 +195,7 @@ impl VmConfig {
             device.id = format!("_{}{number}", device.kind);
         }
         self.check_new(&device)?;
+        networks::give_address(&mut device);
         Ok(device)
     }
 
@@ -198,7 +210,7 @@ impl VmConfig {
     }
 
     /// Whether this machine can have `device` besides its own.
-    fn check_new(&self, device: &DeviceConfig) -> Result<(), ControlError> {
+    pub(super) fn check_new(&self, device: &DeviceConfig) -> Result<(), ControlError> {
         names::check_one(&device.id)?;
         if self.ids().any(|id| id == device.id) {
             return Err(not_unique(&device.id));
@@ -254,7 +266,7 @@ impl VmConfig {
         Ok(DiskUpdate { device, patch })
     }
 
-    fn ids(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn ids(&self) -> impl Iterator<Item = &str> {
         let groups = self.rate_limit_groups.iter().map(|group| group.id.as_str());
         self.devices
             .iter()
@@ -296,7 +308,7 @@ pub struct DiskUpdate {
     pub patch: Value,
 }
 
-fn not_found(id: &str) -> ControlError {
+pub(super) fn not_found(id: &str) -> ControlError {
     let message = format!("Failed to find device corresponding to the given identifier: {id}");
     ControlError::new(ErrorKind::NotFound, message)
 }

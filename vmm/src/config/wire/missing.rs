@@ -24,7 +24,6 @@ fn any<T>(list: Option<&Vec<T>>) -> bool {
 /// Refuses by its name what there is not.
 pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
     let wire::VmConfig {
-        net,
         balloon,
         fs,
         generic_vhost_user,
@@ -45,7 +44,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         ..
     } = described;
     first([
-        (any(net.as_ref()), "net"),
         (balloon.is_some(), "balloon"),
         (any(fs.as_ref()), "fs"),
         (any(generic_vhost_user.as_ref()), "generic_vhost_user"),
@@ -145,4 +143,11 @@ pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
         (format == ImageType::FixedVhd, "disk.image_type=FixedVhd"),
         (format == ImageType::Vhdx, "disk.image_type=Vhdx"),
     ])
+}
+
+/// Refuses what no network card has.
+pub(super) fn net(described: &wire::NetConfig) -> Result<(), ControlError> {
+    pci("net", described.pci())?;
+    let vhost_user = described.vhost_user || described.vhost_socket.is_some();
+    first([(vhost_user, "net.vhost_user")])
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::Instant;
 
-use api::wire::{VmResizeDisk, VmUpdateDisk};
+use api::wire::VmResizeDisk;
 use api::{Answer, ControlError, ErrorKind, EventKind, Reply};
 use devices::pci::PciAddress;
 use virtio::device::{Preparation, Prepared, ReconfigureError};
@@ -24,6 +24,7 @@ use super::Driver;
 use crate::machine::MachineError;
 use crate::machine::hotplug::Ejection;
 use crate::machine::inbox::{Message, ended};
+use crate::monitor::description::Update;
 
 /// How many threads may open files at once, those included that machines which have ended
 /// left behind: what they wait for may never answer.
@@ -229,14 +230,14 @@ impl Driver {
         Ok(device)
     }
 
-    /// Changes limits or medium of a disk. Another medium is opened first.
-    pub(super) fn update_disk(&mut self, request: VmUpdateDisk, answer: Answer) {
+    /// Changes what can be changed of a device. Another medium of a disk is opened first.
+    pub(super) fn update_device(&mut self, request: Update, answer: Answer) {
         let begun = self.begin_update(&request);
         let (device, prepare) = match begun {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
         };
-        let (id, weak) = (request.id.clone(), Weak::clone(&device));
+        let (id, weak) = (request.id().to_owned(), Weak::clone(&device));
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", prepare, move |driver, prepared| {
             driver.swap(request, &device, prepared, answer);
@@ -249,38 +250,38 @@ impl Driver {
 
     fn begin_update(
         &mut self,
-        request: &VmUpdateDisk,
+        request: &Update,
     ) -> Result<(Weak<VirtioPci>, Preparation), ControlError> {
         let description = self.ears.description.as_ref().ok_or_else(ended)?;
-        let update = description.config.plan_update(request)?;
-        let device = self.settled_device(&request.id)?;
+        let update = description.plan_update(request)?;
+        let device = self.settled_device(request.id())?;
         self.asides.begin(&device)?;
-        let context = self.machine.context(&request.id, &self.tools.opener);
+        let context = self.machine.context(request.id(), &self.tools.opener);
         match device.prepare(update.patch, context) {
             Ok(prepare) => Ok((Arc::downgrade(&device), prepare)),
             Err(error) => {
                 let weak = Arc::downgrade(&device);
-                self.asides.finish(&request.id, &weak);
-                Err(unchanged(&request.id, error))
+                self.asides.finish(request.id(), &weak);
+                Err(unchanged(request.id(), error))
             }
         }
     }
 
-    /// The second third of [`Driver::update_disk`]: what was at the old medium comes to its end. Planned
+    /// The second third of [`Driver::update_device`]: what was at the old medium comes to its end. Planned
     /// anew: others may have come or gone meanwhile.
     fn swap(
         &mut self,
-        request: VmUpdateDisk,
+        request: Update,
         weak: &Weak<VirtioPci>,
         prepared: Result<Prepared, ReconfigureError>,
         answer: u64,
     ) {
-        let id = request.id.clone();
+        let id = request.id().to_owned();
         let ready = prepared
             .map_err(|error| unchanged(&id, error))
             .and_then(|prepared| {
                 let description = self.ears.description.as_ref().ok_or_else(ended)?;
-                description.config.plan_update(&request)?;
+                description.plan_update(&request)?;
                 let device = self.settled_device(&id)?;
                 let same = weak.ptr_eq(&Arc::downgrade(&device));
                 let gone = || MachineError::NoDevice { id: id.clone() }.to_control();
@@ -296,7 +297,7 @@ impl Driver {
         let held = Weak::clone(weak);
         let change = move || device.reconfigure(prepared);
         let started = self.holding("change", change, move |driver, changed| {
-            driver.asides.finish(&request.id, &held);
+            driver.asides.finish(request.id(), &held);
             let updated = driver.updated(&request, changed);
             driver.asides.answer(answer, updated);
         });
@@ -309,16 +310,15 @@ impl Driver {
     /// The last third.
     fn updated(
         &mut self,
-        request: &VmUpdateDisk,
+        request: &Update,
         changed: Result<(), ReconfigureError>,
     ) -> Result<Reply, ControlError> {
-        changed.map_err(|error| unchanged(&request.id, error))?;
+        changed.map_err(|error| unchanged(request.id(), error))?;
         let description = self.ears.description.as_mut().ok_or_else(ended)?;
-        let update = description.config.plan_update(request)?;
+        let update = description.plan_update(request)?;
         description.update(request, update);
         self.show_devices();
-        let id = request.id.clone();
-        self.ears.events.publish(EventKind::DiskUpdated { id });
+        self.ears.events.publish(request.event());
         Ok(Reply::Done)
     }
 

@@ -14,6 +14,7 @@ use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
 use crate::monitor::consoles;
+use crate::monitor::description::{Update, settle};
 
 impl Driver {
     pub(super) fn on_command(&mut self, command: Command, answer: Answer) {
@@ -25,7 +26,8 @@ impl Driver {
             return answer(Err(wrong_state(state, &command)));
         }
         match command {
-            Command::UpdateDisk(request) => self.update_disk(*request, answer),
+            Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
+            Command::UpdateNet(request) => self.update_device(Update::Net(*request), answer),
             Command::ResizeDisk(request) => self.resize_disk(request, answer),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
                 if matches!(command, Command::Reboot) {
@@ -77,7 +79,8 @@ impl Driver {
 
     /// Adds a device. Its back end is opened on a thread of its own, because that
     /// may take as long as the host does.
-    fn add_device(&mut self, device: AddDevice, answer: Answer) {
+    fn add_device(&mut self, mut device: AddDevice, answer: Answer) {
+        settle(&mut device);
         let description = self.ears.description.as_ref();
         let planned = match description.map(|description| description.plan(&device)) {
             Some(Ok(planned)) => planned,
