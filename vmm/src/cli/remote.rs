@@ -5,6 +5,8 @@ mod disk;
 mod events;
 mod jobs;
 mod lifecycle;
+mod net;
+mod removal;
 mod resize;
 mod show;
 mod watch;
@@ -77,6 +79,12 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: disk::Verb,
     },
+    /// List, add, remove and change network cards
+    #[command(after_help = net::EXAMPLES)]
+    Net {
+        #[command(subcommand)]
+        verb: net::Verb,
+    },
     /// List and cancel what goes on in the background
     #[command(after_help = jobs::EXAMPLES)]
     Jobs {
@@ -107,6 +115,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),
+        Verb::Net { verb } => net::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;
     Ok(0)

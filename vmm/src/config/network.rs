@@ -113,7 +113,7 @@ mod tests {
     fn an_address_is_the_same_for_the_same_card_and_another_for_each() {
         assert_eq!(
             address_of("h", "web", "net0").to_string(),
-            "42:1c:5e:c0:62:7b"
+            "66:2a:c0:ab:31:aa"
         );
         let cards = [json!({}), json!({}), json!({ "mac": "52:54:00:00:00:01" })];
         let web = macs(&config(Some("web"), &cards));

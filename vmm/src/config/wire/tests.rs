@@ -345,7 +345,6 @@ fn nonsense_is_refused_with_what_is_wrong() {
 /// What is no part of a machine here.
 fn missing_parts() -> Vec<(Value, &'static str)> {
     vec![
-        (json!({"net": [{}]}), "net"),
         (json!({"balloon": {"size": 1}}), "balloon"),
         (json!({"fs": [{"tag": "t", "socket": "/s"}]}), "fs"),
         (json!({"generic_vhost_user": [{}]}), "generic_vhost_user"),
