@@ -446,4 +446,33 @@ mod tests {
         // Nothing has been added to what it is now: all the room is there again.
         agree(&changed, 100, 512);
     }
+
+    #[test]
+    fn descriptors_are_kept_as_long_as_their_card_is_described() {
+        let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
+        let mut description = Description::from_wire(wire).unwrap();
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let card = serde_json::from_value(json!({ "id": "n" })).unwrap();
+        let add = Command::AddDevice(Box::new(AddDevice::Net(card, vec![theirs.into()])));
+        description = description.changed(add, MODELS).unwrap();
+        let wire = description.wire.net.as_ref().unwrap();
+        let card = description
+            .config
+            .devices
+            .iter()
+            .find_map(DeviceConfig::network);
+        assert_eq!(wire[0].mac, card.unwrap().mac);
+        // The other end is open.
+        ours.set_nonblocking(true).unwrap();
+        let read =
+            |ours: &std::os::unix::net::UnixStream| std::io::Read::read(&mut { ours }, &mut [0]);
+        let waiting = read(&ours).unwrap_err();
+        assert_eq!(waiting.kind(), std::io::ErrorKind::WouldBlock);
+        let remove = wire::VmRemoveDevice { id: "n".to_owned() };
+        description = description
+            .changed(Command::RemoveDevice(remove), MODELS)
+            .unwrap();
+        assert_eq!(description.wire.net, None);
+        assert_eq!(read(&ours).unwrap(), 0);
+    }
 }

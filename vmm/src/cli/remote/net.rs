@@ -22,6 +22,15 @@ Examples:
   vireo net add web tap=vmtap0,id=lan
   vireo net update web lan link=down
   vireo net remove web lan";
+const LIST_EXAMPLES: &str = "\
+Examples:
+  vireo net list web
+  vireo net list web --json | jq -r '.[].mac'";
+const REMOVE_EXAMPLES: &str = "\
+Examples:
+  vireo net remove web lan
+  vireo net remove web lan --timeout 0
+      Ask the guest for it, and do not wait.";
 const ADD_EXAMPLES: &str = "\
 Examples:
   vireo net add web tap=vmtap0
@@ -42,12 +51,13 @@ const LINK: &str = "link";
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum Verb {
     /// List the network cards of a machine
+    #[command(after_help = LIST_EXAMPLES)]
     List(ListArgs),
     /// Add a network card
     #[command(after_help = ADD_EXAMPLES, visible_alias = "attach")]
     Add(AddArgs),
     /// Have the guest give a network card up, and wait until it has
-    #[command(visible_alias = "detach")]
+    #[command(after_help = REMOVE_EXAMPLES, visible_alias = "detach")]
     Remove(RemoveArgs),
     /// Change the link or the limits of a network card
     #[command(after_help = UPDATE_EXAMPLES)]

@@ -227,3 +227,6 @@ pub fn update_net(described: &mut wire::VmConfig, device: &DeviceConfig) {
         net.tx_rate_limiter_config = shown.tx_rate_limiter_config;
     }
 }
+
+#[cfg(test)]
+mod tests;
