@@ -2,9 +2,11 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::path::PathBuf;
 
 use crate::frame::Pieces;
-use crate::tap::{Setup, TapError};
+use crate::stream::{Stream, StreamError};
+use crate::tap::{Setup, Tap, TapError};
 
 bitflags::bitflags! {
     /// Work on frames that can be left to the other side.
@@ -99,6 +101,15 @@ pub trait Port: Send {
     ///
     /// The system's; `WouldBlock` when there is no room: the frame is to be sent again.
     fn send(&mut self, frame: Pieces<'_>) -> io::Result<()>;
+
+    /// Sends what is left of frames that were sent in part. To be called when there is room again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Port::send`].
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Where a network is.
@@ -109,6 +120,8 @@ pub enum Source {
     Interface(String),
     /// Open descriptors of a tap's queues, by their numbers in this process. They stay open.
     Descriptors(Vec<RawFd>),
+    /// The unix socket of a server such as passt.
+    Stream(PathBuf),
 }
 
 /// A network that a device asks for.
@@ -128,9 +141,25 @@ pub enum BackendError {
     /// A tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A server's socket.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
     /// Policy forbids it.
     #[error("networks are not to be had here")]
     Refused,
+}
+
+/// Opens a network with the rights of this process.
+///
+/// # Errors
+///
+/// [`BackendError`]
+pub fn open(request: &Request) -> Result<Box<dyn Backend>, BackendError> {
+    Ok(match &request.source {
+        Source::Stream(path) => Box::new(Stream::connect(path, request.pairs)?),
+        Source::Interface(name) => Box::new(Tap::named(name, request.pairs, &request.setup)?),
+        Source::Descriptors(numbers) => Box::new(Tap::passed(numbers, request.pairs)?),
+    })
 }
 
 /// Opens networks, by the policy of whoever implements it.

@@ -103,6 +103,51 @@ impl<'a> Pieces<'a> {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Copies the bytes from `skip` on to `to`, until either ends; how many that were.
+    #[expect(unsafe_code, reason = "the memory is reached by address only")]
+    pub fn copy_to(&self, skip: usize, to: &mut [u8]) -> usize {
+        let mut done = 0;
+        for piece in self.window(skip, to.len()) {
+            let room = to.get_mut(done..).unwrap_or_default();
+            let len = piece.len.min(room.len());
+            // SAFETY: the creator promised that the piece, of which this is a part, is mapped and readable, and that
+            // no reference to it exists, so that `room`, which is long enough, is other memory. Another's
+            // concurrent change can only mix bytes.
+            unsafe { room.as_mut_ptr().copy_from_nonoverlapping(piece.base, len) };
+            done += len;
+        }
+        done
+    }
+
+    /// Overwrites the bytes from `skip` on with `from`, until either ends; how many that were.
+    #[expect(unsafe_code, reason = "the memory is reached by address only")]
+    pub fn copy_from(&self, skip: usize, from: &[u8]) -> usize {
+        let mut done = 0;
+        for piece in self.window(skip, from.len()) {
+            let part = from.get(done..).unwrap_or_default();
+            let len = piece.len.min(part.len());
+            // SAFETY: as in `copy_to`, with a piece that is writable and `part` long enough.
+            unsafe { piece.base.copy_from_nonoverlapping(part.as_ptr(), len) };
+            done += len;
+        }
+        done
+    }
+
+    /// The parts of the pieces that lie in the `len` bytes from `skip` on.
+    fn window(&self, skip: usize, len: usize) -> impl Iterator<Item = IoVec> {
+        let (mut skip, mut left) = (skip, len);
+        self.list.iter().map(move |piece| {
+            let skipped = skip.min(piece.len);
+            skip -= skipped;
+            let part = (piece.len - skipped).min(left);
+            left -= part;
+            IoVec {
+                base: piece.base.wrapping_add(skipped),
+                len: part,
+            }
+        })
+    }
+
     fn count(&self) -> libc::c_int {
         // It is at most `MAX_PIECES`.
         libc::c_int::try_from(self.list.len()).unwrap_or(0)

@@ -3,6 +3,7 @@
 //! * [`MacAddress`]: who an interface is.
 //! * [`Backend`], [`Port`]: what a device needs of its network; [`Opener`]: who opens one.
 //! * [`Tap`]: a tap or macvtap interface of the host.
+//! * [`Stream`]: a server behind a unix socket, such as passt.
 //! * [`Packets`]: any descriptor that keeps frames apart.
 //! * [`Pieces`], [`IoVec`]: the memory that frames are moved from and to.
 //!
@@ -20,10 +21,12 @@ mod backend;
 mod frame;
 mod mac;
 mod packets;
+mod stream;
 mod tap;
 
-pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source};
+pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source, open};
 pub use frame::{HEADER_LEN, IoVec, MAX_PIECES, Pieces};
 pub use mac::{MacAddress, ParseMacError};
 pub use packets::Packets;
+pub use stream::{Stream, StreamError};
 pub use tap::{Setup, Tap, TapError, is_interface_name};

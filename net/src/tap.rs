@@ -1,7 +1,7 @@
 //! Tap and macvtap interfaces of the host.
 //!
-//! [`Tap::open`] takes an interface by its name: a tap that there is (a persistent one, made for this user), a
-//! macvtap, or a tap that it makes, sets up and leaves to vanish with the last descriptor. Or it takes
+//! [`Tap::named`] takes an interface by its name: a tap that there is (a persistent one, made for this user), a
+//! macvtap, or a tap that it makes, sets up and leaves to vanish with the last descriptor. [`Tap::passed`] takes
 //! descriptors that somebody else has opened.
 //!
 //! # Errors of a port
@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::backend::{Backend, Offloads, Port, Request, Source};
+use crate::backend::{Backend, Offloads, Port};
 use crate::frame::HEADER_LEN;
 use crate::mac::MacAddress;
 use crate::packets::Packets;
@@ -61,6 +61,15 @@ pub enum TapError {
     /// There is no tap device.
     #[error("{TUN} does not exist: load the module (modprobe tun)")]
     NoTun,
+    /// This user may not open the device.
+    #[error(
+        "cannot open {}: permission denied: let its administrator give this user access to it, or pass an open tap (fd=…)",
+        path.display()
+    )]
+    DeviceDenied {
+        /// What.
+        path: PathBuf,
+    },
     /// Something could not be opened.
     #[error("cannot open {}", path.display())]
     Open {
@@ -210,21 +219,26 @@ struct Opened {
 }
 
 impl Tap {
-    /// Opens what is asked for.
+    /// Opens the tap or macvtap of this name, or makes a tap, with so many pairs of queues.
     ///
     /// # Errors
     ///
     /// [`TapError`]; what was made is gone again.
-    pub fn open(request: &Request) -> Result<Self, TapError> {
-        let Request {
-            source,
-            pairs,
-            setup,
-        } = request;
-        let opened = match source {
-            Source::Interface(name) => open_named(name, *pairs)?,
-            Source::Descriptors(numbers) => take_passed(numbers, *pairs)?,
-        };
+    pub fn named(name: &str, pairs: u16, setup: &Setup) -> Result<Self, TapError> {
+        Self::prepare(open_named(name, pairs)?, Some(setup))
+    }
+
+    /// Takes the queues of a tap that have these numbers in this process. They stay open.
+    ///
+    /// # Errors
+    ///
+    /// [`TapError`]
+    pub fn passed(numbers: &[RawFd], pairs: u16) -> Result<Self, TapError> {
+        Self::prepare(take_passed(numbers, pairs)?, None)
+    }
+
+    /// Has the queues work as ports do. Those that were passed are set up already.
+    fn prepare(opened: Opened, setup: Option<&Setup>) -> Result<Self, TapError> {
         let Opened { name, queues, made } = opened;
         let set = |what| {
             let name = name.clone();
@@ -236,7 +250,7 @@ impl Tap {
             ioctl::set_little_endian(queue).map_err(set("the byte order"))?;
             ioctl::set_nonblocking(queue).map_err(set("the mode"))?;
         }
-        if let Source::Interface(_) = source {
+        if let Some(setup) = setup {
             set_up(&name, setup, made, queues.first())?;
         }
         let offloads = probe(&queues);
@@ -315,6 +329,7 @@ fn open_named(name: &str, pairs: u16) -> Result<Opened, TapError> {
 fn open_tun() -> Result<OwnedFd, TapError> {
     open_device(Path::new(TUN)).map_err(|source| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun,
+        Some(libc::EACCES) => TapError::DeviceDenied { path: TUN.into() },
         _ => TapError::Open {
             path: TUN.into(),
             source,
@@ -387,6 +402,7 @@ fn open_macvtap(name: &str, index: i32, pairs: u16) -> Result<Opened, TapError> 
             Some(libc::EBUSY) => TapError::Busy {
                 name: name.to_owned(),
             },
+            Some(libc::EACCES) => TapError::DeviceDenied { path: path.clone() },
             _ => TapError::Open {
                 path: path.clone(),
                 source,

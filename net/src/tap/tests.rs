@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::process::Command;
 
 use super::*;
+use crate::backend::{Request, Source};
 use crate::frame::{IoVec, Pieces};
 
 /// Moves this thread into a new network namespace, if taps can be had there.
@@ -45,12 +46,26 @@ fn named(name: &str, pairs: u16) -> Request {
     }
 }
 
+/// What a device would be given.
+fn open(request: &Request) -> Result<Tap, TapError> {
+    let Request {
+        source,
+        pairs,
+        setup,
+    } = request;
+    match source {
+        Source::Interface(name) => Tap::named(name, *pairs, setup),
+        Source::Descriptors(numbers) => Tap::passed(numbers, *pairs),
+        Source::Stream(path) => panic!("{} is no tap", path.display()),
+    }
+}
+
 fn exists(name: &str) -> bool {
     Interfaces::open().unwrap().index(name).unwrap().is_some()
 }
 
 fn refusal(request: &Request) -> TapError {
-    Tap::open(request).unwrap_err()
+    open(request).unwrap_err()
 }
 
 #[test]
@@ -91,9 +106,9 @@ fn a_tap_that_is_made_is_set_up_and_goes_with_its_last_descriptor() {
             "255.255.255.0".parse().unwrap(),
         )),
     };
-    let first = Tap::open(&request).unwrap();
+    let first = open(&request).unwrap();
     assert_eq!((first.interface(), first.pairs()), ("vmtap0", 1));
-    let second = Tap::open(&named("vmtap%d", 1)).unwrap();
+    let second = open(&named("vmtap%d", 1)).unwrap();
     assert_eq!(second.interface(), "vmtap1");
     let shown = Command::new("ip")
         .args(["-d", "addr", "show", "vmtap0"])
@@ -124,14 +139,14 @@ fn a_tap_that_was_there_stays_and_one_in_use_is_busy() {
         return;
     }
     ip("tuntap add dev mine mode tap");
-    let tap = Tap::open(&named("mine", 1)).unwrap();
+    let tap = open(&named("mine", 1)).unwrap();
     assert!(matches!(refusal(&named("mine", 1)), TapError::Busy { .. }));
     drop(tap);
     assert!(exists("mine"));
-    drop(Tap::open(&named("mine", 1)).unwrap());
+    drop(open(&named("mine", 1)).unwrap());
     let mut small = named("mine", 1);
     small.setup.mtu = Some(1400);
-    drop(Tap::open(&small).unwrap());
+    drop(open(&small).unwrap());
     assert_eq!(Interfaces::open().unwrap().mtu("mine").unwrap(), 1400);
 }
 
@@ -147,15 +162,15 @@ fn queues_are_those_that_the_tap_has() {
         matches!(error, TapError::OneQueue { pairs: 2, .. }),
         "{error}"
     );
-    let mut tap = Tap::open(&named("many", 3)).unwrap();
+    let mut tap = open(&named("many", 3)).unwrap();
     assert_eq!(tap.pairs(), 3);
     for pairs in [3, 1, 2, 2, 1] {
         tap.attach(pairs).unwrap();
         tap.set_offloads(Offloads::all()).unwrap();
     }
     drop(tap);
-    assert_eq!(Tap::open(&named("many", 1)).unwrap().pairs(), 1);
-    assert_eq!(Tap::open(&named("new%d", 2)).unwrap().pairs(), 2);
+    assert_eq!(open(&named("many", 1)).unwrap().pairs(), 1);
+    assert_eq!(open(&named("new%d", 2)).unwrap().pairs(), 2);
 }
 
 #[test]
@@ -206,11 +221,11 @@ fn descriptors_that_are_no_tap_or_not_as_needed_are_refused() {
     assert!(matches!(error, TapError::Mixed { .. }), "{error}");
     let error = refusal(&passed(&[a.as_raw_fd()], 2));
     assert!(matches!(error, TapError::Count { .. }), "{error}");
-    let tap = Tap::open(&passed(&[a.as_raw_fd()], 1)).unwrap();
+    let tap = open(&passed(&[a.as_raw_fd()], 1)).unwrap();
     assert_eq!(tap.interface(), "a");
     drop(tap);
     // It stays open for the next time.
-    drop(Tap::open(&passed(&[a.as_raw_fd()], 1)).unwrap());
+    drop(open(&passed(&[a.as_raw_fd()], 1)).unwrap());
 }
 
 #[expect(unsafe_code, reason = "memory of the test's own")]
@@ -257,7 +272,7 @@ fn frames_go_both_ways_and_a_tap_that_is_deleted_is_told() {
         "10.9.0.1".parse().unwrap(),
         "255.255.255.0".parse().unwrap(),
     ));
-    let tap = Tap::open(&request).unwrap();
+    let tap = open(&request).unwrap();
     let mut port = tap.port(0).unwrap();
     let (us, all) = ([2, 0, 0, 0, 0, 9], [0xff; 6]);
     // Who has 10.9.0.1? Tell 10.9.0.2.

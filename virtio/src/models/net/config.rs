@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use net::{MacAddress, Offloads, Request, Setup, Source, is_interface_name};
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,11 @@ const FIELDS: &[Field] = &[
         "fd",
         FieldKind::Text,
         "open descriptor of a tap instead, or one for each pair of queues: 3:4",
+    ),
+    field(
+        "socket",
+        FieldKind::Path,
+        "unix socket of a user-mode network instead, such as passt's: needs no rights",
     ),
     field(
         "mac",
@@ -202,6 +208,9 @@ pub struct NetConfig {
     /// Descriptors of a tap instead, by their numbers with colons between.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fd: Option<String>,
+    /// The socket of a user-mode network instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// The card's address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
@@ -432,10 +441,20 @@ impl NetConfig {
     /// [`BuildError::Field`]
     pub fn request(&self) -> Result<Request, BuildError> {
         let NetSettings { pairs, mtu, .. } = self.settings()?;
-        let source = match (&self.tap, self.descriptors()?) {
-            (Some(_), Some(_)) => return bad("fd", "it does not go with tap: give one of them"),
-            (None, Some(numbers)) => Source::Descriptors(numbers),
-            (tap, None) => {
+        let source = match (&self.tap, self.descriptors()?, &self.socket) {
+            (Some(_), Some(_), _) => return bad("fd", "it does not go with tap: give one of them"),
+            (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => {
+                return bad("socket", "it does not go with tap or fd: give one of them");
+            }
+            (None, None, Some(_)) if pairs > 1 => {
+                return bad(
+                    "queues",
+                    format!("{pairs}: a network behind a socket has one pair"),
+                );
+            }
+            (None, None, Some(path)) => Source::Stream(path.clone()),
+            (None, Some(numbers), None) => Source::Descriptors(numbers),
+            (tap, None, None) => {
                 let name = tap.as_deref().unwrap_or(DEFAULT_TAP);
                 if !is_interface_name(name) {
                     let reason = format!(
@@ -447,9 +466,14 @@ impl NetConfig {
             }
         };
         let of_tap = self.ip.is_some() || self.host_mac.is_some() || self.owner.is_some();
-        if of_tap && matches!(source, Source::Descriptors(_)) {
+        let given = match source {
+            Source::Interface(_) => None,
+            Source::Descriptors(_) => Some("fd"),
+            Source::Stream(_) => Some("socket"),
+        };
+        if let Some(given) = given.filter(|_| of_tap) {
             return bad(
-                "fd",
+                given,
                 "ip, host_mac and owner are for a tap that is made: leave them out",
             );
         }

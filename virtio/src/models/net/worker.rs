@@ -242,7 +242,12 @@ impl Worker {
             return None;
         }
         let view = &self.view;
-        let served = half.serve(view, &self.pair, &mut *self.port);
+        // Errors come up again with the next frame.
+        let full = self.port.flush();
+        let served = match full {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Served::Full),
+            _ => half.serve(view, &self.pair, &mut *self.port),
+        };
         let served = settle(&mut half.ring, view, served)?;
         if served == Served::Full {
             self.writable = false;
