@@ -129,3 +129,97 @@ fn a_socket_without_a_server_is_refused_with_the_mend() {
     let error = Stream::connect(Path::new("/nowhere/socket"), 2).unwrap_err();
     assert!(matches!(error, StreamError::Pairs { pairs: 2 }));
 }
+
+/// A process that ends with the test.
+struct Server(std::process::Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts passt and connects to it; `None` where it is not installed.
+fn passt(directory: &Path) -> Option<(Server, Stream)> {
+    // As root it becomes another user before it makes its socket.
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(directory, everybody).unwrap();
+    let path = directory.join("socket");
+    let mut command = std::process::Command::new("passt");
+    command
+        .args([
+            "--foreground",
+            "--quiet",
+            "--address",
+            "10.0.2.15",
+            "--netmask",
+            "255.255.255.0",
+        ])
+        .args([
+            "--gateway",
+            "10.0.2.2",
+            "--mac-addr",
+            "02:00:00:00:00:77",
+            "--socket",
+        ])
+        .arg(&path)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
+    let Ok(child) = command.spawn() else {
+        println!("skipped: passt is not installed (Debian: passt)");
+        return None;
+    };
+    let mut server = Server(child);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        if let Ok(stream) = Stream::connect(&path, 1) {
+            return Some((server, stream));
+        }
+        if let Ok(Some(status)) = server.0.try_wait() {
+            println!("skipped: passt does not run here: {status}");
+            return None;
+        }
+        if std::time::Instant::now() > end {
+            println!("skipped: passt does not listen here");
+            return None;
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn passt_answers_who_its_gateway_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some((_server, stream)) = passt(directory.path()) else {
+        return;
+    };
+    // For a test a port may block.
+    stream.socket.set_nonblocking(false).unwrap();
+    stream
+        .socket
+        .set_read_timeout(Some(std::time::Duration::from_secs(20)))
+        .unwrap();
+    let mut port = stream.port(0).unwrap();
+    let us = [2, 0, 0, 0, 0, 9];
+    // Who has 10.0.2.2? Tell 10.0.2.15.
+    let arp = [
+        &[0xff; 6][..],
+        &us,
+        &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+        &us,
+        &[10, 0, 2, 15],
+        &[0; 6],
+        &[10, 0, 2, 2],
+    ];
+    let mut parts = [vec![0; HEADER_LEN], arp.concat()];
+    with_pieces(&mut parts, |pieces| port.send(pieces)).unwrap();
+    loop {
+        let frame = receive(&mut *port).unwrap();
+        let frame = &frame[HEADER_LEN..];
+        if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
+            assert_eq!((&frame[..6], &frame[28..32]), (&us[..], &[10, 0, 2, 2][..]));
+            break;
+        }
+    }
+}
