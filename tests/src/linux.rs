@@ -47,6 +47,7 @@ echo "@@ msix=$(grep -c virtio /proc/interrupts)"
 grep virtio /proc/interrupts | grep -qv MSI && echo '@@ virtio without MSI'
 [ -e /sys/devices/virtual/misc ] && ls -d /sys/bus/*/drivers/pvpanic*/*:* /sys/bus/*/drivers/pvpanic*/QEMU* 2>/dev/null |
     grep -q . && echo '@@ pvpanic'
+ls -d /sys/bus/*/drivers/vmgenid/*:* 2>/dev/null | grep -q . && echo '@@ generation id'
 for name in /sys/class/input/input*/name; do echo "@@ input $(cat "$name")"; done
 "#;
 
@@ -289,6 +290,8 @@ fn boots(kernel: &str, form: Form, cpus: u32) -> Case {
 }
 
 fn devices(kernel: &str, cpus: u32) -> Case {
+    // The driver came between.
+    let generation = kernel.starts_with("6.12").then_some("@@ generation id");
     case(kernel, Form::BzImage, "sees-every-device", DEVICES)
         .args(&format!("--cpus boot={cpus} --rng"))
         .args("--disk path={dir}/one,serial=first,num_queues=2")
@@ -309,6 +312,7 @@ fn devices(kernel: &str, cpus: u32) -> Case {
             "@@ input Power Button",
             "@@ input AT Translated Set 2 keyboard",
         ])
+        .lines(generation)
         // Host bridge, then two virtio-blk and one virtio-rng.
         .want(Want::Text(" 0x060000".to_owned()))
         .want(Want::Times("@@ pci 0x1af4 0x1042".to_owned(), 2))

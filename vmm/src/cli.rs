@@ -347,6 +347,7 @@ fn exit_code(reason: ExitReason) -> u8 {
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
         ExitReason::Unresponsive => 6,
+        ExitReason::Watchdog => 7,
     }
 }
 

@@ -191,6 +191,10 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SWITCH", default_value = "on")]
     pvpanic: String,
 
+    /// A watchdog (i6300esb), which acts when the guest stops to feed it: on, off
+    #[arg(long, value_name = "SWITCH", default_value = "off")]
+    watchdog: String,
+
     /// Seconds that the guest has to power off after SIGTERM; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
@@ -206,6 +210,10 @@ pub(super) struct RunArgs {
     /// When the guest's kernel panics and says so: exit, stop, restart, pause
     #[arg(long, value_name = "ACTION", default_value = "exit", help_heading = ACTIONS)]
     on_panic: String,
+
+    /// When the guest does not feed its watchdog: restart, exit, stop, pause
+    #[arg(long, value_name = "ACTION", default_value = "restart", help_heading = ACTIONS)]
+    on_watchdog: String,
 
     #[command(flatten)]
     socket: SocketArgs,
@@ -439,6 +447,9 @@ impl Flags<'_> {
         if self.has("pvpanic") {
             config.pvpanic = named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?;
         }
+        if self.has("watchdog") {
+            config.watchdog = named("--watchdog", flag::parse_switch(&arguments.watchdog))?;
+        }
         if self.has("on_poweroff") {
             config.on_poweroff = action("--on-poweroff", &arguments.on_poweroff)?;
         }
@@ -447,6 +458,9 @@ impl Flags<'_> {
         }
         if self.has("on_panic") {
             config.on_panic = action("--on-panic", &arguments.on_panic)?;
+        }
+        if self.has("on_watchdog") {
+            config.on_watchdog = action("--on-watchdog", &arguments.on_watchdog)?;
         }
         if self.has("shutdown_timeout") {
             config.shutdown_timeout = arguments.shutdown_timeout;

@@ -5,6 +5,7 @@
 //! names) is opened first, so that a mistake leaves nothing behind.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,6 +50,8 @@ pub struct Payload {
     cmdline: String,
     protocol: Protocol,
     smbios: SmbiosImage,
+    /// New for each machine that is built, and the same over the guest's resets.
+    generation: [u8; 16],
 }
 
 impl Payload {
@@ -75,10 +78,11 @@ impl Payload {
                 BootProtocol::Pvh => Protocol::Pvh,
             },
             smbios: smbios::build(config)?,
+            generation: random()?,
         })
     }
 
-    /// Puts ACPI and SMBIOS tables, kernel, initial RAM disk and command line into guest
+    /// Puts ACPI and SMBIOS tables, the generation id, kernel, initial RAM disk and command line into guest
     /// memory, which reads as zeros elsewhere.
     ///
     /// # Errors
@@ -87,7 +91,12 @@ impl Payload {
     pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let view = ram.memory().memory();
         let SmbiosImage { bytes, address } = &self.smbios;
-        for (bytes, address) in [(bytes, *address), (&acpi.bytes, acpi.address)] {
+        let pieces: [(&[u8], u64); 3] = [
+            (bytes, *address),
+            (&acpi.bytes, acpi.address),
+            (&self.generation, memory::GENERATION_ID),
+        ];
+        for (bytes, address) in pieces {
             view.write_slice(bytes, GuestAddress(address))
                 .map_err(|_| MachineError::GuestMemory { address })?;
         }
@@ -109,6 +118,20 @@ impl Payload {
             _ => format!("--kernel {}", self.kernel.0.display()),
         };
         MachineError::Boot { what, source }
+    }
+}
+
+/// Random bytes of the host.
+fn random<const N: usize>() -> Result<[u8; N], MachineError> {
+    let mut bytes = [0; N];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(read) if read == N => Ok(bytes),
+        other => Err(MachineError::Host {
+            what: "no random numbers for the generation id",
+            source: other
+                .err()
+                .map_or(io::ErrorKind::Interrupted.into(), io::Error::from),
+        }),
     }
 }
 
@@ -274,6 +297,7 @@ impl Pieces<'_> {
             mailbox: self.mailbox,
             pci: &pci,
             pvpanic: self.config.pvpanic,
+            watchdog: self.config.watchdog,
             cpu_slots: cpu_slots(&self.config.cpus),
             memory_slots: self.config.memory.hotplug_size > 0,
         };

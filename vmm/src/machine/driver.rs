@@ -534,6 +534,10 @@ impl Driver {
                 self.ears.events.publish(EventKind::GuestPanic);
                 self.go_on();
             }
+            GuestRequest::Watchdog => {
+                self.ears.events.publish(EventKind::Watchdog);
+                self.act(ExitReason::Watchdog);
+            }
         }
     }
 
@@ -546,6 +550,9 @@ impl Driver {
             // Who has asked for the end gets it.
             _ if self.policy.deadline().is_some() => GuestAction::Exit,
             ExitReason::PowerOff => config.map_or(GuestAction::Exit, |config| config.on_poweroff),
+            ExitReason::Watchdog => {
+                config.map_or(GuestAction::Restart, |config| config.on_watchdog)
+            }
             _ => config.map_or(GuestAction::Exit, |config| config.on_panic),
         }
     }
@@ -636,10 +643,12 @@ impl Driver {
     }
 
     fn wait(&self) -> io::Result<Ready> {
+        let [clock, watchdog] = self.machine.tick_fds();
         let mut fds = [
             Some(self.ears.inbox.wake_fd()),
             self.ears.signals.as_ref().map(Signals::raw_fd),
-            Some(self.machine.tick_fd()),
+            clock,
+            watchdog,
         ]
         .map(readable);
         let now = Instant::now();
@@ -648,8 +657,11 @@ impl Driver {
             .deadline()
             .map(|d| d.saturating_duration_since(now));
         ppoll(&mut fds, left)?;
-        let [_, signal, tick] = fds.map(|fd| fd.revents != 0);
-        Ok(Ready { signal, tick })
+        let [_, signal, clock, watchdog] = fds.map(|fd| fd.revents != 0);
+        Ok(Ready {
+            signal,
+            tick: clock || watchdog,
+        })
     }
 }
 

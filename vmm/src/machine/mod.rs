@@ -426,8 +426,8 @@ impl Machine {
     }
 
     /// Readable when [`Machine::tick`] has something to serve.
-    fn tick_fd(&self) -> RawFd {
-        self.platform.tick_fd()
+    fn tick_fds(&self) -> [Option<RawFd>; 2] {
+        self.platform.tick_fds()
     }
 
     /// Reads guest RAM at a guest-physical address into `data`, or writes it

@@ -304,6 +304,8 @@ impl Monitor {
             notice::tell(detail);
         } else if outcome.reason == ExitReason::GuestPanic {
             notice::tell("the guest's kernel panicked");
+        } else if outcome.reason == ExitReason::Watchdog {
+            notice::tell("the guest did not feed its watchdog in time");
         }
         Ok(after)
     }

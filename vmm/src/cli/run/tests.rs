@@ -71,6 +71,10 @@ const EVERY_FLAG: &[&str] = &[
     "exit",
     "--on-panic",
     "restart",
+    "--watchdog",
+    "on",
+    "--on-watchdog",
+    "stop",
     "--shutdown-timeout",
     "5",
     "--smbios",
@@ -139,6 +143,8 @@ fn every_flag_reaches_the_configuration() {
         on_poweroff: GuestAction::Restart,
         on_reboot: GuestAction::Exit,
         on_panic: GuestAction::Restart,
+        watchdog: true,
+        on_watchdog: GuestAction::Stop,
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);
