@@ -18,6 +18,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_rng",
     "pvpanic_mmio",
     "pvpanic_pci",
+    "i6300esb",
     "button",
     "evdev",
 ];

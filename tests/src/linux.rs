@@ -178,6 +178,16 @@ disks=$(ls /sys/block | grep vd | tr '\n' ' ')
 echo "Disks: ${disks:-none (vireo run --disk adds one)}"
 "#;
 
+/// Starts the watchdog and feeds it no more; in its second life it tells why it lives.
+const WATCHDOG: &str = r#"
+if [ "$(cat /sys/class/watchdog/watchdog0/bootstatus)" = 32 ]; then
+    echo '@@ second life: the watchdog ran out'
+else
+    echo "@@ first life: $(cat /sys/class/watchdog/watchdog0/identity)"
+    watchdog -F -T 2 -t 1000 /dev/watchdog
+fi
+"#;
+
 /// The cases of `make test` for a kernel, such as `6.12-cloud`.
 #[must_use]
 pub fn cases(kernel: &str) -> Vec<Case> {
@@ -195,6 +205,10 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         shared_memory(kernel),
         identity(kernel),
     ];
+    // Others lack the driver.
+    if kernel == "6.12-cloud" {
+        cases.push(watchdog(kernel));
+    }
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {
         cases.push(killed(kernel, ""));
@@ -428,6 +442,15 @@ fn reboots(kernel: &str, form: Form, cpus: u32) -> Case {
         format!("@@ second boot, {cpus} CPUs"),
     ])
     .want(Want::Times("@@ first boot".to_owned(), 1))
+}
+
+fn watchdog(kernel: &str) -> Case {
+    case(kernel, Form::Pvh, "watchdog-restarts", WATCHDOG)
+        .args("--watchdog on")
+        .lines([
+            "@@ first life: i6300ESB timer",
+            "@@ second life: the watchdog ran out",
+        ])
 }
 
 fn panics(kernel: &str) -> Case {

@@ -200,18 +200,7 @@ impl Platform {
             Arc::clone(requests),
         ));
         placed.port(port::I8042, 5, i8042);
-        let alarm = Alarm::civil().map_err(|source| MachineError::Host {
-            what: "no timer for the real-time clock",
-            source,
-        })?;
-        let alarm = Arc::new(alarm);
-        let timer = Arc::clone(&alarm) as Arc<_>;
-        let rtc = Arc::new(Rtc::new(
-            router.line(gsi::RTC)?,
-            Arc::new(SystemClock),
-            timer,
-        ));
-        placed.port(port::RTC, 2, rtc.clone());
+        let (rtc, alarm) = placed.clock()?;
         placed.port(
             port::SLEEP_CONTROL,
             2,
@@ -302,6 +291,20 @@ impl Placed<'_> {
         let placed = self.wiring.buses.pio.insert(base.into(), len, on_bus);
         debug_assert_eq!(placed, Ok(()));
         self.units.push(device);
+    }
+
+    /// The real-time clock, with its timer.
+    fn clock(&mut self) -> Result<(Arc<Rtc>, Arc<Alarm>), MachineError> {
+        let alarm = Alarm::civil().map_err(|source| MachineError::Host {
+            what: "no timer for the real-time clock",
+            source,
+        })?;
+        let alarm = Arc::new(alarm);
+        let timer = Arc::clone(&alarm) as Arc<_>;
+        let irq = self.wiring.router.line(gsi::RTC)?;
+        let rtc = Arc::new(Rtc::new(irq, Arc::new(SystemClock), timer));
+        self.port(port::RTC, 2, rtc.clone());
+        Ok((rtc, alarm))
     }
 
     /// The watchdog in its slot, with its timer.
