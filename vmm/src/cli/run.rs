@@ -314,7 +314,8 @@ pub(super) fn execute(
         None => VmConfig::default(),
     };
     let detached = arguments.detach;
-    let (config, socket) = configure(arguments, matches, base, MODELS).map_err(Failure::Usage)?;
+    let (config, socket) =
+        configure(arguments, matches, base, MODELS, &opener).map_err(Failure::Usage)?;
     start(config, socket, detached, opener)
 }
 
@@ -373,6 +374,7 @@ fn configure(
     matches: &ArgMatches,
     base: VmConfig,
     models: &'static [Model],
+    opener: &Opener,
 ) -> anyhow::Result<(VmConfig, SocketArgs)> {
     let mut config = base;
     let flags = Flags { matches, models };
@@ -385,8 +387,8 @@ fn configure(
     if config.payload.kernel.is_none() {
         anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
     }
-    files::check(&config, models)?;
-    files::check_own(&config, models, arguments.socket.outputs())?;
+    files::check(&config, models, opener)?;
+    files::check_own(&config, models, opener, arguments.socket.outputs())?;
     Ok((config, arguments.socket))
 }
 

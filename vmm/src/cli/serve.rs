@@ -82,10 +82,10 @@ impl SocketArgs {
     /// The files that the monitor itself writes, by flag.
     pub(super) fn outputs(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let events = match &self.event_monitor {
-            Some(Place::Path(path)) => Some(("--event-monitor path=", path.as_path())),
+            Some(Place::Path(path)) => Some(("--event-monitor", path.as_path())),
             _ => None,
         };
-        let log = self.log_file().map(|path| ("--log-file ", path));
+        let log = self.log_file().map(|path| ("--log-file", path));
         events.into_iter().chain(log)
     }
 
@@ -150,8 +150,9 @@ impl ServeArgs {
             None => None,
             Some(text) => {
                 let mut config = definition::load(text, &opener)?;
-                definition::complete(&mut config)
-                    .and_then(|()| Ok(files::check_own(&config, MODELS, self.socket.outputs())?))
+                let own = self.socket.outputs();
+                definition::complete(&mut config, &opener)
+                    .and_then(|()| Ok(files::check_own(&config, MODELS, &opener, own)?))
                     .map_err(|error| Failure::Usage(error.context(text.clone())))?;
                 Some(config)
             }

@@ -11,7 +11,7 @@ use crate::config::serial::SinkError;
 use crate::config::{SerialConfig, SinkConfig, files};
 use crate::console::{ConsoleError, ConsoleHub, SinkId, SinkInfo, SinkKind};
 use crate::machine::driver::Ears;
-use crate::opener::Opener;
+use crate::opener::{OpenError, Opener};
 
 /// The sinks there are, in the order in which they came.
 #[must_use]
@@ -86,7 +86,8 @@ pub fn change(
             SerialConfig::Sinks(sinks.clone())
                 .validate()
                 .map_err(|error| broken(&error))?;
-            files::check_sink(&description.config, models, ears.consoles.reserved(), &sink)
+            let own = ears.consoles.reserved();
+            files::check_sink(&description.config, models, opener, own, &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let info = hub.add(&sink, opener).map_err(|error| refused(&error))?;
             hub.adopt(info.id);
@@ -131,6 +132,7 @@ fn refused(error: &ConsoleError) -> ControlError {
         ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
             ErrorKind::Conflict
         }
+        ConsoleError::Open(OpenError::InUse { .. }) => ErrorKind::Conflict,
         ConsoleError::TooManyClients => ErrorKind::Busy,
         ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
     };

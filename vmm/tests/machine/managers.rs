@@ -223,7 +223,7 @@ fn what_makes_no_sense_is_told_in_one_line_that_names_the_flag() {
         (&["--cpus", "boot=1"], "--api-socket"),
         (
             &["--event-monitor", "a", "--kernel", "a"],
-            "--event-monitor path=a: it would overwrite",
+            "--event-monitor: it would overwrite a,",
         ),
     ] {
         let mut monitor = as_cloud_hypervisor(flags);
