@@ -11,6 +11,7 @@
 )]
 
 mod actions;
+mod again;
 mod aside;
 mod attach;
 mod baseline;

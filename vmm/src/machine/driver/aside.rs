@@ -193,9 +193,15 @@ impl Driver {
         then: impl FnOnce(&mut Self, T) + Send + 'static,
     ) -> Result<(), ControlError> {
         let mailbox = self.tools.mailbox.clone();
+        let here = Arc::downgrade(&self.asides.held);
         let run = move || {
             let done = work();
-            mailbox.send(Message::Errand(Box::new(move |driver| then(driver, done))));
+            mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
+                // The next machine may be there by now, with devices and answers of its own.
+                if here.ptr_eq(&Arc::downgrade(&driver.asides.held)) {
+                    then(driver, done);
+                }
+            })));
         };
         let started = Builder::new().name(name.to_owned()).spawn(run);
         started.map(|_| ()).map_err(|error| {
