@@ -13,7 +13,7 @@ use virtio::models::{MODELS, Model};
 use virtio::schema::{Field, FieldKind};
 
 use super::detach::{Side, detach};
-use super::serve::SocketArgs;
+use super::serve::{Numbers, SocketArgs};
 use super::{Failure, definition, exit_code, judge};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -24,6 +24,7 @@ use crate::config::{
     MEMORY_FIELDS, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SinkConfig,
     SmbiosConfig, VmConfig, files,
 };
+use crate::monitor::Inherited;
 use crate::opener::Opener;
 use crate::run::OnRunning;
 
@@ -290,6 +291,16 @@ impl RunArgs {
     /// Where the log goes, if not to standard error.
     pub(super) fn log_file(&self) -> Option<&Path> {
         self.socket.log_file()
+    }
+
+    /// The descriptors that are named.
+    pub(super) fn numbers(&self) -> Numbers {
+        self.socket.numbers()
+    }
+
+    /// Gives these flags the descriptors that they name.
+    pub(super) fn inherit(&mut self, inherited: Inherited) {
+        self.socket.inherit(inherited);
     }
 
     /// Whether there is anything to boot, or it is to be looked for.

@@ -35,7 +35,7 @@ use virtio::models::Model;
 pub use description::{Description, Planned};
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
-pub use socket::{ApiSocket, Place, event_sink};
+pub use socket::{ApiSocket, Inherited, InheritedError, Place, event_sink};
 pub use view::View;
 
 use crate::config::files::OwnFiles;
