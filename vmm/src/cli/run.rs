@@ -327,6 +327,7 @@ pub(super) fn execute(
     let detached = arguments.detach;
     let (config, socket) =
         configure(arguments, matches, base, MODELS, &opener).map_err(Failure::Usage)?;
+    let config = from_anywhere(config, MODELS);
     start(config, socket, detached, opener)
 }
 
@@ -376,6 +377,21 @@ pub(super) fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
         Some((flag, _)) => anyhow::bail!(
             "{flag}: nobody could reach the machine that then waits: add --name NAME or --api-socket PATH"
         ),
+    }
+}
+
+/// The same machine with paths that mean the same in every directory: clients read them.
+fn from_anywhere(config: VmConfig, models: &'static [Model]) -> VmConfig {
+    // Where it cannot be told, nothing relative can be opened either.
+    let Ok(here) = std::env::current_dir() else {
+        return config;
+    };
+    let mut absolute = config.clone();
+    absolute.make_paths_absolute(&here, models);
+    // The path of a socket must not become too long by it.
+    match absolute.validate(models, &HostLimits::read()) {
+        Ok(()) => absolute,
+        Err(_) => config,
     }
 }
 

@@ -59,6 +59,20 @@ pub fn no_port(kind: ErrorKind) -> ControlError {
     ControlError::new(kind, "the machine has no serial port: its mode is Off")
 }
 
+/// That a path means the same to the client as to the monitor, whose directories are two.
+fn check_path(text: &str, sink: &SinkConfig) -> Result<(), ControlError> {
+    let path = match sink {
+        SinkConfig::File(file) => &file.path,
+        SinkConfig::Socket(socket) => &socket.path,
+        SinkConfig::Tty | SinkConfig::Pty | SinkConfig::Null => return Ok(()),
+    };
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let message = format!("{text}: the path is not absolute: give the whole path, from / on");
+    Err(ControlError::new(ErrorKind::Invalid, message))
+}
+
 /// Adds or removes a sink, and takes it up into the description, so that the next boot has it
 /// too. Files and sockets are opened here.
 ///
@@ -86,6 +100,7 @@ pub fn change(
             SerialConfig::Sinks(sinks.clone())
                 .validate()
                 .map_err(|error| broken(&error))?;
+            check_path(text, &sink)?;
             let own = ears.consoles.reserved();
             files::check_sink(&description.config, models, opener, own, &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
