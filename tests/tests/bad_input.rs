@@ -294,7 +294,7 @@ const MACHINE: &[Bad] = &[
         "serial twice to one file",
         "--kernel hello --serial file=log --serial file=log",
         2,
-        &["the serial port: ", "log", "a file of its own"],
+        &["--serial", "log", "a file of its own"],
     ),
     bad(
         "more serial replay than is kept",

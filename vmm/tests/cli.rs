@@ -227,7 +227,8 @@ fn an_output_does_not_overwrite_the_kernel() {
         ("--debugcon", "the debug console: "),
     ] {
         let text = place.wrong_run(&[flag, "file=./kernel"]);
-        assert!(text.contains(part) && text.contains("./kernel,"), "{text}");
+        assert!(text.contains(&format!("{flag}: {part}")), "{text}");
+        assert!(text.contains("./kernel,"), "{text}");
         assert!(text.contains("the file of the kernel"), "{text}");
     }
     let text = place.wrong_run(&["--serial", "file=log", "--debugcon", "file=log"]);
@@ -246,12 +247,12 @@ fn the_same_disk_twice_is_refused_and_both_are_named() {
     }
     let place = Place::new();
     let text = place.wrong_run(&["--disk", "path=a.img,id=x", "--disk", "path=./a.img"]);
-    for part in ["disks 'x' (a.img)", "'disk0' (./a.img)", "readonly"] {
+    for part in ["--disk: disks 'x' (a.img)", "'disk0' (./a.img)", "readonly"] {
         assert!(text.contains(part), "{text}");
     }
     let text = place.wrong_run(&["--serial", "file=a.img", "--disk", "path=a.img"]);
     assert!(
-        text.contains("the serial port: it would overwrite a.img"),
+        text.contains("--serial: the serial port: it would overwrite a.img"),
         "{text}"
     );
     let text = place.wrong_run(&["--disk", "path=a.img,readonly=on,readonly=on"]);

@@ -414,7 +414,7 @@ fn configure(
     if config.payload.kernel.is_none() {
         anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
     }
-    files::check(&config, models, opener)?;
+    files::check(&config, models, opener).map_err(|error| flags.name(error))?;
     files::check_own(&config, models, opener, arguments.socket.outputs())?;
     Ok((config, arguments.socket))
 }
@@ -429,6 +429,14 @@ impl Flags<'_> {
     /// Whether the user has given the flag: its default changes nothing.
     fn has(&self, flag: &str) -> bool {
         self.matches.value_source(flag) == Some(ValueSource::CommandLine)
+    }
+
+    /// Names the flag, if one has given what breaks a rule on files.
+    fn name(&self, error: ConfigError) -> anyhow::Error {
+        match files::flag_of(&error).filter(|flag| self.has(flag)) {
+            Some(flag) => anyhow::Error::new(error).context(format!("--{flag}")),
+            None => error.into(),
+        }
     }
 
     fn apply(&self, arguments: &RunArgs, config: &mut VmConfig) -> anyhow::Result<()> {

@@ -210,6 +210,17 @@ pub fn check_machine(
         .try_for_each(|(user, path)| claim(&mut used, user, path))
 }
 
+/// The flag, without dashes, that gives what breaks one of these rules, where the machine comes from flags.
+#[must_use]
+pub fn flag_of(error: &ConfigError) -> Option<&'static str> {
+    match error {
+        ConfigError::SameDisk { .. } => Some("disk"),
+        ConfigError::OutputInUse { output, .. } if output == SERIAL => Some("serial"),
+        ConfigError::OutputInUse { output, .. } if output == DEBUGCON => Some("debugcon"),
+        _ => None,
+    }
+}
+
 /// Checks that every file is there that the machine reads.
 ///
 /// # Errors
