@@ -102,8 +102,11 @@ fn start(parsed: ManagerArgs, matches: ArgMatches) -> Start {
     Start {
         verbose: parsed.verbose,
         log_file: parsed.run.log_file().map(Path::to_owned),
+        descriptors: parsed.run.numbers(),
         warning,
-        work: Box::new(move |opener| {
+        work: Box::new(move |opener, inherited| {
+            let mut parsed = parsed;
+            parsed.run.inherit(inherited);
             if parsed.run.has_machine() {
                 return run::execute(parsed.run, &matches, opener);
             }

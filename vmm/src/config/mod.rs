@@ -10,7 +10,6 @@
 //! [`files::check`] (rules on the files that it names). What only the kernel
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
-mod addition;
 pub mod capability;
 mod cpus;
 pub mod device;

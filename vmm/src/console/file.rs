@@ -54,6 +54,9 @@ impl LogFile {
             append,
             max_size,
         } = config;
+        if max_size.is_some() {
+            opener.check_unused(&rotated(path))?;
+        }
         let file = if *append {
             opener.append_output(path)?
         } else {

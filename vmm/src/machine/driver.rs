@@ -363,6 +363,8 @@ impl Driver {
         if let Err(error) = self.finish_removals() {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
+        // Readers of the view may hold the devices for longer than the next machine waits for their files.
+        drop(self.machine.retire_devices());
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
     }

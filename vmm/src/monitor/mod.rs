@@ -35,10 +35,10 @@ use virtio::models::Model;
 pub use description::{Description, Planned};
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
-pub use socket::{ApiSocket, Place, event_sink};
+pub use socket::{ApiSocket, Inherited, InheritedError, Place, event_sink};
 pub use view::View;
 
-use crate::config::files::{self, OwnFiles};
+use crate::config::files::OwnFiles;
 use crate::config::{GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
@@ -430,17 +430,15 @@ impl Monitor {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
         description.check_bootable()?;
-        description.check_files(self.models)?;
-        self.check_own(&description.config)
+        self.check_files(description)
     }
 
-    /// That the machine writes to no file of the monitor's own.
-    fn check_own(&self, config: &VmConfig) -> Result<(), ControlError> {
+    /// That the files of the machine are its own.
+    fn check_files(&self, description: &Description) -> Result<(), ControlError> {
         let Some(ears) = &self.ears else {
             return Ok(());
         };
-        files::check_machine(config, ears.consoles.reserved())
-            .map_err(|error| ControlError::from(&error))
+        description.check_files(self.models, &self.opener, ears.consoles.reserved())
     }
 
     /// What one boot is made from.
@@ -448,12 +446,10 @@ impl Monitor {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
         let config = description.config.boot_once(request)?;
-        Description {
+        self.check_files(&Description {
             config: config.clone(),
             ..description.clone()
-        }
-        .check_files(self.models)?;
-        self.check_own(&config)?;
+        })?;
         Ok(config)
     }
 
@@ -468,10 +464,12 @@ impl Monitor {
 
     /// Changes the description alone.
     fn change(&mut self, command: Command) -> Result<Reply, ControlError> {
-        let Some(description) = self.ears.as_mut().and_then(|e| e.description.as_mut()) else {
+        let ears = self.ears.as_mut().ok_or_else(view::not_created)?;
+        let own = ears.consoles.reserved();
+        let Some(description) = &mut ears.description else {
             return Err(view::not_created());
         };
-        let changed = description.changed(command, self.models)?;
+        let changed = description.changed(command, self.models, &self.opener, own)?;
         *description = changed;
         self.view.describe(Some(description));
         Ok(Reply::Done)

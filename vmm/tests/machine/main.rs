@@ -11,6 +11,7 @@
 )]
 
 mod actions;
+mod again;
 mod aside;
 mod attach;
 mod baseline;
@@ -18,6 +19,7 @@ mod consoles;
 mod coredump;
 mod definitions;
 mod disks;
+mod files;
 mod gdb;
 mod hostile;
 mod hotplug;

@@ -375,7 +375,7 @@ fn too_many_streams_and_sinks_are_refused() {
         far.push(other);
     }
     for n in 0..=MAX_SINKS {
-        let added = case.add(&case.file("log"));
+        let added = case.add(&case.file(&format!("log{n}")));
         assert_eq!(added.is_ok(), n < MAX_SINKS, "{added:?}");
     }
 }
