@@ -129,7 +129,7 @@ impl Ears {
     }
 
     /// Whether a signal has asked for the end already.
-    fn asked_to_end(&self) -> bool {
+    pub(crate) fn asked_to_end(&self) -> bool {
         let signals = self.signals.as_ref();
         signals.is_some_and(|s| std::iter::from_fn(|| s.take()).any(|signal| signal == Signal::End))
     }
@@ -362,6 +362,11 @@ impl Driver {
         // The next boot is without what was to go from this one.
         if let Err(error) = self.finish_removals() {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
+        }
+        if !self.urgent {
+            // Who hears of the end finds the guest's last output in files.
+            let signals = self.ears.signals.as_ref().map(Signals::raw_fd);
+            self.ears.consoles.settle(PATIENCE, signals);
         }
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });

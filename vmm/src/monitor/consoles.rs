@@ -131,7 +131,7 @@ fn refused(error: &ConsoleError) -> ControlError {
         ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
             ErrorKind::Conflict
         }
-        ConsoleError::TooManyClients => ErrorKind::Busy,
+        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
         ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
     };
     ControlError::from_error(kind, error)
