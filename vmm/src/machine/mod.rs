@@ -1,5 +1,6 @@
 //! The machine: built in a fixed order, driven by one thread.
 //!
+//! * [`parts`] are opened for it, which may take as long as storage does.
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
@@ -16,6 +17,7 @@ pub mod driver;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
+pub mod parts;
 mod platform;
 pub mod resize;
 pub mod signals;
@@ -163,6 +165,11 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// Too many earlier openings wait for their storage.
+    #[error(
+        "devices of earlier boots and requests are still being opened, which takes their storage long: try again later"
+    )]
+    Opening,
     /// There is no such device.
     #[error("there is no device with the id {id}")]
     NoDevice {
@@ -190,6 +197,7 @@ impl MachineError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
+            Self::Opening => ErrorKind::Busy,
             Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
             Self::Device { source, .. } => match source.downcast_ref() {
                 Some(ReconfigureError::Value(error)) => built(Some(error)),

@@ -25,6 +25,8 @@ mod lifecycle;
 mod lives;
 mod managers;
 mod metrics;
+mod nbd;
+mod opening;
 mod resize;
 mod shape;
 mod sinks;

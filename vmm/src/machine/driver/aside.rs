@@ -35,7 +35,7 @@ pub struct Opening(Arc<AtomicUsize>);
 
 impl Opening {
     /// Counts one more, unless there are [`MAX_OPENING`], until what it gives is dropped.
-    fn begin(&self) -> Option<Slot> {
+    pub(crate) fn begin(&self) -> Option<Slot> {
         let more = |count| (count < MAX_OPENING).then_some(count + 1);
         let begun = self
             .0
@@ -45,7 +45,7 @@ impl Opening {
 }
 
 /// A thread that opens files.
-struct Slot(Arc<AtomicUsize>);
+pub(crate) struct Slot(Arc<AtomicUsize>);
 
 impl Drop for Slot {
     fn drop(&mut self) {
