@@ -168,12 +168,21 @@ impl Inbox {
     /// The first message that `test` wants, before those that it does not; they keep their places.
     /// Call until there is none.
     #[must_use]
-    pub fn take_where(&mut self, test: impl Fn(&Message) -> bool) -> Option<Message> {
+    pub fn take_where(&mut self, test: impl FnMut(&Message) -> bool) -> Option<Message> {
         // Cleared before looking, so that a message sent in between wakes again.
         let _ = self.wake.read();
         self.kept.extend(self.receiver.try_iter());
         let index = self.kept.iter().position(test)?;
         self.kept.remove(index)
+    }
+
+    /// Whether there is a message that `test` wants. All keep their places, and call [`Inbox::rouse`] for them.
+    #[must_use]
+    pub fn has(&mut self, test: impl Fn(&Message) -> bool) -> bool {
+        // Cleared before looking, so that a message sent in between wakes again.
+        let _ = self.wake.read();
+        self.kept.extend(self.receiver.try_iter());
+        self.kept.iter().any(test)
     }
 
     /// Has the inbox seem to have messages, for one who stops taking them

@@ -2,9 +2,10 @@
 //!
 //! The machine is booting then. Readers are answered as always. What ends a machine ends this, too, at
 //! once: signals, the user at the console, and the commands `vm.shutdown`, `vm.reboot`, `vm.delete` and
-//! `vmm.shutdown`. Other commands wait for the machine.
+//! `vmm.shutdown`. Other commands wait for the machine, and a command that came after one of them does so too,
+//! unless that takes [`GRACE`] or ends the monitor.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, VmState};
 
@@ -15,6 +16,9 @@ use crate::machine::inbox::Message;
 use crate::machine::parts::{Parts, PendingParts};
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
+
+/// How long opening may take before what ends the machine is preferred to commands that came before it.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// What ends a boot before there is a machine.
 pub(super) enum Cut {
@@ -39,13 +43,15 @@ impl Monitor {
         let (models, mailbox) = (self.models, &self.mailbox);
         let mut pending =
             PendingParts::begin(config, models, &self.opener, &self.opening, mailbox)?;
+        let late = Instant::now() + GRACE;
         loop {
             if ears.asked_to_end() {
                 // The process ends, and all that is open with it.
                 return Ok(Opened::Cut(Cut::Signal));
             }
             // Looked at before what came of it: who commands the end does not find a machine that runs.
-            if let Some(cut) = take_cut(ears) {
+            let grace = late.saturating_duration_since(Instant::now());
+            if let Some(cut) = take_cut(ears, grace.is_zero()) {
                 pending.give_up();
                 return Ok(Opened::Cut(cut));
             }
@@ -56,7 +62,8 @@ impl Monitor {
             }
             let signals = ears.signals.as_ref().map(Signals::raw_fd);
             let mut fds = [readable(Some(ears.inbox.wake_fd())), readable(signals)];
-            ppoll(&mut fds, None::<Duration>).map_err(MachineError::Wait)?;
+            let timeout = Some(grace).filter(|grace| !grace.is_zero());
+            ppoll(&mut fds, timeout).map_err(MachineError::Wait)?;
         }
     }
 
@@ -98,22 +105,23 @@ impl Monitor {
 }
 
 /// What ends the boot, if it has come. Who would boot again is answered.
-fn take_cut(ears: &mut Ears) -> Option<Cut> {
-    let concerns = |message: &Message| match message {
-        Message::ConsoleEnd => true,
-        Message::Command(command, _) => matches!(
-            command,
-            Command::Quit
-                | Command::Delete
-                | Command::Shutdown
-                | Command::Reboot
-                | Command::Boot
-                | Command::BootOnce(_)
-                | Command::Create(_)
-        ),
-        _ => false,
+fn take_cut(ears: &mut Ears, late: bool) -> Option<Cut> {
+    let concerns = || {
+        let mut others = false;
+        move |message: &Message| match message {
+            Message::ConsoleEnd => true,
+            Message::Command(command, _) => match command {
+                Command::Quit | Command::Boot | Command::BootOnce(_) | Command::Create(_) => true,
+                Command::Delete | Command::Shutdown | Command::Reboot => late || !others,
+                _ => {
+                    others = true;
+                    false
+                }
+            },
+            _ => false,
+        }
     };
-    while let Some(message) = ears.inbox.take_where(concerns) {
+    while let Some(message) = ears.inbox.take_where(concerns()) {
         match message {
             Message::ConsoleEnd => return Some(Cut::Console),
             Message::Command(

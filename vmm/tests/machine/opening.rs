@@ -112,6 +112,22 @@ fn a_reboot_begins_a_boot_anew_and_an_end_ends_that_too() {
 }
 
 #[test]
+fn a_command_that_waits_for_a_boot_does_not_keep_it_from_being_ended() {
+    if !can_run() {
+        return;
+    }
+    let case = Case::new();
+    let booted = begin(&case.monitor, Ask::Boot);
+    let held = case.server.holds();
+    let pause = begin(&case.monitor, Ask::Pause);
+    assert_eq!(case.monitor.ask(Ask::Delete), Ok(Reply::Done));
+    is_cut(&booted);
+    let error = pause.recv().unwrap().unwrap_err();
+    assert_eq!(error.kind, ErrorKind::NotFound, "{error}");
+    drop(held);
+}
+
+#[test]
 fn a_boot_whose_disk_cannot_be_opened_leaves_the_state_as_it_was() {
     if !can_run() {
         return;
