@@ -250,6 +250,16 @@ pub struct Machine {
     debug: Option<kvm_guest_debug>,
 }
 
+/// Stops all units, those that drain last-started first. One that does not
+/// stop keeps no other from stopping; the first failure is returned.
+fn stop_all(units: &[Arc<dyn Unit>], deadline: Instant) -> Result<(), MachineError> {
+    let mut result = Ok(());
+    for unit in units.iter().rev() {
+        result = result.and(unit.stop(deadline).map_err(MachineError::from));
+    }
+    result
+}
+
 impl Machine {
     /// The vCPU threads.
     #[must_use]
@@ -307,15 +317,14 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops all units, those that drain last-started first. One that does not
-    /// stop keeps no other from stopping; the first failure is returned.
-    fn stop_units(&mut self, deadline: Instant) -> Result<(), MachineError> {
-        let mut result = Ok(());
-        for unit in self.units.iter().rev() {
-            result = result.and(unit.stop(deadline).map_err(MachineError::from));
-        }
+    /// All units, in the order in which they start.
+    fn units(&self) -> Vec<Arc<dyn Unit>> {
+        self.units.clone()
+    }
+
+    /// Takes note of what came of [`stop_all`].
+    fn stopped(&mut self, result: &Result<(), MachineError>) {
         self.started &= result.is_err();
-        result
     }
 
     /// Takes the state of all units. They are stopped, and vCPUs are idle.

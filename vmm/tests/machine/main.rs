@@ -32,5 +32,6 @@ mod shape;
 mod sinks;
 mod start_order;
 mod state;
+mod stuck;
 mod support;
 mod verbs;

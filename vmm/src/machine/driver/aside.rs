@@ -101,17 +101,20 @@ pub(super) struct Asides {
 }
 
 impl Asides {
-    /// Waits until no thread holds a device, or until `deadline`.
-    pub(super) fn wait(&self, deadline: Instant) {
-        let mut count = self.held.lock();
-        while *count > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                tracing::warn!("a device is still in use at the end of its machine");
-                return;
+    /// What waits until no thread holds a device, or until `deadline`.
+    pub(super) fn wait(&self, deadline: Instant) -> impl FnOnce() + Send + use<> {
+        let held = Arc::clone(&self.held);
+        move || {
+            let mut count = held.lock();
+            while *count > 0 {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    tracing::warn!("a device is still in use at the end of its machine");
+                    return;
+                }
+                let waited = held.changed.wait_timeout(count, left);
+                count = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
-            let waited = self.held.changed.wait_timeout(count, left);
-            count = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
