@@ -486,6 +486,9 @@ impl Driver {
     }
 
     fn on_message(&mut self, message: Message) {
+        let Some(message) = self.keep_while_dumping(message) else {
+            return;
+        };
         match message {
             Message::Command(command, answer) => self.on_command(command, answer),
             Message::Guest(request) => self.on_guest(request),
