@@ -24,6 +24,7 @@ use virtio_queue::Queue;
 
 use crate::memory::GuestMemory;
 use crate::models::{BuildContext, BuildError};
+use crate::worker::Patience;
 
 /// The fixed facts of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -166,6 +167,10 @@ pub trait Notifier: Send + Sync {
     /// Tells observers of the machine what has become of a disk.
     fn disk_report(&self, report: &DiskReport) {
         let _ = report;
+    }
+    /// How long the device's owner has the patience to wait for its workers.
+    fn patience(&self) -> Option<&Patience> {
+        None
     }
 }
 

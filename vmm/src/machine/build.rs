@@ -2,7 +2,7 @@
 //! capabilities, memory, interrupt controllers, devices, vCPUs.
 //!
 //! Everything that can be refused without KVM (files that the configuration
-//! names) is opened first, so that a mistake leaves nothing behind.
+//! names) has been opened before ([`super::parts`]), so that a mistake leaves nothing behind.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,6 @@ use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
-use virtio::models::Model;
 use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -25,6 +24,7 @@ use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
+use super::parts::Parts;
 use super::platform::{Hosts, Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
@@ -55,7 +55,7 @@ pub struct Payload {
 }
 
 impl Payload {
-    fn open(config: &VmConfig, opener: &Opener) -> Result<Self, MachineError> {
+    pub(super) fn open(config: &VmConfig, opener: &Opener) -> Result<Self, MachineError> {
         let payload = &config.payload;
         let open = |flag, path: &Path| {
             opener
@@ -174,7 +174,7 @@ pub struct Built {
     pub debugger: Option<crate::gdb::Listener>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes. What it has to say
+/// Builds the machine that `config` (complete and validated) describes from its `parts`. What it has to say
 /// goes to `mailbox`, and its consoles to `consoles`, where what is open already stays so. Signals are blocked already: back ends have threads, which
 /// are to leave them alone ([`super::Signals`]).
 ///
@@ -183,21 +183,18 @@ pub struct Built {
 /// [`MachineError`]; nothing is left behind.
 pub fn build(
     config: &VmConfig,
-    models: &[Model],
+    parts: Parts,
     opener: &Arc<Opener>,
     mailbox: &Mailbox,
     events: &EventLog,
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
-    let mut payload = Payload::open(config, opener)?;
-    let baseline = open_baseline(&config.cpus.baseline, opener)?;
-    let groups = config.rate_limit_groups.iter();
-    let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
-    let models = config
-        .devices
-        .iter()
-        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot, &groups))
-        .collect::<Result<Vec<_>, _>>()?;
+    let Parts {
+        mut payload,
+        baseline,
+        groups,
+        devices: models,
+    } = parts;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -456,7 +453,7 @@ impl DeviceEvents for Reporter {
 const BASELINE_LIMIT: u64 = 64 << 10;
 
 /// The features that CPUs have, unless they are all the host's.
-fn open_baseline(
+pub(super) fn open_baseline(
     baseline: &CpuBaseline,
     opener: &Opener,
 ) -> Result<Option<Baseline>, MachineError> {

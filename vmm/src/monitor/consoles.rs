@@ -148,7 +148,7 @@ fn refused(error: &ConsoleError) -> ControlError {
             ErrorKind::Conflict
         }
         ConsoleError::Open(OpenError::InUse { .. }) => ErrorKind::Conflict,
-        ConsoleError::TooManyClients => ErrorKind::Busy,
+        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
         ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
     };
     ControlError::from_error(kind, error)

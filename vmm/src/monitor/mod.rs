@@ -17,6 +17,7 @@
 //! All of it runs on one thread, the control thread. Others send it commands
 //! ([`MonitorHandle`]) and read what it shows ([`View`]).
 
+mod booting;
 pub mod consoles;
 mod description;
 mod handle;
@@ -37,6 +38,8 @@ pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, Inherited, InheritedError, Place, event_sink};
 pub use view::View;
+
+use booting::Opened;
 
 use crate::config::files::OwnFiles;
 use crate::config::{GuestAction, VmConfig};
@@ -219,24 +222,32 @@ impl Monitor {
         };
         self.view.describe(Some(&description));
         let once = self.once.take();
-        let built = build(
-            once.as_ref().unwrap_or(&description.config),
-            self.models,
-            &self.opener,
-            &self.mailbox,
-            &ears.events,
-            &ears.consoles,
-        );
-        let built = match (built, booted) {
-            (Ok(built), booted) => (built, booted),
-            (Err(error), None) => return Err(error),
-            (Err(error), Some(booted)) => {
-                self.ears = Some(ears);
-                booted(Err(error.to_control()));
-                return Ok(After::Idle);
-            }
+        let config = once.as_ref().unwrap_or(&description.config);
+        let before = ears.life.state();
+        ears.life.enter(VmState::Booting, None);
+        let built = match self.open(&mut ears, config) {
+            Ok(Opened::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
+            Ok(Opened::All(parts)) => build(
+                config,
+                parts,
+                &self.opener,
+                &self.mailbox,
+                &ears.events,
+                &ears.consoles,
+            ),
+            Err(error) => Err(error),
         };
-        self.drive(built, ears, &description, once.is_some())
+        let error = match built {
+            Ok(built) => return self.drive((built, booted), ears, &description, once.is_some()),
+            Err(error) => error,
+        };
+        ears.life.enter(before, None);
+        let Some(booted) = booted else {
+            return Err(error);
+        };
+        self.ears = Some(ears);
+        booted(Err(error.to_control()));
+        Ok(After::Idle)
     }
 
     fn drive(

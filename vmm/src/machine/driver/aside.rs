@@ -38,7 +38,7 @@ pub struct Opening(Arc<AtomicUsize>);
 
 impl Opening {
     /// Counts one more, unless there are [`MAX_OPENING`], until what it gives is dropped.
-    fn begin(&self) -> Option<Slot> {
+    pub(crate) fn begin(&self) -> Option<Slot> {
         let more = |count| (count < MAX_OPENING).then_some(count + 1);
         let begun = self
             .0
@@ -48,7 +48,7 @@ impl Opening {
 }
 
 /// A thread that opens files.
-struct Slot(Arc<AtomicUsize>);
+pub(crate) struct Slot(Arc<AtomicUsize>);
 
 impl Drop for Slot {
     fn drop(&mut self) {
@@ -104,17 +104,20 @@ pub(super) struct Asides {
 }
 
 impl Asides {
-    /// Waits until no thread holds a device, or until `deadline`.
-    pub(super) fn wait(&self, deadline: Instant) {
-        let mut count = self.held.lock();
-        while *count > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                tracing::warn!("a device is still in use at the end of its machine");
-                return;
+    /// What waits until no thread holds a device, or until `deadline`.
+    pub(super) fn wait(&self, deadline: Instant) -> impl FnOnce() + Send + use<> {
+        let held = Arc::clone(&self.held);
+        move || {
+            let mut count = held.lock();
+            while *count > 0 {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    tracing::warn!("a device is still in use at the end of its machine");
+                    return;
+                }
+                let waited = held.changed.wait_timeout(count, left);
+                count = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
-            let waited = self.held.changed.wait_timeout(count, left);
-            count = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
