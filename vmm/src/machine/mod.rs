@@ -13,6 +13,7 @@ pub mod build;
 pub mod coredump;
 mod doorbells;
 pub mod driver;
+mod fault;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
@@ -32,9 +33,8 @@ use devices::pci::PciAddress;
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::device::ReconfigureError;
 use virtio::memory::GuestMap;
-use virtio::models::{BuildContext, BuildError};
+use virtio::models::BuildContext;
 use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -190,23 +190,13 @@ impl MachineError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
-            Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
-            Self::Device { source, .. } => match source.downcast_ref() {
-                Some(ReconfigureError::Value(error)) => built(Some(error)),
-                Some(ReconfigureError::Fixed | ReconfigureError::Shape(_)) => ErrorKind::Invalid,
-                Some(ReconfigureError::Busy(_)) => ErrorKind::Busy,
-                _ => built(source.downcast_ref()),
-            },
+            Self::TooManyCpus { .. } | Self::AddressWidth { .. } | Self::HotplugWidth { .. } => {
+                ErrorKind::Invalid
+            }
+            Self::Device { source, .. } => fault::of(&**source),
+            Self::Open { source, .. } => fault::of(source),
             _ => ErrorKind::Failed,
         }
-    }
-}
-
-/// Whose fault it is that a device could not be made.
-fn built(error: Option<&BuildError>) -> ErrorKind {
-    match error {
-        Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
-        _ => ErrorKind::Failed,
     }
 }
 

@@ -327,7 +327,7 @@ fn a_running_guest_gets_another_medium_and_is_told() {
         (update("rng0", second.path()), ErrorKind::Invalid),
         (
             update("disk0", Path::new("/does/not/exist")),
-            ErrorKind::Failed,
+            ErrorKind::Invalid,
         ),
     ] {
         assert_eq!(machine.ask(command).unwrap_err().kind, kind);

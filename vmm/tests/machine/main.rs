@@ -18,6 +18,7 @@ mod consoles;
 mod coredump;
 mod definitions;
 mod disks;
+mod faults;
 mod gdb;
 mod hostile;
 mod hotplug;
