@@ -5,6 +5,7 @@
 //! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
 //! * [`EventLog`], [`Event`]: what has happened; [`EventMonitor`] tells it as v1 does.
 //! * [`http`]: the server; [`client`]: a client.
+//! * [`spelling`]: what a misspelt word was to be.
 
 pub mod client;
 mod control;
@@ -14,6 +15,7 @@ mod event_v1;
 pub mod http;
 pub mod openapi;
 pub mod routes;
+pub mod spelling;
 pub mod wire;
 
 pub use control::{

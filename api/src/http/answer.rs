@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::json;
+use crate::routes::BASE;
 use crate::{ControlError, ErrorKind};
 
 /// What v1's server calls itself. Nothing is known to look at it, but captures have it.
@@ -90,9 +91,13 @@ impl Answer {
         Self::error(400, &["Bad Request", reason])
     }
 
-    /// What v1 answers to a path that it does not have.
-    pub fn not_found() -> Self {
-        Self::error(404, &["Not Found"])
+    /// What v1 answers to a path that it does not have, with the path and one that may be meant.
+    pub fn not_found(path: &str, near: Option<&str>) -> Self {
+        let mut what = format!("there is no endpoint `{path}`");
+        if let Some(near) = near {
+            let _ = write!(what, ": did you mean `{BASE}{near}`?");
+        }
+        Self::error(404, &["Not Found", &what])
     }
 
     /// The failure of the action that `failed` names.

@@ -63,7 +63,7 @@ impl Dispatcher {
     pub fn dispatch(&mut self, request: Request<'_>) -> Outcome {
         self.requests.count(&request.head.target);
         match &request.head.target {
-            Target::Nothing => Answer::not_found().into(),
+            Target::Nothing(path, near) => Answer::not_found(path, *near).into(),
             // v1's server knows no 405.
             Target::Method(None) => Answer::error(400, &["Bad Request"]).into(),
             Target::Method(Some(allow)) => Answer {
@@ -146,7 +146,7 @@ impl Dispatcher {
                 let stream = control.open_console(&wanted).map_err(failure)?;
                 return Ok(Outcome::Console(stream));
             }
-            _ => Answer::not_found(),
+            _ => Answer::not_found(route.name, None),
         };
         Ok(answer.into())
     }
@@ -233,7 +233,7 @@ impl Dispatcher {
             Endpoint::VmAddVsock => add(AddDevice::Vsock(self.body(route, &request)?)),
             Endpoint::VmAddFs => add(AddDevice::Fs(self.body(route, &request)?)),
             Endpoint::VmAddVirtio => add(AddDevice::Virtio(self.body(route, &request)?)),
-            _ => return Err(Answer::not_found()),
+            _ => return Err(Answer::not_found(route.name, None)),
         })
     }
 

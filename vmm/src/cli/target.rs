@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use api::client::{Client, ClientError};
+use api::spelling::nearest;
 use api::wire;
 use clap::Args;
 
 use super::Misuse;
-use crate::config::flag::nearest;
 use crate::config::is_name;
 use crate::definitions::Definitions;
 use crate::opener::Opener;

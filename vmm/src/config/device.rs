@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use api::spelling::nearest;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use virtio::models::Model;
@@ -133,7 +134,7 @@ impl DeviceConfig {
         let (kind, rest) = text.split_once(',').unwrap_or((text, ""));
         let Some(model) = models.iter().find(|model| model.kind == kind) else {
             let kinds: Vec<&str> = models.iter().map(|model| model.kind).collect();
-            let near = flag::nearest(kind, kinds.iter().copied());
+            let near = nearest(kind, kinds.iter().copied());
             return Err(DeviceFlagError::UnknownKind {
                 kind: kind.to_owned(),
                 hint: near.map_or_else(String::new, |k| format!("did you mean '{k}'? ")),
