@@ -14,6 +14,7 @@ mod event_log;
 mod event_v1;
 pub mod http;
 pub mod openapi;
+mod reason;
 pub mod routes;
 pub mod spelling;
 pub mod wire;
@@ -24,3 +25,4 @@ pub use control::{
 pub use event::{DiskErrorAction, Event, EventKind, ExitReason};
 pub use event_log::{Alert, EventLog, Subscription};
 pub use event_v1::EventMonitor;
+pub use reason::{Reason, UnknownReason};

@@ -4,6 +4,7 @@ use httparse::Status;
 use thiserror::Error;
 
 use super::json;
+use crate::Reason;
 use crate::routes::{BASE, MISSING, Method, Missing, ROUTES, Route};
 use crate::spelling::nearest;
 
@@ -69,6 +70,8 @@ pub(super) struct Head {
     pub upgrade: Option<String>,
     /// The last event that the client has seen.
     pub last_event: Option<u64>,
+    /// Whether the client wants to know an error's reason in a word.
+    pub wants_reason: bool,
     /// How many bytes the head has.
     pub length: usize,
 }
@@ -95,6 +98,7 @@ impl Head {
             expects_continue: false,
             upgrade: None,
             last_event: None,
+            wants_reason: false,
             length,
         };
         // A client of HTTP/1.0 does not know 100.
@@ -140,6 +144,8 @@ impl Head {
             self.expects_continue = value.eq_ignore_ascii_case(b"100-continue");
         } else if is("Upgrade") {
             self.upgrade = Some(String::from_utf8_lossy(value).to_ascii_lowercase());
+        } else if is(Reason::ASKED) {
+            self.wants_reason = true;
         } else if is("Last-Event-ID") && !value.is_empty() {
             self.last_event = Some(number(value).ok_or(HeadError::EventId)?);
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use api::{ControlError, ErrorKind, VmState, wire};
+use api::{ControlError, ErrorKind, Reason, VmState, wire};
 
 use super::Description;
 use crate::machine::inventory::Inventory;
@@ -105,7 +105,7 @@ impl View {
     pub fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, ControlError> {
         match self.parts()? {
             (_, Some(machine)) => Ok(machine.counters()),
-            (_, None) => Err(ControlError::new(ErrorKind::Conflict, "VM is not running")),
+            (_, None) => Err(ControlError::state(ErrorKind::Conflict, Reason::NotRunning)),
         }
     }
 
@@ -146,5 +146,5 @@ impl View {
 /// There is no description.
 #[must_use]
 pub fn not_created() -> ControlError {
-    ControlError::new(ErrorKind::NotFound, "VM is not created")
+    ControlError::state(ErrorKind::NotFound, Reason::NotCreated)
 }

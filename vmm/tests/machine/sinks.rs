@@ -52,7 +52,7 @@ fn find(client: &mut Client, kind: &str) -> Option<ConsoleSink> {
 /// The status and the causes of a refusal.
 fn refused(result: Result<(), ClientError>) -> (u16, String) {
     match result {
-        Err(ClientError::Refused { status, chain }) => (status, chain.join(": ")),
+        Err(ClientError::Refused { status, chain, .. }) => (status, chain.join(": ")),
         other => panic!("{other:?}"),
     }
 }
