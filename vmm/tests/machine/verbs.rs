@@ -420,6 +420,44 @@ fn a_machine_that_has_powered_off_is_started_again() {
     assert_eq!(machine.stdout.rest().matches("Hello").count(), 2);
 }
 
+#[test]
+fn a_guest_is_reset_in_place_and_dumped_into_a_new_file() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    let mut machine = user.start(&name, "poke", "serial-echo", &[]);
+    machine.stdout.wait_for("echo=ready");
+    let keys = machine.stdin.as_mut().unwrap();
+    keys.write_all(b"first life\n").unwrap();
+    machine.stdout.wait_for("echo:first life");
+    assert_eq!(user.done(&["reset", &name]), "");
+    machine.stdout.wait_for("echo:first life\necho=ready");
+
+    // The path is the verb's own.
+    let core = user.directory.path().join("a.core");
+    let job = user.json(&["coredump", &name, "a.core", "--json"]);
+    assert_eq!(
+        (&job["kind"], &job["state"]),
+        (&"coredump".into(), &"completed".into())
+    );
+    assert_eq!(fs::read(&core).unwrap()[..4], *b"\x7fELF");
+    until("the state after the dump", || {
+        (user.listed(&name)?["state"] == "running").then_some(())
+    });
+    let taken = user.refused(1, &["coredump", &name, "a.core"]);
+    assert!(taken.contains("exists already"), "{taken}");
+    let socket = user.socket(&name);
+    let socket = socket.to_str().unwrap();
+    let told = user.done(&["coredump", "--api-socket", socket, "b.core"]);
+    assert!(told.contains("b.core is written"), "{told}");
+    let nowhere = user.refused(1, &["coredump", &name, "no/where"]);
+    assert!(nowhere.contains("no/where"), "{nowhere}");
+    machine.stdin.as_mut().unwrap().write_all(b"q\n").unwrap();
+    machine.ends_with(0);
+}
+
 impl User {
     fn socket_when_there(&self, name: &str) -> PathBuf {
         let socket = self.socket(name);
@@ -496,6 +534,8 @@ fn wrong_usage_is_refused_in_a_line_and_nobody_is_asked() {
         (&["disk", "remove", "a"], "NAME DISK"),
         (&["disk", "update", "a", "b"], "NAME DISK"),
         (&["jobs", "cancel", "--api-socket", "/x", "1", "2"], "JOB"),
+        (&["coredump", "a"], "NAME FILE"),
+        (&["reset"], "NAME"),
         (&["shutdown", "a", "--timeout", "-1"], "--timeout"),
     ] {
         let text = user.refused(2, arguments);
