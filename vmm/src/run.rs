@@ -42,7 +42,7 @@ pub fn run(
     running: Option<OnRunning>,
 ) -> anyhow::Result<ExitReason> {
     let replay = config.serial_replay;
-    let (monitor, _around) = monitor(endpoint, replay, opener)?;
+    let (monitor, _around) = monitor(endpoint, replay, None, opener)?;
     let _alarm = running.map(|running| when_running(monitor.handle().events(), running));
     Ok(monitor.run(Description::of(config))?)
 }
@@ -60,10 +60,7 @@ pub fn serve(
 ) -> anyhow::Result<ExitReason> {
     let replay = machine.as_ref().map(|machine| machine.serial_replay);
     let replay = replay.unwrap_or(DEFAULT_SERIAL_REPLAY);
-    let (mut monitor, _around) = monitor(endpoint, replay, opener)?;
-    if let Some(machine) = machine {
-        monitor.describe(Description::of(machine));
-    }
+    let (monitor, _around) = monitor(endpoint, replay, machine, opener)?;
     Ok(monitor.serve()?)
 }
 
@@ -93,6 +90,7 @@ struct Surroundings {
 fn monitor(
     endpoint: Endpoint,
     serial_replay: u64,
+    described: Option<VmConfig>,
     opener: Arc<Opener>,
 ) -> anyhow::Result<(Monitor, Surroundings)> {
     let Endpoint {
@@ -103,7 +101,7 @@ fn monitor(
     } = endpoint;
     options.serial_replay = usize::try_from(serial_replay).unwrap_or(usize::MAX);
     let strict = options.strict;
-    let monitor =
+    let mut monitor =
         Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
     let mut own = OwnFiles::default();
     if let Some(log) = &log {
@@ -113,6 +111,10 @@ fn monitor(
     let locked = place.as_ref().and_then(ApiSocket::lock_of);
     let events = events.map(|place| write_events(&place, &monitor, &opener));
     let events = events.transpose().context("--event-monitor")?;
+    // Before anybody can ask for it.
+    if let Some(machine) = described {
+        monitor.describe(Description::of(machine));
+    }
     let control = place.map(|place| listen(&place, &monitor, strict, &opener));
     let (server, socket) = control.transpose()?.unzip();
     if let Some(path) = written {

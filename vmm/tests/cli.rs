@@ -240,7 +240,7 @@ fn the_same_disk_twice_is_refused_and_both_are_named() {
     }
     let place = Place::new();
     let text = place.wrong_run(&["--disk", "path=a.img,id=x", "--disk", "path=./a.img"]);
-    for part in ["--disk", "a.img ('x')", "./a.img ('disk0')", "readonly=on"] {
+    for part in ["--disk", "a.img ('x')", "./a.img ('_disk0')", "readonly=on"] {
         assert!(text.contains(part), "{text}");
     }
     let text = place.wrong_run(&["--serial", "file=a.img", "--disk", "path=a.img"]);

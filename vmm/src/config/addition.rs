@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn a_device_gets_an_id_and_keeps_what_it_has() {
         let admitted = machine().admit(disk("", "/two"), TEST_MODELS).unwrap();
-        assert_eq!((admitted.id.as_str(), admitted.address), ("disk1", None));
+        assert_eq!((admitted.id.as_str(), admitted.address), ("_disk0", None));
         let given = DeviceConfig {
             address: Some(31),
             ..disk("data", "/two")

@@ -18,7 +18,7 @@
 
 mod devices;
 mod missing;
-mod names;
+pub(super) mod names;
 #[cfg(test)]
 mod tests;
 

@@ -25,7 +25,7 @@ enum Says {
 use Says::{Behind, Fault};
 
 /// Whose fault the failure is that `error` and its sources tell of.
-pub(super) fn of(error: &(dyn Error + 'static)) -> ErrorKind {
+pub fn of(error: &(dyn Error + 'static)) -> ErrorKind {
     let mut kind = ErrorKind::Failed;
     for error in std::iter::successors(Some(error), |&error| error.source()) {
         match says(error) {

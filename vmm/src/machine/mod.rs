@@ -13,7 +13,7 @@ pub mod build;
 pub mod coredump;
 mod doorbells;
 pub mod driver;
-mod fault;
+pub(crate) mod fault;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;

@@ -11,6 +11,7 @@ use crate::config::serial::SinkError;
 use crate::config::{SerialConfig, SinkConfig, files};
 use crate::console::{ConsoleError, ConsoleHub, SinkId, SinkInfo, SinkKind};
 use crate::machine::driver::Ears;
+use crate::machine::fault;
 use crate::opener::Opener;
 
 /// The sinks there are, in the order in which they came.
@@ -132,7 +133,8 @@ fn refused(error: &ConsoleError) -> ControlError {
             ErrorKind::Conflict
         }
         ConsoleError::TooManyClients => ErrorKind::Busy,
-        ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
+        ConsoleError::Open(error) => fault::of(error),
+        ConsoleError::Host { .. } => ErrorKind::Failed,
     };
     ControlError::from_error(kind, error)
 }

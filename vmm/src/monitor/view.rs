@@ -22,6 +22,7 @@ struct Inner {
     description: Option<Arc<wire::VmConfig>>,
     machine: Option<Arc<Inventory>>,
     pty: Option<String>,
+    leaving: bool,
 }
 
 impl View {
@@ -47,6 +48,11 @@ impl View {
     /// The serial port leads to this pseudo-terminal, or to none.
     pub fn serial_at(&self, pty: Option<String>) {
         self.lock().pty = pty;
+    }
+
+    /// The monitor is about to end: nothing that is described will be booted.
+    pub fn leave(&self) {
+        self.lock().leaving = true;
     }
 
     /// Description and state.
@@ -122,7 +128,13 @@ impl View {
     }
 
     fn v1_state(&self) -> wire::VmInfoState {
+        let ends = {
+            let inner = self.lock();
+            inner.leaving || inner.machine.is_some()
+        };
         match self.state() {
+            // What is left of the machine is being put away.
+            VmState::Stopped if ends => wire::VmInfoState::Shutdown,
             VmState::Created | VmState::Stopped => wire::VmInfoState::Created,
             VmState::Booting | VmState::Running => wire::VmInfoState::Running,
             VmState::Paused => wire::VmInfoState::Paused,
@@ -147,4 +159,34 @@ impl View {
 #[must_use]
 pub fn not_created() -> ControlError {
     ControlError::state(ErrorKind::NotFound, Reason::NotCreated)
+}
+
+#[cfg(test)]
+mod tests {
+    use api::EventLog;
+    use serde_json::json;
+
+    use super::*;
+    use crate::machine::state::Lifecycle;
+
+    #[test]
+    fn a_machine_that_has_ended_is_on_its_way_out_until_its_monitor_waits_for_another_boot() {
+        let life = Lifecycle::new(EventLog::default());
+        let view = View::new(life.view());
+        let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
+        view.describe(Some(&Description::from_wire(wire).unwrap()));
+        let state = || view.info().unwrap().state;
+        assert_eq!(state(), wire::VmInfoState::Created);
+        life.enter(VmState::Booting, None);
+        view.show(Some(Inventory::new(Vec::new(), Vec::new(), 0)));
+        assert_eq!(state(), wire::VmInfoState::Running);
+        life.enter(VmState::ShuttingDown, None);
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+        life.enter(VmState::Stopped, None);
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+        view.show(None);
+        assert_eq!(state(), wire::VmInfoState::Created);
+        view.leave();
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+    }
 }

@@ -179,9 +179,9 @@ fn what_is_no_sink_or_one_too_many_is_refused_and_changes_nothing() {
         ("socket=x,append=on", 400, "append"),
         (&used, 409, "used"),
         (&kernel, 409, "--kernel"),
-        ("file=/no/where", 500, "/no/where"),
-        ("file=../../../../../../../../no/where", 500, "no/where"),
-        ("file=/", 500, "directory"),
+        ("file=/no/where", 400, "/no/where"),
+        ("file=../../../../../../../../no/where", 400, "no/where"),
+        ("file=/", 400, "directory"),
     ];
     for (sink, status, says) in cases {
         let (found, chain) = refused(add(&mut client, sink));

@@ -24,7 +24,7 @@ Examples:
 pub(super) const COUNTERS_EXAMPLES: &str = "\
 Examples:
   vireo counters web
-  vireo counters web --json | jq '.disk0.read_bytes'";
+  vireo counters web --json | jq '._disk0.read_bytes'";
 pub(super) const METRICS_EXAMPLES: &str = "\
 Examples:
   vireo metrics web > /var/lib/node_exporter/web.prom";

@@ -12,6 +12,7 @@ use virtio::models::BuildError;
 use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
 use virtio::models::rng::{self, RngConfig};
 
+use super::super::device::free_id;
 use super::super::{DeviceConfig, VmConfig};
 use super::{conflict, invalid, missing, names, not_unique, path, rate_limiter, rate_limits};
 use crate::layout::PCI_SLOTS;
@@ -153,8 +154,7 @@ impl VmConfig {
         let mut disk = described.clone();
         let mut device = DeviceConfig::from_wire_disk(&disk, self.cpus.boot)?;
         if device.id.is_empty() {
-            let number = names::next_number(self.ids());
-            device.id = format!("_disk{number}");
+            device.id = self.free_id(blk::MODEL.kind);
             disk.id = Some(device.id.clone());
         }
         self.check_new(&device)?;
@@ -177,11 +177,7 @@ impl VmConfig {
             config: Value::Object(described.config.clone()),
         };
         if device.id.is_empty() {
-            let taken: Vec<&str> = self.ids().collect();
-            let free =
-                |number: &u64| !taken.contains(&format!("_{}{number}", device.kind).as_str());
-            let number = (0..).find(free).unwrap_or_default();
-            device.id = format!("_{}{number}", device.kind);
+            device.id = self.free_id(&device.kind);
         }
         self.check_new(&device)?;
         Ok(device)
@@ -252,6 +248,12 @@ impl VmConfig {
         }
         let patch = Value::Object(patch);
         Ok(DiskUpdate { device, patch })
+    }
+
+    /// A name for a device of this kind.
+    fn free_id(&self, kind: &str) -> String {
+        let taken = self.ids().map(str::to_owned).collect();
+        free_id(kind, &taken, virtio::models::MODELS)
     }
 
     fn ids(&self) -> impl Iterator<Item = &str> {
