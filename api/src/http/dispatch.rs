@@ -220,7 +220,10 @@ impl Dispatcher {
         let descriptors = std::mem::take(&mut request.descriptors);
         let add = |device| Command::AddDevice(Box::new(device));
         Ok(match route.endpoint {
-            Endpoint::VmCreate => Command::Create(self.body(route, &request)?),
+            Endpoint::VmCreate => {
+                let body = self.body_with(route, &request, wire::VmConfig::ignored)?;
+                Command::Create(Box::new(body))
+            }
             Endpoint::VmBootOnce => Command::BootOnce(self.body(route, &request)?),
             Endpoint::VmResize => Command::Resize(self.body(route, &request)?),
             Endpoint::VmResizeDisk => Command::ResizeDisk(self.body(route, &request)?),
@@ -242,8 +245,18 @@ impl Dispatcher {
         route: &'static Route,
         request: &Request<'_>,
     ) -> Result<T, Answer> {
+        self.body_with(route, request, |_| None)
+    }
+
+    /// The same, and `ignored` names a field that is taken and means nothing.
+    fn body_with<T: DeserializeOwned>(
+        &mut self,
+        route: &'static Route,
+        request: &Request<'_>,
+        ignored: fn(&T) -> Option<&'static str>,
+    ) -> Result<T, Answer> {
         self.reader
-            .read(request.body, route, self.control.events())
+            .read(request.body, route, self.control.events(), ignored)
             .map_err(|error| {
                 Answer::error(400, &["Failed to deserialize JSON", &error.to_string()])
             })

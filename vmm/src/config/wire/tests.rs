@@ -375,6 +375,11 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
             "rng.pci_segment",
         ),
         (
+            json!({"disks": [{"path": "/a", "pci_segment": 1}],
+                "platform": {"num_pci_segments": 2}}),
+            "disk.pci_segment",
+        ),
+        (
             json!({"debug_console": {"mode": "Pty"}}),
             "debug_console.mode=Pty",
         ),
@@ -411,7 +416,7 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
             "cpus.features.amx",
         ),
         (
-            json!({"platform": {"num_pci_segments": 2}}),
+            json!({"platform": {"num_pci_segments": 17}}),
             "platform.num_pci_segments",
         ),
         (json!({"platform": {"iommufd": true}}), "platform.iommufd"),
