@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::buffers::Buffers;
 use crate::events::Observer;
+use crate::size::Size;
 
 /// How a request touches the disk. Offsets and lengths are bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +102,8 @@ pub struct QueueError {
 pub enum ResizeError {
     /// It would lose bytes.
     #[error(
-        "a disk of {from} bytes that is in use cannot shrink to {to}; shrink it while it is not"
+        "a disk of {} that is in use cannot shrink to {}; shrink it while it is not",
+        Size(*from), Size(*to)
     )]
     Shrink {
         /// Its size in bytes.
@@ -110,7 +112,7 @@ pub enum ResizeError {
         to: u64,
     },
     /// Not in the disk's units.
-    #[error("a size of {size} bytes is not a multiple of {unit}")]
+    #[error("a size of {} is not a multiple of {unit} bytes", Size(*size))]
     Unit {
         /// What was asked for, in bytes.
         size: u64,
@@ -118,7 +120,7 @@ pub enum ResizeError {
         unit: u64,
     },
     /// A device has the size that it has.
-    #[error("the device has {held} bytes, fewer than {size}; make the device larger first")]
+    #[error("the device has {}, fewer than {}; make the device larger first", Size(*held), Size(*size))]
     Device {
         /// What was asked for, in bytes.
         size: u64,

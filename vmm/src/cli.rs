@@ -226,7 +226,7 @@ fn execute(arguments: Vec<OsString>) -> u8 {
     };
     let opener = Arc::new(Opener::new());
     let result = log::start(start.verbose, start.log_file.as_deref(), &opener)
-        .map_err(Failure::Usage)
+        .map_err(judge)
         .and_then(|()| {
             if let Some(warning) = start.warning {
                 tracing::warn!("{warning}");

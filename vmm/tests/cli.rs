@@ -448,3 +448,14 @@ fn the_log_takes_its_level_from_the_variable_and_refuses_nonsense() {
     assert!(text.starts_with("vireo: VIREO_LOG"), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
 }
+
+#[test]
+fn a_log_that_cannot_be_written_is_a_failure_with_its_mend() {
+    let arguments = ["serve", "--api-socket", "s", "--log-file", "nodir/x"];
+    let text = Place::new().refused(1, &arguments);
+    assert!(text.starts_with("vireo: --log-file: "), "{text}");
+    assert!(
+        text.contains("nodir/x") && text.contains("check the path"),
+        "{text}"
+    );
+}

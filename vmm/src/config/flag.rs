@@ -12,6 +12,7 @@
 
 use api::spelling::nearest;
 use serde_json::{Map, Value};
+use virtio::limit::LimitError;
 use virtio::schema::{Field, FieldKind};
 
 /// What a flag accepts.
@@ -101,6 +102,15 @@ pub enum FlagError {
         /// The key.
         key: &'static str,
     },
+    /// A limit that is none.
+    #[error("{flag}")]
+    Limit {
+        /// The flag.
+        flag: String,
+        /// What is wrong with it.
+        #[source]
+        source: LimitError,
+    },
     /// The value is not of the field's kind.
     #[error("{flag}: {key}={value}")]
     Value {
@@ -114,6 +124,17 @@ pub enum FlagError {
         #[source]
         source: ValueError,
     },
+}
+
+impl FlagError {
+    /// What is wrong with the limits that `flag` gives.
+    pub fn of_limits(flag: &str, error: LimitError) -> Self {
+        let flag = flag.to_owned();
+        match error {
+            LimitError::Missing(key) => Self::MissingKey { flag, key },
+            source @ LimitError::NoTime(_) => Self::Limit { flag, source },
+        }
+    }
 }
 
 /// Why a value is not of its field's kind.

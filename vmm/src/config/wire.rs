@@ -526,7 +526,7 @@ fn platform(smbios: &SmbiosConfig) -> Option<wire::PlatformConfig> {
     })
 }
 
-/// Limits as the device models know them. A bucket of no size or time limits nothing.
+/// Limits as the device models know them, not checked. A bucket of no size limits nothing.
 #[must_use]
 pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
     let bucket = |described: wire::TokenBucket| {
@@ -540,7 +540,7 @@ pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
             one_time_burst: one_time_burst.unwrap_or(0),
             refill_time,
         };
-        bucket.limiting()
+        (size > 0).then_some(bucket)
     };
     RateLimits {
         bandwidth: described.bandwidth.and_then(bucket),

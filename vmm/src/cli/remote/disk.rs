@@ -358,17 +358,13 @@ fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateDisk> {
         fields: UPDATE_FIELDS,
         shorthand: None,
     };
-    let missing = |key| FlagError::MissingKey {
-        flag: flag.to_owned(),
-        key,
-    };
     let misuse = |error: FlagError| Misuse(crate::error::chain(&error));
     let keys = flag::parse(&table, text).map_err(misuse)?;
     if keys.is_empty() {
         return Err(Misuse(format!("{flag}: nothing is to change: give key=value")).into());
     }
     let limits = RateLimits::from_keys(|key| keys.get(key).and_then(Value::as_u64));
-    let limits = limits.map_err(|key| misuse(missing(key)))?;
+    let limits = limits.map_err(|error| misuse(FlagError::of_limits(flag, error)))?;
     let lifted = keys.contains_key(LIMITS);
     if lifted && limits != RateLimits::default() {
         return Err(Misuse(format!("{flag}: limits=off and other limits: give either")).into());
@@ -451,6 +447,7 @@ mod tests {
         for wrong in [
             "",
             "bw_size=1M",
+            "bw_size=1M,bw_refill_time=0",
             "size=1",
             "limits=on",
             "limits=off,ops_size=1,ops_refill_time=1",

@@ -270,6 +270,10 @@ fn what_smbios_and_groups_cannot_be_is_refused_with_flag_and_key() {
             ["--rate-limit-group", "g,ops_size=1"],
             "--rate-limit-group: 'ops_refill_time' is missing",
         ),
+        (
+            ["--rate-limit-group", "id=a,ops_size=1,ops_refill_time=0"],
+            "--rate-limit-group: ops_refill_time=0",
+        ),
         (["--rate-limit-group", "ops_size=1"], "'id' is missing"),
         (
             ["--rate-limit-group", "id=-g"],

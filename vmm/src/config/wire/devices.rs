@@ -124,6 +124,7 @@ impl DeviceConfig {
         };
         let limits = described.rate_limiter_config.as_ref();
         config.set_rate_limits(limits.map(rate_limits).unwrap_or_default());
+        config.rate_limits().map_err(|error| refused(&error))?;
         config.settings(cpus).map_err(|error| refused(&error))?;
         Ok(Self {
             kind: blk::MODEL.kind.to_owned(),
@@ -237,6 +238,7 @@ impl VmConfig {
         if let Some(limiter) = &request.rate_limiter_config {
             let limits = rate_limits(limiter);
             config.set_rate_limits(limits);
+            config.rate_limits().map_err(|error| refused(&error))?;
             patch.insert("limits".to_owned(), json(&limits)?);
         }
         let device = DeviceConfig {

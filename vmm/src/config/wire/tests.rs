@@ -456,6 +456,29 @@ fn what_there_is_not_is_refused_by_its_name() {
 }
 
 #[test]
+fn a_limit_that_fills_in_no_time_is_refused_by_its_key() {
+    let limits = |bucket: &str| json!({ bucket: { "size": 1, "refill_time": 0 } });
+    for (bucket, key) in [("bandwidth", "bw_refill_time"), ("ops", "ops_refill_time")] {
+        let disk = json!({"path": "/a", "id": "a", "rate_limiter_config": limits(bucket)});
+        let group = json!({"id": "g", "rate_limiter_config": limits(bucket)});
+        let update = json!({"id": "_disk0", "rate_limiter_config": limits(bucket)});
+        let config = made(json!({"disks": [{"path": "/b"}]}));
+        let update = config.plan_update(&serde_json::from_value(update).unwrap());
+        for error in [
+            refused(json!({"disks": [disk.clone()]})),
+            refused(json!({"rate_limit_groups": [group]})),
+            config
+                .plan_disk(&serde_json::from_value(disk).unwrap())
+                .unwrap_err(),
+            update.unwrap_err(),
+        ] {
+            assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
+            assert!(error.to_string().contains(key), "{error}");
+        }
+    }
+}
+
+#[test]
 fn a_disk_is_planned_under_a_free_name_and_the_rules_of_the_whole_machine() {
     let config = made(json!({"disks": [{"path": "/a"}], "rate_limit_groups":
         [{"id": "g", "rate_limiter_config": {}}]}));
