@@ -127,6 +127,11 @@ pub enum ResizeError {
         /// The device's size in bytes.
         held: u64,
     },
+    /// It is not written to.
+    #[error(
+        "the disk is read-only; add it without readonly=on, or enlarge it with 'vireo image resize' while nobody uses it"
+    )]
+    ReadOnly,
     /// There is no way to.
     #[error("a disk of this kind cannot change its size while it is in use")]
     Fixed,
@@ -136,6 +141,7 @@ impl From<ResizeError> for io::Error {
     fn from(error: ResizeError) -> Self {
         let kind = match error {
             ResizeError::Fixed => io::ErrorKind::Unsupported,
+            ResizeError::ReadOnly => io::ErrorKind::ReadOnlyFilesystem,
             _ => io::ErrorKind::InvalidInput,
         };
         Self::new(kind, error)
@@ -162,7 +168,7 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     ///
-    /// The host's, `EROFS` on a read-only disk, and a [`ResizeError`] as the inner error.
+    /// The host's, or a [`ResizeError`] as the inner error.
     fn resize(&self, size: u64) -> io::Result<()> {
         let _ = size;
         Err(ResizeError::Fixed.into())

@@ -108,6 +108,9 @@ enum Verb {
     #[command(after_help = definition::EDIT_EXAMPLES)]
     Edit(definition::NameArgs),
     /// Tell whether a file or definition describes a machine that could be started
+    ///
+    /// Kernel and disks must be there; nothing is started or locked. The exit code is 0 when it could be, 2 for what
+    /// makes no sense, and 1 for what cannot be had.
     #[command(after_help = definition::VALIDATE_EXAMPLES)]
     Validate(definition::ValidateArgs),
     /// Forget a definition; a machine that runs goes on

@@ -57,7 +57,10 @@ pub fn attach(hub: &ConsoleHub, replay: bool) -> Result<UnixStream, ControlError
 /// There is no serial port.
 #[must_use]
 pub fn no_port(kind: ErrorKind) -> ControlError {
-    ControlError::new(kind, "the machine has no serial port: its mode is Off")
+    ControlError::new(
+        kind,
+        "the machine has no serial port: its mode is Off: start it with --serial, for example --serial null",
+    )
 }
 
 /// Adds or removes a sink, and takes it up into the description, so that the next boot has it

@@ -368,6 +368,36 @@ fn a_removal_that_the_machines_end_finishes_is_done_and_one_that_nobody_finishes
 }
 
 #[test]
+fn a_removal_that_a_restart_of_the_guest_finishes_is_done() {
+    if !can_run() {
+        return;
+    }
+    for restart in ["reset", "reboot"] {
+        let user = User::new();
+        let name = user.name();
+        fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
+        let flags = ["--disk", "path=a.img,format=raw,id=data"];
+        let mut machine = user.start(&name, "poke", "outs halt", &flags);
+        machine.stdout.wait_for("outs=");
+        let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
+        let mut client = Client::connect(user.socket(&name)).unwrap();
+        until("the request to the guest", || {
+            let devices = client.devices().unwrap();
+            let asked = |device: &DeviceInfo| device.state == DeviceState::Removing;
+            devices.iter().any(asked).then_some(())
+        });
+        assert_eq!(user.done(&[restart, &name]), "");
+        verb.ends_with(0);
+        assert_eq!(
+            user.json(&["disk", "list", &name, "--json"]),
+            Value::Array(Vec::new())
+        );
+        user.done(&["destroy", &name]);
+        machine.ends_with(0);
+    }
+}
+
+#[test]
 fn shutdown_tells_what_was_done_when_the_guest_powered_off() {
     if !can_run() {
         return;

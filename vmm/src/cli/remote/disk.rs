@@ -224,7 +224,8 @@ fn rows(disks: Vec<wire::DiskConfig>, devices: Vec<wire::DeviceInfo>) -> Vec<Row
             bdf: device.and_then(|device| device.bdf.clone()),
             state: device.map_or(DeviceState::Configured, |device| device.state),
             format: match disk.image_type {
-                ImageType::Raw => Some("raw"),
+                // Where nothing is said, only an image that looks like no other format is opened.
+                ImageType::Raw | ImageType::Unknown => Some("raw"),
                 ImageType::Qcow2 => Some("qcow2"),
                 _ => None,
             },
@@ -472,7 +473,7 @@ mod tests {
             .collect();
         let expected = [
             ("a", true, DeviceState::Active, Some("qcow2")),
-            ("b", false, DeviceState::Configured, None),
+            ("b", false, DeviceState::Configured, Some("raw")),
         ];
         assert_eq!(told, expected);
     }
