@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Reason;
 use crate::event_log::EventLog;
 use crate::wire;
 
@@ -147,6 +148,8 @@ pub enum ErrorKind {
 pub struct ControlError {
     /// What kind of reason it is.
     pub kind: ErrorKind,
+    /// The state that it is for, where that is the reason.
+    pub reason: Option<Reason>,
     /// The causes, outermost first; never empty.
     pub chain: Vec<String>,
 }
@@ -157,7 +160,17 @@ impl ControlError {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self {
             kind,
+            reason: None,
             chain: vec![message.into()],
+        }
+    }
+
+    /// That it makes no sense in this state, in v1's words.
+    #[must_use]
+    pub fn state(kind: ErrorKind, reason: Reason) -> Self {
+        Self {
+            reason: Some(reason),
+            ..Self::new(kind, reason.message())
         }
     }
 
@@ -167,6 +180,7 @@ impl ControlError {
         let causes = std::iter::successors(Some(error), |error| error.source());
         Self {
             kind,
+            reason: None,
             chain: causes.map(ToString::to_string).collect(),
         }
     }

@@ -48,6 +48,7 @@ mod qcow2;
 mod queue;
 mod queued;
 mod raw;
+mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
@@ -70,3 +71,4 @@ pub use qcow2::{
 };
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};
+pub use size::Size;

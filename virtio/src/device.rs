@@ -89,7 +89,7 @@ pub enum ResizeError {
     #[error("it is no disk")]
     NoDisk,
     /// The disk refused.
-    #[error("the disk cannot become {size} bytes long")]
+    #[error("the disk cannot become {} long", block::Size(*size))]
     Disk {
         /// The size asked for, in bytes.
         size: u64,

@@ -109,6 +109,9 @@ enum Verb {
     #[command(after_help = definition::EDIT_EXAMPLES)]
     Edit(definition::NameArgs),
     /// Tell whether a file or definition describes a machine that could be started
+    ///
+    /// Kernel and disks must be there; nothing is started or locked. The exit code is 0 when it could be, 2 for what
+    /// makes no sense, and 1 for what cannot be had.
     #[command(after_help = definition::VALIDATE_EXAMPLES)]
     Validate(definition::ValidateArgs),
     /// Forget a definition; a machine that runs goes on
@@ -232,12 +235,11 @@ fn execute(arguments: Vec<OsString>) -> u8 {
     // Before anything is opened: the log's file gets a number too.
     let inherited = start.descriptors.take();
     let result = inherited
-        .map_err(anyhow::Error::from)
+        .map_err(|error| Failure::Usage(error.into()))
         .and_then(|inherited| {
-            log::start(start.verbose, start.log_file.as_deref(), &opener)?;
+            log::start(start.verbose, start.log_file.as_deref(), &opener).map_err(judge)?;
             Ok(inherited)
         })
-        .map_err(Failure::Usage)
         .and_then(|inherited| {
             if let Some(warning) = start.warning {
                 tracing::warn!("{warning}");

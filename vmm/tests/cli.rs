@@ -247,7 +247,11 @@ fn the_same_disk_twice_is_refused_and_both_are_named() {
     }
     let place = Place::new();
     let text = place.wrong_run(&["--disk", "path=a.img,id=x", "--disk", "path=./a.img"]);
-    for part in ["--disk: disks 'x' (a.img)", "'disk0' (./a.img)", "readonly"] {
+    for part in [
+        "--disk: disks 'x' (a.img)",
+        "'_disk0' (./a.img)",
+        "readonly",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     let text = place.wrong_run(&["--serial", "file=a.img", "--disk", "path=a.img"]);
@@ -457,4 +461,15 @@ fn the_log_takes_its_level_from_the_variable_and_refuses_nonsense() {
     assert_eq!(output.status.code(), Some(2));
     assert!(text.starts_with("vireo: VIREO_LOG"), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
+}
+
+#[test]
+fn a_log_that_cannot_be_written_is_a_failure_with_its_mend() {
+    let arguments = ["serve", "--api-socket", "s", "--log-file", "nodir/x"];
+    let text = Place::new().refused(1, &arguments);
+    assert!(text.starts_with("vireo: --log-file: "), "{text}");
+    assert!(
+        text.contains("nodir/x") && text.contains("check the path"),
+        "{text}"
+    );
 }

@@ -441,7 +441,8 @@ impl Default for DebugConsoleConfig {
 /// Identity and platform.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PlatformConfig {
-    /// How many PCI segments there are.
+    /// How many PCI segments there are. There is one: 2 to 16 are taken and mean nothing, for clients that
+    /// always send them.
     #[serde(default = "PlatformConfig::segments")]
     pub num_pci_segments: u16,
     /// Those behind an IOMMU.
@@ -510,7 +511,22 @@ impl Default for PlatformConfig {
     }
 }
 
+impl VmConfig {
+    /// The field that is taken and means nothing here, if it is given.
+    #[must_use]
+    pub fn ignored(&self) -> Option<&'static str> {
+        let segments = self.platform.as_ref()?.num_pci_segments;
+        let taken = 2..=PlatformConfig::MAX_SEGMENTS;
+        taken
+            .contains(&segments)
+            .then_some("platform.num_pci_segments")
+    }
+}
+
 impl PlatformConfig {
+    /// The most PCI segments that a description may name.
+    pub const MAX_SEGMENTS: u16 = 16;
+
     const fn segments() -> u16 {
         1
     }

@@ -62,7 +62,7 @@ pub(super) struct NameArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct ValidateArgs {
-    /// File, or name of a definition
+    /// A file.toml or a path with a '/', or the name of a definition
     #[arg(value_name = "FILE")]
     file: String,
 }

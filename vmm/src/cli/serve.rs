@@ -26,11 +26,11 @@ Examples:
 /// How the monitor is controlled.
 #[derive(Debug, Args)]
 pub(super) struct SocketArgs {
-    /// Control socket: PATH, path=PATH, or fd=N for a listening one
+    /// Control socket: PATH, path=PATH, or fd=N, a descriptor (3 or higher) of a socket that listens
     #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
     api_socket: Option<Where>,
 
-    /// Write events in Cloud Hypervisor's form: path=PATH, PATH, or fd=N
+    /// Write events in Cloud Hypervisor's form: path=PATH, PATH, or fd=N, a descriptor (3 or higher) open for writing
     ///
     /// A pipe may have no reader yet. Nobody waits for a reader that is slow, or for a full disk.
     #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
@@ -94,7 +94,7 @@ fn place(text: &str) -> Result<Where, String> {
     if let Some(number) = text.strip_prefix("fd=") {
         return match number.parse() {
             Ok(fd) if fd > 2 => Ok(Where::Descriptor(fd)),
-            _ => Err("fd= takes the number of a descriptor, 3 or higher".to_owned()),
+            _ => Err("fd= takes the number of a descriptor that this process was started with, 3 or higher: write fd=3, or a path".to_owned()),
         };
     }
     let path = text.strip_prefix("path=").unwrap_or(text);

@@ -226,10 +226,8 @@ impl RateLimitGroupConfig {
         };
         let map = flag::parse(&table, text)?;
         let number = |key: &str| map.get(key).and_then(Value::as_u64);
-        let limits = RateLimits::from_keys(number).map_err(|key| FlagError::MissingKey {
-            flag: GROUP_FLAG.to_owned(),
-            key,
-        })?;
+        let limits = RateLimits::from_keys(number)
+            .map_err(|error| FlagError::of_limits(GROUP_FLAG, error))?;
         let id = map.get("id").and_then(Value::as_str).unwrap_or_default();
         Ok(Self {
             id: id.to_owned(),

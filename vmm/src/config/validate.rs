@@ -35,6 +35,15 @@ pub enum ConfigError {
         /// What was given.
         id: String,
     },
+    /// The limits of a group are none.
+    #[error("--rate-limit-group id={id}")]
+    Limit {
+        /// The group.
+        id: String,
+        /// What is wrong with them.
+        #[source]
+        source: virtio::limit::LimitError,
+    },
     /// A device names a group that there is not.
     #[error(
         "--{flag} rate_limit_group={group}: '{id}' is in a group that there is not: add \
@@ -317,6 +326,10 @@ impl VmConfig {
         let mut ids: BTreeSet<&str> = BTreeSet::new();
         for group in &self.rate_limit_groups {
             validate_id("--rate-limit-group id", &group.id)?;
+            group.limits.check().map_err(|source| ConfigError::Limit {
+                id: group.id.clone(),
+                source,
+            })?;
             if !ids.insert(&group.id) {
                 return Err(ConfigError::DuplicateId {
                     flag: "rate-limit-group".to_owned(),

@@ -18,7 +18,7 @@
 
 mod devices;
 mod missing;
-mod names;
+pub(super) mod names;
 #[cfg(test)]
 mod tests;
 
@@ -530,7 +530,7 @@ fn platform(smbios: &SmbiosConfig) -> Option<wire::PlatformConfig> {
     })
 }
 
-/// Limits as the device models know them. A bucket of no size or time limits nothing.
+/// Limits as the device models know them, not checked. A bucket of no size limits nothing.
 #[must_use]
 pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
     let bucket = |described: wire::TokenBucket| {
@@ -544,7 +544,7 @@ pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
             one_time_burst: one_time_burst.unwrap_or(0),
             refill_time,
         };
-        bucket.limiting()
+        (size > 0).then_some(bucket)
     };
     RateLimits {
         bandwidth: described.bandwidth.and_then(bucket),

@@ -33,7 +33,7 @@ use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
 use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
-use crate::kvm::baseline::{Baseline, BaselineError};
+use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -449,9 +449,6 @@ impl DeviceEvents for Reporter {
     }
 }
 
-/// The longest file of a baseline, in bytes; they have some hundred.
-const BASELINE_LIMIT: u64 = 64 << 10;
-
 /// The features that CPUs have, unless they are all the host's.
 pub(super) fn open_baseline(
     baseline: &CpuBaseline,
@@ -462,13 +459,14 @@ pub(super) fn open_baseline(
         CpuBaseline::V2 => Ok(Some(Baseline::v2())),
         CpuBaseline::V3 => Ok(Some(Baseline::v3())),
         CpuBaseline::File(path) => {
-            let text = opener.read_text(path, BASELINE_LIMIT);
-            let text = text.map_err(|source| MachineError::Open {
-                flag: "--cpus baseline=",
-                source,
-            })?;
-            let read = Baseline::parse(&text);
-            read.map(Some).map_err(|source| unfit(baseline, source))
+            let read = Baseline::load(path, opener);
+            read.map(Some).map_err(|error| match error {
+                LoadError::Open(source) => MachineError::Open {
+                    flag: "--cpus baseline=",
+                    source,
+                },
+                LoadError::Text { source, .. } => unfit(baseline, source),
+            })
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod build;
 pub mod coredump;
 mod doorbells;
 pub mod driver;
+pub(crate) mod fault;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
@@ -34,9 +35,8 @@ use devices::pci::PciAddress;
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::device::ReconfigureError;
 use virtio::memory::GuestMap;
-use virtio::models::{BuildContext, BuildError};
+use virtio::models::BuildContext;
 use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -198,23 +198,13 @@ impl MachineError {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
             Self::Opening => ErrorKind::Busy,
-            Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
-            Self::Device { source, .. } => match source.downcast_ref() {
-                Some(ReconfigureError::Value(error)) => built(Some(error)),
-                Some(ReconfigureError::Fixed | ReconfigureError::Shape(_)) => ErrorKind::Invalid,
-                Some(ReconfigureError::Busy(_)) => ErrorKind::Busy,
-                _ => built(source.downcast_ref()),
-            },
+            Self::TooManyCpus { .. } | Self::AddressWidth { .. } | Self::HotplugWidth { .. } => {
+                ErrorKind::Invalid
+            }
+            Self::Device { source, .. } => fault::of(&**source),
+            Self::Open { source, .. } => fault::of(source),
             _ => ErrorKind::Failed,
         }
-    }
-}
-
-/// Whose fault it is that a device could not be made.
-fn built(error: Option<&BuildError>) -> ErrorKind {
-    match error {
-        Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
-        _ => ErrorKind::Failed,
     }
 }
 

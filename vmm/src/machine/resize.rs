@@ -20,6 +20,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use api::{ControlError, ErrorKind};
+use block::Size;
 use devices::acpi::hotplug::{SlotNews, SlotRegisters};
 use kvm_bindings::kvm_cpuid_entry2;
 use migration::RestoreError;
@@ -66,8 +67,8 @@ pub enum ResizeError {
     },
     /// Memory does not shrink in this way.
     #[error(
-        "{wanted} bytes of memory are less than the {now} that there are, and memory that is \
-         there is not removed: give as much or more"
+        "{} of memory are less than the {} that there are, and memory that is \
+         there is not removed: give as much or more", Size(*wanted), Size(*now)
     )]
     MemoryShrinks {
         /// What was asked for, in bytes.
@@ -77,8 +78,8 @@ pub enum ResizeError {
     },
     /// More than was reserved.
     #[error(
-        "{wanted} bytes of memory: this machine has at most {most}; --memory hotplug_size= says \
-         how much can be added"
+        "{} of memory: this machine has at most {}; --memory hotplug_size= says \
+         how much can be added", Size(*wanted), Size(*most)
     )]
     MemoryLimit {
         /// What was asked for, in bytes.
@@ -88,8 +89,8 @@ pub enum ResizeError {
     },
     /// Not whole blocks.
     #[error(
-        "{wanted} bytes of memory: there are {now}, and memory is added in pieces of {block}: \
-         give {now} and a multiple of that"
+        "{} of memory: there are {}, and memory is added in pieces of {}: \
+         give what there is and a multiple of that", Size(*wanted), Size(*now), Size(*block)
     )]
     MemoryBlocks {
         /// What was asked for, in bytes.
@@ -542,7 +543,7 @@ mod tests {
         let text = |wanted| check(wanted).unwrap_err().to_string();
         assert!(text(499).contains("is not removed"));
         assert!(text(1525).contains("hotplug_size="));
-        assert!(text(1000).contains("in pieces of 134217728"));
+        assert!(text(1000).contains("in pieces of 128M (134217728 bytes)"));
         assert!(matches!(
             addable.check(500 * MIB, u64::MAX),
             Err(ResizeError::MemoryLimit { .. })

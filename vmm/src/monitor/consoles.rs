@@ -11,7 +11,8 @@ use crate::config::serial::SinkError;
 use crate::config::{SerialConfig, SinkConfig, files};
 use crate::console::{ConsoleError, ConsoleHub, SinkId, SinkInfo, SinkKind};
 use crate::machine::driver::Ears;
-use crate::opener::{OpenError, Opener};
+use crate::machine::fault;
+use crate::opener::Opener;
 
 /// The sinks there are, in the order in which they came.
 #[must_use]
@@ -56,7 +57,10 @@ pub fn attach(hub: &ConsoleHub, replay: bool) -> Result<UnixStream, ControlError
 /// There is no serial port.
 #[must_use]
 pub fn no_port(kind: ErrorKind) -> ControlError {
-    ControlError::new(kind, "the machine has no serial port: its mode is Off")
+    ControlError::new(
+        kind,
+        "the machine has no serial port: its mode is Off: start it with --serial, for example --serial null",
+    )
 }
 
 /// That a path means the same to the client as to the monitor, whose directories are two.
@@ -147,9 +151,9 @@ fn refused(error: &ConsoleError) -> ControlError {
         ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
             ErrorKind::Conflict
         }
-        ConsoleError::Open(OpenError::InUse { .. }) => ErrorKind::Conflict,
         ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
-        ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
+        ConsoleError::Open(error) => fault::of(error),
+        ConsoleError::Host { .. } => ErrorKind::Failed,
     };
     ControlError::from_error(kind, error)
 }

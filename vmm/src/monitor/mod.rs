@@ -296,6 +296,11 @@ impl Monitor {
         // Before the server ends, which may wait for an errand.
         ears.forget_machine();
         drop(server);
+        if let Ok(outcome) = &outcome
+            && self.leaves(outcome, &then)
+        {
+            self.view.leave();
+        }
         self.view.show(None);
         self.view.serial_at(None);
         self.view.describe(ears.description.as_ref());
@@ -344,18 +349,24 @@ impl Monitor {
                 }
             };
         }
-        if outcome.quit {
-            return After::Exit(outcome.reason);
-        }
-        if commanded || outcome.failed_to_boot {
-            return after;
-        }
         match outcome.next {
-            GuestAction::Restart => After::Boot(None),
-            GuestAction::Stop => after,
-            _ if self.options.no_shutdown => after,
-            _ => After::Exit(outcome.reason),
+            _ if self.ends_with(outcome, commanded) => After::Exit(outcome.reason),
+            GuestAction::Restart if !commanded && !outcome.failed_to_boot => After::Boot(None),
+            _ => after,
         }
+    }
+
+    /// Whether the monitor ends with its machine, whose end was `commanded` or not.
+    fn ends_with(&self, outcome: &Outcome, commanded: bool) -> bool {
+        let stays = matches!(outcome.next, GuestAction::Restart | GuestAction::Stop);
+        let kept = commanded || outcome.failed_to_boot || self.options.no_shutdown;
+        outcome.quit || !(stays || kept)
+    }
+
+    /// The same before what ended the machine is carried out.
+    fn leaves(&self, outcome: &Outcome, then: &[(Command, Answer)]) -> bool {
+        let quits = |(command, _): &(Command, Answer)| matches!(command, Command::Quit);
+        then.iter().any(quits) || self.ends_with(outcome, !then.is_empty())
     }
 
     /// Waits for what to do while there is no machine.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use api::{ControlError, ErrorKind, VmState, wire};
+use api::{ControlError, ErrorKind, Reason, VmState, wire};
 
 use super::Description;
 use crate::machine::inventory::Inventory;
@@ -22,6 +22,7 @@ struct Inner {
     description: Option<Arc<wire::VmConfig>>,
     machine: Option<Arc<Inventory>>,
     pty: Option<String>,
+    leaving: bool,
 }
 
 impl View {
@@ -47,6 +48,11 @@ impl View {
     /// The serial port leads to this pseudo-terminal, or to none.
     pub fn serial_at(&self, pty: Option<String>) {
         self.lock().pty = pty;
+    }
+
+    /// The monitor is about to end: nothing that is described will be booted.
+    pub fn leave(&self) {
+        self.lock().leaving = true;
     }
 
     /// Description and state.
@@ -105,7 +111,7 @@ impl View {
     pub fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, ControlError> {
         match self.parts()? {
             (_, Some(machine)) => Ok(machine.counters()),
-            (_, None) => Err(ControlError::new(ErrorKind::Conflict, "VM is not running")),
+            (_, None) => Err(ControlError::state(ErrorKind::Conflict, Reason::NotRunning)),
         }
     }
 
@@ -122,7 +128,13 @@ impl View {
     }
 
     fn v1_state(&self) -> wire::VmInfoState {
+        let ends = {
+            let inner = self.lock();
+            inner.leaving || inner.machine.is_some()
+        };
         match self.state() {
+            // What is left of the machine is being put away.
+            VmState::Stopped if ends => wire::VmInfoState::Shutdown,
             VmState::Created | VmState::Stopped => wire::VmInfoState::Created,
             // What it is made from is being opened.
             VmState::Booting if self.machine().is_none() => wire::VmInfoState::Created,
@@ -148,5 +160,35 @@ impl View {
 /// There is no description.
 #[must_use]
 pub fn not_created() -> ControlError {
-    ControlError::new(ErrorKind::NotFound, "VM is not created")
+    ControlError::state(ErrorKind::NotFound, Reason::NotCreated)
+}
+
+#[cfg(test)]
+mod tests {
+    use api::EventLog;
+    use serde_json::json;
+
+    use super::*;
+    use crate::machine::state::Lifecycle;
+
+    #[test]
+    fn a_machine_that_has_ended_is_on_its_way_out_until_its_monitor_waits_for_another_boot() {
+        let life = Lifecycle::new(EventLog::default());
+        let view = View::new(life.view());
+        let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
+        view.describe(Some(&Description::from_wire(wire).unwrap()));
+        let state = || view.info().unwrap().state;
+        assert_eq!(state(), wire::VmInfoState::Created);
+        life.enter(VmState::Booting, None);
+        view.show(Some(Inventory::new(Vec::new(), Vec::new(), 0)));
+        assert_eq!(state(), wire::VmInfoState::Running);
+        life.enter(VmState::ShuttingDown, None);
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+        life.enter(VmState::Stopped, None);
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+        view.show(None);
+        assert_eq!(state(), wire::VmInfoState::Created);
+        view.leave();
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+    }
 }

@@ -216,7 +216,7 @@ fn a_destination_that_cannot_be_is_refused_at_once() {
         ("file:///", ErrorKind::Invalid),
         ("file:///tmp/..", ErrorKind::Invalid),
         ("file:///tmp/a\0b", ErrorKind::Invalid),
-        ("file:///no/where/core", ErrorKind::Failed),
+        ("file:///no/where/core", ErrorKind::Invalid),
         ("file:///dev/null", ErrorKind::Conflict),
     ] {
         let destination_url = url.to_owned();

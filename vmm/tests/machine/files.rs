@@ -13,7 +13,7 @@ use crate::support::{Served, can_run};
 /// The status and the causes of a refusal.
 fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (u16, String) {
     match result {
-        Err(ClientError::Refused { status, chain }) => (status, chain.join(": ")),
+        Err(ClientError::Refused { status, chain, .. }) => (status, chain.join(": ")),
         other => panic!("{other:?}"),
     }
 }
@@ -51,7 +51,7 @@ fn a_sink_empties_no_disk_of_another_machine_and_no_backing_file_of_its_own() {
     let own = format!("path={},format=qcow2,lock=off", image.display());
     let served = Served::start("poke", "serial-echo", &["--serial", "null", "--disk", &own]);
     let mut client = served.client();
-    for (file, says) in [(&disk, "in use"), (&base, "'disk0'"), (&image, "'disk0'")] {
+    for (file, says) in [(&disk, "in use"), (&base, "'_disk0'"), (&image, "'_disk0'")] {
         for more in ["", ",append=on"] {
             let sink = format!("file={}{more}", file.display());
             let (status, chain) = refused(client.change_console(&VmConsole::Add(sink)));

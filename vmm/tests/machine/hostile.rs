@@ -108,7 +108,7 @@ fn bodies_that_make_no_sense_are_refused_and_the_guest_runs_on() {
         (
             "vm.add-disk",
             b"{\"path\":\"../../../no/where\",\"image_type\":\"Raw\"}",
-            500,
+            400,
         ),
         ("vm.remove-device", b"{\"id\":\"a\\u0000b\"}", 404),
         ("vm.update-disk", b"{\"id\":\"none\",\"x\":1}", 400),
@@ -120,11 +120,11 @@ fn bodies_that_make_no_sense_are_refused_and_the_guest_runs_on() {
         (
             "vm.coredump",
             b"{\"destination_url\":\"file:///no/../where/core\"}",
-            500,
+            400,
         ),
         ("vm.console", b"{\"add\":\"file=a\\u0000b\"}", 400),
         ("vm.console", b"{\"add\":\"file=../no/where/x\"}", 400),
-        ("vm.console", b"{\"add\":\"file=/no/where/x\"}", 500),
+        ("vm.console", b"{\"add\":\"file=/no/where/x\"}", 400),
         ("vm.console", b"{\"add\":7}", 400),
         ("vm.console", b"{\"remove\":\"sink-1\"}", 400),
         ("vm.job-cancel", b"{\"id\":\"../job\"}", 404),

@@ -19,6 +19,7 @@ mod consoles;
 mod coredump;
 mod definitions;
 mod disks;
+mod faults;
 mod files;
 mod gdb;
 mod hostile;

@@ -1,4 +1,4 @@
-//! Start, pause, resume, shutdown, reboot, destroy.
+//! Start, pause, resume, shutdown, reboot, reset, destroy.
 
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,9 @@ Examples:
 pub(super) const REBOOT_EXAMPLES: &str = "\
 Examples:
   vireo reboot web";
+pub(super) const RESET_EXAMPLES: &str = "\
+Examples:
+  vireo reset web";
 pub(super) const DESTROY_EXAMPLES: &str = "\
 Examples:
   vireo destroy web
@@ -94,6 +97,10 @@ pub(super) fn resume(arguments: &PlainArgs) -> anyhow::Result<()> {
 
 pub(super) fn reboot(arguments: &PlainArgs) -> anyhow::Result<()> {
     command(arguments, Client::reboot)
+}
+
+pub(super) fn reset(arguments: &PlainArgs) -> anyhow::Result<()> {
+    command(arguments, Client::reset)
 }
 
 pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {

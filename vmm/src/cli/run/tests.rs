@@ -170,9 +170,9 @@ fn devices_keep_the_order_of_the_command_line_across_flags() {
     assert_eq!(
         got,
         [
-            ("rng0", Some(1), json!({})),
-            ("disk0", Some(2), json!({"path": "a"})),
-            ("rng1", Some(3), json!({"src": "/dev/zero"})),
+            ("_rng0", Some(1), json!({})),
+            ("_disk1", Some(2), json!({"path": "a"})),
+            ("_rng2", Some(3), json!({"src": "/dev/zero"})),
             ("root", Some(4), json!({"path": "b"})),
         ]
     );
@@ -226,7 +226,7 @@ fn a_wrong_value_is_refused_by_the_name_of_its_flag() {
         (&["--disk", "a", "--disk", "a"], "are the same file"),
         (
             &["--disk", "a,addr=9", "--rng", "addr=9"],
-            "--rng addr=9: 'disk0' and 'rng0'",
+            "--rng addr=9: '_disk0' and '_rng1'",
         ),
         (&["--device", "nic"], "--device: unknown kind 'nic'"),
         (
@@ -275,6 +275,10 @@ fn what_smbios_and_groups_cannot_be_is_refused_with_flag_and_key() {
         (
             ["--rate-limit-group", "g,ops_size=1"],
             "--rate-limit-group: 'ops_refill_time' is missing",
+        ),
+        (
+            ["--rate-limit-group", "id=a,ops_size=1,ops_refill_time=0"],
+            "--rate-limit-group: ops_refill_time=0",
         ),
         (["--rate-limit-group", "ops_size=1"], "'id' is missing"),
         (

@@ -107,7 +107,11 @@ fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
 
 fn platform(described: &wire::PlatformConfig) -> Result<(), ControlError> {
     first([
-        (described.num_pci_segments > 1, "platform.num_pci_segments"),
+        // Fewer are ignored, which an event tells.
+        (
+            described.num_pci_segments > wire::PlatformConfig::MAX_SEGMENTS,
+            "platform.num_pci_segments",
+        ),
         (
             any(described.iommu_segments.as_ref()),
             "platform.iommu_segments",

@@ -8,8 +8,9 @@ use api::wire;
 use super::{invalid, not_unique};
 
 /// What the names that are made begin with, one for each kind.
-const STEMS: [&str; 9] = [
+const STEMS: [&str; 10] = [
     "_disk",
+    "_rng",
     "_net",
     "_fs",
     "_pmem",
@@ -48,7 +49,7 @@ pub fn name_devices(described: &mut wire::VmConfig) {
 }
 
 /// The first number that is past all those in the names of this form.
-pub(super) fn next_number<'a>(ids: impl Iterator<Item = &'a str>) -> u64 {
+pub(in crate::config) fn next_number<'a>(ids: impl Iterator<Item = &'a str>) -> u64 {
     let number_of = |id: &str| {
         let stem = id.trim_end_matches(|c: char| c.is_ascii_digit());
         let digits = id.get(stem.len()..)?;

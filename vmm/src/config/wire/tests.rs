@@ -374,6 +374,11 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
             "rng.pci_segment",
         ),
         (
+            json!({"disks": [{"path": "/a", "pci_segment": 1}],
+                "platform": {"num_pci_segments": 2}}),
+            "disk.pci_segment",
+        ),
+        (
             json!({"debug_console": {"mode": "Pty"}}),
             "debug_console.mode=Pty",
         ),
@@ -410,7 +415,7 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
             "cpus.features.amx",
         ),
         (
-            json!({"platform": {"num_pci_segments": 2}}),
+            json!({"platform": {"num_pci_segments": 17}}),
             "platform.num_pci_segments",
         ),
         (json!({"platform": {"iommufd": true}}), "platform.iommufd"),
@@ -447,6 +452,29 @@ fn what_there_is_not_is_refused_by_its_name() {
     }
     // A list of nothing asks for nothing.
     made(json!({"net": [], "fs": [], "pmem": [], "devices": [], "numa": [], "disks": []}));
+}
+
+#[test]
+fn a_limit_that_fills_in_no_time_is_refused_by_its_key() {
+    let limits = |bucket: &str| json!({ bucket: { "size": 1, "refill_time": 0 } });
+    for (bucket, key) in [("bandwidth", "bw_refill_time"), ("ops", "ops_refill_time")] {
+        let disk = json!({"path": "/a", "id": "a", "rate_limiter_config": limits(bucket)});
+        let group = json!({"id": "g", "rate_limiter_config": limits(bucket)});
+        let update = json!({"id": "_disk0", "rate_limiter_config": limits(bucket)});
+        let config = made(json!({"disks": [{"path": "/b"}]}));
+        let update = config.plan_update(&serde_json::from_value(update).unwrap());
+        for error in [
+            refused(json!({"disks": [disk.clone()]})),
+            refused(json!({"rate_limit_groups": [group]})),
+            config
+                .plan_disk(&serde_json::from_value(disk).unwrap())
+                .unwrap_err(),
+            update.unwrap_err(),
+        ] {
+            assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
+            assert!(error.to_string().contains(key), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -14,9 +14,9 @@ use super::Driver;
 use crate::error::chain;
 use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
 use crate::machine::inbox::Message;
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, fault};
 use crate::monitor::JobHandle;
-use crate::opener::{NewFile, OpenError};
+use crate::opener::NewFile;
 
 const SCHEME: &str = "file://";
 
@@ -43,13 +43,11 @@ impl Driver {
             return Err(dump.busy());
         }
         let path = destination(request)?;
-        let file = self.tools.opener.begin_file(&path).map_err(|error| {
-            let kind = match &error {
-                OpenError::Exists { .. } => ErrorKind::Conflict,
-                _ => ErrorKind::Failed,
-            };
-            ControlError::from_error(kind, &error)
-        })?;
+        let file = self
+            .tools
+            .opener
+            .begin_file(&path)
+            .map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
         let resume = self.state().0 == VmState::Running;
         if resume {
             self.pause(PauseReason::Command)
