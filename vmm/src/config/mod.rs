@@ -11,6 +11,7 @@
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
 mod addition;
+pub mod balloon;
 pub mod capability;
 mod cpus;
 pub mod device;

@@ -13,6 +13,7 @@
 mod actions;
 mod aside;
 mod attach;
+mod balloon;
 mod baseline;
 mod consoles;
 mod coredump;
