@@ -2,7 +2,8 @@
  * balloon: drives a memory balloon. Fills mib=16 of its memory with a pattern
  * and gives pages of it up, or takes them back, as the device asks: `actual=PAGES
  * zero=PAGES` whenever it is there, with how many of those it ever got back were zeros.
- * Pages come in order, and with `scattered` every other one first.
+ * Pages come in order, and with `scattered` every other one first. With `bench` it gives
+ * all up and takes all back, without being asked: the ticks of both.
  */
 #include "runtime/virtio.h"
 
@@ -94,12 +95,31 @@ static void tell_statistics(void)
     virtq_kick(&queues[STATISTICS]);
 }
 
+/* A monitor may give pages to the host after it has said so, but not after it has given one back. */
+static void bench(void)
+{
+    uint64_t begin = rdtsc(), middle, end;
+
+    while (have < pages)
+        step(pages);
+    step(pages - 1);
+    middle = rdtsc();
+    while (have > 0)
+        step(0);
+    end = rdtsc();
+    print("balloon inflate-ticks=%lu deflate-ticks=%lu pages=%u zero=%u\n", middle - begin,
+          end - middle, pages, zero);
+    finish();
+}
+
 static void work(void)
 {
     uint32_t told = 1, id, length;
 
     for (uint32_t i = 0; i < pages; i++)
         *page(i) = PATTERN;
+    if (has_word("bench"))
+        bench();
     tell_statistics();
     print("ready pages=%u\n", pages);
     if (has_word("report")) {
