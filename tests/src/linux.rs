@@ -238,6 +238,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(baseline(kernel, "x86-64-v3", 2));
     cases.push(ballooned::gives(kernel));
     cases.push(ballooned::takes(kernel));
+    cases.push(ballooned::huge(kernel));
     cases
 }
 

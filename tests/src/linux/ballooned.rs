@@ -60,9 +60,18 @@ write more $(($(mem MemFree) + 24))
 echo "@@ killed $(count oom_kill)"
 "#;
 
-fn description(balloon: &str) -> String {
+const HUGE: &str = r#"
+size=$(($(mem MemFree) - 24))
+write file $size
+rm /mnt/file
+echo '@@ ask for memory'
+until_ '[ "$(count balloon_deflate)" -ge 49152 ]'
+write again $size
+"#;
+
+fn description(memory: &str, balloon: &str) -> String {
     format!(
-        r#"{{"cpus":{{"boot_vcpus":1,"max_vcpus":1}},"memory":{{"size":{MEMORY}}},
+        r#"{{"cpus":{{"boot_vcpus":1,"max_vcpus":1}},"memory":{{"size":{MEMORY}{memory}}},
 "payload":{{"kernel":"{{kernel}}","initramfs":"{{initramfs}}","cmdline":"{{cmdline}}"}},
 "balloon":{{{balloon}}},"serial":{{"mode":"Tty"}},"console":{{"mode":"Off"}}}}"#
     )
@@ -82,9 +91,9 @@ fn balloon(texts: &[&str]) -> Ask {
     Ask::get("vm.balloon", texts).until()
 }
 
-fn boots(name: &str, kernel: &str, script: &str, config: &str) -> Case {
+fn boots(name: &str, kernel: &str, script: &str, (memory, config): (&str, &str)) -> Case {
     let script = format!("{WORDS}{script}");
-    let create = Ask::put("vm.create", &description(config));
+    let create = Ask::put("vm.create", &description(memory, config));
     case(kernel, Form::BzImage, name, &script)
         .served()
         .asks("", [create, Ask::put("vm.boot", "")])
@@ -119,7 +128,7 @@ pub(super) fn gives(kernel: &str) -> Case {
         "gives-memory-up",
         kernel,
         GIVES,
-        r#""size":0,"statistics_interval":1"#,
+        ("", r#""size":0,"statistics_interval":1"#),
     )
     .asks("@@ ask for memory", asked)
     .asks("@@ ask for it back", back)
@@ -143,7 +152,7 @@ pub(super) fn takes(kernel: &str) -> Case {
         resize(192 * MIB),
     ];
     let balloon = r#""size":0,"deflate_on_oom":true,"free_page_reporting":true"#;
-    boots("takes-memory-back", kernel, TAKES, balloon)
+    boots("takes-memory-back", kernel, TAKES, ("", balloon))
         .asks("@@ ask about the file", about_the_file)
         .asks("@@ ask about its room", about_its_room)
         .lines([
@@ -152,4 +161,35 @@ pub(super) fn takes(kernel: &str) -> Case {
             "@@ took some back",
             "@@ killed 0",
         ])
+}
+
+/// A guest on huge pages of a file that others can map: what goes back goes as whole pages, and out of the file.
+pub(super) fn huge(kernel: &str) -> Case {
+    let size = 192 * MIB;
+    let actual = format!(r#""actual":{size}"#);
+    let discarded = || Want::Between(r#""discarded_bytes":"#.to_owned(), size / 2, size);
+    let asked = [
+        resize(size),
+        balloon(&[&actual]),
+        Ask::get("vm.counters", &[r#""discard_errors":0"#])
+            .want(discarded())
+            .until(),
+        resize(0),
+    ];
+    let pages = (MEMORY / MIB / 2) + 8;
+    let free = "awk '/HugePages_Free/ { print $2 }' /proc/meminfo";
+    let mut case = boots(
+        "gives-huge-pages-up",
+        kernel,
+        HUGE,
+        (r#","hugepages":true,"shared":true"#, r#""size":0"#),
+    )
+    .before(&format!(
+        "echo {pages} > /proc/sys/vm/nr_hugepages; test $({free}) = {pages}"
+    ))
+    .asks("@@ ask for memory", asked)
+    .lines(["@@ wrote file", "@@ wrote again"])
+    .after("echo 0 > /proc/sys/vm/nr_hugepages");
+    case.nested_only = true;
+    case
 }
