@@ -29,7 +29,8 @@ use crate::wire;
 pub enum VmState {
     /// Built from its configuration; no guest code has run.
     Created,
-    /// Loading the kernel, at first or after a guest reset.
+    /// Opening what it is made from, which may fail and leads back, or loading the kernel, at first or
+    /// after a guest reset.
     Booting,
     /// vCPUs run.
     Running,

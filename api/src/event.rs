@@ -14,6 +14,8 @@ pub enum ExitReason {
     Reset,
     /// The guest's kernel panicked and said so through pvpanic.
     GuestPanic,
+    /// The guest did not feed its watchdog in time.
+    Watchdog,
     /// A vCPU shut down: a triple fault.
     TripleFault,
     /// KVM could not go on with a vCPU (an internal error, a failed entry).
@@ -53,6 +55,8 @@ pub enum EventKind {
     GuestReset,
     /// The guest's kernel panicked.
     GuestPanic,
+    /// The guest did not feed its watchdog in time.
+    Watchdog,
     /// The power button was pressed.
     PowerButton,
     /// The guest's driver has taken a device into use. Of many in a short time not every one is told; `vm.devices`

@@ -59,6 +59,7 @@ pub use disk::{
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
+pub use lock::lock_output;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Opener};

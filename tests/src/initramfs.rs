@@ -19,6 +19,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_balloon",
     "pvpanic_mmio",
     "pvpanic_pci",
+    "i6300esb",
     "button",
     "evdev",
 ];

@@ -25,6 +25,7 @@ use virtio_queue::Queue;
 use crate::memory::GuestMemory;
 use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
 use crate::models::{BuildContext, BuildError};
+use crate::worker::Patience;
 
 /// The fixed facts of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,6 +172,10 @@ pub trait Notifier: Send + Sync {
     /// Tells observers of the machine that a balloon has the size it was to have: `actual` bytes.
     fn balloon_reached(&self, actual: u64) {
         let _ = actual;
+    }
+    /// How long the device's owner has the patience to wait for its workers.
+    fn patience(&self) -> Option<&Patience> {
+        None
     }
 }
 

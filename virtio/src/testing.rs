@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
-use crate::worker::borrow;
+use crate::worker::{Patience, borrow};
 
 /// Where one region of memory ends and the next begins, in bytes.
 pub const SEAM: u64 = 1 << 20;
@@ -49,7 +49,7 @@ pub enum Notice {
     Balloon(u64),
 }
 
-struct Notices(Mutex<Sender<Notice>>);
+struct Notices(Mutex<Sender<Notice>>, Patience);
 
 impl Notices {
     fn send(&self, notice: Notice) {
@@ -78,11 +78,16 @@ impl Notifier for Notices {
     fn balloon_reached(&self, actual: u64) {
         self.send(Notice::Balloon(actual));
     }
+
+    fn patience(&self) -> Option<&Patience> {
+        Some(&self.1)
+    }
 }
 
 pub fn notices() -> (Arc<dyn Notifier>, Receiver<Notice>) {
     let (sender, receiver) = channel();
-    (Arc::new(Notices(Mutex::new(sender))), receiver)
+    let notices = Notices(Mutex::new(sender), Patience::default());
+    (Arc::new(notices), receiver)
 }
 
 /// A descriptor as tests write it: address, length, writable by the device.

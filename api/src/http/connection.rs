@@ -15,6 +15,7 @@ use rustix::net::{
 
 use super::ServerOptions;
 use super::answer::{self, After, Answer};
+use super::brake::Brake;
 use super::dispatch::{self, CONSOLE, Dispatcher, Outcome, Request};
 use super::events;
 use super::head::{Chunks, Framing, Head, Target};
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     pub held_descriptors: usize,
     /// The time at which the present round of events was taken up.
     pub now: Instant,
+    /// How often readers of events are told of that are too slow.
+    pub slow: Brake,
 }
 
 /// The connection is over.
@@ -406,7 +409,7 @@ impl Connection {
         if self.is_busy() { Ok(()) } else { Err(Gone) }
     }
 
-    fn take_events(&mut self, shared: &Shared, mut seen: u64) {
+    fn take_events(&mut self, shared: &mut Shared, mut seen: u64) {
         if self.unsent() == 0 {
             self.since = shared.now;
         }
@@ -417,7 +420,9 @@ impl Connection {
             // Behind by more than the log keeps. A client that comes back with the
             // number that it has seen learns by the next one what it has missed.
             if first.id > seen + 1 {
-                tracing::warn!(by = %Peer::of(&self.stream), "a reader of events is too slow");
+                if let Some(suppressed) = shared.slow.allow(shared.now) {
+                    tracing::warn!(by = %Peer::of(&self.stream), suppressed, "a reader of events is too slow");
+                }
                 self.phase = Phase::Closing;
                 return;
             }

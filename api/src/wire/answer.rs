@@ -187,7 +187,7 @@ pub struct JobInfo {
     pub done: u64,
     /// What there is to do, as far as it is known.
     pub total: u64,
-    /// Why it failed.
+    /// Why it failed, or why it was cancelled if no request has asked for that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

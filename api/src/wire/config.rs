@@ -110,6 +110,9 @@ pub struct VmConfig {
     /// What is done when the guest's kernel panics and says so; not in v1. By default the monitor ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_panic: Option<GuestAction>,
+    /// What is done when the guest does not feed its watchdog in time; not in v1. By default it is restarted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_watchdog: Option<GuestAction>,
 }
 
 /// What is done about something that the guest does.

@@ -479,6 +479,10 @@ impl Unit for VirtioPci {
         self.core().stop(deadline)
     }
 
+    fn cut_short(&self, cut: bool) {
+        self.signals.patience.end(cut);
+    }
+
     fn reset(&self) {
         self.core().reset();
         self.config_space().reset();

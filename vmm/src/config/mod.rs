@@ -10,7 +10,6 @@
 //! [`files::check`] (rules on the files that it names). What only the kernel
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
-mod addition;
 pub mod balloon;
 pub mod capability;
 mod cpus;
@@ -100,6 +99,9 @@ pub struct VmConfig {
     /// Whether the guest's kernel can report a panic.
     #[serde(default = "default_pvpanic")]
     pub pvpanic: bool,
+    /// Whether there is a watchdog.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub watchdog: bool,
     /// How long a guest has to power itself off once it has been asked to, in
     /// seconds. 0 ends it at once.
     #[serde(default = "default_shutdown_timeout")]
@@ -113,6 +115,9 @@ pub struct VmConfig {
     /// What is done when the guest's kernel panics and says so.
     #[serde(default = "exits")]
     pub on_panic: GuestAction,
+    /// What is done when the guest does not feed its watchdog in time.
+    #[serde(default = "restarts")]
+    pub on_watchdog: GuestAction,
 }
 
 impl Default for VmConfig {
@@ -132,10 +137,12 @@ impl Default for VmConfig {
             gdb: None,
             smbios: SmbiosConfig::default(),
             pvpanic: default_pvpanic(),
+            watchdog: false,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: exits(),
             on_reboot: restarts(),
             on_panic: exits(),
+            on_watchdog: restarts(),
         }
     }
 }
@@ -143,11 +150,12 @@ impl Default for VmConfig {
 impl VmConfig {
     /// What is done about each thing that a guest does, by the name of its flag.
     #[must_use]
-    pub fn actions(&self) -> [(&'static str, GuestAction); 3] {
+    pub fn actions(&self) -> [(&'static str, GuestAction); 4] {
         [
             ("--on-poweroff", self.on_poweroff),
             ("--on-reboot", self.on_reboot),
             ("--on-panic", self.on_panic),
+            ("--on-watchdog", self.on_watchdog),
         ]
     }
 }

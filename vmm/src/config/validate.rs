@@ -224,12 +224,10 @@ pub enum ConfigError {
     },
     /// One image as two disks.
     #[error(
-        "--{flag}: {} ('{first}') and {} ('{second}') are the same file: give it once, or \
-         readonly=on for both", first_path.display(), second_path.display()
+        "disks '{first}' ({}) and '{second}' ({}) are the same file: give it once, or make both \
+         readonly", first_path.display(), second_path.display()
     )]
     SameDisk {
-        /// The flag, without dashes.
-        flag: String,
         /// The disk that came first.
         first: String,
         /// How it names the file.
@@ -242,19 +240,19 @@ pub enum ConfigError {
     /// A file that the machine reads is not there.
     #[error("{user}: {} cannot be found: check the path", path.display())]
     Missing {
-        /// What reads it: a flag, or a device.
+        /// What reads it.
         user: String,
         /// The file.
         path: PathBuf,
     },
     /// A file that would be overwritten is used otherwise.
     #[error(
-        "{output}{}: it would overwrite what {other} uses: give it a file of its own",
+        "{output}: it would overwrite {}, the file of {other}: give it a file of its own",
         path.display()
     )]
     OutputInUse {
-        /// The flag that writes, up to its path.
-        output: &'static str,
+        /// What writes.
+        output: String,
         /// The file.
         path: PathBuf,
         /// What else uses it.

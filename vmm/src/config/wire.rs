@@ -113,10 +113,12 @@ impl VmConfig {
             gdb: None,
             smbios: smbios(named.platform.as_ref()),
             pvpanic: named.pvpanic,
+            watchdog: named.watchdog,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: named.on_poweroff.unwrap_or(GuestAction::Exit),
             on_reboot: named.on_reboot.unwrap_or(GuestAction::Restart),
             on_panic: named.on_panic.unwrap_or(GuestAction::Exit),
+            on_watchdog: named.on_watchdog.unwrap_or(GuestAction::Restart),
         };
         config.complete(MODELS);
         let checked = config.validate(MODELS, &HostLimits::read());
@@ -214,10 +216,12 @@ impl VmConfig {
             },
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,
+            watchdog: self.watchdog,
             platform: platform(&self.smbios),
             on_poweroff: other_than(GuestAction::Exit, self.on_poweroff),
             on_reboot: other_than(GuestAction::Restart, self.on_reboot),
             on_panic: other_than(GuestAction::Exit, self.on_panic),
+            on_watchdog: other_than(GuestAction::Restart, self.on_watchdog),
             ..wire::VmConfig::default()
         }
     }

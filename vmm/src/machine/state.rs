@@ -53,7 +53,8 @@ pub fn follows(from: VmState, to: VmState) -> bool {
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
     match from {
         Created | Stopped => to == Booting,
-        Booting => matches!(to, Running | Paused | ShuttingDown),
+        // Back to what it was, when there is nothing to boot after all.
+        Booting => matches!(to, Running | Paused | ShuttingDown | Created | Stopped),
         Running => matches!(to, Paused | Booting | ShuttingDown),
         Paused => matches!(to, Running | Booting | ShuttingDown),
         ShuttingDown => to == Stopped,

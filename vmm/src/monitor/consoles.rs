@@ -11,7 +11,7 @@ use crate::config::serial::SinkError;
 use crate::config::{SerialConfig, SinkConfig, files};
 use crate::console::{ConsoleError, ConsoleHub, SinkId, SinkInfo, SinkKind};
 use crate::machine::driver::Ears;
-use crate::opener::Opener;
+use crate::opener::{OpenError, Opener};
 
 /// The sinks there are, in the order in which they came.
 #[must_use]
@@ -59,6 +59,20 @@ pub fn no_port(kind: ErrorKind) -> ControlError {
     ControlError::new(kind, "the machine has no serial port: its mode is Off")
 }
 
+/// That a path means the same to the client as to the monitor, whose directories are two.
+fn check_path(text: &str, sink: &SinkConfig) -> Result<(), ControlError> {
+    let path = match sink {
+        SinkConfig::File(file) => &file.path,
+        SinkConfig::Socket(socket) => &socket.path,
+        SinkConfig::Tty | SinkConfig::Pty | SinkConfig::Null => return Ok(()),
+    };
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let message = format!("{text}: the path is not absolute: give the whole path, from / on");
+    Err(ControlError::new(ErrorKind::Invalid, message))
+}
+
 /// Adds or removes a sink, and takes it up into the description, so that the next boot has it
 /// too. Files and sockets are opened here.
 ///
@@ -86,7 +100,9 @@ pub fn change(
             SerialConfig::Sinks(sinks.clone())
                 .validate()
                 .map_err(|error| broken(&error))?;
-            files::check_sink(&description.config, models, ears.consoles.reserved(), &sink)
+            check_path(text, &sink)?;
+            let own = ears.consoles.reserved();
+            files::check_sink(&description.config, models, opener, own, &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let info = hub.add(&sink, opener).map_err(|error| refused(&error))?;
             hub.adopt(info.id);
@@ -131,7 +147,8 @@ fn refused(error: &ConsoleError) -> ControlError {
         ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
             ErrorKind::Conflict
         }
-        ConsoleError::TooManyClients => ErrorKind::Busy,
+        ConsoleError::Open(OpenError::InUse { .. }) => ErrorKind::Conflict,
+        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
         ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
     };
     ControlError::from_error(kind, error)

@@ -1,13 +1,16 @@
 //! What a machine is made from, as its clients gave it and as it is built.
 
+use std::sync::Arc;
+
 use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
 use virtio::models::Model;
 
 use crate::config::balloon::BalloonError;
+use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{DiskUpdate, name_devices, update_disk};
-use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
-use crate::error::chain;
+use crate::config::{DeviceConfig, HostLimits, VmConfig};
 use crate::machine::state::wrong_state;
+use crate::opener::Opener;
 
 /// A machine's description in both forms, which say the same.
 #[derive(Clone)]
@@ -49,7 +52,8 @@ impl Description {
         self.config.check_bootable()
     }
 
-    /// The description after `command`, which only changes it: there is no machine.
+    /// The description after `command`, which only changes it: there is no machine. The files of a new device are looked
+    /// at as at a boot.
     ///
     /// # Errors
     ///
@@ -58,12 +62,16 @@ impl Description {
         &self,
         command: Command,
         models: &'static [Model],
+        opener: &Opener,
+        own: &OwnFiles,
     ) -> Result<Self, ControlError> {
         let mut new = self.clone();
+        let mut names_files = false;
         match command {
             Command::AddDevice(device) => {
                 let planned = self.plan(&device)?;
                 new.add(planned);
+                names_files = true;
             }
             Command::RemoveDevice(request) => {
                 new.retain(|id| id != request.id);
@@ -77,12 +85,16 @@ impl Description {
                 let update = self.config.plan_update(&request)?;
                 name_devices(&mut new.wire);
                 new.update(&request, update);
+                names_files = request.path.is_some();
             }
             other => return Err(wrong_state(VmState::Created, &other)),
         }
         new.config
             .validate(models, &HostLimits::read())
             .map_err(|error| ControlError::from(&error))?;
+        if names_files {
+            new.check_files(models, opener, own)?;
+        }
         Ok(new)
     }
 
@@ -218,17 +230,46 @@ impl Description {
         name_devices(&mut self.wire);
     }
 
-    /// The rules that need the host's files, which may have changed since.
+    /// The rules that need the host's files, which may have changed since. `own` are the monitor's.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Invalid`].
-    pub fn check_files(&self, models: &'static [Model]) -> Result<(), ControlError> {
-        files::check(&self.config, models).map_err(|error| {
-            ControlError::new(ErrorKind::Invalid, chain(&error))
-                .context("Failed to validate config")
-        })
+    /// [`ErrorKind::Conflict`].
+    pub fn check_files(
+        &self,
+        models: &'static [Model],
+        opener: &Opener,
+        own: &OwnFiles,
+    ) -> Result<(), ControlError> {
+        check_files(&self.config, models, opener, own)
     }
+
+    /// [`Description::check_files`] for this machine with `device`, which is new or takes the place of the one
+    /// that has its id. What is returned does it, on any thread: the host may take long.
+    pub fn file_check(
+        &self,
+        device: &DeviceConfig,
+        models: &'static [Model],
+        opener: &Arc<Opener>,
+        own: &OwnFiles,
+    ) -> impl FnOnce() -> Result<(), ControlError> + Send + use<> {
+        let mut config = self.config.clone();
+        config.devices.retain(|known| known.id != device.id);
+        config.devices.push(device.clone());
+        let (opener, own) = (Arc::clone(opener), own.clone());
+        move || check_files(&config, models, &opener, &own)
+    }
+}
+
+fn check_files(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+    own: &OwnFiles,
+) -> Result<(), ControlError> {
+    files::check(config, models, opener)
+        .and_then(|()| files::check_machine(config, models, opener, own))
+        .map_err(|error| ControlError::from(&error))
 }
 
 /// A device that is to be added, with its name.
@@ -260,7 +301,12 @@ mod tests {
                     desired_vcpus: Some(count),
                     ..wire::VmResize::default()
                 };
-                description.changed(Command::Resize(request), MODELS)
+                description.changed(
+                    Command::Resize(request),
+                    MODELS,
+                    &Opener::new(),
+                    &OwnFiles::default(),
+                )
             };
             for count in [0, max + 1, 70_000] {
                 let refused = resize(&description, count).err().unwrap();
@@ -302,7 +348,12 @@ mod tests {
             ..wire::VmResize::default()
         };
         let changed = description
-            .changed(Command::Resize(request), MODELS)
+            .changed(
+                Command::Resize(request),
+                MODELS,
+                &Opener::new(),
+                &OwnFiles::default(),
+            )
             .unwrap();
         // Nothing has been added to what it is now: all the room is there again.
         agree(&changed, 100, 512);

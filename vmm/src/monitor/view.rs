@@ -159,6 +159,8 @@ impl View {
     fn v1_state(&self) -> wire::VmInfoState {
         match self.state() {
             VmState::Created | VmState::Stopped => wire::VmInfoState::Created,
+            // What it is made from is being opened.
+            VmState::Booting if self.machine().is_none() => wire::VmInfoState::Created,
             VmState::Booting | VmState::Running => wire::VmInfoState::Running,
             VmState::Paused => wire::VmInfoState::Paused,
             VmState::ShuttingDown => wire::VmInfoState::Shutdown,

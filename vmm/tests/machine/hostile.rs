@@ -75,7 +75,7 @@ fn bodies_that_make_no_sense_are_refused_and_the_guest_runs_on() {
     let mut machine = Echoing::start();
     let before = machine.served.client().info().unwrap();
     let deep = [b"[".repeat(10_000), b"]".repeat(10_000)].concat();
-    let bodies: [(&str, &[u8], u16); 27] = [
+    let bodies: [(&str, &[u8], u16); 28] = [
         ("vm.create", &[b' '; (4 << 20) + 1], 400),
         ("vm.create", &deep, 400),
         ("vm.create", b"{\"payload\":{\"cmdline\":\"\xff\"}}", 400),
@@ -123,7 +123,8 @@ fn bodies_that_make_no_sense_are_refused_and_the_guest_runs_on() {
             500,
         ),
         ("vm.console", b"{\"add\":\"file=a\\u0000b\"}", 400),
-        ("vm.console", b"{\"add\":\"file=../no/where/x\"}", 500),
+        ("vm.console", b"{\"add\":\"file=../no/where/x\"}", 400),
+        ("vm.console", b"{\"add\":\"file=/no/where/x\"}", 500),
         ("vm.console", b"{\"add\":7}", 400),
         ("vm.console", b"{\"remove\":\"sink-1\"}", 400),
         ("vm.job-cancel", b"{\"id\":\"../job\"}", 404),

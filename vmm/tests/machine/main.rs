@@ -11,6 +11,7 @@
 )]
 
 mod actions;
+mod again;
 mod aside;
 mod attach;
 mod balloon;
@@ -19,6 +20,7 @@ mod consoles;
 mod coredump;
 mod definitions;
 mod disks;
+mod files;
 mod gdb;
 mod hostile;
 mod hotplug;
@@ -26,10 +28,13 @@ mod lifecycle;
 mod lives;
 mod managers;
 mod metrics;
+mod nbd;
+mod opening;
 mod resize;
 mod shape;
 mod sinks;
 mod start_order;
 mod state;
+mod stuck;
 mod support;
 mod verbs;

@@ -178,9 +178,11 @@ fn what_is_no_sink_or_one_too_many_is_refused_and_changes_nothing() {
         ("file=x,size=1", 400, "size"),
         ("socket=x,append=on", 400, "append"),
         (&used, 409, "used"),
-        (&kernel, 409, "--kernel"),
+        (&kernel, 409, "the kernel"),
         ("file=/no/where", 500, "/no/where"),
-        ("file=../../../../../../../../no/where", 500, "no/where"),
+        ("file=../../../../../../../../no/where", 400, "not absolute"),
+        ("file=log,append=on", 400, "not absolute"),
+        ("socket=console.sock", 400, "not absolute"),
         ("file=/", 500, "directory"),
     ];
     for (sink, status, says) in cases {

@@ -24,7 +24,7 @@ fn configured_from(base: VmConfig, arguments: &[&str]) -> anyhow::Result<VmConfi
         panic!("not run");
     };
     let matches = matches.subcommand_matches("run").unwrap();
-    let (config, _) = configure(*parsed, matches, base, TEST_MODELS)?;
+    let (config, _) = configure(*parsed, matches, base, TEST_MODELS, &Opener::new())?;
     Ok(config)
 }
 
@@ -71,6 +71,10 @@ const EVERY_FLAG: &[&str] = &[
     "exit",
     "--on-panic",
     "restart",
+    "--watchdog",
+    "on",
+    "--on-watchdog",
+    "stop",
     "--shutdown-timeout",
     "5",
     "--smbios",
@@ -139,6 +143,8 @@ fn every_flag_reaches_the_configuration() {
         on_poweroff: GuestAction::Restart,
         on_reboot: GuestAction::Exit,
         on_panic: GuestAction::Restart,
+        watchdog: true,
+        on_watchdog: GuestAction::Stop,
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);
@@ -340,4 +346,32 @@ fn a_detached_machine_has_no_terminal() {
     assert!(refusal(&["--detach", "--debugcon", "stdio"]).starts_with("--debugcon stdio"));
     let pty = configured(&["--detach", "--serial", "pty"]).unwrap();
     assert_eq!(pty.serial, SinkConfig::Pty.into());
+}
+
+#[test]
+fn clients_read_paths_that_mean_the_same_in_every_directory() {
+    let here = std::env::current_dir().unwrap();
+    let flags = |socket: &str| {
+        let words = [
+            "--initrd",
+            "i",
+            "--serial",
+            "file=./log",
+            "--disk",
+            "path=a",
+            "--gdb",
+        ];
+        let configured = configured(&[&words[..], &[&format!("unix:{socket}")]].concat());
+        from_anywhere(configured.unwrap(), TEST_MODELS)
+    };
+    let config = flags("g");
+    assert_eq!(config.payload.kernel, Some("/k".into()));
+    assert_eq!(config.payload.initramfs, Some(here.join("i")));
+    let log = SinkConfig::File(FileSink::new(here.join("log")));
+    assert_eq!(config.serial.sinks(), [log]);
+    assert_eq!(config.devices[0].config["path"], json!(here.join("a")));
+    // A socket whose path is just short enough is listened at where it was.
+    let longest = "g".repeat(107);
+    let kept = flags(&longest).gdb.unwrap();
+    assert_eq!(kept, format!("unix:{longest}").parse().unwrap());
 }

@@ -359,7 +359,6 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (json!({"vsock": {"cid": 3, "socket": "/v"}}), "vsock"),
         (json!({"iommu": true}), "iommu"),
         (json!({"numa": [{"guest_numa_id": 0}]}), "numa"),
-        (json!({"watchdog": true}), "watchdog"),
         (json!({"rtc": {}}), "rtc"),
         (json!({"pci_segments": [{}]}), "pci_segments"),
         (json!({"tpm": {"socket": "/t"}}), "tpm"),
