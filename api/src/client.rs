@@ -255,6 +255,11 @@ impl Client {
         self.object("vm.counters")
     }
 
+    /// What has become of the balloon.
+    pub fn balloon(&mut self) -> Result<wire::BalloonInfo, ClientError> {
+        self.object("vm.balloon")
+    }
+
     /// The machine's devices.
     pub fn devices(&mut self) -> Result<Vec<wire::DeviceInfo>, ClientError> {
         self.object("vm.devices")

@@ -228,6 +228,13 @@ pub trait Control: Send + Sync {
     /// [`ErrorKind::NotFound`] when none has been created, [`ErrorKind::Conflict`] when it has not been booted.
     fn counters(&self) -> Result<wire::VmCounters, ControlError>;
 
+    /// What has become of the balloon. The guest is asked for newer statistics than there are, and not waited for.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Control::counters`]; [`ErrorKind::NotFound`] also when the machine has none.
+    fn balloon(&self) -> Result<wire::BalloonInfo, ControlError>;
+
     /// The machine's devices.
     ///
     /// # Errors

@@ -183,6 +183,13 @@ pub enum EventKind {
         /// Its size in bytes.
         size: u64,
     },
+    /// The guest has given the balloon all that it was to give, or taken back all that it was to take. Told once for each target.
+    BalloonResized {
+        /// The device's id.
+        id: String,
+        /// How much the guest has given up, in bytes.
+        actual: u64,
+    },
     /// A sink of the serial port is there: at boot, by command, or because a client has attached.
     ConsoleSinkAdded {
         /// The sink's id.

@@ -16,6 +16,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
     "virtio_rng",
+    "virtio_balloon",
     "pvpanic_mmio",
     "pvpanic_pci",
     "i6300esb",

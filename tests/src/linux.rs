@@ -3,6 +3,7 @@
 //! A guest's script prints what it finds as lines that begin with `@@`; the
 //! demands are on those lines.
 
+mod ballooned;
 mod driven;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
@@ -250,6 +251,9 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(huge_pages(kernel));
     cases.push(baseline(kernel, "x86-64-v2", 0));
     cases.push(baseline(kernel, "x86-64-v3", 2));
+    cases.push(ballooned::gives(kernel));
+    cases.push(ballooned::takes(kernel));
+    cases.push(ballooned::huge(kernel));
     cases
 }
 

@@ -46,6 +46,7 @@ pub enum Notice {
     Config,
     Reset(String),
     Disk(DiskReport),
+    Balloon(u64),
 }
 
 struct Notices(Mutex<Sender<Notice>>, Patience);
@@ -72,6 +73,10 @@ impl Notifier for Notices {
 
     fn disk_report(&self, report: &DiskReport) {
         self.send(Notice::Disk(report.clone()));
+    }
+
+    fn balloon_reached(&self, actual: u64) {
+        self.send(Notice::Balloon(actual));
     }
 
     fn patience(&self) -> Option<&Patience> {
@@ -332,7 +337,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) | Notice::Disk(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

@@ -85,7 +85,8 @@ impl Wake {
         let _ = self.0.read();
     }
 
-    fn rouse(&self) {
+    /// Has the worker look up.
+    pub fn rouse(&self) {
         // It fails only when the counter is full: then it is readable too.
         let _ = self.0.write(1);
     }

@@ -123,6 +123,7 @@ impl Dispatcher {
             }
             Endpoint::VmInfo => Answer::json(&control.info().map_err(failure)?),
             Endpoint::VmCounters => Answer::json(&control.counters().map_err(failure)?),
+            Endpoint::VmBalloon => Answer::json(&control.balloon().map_err(failure)?),
             Endpoint::VmDevices => Answer::json(&control.devices().map_err(failure)?),
             Endpoint::VmJobs => Answer::json(&control.jobs()),
             Endpoint::VmMetrics => {

@@ -139,6 +139,16 @@ impl Control for Fake {
         Ok(BTreeMap::from([("_disk0".to_owned(), disk)]))
     }
 
+    fn balloon(&self) -> Result<wire::BalloonInfo, ControlError> {
+        Ok(wire::BalloonInfo {
+            target: 1 << 40,
+            actual: 0,
+            reported: u64::MAX,
+            statistics: Some(BTreeMap::from([("free_memory".to_owned(), 7)])),
+            statistics_age_ms: Some(3),
+        })
+    }
+
     fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError> {
         Ok(vec![wire::DeviceInfo {
             id: "d\u{e9}\u{1f426}".to_owned(),

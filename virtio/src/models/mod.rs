@@ -94,7 +94,7 @@ macro_rules! models {
     };
 }
 
-models! { blk, rng }
+models! { balloon, blk, rng }
 
 /// The model of this kind.
 #[must_use]

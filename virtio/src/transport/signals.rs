@@ -34,6 +34,11 @@ pub enum DeviceEvent<'a> {
     },
     /// What has become of a disk.
     Disk(&'a DiskReport),
+    /// A balloon has the size that it was to have. Reported once for each target.
+    BalloonReached {
+        /// The size in bytes.
+        actual: u64,
+    },
 }
 
 /// Hears of a device's events. Called on vCPU, worker and control threads,
@@ -158,5 +163,9 @@ impl Notifier for Signals {
 
     fn disk_report(&self, report: &DiskReport) {
         self.event(DeviceEvent::Disk(report));
+    }
+
+    fn balloon_reached(&self, actual: u64) {
+        self.event(DeviceEvent::BalloonReached { actual });
     }
 }

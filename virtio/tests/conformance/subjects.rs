@@ -81,6 +81,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
             // Some tests keep two of them, as the two ends of a migration do.
             json!({ "path": path, "lock": false })
         }
+        "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }
 }

@@ -10,6 +10,7 @@
 //! [`files::check`] (rules on the files that it names). What only the kernel
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
+pub mod balloon;
 pub mod capability;
 mod cpus;
 pub mod device;

@@ -8,6 +8,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::balloon::BalloonError;
 use super::cpus::CpusError;
 use super::serial::{MAX_SOCKET_PATH, SinkError};
 use super::smbios::SmbiosError;
@@ -57,6 +58,9 @@ pub enum ConfigError {
         /// The group.
         group: String,
     },
+    /// The balloon is not as it may be.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// What cannot be said in SMBIOS tables.
     #[error("--smbios")]
     Smbios(#[from] SmbiosError),
@@ -377,7 +381,7 @@ impl VmConfig {
                 }
             })?;
         }
-        Ok(())
+        Ok(self.validate_balloon()?)
     }
 
     fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {

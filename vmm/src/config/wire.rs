@@ -16,6 +16,7 @@
 //! described by one of them. The description says less than the
 //! configuration, so that nothing is made from it again.
 
+mod balloon;
 mod devices;
 mod missing;
 pub(super) mod names;
@@ -207,6 +208,7 @@ impl VmConfig {
             rate_limit_groups: (!groups.is_empty()).then_some(groups),
             disks: (!disks.is_empty()).then_some(disks),
             rng: rng.unwrap_or_default(),
+            balloon: self.shown_balloon(),
             serial: (&self.serial).into(),
             console: wire::ConsoleConfig {
                 mode: ConsoleMode::Off,

@@ -437,6 +437,11 @@ impl DeviceEvents for Reporter {
                     .publish(api::EventKind::DeviceNeedsReset { id, reason });
             }
             DeviceEvent::Disk(report) => self.disk(name, report),
+            DeviceEvent::BalloonReached { actual } => {
+                let id = name.to_owned();
+                self.events
+                    .publish(api::EventKind::BalloonResized { id, actual });
+            }
             DeviceEvent::Activated => {
                 let id = name.to_owned();
                 self.events.publish(api::EventKind::DeviceActivated { id });

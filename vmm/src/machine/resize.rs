@@ -24,11 +24,13 @@ use block::Size;
 use devices::acpi::hotplug::{SlotNews, SlotRegisters};
 use kvm_bindings::kvm_cpuid_entry2;
 use migration::RestoreError;
+use virtio::models::balloon::{BalloonChange, NoBalloon};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::platform::Slots;
 use super::{Machine, MachineError};
 use crate::acpi::{AcpiConfig, Processor};
+use crate::config::balloon::{BalloonError, check_size};
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuState};
 use crate::kvm::{KvmError, Vm, cpuid};
 use crate::layout::{MAX_CPUS, MEMORY_SLOTS, ged_event};
@@ -106,6 +108,9 @@ pub enum ResizeError {
          a reset"
     )]
     MemorySlots,
+    /// The balloon cannot have that size.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// The host has not got it.
     #[error(transparent)]
     Memory(#[from] RamError),
@@ -126,7 +131,8 @@ impl ResizeError {
             | Self::CpusFixed { .. }
             | Self::MemoryShrinks { .. }
             | Self::MemoryLimit { .. }
-            | Self::MemoryBlocks { .. } => ErrorKind::Invalid,
+            | Self::MemoryBlocks { .. }
+            | Self::Balloon(_) => ErrorKind::Invalid,
             Self::RemovalPending { .. } => ErrorKind::Busy,
             Self::MemorySlots => ErrorKind::Conflict,
             Self::Memory(_) | Self::Kvm(_) | Self::Thread(_) => ErrorKind::Failed,
@@ -422,6 +428,23 @@ impl Machine {
             self.platform.raise(ged_event::MEMORY_HOTPLUG);
         }
         Ok(())
+    }
+
+    /// Asks the guest to give up memory, or to take it back, until the balloon has `size` bytes: an
+    /// event tells when it has.
+    ///
+    /// The machine runs or is paused.
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError::Balloon`]; nothing has changed.
+    pub fn resize_balloon(&self, size: u64) -> Result<(), ResizeError> {
+        let mut devices = self.virtio.iter().map(|item| &item.device);
+        let device = devices.find(|device| device.balloon().is_some());
+        let device = device.ok_or(BalloonError::None)?;
+        check_size(size, self.memory_size())?;
+        let changed = device.change_balloon(BalloonChange::Target(size));
+        Ok(changed.map_err(|NoBalloon| BalloonError::None)?)
     }
 
     /// Takes what the guest has done since the last call. vCPUs that it has given

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
 use virtio::models::Model;
 
+use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{DiskUpdate, name_devices, update_disk};
 use crate::config::{DeviceConfig, HostLimits, VmConfig};
@@ -137,9 +138,22 @@ impl Description {
             self.config.memory.size = size;
             self.config.memory.hotplug_size = self.wire.memory.hotplug_size.unwrap_or(0);
         }
-        if request.desired_balloon.is_some() {
-            let message = "the machine has no balloon";
-            return Err(ControlError::new(ErrorKind::NotFound, message));
+        if let Some(size) = request.desired_balloon {
+            let resized = self.resize_balloon(size);
+            resized.map_err(|error| ControlError::from(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Has the balloon of the next machine be of another size.
+    ///
+    /// # Errors
+    ///
+    /// [`BalloonError::None`] and [`BalloonError::TooLarge`].
+    pub fn resize_balloon(&mut self, size: u64) -> Result<(), BalloonError> {
+        self.config.resize_balloon(size)?;
+        if let Some(balloon) = &mut self.wire.balloon {
+            balloon.size = size;
         }
         Ok(())
     }
@@ -178,6 +192,9 @@ impl Description {
     /// Takes up a device that has been planned.
     pub fn add(&mut self, planned: Planned) {
         self.config.devices.push(planned.config);
+        if self.wire.balloon.is_none() {
+            self.wire.balloon = self.config.shown_balloon();
+        }
         if let Some(disk) = planned.disk {
             self.wire.disks.get_or_insert_default().push(disk);
         }
@@ -197,6 +214,9 @@ impl Description {
     /// Keeps those devices whose ids `keep` knows.
     pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.config.devices.retain(|device| keep(&device.id));
+        if self.config.shown_balloon().is_none() {
+            self.wire.balloon = None;
+        }
         if let Some(disks) = &mut self.wire.disks {
             disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));
             if disks.is_empty() {

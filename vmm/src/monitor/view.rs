@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::{ControlError, ErrorKind, Reason, VmState, wire};
 
 use super::Description;
+use crate::config::balloon::BalloonError;
 use crate::machine::inventory::Inventory;
 use crate::machine::state::StateView;
 
@@ -68,9 +69,10 @@ impl View {
             ..
         } = description.memory;
         let described = size.saturating_add(hotplugged_size.unwrap_or(0));
-        let memory = machine
-            .as_ref()
-            .map_or(described, |machine| machine.memory_size());
+        let memory = machine.as_ref().map_or(described, |machine| {
+            let given_up = machine.balloon().map_or(0, |balloon| balloon.actual());
+            machine.memory_size().saturating_sub(given_up)
+        });
         let mut config = (*description).clone();
         if config.serial.mode == wire::ConsoleMode::Pty {
             config.serial.file = self.lock().pty.as_ref().map(PathBuf::from);
@@ -115,6 +117,39 @@ impl View {
         }
     }
 
+    /// What has become of the balloon; the guest is asked for newer statistics.
+    ///
+    /// # Errors
+    ///
+    /// As for [`View::counters`]; [`ErrorKind::NotFound`] also when the machine has none.
+    pub fn balloon(&self) -> Result<wire::BalloonInfo, ControlError> {
+        let (description, machine) = self.parts()?;
+        let machine = match machine {
+            Some(machine) => machine,
+            None if description.balloon.is_some() => {
+                return Err(ControlError::new(ErrorKind::Conflict, "VM is not running"));
+            }
+            None => return Err(no_balloon()),
+        };
+        let balloon = machine.balloon().ok_or_else(no_balloon)?;
+        balloon.ask();
+        let told = balloon.statistics();
+        Ok(wire::BalloonInfo {
+            target: balloon.target(),
+            actual: balloon.actual(),
+            reported: balloon.reported(),
+            statistics_age_ms: told
+                .as_ref()
+                .map(|told| u64::try_from(told.age.as_millis()).unwrap_or(u64::MAX)),
+            statistics: told.map(|told| {
+                let values = told.values.into_iter();
+                values
+                    .map(|(name, value)| (name.to_owned(), value))
+                    .collect()
+            }),
+        })
+    }
+
     /// The machine, where there is one.
     #[must_use]
     pub fn machine(&self) -> Option<Arc<Inventory>> {
@@ -155,6 +190,10 @@ impl View {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn no_balloon() -> ControlError {
+    ControlError::from_error(ErrorKind::NotFound, &BalloonError::None)
 }
 
 /// There is no description.

@@ -14,6 +14,7 @@ mod actions;
 mod again;
 mod aside;
 mod attach;
+mod balloon;
 mod baseline;
 mod consoles;
 mod coredump;

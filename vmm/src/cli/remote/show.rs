@@ -215,6 +215,9 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
             size(now)
         },
     ));
+    if let Some(balloon) = &config.balloon {
+        told.push(("Balloon", size(balloon.size)));
+    }
     if let Some(payload) = &config.payload {
         let path = |path: &Option<std::path::PathBuf>| {
             path.as_ref().map(|path| path.display().to_string())

@@ -14,7 +14,9 @@ use virtio::models::rng::{self, RngConfig};
 
 use super::super::device::free_id;
 use super::super::{DeviceConfig, VmConfig};
-use super::{conflict, invalid, missing, names, not_unique, path, rate_limiter, rate_limits};
+use super::{
+    balloon, conflict, invalid, missing, names, not_unique, path, rate_limiter, rate_limits,
+};
 use crate::layout::PCI_SLOTS;
 
 /// The devices of a description whose devices are all named, for a machine with `cpus` vCPUs.
@@ -44,6 +46,9 @@ pub(super) fn from_wire(
             src: path("rng.src", &rng.src)?,
         })?,
     });
+    if let Some(described) = &described.balloon {
+        devices.push(balloon::from_wire(described)?);
+    }
     Ok(devices)
 }
 
@@ -51,13 +56,13 @@ fn duplicated(path: &Path) -> ControlError {
     conflict(format!("Duplicated device path: {}", path.display()))
 }
 
-fn json(config: &impl Serialize) -> Result<Value, ControlError> {
+pub(super) fn json(config: &impl Serialize) -> Result<Value, ControlError> {
     // It fails for no configuration: their keys are texts.
     serde_json::to_value(config)
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
 }
 
-fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
+pub(super) fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
     match slot {
         Some(slot) if !(1..=PCI_SLOTS).contains(&slot) => Err(invalid(format!(
             "{device}: pci_device_id {slot} is not from 1 to {PCI_SLOTS}"

@@ -25,7 +25,6 @@ fn any<T>(list: Option<&Vec<T>>) -> bool {
 pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
     let wire::VmConfig {
         net,
-        balloon,
         fs,
         generic_vhost_user,
         pmem,
@@ -45,7 +44,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
     } = described;
     first([
         (any(net.as_ref()), "net"),
-        (balloon.is_some(), "balloon"),
         (any(fs.as_ref()), "fs"),
         (any(generic_vhost_user.as_ref()), "generic_vhost_user"),
         (any(pmem.as_ref()), "pmem"),

@@ -26,6 +26,8 @@ const RESERVED: &str = "__";
 
 /// The name of the entropy source when none is given.
 pub(super) const RNG: &str = "__rng";
+/// And of the balloon.
+pub(super) const BALLOON: &str = "__balloon";
 
 /// Gives each device that has no name one: its kind and a number, as in
 /// `_disk0` and `_vsock1`. All kinds count together.
@@ -96,7 +98,7 @@ pub(super) fn check_one(id: &str) -> Result<(), ControlError> {
             "Identifier '' is empty: leave it out to have one made",
         ));
     }
-    if id.starts_with(RESERVED) && id != RNG {
+    if id.starts_with(RESERVED) && ![RNG, BALLOON].contains(&id) {
         return Err(invalid(format!(
             "Identifier {id} begins with {RESERVED}, which is kept for the monitor's own devices"
         )));

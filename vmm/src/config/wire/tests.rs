@@ -346,7 +346,10 @@ fn nonsense_is_refused_with_what_is_wrong() {
 fn missing_parts() -> Vec<(Value, &'static str)> {
     vec![
         (json!({"net": [{}]}), "net"),
-        (json!({"balloon": {"size": 1}}), "balloon"),
+        (
+            json!({"balloon": {"size": 1, "iommu": true}}),
+            "balloon.iommu",
+        ),
         (json!({"fs": [{"tag": "t", "socket": "/s"}]}), "fs"),
         (json!({"generic_vhost_user": [{}]}), "generic_vhost_user"),
         (json!({"pmem": [{"file": "/p"}]}), "pmem"),
