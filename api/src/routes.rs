@@ -33,6 +33,8 @@ pub enum Endpoint {
     VmInfo,
     /// GET vm.counters
     VmCounters,
+    /// GET vm.balloon
+    VmBalloon,
     /// GET vm.devices
     VmDevices,
     /// GET vm.events
@@ -296,6 +298,11 @@ pub const ROUTES: &[Route] = &[
     get(Endpoint::VmCounters, "vm.counters")
         .about("Tells what devices and vCPUs have counted.")
         .gives::<wire::VmCounters>()
+        .fails(&[404, 409]),
+    get(Endpoint::VmBalloon, "vm.balloon")
+        .added()
+        .about("Tells how much the guest has given up and how its memory is used, and asks it to say so anew.")
+        .gives::<wire::BalloonInfo>()
         .fails(&[404, 409]),
     get(Endpoint::VmDevices, "vm.devices")
         .added()

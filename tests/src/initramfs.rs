@@ -17,8 +17,10 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "virtio_balloon",
     "pvpanic_mmio",
     "pvpanic_pci",
+    "i6300esb",
     "button",
     "evdev",
 ];

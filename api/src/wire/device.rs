@@ -332,6 +332,9 @@ pub struct BalloonConfig {
     /// Whether the guest tells of free pages.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// How often the guest says how its memory is used, in seconds; absent or 0: when asked. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics_interval: Option<u32>,
 }
 }
 

@@ -124,7 +124,7 @@ pub struct VirtioConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum VmConsole {
-    /// A sink in the form of `--serial`, such as `file=boot.log`.
+    /// A sink in the form of `--serial`, such as `file=/srv/boot.log`. Its path is absolute.
     Add(String),
     /// The id of a sink, as `GET vm.console` lists it.
     Remove(String),

@@ -9,6 +9,7 @@ use crate::fake::{Fake, NOTHING, Server, content, get, put, refused};
 
 fn failed(kind: ErrorKind, chain: &[&str]) -> Option<Result<Reply, ControlError>> {
     Some(Err(ControlError {
+        reason: None,
         kind,
         chain: chain.iter().map(ToString::to_string).collect(),
     }))

@@ -96,7 +96,7 @@ macro_rules! models {
     };
 }
 
-models! { blk, net, rng }
+models! { balloon, blk, net, rng }
 
 /// The model of this kind.
 #[must_use]

@@ -135,6 +135,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         }
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }
 }

@@ -1,6 +1,7 @@
 //! The verbs for machines that run: each asks a monitor over its control socket.
 
 mod console;
+mod coredump;
 mod disk;
 mod events;
 mod jobs;
@@ -60,6 +61,11 @@ pub(super) enum Verb {
     /// End the guest at once and boot it again
     #[command(after_help = lifecycle::REBOOT_EXAMPLES)]
     Reboot(lifecycle::PlainArgs),
+    /// Restart the guest in place, as a reset button would
+    ///
+    /// Memory and devices begin anew, and the machine keeps what it has been given at run time.
+    #[command(after_help = lifecycle::RESET_EXAMPLES)]
+    Reset(lifecycle::PlainArgs),
     /// End machine and monitor at once
     ///
     /// Of a machine that is dead, the socket is removed.
@@ -85,6 +91,11 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: net::Verb,
     },
+    /// Write memory and registers into an ELF core file, for crash and gdb
+    ///
+    /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
+    #[command(after_help = coredump::EXAMPLES)]
+    Coredump(coredump::CoredumpArgs),
     /// List and cancel what goes on in the background
     #[command(after_help = jobs::EXAMPLES)]
     Jobs {
@@ -111,11 +122,13 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Resume(arguments) => lifecycle::resume(&arguments),
         Verb::Shutdown(arguments) => return lifecycle::shutdown(&arguments),
         Verb::Reboot(arguments) => lifecycle::reboot(&arguments),
+        Verb::Reset(arguments) => lifecycle::reset(&arguments),
         Verb::Destroy(arguments) => lifecycle::destroy(&arguments, opener),
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
+        Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;
     Ok(0)

@@ -8,6 +8,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::balloon::BalloonError;
 use super::cpus::CpusError;
 use super::serial::{MAX_SOCKET_PATH, SinkError};
 use super::smbios::SmbiosError;
@@ -35,6 +36,15 @@ pub enum ConfigError {
         /// What was given.
         id: String,
     },
+    /// The limits of a group are none.
+    #[error("--rate-limit-group id={id}")]
+    Limit {
+        /// The group.
+        id: String,
+        /// What is wrong with them.
+        #[source]
+        source: virtio::limit::LimitError,
+    },
     /// A device names a group that there is not.
     #[error(
         "--{flag} rate_limit_group={group}: '{id}' is in a group that there is not: add \
@@ -48,6 +58,9 @@ pub enum ConfigError {
         /// The group.
         group: String,
     },
+    /// The balloon is not as it may be.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// What cannot be said in SMBIOS tables.
     #[error("--smbios")]
     Smbios(#[from] SmbiosError),
@@ -220,12 +233,10 @@ pub enum ConfigError {
     },
     /// One image as two disks.
     #[error(
-        "--{flag}: {} ('{first}') and {} ('{second}') are the same file: give it once, or \
-         readonly=on for both", first_path.display(), second_path.display()
+        "disks '{first}' ({}) and '{second}' ({}) are the same file: give it once, or make both \
+         readonly", first_path.display(), second_path.display()
     )]
     SameDisk {
-        /// The flag, without dashes.
-        flag: String,
         /// The disk that came first.
         first: String,
         /// How it names the file.
@@ -258,19 +269,19 @@ pub enum ConfigError {
     /// A file that the machine reads is not there.
     #[error("{user}: {} cannot be found: check the path", path.display())]
     Missing {
-        /// What reads it: a flag, or a device.
+        /// What reads it.
         user: String,
         /// The file.
         path: PathBuf,
     },
     /// A file that would be overwritten is used otherwise.
     #[error(
-        "{output}{}: it would overwrite what {other} uses: give it a file of its own",
+        "{output}: it would overwrite {}, the file of {other}: give it a file of its own",
         path.display()
     )]
     OutputInUse {
-        /// The flag that writes, up to its path.
-        output: &'static str,
+        /// What writes.
+        output: String,
         /// The file.
         path: PathBuf,
         /// What else uses it.
@@ -339,6 +350,10 @@ impl VmConfig {
         let mut ids: BTreeSet<&str> = BTreeSet::new();
         for group in &self.rate_limit_groups {
             validate_id("--rate-limit-group id", &group.id)?;
+            group.limits.check().map_err(|source| ConfigError::Limit {
+                id: group.id.clone(),
+                source,
+            })?;
             if !ids.insert(&group.id) {
                 return Err(ConfigError::DuplicateId {
                     flag: "rate-limit-group".to_owned(),
@@ -386,7 +401,8 @@ impl VmConfig {
                 }
             })?;
         }
-        self.validate_networks()
+        self.validate_networks()?;
+        Ok(self.validate_balloon()?)
     }
 
     fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {

@@ -16,9 +16,10 @@
 //! described by one of them. The description says less than the
 //! configuration, so that nothing is made from it again.
 
+mod balloon;
 mod devices;
 mod missing;
-mod names;
+pub(super) mod names;
 mod networks;
 #[cfg(test)]
 mod tests;
@@ -115,10 +116,12 @@ impl VmConfig {
             gdb: None,
             smbios: smbios(named.platform.as_ref()),
             pvpanic: named.pvpanic,
+            watchdog: named.watchdog,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: named.on_poweroff.unwrap_or(GuestAction::Exit),
             on_reboot: named.on_reboot.unwrap_or(GuestAction::Restart),
             on_panic: named.on_panic.unwrap_or(GuestAction::Exit),
+            on_watchdog: named.on_watchdog.unwrap_or(GuestAction::Restart),
         };
         config.complete(MODELS);
         let checked = config.validate(MODELS, &HostLimits::read());
@@ -210,6 +213,7 @@ impl VmConfig {
             disks: (!disks.is_empty()).then_some(disks),
             net: (!nets.is_empty()).then_some(nets),
             rng: rng.unwrap_or_default(),
+            balloon: self.shown_balloon(),
             serial: (&self.serial).into(),
             console: wire::ConsoleConfig {
                 mode: ConsoleMode::Off,
@@ -217,10 +221,12 @@ impl VmConfig {
             },
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,
+            watchdog: self.watchdog,
             platform: platform(&self.smbios),
             on_poweroff: other_than(GuestAction::Exit, self.on_poweroff),
             on_reboot: other_than(GuestAction::Restart, self.on_reboot),
             on_panic: other_than(GuestAction::Exit, self.on_panic),
+            on_watchdog: other_than(GuestAction::Restart, self.on_watchdog),
             ..wire::VmConfig::default()
         }
     }
@@ -531,7 +537,7 @@ fn platform(smbios: &SmbiosConfig) -> Option<wire::PlatformConfig> {
     })
 }
 
-/// Limits as the device models know them. A bucket of no size or time limits nothing.
+/// Limits as the device models know them, not checked. A bucket of no size limits nothing.
 #[must_use]
 pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
     let bucket = |described: wire::TokenBucket| {
@@ -545,7 +551,7 @@ pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
             one_time_burst: one_time_burst.unwrap_or(0),
             refill_time,
         };
-        bucket.limiting()
+        (size > 0).then_some(bucket)
     };
     RateLimits {
         bandwidth: described.bandwidth.and_then(bucket),

@@ -10,6 +10,7 @@ mod file;
 mod history;
 mod hub;
 mod reader;
+mod scribe;
 mod sink;
 mod source;
 mod state;
@@ -28,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
-use crate::machine::driver::ppoll;
+use crate::machine::driver::{ppoll, readable};
 use crate::opener::OpenError;
 
 /// How often it is looked whether a pseudo-terminal has been read.
@@ -60,6 +61,11 @@ pub enum ConsoleError {
     /// Too many sinks.
     #[error("a console has at most {MAX_SINKS} sinks: remove one first")]
     TooManySinks,
+    /// Too many files that have been removed and hang.
+    #[error(
+        "{MAX_SINKS} files that were removed still wait for their storage: try again when it answers"
+    )]
+    TooManyFiles,
     /// Too many clients.
     #[error(
         "a console has at most {} clients: close another first",
@@ -137,7 +143,7 @@ impl Consoles {
     /// time it wants until `interrupt`. A terminal has as long as it takes some
     /// within each `patience`, a client of a socket and the reader of a
     /// pseudo-terminal have `patience` altogether: what the latter has not read when
-    /// the near end closes is lost.
+    /// the near end closes is lost. Files have as long as a terminal.
     pub fn finish(&self, wanted: bool, patience: Duration, interrupt: &Interrupt<'_>) {
         let mut unwanted = false;
         while wanted && !unwanted && self.left().patient > 0 {
@@ -149,7 +155,9 @@ impl Consoles {
             let left = self.left();
             let now = Instant::now();
             let patient = if unwanted { 0 } else { left.patient };
-            let steady = patient.saturating_add(left.steady);
+            let steady = patient
+                .saturating_add(left.steady)
+                .saturating_add(left.files);
             if steady != before {
                 (changed, before) = (now, steady);
             }
@@ -171,12 +179,38 @@ impl Consoles {
         }
     }
 
+    /// Waits until files have all that the guest has written, for `patience` at most, and until `fd` is
+    /// readable.
+    pub fn settle(&self, patience: Duration, fd: Option<RawFd>) {
+        let hubs = [&self.serial, &self.debugcon];
+        let left = |end| {
+            hubs.map(|hub| hub.files_left(end))
+                .into_iter()
+                .any(|left| left > 0)
+        };
+        let end = Instant::now() + patience;
+        while left(false) {
+            let time = end.saturating_duration_since(Instant::now());
+            let mut fds = [
+                self.serial.progress_fd(),
+                self.debugcon.progress_fd(),
+                fd.unwrap_or(-1),
+            ]
+            .map(|fd| readable(Some(fd)));
+            if time.is_zero() || ppoll(&mut fds, Some(time)).is_err() || fds[2].revents != 0 {
+                break;
+            }
+        }
+        left(true);
+    }
+
     fn left(&self) -> state::Left {
         let (a, b) = (self.serial.left(), self.debugcon.left());
         state::Left {
             patient: a.patient.saturating_add(b.patient),
             steady: a.steady.saturating_add(b.steady),
             brief: a.brief.saturating_add(b.brief),
+            files: a.files.saturating_add(b.files),
         }
     }
 

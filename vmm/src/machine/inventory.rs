@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 
 use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
 use devices::pci::{BarKind, PciAddress, PciFunction};
+use virtio::models::balloon::BalloonView;
 use virtio::transport::VirtioPci;
 
 use super::vcpus::VcpuView;
@@ -54,6 +55,12 @@ impl Inventory {
     #[must_use]
     pub fn memory_size(&self) -> u64 {
         self.memory
+    }
+
+    /// The balloon.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
+        self.items.iter().find_map(|item| item.device.balloon())
     }
 
     /// As `vm.devices` lists them.

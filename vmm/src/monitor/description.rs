@@ -8,12 +8,14 @@ use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire}
 use serde_json::Value;
 use virtio::models::Model;
 
+use crate::config::balloon::BalloonError;
+use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
     DiskUpdate, NetUpdate, address_nets, name_devices, update_disk, update_net,
 };
-use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
-use crate::error::chain;
+use crate::config::{DeviceConfig, HostLimits, VmConfig};
 use crate::machine::state::wrong_state;
+use crate::opener::Opener;
 
 /// A machine's description in both forms, which say the same.
 #[derive(Clone)]
@@ -43,6 +45,15 @@ impl Update {
         match self {
             Self::Disk(request) => &request.id,
             Self::Net(request) => &request.id,
+        }
+    }
+
+    /// Whether it brings a file that the machine did not have.
+    #[must_use]
+    pub fn names_files(&self) -> bool {
+        match self {
+            Self::Disk(request) => request.path.is_some(),
+            Self::Net(_) => false,
         }
     }
 
@@ -127,7 +138,8 @@ impl Description {
         self.config.check_bootable()
     }
 
-    /// The description after `command`, which only changes it: there is no machine.
+    /// The description after `command`, which only changes it: there is no machine. The files of a new device are looked
+    /// at as at a boot.
     ///
     /// # Errors
     ///
@@ -136,13 +148,17 @@ impl Description {
         &self,
         command: Command,
         models: &'static [Model],
+        opener: &Opener,
+        own: &OwnFiles,
     ) -> Result<Self, ControlError> {
         let mut new = self.clone();
+        let mut names_files = false;
         match command {
             Command::AddDevice(mut device) => {
                 settle(&mut device);
                 let planned = self.plan(&device)?;
                 new.add(planned);
+                names_files = true;
             }
             Command::RemoveDevice(request) => {
                 new.retain(|id| id != request.id);
@@ -156,6 +172,7 @@ impl Description {
                 let update = Update::Disk(*request);
                 let planned = self.plan_update(&update)?;
                 name_devices(&mut new.wire);
+                names_files = update.names_files();
                 new.update(&update, planned);
             }
             Command::UpdateNet(request) => {
@@ -169,6 +186,9 @@ impl Description {
         new.config
             .validate(models, &HostLimits::read())
             .map_err(|error| ControlError::from(&error))?;
+        if names_files {
+            new.check_files(models, opener, own)?;
+        }
         Ok(new)
     }
 
@@ -212,9 +232,22 @@ impl Description {
             self.config.memory.size = size;
             self.config.memory.hotplug_size = self.wire.memory.hotplug_size.unwrap_or(0);
         }
-        if request.desired_balloon.is_some() {
-            let message = "the machine has no balloon";
-            return Err(ControlError::new(ErrorKind::NotFound, message));
+        if let Some(size) = request.desired_balloon {
+            let resized = self.resize_balloon(size);
+            resized.map_err(|error| ControlError::from(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Has the balloon of the next machine be of another size.
+    ///
+    /// # Errors
+    ///
+    /// [`BalloonError::None`] and [`BalloonError::TooLarge`].
+    pub fn resize_balloon(&mut self, size: u64) -> Result<(), BalloonError> {
+        self.config.resize_balloon(size)?;
+        if let Some(balloon) = &mut self.wire.balloon {
+            balloon.size = size;
         }
         Ok(())
     }
@@ -276,6 +309,9 @@ impl Description {
             self.passed.insert(config.id.clone(), passed);
         }
         self.config.devices.push(config);
+        if self.wire.balloon.is_none() {
+            self.wire.balloon = self.config.shown_balloon();
+        }
         if let Some(disk) = disk {
             self.wire.disks.get_or_insert_default().push(disk);
         }
@@ -321,6 +357,9 @@ impl Description {
     /// Keeps those devices whose ids `keep` knows.
     pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.config.devices.retain(|device| keep(&device.id));
+        if self.config.shown_balloon().is_none() {
+            self.wire.balloon = None;
+        }
         if let Some(disks) = &mut self.wire.disks {
             disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));
             if disks.is_empty() {
@@ -341,17 +380,46 @@ impl Description {
         name_devices(&mut self.wire);
     }
 
-    /// The rules that need the host's files, which may have changed since.
+    /// The rules that need the host's files, which may have changed since. `own` are the monitor's.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Invalid`].
-    pub fn check_files(&self, models: &'static [Model]) -> Result<(), ControlError> {
-        files::check(&self.config, models).map_err(|error| {
-            ControlError::new(ErrorKind::Invalid, chain(&error))
-                .context("Failed to validate config")
-        })
+    /// [`ErrorKind::Conflict`].
+    pub fn check_files(
+        &self,
+        models: &'static [Model],
+        opener: &Opener,
+        own: &OwnFiles,
+    ) -> Result<(), ControlError> {
+        check_files(&self.config, models, opener, own)
     }
+
+    /// [`Description::check_files`] for this machine with `device`, which is new or takes the place of the one
+    /// that has its id. What is returned does it, on any thread: the host may take long.
+    pub fn file_check(
+        &self,
+        device: &DeviceConfig,
+        models: &'static [Model],
+        opener: &Arc<Opener>,
+        own: &OwnFiles,
+    ) -> impl FnOnce() -> Result<(), ControlError> + Send + use<> {
+        let mut config = self.config.clone();
+        config.devices.retain(|known| known.id != device.id);
+        config.devices.push(device.clone());
+        let (opener, own) = (Arc::clone(opener), own.clone());
+        move || check_files(&config, models, &opener, &own)
+    }
+}
+
+fn check_files(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+    own: &OwnFiles,
+) -> Result<(), ControlError> {
+    files::check(config, models, opener)
+        .and_then(|()| files::check_machine(config, models, opener, own))
+        .map_err(|error| ControlError::from(&error))
 }
 
 /// A device that is to be added, with its name.
@@ -399,7 +467,12 @@ mod tests {
                     desired_vcpus: Some(count),
                     ..wire::VmResize::default()
                 };
-                description.changed(Command::Resize(request), MODELS)
+                description.changed(
+                    Command::Resize(request),
+                    MODELS,
+                    &Opener::new(),
+                    &OwnFiles::default(),
+                )
             };
             for count in [0, max + 1, 70_000] {
                 let refused = resize(&description, count).err().unwrap();
@@ -441,7 +514,12 @@ mod tests {
             ..wire::VmResize::default()
         };
         let changed = description
-            .changed(Command::Resize(request), MODELS)
+            .changed(
+                Command::Resize(request),
+                MODELS,
+                &Opener::new(),
+                &OwnFiles::default(),
+            )
             .unwrap();
         // Nothing has been added to what it is now: all the room is there again.
         agree(&changed, 100, 512);
@@ -451,10 +529,11 @@ mod tests {
     fn descriptors_are_kept_as_long_as_their_card_is_described() {
         let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
         let mut description = Description::from_wire(wire).unwrap();
+        let (opener, own) = (Opener::new(), OwnFiles::default());
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let card = serde_json::from_value(json!({ "id": "n" })).unwrap();
         let add = Command::AddDevice(Box::new(AddDevice::Net(card, vec![theirs.into()])));
-        description = description.changed(add, MODELS).unwrap();
+        description = description.changed(add, MODELS, &opener, &own).unwrap();
         let wire = description.wire.net.as_ref().unwrap();
         let card = description
             .config
@@ -470,7 +549,7 @@ mod tests {
         assert_eq!(waiting.kind(), std::io::ErrorKind::WouldBlock);
         let remove = wire::VmRemoveDevice { id: "n".to_owned() };
         description = description
-            .changed(Command::RemoveDevice(remove), MODELS)
+            .changed(Command::RemoveDevice(remove), MODELS, &opener, &own)
             .unwrap();
         assert_eq!(description.wire.net, None);
         assert_eq!(read(&ours).unwrap(), 0);

@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::spec::MIN_MTU;
 use super::{Net, NetSettings};
 use crate::device::VirtioDevice;
-use crate::limit::RateLimits;
+use crate::limit::{LimitError, RateLimits};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -504,16 +504,21 @@ impl NetConfig {
     ///
     /// # Errors
     ///
-    /// [`BuildError::Field`] when half a limit is given.
+    /// [`BuildError::Field`] when half a limit is given, or one that fills in no time.
     pub fn rate_limits(&self) -> Result<NetLimits, BuildError> {
         let values = serde_json::to_value(self).unwrap_or_default();
         let limits = |prefix: &str| {
             let value = |key: &str| values.get(format!("{prefix}{key}"))?.as_u64();
-            RateLimits::from_keys(value).map_err(|field| BuildError::Field {
-                field,
-                reason: format!(
-                    "{prefix}{field} is missing beside the limit's other keys: give it too"
-                ),
+            RateLimits::from_keys(value).map_err(|error| BuildError::Field {
+                field: error.key(),
+                reason: match error {
+                    LimitError::Missing(key) => {
+                        format!("{prefix}{key} is missing beside the limit's other keys: give it too")
+                    }
+                    LimitError::NoTime(key) => format!(
+                        "{prefix}{key}=0: no bucket fills in no time: give milliseconds, or no limit"
+                    ),
+                },
             })
         };
         let both = limits("")?;

@@ -216,7 +216,8 @@ fn rows(disks: Vec<wire::DiskConfig>, devices: Vec<wire::DeviceInfo>) -> Vec<Row
             bdf: device.and_then(|device| device.bdf.clone()),
             state: device.map_or(DeviceState::Configured, |device| device.state),
             format: match disk.image_type {
-                ImageType::Raw => Some("raw"),
+                // Where nothing is said, only an image that looks like no other format is opened.
+                ImageType::Raw | ImageType::Unknown => Some("raw"),
                 ImageType::Qcow2 => Some("qcow2"),
                 _ => None,
             },
@@ -283,17 +284,13 @@ fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateDisk> {
         fields: UPDATE_FIELDS,
         shorthand: None,
     };
-    let missing = |key| FlagError::MissingKey {
-        flag: flag.to_owned(),
-        key,
-    };
     let misuse = |error: FlagError| Misuse(crate::error::chain(&error));
     let keys = flag::parse(&table, text).map_err(misuse)?;
     if keys.is_empty() {
         return Err(Misuse(format!("{flag}: nothing is to change: give key=value")).into());
     }
     let limits = RateLimits::from_keys(|key| keys.get(key).and_then(Value::as_u64));
-    let limits = limits.map_err(|key| misuse(missing(key)))?;
+    let limits = limits.map_err(|error| misuse(FlagError::of_limits(flag, error)))?;
     let lifted = keys.contains_key(LIMITS);
     if lifted && limits != RateLimits::default() {
         return Err(Misuse(format!("{flag}: limits=off and other limits: give either")).into());
@@ -376,6 +373,7 @@ mod tests {
         for wrong in [
             "",
             "bw_size=1M",
+            "bw_size=1M,bw_refill_time=0",
             "size=1",
             "limits=on",
             "limits=off,ops_size=1,ops_refill_time=1",
@@ -400,7 +398,7 @@ mod tests {
             .collect();
         let expected = [
             ("a", true, DeviceState::Active, Some("qcow2")),
-            ("b", false, DeviceState::Configured, None),
+            ("b", false, DeviceState::Configured, Some("raw")),
         ];
         assert_eq!(told, expected);
     }

@@ -13,9 +13,11 @@ use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
 use virtio::models::net;
 use virtio::models::rng::{self, RngConfig};
 
+use super::super::device::free_id;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
-    conflict, invalid, missing, names, networks, not_unique, path, rate_limiter, rate_limits,
+    balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
+    rate_limits,
 };
 use crate::layout::PCI_SLOTS;
 
@@ -49,6 +51,9 @@ pub(super) fn from_wire(
             src: path("rng.src", &rng.src)?,
         })?,
     });
+    if let Some(described) = &described.balloon {
+        devices.push(balloon::from_wire(described)?);
+    }
     Ok(devices)
 }
 
@@ -129,6 +134,7 @@ impl DeviceConfig {
         };
         let limits = described.rate_limiter_config.as_ref();
         config.set_rate_limits(limits.map(rate_limits).unwrap_or_default());
+        config.rate_limits().map_err(|error| refused(&error))?;
         config.settings(cpus).map_err(|error| refused(&error))?;
         Ok(Self {
             kind: blk::MODEL.kind.to_owned(),
@@ -159,8 +165,7 @@ impl VmConfig {
         let mut disk = described.clone();
         let mut device = DeviceConfig::from_wire_disk(&disk, self.cpus.boot)?;
         if device.id.is_empty() {
-            let number = names::next_number(self.ids());
-            device.id = format!("_disk{number}");
+            device.id = self.free_id(blk::MODEL.kind);
             disk.id = Some(device.id.clone());
         }
         self.check_new(&device)?;
@@ -188,11 +193,7 @@ impl VmConfig {
             config: Value::Object(described.config.clone()),
         };
         if device.id.is_empty() {
-            let taken: Vec<&str> = self.ids().collect();
-            let free =
-                |number: &u64| !taken.contains(&format!("_{}{number}", device.kind).as_str());
-            let number = (0..).find(free).unwrap_or_default();
-            device.id = format!("_{}{number}", device.kind);
+            device.id = self.free_id(&device.kind);
         }
         self.check_new(&device)?;
         networks::give_address(&mut device);
@@ -253,6 +254,7 @@ impl VmConfig {
         if let Some(limiter) = &request.rate_limiter_config {
             let limits = rate_limits(limiter);
             config.set_rate_limits(limits);
+            config.rate_limits().map_err(|error| refused(&error))?;
             patch.insert("limits".to_owned(), json(&limits)?);
         }
         let device = DeviceConfig {
@@ -264,6 +266,12 @@ impl VmConfig {
         }
         let patch = Value::Object(patch);
         Ok(DiskUpdate { device, patch })
+    }
+
+    /// A name for a device of this kind.
+    fn free_id(&self, kind: &str) -> String {
+        let taken = self.ids().map(str::to_owned).collect();
+        free_id(kind, &taken, virtio::models::MODELS)
     }
 
     pub(super) fn ids(&self) -> impl Iterator<Item = &str> {

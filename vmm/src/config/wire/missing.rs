@@ -24,7 +24,6 @@ fn any<T>(list: Option<&Vec<T>>) -> bool {
 /// Refuses by its name what there is not.
 pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
     let wire::VmConfig {
-        balloon,
         fs,
         generic_vhost_user,
         pmem,
@@ -35,7 +34,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         vsock,
         iommu,
         numa,
-        watchdog,
         rtc,
         pci_segments,
         tpm,
@@ -44,7 +42,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         ..
     } = described;
     first([
-        (balloon.is_some(), "balloon"),
         (any(fs.as_ref()), "fs"),
         (any(generic_vhost_user.as_ref()), "generic_vhost_user"),
         (any(pmem.as_ref()), "pmem"),
@@ -54,7 +51,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         (vsock.is_some(), "vsock"),
         (*iommu, "iommu"),
         (any(numa.as_ref()), "numa"),
-        (*watchdog, "watchdog"),
         (rtc.is_some(), "rtc"),
         (any(pci_segments.as_ref()), "pci_segments"),
         (tpm.is_some(), "tpm"),
@@ -107,7 +103,11 @@ fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
 
 fn platform(described: &wire::PlatformConfig) -> Result<(), ControlError> {
     first([
-        (described.num_pci_segments > 1, "platform.num_pci_segments"),
+        // Fewer are ignored, which an event tells.
+        (
+            described.num_pci_segments > wire::PlatformConfig::MAX_SEGMENTS,
+            "platform.num_pci_segments",
+        ),
         (
             any(described.iommu_segments.as_ref()),
             "platform.iommu_segments",

@@ -9,7 +9,6 @@ use api::{
 };
 
 use super::Driver;
-use crate::machine::MachineError;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
@@ -81,16 +80,23 @@ impl Driver {
     /// may take as long as the host does.
     fn add_device(&mut self, mut device: AddDevice, answer: Answer) {
         settle(&mut device);
-        let description = self.ears.description.as_ref();
-        let planned = match description.map(|description| description.plan(&device)) {
-            Some(Ok(planned)) => planned,
-            Some(Err(error)) => return answer(Err(error)),
-            None => return answer(Err(wrong_state(VmState::Created, &Command::Boot))),
+        let Some(description) = &self.ears.description else {
+            return answer(Err(wrong_state(VmState::Created, &Command::Boot)));
+        };
+        let planned = match description.plan(&device) {
+            Ok(planned) => planned,
+            Err(error) => return answer(Err(error)),
         };
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
+        let own = self.ears.consoles.reserved();
+        let check = description.file_check(&planned.config, models, &opener, own);
         let cpus = u16::try_from(self.machine.vcpus().count()).unwrap_or(u16::MAX);
         let groups = self.machine.rate_groups();
-        let open = move || OpenDevice::open(&planned.config, models, &opener, cpus, &groups);
+        let open = move || {
+            check()?;
+            OpenDevice::open(&planned.config, models, &opener, cpus, &groups)
+                .map_err(|error| error.to_control())
+        };
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", open, move |driver, opened| {
             let inserted = driver.insert_device(opened, &device);
@@ -104,10 +110,10 @@ impl Driver {
     /// The second half of [`Driver::add_device`]. Planned anew: others may have come or gone meanwhile.
     fn insert_device(
         &mut self,
-        opened: Result<OpenDevice, MachineError>,
+        opened: Result<OpenDevice, ControlError>,
         device: &AddDevice,
     ) -> Result<Reply, ControlError> {
-        let opened = opened.map_err(|error| error.to_control())?;
+        let opened = opened?;
         let Some(description) = &mut self.ears.description else {
             return Err(ended());
         };
