@@ -16,6 +16,7 @@
 //! | 4 | the guest's processor shut down (triple fault) |
 //! | 5 | KVM could not go on |
 //! | 6 | the guest did not power off in time and was ended |
+//! | 7 | the guest did not feed its watchdog in time |
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
@@ -59,7 +60,8 @@ Exit codes:
   3  the guest's kernel panicked
   4  the guest's processor shut down (triple fault)
   5  KVM could not go on with the guest
-  6  the guest did not power off in time after a signal";
+  6  the guest did not power off in time after a signal
+  7  the guest did not feed its watchdog in time";
 
 const EXAMPLES: &str = "\
 Examples:

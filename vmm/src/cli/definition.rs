@@ -162,8 +162,26 @@ pub(super) fn edit(arguments: &NameArgs, opener: &Opener) -> Result<u8, Failure>
         let told = format!("the editor failed ({status}): the definition '{name}' is as it was");
         return Err(Failure::Failed(anyhow::anyhow!(told)));
     }
-    let new = stored.draft_text(name).map_err(failed)?.unwrap_or_default();
+    let Some(new) = stored.draft_text(name).map_err(failed)? else {
+        notice::tell(format_args!(
+            "the copy was removed: the definition '{name}' is as it was"
+        ));
+        return Ok(0);
+    };
+    if new.trim().is_empty() {
+        stored.drop_draft(name).map_err(failed)?;
+        let told = format!(
+            "the text is empty: the definition '{name}' is as it was: 'vireo undefine {name}' removes it"
+        );
+        return Err(Failure::Usage(anyhow::anyhow!(told)));
+    }
     if new != old {
+        if stored.text(name).map_err(failed)? != old {
+            let told = format!(
+                "the definition '{name}' was changed meanwhile, and is not overwritten: 'vireo edit {name}' goes on with this text"
+            );
+            return Err(Failure::Failed(anyhow::anyhow!(told)));
+        }
         accept(&stored, name, &new, opener).map_err(|error| {
             let told = format!(
                 "the definition '{name}' is as it was, and 'vireo edit {name}' goes on with the new text"

@@ -1,6 +1,8 @@
 //! Which machine a verb is for: by its name, or by its control socket.
 
+use std::ffi::OsStr;
 use std::io::ErrorKind;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -209,7 +211,10 @@ fn called(name: &str) -> String {
 
 fn connect_to(path: &Path) -> anyhow::Result<Remote> {
     // As in the other flags of this name.
-    let path = path.strip_prefix("path=").unwrap_or(path);
+    let bytes = path.as_os_str().as_bytes();
+    let path = Path::new(OsStr::from_bytes(
+        bytes.strip_prefix(b"path=").unwrap_or(bytes),
+    ));
     let who = format!("the machine at {}", path.display());
     match reach(path, &who) {
         Ok(client) => Ok(Remote { who, client }),

@@ -135,7 +135,7 @@ mod tests {
             );
         }
         let refused = refusal(&["0", "size=0,id=more"]);
-        assert!(refused.contains("'balloon0' and 'more'"), "{refused}");
+        assert!(refused.contains("'_balloon0' and 'more'"), "{refused}");
     }
 
     #[test]

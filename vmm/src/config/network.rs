@@ -139,11 +139,11 @@ mod tests {
         let mac = json!({ "mac": "52:54:00:00:00:01" });
         assert_eq!(
             refusal(&[mac.clone(), mac]),
-            "--net: net0 and net1 have the same MAC address 52:54:00:00:00:01: give one of them another"
+            "--net: _net0 and _net1 have the same MAC address 52:54:00:00:00:01: give one of them another"
         );
         let bad = refusal(&[json!({}), json!({ "mac": "01:00:00:00:00:00" })]);
         assert!(
-            bad.starts_with("--net (id net1): mac: 01:00:00:00:00:00 is a multicast"),
+            bad.starts_with("--net (id _net1): mac: 01:00:00:00:00:00 is a multicast"),
             "{bad}"
         );
         let bad = refusal(&[json!({ "bw_size": 5 })]);

@@ -13,7 +13,7 @@ use super::cpus::CpusError;
 use super::serial::{MAX_SOCKET_PATH, SinkError};
 use super::smbios::SmbiosError;
 use super::{DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig};
-use crate::layout::{PCI_SLOTS, memory};
+use crate::layout::{PCI_SLOTS, WATCHDOG_SLOT, memory};
 
 /// The least memory that a machine has, in bytes.
 const MIN_MEMORY: u64 = 2 << 20;
@@ -204,11 +204,21 @@ pub enum ConfigError {
         /// The slot.
         slot: u8,
     },
+    /// A device in the watchdog's slot.
+    #[error(
+        "--{flag} addr={WATCHDOG_SLOT}: the watchdog is in this PCI slot: give the device another"
+    )]
+    WatchdogSlot {
+        /// The device's flag, without dashes.
+        flag: String,
+    },
     /// More devices than slots.
-    #[error("{count} devices: a machine has {PCI_SLOTS} PCI slots: leave some devices out")]
+    #[error("{count} devices: a machine has {slots} PCI slots for them: leave some devices out")]
     TooManyDevices {
         /// How many there are.
         count: usize,
+        /// How many slots there are, without the watchdog's.
+        slots: u8,
     },
     /// A socket's path does not fit into an address.
     #[error(
@@ -344,8 +354,9 @@ impl VmConfig {
     /// Checks the rules on devices and the groups that they are in.
     pub(super) fn validate_devices(&self, models: &[Model]) -> Result<(), ConfigError> {
         let count = self.devices.len();
-        if count > usize::from(PCI_SLOTS) {
-            return Err(ConfigError::TooManyDevices { count });
+        let slots = PCI_SLOTS.saturating_sub(self.watchdog.into());
+        if count > usize::from(slots) {
+            return Err(ConfigError::TooManyDevices { count, slots });
         }
         let mut ids: BTreeSet<&str> = BTreeSet::new();
         for group in &self.rate_limit_groups {
@@ -383,6 +394,9 @@ impl VmConfig {
             if let Some(slot) = device.address {
                 if !(1..=PCI_SLOTS).contains(&slot) {
                     return Err(ConfigError::Slot { flag: flag(), slot });
+                }
+                if self.watchdog && slot == WATCHDOG_SLOT {
+                    return Err(ConfigError::WatchdogSlot { flag: flag() });
                 }
                 if let Some(first) = slots.insert(slot, id) {
                     return Err(ConfigError::DuplicateSlot {
@@ -670,7 +684,17 @@ mod tests {
         }
         let many: Vec<_> = (0..32).map(|n| disk(&format!("d{n}"), None)).collect();
         accepted(|c| c.devices = many[1..].to_vec());
-        assert!(refusal(|c| c.devices = many).starts_with("32 devices"));
+        assert!(refusal(|c| c.devices = many.clone()).starts_with("32 devices"));
+        let watched = refusal(|c| {
+            c.watchdog = true;
+            c.devices = vec![disk("a", Some(31))];
+        });
+        assert!(watched.contains("addr=31: the watchdog"), "{watched}");
+        let crowded = refusal(|c| {
+            c.watchdog = true;
+            c.devices = many[1..].to_vec();
+        });
+        assert!(crowded.contains("30 PCI slots"), "{crowded}");
     }
 
     #[test]

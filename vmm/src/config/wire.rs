@@ -65,6 +65,7 @@ impl From<&ConfigError> for ControlError {
             ConfigError::SameDisk { .. }
             | ConfigError::SameMac { .. }
             | ConfigError::DuplicateSlot { .. }
+            | ConfigError::WatchdogSlot { .. }
             | ConfigError::OutputInUse { .. } => conflict(error.to_string()),
             _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
         }

@@ -270,6 +270,11 @@ impl Driver {
                 })
             }
         };
+        // A signal that came while back ends drained has not been looked at when the machine ended then.
+        let asked = std::mem::take(&mut self.heard).contains(&Signal::End);
+        if asked {
+            self.urgent |= self.policy.signal(Instant::now()) == Ending::Now;
+        }
         let (reason, detail) = match &outcome {
             Ok(outcome) => (outcome.reason, outcome.detail.clone()),
             Err(error) => (ExitReason::KvmError, Some(crate::error::chain(error))),
@@ -277,7 +282,7 @@ impl Driver {
         self.end(reason, detail);
         if let Ok(outcome) = &mut outcome {
             // Signals are heard to the end.
-            outcome.quit |= self.policy.deadline().is_some();
+            outcome.quit |= asked || self.policy.deadline().is_some();
         }
         if let Some((booted, error)) = refused {
             // Who has the answer finds no machine any more.

@@ -479,6 +479,11 @@ impl Monitor {
         if ears.description.take().is_some() {
             ears.life.renew();
             self.view.describe(None);
+            // Files and sockets are free for others, and for what is described next.
+            for hub in [ears.consoles.serial(), ears.consoles.debugcon()] {
+                // Nothing is opened for no sinks.
+                let _ = hub.configure(&[], &self.opener);
+            }
             self.publish(EventKind::Deleted);
         }
     }

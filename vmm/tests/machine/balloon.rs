@@ -71,7 +71,7 @@ impl Case {
     }
 
     fn counted(&self, name: &str) -> u64 {
-        self.served.client().counters().unwrap()["balloon0"][name]
+        self.served.client().counters().unwrap()["_balloon0"][name]
     }
 }
 
@@ -187,7 +187,7 @@ fn an_event_tells_when_the_guest_has_given_up_all_that_it_was_to() {
     let machine = Local::boot(&config("balloon", "mib=4", json!({ "devices": balloon })));
     let told = |mib: u64| {
         let expected = EventKind::BalloonResized {
-            id: "balloon0".to_owned(),
+            id: "_balloon0".to_owned(),
             actual: mib * MIB,
         };
         until("the event", || {

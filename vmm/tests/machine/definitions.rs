@@ -160,6 +160,28 @@ fn an_edit_that_makes_no_sense_leaves_the_definition_and_can_be_gone_on_with() {
 }
 
 #[test]
+fn a_copy_that_is_removed_emptied_or_outrun_leaves_the_definition() {
+    let home = Home::new();
+    home.file("web.toml", "hello", "", "name = \"web\"");
+    home.done(&["define", "web.toml"]);
+    let old = home.definition("web");
+    let removed = home.vireo("rm", &["edit", "web"]);
+    assert!(removed.status.success(), "{removed:?}");
+    let emptied = home.refused("truncate -s 0", 2, &["edit", "web"]);
+    assert!(emptied.contains("is empty"), "{emptied}");
+    assert_eq!(home.definition("web"), old);
+    // Somebody else's change while the editor is open.
+    let definition = home.path("vireo/web.toml");
+    let editor = format!(
+        "sed -i 's/^boot = 1/boot = 2/' {0} && sed -i 's/^boot = 1/boot = 3/'",
+        definition.display()
+    );
+    let outrun = home.refused(&editor, 1, &["edit", "web"]);
+    assert!(outrun.contains("changed meanwhile"), "{outrun}");
+    assert!(home.definition("web").contains("boot = 2"));
+}
+
+#[test]
 fn a_copy_that_was_refused_is_told_of_and_goes_when_the_definition_is_replaced() {
     let home = Home::new();
     home.file("web.toml", "hello", "", "name = \"web\"");

@@ -107,3 +107,29 @@ fn a_second_signal_cuts_the_end_of_a_machine_short() {
     // It may have been told, or have found nobody.
     let _either = ended.join().unwrap();
 }
+
+#[test]
+fn a_signal_that_comes_while_a_disk_is_waited_for_is_not_lost_on_a_shutdown() {
+    if !can_run() {
+        return;
+    }
+    let server = Server::stuck();
+    let disk = format!("path=\"{}\"", server.uri());
+    let mut served = Served::start("blk", "verify keep", &["--disk", &disk, "--serial", "null"]);
+    let held = server.holds();
+    let mut pause = UnixStream::connect(served.socket()).unwrap();
+    let request = b"PUT /api/v1/vm.pause HTTP/1.1\r\nHost: here\r\n\r\n";
+    pause.write_all(request).unwrap();
+    let mut client = served.client();
+    client.info().unwrap();
+    served.vireo.signal("TERM");
+    let mut ending = served.client();
+    let ended = std::thread::spawn(move || ending.shutdown());
+    until("the machine's end", || {
+        (client.info().ok()?.state == api::wire::VmInfoState::Shutdown).then_some(())
+    });
+    drop(held);
+    drop(server);
+    served.vireo.ends_with(0);
+    let _either = ended.join().unwrap();
+}

@@ -152,6 +152,9 @@ fn a_machine_is_shown_paused_changed_and_destroyed_by_its_name() {
         "{info}"
     );
     assert_eq!(user.json(&["info", name, "--json"])["state"], "Running");
+    let place = format!("path={}", user.socket(name).display());
+    let placed = user.json(&["info", "--api-socket", &place, "--json"]);
+    assert_eq!(placed["state"], "Running");
 
     user.done(&["pause", name]);
     assert_eq!(user.listed(name).unwrap()["state"], "paused");

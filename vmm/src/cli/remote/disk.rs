@@ -256,7 +256,9 @@ fn add(arguments: AddArgs) -> anyhow::Result<()> {
     match added {
         _ if arguments.json => print_json(&added),
         Some(place) => print(&format!("{} is at {}\n", place.id, place.bdf)),
-        None => print("the disk will be there when the machine is booted\n"),
+        None => print(
+            "the disk will be there when the machine is booted: 'vireo disk list' tells its id\n",
+        ),
     }
 }
 

@@ -121,6 +121,11 @@ pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
         }
         return end(&mut remote, &mut watch, deaf);
     }
+    if arguments.force && info.state == VmInfoState::Created {
+        // It is off already: nothing can be lost.
+        quit(&mut remote, &mut watch)?;
+        return Ok(0);
+    }
     match remote.client.power_button() {
         // Who is gone has ended, which the watch tells.
         Err(error) if arguments.force && !error.is_gone() => {
@@ -219,7 +224,10 @@ pub(super) fn destroy(arguments: &PlainArgs, opener: &Opener) -> anyhow::Result<
 fn quit(remote: &mut Remote, watch: &mut Watch) -> anyhow::Result<()> {
     let process = remote.client.process();
     match remote.client.quit() {
-        Err(error) if !error.is_gone() => return Err(remote.failed(error)),
+        // Somebody else may have ended it at the same time.
+        Err(error) if !error.is_gone() && !watch.monitor(ENDING).unwrap_or(false) => {
+            return Err(remote.failed(error));
+        }
         _ => (),
     }
     let ended = watch.monitor(ENDING);

@@ -53,6 +53,8 @@ impl<T: Send + 'static> Work<T> {
 impl Driver {
     /// Stops all units within `time`, and hears meanwhile what makes waiting for them pointless.
     pub(super) fn stop_units(&mut self, time: Duration) -> Result<(), MachineError> {
+        // What was given up before is over.
+        self.cut = false;
         let (units, deadline) = (self.machine.units(), Instant::now() + time);
         let stopping = units.clone();
         let work = Work::begin("drain", move || stop_all(&stopping, deadline));
