@@ -125,7 +125,8 @@ pub fn lock_output(file: &File, alone: bool) -> bool {
     } else {
         Intent::Append
     };
-    match acquire(file, intent) {
+    // Whoever holds it is not waited for: this is asked where others are kept waiting.
+    match attempt(file, intent) {
         Ok(()) => true,
         Err(LockError::Held { .. }) => false,
         Err(LockError::Unsupported { .. }) => {

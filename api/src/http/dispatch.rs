@@ -265,17 +265,12 @@ impl Dispatcher {
     }
 }
 
-/// Whether a command ends or holds the machine: there is room for it when others wait for
+/// Whether a command ends the machine: there is room for it when others wait for
 /// what takes long.
 fn is_urgent(endpoint: Endpoint) -> bool {
     matches!(
         endpoint,
-        Endpoint::VmmShutdown
-            | Endpoint::VmDelete
-            | Endpoint::VmShutdown
-            | Endpoint::VmPowerButton
-            | Endpoint::VmPause
-            | Endpoint::VmResume
+        Endpoint::VmmShutdown | Endpoint::VmDelete | Endpoint::VmShutdown | Endpoint::VmReboot
     )
 }
 

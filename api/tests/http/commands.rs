@@ -191,10 +191,10 @@ fn commands_of_clients_that_have_gone_cannot_pile_up() {
     let reason = ["Too Many Requests", "32 commands are under way"];
     assert_eq!(server.exchange(put("vm.boot", "")), refused(429, &reason));
     assert!(server.exchange(get("vmm.ping")).contains("54.0.0"));
-    // What ends or holds the machine, and what cancels a job, is not kept out by them.
+    // What ends the machine, and what cancels a job, is not kept out by them.
     let cancelled = server.exchange(put("vm.job-cancel", r#"{"id":"none"}"#));
     assert!(cancelled.starts_with("HTTP/1.1 404"), "{cancelled}");
-    for (number, command) in ["vm.pause", "vm.shutdown", "vm.delete", "vmm.shutdown"]
+    for (number, command) in ["vm.reboot", "vm.shutdown", "vm.delete", "vmm.shutdown"]
         .iter()
         .enumerate()
     {
