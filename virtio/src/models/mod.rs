@@ -40,6 +40,8 @@ pub struct BuildContext {
     pub cpus: u16,
     /// The limits that devices share.
     pub groups: RateGroups,
+    /// Where the ports of a console lead on the host.
+    pub ports: Arc<dyn console::PortHost>,
 }
 
 /// Why a device could not be built from its configuration.
@@ -94,7 +96,7 @@ macro_rules! models {
     };
 }
 
-models! { blk, rng }
+models! { blk, console, rng }
 
 /// The model of this kind.
 #[must_use]

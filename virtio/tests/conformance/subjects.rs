@@ -20,6 +20,7 @@ pub fn context() -> BuildContext {
         opener: Arc::new(PlainOpener),
         cpus: 2,
         groups: virtio::limit::RateGroups::default(),
+        ports: Arc::new(virtio::models::console::NoPorts),
     }
 }
 
@@ -81,6 +82,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
             // Some tests keep two of them, as the two ends of a migration do.
             json!({ "path": path, "lock": false })
         }
+        "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         _ => json!({}),
     }
 }

@@ -10,6 +10,7 @@ use devices::{StopError, Unit};
 use virtio::device::VirtioDevice;
 use virtio::limit::RateGroups;
 use virtio::memory::GuestMemory;
+use virtio::models::console::NoPorts;
 use virtio::models::{BuildContext, Model};
 use virtio::transport::{DeviceEvents, VirtioPci};
 
@@ -61,6 +62,7 @@ impl OpenDevice {
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
             cpus,
             groups: groups.clone(),
+            ports: Arc::new(NoPorts),
         };
         let model =
             build(config.clone(), &context).map_err(|error| device_error(flag, id, error))?;

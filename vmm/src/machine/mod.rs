@@ -403,6 +403,7 @@ impl Machine {
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
+            ports: Arc::new(virtio::models::console::NoPorts),
         }
     }
 

@@ -258,7 +258,7 @@ fn the_help_names_the_flag_and_every_key_of_every_model() {
         help.contains("console=ttyS0"),
         "the default command line is stated"
     );
-    assert!(help.contains("Kinds: blk, rng."));
+    assert!(help.contains("Kinds: blk, console, rng."));
 }
 
 #[test]
