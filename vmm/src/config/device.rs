@@ -162,11 +162,12 @@ pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) ->
 }
 
 impl VmConfig {
-    /// Gives each device that has none an id (its model's flag and the first
+    /// Adds the device of console and ports, where there are any. Gives each device that has none an id (its model's flag and the first
     /// free number) and a PCI slot (the first free one), in order. What was
     /// given stays. With more devices than slots the last stay without, which
     /// [`VmConfig::validate`] refuses.
     pub fn complete(&mut self, models: &[Model]) {
+        self.complete_console(models);
         let mut ids: BTreeSet<String> = self.devices.iter().map(|d| d.id.clone()).collect();
         let taken: BTreeSet<u8> = self.devices.iter().filter_map(|d| d.address).collect();
         let mut free = (1..=PCI_SLOTS).filter(|slot| !taken.contains(slot));

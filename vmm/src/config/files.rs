@@ -13,7 +13,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::FieldKind;
 
-use super::{ConfigError, CpuBaseline, SinkConfig, VmConfig};
+use super::{COMS, ConfigError, CpuBaseline, SinkConfig, VmConfig};
 
 /// The kind of the model that is a disk, and its keys that matter here.
 const DISK: &str = "blk";
@@ -22,6 +22,14 @@ const DISK_READ_ONLY: &str = "readonly";
 
 /// Flags that write a file, up to its path.
 const SERIAL: &str = "--serial file=";
+const CONSOLES: [&str; COMS + 1] = [
+    SERIAL,
+    "--serial2 file=",
+    "--serial3 file=",
+    "--serial4 file=",
+    "--console file=",
+];
+const PORT: &str = "--port file=";
 const DEBUGCON: &str = "--debugcon file=";
 
 /// What tells one file from another.
@@ -215,12 +223,20 @@ fn user(flag: &str) -> String {
 
 /// The files that the machine writes, by flag.
 fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
-    let serial = config.serial.sinks().iter().flat_map(SinkConfig::outputs);
-    let debugcon = config.debugcon.output().map(Path::to_owned);
-    serial
-        .map(|path| (SERIAL, path))
-        .chain(debugcon.map(|path| (DEBUGCON, path)))
-        .collect()
+    let mut outputs = Vec::new();
+    for (flag, console) in CONSOLES.into_iter().zip(config.consoles()) {
+        let paths = console.sinks().iter().flat_map(SinkConfig::outputs);
+        outputs.extend(paths.map(|path| (flag, path)));
+    }
+    let ports = config.ports.iter().filter_map(|port| port.file.clone());
+    outputs.extend(ports.map(|path| (PORT, path)));
+    outputs.extend(
+        config
+            .debugcon
+            .output()
+            .map(|path| (DEBUGCON, path.to_owned())),
+    );
+    outputs
 }
 
 /// Adds a file that `flag` writes to those in use.

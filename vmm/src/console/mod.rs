@@ -9,6 +9,7 @@ mod escape;
 mod file;
 mod history;
 mod hub;
+pub mod port;
 mod reader;
 mod sink;
 mod source;
@@ -28,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
+use crate::config::{COMS, CONSOLE_FLAGS};
 use crate::machine::driver::ppoll;
 use crate::opener::OpenError;
 
@@ -80,7 +82,8 @@ pub enum ConsoleError {
 /// The consoles of this process. Dropping them removes all sinks, which
 /// restores the terminal.
 pub struct Consoles {
-    serial: ConsoleHub,
+    serials: [ConsoleHub; COMS],
+    virtio: ConsoleHub,
     debugcon: ConsoleHub,
     own: OnceLock<OwnFiles>,
 }
@@ -94,7 +97,7 @@ pub struct Interrupt<'a> {
 }
 
 impl Consoles {
-    /// Consoles without sinks; that of the serial port keeps the last `replay`
+    /// Consoles without sinks; those of the serial ports and the virtio console keep the last `replay`
     /// bytes for clients that come late.
     ///
     /// # Errors
@@ -102,7 +105,13 @@ impl Consoles {
     /// The host's, when it is out of descriptors.
     pub fn new(replay: usize) -> io::Result<Self> {
         Ok(Self {
-            serial: ConsoleHub::new("--serial", replay)?,
+            serials: [
+                ConsoleHub::new(CONSOLE_FLAGS[0], replay)?,
+                ConsoleHub::new(CONSOLE_FLAGS[1], replay)?,
+                ConsoleHub::new(CONSOLE_FLAGS[2], replay)?,
+                ConsoleHub::new(CONSOLE_FLAGS[3], replay)?,
+            ],
+            virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
             own: OnceLock::new(),
         })
@@ -120,10 +129,26 @@ impl Consoles {
         self.own.get_or_init(OwnFiles::default)
     }
 
-    /// The serial port's.
+    /// The first serial port's.
     #[must_use]
     pub fn serial(&self) -> &ConsoleHub {
-        &self.serial
+        &self.serials[0]
+    }
+
+    /// The serial ports', then the virtio console's, as [`crate::config::VmConfig::consoles`] has them.
+    #[must_use]
+    pub fn hubs(&self) -> [&ConsoleHub; COMS + 1] {
+        let [a, b, c, d] = &self.serials;
+        [a, b, c, d, &self.virtio]
+    }
+
+    fn all(&self) -> impl Iterator<Item = &ConsoleHub> {
+        self.hubs().into_iter().chain([&self.debugcon])
+    }
+
+    /// Removes all sinks for good.
+    pub fn close(&self) {
+        self.all().for_each(ConsoleHub::close);
     }
 
     /// The debug console's.
@@ -166,40 +191,38 @@ impl Consoles {
             }
         }
         let end = Instant::now() + patience;
-        for hub in [&self.serial, &self.debugcon] {
+        for hub in self.all() {
             hub.peers().iter().for_each(|peer| await_reading(peer, end));
         }
     }
 
     fn left(&self) -> state::Left {
-        let (a, b) = (self.serial.left(), self.debugcon.left());
-        state::Left {
-            patient: a.patient.saturating_add(b.patient),
-            steady: a.steady.saturating_add(b.steady),
-            brief: a.brief.saturating_add(b.brief),
-        }
+        self.all()
+            .map(ConsoleHub::left)
+            .fold(state::Left::default(), |a, b| state::Left {
+                patient: a.patient.saturating_add(b.patient),
+                steady: a.steady.saturating_add(b.steady),
+                brief: a.brief.saturating_add(b.brief),
+            })
     }
 
     /// Waits for a reader to take something, for `fd`, or until `timeout` has passed.
     fn wait(&self, fd: Option<RawFd>, timeout: Option<Duration>) -> bool {
-        let fds = [
-            self.serial.progress_fd(),
-            self.debugcon.progress_fd(),
-            fd.unwrap_or(-1),
-        ];
-        let mut fds = fds.map(|fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        });
+        let fds = self.all().map(ConsoleHub::progress_fd).chain(fd);
+        let mut fds: Vec<_> = fds
+            .map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            })
+            .collect();
         ppoll(&mut fds, timeout).is_ok()
     }
 }
 
 impl Drop for Consoles {
     fn drop(&mut self) {
-        self.serial.close();
-        self.debugcon.close();
+        self.close();
     }
 }
 

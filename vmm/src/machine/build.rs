@@ -32,6 +32,7 @@ use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
 use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
+use crate::console::port::PortBoard;
 use crate::kvm::baseline::{Baseline, BaselineError};
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
@@ -170,10 +171,15 @@ pub fn build(
     let baseline = open_baseline(&config.cpus.baseline, opener)?;
     let groups = config.rate_limit_groups.iter();
     let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
+    let ports = Arc::new(PortBoard::default());
     let models = config
         .devices
         .iter()
-        .map(|device| OpenDevice::open(device, models, opener, config.cpus.boot, &groups))
+        .map(|device| {
+            let cpus = config.cpus.boot;
+            let ports = Arc::clone(&ports) as _;
+            OpenDevice::open(device, models, opener, cpus, (&groups, ports))
+        })
         .collect::<Result<Vec<_>, _>>()?;
     let hypervisor = open_hypervisor(config, opener)?;
 
@@ -190,7 +196,7 @@ pub fn build(
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, consoles, mailbox)?;
+    let hosts = Hosts::open(config, opener, consoles, &ports, mailbox)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -606,7 +612,7 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
         pci_mmio64: Some(space.window64.clone())
             .filter(|range| !range.is_empty())
             .map(window),
-        serial: config.serial.is_on(),
+        serials: config.serials().map(crate::config::SerialConfig::is_on),
         pvpanic: config.pvpanic,
     }
 }

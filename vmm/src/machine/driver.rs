@@ -144,8 +144,7 @@ impl Ears {
         };
         self.consoles.finish(wanted, PATIENCE, &interrupt);
         // The terminal is as before when the rest is told.
-        self.consoles.serial().close();
-        self.consoles.debugcon().close();
+        self.consoles.close();
     }
 
     /// Drops what belonged to a machine that is gone.

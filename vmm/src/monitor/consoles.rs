@@ -86,6 +86,11 @@ pub fn change(
             SerialConfig::Sinks(sinks.clone())
                 .validate()
                 .map_err(|error| broken(&error))?;
+            let mut grown = description.config.clone();
+            grown.serial = SerialConfig::Sinks(sinks.clone());
+            grown
+                .validate_consoles()
+                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             files::check_sink(&description.config, models, ears.consoles.reserved(), &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let info = hub.add(&sink, opener).map_err(|error| refused(&error))?;

@@ -249,6 +249,8 @@ impl Monitor {
         let Built { machine, debugger } = built;
         announce(&ears.consoles);
         self.view.serial_at(consoles::first_pty(&self.serial));
+        let [_, others @ ..] = ears.consoles.hubs();
+        self.view.consoles_at(others.map(consoles::first_pty));
         ears.inbox.open();
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
@@ -484,7 +486,16 @@ impl Monitor {
 
 /// Tells what only the host knows, the names of pseudo-terminals.
 fn announce(consoles: &Consoles) {
-    for path in consoles::ptys(consoles.serial()) {
-        notice::tell(format_args!("the serial console is at {path}"));
+    let names = [
+        "the serial console",
+        "the second serial port",
+        "the third serial port",
+        "the fourth serial port",
+        "the virtio console",
+    ];
+    for (name, hub) in names.into_iter().zip(consoles.hubs()) {
+        for path in consoles::ptys(hub) {
+            notice::tell(format_args!("{name} is at {path}"));
+        }
     }
 }

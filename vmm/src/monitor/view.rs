@@ -22,6 +22,8 @@ struct Inner {
     description: Option<Arc<wire::VmConfig>>,
     machine: Option<Arc<Inventory>>,
     pty: Option<String>,
+    /// Of the second to the fourth serial port, and of the virtio console.
+    ptys: [Option<String>; 4],
 }
 
 impl View {
@@ -49,6 +51,11 @@ impl View {
         self.lock().pty = pty;
     }
 
+    /// The other serial ports and the virtio console lead to these pseudo-terminals.
+    pub fn consoles_at(&self, ptys: [Option<String>; 4]) {
+        self.lock().ptys = ptys;
+    }
+
     /// Description and state.
     ///
     /// # Errors
@@ -68,6 +75,19 @@ impl View {
         let mut config = (*description).clone();
         if config.serial.mode == wire::ConsoleMode::Pty {
             config.serial.file = self.lock().pty.as_ref().map(PathBuf::from);
+        }
+        let [second, third, fourth, console] = self.lock().ptys.clone();
+        for (serial, pty) in [
+            (&mut config.serial2, second),
+            (&mut config.serial3, third),
+            (&mut config.serial4, fourth),
+        ] {
+            if let Some(serial) = serial.as_mut().filter(|s| s.mode == wire::ConsoleMode::Pty) {
+                serial.file = pty.map(PathBuf::from);
+            }
+        }
+        if config.console.mode == wire::ConsoleMode::Pty {
+            config.console.file = console.map(PathBuf::from);
         }
         Ok(wire::VmInfo {
             config,

@@ -120,6 +120,11 @@ fn every_flag_reaches_the_configuration() {
                 }),
             },
         }],
+        serial2: SerialConfig::Off,
+        serial3: SerialConfig::Off,
+        serial4: SerialConfig::Off,
+        console: SerialConfig::Off,
+        ports: Vec::new(),
         serial: SerialConfig::Sinks(vec![
             SinkConfig::Pty,
             SinkConfig::File(FileSink::new("/log")),
@@ -258,7 +263,7 @@ fn the_help_names_the_flag_and_every_key_of_every_model() {
         help.contains("console=ttyS0"),
         "the default command line is stated"
     );
-    assert!(help.contains("Kinds: blk, console, rng."));
+    assert!(help.contains("Kinds: blk, rng."));
 }
 
 #[test]

@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use api::wire::{self, ImageType};
+use api::wire::{self, ConsoleMode, ImageType};
 use api::{ControlError, ErrorKind};
 use block::{Aio, BackingPolicy, Cache, DetectZeroes, Discard, Format};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use virtio::models::BuildError;
 use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
+use virtio::models::console;
 use virtio::models::rng::{self, RngConfig};
 
+use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{conflict, invalid, missing, names, not_unique, path, rate_limiter, rate_limits};
 use crate::layout::PCI_SLOTS;
@@ -43,6 +45,22 @@ pub(super) fn from_wire(
             src: path("rng.src", &rng.src)?,
         })?,
     });
+    let console = &described.console;
+    let with_console = !matches!(console.mode, ConsoleMode::Off | ConsoleMode::Tty);
+    if with_console
+        || described
+            .ports
+            .as_ref()
+            .is_some_and(|ports| !ports.is_empty())
+    {
+        // What is on it is put in when the configuration is completed.
+        devices.push(DeviceConfig {
+            kind: console::MODEL.kind.to_owned(),
+            id: console.id.clone().unwrap_or_else(|| DEVICE.to_owned()),
+            address: slot("console", console.pci_device_id)?,
+            config: Value::Object(Map::new()),
+        });
+    }
     Ok(devices)
 }
 

@@ -8,6 +8,8 @@ use api::{
     VmState,
 };
 
+use virtio::models::console::NoPorts;
+
 use super::Driver;
 use crate::machine::MachineError;
 use crate::machine::bay::OpenDevice;
@@ -87,7 +89,10 @@ impl Driver {
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
         let cpus = u16::try_from(self.machine.vcpus().count()).unwrap_or(u16::MAX);
         let groups = self.machine.rate_groups();
-        let open = move || OpenDevice::open(&planned.config, models, &opener, cpus, &groups);
+        let open = move || {
+            let ports = Arc::new(NoPorts) as _;
+            OpenDevice::open(&planned.config, models, &opener, cpus, (&groups, ports))
+        };
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", open, move |driver, opened| {
             let inserted = driver.insert_device(opened, &device);
