@@ -406,6 +406,43 @@ impl Client {
         read("vm.coredump", &answer).map(Some)
     }
 
+    /// Asks the guest agent whether it is there.
+    pub fn agent_ping(&mut self) -> Result<(), ClientError> {
+        self.command("vm.agent-ping")
+    }
+
+    /// The guest agent's version and commands.
+    pub fn agent_info(&mut self) -> Result<wire::AgentInfo, ClientError> {
+        self.object("vm.agent-info")
+    }
+
+    /// Has the guest agent end the guest.
+    pub fn agent_shutdown(&mut self, request: &wire::AgentShutdown) -> Result<(), ClientError> {
+        self.ask("vm.agent-shutdown", request)
+    }
+
+    /// Has the guest agent freeze the guest's file systems.
+    pub fn agent_freeze(&mut self) -> Result<wire::AgentFilesystems, ClientError> {
+        let answer = self.put("vm.agent-fsfreeze", NO_BODY, &[])?;
+        read("vm.agent-fsfreeze", &answer)
+    }
+
+    /// Has the guest agent thaw the guest's file systems.
+    pub fn agent_thaw(&mut self) -> Result<wire::AgentFilesystems, ClientError> {
+        let answer = self.put("vm.agent-fsthaw", NO_BODY, &[])?;
+        read("vm.agent-fsthaw", &answer)
+    }
+
+    /// Whether the guest's file systems are frozen.
+    pub fn agent_status(&mut self) -> Result<wire::AgentFsStatus, ClientError> {
+        self.object("vm.agent-fsstatus")
+    }
+
+    /// The guest's interfaces and addresses.
+    pub fn agent_network(&mut self) -> Result<Vec<wire::AgentInterface>, ClientError> {
+        self.object("vm.agent-network")
+    }
+
     /// The sinks of the consoles.
     pub fn consoles(&mut self) -> Result<Vec<wire::ConsoleSink>, ClientError> {
         self.object("vm.console")

@@ -1,5 +1,6 @@
 //! The verbs for machines that run: each asks a monitor over its control socket.
 
+mod agent;
 mod console;
 mod disk;
 mod events;
@@ -77,6 +78,14 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: disk::Verb,
     },
+    /// Ask the guest agent
+    ///
+    /// The machine needs the port --agent, and the guest runs the QEMU guest agent.
+    #[command(after_help = agent::EXAMPLES)]
+    Agent {
+        #[command(subcommand)]
+        verb: agent::Verb,
+    },
     /// List and cancel what goes on in the background
     #[command(after_help = jobs::EXAMPLES)]
     Jobs {
@@ -107,6 +116,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),
+        Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;
     Ok(0)

@@ -27,6 +27,7 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::config::{COMS, CONSOLE_FLAGS};
@@ -85,6 +86,7 @@ pub struct Consoles {
     serials: [ConsoleHub; COMS],
     virtio: ConsoleHub,
     debugcon: ConsoleHub,
+    agent: AgentDesk,
     own: OnceLock<OwnFiles>,
 }
 
@@ -113,6 +115,7 @@ impl Consoles {
             ],
             virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
+            agent: AgentDesk::default(),
             own: OnceLock::new(),
         })
     }
@@ -149,6 +152,12 @@ impl Consoles {
     /// Removes all sinks for good.
     pub fn close(&self) {
         self.all().for_each(ConsoleHub::close);
+    }
+
+    /// Where the guest agent is asked.
+    #[must_use]
+    pub fn agent(&self) -> &AgentDesk {
+        &self.agent
     }
 
     /// The debug console's.

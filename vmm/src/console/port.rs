@@ -211,6 +211,11 @@ impl GuestSide {
     pub fn is_open(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
+
+    /// The guest has opened or closed it.
+    pub fn set(&self, open: bool) {
+        self.0.store(open, Ordering::Release);
+    }
 }
 
 impl SocketEnd {
@@ -355,7 +360,7 @@ impl HostEnd for SocketEnd {
     }
 
     fn guest_opened(&mut self, open: bool) {
-        self.guest.0.store(open, Ordering::Release);
+        self.guest.set(open);
     }
 }
 

@@ -2,6 +2,7 @@
 //! registers, panic port, debug console; and their places on the buses.
 
 use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,9 +21,10 @@ use super::MachineError;
 use super::alarm::Alarm;
 use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
+use crate::config::port::AGENT;
 use crate::config::serial::FileSink;
 use crate::config::{COMS, CONSOLE_FLAGS, DebugconConfig, SinkConfig, VmConfig};
-use crate::console::port::{self as ends, HubEnd, HubPort, OpenPort, PortBoard};
+use crate::console::port::{self as ends, HubEnd, HubPort, OpenPort, PortBoard, SocketEnd};
 use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -75,6 +77,7 @@ impl Hosts {
                 notice::tell(format_args!("the port {name} is at {path}"));
             }
         }
+        open_agent(config, consoles, board)?;
         let serials = config.serials().into_iter().zip(consoles.hubs());
         let mut serials = serials.map(|(port, hub)| port.is_on().then(|| hub.clone()));
         Ok(Self {
@@ -83,6 +86,26 @@ impl Hosts {
             debugcon: (config.debugcon != DebugconConfig::Off).then(|| consoles.debugcon().clone()),
         })
     }
+}
+
+/// Has the agent's desk be the end of the agent's port, where that leads nowhere else.
+fn open_agent(
+    config: &VmConfig,
+    consoles: &Consoles,
+    board: &PortBoard,
+) -> Result<(), MachineError> {
+    consoles.agent().disconnect();
+    if !config.has_agent() {
+        return Ok(());
+    }
+    let made = UnixStream::pair().and_then(|(near, far)| Ok((near, SocketEnd::stream(far)?)));
+    let (near, (end, guest)) = made.map_err(|source| MachineError::Host {
+        what: "the guest agent's port cannot be made",
+        source,
+    })?;
+    board.put(Some(AGENT), Box::new(end));
+    consoles.agent().connect(near, guest);
+    Ok(())
 }
 
 /// Leaves the end of the virtio console with `board`, where there is one.

@@ -3,11 +3,15 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use api::{Answer, Command, Control, ControlError, ErrorKind, EventLog, wire};
+use api::{
+    AgentCommand, Answer, Command, Control, ControlError, ErrorKind, EventLog, VmState, wire,
+};
 
 use super::{Jobs, View, consoles, metrics};
+use crate::agent::AgentDesk;
 use crate::console::ConsoleHub;
 use crate::machine::inbox::{Mailbox, Message};
+use crate::machine::state::wrong_state;
 use crate::opener::Opener;
 use crate::process::Usage;
 
@@ -21,6 +25,7 @@ const FEATURES: &[&str] = &[
     "vireo.metrics",
     "vireo.update-disk",
     "vireo.console",
+    "vireo.agent",
     "vireo.coredump",
     "vireo.add-virtio",
     "vireo.reset",
@@ -37,6 +42,7 @@ pub struct MonitorHandle {
     events: EventLog,
     /// The hub alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
     serial: ConsoleHub,
+    agent: AgentDesk,
     opener: Arc<Opener>,
 }
 
@@ -46,7 +52,7 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        serial: ConsoleHub,
+        (serial, agent): (ConsoleHub, AgentDesk),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -55,13 +61,29 @@ impl MonitorHandle {
             jobs,
             events,
             serial,
+            agent,
             opener,
+        }
+    }
+
+    /// Asks the guest agent, past the monitor's own thread: that is not held up by a guest.
+    fn ask_agent(&self, command: AgentCommand, answer: Answer) {
+        let asked = self.view.info().and_then(|_| match self.view.state() {
+            VmState::Running => Ok(()),
+            state => Err(wrong_state(state, &Command::Agent(command))),
+        });
+        match asked {
+            Ok(()) => self.agent.submit(command, answer),
+            Err(error) => answer(Err(error)),
         }
     }
 }
 
 impl Control for MonitorHandle {
     fn submit(&self, command: Command, answer: Answer) {
+        if let Command::Agent(command) = command {
+            return self.ask_agent(command, answer);
+        }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));
     }

@@ -38,6 +38,7 @@ pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, Place, event_sink};
 pub use view::View;
 
+use crate::agent::AgentDesk;
 use crate::config::files::{self, OwnFiles};
 use crate::config::{GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
@@ -70,6 +71,7 @@ pub struct Monitor {
     view: View,
     jobs: Jobs,
     serial: ConsoleHub,
+    agent: AgentDesk,
     opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
@@ -103,6 +105,7 @@ impl Monitor {
         let (mailbox, inbox) = crate::machine::inbox::inbox()?;
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
         let serial = consoles.serial().clone();
+        let agent = consoles.agent().clone();
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
         let view = View::new(ears.life.view());
@@ -115,6 +118,7 @@ impl Monitor {
             view,
             jobs,
             serial,
+            agent,
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
@@ -130,7 +134,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
-            self.serial.clone(),
+            (self.serial.clone(), self.agent.clone()),
             Arc::clone(&self.opener),
         )
     }
