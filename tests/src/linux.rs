@@ -3,6 +3,7 @@
 //! A guest's script prints what it finds as lines that begin with `@@`; the
 //! demands are on those lines.
 
+mod consoles;
 mod driven;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
@@ -198,6 +199,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     if kernel.ends_with("cloud") {
         cases.push(killed(kernel, ""));
         cases.push(driven::whole_life(kernel));
+        cases.push(consoles::all(kernel));
     }
     cases
 }
