@@ -528,6 +528,12 @@ impl Flags<'_> {
                     .map_err(|error| anyhow::Error::new(error).context(format!("--{id}")))?;
             }
         }
+        // Who gives the terminal to another console means to take it from the one that has it unasked.
+        let [serial, others @ ..] = config.consoles_mut();
+        let taken = others.iter().any(|c| c.sinks().contains(&SinkConfig::Tty));
+        if taken && !self.has("serial") && *serial == SerialConfig::default() {
+            *serial = SinkConfig::Null.into();
+        }
         let ports = arguments.port.iter().map(|text| port::from_flag(text));
         let mut ports: Vec<_> = ports.collect::<Result<_, _>>()?;
         if arguments.agent {

@@ -145,6 +145,11 @@ impl Consoles {
         [a, b, c, d, &self.virtio]
     }
 
+    /// The terminal may have another size.
+    pub fn window_changed(&self) {
+        self.virtio.window_changed();
+    }
+
     fn all(&self) -> impl Iterator<Item = &ConsoleHub> {
         self.hubs().into_iter().chain([&self.debugcon])
     }

@@ -492,6 +492,10 @@ impl InputPort for HubPort {
         self.rouse();
         bytes.len()
     }
+
+    fn window_changed(&self) {
+        self.rouse();
+    }
 }
 
 /// The end of a console: its hub takes everything at once.

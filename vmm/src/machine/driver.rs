@@ -606,9 +606,16 @@ impl Driver {
 
     fn on_signal(&mut self) {
         while let Some(signal) = self.ears.signals.as_ref().and_then(Signals::take) {
-            if signal == Signal::Continue {
-                self.try_again();
-                continue;
+            match signal {
+                Signal::Continue => {
+                    self.try_again();
+                    continue;
+                }
+                Signal::Window => {
+                    self.ears.consoles.window_changed();
+                    continue;
+                }
+                Signal::End => (),
             }
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state().0 == VmState::Running => {

@@ -242,17 +242,7 @@ impl Platform {
             wiring,
             units: Vec::new(),
         };
-        let serials = ["com1", "com2", "com3", "com4"]
-            .into_iter()
-            .zip(layout::COMS);
-        for (hub, (name, place)) in hosts.serials.into_iter().zip(serials) {
-            let Some(hub) = hub else { continue };
-            let irq = router.line(place.gsi)?;
-            let ready = Arc::new(hub.clone());
-            let serial = Arc::new(Serial::new(name, irq, Box::new(hub.writer()), ready));
-            placed.port(place.port, 8, serial.clone());
-            placed.input(name, hub.connect(serial));
-        }
+        placed.serials(hosts.serials)?;
         if let Some((hub, port)) = hosts.console {
             placed.input("console", hub.connect(port));
         }
@@ -356,6 +346,22 @@ impl Placed<'_> {
         let placed = self.wiring.buses.pio.insert(base.into(), len, on_bus);
         debug_assert_eq!(placed, Ok(()));
         self.units.push(device);
+    }
+
+    /// The serial ports that there are.
+    fn serials(&mut self, hubs: [Option<ConsoleHub>; COMS]) -> Result<(), MachineError> {
+        let places = ["com1", "com2", "com3", "com4"]
+            .into_iter()
+            .zip(layout::COMS);
+        for (hub, (name, place)) in hubs.into_iter().zip(places) {
+            let Some(hub) = hub else { continue };
+            let irq = self.wiring.router.line(place.gsi)?;
+            let ready = Arc::new(hub.clone());
+            let serial = Arc::new(Serial::new(name, irq, Box::new(hub.writer()), ready));
+            self.port(place.port, 8, serial.clone());
+            self.input(name, hub.connect(serial));
+        }
+        Ok(())
     }
 
     /// Input for the device `name`, while it is started.

@@ -15,6 +15,8 @@ pub enum Signal {
     End,
     /// That a machine goes on which waits for a disk (`SIGCONT`).
     Continue,
+    /// That a terminal's size is looked at again (`SIGWINCH`).
+    Window,
 }
 
 /// Receives the signals as a descriptor.
@@ -35,6 +37,7 @@ impl Signals {
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             libc::sigaddset(set.as_mut_ptr(), libc::SIGCONT);
+            libc::sigaddset(set.as_mut_ptr(), libc::SIGWINCH);
             for signal in ENDING {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
@@ -70,10 +73,10 @@ impl Signals {
         // SAFETY: it was zeroed, which is a valid value, and the kernel filled it.
         #[expect(unsafe_code, reason = "a C structure that has been filled")]
         let info = unsafe { info.assume_init() };
-        Some(if info.ssi_signo.cast_signed() == libc::SIGCONT {
-            Signal::Continue
-        } else {
-            Signal::End
+        Some(match info.ssi_signo.cast_signed() {
+            libc::SIGCONT => Signal::Continue,
+            libc::SIGWINCH => Signal::Window,
+            _ => Signal::End,
         })
     }
 }

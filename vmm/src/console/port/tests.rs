@@ -271,3 +271,19 @@ fn an_end_is_given_over_once() {
     assert!(board.take(Some("a")).is_some());
     assert!(board.take(Some("a")).is_none());
 }
+
+#[test]
+fn another_size_of_the_terminal_has_the_device_look() {
+    let hub = ConsoleHub::new("--console", 0).unwrap();
+    let (mut end, port) = HubEnd::new(&hub).unwrap();
+    hub.window_changed();
+    assert!(rests(&end), "nothing is connected");
+    let link = hub.connect(port);
+    hub.window_changed();
+    wait(&end);
+    assert_eq!(end.look(true), HERE);
+    assert!(rests(&end));
+    drop(link);
+    hub.window_changed();
+    assert!(rests(&end));
+}
