@@ -203,10 +203,27 @@ impl Client {
     ///
     /// As for any call.
     pub fn attach_console(&self, replay: bool) -> Result<UnixStream, ClientError> {
+        self.attach_to(&wire::ConsoleRequest {
+            replay,
+            ..wire::ConsoleRequest::default()
+        })
+    }
+
+    /// As [`Client::attach_console`], to any of the consoles.
+    ///
+    /// # Errors
+    ///
+    /// As for any call.
+    pub fn attach_to(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ClientError> {
         let deadline = Deadline::after(self.timeout);
-        let endpoint = format!("vm.console-attach?replay={}", u8::from(replay));
+        let wire::ConsoleRequest { replay, port } = request;
+        let mut endpoint = format!("vm.console-attach?replay={}", u8::from(*replay));
+        if *port != wire::ConsolePort::default() {
+            endpoint.push_str("&port=");
+            endpoint.push_str(port.as_str());
+        }
         let upgrade = format!("Connection: Upgrade\r\nUpgrade: {CONSOLE}\r\n");
-        let request = request("GET", &endpoint, &upgrade, &[]);
+        let request = self::request("GET", &endpoint, &upgrade, &[]);
         let mut connection = self.open(&request, deadline)?;
         let head = connection.upgraded_head(deadline)?;
         if head.status != 101 {

@@ -532,7 +532,7 @@ pub const ROUTES: &[Route] = &[
     .fails(&[400, 404, 409, 429]),
     get(Endpoint::VmConsoleAttach, "vm.console-attach")
         .added()
-        .about("Turns the connection into a stream to the first serial port.")
+        .about("Turns the connection into a stream to a console, the first serial port unless `port` says otherwise.")
         .answers(Success::Stream("vireo-console"))
         .fails(&[400, 404, 409, 429]),
 ];

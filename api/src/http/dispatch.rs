@@ -297,12 +297,18 @@ pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> 
 fn console_request(query: &str) -> Result<wire::ConsoleRequest, Answer> {
     let mut wanted = wire::ConsoleRequest::default();
     for (name, value) in parameters(query) {
-        wanted.replay = match (name, value) {
-            ("replay", "1" | "true") => true,
-            ("replay", "0" | "false") => false,
+        match (name, value) {
+            ("replay", "1" | "true") => wanted.replay = true,
+            ("replay", "0" | "false") => wanted.replay = false,
+            ("port", name) => {
+                let mut ports = wire::ConsolePort::ALL.into_iter();
+                let port = ports.find(|(known, _)| *known == name);
+                let unknown = "`port` is none of serial, serial2, serial3, serial4 and console";
+                wanted.port = port.map(|(_, port)| port).ok_or(Answer::bad(unknown))?;
+            }
             ("replay", _) => return Err(Answer::bad("`replay` is neither 0 nor 1")),
             _ => return Err(unknown_parameter(name)),
-        };
+        }
     }
     Ok(wanted)
 }

@@ -20,6 +20,9 @@ pub const AGENT: &str = "org.qemu.guest_agent.0";
 /// The name of the device that has the console and the ports, where none is given.
 pub const DEVICE: &str = "__console";
 
+/// The kind of that device.
+pub const DEVICE_KIND: &str = console::MODEL.kind;
+
 const FLAG: &str = "--port";
 
 /// The keys of `--port`.

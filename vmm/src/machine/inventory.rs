@@ -56,6 +56,12 @@ impl Inventory {
         self.memory
     }
 
+    /// Whether there is a device of this kind.
+    #[must_use]
+    pub fn has_kind(&self, kind: &str) -> bool {
+        self.items.iter().any(|item| item.kind == kind)
+    }
+
     /// As `vm.devices` lists them.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceInfo> {

@@ -31,15 +31,26 @@ impl Signals {
     /// The host's, when it is out of descriptors.
     pub fn block() -> io::Result<Self> {
         ignore_file_size_signal();
+        Self::of(&[libc::SIGCONT, libc::SIGWINCH])
+    }
+
+    /// The same for those alone that ask for the end.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it is out of descriptors.
+    pub fn block_ending() -> io::Result<Self> {
+        Self::of(&[])
+    }
+
+    fn of(others: &[i32]) -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initializes the set that the others then use.
         #[expect(unsafe_code, reason = "signal masks are C structures")]
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            libc::sigaddset(set.as_mut_ptr(), libc::SIGCONT);
-            libc::sigaddset(set.as_mut_ptr(), libc::SIGWINCH);
-            for signal in ENDING {
-                libc::sigaddset(set.as_mut_ptr(), signal);
+            for signal in ENDING.iter().chain(others) {
+                libc::sigaddset(set.as_mut_ptr(), *signal);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
             libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)

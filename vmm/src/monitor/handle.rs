@@ -9,6 +9,7 @@ use api::{
 
 use super::{Jobs, View, consoles, metrics};
 use crate::agent::AgentDesk;
+use crate::config::COMS;
 use crate::console::ConsoleHub;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
@@ -40,8 +41,8 @@ pub struct MonitorHandle {
     view: View,
     jobs: Jobs,
     events: EventLog,
-    /// The hub alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
-    serial: ConsoleHub,
+    /// The hubs alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
+    consoles: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     opener: Arc<Opener>,
 }
@@ -52,7 +53,7 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        (serial, agent): (ConsoleHub, AgentDesk),
+        (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -60,7 +61,7 @@ impl MonitorHandle {
             view,
             jobs,
             events,
-            serial,
+            consoles,
             agent,
             opener,
         }
@@ -123,14 +124,29 @@ impl Control for MonitorHandle {
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {
-        consoles::list(&self.serial)
+        let [serial, ..] = &self.consoles;
+        consoles::list(serial)
     }
 
     fn open_console(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ControlError> {
-        if !self.view.has_serial()? {
-            return Err(consoles::no_port(ErrorKind::NotFound));
+        if !self.view.has_console(request.port)? {
+            return Err(match request.port {
+                wire::ConsolePort::Serial => consoles::no_port(ErrorKind::NotFound),
+                port => {
+                    let message = format!("the machine has no console '{}'", port.as_str());
+                    ControlError::new(ErrorKind::NotFound, message)
+                }
+            });
         }
-        consoles::attach(&self.serial, request.replay)
+        let [serial, second, third, fourth, console] = &self.consoles;
+        let hub = match request.port {
+            wire::ConsolePort::Serial => serial,
+            wire::ConsolePort::Serial2 => second,
+            wire::ConsolePort::Serial3 => third,
+            wire::ConsolePort::Serial4 => fourth,
+            wire::ConsolePort::Console => console,
+        };
+        consoles::attach(hub, request.replay)
     }
 
     fn events(&self) -> &EventLog {

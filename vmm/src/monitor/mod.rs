@@ -40,7 +40,7 @@ pub use view::View;
 
 use crate::agent::AgentDesk;
 use crate::config::files::{self, OwnFiles};
-use crate::config::{GuestAction, VmConfig};
+use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
 use crate::machine::driver::{Driver, Ears, End, Opening, Outcome, Tools, ppoll, readable};
@@ -71,6 +71,7 @@ pub struct Monitor {
     view: View,
     jobs: Jobs,
     serial: ConsoleHub,
+    hubs: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     opening: Opening,
     /// Always there, except while a driver has them.
@@ -106,6 +107,7 @@ impl Monitor {
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
         let serial = consoles.serial().clone();
         let agent = consoles.agent().clone();
+        let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
         let view = View::new(ears.life.view());
@@ -118,6 +120,7 @@ impl Monitor {
             view,
             jobs,
             serial,
+            hubs,
             agent,
             opening: Opening::default(),
             ears: Some(ears),
@@ -134,7 +137,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
-            (self.serial.clone(), self.agent.clone()),
+            (self.hubs.clone(), self.agent.clone()),
             Arc::clone(&self.opener),
         )
     }

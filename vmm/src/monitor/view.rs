@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::{ControlError, ErrorKind, VmState, wire};
 
 use super::Description;
+use crate::config::port::DEVICE_KIND as CONSOLE;
 use crate::machine::inventory::Inventory;
 use crate::machine::state::StateView;
 
@@ -97,14 +98,25 @@ impl View {
         })
     }
 
-    /// Whether the machine that is described has a serial port.
+    /// Whether the machine that is described has this console.
     ///
     /// # Errors
     ///
     /// As for [`View::info`].
-    pub fn has_serial(&self) -> Result<bool, ControlError> {
-        let (description, _) = self.parts()?;
-        Ok(description.serial.mode != wire::ConsoleMode::Off || description.serial.sinks.is_some())
+    pub fn has_console(&self, port: wire::ConsolePort) -> Result<bool, ControlError> {
+        use wire::ConsoleMode::Off;
+        let (described, _) = self.parts()?;
+        let serial = match port {
+            wire::ConsolePort::Serial => Some(&described.serial),
+            wire::ConsolePort::Serial2 => described.serial2.as_ref(),
+            wire::ConsolePort::Serial3 => described.serial3.as_ref(),
+            wire::ConsolePort::Serial4 => described.serial4.as_ref(),
+            // Whether it is there is told by the machine alone.
+            wire::ConsolePort::Console => {
+                return Ok(self.machine().is_some_and(|m| m.has_kind(CONSOLE)));
+            }
+        };
+        Ok(serial.is_some_and(|serial| serial.mode != Off || serial.sinks.is_some()))
     }
 
     /// The devices.

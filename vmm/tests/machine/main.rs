@@ -25,6 +25,7 @@ mod lifecycle;
 mod lives;
 mod managers;
 mod metrics;
+mod ports;
 mod resize;
 mod shape;
 mod sinks;
