@@ -8,7 +8,7 @@ use api::client::ClientError;
 use api::wire::{ConsoleMode, ConsolePort, ConsoleRequest};
 
 use crate::sinks::Attached;
-use crate::support::{Served, can_run};
+use crate::support::{Served, can_run, until};
 
 /// The status and the causes of a refusal.
 fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (u16, String) {
@@ -16,6 +16,14 @@ fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (u16, String) 
         Err(ClientError::Refused { status, chain }) => (status, chain.join(": ")),
         other => panic!("{other:?}"),
     }
+}
+
+/// What is answered when the machine has been booted: v1's state calls it running before.
+fn once_it_runs(mut ask: impl FnMut() -> (u16, String)) -> (u16, String) {
+    until("the machine to run", || {
+        let answer = ask();
+        (!answer.1.contains("VM is not running")).then_some(answer)
+    })
 }
 
 #[test]
@@ -54,10 +62,11 @@ fn ports_are_there_as_described_and_go_with_the_machine() {
     let socket = served.path("a");
     let mode = fs::metadata(&socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
+    Attached::to(&served, true).output.wait_for("echo=ready");
     // It waits to be let in, for there is no driver.
     let _client = UnixStream::connect(&socket).unwrap();
     // The guest has no driver: nothing has the agent's port open.
-    let (status, why) = refused(client.agent_ping());
+    let (status, why) = once_it_runs(|| refused(client.agent_ping()));
     assert_eq!(status, 409);
     assert!(why.contains("no agent: nothing in the guest"), "{why}");
     client.pause().unwrap();
@@ -66,7 +75,7 @@ fn ports_are_there_as_described_and_go_with_the_machine() {
     assert!(why.contains("paused"), "{why}");
     client.resume().unwrap();
     client.shutdown().unwrap();
-    crate::support::until("the socket's removal", || {
+    until("the socket's removal", || {
         let gone = fs::metadata(&socket).err()?.kind() == io::ErrorKind::NotFound;
         gone.then_some(())
     });
@@ -80,8 +89,10 @@ fn a_machine_without_ports_says_that_it_has_none() {
     let flags = ["--serial", "null", "--serial4", "null"];
     let served = Served::start("poke", "serial-echo", &flags);
     let mut client = served.client();
+    let mut first = Attached::to(&served, true);
+    first.output.wait_for("echo=ready");
     assert!(client.devices().unwrap().is_empty());
-    let (status, why) = refused(client.agent_freeze());
+    let (status, why) = once_it_runs(|| refused(client.agent_freeze()));
     assert_eq!(status, 409);
     assert!(
         why.contains("has no port for a guest agent: add --agent"),
@@ -97,7 +108,7 @@ fn a_machine_without_ports_says_that_it_has_none() {
         assert!(why.contains("the machine has no console"), "{why}");
     }
     let _fourth = attach(ConsolePort::Serial4).unwrap();
-    let mut first = Attached::over(attach(ConsolePort::Serial).unwrap());
-    first.output.wait_for("echo=ready");
     first.echo("one");
+    let mut again = Attached::over(attach(ConsolePort::Serial).unwrap());
+    again.output.wait_for("echo:one");
 }
