@@ -26,7 +26,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::routes::BASE;
-use crate::{Event, wire};
+use crate::{Event, Reason, wire};
 use connection::{AnswerHead, Connection, Deadline};
 pub use error::ClientError;
 pub use events::{Events, ToldEvent};
@@ -272,6 +272,11 @@ impl Client {
         self.object("vm.counters")
     }
 
+    /// What has become of the balloon.
+    pub fn balloon(&mut self) -> Result<wire::BalloonInfo, ClientError> {
+        self.object("vm.balloon")
+    }
+
     /// The machine's devices.
     pub fn devices(&mut self) -> Result<Vec<wire::DeviceInfo>, ClientError> {
         self.object("vm.devices")
@@ -361,6 +366,11 @@ impl Client {
     /// Changes limits or medium of a disk.
     pub fn update_disk(&mut self, request: &wire::VmUpdateDisk) -> Result<(), ClientError> {
         self.ask("vm.update-disk", request)
+    }
+
+    /// Changes limits or link of a network card.
+    pub fn update_net(&mut self, request: &wire::VmUpdateNet) -> Result<(), ClientError> {
+        self.ask("vm.update-net", request)
     }
 
     /// Adds a disk; where it is, when there is a machine.
@@ -477,8 +487,9 @@ fn request(method: &str, endpoint: &str, headers: &str, body: &[u8]) -> Vec<u8> 
         0 => String::new(),
         length => format!("Content-Length: {length}\r\n"),
     };
+    let asked = Reason::ASKED;
     let head = format!(
-        "{method} {BASE}{endpoint} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n{headers}{length}\r\n"
+        "{method} {BASE}{endpoint} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n{asked}: 1\r\n{headers}{length}\r\n"
     );
     let mut request = head.into_bytes();
     request.extend_from_slice(body);
@@ -492,6 +503,7 @@ fn read<T: DeserializeOwned>(endpoint: &'static str, body: &[u8]) -> Result<T, C
 fn refused(head: &AnswerHead, body: &[u8]) -> ClientError {
     ClientError::Refused {
         status: head.status,
+        reason: head.reason,
         chain: serde_json::from_slice(body).unwrap_or_default(),
     }
 }

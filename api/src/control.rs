@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Reason;
 use crate::event_log::EventLog;
 use crate::wire;
 
@@ -29,7 +30,8 @@ use crate::wire;
 pub enum VmState {
     /// Built from its configuration; no guest code has run.
     Created,
-    /// Loading the kernel, at first or after a guest reset.
+    /// Opening what it is made from, which may fail and leads back, or loading the kernel, at first or
+    /// after a guest reset.
     Booting,
     /// vCPUs run.
     Running,
@@ -89,6 +91,8 @@ pub enum Command {
     RemoveDevice(wire::VmRemoveDevice),
     /// Change limits or medium of a disk.
     UpdateDisk(Box<wire::VmUpdateDisk>),
+    /// Change limits or link of a network card.
+    UpdateNet(Box<wire::VmUpdateNet>),
     /// Add or remove a sink of a console.
     Console(wire::VmConsole),
     /// Write the guest's memory and registers into an ELF file.
@@ -183,6 +187,8 @@ pub enum ErrorKind {
 pub struct ControlError {
     /// What kind of reason it is.
     pub kind: ErrorKind,
+    /// The state that it is for, where that is the reason.
+    pub reason: Option<Reason>,
     /// The causes, outermost first; never empty.
     pub chain: Vec<String>,
 }
@@ -193,7 +199,17 @@ impl ControlError {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self {
             kind,
+            reason: None,
             chain: vec![message.into()],
+        }
+    }
+
+    /// That it makes no sense in this state, in v1's words.
+    #[must_use]
+    pub fn state(kind: ErrorKind, reason: Reason) -> Self {
+        Self {
+            reason: Some(reason),
+            ..Self::new(kind, reason.message())
         }
     }
 
@@ -203,6 +219,7 @@ impl ControlError {
         let causes = std::iter::successors(Some(error), |error| error.source());
         Self {
             kind,
+            reason: None,
             chain: causes.map(ToString::to_string).collect(),
         }
     }
@@ -249,6 +266,13 @@ pub trait Control: Send + Sync {
     ///
     /// [`ErrorKind::NotFound`] when none has been created, [`ErrorKind::Conflict`] when it has not been booted.
     fn counters(&self) -> Result<wire::VmCounters, ControlError>;
+
+    /// What has become of the balloon. The guest is asked for newer statistics than there are, and not waited for.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Control::counters`]; [`ErrorKind::NotFound`] also when the machine has none.
+    fn balloon(&self) -> Result<wire::BalloonInfo, ControlError>;
 
     /// The machine's devices.
     ///

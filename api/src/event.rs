@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::wire::LinkState;
 use crate::{PauseReason, VmState};
 
 /// Why a machine ended.
@@ -14,6 +15,8 @@ pub enum ExitReason {
     Reset,
     /// The guest's kernel panicked and said so through pvpanic.
     GuestPanic,
+    /// The guest did not feed its watchdog in time.
+    Watchdog,
     /// A vCPU shut down: a triple fault.
     TripleFault,
     /// KVM could not go on with a vCPU (an internal error, a failed entry).
@@ -53,6 +56,8 @@ pub enum EventKind {
     GuestReset,
     /// The guest's kernel panicked.
     GuestPanic,
+    /// The guest did not feed its watchdog in time.
+    Watchdog,
     /// The power button was pressed.
     PowerButton,
     /// The guest's driver has taken a device into use. Of many in a short time not every one is told; `vm.devices`
@@ -101,6 +106,14 @@ pub enum EventKind {
     DiskUpdated {
         /// The device's id.
         id: String,
+    },
+    /// A network card has been given other limits or another link.
+    NetUpdated {
+        /// The device's id.
+        id: String,
+        /// What its link has been set to.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        link: Option<LinkState>,
     },
     /// A write has gone past the threshold set on a disk, which is disarmed by that.
     DiskWriteThreshold {
@@ -178,6 +191,13 @@ pub enum EventKind {
     MemoryResized {
         /// Its size in bytes.
         size: u64,
+    },
+    /// The guest has given the balloon all that it was to give, or taken back all that it was to take. Told once for each target.
+    BalloonResized {
+        /// The device's id.
+        id: String,
+        /// How much the guest has given up, in bytes.
+        actual: u64,
     },
     /// A sink of the serial port is there: at boot, by command, or because a client has attached.
     ConsoleSinkAdded {

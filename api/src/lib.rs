@@ -5,6 +5,7 @@
 //! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
 //! * [`EventLog`], [`Event`]: what has happened; [`EventMonitor`] tells it as v1 does.
 //! * [`http`]: the server; [`client`]: a client.
+//! * [`spelling`]: what a misspelt word was to be.
 
 pub mod client;
 mod control;
@@ -13,7 +14,9 @@ mod event_log;
 mod event_v1;
 pub mod http;
 pub mod openapi;
+mod reason;
 pub mod routes;
+pub mod spelling;
 pub mod wire;
 
 pub use control::{
@@ -23,3 +26,4 @@ pub use control::{
 pub use event::{DiskErrorAction, Event, EventKind, ExitReason};
 pub use event_log::{Alert, EventLog, Subscription};
 pub use event_v1::EventMonitor;
+pub use reason::{Reason, UnknownReason};

@@ -33,6 +33,8 @@ pub enum Endpoint {
     VmInfo,
     /// GET vm.counters
     VmCounters,
+    /// GET vm.balloon
+    VmBalloon,
     /// GET vm.devices
     VmDevices,
     /// GET vm.events
@@ -71,6 +73,8 @@ pub enum Endpoint {
     VmResizeDisk,
     /// PUT vm.update-disk
     VmUpdateDisk,
+    /// PUT vm.update-net
+    VmUpdateNet,
     /// PUT vm.add-disk
     VmAddDisk,
     /// PUT vm.add-net
@@ -323,6 +327,11 @@ pub const ROUTES: &[Route] = &[
         .about("Tells what devices and vCPUs have counted.")
         .gives::<wire::VmCounters>()
         .fails(&[404, 409]),
+    get(Endpoint::VmBalloon, "vm.balloon")
+        .added()
+        .about("Tells how much the guest has given up and how its memory is used, and asks it to say so anew.")
+        .gives::<wire::BalloonInfo>()
+        .fails(&[404, 409]),
     get(Endpoint::VmDevices, "vm.devices")
         .added()
         .about("Lists the devices with kind, address and state.")
@@ -419,6 +428,14 @@ pub const ROUTES: &[Route] = &[
     .added()
     .about("Changes a disk's limits, or the medium of a read-only one.")
     .takes::<wire::VmUpdateDisk>(),
+    put(
+        Endpoint::VmUpdateNet,
+        "vm.update-net",
+        "The network device could not be updated",
+    )
+    .added()
+    .about("Changes a network card's limits, or its link.")
+    .takes::<wire::VmUpdateNet>(),
     put(
         Endpoint::VmAddDisk,
         "vm.add-disk",

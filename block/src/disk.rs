@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::buffers::Buffers;
 use crate::events::Observer;
+use crate::size::Size;
 
 /// How a request touches the disk. Offsets and lengths are bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +102,8 @@ pub struct QueueError {
 pub enum ResizeError {
     /// It would lose bytes.
     #[error(
-        "a disk of {from} bytes that is in use cannot shrink to {to}; shrink it while it is not"
+        "a disk of {} that is in use cannot shrink to {}; shrink it while it is not",
+        Size(*from), Size(*to)
     )]
     Shrink {
         /// Its size in bytes.
@@ -110,7 +112,7 @@ pub enum ResizeError {
         to: u64,
     },
     /// Not in the disk's units.
-    #[error("a size of {size} bytes is not a multiple of {unit}")]
+    #[error("a size of {} is not a multiple of {unit} bytes", Size(*size))]
     Unit {
         /// What was asked for, in bytes.
         size: u64,
@@ -118,13 +120,18 @@ pub enum ResizeError {
         unit: u64,
     },
     /// A device has the size that it has.
-    #[error("the device has {held} bytes, fewer than {size}; make the device larger first")]
+    #[error("the device has {}, fewer than {}; make the device larger first", Size(*held), Size(*size))]
     Device {
         /// What was asked for, in bytes.
         size: u64,
         /// The device's size in bytes.
         held: u64,
     },
+    /// It is not written to.
+    #[error(
+        "the disk is read-only; add it without readonly=on, or enlarge it with 'vireo image resize' while nobody uses it"
+    )]
+    ReadOnly,
     /// There is no way to.
     #[error("a disk of this kind cannot change its size while it is in use")]
     Fixed,
@@ -134,6 +141,7 @@ impl From<ResizeError> for io::Error {
     fn from(error: ResizeError) -> Self {
         let kind = match error {
             ResizeError::Fixed => io::ErrorKind::Unsupported,
+            ResizeError::ReadOnly => io::ErrorKind::ReadOnlyFilesystem,
             _ => io::ErrorKind::InvalidInput,
         };
         Self::new(kind, error)
@@ -160,7 +168,7 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     ///
-    /// The host's, `EROFS` on a read-only disk, and a [`ResizeError`] as the inner error.
+    /// The host's, or a [`ResizeError`] as the inner error.
     fn resize(&self, size: u64) -> io::Result<()> {
         let _ = size;
         Err(ResizeError::Fixed.into())

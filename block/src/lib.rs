@@ -48,6 +48,7 @@ mod qcow2;
 mod queue;
 mod queued;
 mod raw;
+mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
@@ -59,6 +60,7 @@ pub use disk::{
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
+pub use lock::lock_output;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Opener};
@@ -69,3 +71,4 @@ pub use qcow2::{
 };
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};
+pub use size::Size;

@@ -10,6 +10,10 @@
 //! |---|---|---|
 //! | writer | 100, 101, 103, 201, 203 | 200, 201, 203, 101, 103 |
 //! | reader | 100, 201, 203 | 200, 101, 103 |
+//! | output, appended to | 101, 103 | 201, 203 |
+//! | output of its own | 101, 103, 201, 203 | 201, 203, 101, 103 |
+//!
+//! An output is a file that is written and is no image ([`lock_output`]).
 //!
 //! Both sides take before they look, so of two who race at least one sees the other.
 //!
@@ -39,6 +43,10 @@ pub(crate) enum Intent {
     Read,
     /// Read, write and resize, alone.
     Write,
+    /// Write to the end of what is no image; others may too.
+    Append,
+    /// Empty and write what is no image, alone.
+    Replace,
 }
 
 impl Intent {
@@ -46,11 +54,15 @@ impl Intent {
         match self {
             Self::Read => &[READ],
             Self::Write => &[READ, WRITE, RESIZE],
+            Self::Append | Self::Replace => &[WRITE, RESIZE],
         }
     }
 
     fn refuses(self) -> &'static [i64] {
-        &[WRITE, RESIZE]
+        match self {
+            Self::Append => &[],
+            Self::Read | Self::Write | Self::Replace => &[WRITE, RESIZE],
+        }
     }
 }
 
@@ -96,6 +108,28 @@ pub(crate) fn acquire(file: &File, intent: Intent) -> Result<(), LockError> {
                 pause *= 2;
             }
             other => return other,
+        }
+    }
+}
+
+/// Whether a file that is no image may be written, which nothing has been done to yet: not when
+/// it is somebody's disk, nor when it is to be this user's `alone` and another writes to it.
+///
+/// If so, disks, and outputs that are written alone, are kept out until the last descriptor of the opened file
+/// is closed. That needs a file that is also open for reading; with another, and on a file system that
+/// cannot lock, only those who can be seen keep it from being written.
+#[must_use]
+pub fn lock_output(file: &File, alone: bool) -> bool {
+    let intent = if alone {
+        Intent::Replace
+    } else {
+        Intent::Append
+    };
+    match acquire(file, intent) {
+        Ok(()) => true,
+        Err(LockError::Held { .. }) => false,
+        Err(LockError::Unsupported { .. }) => {
+            !matches!(look(file, intent), Err(LockError::Held { .. }))
         }
     }
 }
@@ -227,12 +261,50 @@ mod tests {
     }
 
     #[test]
+    fn no_output_is_written_over_a_disk_nor_a_disk_opened_over_an_output() {
+        for intent in [Intent::Read, Intent::Write] {
+            for alone in [false, true] {
+                let (_image, open) = image();
+                let (disk, output) = (open(), open());
+                acquire(&disk, intent).unwrap();
+                assert!(!lock_output(&output, alone), "{intent:?}");
+                release(&disk);
+                assert!(lock_output(&output, alone), "{intent:?}");
+                assert!(acquire(&disk, intent).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn outputs_share_a_file_that_all_append_to() {
+        let (_image, open) = image();
+        let (a, b, alone) = (open(), open(), open());
+        assert!(lock_output(&a, false) && lock_output(&b, false));
+        assert!(!lock_output(&alone, true));
+        drop((a, b));
+        assert!(lock_output(&alone, true));
+        assert!(!lock_output(&open(), false));
+    }
+
+    #[test]
+    fn an_output_that_cannot_be_read_is_no_disk_either() {
+        let (image, open) = image();
+        let blind = File::options().write(true).open(image.path()).unwrap();
+        assert!(lock_output(&blind, true));
+        let disk = open();
+        acquire(&disk, Intent::Write).unwrap();
+        assert!(!lock_output(&blind, true));
+    }
+
+    #[test]
     fn a_writer_holds_just_the_bytes_that_qemu_does() {
         let (_image, open) = image();
         let (a, probe) = (open(), open());
         for (intent, expected) in [
             (Intent::Read, vec![100, 201, 203]),
             (Intent::Write, vec![100, 101, 103, 201, 203]),
+            (Intent::Append, vec![101, 103]),
+            (Intent::Replace, vec![101, 103, 201, 203]),
         ] {
             acquire(&a, intent).unwrap();
             let held: Vec<i64> = (0..1000)

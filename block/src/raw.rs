@@ -341,7 +341,7 @@ impl Disk for RawDisk {
 
     fn resize(&self, size: u64) -> io::Result<()> {
         if self.policy.read_only {
-            return Err(io::Error::from_raw_os_error(libc::EROFS));
+            return Err(ResizeError::ReadOnly.into());
         }
         let unit = SECTOR.max(self.file.abilities().align.offset.into());
         if !size.is_multiple_of(unit) {

@@ -85,9 +85,12 @@ pub enum GuestRequest {
     CrashLoaded,
     /// The guest asks for a shutdown through pvpanic (bit 2).
     PvShutdown,
+    /// The guest has not fed its watchdog in time.
+    Watchdog,
 }
 
-/// Takes requests from devices. Called on vCPU threads; must not block.
+/// Takes requests from devices. Called on vCPU threads, and on the control thread by timers;
+/// must not block.
 pub trait GuestRequests: Send + Sync {
     /// Hands over one request. The vCPU that caused it goes on running until
     /// the machine stops it.

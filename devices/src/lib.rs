@@ -8,6 +8,7 @@
 //! | [`IrqLine`], [`LevelLine`] | an edge- or level-triggered input of the interrupt controller |
 //! | [`MsiVector`], [`MsiAllocator`] | a message-signalled interrupt and where they come from |
 //! | [`GuestRequests`] | what a guest asks of the machine: power off, reset, panic |
+//! | [`time::Clock`], [`time::WakeTimer`] | what time it is, and being called later |
 //!
 //! # Devices
 //!
@@ -30,7 +31,9 @@ pub mod pci;
 pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
+pub mod time;
 pub mod unit;
+pub mod watchdog;
 
 pub use bus::{Bus, BusDevice, BusError};
 pub use irq::{

@@ -24,10 +24,11 @@ mod calendar;
 mod registers;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use migration::{RestoreError, SaveError, SavedState, Section, SectionSet, Snapshot};
 
+use crate::time::{Clock, WakeTimer};
 use crate::{BusDevice, IrqLine, StartError, StopError, Unit};
 use registers::{Registers, RtcV1};
 
@@ -37,36 +38,6 @@ const NAME: &str = "rtc";
 const INDEX: u64 = 0;
 /// Offset of the data port.
 const DATA: u64 = 1;
-
-/// Tells what time it is. May be set forward and back by its owner.
-pub trait Clock: Send + Sync {
-    /// The time since the Unix epoch, UTC. Called on vCPU threads with the
-    /// device's lock held; must not block.
-    fn now(&self) -> Duration;
-}
-
-/// The host's clock of civil time.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SystemClock;
-
-impl Clock for SystemClock {
-    fn now(&self) -> Duration {
-        // A host before 1970 shows 1970.
-        SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default()
-    }
-}
-
-/// A timer that makes its owner call [`Rtc::tick`].
-pub trait WakeTimer: Send + Sync {
-    /// Fires once at `deadline` by the [`Clock`], at once when that has
-    /// passed, or never; replaces the deadline before.
-    ///
-    /// Should the clock be set, fire or re-arm: the deadline is civil time.
-    /// Called with the device's lock held: must not block and not call back.
-    fn arm(&self, deadline: Option<Duration>);
-}
 
 struct State {
     registers: Registers,
@@ -85,7 +56,7 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// Makes a clock that shows the time of `clock`, pulses `irq` (IRQ 8) and
+    /// Makes a clock that shows the civil time of `clock` ([`crate::time::SystemClock`]), pulses `irq` (IRQ 8) and
     /// arms `timer`.
     #[must_use]
     pub fn new(irq: Arc<dyn IrqLine>, clock: Arc<dyn Clock>, timer: Arc<dyn WakeTimer>) -> Self {

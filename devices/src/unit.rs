@@ -45,7 +45,7 @@ pub enum StopError {
 ///                         save └──┘
 /// ```
 ///
-/// All methods are called by the control thread, one at a time. `save`,
+/// All methods but [`Unit::cut_short`] are called by the control thread, or for it, one at a time. `save`,
 /// `restore` and `reset` are called only while the unit is stopped (or not
 /// yet started). vCPUs do not run while any of them is called, except for
 /// `stop` and `start` of a single device during hot-plug.
@@ -70,6 +70,12 @@ pub trait Unit: Send + Sync {
     fn stop(&self, deadline: Instant) -> Result<(), StopError> {
         let _ = deadline;
         Ok(())
+    }
+
+    /// While `cut`, [`Unit::stop`] waits for nothing: one that waits on another thread gives up as at its
+    /// deadline. Any thread may call it at any time; it does not block.
+    fn cut_short(&self, cut: bool) {
+        let _ = cut;
     }
 
     /// Returns to the state after power-on. The unit is stopped.

@@ -19,6 +19,9 @@ pub enum ParseMacError {
     /// The group bit is set: the address of many, not of one.
     #[error("{0} is a multicast address; an interface needs a unicast one (even first byte)")]
     Multicast(String),
+    /// All bits are zero: no address at all.
+    #[error("{0} is no address: an interface needs one that is its own, as 52:54:00:12:34:56")]
+    Zero(String),
 }
 
 impl MacAddress {
@@ -26,6 +29,30 @@ impl MacAddress {
     #[must_use]
     pub fn octets(self) -> [u8; 6] {
         self.0
+    }
+
+    /// An address of these bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ParseMacError`] when it is not the address of one interface.
+    pub fn new(octets: [u8; 6]) -> Result<Self, ParseMacError> {
+        let mac = Self(octets);
+        if octets[0] & 1 != 0 {
+            return Err(ParseMacError::Multicast(mac.to_string()));
+        }
+        if octets == [0; 6] {
+            return Err(ParseMacError::Zero(mac.to_string()));
+        }
+        Ok(mac)
+    }
+
+    /// A locally administered address of 46 bits of `seed`: from another seed
+    /// comes, in all likelihood, another address; from the same always the same.
+    #[must_use]
+    pub fn local(seed: u64) -> Self {
+        let [a, b, c, d, e, g, ..] = seed.to_le_bytes();
+        Self([a & !1 | 2, b, c, d, e, g])
     }
 }
 
@@ -46,10 +73,7 @@ impl FromStr for MacAddress {
         if parts.next().is_some() {
             return Err(form());
         }
-        if octets[0] & 1 != 0 {
-            return Err(ParseMacError::Multicast(text.to_owned()));
-        }
-        Ok(Self(octets))
+        Self::new(octets)
     }
 }
 
@@ -103,5 +127,20 @@ mod tests {
             "53:54:00:12:34:56".parse::<MacAddress>(),
             Err(ParseMacError::Multicast(_))
         ));
+        assert!(matches!(
+            "00:00:00:00:00:00".parse::<MacAddress>(),
+            Err(ParseMacError::Zero(_))
+        ));
+    }
+
+    #[test]
+    fn made_addresses_are_local_unicast_and_follow_their_seed() {
+        for seed in [0, 1, u64::MAX, 0x0123_4567_89ab_cdef] {
+            let mac = MacAddress::local(seed);
+            assert_eq!(mac.octets()[0] & 3, 2);
+            assert_eq!(MacAddress::new(mac.octets()), Ok(mac));
+            assert_eq!(mac, MacAddress::local(seed));
+        }
+        assert_ne!(MacAddress::local(4), MacAddress::local(8));
     }
 }

@@ -3,6 +3,7 @@
  * prints the results as lines of key=value. See README.md for the words.
  */
 #include "runtime/apic.h"
+#include "runtime/pci.h"
 
 static _Noreturn void after_reset_request(const char *what)
 {
@@ -357,6 +358,37 @@ static void int3_cpl3(void)
     print("breakpoints=%u\n", breakpoints);
 }
 
+/* --- Watchdog ----------------------------------------------------------- */
+
+#define WATCHDOG_SLOT (31 << 3)
+#define WATCHDOG_CONFIG 0x60
+#define WATCHDOG_LOCK 0x68
+#define WATCHDOG_RELOAD 0x0C
+
+static void unlock_watchdog(uint64_t registers)
+{
+    write16(registers + WATCHDOG_RELOAD, 0x80);
+    write16(registers + WATCHDOG_RELOAD, 0x86);
+}
+
+/* Sets both stages of the i6300esb to some milliseconds and does not feed it. */
+static void watchdog(void)
+{
+    uint64_t registers = pci_read32(WATCHDOG_SLOT, PCI_BAR0) & ~0xFu;
+
+    print("watchdog=%08x\n", pci_read32(WATCHDOG_SLOT, PCI_VENDOR));
+    if (pci_read32(WATCHDOG_SLOT, PCI_VENDOR) != 0x25AB8086)
+        fail("there is no watchdog");
+    print("ran-out=%u\n", read16(registers + WATCHDOG_RELOAD) >> 9 & 1);
+    pci_write32(WATCHDOG_SLOT, WATCHDOG_CONFIG, 3);
+    for (unsigned stage = 0; stage < 2; stage++) {
+        unlock_watchdog(registers);
+        write32(registers + 4 * stage, 4);
+    }
+    pci_write32(WATCHDOG_SLOT, WATCHDOG_LOCK, 2);
+    to_cpl3(spin_here, false);
+}
+
 /* --- Words -------------------------------------------------------------- */
 
 static void with_value(const char *word)
@@ -451,6 +483,7 @@ static const struct {
     { "gdb", gdb },
     { "int3", int3 },
     { "spin", spin },
+    { "watchdog", watchdog },
 };
 
 void main(void)

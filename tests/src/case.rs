@@ -250,6 +250,8 @@ pub enum Want {
     NoText(String),
     /// This text exactly so many times.
     Times(String, usize),
+    /// The whole number that follows this text is from the first to the second.
+    Between(String, u64, u64),
     /// This text among the monitor's messages, on its standard error.
     Message(String),
 }
@@ -273,8 +275,20 @@ impl Want {
                 let found = output.matches(text.as_str()).count();
                 (found != *count).then(|| format!("\"{text}\" {found} times, not {count}"))
             }
+            Self::Between(text, least, most) => match number_after(output, text) {
+                Some(number) if (*least..=*most).contains(&number) => None,
+                Some(number) => Some(format!("\"{text}\" {number}, not {least} to {most}")),
+                None => Some(format!("no number after \"{text}\"")),
+            },
         }
     }
+}
+
+/// The number that begins right behind the first `text` in `output`.
+fn number_after(output: &str, text: &str) -> Option<u64> {
+    let (_, rest) = output.split_once(text)?;
+    let end = rest.find(|c: char| !c.is_ascii_digit());
+    rest.get(..end.unwrap_or(rest.len()))?.parse().ok()
 }
 
 impl Case {
@@ -470,6 +484,18 @@ mod tests {
                 .complaint(output, "note")
                 .is_some()
         );
+    }
+
+    #[test]
+    fn a_number_is_looked_at_where_it_begins_behind_the_text() {
+        let between = |text: &str, least, most| {
+            Want::Between(text.to_owned(), least, most).complaint("a 7\nab 12", "")
+        };
+        assert_eq!(between("a ", 7, 7), None);
+        assert_eq!(between("ab ", 0, 12), None);
+        for (text, least, most) in [("a ", 8, 9), ("a ", 0, 6), ("ab", 0, 99), ("c", 0, 99)] {
+            assert!(between(text, least, most).is_some(), "{text}");
+        }
     }
 
     #[test]

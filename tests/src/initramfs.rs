@@ -15,16 +15,26 @@ use crate::modules::in_load_order;
 const GUEST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
+    "virtio_net",
     "virtio_rng",
     "virtio_console",
+    "virtio_balloon",
     "pvpanic_mmio",
     "pvpanic_pci",
+    "i6300esb",
     "button",
     "evdev",
 ];
 
 /// What the nested machine loads to have `/dev/kvm`.
-const NESTED_MODULES: &[&str] = &["virtio_pci", "virtio_console", "kvm", "kvm_amd", "loop"];
+const NESTED_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_console",
+    "kvm",
+    "kvm_amd",
+    "loop",
+    "tun",
+];
 
 /// Runs `/case.sh` when there is one, else a shell; then powers off.
 ///

@@ -3,8 +3,10 @@
 //! A guest's script prints what it finds as lines that begin with `@@`; the
 //! demands are on those lines.
 
+mod ballooned;
 mod consoles;
 mod driven;
+mod network;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
@@ -48,6 +50,7 @@ echo "@@ msix=$(grep -c virtio /proc/interrupts)"
 grep virtio /proc/interrupts | grep -qv MSI && echo '@@ virtio without MSI'
 [ -e /sys/devices/virtual/misc ] && ls -d /sys/bus/*/drivers/pvpanic*/*:* /sys/bus/*/drivers/pvpanic*/QEMU* 2>/dev/null |
     grep -q . && echo '@@ pvpanic'
+ls -d /sys/bus/*/drivers/vmgenid/*:* 2>/dev/null | grep -q . && echo '@@ generation id'
 for name in /sys/class/input/input*/name; do echo "@@ input $(cat "$name")"; done
 "#;
 
@@ -178,6 +181,16 @@ disks=$(ls /sys/block | grep vd | tr '\n' ' ')
 echo "Disks: ${disks:-none (vireo run --disk adds one)}"
 "#;
 
+/// Starts the watchdog and feeds it no more; in its second life it tells why it lives.
+const WATCHDOG: &str = r#"
+if [ "$(cat /sys/class/watchdog/watchdog0/bootstatus)" = 32 ]; then
+    echo '@@ second life: the watchdog ran out'
+else
+    echo "@@ first life: $(cat /sys/class/watchdog/watchdog0/identity)"
+    watchdog -F -T 2 -t 1000 /dev/watchdog
+fi
+"#;
+
 /// The cases of `make test` for a kernel, such as `6.12-cloud`.
 #[must_use]
 pub fn cases(kernel: &str) -> Vec<Case> {
@@ -195,11 +208,16 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         shared_memory(kernel),
         identity(kernel),
     ];
+    // Others lack the driver.
+    if kernel == "6.12-cloud" {
+        cases.push(watchdog(kernel));
+    }
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {
         cases.push(killed(kernel, ""));
         cases.push(driven::whole_life(kernel));
         cases.push(consoles::all(kernel));
+        cases.push(network::reaches_its_host(kernel));
     }
     cases
 }
@@ -237,6 +255,9 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(huge_pages(kernel));
     cases.push(baseline(kernel, "x86-64-v2", 0));
     cases.push(baseline(kernel, "x86-64-v3", 2));
+    cases.push(ballooned::gives(kernel));
+    cases.push(ballooned::takes(kernel));
+    cases.push(ballooned::huge(kernel));
     cases
 }
 
@@ -291,6 +312,8 @@ fn boots(kernel: &str, form: Form, cpus: u32) -> Case {
 }
 
 fn devices(kernel: &str, cpus: u32) -> Case {
+    // The driver came between.
+    let generation = kernel.starts_with("6.12").then_some("@@ generation id");
     case(kernel, Form::BzImage, "sees-every-device", DEVICES)
         .args(&format!("--cpus boot={cpus} --rng"))
         .args("--disk path={dir}/one,serial=first,num_queues=2")
@@ -311,6 +334,7 @@ fn devices(kernel: &str, cpus: u32) -> Case {
             "@@ input Power Button",
             "@@ input AT Translated Set 2 keyboard",
         ])
+        .lines(generation)
         // Host bridge, then two virtio-blk and one virtio-rng.
         .want(Want::Text(" 0x060000".to_owned()))
         .want(Want::Times("@@ pci 0x1af4 0x1042".to_owned(), 2))
@@ -426,6 +450,15 @@ fn reboots(kernel: &str, form: Form, cpus: u32) -> Case {
         format!("@@ second boot, {cpus} CPUs"),
     ])
     .want(Want::Times("@@ first boot".to_owned(), 1))
+}
+
+fn watchdog(kernel: &str) -> Case {
+    case(kernel, Form::Pvh, "watchdog-restarts", WATCHDOG)
+        .args("--watchdog on")
+        .lines([
+            "@@ first life: i6300ESB timer",
+            "@@ second life: the watchdog ran out",
+        ])
 }
 
 fn panics(kernel: &str) -> Case {

@@ -23,7 +23,9 @@ use serde_json::Value;
 use virtio_queue::Queue;
 
 use crate::memory::GuestMemory;
+use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
 use crate::models::{BuildContext, BuildError};
+use crate::worker::Patience;
 
 /// The fixed facts of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,7 +90,7 @@ pub enum ResizeError {
     #[error("it is no disk")]
     NoDisk,
     /// The disk refused.
-    #[error("the disk cannot become {size} bytes long")]
+    #[error("the disk cannot become {} long", block::Size(*size))]
     Disk {
         /// The size asked for, in bytes.
         size: u64,
@@ -166,6 +168,14 @@ pub trait Notifier: Send + Sync {
     /// Tells observers of the machine what has become of a disk.
     fn disk_report(&self, report: &DiskReport) {
         let _ = report;
+    }
+    /// Tells observers of the machine that a balloon has the size it was to have: `actual` bytes.
+    fn balloon_reached(&self, actual: u64) {
+        let _ = actual;
+    }
+    /// How long the device's owner has the patience to wait for its workers.
+    fn patience(&self) -> Option<&Patience> {
+        None
     }
 }
 
@@ -253,6 +263,21 @@ pub trait VirtioDevice: Send + DynSnapshot {
     /// What the device counts, if anything.
     fn counters(&self) -> Option<Arc<dyn Counters>> {
         None
+    }
+
+    /// What can be read of it, if it is a balloon.
+    fn balloon(&self) -> Option<Arc<BalloonView>> {
+        None
+    }
+
+    /// Changes what a balloon is to do, in use or not. The transport tells the driver.
+    ///
+    /// # Errors
+    ///
+    /// [`NoBalloon`].
+    fn change_balloon(&mut self, change: BalloonChange) -> Result<(), NoBalloon> {
+        let _ = change;
+        Err(NoBalloon)
     }
 
     /// Reads the device-specific configuration space; bytes past its end read as zero.

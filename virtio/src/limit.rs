@@ -45,6 +45,32 @@ impl Bucket {
     pub fn limiting(self) -> Option<Self> {
         (self.size > 0 && self.refill_time > 0).then_some(self)
     }
+
+    /// Whether it has a size and no time in which it fills.
+    fn is_endless(&self) -> bool {
+        self.size > 0 && self.refill_time == 0
+    }
+}
+
+/// Why keys say no limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// Half a limit is given.
+    #[error("{0}: it is missing beside the other keys of the limit: give it too")]
+    Missing(&'static str),
+    /// No rate is so large.
+    #[error("{0}=0: no bucket fills in no time: give milliseconds, or no limit")]
+    NoTime(&'static str),
+}
+
+impl LimitError {
+    /// The key.
+    #[must_use]
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Missing(key) | Self::NoTime(key) => key,
+        }
+    }
 }
 
 /// The limits of a device or of a group.
@@ -107,13 +133,14 @@ impl RateLimits {
     ///
     /// # Errors
     ///
-    /// The key that is missing, where half a limit is given.
-    pub fn from_keys(value: impl Fn(&str) -> Option<u64>) -> Result<Self, &'static str> {
+    /// [`LimitError`], where half a limit is given, or no time for one.
+    pub fn from_keys(value: impl Fn(&str) -> Option<u64>) -> Result<Self, LimitError> {
         let bucket = |[size_key, time_key, burst_key]: [&'static str; 3]| match (
             value(size_key),
             value(time_key),
             value(burst_key),
         ) {
+            (Some(1..), Some(0), _) => Err(LimitError::NoTime(time_key)),
             (Some(size), Some(refill_time), burst) => Ok(Bucket {
                 size,
                 one_time_burst: burst.unwrap_or(0),
@@ -121,8 +148,8 @@ impl RateLimits {
             }
             .limiting()),
             (None, None, None) => Ok(None),
-            (Some(_), None, _) => Err(time_key),
-            (None, ..) => Err(size_key),
+            (Some(_), None, _) => Err(LimitError::Missing(time_key)),
+            (None, ..) => Err(LimitError::Missing(size_key)),
         };
         let [bw_size, bw_time, bw_burst, ops_size, ops_time, ops_burst] =
             FIELDS.map(|field| field.name);
@@ -130,6 +157,21 @@ impl RateLimits {
             bandwidth: bucket([bw_size, bw_time, bw_burst])?,
             ops: bucket([ops_size, ops_time, ops_burst])?,
         })
+    }
+
+    /// Checks limits that do not come from keys.
+    ///
+    /// # Errors
+    ///
+    /// [`LimitError::NoTime`].
+    pub fn check(&self) -> Result<(), LimitError> {
+        let [_, bw_time, _, _, ops_time, _] = FIELDS.map(|field| field.name);
+        for (bucket, key) in [(self.bandwidth, bw_time), (self.ops, ops_time)] {
+            if bucket.is_some_and(|bucket| bucket.is_endless()) {
+                return Err(LimitError::NoTime(key));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -3,8 +3,8 @@
 //! `vmm` owns the memory and decides its backing; this module only names the
 //! type that both sides share, because queues need a concrete one.
 
-use std::any::Any;
 use std::fmt;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -20,6 +20,23 @@ pub type GuestMemory = GuestMemoryAtomic<GuestMap>;
 
 const PAGE_SHIFT: u32 = 12;
 
+/// The host's side of one region of guest memory.
+///
+/// Any thread may call it. The memory stays mapped as long as a view of the region is held.
+pub trait Backing: Send + Sync {
+    /// The size of the host's pages in bytes, a power of two of at least 4096:
+    /// less than one of them cannot be given back.
+    fn page_size(&self) -> u64;
+
+    /// Gives `len` bytes from `offset` into the region back to the host. They read as zeros
+    /// until somebody writes them. Both are multiples of [`Backing::page_size`].
+    ///
+    /// # Errors
+    ///
+    /// The host's, or that the range is not all in the region; what of it has been given back is not known.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+}
+
 /// Which 4 KiB pages of a region have been written by devices since it was
 /// last harvested. Off until somebody wants it: then a write costs one load,
 /// and no memory is spent.
@@ -33,8 +50,8 @@ struct Shared {
     enabled: AtomicBool,
     pages: usize,
     words: OnceLock<Box<[AtomicU64]>>,
-    /// Held, never read: dropped with the last handle on the log.
-    _mapping: Option<Arc<dyn Any + Send + Sync>>,
+    /// Dropped with the last handle on the log.
+    backing: Option<Arc<dyn Backing>>,
 }
 
 impl fmt::Debug for Shared {
@@ -46,16 +63,16 @@ impl fmt::Debug for Shared {
 }
 
 impl DirtyLog {
-    /// A log for a region of `len` bytes whose memory `mapping` keeps mapped.
+    /// A log for a region of `len` bytes whose memory `backing` keeps mapped.
     ///
     /// A region owns its log, so tying the mapping to the log makes it live
     /// exactly as long as anybody can reach the region.
     #[must_use]
-    pub fn for_mapping(len: usize, mapping: Arc<dyn Any + Send + Sync>) -> Self {
+    pub fn for_backing(len: usize, backing: Arc<dyn Backing>) -> Self {
         let pages = len.div_ceil(1 << PAGE_SHIFT);
         Self(Arc::new(Shared {
             pages,
-            _mapping: Some(mapping),
+            backing: Some(backing),
             ..Shared::default()
         }))
     }
@@ -145,6 +162,15 @@ impl Bitmap for DirtyLog {
 pub struct DirtySlice<'a> {
     log: &'a DirtyLog,
     base: usize,
+}
+
+impl<'a> DirtySlice<'a> {
+    /// The host's side of the region that this is the log of; `None` where nobody
+    /// has said.
+    #[must_use]
+    pub fn backing(self) -> Option<&'a dyn Backing> {
+        self.log.0.backing.as_deref()
+    }
 }
 
 impl<'a> WithBitmapSlice<'a> for DirtySlice<'_> {

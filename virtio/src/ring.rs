@@ -45,6 +45,10 @@ pub const MAX_CHAIN: u16 = 1026;
 const USED_HEADER: u64 = 4;
 const USED_ELEMENT: u64 = 8;
 
+/// Bytes before the entries of the available ring, and of each entry (Virtio 1.2, 2.7.6).
+const AVAIL_HEADER: u64 = 4;
+const AVAIL_ELEMENT: u64 = 2;
+
 /// How the driver broke the rules of a queue.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
@@ -225,6 +229,11 @@ pub struct Ring {
     /// An entry was seen in the available ring that has not been taken.
     announced: bool,
     unannounced: bool,
+    /// How many chains have been returned since the driver was last asked
+    /// whether it wants to be interrupted.
+    returned: u16,
+    /// Some of them were returned together.
+    together: bool,
     failed: bool,
 }
 
@@ -248,6 +257,8 @@ impl Ring {
             invited: true,
             announced: false,
             unannounced: false,
+            returned: 0,
+            together: false,
             failed: false,
         }
     }
@@ -408,9 +419,50 @@ impl Ring {
             return Ok(());
         }
         self.unannounced = true;
+        self.returned = self.returned.saturating_add(1);
         self.queue
             .add_used(view, head, written)
             .map_err(|e| rings(self.index, "returning a chain", e))
+    }
+
+    /// Hands chains back, each as [`Ring::complete`] does, but so that the driver sees all or none
+    /// of them. They are fewer than the queue's size.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Rings`] when the used ring is not memory.
+    pub fn complete_together(
+        &mut self,
+        view: &GuestMap,
+        chains: &[(u16, u32)],
+    ) -> Result<(), RingError> {
+        let Some(((last, written), others)) = chains.split_last() else {
+            return Ok(());
+        };
+        if !others.is_empty() && !self.failed {
+            let what = "returning chains";
+            let size = self.queue.size().max(1);
+            let mut next = self.queue.next_used();
+            for (head, written) in others {
+                // Behind the index that the driver reads (Virtio 1.2, 2.7.8).
+                let offset = USED_HEADER + USED_ELEMENT * u64::from(next % size);
+                let element = u64::from(*head) | u64::from(*written) << 32;
+                GuestAddress(self.queue.used_ring())
+                    .checked_add(offset)
+                    .ok_or(virtio_queue::Error::AddressOverflow)
+                    .and_then(|at| {
+                        view.write_obj(element.to_le(), at)
+                            .map_err(virtio_queue::Error::GuestMemory)
+                    })
+                    .map_err(|e| rings(self.index, what, e))?;
+                next = next.wrapping_add(1);
+            }
+            self.queue.set_next_used(next);
+            let more = u16::try_from(others.len()).unwrap_or(u16::MAX);
+            self.returned = self.returned.saturating_add(more);
+            self.together = true;
+        }
+        self.complete(view, *last, *written)
     }
 
     /// Interrupts the driver if anything was completed since the last call
@@ -423,13 +475,31 @@ impl Ring {
         if self.failed || !std::mem::take(&mut self.unannounced) {
             return Ok(());
         }
+        let before = self.queue.next_used();
         let wanted = self.queue.needs_notification(view);
-        if wanted.map_err(|e| rings(self.index, "reading the used event", e))?
-            && !self.interrupts_refused(view)
-        {
+        let wanted = wanted.map_err(|e| rings(self.index, "reading the used event", e))?
+            || self.passed_used_event(view, before);
+        self.returned = 0;
+        self.together = false;
+        if wanted && !self.interrupts_refused(view) {
             self.notifier.queue(self.index);
         }
         Ok(())
+    }
+
+    /// Whether the driver asked for an interrupt at a chain that was returned with others. The
+    /// queue itself knows only of the last of them.
+    fn passed_used_event(&self, view: &GuestMap, next_used: u16) -> bool {
+        if !self.together || !self.queue.event_idx_enabled() {
+            return false;
+        }
+        let offset = AVAIL_HEADER + AVAIL_ELEMENT * u64::from(self.queue.size());
+        let at = GuestAddress(self.queue.avail_ring()).checked_add(offset);
+        let event = at.and_then(|at| view.load::<u16>(at, Ordering::Relaxed).ok());
+        event.is_none_or(|event| {
+            let passed = next_used.wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+            passed < self.returned
+        })
     }
 
     /// The flag that drivers without EVENT_IDX use (Virtio 1.2, 2.7.7).

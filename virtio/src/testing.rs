@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
-use crate::worker::borrow;
+use crate::worker::{Patience, borrow};
 
 /// Where one region of memory ends and the next begins, in bytes.
 pub const SEAM: u64 = 1 << 20;
@@ -40,15 +40,25 @@ pub fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
+/// Opens no network.
+pub struct NoNetworks;
+
+impl net::Opener for NoNetworks {
+    fn network(&self, _request: &net::Request) -> Result<Box<dyn net::Backend>, net::BackendError> {
+        Err(net::BackendError::Refused)
+    }
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub enum Notice {
     Queue(u16),
     Config,
     Reset(String),
     Disk(DiskReport),
+    Balloon(u64),
 }
 
-struct Notices(Mutex<Sender<Notice>>);
+struct Notices(Mutex<Sender<Notice>>, Patience);
 
 impl Notices {
     fn send(&self, notice: Notice) {
@@ -73,11 +83,20 @@ impl Notifier for Notices {
     fn disk_report(&self, report: &DiskReport) {
         self.send(Notice::Disk(report.clone()));
     }
+
+    fn balloon_reached(&self, actual: u64) {
+        self.send(Notice::Balloon(actual));
+    }
+
+    fn patience(&self) -> Option<&Patience> {
+        Some(&self.1)
+    }
 }
 
 pub fn notices() -> (Arc<dyn Notifier>, Receiver<Notice>) {
     let (sender, receiver) = channel();
-    (Arc::new(Notices(Mutex::new(sender))), receiver)
+    let notices = Notices(Mutex::new(sender), Patience::default());
+    (Arc::new(notices), receiver)
 }
 
 /// A descriptor as tests write it: address, length, writable by the device.
@@ -327,7 +346,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) | Notice::Disk(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

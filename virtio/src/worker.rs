@@ -18,7 +18,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -85,7 +85,8 @@ impl Wake {
         let _ = self.0.read();
     }
 
-    fn rouse(&self) {
+    /// Has the worker look up.
+    pub fn rouse(&self) {
         // It fails only when the counter is full: then it is readable too.
         let _ = self.0.write(1);
     }
@@ -177,9 +178,42 @@ struct Control {
     rounds: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
+    /// Who knows how long it is waited.
+    notifier: Arc<dyn Notifier>,
+}
+
+/// Whether somebody waits for the workers of a device that drain. It may end while that one waits.
+#[derive(Default)]
+pub struct Patience {
+    over: AtomicBool,
+    waited_for: Mutex<Weak<Control>>,
+}
+
+impl Patience {
+    /// While it is `over`, it is waited for nothing.
+    pub fn end(&self, over: bool) {
+        self.over.store(over, Ordering::Release);
+        let control = self.waited_for().upgrade();
+        if let Some(control) = control {
+            // Taken once, so that who has looked before waits by now.
+            drop(control.lock());
+            control.changed.notify_all();
+        }
+    }
+
+    fn waited_for(&self) -> MutexGuard<'_, Weak<Control>> {
+        self.waited_for
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Control {
+    fn is_hasty(&self) -> bool {
+        let patience = self.notifier.patience();
+        patience.is_some_and(|patience| patience.over.load(Ordering::Acquire))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // The state is written whole; a panic elsewhere leaves it sound.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -256,7 +290,7 @@ impl Control {
         let mut state = self.lock();
         while state.progress.iter().any(|p| busy(p).is_some()) {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || self.is_hasty() {
                 self.set_phase(&mut state, Phase::Serve);
                 return Err(state.progress.iter().filter_map(busy).sum());
             }
@@ -347,8 +381,12 @@ impl Workers {
                 progress: vec![Progress::Busy { in_flight: 0 }; built.len()],
             }),
             changed: Condvar::new(),
+            notifier: Arc::clone(notifier),
         });
         self.control = Some(Arc::clone(&control));
+        if let Some(patience) = notifier.patience() {
+            *patience.waited_for() = Arc::downgrade(&control);
+        }
         for (slot, (worker, wake)) in built.into_iter().enumerate() {
             let thread = spawn((self.kind, &self.unit), slot, worker, &control, notifier);
             match thread {

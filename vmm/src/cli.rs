@@ -43,6 +43,7 @@ use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use virtio::models::{BuildError, MODELS, Model};
 
+use crate::monitor::Inherited;
 use crate::opener::Opener;
 
 /// Failure of what was asked.
@@ -108,6 +109,9 @@ enum Verb {
     #[command(after_help = definition::EDIT_EXAMPLES)]
     Edit(definition::NameArgs),
     /// Tell whether a file or definition describes a machine that could be started
+    ///
+    /// Kernel and disks must be there; nothing is started or locked. The exit code is 0 when it could be, 2 for what
+    /// makes no sense, and 1 for what cannot be had.
     #[command(after_help = definition::VALIDATE_EXAMPLES)]
     Validate(definition::ValidateArgs),
     /// Forget a definition; a machine that runs goes on
@@ -191,10 +195,12 @@ struct Start {
     verbose: u8,
     /// Where the log goes, if not to standard error.
     log_file: Option<PathBuf>,
+    /// What the process was started with for the monitor.
+    descriptors: serve::Numbers,
     /// What is to be said first.
     warning: Option<&'static str>,
     /// Does it, and gives the exit code.
-    work: Box<dyn FnOnce(Arc<Opener>) -> Result<u8, Failure>>,
+    work: Box<dyn FnOnce(Arc<Opener>, Inherited) -> Result<u8, Failure>>,
 }
 
 fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
@@ -203,16 +209,17 @@ fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
     }
     let matches = command(MODELS).try_get_matches_from(arguments)?;
     let cli = Cli::from_arg_matches(&matches)?;
-    let log_file = match &cli.verb {
-        Verb::Run(arguments) => arguments.log_file(),
-        Verb::Serve(arguments) => arguments.log_file(),
-        _ => None,
+    let (log_file, descriptors) = match &cli.verb {
+        Verb::Run(arguments) => (arguments.log_file(), arguments.numbers()),
+        Verb::Serve(arguments) => (arguments.log_file(), arguments.numbers()),
+        _ => (None, serve::Numbers::default()),
     };
     Ok(Start {
         verbose: cli.verbose,
         log_file: log_file.map(Path::to_owned),
+        descriptors,
         warning: None,
-        work: Box::new(move |opener| dispatch(cli.verb, &matches, opener)),
+        work: Box::new(move |opener, inherited| dispatch(cli.verb, &matches, opener, inherited)),
     })
 }
 
@@ -225,13 +232,19 @@ fn execute(arguments: Vec<OsString>) -> u8 {
         }
     };
     let opener = Arc::new(Opener::new());
-    let result = log::start(start.verbose, start.log_file.as_deref(), &opener)
-        .map_err(Failure::Usage)
-        .and_then(|()| {
+    // Before anything is opened: the log's file gets a number too.
+    let inherited = start.descriptors.take();
+    let result = inherited
+        .map_err(|error| Failure::Usage(error.into()))
+        .and_then(|inherited| {
+            log::start(start.verbose, start.log_file.as_deref(), &opener).map_err(judge)?;
+            Ok(inherited)
+        })
+        .and_then(|inherited| {
             if let Some(warning) = start.warning {
                 tracing::warn!("{warning}");
             }
-            (start.work)(opener)
+            (start.work)(opener, inherited)
         });
     match result {
         Ok(code) => code,
@@ -283,14 +296,23 @@ fn refuse(error: &clap::Error, arguments: &[OsString], usage: u8) -> u8 {
     }
 }
 
-fn dispatch(verb: Verb, matches: &ArgMatches, opener: Arc<Opener>) -> Result<u8, Failure> {
+fn dispatch(
+    verb: Verb,
+    matches: &ArgMatches,
+    opener: Arc<Opener>,
+    inherited: Inherited,
+) -> Result<u8, Failure> {
     match verb {
-        Verb::Run(arguments) => {
+        Verb::Run(mut arguments) => {
+            arguments.inherit(inherited);
             let matches = matches.subcommand_matches("run").unwrap_or(matches);
             run::execute(*arguments, matches, opener)
         }
         Verb::Remote(verb) => ask(verb, opener),
-        Verb::Serve(arguments) => arguments.execute(opener),
+        Verb::Serve(mut arguments) => {
+            arguments.inherit(inherited);
+            arguments.execute(opener)
+        }
         Verb::Define(arguments) => definition::define(arguments, &opener),
         Verb::Edit(arguments) => definition::edit(&arguments, &opener),
         Verb::Validate(arguments) => definition::validate(&arguments, &opener),
@@ -317,7 +339,7 @@ fn ask(verb: remote::Verb, opener: Arc<Opener>) -> Result<u8, Failure> {
         let line = ["vireo", "run", "--config", name, "--name", name, "--detach"];
         let start = parse(&line.map(OsString::from));
         let start = start.map_err(|error| Failure::Usage(error.into()))?;
-        return (start.work)(opener);
+        return (start.work)(opener, Inherited::default());
     }
     remote::run(verb, &opener).map_err(judge)
 }
@@ -347,6 +369,7 @@ fn exit_code(reason: ExitReason) -> u8 {
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
         ExitReason::Unresponsive => 6,
+        ExitReason::Watchdog => 7,
     }
 }
 

@@ -187,20 +187,25 @@ impl Definitions {
         Ok(config)
     }
 
-    /// Keeps `text` as the definition of `name`. It has been validated.
+    /// Keeps `text` as the definition of `name`. It has been validated. Of several at once without `replace`, one
+    /// succeeds; with it, one is last, whole.
     ///
     /// # Errors
     ///
     /// [`DefinitionError::Taken`] where there is one and `replace` is not set.
     pub fn store(&self, name: &str, text: &str, replace: bool) -> Result<(), DefinitionError> {
         self.prepare()?;
-        if !replace && self.has(name) {
-            let name = name.to_owned();
-            return Err(DefinitionError::Taken { name });
+        let (path, text) = (self.path(name), text.as_bytes());
+        if replace {
+            return Ok(self.opener.replace_file(&path, text)?);
         }
-        Ok(self
-            .opener
-            .replace_file(&self.path(name), text.as_bytes())?)
+        match self.opener.new_file(&path, text) {
+            Err(OpenError::Exists { .. }) => {
+                let name = name.to_owned();
+                Err(DefinitionError::Taken { name })
+            }
+            stored => Ok(stored?),
+        }
     }
 
     /// Puts `text` where it can be edited.
@@ -253,6 +258,8 @@ impl Definitions {
 mod tests {
     use std::fs;
     use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::sync::Barrier;
+    use std::thread;
 
     use super::*;
 
@@ -279,6 +286,35 @@ mod tests {
         assert_eq!((stored.names(), left), (vec!["db.1".to_owned()], 1));
         let unknown = stored.forget("web").unwrap_err().to_string();
         assert!(unknown.contains("those that are: db.1"), "{unknown}");
+    }
+
+    #[test]
+    fn of_several_that_define_one_name_at_once_one_succeeds() {
+        let directory = tempfile::tempdir().unwrap();
+        let stored = Definitions::at(directory.path().to_owned());
+        let begin = Barrier::new(4);
+        for round in 0..20 {
+            let name = format!("web{round}");
+            let define = |text| {
+                begin.wait();
+                stored.store(&name, text, false)
+            };
+            let results = thread::scope(|scope| {
+                let defining = ["one", "two", "three", "four"]
+                    .map(|text| scope.spawn(move || (text, define(text))));
+                defining.map(|one| one.join().unwrap())
+            });
+            let mut winner = None;
+            for (text, result) in results {
+                match result {
+                    Ok(()) => assert_eq!(winner.replace(text), None),
+                    Err(error) => {
+                        assert!(matches!(error, DefinitionError::Taken { .. }), "{error}");
+                    }
+                }
+            }
+            assert_eq!(stored.text(&name).unwrap(), winner.unwrap());
+        }
     }
 
     #[test]

@@ -19,7 +19,6 @@ mod probe;
 use std::fmt::{self, Display, Formatter};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use serde::Serialize;
 
 use crate::config::HostLimits;
@@ -112,8 +111,7 @@ pub fn cpu_baseline(opener: &Opener, files: &[PathBuf]) -> anyhow::Result<Baseli
     let supported = hypervisor.supported_cpuid()?;
     let mut common = Baseline::of(&cpuid::for_machine(&supported, shape));
     for path in files {
-        let other = Baseline::parse(&opener.read_text(path, TEXT_LIMIT)?);
-        common = common.common(&other.with_context(|| path.display().to_string())?);
+        common = common.common(&Baseline::load(path, opener)?);
     }
     Ok(common)
 }

@@ -53,6 +53,8 @@ pub mod memory {
     pub const EBDA_START: u64 = 0x9FC00;
     /// ACPI tables, the RSDP first, in the BIOS area.
     pub const ACPI_START: u64 = 0xE0000;
+    /// The generation id: 16 bytes in a page of their own, behind the ACPI tables.
+    pub const GENERATION_ID: u64 = 0xF_7000;
     /// SMBIOS tables, from here to the reset vector; they end there.
     pub const SMBIOS_START: u64 = 0xF_8000;
     /// Where a BIOS would start (F000:FFF0): code that resets the machine.
@@ -154,6 +156,8 @@ pub mod ged_event {
     pub const CPU_HOTPLUG: u32 = 1 << 2;
     /// Memory came; see [`super::port::MEMORY_SLOTS`].
     pub const MEMORY_HOTPLUG: u32 = 1 << 3;
+    /// The generation id has changed; see [`super::memory::GENERATION_ID`].
+    pub const GENERATION_ID: u32 = 1 << 4;
 }
 
 /// The most vCPUs a machine has: APIC ids are 8 bits wide and 255 means all.
@@ -163,3 +167,5 @@ pub const MAX_CPUS: u32 = 254;
 pub const MEMORY_SLOTS: u32 = 32;
 /// Devices on the PCI bus besides the host bridge in slot 0.
 pub const PCI_SLOTS: u8 = 31;
+/// The watchdog's slot: the last, so that no other device changes its place for it.
+pub const WATCHDOG_SLOT: u8 = 31;

@@ -24,6 +24,7 @@ use crate::places;
 mod connect;
 mod documents;
 mod lease;
+mod networks;
 
 pub use documents::NewFile;
 
@@ -77,6 +78,15 @@ pub enum OpenError {
          path that it leads to", path.display()
     )]
     SymbolicLink {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file to be written belongs to somebody.
+    #[error(
+        "{0} is in use, as a disk or an output, by another program or here already: it is not written: \
+         give another path, or end its user; 'fuser -v {0}' may tell who that is", path.display()
+    )]
+    InUse {
         /// The path.
         path: PathBuf,
     },
@@ -193,11 +203,12 @@ impl Opener {
     /// 0600, or emptied when it is a regular file. A terminal, `/dev/null` or
     /// a pipe with a reader is taken as it is. Writing never blocks: where a
     /// terminal or a pipe is full it fails with `WouldBlock`. What is written
-    /// goes to the file's end, also after somebody else has emptied it.
+    /// goes to the file's end, also after somebody else has emptied it. As long as a regular file is open,
+    /// nobody else opens it as a disk or an output.
     ///
     /// # Errors
     ///
-    /// [`OpenError`]; a symbolic link, a directory and a block device are refused,
+    /// [`OpenError::InUse`] for a disk or an output of somebody; a symbolic link, a directory and a block device are refused,
     /// and nothing is changed then.
     pub fn create_output(&self, path: &Path) -> Result<File, OpenError> {
         create(path, 0o600, libc::O_APPEND)
@@ -224,13 +235,30 @@ impl Opener {
         }
     }
 
-    /// As [`Opener::create_output`], but what is in a regular file stays.
+    /// As [`Opener::create_output`], but what is in a regular file stays, and others may append to it.
     ///
     /// # Errors
     ///
     /// As [`Opener::create_output`].
     pub fn append_output(&self, path: &Path) -> Result<File, OpenError> {
-        open_output(path, 0o600, libc::O_APPEND)
+        open_output(path, 0o600, libc::O_APPEND, false)
+    }
+
+    /// That a regular file at `path`, which is to be replaced by another, is nobody's disk or output. Where it
+    /// cannot be looked at, it is taken for none.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::InUse`].
+    pub fn check_unused(&self, path: &Path) -> Result<(), OpenError> {
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path);
+        match opened {
+            Ok(file) if is_regular(&file) => claim(&file, path, true),
+            _ => Ok(()),
+        }
     }
 
     /// Gives an output file that is full the name `kept`, in place of a file that had
@@ -241,7 +269,8 @@ impl Opener {
     /// # Errors
     ///
     /// [`OpenError::WrongType`] when another file has either name that is not to be
-    /// replaced, [`OpenError::System`] otherwise. `current` can be written on.
+    /// replaced, [`OpenError::InUse`] for a disk or an output of somebody, [`OpenError::System`] otherwise. `current`
+    /// can be written on.
     pub fn rotate_output(
         &self,
         path: &Path,
@@ -250,7 +279,10 @@ impl Opener {
     ) -> Result<File, OpenError> {
         let facts = current.metadata().map_err(system("rotate", path))?;
         match identity(path) {
-            Ok(found) if found == (facts.dev(), facts.ino()) => replace(path, kept)?,
+            Ok(found) if found == (facts.dev(), facts.ino()) => {
+                self.check_unused(kept)?;
+                replace(path, kept)?;
+            }
             // Whoever moved it away has rotated it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => (),
             Ok(_) => {
@@ -262,13 +294,16 @@ impl Opener {
             }
             Err(error) => return Err(system("rotate", path)(error)),
         }
-        OpenOptions::new()
+        let file = OpenOptions::new()
+            .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
             .custom_flags(libc::O_APPEND | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
-            .map_err(system("create", path))
+            .map_err(system("create", path))?;
+        claim(&file, path, true)?;
+        Ok(file)
     }
 
     /// As [`Opener::create_output`], for what everybody may read (mode 0644,
@@ -589,8 +624,8 @@ fn check_kind(kind: FileType) -> io::Result<()> {
 }
 
 fn create(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
-    let file = open_output(path, mode, flags)?;
-    if file.metadata().is_ok_and(|facts| facts.is_file()) {
+    let file = open_output(path, mode, flags, true)?;
+    if is_regular(&file) {
         file.set_len(0).map_err(system("empty", path))?;
     }
     Ok(file)
@@ -611,20 +646,34 @@ fn replace(path: &Path, kept: &Path) -> Result<(), OpenError> {
     fs::rename(path, kept).map_err(system("rotate", path))
 }
 
-fn open_output(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(mode)
-        .custom_flags(flags | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(|source| match source.raw_os_error() {
-            Some(libc::ELOOP) => OpenError::SymbolicLink {
-                path: path.to_owned(),
-            },
-            _ => system("create", path)(source),
-        })?;
+/// Opens a file that is written, and takes it into use: `alone`, or with others who append to it.
+fn open_output(path: &Path, mode: u32, flags: i32, alone: bool) -> Result<File, OpenError> {
+    let open = |read| {
+        OpenOptions::new()
+            .read(read)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(mode)
+            .custom_flags(flags | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+    };
+    // What keeps others out can only be had of a file that is also read. A pipe opened like that
+    // would be its own reader.
+    let regular = match fs::symlink_metadata(path) {
+        Ok(facts) => facts.is_file(),
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    let opened = match open(regular) {
+        Err(error) if regular && error.kind() == io::ErrorKind::PermissionDenied => open(false),
+        opened => opened,
+    };
+    let file = opened.map_err(|source| match source.raw_os_error() {
+        Some(libc::ELOOP) => OpenError::SymbolicLink {
+            path: path.to_owned(),
+        },
+        _ => system("create", path)(source),
+    })?;
     let kind = file.metadata().map_err(system("create", path))?.file_type();
     if kind.is_block_device() {
         return Err(OpenError::WrongType {
@@ -633,7 +682,24 @@ fn open_output(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
             wanted: "a file to be written",
         });
     }
+    if kind.is_file() {
+        claim(&file, path, alone)?;
+    }
     Ok(file)
+}
+
+/// Takes a regular file into use that is to be written.
+fn claim(file: &File, path: &Path, alone: bool) -> Result<(), OpenError> {
+    if block::lock_output(file, alone) {
+        return Ok(());
+    }
+    Err(OpenError::InUse {
+        path: path.to_owned(),
+    })
+}
+
+fn is_regular(file: &File) -> bool {
+    file.metadata().is_ok_and(|facts| facts.is_file())
 }
 
 /// Whether no process has the socket at this path any more. Who listens there

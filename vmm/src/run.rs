@@ -42,7 +42,7 @@ pub fn run(
     running: Option<OnRunning>,
 ) -> anyhow::Result<ExitReason> {
     let replay = config.serial_replay;
-    let (monitor, _around) = monitor(endpoint, replay, opener)?;
+    let (monitor, _around) = monitor(endpoint, replay, opener, None)?;
     let _alarm = running.map(|running| when_running(monitor.handle().events(), running));
     Ok(monitor.run(Description::of(config))?)
 }
@@ -60,10 +60,7 @@ pub fn serve(
 ) -> anyhow::Result<ExitReason> {
     let replay = machine.as_ref().map(|machine| machine.serial_replay);
     let replay = replay.unwrap_or(DEFAULT_SERIAL_REPLAY);
-    let (mut monitor, _around) = monitor(endpoint, replay, opener)?;
-    if let Some(machine) = machine {
-        monitor.describe(Description::of(machine));
-    }
+    let (monitor, _around) = monitor(endpoint, replay, opener, machine)?;
     Ok(monitor.serve()?)
 }
 
@@ -90,10 +87,12 @@ struct Surroundings {
     _events: Option<EventMonitor>,
 }
 
+/// A monitor and what is around it. Its first client finds `machine` described.
 fn monitor(
     endpoint: Endpoint,
     serial_replay: u64,
     opener: Arc<Opener>,
+    machine: Option<VmConfig>,
 ) -> anyhow::Result<(Monitor, Surroundings)> {
     let Endpoint {
         place,
@@ -103,7 +102,7 @@ fn monitor(
     } = endpoint;
     options.serial_replay = usize::try_from(serial_replay).unwrap_or(usize::MAX);
     let strict = options.strict;
-    let monitor =
+    let mut monitor =
         Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
     let mut own = OwnFiles::default();
     if let Some(log) = &log {
@@ -111,9 +110,12 @@ fn monitor(
     }
     let written = events.as_ref().map(Place::to_path);
     let locked = place.as_ref().and_then(ApiSocket::lock_of);
-    let events = events.map(|place| write_events(&place, &monitor, &opener));
+    let events = events.map(|place| write_events(place, &monitor, &opener));
     let events = events.transpose().context("--event-monitor")?;
-    let control = place.map(|place| listen(&place, &monitor, strict, &opener));
+    if let Some(machine) = machine {
+        monitor.describe(Description::of(machine));
+    }
+    let control = place.map(|place| listen(place, &monitor, strict, &opener));
     let (server, socket) = control.transpose()?.unzip();
     if let Some(path) = written {
         own.add(&path, "--event-monitor");
@@ -130,13 +132,13 @@ fn monitor(
     Ok((monitor, around))
 }
 
-fn write_events(place: &Place, monitor: &Monitor, opener: &Opener) -> anyhow::Result<EventMonitor> {
+fn write_events(place: Place, monitor: &Monitor, opener: &Opener) -> anyhow::Result<EventMonitor> {
     let sink = event_sink(place, opener)?;
     Ok(EventMonitor::start(monitor.handle().events(), sink)?)
 }
 
 fn listen(
-    place: &Place,
+    place: Place,
     monitor: &Monitor,
     strict: bool,
     opener: &Opener,

@@ -222,13 +222,20 @@ fn consoles_and_debuggers_that_lead_nowhere_are_refused() {
 #[test]
 fn an_output_does_not_overwrite_the_kernel() {
     let place = Place::new();
-    for flag in ["--serial", "--debugcon"] {
+    for (flag, part) in [
+        ("--serial", "the serial port: "),
+        ("--debugcon", "the debug console: "),
+    ] {
         let text = place.wrong_run(&[flag, "file=./kernel"]);
-        assert!(text.contains(&format!("{flag} file=./kernel")), "{text}");
-        assert!(text.contains("--kernel"), "{text}");
+        assert!(text.contains(&format!("{flag}: {part}")), "{text}");
+        assert!(text.contains("./kernel,"), "{text}");
+        assert!(text.contains("the file of the kernel"), "{text}");
     }
     let text = place.wrong_run(&["--serial", "file=log", "--debugcon", "file=log"]);
-    assert!(text.contains("--debugcon file=log"), "{text}");
+    assert!(
+        text.contains("the debug console: it would overwrite log,"),
+        "{text}"
+    );
 }
 
 /// Needs the model of disks in the registry; the rules themselves are tested
@@ -240,11 +247,18 @@ fn the_same_disk_twice_is_refused_and_both_are_named() {
     }
     let place = Place::new();
     let text = place.wrong_run(&["--disk", "path=a.img,id=x", "--disk", "path=./a.img"]);
-    for part in ["--disk", "a.img ('x')", "./a.img ('disk0')", "readonly=on"] {
+    for part in [
+        "--disk: disks 'x' (a.img)",
+        "'_disk0' (./a.img)",
+        "readonly",
+    ] {
         assert!(text.contains(part), "{text}");
     }
     let text = place.wrong_run(&["--serial", "file=a.img", "--disk", "path=a.img"]);
-    assert!(text.contains("--serial file=a.img"), "{text}");
+    assert!(
+        text.contains("--serial: the serial port: it would overwrite a.img"),
+        "{text}"
+    );
     let text = place.wrong_run(&["--disk", "path=a.img,readonly=on,readonly=on"]);
     assert!(text.contains("--disk: 'readonly' is given twice"), "{text}");
 }
@@ -447,4 +461,15 @@ fn the_log_takes_its_level_from_the_variable_and_refuses_nonsense() {
     assert_eq!(output.status.code(), Some(2));
     assert!(text.starts_with("vireo: VIREO_LOG"), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
+}
+
+#[test]
+fn a_log_that_cannot_be_written_is_a_failure_with_its_mend() {
+    let arguments = ["serve", "--api-socket", "s", "--log-file", "nodir/x"];
+    let text = Place::new().refused(1, &arguments);
+    assert!(text.starts_with("vireo: --log-file: "), "{text}");
+    assert!(
+        text.contains("nodir/x") && text.contains("check the path"),
+        "{text}"
+    );
 }

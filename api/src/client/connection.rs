@@ -15,6 +15,7 @@ use rustix::net::{
 };
 
 use super::ClientError;
+use crate::Reason;
 use crate::http::peer::Peer;
 
 /// The most bytes before an answer's body.
@@ -34,6 +35,8 @@ pub(super) struct AnswerHead {
     pub status: u16,
     /// The length of the body, where it is told.
     pub length: Option<usize>,
+    /// Why it is an error, where that is told.
+    pub reason: Option<Reason>,
 }
 
 /// A connection to a monitor.
@@ -312,10 +315,14 @@ fn parse(bytes: &[u8]) -> Result<Option<(AnswerHead, usize)>, &'static str> {
         Err(_) => return Err("this is no HTTP"),
     };
     let status = response.code.unwrap_or_default();
-    let mut told = None;
+    let (mut told, mut reason) = (None, None);
     for header in response.headers.iter() {
         if header.name.eq_ignore_ascii_case("transfer-encoding") {
             return Err("its body comes in chunks");
+        }
+        if header.name.eq_ignore_ascii_case(Reason::HEADER) {
+            let word = std::str::from_utf8(header.value).ok();
+            reason = word.and_then(|word| word.parse().ok());
         }
         if !header.name.eq_ignore_ascii_case("content-length") {
             continue;
@@ -331,6 +338,7 @@ fn parse(bytes: &[u8]) -> Result<Option<(AnswerHead, usize)>, &'static str> {
     let head = AnswerHead {
         status,
         length: told,
+        reason,
     };
     Ok(Some((head, length)))
 }
@@ -342,7 +350,11 @@ mod tests {
     #[test]
     fn heads_of_monitors_are_read_and_others_refused() {
         let whole = b"HTTP/1.1 204 \r\nServer: x\r\n\r\nrest";
-        let head = |status, length| AnswerHead { status, length };
+        let head = |status, length| AnswerHead {
+            status,
+            length,
+            reason: None,
+        };
         assert_eq!(
             parse(whole),
             Ok(Some((head(204, None), whole.len() - "rest".len())))

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::ErrorKind;
+use crate::{ErrorKind, Reason};
 
 /// Why a call has no answer, or another than was asked for.
 #[derive(Debug, Error)]
@@ -80,6 +80,8 @@ pub enum ClientError {
     Refused {
         /// The HTTP status: 400, 404, 405, 409, 429, 500, 501 or 503.
         status: u16,
+        /// The state for which it does, where that is the reason.
+        reason: Option<Reason>,
         /// The causes, outermost first, as far as the monitor has told any.
         chain: Vec<String>,
     },
@@ -107,6 +109,15 @@ impl ClientError {
             501 => ErrorKind::Unimplemented,
             _ => return None,
         })
+    }
+
+    /// The state for which the monitor has refused, if that was the reason.
+    #[must_use]
+    pub fn reason(&self) -> Option<Reason> {
+        match self {
+            Self::Refused { reason, .. } => *reason,
+            _ => None,
+        }
     }
 
     /// Whether no monitor is there (any more): nobody listens, or who did has ended.
@@ -145,6 +156,7 @@ mod tests {
     fn a_refusal_reads_as_its_chain_without_what_says_nothing() {
         let refused = |chain: &[&str]| ClientError::Refused {
             status: 500,
+            reason: None,
             chain: chain.iter().map(|&text| text.to_owned()).collect(),
         };
         let full = refused(&["Error from API", "The VM could not boot", "no kernel"]);
@@ -157,6 +169,7 @@ mod tests {
     fn the_kind_of_a_refusal_is_that_of_its_status() {
         let refused = |status| ClientError::Refused {
             status,
+            reason: None,
             chain: Vec::new(),
         };
         for (status, kind) in [

@@ -6,7 +6,8 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::json;
-use crate::{ControlError, ErrorKind};
+use crate::routes::BASE;
+use crate::{ControlError, ErrorKind, Reason};
 
 /// What v1's server calls itself. Nothing is known to look at it, but captures have it.
 const SERVER: &str = "Cloud Hypervisor API";
@@ -20,6 +21,8 @@ pub(super) struct Answer {
     pub status: u16,
     /// The methods that there are, where another was used.
     pub allow: Option<&'static str>,
+    /// Why it is an error, for clients that ask for it.
+    pub reason: Option<Reason>,
     pub content: Option<Content>,
 }
 
@@ -44,6 +47,7 @@ impl Answer {
     pub const NOTHING: Self = Self {
         status: 204,
         allow: None,
+        reason: None,
         content: None,
     };
 
@@ -52,6 +56,7 @@ impl Answer {
         Self {
             status: 200,
             allow: None,
+            reason: None,
             content: Some(Content {
                 kind,
                 body: body.into(),
@@ -90,9 +95,13 @@ impl Answer {
         Self::error(400, &["Bad Request", reason])
     }
 
-    /// What v1 answers to a path that it does not have.
-    pub fn not_found() -> Self {
-        Self::error(404, &["Not Found"])
+    /// What v1 answers to a path that it does not have, with the path and one that may be meant.
+    pub fn not_found(path: &str, near: Option<&str>) -> Self {
+        let mut what = format!("there is no endpoint `{path}`");
+        if let Some(near) = near {
+            let _ = write!(what, ": did you mean `{BASE}{near}`?");
+        }
+        Self::error(404, &["Not Found", &what])
     }
 
     /// The failure of the action that `failed` names.
@@ -107,7 +116,16 @@ impl Answer {
         };
         let mut chain = vec!["Error from API", failed];
         chain.extend(error.chain.iter().map(String::as_str));
-        Self::error(status, &chain)
+        Self {
+            reason: error.reason,
+            ..Self::error(status, &chain)
+        }
+    }
+
+    /// The same for a client that wants to know the reason, or does not.
+    pub fn telling(mut self, wants_reason: bool) -> Self {
+        self.reason.take_if(|_| !wants_reason);
+        self
     }
 
     /// Appends the answer to what is to be sent.
@@ -120,6 +138,9 @@ impl Answer {
         if let Some(Content { kind, body }) = &self.content {
             let length = body.len();
             let _ = write!(head, "Content-Type: {kind}\r\nContent-Length: {length}\r\n");
+        }
+        if let Some(reason) = self.reason {
+            let _ = write!(head, "{}: {reason}\r\n", Reason::HEADER);
         }
         head.push_str("\r\n");
         output.extend_from_slice(head.as_bytes());

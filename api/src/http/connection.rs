@@ -15,6 +15,7 @@ use rustix::net::{
 
 use super::ServerOptions;
 use super::answer::{self, After, Answer};
+use super::brake::Brake;
 use super::dispatch::{self, CONSOLE, Dispatcher, Outcome, Request};
 use super::events;
 use super::head::{Chunks, Framing, Head, Target};
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     pub held_descriptors: usize,
     /// The time at which the present round of events was taken up.
     pub now: Instant,
+    /// How often readers of events are told of that are too slow.
+    pub slow: Brake,
 }
 
 /// The connection is over.
@@ -71,8 +74,8 @@ enum Phase {
     Head,
     /// A body is to come.
     Body(Box<Head>, Chunks),
-    /// A command has been submitted.
-    Submitted(&'static Route),
+    /// A command has been submitted; whether its client wants to know an error's reason.
+    Submitted(&'static Route, bool),
     /// It carries events; this is the last that was written.
     Events(u64),
     /// It is joined to a console.
@@ -144,7 +147,7 @@ impl Connection {
 
     /// Whether an answer is still to be given or sent.
     pub fn is_busy(&self) -> bool {
-        self.unsent() > 0 || matches!(self.phase, Phase::Submitted(_))
+        self.unsent() > 0 || matches!(self.phase, Phase::Submitted(..))
     }
 
     /// Whether it carries events.
@@ -341,16 +344,15 @@ impl Connection {
             key: self.key,
         });
         match outcome {
-            Outcome::Answered(answer) if head.head_only => {
+            Outcome::Answered(mut answer) => {
                 // Whether the client reads a body is not certain, so none is promised either.
-                let answer = Answer {
-                    content: None,
-                    ..answer
-                };
+                answer.content.take_if(|_| head.head_only);
+                let answer = answer.telling(head.wants_reason);
                 answer.write(&mut self.output, After::Kept);
             }
-            Outcome::Answered(answer) => answer.write(&mut self.output, After::Kept),
-            Outcome::Submitted(route) => self.phase = Phase::Submitted(route),
+            Outcome::Submitted(route) => {
+                self.phase = Phase::Submitted(route, head.wants_reason);
+            }
             Outcome::Events(seen) => {
                 answer::write_events(&mut self.output);
                 self.input.clear();
@@ -382,10 +384,12 @@ impl Connection {
         shared: &mut Shared,
         result: &Result<Reply, ControlError>,
     ) -> Result<(), Gone> {
-        if let Phase::Submitted(route) = self.phase {
+        if let Phase::Submitted(route, wants_reason) = self.phase {
             self.phase = Phase::Head;
             self.since = shared.now;
-            dispatch::completed(route, result).write(&mut self.output, After::Kept);
+            let answer = dispatch::completed(route, result);
+            let answer = answer.telling(wants_reason);
+            answer.write(&mut self.output, After::Kept);
         }
         self.advance(shared)
     }
@@ -406,7 +410,7 @@ impl Connection {
         if self.is_busy() { Ok(()) } else { Err(Gone) }
     }
 
-    fn take_events(&mut self, shared: &Shared, mut seen: u64) {
+    fn take_events(&mut self, shared: &mut Shared, mut seen: u64) {
         if self.unsent() == 0 {
             self.since = shared.now;
         }
@@ -417,7 +421,9 @@ impl Connection {
             // Behind by more than the log keeps. A client that comes back with the
             // number that it has seen learns by the next one what it has missed.
             if first.id > seen + 1 {
-                tracing::warn!(by = %Peer::of(&self.stream), "a reader of events is too slow");
+                if let Some(suppressed) = shared.slow.allow(shared.now) {
+                    tracing::warn!(by = %Peer::of(&self.stream), suppressed, "a reader of events is too slow");
+                }
                 self.phase = Phase::Closing;
                 return;
             }
@@ -439,7 +445,7 @@ impl Connection {
             Phase::Head if self.input.is_empty() => return None,
             Phase::Head | Phase::Body(..) | Phase::Lingering(_) => options.request_timeout,
             Phase::Events(_) => options.heartbeat,
-            Phase::Submitted(_) | Phase::Console(_) | Phase::Closing => return None,
+            Phase::Submitted(..) | Phase::Console(_) | Phase::Closing => return None,
         };
         self.since.checked_add(time)
     }
@@ -455,7 +461,7 @@ impl Connection {
             }
             Phase::Events(_) => events::write_heartbeat(&mut self.output),
             Phase::Lingering(_) => return Err(Gone),
-            Phase::Submitted(_) | Phase::Console(_) | Phase::Closing => (),
+            Phase::Submitted(..) | Phase::Console(_) | Phase::Closing => (),
         }
         self.since = shared.now;
         self.advance(shared)
@@ -472,7 +478,7 @@ impl Connection {
         match self.phase {
             Phase::Head | Phase::Body(..) => self.unsent() < UNSENT,
             Phase::Events(_) | Phase::Lingering(_) => true,
-            Phase::Submitted(_) | Phase::Console(_) | Phase::Closing => false,
+            Phase::Submitted(..) | Phase::Console(_) | Phase::Closing => false,
         }
     }
 

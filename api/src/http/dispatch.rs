@@ -63,7 +63,7 @@ impl Dispatcher {
     pub fn dispatch(&mut self, request: Request<'_>) -> Outcome {
         self.requests.count(&request.head.target);
         match &request.head.target {
-            Target::Nothing => Answer::not_found().into(),
+            Target::Nothing(path, near) => Answer::not_found(path, *near).into(),
             // v1's server knows no 405.
             Target::Method(None) => Answer::error(400, &["Bad Request"]).into(),
             Target::Method(Some(allow)) => Answer {
@@ -123,6 +123,7 @@ impl Dispatcher {
             }
             Endpoint::VmInfo => Answer::json(&control.info().map_err(failure)?),
             Endpoint::VmCounters => Answer::json(&control.counters().map_err(failure)?),
+            Endpoint::VmBalloon => Answer::json(&control.balloon().map_err(failure)?),
             Endpoint::VmDevices => Answer::json(&control.devices().map_err(failure)?),
             Endpoint::VmJobs => Answer::json(&control.jobs()),
             Endpoint::VmMetrics => {
@@ -146,7 +147,7 @@ impl Dispatcher {
                 let stream = control.open_console(&wanted).map_err(failure)?;
                 return Ok(Outcome::Console(stream));
             }
-            _ => Answer::not_found(),
+            _ => Answer::not_found(route.name, None),
         };
         Ok(answer.into())
     }
@@ -226,11 +227,15 @@ impl Dispatcher {
         let descriptors = std::mem::take(&mut request.descriptors);
         let add = |device| Command::AddDevice(Box::new(device));
         Ok(match route.endpoint {
-            Endpoint::VmCreate => Command::Create(self.body(route, &request)?),
+            Endpoint::VmCreate => {
+                let body = self.body_with(route, &request, wire::VmConfig::ignored)?;
+                Command::Create(Box::new(body))
+            }
             Endpoint::VmBootOnce => Command::BootOnce(self.body(route, &request)?),
             Endpoint::VmResize => Command::Resize(self.body(route, &request)?),
             Endpoint::VmResizeDisk => Command::ResizeDisk(self.body(route, &request)?),
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
+            Endpoint::VmUpdateNet => Command::UpdateNet(self.body(route, &request)?),
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
@@ -243,7 +248,7 @@ impl Dispatcher {
             Endpoint::VmAddVsock => add(AddDevice::Vsock(self.body(route, &request)?)),
             Endpoint::VmAddFs => add(AddDevice::Fs(self.body(route, &request)?)),
             Endpoint::VmAddVirtio => add(AddDevice::Virtio(self.body(route, &request)?)),
-            _ => return Err(Answer::not_found()),
+            _ => return Err(Answer::not_found(route.name, None)),
         })
     }
 
@@ -252,8 +257,18 @@ impl Dispatcher {
         route: &'static Route,
         request: &Request<'_>,
     ) -> Result<T, Answer> {
+        self.body_with(route, request, |_| None)
+    }
+
+    /// The same, and `ignored` names a field that is taken and means nothing.
+    fn body_with<T: DeserializeOwned>(
+        &mut self,
+        route: &'static Route,
+        request: &Request<'_>,
+        ignored: fn(&T) -> Option<&'static str>,
+    ) -> Result<T, Answer> {
         self.reader
-            .read(request.body, route, self.control.events())
+            .read(request.body, route, self.control.events(), ignored)
             .map_err(|error| {
                 Answer::error(400, &["Failed to deserialize JSON", &error.to_string()])
             })

@@ -3,12 +3,17 @@
 use httparse::Status;
 use thiserror::Error;
 
+use super::json;
+use crate::Reason;
 use crate::routes::{BASE, MISSING, Method, Missing, ROUTES, Route};
+use crate::spelling::nearest;
 
 /// How many headers a request may have.
 const HEADERS: usize = 64;
 /// How long the line before a chunk may be, in bytes.
 const CHUNK_LINE: usize = 256;
+/// How much of a path that there is not is told back, in bytes.
+const SHOWN: usize = 128;
 
 /// Why bytes are no request.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -39,8 +44,8 @@ pub(super) enum Target {
     /// There is such a path, with another method; which one is told where v1 does not
     /// forbid it.
     Method(Option<&'static str>),
-    /// There is no such path.
-    Nothing,
+    /// There is no such path: its beginning, and one that may be meant.
+    Nothing(String, Option<&'static str>),
 }
 
 /// How the end of a body is known.
@@ -65,6 +70,8 @@ pub(super) struct Head {
     pub upgrade: Option<String>,
     /// The last event that the client has seen.
     pub last_event: Option<u64>,
+    /// Whether the client wants to know an error's reason in a word.
+    pub wants_reason: bool,
     /// How many bytes the head has.
     pub length: usize,
 }
@@ -91,6 +98,7 @@ impl Head {
             expects_continue: false,
             upgrade: None,
             last_event: None,
+            wants_reason: false,
             length,
         };
         // A client of HTTP/1.0 does not know 100.
@@ -136,6 +144,8 @@ impl Head {
             self.expects_continue = value.eq_ignore_ascii_case(b"100-continue");
         } else if is("Upgrade") {
             self.upgrade = Some(String::from_utf8_lossy(value).to_ascii_lowercase());
+        } else if is(Reason::ASKED) {
+            self.wants_reason = true;
         } else if is("Last-Event-ID") && !value.is_empty() {
             self.last_event = Some(number(value).ok_or(HeadError::EventId)?);
         }
@@ -156,7 +166,7 @@ fn target(method: &str, target: &str) -> Target {
     let (path, query) = path.split_once('?').unwrap_or((path, ""));
     let asked = path.len() < target.len() && target.contains('?');
     let Some(name) = path.strip_prefix(BASE) else {
-        return Target::Nothing;
+        return nothing(target, path);
     };
     let method = match method {
         "GET" => Some(Method::Get),
@@ -178,11 +188,20 @@ fn target(method: &str, target: &str) -> Target {
         return Target::Method(route.added.then_some(allow));
     }
     match MISSING.iter().find(|missing| missing.name == name) {
-        Some(_) if asked => Target::Nothing,
+        Some(_) if asked => nothing(target, path),
         Some(missing) if Some(missing.method) == method => Target::Missing(missing),
         Some(_) => Target::Method(None),
-        None => Target::Nothing,
+        None => nothing(target, path),
     }
+}
+
+/// That there is no `path`, which a client has written as `target`.
+fn nothing(target: &str, path: &str) -> Target {
+    let last = path.trim_end_matches('/').rsplit('/').next();
+    let known = ROUTES.iter().map(|route| route.name);
+    let known = known.chain(MISSING.iter().map(|missing| missing.name));
+    let near = last.and_then(|name| nearest(name, known));
+    Target::Nothing(json::shortened(target, SHOWN).to_owned(), near)
 }
 
 /// A body that comes in chunks.

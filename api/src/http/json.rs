@@ -92,12 +92,14 @@ impl Reader {
         }
     }
 
-    /// Reads what `route` takes.
+    /// Reads what `route` takes; `ignored` names a field of it that means nothing, which is then as one that is
+    /// unknown.
     pub fn read<T: DeserializeOwned>(
         &mut self,
         body: &[u8],
         route: &Route,
         events: &EventLog,
+        ignored: fn(&T) -> Option<&'static str>,
     ) -> Result<T, JsonError> {
         let text = str::from_utf8(body).map_err(|error| JsonError::NotUtf8(error.valid_up_to()))?;
         // The parser would take an array's elements for the fields in their order.
@@ -115,6 +117,7 @@ impl Reader {
             }
         })?;
         parser.end()?;
+        unknown.extend(ignored(&value).map(str::to_owned));
         if self.strict || route.added {
             return match unknown.into_iter().next() {
                 Some(field) => Err(JsonError::UnknownField(field)),

@@ -22,6 +22,7 @@
 //! when told to. v1's clients and captures want each of these otherwise.
 
 mod answer;
+mod brake;
 mod connection;
 mod dispatch;
 mod events;

@@ -17,7 +17,7 @@ impl Requests {
     pub fn count(&mut self, target: &Target) {
         let name = match target {
             Target::Route(route, _) => route.name,
-            Target::Missing(_) | Target::Method(_) | Target::Nothing => OTHER,
+            Target::Missing(_) | Target::Method(_) | Target::Nothing(..) => OTHER,
         };
         let count = self.0.entry(name).or_default();
         *count = count.saturating_add(1);

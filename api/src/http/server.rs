@@ -13,6 +13,7 @@ use rustix::net::{SendFlags, SocketFlags, accept_with, send};
 
 use super::ServerOptions;
 use super::answer::{After, Answer};
+use super::brake::Brake;
 use super::connection::{Change, Connection, Gone, Shared};
 use super::dispatch::Dispatcher;
 use super::json::Reader;
@@ -32,8 +33,6 @@ const EVENTS: usize = 32;
 const SCRATCH: usize = 8 << 10;
 /// How long no connections are taken up when the host is out of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long nothing is told of clients that find no place, after one has been told of.
-const SILENCE: Duration = Duration::from_secs(1);
 
 /// A place for a connection. Who knows the connection by an old generation
 /// finds none.
@@ -55,8 +54,8 @@ pub(super) struct Server {
     next: Option<Instant>,
     /// When connections are taken up again.
     paused: Option<Instant>,
-    /// When it was last told that there are too many connections.
-    warned: Option<Instant>,
+    /// How often clients are told of that find no place.
+    crowded: Brake,
     /// Rings the mailbox for each event while somebody reads them.
     subscription: Option<Subscription>,
     /// When the server ends, whatever is unfinished.
@@ -91,13 +90,14 @@ impl Server {
                 held: 0,
                 held_descriptors: 0,
                 now: Instant::now(),
+                slow: Brake::default(),
             },
             mailbox,
             slots: Vec::new(),
             open: 0,
             next: None,
             paused: None,
-            warned: None,
+            crowded: Brake::default(),
             subscription: None,
             end: None,
         })
@@ -204,13 +204,8 @@ impl Server {
 
     /// Tells of a client that finds no place: of many not every one.
     fn warn_of_crowd(&mut self, stream: &UnixStream) {
-        let now = self.shared.now;
-        if self
-            .warned
-            .is_none_or(|warned| now.saturating_duration_since(warned) > SILENCE)
-        {
-            tracing::warn!(by = %Peer::of(stream), "too many connections");
-            self.warned = Some(now);
+        if let Some(suppressed) = self.crowded.allow(self.shared.now) {
+            tracing::warn!(by = %Peer::of(stream), suppressed, "too many connections");
         }
     }
 

@@ -118,6 +118,23 @@ pub enum PciBarType {
 /// `vm.counters`: device, counter, value.
 pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
 
+/// `vm.balloon`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BalloonInfo {
+    /// How much the guest is to give up, in bytes.
+    pub target: u64,
+    /// How much it has given up, in bytes.
+    pub actual: u64,
+    /// How many bytes of free pages it has reported and the host has got back, each time that it did.
+    pub reported: u64,
+    /// What it said last of how its memory is used, by name; absent before it has said anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics: Option<BTreeMap<String, u64>>,
+    /// How long ago that was, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics_age_ms: Option<u64>,
+}
+
 /// Where a device has been put.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PciDeviceInfo {
@@ -170,7 +187,7 @@ pub struct JobInfo {
     pub done: u64,
     /// What there is to do, as far as it is known.
     pub total: u64,
-    /// Why it failed.
+    /// Why it failed, or why it was cancelled if no request has asked for that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

@@ -122,6 +122,9 @@ pub struct VmConfig {
     /// What is done when the guest's kernel panics and says so; not in v1. By default the monitor ends.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_panic: Option<GuestAction>,
+    /// What is done when the guest does not feed its watchdog in time; not in v1. By default it is restarted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_watchdog: Option<GuestAction>,
 }
 
 /// What is done about something that the guest does.
@@ -450,7 +453,8 @@ impl Default for DebugConsoleConfig {
 /// Identity and platform.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PlatformConfig {
-    /// How many PCI segments there are.
+    /// How many PCI segments there are. There is one: 2 to 16 are taken and mean nothing, for clients that
+    /// always send them.
     #[serde(default = "PlatformConfig::segments")]
     pub num_pci_segments: u16,
     /// Those behind an IOMMU.
@@ -519,7 +523,22 @@ impl Default for PlatformConfig {
     }
 }
 
+impl VmConfig {
+    /// The field that is taken and means nothing here, if it is given.
+    #[must_use]
+    pub fn ignored(&self) -> Option<&'static str> {
+        let segments = self.platform.as_ref()?.num_pci_segments;
+        let taken = 2..=PlatformConfig::MAX_SEGMENTS;
+        taken
+            .contains(&segments)
+            .then_some("platform.num_pci_segments")
+    }
+}
+
 impl PlatformConfig {
+    /// The most PCI segments that a description may name.
+    pub const MAX_SEGMENTS: u16 = 16;
+
     const fn segments() -> u16 {
         1
     }

@@ -259,6 +259,12 @@ pub struct NetConfig {
     /// Limits of each direction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Limits of what goes to the guest, instead. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter_config: Option<RateLimiterConfig>,
+    /// Limits of what comes from the guest, instead. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter_config: Option<RateLimiterConfig>,
     /// Whether the host cuts large TCP packets.
     #[serde(default = "yes")]
     pub offload_tso: bool,
@@ -326,6 +332,9 @@ pub struct BalloonConfig {
     /// Whether the guest tells of free pages.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// How often the guest says how its memory is used, in seconds; absent or 0: when asked. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics_interval: Option<u32>,
 }
 }
 

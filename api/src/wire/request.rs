@@ -73,6 +73,36 @@ pub struct VmUpdateDisk {
     pub path: Option<PathBuf>,
 }
 
+/// What the link of a network card is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkState {
+    /// Frames go through.
+    Up,
+    /// The cable is out.
+    Down,
+}
+
+/// `vm.update-net`: what is absent stays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmUpdateNet {
+    /// The card's id.
+    pub id: String,
+    /// The link, until the machine is booted anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkState>,
+    /// New limits of both directions; one without buckets lifts them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// New limits of what goes to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter_config: Option<RateLimiterConfig>,
+    /// New limits of what comes from the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter_config: Option<RateLimiterConfig>,
+}
+
 /// `vm.add-virtio`: a device of any kind, by its own schema.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -94,7 +124,7 @@ pub struct VirtioConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum VmConsole {
-    /// A sink in the form of `--serial`, such as `file=boot.log`.
+    /// A sink in the form of `--serial`, such as `file=/srv/boot.log`. Its path is absolute.
     Add(String),
     /// The id of a sink, as `GET vm.console` lists it.
     Remove(String),

@@ -9,6 +9,7 @@ use crate::fake::{Fake, NOTHING, Server, content, get, put, refused};
 
 fn failed(kind: ErrorKind, chain: &[&str]) -> Option<Result<Reply, ControlError>> {
     Some(Err(ControlError {
+        reason: None,
         kind,
         chain: chain.iter().map(ToString::to_string).collect(),
     }))
@@ -250,6 +251,7 @@ fn every_route_is_served() {
         ("vm.resize", "{}"),
         ("vm.resize-disk", r#"{"id":"d","desired_size":1}"#),
         ("vm.update-disk", r#"{"id":"d"}"#),
+        ("vm.update-net", r#"{"id":"n"}"#),
         ("vm.add-disk", "{}"),
         ("vm.add-net", "{}"),
         ("vm.add-vsock", r#"{"cid":3,"socket":"/s"}"#),

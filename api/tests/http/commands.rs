@@ -1,7 +1,8 @@
 //! Commands: their answers may take long, and hold nobody up.
 
+use api::client::Client;
 use api::http::ServerOptions;
-use api::{ControlError, ErrorKind, Reply, wire};
+use api::{ControlError, ErrorKind, Reason, Reply, UnknownReason, wire};
 
 use crate::fake::{Fake, NOTHING, Server, content, get, put, refused};
 
@@ -59,6 +60,48 @@ fn every_kind_of_error_has_its_code() {
         let chain = ["Error from API", "Error triggering NMI", "why"];
         assert_eq!(answer, refused(status, &chain));
     }
+}
+
+#[test]
+fn the_reason_is_told_in_a_word_to_those_who_ask_and_others_get_the_bytes_of_v1() {
+    let fake = Fake::new(|_| {
+        Some(Err(ControlError::state(
+            ErrorKind::Conflict,
+            Reason::AlreadyPaused,
+        )))
+    });
+    let server = Server::of(&fake);
+    let mut client = server.connect();
+    let chain = [
+        "Error from API",
+        "The VM could not be paused",
+        "VM is already paused",
+    ];
+    let plain = refused(409, &chain);
+    assert_eq!(client.exchange(put("vm.pause", "")), plain);
+    let asking = put("vm.pause", "").replace("Accept: */*", "vireo-client: 1");
+    let told = plain.replace("\r\n\r\n", "\r\nVireo-Error: already-paused\r\n\r\n");
+    assert_eq!(client.exchange(asking), told);
+    // What is answered at once, without the machine.
+    let asking = get("vm.info").replace("Accept: */*", "Vireo-Client: 1");
+    let told = client.exchange(asking);
+    assert!(
+        told.contains("\r\nVireo-Error: not-created\r\n\r\n["),
+        "{told}"
+    );
+    assert!(!client.exchange(get("vm.info")).contains("Vireo"));
+}
+
+#[test]
+fn a_client_knows_every_reason_again_and_no_other_word() {
+    for reason in Reason::ALL {
+        let fake = Fake::new(move |_| Some(Err(ControlError::state(ErrorKind::Conflict, reason))));
+        let server = Server::of(&fake);
+        let mut client = Client::connect(&server.path).unwrap();
+        assert_eq!(client.boot().unwrap_err().reason(), Some(reason));
+    }
+    assert_eq!("".parse::<Reason>(), Err(UnknownReason));
+    assert_eq!("Paused".parse::<Reason>(), Err(UnknownReason));
 }
 
 #[test]

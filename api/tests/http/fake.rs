@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::http::{ServerHandle, ServerOptions, serve};
-use api::{AddDevice, Answer, Command, Control, ControlError, ErrorKind, EventLog, Reply, wire};
+use api::{
+    AddDevice, Answer, Command, Control, ControlError, ErrorKind, EventLog, Reason, Reply, wire,
+};
 
 /// A test that waits longer than this has failed.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -122,7 +124,7 @@ impl Control for Fake {
 
     fn info(&self) -> Result<wire::VmInfo, ControlError> {
         if !self.created {
-            return Err(ControlError::new(ErrorKind::NotFound, "VM is not created"));
+            return Err(ControlError::state(ErrorKind::NotFound, Reason::NotCreated));
         }
         Ok(wire::VmInfo {
             config: serde_json::from_str(r#"{"payload":{},"console":{"mode":"Off"}}"#).unwrap(),
@@ -135,6 +137,16 @@ impl Control for Fake {
     fn counters(&self) -> Result<wire::VmCounters, ControlError> {
         let disk = BTreeMap::from([("read_ops".to_owned(), u64::MAX)]);
         Ok(BTreeMap::from([("_disk0".to_owned(), disk)]))
+    }
+
+    fn balloon(&self) -> Result<wire::BalloonInfo, ControlError> {
+        Ok(wire::BalloonInfo {
+            target: 1 << 40,
+            actual: 0,
+            reported: u64::MAX,
+            statistics: Some(BTreeMap::from([("free_memory".to_owned(), 7)])),
+            statistics_age_ms: Some(3),
+        })
     }
 
     fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError> {

@@ -22,21 +22,30 @@ fn a_request_in_the_absolute_form_and_one_of_http_1_0_are_served() {
 fn a_path_or_method_that_is_not_known_is_refused_and_the_connection_kept() {
     let server = Server::of(&Fake::obedient());
     let mut client = server.connect();
-    for path in [
-        "/",
-        "*",
-        "/api/v1/",
-        "/api/v1/vm.nothing",
-        "/api/v1/vm.boot/",
-        "/api/v1/vm.info?x=1",
-        "/api/v1/../v1/vmm.ping",
-        "/api/v2/vm.info",
-        "/api/v1/vm.snapshot?x",
-        "http://localhost",
-        "/api/v1/vm.boot%00",
+    let long = format!("/{}", "x".repeat(1000));
+    for (path, near) in [
+        ("/", None),
+        ("*", None),
+        ("/api/v1/", None),
+        ("/api/v1/vm.nothing", None),
+        ("/api/v1/vm.inof", Some("vm.info")),
+        ("/vm.info", Some("vm.info")),
+        ("/api/v1/vm.boot/", Some("vm.boot")),
+        ("/api/v1/vm.info?x=1", Some("vm.info")),
+        ("/api/v1/../v1/vmm.ping", Some("vmm.ping")),
+        ("/api/v2/vm.info", Some("vm.info")),
+        ("/api/v1/vm.snapshot?x", Some("vm.snapshot")),
+        ("http://localhost", None),
+        ("/api/v1/a\"b\\c", None),
+        (long.as_str(), None),
     ] {
         let answer = client.exchange(format!("GET {path} HTTP/1.1\r\n\r\n"));
-        assert_eq!(answer, refused(404, &["Not Found"]), "{path}");
+        let shown = &path[..path.len().min(128)];
+        let hint = near.map_or_else(String::new, |near| {
+            format!(": did you mean `/api/v1/{near}`?")
+        });
+        let what = format!("there is no endpoint `{shown}`{hint}");
+        assert_eq!(answer, refused(404, &["Not Found", &what]), "{path}");
     }
     let bad = content(400, r#"["Bad Request"]"#);
     for line in [

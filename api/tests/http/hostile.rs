@@ -289,6 +289,35 @@ fn an_unknown_field_is_told_once_where_v1_accepts_it() {
 }
 
 #[test]
+fn segments_that_a_client_always_asks_for_are_taken_told_once_and_refused_by_a_strict_server() {
+    let fake = Fake::obedient();
+    let server = Server::of(&fake);
+    let body = |segments: u16| {
+        let text = format!(r#"{{"platform":{{"num_pci_segments":{segments}}}}}"#);
+        put("vm.create", &text)
+    };
+    for segments in [1, 2, 16, 17] {
+        assert_eq!(server.exchange(body(segments)), NOTHING);
+    }
+    let events = fake.events.after(0, 9);
+    assert_eq!(events.len(), 1);
+    let EventKind::UnknownFields { endpoint, fields } = &events[0].kind else {
+        panic!("{events:?}");
+    };
+    assert_eq!(endpoint, "vm.create");
+    assert_eq!(*fields, ["platform.num_pci_segments"]);
+    let strict = ServerOptions {
+        strict: true,
+        ..ServerOptions::default()
+    };
+    let server = Server::start(&fake, strict);
+    let answer = server.exchange(body(2));
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    assert!(answer.contains("platform.num_pci_segments"), "{answer}");
+    assert_eq!(server.exchange(body(1)), NOTHING);
+}
+
+#[test]
 fn unknown_fields_cannot_fill_the_memory_of_the_monitor() {
     let fake = Fake::obedient();
     let server = Server::of(&fake);

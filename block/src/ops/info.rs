@@ -13,7 +13,7 @@ use crate::qcow2::header::{self, Header};
 use crate::qcow2::{bitmap_table, snapshot_table};
 use crate::raw::{OpenError, check_contents, open_file};
 use crate::storage::{FileStorage, Storage};
-use crate::{BackingPolicy, Compression};
+use crate::{BackingPolicy, Compression, nbd};
 
 /// The unit of a disk's size, and of the host's count of allocated space, in bytes.
 const SECTOR: u64 = 512;
@@ -193,6 +193,31 @@ pub fn chain(
         (format, stated) = (next.unwrap_or(Format::Raw), next.is_some());
         path = other;
     }
+}
+
+/// The files that a qcow2 image refers to under `policy`, directly or through others: data files and the chain of backing
+/// files, as far as they can be told. Nothing is locked.
+#[must_use]
+pub fn referred(path: &Path, opener: &dyn Opener, policy: BackingPolicy) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut next = Some(path.to_owned());
+    while let Some(path) = next.take().filter(|_| files.len() < 2 * MAX_DEPTH) {
+        let storage = opened(&path, opener, false);
+        let Some(header) = storage.ok().and_then(|file| Header::load(&file).ok()) else {
+            break;
+        };
+        let named = |name: &Option<OsString>| {
+            let found = allowed(policy, &path, name.as_deref()?).ok()?;
+            (!nbd::is_uri(&found)).then_some(found)
+        };
+        files.extend(named(&header.data_file));
+        if let Some(backing) = named(&header.backing) {
+            files.push(backing.clone());
+            let format = backing_format(&path, &header).ok().flatten();
+            next = (format == Some(Format::Qcow2)).then_some(backing);
+        }
+    }
+    files
 }
 
 fn look(

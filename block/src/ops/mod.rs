@@ -35,6 +35,7 @@ pub use convert::{Convert, convert};
 pub use create::{CreateImageError, NewFile, NewImage, create};
 pub use info::{
     BitmapFlag, BitmapInfo, Chain, ImageInfo, Qcow2Info, SnapshotInfo, chain, info, looks_like,
+    referred,
 };
 pub use measure::{MeasureError, Measured, measure};
 pub use rebase::{NewBacking, RebaseError, rebase, set_backing};

@@ -110,7 +110,7 @@ impl Disk for Qcow2Disk {
     fn resize(&self, size: u64) -> io::Result<()> {
         let (from, unit) = (self.core.size(), self.core.unit.max(SECTOR));
         if self.core.policy.read_only {
-            return Err(io::Error::from_raw_os_error(libc::EROFS));
+            return Err(ResizeError::ReadOnly.into());
         }
         if !size.is_multiple_of(unit) {
             return Err(ResizeError::Unit { size, unit }.into());

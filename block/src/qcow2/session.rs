@@ -18,6 +18,7 @@ use super::checkpoint::Turn;
 use super::header::{DIRTY, Header};
 use super::image::Qcow2;
 use super::meta::Meta;
+use crate::size::Size;
 use crate::storage::Storage;
 
 /// Why an image could not be changed.
@@ -96,13 +97,13 @@ pub enum ChangeError {
     )]
     SizelessSnapshots,
     /// Not a size.
-    #[error("a size of {0} bytes is not a multiple of 512")]
+    #[error("a size of {} is not a multiple of 512 bytes", Size(*.0))]
     Unaligned(u64),
     /// Clusters have more uses than references, so that freeing one use would free them all.
     #[error("the image is corrupt: {0}; repair it with 'vireo image check -r all'")]
     Corrupt(String),
     /// The disk would be too large.
-    #[error("a disk of {size} bytes is too large for clusters of {cluster} bytes")]
+    #[error("a disk of {} is too large for clusters of {}", Size(*size), Size(*cluster))]
     TooLarge {
         /// Its size in bytes.
         size: u64,

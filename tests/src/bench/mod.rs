@@ -8,6 +8,7 @@
 //! Linux boots in the nested machine. What the machine lacks is skipped, with the reason.
 
 mod api;
+mod balloon;
 mod disk;
 mod elf;
 mod guest_clock;
@@ -48,7 +49,7 @@ pub struct Settings {
     pub nested_runs: u32,
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
-    /// The measures whose group (`start`, `api`, `memory`, `port`, `disk`, `image`,
+    /// The measures whose group (`start`, `api`, `memory`, `port`, `balloon`, `disk`, `image`,
     /// `boot`, `size`) is in the list, or of images those whose name begins with one of it; all when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
@@ -141,7 +142,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, port, disk: cannot open /dev/kvm: {error}"
+                "start, api, memory, port, balloon, disk: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -162,6 +163,10 @@ impl Bench<'_> {
         let clock = GuestClock::calibrate();
         if settings.wants("port") {
             let measures = port::read(settings, clock, &monitors)?;
+            self.add_all(measures);
+        }
+        if settings.wants("balloon") {
+            let measures = balloon::pages(settings, clock, &monitors)?;
             self.add_all(measures);
         }
         if settings.wants("disk") {

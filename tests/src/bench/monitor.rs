@@ -41,6 +41,8 @@ pub struct Job {
     pub words: String,
     /// Its disk.
     pub disk: Option<Disk>,
+    /// It has a balloon.
+    pub balloon: bool,
 }
 
 impl Job {
@@ -53,6 +55,7 @@ impl Job {
             kernel: kit::file(&format!("guests/{name}"))?,
             words: words.to_owned(),
             disk: None,
+            balloon: false,
         })
     }
 }
@@ -109,6 +112,9 @@ impl Monitor {
                 "virtio-blk-pci,drive=d,disable-legacy=on,iothread=io",
             ]);
         }
+        if job.balloon {
+            command.args(["-device", "virtio-balloon-pci,disable-legacy=on"]);
+        }
         command.arg("-kernel").arg(&job.kernel);
         command.arg("-append").arg(&job.words);
         Ok(command)
@@ -128,6 +134,9 @@ fn vireo(job: &Job) -> Result<Command> {
             disk.engine,
             if disk.direct { "on" } else { "off" }
         ));
+    }
+    if job.balloon {
+        command.args(["--balloon", "size=0"]);
     }
     Ok(command)
 }

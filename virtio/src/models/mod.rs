@@ -36,6 +36,8 @@ pub struct BuildContext {
     pub id: String,
     /// How it opens files.
     pub opener: Arc<dyn block::Opener>,
+    /// How it opens networks.
+    pub networks: Arc<dyn ::net::Opener>,
     /// How many vCPUs the machine has: a good number of queues.
     pub cpus: u16,
     /// The limits that devices share.
@@ -96,7 +98,7 @@ macro_rules! models {
     };
 }
 
-models! { blk, console, rng }
+models! { balloon, blk, console, net, rng }
 
 /// The model of this kind.
 #[must_use]

@@ -348,3 +348,42 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn chains_that_are_returned_together_interrupt_at_any_of_them() {
+    // Wherever the ring and the index wrap.
+    for (before, asked, expected) in [
+        (0_u16, 0_u16, true),
+        (0, 2, true),
+        (0, 3, true),
+        (0, 4, false),
+        (0, u16::MAX, false),
+        (14, 15, true),
+        (14, 17, true),
+        (14, 18, false),
+    ] {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, 0, 16);
+        let (notifier, notices) = notices();
+        let mut ring = Ring::new(driver.activate_with(true), NO_FEATURES, notifier);
+        let view = memory.memory();
+        for head in 0..before {
+            ring.complete(&view, head, 0).unwrap();
+            driver.returned();
+        }
+        ring.notify(&view).unwrap();
+        while notices.try_recv().is_ok() {}
+        driver.set_used_event(asked);
+        let together = [(3, 10), (4, 20), (5, 30), (6, 40)];
+        ring.complete_together(&view, &together).unwrap();
+        assert_eq!(driver.used_index(), before + 4);
+        for (head, written) in together {
+            assert_eq!(driver.returned(), Some((u32::from(head), written)));
+        }
+        ring.notify(&view).unwrap();
+        assert_eq!(notices.try_recv().is_ok(), expected, "{before} {asked}");
+        // Nothing new: nothing to tell.
+        ring.notify(&view).unwrap();
+        assert!(notices.try_recv().is_err());
+    }
+}

@@ -28,6 +28,7 @@ use crate::device::{
 };
 use crate::memory::{GuestMap, GuestMemory};
 use crate::models::BuildContext;
+use crate::models::balloon::{BalloonChange, NoBalloon};
 
 mod saved;
 
@@ -496,6 +497,13 @@ impl Core {
     /// sees another generation whenever it sees another size (2.5).
     pub fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
         self.device.resize_disk(size)?;
+        self.signals.config_changed();
+        Ok(())
+    }
+
+    /// As [`VirtioDevice::change_balloon`]; tells the driver.
+    pub fn change_balloon(&mut self, change: BalloonChange) -> Result<(), NoBalloon> {
+        self.device.change_balloon(change)?;
         self.signals.config_changed();
         Ok(())
     }

@@ -39,6 +39,7 @@ use crate::device::{
 };
 use crate::memory::GuestMemory;
 use crate::models::BuildContext;
+use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
 
 /// Byte offsets into the BAR.
 mod layout {
@@ -129,6 +130,7 @@ pub struct VirtioPci {
     core: Mutex<Core>,
     config: Mutex<ConfigSpace>,
     counters: Option<Arc<dyn Counters>>,
+    balloon: Option<Arc<BalloonView>>,
     /// Where the MSI-X and the access capability are.
     msix_cap: u16,
     pci_cap: u16,
@@ -151,7 +153,7 @@ impl VirtioPci {
     ) -> Result<Arc<Self>, TransportError> {
         let name = name.into();
         let identity = device.identity();
-        let counters = device.counters();
+        let (counters, balloon) = (device.counters(), device.balloon());
         let queues = queue_count(&name, &identity.queue_sizes)?;
         let msix = Msix::new(msi, queues + 1).map_err(|source| TransportError::Msi {
             name: name.clone(),
@@ -192,6 +194,7 @@ impl VirtioPci {
             core: Mutex::new(core),
             config: Mutex::new(config),
             counters,
+            balloon,
             msix_cap,
             pci_cap,
         }))
@@ -239,6 +242,21 @@ impl VirtioPci {
     /// [`ResizeError`]; the disk is then as it was.
     pub fn resize_disk(&self, size: u64) -> Result<(), ResizeError> {
         self.core().resize_disk(size)
+    }
+
+    /// What can be read of the device, if it is a balloon. Takes no lock.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
+        self.balloon.as_ref()
+    }
+
+    /// Changes what the balloon is to do and tells the driver. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`NoBalloon`].
+    pub fn change_balloon(&self, change: BalloonChange) -> Result<(), NoBalloon> {
+        self.core().change_balloon(change)
     }
 
     /// Begins to change the device's configuration by a patch of its model's shape; see
@@ -459,6 +477,10 @@ impl Unit for VirtioPci {
 
     fn stop(&self, deadline: Instant) -> Result<(), StopError> {
         self.core().stop(deadline)
+    }
+
+    fn cut_short(&self, cut: bool) {
+        self.signals.patience.end(cut);
     }
 
     fn reset(&self) {

@@ -10,6 +10,7 @@ use devices::LogLimit;
 use devices::pci::Msix;
 
 use crate::device::{DiskReport, Notifier};
+use crate::worker::Patience;
 
 /// No vector is assigned (4.1.4.3, VIRTIO_MSI_NO_VECTOR).
 pub(super) const NO_VECTOR: u16 = 0xffff;
@@ -33,6 +34,11 @@ pub enum DeviceEvent<'a> {
     },
     /// What has become of a disk.
     Disk(&'a DiskReport),
+    /// A balloon has the size that it was to have. Reported once for each target.
+    BalloonReached {
+        /// The size in bytes.
+        actual: u64,
+    },
 }
 
 /// Hears of a device's events. Called on vCPU, worker and control threads,
@@ -60,6 +66,8 @@ pub(super) struct Signals {
     pub log: LogLimit,
     /// For activations and resets.
     changes: LogLimit,
+    /// Whether workers that drain are waited for.
+    pub patience: Patience,
 }
 
 impl Signals {
@@ -76,6 +84,7 @@ impl Signals {
             driver_ok: AtomicBool::new(false),
             log: LogLimit::new(),
             changes: LogLimit::new(),
+            patience: Patience::default(),
         }
     }
 
@@ -121,6 +130,10 @@ impl Signals {
 }
 
 impl Notifier for Signals {
+    fn patience(&self) -> Option<&Patience> {
+        Some(&self.patience)
+    }
+
     fn queue(&self, queue: u16) {
         if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
             self.interrupt(ISR_QUEUE, vector.load(Ordering::Acquire));
@@ -150,5 +163,9 @@ impl Notifier for Signals {
 
     fn disk_report(&self, report: &DiskReport) {
         self.event(DeviceEvent::Disk(report));
+    }
+
+    fn balloon_reached(&self, actual: u64) {
+        self.event(DeviceEvent::BalloonReached { actual });
     }
 }

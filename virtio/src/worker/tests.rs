@@ -98,6 +98,38 @@ fn a_deadline_counts_what_is_in_flight_and_everybody_serves_again() {
 }
 
 #[test]
+fn patience_that_ends_cuts_a_drain_under_way_and_those_that_follow_until_it_is_back() {
+    let mut workers = Workers::new("unit", "unit0");
+    let (notifier, _notices) = notices();
+    let mut turns = Vec::new();
+    let started = workers.start(&notifier, vec![3, 0], |in_flight, wake| {
+        let (waiter, receiver) = waiter(wake, in_flight, false);
+        turns.push(receiver);
+        Ok(waiter)
+    });
+    started.unwrap();
+    for turns in &turns {
+        assert_eq!(turns.recv(), Ok(true));
+    }
+    let never = || Instant::now() + Duration::from_secs(1 << 20);
+    let patience = notifier.patience().unwrap();
+    thread::scope(|scope| {
+        let stopping = scope.spawn(|| workers.stop(never()));
+        while turns[0].recv() != Ok(false) {}
+        patience.end(true);
+        let cut = stopping.join().unwrap();
+        assert!(matches!(cut, Err(StopError::Deadline { in_flight: 3, .. })));
+    });
+    let cut = workers.stop(never());
+    assert!(matches!(cut, Err(StopError::Deadline { .. })));
+    // They serve again, and with patience they are waited for.
+    patience.end(false);
+    while turns[0].recv() != Ok(true) {}
+    let late = workers.stop(Instant::now() + Duration::from_millis(1));
+    assert!(matches!(late, Err(StopError::Deadline { .. })));
+}
+
+#[test]
 fn a_halted_worker_gets_no_more_turns_and_can_be_stopped() {
     let (mut workers, turns) = workers(vec![(7, true)]);
     assert_eq!(turns[0].recv(), Ok(true));

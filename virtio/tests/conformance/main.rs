@@ -15,6 +15,7 @@
     reason = "the whole crate is tests; a failure is a panic"
 )]
 
+mod balloon;
 mod driver;
 mod echo;
 mod hostile;

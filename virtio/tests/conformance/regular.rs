@@ -241,7 +241,10 @@ fn a_saved_device_goes_on_elsewhere_from_every_step() {
             let driver = Driver::probe(&other);
             assert_eq!(driver.status(), status);
             other.stop();
-            assert_eq!(other.save(), saved);
+            // A network card has asked its driver to announce itself: that is an interrupt.
+            let own =
+                |set: SectionSet| set.sections()[usize::from(subject.name == "net")..].to_vec();
+            assert_eq!(own(other.save()), own(saved));
             other.device.start().unwrap();
             driver.boot();
             assert_eq!(driver.status() & NEEDS_RESET, 0);

@@ -2,11 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use block::{Access, Opener};
+use net::{Backend, BackendError, Offloads, Packets, Port, Request};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
 use virtio::models::{BuildContext, MODELS, Model};
@@ -18,6 +20,7 @@ pub fn context() -> BuildContext {
     BuildContext {
         id: "dut".to_owned(),
         opener: Arc::new(PlainOpener),
+        networks: Arc::new(Wires),
         cpus: 2,
         groups: virtio::limit::RateGroups::default(),
         ports: Arc::new(virtio::models::console::NoPorts),
@@ -29,6 +32,55 @@ struct PlainOpener;
 impl Opener for PlainOpener {
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         OpenOptions::new().read(true).write(access.write).open(path)
+    }
+}
+
+/// Networks of two pairs whose other end nobody reads: they take some frames, then are full.
+struct Wires;
+
+impl net::Opener for Wires {
+    fn network(&self, request: &Request) -> Result<Box<dyn Backend>, BackendError> {
+        let (end, other) = UnixDatagram::pair().unwrap();
+        end.set_nonblocking(true).unwrap();
+        // Something to receive from the start.
+        other.send(&[0xff; 200]).unwrap();
+        Ok(Box::new(Wire {
+            end,
+            _other: other,
+            pairs: request.pairs,
+        }))
+    }
+}
+
+struct Wire {
+    end: UnixDatagram,
+    _other: UnixDatagram,
+    pairs: u16,
+}
+
+impl Backend for Wire {
+    fn name(&self) -> &str {
+        "a wire"
+    }
+
+    fn pairs(&self) -> u16 {
+        self.pairs
+    }
+
+    fn offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+
+    fn set_offloads(&mut self, _offloads: Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn attach(&mut self, _pairs: u16) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn port(&self, _pair: u16) -> io::Result<Box<dyn Port>> {
+        Ok(Box::new(Packets::new(self.end.try_clone()?.into())))
     }
 }
 
@@ -83,6 +135,9 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
             json!({ "path": path, "lock": false })
         }
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
+        // Both ends of a migration are the same card.
+        "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }
 }

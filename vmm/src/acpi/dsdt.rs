@@ -20,7 +20,7 @@ use devices::acpi::hotplug;
 
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, address32};
 use super::{AcpiConfig, AcpiError, cpus, memory};
-use crate::layout::memory::{ECAM_LEN, ECAM_START};
+use crate::layout::memory::{ECAM_LEN, ECAM_START, GENERATION_ID};
 use crate::layout::{COMS, PCI_SLOTS, ged_event, gsi, port};
 use devices::pci::HOTPLUG_LEN;
 
@@ -32,6 +32,9 @@ const HEADER_LEN: u32 = 36;
 const S5_SLEEP_TYPE: u8 = 5;
 /// What a control-method power button notifies (section 5.6.6, table 5.167).
 const NOTIFY_PRESSED: u8 = 0x80;
+
+/// What a changed generation id notifies.
+const NOTIFY_GENERATION: u8 = 0x80;
 
 /// What hot-plug notifies a slot (section 5.6.6, table 5.166): look what is there
 /// now, and give up what is there.
@@ -59,6 +62,7 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     devices.extend(event_device(config));
     devices.extend(keyboard_and_mouse());
     devices.extend(clock());
+    devices.extend(generation_id());
     devices.extend(serials(config.serials));
     if config.pvpanic {
         devices.extend(pvpanic());
@@ -344,7 +348,7 @@ fn motherboard(config: &AcpiConfig) -> Vec<u8> {
 }
 
 /// The generic event device (section 5.6.9) and what it tells of: the power
-/// button (section 4.8.3.2.2) and hot-plug. `_EVT` reads the pending events,
+/// button (section 4.8.3.2.2), a changed generation id and hot-plug. `_EVT` reads the pending events,
 /// which clears them and lowers the line.
 fn event_device(config: &AcpiConfig) -> Vec<u8> {
     let pending = Local(0);
@@ -361,6 +365,10 @@ fn event_device(config: &AcpiConfig) -> Vec<u8> {
     on(
         ged_event::PCI_HOTPLUG,
         &MethodCall::new("\\_SB_.PCI0.PCNT".into(), Vec::new()),
+    );
+    on(
+        ged_event::GENERATION_ID,
+        &Notify::new(&Path::new("VGEN"), &NOTIFY_GENERATION),
     );
     if config.cpu_slots {
         on(ged_event::CPU_HOTPLUG, &cpus::scan());
@@ -424,6 +432,24 @@ fn clock() -> Vec<u8> {
         "RTC_",
         "PNP0B00",
         vec![&ports(port::RTC, 2), &interrupt(gsi::RTC)],
+    )
+}
+
+/// The generation id (Virtual Machine Generation ID, Microsoft 2012): by `ADDR` a driver finds
+/// the 16 bytes, as two halves of their address. The name that the paper gives is longer than an
+/// id may be, so it is there in both of the spellings that drivers know.
+fn generation_id() -> Vec<u8> {
+    const NAME: &str = "VM_Gen_Counter";
+    const HALVES: [u64; 2] = [GENERATION_ID & 0xffff_ffff, GENERATION_ID >> 32];
+    let [low, high] = HALVES;
+    device(
+        "VGEN",
+        vec![
+            &Name::new("_HID".into(), &"VREO0001"),
+            &Name::new("_CID".into(), &Package::new(vec![&"VMGENCTR", &NAME])),
+            &Name::new("_DDN".into(), &NAME),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
     )
 }
 

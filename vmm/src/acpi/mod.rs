@@ -24,7 +24,7 @@ use acpi_tables::rsdp::Rsdp;
 use self::dsdt::dsdt;
 use self::tables::{bytes_of, fadt, madt, mcfg, rsdp, xsdt};
 use crate::layout::MAX_CPUS;
-use crate::layout::memory::{ACPI_START, SMBIOS_START};
+use crate::layout::memory::{ACPI_START, GENERATION_ID};
 
 /// Tables start on this boundary; FACS alone would ask for more.
 const TABLE_ALIGN: usize = 16;
@@ -48,7 +48,7 @@ pub enum Processor {
 }
 
 /// What the tables describe, besides what every machine of this type has:
-/// [`crate::layout`], i8042, real-time clock, power button.
+/// [`crate::layout`], i8042, real-time clock, power button, generation id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcpiConfig {
     /// All vCPUs that the machine may have, from 1 to [`MAX_CPUS`]; vCPU *n* has APIC id *n*.
@@ -139,7 +139,7 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiImage, AcpiError> {
 
     let Image(mut bytes) = image;
     bytes[..Rsdp::len()].copy_from_slice(&bytes_of(&rsdp(xsdt_at)));
-    let max = SMBIOS_START - ACPI_START;
+    let max = GENERATION_ID - ACPI_START;
     if bytes.len() as u64 > max {
         return Err(AcpiError::TooLarge {
             len: bytes.len(),

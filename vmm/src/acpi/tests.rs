@@ -182,6 +182,19 @@ fn optional_devices_are_in_the_dsdt_only_when_asked_for() {
     assert!(has(&bare, b"C000") && !has(&bare, b"C001"));
 }
 
+#[test]
+fn the_generation_id_is_found_behind_the_tables_and_told_of_when_it_changes() {
+    let image = build(&config(1)).unwrap();
+    let dsdt = named(&image, b"DSDT");
+    for name in [&b"VMGENCTR"[..], b"VM_Gen_Counter", b"ADDR"] {
+        assert!(holds(dsdt, name), "{}", String::from_utf8_lossy(name));
+    }
+    // ADDR is a package of the address's halves: DWORD 0xF7000, then zero.
+    assert!(holds(dsdt, b"ADDR\x12\x08\x02\x0c\x00\x70\x0f\x00\x00"));
+    // If (Local0 And 0x10) Notify (VGEN, 0x80)
+    assert!(holds(dsdt, b"\x86VGEN\x0a\x80"));
+}
+
 /// Of `cpus`, one is there at boot; memory can be added too.
 fn growing(cpus: u32) -> AcpiConfig {
     let mut config = config(cpus);

@@ -9,7 +9,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::error::BootError;
 use crate::layout::memory::{
-    ACPI_START, EBDA_START, ECAM_LEN, ECAM_START, HIMEM_START, KVM_IDENTITY_MAP, SMBIOS_START,
+    ACPI_START, EBDA_START, ECAM_LEN, ECAM_START, GENERATION_ID, HIMEM_START, KVM_IDENTITY_MAP,
 };
 
 /// The end of conventional memory; video memory and ROMs follow on a PC.
@@ -91,8 +91,8 @@ impl Ram {
         let mut areas = vec![
             area(0, EBDA_START, Kind::Ram),
             area(EBDA_START, CONVENTIONAL_END, Kind::Reserved),
-            area(ACPI_START, SMBIOS_START, Kind::Acpi),
-            area(SMBIOS_START, HIMEM_START, Kind::Reserved),
+            area(ACPI_START, GENERATION_ID, Kind::Acpi),
+            area(GENERATION_ID, HIMEM_START, Kind::Reserved),
             area(ECAM_START, ECAM_START + ECAM_LEN, Kind::Reserved),
             area(
                 KVM_IDENTITY_MAP,

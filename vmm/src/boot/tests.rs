@@ -618,8 +618,8 @@ fn the_memory_map_covers_ram_but_for_firmware_areas() {
         [
             area(0, 0x9_FC00, Kind::Ram),
             area(0x9_FC00, 0xA_0000, Kind::Reserved),
-            area(0xE_0000, 0xF_8000, Kind::Acpi),
-            area(0xF_8000, 0x10_0000, Kind::Reserved),
+            area(0xE_0000, 0xF_7000, Kind::Acpi),
+            area(0xF_7000, 0x10_0000, Kind::Reserved),
             area(0x10_0000, 16 * MIB, Kind::Ram),
             area(0xE000_0000, 0xE010_0000, Kind::Reserved),
             area(0xFFFB_C000, 0xFFFC_0000, Kind::Reserved),

@@ -62,7 +62,7 @@ pub(super) struct NameArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct ValidateArgs {
-    /// File, or name of a definition
+    /// A file.toml or a path with a '/', or the name of a definition
     #[arg(value_name = "FILE")]
     file: String,
 }
@@ -100,15 +100,15 @@ pub(super) fn load(text: &str, opener: &Opener) -> Result<VmConfig, Failure> {
 /// # Errors
 ///
 /// The first rule that is broken.
-pub(super) fn complete(config: &mut VmConfig) -> anyhow::Result<()> {
+pub(super) fn complete(config: &mut VmConfig, opener: &Opener) -> anyhow::Result<()> {
     config.complete(MODELS);
     config.validate(MODELS, &HostLimits::read())?;
-    Ok(files::check(config, MODELS)?)
+    Ok(files::check(config, MODELS, opener)?)
 }
 
 /// [`complete`] for what has been read from `what`; the configuration stays as it is.
-fn check(config: &VmConfig, what: &str) -> Result<(), Failure> {
-    let checked = complete(&mut config.clone());
+fn check(config: &VmConfig, what: &str, opener: &Opener) -> Result<(), Failure> {
+    let checked = complete(&mut config.clone(), opener);
     checked.map_err(|error| Failure::Usage(error.context(what.to_owned())))
 }
 
@@ -127,7 +127,7 @@ pub(super) fn define(arguments: DefineArgs, opener: &Opener) -> Result<u8, Failu
     };
     let here = std::env::current_dir().context("this directory has gone");
     config.make_paths_absolute(&here.map_err(Failure::Failed)?, MODELS);
-    check(&config, &what)?;
+    check(&config, &what, opener)?;
     let stored = Definitions::of_user().map_err(failed)?;
     let text = config.to_toml(MODELS);
     stored
@@ -164,7 +164,7 @@ pub(super) fn edit(arguments: &NameArgs, opener: &Opener) -> Result<u8, Failure>
     }
     let new = stored.draft_text(name).map_err(failed)?.unwrap_or_default();
     if new != old {
-        accept(&stored, name, &new).map_err(|error| {
+        accept(&stored, name, &new, opener).map_err(|error| {
             let told = format!(
                 "the definition '{name}' is as it was, and 'vireo edit {name}' goes on with the new text"
             );
@@ -176,12 +176,12 @@ pub(super) fn edit(arguments: &NameArgs, opener: &Opener) -> Result<u8, Failure>
 }
 
 /// Puts a new text in the place of a definition, if it makes sense.
-fn accept(stored: &Definitions, name: &str, text: &str) -> anyhow::Result<()> {
+fn accept(stored: &Definitions, name: &str, text: &str, opener: &Opener) -> anyhow::Result<()> {
     let mut config = stored.parse(name, text, MODELS)?;
     if let Some(other) = config.name.as_deref().filter(|other| *other != name) {
         anyhow::bail!("the name in it is '{other}': a definition keeps its name: define another");
     }
-    complete(&mut config)?;
+    complete(&mut config, opener)?;
     Ok(stored.store(name, text, true)?)
 }
 
@@ -196,7 +196,7 @@ fn editor() -> String {
 /// `vireo validate`.
 pub(super) fn validate(arguments: &ValidateArgs, opener: &Opener) -> Result<u8, Failure> {
     let config = load(&arguments.file, opener)?;
-    check(&config, &arguments.file)?;
+    check(&config, &arguments.file, opener)?;
     let what = || arguments.file.clone();
     if config.payload.kernel.is_none() {
         let told = "nothing to boot: give payload.kernel; 'vireo serve' alone takes it as it is";
@@ -205,7 +205,7 @@ pub(super) fn validate(arguments: &ValidateArgs, opener: &Opener) -> Result<u8, 
     if config.name.is_none() {
         run::check_ends(&config).map_err(|error| Failure::Usage(error.context(what())))?;
     }
-    files::check_present(&config, MODELS)
+    files::check_present(&config, MODELS, opener)
         .map_err(|error| Failure::Failed(anyhow::Error::new(error).context(what())))?;
     Ok(0)
 }

@@ -44,13 +44,17 @@ pub(super) fn detach(log: Option<&Path>, opener: &Opener) -> anyhow::Result<Side
         None => opener.open_device(null)?,
     };
     let (mut ready, report) = io::pipe().context("--detach")?;
+    let parent = std::process::id();
     // SAFETY: there is one thread, so the child has all that this process has.
     #[expect(unsafe_code, reason = "fork is a system call")]
     let child = unsafe { libc::fork() };
     match child {
         ..0 => Err(anyhow::Error::new(io::Error::last_os_error()).context("--detach")),
         0 => {
-            leave_session();
+            if !leave_session(parent) {
+                // Nobody is there any more who wants the machine or hears of it.
+                return Ok(Side::User(FAILURE));
+            }
             Ok(Side::Machine(Detached {
                 report,
                 nothing,
@@ -68,8 +72,9 @@ pub(super) fn detach(log: Option<&Path>, opener: &Opener) -> anyhow::Result<Side
     }
 }
 
-/// Makes this process the first of a session of its own, and has it asked to end when its parent ends.
-fn leave_session() {
+/// Makes this process the first of a session of its own, and has it asked to end when its `parent`
+/// ends; `false` when that has ended already, which the kernel does not tell any more.
+fn leave_session(parent: u32) -> bool {
     // SAFETY: the calls have no pointers. A process that was just made leads no group, so
     // the first succeeds; the second can only fail for a signal that there is not.
     #[expect(unsafe_code, reason = "setsid and prctl are system calls")]
@@ -77,6 +82,7 @@ fn leave_session() {
         libc::setsid();
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
     }
+    std::os::unix::process::parent_id() == parent
 }
 
 impl Detached {
@@ -124,4 +130,30 @@ fn exit_code_of(child: libc::pid_t) -> anyhow::Result<u8> {
         anyhow::bail!("--detach: the machine's process was killed by signal {signal}");
     }
     Ok(u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(FAILURE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a process that has just been made says of its `parent`.
+    fn child_of(parent: u32) -> bool {
+        // SAFETY: the child calls into the kernel alone, and ends.
+        #[expect(unsafe_code, reason = "fork and _exit are system calls")]
+        let child = unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                libc::_exit(i32::from(leave_session(parent)));
+            }
+            child
+        };
+        exit_code_of(child).unwrap() == 1
+    }
+
+    #[test]
+    fn a_parent_that_ended_before_it_was_watched_is_noticed() {
+        assert!(child_of(std::process::id()));
+        // As whoever takes children over that have lost theirs.
+        assert!(!child_of(u32::MAX));
+    }
 }

@@ -12,6 +12,7 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use super::Misuse;
 use crate::notice;
 use crate::opener::Opener;
 
@@ -20,6 +21,10 @@ const VARIABLE: &str = "VIREO_LOG";
 
 /// Starts the log; warnings and errors only unless asked for more. What a full disk or a reader
 /// does not take at once is lost, and nobody hears of it.
+///
+/// # Errors
+///
+/// [`Misuse`] for a filter that is none, and why the file cannot be written.
 pub(super) fn start(verbosity: u8, file: Option<&Path>, opener: &Opener) -> anyhow::Result<()> {
     let level = match verbosity {
         0 => LevelFilter::WARN,
@@ -34,11 +39,11 @@ pub(super) fn start(verbosity: u8, file: Option<&Path>, opener: &Opener) -> anyh
             .to_str()
             .context("it is not UTF-8")
             .and_then(|text| text.parse::<Targets>().map_err(anyhow::Error::from))
-            .with_context(|| {
-                format!(
+            .map_err(|error| {
+                Misuse(format!(
                     "{VARIABLE}: give error, warn, info, debug, trace, or a filter such as \
-                     warn,vmm=debug"
-                )
+                     warn,vmm=debug: {error:#}"
+                ))
             })?,
     };
     let (writer, colours) = match file {

@@ -2,7 +2,7 @@
 //! driver and others) start it.
 //!
 //! The flags are those of `vireo run`, and those forms are taken too that only Cloud Hypervisor
-//! has: several values after one flag, `--pvpanic` alone, `--seccomp`. With a kernel a machine is
+//! has: several values after one flag, `--pvpanic` and `--watchdog` alone, `--seccomp`. With a kernel a machine is
 //! booted; without one the monitor waits for clients, as `vireo serve` does.
 
 use std::ffi::{OsStr, OsString};
@@ -91,8 +91,11 @@ fn start(parsed: ManagerArgs, matches: ArgMatches) -> Start {
     Start {
         verbose: parsed.verbose,
         log_file: parsed.run.log_file().map(Path::to_owned),
+        descriptors: parsed.run.numbers(),
         warning,
-        work: Box::new(move |opener| {
+        work: Box::new(move |opener, inherited| {
+            let mut parsed = parsed;
+            parsed.run.inherit(inherited);
             if parsed.run.has_machine() {
                 return run::execute(parsed.run, &matches, opener);
             }
@@ -119,7 +122,10 @@ fn command(models: &'static [Model]) -> Command {
                 argument.num_args(least..)
             })
         })
-        .mut_arg("pvpanic", |argument| {
+        .mut_args(|argument| {
+            if !["pvpanic", "watchdog"].contains(&argument.get_id().as_str()) {
+                return argument;
+            }
             argument.num_args(0..=1).default_missing_value("on")
         })
 }
@@ -173,7 +179,7 @@ mod tests {
     #[test]
     fn what_only_cloud_hypervisor_takes_is_taken() {
         let line = "cloud-hypervisor -v --api-socket path=/s --seccomp true --log-file /l --kernel k \
-                    --disk path=/a path=/b --pvpanic --console off --event-monitor fd=9";
+                    --disk path=/a path=/b --pvpanic --watchdog --console off --event-monitor fd=9";
         let start = parse(&words(line)).unwrap();
         assert_eq!((start.verbose, start.log_file), (1, Some("/l".into())));
         assert!(start.warning.is_some());

@@ -2,10 +2,13 @@
 
 mod agent;
 mod console;
+mod coredump;
 mod disk;
 mod events;
 mod jobs;
 mod lifecycle;
+mod net;
+mod removal;
 mod resize;
 mod show;
 mod watch;
@@ -59,6 +62,11 @@ pub(super) enum Verb {
     /// End the guest at once and boot it again
     #[command(after_help = lifecycle::REBOOT_EXAMPLES)]
     Reboot(lifecycle::PlainArgs),
+    /// Restart the guest in place, as a reset button would
+    ///
+    /// Memory and devices begin anew, and the machine keeps what it has been given at run time.
+    #[command(after_help = lifecycle::RESET_EXAMPLES)]
+    Reset(lifecycle::PlainArgs),
     /// End machine and monitor at once
     ///
     /// Of a machine that is dead, the socket is removed.
@@ -78,6 +86,17 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: disk::Verb,
     },
+    /// List, add, remove and change network cards
+    #[command(after_help = net::EXAMPLES)]
+    Net {
+        #[command(subcommand)]
+        verb: net::Verb,
+    },
+    /// Write memory and registers into an ELF core file, for crash and gdb
+    ///
+    /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
+    #[command(after_help = coredump::EXAMPLES)]
+    Coredump(coredump::CoredumpArgs),
     /// Ask the guest agent
     ///
     /// The machine needs the port --agent, and the guest runs the QEMU guest agent.
@@ -112,10 +131,13 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Resume(arguments) => lifecycle::resume(&arguments),
         Verb::Shutdown(arguments) => return lifecycle::shutdown(&arguments),
         Verb::Reboot(arguments) => lifecycle::reboot(&arguments),
+        Verb::Reset(arguments) => lifecycle::reset(&arguments),
         Verb::Destroy(arguments) => lifecycle::destroy(&arguments, opener),
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),
+        Verb::Net { verb } => net::run(verb),
+        Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;

@@ -13,7 +13,7 @@ use virtio::models::{MODELS, Model};
 use virtio::schema::{Field, FieldKind};
 
 use super::detach::{Side, detach};
-use super::serve::SocketArgs;
+use super::serve::{Numbers, SocketArgs};
 use super::{Failure, definition, exit_code, judge};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -25,6 +25,7 @@ use crate::config::{
     MACHINE_FIELDS, MEMORY_FIELDS, PortConfig, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig,
     SerialConfig, SinkConfig, SmbiosConfig, VmConfig, files,
 };
+use crate::monitor::Inherited;
 use crate::opener::Opener;
 use crate::run::OnRunning;
 
@@ -223,6 +224,10 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SWITCH", default_value = "on")]
     pvpanic: String,
 
+    /// A watchdog (i6300esb), which acts when the guest stops to feed it: on, off
+    #[arg(long, value_name = "SWITCH", default_value = "off")]
+    watchdog: String,
+
     /// Seconds that the guest has to power off after SIGTERM; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
     shutdown_timeout: u64,
@@ -238,6 +243,10 @@ pub(super) struct RunArgs {
     /// When the guest's kernel panics and says so: exit, stop, restart, pause
     #[arg(long, value_name = "ACTION", default_value = "exit", help_heading = ACTIONS)]
     on_panic: String,
+
+    /// When the guest does not feed its watchdog: restart, exit, stop, pause
+    #[arg(long, value_name = "ACTION", default_value = "restart", help_heading = ACTIONS)]
+    on_watchdog: String,
 
     #[command(flatten)]
     socket: SocketArgs,
@@ -324,6 +333,16 @@ impl RunArgs {
         self.socket.log_file()
     }
 
+    /// The descriptors that are named.
+    pub(super) fn numbers(&self) -> Numbers {
+        self.socket.numbers()
+    }
+
+    /// Gives these flags the descriptors that they name.
+    pub(super) fn inherit(&mut self, inherited: Inherited) {
+        self.socket.inherit(inherited);
+    }
+
     /// Whether there is anything to boot, or it is to be looked for.
     pub(super) fn has_machine(&self) -> bool {
         self.kernel.is_some() || self.config.is_some()
@@ -346,7 +365,9 @@ pub(super) fn execute(
         None => VmConfig::default(),
     };
     let detached = arguments.detach;
-    let (config, socket) = configure(arguments, matches, base, MODELS).map_err(Failure::Usage)?;
+    let (config, socket) =
+        configure(arguments, matches, base, MODELS, &opener).map_err(Failure::Usage)?;
+    let config = from_anywhere(config, MODELS);
     start(config, socket, detached, opener)
 }
 
@@ -399,12 +420,28 @@ pub(super) fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
     }
 }
 
+/// The same machine with paths that mean the same in every directory: clients read them.
+fn from_anywhere(config: VmConfig, models: &'static [Model]) -> VmConfig {
+    // Where it cannot be told, nothing relative can be opened either.
+    let Ok(here) = std::env::current_dir() else {
+        return config;
+    };
+    let mut absolute = config.clone();
+    absolute.make_paths_absolute(&here, models);
+    // The path of a socket must not become too long by it.
+    match absolute.validate(models, &HostLimits::read()) {
+        Ok(()) => absolute,
+        Err(_) => config,
+    }
+}
+
 /// Makes the configuration, from `base` on, and checks it, files included.
 fn configure(
     arguments: RunArgs,
     matches: &ArgMatches,
     base: VmConfig,
     models: &'static [Model],
+    opener: &Opener,
 ) -> anyhow::Result<(VmConfig, SocketArgs)> {
     let mut config = base;
     let flags = Flags { matches, models };
@@ -417,8 +454,8 @@ fn configure(
     if config.payload.kernel.is_none() {
         anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
     }
-    files::check(&config, models)?;
-    files::check_own(&config, models, arguments.socket.outputs())?;
+    files::check(&config, models, opener).map_err(|error| flags.name(error))?;
+    files::check_own(&config, models, opener, arguments.socket.outputs())?;
     Ok((config, arguments.socket))
 }
 
@@ -432,6 +469,14 @@ impl Flags<'_> {
     /// Whether the user has given the flag: its default changes nothing.
     fn has(&self, flag: &str) -> bool {
         self.matches.value_source(flag) == Some(ValueSource::CommandLine)
+    }
+
+    /// Names the flag, if one has given what breaks a rule on files.
+    fn name(&self, error: ConfigError) -> anyhow::Error {
+        match files::flag_of(&error).filter(|flag| self.has(flag)) {
+            Some(flag) => anyhow::Error::new(error).context(format!("--{flag}")),
+            None => error.into(),
+        }
     }
 
     fn apply(&self, arguments: &RunArgs, config: &mut VmConfig) -> anyhow::Result<()> {
@@ -471,6 +516,9 @@ impl Flags<'_> {
         if self.has("pvpanic") {
             config.pvpanic = named("--pvpanic", flag::parse_switch(&arguments.pvpanic))?;
         }
+        if self.has("watchdog") {
+            config.watchdog = named("--watchdog", flag::parse_switch(&arguments.watchdog))?;
+        }
         if self.has("on_poweroff") {
             config.on_poweroff = action("--on-poweroff", &arguments.on_poweroff)?;
         }
@@ -479,6 +527,9 @@ impl Flags<'_> {
         }
         if self.has("on_panic") {
             config.on_panic = action("--on-panic", &arguments.on_panic)?;
+        }
+        if self.has("on_watchdog") {
+            config.on_watchdog = action("--on-watchdog", &arguments.on_watchdog)?;
         }
         if self.has("shutdown_timeout") {
             config.shutdown_timeout = arguments.shutdown_timeout;

@@ -1,5 +1,6 @@
 //! `vireo serve`, and the flags of the control socket that `vireo run` shares with it.
 
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use virtio::models::MODELS;
 
 use super::{Failure, definition, exit_code, judge};
 use crate::config::{VmConfig, files};
-use crate::monitor::{MonitorOptions, Place};
+use crate::monitor::{Inherited, InheritedError, MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
 use crate::run::Endpoint;
@@ -25,15 +26,15 @@ Examples:
 /// How the monitor is controlled.
 #[derive(Debug, Args)]
 pub(super) struct SocketArgs {
-    /// Control socket: PATH, path=PATH, or fd=N for a listening one
+    /// Control socket: PATH, path=PATH, or fd=N, a descriptor (3 or higher) of a socket that listens
     #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
-    api_socket: Option<Place>,
+    api_socket: Option<Where>,
 
-    /// Write events in Cloud Hypervisor's form: path=PATH, PATH, or fd=N
+    /// Write events in Cloud Hypervisor's form: path=PATH, PATH, or fd=N, a descriptor (3 or higher) open for writing
     ///
     /// A pipe may have no reader yet. Nobody waits for a reader that is slow, or for a full disk.
     #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
-    event_monitor: Option<Place>,
+    event_monitor: Option<Where>,
 
     /// Append the log to a file instead of writing it to standard error
     #[arg(long, value_name = "PATH", help_heading = "Control")]
@@ -46,6 +47,36 @@ pub(super) struct SocketArgs {
     /// Refuse requests with fields that mean nothing
     #[arg(long, help_heading = "Control")]
     strict_api: bool,
+
+    /// What the numbers in these flags stand for.
+    #[arg(skip)]
+    inherited: Inherited,
+}
+
+/// A place as it is given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Where {
+    Path(PathBuf),
+    /// The number of a descriptor that the process was started with.
+    Descriptor(RawFd),
+}
+
+/// The numbers of the descriptors that flags name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Numbers {
+    socket: Option<RawFd>,
+    events: Option<RawFd>,
+}
+
+impl Numbers {
+    /// Takes the descriptors, before the process opens anything.
+    ///
+    /// # Errors
+    ///
+    /// One is not what its flag needs.
+    pub(super) fn take(self) -> Result<Inherited, InheritedError> {
+        Inherited::take(self.socket, self.events)
+    }
 }
 
 /// The flags of `vireo serve`.
@@ -59,18 +90,18 @@ pub(super) struct ServeArgs {
     socket: SocketArgs,
 }
 
-fn place(text: &str) -> Result<Place, String> {
+fn place(text: &str) -> Result<Where, String> {
     if let Some(number) = text.strip_prefix("fd=") {
         return match number.parse() {
-            Ok(fd) if fd > 2 => Ok(Place::Descriptor(fd)),
-            _ => Err("fd= takes the number of a descriptor, 3 or higher".to_owned()),
+            Ok(fd) if fd > 2 => Ok(Where::Descriptor(fd)),
+            _ => Err("fd= takes the number of a descriptor that this process was started with, 3 or higher: write fd=3, or a path".to_owned()),
         };
     }
     let path = text.strip_prefix("path=").unwrap_or(text);
     if path.is_empty() {
         return Err("the path is empty".to_owned());
     }
-    Ok(Place::Path(PathBuf::from(path)))
+    Ok(Where::Path(PathBuf::from(path)))
 }
 
 impl SocketArgs {
@@ -79,13 +110,30 @@ impl SocketArgs {
         self.log_file.as_deref()
     }
 
+    /// The descriptors that are named.
+    pub(super) fn numbers(&self) -> Numbers {
+        let number = |place: &Option<Where>| match place {
+            Some(Where::Descriptor(fd)) => Some(*fd),
+            _ => None,
+        };
+        Numbers {
+            socket: number(&self.api_socket),
+            events: number(&self.event_monitor),
+        }
+    }
+
+    /// Gives these flags the descriptors that they name.
+    pub(super) fn inherit(&mut self, inherited: Inherited) {
+        self.inherited = inherited;
+    }
+
     /// The files that the monitor itself writes, by flag.
     pub(super) fn outputs(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let events = match &self.event_monitor {
-            Some(Place::Path(path)) => Some(("--event-monitor path=", path.as_path())),
+            Some(Where::Path(path)) => Some(("--event-monitor", path.as_path())),
             _ => None,
         };
-        let log = self.log_file().map(|path| ("--log-file ", path));
+        let log = self.log_file().map(|path| ("--log-file", path));
         events.into_iter().chain(log)
     }
 
@@ -95,7 +143,12 @@ impl SocketArgs {
     ///
     /// The directory of sockets cannot be had.
     pub(super) fn endpoint(self, name: Option<&str>, opener: &Opener) -> anyhow::Result<Endpoint> {
-        let place = match (self.api_socket, name, places::sockets()) {
+        let Inherited { socket, events } = self.inherited;
+        let given = |place, inherited: Option<OwnedFd>| match place {
+            Some(Where::Path(path)) => Some(Place::Path(path)),
+            _ => inherited.map(Place::Descriptor),
+        };
+        let place = match (given(self.api_socket, socket), name, places::sockets()) {
             (Some(place), ..) => Some(place),
             (None, Some(name), Some(directory)) => {
                 opener.private_directory(&directory)?;
@@ -110,7 +163,7 @@ impl SocketArgs {
         }
         Ok(Endpoint {
             place,
-            events: self.event_monitor,
+            events: given(self.event_monitor, events),
             log: self.log_file,
             options: MonitorOptions {
                 no_shutdown: self.no_shutdown,
@@ -144,14 +197,25 @@ impl ServeArgs {
         self.socket.log_file()
     }
 
+    /// The descriptors that are named.
+    pub(super) fn numbers(&self) -> Numbers {
+        self.socket.numbers()
+    }
+
+    /// Gives these flags the descriptors that they name.
+    pub(super) fn inherit(&mut self, inherited: Inherited) {
+        self.socket.inherit(inherited);
+    }
+
     /// Serves the monitor to its end.
     pub(super) fn execute(self, opener: Arc<Opener>) -> Result<u8, Failure> {
         let machine = match &self.config {
             None => None,
             Some(text) => {
                 let mut config = definition::load(text, &opener)?;
-                definition::complete(&mut config)
-                    .and_then(|()| Ok(files::check_own(&config, MODELS, self.socket.outputs())?))
+                let own = self.socket.outputs();
+                definition::complete(&mut config, &opener)
+                    .and_then(|()| Ok(files::check_own(&config, MODELS, &opener, own)?))
                     .map_err(|error| Failure::Usage(error.context(text.clone())))?;
                 Some(config)
             }
@@ -166,10 +230,10 @@ mod tests {
 
     #[test]
     fn sockets_are_named_as_managers_do() {
-        let path = |text: &str| Place::Path(PathBuf::from(text));
+        let path = |text: &str| Where::Path(PathBuf::from(text));
         assert_eq!(place("/a"), Ok(path("/a")));
         assert_eq!(place("path=/a"), Ok(path("/a")));
-        assert_eq!(place("fd=3"), Ok(Place::Descriptor(3)));
+        assert_eq!(place("fd=3"), Ok(Where::Descriptor(3)));
         for wrong in ["", "path=", "fd=", "fd=2", "fd=-1", "fd=x"] {
             assert!(place(wrong).is_err(), "{wrong}");
         }

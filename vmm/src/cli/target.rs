@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use api::Reason;
 use api::client::{Client, ClientError};
+use api::spelling::nearest;
 use api::wire;
 use clap::Args;
 
 use super::Misuse;
-use crate::config::flag::nearest;
 use crate::config::is_name;
 use crate::definitions::Definitions;
 use crate::opener::Opener;
@@ -118,7 +119,7 @@ impl Remote {
             let who = &self.who;
             return anyhow::anyhow!("{who}: {error}: it may still do what it was asked");
         }
-        if let Some(mend) = mend(&error) {
+        if let Some(mend) = error.reason().and_then(mend) {
             return anyhow::anyhow!("{}: {error}: {mend}", self.who);
         }
         anyhow::Error::new(error).context(self.who.clone())
@@ -126,21 +127,19 @@ impl Remote {
 }
 
 /// What can be done about a state in which the monitor refuses, in this program's words.
-fn mend(error: &ClientError) -> Option<&'static str> {
-    let ClientError::Refused { chain, .. } = error else {
-        return None;
-    };
-    match chain.last()?.as_str() {
-        "VM is already paused" => Some("let it go on with 'vireo resume'"),
-        "VM is not paused" => Some("it runs: there is nothing to resume"),
-        "VM is already running" => {
+fn mend(reason: Reason) -> Option<&'static str> {
+    match reason {
+        Reason::AlreadyPaused => Some("let it go on with 'vireo resume'"),
+        Reason::NotPaused => Some("it runs: there is nothing to resume"),
+        Reason::AlreadyRunning => {
             Some("boot it again with 'vireo reboot', or end it with 'vireo destroy'")
         }
-        "VM is not running" => Some("start it with 'vireo start', or end it with 'vireo destroy'"),
-        "VM is not created" => Some(
+        Reason::NotRunning => Some("start it with 'vireo start', or end it with 'vireo destroy'"),
+        Reason::NotCreated => Some(
             "the monitor has no machine: create one with vm.create, or end it with 'vireo destroy'",
         ),
-        _ => None,
+        // The messages say what is to be done, or that there is nothing to do.
+        Reason::AlreadyCreated | Reason::Paused | Reason::ShuttingDown => None,
     }
 }
 

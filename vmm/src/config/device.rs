@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use api::spelling::nearest;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use virtio::models::Model;
@@ -12,6 +13,7 @@ use virtio::schema::{Field, FieldKind};
 
 use super::VmConfig;
 use super::flag::{self, FlagError, FlagTable};
+use super::wire::names::next_number;
 use crate::layout::PCI_SLOTS;
 
 /// A device on the PCI bus.
@@ -46,7 +48,7 @@ pub const COMMON_FIELDS: &[Field] = &[
         name: ID,
         kind: FieldKind::Text,
         required: false,
-        help: "name of the device; default is the flag and a number, as in disk0",
+        help: "name of the device; default is _, the flag and a number, as in _disk0",
     },
     Field {
         name: ADDR,
@@ -133,7 +135,7 @@ impl DeviceConfig {
         let (kind, rest) = text.split_once(',').unwrap_or((text, ""));
         let Some(model) = models.iter().find(|model| model.kind == kind) else {
             let kinds: Vec<&str> = models.iter().map(|model| model.kind).collect();
-            let near = flag::nearest(kind, kinds.iter().copied());
+            let near = nearest(kind, kinds.iter().copied());
             return Err(DeviceFlagError::UnknownKind {
                 kind: kind.to_owned(),
                 hint: near.map_or_else(String::new, |k| format!("did you mean '{k}'? ")),
@@ -150,20 +152,21 @@ fn valid_slot(slot: u64) -> Option<u8> {
         .filter(|slot| (1..=PCI_SLOTS).contains(slot))
 }
 
-/// An id that is not `taken`: the flag of the device's model and the first free number.
+/// An id that is not `taken`, as v1 makes them: an underscore, the flag of the device's model and a number. All
+/// kinds count together, as in `_disk0`, `_rng1`, `_disk2`.
 pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) -> String {
     let model = models.iter().find(|model| model.kind == kind);
     let stem = model.map_or(kind, |model| model.flag);
-    // One of the first `taken.len() + 1` numbers is free.
-    (0..=taken.len())
-        .map(|number| format!("{stem}{number}"))
+    (next_number(taken.iter().map(String::as_str))..=u64::MAX)
+        .map(|number| format!("_{stem}{number}"))
         .find(|id| !taken.contains(id))
         .unwrap_or_default()
 }
 
 impl VmConfig {
-    /// Adds the device of console and ports, where there are any. Gives each device that has none an id (its model's flag and the first
-    /// free number) and a PCI slot (the first free one), in order. What was
+    /// Adds the device of console and ports, where there are any. Gives each device that has none an id (as in
+    /// `_disk0`: its model's flag and the next number) and a PCI slot (the first free one), in order, and each
+    /// network card an address. What was
     /// given stays. With more devices than slots the last stay without, which
     /// [`VmConfig::validate`] refuses.
     pub fn complete(&mut self, models: &[Model]) {
@@ -180,6 +183,7 @@ impl VmConfig {
                 device.address = free.next();
             }
         }
+        self.complete_networks();
     }
 }
 
@@ -301,17 +305,17 @@ pub(crate) mod tests {
         let rng = DeviceConfig::from_generic_flag(TEST_MODELS, "rng").unwrap();
         let devices = vec![
             disk("a").unwrap(),
-            disk("b,id=disk0,addr=1").unwrap(),
+            disk("b,id=_disk0,addr=1").unwrap(),
             rng,
             disk("c,addr=3").unwrap(),
             disk("d").unwrap(),
         ];
         let expected = [
-            ("disk1", 2),
-            ("disk0", 1),
-            ("rng0", 4),
-            ("disk2", 3),
-            ("disk3", 5),
+            ("_disk1", 2),
+            ("_disk0", 1),
+            ("_rng2", 4),
+            ("_disk3", 3),
+            ("_disk4", 5),
         ];
         assert_eq!(
             completed(devices),

@@ -6,12 +6,13 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use api::spelling::nearest;
 use toml::de::{DeTable, DeValue};
 use toml::{Spanned, Table, Value};
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
-use super::flag::{nearest, parse_bytes};
+use super::flag::parse_bytes;
 use super::{
     CpuBaseline, DebugconConfig, GdbConfig, MEMORY_FIELDS, SerialConfig, SinkConfig, VmConfig,
     bytes,

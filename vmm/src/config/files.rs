@@ -2,35 +2,43 @@
 //! overwritten that is used otherwise.
 //!
 //! Files are told apart by device and inode (block devices by their number),
-//! so other names and links for the same file are seen. Nothing is opened. A
-//! file that cannot be looked at is left to whoever opens it.
+//! so other names and links for the same file are seen. What the images of disks refer to is used
+//! as they are; for that alone files are opened. A file that cannot be looked at is left to whoever opens it.
+//!
+//! Messages name the parts of a machine, which are the same whether flags, a file or a client described
+//! it; what only flags give is named by them.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use block::ops::referred;
+use block::{BackingPolicy, Format};
 use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::FieldKind;
 
-use super::{COMS, ConfigError, CpuBaseline, SinkConfig, VmConfig};
+use super::{COMS, CONSOLE_FLAGS, ConfigError, CpuBaseline, SinkConfig, VmConfig};
+use crate::opener::Opener;
 
 /// The kind of the model that is a disk, and its keys that matter here.
 const DISK: &str = "blk";
 const DISK_PATH: &str = "path";
 const DISK_READ_ONLY: &str = "readonly";
+const DISK_FORMAT: &str = "format";
+const DISK_BACKING: &str = "backing";
 
-/// Flags that write a file, up to its path.
-const SERIAL: &str = "--serial file=";
+/// What writes files.
+const SERIAL: &str = "the serial port";
 const CONSOLES: [&str; COMS + 1] = [
     SERIAL,
-    "--serial2 file=",
-    "--serial3 file=",
-    "--serial4 file=",
-    "--console file=",
+    "the second serial port",
+    "the third serial port",
+    "the fourth serial port",
+    "the virtio console",
 ];
-const PORT: &str = "--port file=";
-const DEBUGCON: &str = "--debugcon file=";
+const PORT: &str = "a named port";
+const DEBUGCON: &str = "the debug console";
 
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +65,7 @@ impl Identity {
 
 /// The files that a monitor writes for itself: its events, its log, its socket's lock. What has
 /// been opened is known even under another name.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct OwnFiles {
     files: Vec<(Identity, String)>,
 }
@@ -92,9 +100,9 @@ impl OwnFiles {
 /// # Errors
 ///
 /// [`ConfigError::SameDisk`] and [`ConfigError::OutputInUse`].
-pub fn check(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
+pub fn check(config: &VmConfig, models: &[Model], opener: &Opener) -> Result<(), ConfigError> {
     check_disks(config)?;
-    check_outputs(config, models)
+    check_outputs(config, models, opener)
 }
 
 fn check_disks(config: &VmConfig) -> Result<(), ConfigError> {
@@ -121,7 +129,6 @@ fn check_disks(config: &VmConfig) -> Result<(), ConfigError> {
         });
         if let Some((_, _, first, first_path)) = clash {
             return Err(ConfigError::SameDisk {
-                flag: "disk".to_owned(),
                 first: (*first).to_owned(),
                 first_path: first_path.to_path_buf(),
                 second: disk.id.clone(),
@@ -133,14 +140,14 @@ fn check_disks(config: &VmConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
+fn check_outputs(config: &VmConfig, models: &[Model], opener: &Opener) -> Result<(), ConfigError> {
     let outputs = outputs(config);
     if outputs.is_empty() {
         return Ok(());
     }
-    let mut used = inputs(config, models);
-    for (flag, path) in outputs {
-        claim(&mut used, flag, path)?;
+    let mut used = identified(inputs(config, models, opener));
+    for (user, path) in outputs {
+        claim(&mut used, user, path)?;
     }
     Ok(())
 }
@@ -154,17 +161,18 @@ fn check_outputs(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError>
 pub fn check_sink(
     config: &VmConfig,
     models: &[Model],
+    opener: &Opener,
     own: &OwnFiles,
     sink: &SinkConfig,
 ) -> Result<(), ConfigError> {
-    let mut used = in_use(config, models);
+    let mut used = in_use(config, models, opener);
     used.extend(own.in_use());
     sink.outputs()
         .try_for_each(|path| claim(&mut used, SERIAL, path))
 }
 
 /// Checks that files which the monitor writes for itself are none that the machine uses.
-/// Each comes with its flag, up to the path.
+/// Each comes with its flag.
 ///
 /// # Errors
 ///
@@ -172,23 +180,57 @@ pub fn check_sink(
 pub fn check_own<'a>(
     config: &VmConfig,
     models: &[Model],
+    opener: &Opener,
     own: impl Iterator<Item = (&'static str, &'a Path)>,
 ) -> Result<(), ConfigError> {
-    let mut used = in_use(config, models);
+    let mut used = in_use(config, models, opener);
     own.into_iter()
         .try_for_each(|(flag, path)| claim(&mut used, flag, path.to_owned()))
 }
 
-/// Checks that a machine that a client boots writes over none of the monitor's own files.
+/// Checks that a machine of a client neither writes over the monitor's own files nor reads what the monitor
+/// writes.
 ///
 /// # Errors
 ///
 /// [`ConfigError::OutputInUse`].
-pub fn check_machine(config: &VmConfig, own: &OwnFiles) -> Result<(), ConfigError> {
+pub fn check_machine(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+    own: &OwnFiles,
+) -> Result<(), ConfigError> {
     let mut used = own.in_use();
+    for (path, other) in inputs(config, models, opener) {
+        let identity = Identity::of(&path);
+        let writer = used.iter().find(|(own, _)| Some(own) == identity.as_ref());
+        if let Some((_, output)) = writer {
+            let output = output.clone();
+            return Err(ConfigError::OutputInUse {
+                output,
+                path,
+                other,
+            });
+        }
+    }
     outputs(config)
         .into_iter()
-        .try_for_each(|(flag, path)| claim(&mut used, flag, path))
+        .try_for_each(|(user, path)| claim(&mut used, user, path))
+}
+
+/// The flag, without dashes, that gives what breaks one of these rules, where the machine comes from flags.
+#[must_use]
+pub fn flag_of(error: &ConfigError) -> Option<&'static str> {
+    let output = match error {
+        ConfigError::SameDisk { .. } => return Some("disk"),
+        ConfigError::OutputInUse { output, .. } => output,
+        _ => return None,
+    };
+    let consoles = CONSOLES.into_iter().zip(CONSOLE_FLAGS);
+    let others = [(PORT, "--port"), (DEBUGCON, "--debugcon")];
+    let mut writers = consoles.chain(others);
+    let (_, flag) = writers.find(|(writer, _)| writer == output)?;
+    Some(flag.trim_start_matches('-'))
 }
 
 /// Checks that every file is there that the machine reads.
@@ -196,11 +238,15 @@ pub fn check_machine(config: &VmConfig, own: &OwnFiles) -> Result<(), ConfigErro
 /// # Errors
 ///
 /// [`ConfigError::Missing`].
-pub fn check_present(config: &VmConfig, models: &[Model]) -> Result<(), ConfigError> {
-    let mut used = inputs(config, models).into_iter();
-    let missing = used.find_map(|(identity, user)| match identity {
-        Identity::Absent(path) if !path.to_string_lossy().contains("://") => Some((path, user)),
-        _ => None,
+pub fn check_present(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+) -> Result<(), ConfigError> {
+    let mut used = inputs(config, models, opener).into_iter();
+    let missing = used.find(|(path, _)| {
+        let absent = matches!(Identity::of(path), Some(Identity::Absent(_)));
+        absent && !path.to_string_lossy().contains("://")
     });
     missing.map_or(Ok(()), |(path, user)| {
         Err(ConfigError::Missing { user, path })
@@ -208,20 +254,22 @@ pub fn check_present(config: &VmConfig, models: &[Model]) -> Result<(), ConfigEr
 }
 
 /// Every file that the machine uses or writes, and what does.
-fn in_use(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
-    let mut used = inputs(config, models);
-    for (flag, path) in outputs(config) {
-        used.extend(Identity::of(&path).map(|identity| (identity, user(flag))));
-    }
-    used
+fn in_use(config: &VmConfig, models: &[Model], opener: &Opener) -> Vec<(Identity, String)> {
+    let mut used = inputs(config, models, opener);
+    let outputs = outputs(config).into_iter();
+    used.extend(outputs.map(|(user, path)| (path, user.to_owned())));
+    identified(used)
 }
 
-/// A flag without the key of its path.
-fn user(flag: &str) -> String {
-    flag.split(' ').next().unwrap_or_default().to_owned()
+/// The files by what tells them apart.
+fn identified(files: Vec<(PathBuf, String)>) -> Vec<(Identity, String)> {
+    let files = files.into_iter();
+    files
+        .filter_map(|(path, user)| Some((Identity::of(&path)?, user)))
+        .collect()
 }
 
-/// The files that the machine writes, by flag.
+/// The files that the machine writes, and what writes them.
 fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
     let mut outputs = Vec::new();
     for (flag, console) in CONSOLES.into_iter().zip(config.consoles()) {
@@ -239,10 +287,10 @@ fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
     outputs
 }
 
-/// Adds a file that `flag` writes to those in use.
+/// Adds a file that `user` writes to those in use.
 fn claim(
     used: &mut Vec<(Identity, String)>,
-    flag: &'static str,
+    user: &'static str,
     path: PathBuf,
 ) -> Result<(), ConfigError> {
     let Some(identity) = Identity::of(&path) else {
@@ -251,42 +299,57 @@ fn claim(
     if let Some((_, other)) = used.iter().find(|(other, _)| *other == identity) {
         let other = other.clone();
         return Err(ConfigError::OutputInUse {
-            output: flag,
+            output: user.to_owned(),
             path,
             other,
         });
     }
-    used.push((identity, user(flag)));
+    used.push((identity, user.to_owned()));
     Ok(())
 }
 
 /// Every file that the machine uses besides its outputs, and what uses it.
-fn inputs(config: &VmConfig, models: &[Model]) -> Vec<(Identity, String)> {
-    let mut named: Vec<(&Path, String)> = Vec::new();
+fn inputs(config: &VmConfig, models: &[Model], opener: &Opener) -> Vec<(PathBuf, String)> {
+    let mut named: Vec<(PathBuf, String)> = Vec::new();
     if let Some(path) = &config.payload.kernel {
-        named.push((path, "--kernel".to_owned()));
+        named.push((path.clone(), "the kernel".to_owned()));
     }
     if let Some(path) = &config.payload.initramfs {
-        named.push((path, "--initramfs".to_owned()));
+        named.push((path.clone(), "the initramfs".to_owned()));
     }
     if let CpuBaseline::File(path) = &config.cpus.baseline {
-        named.push((path, "--cpus baseline=".to_owned()));
+        named.push((path.clone(), "the CPU baseline".to_owned()));
     }
     for device in &config.devices {
         let fields = models
             .iter()
             .find(|model| model.kind == device.kind)
             .map_or(&[][..], |model| model.fields);
+        let user = format!("'{}'", device.id);
         for field in fields.iter().filter(|field| field.kind == FieldKind::Path) {
             if let Some(path) = device.config.get(field.name).and_then(Value::as_str) {
-                named.push((Path::new(path), format!("'{}'", device.id)));
+                named.push((PathBuf::from(path), user.clone()));
             }
+        }
+        if device.kind == DISK {
+            let others = below(&device.config, opener).into_iter();
+            named.extend(others.map(|path| (path, user.clone())));
         }
     }
     named
-        .into_iter()
-        .filter_map(|(path, user)| Some((Identity::of(path)?, user)))
-        .collect()
+}
+
+/// The files that the image of a disk refers to.
+fn below(disk: &Value, opener: &Opener) -> Vec<PathBuf> {
+    let key = |name| disk.get(name).cloned().unwrap_or_default();
+    let format = serde_json::from_value::<Format>(key(DISK_FORMAT)).ok();
+    match disk.get(DISK_PATH).and_then(Value::as_str) {
+        Some(path) if format == Some(Format::Qcow2) && !path.contains("://") => {
+            let policy = serde_json::from_value::<BackingPolicy>(key(DISK_BACKING));
+            referred(Path::new(path), opener, policy.unwrap_or_default())
+        }
+        _ => Vec::new(),
+    }
 }
 
 #[cfg(test)]
@@ -336,7 +399,7 @@ mod tests {
         }
 
         fn check(&self) -> Result<(), String> {
-            check(&self.config, TEST_MODELS).map_err(|error| error.to_string())
+            check(&self.config, TEST_MODELS, &Opener::new()).map_err(|error| error.to_string())
         }
     }
 
@@ -358,7 +421,7 @@ mod tests {
     fn the_same_disk_under_two_names_is_refused_and_both_are_named() {
         let message = Case::new().disk("a.img", false).disk("link", true).check();
         let message = message.unwrap_err();
-        for part in ["a.img", "link", "'disk0'", "'disk1'", "readonly=on"] {
+        for part in ["a.img", "link", "'disk0'", "'disk1'", "readonly"] {
             assert!(message.contains(part), "{message}");
         }
     }
@@ -388,11 +451,11 @@ mod tests {
     #[test]
     fn an_output_does_not_overwrite_what_the_machine_uses() {
         for (case, other) in [
-            (Case::new().serial("kernel"), "--kernel"),
+            (Case::new().serial("kernel"), "the kernel"),
             (Case::new().disk("a.img", true).serial("link"), "'disk0'"),
         ] {
             let message = case.check().unwrap_err();
-            assert!(message.starts_with("--serial file="), "{message}");
+            assert!(message.starts_with("the serial port: "), "{message}");
             assert!(message.contains(other), "{message}");
         }
         assert_eq!(
@@ -405,11 +468,42 @@ mod tests {
     fn two_outputs_are_two_files_unless_they_keep_nothing() {
         let mut case = Case::new().serial("log");
         case.config.debugcon = DebugconConfig::File(case.path("log"));
-        assert!(case.check().unwrap_err().contains("--debugcon"));
+        assert!(case.check().unwrap_err().contains("the debug console"));
         let null = SinkConfig::File(FileSink::new("/dev/null"));
         case.config.serial = SerialConfig::Sinks(vec![null.clone(), null]);
         case.config.debugcon = DebugconConfig::File("/dev/null".into());
         assert_eq!(case.check(), Ok(()));
+    }
+
+    #[test]
+    fn each_console_and_port_writes_to_a_file_of_its_own_and_its_flag_is_known() {
+        let mut own = OwnFiles::default();
+        let mut case = Case::new();
+        fs::write(case.path("own"), "").unwrap();
+        own.add(&case.path("own"), "--log-file");
+        let to = |path: &Path| SerialConfig::from(SinkConfig::File(FileSink::new(path)));
+        for (index, flag) in CONSOLE_FLAGS.into_iter().enumerate() {
+            let mut config = case.config.clone();
+            *config.consoles_mut()[index] = to(&case.path("kernel"));
+            let refused = check(&config, TEST_MODELS, &Opener::new()).unwrap_err();
+            assert_eq!(flag_of(&refused), Some(flag.trim_start_matches('-')));
+            *config.consoles_mut()[index] = to(&case.path("own"));
+            assert!(check_machine(&config, TEST_MODELS, &Opener::new(), &own).is_err());
+            *config.consoles_mut()[index] = to(&case.path("log"));
+            assert_eq!(check(&config, TEST_MODELS, &Opener::new()), Ok(()));
+        }
+        for (name, fits) in [("kernel", false), ("log", true)] {
+            case.config.ports = vec![api::wire::PortConfig {
+                name: "a".to_owned(),
+                file: Some(case.path(name)),
+                ..Default::default()
+            }];
+            let checked = check(&case.config, TEST_MODELS, &Opener::new());
+            let flag = checked.as_ref().err().and_then(flag_of);
+            assert_eq!((checked.is_ok(), flag), (fits, (!fits).then_some("port")));
+        }
+        case.config.console = to(&case.path("log"));
+        assert!(case.check().unwrap_err().contains("a named port"));
     }
 
     #[test]
@@ -423,7 +517,15 @@ mod tests {
         case.config.serial = limited.clone().into();
         assert!(case.check().unwrap_err().contains("'disk0'"));
         case.config.serial = SerialConfig::Off;
-        let check = |sink| check_sink(&case.config, TEST_MODELS, &OwnFiles::default(), sink);
+        let check = |sink| {
+            check_sink(
+                &case.config,
+                TEST_MODELS,
+                &Opener::new(),
+                &OwnFiles::default(),
+                sink,
+            )
+        };
         assert!(check(&limited).unwrap_err().to_string().contains("'disk0'"));
         assert_eq!(check(&SinkConfig::Pty), Ok(()));
     }
@@ -433,12 +535,72 @@ mod tests {
         let case = Case::new().serial("log");
         let check = |name| {
             let sink = SinkConfig::File(FileSink::new(case.path(name)));
-            check_sink(&case.config, TEST_MODELS, &OwnFiles::default(), &sink)
+            check_sink(
+                &case.config,
+                TEST_MODELS,
+                &Opener::new(),
+                &OwnFiles::default(),
+                &sink,
+            )
         };
-        assert!(check("log").unwrap_err().to_string().contains("--serial"));
+        assert!(
+            check("log")
+                .unwrap_err()
+                .to_string()
+                .contains("the serial port")
+        );
         assert!(check("kernel").is_err());
         assert_eq!(check("other"), Ok(()));
     }
+
+    #[test]
+    fn what_an_image_refers_to_is_in_use_as_far_as_the_policy_lets_it() {
+        let mut case = Case::new().disk("top", false);
+        for (name, backing, format, data_file) in [
+            ("middle", "a.img", "raw", None),
+            ("top", "middle", "qcow2", Some("data".to_owned())),
+        ] {
+            let options = block::CreateOptions {
+                size: 1 << 20,
+                backing: Some((backing.to_owned(), Some(format.to_owned()))),
+                data_file,
+                ..block::CreateOptions::default()
+            };
+            let image = block::ops::NewImage::Qcow2(Box::new(options));
+            block::ops::create(&case.path(name), &Opener::new(), &image).unwrap();
+        }
+        for (format, backing, refused) in [
+            ("qcow2", "directory", true),
+            ("qcow2", "any", true),
+            ("qcow2", "deny", false),
+            ("raw", "any", false),
+        ] {
+            let disk = &mut case.config.devices[0].config;
+            disk["format"] = json!(format);
+            disk["backing"] = json!(backing);
+            for name in ["a.img", "middle", "data"] {
+                case = case.serial(name);
+                let found = case.check();
+                assert_eq!(
+                    found.is_err(),
+                    refused,
+                    "{name} {format} {backing}: {found:?}"
+                );
+            }
+        }
+        case.config.devices[0].config["format"] = json!("qcow2");
+        case = case.serial("top");
+        assert!(case.check().unwrap_err().contains("'disk0'"));
+        fs::remove_file(case.path("a.img")).unwrap();
+        let missing = check_present(&case.config, TEST_MODELS, &Opener::new());
+        assert!(
+            missing
+                .unwrap_err()
+                .to_string()
+                .contains("a.img cannot be found")
+        );
+    }
+
     #[test]
     fn the_monitors_own_files_are_no_sinks_even_under_another_name() {
         let case = Case::new();
@@ -449,14 +611,19 @@ mod tests {
         own.add(&case.path("log"), "--log-file");
         fs::rename(case.path("log"), case.path("log.old")).unwrap();
         let sink = |name| SinkConfig::File(FileSink::new(case.path(name)));
-        let check = |name| check_sink(&case.config, TEST_MODELS, &own, &sink(name));
+        let check = |name| check_sink(&case.config, TEST_MODELS, &Opener::new(), &own, &sink(name));
         let refused = check("log.old").unwrap_err().to_string();
         assert!(refused.contains("--log-file"), "{refused}");
         assert_eq!(check("elsewhere"), Ok(()));
         let mut machine = case.config.clone();
         machine.serial = sink("log.old").into();
-        assert!(check_machine(&machine, &own).is_err());
+        let check = |machine: &VmConfig| check_machine(machine, TEST_MODELS, &Opener::new(), &own);
+        assert!(check(&machine).is_err());
         machine.serial = sink("elsewhere").into();
-        assert_eq!(check_machine(&machine, &own), Ok(()));
+        assert_eq!(check(&machine), Ok(()));
+        machine.payload.initramfs = Some(case.path("log.old"));
+        let refused = check(&machine).unwrap_err().to_string();
+        assert!(refused.starts_with("--log-file: "), "{refused}");
+        assert!(refused.contains("the initramfs"), "{refused}");
     }
 }

@@ -10,7 +10,9 @@
 //! The result is the JSON object that the same configuration would be in a
 //! file: [`FieldKind`] says which JSON type a value becomes.
 
+use api::spelling::nearest;
 use serde_json::{Map, Value};
+use virtio::limit::LimitError;
 use virtio::schema::{Field, FieldKind};
 
 /// What a flag accepts.
@@ -100,6 +102,15 @@ pub enum FlagError {
         /// The key.
         key: &'static str,
     },
+    /// A limit that is none.
+    #[error("{flag}")]
+    Limit {
+        /// The flag.
+        flag: String,
+        /// What is wrong with it.
+        #[source]
+        source: LimitError,
+    },
     /// The value is not of the field's kind.
     #[error("{flag}: {key}={value}")]
     Value {
@@ -113,6 +124,17 @@ pub enum FlagError {
         #[source]
         source: ValueError,
     },
+}
+
+impl FlagError {
+    /// What is wrong with the limits that `flag` gives.
+    pub fn of_limits(flag: &str, error: LimitError) -> Self {
+        let flag = flag.to_owned();
+        match error {
+            LimitError::Missing(key) => Self::MissingKey { flag, key },
+            source @ LimitError::NoTime(_) => Self::Limit { flag, source },
+        }
+    }
 }
 
 /// Why a value is not of its field's kind.
@@ -370,48 +392,6 @@ pub fn parse_number(text: &str) -> Result<u64, ValueError> {
         return Err(ValueError::Number);
     }
     text.parse().map_err(|_| ValueError::NumberOverflow)
-}
-
-/// The longest word for which a neighbour is looked for, in characters.
-const NEAREST_MAX: usize = 32;
-
-/// The candidate that `word` is most likely a misspelling of: at most two
-/// letters away, and at most one in words of up to four letters.
-pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let letters: Vec<char> = word.chars().take(NEAREST_MAX + 1).collect();
-    if letters.is_empty() || letters.len() > NEAREST_MAX {
-        return None;
-    }
-    let allowed = if letters.len() <= 4 { 1 } else { 2 };
-    candidates
-        .map(|candidate| (distance(&letters, candidate), candidate))
-        .filter(|&(distance, _)| distance <= allowed)
-        .min_by_key(|&(distance, _)| distance)
-        .map(|(_, candidate)| candidate)
-}
-
-/// How many letters must be added, taken away, changed, or swapped with their
-/// neighbour to make one word of the other (optimal string alignment).
-fn distance(from: &[char], to: &str) -> usize {
-    let to: Vec<char> = to.chars().collect();
-    let mut before: Vec<usize> = Vec::new();
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (i, &a) in from.iter().enumerate() {
-        let mut next = Vec::with_capacity(row.len());
-        next.push(i + 1);
-        for (j, &b) in to.iter().enumerate() {
-            let mut best = (row[j] + usize::from(a != b))
-                .min(row[j + 1] + 1)
-                .min(next[j] + 1);
-            let swapped = i > 0 && j > 0 && a == to[j - 1] && b == from[i - 1];
-            if swapped {
-                best = best.min(before[j - 1] + 1);
-            }
-            next.push(best);
-        }
-        before = std::mem::replace(&mut row, next);
-    }
-    row.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]

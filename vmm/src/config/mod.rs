@@ -10,7 +10,7 @@
 //! [`files::check`] (rules on the files that it names). What only the kernel
 //! image, the disk's content or KVM can tell is found when they are loaded.
 
-mod addition;
+pub mod balloon;
 pub mod capability;
 mod cpus;
 pub mod device;
@@ -19,6 +19,7 @@ pub mod file;
 pub mod files;
 pub mod flag;
 pub mod host;
+mod network;
 pub mod port;
 pub mod serial;
 pub mod smbios;
@@ -115,6 +116,9 @@ pub struct VmConfig {
     /// Whether the guest's kernel can report a panic.
     #[serde(default = "default_pvpanic")]
     pub pvpanic: bool,
+    /// Whether there is a watchdog.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub watchdog: bool,
     /// How long a guest has to power itself off once it has been asked to, in
     /// seconds. 0 ends it at once.
     #[serde(default = "default_shutdown_timeout")]
@@ -128,6 +132,9 @@ pub struct VmConfig {
     /// What is done when the guest's kernel panics and says so.
     #[serde(default = "exits")]
     pub on_panic: GuestAction,
+    /// What is done when the guest does not feed its watchdog in time.
+    #[serde(default = "restarts")]
+    pub on_watchdog: GuestAction,
 }
 
 impl Default for VmConfig {
@@ -152,10 +159,12 @@ impl Default for VmConfig {
             gdb: None,
             smbios: SmbiosConfig::default(),
             pvpanic: default_pvpanic(),
+            watchdog: false,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: exits(),
             on_reboot: restarts(),
             on_panic: exits(),
+            on_watchdog: restarts(),
         }
     }
 }
@@ -199,11 +208,12 @@ impl VmConfig {
 
     /// What is done about each thing that a guest does, by the name of its flag.
     #[must_use]
-    pub fn actions(&self) -> [(&'static str, GuestAction); 3] {
+    pub fn actions(&self) -> [(&'static str, GuestAction); 4] {
         [
             ("--on-poweroff", self.on_poweroff),
             ("--on-reboot", self.on_reboot),
             ("--on-panic", self.on_panic),
+            ("--on-watchdog", self.on_watchdog),
         ]
     }
 }
@@ -283,10 +293,8 @@ impl RateLimitGroupConfig {
         };
         let map = flag::parse(&table, text)?;
         let number = |key: &str| map.get(key).and_then(Value::as_u64);
-        let limits = RateLimits::from_keys(number).map_err(|key| FlagError::MissingKey {
-            flag: GROUP_FLAG.to_owned(),
-            key,
-        })?;
+        let limits = RateLimits::from_keys(number)
+            .map_err(|error| FlagError::of_limits(GROUP_FLAG, error))?;
         let id = map.get("id").and_then(Value::as_str).unwrap_or_default();
         Ok(Self {
             id: id.to_owned(),

@@ -8,6 +8,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
+use super::balloon::BalloonError;
 use super::cpus::CpusError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
@@ -38,6 +39,15 @@ pub enum ConfigError {
         /// What was given.
         id: String,
     },
+    /// The limits of a group are none.
+    #[error("--rate-limit-group id={id}")]
+    Limit {
+        /// The group.
+        id: String,
+        /// What is wrong with them.
+        #[source]
+        source: virtio::limit::LimitError,
+    },
     /// A device names a group that there is not.
     #[error(
         "--{flag} rate_limit_group={group}: '{id}' is in a group that there is not: add \
@@ -51,6 +61,9 @@ pub enum ConfigError {
         /// The group.
         group: String,
     },
+    /// The balloon is not as it may be.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// What cannot be said in SMBIOS tables.
     #[error("--smbios")]
     Smbios(#[from] SmbiosError),
@@ -250,12 +263,10 @@ pub enum ConfigError {
     },
     /// One image as two disks.
     #[error(
-        "--{flag}: {} ('{first}') and {} ('{second}') are the same file: give it once, or \
-         readonly=on for both", first_path.display(), second_path.display()
+        "disks '{first}' ({}) and '{second}' ({}) are the same file: give it once, or make both \
+         readonly", first_path.display(), second_path.display()
     )]
     SameDisk {
-        /// The flag, without dashes.
-        flag: String,
         /// The disk that came first.
         first: String,
         /// How it names the file.
@@ -265,22 +276,42 @@ pub enum ConfigError {
         /// How it names the file.
         second_path: PathBuf,
     },
+    /// A network card's configuration makes no sense.
+    #[error("--net (id {id}): {reason}")]
+    Network {
+        /// The card.
+        id: String,
+        /// What is wrong, with the mend.
+        reason: String,
+    },
+    /// Two network cards have one address.
+    #[error(
+        "--net: {first} and {second} have the same MAC address {mac}: give one of them another"
+    )]
+    SameMac {
+        /// The address.
+        mac: net::MacAddress,
+        /// The card that came first.
+        first: String,
+        /// The card that came second.
+        second: String,
+    },
     /// A file that the machine reads is not there.
     #[error("{user}: {} cannot be found: check the path", path.display())]
     Missing {
-        /// What reads it: a flag, or a device.
+        /// What reads it.
         user: String,
         /// The file.
         path: PathBuf,
     },
     /// A file that would be overwritten is used otherwise.
     #[error(
-        "{output}{}: it would overwrite what {other} uses: give it a file of its own",
+        "{output}: it would overwrite {}, the file of {other}: give it a file of its own",
         path.display()
     )]
     OutputInUse {
-        /// The flag that writes, up to its path.
-        output: &'static str,
+        /// What writes.
+        output: String,
         /// The file.
         path: PathBuf,
         /// What else uses it.
@@ -383,6 +414,10 @@ impl VmConfig {
         let mut ids: BTreeSet<&str> = BTreeSet::new();
         for group in &self.rate_limit_groups {
             validate_id("--rate-limit-group id", &group.id)?;
+            group.limits.check().map_err(|source| ConfigError::Limit {
+                id: group.id.clone(),
+                source,
+            })?;
             if !ids.insert(&group.id) {
                 return Err(ConfigError::DuplicateId {
                     flag: "rate-limit-group".to_owned(),
@@ -430,7 +465,8 @@ impl VmConfig {
                 }
             })?;
         }
-        Ok(())
+        self.validate_networks()?;
+        Ok(self.validate_balloon()?)
     }
 
     fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {

@@ -16,9 +16,11 @@
 //! described by one of them. The description says less than the
 //! configuration, so that nothing is made from it again.
 
+mod balloon;
 mod devices;
 mod missing;
-mod names;
+pub(super) mod names;
+mod networks;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +43,7 @@ use crate::layout::port;
 
 pub use devices::{DiskUpdate, update_disk};
 pub use names::name_devices;
+pub use networks::{NetUpdate, address_nets, update_net};
 
 /// The chain of a refusal begins with this, as v1 clients expect.
 const INVALID: &str = "Failed to validate config";
@@ -60,6 +63,7 @@ impl From<&ConfigError> for ControlError {
         match error {
             ConfigError::DuplicateId { id, .. } => not_unique(id),
             ConfigError::SameDisk { .. }
+            | ConfigError::SameMac { .. }
             | ConfigError::DuplicateSlot { .. }
             | ConfigError::OutputInUse { .. } => conflict(error.to_string()),
             _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
@@ -117,10 +121,12 @@ impl VmConfig {
             gdb: None,
             smbios: smbios(named.platform.as_ref()),
             pvpanic: named.pvpanic,
+            watchdog: named.watchdog,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: named.on_poweroff.unwrap_or(GuestAction::Exit),
             on_reboot: named.on_reboot.unwrap_or(GuestAction::Restart),
             on_panic: named.on_panic.unwrap_or(GuestAction::Exit),
+            on_watchdog: named.on_watchdog.unwrap_or(GuestAction::Restart),
         };
         config.complete(MODELS);
         let checked = config.validate(MODELS, &HostLimits::read());
@@ -180,6 +186,7 @@ impl VmConfig {
         };
         let hotplug_size = self.memory.hotplug_size;
         let (disks, rng) = devices::to_wire(&self.devices, self.cpus.boot);
+        let nets: Vec<_> = self.devices.iter().filter_map(networks::to_wire).collect();
         let groups: Vec<_> = self.rate_limit_groups.iter().map(Into::into).collect();
         wire::VmConfig {
             cpus: wire::CpusConfig {
@@ -209,7 +216,9 @@ impl VmConfig {
             }),
             rate_limit_groups: (!groups.is_empty()).then_some(groups),
             disks: (!disks.is_empty()).then_some(disks),
+            net: (!nets.is_empty()).then_some(nets),
             rng: rng.unwrap_or_default(),
+            balloon: self.shown_balloon(),
             serial: (&self.serial).into(),
             serial2: self.serial2.is_on().then(|| (&self.serial2).into()),
             serial3: self.serial3.is_on().then(|| (&self.serial3).into()),
@@ -218,10 +227,12 @@ impl VmConfig {
             ports: (!self.ports.is_empty()).then(|| self.ports.clone()),
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,
+            watchdog: self.watchdog,
             platform: platform(&self.smbios),
             on_poweroff: other_than(GuestAction::Exit, self.on_poweroff),
             on_reboot: other_than(GuestAction::Restart, self.on_reboot),
             on_panic: other_than(GuestAction::Exit, self.on_panic),
+            on_watchdog: other_than(GuestAction::Restart, self.on_watchdog),
             ..wire::VmConfig::default()
         }
     }
@@ -583,7 +594,7 @@ fn platform(smbios: &SmbiosConfig) -> Option<wire::PlatformConfig> {
     })
 }
 
-/// Limits as the device models know them. A bucket of no size or time limits nothing.
+/// Limits as the device models know them, not checked. A bucket of no size limits nothing.
 #[must_use]
 pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
     let bucket = |described: wire::TokenBucket| {
@@ -597,7 +608,7 @@ pub fn rate_limits(described: &wire::RateLimiterConfig) -> RateLimits {
             one_time_burst: one_time_burst.unwrap_or(0),
             refill_time,
         };
-        bucket.limiting()
+        (size > 0).then_some(bucket)
     };
     RateLimits {
         bandwidth: described.bandwidth.and_then(bucket),

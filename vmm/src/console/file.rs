@@ -22,7 +22,7 @@ pub enum Trouble {
     Ended(u64),
 }
 
-/// The file. It is written to at once, by whoever has the output.
+/// The file. Writing takes as long as the host's storage does.
 ///
 /// A file that cannot be written costs a call a second: what comes meanwhile
 /// is counted as lost. At its limit it gets the name `PATH.1`, in place of the one
@@ -54,6 +54,9 @@ impl LogFile {
             append,
             max_size,
         } = config;
+        if max_size.is_some() {
+            opener.check_unused(&rotated(path))?;
+        }
         let file = if *append {
             opener.append_output(path)?
         } else {
@@ -145,6 +148,20 @@ impl LogFile {
             .rotate_output(&self.path, &self.file, &rotated(&self.path))?;
         self.size = 0;
         Ok(())
+    }
+
+    /// A file that is open.
+    #[cfg(test)]
+    pub fn of(file: File) -> Self {
+        Self {
+            path: PathBuf::from("open"),
+            file,
+            opener: Arc::new(Opener::new()),
+            max_size: None,
+            size: 0,
+            lost: 0,
+            failure: None,
+        }
     }
 
     /// Makes the next try at once.

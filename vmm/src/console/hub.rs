@@ -4,11 +4,11 @@
 //!
 //! * The hub outlives machines: sinks and clients stay while one ends and
 //!   another takes its place.
-//! * The guest never waits. What it writes goes to files at once, and to all
-//!   others as fast as they read. Who is more than
+//! * The guest never waits. What it writes goes to all as fast as they read, and to files as fast as
+//!   the host's storage takes it. Who is more than
 //!   [`MOST_WAITING`](super::history::MOST_WAITING) behind misses the oldest of
-//!   it, and no other reader notices. A slow regular file is the exception: a
-//!   write to it takes as long as the host's file system takes.
+//!   it, which is counted, and no other notices.
+//! * Nobody else waits either: what there is to know of the sinks is told at once.
 //! * Each sink gets the output in order, and from where it began without gaps
 //!   while it keeps up.
 //! * Input of all sinks is merged in pieces and given to the port as it has
@@ -19,16 +19,17 @@
 //! One thread waits for the descriptors of all sinks. It is there only while
 //! there is a sink that has one to wait for: not for files alone. What a
 //! terminal or a pipe takes at once is written by the thread that has the
-//! output, as to files; the rest, and all that goes to clients, by the hub's.
+//! output; the rest, and all that goes to clients, by the hub's. Each file has a
+//! thread that writes it ([`scribe`](super::scribe)).
 //!
 //! Two locks are taken in this order: the port's, then (in the guest's device)
-//! the device's own, then the state's. Nothing is read, logged or closed while
+//! the device's own, then the state's. Nothing is read, logged, closed or written to a file while
 //! the state's is held.
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Builder;
 
 use api::{EventKind, EventLog};
@@ -37,7 +38,7 @@ use devices::serial::{InputReady, Serial};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ConsoleError;
-use super::file::Trouble;
+use super::scribe;
 use super::sink::{Opened, Sink, SinkId, SinkInfo, SinkKind};
 use super::source::{self, INPUT_CHUNK};
 use super::state::{Heard, Left, Loss, Made, OnEnd, State, Wait, WaitSet};
@@ -45,8 +46,8 @@ use crate::config::SinkConfig;
 use crate::machine::driver::ppoll;
 use crate::opener::Opener;
 
-/// The stack of the hub's thread, in bytes: small, so that no huge page backs it.
-const STACK: usize = 128 << 10;
+/// The stack of the console's threads, in bytes: small, so that no huge page backs it.
+pub(super) const STACK: usize = 128 << 10;
 
 /// The most output that is taken in one go.
 const PIECE: usize = 4096;
@@ -87,8 +88,10 @@ struct PortPlace {
 
 pub(super) struct Hub {
     /// The flag that configures it, for the log.
-    flag: &'static str,
+    pub(super) flag: &'static str,
     state: Mutex<State>,
+    /// There is output for a file, or a file has been removed.
+    pub(super) output: Condvar,
     port: Mutex<PortPlace>,
     wake: EventFd,
     /// Written when a reader has taken something while somebody waits for that.
@@ -112,6 +115,7 @@ impl ConsoleHub {
         Ok(Self(Arc::new(Hub {
             flag,
             state: Mutex::new(State::new(replay)),
+            output: Condvar::new(),
             port: Mutex::default(),
             wake: EventFd::new(EFD_NONBLOCK)?,
             progress: EventFd::new(EFD_NONBLOCK)?,
@@ -275,7 +279,8 @@ impl ConsoleHub {
     }
 
     /// Removes a sink, a socket with its clients. What waits for its reader is
-    /// dropped; a terminal has its settings back on return.
+    /// dropped, and what waits for a file is still written to it, without waiting for that; a terminal
+    /// has its settings back on return.
     ///
     /// # Errors
     ///
@@ -288,6 +293,7 @@ impl ConsoleHub {
         self.0.tell_gone(&sinks);
         drop(sinks);
         self.0.rouse();
+        self.0.output.notify_all();
         Ok(())
     }
 
@@ -303,10 +309,12 @@ impl ConsoleHub {
         state.closed = true;
         state.made.clear();
         let sinks = std::mem::take(&mut state.sinks);
+        state.leaving.clear();
         let on_end = state.on_end.take();
         drop(state);
         drop((sinks, on_end));
         self.0.rouse();
+        self.0.output.notify_all();
     }
 
     /// How much output waits; from now on, [`ConsoleHub::progress_fd`] tells
@@ -317,6 +325,16 @@ impl ConsoleHub {
         let mut state = self.0.state();
         state.finishing = true;
         state.left()
+    }
+
+    /// How much output is not in its file yet; until `end`, [`ConsoleHub::progress_fd`] tells when
+    /// it may be less.
+    pub(super) fn files_left(&self, end: bool) -> u64 {
+        // Cleared before looking, so that progress in between is told again.
+        let _ = self.0.progress.read();
+        let mut state = self.0.state();
+        state.finishing = !end;
+        state.files_left()
     }
 
     pub(super) fn progress_fd(&self) -> RawFd {
@@ -338,11 +356,20 @@ impl ConsoleHub {
         if let Some(path) = opened.path() {
             tracing::debug!(flag = self.0.flag, path = %path.display(), "console sink");
         }
-        let (id, oldest) = state.insert(opened);
+        let (id, oldest, file) = state.insert(opened);
         let info = state.info_of(id);
         drop(state);
         self.0.tell_gone(oldest.as_slice());
         drop(oldest);
+        if let Some(Err(source)) = file.map(|file| scribe::start(&self.0, id, file)) {
+            let mut state = self.0.state();
+            let gone = state.take(id);
+            state.forget_file(id);
+            drop(state);
+            drop(gone);
+            let what = "no thread for the console's file";
+            return Err(ConsoleError::Host { what, source });
+        }
         self.0.rouse();
         let info = info.ok_or(ConsoleError::Unknown { id })?;
         self.0.publish(|| EventKind::ConsoleSinkAdded {
@@ -434,6 +461,23 @@ impl Hub {
         let _ = self.wake.write(1);
     }
 
+    /// Output has gone where it was to go, for who waits for that.
+    pub(super) fn progressed(&self) {
+        // A full eventfd wakes as well as one more count would.
+        let _ = self.progress.write(1);
+    }
+
+    /// Tells what sinks have missed. The state's lock is not held.
+    pub(super) fn tell_lost(&self, losses: impl IntoIterator<Item = Loss>) {
+        for Loss { id, lost, reason } in losses {
+            self.publish(|| EventKind::ConsoleOutputLost {
+                id: id.to_string(),
+                lost,
+                reason,
+            });
+        }
+    }
+
     fn publish(&self, event: impl FnOnce() -> EventKind) {
         if let Some(events) = self.events.get() {
             events.publish(event());
@@ -455,27 +499,10 @@ impl Hub {
         if put.wake {
             self.rouse();
         }
-        for Loss { id, lost, reason } in put.losses {
-            self.publish(|| EventKind::ConsoleOutputLost {
-                id: id.to_string(),
-                lost,
-                reason,
-            });
+        if put.write {
+            self.output.notify_all();
         }
-        for (path, trouble) in put.troubles {
-            let (flag, path) = (self.flag, path.display());
-            match trouble {
-                Trouble::Began(reason) => tracing::warn!(
-                    "{flag} file={path}: output is lost: {reason}: it is tried again from time to \
-                     time"
-                ),
-                Trouble::Ended(missing) => {
-                    tracing::warn!(
-                        "{flag} file={path}: output goes on; {missing} bytes are missing"
-                    );
-                }
-            }
-        }
+        self.tell_lost(put.losses);
     }
 
     fn ensure_thread(self: &Arc<Self>, state: &mut State) -> Result<(), ConsoleError> {
@@ -598,7 +625,7 @@ impl Hub {
             drop(state);
             return;
         }
-        let (_, oldest) = state.insert(opened);
+        let (_, oldest, _) = state.insert(opened);
         drop(state);
         self.tell_gone(oldest.as_slice());
         drop(oldest);
@@ -634,8 +661,7 @@ impl Hub {
         self.tell_gone(&over);
         drop(over);
         if told {
-            // A full eventfd wakes as well as one more count would.
-            let _ = self.progress.write(1);
+            self.progressed();
         }
     }
 }

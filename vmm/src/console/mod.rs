@@ -11,6 +11,7 @@ mod history;
 mod hub;
 pub mod port;
 mod reader;
+mod scribe;
 mod sink;
 mod source;
 mod state;
@@ -31,7 +32,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::config::{COMS, CONSOLE_FLAGS};
-use crate::machine::driver::ppoll;
+use crate::machine::driver::{ppoll, readable};
 use crate::opener::OpenError;
 
 /// How often it is looked whether a pseudo-terminal has been read.
@@ -63,6 +64,11 @@ pub enum ConsoleError {
     /// Too many sinks.
     #[error("a console has at most {MAX_SINKS} sinks: remove one first")]
     TooManySinks,
+    /// Too many files that have been removed and hang.
+    #[error(
+        "{MAX_SINKS} files that were removed still wait for their storage: try again when it answers"
+    )]
+    TooManyFiles,
     /// Too many clients.
     #[error(
         "a console has at most {} clients: close another first",
@@ -176,7 +182,7 @@ impl Consoles {
     /// time it wants until `interrupt`. A terminal has as long as it takes some
     /// within each `patience`, a client of a socket and the reader of a
     /// pseudo-terminal have `patience` altogether: what the latter has not read when
-    /// the near end closes is lost.
+    /// the near end closes is lost. Files have as long as a terminal.
     pub fn finish(&self, wanted: bool, patience: Duration, interrupt: &Interrupt<'_>) {
         let mut unwanted = false;
         while wanted && !unwanted && self.left().patient > 0 {
@@ -188,7 +194,9 @@ impl Consoles {
             let left = self.left();
             let now = Instant::now();
             let patient = if unwanted { 0 } else { left.patient };
-            let steady = patient.saturating_add(left.steady);
+            let steady = patient
+                .saturating_add(left.steady)
+                .saturating_add(left.files);
             if steady != before {
                 (changed, before) = (now, steady);
             }
@@ -210,6 +218,27 @@ impl Consoles {
         }
     }
 
+    /// Waits until files have all that the guest has written, for `patience` at most, and until `fd` is
+    /// readable.
+    pub fn settle(&self, patience: Duration, fd: Option<RawFd>) {
+        // Each is asked, whatever the others have.
+        let left = |end| {
+            let files = self.all().map(|hub| hub.files_left(end));
+            files.fold(0, u64::saturating_add) > 0
+        };
+        let end = Instant::now() + patience;
+        while left(false) {
+            let time = end.saturating_duration_since(Instant::now());
+            let files = self.all().map(|hub| Some(hub.progress_fd()));
+            let mut fds: Vec<_> = [fd].into_iter().chain(files).map(readable).collect();
+            let waited = !time.is_zero() && ppoll(&mut fds, Some(time)).is_ok();
+            if !waited || fds.first().is_some_and(|fd| fd.revents != 0) {
+                break;
+            }
+        }
+        left(true);
+    }
+
     fn left(&self) -> state::Left {
         self.all()
             .map(ConsoleHub::left)
@@ -217,6 +246,7 @@ impl Consoles {
                 patient: a.patient.saturating_add(b.patient),
                 steady: a.steady.saturating_add(b.steady),
                 brief: a.brief.saturating_add(b.brief),
+                files: a.files.saturating_add(b.files),
             })
     }
 

@@ -14,6 +14,7 @@ use super::ConsoleError;
 use super::file::LogFile;
 use super::history::History;
 use super::reader::{Manners, Reader};
+use super::scribe::FilePlace;
 use super::source::Source;
 use super::state::Loss;
 use super::terminal::{RawMode, open_pty};
@@ -97,7 +98,8 @@ pub struct SinkInfo {
     pub path: Option<PathBuf>,
     /// How many clients its socket has.
     pub clients: usize,
-    /// Output that waits for its reader, in bytes; of a socket's clients, for the slowest.
+    /// Output that waits for its reader or is not in its file yet, in bytes; of a socket's clients, for
+    /// the slowest.
     pub waiting: u64,
     /// Output that it has missed, in bytes; of a socket's clients, all together.
     pub lost: u64,
@@ -106,7 +108,7 @@ pub struct SinkInfo {
 /// Where a sink's output goes.
 pub(super) enum Output {
     None,
-    File(LogFile),
+    File(FilePlace),
     Reader(Reader),
 }
 
@@ -276,6 +278,15 @@ impl Opened {
         })
     }
 
+    /// A file that is open.
+    #[cfg(test)]
+    pub(super) fn log(file: LogFile) -> Self {
+        Self {
+            log: Some(file),
+            ..Self::new(SinkKind::File)
+        }
+    }
+
     /// A terminal that is only written to.
     #[cfg(test)]
     pub(super) fn screen(file: File, manners: Manners) -> Self {
@@ -298,19 +309,20 @@ impl Opened {
         self.reader.is_some() || self.source.is_some() || self.listener.is_some()
     }
 
-    /// Begins where the output is now, or with what is kept of it.
-    pub(super) fn place(self, id: SinkId, history: &History) -> Sink {
+    /// Begins where the output is now, or with what is kept of it. A file comes along that is to be
+    /// written.
+    pub(super) fn place(self, id: SinkId, history: &History) -> (Sink, Option<LogFile>) {
         let place = if self.replay {
             history.replay_start()
         } else {
             history.end()
         };
-        let output = match (self.log, self.reader) {
-            (Some(log), _) => Output::File(log),
+        let output = match (&self.log, self.reader) {
+            (Some(_), _) => Output::File(FilePlace::new(place)),
             (None, Some((file, manners))) => Output::Reader(Reader::new(file, manners, place)),
             (None, None) => Output::None,
         };
-        Sink {
+        let sink = Sink {
             id,
             kind: self.kind,
             path: self.path,
@@ -323,7 +335,8 @@ impl Opened {
             stalled: false,
             told_lost: 0,
             _raw: self.raw,
-        }
+        };
+        (sink, self.log)
     }
 }
 
@@ -355,7 +368,20 @@ impl Sink {
     }
 
     pub(super) fn waiting(&self, history: &History) -> u64 {
-        self.reader().map_or(0, |reader| reader.waiting(history))
+        match &self.output {
+            Output::None => 0,
+            Output::File(file) => file.waiting(history),
+            Output::Reader(reader) => reader.waiting(history),
+        }
+    }
+
+    /// The place of the first byte that is still to be kept for it.
+    pub(super) fn needs(&self) -> Option<u64> {
+        match &self.output {
+            Output::None => None,
+            Output::File(file) => Some(file.needs()),
+            Output::Reader(reader) => reader.needs(),
+        }
     }
 
     /// What is to be told of output that it has missed: the first time, each time the amount has
@@ -377,7 +403,7 @@ impl Sink {
     pub(super) fn lost(&self, history: &History) -> u64 {
         match &self.output {
             Output::None => 0,
-            Output::File(file) => file.lost(),
+            Output::File(file) => file.lost(history),
             Output::Reader(reader) => reader.lost(history),
         }
     }

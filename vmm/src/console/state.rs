@@ -1,15 +1,15 @@
 //! The sinks of a console with the output that they are still to get.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::ConsoleError;
 use super::escape::Escape;
-use super::file::Trouble;
+use super::file::LogFile;
 use super::history::History;
 use super::reader::Manners;
+use super::scribe::FilePlace;
 use super::sink::{Opened, Output, Sink, SinkId, SinkInfo, SinkKind};
 use crate::config::SinkConfig;
 use crate::config::serial::MAX_SINKS;
@@ -86,8 +86,8 @@ pub(super) enum Heard {
 pub(super) struct Put {
     /// Somebody is now to be waited for.
     pub(super) wake: bool,
-    /// To be logged.
-    pub(super) troubles: Vec<(PathBuf, Trouble)>,
+    /// A file's thread is to go on.
+    pub(super) write: bool,
     /// To be told.
     pub(super) losses: Vec<Loss>,
 }
@@ -107,6 +107,7 @@ pub(super) struct Left {
     pub(super) patient: u64,
     pub(super) steady: u64,
     pub(super) brief: u64,
+    pub(super) files: u64,
 }
 
 /// A sink that was made from its description.
@@ -120,6 +121,8 @@ pub(super) struct Made {
 pub(super) struct State {
     pub(super) history: History,
     pub(super) sinks: Vec<Sink>,
+    /// Files that have been removed and are still to get what was written before.
+    pub(super) leaving: Vec<(SinkId, FilePlace)>,
     next_id: u64,
     pub(super) made: Vec<Made>,
     pub(super) on_end: Option<OnEnd>,
@@ -137,6 +140,7 @@ impl State {
         Self {
             history: History::new(replay),
             sinks: Vec::new(),
+            leaving: Vec::new(),
             next_id: 0,
             made: Vec::new(),
             on_end: None,
@@ -149,6 +153,22 @@ impl State {
 
     pub(super) fn sink(&mut self, id: SinkId) -> Option<&mut Sink> {
         self.sinks.iter_mut().find(|sink| sink.id == id)
+    }
+
+    /// The place of a file, also when it has been removed and is not written yet.
+    pub(super) fn file(&mut self, id: SinkId) -> Option<&mut FilePlace> {
+        file_in(&mut self.sinks, &mut self.leaving, id)
+    }
+
+    /// A file that has been removed has got all that it was to get.
+    pub(super) fn forget_file(&mut self, id: SinkId) {
+        self.leaving.retain(|(leaving, _)| *leaving != id);
+    }
+
+    /// What is to be told of output that a sink has missed.
+    pub(super) fn loss(&mut self, id: SinkId, reason: Option<String>) -> Option<Loss> {
+        let sink = self.sinks.iter_mut().find(|sink| sink.id == id)?;
+        sink.loss(&self.history, reason)
     }
 
     fn clients_of(&self, id: SinkId) -> impl Iterator<Item = &Sink> {
@@ -167,6 +187,8 @@ impl State {
             }
             SinkKind::Stream => Ok(()),
             _ if count(|s| !s.is_client()) >= MAX_SINKS => Err(ConsoleError::TooManySinks),
+            // Each has a thread, which storage that hangs may hold for ever.
+            SinkKind::File if self.leaving.len() >= MAX_SINKS => Err(ConsoleError::TooManyFiles),
             SinkKind::Tty if count(|s| s.kind == SinkKind::Tty) > 0 => {
                 Err(ConsoleError::TerminalTaken)
             }
@@ -175,11 +197,11 @@ impl State {
     }
 
     /// Gives a sink its id and its place. What it returns is to be dropped
-    /// with the lock released: a client that has left long ago.
-    pub(super) fn insert(&mut self, opened: Opened) -> (SinkId, Option<Sink>) {
+    /// with the lock released: a client that has left long ago; and the file that is to be written.
+    pub(super) fn insert(&mut self, opened: Opened) -> (SinkId, Option<Sink>, Option<LogFile>) {
         let id = SinkId(self.next_id);
         self.next_id += 1;
-        let sink = opened.place(id, &self.history);
+        let (sink, file) = opened.place(id, &self.history);
         let mut oldest = None;
         let left = self.sinks.iter().filter(|sink| sink.has_left()).count();
         // Their last words wait for the guest, but not those of any number.
@@ -190,13 +212,24 @@ impl State {
             oldest = Some(self.sinks.remove(index));
         }
         self.sinks.push(sink);
-        (id, oldest)
+        (id, oldest, file)
     }
 
-    /// Takes a sink out, a socket with its clients. Drop it with the lock released.
+    /// Takes a sink out, a socket with its clients. Drop it with the lock released. A file is
+    /// still to get what has been written.
     pub(super) fn take(&mut self, id: SinkId) -> Vec<Sink> {
         self.made.retain(|made| made.id != id);
-        self.take_where(|sink| sink.id == id || sink.parent == Some(id))
+        let mut gone = self.take_where(|sink| sink.id == id || sink.parent == Some(id));
+        for sink in &mut gone {
+            match std::mem::replace(&mut sink.output, Output::None) {
+                Output::File(mut file) => {
+                    file.leave(&self.history);
+                    self.leaving.push((sink.id, file));
+                }
+                other => sink.output = other,
+            }
+        }
+        gone
     }
 
     /// Takes out the clients that are over.
@@ -255,17 +288,9 @@ impl State {
         let needed = self.needed();
         self.history.push(bytes, needed);
         for sink in &mut self.sinks {
-            let mut reason = None;
             match &mut sink.output {
                 Output::None => (),
-                Output::File(file) => {
-                    if let Some(trouble) = file.write(bytes) {
-                        if let Trouble::Began(why) = &trouble {
-                            reason = Some(why.clone());
-                        }
-                        put.troubles.push((file.path().to_owned(), trouble));
-                    }
-                }
+                Output::File(file) => put.write |= file.rouse(),
                 Output::Reader(reader) => {
                     // For those who were behind before, the thread waits already.
                     if reader.needs() == Some(before) {
@@ -277,14 +302,15 @@ impl State {
                     }
                 }
             }
-            put.losses.extend(sink.loss(&self.history, reason));
+            put.losses.extend(sink.loss(&self.history, None));
         }
         put
     }
 
     /// The place of the first byte that anybody is still to get.
     fn needed(&self) -> u64 {
-        let needs = self.sinks.iter().filter_map(|sink| sink.reader()?.needs());
+        let files = self.leaving.iter().map(|(_, file)| file.needs());
+        let needs = self.sinks.iter().filter_map(Sink::needs).chain(files);
         needs.min().unwrap_or(u64::MAX)
     }
 
@@ -425,6 +451,36 @@ impl State {
             };
             *sum = sum.saturating_add(reader.waiting(&self.history));
         }
+        left.files = self.files_left();
         left
     }
+
+    /// How much output is not in its file yet.
+    pub(super) fn files_left(&self) -> u64 {
+        let files = self.sinks.iter().filter_map(|sink| match &sink.output {
+            Output::File(file) => Some(file),
+            _ => None,
+        });
+        let leaving = self.leaving.iter().map(|(_, file)| file);
+        files.chain(leaving).fold(0, |sum: u64, file| {
+            sum.saturating_add(file.waiting(&self.history))
+        })
+    }
+}
+
+/// The place of the file `id`, wherever it is.
+pub(super) fn file_in<'a>(
+    sinks: &'a mut [Sink],
+    leaving: &'a mut [(SinkId, FilePlace)],
+    id: SinkId,
+) -> Option<&'a mut FilePlace> {
+    let sink = sinks.iter_mut().find(|sink| sink.id == id);
+    let there = sink.and_then(|sink| match &mut sink.output {
+        Output::File(file) => Some(file),
+        _ => None,
+    });
+    there.or_else(|| {
+        let left = leaving.iter_mut().find(|(leaving, _)| *leaving == id);
+        left.map(|(_, file)| file)
+    })
 }

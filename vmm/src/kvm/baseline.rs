@@ -14,9 +14,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::Deserialize;
+
+use crate::opener::{OpenError, Opener};
 
 /// A register of a subleaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +194,26 @@ pub enum BaselineError {
     Text(String),
 }
 
+/// Why a file's baseline could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// It cannot be read; the message names it.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It is none.
+    #[error("{}", path.display())]
+    Text {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: BaselineError,
+    },
+}
+
+/// The longest file of a baseline, in bytes; they have some hundred.
+const TEXT_LIMIT: u64 = 64 << 10;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -235,7 +258,20 @@ impl Baseline {
         }
     }
 
-    /// Reads a file.
+    /// Reads the file at `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`].
+    pub fn load(path: &Path, opener: &Opener) -> Result<Self, LoadError> {
+        let text = opener.read_text(path, TEXT_LIMIT)?;
+        Self::parse(&text).map_err(|source| LoadError::Text {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    /// Reads the text of a file.
     ///
     /// # Errors
     ///

@@ -1,26 +1,50 @@
-//! A timer of civil time that the control thread waits on.
+//! Timers that the control thread waits on.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use devices::rtc::WakeTimer;
+use devices::time::{Clock, WakeTimer};
+use rustix::time::{ClockId, clock_gettime};
 
-/// The real-time clock's timer: a timerfd on the host's civil time, which
-/// the kernel moves along when that time is set.
+/// The host's clock that is never set.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SteadyClock;
+
+impl Clock for SteadyClock {
+    fn now(&self) -> Duration {
+        Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
+    }
+}
+
+/// A device's timer: a timerfd.
 pub struct Alarm(OwnedFd);
 
 impl Alarm {
-    /// A timer that is not armed.
+    /// A timer by the host's civil time ([`devices::time::SystemClock`]), with which the kernel
+    /// moves it along when that is set. It is not armed.
     ///
     /// # Errors
     ///
     /// The host's, when it is out of descriptors.
-    pub fn new() -> io::Result<Self> {
+    pub fn civil() -> io::Result<Self> {
+        Self::new(libc::CLOCK_REALTIME)
+    }
+
+    /// A timer by [`SteadyClock`], not armed.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it is out of descriptors.
+    pub fn steady() -> io::Result<Self> {
+        Self::new(libc::CLOCK_MONOTONIC)
+    }
+
+    fn new(clock: libc::clockid_t) -> io::Result<Self> {
         let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
         // SAFETY: the call takes and returns integers.
         #[expect(unsafe_code, reason = "timerfd_create is a system call")]
-        let fd = unsafe { libc::timerfd_create(libc::CLOCK_REALTIME, flags) };
+        let fd = unsafe { libc::timerfd_create(clock, flags) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -93,7 +117,7 @@ mod tests {
 
     #[test]
     fn a_deadline_that_has_passed_fires_once() {
-        let alarm = Alarm::new().unwrap();
+        let alarm = Alarm::civil().unwrap();
         alarm.arm(Some(Duration::ZERO));
         assert!(fires(&alarm, Duration::from_secs(10)));
         assert!(alarm.take());
@@ -102,9 +126,18 @@ mod tests {
 
     #[test]
     fn a_timer_that_is_disarmed_does_not_fire() {
-        let alarm = Alarm::new().unwrap();
+        let alarm = Alarm::civil().unwrap();
         alarm.arm(Some(Duration::ZERO));
         alarm.arm(None);
+        assert!(!fires(&alarm, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_steady_timer_follows_the_steady_clock() {
+        let alarm = Alarm::steady().unwrap();
+        alarm.arm(Some(SteadyClock.now()));
+        assert!(fires(&alarm, Duration::from_secs(10)));
+        alarm.arm(Some(SteadyClock.now() + Duration::from_secs(3600)));
         assert!(!fires(&alarm, Duration::ZERO));
     }
 }

@@ -60,6 +60,7 @@ impl OpenDevice {
         let context = BuildContext {
             id: id.clone(),
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
+            networks: Arc::clone(opener) as Arc<dyn net::Opener>,
             cpus,
             groups: groups.clone(),
             ports,

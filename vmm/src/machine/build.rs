@@ -2,9 +2,10 @@
 //! capabilities, memory, interrupt controllers, devices, vCPUs.
 //!
 //! Everything that can be refused without KVM (files that the configuration
-//! names) is opened first, so that a mistake leaves nothing behind.
+//! names) has been opened before ([`super::parts`]), so that a mistake leaves nothing behind.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +17,6 @@ use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
-use virtio::models::Model;
 use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -24,6 +24,7 @@ use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
+use super::parts::Parts;
 use super::platform::{Hosts, Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
@@ -32,8 +33,7 @@ use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
 use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
-use crate::console::port::PortBoard;
-use crate::kvm::baseline::{Baseline, BaselineError};
+use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -50,10 +50,12 @@ pub struct Payload {
     cmdline: String,
     protocol: Protocol,
     smbios: SmbiosImage,
+    /// New for each machine that is built, and the same over the guest's resets.
+    generation: [u8; 16],
 }
 
 impl Payload {
-    fn open(config: &VmConfig, opener: &Opener) -> Result<Self, MachineError> {
+    pub(super) fn open(config: &VmConfig, opener: &Opener) -> Result<Self, MachineError> {
         let payload = &config.payload;
         let open = |flag, path: &Path| {
             opener
@@ -76,10 +78,11 @@ impl Payload {
                 BootProtocol::Pvh => Protocol::Pvh,
             },
             smbios: smbios::build(config)?,
+            generation: random()?,
         })
     }
 
-    /// Puts ACPI and SMBIOS tables, kernel, initial RAM disk and command line into guest
+    /// Puts ACPI and SMBIOS tables, the generation id, kernel, initial RAM disk and command line into guest
     /// memory, which reads as zeros elsewhere.
     ///
     /// # Errors
@@ -88,7 +91,12 @@ impl Payload {
     pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let view = ram.memory().memory();
         let SmbiosImage { bytes, address } = &self.smbios;
-        for (bytes, address) in [(bytes, *address), (&acpi.bytes, acpi.address)] {
+        let pieces: [(&[u8], u64); 3] = [
+            (bytes, *address),
+            (&acpi.bytes, acpi.address),
+            (&self.generation, memory::GENERATION_ID),
+        ];
+        for (bytes, address) in pieces {
             view.write_slice(bytes, GuestAddress(address))
                 .map_err(|_| MachineError::GuestMemory { address })?;
         }
@@ -110,6 +118,20 @@ impl Payload {
             _ => format!("--kernel {}", self.kernel.0.display()),
         };
         MachineError::Boot { what, source }
+    }
+}
+
+/// Random bytes of the host.
+fn random<const N: usize>() -> Result<[u8; N], MachineError> {
+    let mut bytes = [0; N];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(read) if read == N => Ok(bytes),
+        other => Err(MachineError::Host {
+            what: "no random numbers for the generation id",
+            source: other
+                .err()
+                .map_or(io::ErrorKind::Interrupted.into(), io::Error::from),
+        }),
     }
 }
 
@@ -152,7 +174,7 @@ pub struct Built {
     pub debugger: Option<crate::gdb::Listener>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes. What it has to say
+/// Builds the machine that `config` (complete and validated) describes from its `parts`. What it has to say
 /// goes to `mailbox`, and its consoles to `consoles`, where what is open already stays so. Signals are blocked already: back ends have threads, which
 /// are to leave them alone ([`super::Signals`]).
 ///
@@ -161,26 +183,19 @@ pub struct Built {
 /// [`MachineError`]; nothing is left behind.
 pub fn build(
     config: &VmConfig,
-    models: &[Model],
+    parts: Parts,
     opener: &Arc<Opener>,
     mailbox: &Mailbox,
     events: &EventLog,
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
-    let mut payload = Payload::open(config, opener)?;
-    let baseline = open_baseline(&config.cpus.baseline, opener)?;
-    let groups = config.rate_limit_groups.iter();
-    let groups: RateGroups = groups.map(|g| (g.id.clone(), g.limits)).collect();
-    let ports = Arc::new(PortBoard::default());
-    let models = config
-        .devices
-        .iter()
-        .map(|device| {
-            let cpus = config.cpus.boot;
-            let ports = Arc::clone(&ports) as _;
-            OpenDevice::open(device, models, opener, cpus, (&groups, ports))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let Parts {
+        mut payload,
+        baseline,
+        groups,
+        ports,
+        devices: models,
+    } = parts;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -280,6 +295,7 @@ impl Pieces<'_> {
             mailbox: self.mailbox,
             pci: &pci,
             pvpanic: self.config.pvpanic,
+            watchdog: self.config.watchdog,
             cpu_slots: cpu_slots(&self.config.cpus),
             memory_slots: self.config.memory.hotplug_size > 0,
         };
@@ -422,6 +438,11 @@ impl DeviceEvents for Reporter {
                     .publish(api::EventKind::DeviceNeedsReset { id, reason });
             }
             DeviceEvent::Disk(report) => self.disk(name, report),
+            DeviceEvent::BalloonReached { actual } => {
+                let id = name.to_owned();
+                self.events
+                    .publish(api::EventKind::BalloonResized { id, actual });
+            }
             DeviceEvent::Activated => {
                 let id = name.to_owned();
                 self.events.publish(api::EventKind::DeviceActivated { id });
@@ -434,11 +455,8 @@ impl DeviceEvents for Reporter {
     }
 }
 
-/// The longest file of a baseline, in bytes; they have some hundred.
-const BASELINE_LIMIT: u64 = 64 << 10;
-
 /// The features that CPUs have, unless they are all the host's.
-fn open_baseline(
+pub(super) fn open_baseline(
     baseline: &CpuBaseline,
     opener: &Opener,
 ) -> Result<Option<Baseline>, MachineError> {
@@ -447,13 +465,14 @@ fn open_baseline(
         CpuBaseline::V2 => Ok(Some(Baseline::v2())),
         CpuBaseline::V3 => Ok(Some(Baseline::v3())),
         CpuBaseline::File(path) => {
-            let text = opener.read_text(path, BASELINE_LIMIT);
-            let text = text.map_err(|source| MachineError::Open {
-                flag: "--cpus baseline=",
-                source,
-            })?;
-            let read = Baseline::parse(&text);
-            read.map(Some).map_err(|source| unfit(baseline, source))
+            let read = Baseline::load(path, opener);
+            read.map(Some).map_err(|error| match error {
+                LoadError::Open(source) => MachineError::Open {
+                    flag: "--cpus baseline=",
+                    source,
+                },
+                LoadError::Text { source, .. } => unfit(baseline, source),
+            })
         }
     }
 }

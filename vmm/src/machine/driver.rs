@@ -2,14 +2,16 @@
 //! machine, and the only place where the machine's state changes.
 //!
 //! It waits for messages (commands, guest requests, stopped vCPUs), signals
-//! and deadlines. Nothing here blocks for long: what may (all back
-//! ends that drain for a pause) has a deadline, or is done beside it ([`aside`]).
+//! and deadlines. Nothing here blocks for long: what may is done beside it ([`aside`]), and where the machine
+//! cannot go on before it is done, the thread listens meanwhile ([`drain`]).
 
 mod aside;
 mod commands;
 mod coredump;
+mod drain;
 mod resize;
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -129,7 +131,7 @@ impl Ears {
     }
 
     /// Whether a signal has asked for the end already.
-    fn asked_to_end(&self) -> bool {
+    pub(crate) fn asked_to_end(&self) -> bool {
         let signals = self.signals.as_ref();
         signals.is_some_and(|s| std::iter::from_fn(|| s.take()).any(|signal| signal == Signal::End))
     }
@@ -174,6 +176,10 @@ pub struct Driver {
     dump: Option<Dump>,
     /// What has been booted is for one boot: the guest is not restarted in place.
     once: bool,
+    /// Signals that came while back ends drained.
+    heard: VecDeque<Signal>,
+    /// A drain has been cut short, because the machine is to end.
+    cut: bool,
 }
 
 impl Driver {
@@ -195,6 +201,8 @@ impl Driver {
             asides: Asides::default(),
             dump: None,
             once: false,
+            heard: VecDeque::new(),
+            cut: false,
         }
     }
 
@@ -242,7 +250,7 @@ impl Driver {
             self.boot()
         };
         let mut refused = None;
-        let outcome = match (started, booted) {
+        let mut outcome = match (started, booted) {
             (Ok(()), booted) => {
                 if let Some(booted) = booted {
                     booted(Ok(Reply::Done));
@@ -266,6 +274,10 @@ impl Driver {
             Err(error) => (ExitReason::KvmError, Some(crate::error::chain(error))),
         };
         self.end(reason, detail);
+        if let Ok(outcome) = &mut outcome {
+            // Signals are heard to the end.
+            outcome.quit |= self.policy.deadline().is_some();
+        }
         if let Some((booted, error)) = refused {
             // Who has the answer finds no machine any more.
             booted(Err(error));
@@ -283,6 +295,10 @@ impl Driver {
         loop {
             if let Some(outcome) = self.outcome.take() {
                 return Ok(outcome);
+            }
+            if !self.heard.is_empty() {
+                self.on_signal();
+                continue;
             }
             let ready = self.wait().map_err(MachineError::Wait)?;
             if ready.tick {
@@ -351,19 +367,31 @@ impl Driver {
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
-        let drain = if self.urgent { PATIENCE } else { DRAIN };
-        self.give_up_dump(drain);
-        if let Err(error) = self.machine.stop_units(Instant::now() + drain) {
+        self.give_up_dump(self.patience());
+        if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
-        self.asides.wait(Instant::now() + drain);
+        let asides = self.asides.wait(Instant::now() + self.patience());
+        self.outlast("asides", asides);
         self.asides.give_up();
         // The next boot is without what was to go from this one.
         if let Err(error) = self.finish_removals() {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
+        // Readers of the view may hold the devices for longer than the next machine waits for their files.
+        drop(self.machine.retire_devices());
+        if !self.urgent {
+            // Who hears of the end finds the guest's last output in files.
+            let signals = self.ears.signals.as_ref().map(Signals::raw_fd);
+            self.ears.consoles.settle(PATIENCE, signals);
+        }
         self.enter(VmState::Stopped, None);
         self.ears.events.publish(EventKind::Exit { reason, detail });
+    }
+
+    /// How long the machine's end waits for something.
+    fn patience(&self) -> Duration {
+        if self.urgent { PATIENCE } else { DRAIN }
     }
 
     /// Stops everything so that it can go on. A machine that is paused
@@ -374,7 +402,7 @@ impl Driver {
             return Ok(());
         }
         self.machine.vcpus().pause();
-        let stopped = self.machine.stop_units(Instant::now() + DRAIN);
+        let stopped = self.stop_units(DRAIN);
         match stopped.and_then(|()| self.machine.stop_clock()) {
             Ok(()) => {
                 self.enter(VmState::Paused, Some(reason));
@@ -404,7 +432,7 @@ impl Driver {
         self.ears.inbox.forget_disks();
         let started = self.machine.start_units();
         if let Err(error) = started.and_then(|()| self.machine.start_clock()) {
-            if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
+            if let Err(error) = self.stop_units(DRAIN) {
                 self.fail("the machine cannot stay paused", &error);
             }
             return Err(error);
@@ -419,7 +447,7 @@ impl Driver {
     fn reset(&mut self) -> Result<(), MachineError> {
         let paused = self.state().0 == VmState::Paused;
         self.machine.vcpus().pause();
-        if let Err(error) = self.machine.stop_units(Instant::now() + DRAIN) {
+        if let Err(error) = self.stop_units(DRAIN) {
             if paused {
                 self.fail("the machine cannot stay paused", &error);
             } else {
@@ -459,6 +487,9 @@ impl Driver {
     }
 
     fn on_message(&mut self, message: Message) {
+        let Some(message) = self.keep_while_dumping(message) else {
+            return;
+        };
         match message {
             Message::Command(command, answer) => self.on_command(command, answer),
             Message::Guest(request) => self.on_guest(request),
@@ -533,6 +564,10 @@ impl Driver {
                 self.ears.events.publish(EventKind::GuestPanic);
                 self.go_on();
             }
+            GuestRequest::Watchdog => {
+                self.ears.events.publish(EventKind::Watchdog);
+                self.act(ExitReason::Watchdog);
+            }
         }
     }
 
@@ -545,6 +580,9 @@ impl Driver {
             // Who has asked for the end gets it.
             _ if self.policy.deadline().is_some() => GuestAction::Exit,
             ExitReason::PowerOff => config.map_or(GuestAction::Exit, |config| config.on_poweroff),
+            ExitReason::Watchdog => {
+                config.map_or(GuestAction::Restart, |config| config.on_watchdog)
+            }
             _ => config.map_or(GuestAction::Exit, |config| config.on_panic),
         }
     }
@@ -554,7 +592,9 @@ impl Driver {
         let action = self.action(done);
         match action {
             GuestAction::Pause => {
-                if let Err(error) = self.pause(PauseReason::Guest) {
+                if let Err(error) = self.pause(PauseReason::Guest)
+                    && !self.cut
+                {
                     self.fail("the guest could not be paused", &error);
                 }
             }
@@ -563,7 +603,9 @@ impl Driver {
                     ExitReason::Reset => EventKind::GuestReset,
                     _ => EventKind::Rebooting,
                 });
-                if let Err(error) = self.reset() {
+                if let Err(error) = self.reset()
+                    && !self.cut
+                {
                     self.fail("guest reset", &error);
                 }
             }
@@ -605,7 +647,7 @@ impl Driver {
     }
 
     fn on_signal(&mut self) {
-        while let Some(signal) = self.ears.signals.as_ref().and_then(Signals::take) {
+        while let Some(signal) = self.next_signal() {
             match signal {
                 Signal::Continue => {
                     self.try_again();
@@ -630,6 +672,11 @@ impl Driver {
         }
     }
 
+    fn next_signal(&mut self) -> Option<Signal> {
+        let heard = self.heard.pop_front();
+        heard.or_else(|| self.ears.signals.as_ref().and_then(Signals::take))
+    }
+
     fn on_deadlines(&mut self, now: Instant) {
         if self
             .policy
@@ -642,10 +689,12 @@ impl Driver {
     }
 
     fn wait(&self) -> io::Result<Ready> {
+        let [clock, watchdog] = self.machine.tick_fds();
         let mut fds = [
             Some(self.ears.inbox.wake_fd()),
             self.ears.signals.as_ref().map(Signals::raw_fd),
-            Some(self.machine.tick_fd()),
+            clock,
+            watchdog,
         ]
         .map(readable);
         let now = Instant::now();
@@ -654,8 +703,11 @@ impl Driver {
             .deadline()
             .map(|d| d.saturating_duration_since(now));
         ppoll(&mut fds, left)?;
-        let [_, signal, tick] = fds.map(|fd| fd.revents != 0);
-        Ok(Ready { signal, tick })
+        let [_, signal, clock, watchdog] = fds.map(|fd| fd.revents != 0);
+        Ok(Ready {
+            signal,
+            tick: clock || watchdog,
+        })
     }
 }
 

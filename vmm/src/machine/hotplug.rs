@@ -231,6 +231,22 @@ impl Machine {
         Ok(())
     }
 
+    /// Takes the models out of all devices, at the machine's end: when what is returned has been dropped, their
+    /// files are closed, whoever still looks at the devices. Units are stopped; what has not drained keeps its files.
+    pub(super) fn retire_devices(&self) -> Vec<Box<dyn VirtioDevice>> {
+        let mut models = Vec::new();
+        for item in &self.virtio {
+            match self.bay.unplug(item, Instant::now()) {
+                Ok(model) => models.push(model),
+                Err(error) => {
+                    let id = item.device.id();
+                    tracing::warn!("{id} is still in use at the end of its machine: {error}");
+                }
+            }
+        }
+        models
+    }
+
     /// Removes a device from everywhere.
     fn take_out(&mut self, address: PciAddress, deadline: Instant) -> Result<(), MachineError> {
         if let Some((model, gone)) = self.take_off(address, deadline)? {

@@ -119,6 +119,12 @@ impl Mailbox {
         receiver.recv().unwrap_or_else(|_| Err(ended()))
     }
 
+    /// Has the control thread look for what else it waits for.
+    pub fn rouse(&self) {
+        // A full eventfd wakes as well as one more count would.
+        let _ = self.wake.write(1);
+    }
+
     /// Leaves a message and wakes the control thread. Never blocks. `false`
     /// when the monitor has ended, and for an errand when there is no machine.
     pub fn send(&self, message: Message) -> bool {
@@ -157,6 +163,26 @@ impl Inbox {
             self.crash_told.store(false, Ordering::Release);
         }
         Some(message)
+    }
+
+    /// The first message that `test` wants, before those that it does not; they keep their places.
+    /// Call until there is none.
+    #[must_use]
+    pub fn take_where(&mut self, test: impl FnMut(&Message) -> bool) -> Option<Message> {
+        // Cleared before looking, so that a message sent in between wakes again.
+        let _ = self.wake.read();
+        self.kept.extend(self.receiver.try_iter());
+        let index = self.kept.iter().position(test)?;
+        self.kept.remove(index)
+    }
+
+    /// Whether there is a message that `test` wants. All keep their places, and call [`Inbox::rouse`] for them.
+    #[must_use]
+    pub fn has(&mut self, test: impl Fn(&Message) -> bool) -> bool {
+        // Cleared before looking, so that a message sent in between wakes again.
+        let _ = self.wake.read();
+        self.kept.extend(self.receiver.try_iter());
+        self.kept.iter().any(test)
     }
 
     /// Has the inbox seem to have messages, for one who stops taking them

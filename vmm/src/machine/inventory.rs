@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 
 use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
 use devices::pci::{BarKind, PciAddress, PciFunction};
+use virtio::models::balloon::BalloonView;
 use virtio::transport::VirtioPci;
 
 use super::vcpus::VcpuView;
@@ -60,6 +61,12 @@ impl Inventory {
     #[must_use]
     pub fn has_kind(&self, kind: &str) -> bool {
         self.items.iter().any(|item| item.kind == kind)
+    }
+
+    /// The balloon.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
+        self.items.iter().find_map(|item| item.device.balloon())
     }
 
     /// As `vm.devices` lists them.

@@ -1,5 +1,6 @@
 //! The machine: built in a fixed order, driven by one thread.
 //!
+//! * [`parts`] are opened for it, which may take as long as storage does.
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
@@ -13,9 +14,11 @@ pub mod build;
 pub mod coredump;
 mod doorbells;
 pub mod driver;
+pub(crate) mod fault;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
+pub mod parts;
 mod platform;
 pub mod resize;
 pub mod signals;
@@ -32,9 +35,8 @@ use devices::pci::PciAddress;
 use devices::{StartError, StopError, Unit};
 use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
-use virtio::device::ReconfigureError;
 use virtio::memory::GuestMap;
-use virtio::models::{BuildContext, BuildError};
+use virtio::models::BuildContext;
 use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -163,6 +165,11 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// Too many earlier openings wait for their storage.
+    #[error(
+        "devices of earlier boots and requests are still being opened, which takes their storage long: try again later"
+    )]
+    Opening,
     /// There is no such device.
     #[error("there is no device with the id {id}")]
     NoDevice {
@@ -190,23 +197,14 @@ impl MachineError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
-            Self::TooManyCpus { .. } | Self::AddressWidth { .. } => ErrorKind::Invalid,
-            Self::Device { source, .. } => match source.downcast_ref() {
-                Some(ReconfigureError::Value(error)) => built(Some(error)),
-                Some(ReconfigureError::Fixed | ReconfigureError::Shape(_)) => ErrorKind::Invalid,
-                Some(ReconfigureError::Busy(_)) => ErrorKind::Busy,
-                _ => built(source.downcast_ref()),
-            },
+            Self::Opening => ErrorKind::Busy,
+            Self::TooManyCpus { .. } | Self::AddressWidth { .. } | Self::HotplugWidth { .. } => {
+                ErrorKind::Invalid
+            }
+            Self::Device { source, .. } => fault::of(&**source),
+            Self::Open { source, .. } => fault::of(source),
             _ => ErrorKind::Failed,
         }
-    }
-}
-
-/// Whose fault it is that a device could not be made.
-fn built(error: Option<&BuildError>) -> ErrorKind {
-    match error {
-        Some(BuildError::Field { .. } | BuildError::Config { .. }) => ErrorKind::Invalid,
-        _ => ErrorKind::Failed,
     }
 }
 
@@ -240,6 +238,16 @@ pub struct Machine {
     clock: Option<kvm_clock_data>,
     /// How vCPUs that come are debugged.
     debug: Option<kvm_guest_debug>,
+}
+
+/// Stops all units, those that drain last-started first. One that does not
+/// stop keeps no other from stopping; the first failure is returned.
+fn stop_all(units: &[Arc<dyn Unit>], deadline: Instant) -> Result<(), MachineError> {
+    let mut result = Ok(());
+    for unit in units.iter().rev() {
+        result = result.and(unit.stop(deadline).map_err(MachineError::from));
+    }
+    result
 }
 
 impl Machine {
@@ -299,15 +307,14 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops all units, those that drain last-started first. One that does not
-    /// stop keeps no other from stopping; the first failure is returned.
-    fn stop_units(&mut self, deadline: Instant) -> Result<(), MachineError> {
-        let mut result = Ok(());
-        for unit in self.units.iter().rev() {
-            result = result.and(unit.stop(deadline).map_err(MachineError::from));
-        }
+    /// All units, in the order in which they start.
+    fn units(&self) -> Vec<Arc<dyn Unit>> {
+        self.units.clone()
+    }
+
+    /// Takes note of what came of [`stop_all`].
+    fn stopped(&mut self, result: &Result<(), MachineError>) {
         self.started &= result.is_err();
-        result
     }
 
     /// Takes the state of all units. They are stopped, and vCPUs are idle.
@@ -401,6 +408,7 @@ impl Machine {
         BuildContext {
             id: id.to_owned(),
             opener: Arc::clone(opener) as Arc<dyn block::Opener>,
+            networks: Arc::clone(opener) as Arc<dyn net::Opener>,
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
             ports: Arc::new(virtio::models::console::NoPorts),
@@ -427,8 +435,8 @@ impl Machine {
     }
 
     /// Readable when [`Machine::tick`] has something to serve.
-    fn tick_fd(&self) -> RawFd {
-        self.platform.tick_fd()
+    fn tick_fds(&self) -> [Option<RawFd>; 2] {
+        self.platform.tick_fds()
     }
 
     /// Reads guest RAM at a guest-physical address into `data`, or writes it

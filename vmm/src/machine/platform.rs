@@ -1,5 +1,5 @@
 //! The platform devices: serial port, keyboard controller, clock, ACPI
-//! registers, panic port, debug console; and their places on the buses.
+//! registers, panic port, watchdog, debug console; and their places on the buses.
 
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
@@ -10,15 +10,17 @@ use devices::acpi::hotplug::{self, NewsDesk, SlotKind, SlotRegisters};
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
 use devices::i8042::I8042;
-use devices::pci::{HOTPLUG_LEN, PciHotplug, PciRoot};
+use devices::pci::{HOTPLUG_LEN, PciFunction, PciHotplug, PciRoot};
 use devices::pvpanic::IsaPanic;
-use devices::rtc::{Rtc, SystemClock};
+use devices::rtc::Rtc;
 use devices::serial::Serial;
+use devices::time::SystemClock;
+use devices::watchdog::Watchdog;
 use devices::{BusDevice, GuestRequests, StartError, StopError, Unit};
 use migration::{RestoreError, SaveError, Section, SectionSet};
 
 use super::MachineError;
-use super::alarm::Alarm;
+use super::alarm::{Alarm, SteadyClock};
 use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
 use crate::config::port::AGENT;
@@ -28,7 +30,7 @@ use crate::console::port::{self as ends, HubEnd, HubPort, OpenPort, PortBoard, S
 use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
-use crate::layout::{self, MEMORY_SLOTS, ged_event, gsi, memory, port};
+use crate::layout::{self, MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port};
 use crate::notice;
 use crate::opener::Opener;
 
@@ -157,6 +159,8 @@ pub struct Wiring<'a> {
     pub pci: &'a Arc<PciRoot>,
     /// Whether there is a panic port.
     pub pvpanic: bool,
+    /// Whether there is a watchdog.
+    pub watchdog: bool,
     /// vCPUs that there may be, and that are there at boot, where they come and go.
     pub cpu_slots: Option<(u32, u32)>,
     /// Whether memory can be added.
@@ -169,6 +173,7 @@ pub struct Platform {
     hotplug: Arc<PciHotplug>,
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
+    watchdog: Option<(Arc<Watchdog>, Arc<Alarm>)>,
     slots: Slots,
 }
 
@@ -227,7 +232,7 @@ impl Platform {
     ///
     /// # Errors
     ///
-    /// [`MachineError::Kvm`] when the host is out of interrupt descriptors.
+    /// [`MachineError::Kvm`] and [`MachineError::Host`] when the host is out of descriptors.
     pub fn build(
         wiring: &Wiring<'_>,
         hosts: Hosts,
@@ -256,18 +261,7 @@ impl Platform {
             Arc::clone(requests),
         ));
         placed.port(port::I8042, 5, i8042);
-        let alarm = Alarm::new().map_err(|source| MachineError::Host {
-            what: "no timer for the real-time clock",
-            source,
-        })?;
-        let alarm = Arc::new(alarm);
-        let timer = Arc::clone(&alarm) as Arc<_>;
-        let rtc = Arc::new(Rtc::new(
-            router.line(gsi::RTC)?,
-            Arc::new(SystemClock),
-            timer,
-        ));
-        placed.port(port::RTC, 2, rtc.clone());
+        let (rtc, alarm) = placed.clock()?;
         placed.port(
             port::SLEEP_CONTROL,
             2,
@@ -282,6 +276,10 @@ impl Platform {
                 Arc::new(IsaPanic::new(Arc::clone(requests))),
             );
         }
+        let watchdog = match wiring.watchdog {
+            true => Some(placed.watchdog()?),
+            false => None,
+        };
         let reset = Arc::new(ResetRegister::new(Arc::clone(requests)));
         placed.units.push(reset.clone());
         placed.pci(pci, reset);
@@ -291,6 +289,7 @@ impl Platform {
                 hotplug,
                 rtc,
                 alarm,
+                watchdog,
                 slots,
             },
             placed.units,
@@ -319,17 +318,24 @@ impl Platform {
         &self.hotplug
     }
 
-    /// Serves what is due on the real-time clock.
+    /// Serves what is due by the real-time clock and the watchdog.
     pub fn tick(&self) {
         if self.alarm.take() {
             self.rtc.tick();
+        }
+        if let Some((watchdog, alarm)) = &self.watchdog
+            && alarm.take()
+        {
+            watchdog.tick();
         }
     }
 
     /// Readable when [`Platform::tick`] has something to serve.
     #[must_use]
-    pub fn tick_fd(&self) -> RawFd {
-        self.alarm.raw_fd()
+    pub fn tick_fds(&self) -> [Option<RawFd>; 2] {
+        let watchdog = self.watchdog.as_ref();
+        let alarms = [Some(&self.alarm), watchdog.map(|(_, alarm)| alarm)];
+        alarms.map(|alarm| alarm.map(|alarm| alarm.raw_fd()))
     }
 }
 
@@ -368,6 +374,42 @@ impl Placed<'_> {
     fn input(&mut self, name: &str, link: PortLink) {
         let name = format!("{name}-input");
         self.units.push(Arc::new(ConsoleInput { name, link }));
+    }
+
+    /// The real-time clock, with its timer.
+    fn clock(&mut self) -> Result<(Arc<Rtc>, Arc<Alarm>), MachineError> {
+        let alarm = Alarm::civil().map_err(|source| MachineError::Host {
+            what: "no timer for the real-time clock",
+            source,
+        })?;
+        let alarm = Arc::new(alarm);
+        let timer = Arc::clone(&alarm) as Arc<_>;
+        let irq = self.wiring.router.line(gsi::RTC)?;
+        let rtc = Arc::new(Rtc::new(irq, Arc::new(SystemClock), timer));
+        self.port(port::RTC, 2, rtc.clone());
+        Ok((rtc, alarm))
+    }
+
+    /// The watchdog in its slot, with its timer.
+    fn watchdog(&mut self) -> Result<(Arc<Watchdog>, Arc<Alarm>), MachineError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Device {
+            device: "--watchdog".to_owned(),
+            source,
+        };
+        let alarm = Alarm::steady().map_err(|source| MachineError::Host {
+            what: "no timer for the watchdog",
+            source,
+        })?;
+        let alarm = Arc::new(alarm);
+        let requests = Arc::clone(&self.wiring.requests);
+        let watchdog = Watchdog::new(requests, Arc::new(SteadyClock), Arc::clone(&alarm) as _)
+            .map_err(|error| failed(error.into()))?;
+        let watchdog = Arc::new(watchdog);
+        let function = Arc::clone(&watchdog) as Arc<dyn PciFunction>;
+        let placed = self.wiring.pci.add(function, Some(WATCHDOG_SLOT));
+        placed.map_err(|error| failed(error.into()))?;
+        self.units.push(Arc::clone(&watchdog) as _);
+        Ok((watchdog, alarm))
     }
 
     /// The event register, and what it tells of.

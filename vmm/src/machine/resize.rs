@@ -20,14 +20,17 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use api::{ControlError, ErrorKind};
+use block::Size;
 use devices::acpi::hotplug::{SlotNews, SlotRegisters};
 use kvm_bindings::kvm_cpuid_entry2;
 use migration::RestoreError;
+use virtio::models::balloon::{BalloonChange, NoBalloon};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use super::platform::Slots;
 use super::{Machine, MachineError};
 use crate::acpi::{AcpiConfig, Processor};
+use crate::config::balloon::{BalloonError, check_size};
 use crate::kvm::vcpu::{Buses, Vcpu, VcpuState};
 use crate::kvm::{KvmError, Vm, cpuid};
 use crate::layout::{MAX_CPUS, MEMORY_SLOTS, ged_event};
@@ -66,8 +69,8 @@ pub enum ResizeError {
     },
     /// Memory does not shrink in this way.
     #[error(
-        "{wanted} bytes of memory are less than the {now} that there are, and memory that is \
-         there is not removed: give as much or more"
+        "{} of memory are less than the {} that there are, and memory that is \
+         there is not removed: give as much or more", Size(*wanted), Size(*now)
     )]
     MemoryShrinks {
         /// What was asked for, in bytes.
@@ -77,8 +80,8 @@ pub enum ResizeError {
     },
     /// More than was reserved.
     #[error(
-        "{wanted} bytes of memory: this machine has at most {most}; --memory hotplug_size= says \
-         how much can be added"
+        "{} of memory: this machine has at most {}; --memory hotplug_size= says \
+         how much can be added", Size(*wanted), Size(*most)
     )]
     MemoryLimit {
         /// What was asked for, in bytes.
@@ -88,8 +91,8 @@ pub enum ResizeError {
     },
     /// Not whole blocks.
     #[error(
-        "{wanted} bytes of memory: there are {now}, and memory is added in pieces of {block}: \
-         give {now} and a multiple of that"
+        "{} of memory: there are {}, and memory is added in pieces of {}: \
+         give what there is and a multiple of that", Size(*wanted), Size(*now), Size(*block)
     )]
     MemoryBlocks {
         /// What was asked for, in bytes.
@@ -105,6 +108,9 @@ pub enum ResizeError {
          a reset"
     )]
     MemorySlots,
+    /// The balloon cannot have that size.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// The host has not got it.
     #[error(transparent)]
     Memory(#[from] RamError),
@@ -125,7 +131,8 @@ impl ResizeError {
             | Self::CpusFixed { .. }
             | Self::MemoryShrinks { .. }
             | Self::MemoryLimit { .. }
-            | Self::MemoryBlocks { .. } => ErrorKind::Invalid,
+            | Self::MemoryBlocks { .. }
+            | Self::Balloon(_) => ErrorKind::Invalid,
             Self::RemovalPending { .. } => ErrorKind::Busy,
             Self::MemorySlots => ErrorKind::Conflict,
             Self::Memory(_) | Self::Kvm(_) | Self::Thread(_) => ErrorKind::Failed,
@@ -423,6 +430,23 @@ impl Machine {
         Ok(())
     }
 
+    /// Asks the guest to give up memory, or to take it back, until the balloon has `size` bytes: an
+    /// event tells when it has.
+    ///
+    /// The machine runs or is paused.
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError::Balloon`]; nothing has changed.
+    pub fn resize_balloon(&self, size: u64) -> Result<(), ResizeError> {
+        let mut devices = self.virtio.iter().map(|item| &item.device);
+        let device = devices.find(|device| device.balloon().is_some());
+        let device = device.ok_or(BalloonError::None)?;
+        check_size(size, self.memory_size())?;
+        let changed = device.change_balloon(BalloonChange::Target(size));
+        Ok(changed.map_err(|NoBalloon| BalloonError::None)?)
+    }
+
     /// Takes what the guest has done since the last call. vCPUs that it has given
     /// up are parked, for which all are stopped: let them run again afterwards.
     ///
@@ -542,7 +566,7 @@ mod tests {
         let text = |wanted| check(wanted).unwrap_err().to_string();
         assert!(text(499).contains("is not removed"));
         assert!(text(1525).contains("hotplug_size="));
-        assert!(text(1000).contains("in pieces of 134217728"));
+        assert!(text(1000).contains("in pieces of 128M (134217728 bytes)"));
         assert!(matches!(
             addable.check(500 * MIB, u64::MAX),
             Err(ResizeError::MemoryLimit { .. })

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::{Command, ControlError, ErrorKind, EventKind, EventLog, PauseReason, VmState};
+use api::{Command, ControlError, ErrorKind, EventKind, EventLog, PauseReason, Reason, VmState};
 
 /// Whether `command` makes sense to a machine that is in `state`. Those that
 /// end a machine are possible as long as it has not ended; those that need no
@@ -23,6 +23,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::AddDevice(_)
         | Command::RemoveDevice(_)
         | Command::UpdateDisk(_)
+        | Command::UpdateNet(_)
         | Command::Coredump(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
@@ -35,16 +36,16 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
 /// The answer to a command that [`permits`] does not allow.
 #[must_use]
 pub fn wrong_state(state: VmState, command: &Command) -> ControlError {
-    let message = match (command, state) {
-        (Command::Create(_), _) => "VM is already created",
-        (Command::Boot | Command::BootOnce(_), _) => "VM is already running",
-        (Command::Pause, VmState::Paused) => "VM is already paused",
-        (Command::Resume, VmState::Running) => "VM is not paused",
-        (_, VmState::Paused) => "VM is paused: resume it first",
-        (_, VmState::ShuttingDown) => "VM is shutting down",
-        _ => "VM is not running",
+    let reason = match (command, state) {
+        (Command::Create(_), _) => Reason::AlreadyCreated,
+        (Command::Boot | Command::BootOnce(_), _) => Reason::AlreadyRunning,
+        (Command::Pause, VmState::Paused) => Reason::AlreadyPaused,
+        (Command::Resume, VmState::Running) => Reason::NotPaused,
+        (_, VmState::Paused) => Reason::Paused,
+        (_, VmState::ShuttingDown) => Reason::ShuttingDown,
+        _ => Reason::NotRunning,
     };
-    ControlError::new(ErrorKind::Conflict, message)
+    ControlError::state(ErrorKind::Conflict, reason)
 }
 
 /// Whether the machine may go from one state to the other.
@@ -53,7 +54,8 @@ pub fn follows(from: VmState, to: VmState) -> bool {
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
     match from {
         Created | Stopped => to == Booting,
-        Booting => matches!(to, Running | Paused | ShuttingDown),
+        // Back to what it was, when there is nothing to boot after all.
+        Booting => matches!(to, Running | Paused | ShuttingDown | Created | Stopped),
         Running => matches!(to, Paused | Booting | ShuttingDown),
         Paused => matches!(to, Running | Booting | ShuttingDown),
         ShuttingDown => to == Stopped,

@@ -5,18 +5,23 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 
-use virtio::memory::DirtyLog;
+use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 
 /// The largest page that transparent huge pages use.
 const ALIGN: usize = 2 << 20;
 
+/// The host's usual page, in bytes.
+const PAGE: u64 = 4096;
+
 /// A mapping that is unmapped when dropped.
 pub struct Mapping {
     address: *mut libc::c_void,
     len: usize,
     flags: i32,
+    /// Of huge pages of this size in bytes.
+    huge_page: Option<u64>,
 }
 
 #[expect(unsafe_code, reason = "raw addresses are not Send; see the proof")]
@@ -29,7 +34,7 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `len` bytes: of `file` from an offset, or anonymous memory.
-    /// `reserve` makes the mapping fail now if its huge pages are not there,
+    /// With a file of huge pages of `huge_page` bytes the mapping fails now if they are not there,
     /// rather than the guest later; ordinary memory is over-committed.
     ///
     /// # Errors
@@ -39,7 +44,7 @@ impl Mapping {
         len: usize,
         file: Option<(&File, u64)>,
         shared: bool,
-        reserve: bool,
+        huge_page: Option<u64>,
     ) -> io::Result<Self> {
         let sharing = if shared {
             libc::MAP_SHARED
@@ -50,7 +55,8 @@ impl Mapping {
             Some((file, offset)) => (file.as_raw_fd(), offset, 0),
             None => (-1, 0, libc::MAP_ANONYMOUS),
         };
-        let flags = sharing | kind | if reserve { 0 } else { libc::MAP_NORESERVE };
+        let reserve = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
+        let flags = sharing | kind | reserve;
         let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         let reserved = len.checked_add(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
         let reserve = map_at(ptr::null_mut(), reserved, libc::PROT_NONE, RESERVE, -1, 0)?;
@@ -74,6 +80,7 @@ impl Mapping {
                     address,
                     len,
                     flags,
+                    huge_page,
                 })
             }
             Err(error) => {
@@ -129,19 +136,30 @@ impl Mapping {
     /// # Errors
     ///
     /// The host's.
-    pub fn discard(&self) -> io::Result<()> {
-        let shared = self.flags & libc::MAP_SHARED != 0;
-        self.advise(if shared {
+    pub fn discard_all(&self) -> io::Result<()> {
+        self.advise(self.discarding())
+    }
+
+    /// The advice that gives pages back: of shared memory they go out of its file too, for all who map it.
+    fn discarding(&self) -> i32 {
+        if self.flags & libc::MAP_SHARED != 0 {
             libc::MADV_REMOVE
         } else {
             libc::MADV_DONTNEED
-        })
+        }
     }
 
     fn advise(&self, advice: i32) -> io::Result<()> {
-        // SAFETY: address and length are those of this mapping.
+        self.advise_part(0, self.len, advice)
+    }
+
+    fn advise_part(&self, offset: usize, len: usize, advice: i32) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the range lies in this mapping, as was just checked.
         #[expect(unsafe_code, reason = "madvise is a system call on an address")]
-        let result = unsafe { libc::madvise(self.address, self.len, advice) };
+        let result = unsafe { libc::madvise(self.address.wrapping_byte_add(offset), len, advice) };
         if result == 0 {
             Ok(())
         } else {
@@ -163,6 +181,17 @@ impl Mapping {
         // memory stays mapped, readable and writable while the region exists.
         #[expect(unsafe_code, reason = "the region takes a raw address")]
         unsafe { builder.with_raw_mmap_pointer(self.address.cast()) }.build()
+    }
+}
+
+impl Backing for Mapping {
+    fn page_size(&self) -> u64 {
+        self.huge_page.unwrap_or(PAGE)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let number = |number: u64| usize::try_from(number).map_err(|_| io::ErrorKind::InvalidInput);
+        self.advise_part(number(offset)?, number(len)?, self.discarding())
     }
 }
 

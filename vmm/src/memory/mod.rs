@@ -1,10 +1,10 @@
 //! Guest memory: the one place that owns its backing.
 //!
 //! [`GuestRam`] maps the guest's RAM, says which KVM slots describe it, and
-//! hands out the [`GuestMemory`] that devices and loaders work through. Later
-//! consumers (dirty tracking for display, snapshot and migration, discards
-//! for the balloon, userfaultfd) belong here as well, because each of them
-//! excludes some of the others.
+//! hands out the [`GuestMemory`] that devices and loaders work through. Each of its regions
+//! knows its [`virtio::memory::Backing`], by which the balloon gives parts of it back. Later
+//! consumers (dirty tracking for display, snapshot and migration, userfaultfd) belong here as
+//! well, because each of them excludes some of the others.
 //!
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
 //! the host can use huge pages in its nested page tables.
@@ -203,7 +203,7 @@ impl GuestRam {
         let size = self.spec.size;
         for mapping in &self.mappings {
             mapping
-                .discard()
+                .discard_all()
                 .map_err(|source| RamError::Discard { size, source })?;
             if self.spec.prefault {
                 mapping
@@ -278,8 +278,7 @@ fn map_region(
     };
     let bytes = usize::try_from(len).map_err(|_| RamError::Layout { size: len })?;
     let backing = file.as_ref().map(|(file, offset)| (file.as_ref(), *offset));
-    let mapping =
-        Mapping::new(bytes, backing, spec.shared, spec.huge_page.is_some()).map_err(fail)?;
+    let mapping = Mapping::new(bytes, backing, spec.shared, spec.huge_page).map_err(fail)?;
     if spec.huge_page.is_none() {
         mapping.advise_thp(spec.thp);
     }
@@ -291,7 +290,7 @@ fn map_region(
         })?;
     }
     let mapping = Arc::new(mapping);
-    let log = DirtyLog::for_mapping(bytes, Arc::clone(&mapping) as _);
+    let log = DirtyLog::for_backing(bytes, Arc::clone(&mapping) as _);
     let mut builder = MmapRegionBuilder::new_with_bitmap(bytes, log)
         .with_mmap_prot(mapping.protection())
         .with_mmap_flags(mapping.flags());
@@ -422,6 +421,45 @@ mod tests {
             memory.write_obj(7u32, GuestAddress(0x20_1000)).unwrap();
             ram.discard().unwrap();
             assert_eq!(memory.read_obj::<u32>(GuestAddress(0x20_1000)).unwrap(), 0);
+        }
+    }
+
+    /// How many of the first `pages` pages of RAM the host has in memory.
+    fn resident(ram: &GuestRam, pages: usize) -> usize {
+        let mut present = vec![0_u8; pages];
+        let address =
+            std::ptr::without_provenance_mut(usize::try_from(ram.slots()[0].host).unwrap());
+        // SAFETY: the range is mapped, and there is a byte for each of its pages.
+        #[expect(unsafe_code, reason = "mincore is a system call on an address")]
+        let result = unsafe { libc::mincore(address, pages * 4096, present.as_mut_ptr()) };
+        assert_eq!(result, 0);
+        present.iter().filter(|page| **page & 1 == 1).count()
+    }
+
+    #[test]
+    fn a_part_that_is_given_back_is_the_hosts_whatever_backs_it() {
+        const PAGES: usize = 512;
+        for shared in [false, true] {
+            let ram = GuestRam::new(&RamSpec {
+                shared,
+                thp: Some(false),
+                ..spec(4 << 20)
+            })
+            .unwrap();
+            let view = ram.memory().memory();
+            let bytes = vec![7; PAGES * 4096];
+            view.write_slice(&bytes, GuestAddress(0)).unwrap();
+            assert_eq!(resident(&ram, PAGES), PAGES);
+            let region = view.find_region(GuestAddress(0)).unwrap();
+            let backing = region.bitmap().backing().unwrap();
+            assert_eq!(backing.page_size(), 4096);
+            backing.discard(0x2000, 0x10_0000).unwrap();
+            assert_eq!(resident(&ram, PAGES), PAGES - 256);
+            let read = |at| view.read_obj::<u8>(GuestAddress(at)).unwrap();
+            assert_eq!([read(0x1fff), read(0x2000), read(0x10_2000)], [7, 0, 7]);
+            for (offset, len) in [(4 << 20, 4096), (0, (4 << 20) + 4096), (u64::MAX, 2)] {
+                assert!(backing.discard(offset, len).is_err());
+            }
         }
     }
 

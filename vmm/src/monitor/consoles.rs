@@ -11,6 +11,7 @@ use crate::config::serial::SinkError;
 use crate::config::{SerialConfig, SinkConfig, files};
 use crate::console::{ConsoleError, ConsoleHub, SinkId, SinkInfo, SinkKind};
 use crate::machine::driver::Ears;
+use crate::machine::fault;
 use crate::opener::Opener;
 
 /// The sinks there are, in the order in which they came.
@@ -56,7 +57,24 @@ pub fn attach(hub: &ConsoleHub, replay: bool) -> Result<UnixStream, ControlError
 /// There is no serial port.
 #[must_use]
 pub fn no_port(kind: ErrorKind) -> ControlError {
-    ControlError::new(kind, "the machine has no serial port: its mode is Off")
+    ControlError::new(
+        kind,
+        "the machine has no serial port: its mode is Off: start it with --serial, for example --serial null",
+    )
+}
+
+/// That a path means the same to the client as to the monitor, whose directories are two.
+fn check_path(text: &str, sink: &SinkConfig) -> Result<(), ControlError> {
+    let path = match sink {
+        SinkConfig::File(file) => &file.path,
+        SinkConfig::Socket(socket) => &socket.path,
+        SinkConfig::Tty | SinkConfig::Pty | SinkConfig::Null => return Ok(()),
+    };
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let message = format!("{text}: the path is not absolute: give the whole path, from / on");
+    Err(ControlError::new(ErrorKind::Invalid, message))
 }
 
 /// Adds or removes a sink, and takes it up into the description, so that the next boot has it
@@ -86,12 +104,14 @@ pub fn change(
             SerialConfig::Sinks(sinks.clone())
                 .validate()
                 .map_err(|error| broken(&error))?;
+            check_path(text, &sink)?;
             let mut grown = description.config.clone();
             grown.serial = SerialConfig::Sinks(sinks.clone());
             grown
                 .validate_consoles()
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
-            files::check_sink(&description.config, models, ears.consoles.reserved(), &sink)
+            let own = ears.consoles.reserved();
+            files::check_sink(&description.config, models, opener, own, &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let info = hub.add(&sink, opener).map_err(|error| refused(&error))?;
             hub.adopt(info.id);
@@ -136,8 +156,9 @@ fn refused(error: &ConsoleError) -> ControlError {
         ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
             ErrorKind::Conflict
         }
-        ConsoleError::TooManyClients => ErrorKind::Busy,
-        ConsoleError::Open(_) | ConsoleError::Host { .. } => ErrorKind::Failed,
+        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
+        ConsoleError::Open(error) => fault::of(error),
+        ConsoleError::Host { .. } => ErrorKind::Failed,
     };
     ControlError::from_error(kind, error)
 }

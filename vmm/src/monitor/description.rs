@@ -1,12 +1,21 @@
 //! What a machine is made from, as its clients gave it and as it is built.
 
-use api::{AddDevice, Command, ControlError, ErrorKind, VmState, wire};
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire};
+use serde_json::Value;
 use virtio::models::Model;
 
-use crate::config::wire::{DiskUpdate, name_devices, update_disk};
-use crate::config::{DeviceConfig, HostLimits, VmConfig, files};
-use crate::error::chain;
+use crate::config::balloon::BalloonError;
+use crate::config::files::{self, OwnFiles};
+use crate::config::wire::{
+    DiskUpdate, NetUpdate, address_nets, name_devices, update_disk, update_net,
+};
+use crate::config::{DeviceConfig, HostLimits, VmConfig};
 use crate::machine::state::wrong_state;
+use crate::opener::Opener;
 
 /// A machine's description in both forms, which say the same.
 #[derive(Clone)]
@@ -15,6 +24,81 @@ pub struct Description {
     pub wire: wire::VmConfig,
     /// As the machine is built.
     pub config: VmConfig,
+    /// The descriptors that came with a device, by its id. They are open as long as
+    /// it is described: a machine that is booted anew opens its devices anew.
+    passed: BTreeMap<String, Arc<Vec<OwnedFd>>>,
+}
+
+/// A change of a device.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// `vm.update-disk`.
+    Disk(wire::VmUpdateDisk),
+    /// `vm.update-net`.
+    Net(wire::VmUpdateNet),
+}
+
+impl Update {
+    /// Of which device.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Disk(request) => &request.id,
+            Self::Net(request) => &request.id,
+        }
+    }
+
+    /// Whether it brings a file that the machine did not have.
+    #[must_use]
+    pub fn names_files(&self) -> bool {
+        match self {
+            Self::Disk(request) => request.path.is_some(),
+            Self::Net(_) => false,
+        }
+    }
+
+    /// What is told once it has been done.
+    #[must_use]
+    pub fn event(&self) -> EventKind {
+        let id = self.id().to_owned();
+        match self {
+            Self::Disk(_) => EventKind::DiskUpdated { id },
+            Self::Net(request) => EventKind::NetUpdated {
+                id,
+                link: request.link,
+            },
+        }
+    }
+}
+
+/// A change that makes sense.
+#[derive(Clone, Debug)]
+pub struct PlannedUpdate {
+    /// The device's configuration after it.
+    pub device: DeviceConfig,
+    /// What the device in the machine is told.
+    pub patch: Value,
+}
+
+/// Decides what of a device to be added is left to chance, so that planning it again has the same result.
+pub fn settle(device: &mut AddDevice) {
+    match device {
+        AddDevice::Net(net, _) => {
+            let mut described = wire::VmConfig {
+                net: Some(vec![net.clone()]),
+                ..wire::VmConfig::default()
+            };
+            address_nets(&mut described);
+            if let Some(settled) = described.net.and_then(|nets| nets.into_iter().next()) {
+                *net = settled;
+            }
+        }
+        AddDevice::Virtio(device) if device.kind == virtio::models::net::MODEL.kind => {
+            let mac = || Value::String(virtio::models::net::random_mac().to_string());
+            device.config.entry("mac").or_insert_with(mac);
+        }
+        _ => {}
+    }
 }
 
 impl Description {
@@ -25,6 +109,7 @@ impl Description {
         Self {
             wire: config.to_wire(),
             config,
+            passed: BTreeMap::new(),
         }
     }
 
@@ -34,9 +119,14 @@ impl Description {
     ///
     /// [`ErrorKind::Invalid`] and [`ErrorKind::Conflict`] for what makes no sense, and
     /// [`ErrorKind::Unimplemented`] for what this monitor has not.
-    pub fn from_wire(wire: wire::VmConfig) -> Result<Self, ControlError> {
+    pub fn from_wire(mut wire: wire::VmConfig) -> Result<Self, ControlError> {
+        address_nets(&mut wire);
         let config = VmConfig::from_wire(&wire)?;
-        Ok(Self { wire, config })
+        Ok(Self {
+            wire,
+            config,
+            passed: BTreeMap::new(),
+        })
     }
 
     /// Whether there is anything to boot.
@@ -48,7 +138,8 @@ impl Description {
         self.config.check_bootable()
     }
 
-    /// The description after `command`, which only changes it: there is no machine.
+    /// The description after `command`, which only changes it: there is no machine. The files of a new device are looked
+    /// at as at a boot.
     ///
     /// # Errors
     ///
@@ -57,12 +148,17 @@ impl Description {
         &self,
         command: Command,
         models: &'static [Model],
+        opener: &Opener,
+        own: &OwnFiles,
     ) -> Result<Self, ControlError> {
         let mut new = self.clone();
+        let mut names_files = false;
         match command {
-            Command::AddDevice(device) => {
+            Command::AddDevice(mut device) => {
+                settle(&mut device);
                 let planned = self.plan(&device)?;
                 new.add(planned);
+                names_files = true;
             }
             Command::RemoveDevice(request) => {
                 new.retain(|id| id != request.id);
@@ -73,15 +169,26 @@ impl Description {
             }
             Command::Resize(request) => new.resize(&request)?,
             Command::UpdateDisk(request) => {
-                let update = self.config.plan_update(&request)?;
+                let update = Update::Disk(*request);
+                let planned = self.plan_update(&update)?;
                 name_devices(&mut new.wire);
-                new.update(&request, update);
+                names_files = update.names_files();
+                new.update(&update, planned);
+            }
+            Command::UpdateNet(request) => {
+                let update = Update::Net(*request);
+                let planned = self.plan_update(&update)?;
+                name_devices(&mut new.wire);
+                new.update(&update, planned);
             }
             other => return Err(wrong_state(VmState::Created, &other)),
         }
         new.config
             .validate(models, &HostLimits::read())
             .map_err(|error| ControlError::from(&error))?;
+        if names_files {
+            new.check_files(models, opener, own)?;
+        }
         Ok(new)
     }
 
@@ -125,9 +232,22 @@ impl Description {
             self.config.memory.size = size;
             self.config.memory.hotplug_size = self.wire.memory.hotplug_size.unwrap_or(0);
         }
-        if request.desired_balloon.is_some() {
-            let message = "the machine has no balloon";
-            return Err(ControlError::new(ErrorKind::NotFound, message));
+        if let Some(size) = request.desired_balloon {
+            let resized = self.resize_balloon(size);
+            resized.map_err(|error| ControlError::from(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Has the balloon of the next machine be of another size.
+    ///
+    /// # Errors
+    ///
+    /// [`BalloonError::None`] and [`BalloonError::TooLarge`].
+    pub fn resize_balloon(&mut self, size: u64) -> Result<(), BalloonError> {
+        self.config.resize_balloon(size)?;
+        if let Some(balloon) = &mut self.wire.balloon {
+            balloon.size = size;
         }
         Ok(())
     }
@@ -146,18 +266,32 @@ impl Description {
             AddDevice::Disk(disk) => {
                 let (disk, config) = self.config.plan_disk(disk)?;
                 Ok(Planned {
-                    config,
                     disk: Some(disk),
+                    ..Planned::of(config)
                 })
             }
             AddDevice::Virtio(device) => {
                 let config = self.config.plan_device(device)?;
                 Ok(Planned {
                     disk: self.config.shown_disk(&config),
-                    config,
+                    net: self.config.shown_net(&config),
+                    ..Planned::of(config)
                 })
             }
-            AddDevice::Net(..) => lacks("network cards"),
+            AddDevice::Net(net, descriptors) => {
+                let copies = descriptors.iter().map(OwnedFd::try_clone);
+                let passed = copies.collect::<Result<Vec<_>, _>>().map_err(|error| {
+                    ControlError::from_error(ErrorKind::Failed, &error)
+                        .context("the descriptors cannot be kept")
+                })?;
+                let numbers: Vec<RawFd> = passed.iter().map(AsRawFd::as_raw_fd).collect();
+                let (net, config) = self.config.plan_net(net, &numbers)?;
+                Ok(Planned {
+                    net: Some(net),
+                    passed: Arc::new(passed),
+                    ..Planned::of(config)
+                })
+            }
             AddDevice::Vsock(_) => lacks("vsock device"),
             AddDevice::Fs(_) => lacks("shared directories"),
         }
@@ -165,17 +299,55 @@ impl Description {
 
     /// Takes up a device that has been planned.
     pub fn add(&mut self, planned: Planned) {
-        self.config.devices.push(planned.config);
-        if let Some(disk) = planned.disk {
+        let Planned {
+            config,
+            disk,
+            net,
+            passed,
+        } = planned;
+        if !passed.is_empty() {
+            self.passed.insert(config.id.clone(), passed);
+        }
+        self.config.devices.push(config);
+        if self.wire.balloon.is_none() {
+            self.wire.balloon = self.config.shown_balloon();
+        }
+        if let Some(disk) = disk {
             self.wire.disks.get_or_insert_default().push(disk);
+        }
+        if let Some(net) = net {
+            self.wire.net.get_or_insert_default().push(net);
         }
     }
 
-    /// Takes up a change of a disk that has been planned.
-    pub fn update(&mut self, request: &wire::VmUpdateDisk, update: DiskUpdate) {
-        // Every disk is in both forms.
-        let _ = update_disk(&mut self.wire, request);
-        let DiskUpdate { device, .. } = update;
+    /// What a device will be after a change. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Invalid`], [`ErrorKind::Conflict`].
+    pub fn plan_update(&self, update: &Update) -> Result<PlannedUpdate, ControlError> {
+        Ok(match update {
+            Update::Disk(request) => {
+                let DiskUpdate { device, patch } = self.config.plan_update(request)?;
+                PlannedUpdate { device, patch }
+            }
+            Update::Net(request) => {
+                let NetUpdate { device, patch } = self.config.plan_net_update(request)?;
+                PlannedUpdate { device, patch }
+            }
+        })
+    }
+
+    /// Takes up a change of a device that has been planned.
+    pub fn update(&mut self, update: &Update, planned: PlannedUpdate) {
+        let PlannedUpdate { device, .. } = planned;
+        match update {
+            Update::Disk(request) => {
+                // Every disk is in both forms.
+                let _ = update_disk(&mut self.wire, request);
+            }
+            Update::Net(_) => update_net(&mut self.wire, &device),
+        }
         let mut devices = self.config.devices.iter_mut();
         if let Some(known) = devices.find(|known| known.id == device.id) {
             *known = device;
@@ -185,12 +357,22 @@ impl Description {
     /// Keeps those devices whose ids `keep` knows.
     pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.config.devices.retain(|device| keep(&device.id));
+        if self.config.shown_balloon().is_none() {
+            self.wire.balloon = None;
+        }
         if let Some(disks) = &mut self.wire.disks {
             disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));
             if disks.is_empty() {
                 self.wire.disks = None;
             }
         }
+        if let Some(nets) = &mut self.wire.net {
+            nets.retain(|net| net.id.as_deref().is_none_or(&keep));
+            if nets.is_empty() {
+                self.wire.net = None;
+            }
+        }
+        self.passed.retain(|id, _| keep(id));
     }
 
     /// Gives every device its name, as its clients are to see it from now on.
@@ -198,17 +380,46 @@ impl Description {
         name_devices(&mut self.wire);
     }
 
-    /// The rules that need the host's files, which may have changed since.
+    /// The rules that need the host's files, which may have changed since. `own` are the monitor's.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Invalid`].
-    pub fn check_files(&self, models: &'static [Model]) -> Result<(), ControlError> {
-        files::check(&self.config, models).map_err(|error| {
-            ControlError::new(ErrorKind::Invalid, chain(&error))
-                .context("Failed to validate config")
-        })
+    /// [`ErrorKind::Conflict`].
+    pub fn check_files(
+        &self,
+        models: &'static [Model],
+        opener: &Opener,
+        own: &OwnFiles,
+    ) -> Result<(), ControlError> {
+        check_files(&self.config, models, opener, own)
     }
+
+    /// [`Description::check_files`] for this machine with `device`, which is new or takes the place of the one
+    /// that has its id. What is returned does it, on any thread: the host may take long.
+    pub fn file_check(
+        &self,
+        device: &DeviceConfig,
+        models: &'static [Model],
+        opener: &Arc<Opener>,
+        own: &OwnFiles,
+    ) -> impl FnOnce() -> Result<(), ControlError> + Send + use<> {
+        let mut config = self.config.clone();
+        config.devices.retain(|known| known.id != device.id);
+        config.devices.push(device.clone());
+        let (opener, own) = (Arc::clone(opener), own.clone());
+        move || check_files(&config, models, &opener, &own)
+    }
+}
+
+fn check_files(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+    own: &OwnFiles,
+) -> Result<(), ControlError> {
+    files::check(config, models, opener)
+        .and_then(|()| files::check_machine(config, models, opener, own))
+        .map_err(|error| ControlError::from(&error))
 }
 
 /// A device that is to be added, with its name.
@@ -218,6 +429,22 @@ pub struct Planned {
     pub config: DeviceConfig,
     /// As clients see it, when it is a disk.
     disk: Option<wire::DiskConfig>,
+    /// As clients see it, when it is a network card.
+    net: Option<wire::NetConfig>,
+    /// The descriptors that came along, by whose numbers the configuration names them.
+    passed: Arc<Vec<OwnedFd>>,
+}
+
+impl Planned {
+    /// One that clients see among the devices alone.
+    fn of(config: DeviceConfig) -> Self {
+        Self {
+            config,
+            disk: None,
+            net: None,
+            passed: Arc::default(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -240,7 +467,12 @@ mod tests {
                     desired_vcpus: Some(count),
                     ..wire::VmResize::default()
                 };
-                description.changed(Command::Resize(request), MODELS)
+                description.changed(
+                    Command::Resize(request),
+                    MODELS,
+                    &Opener::new(),
+                    &OwnFiles::default(),
+                )
             };
             for count in [0, max + 1, 70_000] {
                 let refused = resize(&description, count).err().unwrap();
@@ -282,9 +514,44 @@ mod tests {
             ..wire::VmResize::default()
         };
         let changed = description
-            .changed(Command::Resize(request), MODELS)
+            .changed(
+                Command::Resize(request),
+                MODELS,
+                &Opener::new(),
+                &OwnFiles::default(),
+            )
             .unwrap();
         // Nothing has been added to what it is now: all the room is there again.
         agree(&changed, 100, 512);
+    }
+
+    #[test]
+    fn descriptors_are_kept_as_long_as_their_card_is_described() {
+        let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
+        let mut description = Description::from_wire(wire).unwrap();
+        let (opener, own) = (Opener::new(), OwnFiles::default());
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let card = serde_json::from_value(json!({ "id": "n" })).unwrap();
+        let add = Command::AddDevice(Box::new(AddDevice::Net(card, vec![theirs.into()])));
+        description = description.changed(add, MODELS, &opener, &own).unwrap();
+        let wire = description.wire.net.as_ref().unwrap();
+        let card = description
+            .config
+            .devices
+            .iter()
+            .find_map(DeviceConfig::network);
+        assert_eq!(wire[0].mac, card.unwrap().mac);
+        // The other end is open.
+        ours.set_nonblocking(true).unwrap();
+        let read =
+            |ours: &std::os::unix::net::UnixStream| std::io::Read::read(&mut { ours }, &mut [0]);
+        let waiting = read(&ours).unwrap_err();
+        assert_eq!(waiting.kind(), std::io::ErrorKind::WouldBlock);
+        let remove = wire::VmRemoveDevice { id: "n".to_owned() };
+        description = description
+            .changed(Command::RemoveDevice(remove), MODELS, &opener, &own)
+            .unwrap();
+        assert_eq!(description.wire.net, None);
+        assert_eq!(read(&ours).unwrap(), 0);
     }
 }

@@ -32,6 +32,7 @@ const FEATURES: &[&str] = &[
     "vireo.reset",
     "vireo.boot-once",
     "vireo.actions",
+    "vireo.balloon",
 ];
 
 /// Commands and reads from any thread. Clones reach the same monitor.
@@ -104,6 +105,10 @@ impl Control for MonitorHandle {
 
     fn counters(&self) -> Result<wire::VmCounters, ControlError> {
         self.view.counters()
+    }
+
+    fn balloon(&self) -> Result<wire::BalloonInfo, ControlError> {
+        self.view.balloon()
     }
 
     fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError> {

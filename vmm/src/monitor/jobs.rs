@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use api::wire::{JobInfo, JobState};
 use api::{ControlError, ErrorKind, EventKind, EventLog};
@@ -34,6 +34,8 @@ struct Job {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
+    /// Why it was cancelled, where no client has asked for that.
+    reason: OnceLock<&'static str>,
     end: Mutex<Option<(JobState, Option<String>)>>,
 }
 
@@ -88,6 +90,7 @@ impl Jobs {
                 done: AtomicU64::new(0),
                 total: AtomicU64::new(total),
                 cancelled: AtomicBool::new(false),
+                reason: OnceLock::new(),
                 end: Mutex::default(),
             });
             let ended = inner.jobs.iter().filter(|job| job.end().is_some()).count();
@@ -121,6 +124,19 @@ impl Jobs {
     ///
     /// [`ErrorKind::NotFound`], and [`ErrorKind::Conflict`] when it has ended.
     pub fn cancel(&self, id: &str) -> Result<(), ControlError> {
+        self.end(id, None)
+    }
+
+    /// As [`Jobs::cancel`], where not a client wants it; the job then tells why.
+    ///
+    /// # Errors
+    ///
+    /// As [`Jobs::cancel`].
+    pub fn give_up(&self, id: &str, why: &'static str) -> Result<(), ControlError> {
+        self.end(id, Some(why))
+    }
+
+    fn end(&self, id: &str, why: Option<&'static str>) -> Result<(), ControlError> {
         let found = self.lock().jobs.iter().find(|job| job.id == id).cloned();
         let Some(job) = found else {
             let message = format!("No job with id {id:?}");
@@ -129,6 +145,12 @@ impl Jobs {
         if job.end().is_some() {
             let message = format!("Job {id} has ended");
             return Err(ControlError::new(ErrorKind::Conflict, message));
+        }
+        if let Some(why) = why
+            && !job.cancelled.load(Ordering::Acquire)
+        {
+            // The first reason stays.
+            let _ = job.reason.set(why);
         }
         job.cancelled.store(true, Ordering::Release);
         Ok(())
@@ -167,7 +189,10 @@ impl JobHandle {
     pub fn finish(self, result: Result<(), String>) {
         let end = match result {
             Ok(()) => (JobState::Completed, None),
-            Err(_) if self.is_cancelled() => (JobState::Cancelled, None),
+            Err(_) if self.is_cancelled() => {
+                let reason = self.job.reason.get();
+                (JobState::Cancelled, reason.map(|&why| why.to_owned()))
+            }
             Err(reason) => (JobState::Failed, Some(reason)),
         };
         *self.job.end() = Some(end);
@@ -224,6 +249,22 @@ mod tests {
         assert_eq!(states(&jobs), [JobState::Cancelled, JobState::Completed]);
         assert_eq!(jobs.cancel("test-1").unwrap_err().kind, ErrorKind::Conflict);
         assert_eq!(jobs.cancel("test-3").unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_job_that_is_given_up_says_why_unless_a_client_was_first() {
+        let jobs = Jobs::new(EventLog::default());
+        let both = [jobs.begin("test", 0), jobs.begin("test", 0)];
+        jobs.cancel("test-2").unwrap();
+        for id in ["test-1", "test-2"] {
+            jobs.give_up(id, "no time").unwrap();
+        }
+        for job in both {
+            job.finish(Err("it was told to".to_owned()));
+        }
+        let errors: Vec<_> = jobs.list().into_iter().map(|job| job.error).collect();
+        assert_eq!(errors, [Some("no time".to_owned()), None]);
+        assert_eq!(states(&jobs), [JobState::Cancelled; 2]);
     }
 
     #[test]

@@ -151,6 +151,14 @@ pub fn text(view: &View, jobs: &Jobs, events: &EventLog, usage: Option<&Usage>) 
             "memory that the guest has",
         );
         out.sample(&[], machine.memory_size());
+        if let Some(balloon) = machine.balloon() {
+            let help = "memory that the guest is to give up";
+            out.head("vireo_balloon_target_bytes", Kind::Gauge, help);
+            out.sample(&[], balloon.target());
+            let help = "memory that the guest has given up";
+            out.head("vireo_balloon_actual_bytes", Kind::Gauge, help);
+            out.sample(&[], balloon.actual());
+        }
         tell_vcpus(&mut out, &machine);
         tell_devices(&mut out, &machine);
     }

@@ -17,8 +17,9 @@
 //! All of it runs on one thread, the control thread. Others send it commands
 //! ([`MonitorHandle`]) and read what it shows ([`View`]).
 
+mod booting;
 pub mod consoles;
-mod description;
+pub(crate) mod description;
 mod handle;
 mod jobs;
 mod metrics;
@@ -35,11 +36,13 @@ use virtio::models::Model;
 pub use description::{Description, Planned};
 pub use handle::MonitorHandle;
 pub use jobs::{JobHandle, Jobs};
-pub use socket::{ApiSocket, Place, event_sink};
+pub use socket::{ApiSocket, Inherited, InheritedError, Place, event_sink};
 pub use view::View;
 
+use booting::Opened;
+
 use crate::agent::AgentDesk;
-use crate::config::files::{self, OwnFiles};
+use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
@@ -226,24 +229,32 @@ impl Monitor {
         };
         self.view.describe(Some(&description));
         let once = self.once.take();
-        let built = build(
-            once.as_ref().unwrap_or(&description.config),
-            self.models,
-            &self.opener,
-            &self.mailbox,
-            &ears.events,
-            &ears.consoles,
-        );
-        let built = match (built, booted) {
-            (Ok(built), booted) => (built, booted),
-            (Err(error), None) => return Err(error),
-            (Err(error), Some(booted)) => {
-                self.ears = Some(ears);
-                booted(Err(error.to_control()));
-                return Ok(After::Idle);
-            }
+        let config = once.as_ref().unwrap_or(&description.config);
+        let before = ears.life.state();
+        ears.life.enter(VmState::Booting, None);
+        let built = match self.open(&mut ears, config) {
+            Ok(Opened::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
+            Ok(Opened::All(parts)) => build(
+                config,
+                *parts,
+                &self.opener,
+                &self.mailbox,
+                &ears.events,
+                &ears.consoles,
+            ),
+            Err(error) => Err(error),
         };
-        self.drive(built, ears, &description, once.is_some())
+        let error = match built {
+            Ok(built) => return self.drive((built, booted), ears, &description, once.is_some()),
+            Err(error) => error,
+        };
+        ears.life.enter(before, None);
+        let Some(booted) = booted else {
+            return Err(error);
+        };
+        self.ears = Some(ears);
+        booted(Err(error.to_control()));
+        Ok(After::Idle)
     }
 
     fn drive(
@@ -294,6 +305,11 @@ impl Monitor {
         // Before the server ends, which may wait for an errand.
         ears.forget_machine();
         drop(server);
+        if let Ok(outcome) = &outcome
+            && self.leaves(outcome, &then)
+        {
+            self.view.leave();
+        }
         self.view.show(None);
         self.view.serial_at(None);
         self.view.describe(ears.description.as_ref());
@@ -313,6 +329,8 @@ impl Monitor {
             notice::tell(detail);
         } else if outcome.reason == ExitReason::GuestPanic {
             notice::tell("the guest's kernel panicked");
+        } else if outcome.reason == ExitReason::Watchdog {
+            notice::tell("the guest did not feed its watchdog in time");
         }
         Ok(after)
     }
@@ -340,18 +358,24 @@ impl Monitor {
                 }
             };
         }
-        if outcome.quit {
-            return After::Exit(outcome.reason);
-        }
-        if commanded || outcome.failed_to_boot {
-            return after;
-        }
         match outcome.next {
-            GuestAction::Restart => After::Boot(None),
-            GuestAction::Stop => after,
-            _ if self.options.no_shutdown => after,
-            _ => After::Exit(outcome.reason),
+            _ if self.ends_with(outcome, commanded) => After::Exit(outcome.reason),
+            GuestAction::Restart if !commanded && !outcome.failed_to_boot => After::Boot(None),
+            _ => after,
         }
+    }
+
+    /// Whether the monitor ends with its machine, whose end was `commanded` or not.
+    fn ends_with(&self, outcome: &Outcome, commanded: bool) -> bool {
+        let stays = matches!(outcome.next, GuestAction::Restart | GuestAction::Stop);
+        let kept = commanded || outcome.failed_to_boot || self.options.no_shutdown;
+        outcome.quit || !(stays || kept)
+    }
+
+    /// The same before what ended the machine is carried out.
+    fn leaves(&self, outcome: &Outcome, then: &[(Command, Answer)]) -> bool {
+        let quits = |(command, _): &(Command, Answer)| matches!(command, Command::Quit);
+        then.iter().any(quits) || self.ends_with(outcome, !then.is_empty())
     }
 
     /// Waits for what to do while there is no machine.
@@ -437,17 +461,15 @@ impl Monitor {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
         description.check_bootable()?;
-        description.check_files(self.models)?;
-        self.check_own(&description.config)
+        self.check_files(description)
     }
 
-    /// That the machine writes to no file of the monitor's own.
-    fn check_own(&self, config: &VmConfig) -> Result<(), ControlError> {
+    /// That the files of the machine are its own.
+    fn check_files(&self, description: &Description) -> Result<(), ControlError> {
         let Some(ears) = &self.ears else {
             return Ok(());
         };
-        files::check_machine(config, ears.consoles.reserved())
-            .map_err(|error| ControlError::from(&error))
+        description.check_files(self.models, &self.opener, ears.consoles.reserved())
     }
 
     /// What one boot is made from.
@@ -455,12 +477,9 @@ impl Monitor {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
         let config = description.config.boot_once(request)?;
-        Description {
-            config: config.clone(),
-            ..description.clone()
-        }
-        .check_files(self.models)?;
-        self.check_own(&config)?;
+        let mut once = description.clone();
+        once.config.clone_from(&config);
+        self.check_files(&once)?;
         Ok(config)
     }
 
@@ -475,10 +494,12 @@ impl Monitor {
 
     /// Changes the description alone.
     fn change(&mut self, command: Command) -> Result<Reply, ControlError> {
-        let Some(description) = self.ears.as_mut().and_then(|e| e.description.as_mut()) else {
+        let ears = self.ears.as_mut().ok_or_else(view::not_created)?;
+        let own = ears.consoles.reserved();
+        let Some(description) = &mut ears.description else {
             return Err(view::not_created());
         };
-        let changed = description.changed(command, self.models)?;
+        let changed = description.changed(command, self.models, &self.opener, own)?;
         *description = changed;
         self.view.describe(Some(description));
         Ok(Reply::Done)

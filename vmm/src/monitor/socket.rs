@@ -2,19 +2,19 @@
 //! keeps a second monitor away, and where events are written.
 
 use std::fs::File;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use crate::opener::{OpenError, Opener, SocketFile};
 
 /// Where a monitor listens or writes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Place {
     /// A socket or file that it makes.
     Path(PathBuf),
-    /// What it has been started with: a listening socket, or anything that can be written.
-    Descriptor(RawFd),
+    /// What it has been started with, from [`Inherited::take`].
+    Descriptor(OwnedFd),
 }
 
 impl Place {
@@ -23,39 +23,117 @@ impl Place {
     pub fn to_path(&self) -> PathBuf {
         match self {
             Self::Path(path) => path.clone(),
-            Self::Descriptor(fd) => Path::new("/proc/self/fd").join(fd.to_string()),
+            Self::Descriptor(fd) => Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string()),
         }
     }
 }
 
-/// Opens what events are written to.
-///
-/// # Errors
-///
-/// [`OpenError`], which names the path.
-pub fn event_sink(place: &Place, opener: &Opener) -> Result<OwnedFd, OpenError> {
-    match place {
-        Place::Path(path) => Ok(opener.create_event_output(path)?.into()),
-        Place::Descriptor(fd) => {
-            // SAFETY: F_GETFL reads flags, and fails for what is no descriptor.
-            #[expect(unsafe_code, reason = "fcntl is a system call")]
-            let flags = unsafe { libc::fcntl(*fd, libc::F_GETFL) };
-            if flags < 0 || *fd <= 2 || flags & libc::O_ACCMODE == libc::O_RDONLY {
-                return Err(OpenError::WrongType {
-                    path: Path::new("/dev/fd").join(fd.to_string()),
-                    found: "nothing that can be written",
-                    wanted: "a file, pipe or socket that was passed to this process",
-                });
+/// Why a descriptor is not what its flag needs.
+#[derive(Debug, thiserror::Error)]
+pub enum InheritedError {
+    /// There is none of this number.
+    #[error(
+        "{flag} fd={fd}: this process was not started with it: pass it open, or give path=PATH"
+    )]
+    Closed {
+        /// The flag.
+        flag: &'static str,
+        /// The number.
+        fd: RawFd,
+    },
+    /// It is for two things.
+    #[error("{SOCKET} and {EVENTS} have the same fd={fd}: give each one of its own")]
+    Twice {
+        /// The number.
+        fd: RawFd,
+    },
+    /// Nobody can connect to it.
+    #[error("{SOCKET} fd={fd}: it is no listening unix socket: pass one, or give path=PATH")]
+    NotListening {
+        /// The number.
+        fd: RawFd,
+    },
+    /// Nothing can be written to it.
+    #[error(
+        "{EVENTS} fd={fd}: it is {found}, and cannot be written: pass a file, a pipe or a connected socket that can, or \
+         give path=PATH"
+    )]
+    NotWritable {
+        /// The number.
+        fd: RawFd,
+        /// What it is.
+        found: &'static str,
+    },
+}
+
+const SOCKET: &str = "--api-socket";
+const EVENTS: &str = "--event-monitor";
+
+/// The descriptors that the process was started with for the monitor.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// The control socket, which listens.
+    pub socket: Option<OwnedFd>,
+    /// What events are written to.
+    pub events: Option<OwnedFd>,
+}
+
+impl Inherited {
+    /// Takes the descriptors of these numbers, which other programs do not get from now on. To be called once, before the process
+    /// opens anything: a number that it was not started with could be that of a file of its own afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`InheritedError`], also for the standard descriptors; nothing has been taken then.
+    pub fn take(socket: Option<RawFd>, events: Option<RawFd>) -> Result<Self, InheritedError> {
+        for (flag, given) in [(SOCKET, socket), (EVENTS, events)] {
+            if let Some(fd) = given.filter(|fd| *fd <= 2 || status(*fd).is_none()) {
+                return Err(InheritedError::Closed { flag, fd });
             }
-            Ok(take(*fd))
         }
+        if let Some(fd) = socket {
+            if events == socket {
+                return Err(InheritedError::Twice { fd });
+            }
+            if !listens(fd) || option(fd, libc::SO_DOMAIN) != Some(libc::AF_UNIX) {
+                return Err(InheritedError::NotListening { fd });
+            }
+        }
+        if let Some(fd) = events {
+            let found = if listens(fd) {
+                Some("a listening socket")
+            } else if status(fd).is_some_and(|flags| flags & libc::O_ACCMODE == libc::O_RDONLY) {
+                Some("open for reading alone")
+            } else {
+                None
+            };
+            if let Some(found) = found {
+                return Err(InheritedError::NotWritable { fd, found });
+            }
+        }
+        Ok(Self {
+            socket: socket.map(take),
+            events: events.map(take),
+        })
     }
+}
+
+/// The flags of an open file; `None` when there is no such descriptor.
+fn status(fd: RawFd) -> Option<libc::c_int> {
+    // SAFETY: F_GETFL reads flags, and fails for what is no descriptor.
+    #[expect(unsafe_code, reason = "fcntl is a system call")]
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    (flags >= 0).then_some(flags)
+}
+
+fn listens(fd: RawFd) -> bool {
+    option(fd, libc::SO_ACCEPTCONN) == Some(1)
 }
 
 /// Makes a descriptor that the process was started with its own.
 fn take(fd: RawFd) -> OwnedFd {
-    // SAFETY: the caller has found it open, and it belongs to nobody else in this process: one
-    // flag names it, and that is read once.
+    // SAFETY: the caller has found it open, and it belongs to nobody else in this process, which has opened
+    // nothing yet: one flag names it, and that is read once.
     #[expect(unsafe_code, reason = "takes ownership of an inherited descriptor")]
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     // It must not reach other programs.
@@ -65,6 +143,18 @@ fn take(fd: RawFd) -> OwnedFd {
         libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
     }
     owned
+}
+
+/// Opens what events are written to.
+///
+/// # Errors
+///
+/// [`OpenError`], which names the path.
+pub fn event_sink(place: Place, opener: &Opener) -> Result<OwnedFd, OpenError> {
+    match place {
+        Place::Path(path) => Ok(opener.create_event_output(&path)?.into()),
+        Place::Descriptor(fd) => Ok(fd),
+    }
 }
 
 /// A listening socket. Its file goes when this is dropped; the lock's file stays,
@@ -92,37 +182,24 @@ impl ApiSocket {
     /// # Errors
     ///
     /// [`OpenError`], which names the path.
-    pub fn listen(place: &Place, opener: &Opener) -> Result<Self, OpenError> {
+    pub fn listen(place: Place, opener: &Opener) -> Result<Self, OpenError> {
         match place {
             Place::Path(path) => {
-                let lock = opener.lock_beside(path)?;
-                let listener = opener.listen_unix(path)?;
+                let lock = opener.lock_beside(&path)?;
+                let listener = opener.listen_unix(&path)?;
                 Ok(Self {
                     listener,
-                    _file: Some(opener.own_socket(path)?),
+                    _file: Some(opener.own_socket(&path)?),
                     _lock: Some(lock),
                 })
             }
             Place::Descriptor(fd) => Ok(Self {
-                listener: given(*fd)?,
+                listener: fd.into(),
                 _file: None,
                 _lock: None,
             }),
         }
     }
-}
-
-/// The socket that the process was started with as descriptor `fd`.
-fn given(fd: RawFd) -> Result<UnixListener, OpenError> {
-    let listening = fd > 2 && option(fd, libc::SO_ACCEPTCONN) == Some(1);
-    if !listening || option(fd, libc::SO_DOMAIN) != Some(libc::AF_UNIX) {
-        return Err(OpenError::WrongType {
-            path: Path::new("/dev/fd").join(fd.to_string()),
-            found: "no listening unix socket",
-            wanted: "one that was passed to this process",
-        });
-    }
-    Ok(take(fd).into())
 }
 
 /// An integer option of a socket; `None` when `fd` is none.
@@ -153,17 +230,17 @@ mod tests {
     fn one_monitor_has_a_socket_and_the_next_is_told_so() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("api.sock");
-        let place = Place::Path(path.clone());
+        let place = || Place::Path(path.clone());
         let opener = Opener::new();
-        let first = ApiSocket::listen(&place, &opener).unwrap();
-        let error = ApiSocket::listen(&place, &opener).err().unwrap();
+        let first = ApiSocket::listen(place(), &opener).unwrap();
+        let error = ApiSocket::listen(place(), &opener).err().unwrap();
         assert!(matches!(error, OpenError::SocketInUse { .. }), "{error}");
         UnixStream::connect(&path).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{mode:o}");
         drop(first);
         assert!(!path.exists());
-        drop(ApiSocket::listen(&place, &opener).unwrap());
+        drop(ApiSocket::listen(place(), &opener).unwrap());
     }
 
     #[test]
@@ -173,14 +250,40 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let opener = Opener::new();
-        ApiSocket::listen(&Place::Path(path), &opener).unwrap();
+        ApiSocket::listen(Place::Path(path), &opener).unwrap();
     }
 
     #[test]
-    fn a_descriptor_that_is_no_listening_socket_is_refused() {
-        for fd in [-1, 0, 2, 9999] {
-            assert!(ApiSocket::listen(&Place::Descriptor(fd), &Opener::new()).is_err());
+    fn descriptors_are_taken_when_they_are_what_their_flags_need() {
+        let directory = tempfile::tempdir().unwrap();
+        let listening = UnixListener::bind(directory.path().join("s")).unwrap();
+        let (near, _far) = UnixStream::pair().unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let read = File::open("/dev/null").unwrap();
+        let write = File::create(directory.path().join("events")).unwrap();
+        let (listening, near) = (listening.as_raw_fd(), near.as_raw_fd());
+        let (tcp, read) = (tcp.as_raw_fd(), read.as_raw_fd());
+        for (socket, events, says) in [
+            (Some(0), None, "--api-socket fd=0: this process"),
+            (Some(-1), None, "--api-socket fd=-1: this process"),
+            (Some(9999), None, "--api-socket fd=9999: this process"),
+            (None, Some(2), "--event-monitor fd=2: this process"),
+            (None, Some(9999), "--event-monitor fd=9999: this process"),
+            (Some(listening), Some(listening), "have the same fd="),
+            (Some(near), None, "no listening unix socket"),
+            (Some(tcp), None, "no listening unix socket"),
+            (Some(read), None, "no listening unix socket"),
+            (None, Some(listening), "a listening socket"),
+            (None, Some(tcp), "a listening socket"),
+            (None, Some(read), "reading alone"),
+        ] {
+            let refused = Inherited::take(socket, events).unwrap_err().to_string();
+            assert!(refused.contains(says), "{refused}");
         }
+        let write = std::os::fd::IntoRawFd::into_raw_fd(write);
+        let taken = Inherited::take(None, Some(write)).unwrap();
+        assert!(taken.socket.is_none());
+        assert_eq!(taken.events.unwrap().as_raw_fd(), write);
     }
 
     #[test]
@@ -191,17 +294,14 @@ mod tests {
         let made = std::process::Command::new("mkfifo").arg(&path).status();
         assert!(made.unwrap().success());
         let opener = Opener::new();
-        let sink = event_sink(&Place::Path(path.clone()), &opener).unwrap();
+        let sink = event_sink(Place::Path(path.clone()), &opener).unwrap();
         std::io::Write::write_all(&mut File::from(sink.try_clone().unwrap()), b"early").unwrap();
         let mut reader = File::open(&path).unwrap();
         drop(sink);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "early");
-        for fd in [-1, 2, 9999] {
-            assert!(event_sink(&Place::Descriptor(fd), &opener).is_err(), "{fd}");
-        }
-        let wrong = event_sink(&Place::Path(directory.path().to_owned()), &opener);
+        let wrong = event_sink(Place::Path(directory.path().to_owned()), &opener);
         assert!(wrong.is_err());
     }
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use api::{ControlError, ErrorKind, VmState, wire};
+use api::{ControlError, ErrorKind, Reason, VmState, wire};
 
 use super::Description;
+use crate::config::balloon::BalloonError;
 use crate::config::port::DEVICE_KIND as CONSOLE;
 use crate::machine::inventory::Inventory;
 use crate::machine::state::StateView;
@@ -25,6 +26,7 @@ struct Inner {
     pty: Option<String>,
     /// Of the second to the fourth serial port, and of the virtio console.
     ptys: [Option<String>; 4],
+    leaving: bool,
 }
 
 impl View {
@@ -57,6 +59,11 @@ impl View {
         self.lock().ptys = ptys;
     }
 
+    /// The monitor is about to end: nothing that is described will be booted.
+    pub fn leave(&self) {
+        self.lock().leaving = true;
+    }
+
     /// Description and state.
     ///
     /// # Errors
@@ -70,9 +77,10 @@ impl View {
             ..
         } = description.memory;
         let described = size.saturating_add(hotplugged_size.unwrap_or(0));
-        let memory = machine
-            .as_ref()
-            .map_or(described, |machine| machine.memory_size());
+        let memory = machine.as_ref().map_or(described, |machine| {
+            let given_up = machine.balloon().map_or(0, |balloon| balloon.actual());
+            machine.memory_size().saturating_sub(given_up)
+        });
         let mut config = (*description).clone();
         if config.serial.mode == wire::ConsoleMode::Pty {
             config.serial.file = self.lock().pty.as_ref().map(PathBuf::from);
@@ -137,8 +145,41 @@ impl View {
     pub fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, ControlError> {
         match self.parts()? {
             (_, Some(machine)) => Ok(machine.counters()),
-            (_, None) => Err(ControlError::new(ErrorKind::Conflict, "VM is not running")),
+            (_, None) => Err(ControlError::state(ErrorKind::Conflict, Reason::NotRunning)),
         }
+    }
+
+    /// What has become of the balloon; the guest is asked for newer statistics.
+    ///
+    /// # Errors
+    ///
+    /// As for [`View::counters`]; [`ErrorKind::NotFound`] also when the machine has none.
+    pub fn balloon(&self) -> Result<wire::BalloonInfo, ControlError> {
+        let (description, machine) = self.parts()?;
+        let machine = match machine {
+            Some(machine) => machine,
+            None if description.balloon.is_some() => {
+                return Err(ControlError::new(ErrorKind::Conflict, "VM is not running"));
+            }
+            None => return Err(no_balloon()),
+        };
+        let balloon = machine.balloon().ok_or_else(no_balloon)?;
+        balloon.ask();
+        let told = balloon.statistics();
+        Ok(wire::BalloonInfo {
+            target: balloon.target(),
+            actual: balloon.actual(),
+            reported: balloon.reported(),
+            statistics_age_ms: told
+                .as_ref()
+                .map(|told| u64::try_from(told.age.as_millis()).unwrap_or(u64::MAX)),
+            statistics: told.map(|told| {
+                let values = told.values.into_iter();
+                values
+                    .map(|(name, value)| (name.to_owned(), value))
+                    .collect()
+            }),
+        })
     }
 
     /// The machine, where there is one.
@@ -154,8 +195,16 @@ impl View {
     }
 
     fn v1_state(&self) -> wire::VmInfoState {
+        let ends = {
+            let inner = self.lock();
+            inner.leaving || inner.machine.is_some()
+        };
         match self.state() {
+            // What is left of the machine is being put away.
+            VmState::Stopped if ends => wire::VmInfoState::Shutdown,
             VmState::Created | VmState::Stopped => wire::VmInfoState::Created,
+            // What it is made from is being opened.
+            VmState::Booting if self.machine().is_none() => wire::VmInfoState::Created,
             VmState::Booting | VmState::Running => wire::VmInfoState::Running,
             VmState::Paused => wire::VmInfoState::Paused,
             VmState::ShuttingDown => wire::VmInfoState::Shutdown,
@@ -175,8 +224,42 @@ impl View {
     }
 }
 
+fn no_balloon() -> ControlError {
+    ControlError::from_error(ErrorKind::NotFound, &BalloonError::None)
+}
+
 /// There is no description.
 #[must_use]
 pub fn not_created() -> ControlError {
-    ControlError::new(ErrorKind::NotFound, "VM is not created")
+    ControlError::state(ErrorKind::NotFound, Reason::NotCreated)
+}
+
+#[cfg(test)]
+mod tests {
+    use api::EventLog;
+    use serde_json::json;
+
+    use super::*;
+    use crate::machine::state::Lifecycle;
+
+    #[test]
+    fn a_machine_that_has_ended_is_on_its_way_out_until_its_monitor_waits_for_another_boot() {
+        let life = Lifecycle::new(EventLog::default());
+        let view = View::new(life.view());
+        let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
+        view.describe(Some(&Description::from_wire(wire).unwrap()));
+        let state = || view.info().unwrap().state;
+        assert_eq!(state(), wire::VmInfoState::Created);
+        life.enter(VmState::Booting, None);
+        view.show(Some(Inventory::new(Vec::new(), Vec::new(), 0)));
+        assert_eq!(state(), wire::VmInfoState::Running);
+        life.enter(VmState::ShuttingDown, None);
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+        life.enter(VmState::Stopped, None);
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+        view.show(None);
+        assert_eq!(state(), wire::VmInfoState::Created);
+        view.leave();
+        assert_eq!(state(), wire::VmInfoState::Shutdown);
+    }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 
 use super::{OpenError, Opener, system};
 
@@ -53,6 +54,18 @@ impl Opener {
         sync_directory(path)
     }
 
+    /// As [`Opener::replace_file`], where nothing is yet. Of several at once, one succeeds.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Exists`] when there is something at `path`, which is as it was.
+    pub fn new_file(&self, path: &Path, content: &[u8]) -> Result<(), OpenError> {
+        let new = self.begin_file(path)?;
+        let mut file = new.file();
+        file.write_all(content).map_err(system("write", path))?;
+        new.keep()
+    }
+
     /// Begins a new file at `path`, for its owner alone, under a name of its own
     /// beside it until [`NewFile::keep`].
     ///
@@ -68,7 +81,7 @@ impl Opener {
         let (file, temporary) = create_beside(path).map_err(system("create", path))?;
         Ok(NewFile {
             file,
-            temporary,
+            temporary: Some(temporary),
             path: path.to_owned(),
         })
     }
@@ -130,7 +143,8 @@ impl Opener {
 #[derive(Debug)]
 pub struct NewFile {
     file: File,
-    temporary: PathBuf,
+    /// The name that it has until then, and that nobody else has meanwhile.
+    temporary: Option<PathBuf>,
     path: PathBuf,
 }
 
@@ -145,25 +159,45 @@ impl NewFile {
     ///
     /// # Errors
     ///
-    /// [`OpenError`], also when something has got the name first; the file is removed.
+    /// [`OpenError::Exists`] when something has got the name first, [`OpenError`] otherwise; the file is removed.
     pub fn keep(self) -> Result<(), OpenError> {
+        self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))
+    }
+
+    fn keep_by(
+        mut self,
+        rename: impl FnOnce(&Path, &Path) -> Result<(), Errno>,
+    ) -> Result<(), OpenError> {
         self.file.sync_all().map_err(system("write", &self.path))?;
-        renameat_with(
-            CWD,
-            &self.temporary,
-            CWD,
-            &self.path,
-            RenameFlags::NOREPLACE,
-        )
-        .map_err(|error| system("name", &self.path)(error.into()))?;
-        sync_directory(&self.path)
+        let path = self.path.clone();
+        let temporary = self.temporary.as_deref().unwrap_or(&path);
+        let renamed = rename(temporary, &path);
+        let named = match renamed {
+            // Not every file system can: NFS, for one. A second name does not replace a file either, and the first
+            // goes with this.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => fs::hard_link(temporary, &path),
+            renamed => renamed.map_err(io::Error::from),
+        };
+        if renamed.is_ok() {
+            // Others may have that name by now.
+            self.temporary = None;
+        }
+        named.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => OpenError::Exists { path: path.clone() },
+            _ => system("name", &path)(error),
+        })?;
+        // One name is left when the directory is on the disk.
+        drop(self);
+        sync_directory(&path)
     }
 }
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        // It is not there any more when it has got its name.
-        let _ = fs::remove_file(&self.temporary);
+        if let Some(temporary) = &self.temporary {
+            // Somebody else may just have removed it; then it is gone as well.
+            let _ = fs::remove_file(temporary);
+        }
     }
 }
 
@@ -201,4 +235,82 @@ fn sync_directory(path: &Path) -> Result<(), OpenError> {
     };
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
     synced.map_err(system("sync", directory))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::thread;
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        Opener::new().names_in(directory).unwrap()
+    }
+
+    #[test]
+    fn a_file_system_that_cannot_rename_without_replacing_gives_a_second_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        for errno in [Errno::INVAL, Errno::NOSYS, Errno::NOTSUP] {
+            let new = Opener::new().begin_file(&path).unwrap();
+            new.file().write_all(b"text").unwrap();
+            new.keep_by(|_, _| Err(errno)).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"text");
+            assert_eq!(names(directory.path()), ["new"]);
+            fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_name_that_another_gets_first_stays_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        for errno in [None, Some(Errno::INVAL)] {
+            let new = Opener::new().begin_file(&path).unwrap();
+            fs::write(&path, "another").unwrap();
+            let kept = match errno {
+                None => new.keep(),
+                Some(errno) => new.keep_by(|_, _| Err(errno)),
+            };
+            assert!(matches!(kept, Err(OpenError::Exists { .. })), "{kept:?}");
+            assert_eq!(fs::read(&path).unwrap(), b"another");
+            assert_eq!(names(directory.path()), ["new"]);
+            fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_the_host_refuses_otherwise_is_told_and_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let new = Opener::new().begin_file(&directory.path().join("new"));
+        let kept = new.unwrap().keep_by(|_, _| Err(Errno::NOSPC));
+        assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
+        assert!(names(directory.path()).is_empty());
+    }
+
+    #[test]
+    fn of_several_that_make_one_file_one_succeeds_and_its_content_is_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        let begin = Barrier::new(4);
+        for _ in 0..20 {
+            let make = |content: u8| {
+                begin.wait();
+                Opener::new().new_file(&path, &[content; 100]).is_ok()
+            };
+            let made: Vec<u8> = thread::scope(|scope| {
+                let makers =
+                    [1, 2, 3, 4].map(|content| (content, scope.spawn(move || make(content))));
+                let made = makers
+                    .into_iter()
+                    .filter_map(|(content, maker)| maker.join().unwrap().then_some(content));
+                made.collect()
+            });
+            assert_eq!(made.len(), 1);
+            assert_eq!(fs::read(&path).unwrap(), [made[0]; 100]);
+            assert_eq!(names(directory.path()), ["new"]);
+            fs::remove_file(&path).unwrap();
+        }
+    }
 }

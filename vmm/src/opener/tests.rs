@@ -66,8 +66,38 @@ fn an_output_is_created_for_its_owner_and_emptied_when_it_is_there() {
     assert_eq!(mode(&path), 0o600);
     assert!(is_close_on_exec(&file));
     file.write_all(b"first").unwrap();
+    drop(file);
     Opener::new().create_output(&path).unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"");
+}
+
+#[test]
+fn a_disk_in_use_is_no_output_and_an_output_in_use_no_disk() {
+    let dir = dir();
+    let (path, log) = (dir.path().join("disk"), dir.path().join("log"));
+    fs::write(&path, [7; 512]).unwrap();
+    let opener = Opener::new();
+    let options = block::DiskOptions::default();
+    let disk = block::RawDisk::open(&path, &opener, &options).unwrap();
+    let current = opener.create_output(&log).unwrap();
+    for refused in [
+        opener.create_output(&path),
+        opener.append_output(&path),
+        opener.create_event_output(&path),
+        opener.rotate_output(&log, &current, &path),
+        opener.create_output(&log),
+    ] {
+        let message = refused.map(|_| ()).unwrap_err();
+        assert!(matches!(message, OpenError::InUse { .. }), "{message}");
+    }
+    assert!(opener.check_unused(&path).is_err());
+    assert_eq!(fs::read(&path).unwrap(), [7; 512]);
+    drop(disk);
+    let output = opener.create_output(&path).unwrap();
+    output.set_len(512).unwrap();
+    assert!(block::RawDisk::open(&path, &opener, &options).is_err());
+    drop(output);
+    assert!(block::RawDisk::open(&path, &opener, &options).is_ok());
 }
 
 #[test]

@@ -10,7 +10,11 @@ use crate::support::{Local, Vireo, can_run, config, exit, guest, until};
 
 /// A guest that does `word`, with this action.
 fn acting(word: &str, key: &str, action: &str) -> Local {
-    Local::boot(&config("poke", word, json!({ key: action })))
+    Local::boot(&config(
+        "poke",
+        word,
+        json!({ key: action, "watchdog": true }),
+    ))
 }
 
 fn wait_for(machine: &Local, count: usize, wanted: &EventKind) {
@@ -21,10 +25,11 @@ fn wait_for(machine: &Local, count: usize, wanted: &EventKind) {
     });
 }
 
-const CASES: [(&str, &str); 3] = [
+const CASES: [(&str, &str); 4] = [
     ("poweroff", "on_poweroff"),
     ("reset-cf9", "on_reboot"),
     ("panic", "on_panic"),
+    ("watchdog", "on_watchdog"),
 ];
 
 #[test]
@@ -93,7 +98,17 @@ fn the_monitor_ends_where_that_is_the_action() {
     assert_eq!(machine.outcome().reason, ExitReason::Reset);
     let mut process = Vireo::start("poke", "reset-cf9", &["--on-reboot", "exit"]);
     process.ends_with(0);
-    for flag in ["--on-poweroff", "--on-reboot", "--on-panic"] {
+    let flags = ["--watchdog", "on", "--on-watchdog", "exit"];
+    let mut process = Vireo::start("poke", "watchdog", &flags);
+    process.ends_with(7);
+    let told = process.stderr.rest();
+    assert!(told.contains("did not feed its watchdog"), "{told}");
+    for flag in [
+        "--on-poweroff",
+        "--on-reboot",
+        "--on-panic",
+        "--on-watchdog",
+    ] {
         for (action, part) in [
             ("stop", "--name"),
             ("pause", "--name"),

@@ -39,12 +39,15 @@ fn close(id: &str) -> (Receiver<()>, Sender<()>) {
     (arrivals, open)
 }
 
+/// The gate of `id`, if it is closed. Nobody else comes to it.
+fn reach(id: &str) -> Option<Gate> {
+    let mut gates = GATES.lock().unwrap_or_else(PoisonError::into_inner);
+    gates.remove(id)
+}
+
 /// Waits before the gate of `id`, if it is closed.
 fn pass(id: &str) {
-    let gate = GATES
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .remove(id);
+    let gate = reach(id);
     if let Some(Gate { arrived, opened }) = gate {
         arrived.send(()).unwrap();
         // Nobody opens it any more when the test has ended.
@@ -67,10 +70,19 @@ const MODELS: &[Model] = &[Model {
 }];
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    pass(&format!("{} opens", context.id));
     Ok(Box::new(Slow {
         id: context.id.clone(),
         disk: (blk::MODEL.build)(config, context)?,
     }))
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        if let Some(gate) = reach(&format!("{} closes", self.id)) {
+            let _ = gate.arrived.send(());
+        }
+    }
 }
 
 impl DynSnapshot for Slow {
@@ -302,4 +314,32 @@ fn what_a_deaf_guest_was_to_give_up_is_gone_everywhere_after_its_restart_or_end(
             "{id}"
         );
     }
+}
+
+#[test]
+fn a_disk_that_is_opened_for_a_machine_is_not_the_next_ones() {
+    let Some(case) = Case::boot("before", "poke", "spin") else {
+        return;
+    };
+    case.says("spin=begin");
+    let disk = json!({
+        "id": "late",
+        "path": case.directory.path().join("second"),
+        "readonly": true,
+    });
+    let disk = AddDevice::Disk(serde_json::from_value(disk).unwrap());
+    let (opens, open) = close("late opens");
+    let (closes, _close) = close("late closes");
+    let added = case.begin(Ask::AddDevice(Box::new(disk)));
+    opens.recv_timeout(LIMIT).unwrap();
+    assert_eq!(case.machine.ask(Ask::Reboot), Ok(Reply::Done));
+    let ended = added.recv_timeout(LIMIT).unwrap().unwrap_err();
+    assert_eq!(ended.kind, ErrorKind::Conflict, "{ended}");
+    // The new machine runs by now, and must not take what is opened for the old one.
+    open.send(()).unwrap();
+    closes.recv_timeout(LIMIT).unwrap();
+    case.is_responsive();
+    assert_eq!(case.machine.handle.devices().unwrap().len(), 1);
+    let shown = case.machine.handle.info().unwrap().config;
+    assert_eq!(shown.disks.unwrap().len(), 1);
 }

@@ -43,6 +43,9 @@ impl Control for Fake {
     fn counters(&self) -> Result<wire::VmCounters, ControlError> {
         Err(nothing())
     }
+    fn balloon(&self) -> Result<wire::BalloonInfo, ControlError> {
+        Err(nothing())
+    }
     fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError> {
         Err(nothing())
     }

@@ -7,8 +7,10 @@ use std::process::Command;
 
 use api::client::Client;
 use api::wire::{JobInfo, JobState, VmCoredumpData};
-use api::{Command as Ask, Control, ErrorKind, PauseReason, Reply, VmState};
+use api::{Command as Ask, Control, ErrorKind, EventKind, PauseReason, Reply, VmState};
+use devices::GuestRequest;
 use serde_json::json;
+use vmm::machine::inbox::Message;
 
 use crate::support::{Local, Vireo, can_run, config, guest, run_arguments, skip, symbol, until};
 
@@ -136,8 +138,69 @@ fn the_end_of_the_machine_ends_its_dump_and_leaves_no_file() {
     let job = begin(&machine, &directory.path().join("core"));
     machine.ask(Ask::Quit).unwrap();
     machine.outcome();
-    assert_eq!(ended(&machine, &job.id).state, JobState::Cancelled);
+    let job = ended(&machine, &job.id);
+    let why = Some("the machine has ended".to_owned());
+    assert_eq!((job.state, job.error), (JobState::Cancelled, why));
     assert!(is_empty(directory.path()));
+}
+
+/// So much that its dump takes longer than a message to the machine.
+fn some_memory() -> serde_json::Value {
+    json!({ "memory": { "size": 256 << 20 } })
+}
+
+/// What the guest has asked for at the last moment before its dump.
+fn says(machine: &Local, request: GuestRequest) {
+    assert!(machine.mailbox.send(Message::Guest(request)));
+}
+
+#[test]
+fn a_reset_that_the_guest_has_asked_for_waits_for_the_end_of_its_dump() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let core = directory.path().join("core");
+    let machine = Local::boot(&config("poke", "outs halt", some_memory()));
+    let job = begin(&machine, &core);
+    says(&machine, GuestRequest::Reset);
+    let done = ended(&machine, &job.id);
+    assert_eq!((done.state, done.error), (JobState::Completed, None));
+    assert!(core.exists());
+    let mut over = false;
+    loop {
+        match machine.next_event() {
+            EventKind::Job { info } => over = info.state == JobState::Completed,
+            EventKind::GuestReset => break,
+            _ => (),
+        }
+    }
+    assert!(over, "it was reset under its dump");
+    let running = EventKind::State {
+        state: VmState::Running,
+        pause: None,
+    };
+    while machine.next_event() != running {}
+}
+
+#[test]
+fn a_pause_that_the_guest_has_asked_for_lasts_longer_than_its_dump() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut more = some_memory();
+    more["on_poweroff"] = json!("pause");
+    let machine = Local::boot(&config("poke", "outs halt", more));
+    let job = begin(&machine, &directory.path().join("core"));
+    says(&machine, GuestRequest::PowerOff);
+    assert_eq!(ended(&machine, &job.id).state, JobState::Completed);
+    let paused = EventKind::State {
+        state: VmState::Paused,
+        pause: Some(PauseReason::Guest),
+    };
+    while machine.next_event() != paused {}
+    assert_eq!(machine.state(), (VmState::Paused, Some(PauseReason::Guest)));
 }
 
 #[test]
@@ -153,7 +216,7 @@ fn a_destination_that_cannot_be_is_refused_at_once() {
         ("file:///", ErrorKind::Invalid),
         ("file:///tmp/..", ErrorKind::Invalid),
         ("file:///tmp/a\0b", ErrorKind::Invalid),
-        ("file:///no/where/core", ErrorKind::Failed),
+        ("file:///no/where/core", ErrorKind::Invalid),
         ("file:///dev/null", ErrorKind::Conflict),
     ] {
         let destination_url = url.to_owned();

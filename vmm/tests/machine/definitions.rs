@@ -185,7 +185,10 @@ fn a_machine_that_could_not_be_started_is_not_valid() {
     assert!(told.contains("--on-panic"), "{told}");
     fs::write(home.path("bad.toml"), "payload.kernel = \"gone\"").unwrap();
     let told = home.refused("false", 1, &validate);
-    assert!(told.contains("--kernel") && told.contains("gone"), "{told}");
+    assert!(
+        told.contains("the kernel: ") && told.contains("gone"),
+        "{told}"
+    );
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn a_failed_write_pauses_the_machine_and_is_done_again_however_often_it_fails() 
                 else {
                     continue;
                 };
-                assert_eq!((&*id, &*operation, no_space), ("disk0", "write", false));
+                assert_eq!((&*id, &*operation, no_space), ("_disk0", "write", false));
                 assert!(offset.unwrap() >= FENCE, "{offset:?}");
                 assert!(reason.contains("too large"), "{reason}");
                 assert_eq!(action, DiskErrorAction::Stop);
@@ -272,7 +272,7 @@ fn fills_up_and_goes_on(directory: &Path, format: &str) {
     let arguments = run_arguments("blk", "verify keep", &["--disk", &disk]);
     let mut vireo = Vireo::spawn(&mut on_a_full_file_system(directory, format, &arguments));
     let said = vireo.stderr.wait_for("to go on");
-    assert!(said.contains("disk disk0: "), "{said}");
+    assert!(said.contains("disk _disk0: "), "{said}");
     assert!(said.contains("No space left on device"), "{said}");
     assert!(
         said.contains(&format!("SIGCONT to process {} ", vireo.id())),
@@ -324,15 +324,18 @@ fn a_running_guest_gets_another_medium_and_is_told() {
     };
     for (command, kind) in [
         (update("disk7", second.path()), ErrorKind::NotFound),
-        (update("rng0", second.path()), ErrorKind::Invalid),
+        (update("_rng1", second.path()), ErrorKind::Invalid),
         (
-            update("disk0", Path::new("/does/not/exist")),
-            ErrorKind::Failed,
+            update("_disk0", Path::new("/does/not/exist")),
+            ErrorKind::Invalid,
         ),
     ] {
         assert_eq!(machine.ask(command).unwrap_err().kind, kind);
     }
-    assert_eq!(machine.ask(update("disk0", second.path())), Ok(Reply::Done));
+    assert_eq!(
+        machine.ask(update("_disk0", second.path())),
+        Ok(Reply::Done)
+    );
     assert_eq!(machine.outcome().reason, ExitReason::PowerOff);
     assert!(said().contains("grown-to=6144"), "{}", said());
 }
@@ -360,9 +363,9 @@ fn a_running_disk_grows_and_its_guest_is_told() {
     };
     for (command, why) in [
         (resize("disk7", 2 * MIB), "no device with the id disk7"),
-        (resize("rng0", 2 * MIB), "no disk"),
-        (resize("disk0", MIB / 2), "shrink"),
-        (resize("disk0", MIB + 1), "512"),
+        (resize("_rng1", 2 * MIB), "no disk"),
+        (resize("_disk0", MIB / 2), "shrink"),
+        (resize("_disk0", MIB + 1), "512"),
     ] {
         match machine.ask(command) {
             Err(error) => {
@@ -371,7 +374,7 @@ fn a_running_disk_grows_and_its_guest_is_told() {
             other => panic!("{other:?}"),
         }
     }
-    assert_eq!(machine.ask(resize("disk0", 3 * MIB)), Ok(Reply::Done));
+    assert_eq!(machine.ask(resize("_disk0", 3 * MIB)), Ok(Reply::Done));
     assert_eq!(machine.outcome().reason, ExitReason::PowerOff);
     let grown = "grown-to=6144 write-last=0 write-past-end=1";
     assert!(said().contains(grown), "{}", said());
@@ -379,7 +382,7 @@ fn a_running_disk_grows_and_its_guest_is_told() {
     assert_eq!(u64::try_from(bytes.len()).unwrap(), 3 * MIB);
     assert!(bytes.ends_with(&[0xa5; 512]));
     let resized = EventKind::DiskResized {
-        id: "disk0".to_owned(),
+        id: "_disk0".to_owned(),
         size: 3 * MIB,
     };
     assert_eq!(
@@ -416,6 +419,6 @@ fn a_write_past_the_threshold_is_told_once() {
     let [(id, threshold, offset)] = &told[..] else {
         panic!("{told:?}");
     };
-    assert_eq!((id.as_str(), *threshold), ("disk0", 4 * MIB));
+    assert_eq!((id.as_str(), *threshold), ("_disk0", 4 * MIB));
     assert!(*offset > 4 * MIB, "{offset}");
 }

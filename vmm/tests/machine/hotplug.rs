@@ -234,8 +234,8 @@ fn a_request_waits_for_a_guest_that_does_not_listen_yet() {
     };
     // The interrupt comes while the guest has its pin masked.
     case.says("hotplug=deaf");
-    case.remove("disk0");
-    case.hears(&removed("disk0", "0000:00:01.0"));
+    case.remove("_disk0");
+    case.hears(&removed("_disk0", "0000:00:01.0"));
     let said = case.ends();
     assert!(said.contains("interrupts=1"), "{said}");
 }
@@ -252,7 +252,7 @@ fn a_reset_takes_out_what_a_deaf_guest_was_asked_for_and_leaves_the_rest() {
     assert_eq!(case.devices().len(), 2);
     assert_eq!(case.machine.ask(Ask::Reset), Ok(Reply::Done));
     case.hears(&removed("hot", "0000:00:02.0"));
-    let rng = ("rng0".to_owned(), "0000:00:01.0".to_owned(), false);
+    let rng = ("_rng0".to_owned(), "0000:00:01.0".to_owned(), false);
     assert_eq!(case.devices(), [rng]);
     // The image is free, and the slot is not used again.
     let again = case.add(blk("hot", &case.disk));
@@ -314,7 +314,7 @@ fn what_cannot_be_added_leaves_nothing_behind() {
         refused(&|d| d.address = Some(1), "PCI slot 1 is in use");
     }
     refused(&|d| d.address = Some(32), "there is no PCI slot 32");
-    refused(&|d| d.id = "rng0".to_owned(), "the id is taken");
+    refused(&|d| d.id = "_rng0".to_owned(), "the id is taken");
     refused(&|d| d.id = "pci".to_owned(), "the id is taken");
     refused(&|d| d.kind = "nic".to_owned(), "no kind of device 'nic'");
     refused(&|d| d.config = json!({ "path": "/no/such" }), "/no/such");

@@ -11,13 +11,17 @@
 )]
 
 mod actions;
+mod again;
 mod aside;
 mod attach;
+mod balloon;
 mod baseline;
 mod consoles;
 mod coredump;
 mod definitions;
 mod disks;
+mod faults;
+mod files;
 mod gdb;
 mod hostile;
 mod hotplug;
@@ -25,11 +29,14 @@ mod lifecycle;
 mod lives;
 mod managers;
 mod metrics;
+mod nbd;
+mod opening;
 mod ports;
 mod resize;
 mod shape;
 mod sinks;
 mod start_order;
 mod state;
+mod stuck;
 mod support;
 mod verbs;

@@ -223,7 +223,7 @@ fn what_makes_no_sense_is_told_in_one_line_that_names_the_flag() {
         (&["--cpus", "boot=1"], "--api-socket"),
         (
             &["--event-monitor", "a", "--kernel", "a"],
-            "--event-monitor path=a: it would overwrite",
+            "--event-monitor: it would overwrite a,",
         ),
     ] {
         let mut monitor = as_cloud_hypervisor(flags);
@@ -233,4 +233,32 @@ fn what_makes_no_sense_is_told_in_one_line_that_names_the_flag() {
         assert_eq!(told.lines().count(), 1, "{told}");
         assert!(told.starts_with("vireo: ") && told.contains(part), "{told}");
     }
+}
+
+#[test]
+fn a_number_that_the_process_was_not_started_with_is_none_of_its_own_files() {
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name).to_str().unwrap().to_owned();
+    let (socket, log) = (path("s"), path("log"));
+    // Who runs the tests may have left some open.
+    let close = "exec \"$@\" 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-";
+    // The first files that are opened have the lowest numbers.
+    for fd in 3..10 {
+        let fd = format!("fd={fd}");
+        for flag in ["--event-monitor", "--api-socket"] {
+            let mut flags = vec!["--log-file", &log, flag, &fd];
+            if flag == "--event-monitor" {
+                flags.extend(["--api-socket", &socket]);
+            }
+            let mut command = Command::new("sh");
+            command.args(["-c", close, "sh", env!("CARGO_BIN_EXE_vireo"), "serve"]);
+            let mut monitor = Vireo::spawn(command.args(flags));
+            let status = monitor.end();
+            let told = monitor.stderr.rest();
+            let expected = format!("vireo: {flag} {fd}: this process was not started with it");
+            assert!(told.starts_with(&expected), "{told}");
+            assert_eq!(status.code(), Some(2), "{told}");
+        }
+    }
+    assert!(!place.path().join("log").exists());
 }

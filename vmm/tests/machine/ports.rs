@@ -13,7 +13,7 @@ use crate::support::{Served, can_run, until};
 /// The status and the causes of a refusal.
 fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (u16, String) {
     match result {
-        Err(ClientError::Refused { status, chain }) => (status, chain.join(": ")),
+        Err(ClientError::Refused { status, chain, .. }) => (status, chain.join(": ")),
         other => panic!("{other:?}"),
     }
 }

@@ -237,7 +237,7 @@ fn memory_that_comes_is_memory_to_the_guest_and_to_its_devices() {
         assert_eq!(size, 576 * MIB);
         for (wanted, part) in [
             (64 * MIB, "not removed"),
-            (600 * MIB, "in pieces of 134217728"),
+            (600 * MIB, "in pieces of 128M (134217728 bytes)"),
             (2 * GIB, "hotplug_size="),
             (u64::MAX, "hotplug_size="),
             (0, "not removed"),

@@ -52,7 +52,7 @@ fn find(client: &mut Client, kind: &str) -> Option<ConsoleSink> {
 /// The status and the causes of a refusal.
 fn refused(result: Result<(), ClientError>) -> (u16, String) {
     match result {
-        Err(ClientError::Refused { status, chain }) => (status, chain.join(": ")),
+        Err(ClientError::Refused { status, chain, .. }) => (status, chain.join(": ")),
         other => panic!("{other:?}"),
     }
 }
@@ -178,10 +178,12 @@ fn what_is_no_sink_or_one_too_many_is_refused_and_changes_nothing() {
         ("file=x,size=1", 400, "size"),
         ("socket=x,append=on", 400, "append"),
         (&used, 409, "used"),
-        (&kernel, 409, "--kernel"),
-        ("file=/no/where", 500, "/no/where"),
-        ("file=../../../../../../../../no/where", 500, "no/where"),
-        ("file=/", 500, "directory"),
+        (&kernel, 409, "the kernel"),
+        ("file=/no/where", 400, "/no/where"),
+        ("file=../../../../../../../../no/where", 400, "not absolute"),
+        ("file=log,append=on", 400, "not absolute"),
+        ("socket=console.sock", 400, "not absolute"),
+        ("file=/", 400, "directory"),
     ];
     for (sink, status, says) in cases {
         let (found, chain) = refused(add(&mut client, sink));

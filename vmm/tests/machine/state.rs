@@ -57,7 +57,7 @@ fn the_state_of_every_unit_survives_its_bytes() {
     let disk = disk();
     let set = saved(&disk);
     let units: Vec<_> = set.sections().iter().map(|s| s.unit.as_str()).collect();
-    for unit in ["com1", "i8042", "rtc", "pci", "disk0", "rng0"] {
+    for unit in ["com1", "i8042", "rtc", "pci", "_disk0", "_rng1"] {
         assert!(units.contains(&unit), "{unit} is not among {units:?}");
     }
     let machine = built(&twin(&disk)).machine;
@@ -87,19 +87,19 @@ fn a_machine_with_other_units_refuses_the_state() {
     });
     let machine = built(&config("blk", "", less)).machine;
     match machine.restore_units(set.clone()) {
-        Err(RestoreError::Unexpected { unit }) => assert_eq!(unit, "rng0"),
+        Err(RestoreError::Unexpected { unit }) => assert_eq!(unit, "_rng1"),
         Err(RestoreError::Invalid { .. }) => (),
         other => panic!("{other:?}"),
     }
     drop(machine);
     let machine = built(&twin(&disk)).machine;
     let mut fewer = SectionSet::default();
-    for section in set.sections().iter().filter(|s| s.unit != "disk0") {
+    for section in set.sections().iter().filter(|s| s.unit != "_disk0") {
         fewer.push(section.clone());
     }
     assert!(matches!(
         machine.restore_units(fewer),
-        Err(RestoreError::Missing { unit, .. }) if unit == "disk0"
+        Err(RestoreError::Missing { unit, .. }) if unit == "_disk0"
     ));
 }
 

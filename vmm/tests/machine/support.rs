@@ -24,6 +24,7 @@ use vmm::console::Consoles;
 use vmm::machine::build::{Built, build};
 use vmm::machine::driver::Driver;
 use vmm::machine::inbox::{Mailbox, Message, inbox};
+use vmm::machine::parts::Parts;
 use vmm::machine::{Machine, MachineError};
 use vmm::monitor::{Description, Monitor, MonitorHandle, MonitorOptions};
 use vmm::opener::Opener;
@@ -347,7 +348,8 @@ pub fn built(config: &VmConfig) -> Built {
 pub fn built_with(config: &VmConfig, events: &EventLog) -> Built {
     let (mailbox, _) = inbox().unwrap();
     let (opener, consoles) = (Arc::new(Opener::new()), Arc::new(Consoles::new(0).unwrap()));
-    build(config, MODELS, &opener, &mailbox, events, &consoles).unwrap()
+    let parts = Parts::open(config, MODELS, &opener).unwrap();
+    build(config, parts, &opener, &mailbox, events, &consoles).unwrap()
 }
 
 impl Local {

@@ -368,6 +368,36 @@ fn a_removal_that_the_machines_end_finishes_is_done_and_one_that_nobody_finishes
 }
 
 #[test]
+fn a_removal_that_a_restart_of_the_guest_finishes_is_done() {
+    if !can_run() {
+        return;
+    }
+    for restart in ["reset", "reboot"] {
+        let user = User::new();
+        let name = user.name();
+        fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
+        let flags = ["--disk", "path=a.img,format=raw,id=data"];
+        let mut machine = user.start(&name, "poke", "outs halt", &flags);
+        machine.stdout.wait_for("outs=");
+        let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
+        let mut client = Client::connect(user.socket(&name)).unwrap();
+        until("the request to the guest", || {
+            let devices = client.devices().unwrap();
+            let asked = |device: &DeviceInfo| device.state == DeviceState::Removing;
+            devices.iter().any(asked).then_some(())
+        });
+        assert_eq!(user.done(&[restart, &name]), "");
+        verb.ends_with(0);
+        assert_eq!(
+            user.json(&["disk", "list", &name, "--json"]),
+            Value::Array(Vec::new())
+        );
+        user.done(&["destroy", &name]);
+        machine.ends_with(0);
+    }
+}
+
+#[test]
 fn shutdown_tells_what_was_done_when_the_guest_powered_off() {
     if !can_run() {
         return;
@@ -418,6 +448,44 @@ fn a_machine_that_has_powered_off_is_started_again() {
     user.done(&["destroy", &name]);
     machine.ends_with(0);
     assert_eq!(machine.stdout.rest().matches("Hello").count(), 2);
+}
+
+#[test]
+fn a_guest_is_reset_in_place_and_dumped_into_a_new_file() {
+    if !can_run() {
+        return;
+    }
+    let user = User::new();
+    let name = user.name();
+    let mut machine = user.start(&name, "poke", "serial-echo", &[]);
+    machine.stdout.wait_for("echo=ready");
+    let keys = machine.stdin.as_mut().unwrap();
+    keys.write_all(b"first life\n").unwrap();
+    machine.stdout.wait_for("echo:first life");
+    assert_eq!(user.done(&["reset", &name]), "");
+    machine.stdout.wait_for("echo:first life\necho=ready");
+
+    // The path is the verb's own.
+    let core = user.directory.path().join("a.core");
+    let job = user.json(&["coredump", &name, "a.core", "--json"]);
+    assert_eq!(
+        (&job["kind"], &job["state"]),
+        (&"coredump".into(), &"completed".into())
+    );
+    assert_eq!(fs::read(&core).unwrap()[..4], *b"\x7fELF");
+    until("the state after the dump", || {
+        (user.listed(&name)?["state"] == "running").then_some(())
+    });
+    let taken = user.refused(1, &["coredump", &name, "a.core"]);
+    assert!(taken.contains("exists already"), "{taken}");
+    let socket = user.socket(&name);
+    let socket = socket.to_str().unwrap();
+    let told = user.done(&["coredump", "--api-socket", socket, "b.core"]);
+    assert!(told.contains("b.core is written"), "{told}");
+    let nowhere = user.refused(1, &["coredump", &name, "no/where"]);
+    assert!(nowhere.contains("no/where"), "{nowhere}");
+    machine.stdin.as_mut().unwrap().write_all(b"q\n").unwrap();
+    machine.ends_with(0);
 }
 
 impl User {
@@ -496,6 +564,8 @@ fn wrong_usage_is_refused_in_a_line_and_nobody_is_asked() {
         (&["disk", "remove", "a"], "NAME DISK"),
         (&["disk", "update", "a", "b"], "NAME DISK"),
         (&["jobs", "cancel", "--api-socket", "/x", "1", "2"], "JOB"),
+        (&["coredump", "a"], "NAME FILE"),
+        (&["reset"], "NAME"),
         (&["shutdown", "a", "--timeout", "-1"], "--timeout"),
     ] {
         let text = user.refused(2, arguments);

@@ -14,6 +14,7 @@ impl block::Opener for Files {
 fn context() -> BuildContext {
     BuildContext {
         id: "rng0".to_owned(),
+        networks: Arc::new(crate::testing::NoNetworks),
         opener: Arc::new(Files),
         cpus: 1,
         groups: crate::limit::RateGroups::default(),

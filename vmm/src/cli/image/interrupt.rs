@@ -13,7 +13,7 @@ extern "C" fn on_signal(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
 }
 
 /// The flag that the signals set from now on.
-pub(super) fn flag() -> anyhow::Result<&'static AtomicBool> {
+pub(in crate::cli) fn flag() -> anyhow::Result<&'static AtomicBool> {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         register_signal_handler(signal, on_signal).context("cannot handle signals")?;
     }

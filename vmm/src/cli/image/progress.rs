@@ -11,7 +11,7 @@ const STEP: u64 = 200;
 
 /// Shows progress.
 #[derive(Debug)]
-pub(super) enum Progress {
+pub(in crate::cli) enum Progress {
     /// Not at all.
     Hidden,
     /// A bar on the terminal that standard error is.
@@ -22,7 +22,7 @@ pub(super) enum Progress {
 
 impl Progress {
     /// `asked`: with -p; `quiet`: with -q.
-    pub(super) fn new(asked: bool, quiet: bool) -> Self {
+    pub(in crate::cli) fn new(asked: bool, quiet: bool) -> Self {
         if quiet {
             return Self::Hidden;
         }
@@ -42,7 +42,7 @@ impl Progress {
     }
 
     /// `done` of `total` bytes.
-    pub(super) fn advance(&self, done: u64, total: u64) {
+    pub(in crate::cli) fn advance(&self, done: u64, total: u64) {
         match self {
             Self::Hidden => {}
             Self::Bar(bar) => {
@@ -71,7 +71,7 @@ impl Progress {
     }
 
     /// It is over.
-    pub(super) fn finish(&self) {
+    pub(in crate::cli) fn finish(&self) {
         match self {
             Self::Hidden => {}
             Self::Bar(bar) => bar.finish_and_clear(),

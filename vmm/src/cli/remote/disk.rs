@@ -1,11 +1,8 @@
 //! `vireo disk`.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use api::EventKind;
-use api::client::{Client, ClientError};
 use api::wire::{self, DeviceState, ImageType, RateLimiterConfig, VmResizeDisk, VmUpdateDisk};
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -17,8 +14,7 @@ use virtio::schema::{Field, FieldKind};
 use super::super::Misuse;
 use super::super::table::table;
 use super::super::target::{Remote, SocketFlag, Target};
-use super::watch::Watch;
-use super::{print, print_json, word};
+use super::{print, print_json, removal, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -55,10 +51,6 @@ const RESIZE_EXAMPLES: &str = "\
 Examples:
   vireo disk resize web data 20G";
 
-/// Seconds that a guest has to give a disk up.
-const TIMEOUT: u64 = 60;
-/// How often it is looked whether it has.
-const LOOK: Duration = Duration::from_millis(50);
 const LIMITS: &str = "limits";
 const PATH: &str = "path";
 
@@ -134,7 +126,7 @@ pub(in crate::cli) struct RemoveArgs {
     #[command(flatten)]
     socket: SocketFlag,
     /// Seconds that the guest has to give it up; 0: do not wait
-    #[arg(long, value_name = "SECONDS", default_value_t = TIMEOUT, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SECONDS", default_value_t = removal::TIMEOUT, allow_negative_numbers = true)]
     timeout: u64,
 }
 
@@ -224,7 +216,8 @@ fn rows(disks: Vec<wire::DiskConfig>, devices: Vec<wire::DeviceInfo>) -> Vec<Row
             bdf: device.and_then(|device| device.bdf.clone()),
             state: device.map_or(DeviceState::Configured, |device| device.state),
             format: match disk.image_type {
-                ImageType::Raw => Some("raw"),
+                // Where nothing is said, only an image that looks like no other format is opened.
+                ImageType::Raw | ImageType::Unknown => Some("raw"),
                 ImageType::Qcow2 => Some("qcow2"),
                 _ => None,
             },
@@ -280,74 +273,7 @@ fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
         };
         anyhow::bail!("{} has no disk '{id}': {those}", remote.who);
     }
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
-    let asked = remote.client.remove_device(&id);
-    asked.map_err(|error| remote.failed(error))?;
-    let seconds = arguments.timeout;
-    let deadline = Instant::now().checked_add(Duration::from_secs(seconds));
-    let deadline = deadline.with_context(|| format!("--timeout {seconds}: too far away"))?;
-    if seconds == 0 {
-        return Ok(());
-    }
-    wait_for_removal(&mut remote, &mut watch, &id, deadline)?.with_context(|| {
-        format!(
-            "{}: the guest has not given '{id}' up within {seconds} s: it may still do so, if it is able to remove PCI devices and does not use the disk",
-            remote.who
-        )
-    })
-}
-
-/// Waits until a disk is gone for good; `None` when it is still there at `deadline`.
-fn wait_for_removal(
-    remote: &mut Remote,
-    watch: &mut Watch,
-    id: &str,
-    deadline: Instant,
-) -> anyhow::Result<Option<()>> {
-    let ended = |who: &str| {
-        anyhow::anyhow!("{who}: the machine has ended before its guest has given '{id}' up")
-    };
-    // A machine that ends takes out what its guest was to give up, and says so before its end.
-    let mut told_so = false;
-    loop {
-        match has_disk(&mut remote.client, id) {
-            Ok(false) => return Ok(Some(())),
-            Err(error) if error.is_gone() && told_so => return Ok(Some(())),
-            Ok(true) => (),
-            // What it has said last is heard all the same.
-            Err(error) if error.is_gone() => (),
-            Err(error) => return Err(remote.failed(error)),
-        }
-        // The event may come a moment before the description is without the disk.
-        let soon = Instant::now().checked_add(LOOK);
-        let until = soon.map_or(deadline, |soon| soon.min(deadline));
-        let told = watch.next(until).map_err(|error| remote.failed(error))?;
-        match told.and_then(|told| told.event()).map(|event| event.kind) {
-            Some(EventKind::DeviceRemoved { id: removed, .. }) if removed == id => told_so = true,
-            Some(EventKind::Exit { .. }) if told_so => return Ok(Some(())),
-            Some(EventKind::Exit { .. }) => return Err(ended(&remote.who)),
-            Some(EventKind::DeviceKept {
-                id: kept, reason, ..
-            }) if kept == id => {
-                anyhow::bail!("{}: '{id}' stays: {reason}: remove it again", remote.who)
-            }
-            _ if watch.has_ended() && !told_so => return Err(ended(&remote.who)),
-            _ => (),
-        }
-        if Instant::now() >= deadline {
-            return Ok(None);
-        }
-    }
-}
-
-/// Whether a disk is there. A machine that is being booted again has no devices for a moment, and
-/// its description has them all the same.
-fn has_disk(client: &mut Client, id: &str) -> Result<bool, ClientError> {
-    let described = client.info()?.config.disks.unwrap_or_default();
-    if described.iter().any(|disk| disk.id.as_deref() == Some(id)) {
-        return Ok(true);
-    }
-    Ok(client.devices()?.iter().any(|device| device.id == id))
+    removal::of(&mut remote, &id, "disk", arguments.timeout)
 }
 
 /// What `vm.update-disk` takes for the text of `vireo disk update`.
@@ -358,17 +284,13 @@ fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateDisk> {
         fields: UPDATE_FIELDS,
         shorthand: None,
     };
-    let missing = |key| FlagError::MissingKey {
-        flag: flag.to_owned(),
-        key,
-    };
     let misuse = |error: FlagError| Misuse(crate::error::chain(&error));
     let keys = flag::parse(&table, text).map_err(misuse)?;
     if keys.is_empty() {
         return Err(Misuse(format!("{flag}: nothing is to change: give key=value")).into());
     }
     let limits = RateLimits::from_keys(|key| keys.get(key).and_then(Value::as_u64));
-    let limits = limits.map_err(|key| misuse(missing(key)))?;
+    let limits = limits.map_err(|error| misuse(FlagError::of_limits(flag, error)))?;
     let lifted = keys.contains_key(LIMITS);
     if lifted && limits != RateLimits::default() {
         return Err(Misuse(format!("{flag}: limits=off and other limits: give either")).into());
@@ -451,6 +373,7 @@ mod tests {
         for wrong in [
             "",
             "bw_size=1M",
+            "bw_size=1M,bw_refill_time=0",
             "size=1",
             "limits=on",
             "limits=off,ops_size=1,ops_refill_time=1",
@@ -475,7 +398,7 @@ mod tests {
             .collect();
         let expected = [
             ("a", true, DeviceState::Active, Some("qcow2")),
-            ("b", false, DeviceState::Configured, None),
+            ("b", false, DeviceState::Configured, Some("raw")),
         ];
         assert_eq!(told, expected);
     }

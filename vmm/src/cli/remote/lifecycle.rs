@@ -1,4 +1,4 @@
-//! Start, pause, resume, shutdown, reboot, destroy.
+//! Start, pause, resume, shutdown, reboot, reset, destroy.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::super::target::{Remote, Target};
 use super::super::{exit_code, message};
-use super::watch::{End, Fate, Watch};
+use super::watch::{Doing, End, Fate, Watch};
 use crate::config::DEFAULT_SHUTDOWN_TIMEOUT;
 use crate::opener::Opener;
 
@@ -31,6 +31,9 @@ Examples:
 pub(super) const REBOOT_EXAMPLES: &str = "\
 Examples:
   vireo reboot web";
+pub(super) const RESET_EXAMPLES: &str = "\
+Examples:
+  vireo reset web";
 pub(super) const DESTROY_EXAMPLES: &str = "\
 Examples:
   vireo destroy web
@@ -96,6 +99,10 @@ pub(super) fn reboot(arguments: &PlainArgs) -> anyhow::Result<()> {
     command(arguments, Client::reboot)
 }
 
+pub(super) fn reset(arguments: &PlainArgs) -> anyhow::Result<()> {
+    command(arguments, Client::reset)
+}
+
 pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
     let seconds = arguments.timeout;
     let deadline = Instant::now().checked_add(Duration::from_secs(seconds));
@@ -133,9 +140,9 @@ pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
             let _stays = watch.monitor(GRACE);
             Ok(tell(&remote, &how))
         }
-        Some(Fate::Paused { panicked }) => Ok(tell_paused(&remote, &info.config, panicked)),
-        Some(Fate::Restarted { panicked }) => {
-            let what = restarted(&info.config, panicked);
+        Some(Fate::Paused(doing)) => Ok(tell_paused(&remote, &info.config, doing)),
+        Some(Fate::Restarted(doing)) => {
+            let what = restarted(&info.config, doing);
             if arguments.force {
                 return end(&mut remote, &mut watch, &what);
             }
@@ -160,22 +167,25 @@ fn end(remote: &mut Remote, watch: &mut Watch, why: &str) -> anyhow::Result<u8> 
 }
 
 /// Says that the guest is done and its machine paused; the exit code.
-fn tell_paused(remote: &Remote, config: &VmConfig, panicked: bool) -> u8 {
+fn tell_paused(remote: &Remote, config: &VmConfig, doing: Doing) -> u8 {
     let pauses = |action| action == Some(GuestAction::Pause);
-    let (what, flag, reason) = if panicked {
-        (
+    let (what, flag, reason) = match doing {
+        Doing::Panicked => (
             "guest's kernel panicked",
             "--on-panic",
             ExitReason::GuestPanic,
-        )
-    } else if pauses(config.on_poweroff) {
-        (
+        ),
+        Doing::Watchdog => (
+            "guest did not feed its watchdog",
+            "--on-watchdog",
+            ExitReason::Watchdog,
+        ),
+        Doing::Asked if pauses(config.on_poweroff) => (
             "guest has powered off",
             "--on-poweroff",
             ExitReason::PowerOff,
-        )
-    } else {
-        ("guest asked for a reset", "--on-reboot", ExitReason::Reset)
+        ),
+        Doing::Asked => ("guest asked for a reset", "--on-reboot", ExitReason::Reset),
     };
     message::warn(&format!(
         "{}: the {what}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",
@@ -185,12 +195,13 @@ fn tell_paused(remote: &Remote, config: &VmConfig, panicked: bool) -> u8 {
 }
 
 /// How it came that a guest started again that was to power off.
-fn restarted(config: &VmConfig, panicked: bool) -> String {
+fn restarted(config: &VmConfig, doing: Doing) -> String {
     let restarts = config.on_poweroff == Some(GuestAction::Restart);
-    let how = match (panicked, restarts) {
-        (true, _) => "panicked, and --on-panic=restart",
-        (false, true) => "has powered off, and --on-poweroff=restart",
-        (false, false) => "was to power off, and somebody's reboot",
+    let how = match (doing, restarts) {
+        (Doing::Panicked, _) => "panicked, and --on-panic=restart",
+        (Doing::Watchdog, _) => "did not feed its watchdog, and --on-watchdog=restart",
+        (Doing::Asked, true) => "has powered off, and --on-poweroff=restart",
+        (Doing::Asked, false) => "was to power off, and somebody's reboot",
     };
     format!("still runs: its guest {how} has started it again")
 }
@@ -235,6 +246,7 @@ fn tell(remote: &Remote, end: &End) -> u8 {
             return exit_code(reason);
         }
         ExitReason::GuestPanic => "the guest's kernel panicked",
+        ExitReason::Watchdog => "the guest did not feed its watchdog",
         ExitReason::TripleFault => "the guest's processor shut down (triple fault)",
         ExitReason::KvmError => "KVM could not go on",
         ExitReason::Unresponsive => "the guest did not power off in time and was ended",

@@ -9,7 +9,9 @@ use crate::config::flag::{ValueError, parse_bytes};
 pub(super) const EXAMPLES: &str = "\
 Examples:
   vireo resize web --cpus 4 --memory 4G
-      As far as 'vireo run --cpus max= --memory hotplug_size=' has left room.";
+      As far as 'vireo run --cpus max= --memory hotplug_size=' has left room.
+  vireo resize web --balloon 1G
+      Has a guest that has a balloon give up 1 GiB; with 0 it gets that back.";
 
 #[derive(Debug, Args)]
 #[group(id = "what", required = true, multiple = true, args = ["cpus", "memory", "balloon"])]
@@ -22,7 +24,7 @@ pub(in crate::cli) struct ResizeArgs {
     /// How much memory there is to be, with K, M, G or T
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     memory: Option<u64>,
-    /// How much of it the guest is to give up
+    /// How much of it the guest is to give up, with K, M, G or T; 0 gives it back
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     balloon: Option<u64>,
 }

@@ -24,7 +24,7 @@ Examples:
 pub(super) const COUNTERS_EXAMPLES: &str = "\
 Examples:
   vireo counters web
-  vireo counters web --json | jq '.disk0.read_bytes'";
+  vireo counters web --json | jq '._disk0.read_bytes'";
 pub(super) const METRICS_EXAMPLES: &str = "\
 Examples:
   vireo metrics web > /var/lib/node_exporter/web.prom";
@@ -204,7 +204,20 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
             now.to_string()
         },
     ));
-    told.push(("Memory", size(info.memory_actual_size)));
+    let now = info.memory_actual_size;
+    let room = config.memory.hotplug_size.unwrap_or(0);
+    let most = config.memory.size.saturating_add(room);
+    told.push((
+        "Memory",
+        if most > now {
+            format!("{} of at most {}", size(now), size(most))
+        } else {
+            size(now)
+        },
+    ));
+    if let Some(balloon) = &config.balloon {
+        told.push(("Balloon", size(balloon.size)));
+    }
     if let Some(payload) = &config.payload {
         let path = |path: &Option<std::path::PathBuf>| {
             path.as_ref().map(|path| path.display().to_string())

@@ -15,10 +15,21 @@ use crate::machine::driver::ppoll;
 pub(super) enum Fate {
     /// It ended.
     Ended(End),
-    /// The guest is done, and the machine was paused for that; whether the guest's kernel has panicked.
-    Paused { panicked: bool },
-    /// The guest is done, and was started again; whether its kernel has panicked.
-    Restarted { panicked: bool },
+    /// The guest is done, and the machine was paused for that.
+    Paused(Doing),
+    /// The guest is done, and was started again.
+    Restarted(Doing),
+}
+
+/// What a guest that is done has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Doing {
+    /// It powered off or asked for a reset.
+    Asked,
+    /// Its kernel panicked.
+    Panicked,
+    /// It did not feed its watchdog.
+    Watchdog,
 }
 
 /// How a machine ended, as far as that was told.
@@ -85,7 +96,7 @@ impl Watch {
     ///
     /// The connection's.
     pub fn guest(&mut self, deadline: Instant) -> Result<Option<Fate>, ClientError> {
-        let mut panicked = false;
+        let mut doing = Doing::Asked;
         while let Some(told) = self.next(deadline)? {
             let Some(event) = told.event() else {
                 continue;
@@ -98,9 +109,10 @@ impl Watch {
                 EventKind::State {
                     pause: Some(PauseReason::Guest),
                     ..
-                } => return Ok(Some(Fate::Paused { panicked })),
-                EventKind::Rebooting => return Ok(Some(Fate::Restarted { panicked })),
-                EventKind::GuestPanic => panicked = true,
+                } => return Ok(Some(Fate::Paused(doing))),
+                EventKind::Rebooting => return Ok(Some(Fate::Restarted(doing))),
+                EventKind::GuestPanic => doing = Doing::Panicked,
+                EventKind::Watchdog => doing = Doing::Watchdog,
                 _ => (),
             }
         }

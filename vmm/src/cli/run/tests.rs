@@ -24,7 +24,7 @@ fn configured_from(base: VmConfig, arguments: &[&str]) -> anyhow::Result<VmConfi
         panic!("not run");
     };
     let matches = matches.subcommand_matches("run").unwrap();
-    let (config, _) = configure(*parsed, matches, base, TEST_MODELS)?;
+    let (config, _) = configure(*parsed, matches, base, TEST_MODELS, &Opener::new())?;
     Ok(config)
 }
 
@@ -71,6 +71,10 @@ const EVERY_FLAG: &[&str] = &[
     "exit",
     "--on-panic",
     "restart",
+    "--watchdog",
+    "on",
+    "--on-watchdog",
+    "stop",
     "--shutdown-timeout",
     "5",
     "--smbios",
@@ -144,6 +148,8 @@ fn every_flag_reaches_the_configuration() {
         on_poweroff: GuestAction::Restart,
         on_reboot: GuestAction::Exit,
         on_panic: GuestAction::Restart,
+        watchdog: true,
+        on_watchdog: GuestAction::Stop,
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);
@@ -169,9 +175,9 @@ fn devices_keep_the_order_of_the_command_line_across_flags() {
     assert_eq!(
         got,
         [
-            ("rng0", Some(1), json!({})),
-            ("disk0", Some(2), json!({"path": "a"})),
-            ("rng1", Some(3), json!({"src": "/dev/zero"})),
+            ("_rng0", Some(1), json!({})),
+            ("_disk1", Some(2), json!({"path": "a"})),
+            ("_rng2", Some(3), json!({"src": "/dev/zero"})),
             ("root", Some(4), json!({"path": "b"})),
         ]
     );
@@ -225,7 +231,7 @@ fn a_wrong_value_is_refused_by_the_name_of_its_flag() {
         (&["--disk", "a", "--disk", "a"], "are the same file"),
         (
             &["--disk", "a,addr=9", "--rng", "addr=9"],
-            "--rng addr=9: 'disk0' and 'rng0'",
+            "--rng addr=9: '_disk0' and '_rng1'",
         ),
         (&["--device", "nic"], "--device: unknown kind 'nic'"),
         (
@@ -274,6 +280,10 @@ fn what_smbios_and_groups_cannot_be_is_refused_with_flag_and_key() {
         (
             ["--rate-limit-group", "g,ops_size=1"],
             "--rate-limit-group: 'ops_refill_time' is missing",
+        ),
+        (
+            ["--rate-limit-group", "id=a,ops_size=1,ops_refill_time=0"],
+            "--rate-limit-group: ops_refill_time=0",
         ),
         (["--rate-limit-group", "ops_size=1"], "'id' is missing"),
         (
@@ -382,4 +392,32 @@ fn consoles_and_ports_reach_the_configuration_and_there_is_one_terminal() {
         let refused = format!("{:#}", given(flags).unwrap_err());
         assert!(refused.contains(part), "{refused}");
     }
+}
+
+#[test]
+fn clients_read_paths_that_mean_the_same_in_every_directory() {
+    let here = std::env::current_dir().unwrap();
+    let flags = |socket: &str| {
+        let words = [
+            "--initrd",
+            "i",
+            "--serial",
+            "file=./log",
+            "--disk",
+            "path=a",
+            "--gdb",
+        ];
+        let configured = configured(&[&words[..], &[&format!("unix:{socket}")]].concat());
+        from_anywhere(configured.unwrap(), TEST_MODELS)
+    };
+    let config = flags("g");
+    assert_eq!(config.payload.kernel, Some("/k".into()));
+    assert_eq!(config.payload.initramfs, Some(here.join("i")));
+    let log = SinkConfig::File(FileSink::new(here.join("log")));
+    assert_eq!(config.serial.sinks(), [log]);
+    assert_eq!(config.devices[0].config["path"], json!(here.join("a")));
+    // A socket whose path is just short enough is listened at where it was.
+    let longest = "g".repeat(107);
+    let kept = flags(&longest).gdb.unwrap();
+    assert_eq!(kept, format!("unix:{longest}").parse().unwrap());
 }

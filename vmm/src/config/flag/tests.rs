@@ -233,16 +233,6 @@ fn the_shorthand_stands_for_its_key_in_the_first_item_alone() {
     ));
 }
 
-#[test]
-fn neighbours_are_close_and_bounded() {
-    let keys = || ["size", "shared", "hugepages", "hugepage_size"].into_iter();
-    assert_eq!(nearest("hugepage", keys()), Some("hugepages"));
-    assert_eq!(nearest("szie", keys()), Some("size"));
-    assert_eq!(nearest("sz", keys()), None);
-    assert_eq!(nearest("", keys()), None);
-    assert_eq!(nearest(&"x".repeat(1 << 20), keys()), None);
-}
-
 /// The value as a user would write it.
 fn write(value: &Value) -> String {
     match value {

@@ -11,11 +11,16 @@ use serde_json::{Map, Value};
 use virtio::models::BuildError;
 use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
 use virtio::models::console;
+use virtio::models::net;
 use virtio::models::rng::{self, RngConfig};
 
+use super::super::device::free_id;
 use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
-use super::{conflict, invalid, missing, names, not_unique, path, rate_limiter, rate_limits};
+use super::{
+    balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
+    rate_limits,
+};
 use crate::layout::PCI_SLOTS;
 
 /// The devices of a description whose devices are all named, for a machine with `cpus` vCPUs.
@@ -36,6 +41,9 @@ pub(super) fn from_wire(
             return Err(duplicated(path));
         }
     }
+    for net in described.net.iter().flatten() {
+        devices.push(DeviceConfig::from_wire_net(net, &[])?);
+    }
     let rng = &described.rng;
     devices.push(DeviceConfig {
         kind: rng::MODEL.kind.to_owned(),
@@ -45,36 +53,43 @@ pub(super) fn from_wire(
             src: path("rng.src", &rng.src)?,
         })?,
     });
-    let console = &described.console;
-    let with_console = !matches!(console.mode, ConsoleMode::Off | ConsoleMode::Tty);
-    if with_console
-        || described
-            .ports
-            .as_ref()
-            .is_some_and(|ports| !ports.is_empty())
-    {
-        // What is on it is put in when the configuration is completed.
-        devices.push(DeviceConfig {
-            kind: console::MODEL.kind.to_owned(),
-            id: console.id.clone().unwrap_or_else(|| DEVICE.to_owned()),
-            address: slot("console", console.pci_device_id)?,
-            config: Value::Object(Map::new()),
-        });
+    devices.extend(console(described)?);
+    if let Some(described) = &described.balloon {
+        devices.push(balloon::from_wire(described)?);
     }
     Ok(devices)
+}
+
+/// The device that console and ports are on. What is on it is put in when the configuration is completed.
+fn console(described: &wire::VmConfig) -> Result<Option<DeviceConfig>, ControlError> {
+    let console = &described.console;
+    let with_console = !matches!(console.mode, ConsoleMode::Off | ConsoleMode::Tty);
+    let with_ports = described
+        .ports
+        .as_ref()
+        .is_some_and(|ports| !ports.is_empty());
+    if !with_console && !with_ports {
+        return Ok(None);
+    }
+    Ok(Some(DeviceConfig {
+        kind: console::MODEL.kind.to_owned(),
+        id: console.id.clone().unwrap_or_else(|| DEVICE.to_owned()),
+        address: slot("console", console.pci_device_id)?,
+        config: Value::Object(Map::new()),
+    }))
 }
 
 fn duplicated(path: &Path) -> ControlError {
     conflict(format!("Duplicated device path: {}", path.display()))
 }
 
-fn json(config: &impl Serialize) -> Result<Value, ControlError> {
+pub(super) fn json(config: &impl Serialize) -> Result<Value, ControlError> {
     // It fails for no configuration: their keys are texts.
     serde_json::to_value(config)
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
 }
 
-fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
+pub(super) fn slot(device: &str, slot: Option<u8>) -> Result<Option<u8>, ControlError> {
     match slot {
         Some(slot) if !(1..=PCI_SLOTS).contains(&slot) => Err(invalid(format!(
             "{device}: pci_device_id {slot} is not from 1 to {PCI_SLOTS}"
@@ -141,6 +156,7 @@ impl DeviceConfig {
         };
         let limits = described.rate_limiter_config.as_ref();
         config.set_rate_limits(limits.map(rate_limits).unwrap_or_default());
+        config.rate_limits().map_err(|error| refused(&error))?;
         config.settings(cpus).map_err(|error| refused(&error))?;
         Ok(Self {
             kind: blk::MODEL.kind.to_owned(),
@@ -171,8 +187,7 @@ impl VmConfig {
         let mut disk = described.clone();
         let mut device = DeviceConfig::from_wire_disk(&disk, self.cpus.boot)?;
         if device.id.is_empty() {
-            let number = names::next_number(self.ids());
-            device.id = format!("_disk{number}");
+            device.id = self.free_id(blk::MODEL.kind);
             disk.id = Some(device.id.clone());
         }
         self.check_new(&device)?;
@@ -188,6 +203,11 @@ impl VmConfig {
         &self,
         described: &wire::VirtioConfig,
     ) -> Result<DeviceConfig, ControlError> {
+        if described.kind == net::MODEL.kind && described.config.contains_key("fd") {
+            return Err(invalid(
+                "device: descriptors come beside the request: use vm.add-net",
+            ));
+        }
         let mut device = DeviceConfig {
             kind: described.kind.clone(),
             id: described.id.clone().unwrap_or_default(),
@@ -195,13 +215,10 @@ impl VmConfig {
             config: Value::Object(described.config.clone()),
         };
         if device.id.is_empty() {
-            let taken: Vec<&str> = self.ids().collect();
-            let free =
-                |number: &u64| !taken.contains(&format!("_{}{number}", device.kind).as_str());
-            let number = (0..).find(free).unwrap_or_default();
-            device.id = format!("_{}{number}", device.kind);
+            device.id = self.free_id(&device.kind);
         }
         self.check_new(&device)?;
+        networks::give_address(&mut device);
         Ok(device)
     }
 
@@ -216,7 +233,7 @@ impl VmConfig {
     }
 
     /// Whether this machine can have `device` besides its own.
-    fn check_new(&self, device: &DeviceConfig) -> Result<(), ControlError> {
+    pub(super) fn check_new(&self, device: &DeviceConfig) -> Result<(), ControlError> {
         names::check_one(&device.id)?;
         if self.ids().any(|id| id == device.id) {
             return Err(not_unique(&device.id));
@@ -259,6 +276,7 @@ impl VmConfig {
         if let Some(limiter) = &request.rate_limiter_config {
             let limits = rate_limits(limiter);
             config.set_rate_limits(limits);
+            config.rate_limits().map_err(|error| refused(&error))?;
             patch.insert("limits".to_owned(), json(&limits)?);
         }
         let device = DeviceConfig {
@@ -272,7 +290,13 @@ impl VmConfig {
         Ok(DiskUpdate { device, patch })
     }
 
-    fn ids(&self) -> impl Iterator<Item = &str> {
+    /// A name for a device of this kind.
+    fn free_id(&self, kind: &str) -> String {
+        let taken = self.ids().map(str::to_owned).collect();
+        free_id(kind, &taken, virtio::models::MODELS)
+    }
+
+    pub(super) fn ids(&self) -> impl Iterator<Item = &str> {
         let groups = self.rate_limit_groups.iter().map(|group| group.id.as_str());
         self.devices
             .iter()
@@ -314,7 +338,7 @@ pub struct DiskUpdate {
     pub patch: Value,
 }
 
-fn not_found(id: &str) -> ControlError {
+pub(super) fn not_found(id: &str) -> ControlError {
     let message = format!("Failed to find device corresponding to the given identifier: {id}");
     ControlError::new(ErrorKind::NotFound, message)
 }

@@ -24,8 +24,6 @@ fn any<T>(list: Option<&Vec<T>>) -> bool {
 /// Refuses by its name what there is not.
 pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
     let wire::VmConfig {
-        net,
-        balloon,
         fs,
         generic_vhost_user,
         pmem,
@@ -36,7 +34,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         vsock,
         iommu,
         numa,
-        watchdog,
         rtc,
         pci_segments,
         tpm,
@@ -45,8 +42,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         ..
     } = described;
     first([
-        (any(net.as_ref()), "net"),
-        (balloon.is_some(), "balloon"),
         (any(fs.as_ref()), "fs"),
         (any(generic_vhost_user.as_ref()), "generic_vhost_user"),
         (any(pmem.as_ref()), "pmem"),
@@ -56,7 +51,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         (vsock.is_some(), "vsock"),
         (*iommu, "iommu"),
         (any(numa.as_ref()), "numa"),
-        (*watchdog, "watchdog"),
         (rtc.is_some(), "rtc"),
         (any(pci_segments.as_ref()), "pci_segments"),
         (tpm.is_some(), "tpm"),
@@ -105,7 +99,11 @@ fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
 
 fn platform(described: &wire::PlatformConfig) -> Result<(), ControlError> {
     first([
-        (described.num_pci_segments > 1, "platform.num_pci_segments"),
+        // Fewer are ignored, which an event tells.
+        (
+            described.num_pci_segments > wire::PlatformConfig::MAX_SEGMENTS,
+            "platform.num_pci_segments",
+        ),
         (
             any(described.iommu_segments.as_ref()),
             "platform.iommu_segments",
@@ -141,4 +139,11 @@ pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
         (format == ImageType::FixedVhd, "disk.image_type=FixedVhd"),
         (format == ImageType::Vhdx, "disk.image_type=Vhdx"),
     ])
+}
+
+/// Refuses what no network card has.
+pub(super) fn net(described: &wire::NetConfig) -> Result<(), ControlError> {
+    pci("net", described.pci())?;
+    let vhost_user = described.vhost_user || described.vhost_socket.is_some();
+    first([(vhost_user, "net.vhost_user")])
 }

@@ -8,8 +8,9 @@ use api::wire;
 use super::{invalid, not_unique};
 
 /// What the names that are made begin with, one for each kind.
-const STEMS: [&str; 9] = [
+const STEMS: [&str; 10] = [
     "_disk",
+    "_rng",
     "_net",
     "_fs",
     "_pmem",
@@ -25,6 +26,8 @@ const RESERVED: &str = "__";
 
 /// The name of the entropy source when none is given.
 pub(super) const RNG: &str = "__rng";
+/// And of the balloon.
+pub(super) const BALLOON: &str = "__balloon";
 
 /// Gives each device that has no name one: its kind and a number, as in
 /// `_disk0` and `_vsock1`. All kinds count together.
@@ -48,7 +51,7 @@ pub fn name_devices(described: &mut wire::VmConfig) {
 }
 
 /// The first number that is past all those in the names of this form.
-pub(super) fn next_number<'a>(ids: impl Iterator<Item = &'a str>) -> u64 {
+pub(in crate::config) fn next_number<'a>(ids: impl Iterator<Item = &'a str>) -> u64 {
     let number_of = |id: &str| {
         let stem = id.trim_end_matches(|c: char| c.is_ascii_digit());
         let digits = id.get(stem.len()..)?;
@@ -95,7 +98,7 @@ pub(super) fn check_one(id: &str) -> Result<(), ControlError> {
             "Identifier '' is empty: leave it out to have one made",
         ));
     }
-    if id.starts_with(RESERVED) && id != RNG {
+    if id.starts_with(RESERVED) && ![RNG, BALLOON].contains(&id) {
         return Err(invalid(format!(
             "Identifier {id} begins with {RESERVED}, which is kept for the monitor's own devices"
         )));

@@ -345,8 +345,10 @@ fn nonsense_is_refused_with_what_is_wrong() {
 /// What is no part of a machine here.
 fn missing_parts() -> Vec<(Value, &'static str)> {
     vec![
-        (json!({"net": [{}]}), "net"),
-        (json!({"balloon": {"size": 1}}), "balloon"),
+        (
+            json!({"balloon": {"size": 1, "iommu": true}}),
+            "balloon.iommu",
+        ),
         (json!({"fs": [{"tag": "t", "socket": "/s"}]}), "fs"),
         (json!({"generic_vhost_user": [{}]}), "generic_vhost_user"),
         (json!({"pmem": [{"file": "/p"}]}), "pmem"),
@@ -356,7 +358,6 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (json!({"vsock": {"cid": 3, "socket": "/v"}}), "vsock"),
         (json!({"iommu": true}), "iommu"),
         (json!({"numa": [{"guest_numa_id": 0}]}), "numa"),
-        (json!({"watchdog": true}), "watchdog"),
         (json!({"rtc": {}}), "rtc"),
         (json!({"pci_segments": [{}]}), "pci_segments"),
         (json!({"tpm": {"socket": "/t"}}), "tpm"),
@@ -372,6 +373,11 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (
             json!({"rng": {"src": "/r", "pci_segment": 1}}),
             "rng.pci_segment",
+        ),
+        (
+            json!({"disks": [{"path": "/a", "pci_segment": 1}],
+                "platform": {"num_pci_segments": 2}}),
+            "disk.pci_segment",
         ),
         (
             json!({"debug_console": {"mode": "Pty"}}),
@@ -410,7 +416,7 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
             "cpus.features.amx",
         ),
         (
-            json!({"platform": {"num_pci_segments": 2}}),
+            json!({"platform": {"num_pci_segments": 17}}),
             "platform.num_pci_segments",
         ),
         (json!({"platform": {"iommufd": true}}), "platform.iommufd"),
@@ -447,6 +453,29 @@ fn what_there_is_not_is_refused_by_its_name() {
     }
     // A list of nothing asks for nothing.
     made(json!({"net": [], "fs": [], "pmem": [], "devices": [], "numa": [], "disks": []}));
+}
+
+#[test]
+fn a_limit_that_fills_in_no_time_is_refused_by_its_key() {
+    let limits = |bucket: &str| json!({ bucket: { "size": 1, "refill_time": 0 } });
+    for (bucket, key) in [("bandwidth", "bw_refill_time"), ("ops", "ops_refill_time")] {
+        let disk = json!({"path": "/a", "id": "a", "rate_limiter_config": limits(bucket)});
+        let group = json!({"id": "g", "rate_limiter_config": limits(bucket)});
+        let update = json!({"id": "_disk0", "rate_limiter_config": limits(bucket)});
+        let config = made(json!({"disks": [{"path": "/b"}]}));
+        let update = config.plan_update(&serde_json::from_value(update).unwrap());
+        for error in [
+            refused(json!({"disks": [disk.clone()]})),
+            refused(json!({"rate_limit_groups": [group]})),
+            config
+                .plan_disk(&serde_json::from_value(disk).unwrap())
+                .unwrap_err(),
+            update.unwrap_err(),
+        ] {
+            assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
+            assert!(error.to_string().contains(key), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -83,6 +83,17 @@ impl Case {
         self.hub.writer().write_all(text.as_ref()).unwrap();
     }
 
+    /// A file comes to hold this.
+    fn holds(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        until(text, || fs::read_to_string(&path).unwrap() == text);
+    }
+
+    /// All that has been written is in its file.
+    fn is_settled(&self) -> bool {
+        self.hub.0.state().files_left() == 0
+    }
+
     fn is_serving(&self) -> bool {
         self.hub.0.state().serving
     }
@@ -375,7 +386,7 @@ fn too_many_streams_and_sinks_are_refused() {
         far.push(other);
     }
     for n in 0..=MAX_SINKS {
-        let added = case.add(&case.file("log"));
+        let added = case.add(&case.file(&format!("log{n}")));
         assert_eq!(added.is_ok(), n < MAX_SINKS, "{added:?}");
     }
 }
@@ -548,7 +559,8 @@ fn a_full_disk_under_one_sink_costs_no_other() {
     let text = numbered(1000);
     case.put(&text);
     expect(&client, &text);
-    assert_eq!(fs::read_to_string(case.path("log")).unwrap(), text);
+    case.holds("log", &text);
+    until("the loss", || case.is_settled());
     let list = case.hub.list();
     let lost = list.iter().find(|sink| sink.id == full).unwrap().lost;
     assert_eq!(lost, count(text.len()));
@@ -601,7 +613,8 @@ fn a_configuration_changes_what_differs_and_leaves_the_rest() {
     configure(&wanted).unwrap();
     case.put("two ");
     expect(&client, "one two ");
-    assert_eq!(fs::read_to_string(case.path("a")).unwrap(), "one two ");
+    case.holds("a", "one two ");
+    until("the file", || case.is_settled());
     assert_eq!(case.hub.list()[0], before[0]);
     // Another one.
     configure(&[SinkConfig::Null]).unwrap();
@@ -618,7 +631,7 @@ fn a_configuration_changes_what_differs_and_leaves_the_rest() {
     assert_eq!(case.hub.list()[0].id, extra.id);
     configure(&[]).unwrap();
     assert_eq!(kinds(), []);
-    assert_eq!(fs::read_to_string(case.path("b")).unwrap(), "two ");
+    case.holds("b", "two ");
 }
 
 #[test]
@@ -713,7 +726,7 @@ fn a_terminal_that_says_it_has_room_and_has_not_is_left_alone_for_a_while() {
         .unwrap();
     let mut state = State::new(0);
     let opened = Opened::screen(terminal, super::super::reader::Manners::Steady);
-    let (id, _) = state.insert(opened);
+    let (id, ..) = state.insert(opened);
     for _ in 0..10_000 {
         state.put(b"\n");
     }
@@ -748,6 +761,7 @@ fn a_file_with_a_limit_keeps_the_newest_while_others_get_all() {
         case.put([*byte]);
     }
     expect(&client, &text);
+    until("the file", || case.is_settled());
     let read = |path: &Path| fs::read_to_string(path).unwrap();
     let kept = read(&case.path("log.1")) + &read(&case.path("log"));
     assert!(kept.len() > 4096 && kept.len() <= 8192);

@@ -14,16 +14,20 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::Instant;
 
-use api::wire::{VmResizeDisk, VmUpdateDisk};
+use api::wire::VmResizeDisk;
 use api::{Answer, ControlError, ErrorKind, EventKind, Reply};
 use devices::pci::PciAddress;
-use virtio::device::{Preparation, Prepared, ReconfigureError};
+use virtio::device::{Prepared, ReconfigureError};
 use virtio::transport::VirtioPci;
 
 use super::Driver;
 use crate::machine::MachineError;
 use crate::machine::hotplug::Ejection;
 use crate::machine::inbox::{Message, ended};
+use crate::monitor::description::Update;
+
+/// What came of opening a medium.
+type Opened = Result<Prepared, ControlError>;
 
 /// How many threads may open files at once, those included that machines which have ended
 /// left behind: what they wait for may never answer.
@@ -35,7 +39,7 @@ pub struct Opening(Arc<AtomicUsize>);
 
 impl Opening {
     /// Counts one more, unless there are [`MAX_OPENING`], until what it gives is dropped.
-    fn begin(&self) -> Option<Slot> {
+    pub(crate) fn begin(&self) -> Option<Slot> {
         let more = |count| (count < MAX_OPENING).then_some(count + 1);
         let begun = self
             .0
@@ -45,7 +49,7 @@ impl Opening {
 }
 
 /// A thread that opens files.
-struct Slot(Arc<AtomicUsize>);
+pub(crate) struct Slot(Arc<AtomicUsize>);
 
 impl Drop for Slot {
     fn drop(&mut self) {
@@ -101,17 +105,20 @@ pub(super) struct Asides {
 }
 
 impl Asides {
-    /// Waits until no thread holds a device, or until `deadline`.
-    pub(super) fn wait(&self, deadline: Instant) {
-        let mut count = self.held.lock();
-        while *count > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                tracing::warn!("a device is still in use at the end of its machine");
-                return;
+    /// What waits until no thread holds a device, or until `deadline`.
+    pub(super) fn wait(&self, deadline: Instant) -> impl FnOnce() + Send + use<> {
+        let held = Arc::clone(&self.held);
+        move || {
+            let mut count = held.lock();
+            while *count > 0 {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    tracing::warn!("a device is still in use at the end of its machine");
+                    return;
+                }
+                let waited = held.changed.wait_timeout(count, left);
+                count = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
-            let waited = self.held.changed.wait_timeout(count, left);
-            count = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -190,9 +197,15 @@ impl Driver {
         then: impl FnOnce(&mut Self, T) + Send + 'static,
     ) -> Result<(), ControlError> {
         let mailbox = self.tools.mailbox.clone();
+        let here = Arc::downgrade(&self.asides.held);
         let run = move || {
             let done = work();
-            mailbox.send(Message::Errand(Box::new(move |driver| then(driver, done))));
+            mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
+                // The next machine may be there by now, with devices and answers of its own.
+                if here.ptr_eq(&Arc::downgrade(&driver.asides.held)) {
+                    then(driver, done);
+                }
+            })));
         };
         let started = Builder::new().name(name.to_owned()).spawn(run);
         started.map(|_| ()).map_err(|error| {
@@ -229,14 +242,14 @@ impl Driver {
         Ok(device)
     }
 
-    /// Changes limits or medium of a disk. Another medium is opened first.
-    pub(super) fn update_disk(&mut self, request: VmUpdateDisk, answer: Answer) {
+    /// Changes what can be changed of a device. Another medium of a disk is opened first.
+    pub(super) fn update_device(&mut self, request: Update, answer: Answer) {
         let begun = self.begin_update(&request);
         let (device, prepare) = match begun {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
         };
-        let (id, weak) = (request.id.clone(), Weak::clone(&device));
+        let (id, weak) = (request.id().to_owned(), Weak::clone(&device));
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", prepare, move |driver, prepared| {
             driver.swap(request, &device, prepared, answer);
@@ -249,43 +262,47 @@ impl Driver {
 
     fn begin_update(
         &mut self,
-        request: &VmUpdateDisk,
-    ) -> Result<(Weak<VirtioPci>, Preparation), ControlError> {
+        request: &Update,
+    ) -> Result<(Weak<VirtioPci>, impl FnOnce() -> Opened + Send + use<>), ControlError> {
         let description = self.ears.description.as_ref().ok_or_else(ended)?;
-        let update = description.config.plan_update(request)?;
-        let device = self.settled_device(&request.id)?;
+        let update = description.plan_update(request)?;
+        let (models, opener) = (self.tools.models, &self.tools.opener);
+        let own = self.ears.consoles.reserved();
+        let check = request
+            .names_files()
+            .then(|| description.file_check(&update.device, models, opener, own));
+        let device = self.settled_device(request.id())?;
         self.asides.begin(&device)?;
-        let context = self.machine.context(&request.id, &self.tools.opener);
+        let context = self.machine.context(request.id(), &self.tools.opener);
         match device.prepare(update.patch, context) {
-            Ok(prepare) => Ok((Arc::downgrade(&device), prepare)),
+            Ok(prepare) => {
+                let id = request.id().to_owned();
+                let open = move || {
+                    check.map_or(Ok(()), |check| check())?;
+                    prepare().map_err(|error| unchanged(&id, error))
+                };
+                Ok((Arc::downgrade(&device), open))
+            }
             Err(error) => {
                 let weak = Arc::downgrade(&device);
-                self.asides.finish(&request.id, &weak);
-                Err(unchanged(&request.id, error))
+                self.asides.finish(request.id(), &weak);
+                Err(unchanged(request.id(), error))
             }
         }
     }
 
-    /// The second third of [`Driver::update_disk`]: what was at the old medium comes to its end. Planned
+    /// The second third of [`Driver::update_device`]: what was at the old medium comes to its end. Planned
     /// anew: others may have come or gone meanwhile.
-    fn swap(
-        &mut self,
-        request: VmUpdateDisk,
-        weak: &Weak<VirtioPci>,
-        prepared: Result<Prepared, ReconfigureError>,
-        answer: u64,
-    ) {
-        let id = request.id.clone();
-        let ready = prepared
-            .map_err(|error| unchanged(&id, error))
-            .and_then(|prepared| {
-                let description = self.ears.description.as_ref().ok_or_else(ended)?;
-                description.config.plan_update(&request)?;
-                let device = self.settled_device(&id)?;
-                let same = weak.ptr_eq(&Arc::downgrade(&device));
-                let gone = || MachineError::NoDevice { id: id.clone() }.to_control();
-                same.then_some((device, prepared)).ok_or_else(gone)
-            });
+    fn swap(&mut self, request: Update, weak: &Weak<VirtioPci>, prepared: Opened, answer: u64) {
+        let id = request.id().to_owned();
+        let ready = prepared.and_then(|prepared| {
+            let description = self.ears.description.as_ref().ok_or_else(ended)?;
+            description.plan_update(&request)?;
+            let device = self.settled_device(&id)?;
+            let same = weak.ptr_eq(&Arc::downgrade(&device));
+            let gone = || MachineError::NoDevice { id: id.clone() }.to_control();
+            same.then_some((device, prepared)).ok_or_else(gone)
+        });
         let (device, prepared) = match ready {
             Ok(ready) => ready,
             Err(error) => {
@@ -296,7 +313,7 @@ impl Driver {
         let held = Weak::clone(weak);
         let change = move || device.reconfigure(prepared);
         let started = self.holding("change", change, move |driver, changed| {
-            driver.asides.finish(&request.id, &held);
+            driver.asides.finish(request.id(), &held);
             let updated = driver.updated(&request, changed);
             driver.asides.answer(answer, updated);
         });
@@ -309,16 +326,15 @@ impl Driver {
     /// The last third.
     fn updated(
         &mut self,
-        request: &VmUpdateDisk,
+        request: &Update,
         changed: Result<(), ReconfigureError>,
     ) -> Result<Reply, ControlError> {
-        changed.map_err(|error| unchanged(&request.id, error))?;
+        changed.map_err(|error| unchanged(request.id(), error))?;
         let description = self.ears.description.as_mut().ok_or_else(ended)?;
-        let update = description.config.plan_update(request)?;
+        let update = description.plan_update(request)?;
         description.update(request, update);
         self.show_devices();
-        let id = request.id.clone();
-        self.ears.events.publish(EventKind::DiskUpdated { id });
+        self.ears.events.publish(request.event());
         Ok(Reply::Done)
     }
 

@@ -11,11 +11,11 @@ use api::{
 use virtio::models::console::NoPorts;
 
 use super::Driver;
-use crate::machine::MachineError;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
 use crate::monitor::consoles;
+use crate::monitor::description::{Update, settle};
 
 impl Driver {
     pub(super) fn on_command(&mut self, command: Command, answer: Answer) {
@@ -27,7 +27,8 @@ impl Driver {
             return answer(Err(wrong_state(state, &command)));
         }
         match command {
-            Command::UpdateDisk(request) => self.update_disk(*request, answer),
+            Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
+            Command::UpdateNet(request) => self.update_device(Update::Net(*request), answer),
             Command::ResizeDisk(request) => self.resize_disk(request, answer),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
                 if matches!(command, Command::Reboot) {
@@ -79,19 +80,25 @@ impl Driver {
 
     /// Adds a device. Its back end is opened on a thread of its own, because that
     /// may take as long as the host does.
-    fn add_device(&mut self, device: AddDevice, answer: Answer) {
-        let description = self.ears.description.as_ref();
-        let planned = match description.map(|description| description.plan(&device)) {
-            Some(Ok(planned)) => planned,
-            Some(Err(error)) => return answer(Err(error)),
-            None => return answer(Err(wrong_state(VmState::Created, &Command::Boot))),
+    fn add_device(&mut self, mut device: AddDevice, answer: Answer) {
+        settle(&mut device);
+        let Some(description) = &self.ears.description else {
+            return answer(Err(wrong_state(VmState::Created, &Command::Boot)));
+        };
+        let planned = match description.plan(&device) {
+            Ok(planned) => planned,
+            Err(error) => return answer(Err(error)),
         };
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
+        let own = self.ears.consoles.reserved();
+        let check = description.file_check(&planned.config, models, &opener, own);
         let cpus = u16::try_from(self.machine.vcpus().count()).unwrap_or(u16::MAX);
         let groups = self.machine.rate_groups();
         let open = move || {
+            check()?;
             let ports = Arc::new(NoPorts) as _;
             OpenDevice::open(&planned.config, models, &opener, cpus, (&groups, ports))
+                .map_err(|error| error.to_control())
         };
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", open, move |driver, opened| {
@@ -106,10 +113,10 @@ impl Driver {
     /// The second half of [`Driver::add_device`]. Planned anew: others may have come or gone meanwhile.
     fn insert_device(
         &mut self,
-        opened: Result<OpenDevice, MachineError>,
+        opened: Result<OpenDevice, ControlError>,
         device: &AddDevice,
     ) -> Result<Reply, ControlError> {
-        let opened = opened.map_err(|error| error.to_control())?;
+        let opened = opened?;
         let Some(description) = &mut self.ears.description else {
             return Err(ended());
         };

@@ -1,4 +1,7 @@
 //! The command `vm.coredump`: a job that reads the memory of a machine that is paused meanwhile.
+//!
+//! The core is of one instant. What the guest has asked for just before it was paused (a reset, which gives
+//! its memory back, or a power-off) waits until the dump has ended. The end of the machine ends the dump.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -11,9 +14,9 @@ use super::Driver;
 use crate::error::chain;
 use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
 use crate::machine::inbox::Message;
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, fault};
 use crate::monitor::JobHandle;
-use crate::opener::{NewFile, OpenError};
+use crate::opener::NewFile;
 
 const SCHEME: &str = "file://";
 
@@ -25,6 +28,8 @@ pub(super) struct Dump {
     resume: bool,
     /// Closed when the job has ended and what it leaves is there or gone.
     ended: Receiver<()>,
+    /// What the guest and its vCPUs have said before they were paused, to be looked at afterwards.
+    said: Vec<Message>,
 }
 
 impl Driver {
@@ -38,13 +43,11 @@ impl Driver {
             return Err(dump.busy());
         }
         let path = destination(request)?;
-        let file = self.tools.opener.begin_file(&path).map_err(|error| {
-            let kind = match &error {
-                OpenError::Exists { .. } => ErrorKind::Conflict,
-                _ => ErrorKind::Failed,
-            };
-            ControlError::from_error(kind, &error)
-        })?;
+        let file = self
+            .tools
+            .opener
+            .begin_file(&path)
+            .map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
         let resume = self.state().0 == VmState::Running;
         if resume {
             self.pause(PauseReason::Command)
@@ -92,6 +95,7 @@ impl Driver {
             id: info.id.clone(),
             resume,
             ended,
+            said: Vec::new(),
         });
         Ok(Reply::Started(info))
     }
@@ -114,12 +118,32 @@ impl Driver {
         }
     }
 
-    /// Lets the machine go on when a dump has ended.
+    /// Keeps what the guest has said for the end of a dump, while there is one. vCPUs are idle, so it is
+    /// little; any other message is given back.
+    pub(super) fn keep_while_dumping(&mut self, message: Message) -> Option<Message> {
+        match (&mut self.dump, message) {
+            (Some(dump), message @ (Message::Guest(_) | Message::Vcpu(..) | Message::SlotNews)) => {
+                dump.said.push(message);
+                None
+            }
+            (_, message) => Some(message),
+        }
+    }
+
+    /// Lets the machine go on when a dump has ended, after what the guest had asked for has been done.
     fn settle_dump(&mut self) {
         let ended = |dump: &mut Dump| dump.ended.try_recv() == Err(TryRecvError::Disconnected);
-        if let Some(dump) = self.dump.take_if(ended)
-            && dump.resume
-        {
+        let Some(dump) = self.dump.take_if(ended) else {
+            return;
+        };
+        let Dump { resume, said, .. } = dump;
+        for message in said {
+            if self.outcome.is_none() {
+                self.on_message(message);
+            }
+        }
+        let paused = (VmState::Paused, Some(PauseReason::Command));
+        if resume && self.outcome.is_none() && self.state() == paused {
             self.resume_after_dump();
         }
     }
@@ -137,8 +161,10 @@ impl Driver {
     pub(super) fn give_up_dump(&mut self, time: Duration) {
         if let Some(dump) = self.dump.take() {
             // It may have ended by itself.
-            let _ = self.tools.jobs.cancel(&dump.id);
-            let _ = dump.ended.recv_timeout(time);
+            let _ = self.tools.jobs.give_up(&dump.id, "the machine has ended");
+            self.outlast("coredump-end", move || {
+                let _ = dump.ended.recv_timeout(time);
+            });
         }
     }
 }

@@ -1,12 +1,12 @@
-//! vCPUs and memory that come and go: the commands, and what the guest answers.
+//! vCPUs and memory that come and go, and the balloon: the commands, and what the guest answers.
 
-use api::{ControlError, ErrorKind, EventKind, wire};
+use api::{ControlError, EventKind, wire};
 
 use super::Driver;
 use crate::machine::resize::{ResizeError, Resized};
 
 impl Driver {
-    /// Begins what `request` asks for: vCPUs, then memory. The first that cannot be
+    /// Begins what `request` asks for: vCPUs, then memory, then the balloon. The first that cannot be
     /// is the answer, and what was before it has been done.
     pub(super) fn resize(&mut self, request: &wire::VmResize) -> Result<(), ControlError> {
         let wire::VmResize {
@@ -14,12 +14,9 @@ impl Driver {
             desired_ram,
             desired_balloon,
         } = *request;
-        if desired_balloon.is_some() {
-            let message = "the machine has no balloon";
-            return Err(ControlError::new(ErrorKind::NotFound, message));
-        }
         let cpus = desired_vcpus.map_or(Ok(()), |count| self.resize_cpus(count));
         cpus.and_then(|()| desired_ram.map_or(Ok(()), |size| self.resize_memory(size)))
+            .and_then(|()| desired_balloon.map_or(Ok(()), |size| self.resize_balloon(size)))
             .map_err(|error| error.to_control())
     }
 
@@ -52,6 +49,20 @@ impl Driver {
             self.ears.events.publish(EventKind::MemoryResized { size });
         }
         self.show_sizes();
+        Ok(())
+    }
+
+    /// Gives the balloon another size; see [`crate::machine::Machine::resize_balloon`]. The next machine's has it too.
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`].
+    pub fn resize_balloon(&mut self, size: u64) -> Result<(), ResizeError> {
+        self.machine.resize_balloon(size)?;
+        if let Some(description) = &mut self.ears.description {
+            description.resize_balloon(size)?;
+        }
+        self.show_devices();
         Ok(())
     }
 

@@ -23,6 +23,7 @@ impl block::Opener for Files {
 pub(super) fn context() -> BuildContext {
     BuildContext {
         id: "disk0".to_owned(),
+        networks: Arc::new(crate::testing::NoNetworks),
         opener: Arc::new(Files),
         cpus: 2,
         groups: RateGroups::default(),

@@ -1,0 +1,365 @@
+//! The memory balloon (Virtio 1.2, section 5.5): takes memory from the guest for the host, and gives it back.
+//!
+//! The monitor sets a target, and the guest's driver gives pages or takes them back
+//! until it is there. What becomes of the pages is the host's side of guest memory
+//! ([`crate::memory::Backing`]); [`pages`] gathers them for that.
+//!
+//! Besides, the guest reports pages that it does not use, which go back to the host until it
+//! touches them (`free_page_reporting`), tells of free pages when asked, for whoever
+//! copies its memory ([`BalloonView::take_hints`]), and says how its memory is used ([`BalloonView::statistics`]).
+//!
+//! A reset by the driver or of the machine empties the balloon. The target stays:
+//! the next driver finds it and fills the balloon again.
+
+mod pages;
+mod spec;
+mod view;
+mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use devices::StopError;
+use migration::{RestoreError, SaveError, SavedState, Snapshot};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use zerocopy::IntoBytes;
+
+use self::spec::{ACTUAL_OFFSET, ConfigSpace, HINT_DONE, HINT_FIRST, PAGE, POISON_OFFSET, feature};
+use self::view::lock;
+pub use self::view::{BalloonChange, BalloonView, GuestStatistics, HintChange, NoBalloon};
+use self::worker::Worker;
+use crate::device::{
+    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice,
+};
+use crate::models::{BuildContext, BuildError, Model, parse};
+use crate::schema::{Field, FieldKind};
+use crate::worker::Workers;
+
+/// The entry in the registry.
+pub const MODEL: Model = Model {
+    kind: "balloon",
+    flag: "balloon",
+    about: "a balloon, which takes memory from the guest and gives it back",
+    fields: &[
+        Field {
+            name: "size",
+            kind: FieldKind::Bytes,
+            required: true,
+            help: "how much memory the guest is to give up, less than it has; 0 for none yet",
+        },
+        Field {
+            name: "deflate_on_oom",
+            kind: FieldKind::Switch,
+            required: false,
+            help: "the guest may take memory back when it runs out (default off)",
+        },
+        Field {
+            name: "free_page_reporting",
+            kind: FieldKind::Switch,
+            required: false,
+            help: "memory that the guest does not use goes back to the host (default off)",
+        },
+        Field {
+            name: "statistics_interval",
+            kind: FieldKind::Number,
+            required: false,
+            help: "how often the guest says how its memory is used, in seconds (default 0: when asked)",
+        },
+    ],
+    build,
+};
+
+/// A driver has one buffer of 256 pages, or 32 pieces of free memory, under way.
+const QUEUE_SIZE: u16 = 128;
+
+/// Once a day is the least that statistics are asked for.
+const MAX_INTERVAL: u32 = 24 * 60 * 60;
+
+/// The configuration of a balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// How many bytes the guest is to give up; a part of 4096 is left out.
+    pub size: u64,
+    /// The guest may take pages back by itself when it is out of memory.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Pages that the guest does not use go back to the host until it touches them.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+    /// How often the guest is asked for statistics, in seconds; 0: only when somebody wants them.
+    #[serde(default)]
+    pub statistics_interval: u32,
+}
+
+fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    let config: BalloonConfig = parse(MODEL.kind, config)?;
+    if config.statistics_interval > MAX_INTERVAL {
+        return Err(BuildError::Field {
+            field: "statistics_interval",
+            reason: format!(
+                "{} seconds: give {MAX_INTERVAL} or less",
+                config.statistics_interval
+            ),
+        });
+    }
+    if target_pages(config.size).is_none() {
+        return Err(BuildError::Field {
+            field: "size",
+            reason: format!("{} bytes are more than a balloon can have", config.size),
+        });
+    }
+    Ok(Box::new(Balloon::new(&context.id, &config)))
+}
+
+fn target_pages(size: u64) -> Option<u32> {
+    u32::try_from(size / PAGE).ok()
+}
+
+/// A balloon.
+pub struct Balloon {
+    offered: u64,
+    interval: Option<Duration>,
+    view: Arc<BalloonView>,
+    /// What the driver has accepted.
+    features: u64,
+    /// That the target was reached has been told: once, so that it is not for the guest to repeat.
+    told: bool,
+    /// While the device is active.
+    notifier: Option<Arc<dyn Notifier>>,
+    workers: Workers,
+}
+
+impl Balloon {
+    /// Makes the balloon `id`, empty. A size that is no number of pages is the greatest there is.
+    #[must_use]
+    pub fn new(id: &str, config: &BalloonConfig) -> Self {
+        let BalloonConfig {
+            size,
+            deflate_on_oom,
+            free_page_reporting,
+            statistics_interval,
+        } = *config;
+        // These make queues, and drivers disagree on the numbers of those that follow one that is
+        // missing: only the last may be.
+        let mut offered = feature::MUST_TELL_HOST
+            | feature::STATS_VQ
+            | feature::FREE_PAGE_HINT
+            | feature::PAGE_POISON;
+        if deflate_on_oom {
+            offered |= feature::DEFLATE_ON_OOM;
+        }
+        if free_page_reporting {
+            offered |= feature::PAGE_REPORTING;
+        }
+        let view = BalloonView::default();
+        let pages = target_pages(size).unwrap_or(u32::MAX);
+        view.target.store(pages, Ordering::Release);
+        Self {
+            offered,
+            interval: (statistics_interval > 0)
+                .then(|| Duration::from_secs(statistics_interval.into())),
+            view: Arc::new(view),
+            features: 0,
+            told: pages == 0,
+            notifier: None,
+            workers: Workers::new("balloon", id),
+        }
+    }
+
+    fn config_space(&self) -> ConfigSpace {
+        let load = |value: &std::sync::atomic::AtomicU32| value.load(Ordering::Acquire).into();
+        ConfigSpace {
+            num_pages: load(&self.view.target),
+            actual: load(&self.view.actual),
+            free_page_hint_cmd_id: load(&self.view.hint_command),
+            poison_val: load(&self.view.poison),
+        }
+    }
+
+    /// Tells once that a target has been reached.
+    fn tell(&mut self) {
+        let actual = self.view.actual();
+        if actual == self.view.target()
+            && !self.told
+            && let Some(notifier) = &self.notifier
+        {
+            notifier.balloon_reached(actual);
+            self.told = true;
+        }
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn identity(&self) -> Identity {
+        let queues = if self.offered & feature::PAGE_REPORTING == 0 {
+            4
+        } else {
+            5
+        };
+        Identity {
+            device_type: spec::DEVICE_TYPE,
+            features: self.offered,
+            queue_sizes: vec![QUEUE_SIZE; queues],
+            pci_class: [0xff, 0, 0],
+        }
+    }
+
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(Arc::clone(&self.view) as _)
+    }
+
+    fn balloon(&self) -> Option<Arc<BalloonView>> {
+        Some(Arc::clone(&self.view))
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let space = self.config_space();
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (to, byte) in data.iter_mut().zip(space.as_bytes().iter().skip(from)) {
+            *to = *byte;
+        }
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let mut space = self.config_space();
+        let poison = self.features & feature::PAGE_POISON != 0;
+        for (at, byte) in (offset..=u64::MAX).zip(data) {
+            let field = |from: u64| from..from + 4;
+            let writable = field(ACTUAL_OFFSET).contains(&at)
+                || poison && field(POISON_OFFSET).contains(&at);
+            let place = usize::try_from(at).ok();
+            if writable && let Some(to) = place.and_then(|at| space.as_mut_bytes().get_mut(at)) {
+                *to = *byte;
+            }
+        }
+        let view = &self.view;
+        view.actual.store(space.actual.get(), Ordering::Release);
+        let poison = space.poison_val.get();
+        view.poison.store(poison, Ordering::Release);
+        self.tell();
+    }
+
+    fn features_negotiated(&mut self, features: u64) {
+        self.features = features;
+    }
+
+    fn change_balloon(&mut self, change: BalloonChange) -> Result<(), NoBalloon> {
+        match change {
+            BalloonChange::Target(size) => {
+                let pages = target_pages(size).unwrap_or(u32::MAX);
+                self.told = false;
+                self.view.target.store(pages, Ordering::Release);
+                self.tell();
+            }
+            BalloonChange::Hints(change) => self.view.change_hints(change),
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation {
+            features,
+            memory,
+            queues,
+            notifier,
+        } = activation;
+        let (view, interval) = (Arc::clone(&self.view), self.interval);
+        self.workers.start(&notifier, vec![queues], |queues, wake| {
+            *lock(&view.wake) = Some(wake.clone());
+            let hands = (&notifier, wake);
+            let memory = memory.clone();
+            Worker::new(queues, features, memory, &view, interval, hands).map_err(|error| {
+                ActivateError {
+                    what: "the balloon's worker",
+                    reason: error.to_string(),
+                }
+            })
+        })?;
+        self.notifier = Some(notifier);
+        Ok(())
+    }
+
+    fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
+        let stopped = self.workers.stop(deadline);
+        if !matches!(stopped, Err(StopError::Deadline { .. })) {
+            self.notifier = None;
+            *lock(&self.view.wake) = None;
+        }
+        stopped
+    }
+
+    fn reset(&mut self) {
+        self.features = 0;
+        self.view.reset();
+    }
+}
+
+/// The saved state of a balloon.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonV1 {
+    /// How many pages it is to have.
+    pub num_pages: u32,
+    /// How many the driver says it has.
+    pub actual: u32,
+    /// What the driver fills free pages with.
+    pub poison_val: u32,
+    /// What the driver is to do about hints.
+    pub hint_command: u32,
+    /// That the target was reached has been told.
+    pub told: bool,
+}
+
+impl SavedState for BalloonV1 {
+    const SCHEMA: &'static str = "virtio-balloon";
+    const VERSION: u16 = 1;
+}
+
+impl Snapshot for Balloon {
+    type State = BalloonV1;
+
+    fn save(&self) -> Result<BalloonV1, SaveError> {
+        let ConfigSpace {
+            num_pages,
+            actual,
+            free_page_hint_cmd_id,
+            poison_val,
+        } = self.config_space();
+        Ok(BalloonV1 {
+            num_pages: num_pages.get(),
+            actual: actual.get(),
+            poison_val: poison_val.get(),
+            hint_command: free_page_hint_cmd_id.get(),
+            told: self.told,
+        })
+    }
+
+    fn restore(&mut self, state: BalloonV1) -> Result<(), RestoreError> {
+        let BalloonV1 {
+            num_pages,
+            actual,
+            poison_val,
+            hint_command,
+            told,
+        } = state;
+        let view = &self.view;
+        view.target.store(num_pages, Ordering::Release);
+        view.actual.store(actual, Ordering::Release);
+        view.poison.store(poison_val, Ordering::Release);
+        // Who asked for hints was the other machine, and what it was told is gone.
+        let command = if hint_command >= HINT_FIRST {
+            HINT_DONE
+        } else {
+            hint_command
+        };
+        view.hint_command.store(command, Ordering::Release);
+        self.told = told;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,401 @@
+//! The network device (Virtio 1.2, section 5.1).
+//!
+//! * [`NetConfig`]: how one is described; [`MODEL`] builds it.
+//! * [`Net`]: configuration space, features, and the workers.
+//! * `change`: what of it can be changed in use; `saved`: what is kept of it.
+//! * `shared`: what the workers and the device share; `filter`: which frames the driver
+//!   wants; `control`: the control queue.
+//! * `worker`: one for each pair of queues; `receive` and `transmit`: its halves;
+//!   `pieces`: chains as memory; `tally`: what it counts; `spec`: the layouts.
+//!
+//! # Queues
+//!
+//! Pair N has the queues 2N (to the guest) and 2N+1 (from it). The control
+//! queue is behind the last pair if the driver accepted several of them, else it is queue 2 (5.1.2).
+//!
+//! # Link
+//!
+//! The link is down while it is set so from outside, and from when the network
+//! vanishes. Frames of either direction are dropped then, and the guest goes on.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::StopError;
+use net::{Backend, HEADER_LEN, MacAddress, Offloads};
+use serde_json::Value;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+};
+use zerocopy::IntoBytes;
+
+use self::control::{Control, guest_offload_bits, guest_offloads};
+use self::receive::{Receiver, Shape};
+use self::shared::Shared;
+use self::spec::{ConfigSpace, MAX_FRAME, TAGGED_LEN, USUAL_MTU};
+use self::tally::Tallies;
+use self::transmit::Transmitter;
+use self::worker::{Pair, Queues, Worker};
+use crate::device::{
+    ActivateError, Activation, ActiveQueue, Counters, Identity, Preparation, Prepared,
+    ReconfigureError, Reconfigured, StoppedQueue, VirtioDevice,
+};
+use crate::limit::{Clock, Limiter, Throttle};
+use crate::models::BuildContext;
+use crate::ring::Ring;
+use crate::worker::Workers;
+
+mod change;
+mod config;
+mod control;
+mod filter;
+mod pieces;
+mod receive;
+mod saved;
+mod shared;
+mod spec;
+mod tally;
+#[cfg(test)]
+mod tests;
+mod transmit;
+mod worker;
+
+pub use self::config::{MODEL, NetConfig, NetLimits, random_mac};
+pub use self::saved::NetV1;
+
+/// What the guest sees of a network device, beside its network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetSettings {
+    /// The address.
+    pub mac: MacAddress,
+    /// How many pairs of queues, from 1; as many as the network has.
+    pub pairs: u16,
+    /// Size of each queue: a power of two from 4 to 32768.
+    pub queue_size: u16,
+    /// The largest packet, in bytes, where it is stated.
+    pub mtu: Option<u16>,
+    /// Work that may be left to the other side, where the network can do it.
+    pub offloads: Offloads,
+}
+
+/// A network device.
+pub struct Net {
+    settings: NetSettings,
+    /// What the network can do, of what is allowed.
+    offloads: Offloads,
+    shared: Arc<Shared>,
+    /// The limits of frames to the guest.
+    rx_limits: Arc<Limiter>,
+    /// And of those from it.
+    tx_limits: Arc<Limiter>,
+    tallies: Arc<Tallies>,
+    workers: Workers,
+    /// The features that the driver has accepted.
+    accepted: u64,
+    /// The driver is to be asked to announce itself when it is there again.
+    restored: bool,
+    clock: Clock,
+}
+
+const fn bit(feature: u32) -> u64 {
+    1 << feature
+}
+
+/// What the driver may leave to the network, and the network to the driver: each feature with its offload.
+const OFFLOAD_FEATURES: [(Offloads, &[u32]); 5] = [
+    (
+        Offloads::CSUM,
+        &[VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM],
+    ),
+    (
+        Offloads::TSO4,
+        &[VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_GUEST_TSO4],
+    ),
+    (
+        Offloads::TSO6,
+        &[VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_GUEST_TSO6],
+    ),
+    (
+        Offloads::ECN,
+        &[VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_GUEST_ECN],
+    ),
+    (
+        Offloads::USO,
+        &[
+            VIRTIO_NET_F_HOST_USO,
+            VIRTIO_NET_F_GUEST_USO4,
+            VIRTIO_NET_F_GUEST_USO6,
+        ],
+    ),
+];
+
+/// The features that every network has.
+const FEATURES: [u32; 10] = [
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+];
+
+impl Net {
+    /// Makes the device `id` for an open network, which has as many pairs as the settings.
+    #[must_use]
+    pub fn new(id: &str, backend: Box<dyn Backend>, settings: NetSettings) -> Self {
+        let offloads = (backend.offloads() & settings.offloads).consistent();
+        Self {
+            offloads,
+            shared: Arc::new(Shared::new(id, backend, settings.pairs, settings.mac)),
+            rx_limits: Arc::default(),
+            tx_limits: Arc::default(),
+            tallies: Arc::new(Tallies::new(settings.pairs)),
+            workers: Workers::new("net", id),
+            accepted: 0,
+            restored: false,
+            clock: Arc::new(Instant::now),
+            settings,
+        }
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = FEATURES.iter().fold(0, |all, feature| all | bit(*feature));
+        for (offload, given) in OFFLOAD_FEATURES {
+            if self.offloads.contains(offload) {
+                features |= given.iter().fold(0, |all, feature| all | bit(*feature));
+            }
+        }
+        if self.settings.pairs > 1 {
+            features |= bit(VIRTIO_NET_F_MQ);
+        }
+        if self.settings.mtu.is_some() {
+            features |= bit(VIRTIO_NET_F_MTU);
+        }
+        features
+    }
+
+    fn accepts(&self, feature: u32) -> bool {
+        self.accepted & bit(feature) != 0
+    }
+
+    fn config_space(&self) -> ConfigSpace {
+        let status = |set: bool, bit: u32| {
+            if set {
+                u16::try_from(bit).unwrap_or(0)
+            } else {
+                0
+            }
+        };
+        let up = status(self.shared.link(), VIRTIO_NET_S_LINK_UP);
+        let announce = status(self.shared.announce(), VIRTIO_NET_S_ANNOUNCE);
+        ConfigSpace {
+            mac: self.shared.filter().mac,
+            status: (up | announce).into(),
+            max_virtqueue_pairs: self.settings.pairs.into(),
+            mtu: self.settings.mtu.unwrap_or(0).into(),
+        }
+    }
+
+    /// How the driver takes frames.
+    fn shape(&self) -> Shape {
+        let long = guest_offloads(self.accepted).intersects(Offloads::SEGMENTS);
+        let packet = self.settings.mtu.unwrap_or(USUAL_MTU).max(USUAL_MTU);
+        Shape {
+            mergeable: self.accepts(VIRTIO_NET_F_MRG_RXBUF),
+            wanted: if long {
+                MAX_FRAME
+            } else {
+                HEADER_LEN + TAGGED_LEN + usize::from(packet)
+            },
+        }
+    }
+
+    /// Tells the network what the driver is, as it was before a stop or as it begins.
+    fn prepare_network(&self) -> Result<(), ActivateError> {
+        let failed = |error: std::io::Error| ActivateError {
+            what: "the network",
+            reason: error.to_string(),
+        };
+        let several = self.accepts(VIRTIO_NET_F_MQ);
+        let pairs = if several { self.shared.pairs() } else { 1 };
+        self.shared.set_pairs(pairs).map_err(failed)?;
+        let offloads = guest_offloads(self.shared.guest_bits() & self.accepted);
+        self.shared.set_offloads(offloads).map_err(failed)
+    }
+
+    fn throttle(limits: &Arc<Limiter>) -> Throttle {
+        Throttle {
+            own: Arc::clone(limits),
+            group: None,
+        }
+    }
+}
+
+/// The queues of a pair, as the driver enabled them.
+#[derive(Default)]
+struct Part {
+    pair: u16,
+    receive: Option<ActiveQueue>,
+    transmit: Option<ActiveQueue>,
+    control: Option<ActiveQueue>,
+}
+
+/// Sorts queues into pairs. The control queue goes with the first.
+fn pair_up(queues: Vec<ActiveQueue>, control: u16) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
+    for queue in queues {
+        let pair = if queue.index == control {
+            0
+        } else {
+            queue.index / 2
+        };
+        let place = parts.iter().position(|part| part.pair == pair);
+        let place = place.unwrap_or_else(|| {
+            parts.push(Part {
+                pair,
+                ..Part::default()
+            });
+            parts.len() - 1
+        });
+        let Some(part) = parts.get_mut(place) else {
+            continue;
+        };
+        let slot = if queue.index == control {
+            &mut part.control
+        } else if queue.index.is_multiple_of(2) {
+            &mut part.receive
+        } else {
+            &mut part.transmit
+        };
+        *slot = Some(queue);
+    }
+    parts
+}
+
+impl VirtioDevice for Net {
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(Arc::clone(&self.tallies) as Arc<dyn Counters>)
+    }
+
+    fn identity(&self) -> Identity {
+        let queues = usize::from(self.settings.pairs) * 2 + 1;
+        Identity {
+            device_type: u16::try_from(VIRTIO_ID_NET).unwrap_or_default(),
+            features: self.features(),
+            queue_sizes: vec![self.settings.queue_size; queues],
+            pci_class: [2, 0, 0],
+        }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let space = self.config_space();
+        let bytes = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| space.as_bytes().get(offset..))
+            .unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+    }
+
+    /// Nothing of it can be written: the address is set by the control queue (5.1.4.1).
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn features_negotiated(&mut self, features: u64) {
+        self.accepted = features;
+        self.shared.set_guest_bits(features & guest_offload_bits());
+    }
+
+    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation {
+            features,
+            memory,
+            queues,
+            notifier,
+        } = activation;
+        self.accepted = features;
+        self.prepare_network()?;
+        let shape = self.shape();
+        let last = if self.accepts(VIRTIO_NET_F_MQ) {
+            self.settings.pairs
+        } else {
+            1
+        };
+        let mut wakes = Vec::new();
+        let ring = |queue: ActiveQueue| Ring::new(queue, features, Arc::clone(&notifier));
+        let parts = pair_up(queues, last.saturating_mul(2));
+        self.workers.start(&notifier, parts, |part, wake| {
+            let Part {
+                pair,
+                receive,
+                transmit,
+                control,
+            } = part;
+            wakes.push(wake.clone());
+            let queues = Queues {
+                receiver: receive.map(|queue| {
+                    Receiver::new(ring(queue), shape, Self::throttle(&self.rx_limits))
+                }),
+                transmitter: transmit
+                    .map(|queue| Transmitter::new(ring(queue), Self::throttle(&self.tx_limits))),
+                control: control
+                    .map(|queue| Control::new(ring(queue), Arc::clone(&self.shared), features)),
+            };
+            let tally = self.tallies.of(pair);
+            let clock = Arc::clone(&self.clock);
+            let pair = Pair::new(pair, &self.shared, tally, clock, Arc::clone(&notifier));
+            Worker::new(pair, memory.clone(), queues, wake)
+        })?;
+        self.shared.set_wakes(wakes);
+        if std::mem::take(&mut self.restored) && self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE) {
+            self.shared.set_announce(true);
+            notifier.config_changed();
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
+        let stopped = self.workers.stop(deadline);
+        if !matches!(stopped, Err(StopError::Deadline { .. })) {
+            self.shared.set_wakes(Vec::new());
+        }
+        stopped
+    }
+
+    fn prepare(
+        &self,
+        patch: Value,
+        _context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        change::plan(patch)
+    }
+
+    fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
+        Ok(self.change(prepared.take()?))
+    }
+
+    fn reset(&mut self) {
+        self.accepted = 0;
+        self.restored = false;
+        self.shared.set_announce(false);
+        self.shared.set_guest_bits(0);
+        self.shared.change_filter(|filter| {
+            *filter = filter::Filter::open(self.settings.mac);
+            true
+        });
+        // The next driver begins with one pair. If the network refuses now it does so again then, and that is told.
+        let _ = self.shared.set_pairs(1);
+    }
+}

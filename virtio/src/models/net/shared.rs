@@ -1,0 +1,210 @@
+//! What the workers of a device share with each other and with the device.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use net::{Backend, MacAddress, Offloads};
+
+use super::filter::Filter;
+use crate::device::Notifier;
+use crate::worker::Wake;
+
+/// The state of a device that any of its threads may look at.
+pub struct Shared {
+    /// The device's id, for messages.
+    pub id: String,
+    /// The back end's name, for messages.
+    pub label: String,
+    /// How many pairs of queues it has.
+    pub max_pairs: u16,
+    /// The cable is in: what was set from outside.
+    up: AtomicBool,
+    /// The network is no more.
+    gone: AtomicBool,
+    /// The driver has been asked to announce itself and has not said that it has.
+    announce: AtomicBool,
+    /// How many pairs the driver uses.
+    pairs: AtomicU16,
+    /// The features that say what is left to the driver just now.
+    guest_bits: AtomicU64,
+    backend: Mutex<Box<dyn Backend>>,
+    filter: Mutex<Arc<Filter>>,
+    /// Changes with the filter.
+    generation: AtomicU64,
+    /// The workers, while there are any.
+    wakes: Mutex<Vec<Wake>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in there is sound after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The link is up and the driver has said nothing yet.
+    pub fn new(id: &str, backend: Box<dyn Backend>, max_pairs: u16, mac: MacAddress) -> Self {
+        Self {
+            id: id.to_owned(),
+            label: backend.name().to_owned(),
+            max_pairs,
+            up: AtomicBool::new(true),
+            gone: AtomicBool::new(false),
+            announce: AtomicBool::new(false),
+            pairs: AtomicU16::new(1),
+            guest_bits: AtomicU64::new(0),
+            backend: Mutex::new(backend),
+            filter: Mutex::new(Arc::new(Filter::open(mac))),
+            generation: AtomicU64::new(0),
+            wakes: Mutex::default(),
+        }
+    }
+
+    /// The network.
+    pub fn backend(&self) -> MutexGuard<'_, Box<dyn Backend>> {
+        lock(&self.backend)
+    }
+
+    /// Which frames the driver wants.
+    pub fn filter(&self) -> Arc<Filter> {
+        Arc::clone(&lock(&self.filter))
+    }
+
+    /// Changes which frames the driver wants, if `change` says `true`, which is returned.
+    pub fn change_filter(&self, change: impl FnOnce(&mut Filter) -> bool) -> bool {
+        let mut shared = lock(&self.filter);
+        let mut filter = Filter::clone(&shared);
+        if !change(&mut filter) {
+            return false;
+        }
+        *shared = Arc::new(filter);
+        self.generation.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    /// Another number than before: [`Shared::filter`] has changed.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Whether frames go through.
+    pub fn link(&self) -> bool {
+        self.cable() && !self.gone.load(Ordering::Acquire)
+    }
+
+    /// What was set from outside.
+    pub fn cable(&self) -> bool {
+        self.up.load(Ordering::Acquire)
+    }
+
+    /// Sets the link from outside. Whether that is a change.
+    pub fn set_cable(&self, up: bool) -> bool {
+        self.up.swap(up, Ordering::AcqRel) != up
+    }
+
+    /// Notes that the network is no more, and says so once.
+    pub fn lost(&self, error: &io::Error, notifier: &dyn Notifier) {
+        if !self.gone.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                device = %self.id,
+                network = %self.label,
+                %error,
+                "the network is gone: the guest's link is down until the device is removed and added again",
+            );
+            notifier.config_changed();
+        }
+    }
+
+    /// Whether the driver is to announce itself.
+    pub fn announce(&self) -> bool {
+        self.announce.load(Ordering::Acquire)
+    }
+
+    /// Asks the driver to announce itself, or notes that it has.
+    pub fn set_announce(&self, wanted: bool) {
+        self.announce.store(wanted, Ordering::Release);
+    }
+
+    /// How many pairs the driver uses.
+    pub fn pairs(&self) -> u16 {
+        self.pairs.load(Ordering::Acquire)
+    }
+
+    /// Whether the driver uses the pair of this number.
+    pub fn uses(&self, pair: u16) -> bool {
+        pair < self.pairs()
+    }
+
+    /// Has the first `pairs` pairs used, from 1 to as many as there are.
+    ///
+    /// # Errors
+    ///
+    /// The network's; as many are used as before.
+    pub fn set_pairs(&self, pairs: u16) -> io::Result<()> {
+        let mut backend = self.backend();
+        let before = self.pairs();
+        // A worker that does not use its pair does not wonder that its port is detached.
+        self.pairs.store(pairs.min(before), Ordering::Release);
+        let attached = backend.attach(pairs).or_else(ignore_gone);
+        let pairs = if attached.is_ok() { pairs } else { before };
+        self.pairs.store(pairs, Ordering::Release);
+        self.rouse();
+        attached
+    }
+
+    /// Notes how many pairs the driver uses, before the device is started.
+    pub fn note_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs, Ordering::Release);
+    }
+
+    /// The features that say what is left to the driver just now.
+    pub fn guest_bits(&self) -> u64 {
+        self.guest_bits.load(Ordering::Acquire)
+    }
+
+    /// Notes what is left to the driver.
+    pub fn set_guest_bits(&self, bits: u64) {
+        self.guest_bits.store(bits, Ordering::Release);
+    }
+
+    /// Has the network leave no more than `offloads` to the driver.
+    ///
+    /// # Errors
+    ///
+    /// The network's.
+    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        self.backend().set_offloads(offloads).or_else(ignore_gone)
+    }
+
+    /// These workers run.
+    pub fn set_wakes(&self, wakes: Vec<Wake>) {
+        *lock(&self.wakes) = wakes;
+    }
+
+    /// Has every worker look up.
+    pub fn rouse(&self) {
+        for wake in &*lock(&self.wakes) {
+            wake.rouse();
+        }
+    }
+}
+
+/// A network that is no more has nothing to set: whoever uses it next finds out.
+fn ignore_gone(error: io::Error) -> io::Result<()> {
+    if is_gone(&error) { Ok(()) } else { Err(error) }
+}
+
+/// Whether the interface has been deleted (or the queue detached).
+pub fn is_gone(error: &io::Error) -> bool {
+    const EBADFD: i32 = 77;
+    const ENODEV: i32 = 19;
+    matches!(error.raw_os_error(), Some(EBADFD | ENODEV))
+        || matches!(
+            error.kind(),
+            io::ErrorKind::UnexpectedEof
+                | io::ErrorKind::BrokenPipe
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::NotConnected
+                | io::ErrorKind::ConnectionRefused
+        )
+}

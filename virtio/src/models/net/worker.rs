@@ -1,0 +1,393 @@
+//! The worker of one pair of queues, and, with the first pair, of the control queue.
+//!
+//! It sleeps in one epoll that has the doorbells, the way to the network and its [`Wake`]. The network is
+//! watched by edges: what it has said is remembered until a call says `WouldBlock`, so that neither a guest without
+//! buffers nor a network without room makes the worker spin, and no call but the
+//! frames' own is made while there is traffic.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use devices::LogLimit;
+use net::Port;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::control::Control;
+use super::filter::Filter;
+use super::receive::{Receiver, sooner};
+use super::shared::{Shared, is_gone};
+use super::tally::PairTally;
+use super::transmit::Transmitter;
+use crate::device::{ActivateError, Notifier, StoppedQueue};
+use crate::limit::Clock;
+use crate::memory::{GuestMap, GuestMemory};
+use crate::ring::{Ring, RingError};
+use crate::worker::{QueueWorker, Turn, Wake};
+
+/// Why a queue has not been served further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// The driver has put nothing into it. It does not kick.
+    Empty,
+    /// The network has no room.
+    Full,
+    /// The network has no frame.
+    Quiet,
+    /// The next frame has to wait so long.
+    Limited(Duration),
+    /// It was enough for one turn.
+    More,
+}
+
+/// What the halves of a pair work with.
+pub struct Pair {
+    /// Which one it is.
+    pub index: u16,
+    /// What all workers of the device share.
+    pub shared: Arc<Shared>,
+    /// What it counts.
+    pub tally: Arc<PairTally>,
+    /// What limits are timed by.
+    pub clock: Clock,
+    /// Which frames the driver wants.
+    pub filter: Arc<Filter>,
+    /// The number of that filter.
+    generation: u64,
+    notifier: Arc<dyn Notifier>,
+    log: LogLimit,
+}
+
+impl Pair {
+    /// The pair of this number.
+    pub fn new(
+        index: u16,
+        shared: &Arc<Shared>,
+        tally: Arc<PairTally>,
+        clock: Clock,
+        notifier: Arc<dyn Notifier>,
+    ) -> Self {
+        Self {
+            index,
+            generation: shared.generation(),
+            filter: shared.filter(),
+            shared: Arc::clone(shared),
+            tally,
+            clock,
+            notifier,
+            log: LogLimit::new(),
+        }
+    }
+
+    /// The network has refused a frame, or to give one.
+    pub fn refused(&self, error: &io::Error) {
+        if is_gone(error) {
+            // The port of a pair that is not used is detached.
+            if self.shared.uses(self.index) {
+                self.shared.lost(error, &*self.notifier);
+            }
+        } else if let Some(suppressed) = self.log.allow() {
+            tracing::warn!(
+                device = %self.shared.id,
+                network = %self.shared.label,
+                %error,
+                suppressed,
+                "the network has refused a frame",
+            );
+        }
+    }
+
+    fn refresh(&mut self) {
+        let generation = self.shared.generation();
+        if generation != self.generation {
+            self.generation = generation;
+            self.filter = self.shared.filter();
+        }
+    }
+}
+
+const RECEIVE: u64 = 0;
+const TRANSMIT: u64 = 1;
+const CONTROL: u64 = 2;
+const WAKE: u64 = 3;
+const PORT: u64 = 4;
+
+/// Serves a pair of queues.
+pub struct Worker {
+    pair: Pair,
+    port: Box<dyn Port>,
+    memory: GuestMemory,
+    /// The memory that posted buffers are in.
+    view: Arc<GuestMap>,
+    epoll: Epoll,
+    wake: Wake,
+    receiver: Option<Receiver>,
+    transmitter: Option<Transmitter>,
+    control: Option<Control>,
+    /// There may be a frame.
+    readable: bool,
+    /// There may be room for one.
+    writable: bool,
+}
+
+/// The queues of a worker.
+pub struct Queues {
+    /// Frames to the guest.
+    pub receiver: Option<Receiver>,
+    /// Frames from the guest.
+    pub transmitter: Option<Transmitter>,
+    /// Commands.
+    pub control: Option<Control>,
+}
+
+/// What is waited for at the port. It says so by edges.
+fn port_event() -> EpollEvent {
+    let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+    EpollEvent::new(events, PORT)
+}
+
+impl Worker {
+    /// Opens the pair's way to the network.
+    ///
+    /// # Errors
+    ///
+    /// [`ActivateError`] when the host lacks descriptors.
+    pub fn new(
+        pair: Pair,
+        memory: GuestMemory,
+        queues: Queues,
+        wake: &Wake,
+    ) -> Result<Self, ActivateError> {
+        let failed = |error: io::Error| ActivateError {
+            what: "a pair of queues",
+            reason: error.to_string(),
+        };
+        let Queues {
+            receiver,
+            transmitter,
+            control,
+        } = queues;
+        let port = pair.shared.backend().port(pair.index).map_err(failed)?;
+        let epoll = Epoll::new().map_err(failed)?;
+        let rings = [
+            (receiver.as_ref().map(|half| &half.ring), RECEIVE),
+            (transmitter.as_ref().map(|half| &half.ring), TRANSMIT),
+            (control.as_ref().map(|control| &control.ring), CONTROL),
+        ];
+        let doorbells = rings
+            .into_iter()
+            .filter_map(|(ring, data)| Some((ring?.doorbell(), data)));
+        for (fd, data) in doorbells.chain([(wake.fd(), WAKE)]) {
+            let event = EpollEvent::new(EventSet::IN, data);
+            let added = epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
+            added.map_err(failed)?;
+        }
+        let fd = port.fd().as_raw_fd();
+        epoll
+            .ctl(ControlOperation::Add, fd, port_event())
+            .map_err(failed)?;
+        Ok(Self {
+            pair,
+            port,
+            view: memory.memory().into_inner(),
+            memory,
+            epoll,
+            wake: wake.clone(),
+            receiver,
+            transmitter,
+            control,
+            readable: true,
+            writable: true,
+        })
+    }
+
+    /// Serves all queues; says how long to sleep: not at all, for so long, or (`None`) until
+    /// something happens.
+    fn serve(&mut self) -> Option<Duration> {
+        let view = self.memory.memory().into_inner();
+        if !Arc::ptr_eq(&view, &self.view) {
+            if let Some(receiver) = &mut self.receiver {
+                receiver.unpost(&self.pair);
+            }
+            self.view = view;
+        }
+        let mut wait = None;
+        if let Some(control) = self
+            .control
+            .as_mut()
+            .filter(|control| !control.ring.failed())
+        {
+            let served = control.serve(&self.view);
+            let served = served.and_then(|more| control.ring.notify(&self.view).map(|()| more));
+            match served {
+                Ok(true) => wait = Some(Duration::ZERO),
+                Ok(false) => {}
+                Err(error) => control.ring.fail(&error),
+            }
+        }
+        if !self.pair.shared.uses(self.pair.index) {
+            return wait;
+        }
+        self.pair.refresh();
+        let sent = self.transmit();
+        let received = self.receive();
+        sooner(wait, sooner(sent, received))
+    }
+
+    fn transmit(&mut self) -> Option<Duration> {
+        let half = self.transmitter.as_mut()?;
+        if half.ring.failed() || !self.writable {
+            return None;
+        }
+        let view = &self.view;
+        // Errors come up again with the next frame.
+        let full = self.port.flush();
+        let served = match full {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Served::Full),
+            _ => half.serve(view, &self.pair, &mut *self.port),
+        };
+        let served = settle(&mut half.ring, view, served)?;
+        if served == Served::Full {
+            self.writable = false;
+            // Asked again, it tells of room that there has been meanwhile.
+            let fd = self.port.fd().as_raw_fd();
+            let _ = self.epoll.ctl(ControlOperation::Modify, fd, port_event());
+        }
+        pause(&mut half.ring, view, served)
+    }
+
+    fn receive(&mut self) -> Option<Duration> {
+        let half = self.receiver.as_mut()?;
+        if half.ring.failed() || !self.readable {
+            return None;
+        }
+        let view = &self.view;
+        let served = half.serve(view, &self.pair, &mut *self.port);
+        let served = settle(&mut half.ring, view, served)?;
+        if served == Served::Quiet {
+            self.readable = false;
+        }
+        pause(&mut half.ring, view, served)
+    }
+
+    /// Sleeps, and takes up what has happened.
+    fn sleep(&mut self, wait: Option<Duration>) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 5];
+        let ready = match self.epoll.wait(milliseconds(wait), &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            ready => ready?,
+        };
+        for event in events.iter().take(ready) {
+            let ring = match event.data() {
+                RECEIVE => self.receiver.as_mut().map(|half| &mut half.ring),
+                TRANSMIT => self.transmitter.as_mut().map(|half| &mut half.ring),
+                CONTROL => self.control.as_mut().map(|control| &mut control.ring),
+                PORT => {
+                    let told = event.event_set();
+                    let broken = EventSet::ERROR | EventSet::HANG_UP;
+                    self.readable |= told.intersects(EventSet::IN | broken);
+                    self.writable |= told.intersects(EventSet::OUT | broken);
+                    None
+                }
+                _ => {
+                    self.wake.reset();
+                    None
+                }
+            };
+            if let Some(ring) = ring {
+                ring.silence();
+            }
+        }
+        Ok(())
+    }
+
+    fn rings(&mut self) -> impl Iterator<Item = &mut Ring> {
+        let receiver = self.receiver.as_mut().map(|half| &mut half.ring);
+        let transmitter = self.transmitter.as_mut().map(|half| &mut half.ring);
+        let control = self.control.as_mut().map(|control| &mut control.ring);
+        [receiver, transmitter, control].into_iter().flatten()
+    }
+}
+
+/// Tells the driver what has been done, and leaves a broken ring alone from now on: `None`.
+fn settle(ring: &mut Ring, view: &GuestMap, served: Result<Served, RingError>) -> Option<Served> {
+    let served = served.and_then(|served| ring.notify(view).map(|()| served));
+    served.map_err(|error| ring.fail(&error)).ok()
+}
+
+/// How long to sleep for a queue that was served so far.
+fn pause(ring: &mut Ring, view: &GuestMap, served: Served) -> Option<Duration> {
+    match served {
+        Served::More => Some(Duration::ZERO),
+        Served::Limited(wait) => Some(wait),
+        Served::Full | Served::Quiet => None,
+        Served::Empty => match ring.invite(view) {
+            Ok(more) => more.then_some(Duration::ZERO),
+            Err(error) => {
+                ring.fail(&error);
+                None
+            }
+        },
+    }
+}
+
+/// In the system's unit and rounded up, so that no wait ends early and is slept again.
+fn milliseconds(wait: Option<Duration>) -> i32 {
+    let Some(wait) = wait else {
+        return -1;
+    };
+    let whole = wait.as_micros().div_ceil(1000);
+    i32::try_from(whole).unwrap_or(i32::MAX)
+}
+
+impl QueueWorker for Worker {
+    fn turn(&mut self, serve: bool) -> Turn {
+        let wait = if serve { self.serve() } else { None };
+        match self.sleep(wait) {
+            Ok(()) => Turn::Again,
+            Err(error) => {
+                for ring in self.rings() {
+                    ring.fail(&error);
+                }
+                Turn::Halt
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn finish(self) -> Vec<StoppedQueue> {
+        let Self {
+            pair,
+            view,
+            receiver,
+            transmitter,
+            control,
+            ..
+        } = self;
+        let mut rings = Vec::new();
+        if let Some(mut receiver) = receiver {
+            if !receiver.ring.failed()
+                && let Err(error) = receiver.flush(&view, &pair)
+            {
+                receiver.ring.fail(&error);
+            }
+            receiver.unpost(&pair);
+            rings.push(receiver.ring);
+        }
+        rings.extend(transmitter.map(|half| half.ring));
+        rings.extend(control.map(|control| control.ring));
+        let stop = |mut ring: Ring| {
+            // Whoever goes on with the queue may wait for a kick first.
+            if !ring.failed() {
+                let _ = ring.invite(&view);
+            }
+            ring.stop([])
+        };
+        rings.into_iter().map(stop).collect()
+    }
+}

@@ -1,0 +1,232 @@
+//! The network cards of a description.
+
+use std::net::Ipv4Addr;
+use std::os::fd::RawFd;
+
+use api::ControlError;
+use api::wire;
+use serde_json::{Map, Value};
+use virtio::limit::RateLimits;
+use virtio::models::net::{MODEL, NetConfig, NetLimits, random_mac};
+
+use super::super::{DeviceConfig, VmConfig};
+use super::devices::{json, not_found, slot};
+use super::{invalid, missing, names, rate_limiter, rate_limits};
+
+/// What is wrong with a card.
+fn refused(error: &virtio::models::BuildError) -> ControlError {
+    let inner = ControlError::from_error(api::ErrorKind::Invalid, error);
+    inner.context("net").context(super::INVALID)
+}
+
+fn ipv4(field: &str, text: Option<&str>) -> Result<Option<Ipv4Addr>, ControlError> {
+    let parsed = text.map(str::parse).transpose();
+    parsed.map_err(|_| {
+        let text = text.unwrap_or_default();
+        invalid(format!("net.{field}: '{text}' is no IPv4 address"))
+    })
+}
+
+/// The limits that a client has said for two directions, where it has said any.
+fn directions(
+    both: Option<&wire::RateLimiterConfig>,
+    rx: Option<&wire::RateLimiterConfig>,
+    tx: Option<&wire::RateLimiterConfig>,
+) -> [Option<RateLimits>; 2] {
+    [rx.or(both), tx.or(both)].map(|limits| limits.map(rate_limits))
+}
+
+/// Has a card keep its address over the machine's life, if it has none yet.
+pub(super) fn give_address(device: &mut DeviceConfig) {
+    if device.kind == MODEL.kind
+        && let Value::Object(config) = &mut device.config
+    {
+        let mac = || Value::String(random_mac().to_string());
+        config.entry("mac").or_insert_with(mac);
+    }
+}
+
+/// Gives each card of a description that has none an address, so that clients see it.
+pub fn address_nets(described: &mut wire::VmConfig) {
+    for net in described.net.iter_mut().flatten() {
+        net.mac.get_or_insert_with(|| random_mac().to_string());
+    }
+}
+
+impl DeviceConfig {
+    /// Makes the configuration of a network card, which uses these descriptors of a tap if there
+    /// are any. Its id is empty where the description has none.
+    ///
+    /// # Errors
+    ///
+    /// As for [`VmConfig::from_wire`].
+    pub fn from_wire_net(
+        described: &wire::NetConfig,
+        descriptors: &[RawFd],
+    ) -> Result<Self, ControlError> {
+        missing::net(described)?;
+        let numbers: Vec<_> = descriptors.iter().map(ToString::to_string).collect();
+        let passed = !numbers.is_empty();
+        let off = |on: bool| (!on).then_some(false);
+        let mut config = NetConfig {
+            tap: described.tap.clone().filter(|_| !passed),
+            fd: passed.then(|| numbers.join(":")),
+            mac: described.mac.clone(),
+            mtu: described.mtu.map(Into::into),
+            num_queues: Some(u64::try_from(described.num_queues).unwrap_or(u64::MAX)),
+            queue_size: Some(described.queue_size.into()),
+            ip: ipv4("ip", described.ip.as_deref())?,
+            mask: ipv4("mask", described.mask.as_deref())?,
+            host_mac: described.host_mac.clone(),
+            offload_csum: off(described.offload_csum),
+            offload_tso: off(described.offload_tso),
+            offload_ufo: off(described.offload_ufo),
+            ..NetConfig::default()
+        };
+        let [rx, tx] = directions(
+            described.rate_limiter_config.as_ref(),
+            described.rx_rate_limiter_config.as_ref(),
+            described.tx_rate_limiter_config.as_ref(),
+        );
+        config.set_rate_limits(NetLimits {
+            rx: rx.unwrap_or_default(),
+            tx: tx.unwrap_or_default(),
+        });
+        config.request().map_err(|error| refused(&error))?;
+        Ok(Self {
+            kind: MODEL.kind.to_owned(),
+            id: described.id.clone().unwrap_or_default(),
+            address: slot("net", described.pci_device_id)?,
+            config: json(&config)?,
+        })
+    }
+}
+
+/// What clients are shown of a device, if it is a network card.
+pub(super) fn to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
+    let config = device.network()?;
+    let settings = config.settings().ok()?;
+    let NetLimits { rx, tx } = config.rate_limits().unwrap_or_default();
+    let alike = rx == tx;
+    let on = |switch: Option<bool>| switch.unwrap_or(true);
+    Some(wire::NetConfig {
+        id: Some(device.id.clone()),
+        iommu: false,
+        pci_segment: 0,
+        pci_device_id: None,
+        ip: config.ip.map(|ip| ip.to_string()),
+        mask: config.mask.map(|mask| mask.to_string()),
+        mtu: settings.mtu,
+        num_queues: usize::from(settings.pairs) * 2,
+        queue_size: settings.queue_size,
+        vhost_user: false,
+        vhost_socket: None,
+        vhost_mode: wire::VhostMode::default(),
+        rate_limiter_config: rate_limiter(rx).filter(|_| alike),
+        rx_rate_limiter_config: rate_limiter(rx).filter(|_| !alike),
+        tx_rate_limiter_config: rate_limiter(tx).filter(|_| !alike),
+        offload_csum: on(config.offload_csum),
+        offload_tso: on(config.offload_tso),
+        offload_ufo: on(config.offload_ufo),
+        fds: None,
+        tap: config.tap,
+        mac: config.mac,
+        host_mac: config.host_mac,
+    })
+}
+
+impl VmConfig {
+    /// What a network card will be that is to be added to this machine: its description and
+    /// its configuration, both with its id and address. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// As for [`VmConfig::from_wire`].
+    pub fn plan_net(
+        &self,
+        described: &wire::NetConfig,
+        descriptors: &[RawFd],
+    ) -> Result<(wire::NetConfig, DeviceConfig), ControlError> {
+        let mut net = described.clone();
+        net.fds = None;
+        let mut device = DeviceConfig::from_wire_net(&net, descriptors)?;
+        if device.id.is_empty() {
+            let number = names::next_number(self.ids());
+            device.id = format!("_net{number}");
+            net.id = Some(device.id.clone());
+        }
+        give_address(&mut device);
+        net.mac = device.network().and_then(|config| config.mac);
+        self.check_new(&device)?;
+        Ok((net, device))
+    }
+
+    /// What clients are shown of a device of this machine, if it is a network card.
+    #[must_use]
+    pub fn shown_net(&self, device: &DeviceConfig) -> Option<wire::NetConfig> {
+        to_wire(device)
+    }
+
+    /// What a network card of this machine will be after a change. Nothing is changed.
+    ///
+    /// # Errors
+    ///
+    /// [`api::ErrorKind::NotFound`] when there is no such card, otherwise as for [`VmConfig::from_wire`].
+    pub fn plan_net_update(&self, request: &wire::VmUpdateNet) -> Result<NetUpdate, ControlError> {
+        let found = self.devices.iter().find(|device| device.id == request.id);
+        let Some(device) = found else {
+            return Err(not_found(&request.id));
+        };
+        let Some(mut config) = device.network() else {
+            return Err(invalid(format!("{}: it is no network card", request.id)));
+        };
+        let mut limits = config.rate_limits().map_err(|error| refused(&error))?;
+        let [rx, tx] = directions(
+            request.rate_limiter_config.as_ref(),
+            request.rx_rate_limiter_config.as_ref(),
+            request.tx_rate_limiter_config.as_ref(),
+        );
+        let mut patch = Map::new();
+        if let Some(rx) = rx {
+            limits.rx = rx;
+            patch.insert("rx_limits".to_owned(), json(&rx)?);
+        }
+        if let Some(tx) = tx {
+            limits.tx = tx;
+            patch.insert("tx_limits".to_owned(), json(&tx)?);
+        }
+        if let Some(link) = &request.link {
+            patch.insert("link".to_owned(), json(link)?);
+        }
+        config.set_rate_limits(limits);
+        let device = DeviceConfig {
+            config: json(&config)?,
+            ..device.clone()
+        };
+        let patch = Value::Object(patch);
+        Ok(NetUpdate { device, patch })
+    }
+}
+
+/// A change of a network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetUpdate {
+    /// The card's configuration after it.
+    pub device: DeviceConfig,
+    /// What the device in the machine is told.
+    pub patch: Value,
+}
+
+/// Puts a change of a network card, whose configuration is now `device`, into the description.
+pub fn update_net(described: &mut wire::VmConfig, device: &DeviceConfig) {
+    let mut nets = described.net.iter_mut().flatten();
+    let net = nets.find(|net| net.id.as_deref() == Some(&device.id));
+    if let (Some(net), Some(shown)) = (net, to_wire(device)) {
+        net.rate_limiter_config = shown.rate_limiter_config;
+        net.rx_rate_limiter_config = shown.rx_rate_limiter_config;
+        net.tx_rate_limiter_config = shown.tx_rate_limiter_config;
+    }
+}
+
+#[cfg(test)]
+mod tests;

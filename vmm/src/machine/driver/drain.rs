@@ -1,0 +1,161 @@
+//! Waiting for back ends, and listening meanwhile.
+//!
+//! A back end that drains may take as long as its storage does. It is waited for beside the control thread,
+//! which hears signals and commands: what ends the machine cuts short the waiting for a pause, and who asks
+//! for the end of the monitor while the machine ends cuts that short.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use api::{Command, VmState};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Driver, PATIENCE, ppoll, readable};
+use crate::machine::inbox::Message;
+use crate::machine::signals::{Ending, Signal, Signals};
+use crate::machine::{MachineError, stop_all};
+
+/// What is done beside the control thread and waited for.
+struct Work<T> {
+    result: Receiver<T>,
+    /// Readable when it is done, or its thread has ended otherwise.
+    done: Arc<EventFd>,
+}
+
+/// Rings when it is dropped.
+struct Bell(Arc<EventFd>);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        // A full eventfd wakes as well as one more count would.
+        let _ = self.0.write(1);
+    }
+}
+
+impl<T: Send + 'static> Work<T> {
+    fn begin(name: &str, work: impl FnOnce() -> T + Send + 'static) -> std::io::Result<Self> {
+        let done = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let (sender, result) = channel();
+        let bell = Bell(Arc::clone(&done));
+        let run = move || {
+            // It rings last, also in a panic.
+            let _bell = bell;
+            // Who has given up wants to know nothing.
+            let _ = sender.send(work());
+        };
+        Builder::new().name(name.to_owned()).spawn(run)?;
+        Ok(Self { result, done })
+    }
+}
+
+impl Driver {
+    /// Stops all units within `time`, and hears meanwhile what makes waiting for them pointless.
+    pub(super) fn stop_units(&mut self, time: Duration) -> Result<(), MachineError> {
+        let (units, deadline) = (self.machine.units(), Instant::now() + time);
+        let stopping = units.clone();
+        let work = Work::begin("drain", move || stop_all(&stopping, deadline));
+        let result = match work {
+            Err(error) => {
+                tracing::warn!("nobody is heard while back ends drain: no thread: {error}");
+                stop_all(&units, deadline)
+            }
+            Ok(work) => {
+                if !self.attend(&work) {
+                    units.iter().for_each(|unit| unit.cut_short(true));
+                }
+                let lost = |_| {
+                    Err(MachineError::Host {
+                        what: "the thread that stops devices",
+                        source: std::io::ErrorKind::BrokenPipe.into(),
+                    })
+                };
+                let result = work.result.recv().unwrap_or_else(lost);
+                units.iter().for_each(|unit| unit.cut_short(false));
+                result
+            }
+        };
+        self.machine.stopped(&result);
+        result
+    }
+
+    /// Waits for `work`, which has a limit of its own, on the machine's way out.
+    pub(super) fn outlast(&mut self, name: &str, work: impl FnOnce() + Send + 'static) {
+        // Without a thread it is not waited for.
+        if let Ok(work) = Work::begin(name, work) {
+            self.attend(&work);
+        }
+    }
+
+    /// Waits for `work`; `false` when it is waited for no more.
+    fn attend<T>(&mut self, work: &Work<T>) -> bool {
+        let mut limit = None;
+        let attended = loop {
+            limit = self.hear(limit);
+            let now = Instant::now();
+            if limit.is_some_and(|limit| limit <= now) {
+                break false;
+            }
+            let mut fds = [
+                Some(std::os::fd::AsRawFd::as_raw_fd(&*work.done)),
+                Some(self.ears.inbox.wake_fd()),
+                self.ears.signals.as_ref().map(Signals::raw_fd),
+            ]
+            .map(readable);
+            let ends = [limit, self.policy.deadline().filter(|_| !self.is_ending())];
+            let end = ends.into_iter().flatten().min();
+            let left = end.map(|end| end.saturating_duration_since(now));
+            if ppoll(&mut fds, left).is_err() {
+                break false;
+            }
+            if fds[0].revents != 0 {
+                break true;
+            }
+        };
+        // Messages have kept their places, and what they were heard by is spent.
+        self.ears.inbox.rouse();
+        attended
+    }
+
+    fn is_ending(&self) -> bool {
+        self.state().0 == VmState::ShuttingDown
+    }
+
+    /// Hears what has come: until when it is waited on.
+    fn hear(&mut self, limit: Option<Instant>) -> Option<Instant> {
+        let now = Instant::now();
+        let mut cut = false;
+        while let Some(signal) = self.ears.signals.as_ref().and_then(Signals::take) {
+            if self.is_ending() {
+                // The guest is past pressing buttons.
+                cut |= signal == Signal::End && self.policy.signal(now) == Ending::Now;
+            } else {
+                self.heard.push_back(signal);
+            }
+        }
+        if self.is_ending() {
+            let quits = |m: &Message| matches!(m, Message::Command(Command::Quit, _));
+            cut |= self.ears.inbox.has(quits);
+            self.urgent |= cut;
+            return limit.or(cut.then(|| now + PATIENCE));
+        }
+        let ends = |message: &Message| match message {
+            Message::ConsoleEnd => true,
+            Message::Command(command, _) => matches!(
+                command,
+                Command::Quit | Command::Delete | Command::Shutdown | Command::Reboot
+            ),
+            _ => false,
+        };
+        cut |= self.ears.inbox.has(ends);
+        let asked = self.heard.iter().filter(|s| **s == Signal::End).count();
+        cut |= asked >= self.policy.left();
+        cut |= self
+            .policy
+            .deadline()
+            .is_some_and(|deadline| deadline <= now);
+        self.cut |= cut;
+        limit.or(cut.then_some(now))
+    }
+}

@@ -1,0 +1,225 @@
+//! Whose fault it is that something failed, for those who asked over the control interface.
+//!
+//! What the request says is wrong is its sender's to mend ([`ErrorKind::Invalid`]); what somebody else holds may
+//! be free later ([`ErrorKind::Conflict`]); only what the host fails to do is a failure ([`ErrorKind::Failed`]).
+
+use std::error::Error;
+use std::io;
+
+use api::ErrorKind;
+use block::OpenError as DiskError;
+use block::nbd::{HandshakeError, NbdError};
+use virtio::device::{ReconfigureError, ResizeError};
+use virtio::models::BuildError;
+
+use crate::opener::OpenError;
+
+/// What one error of a chain says.
+enum Says {
+    /// Whose fault it is.
+    Fault(ErrorKind),
+    /// That what is behind it decides, and this does where that is unknown.
+    Behind(ErrorKind),
+}
+
+use Says::{Behind, Fault};
+
+/// Whose fault the failure is that `error` and its sources tell of.
+pub fn of(error: &(dyn Error + 'static)) -> ErrorKind {
+    let mut kind = ErrorKind::Failed;
+    for error in std::iter::successors(Some(error), |&error| error.source()) {
+        match says(error) {
+            Some(Fault(kind)) => return kind,
+            Some(Behind(unless)) => kind = unless,
+            None => (),
+        }
+    }
+    kind
+}
+
+fn says(error: &(dyn Error + 'static)) -> Option<Says> {
+    None.or_else(|| error.downcast_ref().map(of_change))
+        .or_else(|| error.downcast_ref().map(of_build))
+        .or_else(|| error.downcast_ref().map(of_resize))
+        .or_else(|| error.downcast_ref().map(of_disk))
+        .or_else(|| error.downcast_ref().map(of_file))
+        .or_else(|| error.downcast_ref().and_then(of_system))
+}
+
+fn of_change(error: &ReconfigureError) -> Says {
+    match error {
+        ReconfigureError::Fixed | ReconfigureError::Shape(_) => Fault(ErrorKind::Invalid),
+        ReconfigureError::Value(error) => of_build(error),
+        ReconfigureError::Busy(_) => Fault(ErrorKind::Busy),
+        ReconfigureError::Broken(_) => Fault(ErrorKind::Failed),
+    }
+}
+
+fn of_build(error: &BuildError) -> Says {
+    match error {
+        BuildError::Config { .. } | BuildError::Field { .. } => Fault(ErrorKind::Invalid),
+        // Its source is the back end's, and not the back end.
+        BuildError::Backend(error) => Fault(of(&**error)),
+        BuildError::Open { .. } => Behind(ErrorKind::Failed),
+    }
+}
+
+fn of_resize(error: &ResizeError) -> Says {
+    match error {
+        ResizeError::NoDisk => Fault(ErrorKind::Invalid),
+        ResizeError::Disk { .. } => Behind(ErrorKind::Failed),
+    }
+}
+
+fn of_disk(error: &DiskError) -> Says {
+    match error {
+        DiskError::InUse { .. } => Fault(ErrorKind::Conflict),
+        DiskError::NotWritable { .. }
+        | DiskError::Unopenable { .. }
+        | DiskError::Unreadable { .. }
+        | DiskError::NoLocks { .. } => Behind(ErrorKind::Failed),
+        // A program has the last word on it, and may have another one later.
+        DiskError::NoLease { .. } => Fault(ErrorKind::Conflict),
+        DiskError::Part { source, .. } => Fault(of(&**source)),
+        DiskError::Nbd(NbdError::Changed { .. }) => Fault(ErrorKind::Conflict),
+        DiskError::Nbd(NbdError::Handshake { source, .. }) => match source {
+            HandshakeError::TimedOut | HandshakeError::Closed | HandshakeError::Io { .. } => {
+                Fault(ErrorKind::Failed)
+            }
+            _ => Fault(ErrorKind::Invalid),
+        },
+        DiskError::Nbd(_) | DiskError::Unusable { .. } => Behind(ErrorKind::Invalid),
+        DiskError::Missing { .. }
+        | DiskError::NotADisk { .. }
+        | DiskError::NoDirectIo { .. }
+        | DiskError::Empty { .. }
+        | DiskError::OddSize { .. }
+        | DiskError::OddDirectSize { .. }
+        | DiskError::Foreign { .. }
+        | DiskError::Unstated { .. }
+        | DiskError::Corrupt { .. }
+        | DiskError::Forbidden { .. }
+        | DiskError::EndlessChain { .. }
+        | DiskError::SmallClusters { .. } => Fault(ErrorKind::Invalid),
+    }
+}
+
+fn of_file(error: &OpenError) -> Says {
+    match error {
+        OpenError::Exists { .. }
+        | OpenError::InUse { .. }
+        | OpenError::SocketInUse { .. }
+        | OpenError::NameInUse { .. } => Fault(ErrorKind::Conflict),
+        OpenError::Denied { .. } | OpenError::WrongType { .. } | OpenError::SymbolicLink { .. } => {
+            Fault(ErrorKind::Invalid)
+        }
+        OpenError::System { .. } | OpenError::Tcp { .. } => Behind(ErrorKind::Failed),
+        OpenError::KvmMissing | OpenError::KvmPermission => Fault(ErrorKind::Failed),
+    }
+}
+
+/// The system's word on what it was asked to do. What is not of the request's making is the host's.
+fn of_system(error: &io::Error) -> Option<Says> {
+    use io::ErrorKind as System;
+    let kind = match error.kind() {
+        System::NotFound
+        | System::PermissionDenied
+        | System::IsADirectory
+        | System::NotADirectory
+        | System::InvalidFilename
+        | System::InvalidInput
+        | System::InvalidData
+        | System::UnexpectedEof
+        | System::Unsupported
+        | System::FileTooLarge
+        | System::ReadOnlyFilesystem
+        | System::ConnectionRefused => ErrorKind::Invalid,
+        // No name of the standard library's: too many symbolic links.
+        _ if error.raw_os_error() == Some(libc::ELOOP) => ErrorKind::Invalid,
+        System::AlreadyExists
+        | System::AddrInUse
+        | System::ResourceBusy
+        | System::ExecutableFileBusy => ErrorKind::Conflict,
+        // It passes on what somebody else says.
+        System::Other if error.raw_os_error().is_none() => return None,
+        _ => ErrorKind::Failed,
+    };
+    Some(Fault(kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    use api::ErrorKind::{Conflict, Failed, Invalid};
+
+    fn backend(error: DiskError) -> Box<dyn Error> {
+        BuildError::Backend(error.into()).into()
+    }
+
+    fn resized(source: io::Error) -> Box<dyn Error> {
+        ResizeError::Disk { size: 1, source }.into()
+    }
+
+    fn path() -> PathBuf {
+        PathBuf::from("disk")
+    }
+
+    fn unopened(errno: i32) -> DiskError {
+        let source = io::Error::from_raw_os_error(errno);
+        DiskError::Unopenable {
+            path: path(),
+            source,
+        }
+    }
+
+    #[test]
+    fn what_the_request_says_is_its_senders_fault_and_what_the_host_does_is_not() {
+        let part = |error| DiskError::Part {
+            path: path(),
+            role: "backing file",
+            source: Box::new(error),
+        };
+        let unusable = |source: Box<dyn Error + Send + Sync>| DiskError::Unusable {
+            path: path(),
+            format: "qcow2",
+            source,
+        };
+        let eio = || io::Error::from_raw_os_error(libc::EIO);
+        let table: Vec<(Box<dyn Error>, ErrorKind)> = vec![
+            (backend(DiskError::Missing { path: path() }), Invalid),
+            (backend(unopened(libc::EACCES)), Invalid),
+            (backend(unopened(libc::ELOOP)), Invalid),
+            (backend(unopened(libc::EBUSY)), Conflict),
+            (backend(unopened(libc::EMFILE)), Failed),
+            (backend(unopened(libc::EIO)), Failed),
+            (backend(part(DiskError::Missing { path: path() })), Invalid),
+            (backend(part(unopened(libc::EIO))), Failed),
+            (backend(unusable("no magic".into())), Invalid),
+            (backend(unusable(eio().into())), Failed),
+            (
+                backend(DiskError::InUse {
+                    path: path(),
+                    mend: "wait",
+                }),
+                Conflict,
+            ),
+            (resized(eio()), Failed),
+            (resized(io::Error::from_raw_os_error(libc::ENOSPC)), Failed),
+            (resized(io::Error::from_raw_os_error(libc::EDQUOT)), Failed),
+            (resized(io::Error::from_raw_os_error(libc::EFBIG)), Invalid),
+            (resized(io::Error::from_raw_os_error(libc::EROFS)), Invalid),
+            (resized(block::ResizeError::Fixed.into()), Invalid),
+            (resized(block::ChangeError::Busy.into()), Conflict),
+            (resized(block::ChangeError::Unaligned(5).into()), Invalid),
+            (
+                ReconfigureError::Value(BuildError::Backend(unopened(libc::ENOENT).into())).into(),
+                Invalid,
+            ),
+        ];
+        for (error, kind) in table {
+            assert_eq!(of(&*error), kind, "{error}");
+        }
+    }
+}

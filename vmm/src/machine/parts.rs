@@ -1,0 +1,227 @@
+//! What a machine is built from that the host opens: the kernel's files and the devices' back ends.
+//!
+//! Opening takes as long as the host's storage and its servers do, which may be for ever. So a thread
+//! does it, and whoever boots the machine waits for that and for all else that may come, and can give up. What is
+//! open by then is closed again; what never answers is left to itself, and holds nothing of the machine.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::thread::Builder;
+use std::time::Duration;
+
+use virtio::limit::RateGroups;
+use virtio::models::Model;
+
+use super::MachineError;
+use super::bay::OpenDevice;
+use super::build::{Payload, open_baseline};
+use super::driver::Opening;
+use super::inbox::Mailbox;
+use crate::config::VmConfig;
+use crate::console::port::PortBoard;
+use crate::kvm::baseline::Baseline;
+use crate::opener::Opener;
+
+/// How long it is waited, when a boot is given up, for what is open to be closed.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// What a machine is built from, open. Dropping it closes everything.
+pub struct Parts {
+    pub(super) payload: Payload,
+    pub(super) baseline: Option<Baseline>,
+    pub(super) groups: RateGroups,
+    /// Where the consoles' devices look for what their ports lead to.
+    pub(super) ports: Arc<PortBoard>,
+    pub(super) devices: Vec<OpenDevice>,
+}
+
+/// Something that has been opened.
+enum Part {
+    Payload(Payload, Option<Baseline>),
+    Device(OpenDevice),
+}
+
+/// What the thread tells.
+enum News {
+    Part(Part),
+    /// There is nothing more, or it could not be opened.
+    End(Result<(), MachineError>),
+}
+
+/// Opens one after the other, until `take` wants no more.
+fn open_each(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Arc<Opener>,
+    (groups, ports): (&RateGroups, &Arc<PortBoard>),
+    mut take: impl FnMut(Part) -> bool,
+) -> Result<(), MachineError> {
+    let payload = Payload::open(config, opener)?;
+    let baseline = open_baseline(&config.cpus.baseline, opener)?;
+    let mut wanted = take(Part::Payload(payload, baseline));
+    for device in &config.devices {
+        if !wanted {
+            break;
+        }
+        let shared = (groups, Arc::clone(ports) as _);
+        let device = OpenDevice::open(device, models, opener, config.cpus.boot, shared)?;
+        wanted = take(Part::Device(device));
+    }
+    Ok(())
+}
+
+/// The opening of [`Parts`] on a thread of its own.
+pub struct PendingParts {
+    receiver: Receiver<News>,
+    opened: Opened,
+}
+
+/// What is open so far.
+#[derive(Default)]
+struct Opened {
+    payload: Option<(Payload, Option<Baseline>)>,
+    groups: RateGroups,
+    ports: Arc<PortBoard>,
+    devices: Vec<OpenDevice>,
+}
+
+impl Opened {
+    fn of(config: &VmConfig) -> Self {
+        let groups = config.rate_limit_groups.iter();
+        Self {
+            groups: groups.map(|g| (g.id.clone(), g.limits)).collect(),
+            ..Self::default()
+        }
+    }
+
+    fn add(&mut self, part: Part) {
+        match part {
+            Part::Payload(payload, baseline) => self.payload = Some((payload, baseline)),
+            Part::Device(device) => self.devices.push(device),
+        }
+    }
+
+    fn finish(self) -> Result<Parts, MachineError> {
+        let (payload, baseline) = self.payload.ok_or_else(lost)?;
+        Ok(Parts {
+            payload,
+            baseline,
+            groups: self.groups,
+            ports: self.ports,
+            devices: self.devices,
+        })
+    }
+}
+
+/// Wakes the control thread when it is dropped.
+struct Bell(Mailbox);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.0.rouse();
+    }
+}
+
+impl PendingParts {
+    /// Begins to open what `config` (complete and validated) names. [`PendingParts::take`] has news when
+    /// `mailbox` has been roused. Signals are blocked already, as for [`super::build::build`].
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Opening`] when too many earlier openings hang; [`MachineError::Host`] without threads.
+    pub fn begin(
+        config: &VmConfig,
+        models: &'static [Model],
+        opener: &Arc<Opener>,
+        opening: &Opening,
+        mailbox: &Mailbox,
+    ) -> Result<Self, MachineError> {
+        let slot = opening.begin().ok_or(MachineError::Opening)?;
+        let opened = Opened::of(config);
+        let (sender, receiver) = channel();
+        let (config, opener) = (config.clone(), Arc::clone(opener));
+        let (bell, groups) = (Bell(mailbox.clone()), opened.groups.clone());
+        let ports = Arc::clone(&opened.ports);
+        let work = move || {
+            // It rings last, also in a panic.
+            let _bell = bell;
+            let _slot = slot;
+            let sender: Sender<News> = sender;
+            let end = open_each(&config, models, &opener, (&groups, &ports), |part| {
+                sender.send(News::Part(part)).is_ok()
+            });
+            // Whoever has given up wants to know nothing.
+            let _ = sender.send(News::End(end));
+        };
+        let thread = Builder::new().name("open".to_owned()).spawn(work);
+        thread.map_err(|source| MachineError::Host {
+            what: "no thread to open the machine's files",
+            source,
+        })?;
+        Ok(Self { receiver, opened })
+    }
+
+    /// What came of it, once that is known. Not to be called again then.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError`] of the first file or back end that could not be opened; the others are closed.
+    pub fn take(&mut self) -> Option<Result<Parts, MachineError>> {
+        loop {
+            match self.receiver.try_recv() {
+                Ok(News::Part(part)) => self.opened.add(part),
+                Ok(News::End(Ok(()))) => {
+                    return Some(std::mem::take(&mut self.opened).finish());
+                }
+                Ok(News::End(Err(error))) => return Some(Err(error)),
+                Err(TryRecvError::Empty) => return None,
+                Err(TryRecvError::Disconnected) => return Some(Err(lost())),
+            }
+        }
+    }
+
+    /// Closes what is open and opens nothing more. Waits for a moment, so that a next boot finds the files
+    /// free; what takes longer goes on by itself.
+    pub fn give_up(self) {
+        let (closed, closing) = channel::<()>();
+        let close = move || {
+            drop(self);
+            drop(closed);
+        };
+        // Without a thread it is closed here, by the closure that is dropped.
+        if Builder::new().name("close".to_owned()).spawn(close).is_ok() {
+            let waited = closing.recv_timeout(CLOSING);
+            if waited == Err(RecvTimeoutError::Timeout) {
+                tracing::warn!("files of a boot that was given up are not closed yet");
+            }
+        }
+    }
+}
+
+fn lost() -> MachineError {
+    MachineError::Host {
+        what: "the thread that opens the machine's files",
+        source: std::io::ErrorKind::BrokenPipe.into(),
+    }
+}
+
+impl Parts {
+    /// Opens what `config` (complete and validated) names, here.
+    ///
+    /// # Errors
+    ///
+    /// As [`PendingParts::take`].
+    pub fn open(
+        config: &VmConfig,
+        models: &[Model],
+        opener: &Arc<Opener>,
+    ) -> Result<Self, MachineError> {
+        let mut opened = Opened::of(config);
+        let (groups, ports) = (opened.groups.clone(), Arc::clone(&opened.ports));
+        open_each(config, models, opener, (&groups, &ports), |part| {
+            opened.add(part);
+            true
+        })?;
+        opened.finish()
+    }
+}
