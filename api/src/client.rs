@@ -203,10 +203,27 @@ impl Client {
     ///
     /// As for any call.
     pub fn attach_console(&self, replay: bool) -> Result<UnixStream, ClientError> {
+        self.attach_to(&wire::ConsoleRequest {
+            replay,
+            ..wire::ConsoleRequest::default()
+        })
+    }
+
+    /// As [`Client::attach_console`], to any of the consoles.
+    ///
+    /// # Errors
+    ///
+    /// As for any call.
+    pub fn attach_to(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ClientError> {
         let deadline = Deadline::after(self.timeout);
-        let endpoint = format!("vm.console-attach?replay={}", u8::from(replay));
+        let wire::ConsoleRequest { replay, port } = request;
+        let mut endpoint = format!("vm.console-attach?replay={}", u8::from(*replay));
+        if *port != wire::ConsolePort::default() {
+            endpoint.push_str("&port=");
+            endpoint.push_str(port.as_str());
+        }
         let upgrade = format!("Connection: Upgrade\r\nUpgrade: {CONSOLE}\r\n");
-        let request = request("GET", &endpoint, &upgrade, &[]);
+        let request = self::request("GET", &endpoint, &upgrade, &[]);
         let mut connection = self.open(&request, deadline)?;
         let head = connection.upgraded_head(deadline)?;
         if head.status != 101 {
@@ -414,6 +431,43 @@ impl Client {
             return Ok(None);
         }
         read("vm.coredump", &answer).map(Some)
+    }
+
+    /// Asks the guest agent whether it is there.
+    pub fn agent_ping(&mut self) -> Result<(), ClientError> {
+        self.command("vm.agent-ping")
+    }
+
+    /// The guest agent's version and commands.
+    pub fn agent_info(&mut self) -> Result<wire::AgentInfo, ClientError> {
+        self.object("vm.agent-info")
+    }
+
+    /// Has the guest agent end the guest.
+    pub fn agent_shutdown(&mut self, request: &wire::AgentShutdown) -> Result<(), ClientError> {
+        self.ask("vm.agent-shutdown", request)
+    }
+
+    /// Has the guest agent freeze the guest's file systems.
+    pub fn agent_freeze(&mut self) -> Result<wire::AgentFilesystems, ClientError> {
+        let answer = self.put("vm.agent-fsfreeze", NO_BODY, &[])?;
+        read("vm.agent-fsfreeze", &answer)
+    }
+
+    /// Has the guest agent thaw the guest's file systems.
+    pub fn agent_thaw(&mut self) -> Result<wire::AgentFilesystems, ClientError> {
+        let answer = self.put("vm.agent-fsthaw", NO_BODY, &[])?;
+        read("vm.agent-fsthaw", &answer)
+    }
+
+    /// Whether the guest's file systems are frozen.
+    pub fn agent_status(&mut self) -> Result<wire::AgentFsStatus, ClientError> {
+        self.object("vm.agent-fsstatus")
+    }
+
+    /// The guest's interfaces and addresses.
+    pub fn agent_network(&mut self) -> Result<Vec<wire::AgentInterface>, ClientError> {
+        self.object("vm.agent-network")
     }
 
     /// The sinks of the consoles.

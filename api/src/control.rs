@@ -97,8 +97,43 @@ pub enum Command {
     Console(wire::VmConsole),
     /// Write the guest's memory and registers into an ELF file.
     Coredump(wire::VmCoredumpData),
+    /// Ask the guest agent.
+    Agent(AgentCommand),
     /// End machine and monitor.
     Quit,
+}
+
+/// What the guest agent can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentCommand {
+    /// That it is there.
+    Ping,
+    /// Its version, and what it can do.
+    Info,
+    /// That it ends the guest.
+    Shutdown(wire::AgentShutdownMode),
+    /// That it freezes the guest's file systems.
+    FsFreeze,
+    /// That it thaws them again.
+    FsThaw,
+    /// Whether they are frozen.
+    FsStatus,
+    /// The guest's addresses.
+    Network,
+}
+
+/// What the guest agent has answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum AgentReply {
+    /// [`AgentCommand::Info`].
+    Info(wire::AgentInfo),
+    /// [`AgentCommand::FsFreeze`], [`AgentCommand::FsThaw`].
+    Filesystems(wire::AgentFilesystems),
+    /// [`AgentCommand::FsStatus`].
+    FsStatus(wire::AgentFsStatus),
+    /// [`AgentCommand::Network`].
+    Network(Vec<wire::AgentInterface>),
 }
 
 /// A device to be added, by the kind of the endpoint that was used.
@@ -125,6 +160,8 @@ pub enum Reply {
     Added(wire::PciDeviceInfo),
     /// It goes on as a job.
     Started(wire::JobInfo),
+    /// The guest agent has answered.
+    Agent(AgentReply),
 }
 
 /// Why a command was not carried out, as far as its sender can do something about it.

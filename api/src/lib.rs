@@ -20,7 +20,8 @@ pub mod spelling;
 pub mod wire;
 
 pub use control::{
-    AddDevice, Answer, Command, Control, ControlError, ErrorKind, PauseReason, Reply, VmState,
+    AddDevice, AgentCommand, AgentReply, Answer, Command, Control, ControlError, ErrorKind,
+    PauseReason, Reply, VmState,
 };
 pub use event::{DiskErrorAction, Event, EventKind, ExitReason};
 pub use event_log::{Alert, EventLog, Subscription};

@@ -89,6 +89,20 @@ pub enum Endpoint {
     VmRemoveDevice,
     /// PUT vm.coredump
     VmCoredump,
+    /// PUT vm.agent-ping
+    VmAgentPing,
+    /// GET vm.agent-info
+    VmAgentInfo,
+    /// PUT vm.agent-shutdown
+    VmAgentShutdown,
+    /// PUT vm.agent-fsfreeze
+    VmAgentFsFreeze,
+    /// PUT vm.agent-fsthaw
+    VmAgentFsThaw,
+    /// GET vm.agent-fsstatus
+    VmAgentFsStatus,
+    /// GET vm.agent-network
+    VmAgentNetwork,
     /// GET vm.console
     VmConsoleList,
     /// PUT vm.console
@@ -235,6 +249,20 @@ const fn put(endpoint: Endpoint, name: &'static str, failed: &'static str) -> Ro
         failed,
         errors: &[400, 404, 409],
         ..get(endpoint, name)
+    }
+}
+
+/// An endpoint that the guest agent answers.
+const fn agent(route: Route) -> Route {
+    let failed = match route.method {
+        Method::Get => "The guest agent has not answered",
+        Method::Put => route.failed,
+    };
+    Route {
+        added: true,
+        failed,
+        errors: &[400, 404, 409, 429],
+        ..route
     }
 }
 
@@ -470,6 +498,42 @@ pub const ROUTES: &[Route] = &[
     .takes::<wire::VmCoredumpData>()
     .answers(Success::DoneOrJob)
     .fails(&[400, 404, 409, 429]),
+    agent(put(
+        Endpoint::VmAgentPing,
+        "vm.agent-ping",
+        "The guest agent has not answered",
+    ))
+    .about("Asks the guest agent whether it is there."),
+    agent(get(Endpoint::VmAgentInfo, "vm.agent-info"))
+        .about("Tells the guest agent's version and commands.")
+        .gives::<wire::AgentInfo>(),
+    agent(put(
+        Endpoint::VmAgentShutdown,
+        "vm.agent-shutdown",
+        "The guest agent could not end the guest",
+    ))
+    .about("Has the guest agent end the guest.")
+    .takes::<wire::AgentShutdown>(),
+    agent(put(
+        Endpoint::VmAgentFsFreeze,
+        "vm.agent-fsfreeze",
+        "The guest's file systems could not be frozen",
+    ))
+    .about("Has the guest agent freeze the guest's file systems.")
+    .gives::<wire::AgentFilesystems>(),
+    agent(put(
+        Endpoint::VmAgentFsThaw,
+        "vm.agent-fsthaw",
+        "The guest's file systems could not be thawed",
+    ))
+    .about("Has the guest agent thaw the guest's file systems.")
+    .gives::<wire::AgentFilesystems>(),
+    agent(get(Endpoint::VmAgentFsStatus, "vm.agent-fsstatus"))
+        .about("Tells whether the guest's file systems are frozen.")
+        .gives::<wire::AgentFsStatus>(),
+    agent(get(Endpoint::VmAgentNetwork, "vm.agent-network"))
+        .about("Lists the guest's interfaces and addresses.")
+        .gives::<Vec<wire::AgentInterface>>(),
     get(Endpoint::VmConsoleList, "vm.console")
         .added()
         .about("Lists the sinks of the consoles.")
@@ -485,7 +549,7 @@ pub const ROUTES: &[Route] = &[
     .fails(&[400, 404, 409, 429]),
     get(Endpoint::VmConsoleAttach, "vm.console-attach")
         .added()
-        .about("Turns the connection into a stream to the first serial port.")
+        .about("Turns the connection into a stream to a console, the first serial port unless `port` says otherwise.")
         .answers(Success::Stream("vireo-console"))
         .fails(&[400, 404, 409, 429]),
 ];

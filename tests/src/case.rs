@@ -36,6 +36,8 @@ pub struct Case {
     /// The monitor is started as `vireo serve` with [`args`](Case::args), without a machine;
     /// the steps create one over the control socket.
     pub served: bool,
+    /// The Linux guest has QEMU's guest agent as `/bin/qemu-ga`.
+    pub guest_agent: bool,
 }
 
 /// What a case boots.
@@ -144,9 +146,22 @@ pub enum Action {
     Type(String),
     /// Sends a request to the control socket of a case that is [`served`](Case::served).
     Ask(Ask),
+    /// Connects to a unix socket in the case's directory, writes, and waits for a text.
+    Talk(Talk),
     /// Looks whether the output stands still: the guest writes all the time, but now it
     /// must be silent for so many milliseconds.
     Still(u64),
+}
+
+/// What is said over a socket, and what must be heard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Talk {
+    /// The socket's name in the case's directory.
+    pub socket: String,
+    /// What is written.
+    pub say: String,
+    /// What must come, after whatever else.
+    pub hear: String,
 }
 
 /// A request and what must be answered.
@@ -293,6 +308,7 @@ impl Case {
             limit: 60,
             nested_only: false,
             served: false,
+            guest_agent: false,
         }
     }
 

@@ -17,6 +17,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "virtio_console",
     "virtio_balloon",
     "pvpanic_mmio",
     "pvpanic_pci",
@@ -148,6 +149,32 @@ pub fn nested(
     })
 }
 
+/// One more archive to put behind a guest's initramfs: QEMU's guest agent, out of the
+/// unpacked package at `package`, as `/bin/qemu-ga`.
+///
+/// # Errors
+/// The package is not there.
+pub fn guest_agent(package: &Path, output: &Path) -> Result<()> {
+    write(output, |archive| {
+        let program = package.join("usr/sbin/qemu-ga");
+        copy(archive, "bin/qemu-ga", &program)?;
+        let mut directories = vec![String::new()];
+        for (path, file) in libraries_in(&program, Some(package))? {
+            let path = library_path(&path, package);
+            parents(archive, &path, &mut directories)?;
+            copy(archive, &path, &file)?;
+        }
+        Ok(())
+    })
+}
+
+/// Where a library is in the guest: as on this machine, or as in its package.
+fn library_path(path: &str, package: &Path) -> String {
+    let package = package.to_string_lossy();
+    let bare = path.strip_prefix(package.trim_start_matches('/'));
+    bare.unwrap_or(path).trim_start_matches('/').to_owned()
+}
+
 fn write(
     output: &Path,
     fill: impl FnOnce(&mut Archive<BufWriter<File>>) -> Result<()>,
@@ -212,7 +239,18 @@ fn parents<W: io::Write>(
 
 /// Where the program's shared libraries and its loader belong, and are.
 fn shared_libraries(program: &Path) -> Result<BTreeMap<String, PathBuf>> {
-    let output = Command::new("ldd")
+    libraries_in(program, None)
+}
+
+/// As [`shared_libraries`]; those of the unpacked `package` go first.
+fn libraries_in(program: &Path, package: Option<&Path>) -> Result<BTreeMap<String, PathBuf>> {
+    let mut command = Command::new("ldd");
+    if let Some(package) = package {
+        let places = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+        let places = places.map(|place| package.join(place).display().to_string());
+        command.env("LD_LIBRARY_PATH", places.join(":"));
+    }
+    let output = command
         .arg(program)
         .output()
         .context("ldd does not start")?;

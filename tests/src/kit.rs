@@ -5,6 +5,7 @@
 //!     kernels/NAME.vmlinux    the ELF file inside
 //!     initramfs/NAME          the guest's initramfs with that kernel's modules
 //!     guests/NAME             the small guests
+//!     guest-agent             QEMU's guest agent, to be put behind an initramfs
 //!
 //! In the nested machine it is `/kit`; here its files are where they were built
 //! ([`files`]), and [`build`] makes those that are missing.
@@ -20,6 +21,9 @@ use crate::{initramfs, kernel, places};
 
 /// Where the nested machine has its kit.
 pub const NESTED: &str = "/kit";
+
+/// The guest agent's archive in the kit, and its package in the testbed.
+pub const GUEST_AGENT: &str = "guest-agent";
 
 /// Paths in the kit for one case's kernel and initramfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,6 +160,9 @@ pub fn files(cases: &[Case]) -> Result<BTreeMap<String, PathBuf>> {
             let here = file(&path)?;
             files.insert(path, here);
         }
+        if case.guest_agent {
+            files.insert(GUEST_AGENT.to_owned(), file(GUEST_AGENT)?);
+        }
     }
     Ok(files)
 }
@@ -182,6 +189,10 @@ pub fn build(name: &str) -> Result<()> {
         fs::rename(&part, &vmlinux)?;
     }
     // Built each time: it takes half a second and its scripts are in this program.
+    let agent = kit.join(GUEST_AGENT);
+    if !agent.exists() {
+        initramfs::guest_agent(&places::testbed().join(GUEST_AGENT), &agent)?;
+    }
     initramfs::guest(
         &package(name),
         &busybox(),

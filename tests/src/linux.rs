@@ -4,6 +4,7 @@
 //! demands are on those lines.
 
 mod ballooned;
+mod consoles;
 mod driven;
 mod network;
 
@@ -215,6 +216,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     if kernel.ends_with("cloud") {
         cases.push(killed(kernel, ""));
         cases.push(driven::whole_life(kernel));
+        cases.push(consoles::all(kernel));
         cases.push(network::reaches_its_host(kernel));
     }
     cases

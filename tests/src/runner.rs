@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::case::{Action, Ask, Boot, Case, Fill, Form, Outcome, ScratchFile, Step, Verdict};
+use crate::case::{Action, Ask, Boot, Case, Fill, Form, Outcome, ScratchFile, Step, Talk, Verdict};
 use crate::control::Connection;
 use crate::{initramfs, kit};
 
@@ -137,12 +138,12 @@ impl Words {
                 let base = locate(&payload.initramfs.context("Linux has an initramfs")?)?;
                 fs::copy(&base, &image)
                     .with_context(|| format!("cannot copy {}", base.display()))?;
+                if case.guest_agent {
+                    append(&image, &fs::read(locate(kit::GUEST_AGENT)?)?)?;
+                }
                 if !script.is_empty() {
                     let more = initramfs::guest_script(&in_directory(script, directory))?;
-                    fs::OpenOptions::new()
-                        .append(true)
-                        .open(&image)?
-                        .write_all(&more)?;
+                    append(&image, &more)?;
                 }
                 words.initramfs = Some(image);
                 words.cmdline = format!("console=ttyS0 quiet {cmdline}")
@@ -202,6 +203,11 @@ fn shell_line(command: &Command) -> String {
         .map(quote)
         .collect();
     format!("exec {}\n", words.join(" "))
+}
+
+fn append(path: &Path, more: &[u8]) -> Result<()> {
+    let mut file = fs::OpenOptions::new().append(true).open(path)?;
+    Ok(file.write_all(more)?)
 }
 
 fn in_directory(text: &str, directory: &Path) -> String {
@@ -386,6 +392,7 @@ impl Monitor {
             Action::Signal(name) => self.signal(name),
             Action::Type(text) => Ok(self.stdin.write_all(text.as_bytes())?),
             Action::Ask(ask) => self.ask(ask),
+            Action::Talk(talk) => self.talk(talk),
             Action::Still(millis) => self.stand_still(Duration::from_millis(*millis)),
         }
     }
@@ -401,6 +408,31 @@ impl Monitor {
                 None => return Ok(()),
                 Some(_) if ask.again && Instant::now() < deadline => thread::sleep(AGAIN),
                 Some(complaint) => bail!(complaint),
+            }
+        }
+    }
+
+    fn talk(&self, talk: &Talk) -> Result<()> {
+        let path = self.words.directory.join(&talk.socket);
+        let mut stream = UnixStream::connect(&path)
+            .with_context(|| format!("nobody listens at {}", path.display()))?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        stream.write_all(talk.say.as_bytes())?;
+        let mut heard = Vec::new();
+        let mut piece = [0; 256];
+        loop {
+            let text = String::from_utf8_lossy(&heard);
+            if text.contains(&talk.hear) {
+                return Ok(());
+            }
+            let read = stream.read(&mut piece);
+            match read {
+                Ok(count @ 1..) => heard.extend(&piece[..count]),
+                _ => bail!(
+                    "\"{}\" was not heard at {}: {text:?}",
+                    talk.hear,
+                    talk.socket
+                ),
             }
         }
     }

@@ -67,6 +67,12 @@ pub mod memory {
 pub mod port {
     /// COM1, eight ports.
     pub const COM1: u16 = 0x3F8;
+    /// COM2.
+    pub const COM2: u16 = 0x2F8;
+    /// COM3.
+    pub const COM3: u16 = 0x3E8;
+    /// COM4.
+    pub const COM4: u16 = 0x2E8;
     /// i8042 data (0x60) to command (0x64).
     pub const I8042: u16 = 0x60;
     /// CMOS index and data.
@@ -97,7 +103,9 @@ pub mod port {
 pub mod gsi {
     /// i8042 keyboard.
     pub const KEYBOARD: u32 = 1;
-    /// COM1.
+    /// COM2, and COM4.
+    pub const COM2: u32 = 3;
+    /// COM1, and COM3.
     pub const COM1: u32 = 4;
     /// CMOS real-time clock.
     pub const RTC: u32 = 8;
@@ -108,6 +116,35 @@ pub mod gsi {
     /// Pins of the I/O APIC; message-signalled interrupts come after.
     pub const IOAPIC_PINS: u32 = 24;
 }
+
+/// Where a serial port is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Com {
+    /// The first of its eight ports.
+    pub port: u16,
+    /// Its interrupt. Those of one interrupt share it, as on every PC.
+    pub gsi: u32,
+}
+
+/// The serial ports that there may be.
+pub const COMS: [Com; 4] = [
+    Com {
+        port: port::COM1,
+        gsi: gsi::COM1,
+    },
+    Com {
+        port: port::COM2,
+        gsi: gsi::COM2,
+    },
+    Com {
+        port: port::COM3,
+        gsi: gsi::COM1,
+    },
+    Com {
+        port: port::COM4,
+        gsi: gsi::COM2,
+    },
+];
 
 /// Bits of [`port::GED_EVENTS`].
 pub mod ged_event {

@@ -2,7 +2,8 @@
 //! assembly, the state driver, configuration and the `vireo` program.
 
 pub mod acpi;
-pub mod boot;
+pub mod agent;
+mod boot;
 pub mod cli;
 pub mod config;
 pub mod console;

@@ -12,7 +12,7 @@ use super::json::{self, Reader};
 use super::mailbox::Mailbox;
 use super::requests::Requests;
 use crate::routes::{Endpoint, Method, Route, Success};
-use crate::{AddDevice, Command, Control, ControlError, Reply, wire};
+use crate::{AddDevice, AgentCommand, Command, Control, ControlError, Reply, wire};
 
 /// The protocol of `vm.console-attach`.
 pub(super) const CONSOLE: &str = "vireo-console";
@@ -94,7 +94,7 @@ impl Dispatcher {
         if !takes_query && let Some((name, _)) = parameters(query).next() {
             return Err(unknown_parameter(name));
         }
-        if route.method == Method::Get {
+        if route.method == Method::Get && !asks_agent(route.endpoint) {
             return self.get(route, query, &request);
         }
         match (route.request, request.body.is_empty()) {
@@ -206,6 +206,12 @@ impl Dispatcher {
             Endpoint::VmResume => Command::Resume,
             Endpoint::VmPowerButton => Command::PowerButton,
             Endpoint::VmNmi => Command::Nmi,
+            Endpoint::VmAgentPing => Command::Agent(AgentCommand::Ping),
+            Endpoint::VmAgentInfo => Command::Agent(AgentCommand::Info),
+            Endpoint::VmAgentFsFreeze => Command::Agent(AgentCommand::FsFreeze),
+            Endpoint::VmAgentFsThaw => Command::Agent(AgentCommand::FsThaw),
+            Endpoint::VmAgentFsStatus => Command::Agent(AgentCommand::FsStatus),
+            Endpoint::VmAgentNetwork => Command::Agent(AgentCommand::Network),
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);
@@ -233,6 +239,10 @@ impl Dispatcher {
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
+            Endpoint::VmAgentShutdown => {
+                let wire::AgentShutdown { mode } = self.body(route, &request)?;
+                Command::Agent(AgentCommand::Shutdown(mode))
+            }
             Endpoint::VmAddDisk => add(AddDevice::Disk(self.body(route, &request)?)),
             Endpoint::VmAddNet => add(AddDevice::Net(self.body(route, &request)?, descriptors)),
             Endpoint::VmAddVsock => add(AddDevice::Vsock(self.body(route, &request)?)),
@@ -265,6 +275,14 @@ impl Dispatcher {
     }
 }
 
+/// Whether it is read from the guest agent, which may take a while.
+fn asks_agent(endpoint: Endpoint) -> bool {
+    matches!(
+        endpoint,
+        Endpoint::VmAgentInfo | Endpoint::VmAgentFsStatus | Endpoint::VmAgentNetwork
+    )
+}
+
 /// Whether a command ends the machine: there is room for it when others wait for
 /// what takes long.
 fn is_urgent(endpoint: Endpoint) -> bool {
@@ -280,6 +298,7 @@ pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> 
         (Err(error), _) => Answer::failure(route.failed, error),
         (Ok(Reply::Added(place)), _) => Answer::json(place),
         (Ok(Reply::Started(job)), _) => Answer::json(job),
+        (Ok(Reply::Agent(reply)), _) => Answer::json(reply),
         (Ok(Reply::Done), Success::EmptyBody) => Answer::empty(),
         (Ok(Reply::Done), _) => Answer::NOTHING,
     }
@@ -288,12 +307,18 @@ pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> 
 fn console_request(query: &str) -> Result<wire::ConsoleRequest, Answer> {
     let mut wanted = wire::ConsoleRequest::default();
     for (name, value) in parameters(query) {
-        wanted.replay = match (name, value) {
-            ("replay", "1" | "true") => true,
-            ("replay", "0" | "false") => false,
+        match (name, value) {
+            ("replay", "1" | "true") => wanted.replay = true,
+            ("replay", "0" | "false") => wanted.replay = false,
+            ("port", name) => {
+                let mut ports = wire::ConsolePort::ALL.into_iter();
+                let port = ports.find(|(known, _)| *known == name);
+                let unknown = "`port` is none of serial, serial2, serial3, serial4 and console";
+                wanted.port = port.map(|(_, port)| port).ok_or(Answer::bad(unknown))?;
+            }
             ("replay", _) => return Err(Answer::bad("`replay` is neither 0 nor 1")),
             _ => return Err(unknown_parameter(name)),
-        };
+        }
     }
     Ok(wanted)
 }

@@ -6,8 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::device::{
-    BalloonConfig, ConsoleConfig, DiskConfig, FsConfig, NetConfig, RateLimitGroupConfig, RngConfig,
-    VsockConfig,
+    BalloonConfig, ConsoleConfig, DiskConfig, FsConfig, NetConfig, PortConfig,
+    RateLimitGroupConfig, RngConfig, VsockConfig,
 };
 
 pub(super) const fn yes() -> bool {
@@ -53,9 +53,21 @@ pub struct VmConfig {
     /// The first serial port.
     #[serde(default = "SerialConfig::of_v1")]
     pub serial: SerialConfig,
+    /// The second serial port; not in v1. Without it there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial2: Option<SerialConfig>,
+    /// The third serial port; not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial3: Option<SerialConfig>,
+    /// The fourth serial port; not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial4: Option<SerialConfig>,
     /// The virtio console.
     #[serde(default = "ConsoleConfig::of_v1")]
     pub console: ConsoleConfig,
+    /// Ports that the guest finds by their names; not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Vec<PortConfig>>,
     /// The debug console, port 0xE9.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,

@@ -410,3 +410,24 @@ impl Default for ConsoleConfig {
         Self::of_v1()
     }
 }
+
+/// A port that the guest finds by its name, and the one place where it leads. The port
+/// `org.qemu.guest_agent.0` that leads nowhere else is the monitor's own. An addition to v1.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortConfig {
+    /// Its name: letters, digits, `.`, `_` and `-`.
+    pub name: String,
+    /// A unix socket that is made, for one client at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// A file that gets what the guest writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A new pseudo-terminal.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pty: bool,
+    /// Nowhere.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub null: bool,
+}

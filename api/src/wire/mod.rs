@@ -4,10 +4,12 @@
 //! * [`device`]: the devices in it.
 //! * [`request`]: what the other endpoints take.
 //! * [`answer`]: what is given back.
+//! * [`agent`]: what the guest agent is asked and answers.
 //!
 //! Fields that are not set are left out. What v1 knows and this monitor has
 //! not is parsed all the same, so that it can be refused by name.
 
+pub mod agent;
 pub mod answer;
 pub mod config;
 pub mod device;
@@ -15,6 +17,7 @@ pub mod request;
 #[cfg(test)]
 mod tests;
 
+pub use agent::*;
 pub use answer::*;
 pub use config::*;
 pub use device::*;

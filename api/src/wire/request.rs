@@ -137,6 +137,44 @@ pub struct ConsoleRequest {
     /// Whether what was written before comes first.
     #[serde(default)]
     pub replay: bool,
+    /// Which console.
+    #[serde(default)]
+    pub port: ConsolePort,
+}
+
+/// A console that can be attached to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsolePort {
+    /// The first serial port.
+    #[default]
+    Serial,
+    /// The second serial port.
+    Serial2,
+    /// The third serial port.
+    Serial3,
+    /// The fourth serial port.
+    Serial4,
+    /// The virtio console.
+    Console,
+}
+
+impl ConsolePort {
+    /// All of them, with their names.
+    pub const ALL: [(&str, Self); 5] = [
+        ("serial", Self::Serial),
+        ("serial2", Self::Serial2),
+        ("serial3", Self::Serial3),
+        ("serial4", Self::Serial4),
+        ("console", Self::Console),
+    ];
+
+    /// Its name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        let named = Self::ALL.into_iter().find(|(_, port)| *port == self);
+        named.map_or("serial", |(name, _)| name)
+    }
 }
 
 /// `vm.job-cancel`.

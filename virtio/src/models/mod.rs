@@ -42,6 +42,8 @@ pub struct BuildContext {
     pub cpus: u16,
     /// The limits that devices share.
     pub groups: RateGroups,
+    /// Where the ports of a console lead on the host.
+    pub ports: Arc<dyn console::PortHost>,
 }
 
 /// Why a device could not be built from its configuration.
@@ -96,7 +98,7 @@ macro_rules! models {
     };
 }
 
-models! { balloon, blk, net, rng }
+models! { balloon, blk, console, net, rng }
 
 /// The model of this kind.
 #[must_use]

@@ -23,6 +23,7 @@ pub fn context() -> BuildContext {
         networks: Arc::new(Wires),
         cpus: 2,
         groups: virtio::limit::RateGroups::default(),
+        ports: Arc::new(virtio::models::console::NoPorts),
     }
 }
 
@@ -133,6 +134,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
             // Some tests keep two of them, as the two ends of a migration do.
             json!({ "path": path, "lock": false })
         }
+        "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),

@@ -21,7 +21,7 @@ use devices::acpi::hotplug;
 use super::tables::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, address32};
 use super::{AcpiConfig, AcpiError, cpus, memory};
 use crate::layout::memory::{ECAM_LEN, ECAM_START, GENERATION_ID};
-use crate::layout::{PCI_SLOTS, ged_event, gsi, port};
+use crate::layout::{COMS, PCI_SLOTS, ged_event, gsi, port};
 use devices::pci::HOTPLUG_LEN;
 
 /// Integers have 64 bits from this revision on (section 5.2.11.1).
@@ -63,9 +63,7 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     devices.extend(keyboard_and_mouse());
     devices.extend(clock());
     devices.extend(generation_id());
-    if config.serial {
-        devices.extend(serial());
-    }
+    devices.extend(serials(config.serials));
     if config.pvpanic {
         devices.extend(pvpanic());
     }
@@ -455,13 +453,35 @@ fn generation_id() -> Vec<u8> {
     )
 }
 
-/// COM1, a 16550A.
-fn serial() -> Vec<u8> {
-    fixed_device(
-        "COM1",
-        "PNP0501",
-        vec![&ports(port::COM1, 8), &interrupt(gsi::COM1)],
-    )
+/// COM1 to COM4, as far as they are there: 16550As.
+fn serials(there: [bool; 4]) -> Vec<u8> {
+    let names = ["COM1", "COM2", "COM3", "COM4"].into_iter();
+    let all = names.zip(COMS).zip(there);
+    let present: Vec<_> = all
+        .filter(|(_, there)| *there)
+        .map(|(com, _)| com)
+        .collect();
+    let mut bytes = Vec::new();
+    for (index, (name, com)) in (0u8..).zip(&present) {
+        let uses = present.iter().filter(|(_, other)| other.gsi == com.gsi);
+        let shared = uses.count() > 1;
+        let ports = ports(com.port, 8);
+        let interrupt = Interrupt::new(true, true, false, shared, com.gsi);
+        let id = EISAName::new("PNP0501");
+        let resources = ResourceTemplate::new(vec![&ports, &interrupt]);
+        let (id, uid) = (
+            Name::new("_HID".into(), &id),
+            Name::new("_UID".into(), &index),
+        );
+        let resources = Name::new("_CRS".into(), &resources);
+        let mut children: Vec<&dyn Aml> = vec![&id, &resources];
+        if present.len() > 1 {
+            // Several devices of one id are told apart by another (ACPI 6.5, 6.1.12).
+            children.push(&uid);
+        }
+        bytes.extend(device(name, children));
+    }
+    bytes
 }
 
 /// pvpanic, by which the guest tells that it crashed (QEMU's `docs/specs/pvpanic.rst`).

@@ -61,8 +61,8 @@ pub struct AcpiConfig {
     pub pci_mmio32: Window,
     /// Where 64-bit PCI base addresses may be, if the address width has room.
     pub pci_mmio64: Option<Window>,
-    /// Whether COM1 is there.
-    pub serial: bool,
+    /// Which of COM1 to COM4 are there.
+    pub serials: [bool; 4],
     /// Whether the pvpanic port is there.
     pub pvpanic: bool,
 }

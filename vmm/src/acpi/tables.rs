@@ -72,7 +72,7 @@ pub(super) fn fadt(config: &AcpiConfig, dsdt: u64) -> FADT {
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc);
     let mut flags = boot_arch::I8042 | boot_arch::VGA_NOT_PRESENT;
-    if config.serial {
+    if config.serials.contains(&true) {
         flags |= boot_arch::LEGACY_DEVICES;
     }
     fadt.iapc_boot_arch = flags.into();

@@ -17,7 +17,7 @@ fn config(cpus: u32) -> AcpiConfig {
             start: 0x1_4000_0000,
             len: 64 << 30,
         }),
-        serial: true,
+        serials: [true, false, false, false],
         pvpanic: true,
     }
 }
@@ -151,7 +151,7 @@ fn the_fadt_is_hardware_reduced_and_names_reset_and_sleep_ports() {
     assert_eq!(register(256), (1, 8, 1, 0x601));
     assert_eq!(fadt[109], 0b111, "legacy devices, i8042, no VGA");
     let without = AcpiConfig {
-        serial: false,
+        serials: [false; 4],
         ..config(1)
     };
     assert_eq!(named(&build(&without).unwrap(), b"FACP")[109], 0b110);
@@ -173,7 +173,7 @@ fn optional_devices_are_in_the_dsdt_only_when_asked_for() {
     let full = config(1);
     assert!(has(&full, b"COM1") && has(&full, b"QEMU0001"));
     let bare = AcpiConfig {
-        serial: false,
+        serials: [false; 4],
         pvpanic: false,
         pci_mmio64: None,
         ..config(1)
@@ -294,7 +294,7 @@ fn iasl_reads_every_table_and_compiles_it_back_to_the_same_bytes() {
         growing(2),
         growing(MAX_CPUS),
         AcpiConfig {
-            serial: false,
+            serials: [false; 4],
             pvpanic: false,
             pci_mmio64: None,
             ..config(2)
@@ -321,4 +321,34 @@ fn iasl_reads_every_table_and_compiles_it_back_to_the_same_bytes() {
             }
         }
     }
+}
+
+#[test]
+fn serial_ports_that_share_an_interrupt_say_so() {
+    let ports = |serials| {
+        let config = AcpiConfig {
+            serials,
+            ..config(1)
+        };
+        let image = build(&config).unwrap();
+        let dsdt = named(&image, b"DSDT").to_vec();
+        let there = [b"COM1", b"COM2", b"COM3", b"COM4"].map(|name| holds(&dsdt, name));
+        assert_eq!(there, serials);
+        // An extended interrupt descriptor: consumer, edge, high, perhaps shared; one number.
+        [(0x03, 4), (0x0b, 4), (0x03, 3), (0x0b, 3)]
+            .map(|(flags, number)| holds(&dsdt, &[0x89, 6, 0, flags, 1, number, 0, 0, 0]))
+    };
+    assert_eq!(
+        ports([true, false, false, false]),
+        [true, false, false, false]
+    );
+    assert_eq!(
+        ports([true, true, false, false]),
+        [true, false, true, false]
+    );
+    assert_eq!(ports([true, true, true, true]), [false, true, false, true]);
+    assert_eq!(
+        ports([false, true, true, false]),
+        [true, false, true, false]
+    );
 }

@@ -2,7 +2,7 @@
 //! driver and others) start it.
 //!
 //! The flags are those of `vireo run`, and those forms are taken too that only Cloud Hypervisor
-//! has: several values after one flag, `--pvpanic` and `--watchdog` alone, `--console`, `--seccomp`. With a kernel a machine is
+//! has: several values after one flag, `--pvpanic` and `--watchdog` alone, `--seccomp`. With a kernel a machine is
 //! booted; without one the monitor waits for clients, as `vireo serve` does.
 
 use std::ffi::{OsStr, OsString};
@@ -40,10 +40,6 @@ struct ManagerArgs {
     /// Filter of system calls: true, false, log; there is none yet, and a warning says so
     #[arg(long, value_name = "MODE", value_enum)]
     seccomp: Option<Seccomp>,
-
-    /// Virtio console: off or null; there is no other yet
-    #[arg(long, value_name = "WHERE", value_enum)]
-    console: Option<NoConsole>,
 }
 
 /// The words for the filter of system calls.
@@ -52,13 +48,6 @@ enum Seccomp {
     True,
     False,
     Log,
-}
-
-/// The words for no virtio console.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum NoConsole {
-    Off,
-    Null,
 }
 
 /// Whether the program has been started in this way.
@@ -196,12 +185,7 @@ mod tests {
         assert!(start.warning.is_some());
         let start = parse(&words("vireo --api-socket /s --seccomp false")).unwrap();
         assert_eq!(start.warning, None);
-        for wrong in [
-            "--seccomp maybe",
-            "--console tty",
-            "--event-monitor fd=x",
-            "run",
-        ] {
+        for wrong in ["--seccomp maybe", "--event-monitor fd=x", "run"] {
             let line = format!("cloud-hypervisor --api-socket /s {wrong}");
             let told = parse(&words(&line)).err().unwrap().to_string();
             assert!(told.contains(wrong.split(' ').next().unwrap()), "{told}");

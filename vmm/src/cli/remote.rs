@@ -1,5 +1,6 @@
 //! The verbs for machines that run: each asks a monitor over its control socket.
 
+mod agent;
 mod console;
 mod coredump;
 mod disk;
@@ -96,6 +97,14 @@ pub(super) enum Verb {
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
     #[command(after_help = coredump::EXAMPLES)]
     Coredump(coredump::CoredumpArgs),
+    /// Ask the guest agent
+    ///
+    /// The machine needs the port --agent, and the guest runs the QEMU guest agent.
+    #[command(after_help = agent::EXAMPLES)]
+    Agent {
+        #[command(subcommand)]
+        verb: agent::Verb,
+    },
     /// List and cancel what goes on in the background
     #[command(after_help = jobs::EXAMPLES)]
     Jobs {
@@ -129,6 +138,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
+        Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;
     Ok(0)

@@ -17,12 +17,13 @@ use super::serve::{Numbers, SocketArgs};
 use super::{Failure, definition, exit_code, judge};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::flag::{self, FlagError, FlagTable};
+use crate::config::port::{self, PORT_FIELDS};
 use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
-    BootProtocol, CPUS_FIELDS, ConfigError, CpusError, DEFAULT_CMDLINE, DEFAULT_SHUTDOWN_TIMEOUT,
-    DebugconConfig, DeviceConfig, GdbConfig, GuestAction, HostLimits, MACHINE_FIELDS,
-    MEMORY_FIELDS, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig, SerialConfig, SinkConfig,
-    SmbiosConfig, VmConfig, files,
+    BootProtocol, CONSOLE_FLAGS, CPUS_FIELDS, ConfigError, CpusError, DEFAULT_CMDLINE,
+    DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, DeviceConfig, GdbConfig, GuestAction, HostLimits,
+    MACHINE_FIELDS, MEMORY_FIELDS, PortConfig, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig,
+    SerialConfig, SinkConfig, SmbiosConfig, VmConfig, files,
 };
 use crate::monitor::Inherited;
 use crate::opener::Opener;
@@ -142,6 +143,37 @@ pub(super) struct RunArgs {
         help_heading = "Consoles"
     )]
     serial: Vec<String>,
+
+    /// Second serial port, as --serial; default off
+    #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
+    serial2: Vec<String>,
+
+    /// Third serial port, as --serial; default off
+    #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
+    serial3: Vec<String>,
+
+    /// Fourth serial port, as --serial; default off
+    #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
+    serial4: Vec<String>,
+
+    /// Virtio console, hvc0 in Linux, with the forms of --serial; default off; may be repeated
+    #[arg(long, value_name = "WHERE", help_heading = "Consoles")]
+    console: Vec<String>,
+
+    /// Port that the guest finds by its name; may be repeated
+    #[arg(
+        long,
+        value_name = "name=NAME,…",
+        action = ArgAction::Append,
+        help_heading = "Consoles",
+        long_help = keys("Port that the guest finds by its name. It leads to one of the places below, and nothing \
+            is lost: who does not read makes the guest wait. May be repeated.", &[PORT_FIELDS])
+    )]
+    port: Vec<String>,
+
+    /// Port for the QEMU guest agent, which 'vireo agent' asks
+    #[arg(long, help_heading = "Consoles")]
+    agent: bool,
 
     /// Serial output that is kept for those who connect late
     #[arg(
@@ -516,16 +548,18 @@ impl Flags<'_> {
         if config.debugcon == DebugconConfig::Stdio {
             anyhow::bail!("--debugcon stdio: with --detach there is no terminal: give file=PATH");
         }
-        let SerialConfig::Sinks(sinks) = &mut config.serial else {
-            return Ok(());
-        };
-        for sink in sinks.iter_mut().filter(|sink| **sink == SinkConfig::Tty) {
-            if self.has("serial") {
-                anyhow::bail!(
-                    "--serial tty: with --detach there is no terminal: give null, pty, file=PATH or socket=PATH"
-                );
+        for (flag, console) in CONSOLE_FLAGS.into_iter().zip(config.consoles_mut()) {
+            let SerialConfig::Sinks(sinks) = console else {
+                continue;
+            };
+            for sink in sinks.iter_mut().filter(|sink| **sink == SinkConfig::Tty) {
+                if self.has(flag.trim_start_matches('-')) {
+                    anyhow::bail!(
+                        "{flag} tty: with --detach there is no terminal: give null, pty, file=PATH or socket=PATH"
+                    );
+                }
+                *sink = SinkConfig::Null;
             }
-            *sink = SinkConfig::Null;
         }
         Ok(())
     }
@@ -534,6 +568,32 @@ impl Flags<'_> {
         if self.has("serial") {
             config.serial = named("--serial", SerialConfig::from_flags(&arguments.serial))?;
         }
+        for (id, texts, console) in [
+            ("serial2", &arguments.serial2, &mut config.serial2),
+            ("serial3", &arguments.serial3, &mut config.serial3),
+            ("serial4", &arguments.serial4, &mut config.serial4),
+            ("console", &arguments.console, &mut config.console),
+        ] {
+            if self.has(id) {
+                *console = SerialConfig::from_flags(texts)
+                    .map_err(|error| anyhow::Error::new(error).context(format!("--{id}")))?;
+            }
+        }
+        // Who gives the terminal to another console means to take it from the one that has it unasked.
+        let [serial, others @ ..] = config.consoles_mut();
+        let taken = others.iter().any(|c| c.sinks().contains(&SinkConfig::Tty));
+        if taken && !self.has("serial") && *serial == SerialConfig::default() {
+            *serial = SinkConfig::Null.into();
+        }
+        let ports = arguments.port.iter().map(|text| port::from_flag(text));
+        let mut ports: Vec<_> = ports.collect::<Result<_, _>>()?;
+        if arguments.agent {
+            ports.push(PortConfig {
+                name: port::AGENT.to_owned(),
+                ..PortConfig::default()
+            });
+        }
+        add(&mut config.ports, ports, |port| &port.name);
         if self.has("serial_replay") {
             let replay = flag::parse_bytes(&arguments.serial_replay);
             config.serial_replay = named("--serial-replay", replay)?;

@@ -105,7 +105,10 @@ impl VmConfig {
         let absolute = |path: &mut PathBuf| *path = joined(directory, path);
         self.payload.kernel.iter_mut().for_each(absolute);
         self.payload.initramfs.iter_mut().for_each(absolute);
-        if let SerialConfig::Sinks(sinks) = &mut self.serial {
+        for console in self.consoles_mut() {
+            let SerialConfig::Sinks(sinks) = console else {
+                continue;
+            };
             for sink in sinks {
                 match sink {
                     SinkConfig::File(file) => absolute(&mut file.path),
@@ -113,6 +116,10 @@ impl VmConfig {
                     SinkConfig::Tty | SinkConfig::Pty | SinkConfig::Null => (),
                 }
             }
+        }
+        for port in &mut self.ports {
+            port.socket.iter_mut().for_each(absolute);
+            port.file.iter_mut().for_each(absolute);
         }
         if let CpuBaseline::File(path) = &mut self.cpus.baseline {
             absolute(path);
@@ -274,7 +281,7 @@ fn is_size(path: &str, kind: Option<&str>, models: &[Model]) -> bool {
     match above {
         "" => key == "serial_replay",
         "memory" => is_in(MEMORY_FIELDS),
-        "serial" => key == "max_size",
+        "serial" | "serial2" | "serial3" | "serial4" | "console" => key == "max_size",
         "rate_limit_groups.limits.bandwidth" => matches!(key, "size" | "one_time_burst"),
         DEVICE_CONFIG => fields_of(kind, models).is_some_and(is_in),
         _ => false,

@@ -18,7 +18,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::FieldKind;
 
-use super::{ConfigError, CpuBaseline, SinkConfig, VmConfig};
+use super::{COMS, CONSOLE_FLAGS, ConfigError, CpuBaseline, SinkConfig, VmConfig};
 use crate::opener::Opener;
 
 /// The kind of the model that is a disk, and its keys that matter here.
@@ -30,6 +30,14 @@ const DISK_BACKING: &str = "backing";
 
 /// What writes files.
 const SERIAL: &str = "the serial port";
+const CONSOLES: [&str; COMS + 1] = [
+    SERIAL,
+    "the second serial port",
+    "the third serial port",
+    "the fourth serial port",
+    "the virtio console",
+];
+const PORT: &str = "a named port";
 const DEBUGCON: &str = "the debug console";
 
 /// What tells one file from another.
@@ -213,12 +221,16 @@ pub fn check_machine(
 /// The flag, without dashes, that gives what breaks one of these rules, where the machine comes from flags.
 #[must_use]
 pub fn flag_of(error: &ConfigError) -> Option<&'static str> {
-    match error {
-        ConfigError::SameDisk { .. } => Some("disk"),
-        ConfigError::OutputInUse { output, .. } if output == SERIAL => Some("serial"),
-        ConfigError::OutputInUse { output, .. } if output == DEBUGCON => Some("debugcon"),
-        _ => None,
-    }
+    let output = match error {
+        ConfigError::SameDisk { .. } => return Some("disk"),
+        ConfigError::OutputInUse { output, .. } => output,
+        _ => return None,
+    };
+    let consoles = CONSOLES.into_iter().zip(CONSOLE_FLAGS);
+    let others = [(PORT, "--port"), (DEBUGCON, "--debugcon")];
+    let mut writers = consoles.chain(others);
+    let (_, flag) = writers.find(|(writer, _)| writer == output)?;
+    Some(flag.trim_start_matches('-'))
 }
 
 /// Checks that every file is there that the machine reads.
@@ -259,12 +271,20 @@ fn identified(files: Vec<(PathBuf, String)>) -> Vec<(Identity, String)> {
 
 /// The files that the machine writes, and what writes them.
 fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
-    let serial = config.serial.sinks().iter().flat_map(SinkConfig::outputs);
-    let debugcon = config.debugcon.output().map(Path::to_owned);
-    serial
-        .map(|path| (SERIAL, path))
-        .chain(debugcon.map(|path| (DEBUGCON, path)))
-        .collect()
+    let mut outputs = Vec::new();
+    for (flag, console) in CONSOLES.into_iter().zip(config.consoles()) {
+        let paths = console.sinks().iter().flat_map(SinkConfig::outputs);
+        outputs.extend(paths.map(|path| (flag, path)));
+    }
+    let ports = config.ports.iter().filter_map(|port| port.file.clone());
+    outputs.extend(ports.map(|path| (PORT, path)));
+    outputs.extend(
+        config
+            .debugcon
+            .output()
+            .map(|path| (DEBUGCON, path.to_owned())),
+    );
+    outputs
 }
 
 /// Adds a file that `user` writes to those in use.
@@ -453,6 +473,37 @@ mod tests {
         case.config.serial = SerialConfig::Sinks(vec![null.clone(), null]);
         case.config.debugcon = DebugconConfig::File("/dev/null".into());
         assert_eq!(case.check(), Ok(()));
+    }
+
+    #[test]
+    fn each_console_and_port_writes_to_a_file_of_its_own_and_its_flag_is_known() {
+        let mut own = OwnFiles::default();
+        let mut case = Case::new();
+        fs::write(case.path("own"), "").unwrap();
+        own.add(&case.path("own"), "--log-file");
+        let to = |path: &Path| SerialConfig::from(SinkConfig::File(FileSink::new(path)));
+        for (index, flag) in CONSOLE_FLAGS.into_iter().enumerate() {
+            let mut config = case.config.clone();
+            *config.consoles_mut()[index] = to(&case.path("kernel"));
+            let refused = check(&config, TEST_MODELS, &Opener::new()).unwrap_err();
+            assert_eq!(flag_of(&refused), Some(flag.trim_start_matches('-')));
+            *config.consoles_mut()[index] = to(&case.path("own"));
+            assert!(check_machine(&config, TEST_MODELS, &Opener::new(), &own).is_err());
+            *config.consoles_mut()[index] = to(&case.path("log"));
+            assert_eq!(check(&config, TEST_MODELS, &Opener::new()), Ok(()));
+        }
+        for (name, fits) in [("kernel", false), ("log", true)] {
+            case.config.ports = vec![api::wire::PortConfig {
+                name: "a".to_owned(),
+                file: Some(case.path(name)),
+                ..Default::default()
+            }];
+            let checked = check(&case.config, TEST_MODELS, &Opener::new());
+            let flag = checked.as_ref().err().and_then(flag_of);
+            assert_eq!((checked.is_ok(), flag), (fits, (!fits).then_some("port")));
+        }
+        case.config.console = to(&case.path("log"));
+        assert!(case.check().unwrap_err().contains("a named port"));
     }
 
     #[test]

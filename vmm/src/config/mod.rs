@@ -20,6 +20,7 @@ pub mod files;
 pub mod flag;
 pub mod host;
 mod network;
+pub mod port;
 pub mod serial;
 pub mod smbios;
 mod validate;
@@ -27,7 +28,7 @@ pub mod wire;
 
 use std::path::PathBuf;
 
-pub use api::wire::GuestAction;
+pub use api::wire::{GuestAction, PortConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio::limit::{self, RateLimits};
@@ -83,6 +84,21 @@ pub struct VmConfig {
     /// Where the first serial port leads.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Where the second serial port leads.
+    #[serde(default = "no_port", skip_serializing_if = "is_off")]
+    pub serial2: SerialConfig,
+    /// Where the third serial port leads.
+    #[serde(default = "no_port", skip_serializing_if = "is_off")]
+    pub serial3: SerialConfig,
+    /// Where the fourth serial port leads.
+    #[serde(default = "no_port", skip_serializing_if = "is_off")]
+    pub serial4: SerialConfig,
+    /// Where the virtio console leads.
+    #[serde(default = "no_port", skip_serializing_if = "is_off")]
+    pub console: SerialConfig,
+    /// The ports that the guest finds by their names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortConfig>,
     /// How much of its last output is kept for those who come late, in bytes,
     /// up to [`MAX_SERIAL_REPLAY`].
     #[serde(default = "default_serial_replay")]
@@ -133,6 +149,11 @@ impl Default for VmConfig {
             devices: Vec::new(),
             rate_limit_groups: Vec::new(),
             serial: SerialConfig::default(),
+            serial2: no_port(),
+            serial3: no_port(),
+            serial4: no_port(),
+            console: no_port(),
+            ports: Vec::new(),
             serial_replay: DEFAULT_SERIAL_REPLAY,
             debugcon: DebugconConfig::default(),
             gdb: None,
@@ -148,7 +169,43 @@ impl Default for VmConfig {
     }
 }
 
+/// How many serial ports a machine has at most.
+pub const COMS: usize = 4;
+
+/// The flags of the consoles, in the order of [`VmConfig::consoles`].
+pub const CONSOLE_FLAGS: [&str; COMS + 1] = [
+    "--serial",
+    "--serial2",
+    "--serial3",
+    "--serial4",
+    "--console",
+];
+
 impl VmConfig {
+    /// The serial ports.
+    #[must_use]
+    pub fn serials(&self) -> [&SerialConfig; COMS] {
+        [&self.serial, &self.serial2, &self.serial3, &self.serial4]
+    }
+
+    /// The serial ports, then the virtio console.
+    #[must_use]
+    pub fn consoles(&self) -> [&SerialConfig; COMS + 1] {
+        let [a, b, c, d] = self.serials();
+        [a, b, c, d, &self.console]
+    }
+
+    /// As [`VmConfig::consoles`].
+    pub fn consoles_mut(&mut self) -> [&mut SerialConfig; COMS + 1] {
+        [
+            &mut self.serial,
+            &mut self.serial2,
+            &mut self.serial3,
+            &mut self.serial4,
+            &mut self.console,
+        ]
+    }
+
     /// What is done about each thing that a guest does, by the name of its flag.
     #[must_use]
     pub fn actions(&self) -> [(&'static str, GuestAction); 4] {
@@ -159,6 +216,14 @@ impl VmConfig {
             ("--on-watchdog", self.on_watchdog),
         ]
     }
+}
+
+const fn no_port() -> SerialConfig {
+    SerialConfig::Off
+}
+
+fn is_off(port: &SerialConfig) -> bool {
+    !port.is_on()
 }
 
 const fn exits() -> GuestAction {

@@ -10,9 +10,12 @@ use virtio::schema::{Field, FieldKind};
 
 use super::balloon::BalloonError;
 use super::cpus::CpusError;
-use super::serial::{MAX_SOCKET_PATH, SinkError};
+use super::port::{self, PortError};
+use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
 use super::smbios::SmbiosError;
-use super::{DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig};
+use super::{
+    CONSOLE_FLAGS, DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig,
+};
 use crate::layout::{PCI_SLOTS, WATCHDOG_SLOT, memory};
 
 /// The least memory that a machine has, in bytes.
@@ -229,9 +232,36 @@ pub enum ConfigError {
         /// The path.
         path: PathBuf,
     },
-    /// The serial port's sinks are not as they may be.
-    #[error("--serial")]
-    Serial(#[from] SinkError),
+    /// The sinks of a console are not as they may be.
+    #[error("{flag}")]
+    Console {
+        /// Its flag.
+        flag: &'static str,
+        /// What is wrong.
+        #[source]
+        source: SinkError,
+    },
+    /// Two consoles want the terminal.
+    #[error("{first} tty and {second} tty: there is one terminal: give one of them another place")]
+    TwoTerminals {
+        /// The flag of the first.
+        first: &'static str,
+        /// The flag of the second.
+        second: &'static str,
+    },
+    /// Two consoles want one socket.
+    #[error(
+        "{flag} socket={}: something else has this socket: give each its own", path.display()
+    )]
+    ConsoleSocket {
+        /// The flag of the second.
+        flag: &'static str,
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The ports are not as they may be.
+    #[error("--port")]
+    Port(#[from] PortError),
     /// More output than is kept for anybody.
     #[error(
         "--serial-replay {size}: at most {}: give less",
@@ -326,7 +356,7 @@ impl VmConfig {
         self.validate_cmdline()?;
         self.validate_devices(models)?;
         self.smbios.validate()?;
-        self.serial.validate()?;
+        self.validate_consoles()?;
         if self.serial_replay > MAX_SERIAL_REPLAY {
             let size = self.serial_replay;
             return Err(ConfigError::SerialReplay { size });
@@ -337,6 +367,40 @@ impl VmConfig {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The rules on each console, and between them and the ports.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], for the first rule broken.
+    pub fn validate_consoles(&self) -> Result<(), ConfigError> {
+        let mut terminal = None;
+        let ports = self.ports.iter().filter_map(|port| port.socket.as_deref());
+        let mut sockets: Vec<_> = ports.collect();
+        for (flag, console) in CONSOLE_FLAGS.into_iter().zip(self.consoles()) {
+            let checked = console.validate();
+            checked.map_err(|source| ConfigError::Console { flag, source })?;
+            for sink in console.sinks() {
+                match sink {
+                    SinkConfig::Tty => {
+                        if let Some(first) = terminal.replace(flag) {
+                            let second = flag;
+                            return Err(ConfigError::TwoTerminals { first, second });
+                        }
+                    }
+                    SinkConfig::Socket(socket) => {
+                        if sockets.contains(&socket.path.as_path()) {
+                            let path = socket.path.clone();
+                            return Err(ConfigError::ConsoleSocket { flag, path });
+                        }
+                        sockets.push(&socket.path);
+                    }
+                    SinkConfig::Pty | SinkConfig::Null | SinkConfig::File(_) => (),
+                }
+            }
+        }
+        Ok(port::validate(&self.ports)?)
     }
 
     fn validate_cmdline(&self) -> Result<(), ConfigError> {

@@ -111,7 +111,12 @@ impl VmConfig {
             payload: payload(named.payload.as_ref())?,
             devices,
             rate_limit_groups: groups.iter().map(RateLimitGroupConfig::from).collect(),
-            serial: serial(&named.serial)?,
+            serial: serial("serial", &named.serial)?,
+            serial2: more_serial("serial2", named.serial2.as_ref())?,
+            serial3: more_serial("serial3", named.serial3.as_ref())?,
+            serial4: more_serial("serial4", named.serial4.as_ref())?,
+            console: console(&named.console)?,
+            ports: named.ports.clone().unwrap_or_default(),
             serial_replay: DEFAULT_SERIAL_REPLAY,
             debugcon: debugcon(&named.debug_console)?,
             gdb: None,
@@ -216,10 +221,11 @@ impl VmConfig {
             rng: rng.unwrap_or_default(),
             balloon: self.shown_balloon(),
             serial: (&self.serial).into(),
-            console: wire::ConsoleConfig {
-                mode: ConsoleMode::Off,
-                ..wire::ConsoleConfig::default()
-            },
+            serial2: self.serial2.is_on().then(|| (&self.serial2).into()),
+            serial3: self.serial3.is_on().then(|| (&self.serial3).into()),
+            serial4: self.serial4.is_on().then(|| (&self.serial4).into()),
+            console: self.console_to_wire(),
+            ports: (!self.ports.is_empty()).then(|| self.ports.clone()),
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,
             watchdog: self.watchdog,
@@ -229,6 +235,26 @@ impl VmConfig {
             on_panic: other_than(GuestAction::Exit, self.on_panic),
             on_watchdog: other_than(GuestAction::Restart, self.on_watchdog),
             ..wire::VmConfig::default()
+        }
+    }
+}
+
+impl VmConfig {
+    /// The console in v1's words: its first sink.
+    fn console_to_wire(&self) -> wire::ConsoleConfig {
+        let wire::SerialConfig {
+            mode, file, socket, ..
+        } = (&self.console).into();
+        let kind = virtio::models::console::MODEL.kind;
+        let device = self.devices.iter().find(|device| device.kind == kind);
+        wire::ConsoleConfig {
+            mode,
+            file,
+            socket,
+            id: device
+                .map(|device| device.id.clone())
+                .filter(|id| id != super::port::DEVICE),
+            ..wire::ConsoleConfig::default()
         }
     }
 }
@@ -342,7 +368,32 @@ fn file(field: &str, given: Option<&Path>) -> Result<PathBuf, ControlError> {
     path(&format!("{field}.file"), given)
 }
 
-fn serial(described: &wire::SerialConfig) -> Result<SerialConfig, ControlError> {
+fn more_serial(
+    field: &'static str,
+    described: Option<&wire::SerialConfig>,
+) -> Result<SerialConfig, ControlError> {
+    described.map_or(Ok(SerialConfig::Off), |described| serial(field, described))
+}
+
+/// The virtio console. Clients that do not say have the terminal: that is no request
+/// for the device.
+fn console(described: &wire::ConsoleConfig) -> Result<SerialConfig, ControlError> {
+    if described.mode == ConsoleMode::Tty {
+        return Ok(SerialConfig::Off);
+    }
+    let described = wire::SerialConfig {
+        mode: described.mode,
+        file: described.file.clone(),
+        socket: described.socket.clone(),
+        sinks: None,
+    };
+    serial("console", &described)
+}
+
+fn serial(
+    field: &'static str,
+    described: &wire::SerialConfig,
+) -> Result<SerialConfig, ControlError> {
     let wire::SerialConfig {
         mode,
         file,
@@ -353,17 +404,23 @@ fn serial(described: &wire::SerialConfig) -> Result<SerialConfig, ControlError> 
         return Ok(SerialConfig::Off);
     }
     let sinks = match sinks {
-        Some(sinks) => sinks.iter().map(sink).collect::<Result<_, _>>()?,
-        None => vec![sink(&wire::SinkConfig {
-            file: file.clone().filter(|_| *mode == ConsoleMode::File),
-            socket: socket.clone().filter(|_| *mode == ConsoleMode::Socket),
-            ..wire::SinkConfig::of_mode(*mode)
-        })?],
+        Some(sinks) => sinks
+            .iter()
+            .map(|described| sink(field, described))
+            .collect::<Result<_, _>>()?,
+        None => vec![sink(
+            field,
+            &wire::SinkConfig {
+                file: file.clone().filter(|_| *mode == ConsoleMode::File),
+                socket: socket.clone().filter(|_| *mode == ConsoleMode::Socket),
+                ..wire::SinkConfig::of_mode(*mode)
+            },
+        )?],
     };
     Ok(SerialConfig::Sinks(sinks))
 }
 
-fn sink(described: &wire::SinkConfig) -> Result<SinkConfig, ControlError> {
+fn sink(field: &'static str, described: &wire::SinkConfig) -> Result<SinkConfig, ControlError> {
     let wire::SinkConfig {
         mode,
         file: output,
@@ -383,27 +440,27 @@ fn sink(described: &wire::SinkConfig) -> Result<SinkConfig, ControlError> {
     };
     if let Some(fields) = misplaced {
         return Err(invalid(format!(
-            "serial.sinks: {fields} do not go with the mode {mode:?}"
+            "{field}.sinks: {fields} do not go with the mode {mode:?}"
         )));
     }
     Ok(match mode {
-        ConsoleMode::Off => return Err(invalid("serial.sinks: Off is no sink")),
+        ConsoleMode::Off => return Err(invalid(format!("{field}.sinks: Off is no sink"))),
         ConsoleMode::Pty => SinkConfig::Pty,
         ConsoleMode::Tty => SinkConfig::Tty,
         ConsoleMode::Null => SinkConfig::Null,
         ConsoleMode::File => SinkConfig::File(FileSink {
-            path: file("serial", output.as_deref())?,
+            path: file(field, output.as_deref())?,
             append: append.unwrap_or(false),
             max_size: *max_size,
         }),
         ConsoleMode::Socket => {
             let Some(socket) = socket.as_deref() else {
-                return Err(invalid(
-                    "serial: its mode is Socket, and no socket is given",
-                ));
+                return Err(invalid(format!(
+                    "{field}: its mode is Socket, and no socket is given"
+                )));
             };
             SinkConfig::Socket(SocketSink {
-                path: path("serial.socket", socket)?,
+                path: path(&format!("{field}.socket"), socket)?,
                 replay: replay.unwrap_or(true),
             })
         }

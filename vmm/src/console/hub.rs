@@ -68,6 +68,9 @@ pub trait InputPort: Send + Sync {
     /// block. When not all were taken, [`ConsoleHub`] is told later
     /// ([`InputReady`]) that there is room.
     fn input(&self, bytes: &[u8]) -> usize;
+
+    /// The terminal that the console leads to may have another size.
+    fn window_changed(&self) {}
 }
 
 impl InputPort for Serial {
@@ -145,6 +148,14 @@ impl ConsoleHub {
         PortLink {
             hub: self.clone(),
             port,
+        }
+    }
+
+    /// Tells the port that the terminal may have another size.
+    pub fn window_changed(&self) {
+        let place = self.0.port();
+        if let Some(port) = &place.port {
+            port.window_changed();
         }
     }
 

@@ -9,6 +9,7 @@ mod escape;
 mod file;
 mod history;
 mod hub;
+pub mod port;
 mod reader;
 mod scribe;
 mod sink;
@@ -27,8 +28,10 @@ use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
+use crate::config::{COMS, CONSOLE_FLAGS};
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::OpenError;
 
@@ -86,8 +89,10 @@ pub enum ConsoleError {
 /// The consoles of this process. Dropping them removes all sinks, which
 /// restores the terminal.
 pub struct Consoles {
-    serial: ConsoleHub,
+    serials: [ConsoleHub; COMS],
+    virtio: ConsoleHub,
     debugcon: ConsoleHub,
+    agent: AgentDesk,
     own: OnceLock<OwnFiles>,
 }
 
@@ -100,7 +105,7 @@ pub struct Interrupt<'a> {
 }
 
 impl Consoles {
-    /// Consoles without sinks; that of the serial port keeps the last `replay`
+    /// Consoles without sinks; those of the serial ports and the virtio console keep the last `replay`
     /// bytes for clients that come late.
     ///
     /// # Errors
@@ -108,8 +113,15 @@ impl Consoles {
     /// The host's, when it is out of descriptors.
     pub fn new(replay: usize) -> io::Result<Self> {
         Ok(Self {
-            serial: ConsoleHub::new("--serial", replay)?,
+            serials: [
+                ConsoleHub::new(CONSOLE_FLAGS[0], replay)?,
+                ConsoleHub::new(CONSOLE_FLAGS[1], replay)?,
+                ConsoleHub::new(CONSOLE_FLAGS[2], replay)?,
+                ConsoleHub::new(CONSOLE_FLAGS[3], replay)?,
+            ],
+            virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
+            agent: AgentDesk::default(),
             own: OnceLock::new(),
         })
     }
@@ -126,10 +138,37 @@ impl Consoles {
         self.own.get_or_init(OwnFiles::default)
     }
 
-    /// The serial port's.
+    /// The first serial port's.
     #[must_use]
     pub fn serial(&self) -> &ConsoleHub {
-        &self.serial
+        &self.serials[0]
+    }
+
+    /// The serial ports', then the virtio console's, as [`crate::config::VmConfig::consoles`] has them.
+    #[must_use]
+    pub fn hubs(&self) -> [&ConsoleHub; COMS + 1] {
+        let [a, b, c, d] = &self.serials;
+        [a, b, c, d, &self.virtio]
+    }
+
+    /// The terminal may have another size.
+    pub fn window_changed(&self) {
+        self.virtio.window_changed();
+    }
+
+    fn all(&self) -> impl Iterator<Item = &ConsoleHub> {
+        self.hubs().into_iter().chain([&self.debugcon])
+    }
+
+    /// Removes all sinks for good.
+    pub fn close(&self) {
+        self.all().for_each(ConsoleHub::close);
+    }
+
+    /// Where the guest agent is asked.
+    #[must_use]
+    pub fn agent(&self) -> &AgentDesk {
+        &self.agent
     }
 
     /// The debug console's.
@@ -174,7 +213,7 @@ impl Consoles {
             }
         }
         let end = Instant::now() + patience;
-        for hub in [&self.serial, &self.debugcon] {
+        for hub in self.all() {
             hub.peers().iter().for_each(|peer| await_reading(peer, end));
         }
     }
@@ -182,22 +221,18 @@ impl Consoles {
     /// Waits until files have all that the guest has written, for `patience` at most, and until `fd` is
     /// readable.
     pub fn settle(&self, patience: Duration, fd: Option<RawFd>) {
-        let hubs = [&self.serial, &self.debugcon];
+        // Each is asked, whatever the others have.
         let left = |end| {
-            hubs.map(|hub| hub.files_left(end))
-                .into_iter()
-                .any(|left| left > 0)
+            let files = self.all().map(|hub| hub.files_left(end));
+            files.fold(0, u64::saturating_add) > 0
         };
         let end = Instant::now() + patience;
         while left(false) {
             let time = end.saturating_duration_since(Instant::now());
-            let mut fds = [
-                self.serial.progress_fd(),
-                self.debugcon.progress_fd(),
-                fd.unwrap_or(-1),
-            ]
-            .map(|fd| readable(Some(fd)));
-            if time.is_zero() || ppoll(&mut fds, Some(time)).is_err() || fds[2].revents != 0 {
+            let files = self.all().map(|hub| Some(hub.progress_fd()));
+            let mut fds: Vec<_> = [fd].into_iter().chain(files).map(readable).collect();
+            let waited = !time.is_zero() && ppoll(&mut fds, Some(time)).is_ok();
+            if !waited || fds.first().is_some_and(|fd| fd.revents != 0) {
                 break;
             }
         }
@@ -205,35 +240,33 @@ impl Consoles {
     }
 
     fn left(&self) -> state::Left {
-        let (a, b) = (self.serial.left(), self.debugcon.left());
-        state::Left {
-            patient: a.patient.saturating_add(b.patient),
-            steady: a.steady.saturating_add(b.steady),
-            brief: a.brief.saturating_add(b.brief),
-            files: a.files.saturating_add(b.files),
-        }
+        self.all()
+            .map(ConsoleHub::left)
+            .fold(state::Left::default(), |a, b| state::Left {
+                patient: a.patient.saturating_add(b.patient),
+                steady: a.steady.saturating_add(b.steady),
+                brief: a.brief.saturating_add(b.brief),
+                files: a.files.saturating_add(b.files),
+            })
     }
 
     /// Waits for a reader to take something, for `fd`, or until `timeout` has passed.
     fn wait(&self, fd: Option<RawFd>, timeout: Option<Duration>) -> bool {
-        let fds = [
-            self.serial.progress_fd(),
-            self.debugcon.progress_fd(),
-            fd.unwrap_or(-1),
-        ];
-        let mut fds = fds.map(|fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        });
+        let fds = self.all().map(ConsoleHub::progress_fd).chain(fd);
+        let mut fds: Vec<_> = fds
+            .map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            })
+            .collect();
         ppoll(&mut fds, timeout).is_ok()
     }
 }
 
 impl Drop for Consoles {
     fn drop(&mut self) {
-        self.serial.close();
-        self.debugcon.close();
+        self.close();
     }
 }
 

@@ -46,6 +46,19 @@ impl Drop for RawMode {
     }
 }
 
+/// Columns and rows of the terminal that standard output is, if it is one and has a size.
+#[must_use]
+pub fn size() -> Option<(u16, u16)> {
+    let mut size = MaybeUninit::<libc::winsize>::zeroed();
+    // SAFETY: the kernel fills the structure, which zeros are a valid value of.
+    #[expect(unsafe_code, reason = "an ioctl fills a structure")]
+    let size = unsafe {
+        let result = libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, size.as_mut_ptr());
+        (result == 0).then(|| size.assume_init())
+    }?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
 /// The settings of a terminal; `None` when `fd` is none.
 fn settings(fd: BorrowedFd<'_>) -> Option<libc::termios> {
     let mut settings = MaybeUninit::uninit();

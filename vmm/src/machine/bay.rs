@@ -10,6 +10,7 @@ use devices::{StopError, Unit};
 use virtio::device::VirtioDevice;
 use virtio::limit::RateGroups;
 use virtio::memory::GuestMemory;
+use virtio::models::console::PortHost;
 use virtio::models::{BuildContext, Model};
 use virtio::transport::{DeviceEvents, VirtioPci};
 
@@ -34,7 +35,7 @@ impl OpenDevice {
     /// Makes the model that `config` describes, which opens its back end. That
     /// may take as long as the host does; it needs no machine and may be done
     /// on any thread. `cpus` are the machine's, a good number of queues, and
-    /// `groups` the limits that its devices share.
+    /// `groups` the limits that its devices share; `ports` has the ends of a console's ports.
     ///
     /// # Errors
     ///
@@ -44,7 +45,7 @@ impl OpenDevice {
         models: &[Model],
         opener: &Arc<Opener>,
         cpus: u16,
-        groups: &RateGroups,
+        (groups, ports): (&RateGroups, Arc<dyn PortHost>),
     ) -> Result<Self, MachineError> {
         let DeviceConfig {
             kind,
@@ -62,6 +63,7 @@ impl OpenDevice {
             networks: Arc::clone(opener) as Arc<dyn net::Opener>,
             cpus,
             groups: groups.clone(),
+            ports,
         };
         let model =
             build(config.clone(), &context).map_err(|error| device_error(flag, id, error))?;

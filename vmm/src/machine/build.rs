@@ -193,6 +193,7 @@ pub fn build(
         mut payload,
         baseline,
         groups,
+        ports,
         devices: models,
     } = parts;
     let hypervisor = open_hypervisor(config, opener)?;
@@ -210,7 +211,7 @@ pub fn build(
     // Nothing is created on the host before the guest has been loaded: a
     // mistake in the flags must not leave files behind.
     let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, consoles, mailbox)?;
+    let hosts = Hosts::open(config, opener, consoles, &ports, mailbox)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -630,7 +631,7 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
         pci_mmio64: Some(space.window64.clone())
             .filter(|range| !range.is_empty())
             .map(window),
-        serial: config.serial.is_on(),
+        serials: config.serials().map(crate::config::SerialConfig::is_on),
         pvpanic: config.pvpanic,
     }
 }

@@ -146,8 +146,7 @@ impl Ears {
         };
         self.consoles.finish(wanted, PATIENCE, &interrupt);
         // The terminal is as before when the rest is told.
-        self.consoles.serial().close();
-        self.consoles.debugcon().close();
+        self.consoles.close();
     }
 
     /// Drops what belonged to a machine that is gone.
@@ -654,9 +653,16 @@ impl Driver {
 
     fn on_signal(&mut self) {
         while let Some(signal) = self.next_signal() {
-            if signal == Signal::Continue {
-                self.try_again();
-                continue;
+            match signal {
+                Signal::Continue => {
+                    self.try_again();
+                    continue;
+                }
+                Signal::Window => {
+                    self.ears.consoles.window_changed();
+                    continue;
+                }
+                Signal::End => (),
             }
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state().0 == VmState::Running => {

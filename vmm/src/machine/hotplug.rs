@@ -30,6 +30,7 @@ use devices::{StopError, Unit};
 use virtio::device::VirtioDevice;
 use virtio::limit::RateGroups;
 use virtio::models::Model;
+use virtio::models::console::NoPorts;
 use virtio::transport::VirtioPci;
 
 use super::bay::{self, OpenDevice};
@@ -110,7 +111,9 @@ impl Machine {
     ) -> Result<PciAddress, MachineError> {
         let cpus = u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX);
         let groups = &self.bay.groups;
-        self.insert_device(OpenDevice::open(config, models, opener, cpus, groups)?)
+        let ports = Arc::new(NoPorts) as _;
+        let opened = OpenDevice::open(config, models, opener, cpus, (groups, ports))?;
+        self.insert_device(opened)
     }
 
     /// The second half of [`Machine::add_device`], for a back end that was

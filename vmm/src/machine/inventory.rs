@@ -57,6 +57,12 @@ impl Inventory {
         self.memory
     }
 
+    /// Whether there is a device of this kind.
+    #[must_use]
+    pub fn has_kind(&self, kind: &str) -> bool {
+        self.items.iter().any(|item| item.kind == kind)
+    }
+
     /// The balloon.
     #[must_use]
     pub fn balloon(&self) -> Option<&Arc<BalloonView>> {

@@ -411,6 +411,7 @@ impl Machine {
             networks: Arc::clone(opener) as Arc<dyn net::Opener>,
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
+            ports: Arc::new(virtio::models::console::NoPorts),
         }
     }
 

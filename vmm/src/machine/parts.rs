@@ -18,6 +18,7 @@ use super::build::{Payload, open_baseline};
 use super::driver::Opening;
 use super::inbox::Mailbox;
 use crate::config::VmConfig;
+use crate::console::port::PortBoard;
 use crate::kvm::baseline::Baseline;
 use crate::opener::Opener;
 
@@ -29,6 +30,8 @@ pub struct Parts {
     pub(super) payload: Payload,
     pub(super) baseline: Option<Baseline>,
     pub(super) groups: RateGroups,
+    /// Where the consoles' devices look for what their ports lead to.
+    pub(super) ports: Arc<PortBoard>,
     pub(super) devices: Vec<OpenDevice>,
 }
 
@@ -50,7 +53,7 @@ fn open_each(
     config: &VmConfig,
     models: &[Model],
     opener: &Arc<Opener>,
-    groups: &RateGroups,
+    (groups, ports): (&RateGroups, &Arc<PortBoard>),
     mut take: impl FnMut(Part) -> bool,
 ) -> Result<(), MachineError> {
     let payload = Payload::open(config, opener)?;
@@ -60,7 +63,8 @@ fn open_each(
         if !wanted {
             break;
         }
-        let device = OpenDevice::open(device, models, opener, config.cpus.boot, groups)?;
+        let shared = (groups, Arc::clone(ports) as _);
+        let device = OpenDevice::open(device, models, opener, config.cpus.boot, shared)?;
         wanted = take(Part::Device(device));
     }
     Ok(())
@@ -77,6 +81,7 @@ pub struct PendingParts {
 struct Opened {
     payload: Option<(Payload, Option<Baseline>)>,
     groups: RateGroups,
+    ports: Arc<PortBoard>,
     devices: Vec<OpenDevice>,
 }
 
@@ -102,6 +107,7 @@ impl Opened {
             payload,
             baseline,
             groups: self.groups,
+            ports: self.ports,
             devices: self.devices,
         })
     }
@@ -135,12 +141,13 @@ impl PendingParts {
         let (sender, receiver) = channel();
         let (config, opener) = (config.clone(), Arc::clone(opener));
         let (bell, groups) = (Bell(mailbox.clone()), opened.groups.clone());
+        let ports = Arc::clone(&opened.ports);
         let work = move || {
             // It rings last, also in a panic.
             let _bell = bell;
             let _slot = slot;
             let sender: Sender<News> = sender;
-            let end = open_each(&config, models, &opener, &groups, |part| {
+            let end = open_each(&config, models, &opener, (&groups, &ports), |part| {
                 sender.send(News::Part(part)).is_ok()
             });
             // Whoever has given up wants to know nothing.
@@ -210,8 +217,8 @@ impl Parts {
         opener: &Arc<Opener>,
     ) -> Result<Self, MachineError> {
         let mut opened = Opened::of(config);
-        let groups = opened.groups.clone();
-        open_each(config, models, opener, &groups, |part| {
+        let (groups, ports) = (opened.groups.clone(), Arc::clone(&opened.ports));
+        open_each(config, models, opener, (&groups, &ports), |part| {
             opened.add(part);
             true
         })?;

@@ -2,6 +2,7 @@
 //! registers, panic port, watchdog, debug console; and their places on the buses.
 
 use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,22 +23,28 @@ use super::MachineError;
 use super::alarm::{Alarm, SteadyClock};
 use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
+use crate::config::port::AGENT;
 use crate::config::serial::FileSink;
-use crate::config::{DebugconConfig, SinkConfig, VmConfig};
+use crate::config::{COMS, CONSOLE_FLAGS, DebugconConfig, SinkConfig, VmConfig};
+use crate::console::port::{self as ends, HubEnd, HubPort, OpenPort, PortBoard, SocketEnd};
 use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
-use crate::layout::{MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port};
+use crate::layout::{self, MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port};
+use crate::notice;
 use crate::opener::Opener;
 
 /// The host's ends of the consoles that the machine has.
 pub struct Hosts {
-    serial: Option<ConsoleHub>,
+    serials: [Option<ConsoleHub>; COMS],
+    /// What gives input to the virtio console.
+    console: Option<(ConsoleHub, Arc<HubPort>)>,
     debugcon: Option<ConsoleHub>,
 }
 
 impl Hosts {
-    /// Opens what the configuration names and is not open already.
+    /// Opens what the configuration names and is not open already. The ends of virtio
+    /// ports are left with `board`.
     ///
     /// # Errors
     ///
@@ -46,24 +53,79 @@ impl Hosts {
         config: &VmConfig,
         opener: &Arc<Opener>,
         consoles: &Consoles,
+        board: &PortBoard,
         mailbox: &Mailbox,
     ) -> Result<Self, MachineError> {
         let failed = |flag| move |source| MachineError::Console { flag, source };
-        let serial = consoles.serial();
-        let mailbox = mailbox.clone();
-        serial.on_end(Arc::new(move || {
-            mailbox.send(Message::ConsoleEnd);
-        }));
-        serial
-            .configure(config.serial.sinks(), opener)
-            .map_err(failed("--serial"))?;
+        let wanted = config.consoles().into_iter().zip(consoles.hubs());
+        for ((console, hub), flag) in wanted.zip(CONSOLE_FLAGS) {
+            let mailbox = mailbox.clone();
+            hub.on_end(Arc::new(move || {
+                mailbox.send(Message::ConsoleEnd);
+            }));
+            hub.configure(console.sinks(), opener)
+                .map_err(failed(flag))?;
+        }
         open_debugcon(&config.debugcon, opener, consoles.debugcon())
             .map_err(failed("--debugcon"))?;
+        for port in &config.ports {
+            let opened = ends::open(port, opener).map_err(failed("--port"))?;
+            let Some(OpenPort { end, pty }) = opened else {
+                continue;
+            };
+            board.put(Some(&port.name), end);
+            if let Some(path) = pty {
+                let (name, path) = (&port.name, path.display());
+                notice::tell(format_args!("the port {name} is at {path}"));
+            }
+        }
+        open_agent(config, consoles, board)?;
+        let serials = config.serials().into_iter().zip(consoles.hubs());
+        let mut serials = serials.map(|(port, hub)| port.is_on().then(|| hub.clone()));
         Ok(Self {
-            serial: config.serial.is_on().then(|| serial.clone()),
+            serials: std::array::from_fn(|_| serials.next().flatten()),
+            console: virtio_console(config, consoles, board)?,
             debugcon: (config.debugcon != DebugconConfig::Off).then(|| consoles.debugcon().clone()),
         })
     }
+}
+
+/// Has the agent's desk be the end of the agent's port, where that leads nowhere else.
+fn open_agent(
+    config: &VmConfig,
+    consoles: &Consoles,
+    board: &PortBoard,
+) -> Result<(), MachineError> {
+    consoles.agent().disconnect();
+    if !config.has_agent() {
+        return Ok(());
+    }
+    let made = UnixStream::pair().and_then(|(near, far)| Ok((near, SocketEnd::stream(far)?)));
+    let (near, (end, guest)) = made.map_err(|source| MachineError::Host {
+        what: "the guest agent's port cannot be made",
+        source,
+    })?;
+    board.put(Some(AGENT), Box::new(end));
+    consoles.agent().connect(near, guest);
+    Ok(())
+}
+
+/// Leaves the end of the virtio console with `board`, where there is one.
+fn virtio_console(
+    config: &VmConfig,
+    consoles: &Consoles,
+    board: &PortBoard,
+) -> Result<Option<(ConsoleHub, Arc<HubPort>)>, MachineError> {
+    if !config.console.is_on() {
+        return Ok(None);
+    }
+    let [.., hub] = consoles.hubs();
+    let (end, port) = HubEnd::new(hub).map_err(|source| MachineError::Host {
+        what: "the console cannot be used",
+        source,
+    })?;
+    board.put(None, Box::new(end));
+    Ok(Some((hub.clone(), port)))
 }
 
 fn open_debugcon(
@@ -132,22 +194,25 @@ impl NewsDesk for News {
     }
 }
 
-/// Lets input reach the serial port while the machine runs: while it is paused
+/// Lets input reach a console while the machine runs: while it is paused
 /// its devices stay as they are.
-struct SerialInput(PortLink);
+struct ConsoleInput {
+    name: String,
+    link: PortLink,
+}
 
-impl Unit for SerialInput {
+impl Unit for ConsoleInput {
     fn name(&self) -> &str {
-        "com1-input"
+        &self.name
     }
 
     fn start(&self) -> Result<(), StartError> {
-        self.0.open();
+        self.link.open();
         Ok(())
     }
 
     fn stop(&self, _deadline: Instant) -> Result<(), StopError> {
-        self.0.close();
+        self.link.close();
         Ok(())
     }
 
@@ -182,13 +247,9 @@ impl Platform {
             wiring,
             units: Vec::new(),
         };
-        if let Some(hub) = hosts.serial {
-            let irq = router.line(gsi::COM1)?;
-            let ready = Arc::new(hub.clone());
-            let serial = Arc::new(Serial::new("com1", irq, Box::new(hub.writer()), ready));
-            placed.port(port::COM1, 8, serial.clone());
-            let link = hub.connect(serial);
-            placed.units.push(Arc::new(SerialInput(link)));
+        placed.serials(hosts.serials)?;
+        if let Some((hub, port)) = hosts.console {
+            placed.input("console", hub.connect(port));
         }
         if let Some(hub) = hosts.debugcon {
             let console = DebugConsole::new(Box::new(hub.writer()));
@@ -291,6 +352,28 @@ impl Placed<'_> {
         let placed = self.wiring.buses.pio.insert(base.into(), len, on_bus);
         debug_assert_eq!(placed, Ok(()));
         self.units.push(device);
+    }
+
+    /// The serial ports that there are.
+    fn serials(&mut self, hubs: [Option<ConsoleHub>; COMS]) -> Result<(), MachineError> {
+        let places = ["com1", "com2", "com3", "com4"]
+            .into_iter()
+            .zip(layout::COMS);
+        for (hub, (name, place)) in hubs.into_iter().zip(places) {
+            let Some(hub) = hub else { continue };
+            let irq = self.wiring.router.line(place.gsi)?;
+            let ready = Arc::new(hub.clone());
+            let serial = Arc::new(Serial::new(name, irq, Box::new(hub.writer()), ready));
+            self.port(place.port, 8, serial.clone());
+            self.input(name, hub.connect(serial));
+        }
+        Ok(())
+    }
+
+    /// Input for the device `name`, while it is started.
+    fn input(&mut self, name: &str, link: PortLink) {
+        let name = format!("{name}-input");
+        self.units.push(Arc::new(ConsoleInput { name, link }));
     }
 
     /// The real-time clock, with its timer.

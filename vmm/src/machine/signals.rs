@@ -15,6 +15,8 @@ pub enum Signal {
     End,
     /// That a machine goes on which waits for a disk (`SIGCONT`).
     Continue,
+    /// That a terminal's size is looked at again (`SIGWINCH`).
+    Window,
 }
 
 /// Receives the signals as a descriptor.
@@ -29,14 +31,26 @@ impl Signals {
     /// The host's, when it is out of descriptors.
     pub fn block() -> io::Result<Self> {
         ignore_file_size_signal();
+        Self::of(&[libc::SIGCONT, libc::SIGWINCH])
+    }
+
+    /// The same for those alone that ask for the end.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it is out of descriptors.
+    pub fn block_ending() -> io::Result<Self> {
+        Self::of(&[])
+    }
+
+    fn of(others: &[i32]) -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initializes the set that the others then use.
         #[expect(unsafe_code, reason = "signal masks are C structures")]
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            libc::sigaddset(set.as_mut_ptr(), libc::SIGCONT);
-            for signal in ENDING {
-                libc::sigaddset(set.as_mut_ptr(), signal);
+            for signal in ENDING.iter().chain(others) {
+                libc::sigaddset(set.as_mut_ptr(), *signal);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
             libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
@@ -70,10 +84,10 @@ impl Signals {
         // SAFETY: it was zeroed, which is a valid value, and the kernel filled it.
         #[expect(unsafe_code, reason = "a C structure that has been filled")]
         let info = unsafe { info.assume_init() };
-        Some(if info.ssi_signo.cast_signed() == libc::SIGCONT {
-            Signal::Continue
-        } else {
-            Signal::End
+        Some(match info.ssi_signo.cast_signed() {
+            libc::SIGCONT => Signal::Continue,
+            libc::SIGWINCH => Signal::Window,
+            _ => Signal::End,
         })
     }
 }

@@ -29,7 +29,7 @@ pub(super) enum Cut {
 
 /// What came of opening.
 pub(super) enum Opened {
-    All(Parts),
+    All(Box<Parts>),
     Cut(Cut),
 }
 
@@ -58,7 +58,7 @@ impl Monitor {
             if let Some(opened) = pending.take() {
                 // Commands may have been left in their places, whose wake-up is spent.
                 ears.inbox.rouse();
-                return opened.map(Opened::All);
+                return opened.map(|parts| Opened::All(Box::new(parts)));
             }
             let signals = ears.signals.as_ref().map(Signals::raw_fd);
             let mut fds = [readable(Some(ears.inbox.wake_fd())), readable(signals)];

@@ -105,6 +105,11 @@ pub fn change(
                 .validate()
                 .map_err(|error| broken(&error))?;
             check_path(text, &sink)?;
+            let mut grown = description.config.clone();
+            grown.serial = SerialConfig::Sinks(sinks.clone());
+            grown
+                .validate_consoles()
+                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let own = ears.consoles.reserved();
             files::check_sink(&description.config, models, opener, own, &sink)
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;

@@ -3,11 +3,16 @@
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use api::{Answer, Command, Control, ControlError, ErrorKind, EventLog, wire};
+use api::{
+    AgentCommand, Answer, Command, Control, ControlError, ErrorKind, EventLog, VmState, wire,
+};
 
 use super::{Jobs, View, consoles, metrics};
+use crate::agent::AgentDesk;
+use crate::config::COMS;
 use crate::console::ConsoleHub;
 use crate::machine::inbox::{Mailbox, Message};
+use crate::machine::state::wrong_state;
 use crate::opener::Opener;
 use crate::process::Usage;
 
@@ -21,6 +26,7 @@ const FEATURES: &[&str] = &[
     "vireo.metrics",
     "vireo.update-disk",
     "vireo.console",
+    "vireo.agent",
     "vireo.coredump",
     "vireo.add-virtio",
     "vireo.reset",
@@ -36,8 +42,9 @@ pub struct MonitorHandle {
     view: View,
     jobs: Jobs,
     events: EventLog,
-    /// The hub alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
-    serial: ConsoleHub,
+    /// The hubs alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
+    consoles: [ConsoleHub; COMS + 1],
+    agent: AgentDesk,
     opener: Arc<Opener>,
 }
 
@@ -47,7 +54,7 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        serial: ConsoleHub,
+        (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -55,14 +62,30 @@ impl MonitorHandle {
             view,
             jobs,
             events,
-            serial,
+            consoles,
+            agent,
             opener,
+        }
+    }
+
+    /// Asks the guest agent, past the monitor's own thread: that is not held up by a guest.
+    fn ask_agent(&self, command: AgentCommand, answer: Answer) {
+        let asked = self.view.info().and_then(|_| match self.view.state() {
+            VmState::Running => Ok(()),
+            state => Err(wrong_state(state, &Command::Agent(command))),
+        });
+        match asked {
+            Ok(()) => self.agent.submit(command, answer),
+            Err(error) => answer(Err(error)),
         }
     }
 }
 
 impl Control for MonitorHandle {
     fn submit(&self, command: Command, answer: Answer) {
+        if let Command::Agent(command) = command {
+            return self.ask_agent(command, answer);
+        }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));
     }
@@ -106,14 +129,29 @@ impl Control for MonitorHandle {
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {
-        consoles::list(&self.serial)
+        let [serial, ..] = &self.consoles;
+        consoles::list(serial)
     }
 
     fn open_console(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ControlError> {
-        if !self.view.has_serial()? {
-            return Err(consoles::no_port(ErrorKind::NotFound));
+        if !self.view.has_console(request.port)? {
+            return Err(match request.port {
+                wire::ConsolePort::Serial => consoles::no_port(ErrorKind::NotFound),
+                port => {
+                    let message = format!("the machine has no console '{}'", port.as_str());
+                    ControlError::new(ErrorKind::NotFound, message)
+                }
+            });
         }
-        consoles::attach(&self.serial, request.replay)
+        let [serial, second, third, fourth, console] = &self.consoles;
+        let hub = match request.port {
+            wire::ConsolePort::Serial => serial,
+            wire::ConsolePort::Serial2 => second,
+            wire::ConsolePort::Serial3 => third,
+            wire::ConsolePort::Serial4 => fourth,
+            wire::ConsolePort::Console => console,
+        };
+        consoles::attach(hub, request.replay)
     }
 
     fn events(&self) -> &EventLog {

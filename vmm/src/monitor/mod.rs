@@ -41,8 +41,9 @@ pub use view::View;
 
 use booting::Opened;
 
+use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
-use crate::config::{GuestAction, VmConfig};
+use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::machine::build::{Built, build};
 use crate::machine::driver::{Driver, Ears, End, Opening, Outcome, Tools, ppoll, readable};
@@ -73,6 +74,8 @@ pub struct Monitor {
     view: View,
     jobs: Jobs,
     serial: ConsoleHub,
+    hubs: [ConsoleHub; COMS + 1],
+    agent: AgentDesk,
     opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
@@ -106,6 +109,8 @@ impl Monitor {
         let (mailbox, inbox) = crate::machine::inbox::inbox()?;
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
         let serial = consoles.serial().clone();
+        let agent = consoles.agent().clone();
+        let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
         let view = View::new(ears.life.view());
@@ -118,6 +123,8 @@ impl Monitor {
             view,
             jobs,
             serial,
+            hubs,
+            agent,
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
@@ -133,7 +140,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
-            self.serial.clone(),
+            (self.hubs.clone(), self.agent.clone()),
             Arc::clone(&self.opener),
         )
     }
@@ -229,7 +236,7 @@ impl Monitor {
             Ok(Opened::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
             Ok(Opened::All(parts)) => build(
                 config,
-                parts,
+                *parts,
                 &self.opener,
                 &self.mailbox,
                 &ears.events,
@@ -260,6 +267,8 @@ impl Monitor {
         let Built { machine, debugger } = built;
         announce(&ears.consoles);
         self.view.serial_at(consoles::first_pty(&self.serial));
+        let [_, others @ ..] = ears.consoles.hubs();
+        self.view.consoles_at(others.map(consoles::first_pty));
         ears.inbox.open();
         self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
@@ -480,7 +489,8 @@ impl Monitor {
             ears.life.renew();
             self.view.describe(None);
             // Files and sockets are free for others, and for what is described next.
-            for hub in [ears.consoles.serial(), ears.consoles.debugcon()] {
+            let consoles = &ears.consoles;
+            for hub in consoles.hubs().into_iter().chain([consoles.debugcon()]) {
                 // Nothing is opened for no sinks.
                 let _ = hub.configure(&[], &self.opener);
             }
@@ -510,7 +520,16 @@ impl Monitor {
 
 /// Tells what only the host knows, the names of pseudo-terminals.
 fn announce(consoles: &Consoles) {
-    for path in consoles::ptys(consoles.serial()) {
-        notice::tell(format_args!("the serial console is at {path}"));
+    let names = [
+        "the serial console",
+        "the second serial port",
+        "the third serial port",
+        "the fourth serial port",
+        "the virtio console",
+    ];
+    for (name, hub) in names.into_iter().zip(consoles.hubs()) {
+        for path in consoles::ptys(hub) {
+            notice::tell(format_args!("{name} is at {path}"));
+        }
     }
 }

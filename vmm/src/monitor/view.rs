@@ -8,6 +8,7 @@ use api::{ControlError, ErrorKind, Reason, VmState, wire};
 
 use super::Description;
 use crate::config::balloon::BalloonError;
+use crate::config::port::DEVICE_KIND as CONSOLE;
 use crate::machine::inventory::Inventory;
 use crate::machine::state::StateView;
 
@@ -23,6 +24,8 @@ struct Inner {
     description: Option<Arc<wire::VmConfig>>,
     machine: Option<Arc<Inventory>>,
     pty: Option<String>,
+    /// Of the second to the fourth serial port, and of the virtio console.
+    ptys: [Option<String>; 4],
     leaving: bool,
 }
 
@@ -51,6 +54,11 @@ impl View {
         self.lock().pty = pty;
     }
 
+    /// The other serial ports and the virtio console lead to these pseudo-terminals.
+    pub fn consoles_at(&self, ptys: [Option<String>; 4]) {
+        self.lock().ptys = ptys;
+    }
+
     /// The monitor is about to end: nothing that is described will be booted.
     pub fn leave(&self) {
         self.lock().leaving = true;
@@ -77,6 +85,19 @@ impl View {
         if config.serial.mode == wire::ConsoleMode::Pty {
             config.serial.file = self.lock().pty.as_ref().map(PathBuf::from);
         }
+        let [second, third, fourth, console] = self.lock().ptys.clone();
+        for (serial, pty) in [
+            (&mut config.serial2, second),
+            (&mut config.serial3, third),
+            (&mut config.serial4, fourth),
+        ] {
+            if let Some(serial) = serial.as_mut().filter(|s| s.mode == wire::ConsoleMode::Pty) {
+                serial.file = pty.map(PathBuf::from);
+            }
+        }
+        if config.console.mode == wire::ConsoleMode::Pty {
+            config.console.file = console.map(PathBuf::from);
+        }
         Ok(wire::VmInfo {
             config,
             state: self.v1_state(),
@@ -85,14 +106,25 @@ impl View {
         })
     }
 
-    /// Whether the machine that is described has a serial port.
+    /// Whether the machine that is described has this console.
     ///
     /// # Errors
     ///
     /// As for [`View::info`].
-    pub fn has_serial(&self) -> Result<bool, ControlError> {
-        let (description, _) = self.parts()?;
-        Ok(description.serial.mode != wire::ConsoleMode::Off || description.serial.sinks.is_some())
+    pub fn has_console(&self, port: wire::ConsolePort) -> Result<bool, ControlError> {
+        use wire::ConsoleMode::Off;
+        let (described, _) = self.parts()?;
+        let serial = match port {
+            wire::ConsolePort::Serial => Some(&described.serial),
+            wire::ConsolePort::Serial2 => described.serial2.as_ref(),
+            wire::ConsolePort::Serial3 => described.serial3.as_ref(),
+            wire::ConsolePort::Serial4 => described.serial4.as_ref(),
+            // Whether it is there is told by the machine alone.
+            wire::ConsolePort::Console => {
+                return Ok(self.machine().is_some_and(|m| m.has_kind(CONSOLE)));
+            }
+        };
+        Ok(serial.is_some_and(|serial| serial.mode != Off || serial.sinks.is_some()))
     }
 
     /// The devices.

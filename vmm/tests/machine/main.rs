@@ -31,6 +31,7 @@ mod managers;
 mod metrics;
 mod nbd;
 mod opening;
+mod ports;
 mod resize;
 mod shape;
 mod sinks;

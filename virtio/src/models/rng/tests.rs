@@ -18,6 +18,7 @@ fn context() -> BuildContext {
         opener: Arc::new(Files),
         cpus: 1,
         groups: crate::limit::RateGroups::default(),
+        ports: Arc::new(crate::models::console::NoPorts),
     }
 }
 

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
-use clap::Args;
+use api::wire::{ConsolePort, ConsoleRequest};
+use clap::{Args, ValueEnum};
 use rustix::io::{Errno, read, write};
 
 use super::super::message;
@@ -32,17 +33,52 @@ const PIECE: usize = 4096;
 pub(in crate::cli) struct ConsoleArgs {
     #[command(flatten)]
     target: Target,
+    /// Which console: serial, serial2, serial3, serial4, console (hvc0)
+    #[arg(
+        long,
+        value_name = "WHICH",
+        value_enum,
+        default_value = "serial",
+        hide_possible_values = true
+    )]
+    port: Which,
     /// Leave out what the guest has written before
     #[arg(long)]
     no_replay: bool,
 }
 
+/// The consoles, as words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Which {
+    Serial,
+    Serial2,
+    Serial3,
+    Serial4,
+    Console,
+}
+
+impl From<Which> for ConsolePort {
+    fn from(which: Which) -> Self {
+        match which {
+            Which::Serial => Self::Serial,
+            Which::Serial2 => Self::Serial2,
+            Which::Serial3 => Self::Serial3,
+            Which::Serial4 => Self::Serial4,
+            Which::Console => Self::Console,
+        }
+    }
+}
+
 pub(super) fn attach(arguments: &ConsoleArgs) -> anyhow::Result<()> {
     let remote = arguments.target.connect()?;
-    let stream = remote.client.attach_console(!arguments.no_replay);
+    let request = ConsoleRequest {
+        replay: !arguments.no_replay,
+        port: arguments.port.into(),
+    };
+    let stream = remote.client.attach_to(&request);
     let stream = stream.map_err(|error| remote.failed(error))?;
     // A signal that ended the process at once would leave the terminal raw.
-    let signals = Signals::block().context("cannot watch for signals")?;
+    let signals = Signals::block_ending().context("cannot watch for signals")?;
     let (input, output) = (io::stdin(), io::stdout());
     let raw = RawMode::enter(input.as_fd()).context("cannot set up the terminal")?;
     if raw.is_some() {

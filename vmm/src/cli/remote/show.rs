@@ -242,7 +242,34 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
         }
         _ => told.push(("Serial", serial(&config.serial))),
     }
+    for (name, port) in [
+        ("Serial 2", &config.serial2),
+        ("Serial 3", &config.serial3),
+        ("Serial 4", &config.serial4),
+    ] {
+        told.extend(port.as_ref().map(|port| (name, serial(port))));
+    }
+    if !matches!(config.console.mode, ConsoleMode::Off | ConsoleMode::Tty) {
+        let console = &config.console;
+        let place = console.socket.as_ref().or(console.file.as_ref());
+        told.push(("Console", at(&console.mode, place)));
+    }
+    for port in config.ports.iter().flatten() {
+        told.push(("Port", port_line(port)));
+    }
     told
+}
+
+/// A port and where it leads.
+fn port_line(port: &wire::PortConfig) -> String {
+    let end = match (&port.socket, &port.file) {
+        (Some(path), _) => format!("socket {}", path.display()),
+        (_, Some(path)) => format!("file {}", path.display()),
+        _ if port.pty => "pty".to_owned(),
+        _ if port.null => "null".to_owned(),
+        _ => "guest agent".to_owned(),
+    };
+    format!("{}: {end}", port.name)
 }
 
 /// Where a sink leads.

@@ -124,6 +124,11 @@ fn every_flag_reaches_the_configuration() {
                 }),
             },
         }],
+        serial2: SerialConfig::Off,
+        serial3: SerialConfig::Off,
+        serial4: SerialConfig::Off,
+        console: SerialConfig::Off,
+        ports: Vec::new(),
         serial: SerialConfig::Sinks(vec![
             SinkConfig::Pty,
             SinkConfig::File(FileSink::new("/log")),
@@ -350,6 +355,43 @@ fn a_detached_machine_has_no_terminal() {
     assert!(refusal(&["--detach", "--debugcon", "stdio"]).starts_with("--debugcon stdio"));
     let pty = configured(&["--detach", "--serial", "pty"]).unwrap();
     assert_eq!(pty.serial, SinkConfig::Pty.into());
+}
+
+#[test]
+fn consoles_and_ports_reach_the_configuration_and_there_is_one_terminal() {
+    let given = configured;
+    let config = given(&[
+        "--console",
+        "pty",
+        "--serial3",
+        "null",
+        "--port",
+        "name=a,pty",
+        "--agent",
+    ])
+    .unwrap();
+    assert_eq!(config.console, SinkConfig::Pty.into());
+    assert_eq!(config.serial3, SinkConfig::Null.into());
+    let names: Vec<_> = config.ports.iter().map(|port| port.name.as_str()).collect();
+    assert_eq!(names, ["a", "org.qemu.guest_agent.0"]);
+    let taken = given(&["--console", "tty"]).unwrap();
+    assert_eq!(taken.serial, SinkConfig::Null.into());
+    for (flags, part) in [
+        (
+            &["--console", "tty", "--serial", "tty"][..],
+            "--serial tty and --console tty",
+        ),
+        (&["--serial2", "x"], "--serial2: 'x' is none of"),
+        (&["--port", "a"], "--port: name=a: it leads nowhere"),
+        (&["--port", "a,b=c"], "unknown key 'b'"),
+        (
+            &["--agent", "--port", "name=org.qemu.guest_agent.0,pty"],
+            "two ports of this name",
+        ),
+    ] {
+        let refused = format!("{:#}", given(flags).unwrap_err());
+        assert!(refused.contains(part), "{refused}");
+    }
 }
 
 #[test]

@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use api::wire::{self, ImageType};
+use api::wire::{self, ConsoleMode, ImageType};
 use api::{ControlError, ErrorKind};
 use block::{Aio, BackingPolicy, Cache, DetectZeroes, Discard, Format};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use virtio::models::BuildError;
 use virtio::models::blk::{self, BlkConfig, OnReadError, OnWriteError};
+use virtio::models::console;
 use virtio::models::net;
 use virtio::models::rng::{self, RngConfig};
 
 use super::super::device::free_id;
+use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
     balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
@@ -51,10 +53,30 @@ pub(super) fn from_wire(
             src: path("rng.src", &rng.src)?,
         })?,
     });
+    devices.extend(console(described)?);
     if let Some(described) = &described.balloon {
         devices.push(balloon::from_wire(described)?);
     }
     Ok(devices)
+}
+
+/// The device that console and ports are on. What is on it is put in when the configuration is completed.
+fn console(described: &wire::VmConfig) -> Result<Option<DeviceConfig>, ControlError> {
+    let console = &described.console;
+    let with_console = !matches!(console.mode, ConsoleMode::Off | ConsoleMode::Tty);
+    let with_ports = described
+        .ports
+        .as_ref()
+        .is_some_and(|ports| !ports.is_empty());
+    if !with_console && !with_ports {
+        return Ok(None);
+    }
+    Ok(Some(DeviceConfig {
+        kind: console::MODEL.kind.to_owned(),
+        id: console.id.clone().unwrap_or_else(|| DEVICE.to_owned()),
+        address: slot("console", console.pci_device_id)?,
+        config: Value::Object(Map::new()),
+    }))
 }
 
 fn duplicated(path: &Path) -> ControlError {

@@ -1,6 +1,6 @@
 //! What v1 knows and this monitor has not.
 
-use api::wire::{self, ConsoleMode, CoreScheduling, HotplugMethod, ImageType};
+use api::wire::{self, CoreScheduling, HotplugMethod, ImageType};
 use api::{ControlError, ErrorKind};
 
 /// The refusal of what `field` asks for.
@@ -56,10 +56,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         (tpm.is_some(), "tpm"),
         (*landlock_enable, "landlock_enable"),
         (any(landlock_rules.as_ref()), "landlock_rules"),
-        // Clients that do not say have the terminal: that is no request for the device.
-        (console.mode == ConsoleMode::Pty, "console.mode=Pty"),
-        (console.mode == ConsoleMode::File, "console.mode=File"),
-        (console.mode == ConsoleMode::Socket, "console.mode=Socket"),
     ])?;
     pci("console", console.pci())?;
     pci("rng", described.rng.pci())?;

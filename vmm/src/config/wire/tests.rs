@@ -366,7 +366,6 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
             json!({"landlock_rules": [{"path": "/", "access": "r"}]}),
             "landlock_rules",
         ),
-        (json!({"console": {"mode": "Pty"}}), "console.mode=Pty"),
         (
             json!({"console": {"mode": "Null", "iommu": true}}),
             "console.iommu",
@@ -616,4 +615,70 @@ fn a_disk_is_updated_in_its_configuration_and_in_its_description() {
     let unknown = request(json!({"id": "x"}));
     let error = update_disk(&mut described, &unknown).unwrap_err();
     assert_eq!(error.kind, ErrorKind::NotFound);
+}
+
+#[test]
+fn consoles_and_ports_of_a_description_are_on_the_device_that_was_described() {
+    let config = made(json!({
+        "serial": {"mode": "Off"},
+        "serial2": {"mode": "File", "file": "/two"},
+        "serial4": {"mode": "Null"},
+        "console": {"mode": "Pty", "id": "hvc", "pci_device_id": 9},
+        "ports": [{"name": "org.qemu.guest_agent.0"}, {"name": "a", "socket": "/a"}],
+    }));
+    assert!(config.has_agent());
+    assert_eq!(config.console, SinkConfig::Pty.into());
+    let on: Vec<_> = config.serials().map(SerialConfig::is_on).to_vec();
+    assert_eq!(on, [false, true, false, true]);
+    let device = &config.devices[1];
+    assert_eq!((&*device.kind, &*device.id), ("console", "hvc"));
+    assert_eq!(device.address, Some(9));
+    let own = json!({"console": true, "ports": "org.qemu.guest_agent.0:a"});
+    assert_eq!(device.config, own);
+    let shown = config.to_wire();
+    assert_eq!(shown.console.mode, ConsoleMode::Pty);
+    assert_eq!(shown.console.id.as_deref(), Some("hvc"));
+    assert_eq!(shown.serial2.as_ref().unwrap().mode, ConsoleMode::File);
+    assert_eq!(shown.serial3, None);
+    assert_eq!(VmConfig::from_wire(&shown).unwrap().ports, config.ports);
+    // Clients that do not say, or want the terminal, get no device for that.
+    for console in [json!({}), json!({"console": {"mode": "Tty"}})] {
+        assert_eq!(made(console).devices.len(), 1);
+    }
+    let named = made(json!({"console": {"mode": "Null"}}));
+    assert_eq!(named.devices[1].id, "__console");
+}
+
+#[test]
+fn consoles_that_want_the_same_are_refused_with_both() {
+    for (more, part) in [
+        (
+            json!({"serial": {"mode": "Tty"}, "serial2": {"mode": "Tty"}}),
+            "--serial tty and --serial2 tty",
+        ),
+        (
+            json!({"serial": {"mode": "Socket", "socket": "/s"}, "ports": [{"name": "a", "socket": "/s"}]}),
+            "--serial socket=/s",
+        ),
+        (json!({"ports": [{"name": "a"}]}), "leads nowhere"),
+        (json!({"ports": [{"name": "", "pty": true}]}), "a name has"),
+        (
+            json!({"ports": [{"name": "a", "pty": true}, {"name": "a", "null": true}]}),
+            "two ports of this name",
+        ),
+        (
+            json!({"console": {"mode": "File"}}),
+            "console: its mode is File",
+        ),
+        (
+            json!({"serial3": {"mode": "Socket"}}),
+            "serial3: its mode is Socket",
+        ),
+    ] {
+        let error = refused(more);
+        assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    let strict = serde_json::from_value::<wire::PortConfig>(json!({"name": "a", "x": 1}));
+    assert!(strict.unwrap_err().to_string().contains("unknown field"));
 }

@@ -8,6 +8,8 @@ use api::{
     VmState,
 };
 
+use virtio::models::console::NoPorts;
+
 use super::Driver;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
@@ -94,7 +96,8 @@ impl Driver {
         let groups = self.machine.rate_groups();
         let open = move || {
             check()?;
-            OpenDevice::open(&planned.config, models, &opener, cpus, &groups)
+            let ports = Arc::new(NoPorts) as _;
+            OpenDevice::open(&planned.config, models, &opener, cpus, (&groups, ports))
                 .map_err(|error| error.to_control())
         };
         let answer = self.asides.wait_with(answer);

@@ -27,6 +27,7 @@ pub(super) fn context() -> BuildContext {
         opener: Arc::new(Files),
         cpus: 2,
         groups: RateGroups::default(),
+        ports: Arc::new(crate::models::console::NoPorts),
     }
 }
 

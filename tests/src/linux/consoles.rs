@@ -1,0 +1,100 @@
+//! Consoles and ports: hvc0, a named port, COM2, and QEMU's guest agent over its port.
+
+use super::{MIB, case};
+use crate::case::{Action, Ask, Case, Fill, Form, Talk, Want};
+
+const SCRIPT: &str = r#"
+echo "@@ ports: $(cat /sys/class/virtio-ports/*/name | sort | tr '\n' ' ')"
+port() { for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/$(basename "$p")"; done; }
+
+echo 'over COM2' > /dev/ttyS1 && stty -F /dev/ttyS1 cs8 && echo '@@ wrote to COM2'
+
+(echo 'login on hvc0'; read -r line; echo "welcome $line") < /dev/hvc0 > /dev/hvc0 &
+echo '@@ ask hvc0'
+wait
+echo '@@ hvc0 was asked'
+
+exec 4<> "$(port echo)"
+# While nobody is there on the host, reading ends at once.
+(while :; do if read -r line <&4; then echo "echo of $line" >&4; else sleep 0.05; fi; done) &
+echo '@@ ask the port'
+
+ip link set lo up
+mkdir -p /mnt /sbin /run /var/run
+mke2fs /dev/vda > /tmp/mke2fs 2>&1 && mount -t ext4 /dev/vda /mnt && echo '@@ a file system to freeze'
+printf '#!/bin/sh\ntouch /tmp/ended\n' > /sbin/shutdown
+chmod 755 /sbin/shutdown
+qemu-ga -m virtio-serial -p "$(port org.qemu.guest_agent.0)" -t /tmp -f /tmp/agent.pid -l /tmp/agent.log &
+echo '@@ ask the agent'
+n=0
+until [ -e /tmp/ended ]; do
+    n=$((n + 1))
+    [ $n -gt 600 ] && { echo '@@ bad: the agent does not end'; cat /tmp/agent.log; break; }
+    sleep 0.1
+done
+echo '@@ the agent ends the guest'
+dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|rcu:.*stall' | sed 's/^/@@ bad: /'
+"#;
+
+fn description() -> String {
+    r#"{"payload":{"kernel":"{kernel}","initramfs":"{initramfs}","cmdline":"{cmdline}"},
+"disks":[{"path":"{dir}/disk","image_type":"Raw"}],
+"serial":{"mode":"Tty"},"serial2":{"mode":"File","file":"{dir}/com2"},
+"console":{"mode":"Socket","socket":"{dir}/hvc0"},
+"ports":[{"name":"org.qemu.guest_agent.0"},{"name":"echo","socket":"{dir}/echo"}]}"#
+        .to_owned()
+}
+
+fn talk(socket: &str, say: &str, hear: &str) -> Action {
+    Action::Talk(Talk {
+        socket: socket.to_owned(),
+        say: say.to_owned(),
+        hear: hear.to_owned(),
+    })
+}
+
+/// Both ways over each of them, and all that the agent can be asked.
+pub(super) fn all(kernel: &str) -> Case {
+    let boots = [
+        Ask::put("vm.create", &description()),
+        Ask::put("vm.boot", ""),
+        Ask::put("vm.agent-ping", "")
+            .answered(409)
+            .want(Want::Text("no agent".to_owned())),
+    ];
+    let filesystems = |count: &str| Want::Text(format!(r#""filesystems":{count}"#));
+    let agent = [
+        Ask::put("vm.agent-ping", "").until(),
+        Ask::get("vm.agent-info", &["guest-fsfreeze-freeze"]),
+        Ask::get("vm.agent-network", &[r#""name":"lo""#, "127.0.0.1"]),
+        Ask::put("vm.agent-fsfreeze", "")
+            .answered(200)
+            .want(filesystems("1")),
+        Ask::get("vm.agent-fsstatus", &["frozen"]),
+        Ask::put("vm.agent-fsthaw", "")
+            .answered(200)
+            .want(filesystems("1")),
+        Ask::get("vm.agent-fsstatus", &["thawed"]),
+        Ask::get("vm.counters", &["tx_bytes", "control_messages"]),
+        Ask::put("vm.agent-shutdown", "{}"),
+    ];
+    let mut case = case(kernel, Form::BzImage, "consoles-and-the-agent", SCRIPT)
+        .served()
+        .file("disk", 8 * MIB, Fill::Zero)
+        .asks("", boots)
+        .step("@@ ask hvc0", talk("hvc0", "root\n", "welcome root"))
+        .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"))
+        .asks("@@ ask the agent", agent)
+        .lines([
+            "@@ ports: echo org.qemu.guest_agent.0",
+            "@@ wrote to COM2",
+            "@@ hvc0 was asked",
+            "@@ a file system to freeze",
+            "@@ the agent ends the guest",
+            "over COM2",
+        ])
+        .after("cat com2")
+        .limit(120);
+    case.guest_agent = true;
+    case
+}

@@ -1,0 +1,114 @@
+//! Further consoles, named ports and the guest agent, as a user has them.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::{fs, io};
+
+use api::client::ClientError;
+use api::wire::{ConsoleMode, ConsolePort, ConsoleRequest};
+
+use crate::sinks::Attached;
+use crate::support::{Served, can_run, until};
+
+/// The status and the causes of a refusal.
+fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>) -> (u16, String) {
+    match result {
+        Err(ClientError::Refused { status, chain, .. }) => (status, chain.join(": ")),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What is answered when the machine has been booted: v1's state calls it running before.
+fn once_it_runs(mut ask: impl FnMut() -> (u16, String)) -> (u16, String) {
+    until("the machine to run", || {
+        let answer = ask();
+        (!answer.1.contains("VM is not running")).then_some(answer)
+    })
+}
+
+#[test]
+fn ports_are_there_as_described_and_go_with_the_machine() {
+    if !can_run() {
+        return;
+    }
+    let flags = [
+        "--serial",
+        "null",
+        "--serial2",
+        "file={dir}/com2",
+        "--console",
+        "file={dir}/hvc0",
+        "--port",
+        "name=a,socket={dir}/a",
+        "--port",
+        "b,pty",
+        "--agent",
+    ];
+    let served = Served::start("poke", "serial-echo", &flags);
+    let mut client = served.client();
+    let info = client.info().unwrap();
+    assert_eq!(info.config.console.mode, ConsoleMode::File);
+    assert_eq!(info.config.ports.unwrap().len(), 3);
+    let devices = client.devices().unwrap();
+    let [device] = devices.as_slice() else {
+        panic!("{devices:?}");
+    };
+    assert_eq!(
+        (device.id.as_str(), device.kind.as_str()),
+        ("__console", "console")
+    );
+    assert!(client.counters().unwrap()["__console"].contains_key("tx_bytes"));
+    assert!(served.path("com2").exists() && served.path("hvc0").exists());
+    let socket = served.path("a");
+    let mode = fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    Attached::to(&served, true).output.wait_for("echo=ready");
+    // It waits to be let in, for there is no driver.
+    let _client = UnixStream::connect(&socket).unwrap();
+    // The guest has no driver: nothing has the agent's port open.
+    let (status, why) = once_it_runs(|| refused(client.agent_ping()));
+    assert_eq!(status, 409);
+    assert!(why.contains("no agent: nothing in the guest"), "{why}");
+    client.pause().unwrap();
+    let (status, why) = refused(client.agent_network());
+    assert_eq!(status, 409);
+    assert!(why.contains("paused"), "{why}");
+    client.resume().unwrap();
+    client.shutdown().unwrap();
+    until("the socket's removal", || {
+        let gone = fs::metadata(&socket).err()?.kind() == io::ErrorKind::NotFound;
+        gone.then_some(())
+    });
+}
+
+#[test]
+fn a_machine_without_ports_says_that_it_has_none() {
+    if !can_run() {
+        return;
+    }
+    let flags = ["--serial", "null", "--serial4", "null"];
+    let served = Served::start("poke", "serial-echo", &flags);
+    let mut client = served.client();
+    let mut first = Attached::to(&served, true);
+    first.output.wait_for("echo=ready");
+    assert!(client.devices().unwrap().is_empty());
+    let (status, why) = once_it_runs(|| refused(client.agent_freeze()));
+    assert_eq!(status, 409);
+    assert!(
+        why.contains("has no port for a guest agent: add --agent"),
+        "{why}"
+    );
+    let attach = |port| {
+        let request = ConsoleRequest { replay: true, port };
+        served.client().attach_to(&request)
+    };
+    for port in [ConsolePort::Serial2, ConsolePort::Console] {
+        let (status, why) = refused(attach(port).map(|_| ()));
+        assert_eq!(status, 404);
+        assert!(why.contains("the machine has no console"), "{why}");
+    }
+    let _fourth = attach(ConsolePort::Serial4).unwrap();
+    first.echo("one");
+    let mut again = Attached::over(attach(ConsolePort::Serial).unwrap());
+    again.output.wait_for("echo:one");
+}
