@@ -42,6 +42,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::acpi::{AcpiError, AcpiImage};
 use crate::boot::{BootError, Entry};
+use crate::config::ConfigError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
@@ -68,6 +69,9 @@ pub enum MachineError {
         #[source]
         source: crate::opener::OpenError,
     },
+    /// The machine's files are not its own.
+    #[error(transparent)]
+    Files(ConfigError),
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -191,7 +195,10 @@ impl MachineError {
     /// The same for those who asked over the control interface.
     #[must_use]
     pub fn to_control(&self) -> ControlError {
-        ControlError::from_error(self.kind(), self)
+        match self {
+            Self::Files(error) => ControlError::from(error),
+            error => ControlError::from_error(error.kind(), error),
+        }
     }
 
     fn kind(&self) -> ErrorKind {

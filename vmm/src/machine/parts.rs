@@ -17,7 +17,7 @@ use super::bay::OpenDevice;
 use super::build::{Payload, open_baseline};
 use super::driver::Opening;
 use super::inbox::Mailbox;
-use crate::config::VmConfig;
+use crate::config::{ConfigError, VmConfig};
 use crate::console::port::PortBoard;
 use crate::kvm::baseline::Baseline;
 use crate::opener::Opener;
@@ -123,7 +123,8 @@ impl Drop for Bell {
 }
 
 impl PendingParts {
-    /// Begins to open what `config` (complete and validated) names. [`PendingParts::take`] has news when
+    /// Begins to open what `config` (complete and validated) names, if `check`, which looks at the same storage,
+    /// has nothing against it. [`PendingParts::take`] has news when
     /// `mailbox` has been roused. Signals are blocked already, as for [`super::build::build`].
     ///
     /// # Errors
@@ -135,6 +136,7 @@ impl PendingParts {
         opener: &Arc<Opener>,
         opening: &Opening,
         mailbox: &Mailbox,
+        check: impl FnOnce() -> Result<(), ConfigError> + Send + 'static,
     ) -> Result<Self, MachineError> {
         let slot = opening.begin().ok_or(MachineError::Opening)?;
         let opened = Opened::of(config);
@@ -147,8 +149,10 @@ impl PendingParts {
             let _bell = bell;
             let _slot = slot;
             let sender: Sender<News> = sender;
-            let end = open_each(&config, models, &opener, (&groups, &ports), |part| {
-                sender.send(News::Part(part)).is_ok()
+            let end = check().map_err(MachineError::Files).and_then(|()| {
+                open_each(&config, models, &opener, (&groups, &ports), |part| {
+                    sender.send(News::Part(part)).is_ok()
+                })
             });
             // Whoever has given up wants to know nothing.
             let _ = sender.send(News::End(end));

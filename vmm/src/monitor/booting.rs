@@ -5,12 +5,13 @@
 //! `vmm.shutdown`. Other commands wait for the machine, and a command that came after one of them does so too,
 //! unless that takes [`GRACE`] or ends the monitor.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, VmState};
 
 use super::{After, Monitor};
-use crate::config::{GuestAction, VmConfig};
+use crate::config::{GuestAction, VmConfig, files};
 use crate::machine::driver::{Ears, Outcome, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::parts::{Parts, PendingParts};
@@ -34,15 +35,30 @@ pub(super) enum Opened {
 }
 
 impl Monitor {
-    /// Opens what `config` names, and listens meanwhile.
+    /// Opens what `config` names, and listens meanwhile. What nobody has looked at before is `unchecked`: that its
+    /// files are its own is then seen to first.
     ///
     /// # Errors
     ///
     /// What could not be opened.
-    pub(super) fn open(&self, ears: &mut Ears, config: &VmConfig) -> Result<Opened, MachineError> {
+    pub(super) fn open(
+        &self,
+        ears: &mut Ears,
+        config: &VmConfig,
+        unchecked: bool,
+    ) -> Result<Opened, MachineError> {
         let (models, mailbox) = (self.models, &self.mailbox);
+        let (whole, opener) = (config.clone(), Arc::clone(&self.opener));
+        let own = ears.consoles.reserved().clone();
+        let check = move || {
+            if !unchecked {
+                return Ok(());
+            }
+            files::check(&whole, models, &opener)?;
+            files::check_machine(&whole, models, &opener, &own)
+        };
         let mut pending =
-            PendingParts::begin(config, models, &self.opener, &self.opening, mailbox)?;
+            PendingParts::begin(config, models, &self.opener, &self.opening, mailbox, check)?;
         let late = Instant::now() + GRACE;
         loop {
             if ears.asked_to_end() {

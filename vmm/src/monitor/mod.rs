@@ -81,6 +81,8 @@ pub struct Monitor {
     ears: Option<Ears>,
     /// What the next boot is made from instead of the description.
     once: Option<VmConfig>,
+    /// Nobody has looked yet whether the files of the next boot are its own.
+    unchecked: bool,
 }
 
 /// What a life of a machine leads to.
@@ -128,6 +130,7 @@ impl Monitor {
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
+            unchecked: false,
         })
     }
 
@@ -229,10 +232,11 @@ impl Monitor {
         };
         self.view.describe(Some(&description));
         let once = self.once.take();
+        let unchecked = std::mem::take(&mut self.unchecked);
         let config = once.as_ref().unwrap_or(&description.config);
         let before = ears.life.state();
         ears.life.enter(VmState::Booting, None);
-        let built = match self.open(&mut ears, config) {
+        let built = match self.open(&mut ears, config, unchecked) {
             Ok(Opened::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
             Ok(Opened::All(parts)) => build(
                 config,
@@ -426,12 +430,16 @@ impl Monitor {
             Command::Create(wire) => answer(self.create(*wire).map(|()| Reply::Done)),
             _ if !described => answer(Err(view::not_created())),
             Command::Boot => match self.check() {
-                Ok(()) => return Some(After::Boot(Some(answer))),
+                Ok(()) => {
+                    self.unchecked = true;
+                    return Some(After::Boot(Some(answer)));
+                }
                 Err(error) => answer(Err(error)),
             },
             Command::BootOnce(request) => match self.once(&request) {
                 Ok(config) => {
                     self.once = Some(config);
+                    self.unchecked = true;
                     return Some(After::Boot(Some(answer)));
                 }
                 Err(error) => answer(Err(error)),
@@ -460,27 +468,14 @@ impl Monitor {
     fn check(&self) -> Result<(), ControlError> {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
-        description.check_bootable()?;
-        self.check_files(description)
-    }
-
-    /// That the files of the machine are its own.
-    fn check_files(&self, description: &Description) -> Result<(), ControlError> {
-        let Some(ears) = &self.ears else {
-            return Ok(());
-        };
-        description.check_files(self.models, &self.opener, ears.consoles.reserved())
+        description.check_bootable()
     }
 
     /// What one boot is made from.
     fn once(&self, request: &api::wire::VmBootOnce) -> Result<VmConfig, ControlError> {
         let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
         let description = description.ok_or_else(view::not_created)?;
-        let config = description.config.boot_once(request)?;
-        let mut once = description.clone();
-        once.config.clone_from(&config);
-        self.check_files(&once)?;
-        Ok(config)
+        description.config.boot_once(request)
     }
 
     fn forget(&mut self) {
