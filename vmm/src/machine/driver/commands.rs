@@ -45,6 +45,7 @@ impl Driver {
                 self.then.push((Command::Reboot, answer));
             }
             Command::AddDevice(device) => self.add_device(*device, answer),
+            Command::Coredump(request) => self.coredump(request, answer),
             Command::Console(request) => answer(self.change_console(&request)),
             // The monitor's, once there is no machine.
             Command::Create(_) | Command::Boot | Command::BootOnce(_) => {
@@ -70,7 +71,6 @@ impl Driver {
                 self.show_devices();
                 asked
             }
-            Command::Coredump(request) => return self.coredump(&request),
             // Taken before, by whoever carries them out.
             other => return Err(wrong_state(self.state().0, &other)),
         };

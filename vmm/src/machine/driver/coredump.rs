@@ -4,16 +4,18 @@
 //! its memory back, or a power-off) waits until the dump has ended. The end of the machine ends the dump.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::Builder;
 use std::time::Duration;
 
-use api::{Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
+use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 
 use super::Driver;
 use crate::error::chain;
 use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
 use crate::machine::inbox::Message;
+use crate::machine::state::{permits, wrong_state};
 use crate::machine::{Machine, MachineError, fault};
 use crate::monitor::JobHandle;
 use crate::opener::NewFile;
@@ -33,22 +35,48 @@ pub(super) struct Dump {
 }
 
 impl Driver {
-    /// Begins to write a core file. A machine that runs is paused until it has been written.
-    pub(super) fn coredump(
+    /// Begins to write a core file, which a thread of its own makes, because that may take as long as the host does.
+    pub(super) fn coredump(&mut self, request: wire::VmCoredumpData, answer: Answer) {
+        self.settle_dump();
+        let path = match (&self.dump, destination(&request)) {
+            (Some(dump), _) => return answer(Err(dump.busy())),
+            (None, Err(error)) => return answer(Err(error)),
+            (None, Ok(path)) => path,
+        };
+        let (opener, place) = (Arc::clone(&self.tools.opener), path.clone());
+        let open = move || {
+            opener
+                .begin_file(&place)
+                .map_err(|error| ControlError::from_error(fault::of(&error), &error))
+        };
+        let answer = self.asides.wait_with(answer);
+        let started = self.beside("open", open, move |driver, file| {
+            let begun = file.and_then(|file| driver.dump_into(file, path, request));
+            driver.asides.answer(answer, begun);
+        });
+        if let Err(error) = started {
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
+    /// The second half of [`Driver::coredump`]. A machine that runs is paused until the file has been written.
+    fn dump_into(
         &mut self,
-        request: &wire::VmCoredumpData,
+        file: NewFile,
+        path: PathBuf,
+        request: wire::VmCoredumpData,
     ) -> Result<Reply, ControlError> {
         self.settle_dump();
         if let Some(dump) = &self.dump {
             return Err(dump.busy());
         }
-        let path = destination(request)?;
-        let file = self
-            .tools
-            .opener
-            .begin_file(&path)
-            .map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
-        let resume = self.state().0 == VmState::Running;
+        // Something else may have been done meanwhile.
+        let (state, pause) = self.state();
+        let command = Command::Coredump(request);
+        if !permits(state, pause, &command) {
+            return Err(wrong_state(state, &command));
+        }
+        let resume = state == VmState::Running;
         if resume {
             self.pause(PauseReason::Command)
                 .map_err(|error| error.to_control())?;
