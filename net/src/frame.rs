@@ -153,3 +153,22 @@ impl<'a> Pieces<'a> {
         libc::c_int::try_from(self.list.len()).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Lends `parts` to `call`.
+    #[expect(unsafe_code, reason = "memory of the test's own")]
+    pub(crate) fn with_pieces<T>(parts: &mut [Vec<u8>], call: impl FnOnce(Pieces<'_>) -> T) -> T {
+        let list: Vec<IoVec> = parts
+            .iter_mut()
+            .map(|part| IoVec {
+                base: part.as_mut_ptr(),
+                len: part.len(),
+            })
+            .collect();
+        // SAFETY: the vectors are borrowed while this runs and nobody else has them.
+        call(unsafe { Pieces::new(&list) })
+    }
+}

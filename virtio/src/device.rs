@@ -254,6 +254,16 @@ pub trait Counters: Send + Sync {
     fn read(&self) -> Vec<(&'static str, u64)>;
 }
 
+/// Reads at byte `offset` of a configuration space of which `space` are all the bytes: zeros past its end.
+pub(crate) fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+    let there = space.get(offset..).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(there) {
+        *to = *from;
+    }
+}
+
 /// A device model. Called by the control thread and, for configuration space,
 /// by vCPU threads; the transport serialises the calls.
 pub trait VirtioDevice: Send + DynSnapshot {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::models::BuildError;
 use crate::schema::{Field, FieldKind};
 
 /// Tells the time. It is asked for differences of microseconds.
@@ -63,15 +64,36 @@ pub enum LimitError {
     NoTime(&'static str),
 }
 
-impl LimitError {
-    /// The key.
-    #[must_use]
-    pub fn key(self) -> &'static str {
-        match self {
-            Self::Missing(key) | Self::NoTime(key) => key,
+impl From<LimitError> for BuildError {
+    fn from(error: LimitError) -> Self {
+        let (field, reason) = match error {
+            LimitError::Missing(key) => (
+                key,
+                "it is missing beside the other keys of the limit: give it too",
+            ),
+            LimitError::NoTime(key) => (
+                key,
+                "0: no bucket fills in no time: give milliseconds, or no limit",
+            ),
+        };
+        Self::Field {
+            field,
+            reason: reason.to_owned(),
         }
     }
 }
+
+/// The keys of a limit: size, refill time, one-time burst.
+type BucketKeys = [&'static str; 3];
+
+/// The keys of limits: those of bytes, and those of requests.
+pub type Keys = [BucketKeys; 2];
+
+/// The keys in [`FIELDS`].
+pub const KEYS: Keys = [
+    ["bw_size", "bw_refill_time", "bw_one_time_burst"],
+    ["ops_size", "ops_refill_time", "ops_one_time_burst"],
+];
 
 /// The limits of a device or of a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,13 +151,13 @@ pub const FIELDS: [Field; 6] = [
 ];
 
 impl RateLimits {
-    /// Makes limits of the values of the keys in [`FIELDS`].
+    /// Makes limits of the values of `keys`.
     ///
     /// # Errors
     ///
     /// [`LimitError`], where half a limit is given, or no time for one.
-    pub fn from_keys(value: impl Fn(&str) -> Option<u64>) -> Result<Self, LimitError> {
-        let bucket = |[size_key, time_key, burst_key]: [&'static str; 3]| match (
+    pub fn from_keys(keys: Keys, value: impl Fn(&str) -> Option<u64>) -> Result<Self, LimitError> {
+        let bucket = |[size_key, time_key, burst_key]: BucketKeys| match (
             value(size_key),
             value(time_key),
             value(burst_key),
@@ -151,11 +173,10 @@ impl RateLimits {
             (Some(_), None, _) => Err(LimitError::Missing(time_key)),
             (None, ..) => Err(LimitError::Missing(size_key)),
         };
-        let [bw_size, bw_time, bw_burst, ops_size, ops_time, ops_burst] =
-            FIELDS.map(|field| field.name);
+        let [bandwidth, ops] = keys;
         Ok(Self {
-            bandwidth: bucket([bw_size, bw_time, bw_burst])?,
-            ops: bucket([ops_size, ops_time, ops_burst])?,
+            bandwidth: bucket(bandwidth)?,
+            ops: bucket(ops)?,
         })
     }
 
@@ -165,7 +186,7 @@ impl RateLimits {
     ///
     /// [`LimitError::NoTime`].
     pub fn check(&self) -> Result<(), LimitError> {
-        let [_, bw_time, _, _, ops_time, _] = FIELDS.map(|field| field.name);
+        let [bw_time, ops_time] = KEYS.map(|[_, time, _]| time);
         for (bucket, key) in [(self.bandwidth, bw_time), (self.ops, ops_time)] {
             if bucket.is_some_and(|bucket| bucket.is_endless()) {
                 return Err(LimitError::NoTime(key));

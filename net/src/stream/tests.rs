@@ -1,20 +1,7 @@
 use std::os::unix::net::UnixListener;
 
 use super::*;
-use crate::frame::IoVec;
-
-#[expect(unsafe_code, reason = "memory of the test's own")]
-fn with_pieces<T>(parts: &mut [Vec<u8>], call: impl FnOnce(Pieces<'_>) -> T) -> T {
-    let list: Vec<IoVec> = parts
-        .iter_mut()
-        .map(|part| IoVec {
-            base: part.as_mut_ptr(),
-            len: part.len(),
-        })
-        .collect();
-    // SAFETY: the vectors are borrowed while this runs and nobody else has them.
-    call(unsafe { Pieces::new(&list) })
-}
+use crate::frame::testing::with_pieces;
 
 /// A port, and the server's end of it.
 fn connected() -> (Box<dyn Port>, UnixStream) {

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use super::*;
 use crate::backend::{Request, Source};
-use crate::frame::{IoVec, Pieces};
+use crate::frame::testing::with_pieces;
 
 /// Moves this thread into a new network namespace, if taps can be had there.
 #[expect(unsafe_code, reason = "unshare")]
@@ -226,19 +226,6 @@ fn descriptors_that_are_no_tap_or_not_as_needed_are_refused() {
     drop(tap);
     // It stays open for the next time.
     drop(open(&passed(&[a.as_raw_fd()], 1)).unwrap());
-}
-
-#[expect(unsafe_code, reason = "memory of the test's own")]
-fn with_pieces<T>(parts: &mut [Vec<u8>], call: impl FnOnce(Pieces<'_>) -> T) -> T {
-    let list: Vec<IoVec> = parts
-        .iter_mut()
-        .map(|part| IoVec {
-            base: part.as_mut_ptr(),
-            len: part.len(),
-        })
-        .collect();
-    // SAFETY: the vectors are borrowed while this runs and nobody else has them.
-    call(unsafe { Pieces::new(&list) })
 }
 
 /// Waits until the port can be read, and reads.

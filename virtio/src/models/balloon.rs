@@ -31,7 +31,7 @@ use self::view::lock;
 pub use self::view::{BalloonChange, BalloonView, GuestStatistics, HintChange, NoBalloon};
 use self::worker::Worker;
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice,
+    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
@@ -216,12 +216,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let space = self.config_space();
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (to, byte) in data.iter_mut().zip(space.as_bytes().iter().skip(from)) {
-            *to = *byte;
-        }
+        read_space(self.config_space().as_bytes(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -49,7 +49,7 @@ use self::tally::Tallies;
 use self::worker::{Service, Worker};
 use crate::device::{
     ActivateError, Activation, ActiveQueue, Counters, DiskReport, Identity, Notifier, Preparation, Prepared, ReconfigureError,
-    Reconfigured, ResizeError, StoppedQueue, VirtioDevice,
+    Reconfigured, ResizeError, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::limit::{Clock, Throttle};
 use crate::memory::GuestMemory;
@@ -279,15 +279,7 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let space = self.config_space();
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| space.as_bytes().get(offset..))
-            .unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(bytes) {
-            *to = *from;
-        }
+        read_space(self.config_space().as_bytes(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

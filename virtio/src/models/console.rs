@@ -35,7 +35,7 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice,
+    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
@@ -244,13 +244,7 @@ impl VirtioDevice for Console {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let there = config.get(offset..).unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(there) {
-            *to = *from;
-        }
+        read_space(&self.config(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

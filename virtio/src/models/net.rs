@@ -45,7 +45,7 @@ use self::transmit::Transmitter;
 use self::worker::{Pair, Queues, Worker};
 use crate::device::{
     ActivateError, Activation, ActiveQueue, Counters, Identity, Preparation, Prepared,
-    ReconfigureError, Reconfigured, StoppedQueue, VirtioDevice,
+    ReconfigureError, Reconfigured, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::limit::{Clock, Limiter, Throttle};
 use crate::models::BuildContext;
@@ -67,7 +67,7 @@ mod tests;
 mod transmit;
 mod worker;
 
-pub use self::config::{MODEL, NetConfig, NetLimits, random_mac};
+pub use self::config::{MODEL, NetConfig, NetLimits, RX_KEYS, TX_KEYS, random_mac};
 pub use self::saved::NetV1;
 
 /// What the guest sees of a network device, beside its network.
@@ -299,15 +299,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let space = self.config_space();
-        let bytes = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| space.as_bytes().get(offset..))
-            .unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(bytes) {
-            *to = *from;
-        }
+        read_space(self.config_space().as_bytes(), offset, data);
     }
 
     /// Nothing of it can be written: the address is set by the control queue (5.1.4.1).

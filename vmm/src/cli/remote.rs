@@ -3,6 +3,7 @@
 mod agent;
 mod console;
 mod coredump;
+mod device;
 mod disk;
 mod events;
 mod jobs;

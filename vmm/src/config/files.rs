@@ -188,6 +188,21 @@ pub fn check_own<'a>(
         .try_for_each(|(flag, path)| claim(&mut used, flag, path.to_owned()))
 }
 
+/// [`check`] and [`check_machine`]: what holds of a machine of a client.
+///
+/// # Errors
+///
+/// [`ConfigError::SameDisk`] and [`ConfigError::OutputInUse`].
+pub fn check_all(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+    own: &OwnFiles,
+) -> Result<(), ConfigError> {
+    check(config, models, opener)?;
+    check_machine(config, models, opener, own)
+}
+
 /// Checks that a machine of a client neither writes over the monitor's own files nor reads what the monitor
 /// writes.
 ///

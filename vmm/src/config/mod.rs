@@ -293,7 +293,7 @@ impl RateLimitGroupConfig {
         };
         let map = flag::parse(&table, text)?;
         let number = |key: &str| map.get(key).and_then(Value::as_u64);
-        let limits = RateLimits::from_keys(number)
+        let limits = RateLimits::from_keys(limit::KEYS, number)
             .map_err(|error| FlagError::of_limits(GROUP_FLAG, error))?;
         let id = map.get("id").and_then(Value::as_str).unwrap_or_default();
         Ok(Self {

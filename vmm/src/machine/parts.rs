@@ -17,7 +17,8 @@ use super::bay::OpenDevice;
 use super::build::{Payload, open_baseline};
 use super::driver::Opening;
 use super::inbox::Mailbox;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::VmConfig;
+use crate::config::files::{self, OwnFiles};
 use crate::console::port::PortBoard;
 use crate::kvm::baseline::Baseline;
 use crate::opener::Opener;
@@ -123,8 +124,8 @@ impl Drop for Bell {
 }
 
 impl PendingParts {
-    /// Begins to open what `config` (complete and validated) names, if `check`, which looks at the same storage,
-    /// has nothing against it. [`PendingParts::take`] has news when
+    /// Begins to open what `config` (complete and validated) names, once its files are seen to be its own,
+    /// where `own`, the monitor's files, are given. [`PendingParts::take`] has news when
     /// `mailbox` has been roused. Signals are blocked already, as for [`super::build::build`].
     ///
     /// # Errors
@@ -136,7 +137,7 @@ impl PendingParts {
         opener: &Arc<Opener>,
         opening: &Opening,
         mailbox: &Mailbox,
-        check: impl FnOnce() -> Result<(), ConfigError> + Send + 'static,
+        own: Option<OwnFiles>,
     ) -> Result<Self, MachineError> {
         let slot = opening.begin().ok_or(MachineError::Opening)?;
         let opened = Opened::of(config);
@@ -149,7 +150,10 @@ impl PendingParts {
             let _bell = bell;
             let _slot = slot;
             let sender: Sender<News> = sender;
-            let end = check().map_err(MachineError::Files).and_then(|()| {
+            let checked = own.map_or(Ok(()), |own| {
+                files::check_all(&config, models, &opener, &own)
+            });
+            let end = checked.map_err(MachineError::Files).and_then(|()| {
                 open_each(&config, models, &opener, (&groups, &ports), |part| {
                     sender.send(News::Part(part)).is_ok()
                 })

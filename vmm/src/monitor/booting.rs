@@ -5,13 +5,12 @@
 //! `vmm.shutdown`. Other commands wait for the machine, and a command that came after one of them does so too,
 //! unless that takes [`GRACE`] or ends the monitor.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, VmState};
 
 use super::{After, Monitor};
-use crate::config::{GuestAction, VmConfig, files};
+use crate::config::{GuestAction, VmConfig};
 use crate::machine::driver::{Ears, Outcome, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::parts::{Parts, PendingParts};
@@ -48,17 +47,9 @@ impl Monitor {
         unchecked: bool,
     ) -> Result<Opened, MachineError> {
         let (models, mailbox) = (self.models, &self.mailbox);
-        let (whole, opener) = (config.clone(), Arc::clone(&self.opener));
-        let own = ears.consoles.reserved().clone();
-        let check = move || {
-            if !unchecked {
-                return Ok(());
-            }
-            files::check(&whole, models, &opener)?;
-            files::check_machine(&whole, models, &opener, &own)
-        };
+        let own = unchecked.then(|| ears.consoles.reserved().clone());
         let mut pending =
-            PendingParts::begin(config, models, &self.opener, &self.opening, mailbox, check)?;
+            PendingParts::begin(config, models, &self.opener, &self.opening, mailbox, own)?;
         let late = Instant::now() + GRACE;
         loop {
             if ears.asked_to_end() {

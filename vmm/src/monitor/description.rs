@@ -187,7 +187,8 @@ impl Description {
             .validate(models, &HostLimits::read())
             .map_err(|error| ControlError::from(&error))?;
         if names_files {
-            new.check_files(models, opener, own)?;
+            files::check_all(&new.config, models, opener, own)
+                .map_err(|error| ControlError::from(&error))?;
         }
         Ok(new)
     }
@@ -380,21 +381,7 @@ impl Description {
         name_devices(&mut self.wire);
     }
 
-    /// The rules that need the host's files, which may have changed since. `own` are the monitor's.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Conflict`].
-    pub fn check_files(
-        &self,
-        models: &'static [Model],
-        opener: &Opener,
-        own: &OwnFiles,
-    ) -> Result<(), ControlError> {
-        check_files(&self.config, models, opener, own)
-    }
-
-    /// [`Description::check_files`] for this machine with `device`, which is new or takes the place of the one
+    /// [`files::check_all`] for this machine with `device`, which is new or takes the place of the one
     /// that has its id. What is returned does it, on any thread: the host may take long.
     pub fn file_check(
         &self,
@@ -407,19 +394,11 @@ impl Description {
         config.devices.retain(|known| known.id != device.id);
         config.devices.push(device.clone());
         let (opener, own) = (Arc::clone(opener), own.clone());
-        move || check_files(&config, models, &opener, &own)
+        move || {
+            files::check_all(&config, models, &opener, &own)
+                .map_err(|error| ControlError::from(&error))
+        }
     }
-}
-
-fn check_files(
-    config: &VmConfig,
-    models: &[Model],
-    opener: &Opener,
-    own: &OwnFiles,
-) -> Result<(), ControlError> {
-    files::check(config, models, opener)
-        .and_then(|()| files::check_machine(config, models, opener, own))
-        .map_err(|error| ControlError::from(&error))
 }
 
 /// A device that is to be added, with its name.

@@ -336,6 +336,22 @@ fn force_ends_a_machine_that_does_not_hear_the_button() {
     machine.ends_with(0);
 }
 
+/// A machine whose guest ignores that it is to give its disk up, and the verb that waits for it.
+fn removing(user: &User, name: &str) -> (Vireo, Vireo) {
+    fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
+    let flags = ["--disk", "path=a.img,format=raw,id=data"];
+    let mut machine = user.start(name, "poke", "outs halt", &flags);
+    machine.stdout.wait_for("outs=");
+    let verb = Vireo::spawn(&mut user.command(&["disk", "remove", name, "data"]));
+    let mut client = Client::connect(user.socket(name)).unwrap();
+    until("the request to the guest", || {
+        let devices = client.devices().unwrap();
+        let asked = |device: &DeviceInfo| device.state == DeviceState::Removing;
+        devices.iter().any(asked).then_some(())
+    });
+    (machine, verb)
+}
+
 #[test]
 fn a_removal_that_the_machines_end_finishes_is_done_and_one_that_nobody_finishes_is_told_so() {
     if !can_run() {
@@ -344,17 +360,7 @@ fn a_removal_that_the_machines_end_finishes_is_done_and_one_that_nobody_finishes
     for killed in [false, true] {
         let user = User::new();
         let name = user.name();
-        fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
-        let flags = ["--disk", "path=a.img,format=raw,id=data"];
-        let mut machine = user.start(&name, "poke", "outs halt", &flags);
-        machine.stdout.wait_for("outs=");
-        let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
-        let mut client = Client::connect(user.socket(&name)).unwrap();
-        until("the request to the guest", || {
-            let devices = client.devices().unwrap();
-            let asked = |device: &DeviceInfo| device.state == DeviceState::Removing;
-            devices.iter().any(asked).then_some(())
-        });
+        let (mut machine, mut verb) = removing(&user, &name);
         if killed {
             machine.signal("KILL");
             verb.ends_with(1);
@@ -376,17 +382,7 @@ fn a_removal_that_a_restart_of_the_guest_finishes_is_done() {
     for restart in ["reset", "reboot"] {
         let user = User::new();
         let name = user.name();
-        fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
-        let flags = ["--disk", "path=a.img,format=raw,id=data"];
-        let mut machine = user.start(&name, "poke", "outs halt", &flags);
-        machine.stdout.wait_for("outs=");
-        let mut verb = Vireo::spawn(&mut user.command(&["disk", "remove", &name, "data"]));
-        let mut client = Client::connect(user.socket(&name)).unwrap();
-        until("the request to the guest", || {
-            let devices = client.devices().unwrap();
-            let asked = |device: &DeviceInfo| device.state == DeviceState::Removing;
-            devices.iter().any(asked).then_some(())
-        });
+        let (mut machine, mut verb) = removing(&user, &name);
         assert_eq!(user.done(&[restart, &name]), "");
         verb.ends_with(0);
         assert_eq!(

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{Blk, BlkSettings};
 use crate::device::VirtioDevice;
-use crate::limit::{self, LimitError, Limiter, RateGroups, RateLimits, Throttle};
+use crate::limit::{self, Limiter, RateGroups, RateLimits, Throttle};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -348,17 +348,7 @@ impl BlkConfig {
             "ops_one_time_burst" => self.ops_one_time_burst,
             _ => None,
         };
-        RateLimits::from_keys(value).map_err(|error| BuildError::Field {
-            field: error.key(),
-            reason: match error {
-                LimitError::Missing(_) => {
-                    "it is missing beside the other keys of the limit: give it too".to_owned()
-                }
-                LimitError::NoTime(_) => {
-                    "0: no bucket fills in no time: give milliseconds, or no limit".to_owned()
-                }
-            },
-        })
+        Ok(RateLimits::from_keys(limit::KEYS, value)?)
     }
 
     /// The limits that hold for the disk, with full buckets of its own.

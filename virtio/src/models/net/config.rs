@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::spec::MIN_MTU;
 use super::{Net, NetSettings};
 use crate::device::VirtioDevice;
-use crate::limit::{LimitError, RateLimits};
+use crate::limit::{self, Keys, RateLimits};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -312,6 +312,32 @@ pub struct NetLimits {
     pub tx: RateLimits,
 }
 
+/// The keys of the limits of frames that go to the guest.
+pub const RX_KEYS: Keys = [
+    [
+        "rx_bw_size",
+        "rx_bw_refill_time",
+        "rx_bw_one_time_burst",
+    ],
+    [
+        "rx_ops_size",
+        "rx_ops_refill_time",
+        "rx_ops_one_time_burst",
+    ],
+];
+/// The keys of the limits of frames that come from the guest.
+pub const TX_KEYS: Keys = [
+    [
+        "tx_bw_size",
+        "tx_bw_refill_time",
+        "tx_bw_one_time_burst",
+    ],
+    [
+        "tx_ops_size",
+        "tx_ops_refill_time",
+        "tx_ops_one_time_burst",
+    ],
+];
 const DEFAULT_TAP: &str = "vmtap%d";
 const MAX_PAIRS: u16 = 64;
 const MAX_MTU: u16 = 65_521;
@@ -507,28 +533,17 @@ impl NetConfig {
     /// [`BuildError::Field`] when half a limit is given, or one that fills in no time.
     pub fn rate_limits(&self) -> Result<NetLimits, BuildError> {
         let values = serde_json::to_value(self).unwrap_or_default();
-        let limits = |prefix: &str| {
-            let value = |key: &str| values.get(format!("{prefix}{key}"))?.as_u64();
-            RateLimits::from_keys(value).map_err(|error| BuildError::Field {
-                field: error.key(),
-                reason: match error {
-                    LimitError::Missing(key) => {
-                        format!("{prefix}{key} is missing beside the limit's other keys: give it too")
-                    }
-                    LimitError::NoTime(key) => format!(
-                        "{prefix}{key}=0: no bucket fills in no time: give milliseconds, or no limit"
-                    ),
-                },
-            })
+        let limits = |keys| {
+            RateLimits::from_keys(keys, |key| values.get(key)?.as_u64()).map_err(BuildError::from)
         };
-        let both = limits("")?;
+        let both = limits(limit::KEYS)?;
         let over = |own: RateLimits| RateLimits {
             bandwidth: own.bandwidth.or(both.bandwidth),
             ops: own.ops.or(both.ops),
         };
         Ok(NetLimits {
-            rx: over(limits("rx_")?),
-            tx: over(limits("tx_")?),
+            rx: over(limits(RX_KEYS)?),
+            tx: over(limits(TX_KEYS)?),
         })
     }
 

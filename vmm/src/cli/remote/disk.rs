@@ -14,6 +14,7 @@ use virtio::schema::{Field, FieldKind};
 use super::super::Misuse;
 use super::super::table::table;
 use super::super::target::{Remote, SocketFlag, Target};
+use super::device::{self, Noun};
 use super::{print, print_json, removal, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
@@ -51,6 +52,10 @@ const RESIZE_EXAMPLES: &str = "\
 Examples:
   vireo disk resize web data 20G";
 
+const NOUN: Noun = Noun {
+    full: "disk",
+    short: "disk",
+};
 const LIMITS: &str = "limits";
 const PATH: &str = "path";
 
@@ -200,11 +205,8 @@ fn list(arguments: &ListArgs) -> anyhow::Result<()> {
 
 /// The disks of the description, with what the machine says of them.
 fn disks(remote: &mut Remote) -> anyhow::Result<Vec<Row>> {
-    let info = remote.client.info();
-    let info = info.map_err(|error| remote.failed(error))?;
-    let devices = remote.client.devices();
-    let devices = devices.map_err(|error| remote.failed(error))?;
-    Ok(rows(info.config.disks.unwrap_or_default(), devices))
+    let (config, devices) = device::described(remote)?;
+    Ok(rows(config.disks.unwrap_or_default(), devices))
 }
 
 fn rows(disks: Vec<wire::DiskConfig>, devices: Vec<wire::DeviceInfo>) -> Vec<Row> {
@@ -236,30 +238,16 @@ fn described(text: &str) -> anyhow::Result<wire::VirtioConfig> {
         DeviceConfig::from_flag(&MODEL, "disk", text).map_err(|error| misuse(&error))?;
     let directory = std::env::current_dir().context("the working directory is gone")?;
     make_device_paths_absolute(&mut device, &directory, &[MODEL]);
-    let Value::Object(config) = device.config else {
-        anyhow::bail!("the configuration of a disk is no object");
-    };
-    Ok(wire::VirtioConfig {
-        kind: device.kind,
-        id: Some(device.id).filter(|id| !id.is_empty()),
-        address: device.address,
-        config,
-    })
+    device::request(device, &NOUN)
 }
 
 fn add(arguments: AddArgs) -> anyhow::Result<()> {
     let (mut remote, [text]) = arguments
         .socket
         .connect_and_split(arguments.words, ["path=PATH,…"])?;
-    let added = remote.client.add_virtio(&described(&text)?);
-    let added = added.map_err(|error| remote.failed(error))?;
-    match added {
-        _ if arguments.json => print_json(&added),
-        Some(place) => print(&format!("{} is at {}\n", place.id, place.bdf)),
-        None => print(
-            "the disk will be there when the machine is booted: 'vireo disk list' tells its id\n",
-        ),
-    }
+    let later =
+        "the disk will be there when the machine is booted: 'vireo disk list' tells its id\n";
+    device::add(&mut remote, &described(&text)?, arguments.json, later)
 }
 
 fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
@@ -267,15 +255,8 @@ fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
         .socket
         .connect_and_split(arguments.words, ["DISK"])?;
     let known = disks(&mut remote)?;
-    if known.iter().all(|row| row.id != id) {
-        let ids: Vec<&str> = known.iter().map(|row| row.id.as_str()).collect();
-        let those = match ids.as_slice() {
-            [] => "it has none".to_owned(),
-            ids => format!("its disks are {}", ids.join(", ")),
-        };
-        anyhow::bail!("{} has no disk '{id}': {those}", remote.who);
-    }
-    removal::of(&mut remote, &id, "disk", arguments.timeout)
+    device::check_known(&remote, &id, &NOUN, known.iter().map(|row| row.id.as_str()))?;
+    removal::of(&mut remote, &id, &NOUN, arguments.timeout)
 }
 
 /// What `vm.update-disk` takes for the text of `vireo disk update`.
@@ -291,7 +272,7 @@ fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateDisk> {
     if keys.is_empty() {
         return Err(Misuse(format!("{flag}: nothing is to change: give key=value")).into());
     }
-    let limits = RateLimits::from_keys(|key| keys.get(key).and_then(Value::as_u64));
+    let limits = RateLimits::from_keys(limit::KEYS, |key| keys.get(key).and_then(Value::as_u64));
     let limits = limits.map_err(|error| misuse(FlagError::of_limits(flag, error)))?;
     let lifted = keys.contains_key(LIMITS);
     if lifted && limits != RateLimits::default() {

@@ -4,13 +4,14 @@ use api::wire::{self, DeviceState, LinkState, RateLimiterConfig, VmUpdateNet};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::Value;
-use virtio::limit::RateLimits;
-use virtio::models::net::MODEL;
+use virtio::limit::{self, RateLimits};
+use virtio::models::net::{MODEL, RX_KEYS, TX_KEYS};
 use virtio::schema::{Field, FieldKind};
 
 use super::super::Misuse;
 use super::super::table::table;
 use super::super::target::{Remote, SocketFlag, Target};
+use super::device::{self, Noun};
 use super::{print, print_json, removal, word};
 use crate::config::DeviceConfig;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -45,6 +46,10 @@ Examples:
       At most 10,000 frames in a second from the guest.
   vireo net update web lan limits=off";
 
+const NOUN: Noun = Noun {
+    full: "network card",
+    short: "card",
+};
 const LIMITS: &str = "limits";
 const LINK: &str = "link";
 
@@ -131,11 +136,8 @@ struct Row {
 
 /// The cards of the description, with what the machine says of them.
 fn cards(remote: &mut Remote) -> anyhow::Result<Vec<Row>> {
-    let info = remote.client.info();
-    let info = info.map_err(|error| remote.failed(error))?;
-    let devices = remote.client.devices();
-    let devices = devices.map_err(|error| remote.failed(error))?;
-    Ok(rows(info.config.net.unwrap_or_default(), &devices))
+    let (config, devices) = device::described(remote)?;
+    Ok(rows(config.net.unwrap_or_default(), &devices))
 }
 
 fn rows(nets: Vec<wire::NetConfig>, devices: &[wire::DeviceInfo]) -> Vec<Row> {
@@ -182,32 +184,20 @@ fn list(arguments: &ListArgs) -> anyhow::Result<()> {
 fn described(text: &str) -> anyhow::Result<wire::VirtioConfig> {
     let device = DeviceConfig::from_flag(&MODEL, "net", text)
         .map_err(|error| Misuse(crate::error::chain(&error)))?;
-    let Value::Object(config) = device.config else {
-        anyhow::bail!("the configuration of a network card is no object");
-    };
-    if config.contains_key("fd") {
+    let card = device::request(device, &NOUN)?;
+    if card.config.contains_key("fd") {
         let reason = "net: fd: a running monitor has other descriptors: name the tap, or use vm.add-net of the control socket";
         return Err(Misuse(reason.to_owned()).into());
     }
-    Ok(wire::VirtioConfig {
-        kind: device.kind,
-        id: Some(device.id).filter(|id| !id.is_empty()),
-        address: device.address,
-        config,
-    })
+    Ok(card)
 }
 
 fn add(arguments: AddArgs) -> anyhow::Result<()> {
     let (mut remote, [text]) = arguments
         .socket
         .connect_and_split(arguments.words, ["key=value,…"])?;
-    let added = remote.client.add_virtio(&described(&text)?);
-    let added = added.map_err(|error| remote.failed(error))?;
-    match added {
-        _ if arguments.json => print_json(&added),
-        Some(place) => print(&format!("{} is at {}\n", place.id, place.bdf)),
-        None => print("the card will be there when the machine is booted\n"),
-    }
+    let later = "the card will be there when the machine is booted\n";
+    device::add(&mut remote, &described(&text)?, arguments.json, later)
 }
 
 fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
@@ -215,15 +205,8 @@ fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
         .socket
         .connect_and_split(arguments.words, ["CARD"])?;
     let known = cards(&mut remote)?;
-    if known.iter().all(|row| row.id != id) {
-        let ids: Vec<&str> = known.iter().map(|row| row.id.as_str()).collect();
-        let those = match ids.as_slice() {
-            [] => "it has none".to_owned(),
-            ids => format!("its cards are {}", ids.join(", ")),
-        };
-        anyhow::bail!("{} has no network card '{id}': {those}", remote.who);
-    }
-    removal::of(&mut remote, &id, "card", arguments.timeout)
+    device::check_known(&remote, &id, &NOUN, known.iter().map(|row| row.id.as_str()))?;
+    removal::of(&mut remote, &id, &NOUN, arguments.timeout)
 }
 
 /// The keys of `vireo net update`: those of limits among the model's, and two more.
@@ -261,17 +244,12 @@ fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateNet> {
     if keys.is_empty() {
         return Err(Misuse(format!("{flag}: nothing is to change: give key=value")).into());
     }
-    let limits = |prefix: &str| {
-        let value = |key: &str| keys.get(&format!("{prefix}{key}")).and_then(Value::as_u64);
-        let limits = RateLimits::from_keys(value);
-        let missing = |key| {
-            Misuse(format!(
-                "{flag}: '{prefix}{key}' is missing: add {prefix}{key}=…"
-            ))
-        };
-        limits.map(rate_limiter).map_err(missing)
+    let limits = |names| {
+        let limits = RateLimits::from_keys(names, |key| keys.get(key).and_then(Value::as_u64));
+        let limits = limits.map_err(|error| misuse(FlagError::of_limits(flag, error)));
+        limits.map(rate_limiter)
     };
-    let (both, rx, tx) = (limits("")?, limits("rx_")?, limits("tx_")?);
+    let (both, rx, tx) = (limits(limit::KEYS)?, limits(RX_KEYS)?, limits(TX_KEYS)?);
     let lifted = keys.contains_key(LIMITS);
     if lifted && (both.is_some() || rx.is_some() || tx.is_some()) {
         return Err(Misuse(format!("{flag}: limits=off and other limits: give either")).into());
@@ -337,6 +315,15 @@ mod tests {
         assert_eq!((limited.link, limited.rx_rate_limiter_config), (None, None));
         let lifted = change("limits=off").unwrap().rate_limiter_config;
         assert_eq!(lifted, Some(RateLimiterConfig::default()));
+        let endless = change("rx_bw_size=1M,rx_bw_refill_time=0").unwrap_err();
+        assert!(
+            endless
+                .to_string()
+                .contains("rx_bw_refill_time=0: no bucket"),
+            "{endless}"
+        );
+        let half = change("tx_ops_size=1").unwrap_err().to_string();
+        assert!(half.contains("tx_ops_refill_time"), "{half}");
         for wrong in [
             "",
             "rx_bw_size=1M",

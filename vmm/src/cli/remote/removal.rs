@@ -7,6 +7,7 @@ use api::EventKind;
 use api::client::{Client, ClientError};
 
 use super::super::target::Remote;
+use super::device::Noun;
 use super::watch::Watch;
 
 /// Seconds that a guest has to give a device up.
@@ -14,9 +15,9 @@ pub(super) const TIMEOUT: u64 = 60;
 /// How often it is looked whether it has.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Has the guest give the device `id`, which is there and is a `kind`, up, and waits so many seconds until it has;
+/// Has the guest give the device `id`, which is there, up, and waits so many seconds until it has;
 /// 0 does not wait.
-pub(super) fn of(remote: &mut Remote, id: &str, kind: &str, seconds: u64) -> anyhow::Result<()> {
+pub(super) fn of(remote: &mut Remote, id: &str, noun: &Noun, seconds: u64) -> anyhow::Result<()> {
     let mut watch = Watch::of(remote).map_err(|error| remote.failed(error))?;
     let asked = remote.client.remove_device(id);
     asked.map_err(|error| remote.failed(error))?;
@@ -27,8 +28,8 @@ pub(super) fn of(remote: &mut Remote, id: &str, kind: &str, seconds: u64) -> any
     }
     wait(remote, &mut watch, id, deadline)?.with_context(|| {
         format!(
-            "{}: the guest has not given '{id}' up within {seconds} s: it may still do so, if it is able to remove PCI devices and does not use the {kind}",
-            remote.who
+            "{}: the guest has not given '{id}' up within {seconds} s: it may still do so, if it is able to remove PCI devices and does not use the {}",
+            remote.who, noun.short
         )
     })
 }
