@@ -14,7 +14,7 @@ use block::{Access, Opener};
 use net::{Backend, BackendError, Offloads, Packets, Port, Request};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
-use virtio::models::console::{HostEnd, Look, PortHost, Size};
+use virtio::models::console::{HostEnd, Look, PortHost};
 use virtio::models::{BuildContext, MODELS, Model};
 
 use crate::echo::{Echo, EchoControl};
@@ -83,8 +83,8 @@ impl HostEnd for Loop {
         Look {
             connected: true,
             changed: false,
-            // A driver that is told of it would be interrupted.
-            size: cfg!(fuzzing).then_some(Size { cols: 80, rows: 25 }),
+            // A driver that is told of one would be interrupted.
+            size: None,
         }
     }
 
