@@ -59,6 +59,8 @@ pub(super) struct SocketFlag {
 pub(super) struct Remote {
     /// Who it is, for messages: `machine 'web'`.
     pub who: String,
+    /// How the command line names it.
+    named: String,
     pub client: Client,
 }
 
@@ -115,6 +117,11 @@ impl Target {
 }
 
 impl Remote {
+    /// The machine as verbs take it: its name, or the flag with its socket.
+    pub fn named(&self) -> &str {
+        &self.named
+    }
+
     /// Puts the machine before what went wrong with it.
     pub fn failed(&self, error: ClientError) -> anyhow::Error {
         if matches!(error, ClientError::TimedOut { .. }) {
@@ -140,6 +147,9 @@ fn mend(reason: Reason) -> Option<&'static str> {
         Reason::NotCreated => Some(
             "the monitor has no machine: create one with vm.create, or end it with 'vireo destroy'",
         ),
+        Reason::PoweredOff | Reason::ResetAsked => {
+            Some("'vireo reset' and then 'vireo resume', or 'vireo shutdown --force'")
+        }
         // The messages say what is to be done, or that there is nothing to do.
         Reason::AlreadyCreated | Reason::Paused | Reason::ShuttingDown => None,
     }
@@ -194,7 +204,11 @@ fn connect_by(name: &str) -> anyhow::Result<Remote> {
     let path = socket_of(name)?;
     let who = called(name);
     match reach(&path, &who) {
-        Ok(client) => Ok(Remote { who, client }),
+        Ok(client) => Ok(Remote {
+            who,
+            named: name.to_owned(),
+            client,
+        }),
         Err(Unreachable::Absent(_)) => Err(no_such(name)),
         Err(Unreachable::Dead(_)) => anyhow::bail!(
             "{who} does not run: it has ended without removing its socket {}: start it again, which replaces that, or remove it with 'vireo destroy {name}'",
@@ -217,7 +231,11 @@ fn connect_to(path: &Path) -> anyhow::Result<Remote> {
     ));
     let who = format!("the machine at {}", path.display());
     match reach(path, &who) {
-        Ok(client) => Ok(Remote { who, client }),
+        Ok(client) => Ok(Remote {
+            who,
+            named: format!("--api-socket {}", path.display()),
+            client,
+        }),
         Err(Unreachable::Absent(error)) => {
             Err(anyhow::Error::new(error).context("--api-socket: no monitor listens there"))
         }

@@ -556,6 +556,10 @@ impl Driver {
     /// exit, and wait here for what becomes of them.
     fn on_guest(&mut self, request: GuestRequest) {
         self.machine.vcpus().pause();
+        if self.state().1.is_some_and(PauseReason::needs_reset) {
+            // Another vCPU's, of a guest that has done its last.
+            return;
+        }
         match request {
             GuestRequest::PowerOff | GuestRequest::PvShutdown => {
                 self.act(ExitReason::PowerOff);
@@ -597,7 +601,13 @@ impl Driver {
         let action = self.action(done);
         match action {
             GuestAction::Pause => {
-                if let Err(error) = self.pause(PauseReason::Guest)
+                let reason = match done {
+                    ExitReason::PowerOff => PauseReason::PowerOff,
+                    ExitReason::Reset => PauseReason::Reset,
+                    ExitReason::Watchdog => PauseReason::Watchdog,
+                    _ => PauseReason::GuestPanic,
+                };
+                if let Err(error) = self.pause(reason)
                     && !self.cut
                 {
                     self.fail("the guest could not be paused", &error);

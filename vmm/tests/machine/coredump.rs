@@ -197,10 +197,13 @@ fn a_pause_that_the_guest_has_asked_for_lasts_longer_than_its_dump() {
     assert_eq!(ended(&machine, &job.id).state, JobState::Completed);
     let paused = EventKind::State {
         state: VmState::Paused,
-        pause: Some(PauseReason::Guest),
+        pause: Some(PauseReason::PowerOff),
     };
     while machine.next_event() != paused {}
-    assert_eq!(machine.state(), (VmState::Paused, Some(PauseReason::Guest)));
+    assert_eq!(
+        machine.state(),
+        (VmState::Paused, Some(PauseReason::PowerOff))
+    );
 }
 
 #[test]

@@ -416,7 +416,64 @@ fn shutdown_tells_what_was_done_when_the_guest_powered_off() {
         verb.ends_with(code);
         let told = verb.stderr.rest();
         assert!(told.contains(part), "{told}");
-        user.done(&["destroy", &name]);
+        if action == "pause" {
+            has_powered_off(&user, &name);
+        } else {
+            user.done(&["destroy", &name]);
+        }
+        machine.ends_with(0);
+    }
+}
+
+/// A machine whose guest has powered off, which has paused it, says so and is ended as any that is off.
+fn has_powered_off(user: &User, name: &str) {
+    let row = user.listed(name).unwrap();
+    assert_eq!(
+        (&row["state"], &row["pause"]),
+        (&"paused".into(), &"power_off".into())
+    );
+    let info = user.done(&["info", name]);
+    assert!(
+        info.contains("paused (the guest has powered off)"),
+        "{info}"
+    );
+    let told = user.refused(1, &["resume", name]);
+    assert!(
+        told.contains("has powered off") && told.contains("'vireo reset'"),
+        "{told}"
+    );
+    assert_eq!(user.done(&["shutdown", name]), "");
+    assert!(!user.socket(name).exists());
+}
+
+#[test]
+fn shutdown_of_a_machine_that_a_panic_has_paused_says_so_and_names_the_mend() {
+    if !can_run() {
+        return;
+    }
+    for (word, flag, why, mend) in [
+        ("panic", "--on-panic", "kernel panicked", "vireo resume"),
+        (
+            "reset-cf9",
+            "--on-reboot",
+            "asked for a reset",
+            "vireo reset",
+        ),
+    ] {
+        let user = User::new();
+        let name = user.name();
+        let mut machine = user.start(&name, "poke", word, &[flag, "pause"]);
+        user.socket_when_there(&name);
+        until("the pause", || {
+            (user.listed(&name)?["state"] == "paused").then_some(())
+        });
+        let told = user.refused(1, &["shutdown", &name]);
+        assert!(
+            told.contains(why) && told.contains(&format!("'{mend} {name}'")),
+            "{told}"
+        );
+        let told = user.refused(6, &["shutdown", &name, "--force"]);
+        assert!(told.contains(why) && told.contains("was ended"), "{told}");
         machine.ends_with(0);
     }
 }

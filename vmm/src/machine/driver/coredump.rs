@@ -74,7 +74,7 @@ impl Driver {
         let (state, pause) = self.state();
         let command = Command::Coredump(request);
         if !permits(state, pause, &command) {
-            return Err(wrong_state(state, &command));
+            return Err(wrong_state(state, pause, &command));
         }
         let resume = state == VmState::Running;
         if resume {
