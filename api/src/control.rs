@@ -53,6 +53,8 @@ pub enum PauseReason {
     /// A disk's request failed and waits. It is done again when the machine
     /// is resumed, and the machine is paused again if that fails.
     DiskError,
+    /// A core dump is being written, after which it goes on.
+    Coredump,
     /// The guest has powered itself off, and is to be paused for that: there is nothing that could go on, and only a
     /// reset leads out.
     PowerOff,

@@ -43,6 +43,7 @@ pub fn wrong_state(state: VmState, pause: Option<PauseReason>, command: &Command
         (Command::Pause, VmState::Paused) => Reason::AlreadyPaused,
         (Command::Resume, VmState::Running) => Reason::NotPaused,
         (_, VmState::Paused) => match pause {
+            Some(PauseReason::Coredump) => Reason::CoreDump,
             Some(PauseReason::PowerOff) => Reason::PoweredOff,
             Some(PauseReason::Reset) => Reason::ResetAsked,
             _ => Reason::Paused,
@@ -164,6 +165,7 @@ mod tests {
         assert!(permits(PauseReason::DiskError));
         for reason in [
             PauseReason::Command,
+            PauseReason::Coredump,
             PauseReason::PowerOff,
             PauseReason::GuestPanic,
         ] {

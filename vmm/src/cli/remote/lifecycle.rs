@@ -178,13 +178,21 @@ fn shutdown_paused(
     if force {
         return end(remote, watch, &deaf);
     }
-    let name = remote.named();
-    let again = if pause.is_some_and(PauseReason::needs_reset) {
-        format!("start the guest again with 'vireo reset {name}' and 'vireo resume {name}'")
-    } else {
-        format!("resume it first with 'vireo resume {name}'")
-    };
+    let again = again(pause, remote.named());
     anyhow::bail!("{} {deaf}: {again}, or end it with --force", remote.who)
+}
+
+/// How a machine comes to run again that is paused.
+fn again(pause: Option<PauseReason>, name: &str) -> String {
+    match pause {
+        Some(reason) if reason.needs_reset() => {
+            format!("start the guest again with 'vireo reset {name}' and 'vireo resume {name}'")
+        }
+        Some(PauseReason::Coredump) => {
+            format!("wait for the dump, or cancel its job, which 'vireo jobs list {name}' tells")
+        }
+        _ => format!("resume it first with 'vireo resume {name}'"),
+    }
 }
 
 /// Ends, by force, a machine that `why` tells of; the exit code.
@@ -200,9 +208,10 @@ fn tell_paused(remote: &Remote, pause: PauseReason) -> u8 {
         PauseReason::GuestPanic => ("--on-panic", ExitReason::GuestPanic),
         PauseReason::Watchdog => ("--on-watchdog", ExitReason::Watchdog),
         PauseReason::Reset => ("--on-reboot", ExitReason::Reset),
-        PauseReason::PowerOff | PauseReason::Command | PauseReason::DiskError => {
-            ("--on-poweroff", ExitReason::PowerOff)
-        }
+        PauseReason::PowerOff
+        | PauseReason::Command
+        | PauseReason::DiskError
+        | PauseReason::Coredump => ("--on-poweroff", ExitReason::PowerOff),
     };
     message::warn(&format!(
         "{}: {}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",
@@ -278,4 +287,24 @@ fn tell(remote: &Remote, end: &End) -> u8 {
     });
     message::warn(&format!("{}: {how}{detail}", remote.who));
     exit_code(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_cannot_shut_a_paused_machine_down_hears_how_it_runs_again() {
+        for (pause, part) in [
+            (Some(PauseReason::Command), "'vireo resume web'"),
+            (Some(PauseReason::DiskError), "'vireo resume web'"),
+            (Some(PauseReason::Reset), "'vireo reset web'"),
+            (Some(PauseReason::Coredump), "'vireo jobs list web'"),
+            // A monitor of before.
+            (None, "'vireo resume web'"),
+        ] {
+            let told = again(pause, "web");
+            assert!(told.contains(part), "{told}");
+        }
+    }
 }
