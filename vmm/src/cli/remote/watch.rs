@@ -120,7 +120,7 @@ impl Watch {
                 EventKind::State {
                     pause: Some(pause), ..
                 } if is_of_guest(pause) => return Ok(Some(Fate::Paused(pause))),
-                EventKind::Rebooting => return Ok(Some(Fate::Restarted(doing))),
+                EventKind::Rebooting | EventKind::Reset => return Ok(Some(Fate::Restarted(doing))),
                 EventKind::GuestPanic => doing = Doing::Panicked,
                 EventKind::Watchdog => doing = Doing::Watchdog,
                 _ => (),

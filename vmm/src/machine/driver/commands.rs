@@ -64,7 +64,7 @@ impl Driver {
                 Ok(())
             }
             Command::Nmi => self.machine.inject_nmi(),
-            Command::Reset => self.reset(),
+            Command::Reset => self.reset(EventKind::Reset),
             Command::Resize(request) => return self.resize(&request).map(|()| Reply::Done),
             Command::RemoveDevice(request) => {
                 let asked = self.machine.request_removal(&request.id);
