@@ -228,16 +228,15 @@ fn restarted(config: &VmConfig, doing: Doing) -> String {
         (Doing::Panicked, _) => "panicked, and --on-panic=restart",
         (Doing::Watchdog, _) => "did not feed its watchdog, and --on-watchdog=restart",
         (Doing::Asked, true) => "has powered off, and --on-poweroff=restart",
-        (Doing::Asked, false) => "was to power off, and somebody's reboot",
+        (Doing::Asked, false) => "was to power off, and somebody's reboot or reset",
     };
     format!("still runs: its guest {how} has started it again")
 }
 
 pub(super) fn destroy(arguments: &PlainArgs, opener: &Opener) -> anyhow::Result<()> {
-    if arguments.target.clear_dead(opener)? {
+    let Some(mut remote) = arguments.target.connect_or_clear(opener)? else {
         return Ok(());
-    }
-    let mut remote = arguments.target.connect()?;
+    };
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     quit(&mut remote, &mut watch)
 }

@@ -87,6 +87,7 @@ impl Row {
             Standing::Empty => ("no machine".to_owned(), None),
             Standing::Silent => ("not responding".to_owned(), None),
             Standing::Dead => ("dead".to_owned(), None),
+            Standing::NoSocket => ("no socket".to_owned(), None),
         };
         Self {
             name: found.name,
