@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use block::{Access, Address};
 use kvm_ioctls::Kvm;
 
+use crate::machine::beside::put_away;
 use crate::places;
 
 mod connect;
@@ -152,9 +153,19 @@ pub struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
-            // Somebody else may just have removed it; then it is gone as well.
-            let _ = fs::remove_file(&self.path);
+        struct Named(PathBuf, (u64, u64));
+        impl Drop for Named {
+            fn drop(&mut self) {
+                if identity(&self.0).is_ok_and(|found| found == self.1) {
+                    // Somebody else may just have removed it; then it is gone as well.
+                    let _ = fs::remove_file(&self.0);
+                }
+            }
+        }
+        let path = std::mem::take(&mut self.path);
+        // Who ends something with a socket may be the control thread.
+        if !put_away(Named(path, self.identity)) {
+            tracing::warn!("the file of a socket is not removed yet: its storage does not answer");
         }
     }
 }

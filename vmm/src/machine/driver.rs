@@ -23,7 +23,7 @@ use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use self::aside::Asides;
-pub use self::aside::Opening;
+use super::beside::Opening;
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
