@@ -372,7 +372,7 @@ impl Driver {
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
-        self.give_up_dump(self.patience());
+        self.give_up_dump();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }

@@ -2,21 +2,23 @@
 //! hears signals and commands, and answers readers.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 
-use api::wire::VmConsole;
-use api::{Answer, Command as Ask, Control, ControlError, ErrorKind, Reply};
+use api::wire::{JobInfo, JobState, VmConsole, VmCoredumpData};
+use api::{Answer, Command as Ask, Control, ControlError, ErrorKind, Reply, VmState};
 use serde_json::{from_value, json};
 use vmm::machine::inbox::Message;
 
-use crate::support::{LIMIT, Local, can_run, config, skip};
+use crate::support::{LIMIT, Local, can_run, config, skip, until};
 
 /// The file system. What waits for it fails once this is dropped.
 pub struct Hung {
     directory: tempfile::TempDir,
-    _server: File,
+    server: File,
 }
 
 impl Hung {
@@ -30,10 +32,7 @@ impl Hung {
             Ok(server)
         });
         match mounted {
-            Ok(server) => Some(Self {
-                directory,
-                _server: server,
-            }),
+            Ok(server) => Some(Self { directory, server }),
             Err(error) => {
                 skip(&format!("no file system can be mounted here: {error}"));
                 None
@@ -41,9 +40,51 @@ impl Hung {
         }
     }
 
+    /// One where files can be made and never be written.
+    pub fn with_files() -> Option<Self> {
+        let hung = Self::mount()?;
+        let server = hung.server.try_clone().unwrap();
+        thread::spawn(move || make_files(&server));
+        Some(hung)
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
+}
+
+/// The server's answers where files can be made and never be written: those of `FUSE_LOOKUP` (there is nothing yet),
+/// `FUSE_INIT` and `FUSE_CREATE` (Linux, `include/uapi/linux/fuse.h`).
+fn make_files(mut server: &File) {
+    const LOOKUP: u32 = 1;
+    const INIT: u32 = 26;
+    const CREATE: u32 = 35;
+    let mut request = vec![0; 1 << 17];
+    while let Ok(40..) = server.read(&mut request) {
+        let opcode = u32::from_ne_bytes(request[4..8].try_into().unwrap());
+        let (error, body) = match opcode {
+            LOOKUP => (-libc::ENOENT, Vec::new()),
+            // Version 7.31 with a limit for writes; an entry whose node is 2, a regular file, and its handle.
+            INIT => (0, words(16, &[(0, 7), (1, 31), (5, 4096)])),
+            CREATE => (0, words(36, &[(0, 2), (10, 2), (25, 0o100_600), (26, 1)])),
+            _ => continue,
+        };
+        let len = u32::try_from(16 + body.len()).unwrap();
+        let head = [len.to_ne_bytes(), i32::to_ne_bytes(error)].concat();
+        let answer = [&head, &request[8..16], &body].concat();
+        if server.write_all(&answer).is_err() {
+            return;
+        }
+    }
+}
+
+/// So many 32-bit words, of which some are not 0.
+fn words(count: usize, set: &[(usize, u32)]) -> Vec<u8> {
+    let mut words = vec![0_u32; count];
+    for &(index, value) in set {
+        words[index] = value;
+    }
+    words.into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
 impl Drop for Hung {
@@ -210,4 +251,45 @@ fn a_running_machine_hears_commands_while_a_sink_waits_for_storage() {
     assert_eq!(machine.ask(Ask::Quit), Ok(Reply::Done));
     assert_eq!(kind(&changed), Some(ErrorKind::Conflict));
     machine.outcome();
+}
+
+fn dump(machine: &Local, hung: &Hung) -> JobInfo {
+    let destination_url = format!("file://{}", hung.path("core").display());
+    match machine.ask(Ask::Coredump(VmCoredumpData { destination_url })) {
+        Ok(Reply::Started(job)) => job,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_dump_that_its_storage_does_not_take_is_left_by_cancelling_it_and_by_the_machines_end() {
+    if !can_run() {
+        return;
+    }
+    let Some(hung) = Hung::with_files() else {
+        return;
+    };
+    let mut machine = Local::boot(&config("poke", "outs halt", json!({})));
+    let state = |machine: &Local, id: &str| {
+        let jobs = machine.handle.jobs().into_iter();
+        jobs.filter(|job| job.id == id).map(|job| job.state).next()
+    };
+    let first = dump(&machine, &hung);
+    assert_eq!(machine.state().0, VmState::Paused);
+    let reset = machine.ask(Ask::Reset).unwrap_err();
+    assert_eq!(reset.kind, ErrorKind::Busy);
+    machine.handle.cancel_job(&first.id).unwrap();
+    assert_eq!(machine.state().0, VmState::Running);
+    assert_eq!(state(&machine, &first.id), Some(JobState::Cancelling));
+    // The memory that its thread reads is there, whatever becomes of the guest's.
+    assert_eq!(machine.ask(Ask::Reset), Ok(Reply::Done));
+    let second = dump(&machine, &hung);
+    assert_eq!(machine.ask(Ask::Quit), Ok(Reply::Done));
+    machine.outcome();
+    drop(hung);
+    for id in [first.id, second.id] {
+        until("the end of the job", || {
+            (state(&machine, &id) == Some(JobState::Cancelled)).then_some(())
+        });
+    }
 }

@@ -1,17 +1,19 @@
 //! The command `vm.coredump`: a job that reads the memory of a machine that is paused meanwhile.
 //!
 //! The core is of one instant. What the guest has asked for just before it was paused (a reset, which gives
-//! its memory back, or a power-off) waits until the dump has ended. The end of the machine ends the dump.
+//! its memory back, or a power-off) waits until the dump has ended. The end of the machine ends the dump, and so does who
+//! cancels its job: the machine is free at once, also where the file's storage does not answer. The thread that writes is
+//! left to itself then. It holds the memory that it reads, which stays mapped, and a file without a name, which goes when
+//! that is closed; no core is kept that is not of one instant.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::Builder;
-use std::time::Duration;
 
 use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 
-use super::Driver;
+use super::{Driver, PATIENCE};
 use crate::error::chain;
 use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
 use crate::machine::inbox::Message;
@@ -97,6 +99,8 @@ impl Driver {
         let failed = |error: MachineError| error.to_control();
         let cpus = self.machine.cpu_registers().map_err(failed)?;
         let memory = self.machine.memory_map();
+        let slot = self.tools.opening.begin();
+        let slot = slot.map_err(|error| error.to_control())?;
         let job = self.tools.jobs.begin("coredump", total(&memory));
         let (info, mailbox) = (job.info(), self.tools.mailbox.clone());
         let (alive, ended) = channel();
@@ -105,7 +109,7 @@ impl Driver {
             let result = dump(&mut job, file, &path, |file, step| {
                 write(file, &memory, &cpus, step)
             });
-            drop(memory);
+            drop((memory, slot));
             // Who knows of the job's end finds its file there or gone, and the machine free.
             drop(alive);
             job.finish(result);
@@ -158,9 +162,13 @@ impl Driver {
         }
     }
 
-    /// Lets the machine go on when a dump has ended, after what the guest had asked for has been done.
-    fn settle_dump(&mut self) {
-        let ended = |dump: &mut Dump| dump.ended.try_recv() == Err(TryRecvError::Disconnected);
+    /// Lets the machine go on when a dump has ended or been cancelled, after what the guest had asked for has been done.
+    pub(crate) fn settle_dump(&mut self) {
+        let jobs = &self.tools.jobs;
+        let ended = |dump: &mut Dump| {
+            let over = dump.ended.try_recv() == Err(TryRecvError::Disconnected);
+            over || jobs.is_cancelled(&dump.id)
+        };
         let Some(dump) = self.dump.take_if(ended) else {
             return;
         };
@@ -185,13 +193,13 @@ impl Driver {
         }
     }
 
-    /// Ends a dump that nobody waits for any more, within `time`: its file is not left half written.
-    pub(super) fn give_up_dump(&mut self, time: Duration) {
+    /// Ends a dump that nobody waits for any more. Where storage answers, its file is gone on return.
+    pub(super) fn give_up_dump(&mut self) {
         if let Some(dump) = self.dump.take() {
             // It may have ended by itself.
             let _ = self.tools.jobs.give_up(&dump.id, "the machine has ended");
             self.outlast("coredump-end", move || {
-                let _ = dump.ended.recv_timeout(time);
+                let _ = dump.ended.recv_timeout(PATIENCE);
             });
         }
     }
