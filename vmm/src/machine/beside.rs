@@ -14,7 +14,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::thread::Builder;
 use std::time::Duration;
 
@@ -160,9 +160,14 @@ impl<T> Pending<T> {
     }
 }
 
-/// Has a thread drop `thing`, whose files may take their storage long to close or remove, and waits for a moment:
-/// who hears of the end finds it closed, where storage answers. Whether it is.
+/// [`put_away_within`] a moment.
 pub(crate) fn put_away(thing: impl Send + 'static) -> bool {
+    put_away_within(thing, CLOSING)
+}
+
+/// Has a thread drop `thing`, whose files may take their storage long to close or remove, and waits for `time` at most:
+/// who hears of the end finds it closed, where storage answers. Whether it is.
+pub(crate) fn put_away_within(thing: impl Send + 'static, time: Duration) -> bool {
     let (alive, gone) = channel::<()>();
     let close = move || {
         drop(thing);
@@ -170,8 +175,7 @@ pub(crate) fn put_away(thing: impl Send + 'static) -> bool {
     };
     // Without a thread it is closed here, by the closure that is dropped.
     let started = Builder::new().name("close".to_owned()).spawn(close);
-    started.is_err()
-        || gone.recv_timeout(CLOSING) != Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+    started.is_err() || gone.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
 }
 
 #[cfg(test)]
