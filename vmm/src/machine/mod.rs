@@ -211,6 +211,7 @@ impl MachineError {
             }
             Self::Device { source, .. } => fault::of(&**source),
             Self::Open { source, .. } => fault::of(source),
+            Self::Console { source, .. } => fault::of(source),
             _ => ErrorKind::Failed,
         }
     }
