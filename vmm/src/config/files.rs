@@ -39,6 +39,8 @@ const CONSOLES: [&str; COMS + 1] = [
 ];
 const PORT: &str = "a named port";
 const DEBUGCON: &str = "the debug console";
+/// What a core dump is called.
+pub const DUMP: &str = "the core dump";
 
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,8 +60,21 @@ impl Identity {
             Ok(facts) if facts.is_file() => Some(Self::File(facts.dev(), facts.ino())),
             Ok(facts) if facts.file_type().is_block_device() => Some(Self::Block(facts.rdev())),
             Ok(_) => None,
-            Err(_) => Some(Self::Absent(path.to_owned())),
+            Err(_) => Some(Self::Absent(absent(path))),
         }
+    }
+}
+
+/// What is not there yet has one name, whatever links lead to its directory.
+fn absent(path: &Path) -> PathBuf {
+    let directory = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return path.to_owned(),
+    };
+    match (fs::canonicalize(directory), path.file_name()) {
+        (Ok(directory), Some(name)) => directory.join(name),
+        _ => path.to_owned(),
     }
 }
 
@@ -169,6 +184,23 @@ pub fn check_sink(
     used.extend(own.in_use());
     sink.outputs()
         .try_for_each(|path| claim(&mut used, SERIAL, path))
+}
+
+/// Checks that a core dump writes to nothing that the machine or the monitor uses or is about to make.
+///
+/// # Errors
+///
+/// [`ConfigError::OutputInUse`].
+pub fn check_dump(
+    config: &VmConfig,
+    models: &[Model],
+    opener: &Opener,
+    own: &OwnFiles,
+    path: &Path,
+) -> Result<(), ConfigError> {
+    let mut used = in_use(config, models, opener);
+    used.extend(own.in_use());
+    claim(&mut used, DUMP, path.to_owned())
 }
 
 /// Checks that files which the monitor writes for itself are none that the machine uses.
@@ -543,6 +575,33 @@ mod tests {
         };
         assert!(check(&limited).unwrap_err().to_string().contains("'disk0'"));
         assert_eq!(check(&SinkConfig::Pty), Ok(()));
+    }
+
+    #[test]
+    fn a_dump_and_the_sinks_keep_clear_of_each_other_whatever_their_files_are_called() {
+        let mut case = Case::new().disk("disk.img", false);
+        symlink(".", case.path("here")).unwrap();
+        let limited = SinkConfig::File(FileSink {
+            max_size: Some(1 << 20),
+            ..FileSink::new(case.path("log"))
+        });
+        let opener = Opener::new();
+        for name in ["here/log.1", "log"] {
+            let (path, mut own) = (case.path(name), OwnFiles::default());
+            own.add(&path, DUMP);
+            case.config.serial = SerialConfig::Off;
+            let refused = check_sink(&case.config, TEST_MODELS, &opener, &own, &limited);
+            assert!(refused.unwrap_err().to_string().contains(DUMP), "{name}");
+            case.config.serial = limited.clone().into();
+            let check = |path: &Path| {
+                let own = OwnFiles::default();
+                check_dump(&case.config, TEST_MODELS, &opener, &own, path)
+            };
+            let refused = check(&path).unwrap_err().to_string();
+            assert!(refused.contains(SERIAL), "{refused}");
+            assert!(check(&case.path("disk.img")).is_err());
+            assert_eq!(check(&case.path("core")), Ok(()));
+        }
     }
 
     #[test]

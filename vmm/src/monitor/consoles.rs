@@ -1,6 +1,7 @@
 //! The sinks of the serial port, as the control socket lists and changes them.
 
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::{ControlError, ErrorKind, wire};
@@ -93,6 +94,7 @@ pub struct Planned {
     config: VmConfig,
     own: OwnFiles,
     hub: ConsoleHub,
+    dump: Option<PathBuf>,
 }
 
 /// What [`finish`] takes up.
@@ -104,16 +106,24 @@ pub enum Ready {
 }
 
 impl Planned {
+    /// It is to keep clear of the core dump that is being written to `path`.
+    pub fn spare(&mut self, path: &Path) {
+        self.dump = Some(path.to_owned());
+    }
+
     /// Looks whether its file is its own, and opens it. Not on the control thread: the host may take long.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Conflict`] for a file that is in use; [`ErrorKind::Failed`] for what the host refuses.
     pub fn open(
-        self,
+        mut self,
         models: &'static [Model],
         opener: &Arc<Opener>,
     ) -> Result<Ready, ControlError> {
+        if let Some(path) = &self.dump {
+            self.own.add(path, files::DUMP);
+        }
         files::check_sink(&self.config, models, opener, &self.own, &self.sink)
             .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
         let opened = self.hub.open(&self.sink, opener);
@@ -162,6 +172,7 @@ pub fn begin(ears: &Ears, request: wire::VmConsole) -> Result<Change, ControlErr
                 config: config.clone(),
                 own: ears.consoles.reserved().clone(),
                 hub: ears.consoles.serial().clone(),
+                dump: None,
             }))
         }
         wire::VmConsole::Remove(id) => {
@@ -227,15 +238,5 @@ fn broken(error: &SinkError) -> ControlError {
 }
 
 fn refused(error: &ConsoleError) -> ControlError {
-    let kind = match error {
-        ConsoleError::Config(_) => ErrorKind::Invalid,
-        ConsoleError::Unknown { .. } => ErrorKind::NotFound,
-        ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
-            ErrorKind::Conflict
-        }
-        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
-        ConsoleError::Open(error) => fault::of(error),
-        ConsoleError::Host { .. } => ErrorKind::Failed,
-    };
-    ControlError::from_error(kind, error)
+    ControlError::from_error(fault::of(error), error)
 }

@@ -59,11 +59,13 @@ fn make_files(mut server: &File) {
     const LOOKUP: u32 = 1;
     const INIT: u32 = 26;
     const CREATE: u32 = 35;
+    const TMPFILE: u32 = 51;
     let mut request = vec![0; 1 << 17];
     while let Ok(40..) = server.read(&mut request) {
         let opcode = u32::from_ne_bytes(request[4..8].try_into().unwrap());
         let (error, body) = match opcode {
             LOOKUP => (-libc::ENOENT, Vec::new()),
+            TMPFILE => (-libc::ENOSYS, Vec::new()),
             // Version 7.31 with a limit for writes; an entry whose node is 2, a regular file, and its handle.
             INIT => (0, words(16, &[(0, 7), (1, 31), (5, 4096)])),
             CREATE => (0, words(36, &[(0, 2), (10, 2), (25, 0o100_600), (26, 1)])),

@@ -140,11 +140,14 @@ impl Driver {
 
     /// Adds or removes a sink of the serial port. A new one is opened on a thread of its own.
     fn change_console(&mut self, request: VmConsole, answer: Answer) {
-        let sink = match consoles::begin(&self.ears, request) {
+        let mut sink = match consoles::begin(&self.ears, request) {
             Ok(Change::Ready(ready)) => return answer(self.finish_console(ready)),
             Ok(Change::Sink(sink)) => sink,
             Err(error) => return answer(Err(error)),
         };
+        if let Some(path) = self.dumping() {
+            sink.spare(path);
+        }
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
         let open = move || sink.open(models, &opener);
         let answer = self.asides.wait_with(answer);

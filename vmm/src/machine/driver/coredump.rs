@@ -14,6 +14,7 @@ use std::thread::Builder;
 use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 
 use super::{Driver, PATIENCE};
+use crate::config::files;
 use crate::error::chain;
 use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
 use crate::machine::inbox::Message;
@@ -28,6 +29,8 @@ const SCHEME: &str = "file://";
 pub(super) struct Dump {
     /// The job's id.
     id: String,
+    /// The file that it becomes.
+    path: PathBuf,
     /// The machine ran before, and goes on after it.
     resume: bool,
     /// Closed when the job has ended and what it leaves is there or gone.
@@ -46,7 +49,14 @@ impl Driver {
             (None, Ok(path)) => path,
         };
         let (opener, place) = (Arc::clone(&self.tools.opener), path.clone());
+        let (models, own) = (self.tools.models, self.ears.consoles.reserved().clone());
+        let description = self.ears.description.as_ref();
+        let config = description.map(|description| description.config.clone());
         let open = move || {
+            if let Some(config) = config {
+                files::check_dump(&config, models, &opener, &own, &place)
+                    .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+            }
             opener
                 .begin_file(&place)
                 .map_err(|error| ControlError::from_error(fault::of(&error), &error))
@@ -104,6 +114,7 @@ impl Driver {
         let job = self.tools.jobs.begin("coredump", total(&memory));
         let (info, mailbox) = (job.info(), self.tools.mailbox.clone());
         let (alive, ended) = channel();
+        let becomes = path.clone();
         let work = move || {
             let mut job = job;
             let result = dump(&mut job, file, &path, |file, step| {
@@ -125,11 +136,17 @@ impl Driver {
         })?;
         self.dump = Some(Dump {
             id: info.id.clone(),
+            path: becomes,
             resume,
             ended,
             said: Vec::new(),
         });
         Ok(Reply::Started(info))
+    }
+
+    /// The file that is being written.
+    pub(super) fn dumping(&self) -> Option<&Path> {
+        self.dump.as_ref().map(|dump| dump.path.as_path())
     }
 
     /// What becomes of a command while a dump is being written, if not the usual.
