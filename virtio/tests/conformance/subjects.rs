@@ -2,12 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use block::{Access, Opener};
+use block::{Access, Listening, Opener};
 use net::{Backend, BackendError, Offloads, Packets, Port, Request};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
@@ -32,6 +32,13 @@ struct PlainOpener;
 impl Opener for PlainOpener {
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         OpenOptions::new().read(true).write(access.write).open(path)
+    }
+
+    fn listen(&self, path: &Path) -> io::Result<Listening> {
+        Ok(Listening {
+            socket: UnixListener::bind(path)?,
+            file: Box::new(()),
+        })
     }
 }
 
@@ -137,6 +144,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }

@@ -19,7 +19,7 @@ use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
     balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
-    rate_limits,
+    rate_limits, vsock,
 };
 use crate::layout::PCI_SLOTS;
 
@@ -56,6 +56,9 @@ pub(super) fn from_wire(
     devices.extend(console(described)?);
     if let Some(described) = &described.balloon {
         devices.push(balloon::from_wire(described)?);
+    }
+    if let Some(described) = &described.vsock {
+        devices.push(vsock::from_wire(described)?);
     }
     Ok(devices)
 }
@@ -291,7 +294,7 @@ impl VmConfig {
     }
 
     /// A name for a device of this kind.
-    fn free_id(&self, kind: &str) -> String {
+    pub(super) fn free_id(&self, kind: &str) -> String {
         let taken = self.ids().map(str::to_owned).collect();
         free_id(kind, &taken, virtio::models::MODELS)
     }

@@ -355,7 +355,10 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (json!({"devices": [{"path": "/sys"}]}), "devices"),
         (json!({"user_devices": [{"socket": "/s"}]}), "user_devices"),
         (json!({"vdpa": [{"path": "/v"}]}), "vdpa"),
-        (json!({"vsock": {"cid": 3, "socket": "/v"}}), "vsock"),
+        (
+            json!({"vsock": {"cid": 3, "socket": "/v", "iommu": true}}),
+            "vsock.iommu",
+        ),
         (json!({"iommu": true}), "iommu"),
         (json!({"numa": [{"guest_numa_id": 0}]}), "numa"),
         (json!({"rtc": {}}), "rtc"),
