@@ -72,14 +72,14 @@ pub enum FlagError {
         key: String,
     },
     /// An item is a key, or a value, alone.
-    #[error("{flag}: '{item}' is no key=value: {}it takes {accepted}", write_value(*is_key, item))]
+    #[error("{flag}: '{item}' is no key=value: {}it takes {accepted}", write_instead(meant.as_deref()))]
     NoValue {
         /// The flag.
         flag: String,
         /// The item.
         item: String,
-        /// Whether the item is a key of the table.
-        is_key: bool,
+        /// What it may have been meant to be, as it is to be written.
+        meant: Option<String>,
         /// The keys that there are, separated by commas.
         accepted: String,
     },
@@ -167,12 +167,18 @@ fn did_you_mean(nearest: Option<&str>) -> String {
     nearest.map_or_else(String::new, |key| format!("did you mean '{key}'? "))
 }
 
-fn write_value(is_key: bool, item: &str) -> String {
-    if is_key {
-        format!("write {item}=…; ")
-    } else {
-        String::new()
+fn write_instead(meant: Option<&str>) -> String {
+    meant.map_or_else(String::new, |meant| format!("write {meant}; "))
+}
+
+/// What a key, or a path, that is alone may have been meant to be.
+fn meant(table: &FlagTable<'_>, item: &str) -> Option<String> {
+    if key_named(table, item) {
+        return Some(format!("{item}=…"));
     }
+    let mut fields = table.fields.iter();
+    let path = fields.find(|field| field.kind == FieldKind::Path)?;
+    item.contains('/').then(|| format!("{}={item}", path.name))
 }
 
 /// Reads the text of a flag. An empty text is an object without keys, where
@@ -256,7 +262,7 @@ fn take_item<'a>(
             return Err(FlagError::NoValue {
                 flag: table.flag.to_owned(),
                 item: head.to_owned(),
-                is_key: key_named(table, head),
+                meant: meant(table, head),
                 accepted: accepted(table),
             });
         }

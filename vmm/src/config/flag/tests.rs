@@ -221,12 +221,18 @@ fn the_shorthand_stands_for_its_key_in_the_first_item_alone() {
     ));
     assert!(matches!(
         short("shared=on,a.img"),
-        Err(FlagError::NoValue { is_key: false, .. })
+        Err(FlagError::NoValue { meant: None, .. })
     ));
     assert!(matches!(
         short("shared"),
-        Err(FlagError::NoValue { is_key: true, .. })
+        Err(FlagError::NoValue { meant: Some(_), .. })
     ));
+    // Without a shorthand it is told how a path is written.
+    let long = parse(&table(None), "/dev/random").unwrap_err().to_string();
+    assert!(
+        long.contains("'/dev/random' is no key=value: write path=/dev/random; "),
+        "{long}"
+    );
     assert!(matches!(
         short("a.img,path=b.img"),
         Err(FlagError::RepeatedKey { .. })

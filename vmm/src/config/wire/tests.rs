@@ -317,6 +317,11 @@ fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
         ),
         (json!({"serial": {"mode": "File"}}), "serial"),
         (json!({"rng": {"src": ""}}), "rng.src"),
+        (
+            json!({"rng": {"src": "/r", "rate_limiter_config":
+                {"bandwidth": {"size": 1, "refill_time": 0}}}}),
+            "bw_refill_time",
+        ),
         (json!({"platform": {"uuid": "x"}}), "'x' is none"),
         (
             json!({"platform": {"oem_strings": ["a\u{0}"]}}),
