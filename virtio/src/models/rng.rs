@@ -184,8 +184,13 @@ impl Rng {
 /// What the device has counted.
 #[derive(Debug, Default)]
 struct Tally {
+    /// Requests that were ended.
     requests: AtomicU64,
+    /// Bytes that the guest was given.
     bytes: AtomicU64,
+    /// Requests that the source did not fill, or whose buffers are not memory.
+    errors: AtomicU64,
+    /// How often a request had to wait for a limit.
     limited: AtomicU64,
 }
 
@@ -194,6 +199,7 @@ impl Counters for Tally {
         [
             ("requests", &self.requests),
             ("bytes", &self.bytes),
+            ("errors", &self.errors),
             ("limited", &self.limited),
         ]
         .map(|(name, value)| (name, value.load(Ordering::Relaxed)))
@@ -311,9 +317,6 @@ impl Worker {
                 return Ok(Served::Limited(wait));
             }
             let written = self.fill(view);
-            let tally = &self.service.tally;
-            tally.requests.fetch_add(1, Ordering::Relaxed);
-            tally.bytes.fetch_add(written.into(), Ordering::Relaxed);
             self.ring.complete(view, self.chain.head, written)?;
         }
         Ok(Served::More)
@@ -323,15 +326,22 @@ impl Worker {
     /// that fails, or a buffer that is not memory, ends the request short.
     fn fill(&mut self, view: &GuestMap) -> u32 {
         let mut written = 0;
+        let tally = &self.service.tally;
         for extent in &self.chain.writable {
             let part = extent.len.min(REQUEST_LIMIT - written);
+            if part == 0 {
+                break;
+            }
             let count = usize::try_from(part).unwrap_or(0);
             let read = view.read_exact_volatile_from(extent.addr, &mut self.service.source, count);
-            if part == 0 || read.is_err() {
+            if read.is_err() {
+                tally.errors.fetch_add(1, Ordering::Relaxed);
                 break;
             }
             written += part;
         }
+        tally.requests.fetch_add(1, Ordering::Relaxed);
+        tally.bytes.fetch_add(written.into(), Ordering::Relaxed);
         written
     }
 }
