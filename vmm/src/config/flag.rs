@@ -72,16 +72,14 @@ pub enum FlagError {
         key: String,
     },
     /// An item is a key, or a value, alone.
-    #[error("{flag}: '{item}' is no key=value: {}it takes {accepted}", write_instead(meant.as_deref()))]
+    #[error("{flag}: '{item}' is no key=value: {mend}")]
     NoValue {
         /// The flag.
         flag: String,
         /// The item.
         item: String,
-        /// What it may have been meant to be, as it is to be written.
-        meant: Option<String>,
-        /// The keys that there are, separated by commas.
-        accepted: String,
+        /// What is to be written instead, and the keys that there are.
+        mend: String,
     },
     /// A quote that is not closed, or is where none belongs.
     #[error(
@@ -167,18 +165,16 @@ fn did_you_mean(nearest: Option<&str>) -> String {
     nearest.map_or_else(String::new, |key| format!("did you mean '{key}'? "))
 }
 
-fn write_instead(meant: Option<&str>) -> String {
-    meant.map_or_else(String::new, |meant| format!("write {meant}; "))
-}
-
-/// What a key, or a path, that is alone may have been meant to be.
-fn meant(table: &FlagTable<'_>, item: &str) -> Option<String> {
-    if key_named(table, item) {
-        return Some(format!("{item}=…"));
-    }
+/// What is to be written for a key, or a path, that is alone.
+fn write_instead(table: &FlagTable<'_>, item: &str) -> String {
+    let accepted = accepted(table);
     let mut fields = table.fields.iter();
-    let path = fields.find(|field| field.kind == FieldKind::Path)?;
-    item.contains('/').then(|| format!("{}={item}", path.name))
+    let path = fields.find(|field| field.kind == FieldKind::Path);
+    match path.filter(|_| item.contains('/')) {
+        _ if key_named(table, item) => format!("write {item}=…; it takes {accepted}"),
+        Some(path) => format!("write {}={item}; it takes {accepted}", path.name),
+        None => format!("it takes {accepted}"),
+    }
 }
 
 /// Reads the text of a flag. An empty text is an object without keys, where
@@ -262,8 +258,7 @@ fn take_item<'a>(
             return Err(FlagError::NoValue {
                 flag: table.flag.to_owned(),
                 item: head.to_owned(),
-                meant: meant(table, head),
-                accepted: accepted(table),
+                mend: write_instead(table, head),
             });
         }
     };
