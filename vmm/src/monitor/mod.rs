@@ -23,6 +23,7 @@ pub(crate) mod description;
 mod handle;
 mod jobs;
 mod metrics;
+pub mod ports;
 mod socket;
 mod view;
 
@@ -500,10 +501,11 @@ impl Monitor {
         let Some(description) = &mut ears.description else {
             return Err(view::not_created());
         };
+        let reply = ports::unbooted(&command);
         let changed = description.changed(command, self.models, &self.opener, own)?;
         *description = changed;
         self.view.describe(Some(description));
-        Ok(Reply::Done)
+        Ok(reply)
     }
 
     fn publish(&self, kind: EventKind) {
