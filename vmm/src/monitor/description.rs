@@ -189,7 +189,7 @@ impl Description {
             Command::RemovePort(request) => {
                 new.change_ports(&PortChange::Remove(request.name), models)?;
             }
-            other => return Err(wrong_state(VmState::Created, &other)),
+            other => return Err(wrong_state(VmState::Created, None, &other)),
         }
         new.config
             .validate(models, &HostLimits::read())
