@@ -1,7 +1,7 @@
 //! Named ports that come and go, in a machine's description.
 
 use api::wire::{PortConfig, PortInfo};
-use api::{Command, ControlError, ErrorKind, EventKind, Reply};
+use api::{Answer, Command, ControlError, ErrorKind, EventKind, Reply};
 use serde_json::{Value, json};
 use virtio::models::Model;
 
@@ -40,16 +40,17 @@ impl PortChange {
     }
 }
 
-/// The answer to `command` once it has changed the description alone.
+/// What answers `command`, which changes the description alone: a port that has been added has a name.
 #[must_use]
-pub fn unbooted(command: &Command) -> Reply {
-    match command {
-        Command::AddPort(port) => Reply::Port(PortInfo {
-            name: port.name.clone(),
-            path: None,
-        }),
-        _ => Reply::Done,
-    }
+pub fn answer_of(command: &Command, answer: Answer) -> Answer {
+    let Command::AddPort(port) = command else {
+        return answer;
+    };
+    let port = PortInfo {
+        name: port.name.clone(),
+        path: None,
+    };
+    Box::new(move |result| answer(result.map(|_| Reply::Port(port))))
 }
 
 /// The device that a machine's named ports are on.
