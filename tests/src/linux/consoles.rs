@@ -19,6 +19,17 @@ exec 4<> "$(port echo)"
 (while :; do if read -r line <&4; then echo "echo of $line" >&4; else sleep 0.05; fi; done) &
 echo '@@ ask the port'
 
+for time in first second; do
+    echo "@@ a port is to come for the $time time"
+    until [ -n "$(port late)" ]; do sleep 0.05; done
+    exec 5<> "$(port late)"
+    until read -r line <&5; do sleep 0.05; done
+    echo "the $time: $line" >&5
+    echo "@@ the port has heard $line for the $time time"
+    until [ -z "$(port late)" ]; do sleep 0.05; done
+    exec 5>&-
+done
+
 ip link set lo up
 mkdir -p /mnt /sbin /run /var/run
 mke2fs /dev/vda > /tmp/mke2fs 2>&1 && mount -t ext4 /dev/vda /mnt && echo '@@ a file system to freeze'
@@ -53,6 +64,17 @@ fn talk(socket: &str, say: &str, hear: &str) -> Action {
     })
 }
 
+/// A port is added while the guest runs.
+fn come() -> Ask {
+    let port = r#"{"name":"late","socket":"{dir}/late"}"#;
+    Ask::put("vm.add-port", port).answered(200)
+}
+
+/// It is taken away again.
+fn go() -> Ask {
+    Ask::put("vm.remove-port", r#"{"name":"late"}"#)
+}
+
 /// Both ways over each of them, and all that the agent can be asked.
 pub(super) fn all(kernel: &str) -> Case {
     let boots = [
@@ -84,6 +106,12 @@ pub(super) fn all(kernel: &str) -> Case {
         .asks("", boots)
         .step("@@ ask hvc0", talk("hvc0", "root\n", "welcome root"))
         .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"))
+        .asks("@@ a port is to come for the first time", [come()])
+        .step("", talk("late", "one\n", "the first: one"))
+        .asks("@@ the port has heard one for the first time", [go()])
+        .asks("@@ a port is to come for the second time", [come()])
+        .step("", talk("late", "two\n", "the second: two"))
+        .asks("@@ the port has heard two for the second time", [go()])
         .asks("@@ ask the agent", agent)
         .lines([
             "@@ ports: echo org.qemu.guest_agent.0",
