@@ -5,8 +5,10 @@
 //! never waits for them, does nothing while nobody looks, and says which of its pages have been written since it was
 //! asked last.
 
+mod adapter;
 mod mode;
 
+pub use adapter::{Adapter, AdapterV1, RegistersV1, VideoMemory, VideoMemoryV1};
 pub use mode::{Mode, ModeError, PixelFormat};
 
 /// Bytes for each bit of a [`FrameSource::changed`] map: a guest page.
