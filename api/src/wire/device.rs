@@ -431,3 +431,25 @@ pub struct PortConfig {
     #[serde(default, skip_serializing_if = "is_false")]
     pub null: bool,
 }
+
+/// A screen: a framebuffer that the guest draws on. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DisplayConfig {
+    /// Pixels of a line at power-on, 320 to 3840.
+    pub width: u16,
+    /// Lines at power-on, 200 to 2160.
+    pub height: u16,
+    /// Bytes of video memory: a power of two, 1 MiB to 256 MiB, with room for the picture of 4 bytes a pixel.
+    pub memory: u64,
+}
+
+impl Default for DisplayConfig {
+    fn default() -> Self {
+        Self {
+            width: 1024,
+            height: 768,
+            memory: 64 << 20,
+        }
+    }
+}

@@ -127,6 +127,7 @@ fn boot_with(
         initramfs: initramfs.as_mut(),
         cmdline,
         protocol,
+        screen: None,
     };
     load(memory, source, ACPI_START)
 }
@@ -548,6 +549,7 @@ fn files_that_cannot_be_read_at_any_place_are_refused() {
             initramfs: None,
             cmdline: "",
             protocol: Protocol::Auto,
+            screen: None,
         };
         load(&memory, source, ACPI_START).unwrap_err()
     };
@@ -735,6 +737,7 @@ fn a_real_kernel_loads_when_one_is_given() {
             initramfs: Some(&mut initramfs),
             cmdline: "console=ttyS0",
             protocol,
+            screen: None,
         };
         let start = std::time::Instant::now();
         let entry = load(&memory, source, ACPI_START).unwrap();

@@ -31,7 +31,9 @@ use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
+use crate::config::{
+    BootProtocol, CpuBaseline, CpusConfig, DisplayConfig, MemoryConfig, Thp, VmConfig,
+};
 use crate::console::Consoles;
 use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
 use crate::kvm::cpuid::{Shape, Topology};
@@ -49,6 +51,7 @@ pub struct Payload {
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
     protocol: Protocol,
+    screen: Option<boot::Screen>,
     smbios: SmbiosImage,
     /// New for each machine that is built, and the same over the guest's resets.
     generation: [u8; 16],
@@ -77,6 +80,7 @@ impl Payload {
                 BootProtocol::Linux => Protocol::Linux64,
                 BootProtocol::Pvh => Protocol::Pvh,
             },
+            screen: config.display.as_ref().map(screen),
             smbios: smbios::build(config)?,
             generation: random()?,
         })
@@ -105,6 +109,7 @@ impl Payload {
             initramfs: self.initramfs.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             protocol: self.protocol,
+            screen: self.screen,
         };
         boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
     }
@@ -118,6 +123,21 @@ impl Payload {
             _ => format!("--kernel {}", self.kernel.0.display()),
         };
         MachineError::Boot { what, source }
+    }
+}
+
+/// The display as it is at power-on.
+fn screen(display: &DisplayConfig) -> boot::Screen {
+    let DisplayConfig {
+        width,
+        height,
+        memory: len,
+    } = *display;
+    boot::Screen {
+        base: memory::FRAMEBUFFER,
+        len,
+        width,
+        height,
     }
 }
 
@@ -296,6 +316,8 @@ impl Pieces<'_> {
             pci: &pci,
             pvpanic: self.config.pvpanic,
             watchdog: self.config.watchdog,
+            display: self.config.display.as_ref(),
+            vm: self.vm,
             cpu_slots: cpu_slots(&self.config.cpus),
             memory_slots: self.config.memory.hotplug_size > 0,
         };
