@@ -21,4 +21,5 @@ pub mod opener;
 pub mod places;
 pub mod process;
 pub mod run;
+pub mod screen;
 pub mod smbios;

@@ -186,6 +186,44 @@ fn a_bzimage_is_loaded_at_its_preferred_address_with_a_zero_page() {
 }
 
 #[test]
+fn a_framebuffer_is_announced_as_one_that_uefi_has_set_up() {
+    let memory = ram(&[(0, 64 * MIB)]);
+    boot(&memory, &bzimage(), Protocol::Auto).unwrap();
+    let none = zero_page(&memory).screen_info;
+    assert_eq!(({ none.orig_video_isVGA }, { none.lfb_width }), (0, 0));
+
+    for (base, low, high, capabilities) in [
+        (0xC000_0000, 0xC000_0000, 0, 0),
+        (0x12_0000_0000, 0, 0x12, 1 << 1),
+    ] {
+        let source = BootSource {
+            kernel: &mut file(&bzimage()),
+            initramfs: None,
+            cmdline: "",
+            protocol: Protocol::Auto,
+            screen: Some(Screen {
+                base,
+                len: 16 * MIB,
+                width: 1280,
+                height: 800,
+            }),
+        };
+        load(&memory, source, ACPI_START).unwrap();
+        let screen = zero_page(&memory).screen_info;
+        assert_eq!({ screen.orig_video_isVGA }, 0x70);
+        let sides = [screen.lfb_width, screen.lfb_height, screen.lfb_depth];
+        assert_eq!(sides, [1280, 800, 32]);
+        assert_eq!({ screen.lfb_linelength }, 5120);
+        assert_eq!({ screen.lfb_size }, 16 << 20);
+        let place = [screen.lfb_base, screen.ext_lfb_base, screen.capabilities];
+        assert_eq!(place, [low, high, capabilities]);
+        let red = (screen.red_pos, screen.red_size);
+        let blue = (screen.blue_pos, screen.blue_size);
+        assert_eq!((red, blue), ((16, 8), (0, 8)));
+    }
+}
+
+#[test]
 fn header_bytes_past_the_headers_own_end_are_not_passed_on() {
     let memory = ram(&[(0, 64 * MIB)]);
     let mut image = bzimage();

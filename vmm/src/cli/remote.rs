@@ -11,6 +11,7 @@ mod lifecycle;
 mod net;
 mod removal;
 mod resize;
+mod screenshot;
 mod show;
 mod watch;
 
@@ -98,6 +99,11 @@ pub(super) enum Verb {
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
     #[command(after_help = coredump::EXAMPLES)]
     Coredump(coredump::CoredumpArgs),
+    /// Write what the screen shows into a PNG file
+    ///
+    /// The machine needs a screen (--display). It may run or be paused, and is not stopped.
+    #[command(after_help = screenshot::EXAMPLES)]
+    Screenshot(screenshot::ScreenshotArgs),
     /// Ask the guest agent
     ///
     /// The machine needs the port --agent, and the guest runs the QEMU guest agent.
@@ -139,6 +145,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
+        Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;

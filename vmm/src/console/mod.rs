@@ -34,6 +34,7 @@ use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::config::{COMS, CONSOLE_FLAGS};
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::OpenError;
+use crate::screen::Stage;
 
 /// How often it is looked whether a pseudo-terminal has been read.
 const PEEK: Duration = Duration::from_millis(5);
@@ -93,6 +94,7 @@ pub struct Consoles {
     virtio: ConsoleHub,
     debugcon: ConsoleHub,
     agent: AgentDesk,
+    stage: Stage,
     own: OnceLock<OwnFiles>,
 }
 
@@ -122,6 +124,7 @@ impl Consoles {
             virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
             agent: AgentDesk::default(),
+            stage: Stage::default(),
             own: OnceLock::new(),
         })
     }
@@ -130,6 +133,12 @@ impl Consoles {
     pub fn reserve(&self, own: OwnFiles) {
         // The files are open for the process's life: the first list stays true.
         let _ = self.own.set(own);
+    }
+
+    /// The screen.
+    #[must_use]
+    pub fn stage(&self) -> &Stage {
+        &self.stage
     }
 
     /// The files that the monitor writes for itself.

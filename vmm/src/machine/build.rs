@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use api::{DiskErrorAction, EventLog};
+use devices::display::Adapter;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -249,6 +250,8 @@ pub fn build(
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
+    let display = devices.platform.display();
+    consoles.stage().show(display.map(Adapter::source));
     let machine = Machine {
         vcpus,
         vm,

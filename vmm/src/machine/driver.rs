@@ -152,6 +152,7 @@ impl Ears {
     /// Drops what belonged to a machine that is gone.
     pub fn forget_machine(&mut self) {
         self.inbox.close();
+        self.consoles.stage().show(None);
     }
 }
 

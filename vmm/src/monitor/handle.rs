@@ -15,6 +15,7 @@ use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
 use crate::opener::Opener;
 use crate::process::Usage;
+use crate::screen::Camera;
 
 /// What this monitor can do beyond v1, as `vmm.ping` lists it.
 const FEATURES: &[&str] = &[
@@ -28,6 +29,7 @@ const FEATURES: &[&str] = &[
     "vireo.console",
     "vireo.agent",
     "vireo.coredump",
+    "vireo.screenshot",
     "vireo.add-virtio",
     "vireo.reset",
     "vireo.boot-once",
@@ -45,6 +47,7 @@ pub struct MonitorHandle {
     /// The hubs alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
     consoles: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
+    camera: Camera,
     opener: Arc<Opener>,
 }
 
@@ -54,7 +57,7 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
+        (consoles, agent, camera): ([ConsoleHub; COMS + 1], AgentDesk, Camera),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -64,6 +67,7 @@ impl MonitorHandle {
             events,
             consoles,
             agent,
+            camera,
             opener,
         }
     }
@@ -85,6 +89,12 @@ impl Control for MonitorHandle {
     fn submit(&self, command: Command, answer: Answer) {
         if let Command::Agent(command) = command {
             return self.ask_agent(command, answer);
+        }
+        if let Command::Screenshot = command {
+            return match self.view.info() {
+                Ok(_) => self.camera.take(answer),
+                Err(error) => answer(Err(error)),
+            };
         }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));

@@ -53,6 +53,7 @@ use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
 use crate::notice;
 use crate::opener::Opener;
+use crate::screen::Camera;
 
 /// How a monitor behaves, apart from any machine.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +77,7 @@ pub struct Monitor {
     serial: ConsoleHub,
     hubs: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
+    camera: Camera,
     opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
@@ -112,6 +114,7 @@ impl Monitor {
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
         let serial = consoles.serial().clone();
         let agent = consoles.agent().clone();
+        let camera = Camera::new(consoles.stage().clone());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
@@ -127,6 +130,7 @@ impl Monitor {
             serial,
             hubs,
             agent,
+            camera,
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
@@ -143,7 +147,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
-            (self.hubs.clone(), self.agent.clone()),
+            (self.hubs.clone(), self.agent.clone(), self.camera.clone()),
             Arc::clone(&self.opener),
         )
     }
