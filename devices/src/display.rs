@@ -6,10 +6,19 @@
 //! asked last.
 
 mod adapter;
+mod area;
+mod canvas;
+mod input;
 mod mode;
+mod pace;
+pub mod rfb;
+mod screen;
 
 pub use adapter::{Adapter, AdapterV1, RegistersV1, VideoMemory, VideoMemoryV1};
+pub use area::Size;
+pub use input::{Button, InputSink, PLACE_MAX};
 pub use mode::{Mode, ModeError, PixelFormat};
+pub use screen::{Picture, Screen};
 
 /// Bytes for each bit of a [`FrameSource::changed`] map: a guest page.
 pub const PAGE: usize = 4096;

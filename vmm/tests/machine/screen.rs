@@ -46,7 +46,9 @@ impl Drawing {
 }
 
 fn decoded(file: &[u8]) -> Picture {
-    let mut reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().unwrap();
+    let mut reader = png::Decoder::new(std::io::Cursor::new(file))
+        .read_info()
+        .unwrap();
     let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut bytes).unwrap();
     assert_eq!(info.color_type, png::ColorType::Rgb);
@@ -84,7 +86,9 @@ fn a_picture_shows_what_the_guest_has_drawn() {
         return;
     }
     let mut guest = Drawing::start("width=320,height=200");
-    guest.says.wait_for("power-on=320x200 bits=32 enable=41 memory=c0000000\n");
+    guest
+        .says
+        .wait_for("power-on=320x200 bits=32 enable=41 memory=c0000000\n");
     guest.says.wait_for("drawn seed=0 ");
     assert_same(&guest.picture(), &drawn(320, 200, 0), "at power-on");
 
@@ -107,7 +111,9 @@ fn a_picture_shows_what_the_guest_has_drawn() {
     let got = guest.picture();
     let near = got.pixels.iter().zip(&wanted.pixels);
     let near = near.filter(|(got, wanted)| {
-        got.iter().zip(*wanted).all(|(got, wanted)| got.abs_diff(*wanted) < 8)
+        got.iter()
+            .zip(*wanted)
+            .all(|(got, wanted)| got.abs_diff(*wanted) < 8)
     });
     assert_eq!(near.count(), wanted.pixels.len());
     guest.types("o");
@@ -156,7 +162,10 @@ fn a_machine_without_a_screen_says_so() {
     }
     let served = Served::start("screen", "", &["--serial", "null"]);
     let refused = served.client().screenshot().unwrap_err();
-    let ClientError::Refused { status: 404, chain, .. } = &refused else {
+    let ClientError::Refused {
+        status: 404, chain, ..
+    } = &refused
+    else {
         panic!("{refused:?}");
     };
     assert!(chain.concat().contains("--display"), "{chain:?}");
@@ -182,7 +191,11 @@ fn the_verb_writes_a_file_or_to_its_output() {
     let mut file = std::fs::File::open(&path).unwrap();
     file.read_to_end(&mut written).unwrap();
     assert_same(&decoded(&written), &drawn(320, 200, 0), "the file");
-    assert_same(&decoded(&vireo("-").stdout), &drawn(320, 200, 0), "the output");
+    assert_same(
+        &decoded(&vireo("-").stdout),
+        &drawn(320, 200, 0),
+        "the output",
+    );
     let refused = vireo("/nowhere/a.png");
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("FILE /nowhere/a.png"));
