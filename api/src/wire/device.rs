@@ -442,6 +442,20 @@ pub struct DisplayConfig {
     pub height: u16,
     /// Bytes of video memory: a power of two, 1 MiB to 256 MiB, with room for the picture of 4 bytes a pixel.
     pub memory: u64,
+    /// The VNC server, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vnc: Option<VncConfig>,
+}
+
+/// A VNC server of the screen. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VncConfig {
+    /// Where viewers connect: `HOST:PORT`, `:PORT` for this host alone, or `unix:PATH`.
+    pub address: String,
+    /// A file whose first line, 1 to 8 bytes, viewers must know. Needed where other hosts can connect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
 }
 
 impl Default for DisplayConfig {
@@ -450,6 +464,7 @@ impl Default for DisplayConfig {
             width: 1024,
             height: 768,
             memory: 64 << 20,
+            vnc: None,
         }
     }
 }

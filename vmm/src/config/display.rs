@@ -1,9 +1,15 @@
 //! The screen of a machine: `--display`.
 
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use api::wire::VncConfig;
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
 use super::flag::{self, FlagError, FlagTable};
+use super::serial::MAX_SOCKET_PATH;
 use super::{DisplayConfig, VmConfig, bytes};
 use crate::layout::{DISPLAY_SLOT, WATCHDOG_SLOT};
 
@@ -43,7 +49,95 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         required: false,
         help: "video memory, a power of two from 1M to 256M; default 64M",
     },
+    Field {
+        name: "vnc",
+        kind: FieldKind::Text,
+        required: false,
+        help: "where VNC viewers connect: [HOST]:PORT, without a host for this host alone, or unix:PATH",
+    },
+    Field {
+        name: "vnc_password_file",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a file whose first line, 1 to 8 bytes, viewers must know",
+    },
 ];
+
+/// Where a VNC server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VncAddress {
+    /// At a unix socket, for its owner alone.
+    Unix(PathBuf),
+    /// At a TCP port.
+    Tcp {
+        /// The host's name or address; `127.0.0.1` when none was given.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+/// Why a text is no address of a VNC server.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VncAddressError {
+    /// None of the forms.
+    #[error("'{text}' is no address: write HOST:PORT, :PORT (this host alone), or unix:PATH")]
+    Form {
+        /// What was given.
+        text: String,
+    },
+    /// A socket's path does not fit into an address.
+    #[error("'{text}': the path of a socket has 1 to {MAX_SOCKET_PATH} bytes: choose another")]
+    Path {
+        /// What was given.
+        text: String,
+    },
+}
+
+impl FromStr for VncAddress {
+    type Err = VncAddressError;
+
+    fn from_str(text: &str) -> Result<Self, VncAddressError> {
+        let text = text.to_owned();
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if (1..=MAX_SOCKET_PATH).contains(&path.len()) {
+                Ok(Self::Unix(path.into()))
+            } else {
+                Err(VncAddressError::Path { text })
+            };
+        }
+        let Some((host, port)) = text.rsplit_once(':') else {
+            return Err(VncAddressError::Form { text });
+        };
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+        let port: Option<u16> = port.parse().ok().filter(|port| digits && *port > 0);
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'));
+        let host = bare.unwrap_or(host);
+        match port {
+            Some(port) => Ok(Self::Tcp {
+                host: if host.is_empty() { "127.0.0.1" } else { host }.to_owned(),
+                port,
+            }),
+            None => Err(VncAddressError::Form { text }),
+        }
+    }
+}
+
+impl VncAddress {
+    /// Whether nobody on another host can connect.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Tcp { host, .. } => {
+                let address: Result<IpAddr, _> = host.parse();
+                address.map_or(host == "localhost", |address| address.is_loopback())
+            }
+        }
+    }
+}
 
 /// A screen that cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -64,6 +158,18 @@ pub enum DisplayError {
     Memory {
         /// In bytes.
         memory: u64,
+    },
+    /// Where viewers are to connect is no address.
+    #[error("vnc")]
+    Address(#[from] VncAddressError),
+    /// Everybody could see the screen, and type.
+    #[error(
+        "vnc={address}: without a password whoever reaches this port has the guest's keyboard: add \
+         vnc_password_file=PATH, or listen at 127.0.0.1 or unix:PATH"
+    )]
+    Open {
+        /// The address.
+        address: String,
     },
     /// The picture does not fit.
     #[error(
@@ -87,7 +193,19 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
         width,
         height,
         memory,
+        ref vnc,
     } = *display;
+    if let Some(VncConfig {
+        address,
+        password_file: password,
+    }) = vnc
+    {
+        let parsed: VncAddress = address.parse()?;
+        if password.is_none() && !parsed.is_local() {
+            let address = address.clone();
+            return Err(DisplayError::Open { address });
+        }
+    }
     if !WIDTHS.contains(&width) || !HEIGHTS.contains(&height) {
         let (width, height) = (width.into(), height.into());
         return Err(DisplayError::Size { width, height });
@@ -111,7 +229,7 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
 ///
 /// # Errors
 ///
-/// [`FlagError`], also for a number that no picture has.
+/// [`FlagError`], also for a password without a server.
 pub fn from_flag(
     text: &str,
     base: Option<&DisplayConfig>,
@@ -131,7 +249,24 @@ pub fn from_flag(
     let pixels = |key, default| {
         number(key).map_or(default, |number| u16::try_from(number).unwrap_or(u16::MAX))
     };
+    let text = |key| map.get(key).and_then(Value::as_str).map(str::to_owned);
+    let mut vnc = default.vnc;
+    if let Some(address) = text("vnc") {
+        let password_file = vnc.and_then(|vnc| vnc.password_file);
+        vnc = Some(VncConfig {
+            address,
+            password_file,
+        });
+    }
+    if let Some(path) = text("vnc_password_file") {
+        let Some(vnc) = &mut vnc else {
+            let flag = FLAG.to_owned();
+            return Err(FlagError::MissingKey { flag, key: "vnc" });
+        };
+        vnc.password_file = Some(path.into());
+    }
     Ok(Some(DisplayConfig {
+        vnc,
         width: pixels("width", default.width),
         height: pixels("height", default.height),
         memory: number("memory").unwrap_or(default.memory),
@@ -176,6 +311,7 @@ mod tests {
             width: 1920,
             height: 1080,
             memory: 16 << 20,
+            vnc: None,
         };
         assert_eq!(
             display("width=1920,height=1080,memory=16M"),
@@ -203,6 +339,47 @@ mod tests {
         assert_eq!(
             refused,
             "memory=1M: a picture of 1024 x 768 pixels takes 3M: give more memory or a smaller picture"
+        );
+    }
+
+    #[test]
+    fn viewers_connect_where_they_are_told_to() {
+        let address = |text: &str| text.parse::<VncAddress>();
+        let tcp = |host: &str, port| {
+            let host = host.to_owned();
+            Ok(VncAddress::Tcp { host, port })
+        };
+        assert_eq!(address(":5900"), tcp("127.0.0.1", 5900));
+        assert_eq!(address("[::1]:5901"), tcp("::1", 5901));
+        assert_eq!(address("unix:/v"), Ok(VncAddress::Unix("/v".into())));
+        for text in ["", "5900", "h:", "h:0", "h:+1", "h:65536", "unix:"] {
+            assert!(address(text).is_err(), "{text}");
+        }
+        assert!(address(&format!("unix:/{}", "x".repeat(200))).is_err());
+        for (text, local) in [
+            (":1", true),
+            ("localhost:1", true),
+            ("127.3.4.5:1", true),
+            ("[::1]:1", true),
+            ("unix:/v", true),
+            ("0.0.0.0:1", false),
+            ("[::]:1", false),
+            ("host:1", false),
+        ] {
+            assert_eq!(address(text).unwrap().is_local(), local, "{text}");
+        }
+    }
+
+    #[test]
+    fn nobody_serves_the_world_without_a_password() {
+        let refused = refusal("vnc=0.0.0.0:5900");
+        assert!(refused.contains("vnc_password_file="), "{refused}");
+        let display = from_flag("vnc=0.0.0.0:5900,vnc_password_file=/p", None).unwrap();
+        assert_eq!(check(&display.unwrap()), Ok(()));
+        let refused = from_flag("vnc_password_file=/p", None).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "--display: 'vnc' is missing: add vnc=…"
         );
     }
 }

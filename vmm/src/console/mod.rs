@@ -32,9 +32,9 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::config::{COMS, CONSOLE_FLAGS};
+use crate::display::DisplayDesk;
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::OpenError;
-use crate::screen::Stage;
 
 /// How often it is looked whether a pseudo-terminal has been read.
 const PEEK: Duration = Duration::from_millis(5);
@@ -94,7 +94,7 @@ pub struct Consoles {
     virtio: ConsoleHub,
     debugcon: ConsoleHub,
     agent: AgentDesk,
-    stage: Stage,
+    display: DisplayDesk,
     own: OnceLock<OwnFiles>,
 }
 
@@ -124,7 +124,7 @@ impl Consoles {
             virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
             agent: AgentDesk::default(),
-            stage: Stage::default(),
+            display: DisplayDesk::default(),
             own: OnceLock::new(),
         })
     }
@@ -137,8 +137,8 @@ impl Consoles {
 
     /// The screen.
     #[must_use]
-    pub fn stage(&self) -> &Stage {
-        &self.stage
+    pub fn display(&self) -> &DisplayDesk {
+        &self.display
     }
 
     /// The files that the monitor writes for itself.

@@ -133,6 +133,7 @@ fn screen(display: &DisplayConfig) -> boot::Screen {
         width,
         height,
         memory: len,
+        vnc: _,
     } = *display;
     boot::Screen {
         base: memory::FRAMEBUFFER,
@@ -250,8 +251,10 @@ pub fn build(
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
-    let display = devices.platform.display();
-    consoles.stage().show(display.map(Adapter::source));
+    let display = consoles.display();
+    let adapter = devices.platform.display();
+    display.stage().show(adapter.map(Adapter::source));
+    display.hands().lead(Some(devices.platform.pointers()));
     let machine = Machine {
         vcpus,
         vm,

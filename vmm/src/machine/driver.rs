@@ -152,7 +152,9 @@ impl Ears {
     /// Drops what belonged to a machine that is gone.
     pub fn forget_machine(&mut self) {
         self.inbox.close();
-        self.consoles.stage().show(None);
+        let display = self.consoles.display();
+        display.stage().show(None);
+        display.hands().lead(None);
     }
 }
 

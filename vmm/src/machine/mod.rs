@@ -8,7 +8,7 @@
 //! * [`inbox`] is how everybody else reaches the control thread.
 //! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
 
-mod alarm;
+pub(crate) mod alarm;
 pub mod bay;
 pub mod build;
 pub mod coredump;

@@ -29,6 +29,7 @@ use crate::config::serial::FileSink;
 use crate::config::{COMS, CONSOLE_FLAGS, DebugconConfig, DisplayConfig, SinkConfig, VmConfig};
 use crate::console::port::{self as ends, HubEnd, HubPort, OpenPort, PortBoard, SocketEnd};
 use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
+use crate::display::Pointers;
 use crate::kvm::Vm;
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -184,6 +185,7 @@ pub struct Platform {
     alarm: Arc<Alarm>,
     watchdog: Option<(Arc<Watchdog>, Arc<Alarm>)>,
     display: Option<Arc<Adapter>>,
+    ps2: Arc<I8042>,
     slots: Slots,
 }
 
@@ -270,7 +272,7 @@ impl Platform {
             router.line(gsi::MOUSE)?,
             Arc::clone(requests),
         ));
-        placed.port(port::I8042, 5, i8042);
+        placed.port(port::I8042, 5, Arc::clone(&i8042));
         let (rtc, alarm) = placed.clock()?;
         placed.port(
             port::SLEEP_CONTROL,
@@ -304,6 +306,7 @@ impl Platform {
                 alarm,
                 watchdog,
                 display,
+                ps2: i8042,
                 slots,
             },
             placed.units,
@@ -348,6 +351,14 @@ impl Platform {
     #[must_use]
     pub fn display(&self) -> Option<&Arc<Adapter>> {
         self.display.as_ref()
+    }
+
+    /// What keys and pointers can lead to.
+    #[must_use]
+    pub fn pointers(&self) -> Pointers {
+        Pointers {
+            ps2: Arc::clone(&self.ps2),
+        }
     }
 
     /// Readable when [`Platform::tick`] has something to serve.

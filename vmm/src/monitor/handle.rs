@@ -11,11 +11,11 @@ use super::{Jobs, View, consoles, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
+use crate::display::Camera;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
 use crate::opener::Opener;
 use crate::process::Usage;
-use crate::screen::Camera;
 
 /// What this monitor can do beyond v1, as `vmm.ping` lists it.
 const FEATURES: &[&str] = &[

@@ -45,6 +45,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
+use crate::display::Camera;
 use crate::machine::build::{Built, build};
 use crate::machine::driver::{Driver, Ears, End, Opening, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
@@ -53,7 +54,6 @@ use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
 use crate::notice;
 use crate::opener::Opener;
-use crate::screen::Camera;
 
 /// How a monitor behaves, apart from any machine.
 #[derive(Clone, Debug, Default)]
@@ -114,7 +114,7 @@ impl Monitor {
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
         let serial = consoles.serial().clone();
         let agent = consoles.agent().clone();
-        let camera = Camera::new(consoles.stage().clone());
+        let camera = Camera::new(consoles.display().stage().clone());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
