@@ -142,7 +142,7 @@ static void command(char word)
         print("off\n");
         break;
     case 'h':
-        storm(10000);
+        storm(500);
         break;
     case 'q':
         power_off();
@@ -163,9 +163,12 @@ static void input(void)
 
 static void run(void)
 {
-    draw();
     outb(PORT_I8042_COMMAND, MOUSE_COMMAND);
     outb(PORT_I8042_DATA, MOUSE_REPORTS);
+    while (!(inb(PORT_I8042_COMMAND) & I8042_FULL))
+        pause();
+    inb(PORT_I8042_DATA);
+    draw();
     for (;;) {
         input();
         if (inb(PORT_COM1 + UART_LSR) & UART_LSR_DATA)

@@ -21,7 +21,7 @@ pub use stage::Stage;
 use vnc::Vnc;
 pub use vnc::VncError;
 
-use crate::config::DisplayConfig;
+use crate::config::VmConfig;
 use crate::opener::Opener;
 
 /// The screen of this process. Clones are of the same.
@@ -45,7 +45,7 @@ impl DisplayDesk {
         &self.hands
     }
 
-    /// Serves viewers as `config` says, those who know `password` where there is one. What is served so already goes
+    /// Serves viewers of the machine that `config` describes, those who know `password` where there is one. What is served so already goes
     /// on with its viewers.
     ///
     /// # Errors
@@ -53,13 +53,12 @@ impl DisplayDesk {
     /// [`VncError`]; nobody is served then.
     pub fn configure(
         &self,
-        config: Option<&DisplayConfig>,
+        config: &VmConfig,
         password: Option<Password>,
-        name: Option<&str>,
         opener: &Opener,
     ) -> Result<(), VncError> {
         let mut vnc = self.vnc.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = config.and_then(|config| config.vnc.as_ref());
+        let wanted = config.display.as_ref().and_then(|d| d.vnc.as_ref());
         let Some(wanted) = wanted else {
             *vnc = None;
             return Ok(());
@@ -74,6 +73,7 @@ impl DisplayDesk {
         *vnc = None;
         let screen = Arc::new(Screen::new(Box::new(self.stage.clone())));
         let hands = Arc::clone(&self.hands);
+        let name = config.name.as_deref();
         *vnc = Some(Vnc::open(wanted, password, name, (screen, hands), opener)?);
         Ok(())
     }

@@ -13,6 +13,7 @@ use std::sync::atomic::AtomicBool;
 
 use api::{DiskErrorAction, EventLog};
 use devices::display::Adapter;
+use devices::display::rfb::Password;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -25,7 +26,7 @@ use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
-use super::parts::Parts;
+use super::parts::{Parts, ReadFiles};
 use super::platform::{Hosts, Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
@@ -45,6 +46,9 @@ use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};
+
+/// The most bytes of a file with a password.
+const PASSWORD_FILE: u64 = 4096;
 
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
@@ -212,12 +216,16 @@ pub fn build(
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
     let Parts {
-        mut payload,
-        baseline,
+        read,
         groups,
         ports,
         devices: models,
     } = parts;
+    let ReadFiles {
+        mut payload,
+        baseline,
+        password,
+    } = read;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -234,6 +242,8 @@ pub fn build(
     // mistake in the flags must not leave files behind.
     let debugger = open_debugger(config, opener)?;
     let hosts = Hosts::open(config, opener, consoles, &ports, mailbox)?;
+    let display = consoles.display();
+    display.configure(config, password, opener)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -251,7 +261,6 @@ pub fn build(
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
-    let display = consoles.display();
     let adapter = devices.platform.display();
     display.stage().show(adapter.map(Adapter::source));
     display.hands().lead(Some(devices.platform.pointers()));
@@ -503,6 +512,26 @@ pub(super) fn open_baseline(
             })
         }
     }
+}
+
+/// What viewers of the screen must know: the first line of a file.
+pub(super) fn open_password(
+    config: &VmConfig,
+    opener: &Opener,
+) -> Result<Option<Password>, MachineError> {
+    let vnc = config.display.as_ref().and_then(|d| d.vnc.as_ref());
+    let Some(path) = vnc.and_then(|vnc| vnc.password_file.as_ref()) else {
+        return Ok(None);
+    };
+    let flag = "--display vnc_password_file=";
+    let text = opener.read_document(path, PASSWORD_FILE);
+    let text = text.map_err(|source| MachineError::Open { flag, source })?;
+    let text = String::from_utf8_lossy(&text);
+    let password = Password::new(text.lines().next().unwrap_or_default());
+    password.map(Some).map_err(|source| MachineError::Device {
+        device: format!("{flag}{}", path.display()),
+        source: source.into(),
+    })
 }
 
 fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {

@@ -43,6 +43,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use crate::acpi::{AcpiError, AcpiImage};
 use crate::boot::{BootError, Entry};
 use crate::config::ConfigError;
+use crate::display::VncError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
@@ -160,6 +161,9 @@ pub enum MachineError {
         #[source]
         source: crate::console::ConsoleError,
     },
+    /// Viewers cannot be served.
+    #[error("--display")]
+    Display(#[from] VncError),
     /// The host refused something that every machine needs.
     #[error("{what}")]
     Host {
@@ -210,6 +214,7 @@ impl MachineError {
             }
             Self::Device { source, .. } => fault::of(&**source),
             Self::Open { source, .. } => fault::of(source),
+            Self::Display(source) => fault::of(source),
             _ => ErrorKind::Failed,
         }
     }

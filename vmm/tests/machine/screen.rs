@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use api::client::ClientError;
+use devices::display::rfb::Password;
 
 use crate::support::{Collected, Served, can_run, until};
 
@@ -132,7 +133,7 @@ fn modes_that_nobody_can_have_harm_nobody() {
     for _ in 0..20 {
         guest.picture();
     }
-    guest.says.wait_for("storm=10000\ndrawn seed=0 320x200");
+    guest.says.wait_for("storm=500\ndrawn seed=0 320x200");
     assert_same(&guest.picture(), &drawn(320, 200, 0), "after the storm");
 }
 
@@ -197,4 +198,214 @@ fn the_verb_writes_a_file_or_to_its_output() {
     let refused = vireo("/nowhere/a.png");
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("FILE /nowhere/a.png"));
+}
+
+/// A viewer that knows as much of the protocol as it must (RFC 6143).
+struct Viewer {
+    stream: UnixStream,
+    width: u32,
+    height: u32,
+}
+
+impl Viewer {
+    /// Connects, chooses a security type, and proves that it knows `password`.
+    fn connect(guest: &Drawing, password: Option<&str>) -> Result<Self, String> {
+        let stream = UnixStream::connect(guest.served.path("vnc")).unwrap();
+        stream
+            .set_read_timeout(Some(crate::support::LIMIT))
+            .unwrap();
+        let mut viewer = Self {
+            stream,
+            width: 0,
+            height: 0,
+        };
+        assert_eq!(&viewer.hear::<12>(), b"RFB 003.008\n");
+        viewer.say(b"RFB 003.008\n");
+        let count = usize::from(viewer.hear::<1>()[0]);
+        let offered = viewer.hear_all(count);
+        let wanted = if password.is_some() { 2 } else { 1 };
+        assert_eq!(offered, [wanted]);
+        viewer.say(&[wanted]);
+        if let Some(password) = password {
+            let challenge = viewer.hear::<16>();
+            let answer = Password::new(password).unwrap().answer(&challenge);
+            viewer.say(&answer);
+        }
+        if viewer.hear::<4>() != [0; 4] {
+            let len = u32::from_be_bytes(viewer.hear()) as usize;
+            return Err(String::from_utf8(viewer.hear_all(len)).unwrap());
+        }
+        viewer.say(&[1]);
+        let [a, b, c, d] = viewer.hear::<4>();
+        viewer.width = u16::from_be_bytes([a, b]).into();
+        viewer.height = u16::from_be_bytes([c, d]).into();
+        viewer.hear::<16>();
+        let len = u32::from_be_bytes(viewer.hear()) as usize;
+        assert_eq!(viewer.hear_all(len), b"vireo");
+        // Pixels of 32 bits, little-endian, red at 16; Raw and DesktopSize.
+        let format = [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
+        viewer.say(&[&[0, 0, 0, 0][..], &format].concat());
+        viewer.say(&[2, 0, 0, 2, 0, 0, 0, 0, 255, 255, 255, 0x21]);
+        Ok(viewer)
+    }
+
+    fn say(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    fn hear<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.stream.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn hear_all(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.stream.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn key(&mut self, symbol: u32) {
+        for down in [1, 0] {
+            let [a, b, c, d] = symbol.to_be_bytes();
+            self.say(&[4, down, 0, 0, a, b, c, d]);
+        }
+    }
+
+    /// Takes updates into a picture until it is as wanted. The first asks for all.
+    fn sees(&mut self, wanted: &Picture, what: &str) {
+        let mut picture = self.black();
+        let mut changes = 0;
+        loop {
+            let [a, b] = u16::try_from(self.width).unwrap().to_be_bytes();
+            let [c, d] = u16::try_from(self.height).unwrap().to_be_bytes();
+            self.say(&[3, changes, 0, 0, 0, 0, a, b, c, d]);
+            changes = 1;
+            self.update(&mut picture);
+            if picture == *wanted {
+                return;
+            }
+            assert_eq!(wanted.width % 2, 0, "{what}");
+        }
+    }
+
+    fn black(&self) -> Picture {
+        Picture {
+            width: self.width,
+            height: self.height,
+            pixels: vec![[0; 3]; (self.width * self.height) as usize],
+        }
+    }
+
+    fn update(&mut self, picture: &mut Picture) {
+        let [kind, _, high, low] = self.hear::<4>();
+        assert_eq!(kind, 0, "an update");
+        for _ in 0..u16::from_be_bytes([high, low]) {
+            let place = self.hear::<8>();
+            let [x, y, width, height] =
+                [0, 2, 4, 6].map(|at| u32::from(u16::from_be_bytes([place[at], place[at + 1]])));
+            match i32::from_be_bytes(self.hear()) {
+                0 => {
+                    let bytes = self.hear_all((width * height * 4) as usize);
+                    let places = (y..y + height).flat_map(|y| (x..x + width).map(move |x| (x, y)));
+                    for ((x, y), pixel) in places.zip(bytes.as_chunks::<4>().0) {
+                        let [blue, green, red, _] = *pixel;
+                        picture.pixels[(y * picture.width + x) as usize] = [red, green, blue];
+                    }
+                }
+                -223 => {
+                    (self.width, self.height) = (width, height);
+                    *picture = self.black();
+                }
+                other => panic!("encoding {other}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_viewer_sees_what_the_guest_draws_and_types_into_it() {
+    if !can_run() {
+        return;
+    }
+    let mut guest = Drawing::start("width=320,height=200,vnc=unix:{dir}/vnc");
+    guest.says.wait_for("drawn");
+    let mut viewer = Viewer::connect(&guest, None).unwrap();
+    viewer.sees(&drawn(320, 200, 0), "at first");
+    guest.types("d");
+    viewer.sees(&drawn(320, 200, 1), "another picture");
+    guest.types("m");
+    viewer.sees(&drawn(640, 480, 1), "another mode");
+
+    viewer.key(u32::from('a'));
+    guest.says.wait_for("key=1e\nkey=9e\n");
+    // Ctrl, Alt and Delete, of which the last comes behind E0.
+    viewer.key(0xffff);
+    guest.says.wait_for("key=e0\nkey=53\nkey=e0\nkey=d3\n");
+    // The left button at a place.
+    viewer.say(&[5, 1, 0, 10, 0, 10]);
+    guest.says.wait_for("mouse=09\n");
+    // A key that is held is let go when its viewer goes.
+    viewer.say(&[4, 1, 0, 0, 0, 0, 0, b'b']);
+    guest.says.wait_for("key=30\n");
+    drop(viewer);
+    guest.says.wait_for("key=b0\n");
+
+    // Whoever comes again sees the same; the machine's end is theirs.
+    let mut viewer = Viewer::connect(&guest, None).unwrap();
+    viewer.sees(&drawn(640, 480, 1), "again");
+    guest.types("q");
+    guest.served.vireo.ends_with(0);
+    assert!(!guest.served.path("vnc").exists());
+}
+
+#[test]
+fn a_viewer_that_does_not_know_the_password_sees_nothing() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    std::fs::write(&file, "secret\nand more\n").unwrap();
+    let display = format!(
+        "width=320,height=200,vnc=unix:{{dir}}/vnc,vnc_password_file={}",
+        file.display()
+    );
+    let mut guest = Drawing::start(&display);
+    guest.says.wait_for("drawn");
+    assert!(Viewer::connect(&guest, Some("Secret")).is_err());
+    let mut viewer = Viewer::connect(&guest, Some("secret")).unwrap();
+    viewer.sees(&drawn(320, 200, 0), "with the password");
+}
+
+#[test]
+fn a_viewer_stays_over_a_reboot() {
+    if !can_run() {
+        return;
+    }
+    let mut guest = Drawing::start("width=320,height=200,vnc=unix:{dir}/vnc");
+    guest.types("d");
+    guest.says.wait_for("drawn seed=1");
+    let mut viewer = Viewer::connect(&guest, None).unwrap();
+    viewer.sees(&drawn(320, 200, 1), "before");
+    guest.served.client().reboot().unwrap();
+    viewer.sees(&drawn(320, 200, 0), "after");
+}
+
+#[test]
+fn a_password_that_is_none_is_the_users_fault() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    for (text, part) in [("", "is empty"), ("ninebytes", "9 bytes")] {
+        std::fs::write(&file, text).unwrap();
+        let display = format!("vnc=:1,vnc_password_file={}", file.display());
+        let arguments = crate::support::run_arguments("screen", "", &["--display", &display]);
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vireo"));
+        let output = command.args(arguments).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains(part), "{told}");
+    }
 }
