@@ -17,7 +17,7 @@
 //!
 //! # Bad clients
 //!
-//! All that a client says is read by [`message`] and [`handshake`], which hold no more of it than the longest message.
+//! All that a client says is read by two parsers, of the handshake and of messages, which hold no more of it than the longest message.
 //! Clients that are not in after ten seconds are sent away, and the oldest of them when many come at once. After five
 //! wrong passwords none is looked at for a while, then for longer and longer.
 //!
@@ -35,7 +35,7 @@ mod service;
 mod stream;
 mod viewer;
 
-pub use auth::{Password, PasswordError, Security};
+pub use auth::{CHALLENGE, Password, PasswordError, Security};
 pub use server::Server;
-pub use service::{MAX_GREETINGS, MAX_VIEWERS, Options, Sharing};
+pub use service::{MAX_GREETINGS, MAX_VIEWERS, Options, Service, Sharing};
 pub use stream::{Stream, TlsAcceptor};

@@ -44,6 +44,8 @@ pub struct Options {
 }
 
 /// Who is served, and with what.
+///
+/// Without a thread: [`super::Server`] is what has one.
 pub struct Service {
     screen: Arc<Screen>,
     sink: Arc<dyn InputSink>,
@@ -56,6 +58,12 @@ pub struct Service {
 
 /// A brake for what clients can cause to be logged.
 static LOG: LogLimit = LogLimit::new();
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Service")
+    }
+}
 
 impl Service {
     /// Serves nobody yet.
@@ -71,7 +79,8 @@ impl Service {
         }
     }
 
-    /// Somebody has connected.
+    /// Somebody has connected: `stream` does not block, `challenge` cannot have been guessed, and `peer` names them in
+    /// the log.
     pub fn connect(
         &mut self,
         stream: Box<dyn Stream>,
