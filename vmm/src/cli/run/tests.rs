@@ -7,8 +7,8 @@ use super::*;
 use crate::config::device::tests::TEST_MODELS;
 use crate::config::serial::FileSink;
 use crate::config::{
-    CpuBaseline, CpusConfig, DisplayConfig, MachineConfig, MachineType, MemoryConfig,
-    PayloadConfig, SinkConfig, Thp,
+    CpuBaseline, CpusConfig, MachineConfig, MachineType, MemoryConfig, PayloadConfig, SinkConfig,
+    Thp,
 };
 
 /// The configuration that `vireo run --kernel k` and these arguments make.
@@ -152,11 +152,7 @@ fn every_flag_reaches_the_configuration() {
         on_panic: GuestAction::Restart,
         watchdog: true,
         on_watchdog: GuestAction::Stop,
-        display: Some(DisplayConfig {
-            width: 800,
-            height: 600,
-            ..DisplayConfig::default()
-        }),
+        display: display::from_flag("width=800,height=600", None).unwrap(),
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);
