@@ -46,7 +46,7 @@ pub(super) struct ReadFiles {
 
 /// Something that has been opened.
 enum Part {
-    Files(ReadFiles),
+    Files(Box<ReadFiles>),
     Device(OpenDevice),
 }
 
@@ -67,11 +67,11 @@ fn open_each(
 ) -> Result<(), MachineError> {
     let payload = Payload::open(config, opener)?;
     let baseline = open_baseline(&config.cpus.baseline, opener)?;
-    let mut wanted = take(Part::Files(ReadFiles {
+    let mut wanted = take(Part::Files(Box::new(ReadFiles {
         payload,
         baseline,
         password: open_password(config, opener)?,
-    }));
+    })));
     for device in &config.devices {
         if !wanted {
             break;
@@ -109,7 +109,7 @@ impl Opened {
 
     fn add(&mut self, part: Part) {
         match part {
-            Part::Files(read) => self.read = Some(read),
+            Part::Files(read) => self.read = Some(*read),
             Part::Device(device) => self.devices.push(device),
         }
     }
