@@ -9,6 +9,7 @@ mod events;
 mod jobs;
 mod lifecycle;
 mod net;
+mod port;
 mod removal;
 mod resize;
 mod screenshot;
@@ -97,6 +98,12 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: net::Verb,
     },
+    /// List, add and remove named ports
+    #[command(after_help = port::EXAMPLES)]
+    Port {
+        #[command(subcommand)]
+        verb: port::Verb,
+    },
     /// Write memory and registers into an ELF core file, for crash and gdb
     ///
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
@@ -147,6 +154,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
+        Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
