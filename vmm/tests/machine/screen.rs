@@ -94,10 +94,10 @@ fn a_picture_shows_what_the_guest_has_drawn() {
     assert_same(&guest.picture(), &drawn(320, 200, 0), "at power-on");
 
     guest.types("m");
-    guest.says.wait_for("drawn seed=0 640x480");
+    guest.says.wait_for("drawn seed=0 640x480 bits=32\n");
     assert_same(&guest.picture(), &drawn(640, 480, 0), "another mode");
     guest.types("d");
-    guest.says.wait_for("drawn seed=1 640x480");
+    guest.says.wait_for("drawn seed=1 640x480 bits=32\n");
     assert_same(&guest.picture(), &drawn(640, 480, 1), "another picture");
 
     // A paused guest has a screen too.
@@ -144,7 +144,7 @@ fn a_reset_clears_the_screen_and_a_reboot_too() {
     }
     let mut guest = Drawing::start("width=320,height=200");
     guest.types("m");
-    guest.says.wait_for("drawn seed=0 640x480");
+    guest.says.wait_for("drawn seed=0 640x480 bits=32\n");
     guest.served.client().reset().unwrap();
     let anew = "power-on=320x200 bits=32 enable=41 memory=c0000000\ndrawn seed=0 320x200 bits=32\n";
     guest.says.wait_for(&format!("640x480 bits=32\n{anew}"));
@@ -385,7 +385,7 @@ fn a_viewer_stays_over_a_reboot() {
     }
     let mut guest = Drawing::start("width=320,height=200,vnc=unix:{dir}/vnc");
     guest.types("d");
-    guest.says.wait_for("drawn seed=1");
+    guest.says.wait_for("drawn seed=1 320x200 bits=32\n");
     let mut viewer = Viewer::connect(&guest, None).unwrap();
     viewer.sees(&drawn(320, 200, 1), "before");
     guest.served.client().reboot().unwrap();
