@@ -130,7 +130,7 @@ fn modes_that_nobody_can_have_harm_nobody() {
     let mut guest = Drawing::start("width=320,height=200");
     guest.says.wait_for("drawn");
     guest.types("h");
-    for _ in 0..20 {
+    for _ in 0..5 {
         guest.picture();
     }
     guest.says.wait_for("storm=500\ndrawn seed=0 320x200");
