@@ -23,3 +23,4 @@ pub mod places;
 pub mod process;
 pub mod run;
 pub mod smbios;
+pub mod tls;
