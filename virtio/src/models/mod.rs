@@ -98,7 +98,7 @@ macro_rules! models {
     };
 }
 
-models! { balloon, blk, console, net, rng }
+models! { balloon, blk, console, net, rng, vhost_blk }
 
 /// The model of this kind.
 #[must_use]

@@ -5,6 +5,7 @@
 //! * [`driver`]: the driver's side of the transport.
 //! * [`subjects`]: the devices that are tested; a new model needs a line there
 //!   only when it cannot be built from an empty configuration.
+//! * [`peer`]: a program that serves a device, for those that need one.
 //! * [`echo`]: a device for what needs a known back end.
 //! * [`regular`]: what a correct driver may rely on.
 //! * [`hostile`]: what a broken or malicious one must not achieve.
@@ -19,6 +20,9 @@ mod balloon;
 mod driver;
 mod echo;
 mod hostile;
+#[path = "../../src/vhost/peer.rs"]
+#[expect(dead_code, reason = "other tests make more use of it")]
+mod peer;
 mod regular;
 mod rig;
 mod subjects;

@@ -2,18 +2,21 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::net::UnixDatagram;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use block::{Access, Opener};
+use block::{Access, Address, Connector, Opener};
 use net::{Backend, BackendError, Offloads, Packets, Port, Request};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
 use virtio::models::{BuildContext, MODELS, Model};
 
 use crate::echo::{Echo, EchoControl};
+use crate::peer::{Manner, Peer};
 
 /// What every device here is built with.
 pub fn context() -> BuildContext {
@@ -32,6 +35,22 @@ struct PlainOpener;
 impl Opener for PlainOpener {
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         OpenOptions::new().read(true).write(access.write).open(path)
+    }
+
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
+        match address {
+            Address::Unix(path) => Ok(Box::new(Socket(path.clone()))),
+            Address::Tcp { .. } => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Socket(PathBuf);
+
+impl Connector for Socket {
+    fn connect(&self) -> io::Result<OwnedFd> {
+        UnixStream::connect(&self.0).map(OwnedFd::from)
     }
 }
 
@@ -111,8 +130,14 @@ impl Subject {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         let made = AtomicU32::new(0);
+        let peers = Mutex::new(Vec::new());
         let make = move || {
-            let config = fixture(model.kind, &path, made.fetch_add(1, Ordering::Relaxed));
+            let number = made.fetch_add(1, Ordering::Relaxed);
+            let config = fixture(model.kind, &path, number);
+            if let Some(socket) = config.get("socket").and_then(Value::as_str) {
+                let peer = Peer::new(Path::new(socket), Manner::default());
+                peers.lock().unwrap().push(peer);
+            }
             (model.build)(config, &context())
                 .unwrap_or_else(|error| panic!("{} cannot be built: {error:?}", model.kind))
         };
@@ -137,6 +162,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }
