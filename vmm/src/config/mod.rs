@@ -24,6 +24,7 @@ pub mod port;
 pub mod serial;
 pub mod smbios;
 mod validate;
+mod vhost;
 pub mod wire;
 
 use std::path::PathBuf;

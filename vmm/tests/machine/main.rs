@@ -31,6 +31,7 @@ mod managers;
 mod metrics;
 mod nbd;
 mod opening;
+mod peers;
 mod ports;
 mod resize;
 mod shape;
