@@ -206,7 +206,7 @@ pub struct VhostBlkV1 {
 }
 
 impl SavedState for VhostBlkV1 {
-    const SCHEMA: &'static str = "vhost-user-blk";
+    const SCHEMA: &'static str = "virtio-vhost-user-blk";
     const VERSION: u16 = 1;
 }
 

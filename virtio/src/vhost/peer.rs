@@ -23,6 +23,9 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 /// What buffers are filled with.
 pub const FILL: u8 = 0x5a;
 
+/// The most descriptors in a chain.
+const MOST: u32 = 1026;
+
 /// Requests of the protocol by number.
 pub mod request {
     pub const GET_FEATURES: u32 = 1;
@@ -449,27 +452,27 @@ impl Connection {
         self.shared.seen.lock().unwrap().memory = places;
     }
 
-    /// The file and the place in it that are at an address: of the front end, or of the guest.
-    fn place(&self, address: u64, guest: bool) -> Option<(&File, u64)> {
-        let base = |region: &Region| if guest { region.guest } else { region.user };
-        let region = self
-            .regions
-            .iter()
-            .find(|region| (base(region)..base(region) + region.len).contains(&address))?;
-        Some((&region.file, region.offset + (address - base(region))))
+    /// The file and the place in it where `len` bytes at an address are: of the front end, or of the guest.
+    fn place(&self, address: u64, guest: bool, len: usize) -> Option<(&File, u64)> {
+        self.regions.iter().find_map(|region| {
+            let base = if guest { region.guest } else { region.user };
+            let at = address.checked_sub(base)?;
+            let inside = at.checked_add(len as u64)? <= region.len;
+            inside.then_some((&region.file, region.offset + at))
+        })
     }
 
     /// Reads; zeros where there is nothing.
     fn read<const N: usize>(&self, address: u64, guest: bool) -> [u8; N] {
         let mut bytes = [0; N];
-        if let Some((file, at)) = self.place(address, guest) {
+        if let Some((file, at)) = self.place(address, guest, N) {
             file.read_exact_at(&mut bytes, at).unwrap();
         }
         bytes
     }
 
     fn write(&self, address: u64, guest: bool, bytes: &[u8]) {
-        if let Some((file, at)) = self.place(address, guest) {
+        if let Some((file, at)) = self.place(address, guest, bytes.len()) {
             file.write_all_at(bytes, at).unwrap();
         }
     }
@@ -530,19 +533,20 @@ impl Connection {
         let (mut table, mut guest, mut index) = (queue.table, false, head);
         let mut written = 0;
         let mut last = None;
-        loop {
-            let descriptor: [u8; 16] = self.read(table + 16 * u64::from(index), guest);
+        // A driver may change its descriptors while they are read.
+        for _ in 0..MOST {
+            let descriptor: [u8; 16] = self.read(table.wrapping_add(16 * u64::from(index)), guest);
             let (address, len) = (long(&descriptor, 0), word(&descriptor, 8));
             let flags = word(&descriptor, 12) & 0xffff;
             if flags & 4 != 0 {
                 (table, guest, index) = (address, true, 0);
                 continue;
             }
-            if flags & 2 != 0 && len > 0 {
-                let len = usize::try_from(len).unwrap();
-                self.write(address, true, &vec![FILL; len]);
-                written += u32::try_from(len).unwrap();
-                last = Some(address + len as u64 - 1);
+            let room = usize::try_from(len).unwrap();
+            if flags & 2 != 0 && room > 0 && self.place(address, true, room).is_some() {
+                self.write(address, true, &vec![FILL; room]);
+                written += len;
+                last = Some(address + u64::from(len) - 1);
             }
             if flags & 1 == 0 {
                 break;

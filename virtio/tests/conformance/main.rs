@@ -7,6 +7,7 @@
 //!   only when it cannot be built from an empty configuration.
 //! * [`peer`]: a program that serves a device, for those that need one.
 //! * [`echo`]: a device for what needs a known back end.
+//! * [`registry`]: what belongs to every model beside its file.
 //! * [`regular`]: what a correct driver may rely on.
 //! * [`hostile`]: what a broken or malicious one must not achieve.
 
@@ -23,6 +24,7 @@ mod hostile;
 #[path = "../../src/vhost/peer.rs"]
 #[expect(dead_code, reason = "other tests make more use of it")]
 mod peer;
+mod registry;
 mod regular;
 mod rig;
 mod subjects;
