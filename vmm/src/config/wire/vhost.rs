@@ -152,10 +152,6 @@ mod tests {
             (json!({ "vhost_user": true }), "vhost_socket"),
             (json!({ "vhost_socket": "/s" }), "vhost_user=true"),
             (
-                json!({ "vhost_user": true, "vhost_socket": "s" }),
-                "vhost_socket",
-            ),
-            (
                 json!({ "vhost_user": true, "vhost_socket": "/s", "path": "/p" }),
                 "disk.path",
             ),
