@@ -5,13 +5,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use block::{Access, Address, Connector, Opener};
+use block::{Access, Address, Connector, Listening, Opener};
 use net::{Backend, BackendError, Offloads, Packets, Port, Request};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
@@ -114,20 +114,40 @@ impl Opener for PlainOpener {
         OpenOptions::new().read(true).write(access.write).open(path)
     }
 
+    /// Whatever a guest connects to at `PATH_PORT` is the socket of clients at `PATH`: the guest itself. Without a
+    /// port it is a program that serves a device.
     fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
-        match address {
-            Address::Unix(path) => Ok(Box::new(Socket(path.clone()))),
-            Address::Tcp { .. } => Err(io::ErrorKind::Unsupported.into()),
+        let port = match address {
+            Address::Unix(path) => path.to_str().and_then(|path| path.rsplit_once('_')),
+            Address::Tcp { .. } => None,
+        };
+        match (port, address) {
+            (Some((path, _)), _) => Ok(Box::new(Clients(PathBuf::from(path)))),
+            (None, Address::Unix(path)) => Ok(Box::new(Clients(path.clone()))),
+            (None, Address::Tcp { .. }) => Err(io::ErrorKind::PermissionDenied.into()),
         }
+    }
+
+    fn listen(&self, path: &Path) -> io::Result<Listening> {
+        Ok(Listening {
+            socket: UnixListener::bind(path)?,
+            file: Box::new(()),
+        })
     }
 }
 
 #[derive(Debug)]
-struct Socket(PathBuf);
+struct Clients(PathBuf);
 
-impl Connector for Socket {
+impl Connector for Clients {
     fn connect(&self) -> io::Result<OwnedFd> {
-        UnixStream::connect(&self.0).map(OwnedFd::from)
+        Ok(UnixStream::connect(&self.0)?.into())
+    }
+
+    fn connect_now(&self) -> io::Result<OwnedFd> {
+        let stream = UnixStream::connect(&self.0)?;
+        stream.set_nonblocking(true)?;
+        Ok(stream.into())
     }
 }
 
@@ -214,7 +234,8 @@ impl Subject {
         let make = move || {
             let number = made.fetch_add(1, Ordering::Relaxed);
             let config = fixture(model.kind, &path, number);
-            if let Some(socket) = config.get("socket").and_then(Value::as_str) {
+            let socket = config.get("socket").and_then(Value::as_str);
+            if let Some(socket) = socket.filter(|_| model.kind == "vhost-user-blk") {
                 let peer = Peer::new(Path::new(socket), Manner::default());
                 peers.lock().unwrap().push(peer);
             }
@@ -243,6 +264,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
         "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
+        "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }
