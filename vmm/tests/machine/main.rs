@@ -35,6 +35,7 @@ mod opening;
 mod peers;
 mod ports;
 mod resize;
+mod screen;
 mod shape;
 mod sinks;
 mod start_order;
