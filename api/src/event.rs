@@ -81,6 +81,19 @@ pub enum EventKind {
         /// What the driver or back end did.
         reason: String,
     },
+    /// The program that serves a device is gone, or was disconnected: requests wait, and it is tried to connect
+    /// again.
+    DevicePeerLost {
+        /// The device's id.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+    /// The program that serves a device is connected again.
+    DevicePeerConnected {
+        /// The device's id.
+        id: String,
+    },
     /// A request to a disk failed at the host. Of many not every one is told.
     DiskError {
         /// The device's id.

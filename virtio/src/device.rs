@@ -25,6 +25,7 @@ use virtio_queue::Queue;
 use crate::memory::GuestMemory;
 use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
 use crate::models::{BuildContext, BuildError};
+use crate::vhost::PeerReport;
 use crate::worker::Patience;
 
 /// The fixed facts of a device.
@@ -167,6 +168,10 @@ pub trait Notifier: Send + Sync {
     fn needs_reset(&self, reason: &str);
     /// Tells observers of the machine what has become of a disk.
     fn disk_report(&self, report: &DiskReport) {
+        let _ = report;
+    }
+    /// Tells observers of the machine what has become of the device's peer.
+    fn peer_report(&self, report: &PeerReport) {
         let _ = report;
     }
     /// Tells observers of the machine that a balloon has the size it was to have: `actual` bytes.

@@ -7,6 +7,7 @@
 //! * [`transport`]: what joins a model to the PCI bus.
 //! * [`worker`]: the threads that serve a device's queues.
 //! * [`ring`]: a queue in the hands of its worker.
+//! * [`vhost`]: devices whose requests another process serves.
 //! * [`models`]: one file for each device, and the registry that lists them.
 //!
 //! # Adding a device
@@ -33,6 +34,7 @@ pub mod models;
 pub mod ring;
 pub mod schema;
 pub mod transport;
+pub mod vhost;
 pub mod worker;
 
 #[cfg(test)]

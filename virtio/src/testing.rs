@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::{Activation, ActiveQueue, DiskReport, Notifier, StoppedQueue, VirtioDevice};
 use crate::memory::{GuestMap, GuestMemory};
+use crate::vhost::PeerReport;
 use crate::worker::{Patience, borrow};
 
 /// Where one region of memory ends and the next begins, in bytes.
@@ -56,6 +57,7 @@ pub enum Notice {
     Reset(String),
     Disk(DiskReport),
     Balloon(u64),
+    Peer(PeerReport),
 }
 
 struct Notices(Mutex<Sender<Notice>>, Patience);
@@ -82,6 +84,10 @@ impl Notifier for Notices {
 
     fn disk_report(&self, report: &DiskReport) {
         self.send(Notice::Disk(report.clone()));
+    }
+
+    fn peer_report(&self, report: &PeerReport) {
+        self.send(Notice::Peer(report.clone()));
     }
 
     fn balloon_reached(&self, actual: u64) {
@@ -305,7 +311,7 @@ impl Driver {
                 return returned;
             }
             let notice = notices.recv_timeout(PATIENCE).unwrap();
-            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_));
+            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_) | Notice::Peer(_));
             assert!(expected, "{notice:?}");
         }
     }
@@ -352,7 +358,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) | Notice::Peer(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

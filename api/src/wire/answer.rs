@@ -174,6 +174,8 @@ pub enum DeviceState {
     Active,
     /// It works no more until its driver resets it.
     NeedsReset,
+    /// A driver uses it, and the program that serves it is gone: requests wait for its return.
+    PeerLost,
     /// The guest has been asked to give it up.
     Removing,
 }

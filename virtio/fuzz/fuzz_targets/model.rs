@@ -13,6 +13,8 @@ mod driver;
 mod echo;
 mod guest;
 mod input;
+#[path = "../../src/vhost/peer.rs"]
+mod peer;
 #[path = "../../tests/conformance/rig.rs"]
 mod rig;
 #[path = "../../tests/conformance/subjects.rs"]

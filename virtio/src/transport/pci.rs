@@ -218,6 +218,12 @@ impl VirtioPci {
         self.signals.needs_reset.load(Ordering::Acquire)
     }
 
+    /// Whether the program that is to serve the device is gone. Takes no lock.
+    #[must_use]
+    pub fn peer_lost(&self) -> bool {
+        self.signals.peer_lost.load(Ordering::Acquire)
+    }
+
     /// What the model has counted, by name. Takes no lock.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {

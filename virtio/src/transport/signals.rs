@@ -10,6 +10,7 @@ use devices::LogLimit;
 use devices::pci::Msix;
 
 use crate::device::{DiskReport, Notifier};
+use crate::vhost::PeerReport;
 use crate::worker::Patience;
 
 /// No vector is assigned (4.1.4.3, VIRTIO_MSI_NO_VECTOR).
@@ -34,6 +35,8 @@ pub enum DeviceEvent<'a> {
     },
     /// What has become of a disk.
     Disk(&'a DiskReport),
+    /// What has become of the program that serves the device.
+    Peer(&'a PeerReport),
     /// A balloon has the size that it was to have. Reported once for each target.
     BalloonReached {
         /// The size in bytes.
@@ -60,6 +63,8 @@ pub(super) struct Signals {
     /// Changes whenever the device's configuration does (2.5).
     pub generation: AtomicU8,
     pub needs_reset: AtomicBool,
+    /// The program that serves the device is gone.
+    pub peer_lost: AtomicBool,
     /// The driver has set DRIVER_OK: it may be interrupted.
     pub driver_ok: AtomicBool,
     /// For everything that the guest can have logged about this device.
@@ -81,6 +86,7 @@ impl Signals {
             isr: AtomicU8::new(0),
             generation: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
+            peer_lost: AtomicBool::new(false),
             driver_ok: AtomicBool::new(false),
             log: LogLimit::new(),
             changes: LogLimit::new(),
@@ -163,6 +169,12 @@ impl Notifier for Signals {
 
     fn disk_report(&self, report: &DiskReport) {
         self.event(DeviceEvent::Disk(report));
+    }
+
+    fn peer_report(&self, report: &PeerReport) {
+        let lost = matches!(report, PeerReport::Lost { .. });
+        self.peer_lost.store(lost, Ordering::Release);
+        self.event(DeviceEvent::Peer(report));
     }
 
     fn balloon_reached(&self, actual: u64) {

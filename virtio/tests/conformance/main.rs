@@ -5,6 +5,7 @@
 //! * [`driver`]: the driver's side of the transport.
 //! * [`subjects`]: the devices that are tested; a new model needs a line there
 //!   only when it cannot be built from an empty configuration.
+//! * [`peer`]: a program that serves a device, for those that need one.
 //! * [`echo`]: a device for what needs a known back end.
 //! * [`registry`]: what belongs to every model beside its file.
 //! * [`regular`]: what a correct driver may rely on.
@@ -20,6 +21,9 @@ mod balloon;
 mod driver;
 mod echo;
 mod hostile;
+#[path = "../../src/vhost/peer.rs"]
+#[expect(dead_code, reason = "other tests make more use of it")]
+mod peer;
 mod registry;
 mod regular;
 mod rig;

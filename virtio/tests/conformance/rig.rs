@@ -13,7 +13,7 @@ use devices::{Bus, MsiAllocator, MsiError, MsiMessage, MsiVector, Unit};
 use migration::SectionSet;
 use virtio::memory::{GuestMap, GuestMemory};
 use virtio::transport::{DeviceEvent, DeviceEvents, Doorbells, VirtioPci};
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryAtomic};
 
 use crate::subjects::Subject;
 
@@ -161,6 +161,7 @@ impl DeviceEvents for Events {
             DeviceEvent::Reset => "reset".to_owned(),
             DeviceEvent::NeedsReset { reason } => format!("broken: {reason}"),
             DeviceEvent::Disk(report) => format!("{report:?}"),
+            DeviceEvent::Peer(report) => format!("{report:?}"),
             DeviceEvent::BalloonReached { actual } => format!("balloon: {actual}"),
         };
         self.seen.lock().unwrap().push(text);
@@ -272,7 +273,17 @@ impl Rig {
     }
 }
 
+/// RAM that other programs can map.
 pub fn ram() -> GuestMemory {
-    let ranges = RAM.map(|(base, len)| (GuestAddress(base), usize::try_from(len).unwrap()));
-    GuestMemoryAtomic::new(GuestMap::from_ranges(&ranges).unwrap())
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(RAM_END).unwrap();
+    let ranges = RAM.map(|(base, len)| {
+        let part = FileOffset::new(file.try_clone().unwrap(), base);
+        (
+            GuestAddress(base),
+            usize::try_from(len).unwrap(),
+            Some(part),
+        )
+    });
+    GuestMemoryAtomic::new(GuestMap::from_ranges_with_files(ranges).unwrap())
 }

@@ -8,6 +8,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use block::{Access, Address, Connector, Listening, Opener};
@@ -18,6 +19,7 @@ use virtio::models::console::{HostEnd, Look, PortHost};
 use virtio::models::{BuildContext, MODELS, Model};
 
 use crate::echo::{Echo, EchoControl};
+use crate::peer::{Manner, Peer};
 
 /// What every device here is built with.
 pub fn context() -> BuildContext {
@@ -112,14 +114,18 @@ impl Opener for PlainOpener {
         OpenOptions::new().read(true).write(access.write).open(path)
     }
 
-    /// Whatever a guest connects to at `PATH_PORT` is the socket of clients at `PATH`: the guest itself.
+    /// Whatever a guest connects to at `PATH_PORT` is the socket of clients at `PATH`: the guest itself. Without a
+    /// port it is a program that serves a device.
     fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
         let port = match address {
             Address::Unix(path) => path.to_str().and_then(|path| path.rsplit_once('_')),
             Address::Tcp { .. } => None,
         };
-        let (path, _) = port.ok_or(io::ErrorKind::PermissionDenied)?;
-        Ok(Box::new(Clients(PathBuf::from(path))))
+        match (port, address) {
+            (Some((path, _)), _) => Ok(Box::new(Clients(PathBuf::from(path)))),
+            (None, Address::Unix(path)) => Ok(Box::new(Clients(path.clone()))),
+            (None, Address::Tcp { .. }) => Err(io::ErrorKind::PermissionDenied.into()),
+        }
     }
 
     fn listen(&self, path: &Path) -> io::Result<Listening> {
@@ -224,8 +230,15 @@ impl Subject {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         let made = AtomicU32::new(0);
+        let peers = Mutex::new(Vec::new());
         let make = move || {
-            let config = fixture(model.kind, &path, made.fetch_add(1, Ordering::Relaxed));
+            let number = made.fetch_add(1, Ordering::Relaxed);
+            let config = fixture(model.kind, &path, number);
+            let socket = config.get("socket").and_then(Value::as_str);
+            if let Some(socket) = socket.filter(|_| model.kind == "vhost-user-blk") {
+                let peer = Peer::new(Path::new(socket), Manner::default());
+                peers.lock().unwrap().push(peer);
+            }
             (model.build)(config, &context())
                 .unwrap_or_else(|error| panic!("{} cannot be built: {error:?}", model.kind))
         };
@@ -250,6 +263,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
         "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),

@@ -11,9 +11,9 @@ use serde_json::{Map, Value};
 use virtio::models::Model;
 use virtio::schema::{Field, FieldKind};
 
-use super::VmConfig;
 use super::flag::{self, FlagError, FlagTable};
 use super::wire::names::next_number;
+use super::{VmConfig, vhost};
 use crate::layout::PCI_SLOTS;
 
 /// A device on the PCI bus.
@@ -102,13 +102,17 @@ impl DeviceConfig {
     ///
     /// [`DeviceFlagError`], naming flag and key.
     pub fn from_flag(model: &Model, flag: &str, text: &str) -> Result<Self, DeviceFlagError> {
-        let fields: Vec<Field> = model.fields.iter().chain(COMMON_FIELDS).copied().collect();
+        let with_peer = vhost::variant(model, text);
+        let model = with_peer.unwrap_or(model);
+        let mut fields: Vec<Field> = model.fields.iter().chain(COMMON_FIELDS).copied().collect();
+        fields.extend(with_peer.map(|_| vhost::SWITCH));
         let table = FlagTable {
             flag,
             fields: &fields,
             shorthand: shorthand(model),
         };
         let mut config = flag::parse(&table, text)?;
+        config.remove(vhost::SWITCH.name);
         let id = config.remove(ID);
         let id = id.as_ref().and_then(Value::as_str).unwrap_or_default();
         let address = match config.remove(ADDR).as_ref().and_then(Value::as_u64) {
@@ -156,7 +160,8 @@ fn valid_slot(slot: u64) -> Option<u8> {
 /// kinds count together, as in `_disk0`, `_rng1`, `_disk2`.
 pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) -> String {
     let model = models.iter().find(|model| model.kind == kind);
-    let stem = model.map_or(kind, |model| model.flag);
+    let stem = vhost::usual_flag(kind).or(model.map(|model| model.flag));
+    let stem = stem.unwrap_or(kind);
     (next_number(taken.iter().map(String::as_str))..=u64::MAX)
         .map(|number| format!("_{stem}{number}"))
         .find(|id| !taken.contains(id))
@@ -166,7 +171,7 @@ pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) ->
 impl VmConfig {
     /// Adds the device of console and ports, where there are any. Gives each device that has none an id (as in
     /// `_disk0`: its model's flag and the next number) and a PCI slot (the first free one), in order, and each
-    /// network card an address. What was
+    /// network card an address, and shares memory with the programs that serve devices. What was
     /// given stays. With more devices than slots the last stay without, which
     /// [`VmConfig::validate`] refuses.
     pub fn complete(&mut self, models: &[Model]) {
@@ -185,6 +190,7 @@ impl VmConfig {
             }
         }
         self.complete_networks();
+        self.share_memory();
     }
 }
 

@@ -23,6 +23,7 @@ pub(super) mod names;
 mod networks;
 #[cfg(test)]
 mod tests;
+mod vhost;
 mod vsock;
 
 use std::os::unix::ffi::OsStrExt;

@@ -20,6 +20,7 @@ use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
 use virtio::transport::{DeviceEvent, DeviceEvents};
+use virtio::vhost::PeerReport;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::bay::{Bay, OpenDevice};
@@ -466,6 +467,23 @@ impl Reporter {
     }
 }
 
+impl Reporter {
+    fn peer(&self, id: &str, report: &PeerReport) {
+        let id = id.to_owned();
+        self.events.publish(match report {
+            PeerReport::Connected => {
+                tracing::info!(device = id, "its vhost-user program is connected again");
+                api::EventKind::DevicePeerConnected { id }
+            }
+            PeerReport::Lost { reason } => {
+                tracing::warn!(device = id, reason, "its vhost-user program is lost");
+                let reason = reason.clone();
+                api::EventKind::DevicePeerLost { id, reason }
+            }
+        });
+    }
+}
+
 impl DeviceEvents for Reporter {
     fn device_event(&self, name: &str, event: DeviceEvent<'_>) {
         match event {
@@ -475,6 +493,7 @@ impl DeviceEvents for Reporter {
                     .publish(api::EventKind::DeviceNeedsReset { id, reason });
             }
             DeviceEvent::Disk(report) => self.disk(name, report),
+            DeviceEvent::Peer(report) => self.peer(name, report),
             DeviceEvent::BalloonReached { actual } => {
                 let id = name.to_owned();
                 self.events

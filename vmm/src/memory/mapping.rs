@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 
+use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -233,7 +234,8 @@ fn unmap(address: *mut libc::c_void, len: usize) {
     }
 }
 
-/// A sealed-size memory file, of huge pages when asked.
+/// A memory file of huge pages when asked. Its size is sealed: others who map it could otherwise
+/// have this process killed at its next look.
 ///
 /// # Errors
 ///
@@ -243,9 +245,10 @@ pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
         None => 0,
         Some(size) => libc::MFD_HUGETLB | size.trailing_zeros() << libc::MFD_HUGE_SHIFT,
     };
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
     // SAFETY: the name is a C string; the flags are defined ones.
     #[expect(unsafe_code, reason = "memfd_create is a system call")]
-    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | huge) };
+    let fd = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -253,5 +256,6 @@ pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
     #[expect(unsafe_code, reason = "takes ownership of a fresh descriptor")]
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }

@@ -32,6 +32,7 @@ mod managers;
 mod metrics;
 mod nbd;
 mod opening;
+mod peers;
 mod ports;
 mod resize;
 mod screen;

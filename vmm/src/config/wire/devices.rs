@@ -19,7 +19,7 @@ use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
     balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
-    rate_limits, vsock,
+    rate_limits, vhost, vsock,
 };
 use crate::layout::PCI_SLOTS;
 
@@ -119,6 +119,9 @@ impl DeviceConfig {
     /// As for [`VmConfig::from_wire`].
     pub fn from_wire_disk(described: &wire::DiskConfig, cpus: u16) -> Result<Self, ControlError> {
         missing::disk(described)?;
+        if let Some(device) = vhost::disk_from_wire(described)? {
+            return Ok(device);
+        }
         let Some(image) = described.path.as_deref() else {
             return Err(invalid("disk: it has no path"));
         };
@@ -179,7 +182,7 @@ impl DeviceConfig {
     }
 }
 
-fn refused(error: &BuildError) -> ControlError {
+pub(super) fn refused(error: &BuildError) -> ControlError {
     let inner = ControlError::from_error(ErrorKind::Invalid, error);
     inner.context("disk").context(super::INVALID)
 }
@@ -238,7 +241,7 @@ impl VmConfig {
     #[must_use]
     pub fn shown_disk(&self, device: &DeviceConfig) -> Option<wire::DiskConfig> {
         if device.kind != blk::MODEL.kind {
-            return None;
+            return vhost::disk_to_wire(device);
         }
         let config = serde_json::from_value(device.config.clone()).ok()?;
         Some(disk_to_wire(&device.id, &config, self.cpus.boot))
@@ -256,6 +259,7 @@ impl VmConfig {
         grown
             .validate_devices(virtio::models::MODELS)
             .map_err(|error| ControlError::from(&error))?;
+        vhost::check_memory(self, device)?;
         self.check_disk_is_new(device)
     }
 
@@ -385,6 +389,7 @@ pub(super) fn to_wire(
     let mut disks = Vec::new();
     let mut rng = None;
     for device in devices {
+        disks.extend(vhost::disk_to_wire(device));
         let config = device.config.clone();
         if device.kind == blk::MODEL.kind {
             // Configurations that are valid have their models' shape.

@@ -126,10 +126,6 @@ pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
     let format = described.image_type;
     first([
         (
-            described.vhost_user || described.vhost_socket.is_some(),
-            "disk.vhost_user",
-        ),
-        (
             any(described.queue_affinity.as_ref()),
             "disk.queue_affinity",
         ),

@@ -429,12 +429,8 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
         ),
         (json!({"platform": {"iommufd": true}}), "platform.iommufd"),
         (
-            json!({"disks": [{"path": "/a", "vhost_user": true}]}),
-            "disk.vhost_user",
-        ),
-        (
-            json!({"disks": [{"vhost_socket": "/a"}]}),
-            "disk.vhost_user",
+            json!({"disks": [{"path": "/a", "vhost_user": true, "vhost_socket": "/s"}]}),
+            "disk.path beside vhost_user",
         ),
         (
             json!({"disks": [{"path": "/a", "iommu": true}]}),
@@ -529,7 +525,7 @@ fn a_disk_is_planned_under_a_free_name_and_the_rules_of_the_whole_machine() {
             "power of two",
         ),
         (
-            json!({"path": "/b", "vhost_user": true}),
+            json!({"path": "/b", "vhost_user": true, "vhost_socket": "/s"}),
             ErrorKind::Unimplemented,
             "vhost_user",
         ),

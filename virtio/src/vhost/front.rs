@@ -1,0 +1,210 @@
+//! The device's side of a peer, which models are made with.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use block::{Address, Connector};
+use devices::StopError;
+
+use super::relay::Relay;
+use super::session::{Session, Wanted};
+use super::{PeerError, PeerReport};
+use crate::device::{ActivateError, Activation, Counters, Notifier, StoppedQueue, read_space};
+use crate::models::{BuildContext, BuildError};
+use crate::worker::Workers;
+
+/// What a model asks of its peer.
+#[derive(Clone, Debug)]
+pub struct PeerOptions {
+    /// The unix socket at which it listens.
+    pub path: PathBuf,
+    /// How many queues the device has.
+    pub queues: u16,
+    /// The features that the model has use for; the peer's others are not offered to the guest.
+    pub features: u64,
+    /// How many bytes of configuration space are the peer's; with 0 the model has its own.
+    pub config_len: u32,
+    /// How long the peer may take for what it is told in one go, as [`super::ANSWER`]; twice that to be connected.
+    pub patience: Duration,
+    /// How a request that its peer has taken to the grave is answered, where it is not to be made again.
+    pub epitaph: Option<Epitaph>,
+}
+
+/// Makes the answer to a request that the peer did not answer, from the first bytes of what the driver sent. It is
+/// put at the start of what the device may write.
+pub type Epitaph = fn(&[u8]) -> Vec<u8>;
+
+/// What the device and its worker share.
+pub(super) struct Hub {
+    pub name: String,
+    pub options: PeerOptions,
+    pub connector: Arc<dyn Connector>,
+    /// The connection while the device is not in use.
+    idle: Mutex<Option<Session>>,
+    config: Mutex<Vec<u8>>,
+    /// The peer is gone, and that has been reported.
+    lost: AtomicBool,
+    /// Requests that the peer has completed.
+    pub completed: AtomicU64,
+    /// How often the peer was lost.
+    losses: AtomicU64,
+}
+
+impl Hub {
+    pub fn wanted(&self, accepted: u64) -> Wanted {
+        Wanted {
+            path: self.options.path.clone(),
+            queues: self.options.queues,
+            config_len: self.options.config_len,
+            features: accepted & self.options.features,
+        }
+    }
+
+    pub fn idle(&self) -> MutexGuard<'_, Option<Session>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn config(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a new configuration space in place. `true` when it is another one.
+    pub fn set_config(&self, new: Vec<u8>) -> bool {
+        let mut config = self.config();
+        let changed = *config != new;
+        *config = new;
+        changed
+    }
+
+    /// The peer is gone.
+    pub fn lose(&self, error: &PeerError, notifier: &dyn Notifier) {
+        if self.lost.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.losses.fetch_add(1, Ordering::Relaxed);
+        let mut reason = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(deeper) = cause {
+            reason = format!("{reason}: {deeper}");
+            cause = deeper.source();
+        }
+        notifier.peer_report(&PeerReport::Lost { reason });
+    }
+
+    /// The peer serves.
+    pub fn found(&self, notifier: &dyn Notifier) {
+        if self.lost.swap(false, Ordering::AcqRel) {
+            notifier.peer_report(&PeerReport::Connected);
+        }
+    }
+}
+
+impl Counters for Hub {
+    fn read(&self) -> Vec<(&'static str, u64)> {
+        let connected = !self.lost.load(Ordering::Acquire);
+        vec![
+            ("requests", self.completed.load(Ordering::Relaxed)),
+            ("peer_connected", connected.into()),
+            ("peer_losses", self.losses.load(Ordering::Relaxed)),
+        ]
+    }
+}
+
+/// A device's connection to its peer, from when it is built to when it is dropped. It outlives
+/// resets of the device: there are programs that end with their connection.
+pub struct Front {
+    hub: Arc<Hub>,
+    features: u64,
+    workers: Workers,
+}
+
+impl Front {
+    /// Connects to the peer of the device that `context` builds, and waits for what it has to offer.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Backend`] with a [`PeerError`], at the latest after two times its patience.
+    pub fn connect(
+        kind: &'static str,
+        context: &BuildContext,
+        options: PeerOptions,
+    ) -> Result<Self, BuildError> {
+        let refused = |error: PeerError| BuildError::Backend(Box::new(error));
+        let address = Address::Unix(options.path.clone());
+        let connector = context.opener.connector(&address).map_err(|source| {
+            refused(PeerError::Connect {
+                path: options.path.clone(),
+                source,
+            })
+        })?;
+        let hub = Hub {
+            name: context.id.clone(),
+            connector: Arc::from(connector),
+            idle: Mutex::default(),
+            config: Mutex::default(),
+            lost: AtomicBool::new(false),
+            completed: AtomicU64::new(0),
+            losses: AtomicU64::new(0),
+            options,
+        };
+        let what = "a thread for its peer";
+        let mut session = Session::open(&hub.name, Arc::clone(&hub.connector), hub.wanted(0))
+            .map_err(|source| refused(PeerError::Host { what, source }))?;
+        let offer = session
+            .connected(hub.options.patience.saturating_mul(2))
+            .map_err(refused)?;
+        let features = offer.features & hub.options.features;
+        hub.set_config(offer.config);
+        session.keep_notes(offer.notes);
+        *hub.idle() = Some(session);
+        Ok(Self {
+            features,
+            workers: Workers::new(kind, &hub.name),
+            hub: Arc::new(hub),
+        })
+    }
+
+    /// The features that the peer offers and the model has use for.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn counters(&self) -> Arc<dyn Counters> {
+        Arc::clone(&self.hub) as Arc<dyn Counters>
+    }
+
+    /// Reads the peer's configuration space; bytes past its end read as zero.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_space(&self.hub.config(), offset, data);
+    }
+
+    /// Has the peer serve queues: as [`VirtioDevice::start`](crate::device::VirtioDevice::start). A peer that
+    /// is not there, or does not want, makes the requests wait.
+    ///
+    /// # Errors
+    ///
+    /// [`ActivateError`] when the guest's memory is not shared, or the host lacks threads or descriptors.
+    pub fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let notifier = Arc::clone(&activation.notifier);
+        let hub = &self.hub;
+        self.workers
+            .start(&notifier, vec![activation], |activation, wake| {
+                Relay::new(Arc::clone(hub), activation, wake)
+            })
+    }
+
+    /// Stops the peer, as [`VirtioDevice::stop`](crate::device::VirtioDevice::stop). One that is not there
+    /// leaves its requests parked.
+    ///
+    /// # Errors
+    ///
+    /// [`StopError`].
+    pub fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
+        self.workers.stop(deadline)
+    }
+}
