@@ -99,6 +99,10 @@ pub enum Command {
     Coredump(wire::VmCoredumpData),
     /// Ask the guest agent.
     Agent(AgentCommand),
+    /// Type on the guest's keyboard.
+    SendKey(wire::VmSendKey),
+    /// Have something happen to its keyboard and pointers.
+    Input(wire::VmInput),
     /// End machine and monitor.
     Quit,
 }

@@ -24,6 +24,7 @@ pub mod bus;
 mod conformance;
 pub mod debugcon;
 pub mod i8042;
+pub mod input;
 pub mod irq;
 pub mod log_limit;
 pub mod output;

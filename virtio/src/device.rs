@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::StopError;
+use devices::input::InputQueue;
 use migration::DynSnapshot;
 use serde_json::Value;
 use virtio_queue::Queue;
@@ -277,6 +278,11 @@ pub trait VirtioDevice: Send + DynSnapshot {
 
     /// What can be read of it, if it is a balloon.
     fn balloon(&self) -> Option<Arc<BalloonView>> {
+        None
+    }
+
+    /// The way to the guest's keyboard or pointer, if it is one.
+    fn input(&self) -> Option<Arc<InputQueue>> {
         None
     }
 

@@ -237,6 +237,8 @@ impl Dispatcher {
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
             Endpoint::VmUpdateNet => Command::UpdateNet(self.body(route, &request)?),
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
+            Endpoint::VmSendKey => Command::SendKey(self.body(route, &request)?),
+            Endpoint::VmInput => Command::Input(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {

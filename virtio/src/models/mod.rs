@@ -98,7 +98,7 @@ macro_rules! models {
     };
 }
 
-models! { balloon, blk, console, net, rng }
+models! { balloon, blk, console, input, net, rng }
 
 /// The model of this kind.
 #[must_use]

@@ -23,6 +23,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use devices::input::InputQueue;
 use devices::pci::{
     BarKind, ConfigError, ConfigSpace, FunctionId, MSIX_CAPABILITY_ID, Msix, PciFunction,
 };
@@ -131,6 +132,7 @@ pub struct VirtioPci {
     config: Mutex<ConfigSpace>,
     counters: Option<Arc<dyn Counters>>,
     balloon: Option<Arc<BalloonView>>,
+    input: Option<Arc<InputQueue>>,
     /// Where the MSI-X and the access capability are.
     msix_cap: u16,
     pci_cap: u16,
@@ -153,7 +155,7 @@ impl VirtioPci {
     ) -> Result<Arc<Self>, TransportError> {
         let name = name.into();
         let identity = device.identity();
-        let (counters, balloon) = (device.counters(), device.balloon());
+        let (counters, balloon, input) = (device.counters(), device.balloon(), device.input());
         let queues = queue_count(&name, &identity.queue_sizes)?;
         let msix = Msix::new(msi, queues + 1).map_err(|source| TransportError::Msi {
             name: name.clone(),
@@ -195,6 +197,7 @@ impl VirtioPci {
             config: Mutex::new(config),
             counters,
             balloon,
+            input,
             msix_cap,
             pci_cap,
         }))
@@ -248,6 +251,12 @@ impl VirtioPci {
     #[must_use]
     pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
         self.balloon.as_ref()
+    }
+
+    /// The way to the guest's keyboard or pointer, if the device is one. Takes no lock.
+    #[must_use]
+    pub fn input(&self) -> Option<&Arc<InputQueue>> {
+        self.input.as_ref()
     }
 
     /// Changes what the balloon is to do and tells the driver. The guest may be running.

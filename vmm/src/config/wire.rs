@@ -18,6 +18,7 @@
 
 mod balloon;
 mod devices;
+mod inputs;
 mod missing;
 pub(super) mod names;
 mod networks;
@@ -42,6 +43,7 @@ use super::{
 use crate::layout::port;
 
 pub use devices::{DiskUpdate, update_disk};
+pub use inputs::shown_input;
 pub use names::name_devices;
 pub use networks::{NetUpdate, address_nets, update_net};
 
@@ -220,6 +222,7 @@ impl VmConfig {
             net: (!nets.is_empty()).then_some(nets),
             rng: rng.unwrap_or_default(),
             balloon: self.shown_balloon(),
+            input: self.shown_inputs(),
             serial: (&self.serial).into(),
             serial2: self.serial2.is_on().then(|| (&self.serial2).into()),
             serial3: self.serial3.is_on().then(|| (&self.serial3).into()),

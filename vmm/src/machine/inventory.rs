@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
 use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
+use devices::input::InputQueue;
 use devices::pci::{BarKind, PciAddress, PciFunction};
 use virtio::models::balloon::BalloonView;
 use virtio::transport::VirtioPci;
@@ -67,6 +68,12 @@ impl Inventory {
     #[must_use]
     pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
         self.items.iter().find_map(|item| item.device.balloon())
+    }
+
+    /// The keyboards and pointers with their ids, in the order of the devices.
+    pub fn inputs(&self) -> impl Iterator<Item = (&str, &Arc<InputQueue>)> {
+        let devices = self.items.iter().map(|item| &item.device);
+        devices.filter_map(|device| Some((device.id(), device.input()?)))
     }
 
     /// As `vm.devices` lists them.

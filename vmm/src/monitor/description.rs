@@ -11,7 +11,7 @@ use virtio::models::Model;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
-    DiskUpdate, NetUpdate, address_nets, name_devices, update_disk, update_net,
+    DiskUpdate, NetUpdate, address_nets, name_devices, shown_input, update_disk, update_net,
 };
 use crate::config::{DeviceConfig, HostLimits, VmConfig};
 use crate::machine::state::wrong_state;
@@ -313,6 +313,10 @@ impl Description {
         if self.wire.balloon.is_none() {
             self.wire.balloon = self.config.shown_balloon();
         }
+        let input = self.config.devices.last().and_then(shown_input);
+        if let Some(input) = input {
+            self.wire.input.get_or_insert_default().push(input);
+        }
         if let Some(disk) = disk {
             self.wire.disks.get_or_insert_default().push(disk);
         }
@@ -360,6 +364,12 @@ impl Description {
         self.config.devices.retain(|device| keep(&device.id));
         if self.config.shown_balloon().is_none() {
             self.wire.balloon = None;
+        }
+        if let Some(inputs) = &mut self.wire.input {
+            inputs.retain(|input| input.id.as_deref().is_none_or(&keep));
+            if inputs.is_empty() {
+                self.wire.input = None;
+            }
         }
         if let Some(disks) = &mut self.wire.disks {
             disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));

@@ -18,7 +18,7 @@ use super::super::device::free_id;
 use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
-    balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
+    balloon, conflict, inputs, invalid, missing, names, networks, not_unique, path, rate_limiter,
     rate_limits,
 };
 use crate::layout::PCI_SLOTS;
@@ -54,6 +54,9 @@ pub(super) fn from_wire(
         })?,
     });
     devices.extend(console(described)?);
+    for input in described.input.iter().flatten() {
+        devices.push(inputs::from_wire(input)?);
+    }
     if let Some(described) = &described.balloon {
         devices.push(balloon::from_wire(described)?);
     }
