@@ -19,6 +19,8 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_console",
     "virtio_balloon",
+    "virtio_input",
+    "virtio_mem",
     "pvpanic_mmio",
     "pvpanic_pci",
     "i6300esb",

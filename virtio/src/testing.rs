@@ -56,6 +56,7 @@ pub enum Notice {
     Reset(String),
     Disk(DiskReport),
     Balloon(u64),
+    Memory(u64),
 }
 
 struct Notices(Mutex<Sender<Notice>>, Patience);
@@ -86,6 +87,10 @@ impl Notifier for Notices {
 
     fn balloon_reached(&self, actual: u64) {
         self.send(Notice::Balloon(actual));
+    }
+
+    fn memory_reached(&self, plugged: u64) {
+        self.send(Notice::Memory(plugged));
     }
 
     fn patience(&self) -> Option<&Patience> {
@@ -299,7 +304,10 @@ impl Driver {
                 return returned;
             }
             let notice = notices.recv_timeout(PATIENCE).unwrap();
-            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_));
+            let expected = matches!(
+                notice,
+                Notice::Queue(_) | Notice::Disk(_) | Notice::Memory(_)
+            );
             assert!(expected, "{notice:?}");
         }
     }
@@ -346,7 +354,7 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) => {}
+            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) | Notice::Memory(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

@@ -98,7 +98,7 @@ macro_rules! models {
     };
 }
 
-models! { balloon, blk, console, input, net, rng }
+models! { balloon, blk, console, input, mem, net, rng }
 
 /// The model of this kind.
 #[must_use]

@@ -41,6 +41,7 @@ use crate::device::{
 use crate::memory::GuestMemory;
 use crate::models::BuildContext;
 use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
+use crate::models::mem::{MemoryView, NoMemory};
 
 /// Byte offsets into the BAR.
 mod layout {
@@ -133,6 +134,7 @@ pub struct VirtioPci {
     counters: Option<Arc<dyn Counters>>,
     balloon: Option<Arc<BalloonView>>,
     input: Option<Arc<InputQueue>>,
+    memory: Option<Arc<MemoryView>>,
     /// Where the MSI-X and the access capability are.
     msix_cap: u16,
     pci_cap: u16,
@@ -155,7 +157,8 @@ impl VirtioPci {
     ) -> Result<Arc<Self>, TransportError> {
         let name = name.into();
         let identity = device.identity();
-        let (counters, balloon, input) = (device.counters(), device.balloon(), device.input());
+        let (counters, balloon) = (device.counters(), device.balloon());
+        let (input, plugged) = (device.input(), device.memory());
         let queues = queue_count(&name, &identity.queue_sizes)?;
         let msix = Msix::new(msi, queues + 1).map_err(|source| TransportError::Msi {
             name: name.clone(),
@@ -198,6 +201,7 @@ impl VirtioPci {
             counters,
             balloon,
             input,
+            memory: plugged,
             msix_cap,
             pci_cap,
         }))
@@ -251,6 +255,21 @@ impl VirtioPci {
     #[must_use]
     pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
         self.balloon.as_ref()
+    }
+
+    /// What can be read of the device, if it is memory that comes and goes. Takes no lock.
+    #[must_use]
+    pub fn memory(&self) -> Option<&Arc<MemoryView>> {
+        self.memory.as_ref()
+    }
+
+    /// Asks for another size of memory that comes and goes, and tells the driver. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`].
+    pub fn request_memory(&self, size: u64) -> Result<(), NoMemory> {
+        self.core().request_memory(size)
     }
 
     /// The way to the guest's keyboard or pointer, if the device is one. Takes no lock.

@@ -7,6 +7,7 @@
 //!   only when it cannot be built from an empty configuration.
 //! * [`echo`]: a device for what needs a known back end.
 //! * [`regular`]: what a correct driver may rely on.
+//! * `balloon` and [`plugged`]: what those of single kinds may rely on besides.
 //! * [`hostile`]: what a broken or malicious one must not achieve.
 
 #![expect(
@@ -19,6 +20,7 @@ mod balloon;
 mod driver;
 mod echo;
 mod hostile;
+mod plugged;
 mod regular;
 mod rig;
 mod subjects;

@@ -137,6 +137,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "mem" => json!({ "size": 64 << 20, "requested": 16 << 20 }),
         "input" => json!({ "type": "keyboard", "serial": "1" }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),

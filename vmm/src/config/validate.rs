@@ -10,6 +10,7 @@ use virtio::schema::{Field, FieldKind};
 
 use super::balloon::BalloonError;
 use super::cpus::CpusError;
+use super::memory::PlugError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
 use super::smbios::SmbiosError;
@@ -64,6 +65,9 @@ pub enum ConfigError {
     /// The balloon is not as it may be.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// Memory that comes and goes is not as it may be.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     /// What cannot be said in SMBIOS tables.
     #[error("--smbios")]
     Smbios(#[from] SmbiosError),
@@ -480,6 +484,7 @@ impl VmConfig {
             })?;
         }
         self.validate_networks()?;
+        self.validate_plug()?;
         Ok(self.validate_balloon()?)
     }
 

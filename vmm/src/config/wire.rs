@@ -37,8 +37,8 @@ use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::{
     BootProtocol, ConfigError, CpuBaseline, CpuTopology, CpusConfig, CpusError,
     DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, GuestAction, HostLimits,
-    MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig,
-    Thp, VmConfig,
+    HotplugMethod, MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig, SerialConfig,
+    SmbiosConfig, Thp, VmConfig,
 };
 use crate::layout::port;
 
@@ -203,7 +203,12 @@ impl VmConfig {
             },
             memory: wire::MemoryConfig {
                 size: self.memory.size,
+                hotplug_method: match self.memory.hotplug_method {
+                    HotplugMethod::Acpi => wire::HotplugMethod::Acpi,
+                    HotplugMethod::VirtioMem => wire::HotplugMethod::VirtioMem,
+                },
                 hotplug_size: (hotplug_size > 0).then_some(hotplug_size),
+                hotplugged_size: Some(self.memory.hotplugged_size).filter(|size| *size > 0),
                 shared: self.memory.shared,
                 hugepages: self.memory.hugepages,
                 hugepage_size: self.memory.hugepage_size,
@@ -319,7 +324,7 @@ fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
     })
 }
 
-/// Memory that had been added before the machine's first boot is there from the start, and there
+/// Memory that had been added by ACPI before the machine's first boot is there from the start, and there
 /// is so much less to add.
 fn memory(described: &wire::MemoryConfig) -> Result<MemoryConfig, ControlError> {
     let room = described.hotplug_size.unwrap_or(0);
@@ -329,15 +334,25 @@ fn memory(described: &wire::MemoryConfig) -> Result<MemoryConfig, ControlError> 
             "memory.hotplugged_size: {added} bytes are more than memory.hotplug_size, {room}"
         )));
     };
+    let by_blocks = described.hotplug_method == wire::HotplugMethod::VirtioMem;
     let mut memory = MemoryConfig {
         size: described.size,
-        hotplug_size: left,
+        hotplug_size: if by_blocks { room } else { left },
+        hotplug_method: if by_blocks {
+            HotplugMethod::VirtioMem
+        } else {
+            HotplugMethod::Acpi
+        },
+        hotplugged_size: if by_blocks { added } else { 0 },
         shared: described.shared,
         hugepages: described.hugepages,
         hugepage_size: described.hugepage_size,
         thp: if described.thp { Thp::On } else { Thp::Off },
         prefault: described.prefault,
     };
+    if by_blocks {
+        return Ok(memory);
+    }
     let block = memory.hotplug_block();
     if !added.is_multiple_of(block) {
         return Err(invalid(format!(

@@ -36,7 +36,7 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// These devices and vCPUs, and `memory` bytes.
+    /// These devices and vCPUs, and `memory` bytes besides what devices have plugged.
     #[must_use]
     pub fn new(items: Vec<Item>, vcpus: Vec<VcpuView>, memory: u64) -> Self {
         Self {
@@ -52,10 +52,12 @@ impl Inventory {
         &self.vcpus
     }
 
-    /// How much memory the guest has, in bytes.
+    /// How much memory the guest has, with what it has plugged, in bytes.
     #[must_use]
     pub fn memory_size(&self) -> u64 {
-        self.memory
+        let plugged = self.items.iter().filter_map(|item| item.device.memory());
+        let plugged = plugged.map(|memory| memory.plugged());
+        plugged.fold(self.memory, u64::saturating_add)
     }
 
     /// Whether there is a device of this kind.
