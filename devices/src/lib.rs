@@ -23,6 +23,7 @@ pub mod bus;
 #[cfg(test)]
 mod conformance;
 pub mod debugcon;
+pub mod display;
 pub mod i8042;
 pub mod input;
 pub mod irq;

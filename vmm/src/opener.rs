@@ -501,6 +501,13 @@ impl Opener {
         fs::remove_file(path).map_err(system("remove", path))
     }
 
+    /// What is at `path`, when something is there and it is no socket: `a regular file`.
+    #[must_use]
+    pub fn other_than_socket(&self, path: &Path) -> Option<&'static str> {
+        let kind = fs::metadata(path).ok()?.file_type();
+        (!kind.is_socket()).then(|| describe(kind))
+    }
+
     /// Takes charge of the file of a socket that [`Opener::listen_unix`] has
     /// just made.
     ///

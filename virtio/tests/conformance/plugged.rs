@@ -20,7 +20,10 @@ fn ask(driver: &Driver<'_>, ring: &Ring, kind: u64, blocks: u64) -> (u16, u16) {
     driver.describe(ring.desc, 1, (ring.buffers + 0x100, 10), WRITE, 0);
     driver.offer(ring, 0);
     driver.kick(0);
-    driver.rig.interrupts.wait(0);
+    // With event indexes only the first of them interrupts.
+    while driver.used_index(ring) == before {
+        std::thread::yield_now();
+    }
     assert_eq!(driver.used(ring, before), (0, 10));
     let answer = ring.buffers + 0x100;
     (driver.get(answer), driver.get(answer + 8))

@@ -447,13 +447,18 @@ impl Driver {
     }
 
     /// Restarts the guest in place; a paused machine stays paused at its first
-    /// instruction. When the old guest cannot be stopped it goes on; when the
+    /// instruction. `told` is published once the old guest has been stopped. When the old guest cannot be stopped it goes on; when the
     /// new one cannot be started the machine ends.
-    fn reset(&mut self) -> Result<(), MachineError> {
-        let paused = self.state().0 == VmState::Paused;
+    fn reset(&mut self, told: EventKind) -> Result<(), MachineError> {
+        let paused = match self.state() {
+            (VmState::Paused, Some(PauseReason::Coredump)) => Some(PauseReason::Coredump),
+            // No disk waits for anything any more, and the guest is another one.
+            (VmState::Paused, _) => Some(PauseReason::Command),
+            _ => None,
+        };
         self.machine.vcpus().pause();
         if let Err(error) = self.stop_units(DRAIN) {
-            if paused {
+            if paused.is_some() {
                 self.fail("the machine cannot stay paused", &error);
             } else {
                 self.recover();
@@ -461,6 +466,7 @@ impl Driver {
             return Err(error);
         }
         self.ears.inbox.forget_guest();
+        self.ears.events.publish(told);
         self.enter(VmState::Booting, None);
         let restarted = self.restart(paused);
         if let Err(error) = &restarted {
@@ -469,15 +475,14 @@ impl Driver {
         restarted
     }
 
-    fn restart(&mut self, paused: bool) -> Result<(), MachineError> {
+    fn restart(&mut self, paused: Option<PauseReason>) -> Result<(), MachineError> {
         self.finish_removals()?;
         let resized = self.machine.reset()?;
         self.tell_resized(&resized);
         self.machine.load()?;
-        if paused {
+        if paused.is_some() {
             self.machine.stop_clock()?;
-            // No disk waits for anything any more.
-            self.enter(VmState::Paused, Some(PauseReason::Command));
+            self.enter(VmState::Paused, paused);
         } else {
             self.machine.start_units()?;
             self.go();
@@ -556,6 +561,10 @@ impl Driver {
     /// exit, and wait here for what becomes of them.
     fn on_guest(&mut self, request: GuestRequest) {
         self.machine.vcpus().pause();
+        if self.state().1.is_some_and(PauseReason::needs_reset) {
+            // Another vCPU's, of a guest that has done its last.
+            return;
+        }
         match request {
             GuestRequest::PowerOff | GuestRequest::PvShutdown => {
                 self.act(ExitReason::PowerOff);
@@ -597,18 +606,24 @@ impl Driver {
         let action = self.action(done);
         match action {
             GuestAction::Pause => {
-                if let Err(error) = self.pause(PauseReason::Guest)
+                let reason = match done {
+                    ExitReason::PowerOff => PauseReason::PowerOff,
+                    ExitReason::Reset => PauseReason::Reset,
+                    ExitReason::Watchdog => PauseReason::Watchdog,
+                    _ => PauseReason::GuestPanic,
+                };
+                if let Err(error) = self.pause(reason)
                     && !self.cut
                 {
                     self.fail("the guest could not be paused", &error);
                 }
             }
             GuestAction::Restart if !self.once => {
-                self.ears.events.publish(match done {
+                let told = match done {
                     ExitReason::Reset => EventKind::GuestReset,
                     _ => EventKind::Rebooting,
-                });
-                if let Err(error) = self.reset()
+                };
+                if let Err(error) = self.reset(told)
                     && !self.cut
                 {
                     self.fail("guest reset", &error);

@@ -89,7 +89,7 @@ pub enum MachineError {
         source: crate::kvm::baseline::BaselineError,
     },
     /// There is nothing to boot.
-    #[error("--kernel: the machine has none: give it one")]
+    #[error("the machine has no kernel: describe one (payload.kernel, or --kernel)")]
     NoKernel,
     /// The kernel or the initial RAM disk could not be loaded.
     #[error("{what}")]

@@ -134,7 +134,7 @@ fn take_cut(ears: &mut Ears, late: bool) -> Option<Cut> {
             Message::Command(
                 command @ (Command::Boot | Command::BootOnce(_) | Command::Create(_)),
                 answer,
-            ) => answer(Err(wrong_state(VmState::Booting, &command))),
+            ) => answer(Err(wrong_state(VmState::Booting, None, &command))),
             Message::Command(command, answer) => return Some(Cut::Command(command, answer)),
             _ => (),
         }

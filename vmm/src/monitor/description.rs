@@ -182,7 +182,7 @@ impl Description {
                 name_devices(&mut new.wire);
                 new.update(&update, planned);
             }
-            other => return Err(wrong_state(VmState::Created, &other)),
+            other => return Err(wrong_state(VmState::Created, None, &other)),
         }
         new.config
             .validate(models, &HostLimits::read())

@@ -71,9 +71,10 @@ impl MonitorHandle {
 
     /// Asks the guest agent, past the monitor's own thread: that is not held up by a guest.
     fn ask_agent(&self, command: AgentCommand, answer: Answer) {
-        let asked = self.view.info().and_then(|_| match self.view.state() {
+        let (state, pause) = self.view.state();
+        let asked = self.view.info().and_then(|_| match state {
             VmState::Running => Ok(()),
-            state => Err(wrong_state(state, &Command::Agent(command))),
+            state => Err(wrong_state(state, pause, &Command::Agent(command))),
         });
         match asked {
             Ok(()) => self.agent.submit(command, answer),

@@ -65,16 +65,16 @@ impl From<Refusal> for ControlError {
 /// not use the device, [`ErrorKind::Busy`] when the guest takes nothing, and [`ErrorKind::Invalid`].
 pub(super) fn carry_out(view: &View, command: &Command) -> Result<Reply, ControlError> {
     view.info()?;
-    let state = view.state();
+    let (state, pause) = view.state();
     let Some(machine) = view.machine().filter(|_| state == VmState::Running) else {
-        return Err(wrong_state(state, command));
+        return Err(wrong_state(state, pause, command));
     };
     let devices: Vec<_> = machine.inputs().collect();
     match command {
         Command::SendKey(request) => send_keys(&devices, request)?,
         Command::Input(request) => input(&devices, request)?,
         // No others are asked for here.
-        other => return Err(wrong_state(state, other)),
+        other => return Err(wrong_state(state, pause, other)),
     }
     Ok(Reply::Done)
 }

@@ -426,7 +426,7 @@ impl Monitor {
                 answer(Ok(Reply::Done));
             }
             Command::Create(_) if described => {
-                answer(Err(wrong_state(VmState::Created, &command)));
+                answer(Err(wrong_state(VmState::Created, None, &command)));
             }
             Command::Create(wire) => answer(self.create(*wire).map(|()| Reply::Done)),
             _ if !described => answer(Err(view::not_created())),

@@ -24,7 +24,7 @@ impl Driver {
             return answer(answered);
         }
         if !permits(state, pause, &command) {
-            return answer(Err(wrong_state(state, &command)));
+            return answer(Err(wrong_state(state, pause, &command)));
         }
         match command {
             Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
@@ -49,7 +49,7 @@ impl Driver {
             Command::Console(request) => answer(self.change_console(&request)),
             // The monitor's, once there is no machine.
             Command::Create(_) | Command::Boot | Command::BootOnce(_) => {
-                answer(Err(wrong_state(state, &command)));
+                answer(Err(wrong_state(state, pause, &command)));
             }
             command => answer(self.carry_out(command)),
         }
@@ -64,7 +64,7 @@ impl Driver {
                 Ok(())
             }
             Command::Nmi => self.machine.inject_nmi(),
-            Command::Reset => self.reset(),
+            Command::Reset => self.reset(EventKind::Reset),
             Command::Resize(request) => return self.resize(&request).map(|()| Reply::Done),
             Command::RemoveDevice(request) => {
                 let asked = self.machine.request_removal(&request.id);
@@ -72,7 +72,10 @@ impl Driver {
                 asked
             }
             // Taken before, by whoever carries them out.
-            other => return Err(wrong_state(self.state().0, &other)),
+            other => {
+                let (state, pause) = self.state();
+                return Err(wrong_state(state, pause, &other));
+            }
         };
         done.map(|()| Reply::Done)
             .map_err(|error| error.to_control())
@@ -83,7 +86,7 @@ impl Driver {
     fn add_device(&mut self, mut device: AddDevice, answer: Answer) {
         settle(&mut device);
         let Some(description) = &self.ears.description else {
-            return answer(Err(wrong_state(VmState::Created, &Command::Boot)));
+            return answer(Err(wrong_state(VmState::Created, None, &Command::Boot)));
         };
         let planned = match description.plan(&device) {
             Ok(planned) => planned,

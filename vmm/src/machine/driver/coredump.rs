@@ -74,11 +74,11 @@ impl Driver {
         let (state, pause) = self.state();
         let command = Command::Coredump(request);
         if !permits(state, pause, &command) {
-            return Err(wrong_state(state, &command));
+            return Err(wrong_state(state, pause, &command));
         }
         let resume = state == VmState::Running;
         if resume {
-            self.pause(PauseReason::Command)
+            self.pause(PauseReason::Coredump)
                 .map_err(|error| error.to_control())?;
         }
         let started = self.start_dump(file, path, resume);
@@ -138,6 +138,7 @@ impl Driver {
         match command {
             Command::Pause if dump.resume => {
                 dump.resume = false;
+                self.enter(VmState::Paused, Some(PauseReason::Command));
                 Some(Ok(Reply::Done))
             }
             // Memory stays as it is.
@@ -170,7 +171,7 @@ impl Driver {
                 self.on_message(message);
             }
         }
-        let paused = (VmState::Paused, Some(PauseReason::Command));
+        let paused = (VmState::Paused, Some(PauseReason::Coredump));
         if resume && self.outcome.is_none() && self.state() == paused {
             self.resume_after_dump();
         }
