@@ -92,9 +92,37 @@ fn resident(least: u64, most: u64) -> Ask {
     Ask::get("vm.metrics", &[]).want(Want::Between(key, least, most))
 }
 
-fn refused(status: u16, endpoint: &str, body: &str) -> Ask {
-    Ask::put(endpoint, body).answered(status)
+/// What is typed and pointed at, and what is not.
+fn input() -> Vec<Ask> {
+    let tablet = r#"{"events":[{"place":{"axis":"x","at":16384}},{"place":{"axis":"y","at":8192}},{"button":{"button":"left","down":true}}]}"#;
+    let mouse = r#"{"events":[{"move":{"axis":"x","by":-5}},{"move":{"axis":"wheel","by":1}},{"button":{"button":"right","down":true}}]}"#;
+    vec![
+        Ask::put("vm.send-key", r#"{"keys":["shift-a"]}"#),
+        Ask::put("vm.send-key", r#"{"text":"x0","id":"keys"}"#),
+        Ask::put("vm.input", tablet),
+        Ask::put("vm.input", mouse),
+        Ask::put("vm.send-key", r#"{"keys":["no-such-key"]}"#).answered(400),
+        Ask::put("vm.send-key", r#"{"text":"a","id":"nobody"}"#).answered(404),
+    ]
 }
+
+/// What comes of it in the guest.
+const FELT: [&str; 14] = [
+    "@@ found Vireo keyboard",
+    "@@ found Vireo tablet",
+    "@@ found Vireo mouse",
+    "@@ key 01002a0001000000",
+    "@@ key 01001e0001000000",
+    "@@ key 01001e0000000000",
+    "@@ key 01002a0000000000",
+    "@@ text 01002d0001000000",
+    "@@ text 01000b0000000000",
+    "@@ tablet 0300000000400000",
+    "@@ tablet 0300010000200000",
+    "@@ tablet 0100100101000000",
+    "@@ mouse 02000000fbffffff",
+    "@@ mouse 0200080001000000",
+];
 
 /// Keys, text, a tablet and a mouse that was added before the boot, and memory in both directions.
 pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
@@ -104,41 +132,15 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
         Ask::put("vm.add-virtio", mouse),
         Ask::put("vm.boot", ""),
     ];
-    let input = [
-        Ask::put("vm.send-key", r#"{"keys":["shift-a"]}"#),
-        Ask::put("vm.send-key", r#"{"text":"x0","id":"keys"}"#),
-        Ask::put(
-            "vm.input",
-            r#"{"events":[{"place":{"axis":"x","at":16384}},{"place":{"axis":"y","at":8192}},{"button":{"button":"left","down":true}}]}"#,
-        ),
-        Ask::put(
-            "vm.input",
-            r#"{"events":[{"move":{"axis":"x","by":-5}},{"move":{"axis":"wheel","by":1}},{"button":{"button":"right","down":true}}]}"#,
-        ),
-        refused(400, "vm.send-key", r#"{"keys":["no-such-key"]}"#),
-        refused(404, "vm.send-key", r#"{"text":"a","id":"nobody"}"#),
-    ];
     let lights = r#""keys":{"bad_buffers":0,"lost_reports":0,"reports":8,"status_events":"#;
     let more = [
         Ask::get("vm.counters", &[])
             .want(Want::Between(lights.to_owned(), 1, u64::MAX))
             .until(),
-        refused(
-            400,
-            "vm.resize",
-            &format!(r#"{{"desired_ram":{}}}"#, MEMORY - MIB),
-        ),
-        refused(
-            400,
-            "vm.resize",
-            &format!(r#"{{"desired_ram":{}}}"#, MEMORY + MIB),
-        ),
-        refused(
-            400,
-            "vm.resize",
-            &format!(r#"{{"desired_ram":{}}}"#, MEMORY + 3 * MORE),
-        ),
-        refused(400, "vm.remove-device", r#"{"id":"__memory"}"#),
+        resize(MEMORY - MIB).answered(400),
+        resize(MEMORY + MIB).answered(400),
+        resize(MEMORY + 3 * MORE).answered(400),
+        Ask::put("vm.remove-device", r#"{"id":"__memory"}"#).answered(400),
         resize(MEMORY + MORE),
         actual(MEMORY + MORE),
     ];
@@ -155,28 +157,12 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
     case(kernel, Form::BzImage, "is-typed-at-and-resized", SCRIPT)
         .served()
         .asks("", create)
-        .asks("@@ ask for input", input)
+        .asks("@@ ask for input", input())
         .asks("@@ ask for more memory", more)
         .asks("@@ ask what it costs", costs)
         .asks("@@ ask for less", less)
+        .lines(FELT)
         .lines([
-            "@@ found Vireo keyboard",
-            "@@ found Vireo tablet",
-            "@@ found Vireo mouse",
-            "@@ key 01002a0001000000",
-            "@@ key 01001e0001000000",
-            "@@ key 01001e0000000000",
-            "@@ key 01002a0000000000",
-            "@@ text 01002d0001000000",
-            "@@ text 01002d0000000000",
-            "@@ text 01000b0001000000",
-            "@@ text 01000b0000000000",
-            "@@ tablet 0300000000400000",
-            "@@ tablet 0300010000200000",
-            "@@ tablet 0100100101000000",
-            "@@ mouse 02000000fbffffff",
-            "@@ mouse 0200080001000000",
-            "@@ mouse 0100110101000000",
             "@@ total is more",
             "@@ wrote to all of it",
             "@@ total is as before",
