@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fs;
 use std::io::Write;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -662,6 +662,25 @@ fn devices_of_a_machine_that_is_not_booted_are_told_by_their_ids() {
     let future = u64::MAX.to_string();
     let told = user.refused(1, &["events", at[0], at[1], "--after", &future]);
     assert!(told.contains("--after 0 shows them"), "{told}");
+    user.done(&["destroy", at[0], at[1]]);
+    monitor.ends_with(0);
+}
+
+#[test]
+fn a_verb_finds_a_place_among_more_idle_clients_than_there_is_room_for() {
+    let user = User::new();
+    let socket = user.directory.path().join("s");
+    let at = ["--api-socket", socket.to_str().unwrap()];
+    let mut monitor = Vireo::spawn(&mut user.command(&["serve", at[0], at[1]]));
+    until("the socket", || Client::connect(&socket).ok());
+    let idle: Vec<_> = (0..150)
+        .map(|_| UnixStream::connect(&socket).unwrap())
+        .collect();
+    assert_eq!(
+        user.json(&["jobs", "list", at[0], at[1], "--json"]),
+        Value::Array(Vec::new())
+    );
+    drop(idle);
     user.done(&["destroy", at[0], at[1]]);
     monitor.ends_with(0);
 }
