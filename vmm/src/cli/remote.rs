@@ -10,6 +10,7 @@ mod jobs;
 mod keys;
 mod lifecycle;
 mod net;
+mod port;
 mod removal;
 mod resize;
 mod show;
@@ -102,6 +103,12 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: net::Verb,
     },
+    /// List, add and remove named ports
+    #[command(after_help = port::EXAMPLES)]
+    Port {
+        #[command(subcommand)]
+        verb: port::Verb,
+    },
     /// Write memory and registers into an ELF core file, for crash and gdb
     ///
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
@@ -148,6 +155,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::SendKey(arguments) => keys::send(arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
+        Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
