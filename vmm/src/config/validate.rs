@@ -14,6 +14,7 @@ use super::memory::PlugError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
 use super::smbios::SmbiosError;
+use super::vsock::VsockError;
 use super::{
     CONSOLE_FLAGS, DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig,
 };
@@ -68,6 +69,9 @@ pub enum ConfigError {
     /// Memory that comes and goes is not as it may be.
     #[error(transparent)]
     Plug(#[from] PlugError),
+    /// The socket device is not as it may be.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// What cannot be said in SMBIOS tables.
     #[error("--smbios")]
     Smbios(#[from] SmbiosError),
@@ -485,7 +489,8 @@ impl VmConfig {
         }
         self.validate_networks()?;
         self.validate_plug()?;
-        Ok(self.validate_balloon()?)
+        self.validate_balloon()?;
+        Ok(self.validate_vsock()?)
     }
 
     fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {

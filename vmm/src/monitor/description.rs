@@ -312,7 +312,7 @@ impl Description {
                     ..Planned::of(config)
                 })
             }
-            AddDevice::Vsock(_) => lacks("vsock device"),
+            AddDevice::Vsock(vsock) => Ok(Planned::of(self.config.plan_vsock(vsock)?)),
             AddDevice::Fs(_) => lacks("shared directories"),
         }
     }
@@ -335,6 +335,9 @@ impl Description {
         let input = self.config.devices.last().and_then(shown_input);
         if let Some(input) = input {
             self.wire.input.get_or_insert_default().push(input);
+        }
+        if self.wire.vsock.is_none() {
+            self.wire.vsock = self.config.shown_vsock();
         }
         if let Some(disk) = disk {
             self.wire.disks.get_or_insert_default().push(disk);
@@ -391,6 +394,9 @@ impl Description {
             if inputs.is_empty() {
                 self.wire.input = None;
             }
+        }
+        if self.config.shown_vsock().is_none() {
+            self.wire.vsock = None;
         }
         if let Some(disks) = &mut self.wire.disks {
             disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));
