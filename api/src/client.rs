@@ -450,6 +450,16 @@ impl Client {
         read("vm.coredump", &answer).map(Some)
     }
 
+    /// Types on the guest's keyboard.
+    pub fn send_key(&mut self, request: &wire::VmSendKey) -> Result<(), ClientError> {
+        self.ask("vm.send-key", request)
+    }
+
+    /// Has something happen to the guest's keyboard and pointers.
+    pub fn input(&mut self, request: &wire::VmInput) -> Result<(), ClientError> {
+        self.ask("vm.input", request)
+    }
+
     /// Asks the guest agent whether it is there.
     pub fn agent_ping(&mut self) -> Result<(), ClientError> {
         self.command("vm.agent-ping")

@@ -123,6 +123,10 @@ pub enum Command {
     Agent(AgentCommand),
     /// Take a picture of the screen.
     Screenshot,
+    /// Type on the guest's keyboard.
+    SendKey(wire::VmSendKey),
+    /// Have something happen to its keyboard and pointers.
+    Input(wire::VmInput),
     /// End machine and monitor.
     Quit,
 }

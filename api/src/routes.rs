@@ -87,6 +87,10 @@ pub enum Endpoint {
     VmAddVirtio,
     /// PUT vm.remove-device
     VmRemoveDevice,
+    /// PUT vm.send-key
+    VmSendKey,
+    /// PUT vm.input
+    VmInput,
     /// PUT vm.add-port
     VmAddPort,
     /// PUT vm.remove-port
@@ -497,6 +501,20 @@ pub const ROUTES: &[Route] = &[
     )
     .about("Has the guest give a device up; an event tells when it has.")
     .takes::<wire::VmRemoveDevice>(),
+    put(
+        Endpoint::VmSendKey,
+        "vm.send-key",
+        "The keys could not be sent",
+    )
+    .added()
+    .about("Types on the guest's keyboard.")
+    .takes::<wire::VmSendKey>()
+    .fails(&[400, 404, 409, 429]),
+    put(Endpoint::VmInput, "vm.input", "The input could not be sent")
+        .added()
+        .about("Has something happen to the guest's keyboard and pointers.")
+        .takes::<wire::VmInput>()
+        .fails(&[400, 404, 409, 429]),
     put(
         Endpoint::VmAddPort,
         "vm.add-port",

@@ -25,6 +25,7 @@ mod conformance;
 pub mod debugcon;
 pub mod display;
 pub mod i8042;
+pub mod input;
 pub mod irq;
 pub mod log_limit;
 pub mod output;

@@ -19,6 +19,8 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_console",
     "virtio_balloon",
+    "virtio_input",
+    "virtio_mem",
     "vmw_vsock_virtio_transport",
     "pvpanic_mmio",
     "pvpanic_pci",

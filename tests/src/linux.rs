@@ -6,6 +6,7 @@
 mod ballooned;
 mod consoles;
 mod driven;
+mod handled;
 mod network;
 mod screen;
 
@@ -212,6 +213,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // Others lack the driver.
     if kernel == "6.12-cloud" {
         cases.push(watchdog(kernel));
+        cases.push(handled::typed_at_and_resized(kernel));
     }
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {

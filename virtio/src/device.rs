@@ -18,12 +18,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::StopError;
+use devices::input::InputQueue;
 use migration::DynSnapshot;
 use serde_json::Value;
 use virtio_queue::Queue;
 
 use crate::memory::GuestMemory;
 use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
+use crate::models::mem::{MemoryView, NoMemory};
 use crate::models::{BuildContext, BuildError};
 use crate::vhost::PeerReport;
 use crate::worker::Patience;
@@ -178,6 +180,10 @@ pub trait Notifier: Send + Sync {
     fn balloon_reached(&self, actual: u64) {
         let _ = actual;
     }
+    /// Tells observers of the machine that memory that comes and goes is as much as it was to be: `plugged` bytes.
+    fn memory_reached(&self, plugged: u64) {
+        let _ = plugged;
+    }
     /// How long the device's owner has the patience to wait for its workers.
     fn patience(&self) -> Option<&Patience> {
         None
@@ -282,6 +288,26 @@ pub trait VirtioDevice: Send + DynSnapshot {
 
     /// What can be read of it, if it is a balloon.
     fn balloon(&self) -> Option<Arc<BalloonView>> {
+        None
+    }
+
+    /// What can be read of it, if it is memory that comes and goes.
+    fn memory(&self) -> Option<Arc<MemoryView>> {
+        None
+    }
+
+    /// Asks for another size of memory that comes and goes, in bytes, in use or not. The transport tells the driver.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`].
+    fn request_memory(&mut self, size: u64) -> Result<(), NoMemory> {
+        let _ = size;
+        Err(NoMemory)
+    }
+
+    /// The way to the guest's keyboard or pointer, if it is one.
+    fn input(&self) -> Option<Arc<InputQueue>> {
         None
     }
 

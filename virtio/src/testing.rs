@@ -58,6 +58,7 @@ pub enum Notice {
     Disk(DiskReport),
     Balloon(u64),
     Peer(PeerReport),
+    Memory(u64),
 }
 
 struct Notices(Mutex<Sender<Notice>>, Patience);
@@ -92,6 +93,10 @@ impl Notifier for Notices {
 
     fn balloon_reached(&self, actual: u64) {
         self.send(Notice::Balloon(actual));
+    }
+
+    fn memory_reached(&self, plugged: u64) {
+        self.send(Notice::Memory(plugged));
     }
 
     fn patience(&self) -> Option<&Patience> {
@@ -311,7 +316,10 @@ impl Driver {
                 return returned;
             }
             let notice = notices.recv_timeout(PATIENCE).unwrap();
-            let expected = matches!(notice, Notice::Queue(_) | Notice::Disk(_) | Notice::Peer(_));
+            let expected = matches!(
+                notice,
+                Notice::Queue(_) | Notice::Disk(_) | Notice::Peer(_) | Notice::Memory(_)
+            );
             assert!(expected, "{notice:?}");
         }
     }
@@ -358,7 +366,11 @@ pub fn reset_reason(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Reset(reason) => return reason,
-            Notice::Queue(_) | Notice::Disk(_) | Notice::Balloon(_) | Notice::Peer(_) => {}
+            Notice::Queue(_)
+            | Notice::Disk(_)
+            | Notice::Balloon(_)
+            | Notice::Peer(_)
+            | Notice::Memory(_) => {}
             Notice::Config => panic!("the configuration space has not changed"),
         }
     }

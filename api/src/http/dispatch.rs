@@ -238,6 +238,8 @@ impl Dispatcher {
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
             Endpoint::VmUpdateNet => Command::UpdateNet(self.body(route, &request)?),
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
+            Endpoint::VmSendKey => Command::SendKey(self.body(route, &request)?),
+            Endpoint::VmInput => Command::Input(self.body(route, &request)?),
             Endpoint::VmAddPort => Command::AddPort(self.body(route, &request)?),
             Endpoint::VmRemovePort => Command::RemovePort(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),

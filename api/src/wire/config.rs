@@ -9,6 +9,7 @@ use super::device::{
     BalloonConfig, ConsoleConfig, DiskConfig, DisplayConfig, FsConfig, NetConfig, PortConfig,
     RateLimitGroupConfig, RngConfig, VsockConfig,
 };
+use super::input::InputConfig;
 
 pub(super) const fn yes() -> bool {
     true
@@ -68,6 +69,9 @@ pub struct VmConfig {
     /// Ports that the guest finds by their names; not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<Vec<PortConfig>>,
+    /// Keyboards, tablets and mice; not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<Vec<InputConfig>>,
     /// The debug console, port 0xE9.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,

@@ -5,6 +5,7 @@
 //! * [`request`]: what the other endpoints take.
 //! * [`answer`]: what is given back.
 //! * [`agent`]: what the guest agent is asked and answers.
+//! * [`input`]: keyboards and pointers.
 //!
 //! Fields that are not set are left out. What v1 knows and this monitor has
 //! not is parsed all the same, so that it can be refused by name.
@@ -13,6 +14,7 @@ pub mod agent;
 pub mod answer;
 pub mod config;
 pub mod device;
+pub mod input;
 pub mod request;
 #[cfg(test)]
 mod tests;
@@ -21,4 +23,5 @@ pub use agent::*;
 pub use answer::*;
 pub use config::*;
 pub use device::*;
+pub use input::*;
 pub use request::*;

@@ -264,6 +264,8 @@ fn every_route_is_served() {
         ("vm.console", r#"{"remove":"1"}"#),
         ("vm.job-cancel", r#"{"id":"1"}"#),
         ("vm.agent-shutdown", "{}"),
+        ("vm.send-key", r#"{"keys":["a"]}"#),
+        ("vm.input", r#"{"events":[]}"#),
     ];
     for route in ROUTES {
         let body = bodies.iter().find(|(name, _)| *name == route.name);

@@ -117,6 +117,12 @@ fn commands_arrive_each_as_itself() {
         .add_fs(&parsed(r#"{"tag":"t","socket":"/s"}"#))
         .unwrap();
     client.add_virtio(&parsed(r#"{"kind":"rng"}"#)).unwrap();
+    client
+        .send_key(&parsed(r#"{"keys":["ctrl-c"],"text":"a","id":"k"}"#))
+        .unwrap();
+    let events = r#"{"events":[{"key":{"key":"a","down":true}},{"button":{"button":"left","down":false}},
+        {"place":{"axis":"x","at":7}},{"move":{"axis":"hwheel","by":-1}}]}"#;
+    client.input(&parsed(events)).unwrap();
     client.cancel_job("1").unwrap();
     client.quit().unwrap();
     let names: Vec<String> = fake
@@ -125,7 +131,8 @@ fn commands_arrive_each_as_itself() {
         .map(|text| text.split(['(', ' ']).next().unwrap().to_owned())
         .collect();
     let expected = "Create Boot Pause Resume PowerButton Nmi Reset Reboot Shutdown Delete Resize \
-                    ResizeDisk UpdateDisk UpdateNet RemoveDevice RemovePort Console Coredump Disk Vsock Fs Virtio Quit";
+                    ResizeDisk UpdateDisk UpdateNet RemoveDevice RemovePort Console Coredump Disk Vsock Fs Virtio \
+                    SendKey Input Quit";
     assert_eq!(names.join(" "), expected);
 }
 

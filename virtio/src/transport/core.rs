@@ -29,6 +29,7 @@ use crate::device::{
 use crate::memory::{GuestMap, GuestMemory};
 use crate::models::BuildContext;
 use crate::models::balloon::{BalloonChange, NoBalloon};
+use crate::models::mem::NoMemory;
 
 mod saved;
 
@@ -504,6 +505,13 @@ impl Core {
     /// As [`VirtioDevice::change_balloon`]; tells the driver.
     pub fn change_balloon(&mut self, change: BalloonChange) -> Result<(), NoBalloon> {
         self.device.change_balloon(change)?;
+        self.signals.config_changed();
+        Ok(())
+    }
+
+    /// As [`VirtioDevice::request_memory`]; tells the driver.
+    pub fn request_memory(&mut self, size: u64) -> Result<(), NoMemory> {
+        self.device.request_memory(size)?;
         self.signals.config_changed();
         Ok(())
     }

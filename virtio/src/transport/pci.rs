@@ -23,6 +23,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use devices::input::InputQueue;
 use devices::pci::{
     BarKind, ConfigError, ConfigSpace, FunctionId, MSIX_CAPABILITY_ID, Msix, PciFunction,
 };
@@ -40,6 +41,7 @@ use crate::device::{
 use crate::memory::GuestMemory;
 use crate::models::BuildContext;
 use crate::models::balloon::{BalloonChange, BalloonView, NoBalloon};
+use crate::models::mem::{MemoryView, NoMemory};
 
 /// Byte offsets into the BAR.
 mod layout {
@@ -131,6 +133,8 @@ pub struct VirtioPci {
     config: Mutex<ConfigSpace>,
     counters: Option<Arc<dyn Counters>>,
     balloon: Option<Arc<BalloonView>>,
+    input: Option<Arc<InputQueue>>,
+    memory: Option<Arc<MemoryView>>,
     /// Where the MSI-X and the access capability are.
     msix_cap: u16,
     pci_cap: u16,
@@ -154,6 +158,7 @@ impl VirtioPci {
         let name = name.into();
         let identity = device.identity();
         let (counters, balloon) = (device.counters(), device.balloon());
+        let (input, plugged) = (device.input(), device.memory());
         let queues = queue_count(&name, &identity.queue_sizes)?;
         let msix = Msix::new(msi, queues + 1).map_err(|source| TransportError::Msi {
             name: name.clone(),
@@ -195,6 +200,8 @@ impl VirtioPci {
             config: Mutex::new(config),
             counters,
             balloon,
+            input,
+            memory: plugged,
             msix_cap,
             pci_cap,
         }))
@@ -254,6 +261,27 @@ impl VirtioPci {
     #[must_use]
     pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
         self.balloon.as_ref()
+    }
+
+    /// What can be read of the device, if it is memory that comes and goes. Takes no lock.
+    #[must_use]
+    pub fn memory(&self) -> Option<&Arc<MemoryView>> {
+        self.memory.as_ref()
+    }
+
+    /// Asks for another size of memory that comes and goes, and tells the driver. The guest may be running.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`].
+    pub fn request_memory(&self, size: u64) -> Result<(), NoMemory> {
+        self.core().request_memory(size)
+    }
+
+    /// The way to the guest's keyboard or pointer, if the device is one. Takes no lock.
+    #[must_use]
+    pub fn input(&self) -> Option<&Arc<InputQueue>> {
+        self.input.as_ref()
     }
 
     /// Changes what the balloon is to do and tells the driver. The guest may be running.

@@ -42,6 +42,11 @@ pub enum DeviceEvent<'a> {
         /// The size in bytes.
         actual: u64,
     },
+    /// Memory that comes and goes is as much as it was to be. Reported once for each request.
+    MemoryReached {
+        /// How much is plugged, in bytes.
+        plugged: u64,
+    },
 }
 
 /// Hears of a device's events. Called on vCPU, worker and control threads,
@@ -179,5 +184,9 @@ impl Notifier for Signals {
 
     fn balloon_reached(&self, actual: u64) {
         self.event(DeviceEvent::BalloonReached { actual });
+    }
+
+    fn memory_reached(&self, plugged: u64) {
+        self.event(DeviceEvent::MemoryReached { plugged });
     }
 }

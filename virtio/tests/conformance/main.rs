@@ -9,6 +9,7 @@
 //! * [`echo`]: a device for what needs a known back end.
 //! * [`registry`]: what belongs to every model beside its file.
 //! * [`regular`]: what a correct driver may rely on.
+//! * `balloon` and [`plugged`]: what those of single kinds may rely on besides.
 //! * [`hostile`]: what a broken or malicious one must not achieve.
 
 #![expect(
@@ -24,6 +25,7 @@ mod hostile;
 #[path = "../../src/vhost/peer.rs"]
 #[expect(dead_code, reason = "other tests make more use of it")]
 mod peer;
+mod plugged;
 mod registry;
 mod regular;
 mod rig;

@@ -162,6 +162,7 @@ impl DeviceEvents for Events {
             DeviceEvent::NeedsReset { reason } => format!("broken: {reason}"),
             DeviceEvent::Disk(report) => format!("{report:?}"),
             DeviceEvent::Peer(report) => format!("{report:?}"),
+            DeviceEvent::MemoryReached { plugged } => format!("memory: {plugged}"),
             DeviceEvent::BalloonReached { actual } => format!("balloon: {actual}"),
         };
         self.seen.lock().unwrap().push(text);

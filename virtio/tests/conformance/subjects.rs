@@ -264,6 +264,8 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
         "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
+        "mem" => json!({ "size": 64 << 20, "requested": 16 << 20 }),
+        "input" => json!({ "type": "keyboard", "serial": "1" }),
         "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),

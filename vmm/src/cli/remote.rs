@@ -7,6 +7,7 @@ mod device;
 mod disk;
 mod events;
 mod jobs;
+mod keys;
 mod lifecycle;
 mod net;
 mod port;
@@ -86,6 +87,11 @@ pub(super) enum Verb {
     /// Change the number of vCPUs, the memory or the balloon
     #[command(after_help = resize::EXAMPLES)]
     Resize(resize::ResizeArgs),
+    /// Type on the keyboard of a machine
+    ///
+    /// The machine needs a keyboard (--input keyboard), and its guest the driver for it.
+    #[command(after_help = keys::EXAMPLES)]
+    SendKey(keys::SendKeyArgs),
     /// List, add, remove and change disks
     #[command(after_help = disk::EXAMPLES)]
     Disk {
@@ -152,6 +158,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Destroy(arguments) => lifecycle::destroy(&arguments, opener),
         Verb::Console(arguments) => console::attach(&arguments),
         Verb::Resize(arguments) => resize::resize(&arguments),
+        Verb::SendKey(arguments) => keys::send(arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
         Verb::Port { verb } => port::run(verb),

@@ -171,6 +171,22 @@ impl SocketFlag {
     }
 
     /// Connects to the machine that the first of `words` names, unless its socket is
+    /// given, and gives the other words.
+    ///
+    /// # Errors
+    ///
+    /// As [`Target::connect`].
+    pub fn connect_and_take(&self, words: Vec<String>) -> anyhow::Result<(Remote, Vec<String>)> {
+        let mut words = words.into_iter();
+        let name = if self.path().is_none() {
+            words.next()
+        } else {
+            None
+        };
+        Ok((connect(name.as_deref(), self.path())?, words.collect()))
+    }
+
+    /// Connects to the machine that the first of `words` names, unless its socket is
     /// given, and gives the other words, of which there are as many as `names` after the first.
     ///
     /// # Errors

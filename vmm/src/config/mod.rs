@@ -20,6 +20,7 @@ pub mod file;
 pub mod files;
 pub mod flag;
 pub mod host;
+pub mod memory;
 mod network;
 pub mod port;
 pub mod serial;
@@ -42,6 +43,7 @@ pub use device::DeviceConfig;
 pub use endpoint::{DebugconConfig, GdbConfig};
 use flag::{FlagError, FlagTable};
 pub use host::HostLimits;
+pub use memory::HotplugMethod;
 pub use serial::{SerialConfig, SinkConfig};
 pub use smbios::SmbiosConfig;
 pub(crate) use validate::bytes;
@@ -345,6 +347,10 @@ pub struct MemoryConfig {
     /// How much can be added while the machine runs, in bytes: a multiple of
     /// [`crate::layout::memory::HOTPLUG_BLOCK`].
     pub hotplug_size: u64,
+    /// How.
+    pub hotplug_method: HotplugMethod,
+    /// How much of that the guest is to have plugged, in bytes; only by [`HotplugMethod::VirtioMem`].
+    pub hotplugged_size: u64,
     /// Whether it is a file (memfd) that other processes can map, instead of
     /// memory of this process alone.
     pub shared: bool,
@@ -365,6 +371,8 @@ impl Default for MemoryConfig {
         Self {
             size: DEFAULT_MEMORY,
             hotplug_size: 0,
+            hotplug_method: HotplugMethod::Acpi,
+            hotplugged_size: 0,
             shared: false,
             hugepages: false,
             hugepage_size: None,
@@ -422,6 +430,18 @@ pub const MEMORY_FIELDS: &[Field] = &[
         kind: FieldKind::Bytes,
         required: false,
         help: "how much can be added later, a multiple of 128M; default 0",
+    },
+    Field {
+        name: "hotplug_method",
+        kind: FieldKind::Choice(&["acpi", "virtio-mem"]),
+        required: false,
+        help: "in pieces that stay, or in blocks that come and go; default acpi",
+    },
+    Field {
+        name: "hotplugged_size",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "how much is there from the start, by virtio-mem; default 0",
     },
     Field {
         name: "shared",

@@ -11,6 +11,7 @@ use virtio::schema::{Field, FieldKind};
 use super::balloon::BalloonError;
 use super::cpus::CpusError;
 use super::display::DisplayError;
+use super::memory::PlugError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
 use super::smbios::SmbiosError;
@@ -66,6 +67,9 @@ pub enum ConfigError {
     /// The balloon is not as it may be.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// Memory that comes and goes is not as it may be.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     /// The socket device is not as it may be.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -495,6 +499,7 @@ impl VmConfig {
             })?;
         }
         self.validate_networks()?;
+        self.validate_plug()?;
         self.validate_balloon()?;
         Ok(self.validate_vsock()?)
     }

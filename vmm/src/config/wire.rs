@@ -18,6 +18,7 @@
 
 mod balloon;
 mod devices;
+mod inputs;
 mod missing;
 pub(super) mod names;
 mod networks;
@@ -39,12 +40,13 @@ use super::vsock::VsockError;
 use super::{
     BootProtocol, ConfigError, CpuBaseline, CpuTopology, CpusConfig, CpusError,
     DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, GuestAction, HostLimits,
-    MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig, SerialConfig, SmbiosConfig,
-    Thp, VmConfig,
+    HotplugMethod, MachineConfig, MemoryConfig, PayloadConfig, RateLimitGroupConfig, SerialConfig,
+    SmbiosConfig, Thp, VmConfig,
 };
 use crate::layout::port;
 
 pub use devices::{DiskUpdate, update_disk};
+pub use inputs::shown_input;
 pub use names::name_devices;
 pub use networks::{NetUpdate, address_nets, update_net};
 
@@ -206,7 +208,12 @@ impl VmConfig {
             },
             memory: wire::MemoryConfig {
                 size: self.memory.size,
+                hotplug_method: match self.memory.hotplug_method {
+                    HotplugMethod::Acpi => wire::HotplugMethod::Acpi,
+                    HotplugMethod::VirtioMem => wire::HotplugMethod::VirtioMem,
+                },
                 hotplug_size: (hotplug_size > 0).then_some(hotplug_size),
+                hotplugged_size: Some(self.memory.hotplugged_size).filter(|size| *size > 0),
                 shared: self.memory.shared,
                 hugepages: self.memory.hugepages,
                 hugepage_size: self.memory.hugepage_size,
@@ -225,6 +232,7 @@ impl VmConfig {
             net: (!nets.is_empty()).then_some(nets),
             rng: rng.unwrap_or_default(),
             balloon: self.shown_balloon(),
+            input: self.shown_inputs(),
             vsock: self.shown_vsock(),
             serial: (&self.serial).into(),
             serial2: self.serial2.is_on().then(|| (&self.serial2).into()),
@@ -323,7 +331,7 @@ fn cpus(described: &wire::CpusConfig) -> Result<CpusConfig, ControlError> {
     })
 }
 
-/// Memory that had been added before the machine's first boot is there from the start, and there
+/// Memory that had been added by ACPI before the machine's first boot is there from the start, and there
 /// is so much less to add.
 fn memory(described: &wire::MemoryConfig) -> Result<MemoryConfig, ControlError> {
     let room = described.hotplug_size.unwrap_or(0);
@@ -333,15 +341,25 @@ fn memory(described: &wire::MemoryConfig) -> Result<MemoryConfig, ControlError> 
             "memory.hotplugged_size: {added} bytes are more than memory.hotplug_size, {room}"
         )));
     };
+    let by_blocks = described.hotplug_method == wire::HotplugMethod::VirtioMem;
     let mut memory = MemoryConfig {
         size: described.size,
-        hotplug_size: left,
+        hotplug_size: if by_blocks { room } else { left },
+        hotplug_method: if by_blocks {
+            HotplugMethod::VirtioMem
+        } else {
+            HotplugMethod::Acpi
+        },
+        hotplugged_size: if by_blocks { added } else { 0 },
         shared: described.shared,
         hugepages: described.hugepages,
         hugepage_size: described.hugepage_size,
         thp: if described.thp { Thp::On } else { Thp::Off },
         prefault: described.prefault,
     };
+    if by_blocks {
+        return Ok(memory);
+    }
     let block = memory.hotplug_block();
     if !added.is_multiple_of(block) {
         return Err(invalid(format!(

@@ -19,6 +19,7 @@ use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
+use virtio::models::mem::MemoryView;
 use virtio::transport::{DeviceEvent, DeviceEvents};
 use virtio::vhost::PeerReport;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -44,7 +45,7 @@ use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::{MEMORY_SLOTS, memory};
-use crate::memory::{GuestRam, RamSpec};
+use crate::memory::{GuestRam, PlugRegion, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};
 
@@ -231,8 +232,12 @@ pub fn build(
 
     let vm = create_vm(&hypervisor)?;
     let supported = hypervisor.supported_cpuid()?;
-    let ram = GuestRam::new(&ram_spec(&config.memory))?;
+    let mut ram = GuestRam::new(&ram_spec(&config.memory))?;
     let space = AddressSpace::new(&ram, &config.memory, cpuid::address_bits(&supported))?;
+    let region = match config.memory.plug_block() {
+        Some(block) => Some(ram.reserve(&space.addable.area, block)?),
+        None => None,
+    };
     vm.set_memory(ram.slots())?;
     let tables = acpi_config(config, &space);
     let acpi = crate::acpi::build(&tables)?;
@@ -260,6 +265,7 @@ pub fn build(
         groups: &groups,
     };
     let devices = pieces.devices(models, hosts)?;
+    let plugged = connect_memory(&devices.virtio, region);
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
     let adapter = devices.platform.display();
@@ -282,8 +288,16 @@ pub fn build(
         power_on,
         clock: None,
         debug: None,
+        plugged,
     };
     Ok(Built { machine, debugger })
+}
+
+/// Gives the device of memory that comes and goes its region, before a guest can see it.
+fn connect_memory(items: &[Item], region: Option<Arc<PlugRegion>>) -> Option<Arc<MemoryView>> {
+    let view = items.iter().find_map(|item| item.device.memory())?;
+    view.connect(region?);
+    Some(Arc::clone(view))
 }
 
 /// All that sits between the VM and its vCPUs.
@@ -335,7 +349,7 @@ impl Pieces<'_> {
             display: self.config.display.as_ref(),
             vm: self.vm,
             cpu_slots: cpu_slots(&self.config.cpus),
-            memory_slots: self.config.memory.hotplug_size > 0,
+            memory_slots: self.config.memory.has_slots(),
         };
         let (platform, mut units) = Platform::build(&wiring, hosts)?;
         units.push(Arc::clone(&pci) as Arc<dyn Unit>);
@@ -364,6 +378,7 @@ impl Pieces<'_> {
             reporter: Arc::new(Reporter {
                 events: self.events.clone(),
                 mailbox: self.mailbox.clone(),
+                memory: self.ram.size(),
             }),
             memory: self.ram.memory().clone(),
             groups: self.groups.clone(),
@@ -417,6 +432,8 @@ impl Pieces<'_> {
 struct Reporter {
     events: EventLog,
     mailbox: Mailbox,
+    /// What the guest has besides what it plugs, in bytes.
+    memory: u64,
 }
 
 impl Reporter {
@@ -498,6 +515,10 @@ impl DeviceEvents for Reporter {
                 let id = name.to_owned();
                 self.events
                     .publish(api::EventKind::BalloonResized { id, actual });
+            }
+            DeviceEvent::MemoryReached { plugged } => {
+                let size = self.memory.saturating_add(plugged);
+                self.events.publish(api::EventKind::MemoryResized { size });
             }
             DeviceEvent::Activated => {
                 let id = name.to_owned();
@@ -698,7 +719,7 @@ fn acpi_config(config: &VmConfig, space: &AddressSpace) -> AcpiConfig {
     AcpiConfig {
         processors: (0..most).map(processor).collect(),
         cpu_slots: cpu_slots(&config.cpus).is_some(),
-        memory_slots: if config.memory.hotplug_size > 0 {
+        memory_slots: if config.memory.has_slots() {
             MEMORY_SLOTS
         } else {
             0

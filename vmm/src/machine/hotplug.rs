@@ -146,7 +146,7 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// [`MachineError::NoDevice`]; [`MachineError::Stop`] when the guest has not
+    /// [`MachineError::NoDevice`], [`MachineError::Stays`]; [`MachineError::Stop`] when the guest has not
     /// begun and the back end does not let go.
     pub fn request_removal(&mut self, id: &str) -> Result<(), MachineError> {
         let began = self.guest_began();
@@ -154,6 +154,9 @@ impl Machine {
         let Some(item) = found else {
             return Err(MachineError::NoDevice { id: id.to_owned() });
         };
+        if item.device.memory().is_some() {
+            return Err(MachineError::Stays { id: id.to_owned() });
+        }
         let address = item.address;
         item.removing = began;
         if began {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
 use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
+use devices::input::InputQueue;
 use devices::pci::{BarKind, PciAddress, PciFunction};
 use virtio::models::balloon::BalloonView;
 use virtio::transport::VirtioPci;
@@ -35,7 +36,7 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// These devices and vCPUs, and `memory` bytes.
+    /// These devices and vCPUs, and `memory` bytes besides what devices have plugged.
     #[must_use]
     pub fn new(items: Vec<Item>, vcpus: Vec<VcpuView>, memory: u64) -> Self {
         Self {
@@ -51,10 +52,12 @@ impl Inventory {
         &self.vcpus
     }
 
-    /// How much memory the guest has, in bytes.
+    /// How much memory the guest has, with what it has plugged, in bytes.
     #[must_use]
     pub fn memory_size(&self) -> u64 {
-        self.memory
+        let plugged = self.items.iter().filter_map(|item| item.device.memory());
+        let plugged = plugged.map(|memory| memory.plugged());
+        plugged.fold(self.memory, u64::saturating_add)
     }
 
     /// Whether there is a device of this kind.
@@ -67,6 +70,12 @@ impl Inventory {
     #[must_use]
     pub fn balloon(&self) -> Option<&Arc<BalloonView>> {
         self.items.iter().find_map(|item| item.device.balloon())
+    }
+
+    /// The keyboards and pointers with their ids, in the order of the devices.
+    pub fn inputs(&self) -> impl Iterator<Item = (&str, &Arc<InputQueue>)> {
+        let devices = self.items.iter().map(|item| &item.device);
+        devices.filter_map(|device| Some((device.id(), device.input()?)))
     }
 
     /// As `vm.devices` lists them.

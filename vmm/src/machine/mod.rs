@@ -39,6 +39,7 @@ use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
 use virtio::memory::GuestMap;
 use virtio::models::BuildContext;
+use virtio::models::mem::MemoryView;
 use virtio::transport::VirtioPci;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -185,6 +186,12 @@ pub enum MachineError {
         /// The id.
         id: String,
     },
+    /// It is memory, which goes block by block.
+    #[error("{id} is the machine's memory and stays: vm.resize takes memory away")]
+    Stays {
+        /// The id.
+        id: String,
+    },
     /// A unit did not start.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -210,9 +217,10 @@ impl MachineError {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
             Self::Beside(BesideError::Full) => ErrorKind::Busy,
-            Self::TooManyCpus { .. } | Self::AddressWidth { .. } | Self::HotplugWidth { .. } => {
-                ErrorKind::Invalid
-            }
+            Self::TooManyCpus { .. }
+            | Self::AddressWidth { .. }
+            | Self::HotplugWidth { .. }
+            | Self::Stays { .. } => ErrorKind::Invalid,
             Self::Device { source, .. } => fault::of(&**source),
             Self::Open { source, .. } => fault::of(source),
             Self::Display(source) => fault::of(source),
@@ -252,6 +260,8 @@ pub struct Machine {
     clock: Option<kvm_clock_data>,
     /// How vCPUs that come are debugged.
     debug: Option<kvm_guest_debug>,
+    /// Memory that comes and goes.
+    plugged: Option<Arc<MemoryView>>,
 }
 
 /// Stops all units, those that drain last-started first. One that does not
@@ -373,6 +383,9 @@ impl Machine {
         }
         let resized = self.take_resized()?;
         self.renew_tables()?;
+        if let Some(memory) = &self.plugged {
+            memory.unplug_all();
+        }
         self.ram.discard()?;
         self.vm.set_irqchip_state(&self.power_on.irqchip)?;
         for index in 0..self.vcpus.count() {

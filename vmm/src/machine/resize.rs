@@ -9,8 +9,11 @@
 //!   system has to bring it online, as udev's rules do.
 //! * A vCPU that goes is parked once the guest has given it back, and used
 //!   again for the next that comes.
-//! * Memory comes in pieces above all RAM that there was at boot. The address space for
+//! * Memory comes by ACPI in pieces above all RAM that there was at boot. The address space for
 //!   [`Addable::area`] is reserved when the machine is built. It does not go.
+//! * By virtio-mem it comes and goes in blocks of that area ([`Machine::request_memory`]): the guest's driver does that, and
+//!   a reset takes all of it away until the driver begins anew. A balloon takes from either, and never as much as there is
+//!   without the blocks.
 //! * A reset of the machine keeps the vCPUs, less those that were asked back, and all
 //!   memory: the tables and the memory map of the new boot have them, and all slots for
 //!   memory are empty again.
@@ -190,6 +193,24 @@ pub enum Resized {
     },
 }
 
+/// How much has to be plugged, in blocks of `block` bytes and up to `room`, for `wanted` bytes where `now` are always there.
+///
+/// # Errors
+///
+/// [`ResizeError`].
+pub fn plugged_for(now: u64, (room, block): (u64, u64), wanted: u64) -> Result<u64, ResizeError> {
+    let more = wanted.checked_sub(now);
+    let more = more.ok_or(ResizeError::MemoryShrinks { wanted, now })?;
+    if more > room {
+        let most = now.saturating_add(room);
+        return Err(ResizeError::MemoryLimit { wanted, most });
+    }
+    if !more.is_multiple_of(block.max(1)) {
+        return Err(ResizeError::MemoryBlocks { wanted, now, block });
+    }
+    Ok(more)
+}
+
 /// Makes the vCPUs of a machine, now and later.
 pub(super) struct VcpuMaker {
     /// What they say of themselves; see [`cpuid::for_machine`].
@@ -238,19 +259,8 @@ pub(super) struct Addable {
 impl Addable {
     /// Whether a machine of `now` bytes can have `wanted`: how many more that is.
     fn check(&self, now: u64, wanted: u64) -> Result<u64, ResizeError> {
-        let more = wanted
-            .checked_sub(now)
-            .ok_or(ResizeError::MemoryShrinks { wanted, now })?;
         let room = self.area.end.saturating_sub(self.area.start);
-        if more > room {
-            let most = now.saturating_add(room);
-            return Err(ResizeError::MemoryLimit { wanted, most });
-        }
-        if !more.is_multiple_of(self.block) {
-            let block = self.block;
-            return Err(ResizeError::MemoryBlocks { wanted, now, block });
-        }
-        Ok(more)
+        plugged_for(now, (room, self.block), wanted)
     }
 }
 
@@ -428,6 +438,26 @@ impl Machine {
             self.platform.raise(ged_event::MEMORY_HOTPLUG);
         }
         Ok(())
+    }
+
+    /// Asks the guest to plug or unplug memory until there are `wanted` bytes in all; an event tells when it has. Returns how much
+    /// it is to have plugged, and nothing where its memory does not come and go in this way.
+    ///
+    /// The machine runs or is paused.
+    ///
+    /// # Errors
+    ///
+    /// [`ResizeError`]; nothing has changed.
+    pub fn request_memory(&self, wanted: u64) -> Result<Option<u64>, ResizeError> {
+        let mut devices = self.virtio.iter().map(|item| &item.device);
+        let found = devices.find_map(|device| Some((device, device.memory()?)));
+        let Some((device, memory)) = found else {
+            return Ok(None);
+        };
+        let requested = plugged_for(self.ram.size(), (memory.size(), memory.block()), wanted)?;
+        // It is one: it has just said so.
+        let _ = device.request_memory(requested);
+        Ok(Some(requested))
     }
 
     /// Asks the guest to give up memory, or to take it back, until the balloon has `size` bytes: an

@@ -17,7 +17,11 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
             state == Running || (state == Paused && pause == Some(PauseReason::DiskError))
         }
         Command::Resume => state == Paused && !pause.is_some_and(PauseReason::needs_reset),
-        Command::PowerButton | Command::Nmi | Command::Agent(_) => state == Running,
+        Command::PowerButton
+        | Command::Nmi
+        | Command::Agent(_)
+        | Command::SendKey(_)
+        | Command::Input(_) => state == Running,
         Command::Reset
         | Command::Resize(_)
         | Command::ResizeDisk(_)

@@ -47,6 +47,32 @@ impl Mapping {
         shared: bool,
         huge_page: Option<u64>,
     ) -> io::Result<Self> {
+        let reserve = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
+        Self::with_flags(len, file, shared, huge_page, reserve)
+    }
+
+    /// The same, and huge pages are over-committed too: those that are not there are found missing by
+    /// [`Mapping::populate_part`].
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it refuses.
+    pub fn over_committed(
+        len: usize,
+        file: Option<(&File, u64)>,
+        shared: bool,
+        huge_page: Option<u64>,
+    ) -> io::Result<Self> {
+        Self::with_flags(len, file, shared, huge_page, libc::MAP_NORESERVE)
+    }
+
+    fn with_flags(
+        len: usize,
+        file: Option<(&File, u64)>,
+        shared: bool,
+        huge_page: Option<u64>,
+        reserve: i32,
+    ) -> io::Result<Self> {
         let sharing = if shared {
             libc::MAP_SHARED
         } else {
@@ -56,7 +82,6 @@ impl Mapping {
             Some((file, offset)) => (file.as_raw_fd(), offset, 0),
             None => (-1, 0, libc::MAP_ANONYMOUS),
         };
-        let reserve = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
         let flags = sharing | kind | reserve;
         let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         let reserved = len.checked_add(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -132,6 +157,15 @@ impl Mapping {
         self.advise(libc::MADV_POPULATE_WRITE)
     }
 
+    /// Faults `len` bytes from `offset` in for writing.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it runs out of memory.
+    pub fn populate_part(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.advise_part(number(offset)?, number(len)?, libc::MADV_POPULATE_WRITE)
+    }
+
     /// Gives all pages back to the host; they then read as zeros.
     ///
     /// # Errors
@@ -185,13 +219,42 @@ impl Mapping {
     }
 }
 
+/// As the host counts.
+fn number(number: u64) -> io::Result<usize> {
+    usize::try_from(number).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+impl Mapping {
+    /// As [`Mapping::into_region`] of `len` bytes from `offset`, which the builder describes; `None` when they are not in the mapping.
+    ///
+    /// # Errors
+    ///
+    /// When flags or alignment do not fit the builder's rules.
+    pub fn into_part(
+        self: &std::sync::Arc<Self>,
+        builder: MmapRegionBuilder<DirtyLog>,
+        offset: u64,
+        len: u64,
+    ) -> Result<Option<MmapRegion<DirtyLog>>, MmapRegionError> {
+        let end = offset.checked_add(len).and_then(|end| number(end).ok());
+        let (Some(_), Ok(start)) = (end.filter(|end| *end <= self.len), number(offset)) else {
+            return Ok(None);
+        };
+        let address = self.address.wrapping_byte_add(start).cast();
+        // SAFETY: the bytes lie in this mapping, and the builder's log holds an Arc of it, so the
+        // memory stays mapped, readable and writable while the region exists.
+        #[expect(unsafe_code, reason = "the region takes a raw address")]
+        let builder = unsafe { builder.with_raw_mmap_pointer(address) };
+        builder.build().map(Some)
+    }
+}
+
 impl Backing for Mapping {
     fn page_size(&self) -> u64 {
         self.huge_page.unwrap_or(PAGE)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let number = |number: u64| usize::try_from(number).map_err(|_| io::ErrorKind::InvalidInput);
         self.advise_part(number(offset)?, number(len)?, self.discarding())
     }
 }

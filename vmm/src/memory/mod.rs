@@ -10,6 +10,7 @@
 //! the host can use huge pages in its nested page tables.
 
 mod mapping;
+mod plug;
 pub mod video;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestRegionMmap};
 
 use crate::layout;
 use mapping::Mapping;
+pub use plug::PlugRegion;
 
 /// What memory a guest gets and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,6 +109,10 @@ pub struct GuestRam {
     memory: GuestMemory,
     slots: Vec<RamSlot>,
     mappings: Vec<Arc<Mapping>>,
+    /// What there was at first.
+    regions: Vec<Arc<GuestRegionMmap<DirtyLog>>>,
+    /// How many of the last mappings are plugged piece by piece.
+    reserved: usize,
     /// As it was made; `size` is what there is now.
     spec: RamSpec,
 }
@@ -145,12 +151,14 @@ impl GuestRam {
                 host,
             });
         }
-        let map = GuestMap::from_arc_regions(regions)
+        let map = GuestMap::from_arc_regions(regions.clone())
             .map_err(|_| RamError::Layout { size: spec.size })?;
         Ok(Self {
             memory: GuestMemory::new(map),
             slots,
             mappings,
+            regions,
+            reserved: 0,
             spec: spec.clone(),
         })
     }
@@ -202,11 +210,12 @@ impl GuestRam {
     /// [`RamError::Discard`] and [`RamError::Prefault`].
     pub fn discard(&self) -> Result<(), RamError> {
         let size = self.spec.size;
-        for mapping in &self.mappings {
+        let whole = self.mappings.len().saturating_sub(self.reserved);
+        for (place, mapping) in self.mappings.iter().enumerate() {
             mapping
                 .discard_all()
                 .map_err(|source| RamError::Discard { size, source })?;
-            if self.spec.prefault {
+            if self.spec.prefault && place < whole {
                 mapping
                     .populate()
                     .map_err(|source| RamError::Prefault { size, source })?;

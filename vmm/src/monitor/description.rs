@@ -6,15 +6,16 @@ use std::sync::Arc;
 
 use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire};
 use serde_json::Value;
-use virtio::models::Model;
+use virtio::models::{MODELS, Model};
 
 use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
-    DiskUpdate, NetUpdate, address_nets, name_devices, update_disk, update_net,
+    DiskUpdate, NetUpdate, address_nets, name_devices, shown_input, update_disk, update_net,
 };
 use crate::config::{DeviceConfig, HostLimits, VmConfig};
+use crate::machine::resize::plugged_for;
 use crate::machine::state::wrong_state;
 use crate::opener::Opener;
 
@@ -232,7 +233,12 @@ impl Description {
             cpus.max = (most > cpus.boot).then_some(most);
             self.wire.cpus.boot_vcpus = count;
         }
-        if let Some(size) = request.desired_ram {
+        let block = self.config.memory.plug_block();
+        if let (Some(size), Some(block)) = (request.desired_ram, block) {
+            let memory = &self.config.memory;
+            let requested = plugged_for(memory.size, (memory.hotplug_size, block), size);
+            self.request_memory(requested.map_err(|error| error.to_control())?);
+        } else if let Some(size) = request.desired_ram {
             // What was added to a machine before is part of it.
             self.wire.memory.size = size;
             self.wire.memory.hotplugged_size = None;
@@ -244,6 +250,13 @@ impl Description {
             resized.map_err(|error| ControlError::from(&error))?;
         }
         Ok(())
+    }
+
+    /// Has the guest of the next machine plug so many bytes of memory that comes and goes.
+    pub fn request_memory(&mut self, requested: u64) {
+        self.config.memory.hotplugged_size = requested;
+        self.config.complete_memory(MODELS);
+        self.wire.memory.hotplugged_size = Some(requested).filter(|size| *size > 0);
     }
 
     /// Has the balloon of the next machine be of another size.
@@ -319,6 +332,10 @@ impl Description {
         if self.wire.balloon.is_none() {
             self.wire.balloon = self.config.shown_balloon();
         }
+        let input = self.config.devices.last().and_then(shown_input);
+        if let Some(input) = input {
+            self.wire.input.get_or_insert_default().push(input);
+        }
         if self.wire.vsock.is_none() {
             self.wire.vsock = self.config.shown_vsock();
         }
@@ -367,8 +384,16 @@ impl Description {
     /// Keeps those devices whose ids `keep` knows.
     pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.config.devices.retain(|device| keep(&device.id));
+        // The next machine has its memory whatever the guest of this one has thrown out.
+        self.config.complete_memory(MODELS);
         if self.config.shown_balloon().is_none() {
             self.wire.balloon = None;
+        }
+        if let Some(inputs) = &mut self.wire.input {
+            inputs.retain(|input| input.id.as_deref().is_none_or(&keep));
+            if inputs.is_empty() {
+                self.wire.input = None;
+            }
         }
         if self.config.shown_vsock().is_none() {
             self.wire.vsock = None;

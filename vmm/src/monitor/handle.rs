@@ -7,7 +7,7 @@ use api::{
     AgentCommand, Answer, Command, Control, ControlError, ErrorKind, EventLog, VmState, wire,
 };
 
-use super::{Jobs, View, consoles, metrics};
+use super::{Jobs, View, consoles, input, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
@@ -36,6 +36,7 @@ const FEATURES: &[&str] = &[
     "vireo.boot-once",
     "vireo.actions",
     "vireo.balloon",
+    "vireo.input",
 ];
 
 /// Commands and reads from any thread. Clones reach the same monitor.
@@ -97,6 +98,9 @@ impl Control for MonitorHandle {
                 Ok(_) => self.camera.take(answer),
                 Err(error) => answer(Err(error)),
             };
+        }
+        if let Command::SendKey(_) | Command::Input(_) = command {
+            return answer(input::carry_out(&self.view, &command));
         }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));

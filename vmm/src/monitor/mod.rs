@@ -21,6 +21,7 @@ mod booting;
 pub mod consoles;
 pub(crate) mod description;
 mod handle;
+mod input;
 mod jobs;
 mod metrics;
 pub mod ports;

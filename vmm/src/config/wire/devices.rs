@@ -18,7 +18,7 @@ use super::super::device::free_id;
 use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
-    balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
+    balloon, conflict, inputs, invalid, missing, names, networks, not_unique, path, rate_limiter,
     rate_limits, vhost, vsock,
 };
 use crate::layout::PCI_SLOTS;
@@ -52,6 +52,9 @@ pub(super) fn from_wire(
         config: json(&rng_config(rng)?)?,
     });
     devices.extend(console(described)?);
+    for input in described.input.iter().flatten() {
+        devices.push(inputs::from_wire(input)?);
+    }
     if let Some(described) = &described.balloon {
         devices.push(balloon::from_wire(described)?);
     }

@@ -1,6 +1,6 @@
 //! What v1 knows and this monitor has not.
 
-use api::wire::{self, CoreScheduling, HotplugMethod, ImageType};
+use api::wire::{self, CoreScheduling, ImageType};
 use api::{ControlError, ErrorKind};
 
 /// The refusal of what `field` asks for.
@@ -86,10 +86,6 @@ fn cpus(described: &wire::CpusConfig) -> Result<(), ControlError> {
 fn memory(described: &wire::MemoryConfig) -> Result<(), ControlError> {
     first([
         (described.mergeable, "memory.mergeable"),
-        (
-            described.hotplug_method == HotplugMethod::VirtioMem,
-            "memory.hotplug_method=VirtioMem",
-        ),
         (described.reserve, "memory.reserve"),
         (any(described.zones.as_ref()), "memory.zones"),
     ])

@@ -8,10 +8,11 @@ use api::wire;
 use super::{invalid, not_unique};
 
 /// What the names that are made begin with, one for each kind.
-const STEMS: [&str; 10] = [
+const STEMS: [&str; 11] = [
     "_disk",
     "_rng",
     "_net",
+    "_input",
     "_fs",
     "_pmem",
     "_vsock",
@@ -36,11 +37,13 @@ pub fn name_devices(described: &mut wire::VmConfig) {
     let disks = described.disks.iter_mut().flatten();
     let nets = described.net.iter_mut().flatten();
     let fs = described.fs.iter_mut().flatten();
+    let inputs = described.input.iter_mut().flatten();
     let vsock = described.vsock.iter_mut();
     let devices = disks
         .map(|disk| ("_disk", &mut disk.id))
         .chain(nets.map(|net| ("_net", &mut net.id)))
         .chain(fs.map(|fs| ("_fs", &mut fs.id)))
+        .chain(inputs.map(|input| ("_input", &mut input.id)))
         .chain(vsock.map(|vsock| ("_vsock", &mut vsock.id)));
     for (stem, id) in devices {
         if id.is_none() {
@@ -66,13 +69,18 @@ pub(super) fn ids(described: &wire::VmConfig) -> impl Iterator<Item = &str> {
     let disks = described.disks.iter().flatten().map(|disk| &disk.id);
     let nets = described.net.iter().flatten().map(|net| &net.id);
     let fs = described.fs.iter().flatten().map(|fs| &fs.id);
+    let inputs = described.input.iter().flatten().map(|input| &input.id);
     let one = [
         Some(&described.rng.id),
         Some(&described.console.id),
         described.balloon.as_ref().map(|balloon| &balloon.id),
         described.vsock.as_ref().map(|vsock| &vsock.id),
     ];
-    let devices = disks.chain(nets).chain(fs).chain(one.into_iter().flatten());
+    let devices = disks
+        .chain(nets)
+        .chain(fs)
+        .chain(inputs)
+        .chain(one.into_iter().flatten());
     let groups = described.rate_limit_groups.iter().flatten();
     devices
         .filter_map(|id| id.as_deref())

@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, HotplugMethod};
 
 fn described(value: Value) -> wire::VmConfig {
     serde_json::from_value(value).unwrap()
@@ -27,6 +27,21 @@ fn refused(more: Value) -> ControlError {
 
 fn disk(config: &VmConfig, index: usize) -> virtio::models::blk::BlkConfig {
     serde_json::from_value(config.devices[index].config.clone()).unwrap()
+}
+
+#[test]
+fn memory_by_virtio_mem_keeps_what_is_plugged_apart() {
+    let described = json!({"memory": {"size": 67_108_864, "hotplug_method": "VirtioMem", "hotplug_size": 402_653_184, "hotplugged_size": 134_217_728}});
+    let config = made(described.clone());
+    let memory = &config.memory;
+    assert_eq!(memory.hotplug_method, HotplugMethod::VirtioMem);
+    let sizes = (memory.size, memory.hotplug_size, memory.hotplugged_size);
+    assert_eq!(sizes, (64 << 20, 384 << 20, 128 << 20));
+    assert_eq!(config.devices.last().unwrap().kind, "mem");
+    let shown = serde_json::to_value(config.to_wire().memory).unwrap();
+    for (key, value) in described["memory"].as_object().unwrap() {
+        assert_eq!(shown[key], *value, "{key}");
+    }
 }
 
 #[test]
@@ -85,6 +100,8 @@ fn every_part_that_there_is_arrives() {
         MemoryConfig {
             size: 4 << 20,
             hotplug_size: 256 << 20,
+            hotplug_method: HotplugMethod::Acpi,
+            hotplugged_size: 0,
             shared: true,
             hugepages: true,
             hugepage_size: Some(2 << 20),
@@ -410,10 +427,6 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
         (
             json!({"memory": {"size": 4_194_304, "mergeable": true}}),
             "memory.mergeable",
-        ),
-        (
-            json!({"memory": {"size": 4_194_304, "hotplug_method": "VirtioMem"}}),
-            "memory.hotplug_method=VirtioMem",
         ),
         (
             json!({"cpus": {"boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": true}}),

@@ -36,12 +36,20 @@ impl Driver {
         result
     }
 
-    /// Adds memory; see [`crate::machine::Machine::resize_memory`].
+    /// Adds memory, or asks the guest to plug or unplug it; see [`crate::machine::Machine::resize_memory`] and
+    /// [`crate::machine::Machine::request_memory`]. The next machine has as much.
     ///
     /// # Errors
     ///
     /// [`ResizeError`].
     pub fn resize_memory(&mut self, wanted: u64) -> Result<(), ResizeError> {
+        if let Some(requested) = self.machine.request_memory(wanted)? {
+            if let Some(description) = &mut self.ears.description {
+                description.request_memory(requested);
+            }
+            self.show_devices();
+            return Ok(());
+        }
         let before = self.machine.memory_size();
         self.machine.resize_memory(wanted)?;
         let size = self.machine.memory_size();
