@@ -5,6 +5,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::path::PathBuf;
 
 use crate::frame::Pieces;
+use crate::mirror::{MirrorError, MirrorTarget, Outlet};
 use crate::stream::{Stream, StreamError};
 use crate::tap::{Setup, Tap, TapError};
 
@@ -170,4 +171,11 @@ pub trait Opener: Send + Sync {
     ///
     /// [`BackendError`]
     fn network(&self, request: &Request) -> Result<Box<dyn Backend>, BackendError>;
+
+    /// Opens what copies of frames go to.
+    ///
+    /// # Errors
+    ///
+    /// [`MirrorError`]
+    fn mirror(&self, target: &MirrorTarget) -> Result<Outlet, MirrorError>;
 }

@@ -4,6 +4,7 @@
 //! demands are on those lines.
 
 mod ballooned;
+mod bridged;
 mod consoles;
 mod driven;
 mod network;
@@ -211,6 +212,8 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // Others lack the driver.
     if kernel == "6.12-cloud" {
         cases.push(watchdog(kernel));
+        // The nested machine has its modules too.
+        cases.push(bridged::share_a_bridge(kernel));
     }
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {

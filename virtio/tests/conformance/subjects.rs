@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use block::{Access, Opener};
-use net::{Backend, BackendError, Offloads, Packets, Port, Request};
+use net::{
+    Backend, BackendError, MirrorError, MirrorTarget, Offloads, Outlet, Packets, Port, Request,
+};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
 use virtio::models::{BuildContext, MODELS, Model};
@@ -49,6 +51,10 @@ impl net::Opener for Wires {
             _other: other,
             pairs: request.pairs,
         }))
+    }
+
+    fn mirror(&self, _target: &MirrorTarget) -> Result<Outlet, MirrorError> {
+        Err(MirrorError::Refused)
     }
 }
 

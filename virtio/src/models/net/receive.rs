@@ -280,6 +280,8 @@ impl Receiver {
         let buffers = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
         let at = NUM_BUFFERS_OFFSET;
         write_at(view, self.live_extents(), at, &buffers.to_le_bytes());
+        let pieces = self.pieces.get(self.first_piece..).unwrap_or_default();
+        pair.copy(lend(view, pieces), len);
         for _ in 0..self.used.len() {
             self.forget_first();
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use net::{Backend, MacAddress, Offloads};
+use net::{Backend, MacAddress, Mirror, Offloads};
 
 use super::filter::Filter;
 use crate::device::Notifier;
@@ -30,7 +30,8 @@ pub struct Shared {
     guest_bits: AtomicU64,
     backend: Mutex<Box<dyn Backend>>,
     filter: Mutex<Arc<Filter>>,
-    /// Changes with the filter.
+    mirror: Mutex<Option<Arc<Mirror>>>,
+    /// Changes with the filter and the mirror.
     generation: AtomicU64,
     /// The workers, while there are any.
     wakes: Mutex<Vec<Wake>>,
@@ -55,6 +56,7 @@ impl Shared {
             guest_bits: AtomicU64::new(0),
             backend: Mutex::new(backend),
             filter: Mutex::new(Arc::new(Filter::open(mac))),
+            mirror: Mutex::default(),
             generation: AtomicU64::new(0),
             wakes: Mutex::default(),
         }
@@ -82,7 +84,19 @@ impl Shared {
         true
     }
 
-    /// Another number than before: [`Shared::filter`] has changed.
+    /// What gets copies of the frames.
+    pub fn mirror(&self) -> Option<Arc<Mirror>> {
+        lock(&self.mirror).clone()
+    }
+
+    /// Has that be another, and returns the one before. Workers that do not know yet may go on with it.
+    pub fn set_mirror(&self, mirror: Option<Arc<Mirror>>) -> Option<Arc<Mirror>> {
+        let before = std::mem::replace(&mut *lock(&self.mirror), mirror);
+        self.generation.fetch_add(1, Ordering::Release);
+        before
+    }
+
+    /// Another number than before: [`Shared::filter`] or [`Shared::mirror`] has changed.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }

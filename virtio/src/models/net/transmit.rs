@@ -94,7 +94,10 @@ impl Transmitter {
         }
         self.paid = false;
         match port.send(lend(view, &self.list)) {
-            Ok(()) => counts.passed(frame),
+            Ok(()) => {
+                counts.passed(frame);
+                pair.copy(lend(view, &self.list), len);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.paid = true;
                 return Sent::Full;

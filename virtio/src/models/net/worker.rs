@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::LogLimit;
-use net::Port;
+use net::{Mirror, Pieces, Port};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -54,7 +54,9 @@ pub struct Pair {
     pub clock: Clock,
     /// Which frames the driver wants.
     pub filter: Arc<Filter>,
-    /// The number of that filter.
+    /// What gets copies of the frames.
+    mirror: Option<Arc<Mirror>>,
+    /// The number of that filter and that mirror.
     generation: u64,
     notifier: Arc<dyn Notifier>,
     log: LogLimit,
@@ -73,6 +75,7 @@ impl Pair {
             index,
             generation: shared.generation(),
             filter: shared.filter(),
+            mirror: shared.mirror(),
             shared: Arc::clone(shared),
             tally,
             clock,
@@ -104,6 +107,14 @@ impl Pair {
         if generation != self.generation {
             self.generation = generation;
             self.filter = self.shared.filter();
+            self.mirror = self.shared.mirror();
+        }
+    }
+
+    /// Copies the first `len` bytes, a frame with its header, if somebody looks on.
+    pub fn copy(&self, frame: Pieces<'_>, len: usize) {
+        if let Some(mirror) = &self.mirror {
+            mirror.copy(frame, len);
         }
     }
 }
