@@ -79,6 +79,8 @@ pub struct Receiver {
     spare: Box<[u8]>,
     held: Option<Held>,
     used: Vec<(u16, u32)>,
+    /// Nothing but the driver can bring more work: it is to kick before the worker sleeps.
+    pub listens: bool,
 }
 
 impl Receiver {
@@ -99,6 +101,7 @@ impl Receiver {
             spare: vec![0; MAX_FRAME + 1].into_boxed_slice(),
             held: None,
             used: Vec::new(),
+            listens: false,
         }
     }
 

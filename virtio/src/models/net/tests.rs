@@ -17,6 +17,7 @@ mod control;
 mod limits;
 mod mirror;
 mod moving;
+mod polling;
 
 const ALL: u64 = u64::MAX;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];

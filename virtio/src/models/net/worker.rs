@@ -1,6 +1,7 @@
 //! The worker of one pair of queues, and, with the first pair, of the control queue.
 //!
-//! It sleeps in one epoll that has the doorbells, the way to the network and its [`Wake`]. The network is
+//! It sleeps in one epoll that has the doorbells, the way to the network and its [`Wake`]. Before it does it looks for a
+//! while, if that has paid ([`Window`]): the driver then need not kick. The network is
 //! watched by edges: what it has said is remembered until a call says `WouldBlock`, so that neither a guest without
 //! buffers nor a network without room makes the worker spin, and no call but the
 //! frames' own is made while there is traffic.
@@ -24,6 +25,7 @@ use super::transmit::Transmitter;
 use crate::device::{ActivateError, Notifier, StoppedQueue};
 use crate::limit::Clock;
 use crate::memory::{GuestMap, GuestMemory};
+use crate::models::poll::Window;
 use crate::ring::{Ring, RingError};
 use crate::worker::{QueueWorker, Turn, Wake};
 
@@ -141,6 +143,8 @@ pub struct Worker {
     readable: bool,
     /// There may be room for one.
     writable: bool,
+    /// For waits that nothing but an event ends.
+    window: Window,
 }
 
 /// The queues of a worker.
@@ -211,6 +215,7 @@ impl Worker {
             control,
             readable: true,
             writable: true,
+            window: Window::new(),
         })
     }
 
@@ -260,13 +265,14 @@ impl Worker {
             _ => half.serve(view, &self.pair, &mut *self.port),
         };
         let served = settle(&mut half.ring, view, served)?;
+        half.listens = served == Served::Empty;
         if served == Served::Full {
             self.writable = false;
             // Asked again, it tells of room that there has been meanwhile.
             let fd = self.port.fd().as_raw_fd();
             let _ = self.epoll.ctl(ControlOperation::Modify, fd, port_event());
         }
-        pause(&mut half.ring, view, served)
+        pause(served)
     }
 
     fn receive(&mut self) -> Option<Duration> {
@@ -277,14 +283,65 @@ impl Worker {
         let view = &self.view;
         let served = half.serve(view, &self.pair, &mut *self.port);
         let served = settle(&mut half.ring, view, served)?;
+        half.listens = served == Served::Empty;
         if served == Served::Quiet {
             self.readable = false;
         }
-        pause(&mut half.ring, view, served)
+        pause(served)
     }
 
-    /// Sleeps, and takes up what has happened.
-    fn sleep(&mut self, wait: Option<Duration>) -> io::Result<()> {
+    /// The queues whose drivers are to be asked to kick before a sleep.
+    fn listening(&mut self) -> impl Iterator<Item = &mut Ring> {
+        let receiver = self.receiver.as_mut().filter(|half| half.listens);
+        let transmitter = self.transmitter.as_mut().filter(|half| half.listens);
+        let rings = [
+            receiver.map(|half| &mut half.ring),
+            transmitter.map(|half| &mut half.ring),
+        ];
+        let rings = rings.into_iter().flatten();
+        rings.filter(|ring| !ring.failed())
+    }
+
+    /// Waits until there is something to do: looks for a while, then sleeps. What the
+    /// rings have to say of errors they say again to the next turn.
+    fn rest(&mut self, wait: Option<Duration>) -> io::Result<()> {
+        if wait == Some(Duration::ZERO) {
+            return self.sleep(wait).map(drop);
+        }
+        let begin = (self.pair.clock)();
+        let span = self.window.span();
+        while wait.is_none() && !span.is_zero() {
+            let view = Arc::clone(&self.view);
+            let told = self.sleep(Some(Duration::ZERO))?;
+            let found = told || self.listening().any(|ring| ring.pending(&view).unwrap_or(true));
+            let passed = (self.pair.clock)().saturating_duration_since(begin);
+            if found {
+                self.window.found(passed);
+                return Ok(());
+            }
+            if passed >= span {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        let view = Arc::clone(&self.view);
+        let mut more = false;
+        for ring in self.listening() {
+            more |= ring.invite(&view).unwrap_or(true);
+        }
+        if more {
+            return self.sleep(Some(Duration::ZERO)).map(drop);
+        }
+        self.sleep(wait)?;
+        if wait.is_none() {
+            let passed = (self.pair.clock)().saturating_duration_since(begin);
+            self.window.slept(passed);
+        }
+        Ok(())
+    }
+
+    /// Sleeps, and takes up what has happened. Whether anything has.
+    fn sleep(&mut self, wait: Option<Duration>) -> io::Result<bool> {
         let mut events = [EpollEvent::default(); 5];
         let ready = match self.epoll.wait(milliseconds(wait), &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -311,7 +368,7 @@ impl Worker {
                 ring.silence();
             }
         }
-        Ok(())
+        Ok(ready > 0)
     }
 
     fn rings(&mut self) -> impl Iterator<Item = &mut Ring> {
@@ -329,18 +386,11 @@ fn settle(ring: &mut Ring, view: &GuestMap, served: Result<Served, RingError>) -
 }
 
 /// How long to sleep for a queue that was served so far.
-fn pause(ring: &mut Ring, view: &GuestMap, served: Served) -> Option<Duration> {
+fn pause(served: Served) -> Option<Duration> {
     match served {
         Served::More => Some(Duration::ZERO),
         Served::Limited(wait) => Some(wait),
-        Served::Full | Served::Quiet => None,
-        Served::Empty => match ring.invite(view) {
-            Ok(more) => more.then_some(Duration::ZERO),
-            Err(error) => {
-                ring.fail(&error);
-                None
-            }
-        },
+        Served::Full | Served::Quiet | Served::Empty => None,
     }
 }
 
@@ -355,8 +405,13 @@ fn milliseconds(wait: Option<Duration>) -> i32 {
 
 impl QueueWorker for Worker {
     fn turn(&mut self, serve: bool) -> Turn {
-        let wait = if serve { self.serve() } else { None };
-        match self.sleep(wait) {
+        let waited = if serve {
+            let wait = self.serve();
+            self.rest(wait)
+        } else {
+            self.sleep(None).map(drop)
+        };
+        match waited {
             Ok(()) => Turn::Again,
             Err(error) => {
                 for ring in self.rings() {
