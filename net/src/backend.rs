@@ -72,6 +72,20 @@ pub trait Backend: Send {
     /// The system's.
     fn attach(&mut self, pairs: u16) -> io::Result<()>;
 
+    /// Whether the network can be reached again after it has ended.
+    fn renews(&self) -> bool {
+        false
+    }
+
+    /// Reaches a network that has ended again, if it is there. Its ports are then to be had anew. Does not wait.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `Unsupported` for one that does not renew.
+    fn renew(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// The way to and from the network for the pair of this number.
     ///
     /// # Errors

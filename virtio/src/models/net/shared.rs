@@ -22,6 +22,8 @@ pub struct Shared {
     up: AtomicBool,
     /// The network is no more.
     gone: AtomicBool,
+    /// It can come back.
+    pub renews: bool,
     /// The driver has been asked to announce itself and has not said that it has.
     announce: AtomicBool,
     /// How many pairs the driver uses.
@@ -51,6 +53,7 @@ impl Shared {
             max_pairs,
             up: AtomicBool::new(true),
             gone: AtomicBool::new(false),
+            renews: backend.renews(),
             announce: AtomicBool::new(false),
             pairs: AtomicU16::new(1),
             guest_bits: AtomicU64::new(0),
@@ -119,12 +122,30 @@ impl Shared {
     /// Notes that the network is no more, and says so once.
     pub fn lost(&self, error: &io::Error, notifier: &dyn Notifier) {
         if !self.gone.swap(true, Ordering::AcqRel) {
+            let until = if self.renews {
+                "it is there again"
+            } else {
+                "the device is removed and added again"
+            };
             tracing::error!(
                 device = %self.id,
                 network = %self.label,
                 %error,
-                "the network is gone: the guest's link is down until the device is removed and added again",
+                "the network is gone: the guest's link is down until {until}",
             );
+            notifier.config_changed();
+        }
+    }
+
+    /// Whether the network is no more and may come back.
+    pub fn awaits(&self) -> bool {
+        self.renews && self.gone.load(Ordering::Acquire)
+    }
+
+    /// Notes that the network is there again.
+    pub fn found(&self, notifier: &dyn Notifier) {
+        if self.gone.swap(false, Ordering::AcqRel) {
+            tracing::info!(device = %self.id, network = %self.label, "the network is there again");
             notifier.config_changed();
         }
     }

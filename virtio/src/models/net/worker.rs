@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::LogLimit;
 use net::{Mirror, Pieces, Port};
@@ -121,6 +121,9 @@ impl Pair {
     }
 }
 
+/// How often a network that has ended is asked for.
+const RETRY: Duration = Duration::from_millis(500);
+
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
 const CONTROL: u64 = 2;
@@ -145,6 +148,8 @@ pub struct Worker {
     writable: bool,
     /// For waits that nothing but an event ends.
     window: Window,
+    /// When a network that has ended is asked for again.
+    again: Option<Instant>,
 }
 
 /// The queues of a worker.
@@ -216,6 +221,7 @@ impl Worker {
             readable: true,
             writable: true,
             window: Window::new(),
+            again: None,
         })
     }
 
@@ -249,7 +255,41 @@ impl Worker {
         self.pair.refresh();
         let sent = self.transmit();
         let received = self.receive();
-        sooner(wait, sooner(sent, received))
+        let renewed = self.renew();
+        sooner(sooner(wait, renewed), sooner(sent, received))
+    }
+
+    /// Asks for a network that has ended; how long until it is asked for the next time.
+    fn renew(&mut self) -> Option<Duration> {
+        if !self.pair.shared.awaits() {
+            return None;
+        }
+        let now = (self.pair.clock)();
+        let wait = self.again.map(|again| again.saturating_duration_since(now));
+        if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
+            return Some(wait);
+        }
+        if self.reopen().is_ok() {
+            self.again = None;
+            self.pair.shared.found(&*self.pair.notifier);
+            return Some(Duration::ZERO);
+        }
+        self.again = Some(now + RETRY);
+        Some(RETRY)
+    }
+
+    fn reopen(&mut self) -> io::Result<()> {
+        let mut backend = self.pair.shared.backend();
+        backend.renew()?;
+        let port = backend.port(self.pair.index)?;
+        let (before, after) = (self.port.fd().as_raw_fd(), port.fd().as_raw_fd());
+        self.epoll.ctl(ControlOperation::Add, after, port_event())?;
+        // The network's own descriptor may keep the one before open.
+        let _ = self.epoll.ctl(ControlOperation::Delete, before, port_event());
+        self.port = port;
+        self.readable = true;
+        self.writable = true;
+        Ok(())
     }
 
     fn transmit(&mut self) -> Option<Duration> {
