@@ -9,6 +9,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Reason;
@@ -44,7 +45,7 @@ pub enum VmState {
 }
 
 /// Why a machine is paused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PauseReason {
     /// A command. It stays paused until a command resumes it.
@@ -52,8 +53,25 @@ pub enum PauseReason {
     /// A disk's request failed and waits. It is done again when the machine
     /// is resumed, and the machine is paused again if that fails.
     DiskError,
-    /// The guest has powered itself off, asked for a reset or panicked, and is to be paused for that.
-    Guest,
+    /// A core dump is being written, after which it goes on.
+    Coredump,
+    /// The guest has powered itself off, and is to be paused for that: there is nothing that could go on, and only a
+    /// reset leads out.
+    PowerOff,
+    /// The guest has asked for a reset, and is to be paused for that; as for a power-off.
+    Reset,
+    /// The guest's kernel has panicked, and is to be paused for that.
+    GuestPanic,
+    /// The guest has not fed its watchdog, and is to be paused for that.
+    Watchdog,
+}
+
+impl PauseReason {
+    /// Whether the guest has done its last: it must not run on without a reset.
+    #[must_use]
+    pub fn needs_reset(self) -> bool {
+        matches!(self, Self::PowerOff | Self::Reset)
+    }
 }
 
 /// What can be asked of the monitor.

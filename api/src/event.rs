@@ -54,6 +54,8 @@ pub enum EventKind {
     },
     /// The guest asked for a reset; it is restarted in place.
     GuestReset,
+    /// A command restarts the guest in place.
+    Reset,
     /// The guest's kernel panicked.
     GuestPanic,
     /// The guest did not feed its watchdog in time.

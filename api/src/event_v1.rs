@@ -82,7 +82,7 @@ impl Teller {
     fn tell(&mut self, kind: &EventKind) -> (&'static str, &'static [&'static str]) {
         let words = match kind {
             EventKind::State { state, .. } => self.enter(*state),
-            EventKind::GuestReset | EventKind::Rebooting if !self.rebooting => {
+            EventKind::GuestReset | EventKind::Reset | EventKind::Rebooting if !self.rebooting => {
                 self.rebooting = true;
                 &["rebooting"]
             }
@@ -111,6 +111,11 @@ impl Teller {
                 (Stage::Running, &["booted", "rebooted"])
             }
             (VmState::Running, _) => (Stage::Running, &["booted"]),
+            // A machine that is reset while it is paused, and stays so.
+            (VmState::Paused, Stage::Booting) if self.rebooting => {
+                self.rebooting = false;
+                (Stage::Paused, &["booted", "rebooted", "pausing", "paused"])
+            }
             (VmState::Paused, Stage::Paused) => (Stage::Paused, &[]),
             (VmState::Paused, _) => (Stage::Paused, &["pausing", "paused"]),
             (VmState::Stopped, Stage::Running | Stage::Paused) if !self.rebooting => {

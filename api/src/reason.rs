@@ -21,6 +21,12 @@ pub enum Reason {
     NotPaused,
     /// The machine is paused, and was to run.
     Paused,
+    /// The machine is paused until its core dump has been written.
+    CoreDump,
+    /// The machine is paused because its guest has powered off: there is nothing to go on with.
+    PoweredOff,
+    /// The machine is paused because its guest has asked for a reset.
+    ResetAsked,
     /// The machine is coming to its end.
     ShuttingDown,
 }
@@ -33,7 +39,7 @@ impl Reason {
     pub const ASKED: &str = "Vireo-Client";
 
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::NotCreated,
         Self::AlreadyCreated,
         Self::NotRunning,
@@ -41,6 +47,9 @@ impl Reason {
         Self::AlreadyPaused,
         Self::NotPaused,
         Self::Paused,
+        Self::CoreDump,
+        Self::PoweredOff,
+        Self::ResetAsked,
         Self::ShuttingDown,
     ];
 
@@ -55,6 +64,9 @@ impl Reason {
             Self::AlreadyPaused => "already-paused",
             Self::NotPaused => "not-paused",
             Self::Paused => "paused",
+            Self::CoreDump => "core-dump",
+            Self::PoweredOff => "powered-off",
+            Self::ResetAsked => "reset-asked",
             Self::ShuttingDown => "shutting-down",
         }
     }
@@ -70,6 +82,15 @@ impl Reason {
             Self::AlreadyPaused => "VM is already paused",
             Self::NotPaused => "VM is not paused",
             Self::Paused => "VM is paused: resume it first",
+            Self::CoreDump => {
+                "VM is paused until its core dump has been written: wait for the job, or cancel it"
+            }
+            Self::PoweredOff => {
+                "VM is paused because its guest has powered off: reset it first, or end it"
+            }
+            Self::ResetAsked => {
+                "VM is paused because its guest has asked for a reset: reset it first, or end it"
+            }
             Self::ShuttingDown => "VM is shutting down",
         }
     }

@@ -23,6 +23,7 @@ pub mod bus;
 #[cfg(test)]
 mod conformance;
 pub mod debugcon;
+pub mod display;
 pub mod i8042;
 pub mod irq;
 pub mod log_limit;

@@ -21,7 +21,7 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The monitor has not answered, or has not read, in time. It may still do what it was asked.
-    #[error("the monitor at {} has not answered for {} s", path.display(), waited.as_secs_f32())]
+    #[error("the monitor at {} has not answered for {:.1} s", path.display(), waited.as_secs_f32())]
     TimedOut {
         /// The socket.
         path: PathBuf,
@@ -163,6 +163,15 @@ mod tests {
         assert_eq!(full.to_string(), "The VM could not boot: no kernel");
         assert!(refused(&[]).to_string().contains("status 500"));
         assert_eq!(refused(&["Not Found"]).to_string(), "Not Found");
+    }
+
+    #[test]
+    fn a_time_is_told_as_people_say_it() {
+        let error = ClientError::TimedOut {
+            path: PathBuf::from("/s"),
+            waited: Duration::from_nanos(4_999_999_500),
+        };
+        assert!(error.to_string().ends_with("for 5.0 s"), "{error}");
     }
 
     #[test]

@@ -132,6 +132,27 @@ fn a_machine_that_comes_back_is_not_told_as_shut_down() {
     ];
     let by_command = [&boot[..], &ends, &boot].concat();
     assert_eq!(told(&by_command), again);
+    let reset = [&boot[..], &[EventKind::Reset], &boot].concat();
+    assert_eq!(told(&reset), again);
+    // One that stays paused has come back too: its end is told.
+    let paused = || EventKind::State {
+        state: VmState::Paused,
+        pause: Some(PauseReason::Command),
+    };
+    let life = [
+        paused(),
+        EventKind::Reset,
+        state(VmState::Booting),
+        paused(),
+        state(VmState::ShuttingDown),
+        state(VmState::Stopped),
+    ];
+    let all = told(&life);
+    assert_eq!(
+        all.last().map(String::as_str),
+        Some("vm:shutdown"),
+        "{all:?}"
+    );
 }
 
 #[test]

@@ -89,7 +89,7 @@ impl Default for ServerOptions {
             total_limit: 16 << 20,
             request_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(5),
+            idle_timeout: Duration::from_secs(1),
             heartbeat: Duration::from_secs(15),
             stop_timeout: Duration::from_secs(2),
         }

@@ -381,8 +381,8 @@ impl Server {
 /// Tells a client that there is no place for it.
 fn reject(stream: &UnixStream, open: usize) {
     let mut output = Vec::new();
-    let reason = format!("{open} connections are open already");
-    Answer::error(503, &["Too Many Requests", &reason]).write(&mut output, After::Closed);
+    let reason = format!("{open} connections are open already: try again in a second");
+    Answer::error(503, &["Service Unavailable", &reason]).write(&mut output, After::Closed);
     // It fits into a new socket, or the client is gone.
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     let _ = send(stream.as_fd(), &output, flags);

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::VmConfig;
+use crate::PauseReason;
 
 /// `vmm.ping`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -42,6 +43,9 @@ pub struct VmInfo {
     pub config: VmConfig,
     /// The state.
     pub state: VmInfoState,
+    /// Why the machine is paused, while it is. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<PauseReason>,
     /// How much memory the guest has, in bytes.
     pub memory_actual_size: u64,
     /// The devices by id; absent when there is no machine.

@@ -129,6 +129,7 @@ impl Control for Fake {
         Ok(wire::VmInfo {
             config: serde_json::from_str(r#"{"payload":{},"console":{"mode":"Off"}}"#).unwrap(),
             state: wire::VmInfoState::Created,
+            pause: None,
             memory_actual_size: 536_870_912,
             device_tree: None,
         })

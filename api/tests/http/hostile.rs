@@ -138,8 +138,8 @@ fn ten_thousand_connections_leave_room_for_one_when_they_are_gone() {
         }
     }
     let full = held.back_mut().unwrap().rest();
-    let reason = "128 connections are open already";
-    let expected = refused(503, &["Too Many Requests", reason]).replace("keep-alive", "close");
+    let reason = "128 connections are open already: try again in a second";
+    let expected = refused(503, &["Service Unavailable", reason]).replace("keep-alive", "close");
     assert_eq!(full, expected);
     assert!(first.exchange(get("vmm.ping")).contains("54.0.0"));
     drop(held);

@@ -6,6 +6,8 @@
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use devices::StopError;
@@ -15,7 +17,9 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{Bytes, GuestAddressSpace};
 
-use crate::device::{ActivateError, Activation, Identity, StoppedQueue, VirtioDevice};
+use crate::device::{
+    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice,
+};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::ring::{Chain, Ring, RingError};
@@ -68,9 +72,33 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     Ok(Box::new(Rng::new(&context.id, source)))
 }
 
+/// What the device has counted.
+#[derive(Debug, Default)]
+struct Tally {
+    /// Requests that were ended.
+    requests: AtomicU64,
+    /// Bytes that the guest was given.
+    bytes: AtomicU64,
+    /// Requests that the source did not fill, or whose buffers are not memory.
+    errors: AtomicU64,
+}
+
+impl Counters for Tally {
+    fn read(&self) -> Vec<(&'static str, u64)> {
+        [
+            ("requests", &self.requests),
+            ("bytes", &self.bytes),
+            ("errors", &self.errors),
+        ]
+        .map(|(name, value)| (name, value.load(Ordering::Relaxed)))
+        .to_vec()
+    }
+}
+
 /// An entropy device.
 pub struct Rng {
     source: File,
+    tally: Arc<Tally>,
     workers: Workers,
 }
 
@@ -80,6 +108,7 @@ impl Rng {
     pub fn new(id: &str, source: File) -> Self {
         Self {
             source,
+            tally: Arc::default(),
             workers: Workers::new("rng", id),
         }
     }
@@ -93,6 +122,10 @@ impl VirtioDevice for Rng {
             queue_sizes: vec![QUEUE_SIZE],
             pci_class: [0xff, 0, 0],
         }
+    }
+
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(Arc::clone(&self.tally) as Arc<dyn Counters>)
     }
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
@@ -110,10 +143,12 @@ impl VirtioDevice for Rng {
         } = activation;
         self.workers.start(&notifier, queues, |queue, wake| {
             let ring = Ring::new(queue, features, notifier.clone());
-            Worker::new(ring, memory.clone(), &self.source, wake).map_err(|error| ActivateError {
-                what: "the entropy worker",
-                reason: error.to_string(),
-            })
+            let parts = (&self.source, &self.tally);
+            Worker::new(ring, memory.clone(), parts, wake)
+                .map_err(|error| ActivateError {
+                    what: "the entropy worker",
+                    reason: error.to_string(),
+                })
         })
     }
 
@@ -149,15 +184,22 @@ struct Worker {
     ring: Ring,
     memory: GuestMemory,
     source: File,
+    tally: Arc<Tally>,
     sleeper: Sleeper,
     chain: Chain,
 }
 
 impl Worker {
-    fn new(ring: Ring, memory: GuestMemory, source: &File, wake: &Wake) -> std::io::Result<Self> {
+    fn new(
+        ring: Ring,
+        memory: GuestMemory,
+        (source, tally): (&File, &Arc<Tally>),
+        wake: &Wake,
+    ) -> std::io::Result<Self> {
         Ok(Self {
             sleeper: Sleeper::new(&ring, wake)?,
             source: source.try_clone()?,
+            tally: Arc::clone(tally),
             chain: Chain::default(),
             memory,
             ring,
@@ -183,13 +225,21 @@ impl Worker {
         let mut written = 0;
         for extent in &self.chain.writable {
             let part = extent.len.min(REQUEST_LIMIT - written);
+            if part == 0 {
+                break;
+            }
             let count = usize::try_from(part).unwrap_or(0);
             let read = view.read_exact_volatile_from(extent.addr, &mut self.source, count);
-            if part == 0 || read.is_err() {
+            if read.is_err() {
+                self.tally.errors.fetch_add(1, Ordering::Relaxed);
                 break;
             }
             written += part;
         }
+        self.tally.requests.fetch_add(1, Ordering::Relaxed);
+        self.tally
+            .bytes
+            .fetch_add(written.into(), Ordering::Relaxed);
         written
     }
 }

@@ -72,7 +72,7 @@ pub struct Driver<'a> {
     pub capabilities: BTreeMap<u8, (u64, u64)>,
     pub msix: u64,
     pub bar: u64,
-    multiplier: u64,
+    pub multiplier: u64,
 }
 
 impl<'a> Driver<'a> {

@@ -6,6 +6,7 @@
 //! * [`subjects`]: the devices that are tested; a new model needs a line there
 //!   only when it cannot be built from an empty configuration.
 //! * [`echo`]: a device for what needs a known back end.
+//! * [`registry`]: what belongs to every model beside its file.
 //! * [`regular`]: what a correct driver may rely on.
 //! * [`hostile`]: what a broken or malicious one must not achieve.
 
@@ -19,6 +20,7 @@ mod balloon;
 mod driver;
 mod echo;
 mod hostile;
+mod registry;
 mod regular;
 mod rig;
 mod subjects;

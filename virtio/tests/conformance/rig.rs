@@ -93,7 +93,7 @@ impl MsiAllocator for Vectors {
 /// The doorbells that the "host" rings by itself.
 #[derive(Default)]
 pub struct Bells {
-    registered: Mutex<BTreeMap<u64, File>>,
+    pub registered: Mutex<BTreeMap<u64, File>>,
     pub refuse: AtomicBool,
 }
 

@@ -1,8 +1,11 @@
 //! The devices under test.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::net::UnixDatagram;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,6 +16,7 @@ use net::{
 };
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
+use virtio::models::console::{HostEnd, Look, PortHost};
 use virtio::models::{BuildContext, MODELS, Model};
 
 use crate::echo::{Echo, EchoControl};
@@ -25,7 +29,81 @@ pub fn context() -> BuildContext {
         networks: Arc::new(Wires),
         cpus: 2,
         groups: virtio::limit::RateGroups::default(),
-        ports: Arc::new(virtio::models::console::NoPorts),
+        ports: Arc::new(Loops),
+    }
+}
+
+/// Ports on which the guest reads what it has written. They take some of it, then are full.
+struct Loops;
+
+impl PortHost for Loops {
+    fn take(&self, _name: Option<&str>) -> Option<Box<dyn HostEnd>> {
+        let (event, ready) = UnixStream::pair().unwrap();
+        event.set_nonblocking(true).unwrap();
+        Some(Box::new(Loop {
+            event,
+            ready,
+            bytes: VecDeque::new(),
+            wants: (false, false),
+        }))
+    }
+}
+
+struct Loop {
+    event: UnixStream,
+    /// What is written here makes the event readable.
+    ready: UnixStream,
+    bytes: VecDeque<u8>,
+    wants: (bool, bool),
+}
+
+impl Loop {
+    const ROOM: usize = 1000;
+
+    /// Has the event say what is possible of what is wanted.
+    fn tell(&self) {
+        let reads = self.wants.0 && !self.bytes.is_empty();
+        let writes = self.wants.1 && self.bytes.len() < Self::ROOM;
+        while (&self.event).read(&mut [0; 16]).is_ok() {}
+        if reads || writes {
+            (&self.ready).write_all(&[1]).unwrap();
+        }
+    }
+}
+
+impl HostEnd for Loop {
+    fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    fn want(&mut self, read: bool, write: bool) {
+        self.wants = (read, write);
+        self.tell();
+    }
+
+    fn look(&mut self, _reading: bool) -> Look {
+        Look {
+            connected: true,
+            changed: false,
+            // A driver that is told of one would be interrupted.
+            size: None,
+        }
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.bytes.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.bytes.read(into)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(Self::ROOM - self.bytes.len());
+        self.bytes.extend(&bytes[..count]);
+        if count == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(count)
     }
 }
 
@@ -37,18 +115,22 @@ impl Opener for PlainOpener {
     }
 }
 
-/// Networks of two pairs whose other end nobody reads: they take some frames, then are full.
+/// Networks on which everybody hears what he says. They take some frames, then are full.
 struct Wires;
 
 impl net::Opener for Wires {
     fn network(&self, request: &Request) -> Result<Box<dyn Backend>, BackendError> {
-        let (end, other) = UnixDatagram::pair().unwrap();
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vireo-wire-{}-{number}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name).unwrap();
+        let end = UnixDatagram::bind_addr(&address).unwrap();
+        end.connect_addr(&address).unwrap();
         end.set_nonblocking(true).unwrap();
         // Something to receive from the start.
-        other.send(&[0xff; 200]).unwrap();
+        end.send(&[0xff; 200]).unwrap();
         Ok(Box::new(Wire {
             end,
-            _other: other,
             pairs: request.pairs,
         }))
     }
@@ -60,7 +142,6 @@ impl net::Opener for Wires {
 
 struct Wire {
     end: UnixDatagram,
-    _other: UnixDatagram,
     pairs: u16,
 }
 
@@ -113,7 +194,7 @@ impl Subject {
         }
     }
 
-    fn model(model: &'static Model) -> Self {
+    pub fn model(model: &'static Model) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         let made = AtomicU32::new(0);

@@ -67,6 +67,11 @@ pub(super) struct ValidateArgs {
     file: String,
 }
 
+/// Whether `--config` names a file, and not a definition.
+pub(super) fn is_path(text: &str) -> bool {
+    text.contains('/') || text.ends_with(ENDING)
+}
+
 /// Reads what `--config` names: the file where the text has a `/` or ends in `.toml`, else
 /// the definition of this name. What it says is not checked beyond its form.
 ///
@@ -74,7 +79,7 @@ pub(super) struct ValidateArgs {
 ///
 /// [`Failure::Failed`] for what cannot be had, [`Failure::Usage`] for what it says.
 pub(super) fn load(text: &str, opener: &Opener) -> Result<VmConfig, Failure> {
-    let loaded = if text.contains('/') || text.ends_with(ENDING) {
+    let loaded = if is_path(text) {
         VmConfig::from_file(Path::new(text), MODELS, opener).map_err(DefinitionError::from)
     } else if is_name(text) {
         Definitions::of_user().and_then(|stored| stored.load(text, MODELS))

@@ -47,6 +47,11 @@ pub(super) fn from_clap(error: &clap::Error, command: &str) -> String {
     for part in body.lines().map(str::trim).filter(|part| !part.is_empty()) {
         let part = part.strip_prefix("error: ").unwrap_or(part);
         let part = part.strip_prefix("tip: ").unwrap_or(part);
+        // No number that a verb takes is below zero.
+        let number = part.strip_prefix("to pass '-");
+        if number.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+            continue;
+        }
         let separator = match line.chars().last() {
             None => "",
             Some(':') => " ",
@@ -105,6 +110,17 @@ mod tests {
             "unexpected argument '--kernl' found: a similar argument exists: '--kernel': see \
              't --help'"
         );
+    }
+
+    #[test]
+    fn a_number_below_zero_is_not_advised_and_a_file_of_such_a_name_is() {
+        for (word, advised) in [("-1", false), ("-x", true)] {
+            let file = clap::Arg::new("file");
+            let command = clap::Command::new("t").arg(file);
+            let error = command.try_get_matches_from(["t", word]).unwrap_err();
+            let told = from_clap(&error, "t");
+            assert_eq!(told.contains(&format!("'-- {word}'")), advised, "{told}");
+        }
     }
 
     #[test]

@@ -52,12 +52,15 @@ pub(super) enum Verb {
     #[command(after_help = lifecycle::PAUSE_EXAMPLES, visible_alias = "suspend")]
     Pause(lifecycle::PlainArgs),
     /// Let a paused machine go on
+    ///
+    /// One whose guest has powered off or asked for a reset needs 'vireo reset' first.
     #[command(after_help = lifecycle::RESUME_EXAMPLES)]
     Resume(lifecycle::PlainArgs),
     /// Press the power button and wait until the guest has powered off
     ///
     /// The exit code is 0 when it has, 6 when it had to be ended by --force, and 1 when it still runs, also
-    /// when --on-poweroff=restart has started it again.
+    /// when --on-poweroff=restart has started it again. A machine that is paused does not hear the button: it is
+    /// ended if its guest has powered off already, or with --force.
     #[command(after_help = lifecycle::SHUTDOWN_EXAMPLES)]
     Shutdown(lifecycle::ShutdownArgs),
     /// End the guest at once and boot it again

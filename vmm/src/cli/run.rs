@@ -452,11 +452,27 @@ fn configure(
     config.complete(models);
     config.validate(models, &HostLimits::read())?;
     if config.payload.kernel.is_none() {
-        anyhow::bail!("nothing to boot: add --kernel <PATH>: see 'vireo run --help'");
+        anyhow::bail!(
+            "nothing to boot: {}",
+            kernel_mend(arguments.config.as_deref())
+        );
     }
     files::check(&config, models, opener).map_err(|error| flags.name(error))?;
     files::check_own(&config, models, opener, arguments.socket.outputs())?;
     Ok((config, arguments.socket))
+}
+
+/// How a machine gets a kernel that is made from what `--config` names, if anything.
+fn kernel_mend(config: Option<&str>) -> String {
+    match config {
+        Some(name) if !definition::is_path(name) => {
+            format!(
+                "the definition '{name}' has no payload.kernel: add it with 'vireo edit {name}'"
+            )
+        }
+        Some(file) => format!("{file} has no payload.kernel: add it, or --kernel <PATH>"),
+        None => "add --kernel <PATH>: see 'vireo run --help'".to_owned(),
+    }
 }
 
 /// The flags that are given, which change a configuration.

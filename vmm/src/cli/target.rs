@@ -1,10 +1,10 @@
 //! Which machine a verb is for: by its name, or by its control socket.
 
 use std::ffi::OsStr;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IsTerminal};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use api::Reason;
@@ -13,7 +13,7 @@ use api::spelling::nearest;
 use api::wire;
 use clap::Args;
 
-use super::Misuse;
+use super::{Misuse, message};
 use crate::config::is_name;
 use crate::definitions::Definitions;
 use crate::opener::Opener;
@@ -26,6 +26,12 @@ const AT_ONCE: usize = 32;
 /// How long a monitor that is to do something may take to show that it lives: reads
 /// are answered at once, whatever it is busy with.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// After how much of that people are told for what they wait.
+const SILENT: Duration = Duration::from_secs(1);
+/// How long it is waited for a place among the clients of a monitor that has many.
+const PLACE: Duration = Duration::from_millis(200);
+/// The status of an answer to a client that has found no place.
+const CROWDED: u16 = 503;
 /// How long a command may take. Some fill the memory of a machine, or wait for disks.
 const COMMAND: Duration = Duration::from_secs(600);
 
@@ -59,6 +65,8 @@ pub(super) struct SocketFlag {
 pub(super) struct Remote {
     /// Who it is, for messages: `machine 'web'`.
     pub who: String,
+    /// How the command line names it.
+    named: String,
     pub client: Client,
 }
 
@@ -80,6 +88,7 @@ impl Target {
         match reach(&socket_of(name)?, &called(name)) {
             Ok(_) => Ok(None),
             Err(Unreachable::Other(error)) => Err(error),
+            Err(Unreachable::NoSocket(_)) => Ok(None),
             Err(Unreachable::Absent(_) | Unreachable::Dead(_)) => {
                 let stored = Definitions::of_user().is_ok_and(|stored| stored.has(name));
                 Ok(stored.then_some(name))
@@ -87,21 +96,23 @@ impl Target {
         }
     }
 
-    /// Removes what a monitor has left that was killed; whether this name is of such a one.
+    /// Connects, or removes what a monitor of this name has left that was killed: then there is none.
     ///
     /// # Errors
     ///
-    /// The name is none, or its socket cannot be removed.
-    pub fn clear_dead(&self, opener: &Opener) -> anyhow::Result<bool> {
+    /// As [`Self::connect`], or the socket cannot be removed.
+    pub fn connect_or_clear(&self, opener: &Opener) -> anyhow::Result<Option<Remote>> {
         let Some(name) = self.name() else {
-            return Ok(false);
+            return self.connect().map(Some);
         };
         let path = socket_of(name)?;
-        let dead = matches!(reach(&path, &called(name)), Err(Unreachable::Dead(_)));
-        if dead {
-            opener.remove_abandoned(&path)?;
+        match reach(&path, &called(name)) {
+            Err(Unreachable::Dead(_)) => {
+                opener.remove_abandoned(&path)?;
+                Ok(None)
+            }
+            reached => connected_by(name, &path, reached).map(Some),
         }
-        Ok(dead)
     }
 
     /// Connects.
@@ -115,6 +126,11 @@ impl Target {
 }
 
 impl Remote {
+    /// The machine as verbs take it: its name, or the flag with its socket.
+    pub fn named(&self) -> &str {
+        &self.named
+    }
+
     /// Puts the machine before what went wrong with it.
     pub fn failed(&self, error: ClientError) -> anyhow::Error {
         if matches!(error, ClientError::TimedOut { .. }) {
@@ -140,6 +156,10 @@ fn mend(reason: Reason) -> Option<&'static str> {
         Reason::NotCreated => Some(
             "the monitor has no machine: create one with vm.create, or end it with 'vireo destroy'",
         ),
+        Reason::CoreDump => Some("'vireo jobs list' and 'vireo jobs cancel'"),
+        Reason::PoweredOff | Reason::ResetAsked => {
+            Some("'vireo reset' and then 'vireo resume', or 'vireo shutdown --force'")
+        }
         // The messages say what is to be done, or that there is nothing to do.
         Reason::AlreadyCreated | Reason::Paused | Reason::ShuttingDown => None,
     }
@@ -192,12 +212,29 @@ fn connect(name: Option<&str>, socket: Option<&Path>) -> anyhow::Result<Remote> 
 
 fn connect_by(name: &str) -> anyhow::Result<Remote> {
     let path = socket_of(name)?;
+    connected_by(name, &path, reach(&path, &called(name)))
+}
+
+/// What has become of reaching for the machine called `name` at `path`.
+fn connected_by(
+    name: &str,
+    path: &Path,
+    reached: Result<Client, Unreachable>,
+) -> anyhow::Result<Remote> {
     let who = called(name);
-    match reach(&path, &who) {
-        Ok(client) => Ok(Remote { who, client }),
+    match reached {
+        Ok(client) => Ok(Remote {
+            who,
+            named: name.to_owned(),
+            client,
+        }),
         Err(Unreachable::Absent(_)) => Err(no_such(name)),
         Err(Unreachable::Dead(_)) => anyhow::bail!(
             "{who} does not run: it has ended without removing its socket {}: start it again, which replaces that, or remove it with 'vireo destroy {name}'",
+            path.display()
+        ),
+        Err(Unreachable::NoSocket(found)) => anyhow::bail!(
+            "{who} does not run: {} is {found}, where its socket would be: remove it",
             path.display()
         ),
         Err(Unreachable::Other(error)) => Err(error),
@@ -217,7 +254,11 @@ fn connect_to(path: &Path) -> anyhow::Result<Remote> {
     ));
     let who = format!("the machine at {}", path.display());
     match reach(path, &who) {
-        Ok(client) => Ok(Remote { who, client }),
+        Ok(client) => Ok(Remote {
+            who,
+            named: format!("--api-socket {}", path.display()),
+            client,
+        }),
         Err(Unreachable::Absent(error)) => {
             Err(anyhow::Error::new(error).context("--api-socket: no monitor listens there"))
         }
@@ -225,6 +266,10 @@ fn connect_to(path: &Path) -> anyhow::Result<Remote> {
             let told = "--api-socket: the monitor that listened there has ended";
             Err(anyhow::Error::new(error).context(told))
         }
+        Err(Unreachable::NoSocket(found)) => anyhow::bail!(
+            "--api-socket: {} is {found}: give the path of a control socket",
+            path.display()
+        ),
         Err(Unreachable::Other(error)) => Err(error.context("--api-socket")),
     }
 }
@@ -235,31 +280,41 @@ enum Unreachable {
     Absent(ClientError),
     /// There is a socket to which nobody listens.
     Dead(ClientError),
+    /// There is something else than a socket, which is named.
+    NoSocket(&'static str),
     /// Something else.
     Other(anyhow::Error),
 }
 
 /// Connects to a monitor that shows that it lives. Calls may then take as long as commands do.
 fn reach(path: &Path, who: &str) -> Result<Client, Unreachable> {
-    let other = |error: ClientError, process: Option<u32>| {
-        let silent = matches!(error, ClientError::TimedOut { .. });
-        let error = anyhow::Error::new(error);
-        Unreachable::Other(match process {
-            _ if !silent => error.context(who.to_owned()),
-            Some(process) => anyhow::anyhow!(
-                "{who} does not answer: {error}: try again, or end its process {process}"
-            ),
-            None => anyhow::anyhow!("{who} does not answer: {error}: try again"),
-        })
-    };
-    let mut client = Client::connect_within(path, PATIENCE).map_err(|error| match &error {
-        ClientError::Connect { source, .. } => match source.kind() {
-            ErrorKind::NotFound => Unreachable::Absent(error),
-            ErrorKind::ConnectionRefused => Unreachable::Dead(error),
-            _ => other(error, None),
-        },
-        _ => other(error, None),
-    })?;
+    let started = Instant::now();
+    // One line is all that programs want to read.
+    let mut told = !std::io::stderr().is_terminal();
+    loop {
+        let left = PATIENCE.saturating_sub(started.elapsed());
+        let time = if told { left } else { left.min(SILENT) };
+        match try_to_reach(path, time) {
+            Ok(client) => return Ok(client),
+            Err((ClientError::TimedOut { .. }, _)) if !told => {
+                told = true;
+                let seconds = PATIENCE.as_secs();
+                message::note(&format!(
+                    "{who} does not answer: waiting {seconds} s for it"
+                ));
+            }
+            // The oldest of those who have nothing to say makes room.
+            Err((error, _)) if error.status() == Some(CROWDED) && left > PLACE => {
+                std::thread::sleep(PLACE);
+            }
+            Err((error, process)) => return Err(unreachable(error, process, path, who)),
+        }
+    }
+}
+
+/// One attempt, which takes no longer than `time`; of a failure also the process that listens, where it is known.
+fn try_to_reach(path: &Path, time: Duration) -> Result<Client, (ClientError, Option<u32>)> {
+    let mut client = Client::connect_within(path, time).map_err(|error| (error, None))?;
     // A call gives its connection up when it fails.
     let process = client.process();
     match client.ping() {
@@ -267,8 +322,34 @@ fn reach(path: &Path, who: &str) -> Result<Client, Unreachable> {
             client.set_timeout(COMMAND);
             Ok(client)
         }
-        Err(error) => Err(other(error, process)),
+        Err(error) => Err((error, process)),
     }
+}
+
+fn unreachable(error: ClientError, process: Option<u32>, path: &Path, who: &str) -> Unreachable {
+    if let ClientError::Connect { source, .. } = &error {
+        match source.kind() {
+            ErrorKind::NotFound => return Unreachable::Absent(error),
+            ErrorKind::ConnectionRefused => {
+                return match Opener::new().other_than_socket(path) {
+                    Some(found) => Unreachable::NoSocket(found),
+                    None => Unreachable::Dead(error),
+                };
+            }
+            _ => (),
+        }
+    }
+    let silent = matches!(error, ClientError::TimedOut { .. });
+    let error = anyhow::Error::new(error);
+    Unreachable::Other(match process {
+        _ if !silent => error.context(who.to_owned()),
+        Some(process) => {
+            anyhow::anyhow!(
+                "{who} does not answer: {error}: try again, or end its process {process}"
+            )
+        }
+        None => anyhow::anyhow!("{who} does not answer: {error}: try again"),
+    })
 }
 
 /// The socket of the machine called `name`, which need not run.
@@ -300,27 +381,30 @@ pub(super) fn check_name(name: &str) -> anyhow::Result<()> {
     Err(Misuse(format!("'{name}' is no name of a machine{hint}")).into())
 }
 
-/// That no machine of this name runs, with the names of those that do.
+/// That no machine of this name runs, with the names of those that do, or one that is alike.
 fn no_such(name: &str) -> anyhow::Error {
-    if Definitions::of_user().is_ok_and(|stored| stored.has(name)) {
+    let stored = Definitions::of_user();
+    if stored.as_ref().is_ok_and(|stored| stored.has(name)) {
         return anyhow::anyhow!(
             "machine '{name}' is defined and does not run: start it with 'vireo start {name}'"
         );
     }
+    let defined = stored.map(|stored| stored.names()).unwrap_or_default();
     let running: Vec<String> = found(&Opener::new())
         .into_iter()
-        .filter(|found| !matches!(found.standing, Standing::Dead))
+        .filter(|found| !matches!(found.standing, Standing::Dead | Standing::NoSocket))
         .map(|found| found.name)
         .collect();
-    if running.is_empty() {
-        return anyhow::anyhow!(
-            "no machine '{name}': none runs: start one with 'vireo run --name {name} …'"
-        );
+    let known = running.iter().chain(&defined).map(String::as_str);
+    let hint =
+        nearest(name, known).map_or_else(String::new, |near| format!("did you mean '{near}'? "));
+    if !running.is_empty() {
+        let all = running.join(", ");
+        return anyhow::anyhow!("no machine '{name}': {hint}those that run are {all}");
     }
-    let near = nearest(name, running.iter().map(String::as_str));
-    let hint = near.map_or_else(String::new, |near| format!("did you mean '{near}'? "));
-    let all = running.join(", ");
-    anyhow::anyhow!("no machine '{name}': {hint}those that run are {all}")
+    anyhow::anyhow!(
+        "no machine '{name}': {hint}none runs: start one with 'vireo run --name {name} …'"
+    )
 }
 
 /// A socket in the directory of sockets, and who is behind it.
@@ -342,6 +426,8 @@ pub(super) enum Standing {
     Silent,
     /// Nobody: the monitor was killed.
     Dead,
+    /// It is no socket.
+    NoSocket,
 }
 
 /// What the sockets in the directory of sockets lead to, by name. It takes no longer than
@@ -364,7 +450,7 @@ pub(super) fn found(opener: &Opener) -> Vec<Found> {
             let directory = &directory;
             let looks: Vec<_> = batch
                 .iter()
-                .map(|name| scope.spawn(|| look_at(name, places::socket(directory, name))))
+                .map(|name| scope.spawn(|| look_at(name, places::socket(directory, name), opener)))
                 .collect();
             let seen = looks.into_iter().filter_map(|look| look.join().ok());
             found.extend(seen.flatten());
@@ -374,10 +460,13 @@ pub(super) fn found(opener: &Opener) -> Vec<Found> {
 }
 
 /// `None` for a socket that has just gone, and for one of somebody else.
-fn look_at(name: &str, path: PathBuf) -> Option<Found> {
+fn look_at(name: &str, path: PathBuf, opener: &Opener) -> Option<Found> {
     let (process, standing) = match Client::connect_within(&path, SIGN_OF_LIFE) {
         Ok(mut client) => (client.process(), ask(&mut client)?),
         Err(ClientError::Connect { source, .. }) => match source.kind() {
+            ErrorKind::ConnectionRefused if opener.other_than_socket(&path).is_some() => {
+                (None, Standing::NoSocket)
+            }
             ErrorKind::ConnectionRefused => (None, Standing::Dead),
             _ => return None,
         },

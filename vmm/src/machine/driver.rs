@@ -23,7 +23,7 @@ use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use self::aside::Asides;
-pub use self::aside::Opening;
+use super::beside::{Opening, put_away_within};
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
@@ -372,7 +372,7 @@ impl Driver {
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
-        self.give_up_dump(self.patience());
+        self.give_up_dump();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
@@ -384,7 +384,12 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         // Readers of the view may hold the devices for longer than the next machine waits for their files.
-        drop(self.machine.retire_devices());
+        let (devices, time) = (self.machine.retire_devices(), self.patience());
+        self.outlast("close-all", move || {
+            if !put_away_within(devices, time) {
+                tracing::warn!("files of disks are not closed yet: their storage does not answer");
+            }
+        });
         if !self.urgent {
             // Who hears of the end finds the guest's last output in files.
             let signals = self.ears.signals.as_ref().map(Signals::raw_fd);
@@ -447,13 +452,18 @@ impl Driver {
     }
 
     /// Restarts the guest in place; a paused machine stays paused at its first
-    /// instruction. When the old guest cannot be stopped it goes on; when the
+    /// instruction. `told` is published once the old guest has been stopped. When the old guest cannot be stopped it goes on; when the
     /// new one cannot be started the machine ends.
-    fn reset(&mut self) -> Result<(), MachineError> {
-        let paused = self.state().0 == VmState::Paused;
+    fn reset(&mut self, told: EventKind) -> Result<(), MachineError> {
+        let paused = match self.state() {
+            (VmState::Paused, Some(PauseReason::Coredump)) => Some(PauseReason::Coredump),
+            // No disk waits for anything any more, and the guest is another one.
+            (VmState::Paused, _) => Some(PauseReason::Command),
+            _ => None,
+        };
         self.machine.vcpus().pause();
         if let Err(error) = self.stop_units(DRAIN) {
-            if paused {
+            if paused.is_some() {
                 self.fail("the machine cannot stay paused", &error);
             } else {
                 self.recover();
@@ -461,6 +471,7 @@ impl Driver {
             return Err(error);
         }
         self.ears.inbox.forget_guest();
+        self.ears.events.publish(told);
         self.enter(VmState::Booting, None);
         let restarted = self.restart(paused);
         if let Err(error) = &restarted {
@@ -469,15 +480,14 @@ impl Driver {
         restarted
     }
 
-    fn restart(&mut self, paused: bool) -> Result<(), MachineError> {
+    fn restart(&mut self, paused: Option<PauseReason>) -> Result<(), MachineError> {
         self.finish_removals()?;
         let resized = self.machine.reset()?;
         self.tell_resized(&resized);
         self.machine.load()?;
-        if paused {
+        if paused.is_some() {
             self.machine.stop_clock()?;
-            // No disk waits for anything any more.
-            self.enter(VmState::Paused, Some(PauseReason::Command));
+            self.enter(VmState::Paused, paused);
         } else {
             self.machine.start_units()?;
             self.go();
@@ -556,6 +566,10 @@ impl Driver {
     /// exit, and wait here for what becomes of them.
     fn on_guest(&mut self, request: GuestRequest) {
         self.machine.vcpus().pause();
+        if self.state().1.is_some_and(PauseReason::needs_reset) {
+            // Another vCPU's, of a guest that has done its last.
+            return;
+        }
         match request {
             GuestRequest::PowerOff | GuestRequest::PvShutdown => {
                 self.act(ExitReason::PowerOff);
@@ -597,18 +611,24 @@ impl Driver {
         let action = self.action(done);
         match action {
             GuestAction::Pause => {
-                if let Err(error) = self.pause(PauseReason::Guest)
+                let reason = match done {
+                    ExitReason::PowerOff => PauseReason::PowerOff,
+                    ExitReason::Reset => PauseReason::Reset,
+                    ExitReason::Watchdog => PauseReason::Watchdog,
+                    _ => PauseReason::GuestPanic,
+                };
+                if let Err(error) = self.pause(reason)
                     && !self.cut
                 {
                     self.fail("the guest could not be paused", &error);
                 }
             }
             GuestAction::Restart if !self.once => {
-                self.ears.events.publish(match done {
+                let told = match done {
                     ExitReason::Reset => EventKind::GuestReset,
                     _ => EventKind::Rebooting,
-                });
-                if let Err(error) = self.reset()
+                };
+                if let Err(error) = self.reset(told)
                     && !self.cut
                 {
                     self.fail("guest reset", &error);

@@ -12,10 +12,11 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
     let alive = matches!(state, Running | Paused);
     match command {
+        // A failed disk is tried again by a signal, unless a command says that it stays as it is.
         Command::Pause => {
-            state == Running || (state == Paused && pause != Some(PauseReason::Command))
+            state == Running || (state == Paused && pause == Some(PauseReason::DiskError))
         }
-        Command::Resume => state == Paused,
+        Command::Resume => state == Paused && !pause.is_some_and(PauseReason::needs_reset),
         Command::PowerButton | Command::Nmi | Command::Agent(_) => state == Running,
         Command::Reset
         | Command::Resize(_)
@@ -35,13 +36,18 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
 
 /// The answer to a command that [`permits`] does not allow.
 #[must_use]
-pub fn wrong_state(state: VmState, command: &Command) -> ControlError {
+pub fn wrong_state(state: VmState, pause: Option<PauseReason>, command: &Command) -> ControlError {
     let reason = match (command, state) {
         (Command::Create(_), _) => Reason::AlreadyCreated,
         (Command::Boot | Command::BootOnce(_), _) => Reason::AlreadyRunning,
         (Command::Pause, VmState::Paused) => Reason::AlreadyPaused,
         (Command::Resume, VmState::Running) => Reason::NotPaused,
-        (_, VmState::Paused) => Reason::Paused,
+        (_, VmState::Paused) => match pause {
+            Some(PauseReason::Coredump) => Reason::CoreDump,
+            Some(PauseReason::PowerOff) => Reason::PoweredOff,
+            Some(PauseReason::Reset) => Reason::ResetAsked,
+            _ => Reason::Paused,
+        },
         (_, VmState::ShuttingDown) => Reason::ShuttingDown,
         _ => Reason::NotRunning,
     };
@@ -157,7 +163,42 @@ mod tests {
     fn a_machine_that_a_disk_paused_can_be_paused_by_command_and_only_then() {
         let permits = |pause| permits(VmState::Paused, Some(pause), &Command::Pause);
         assert!(permits(PauseReason::DiskError));
-        assert!(!permits(PauseReason::Command));
+        for reason in [
+            PauseReason::Command,
+            PauseReason::Coredump,
+            PauseReason::PowerOff,
+            PauseReason::GuestPanic,
+        ] {
+            assert!(!permits(reason), "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn a_guest_does_not_run_past_its_end_and_the_refusal_says_why() {
+        let told = |pause, command| {
+            let pause = Some(pause);
+            let possible = permits(VmState::Paused, pause, &command);
+            let refused = wrong_state(VmState::Paused, pause, &command);
+            (!possible).then_some(refused.reason)
+        };
+        for (pause, why) in [
+            (PauseReason::PowerOff, Reason::PoweredOff),
+            (PauseReason::Reset, Reason::ResetAsked),
+        ] {
+            assert_eq!(told(pause, Command::Resume), Some(Some(why)));
+            assert_eq!(told(pause, Command::PowerButton), Some(Some(why)));
+            for possible in [Command::Reset, Command::Shutdown, Command::Quit] {
+                assert_eq!(told(pause, possible), None);
+            }
+        }
+        for pause in [
+            PauseReason::Command,
+            PauseReason::DiskError,
+            PauseReason::GuestPanic,
+            PauseReason::Watchdog,
+        ] {
+            assert_eq!(told(pause, Command::Resume), None, "{pause:?}");
+        }
     }
 
     #[test]

@@ -136,7 +136,7 @@ pub fn text(view: &View, jobs: &Jobs, events: &EventLog, usage: Option<&Usage>) 
     let mut out = Text::default();
     out.head("vireo_build_info", Kind::Gauge, "1, with the version");
     out.sample(&[("version", env!("CARGO_PKG_VERSION"))], 1);
-    tell_state(&mut out, view.state());
+    tell_state(&mut out, view.described_state());
     out.head(
         "vireo_events_total",
         Kind::Counter,
@@ -168,8 +168,8 @@ pub fn text(view: &View, jobs: &Jobs, events: &EventLog, usage: Option<&Usage>) 
     out.into_string()
 }
 
-fn tell_state(out: &mut Text, state: VmState) {
-    let help = "1 for the state the machine is in";
+fn tell_state(out: &mut Text, state: Option<VmState>) {
+    let help = "1 for the state the machine is in; none without a description";
     out.head("vireo_vm_state", Kind::Gauge, help);
     for (name, value) in [
         ("created", VmState::Created),
@@ -179,7 +179,7 @@ fn tell_state(out: &mut Text, state: VmState) {
         ("shutting_down", VmState::ShuttingDown),
         ("stopped", VmState::Stopped),
     ] {
-        out.sample(&[("state", name)], u64::from(state == value));
+        out.sample(&[("state", name)], u64::from(state == Some(value)));
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use api::{ControlError, ErrorKind, Reason, VmState, wire};
+use api::{ControlError, ErrorKind, PauseReason, Reason, VmState, wire};
 
 use super::Description;
 use crate::config::balloon::BalloonError;
@@ -98,9 +98,11 @@ impl View {
         if config.console.mode == wire::ConsoleMode::Pty {
             config.console.file = console.map(PathBuf::from);
         }
+        let (state, pause) = self.state();
         Ok(wire::VmInfo {
             config,
-            state: self.v1_state(),
+            state: self.v1_state(state),
+            pause,
             memory_actual_size: memory,
             device_tree: machine.map(|machine| machine.tree()),
         })
@@ -188,18 +190,25 @@ impl View {
         self.lock().machine.clone()
     }
 
-    /// The state now.
+    /// The state now, and why while it is [`VmState::Paused`].
     #[must_use]
-    pub fn state(&self) -> VmState {
-        self.state.get().0
+    pub fn state(&self) -> (VmState, Option<PauseReason>) {
+        self.state.get()
     }
 
-    fn v1_state(&self) -> wire::VmInfoState {
+    /// The state now; `None` when there is no description.
+    #[must_use]
+    pub fn described_state(&self) -> Option<VmState> {
+        let described = self.lock().description.is_some();
+        described.then(|| self.state.get().0)
+    }
+
+    fn v1_state(&self, state: VmState) -> wire::VmInfoState {
         let ends = {
             let inner = self.lock();
             inner.leaving || inner.machine.is_some()
         };
-        match self.state() {
+        match state {
             // What is left of the machine is being put away.
             VmState::Stopped if ends => wire::VmInfoState::Shutdown,
             VmState::Created | VmState::Stopped => wire::VmInfoState::Created,

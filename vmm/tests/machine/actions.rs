@@ -1,7 +1,9 @@
 //! What is done when a guest powers off, resets or panics, and boots with another kernel.
 
 use api::wire::{GuestAction, VmBootOnce, VmInfoState};
-use api::{Command as Ask, Control, ErrorKind, EventKind, ExitReason, PauseReason, Reply, VmState};
+use api::{
+    Command as Ask, Control, ErrorKind, EventKind, ExitReason, PauseReason, Reason, Reply, VmState,
+};
 use serde_json::{Value, json};
 use vmm::monitor::MonitorOptions;
 
@@ -25,11 +27,11 @@ fn wait_for(machine: &Local, count: usize, wanted: &EventKind) {
     });
 }
 
-const CASES: [(&str, &str); 4] = [
-    ("poweroff", "on_poweroff"),
-    ("reset-cf9", "on_reboot"),
-    ("panic", "on_panic"),
-    ("watchdog", "on_watchdog"),
+const CASES: [(&str, &str, PauseReason); 4] = [
+    ("poweroff", "on_poweroff", PauseReason::PowerOff),
+    ("reset-cf9", "on_reboot", PauseReason::Reset),
+    ("panic", "on_panic", PauseReason::GuestPanic),
+    ("watchdog", "on_watchdog", PauseReason::Watchdog),
 ];
 
 #[test]
@@ -37,15 +39,37 @@ fn a_guest_is_paused_where_that_is_the_action_and_can_be_restarted() {
     if !can_run() {
         return;
     }
-    let paused = EventKind::State {
-        state: VmState::Paused,
-        pause: Some(PauseReason::Guest),
-    };
-    for (word, key) in CASES {
+    for (word, key, reason) in CASES {
+        let paused = EventKind::State {
+            state: VmState::Paused,
+            pause: Some(reason),
+        };
         let machine = acting(word, key, "pause");
         wait_for(&machine, 1, &paused);
-        assert_eq!(machine.handle.info().unwrap().state, VmInfoState::Paused);
+        let info = machine.handle.info().unwrap();
+        assert_eq!(
+            (info.state, info.pause),
+            (VmInfoState::Paused, Some(reason))
+        );
+        let again = machine.ask(Ask::Pause).unwrap_err();
+        assert_eq!(again.reason, Some(Reason::AlreadyPaused));
+        let past = match reason {
+            PauseReason::PowerOff => Some(Reason::PoweredOff),
+            PauseReason::Reset => Some(Reason::ResetAsked),
+            _ => None,
+        };
+        if let Some(past) = past {
+            let refused = machine.ask(Ask::Resume).unwrap_err();
+            assert_eq!(
+                (refused.kind, refused.reason),
+                (ErrorKind::Conflict, Some(past))
+            );
+        }
         assert_eq!(machine.ask(Ask::Reset), Ok(Reply::Done));
+        assert_eq!(
+            machine.handle.info().unwrap().pause,
+            Some(PauseReason::Command)
+        );
         assert_eq!(machine.ask(Ask::Resume), Ok(Reply::Done));
         wait_for(&machine, 2, &paused);
     }
@@ -56,7 +80,7 @@ fn a_guest_starts_again_where_that_is_the_action() {
     if !can_run() {
         return;
     }
-    for (word, key) in CASES {
+    for (word, key, _) in CASES {
         let machine = acting(word, key, "restart");
         let told = match word {
             "reset-cf9" => EventKind::GuestReset,
@@ -72,7 +96,7 @@ fn the_monitor_stays_where_that_is_the_action_and_boots_again() {
     if !can_run() {
         return;
     }
-    for (word, key) in CASES {
+    for (word, key, _) in CASES {
         let machine = acting(word, key, "stop");
         let ended = |count| {
             until("the end of the guest", || {

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use api::client::Client;
 use api::wire::{JobInfo, JobState, VmCoredumpData};
-use api::{Command as Ask, Control, ErrorKind, EventKind, PauseReason, Reply, VmState};
+use api::{Command as Ask, Control, ErrorKind, EventKind, PauseReason, Reason, Reply, VmState};
 use devices::GuestRequest;
 use serde_json::json;
 use vmm::machine::inbox::Message;
@@ -115,6 +115,10 @@ fn a_paused_machine_stays_paused_and_a_dump_under_way_can_be_cancelled() {
     for command in [Ask::Coredump(request(&core)), Ask::Resume, Ask::Reset] {
         assert_eq!(kind(&machine, command), Some(ErrorKind::Busy));
     }
+    let state = (VmState::Paused, Some(PauseReason::Coredump));
+    assert_eq!(machine.state(), state);
+    let deaf = machine.ask(Ask::PowerButton).unwrap_err();
+    assert_eq!(deaf.reason, Some(Reason::CoreDump));
     // It was to go on afterwards, and now is not.
     assert_eq!(kind(&machine, Ask::Pause), None);
     assert_eq!(kind(&machine, Ask::Pause), Some(ErrorKind::Conflict));
@@ -197,10 +201,13 @@ fn a_pause_that_the_guest_has_asked_for_lasts_longer_than_its_dump() {
     assert_eq!(ended(&machine, &job.id).state, JobState::Completed);
     let paused = EventKind::State {
         state: VmState::Paused,
-        pause: Some(PauseReason::Guest),
+        pause: Some(PauseReason::PowerOff),
     };
     while machine.next_event() != paused {}
-    assert_eq!(machine.state(), (VmState::Paused, Some(PauseReason::Guest)));
+    assert_eq!(
+        machine.state(),
+        (VmState::Paused, Some(PauseReason::PowerOff))
+    );
 }
 
 #[test]

@@ -70,7 +70,11 @@ impl Step {
         match (self, now) {
             (Self::Pause, Running) => (true, Paused, vec![state(Paused)]),
             (Self::Resume, Paused) => (true, Running, vec![state(Running)]),
-            (Self::Reset, _) => (true, now, vec![state(Booting), state(now)]),
+            (Self::Reset, _) => (
+                true,
+                now,
+                vec![EventKind::Reset, state(Booting), state(now)],
+            ),
             (Self::PowerButton, Running) => (true, now, vec![EventKind::PowerButton]),
             _ => (false, now, vec![]),
         }

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::fs;
 use std::io::Write;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -416,7 +416,64 @@ fn shutdown_tells_what_was_done_when_the_guest_powered_off() {
         verb.ends_with(code);
         let told = verb.stderr.rest();
         assert!(told.contains(part), "{told}");
-        user.done(&["destroy", &name]);
+        if action == "pause" {
+            has_powered_off(&user, &name);
+        } else {
+            user.done(&["destroy", &name]);
+        }
+        machine.ends_with(0);
+    }
+}
+
+/// A machine whose guest has powered off, which has paused it, says so and is ended as any that is off.
+fn has_powered_off(user: &User, name: &str) {
+    let row = user.listed(name).unwrap();
+    assert_eq!(
+        (&row["state"], &row["pause"]),
+        (&"paused".into(), &"power_off".into())
+    );
+    let info = user.done(&["info", name]);
+    assert!(
+        info.contains("paused (the guest has powered off)"),
+        "{info}"
+    );
+    let told = user.refused(1, &["resume", name]);
+    assert!(
+        told.contains("has powered off") && told.contains("'vireo reset'"),
+        "{told}"
+    );
+    assert_eq!(user.done(&["shutdown", name]), "");
+    assert!(!user.socket(name).exists());
+}
+
+#[test]
+fn shutdown_of_a_machine_that_a_panic_has_paused_says_so_and_names_the_mend() {
+    if !can_run() {
+        return;
+    }
+    for (word, flag, why, mend) in [
+        ("panic", "--on-panic", "kernel panicked", "vireo resume"),
+        (
+            "reset-cf9",
+            "--on-reboot",
+            "asked for a reset",
+            "vireo reset",
+        ),
+    ] {
+        let user = User::new();
+        let name = user.name();
+        let mut machine = user.start(&name, "poke", word, &[flag, "pause"]);
+        user.socket_when_there(&name);
+        until("the pause", || {
+            (user.listed(&name)?["state"] == "paused").then_some(())
+        });
+        let told = user.refused(1, &["shutdown", &name]);
+        assert!(
+            told.contains(why) && told.contains(&format!("'{mend} {name}'")),
+            "{told}"
+        );
+        let told = user.refused(6, &["shutdown", &name, "--force"]);
+        assert!(told.contains(why) && told.contains("was ended"), "{told}");
         machine.ends_with(0);
     }
 }
@@ -550,6 +607,103 @@ fn sockets_without_a_monitor_are_dead_until_they_are_destroyed_and_those_that_ha
 }
 
 #[test]
+fn what_is_no_socket_is_named_and_stays() {
+    let user = User::new();
+    let name = user.name();
+    let path = user.socket(&name);
+    fs::write(&path, "").unwrap();
+    assert_eq!(user.listed(&name).unwrap()["state"], "no socket");
+    for verb in ["info", "start", "destroy"] {
+        let told = user.refused(1, &[verb, &name]);
+        assert!(
+            told.contains("is a regular file") && told.contains("remove it"),
+            "{told}"
+        );
+    }
+    let told = user.refused(1, &["info", "--api-socket", path.to_str().unwrap()]);
+    assert!(
+        told.contains("is a regular file") && told.contains("a control socket"),
+        "{told}"
+    );
+    assert!(path.exists());
+}
+
+#[test]
+fn devices_of_a_machine_that_is_not_booted_are_told_by_their_ids() {
+    let user = User::new();
+    fs::write(user.directory.path().join("a.img"), vec![0; 1 << 20]).unwrap();
+    let socket = user.directory.path().join("s");
+    let at = ["--api-socket", socket.to_str().unwrap()];
+    let mut monitor = Vireo::spawn(&mut user.command(&["serve", at[0], at[1]]));
+    until("the socket", || Client::connect(&socket).ok());
+    let metrics = user.done(&["metrics", at[0], at[1]]);
+    assert!(
+        metrics.contains("vireo_vm_state{state=\"created\"} 0\n"),
+        "{metrics}"
+    );
+    let created = serde_json::json!({ "payload": { "kernel": "/none" } });
+    let answer = crate::managers::ask(&socket, "PUT", "vm.create", Some(&created));
+    assert_eq!(answer.0, 204);
+    let added = user.json(&["disk", "add", at[0], at[1], "a.img", "--json"]);
+    let listed = user.json(&["disk", "list", at[0], at[1], "--json"]);
+    assert_eq!(added["id"], listed[0]["id"]);
+    assert_eq!(added["state"], "configured");
+    let told = user.done(&[
+        "disk",
+        "remove",
+        at[0],
+        at[1],
+        added["id"].as_str().unwrap(),
+    ]);
+    assert_eq!(told, "");
+    let told = user.done(&["disk", "add", at[0], at[1], "path=a.img,id=mine"]);
+    assert!(told.starts_with("mine is described"), "{told}");
+
+    let future = u64::MAX.to_string();
+    let told = user.refused(1, &["events", at[0], at[1], "--after", &future]);
+    assert!(told.contains("--after 0 shows them"), "{told}");
+    user.done(&["destroy", at[0], at[1]]);
+    monitor.ends_with(0);
+}
+
+#[test]
+fn a_verb_finds_a_place_among_more_idle_clients_than_there_is_room_for() {
+    let user = User::new();
+    let socket = user.directory.path().join("s");
+    let at = ["--api-socket", socket.to_str().unwrap()];
+    let mut monitor = Vireo::spawn(&mut user.command(&["serve", at[0], at[1]]));
+    until("the socket", || Client::connect(&socket).ok());
+    let idle: Vec<_> = (0..150)
+        .map(|_| UnixStream::connect(&socket).unwrap())
+        .collect();
+    assert_eq!(
+        user.json(&["jobs", "list", at[0], at[1], "--json"]),
+        Value::Array(Vec::new())
+    );
+    drop(idle);
+    user.done(&["destroy", at[0], at[1]]);
+    monitor.ends_with(0);
+}
+
+#[test]
+fn a_definition_without_a_kernel_is_mended_by_its_editor() {
+    let user = User::new();
+    let name = user.name();
+    let file = user.directory.path().join("web.toml");
+    fs::write(&file, "memory.size = \"64M\"\n").unwrap();
+    user.done(&["define", "web.toml", "--name", &name]);
+    let told = user.refused(2, &["start", &name]);
+    let mend = format!("'vireo edit {name}'");
+    assert!(told.contains(&mend) && !told.contains("--kernel"), "{told}");
+    let told = user.refused(2, &["run", "--config", "./web.toml"]);
+    assert!(told.contains("./web.toml has no payload.kernel"), "{told}");
+    // Who misspells the name of one that does not run is told of it.
+    let told = user.refused(1, &["info", &format!("{name}x")]);
+    assert!(told.contains(&format!("did you mean '{name}'?")), "{told}");
+    user.done(&["undefine", &name]);
+}
+
+#[test]
 fn wrong_usage_is_refused_in_a_line_and_nobody_is_asked() {
     let user = User::new();
     for (arguments, part) in [
@@ -564,6 +718,8 @@ fn wrong_usage_is_refused_in_a_line_and_nobody_is_asked() {
         (&["coredump", "a"], "NAME FILE"),
         (&["reset"], "NAME"),
         (&["shutdown", "a", "--timeout", "-1"], "--timeout"),
+        (&["resize", "a", "--cpus", "-1"], "'--cpus <COUNT>'"),
+        (&["events", "a", "--after", "-1"], "'--after <NUMBER>'"),
     ] {
         let text = user.refused(2, arguments);
         assert!(text.contains(part), "{arguments:?}: {text}");

@@ -87,6 +87,8 @@ fn a_source_that_ends_ends_the_request_short() {
     driver.offer(&[(DATA, 16, true), (DATA + 16, 16, true)]);
     driver.kick();
     assert_eq!(driver.wait(&notices).1, 16);
+    let counted = rng.counters().unwrap().read();
+    assert_eq!(counted, [("requests", 1), ("bytes", 16), ("errors", 1)]);
 }
 
 #[test]

@@ -116,8 +116,11 @@ fn outcome(job: &JobInfo) -> Option<Result<(), String>> {
         JobState::Running | JobState::Cancelling => None,
         JobState::Completed => Some(Ok(())),
         JobState::Cancelled => Some(Err(format!(
-            "{} was cancelled: no core file is left",
-            job.id
+            "{} was cancelled{}: no core file is left",
+            job.id,
+            job.error
+                .as_ref()
+                .map_or_else(String::new, |why| format!(" ({why})"))
         ))),
         JobState::Failed => Some(Err(job
             .error
@@ -144,7 +147,11 @@ mod tests {
         assert_eq!(outcome(&job(JobState::Cancelling, None)), None);
         assert_eq!(outcome(&job(JobState::Completed, None)), Some(Ok(())));
         for (ended, part) in [
-            (job(JobState::Cancelled, None), "was cancelled"),
+            (job(JobState::Cancelled, None), "was cancelled: "),
+            (
+                job(JobState::Cancelled, Some("the machine has ended")),
+                "was cancelled (the machine has ended): ",
+            ),
             (job(JobState::Failed, Some("disk full")), "disk full"),
             (job(JobState::Failed, None), "coredump-1 has failed"),
         ] {

@@ -1,10 +1,10 @@
 //! What the verbs for disks and network cards share.
 
-use api::wire::{DeviceInfo, PciDeviceInfo, VirtioConfig, VmConfig};
-use serde_json::Value;
+use api::wire::{DeviceInfo, DeviceState, PciDeviceInfo, VirtioConfig, VmConfig};
+use serde_json::{Value, json};
 
 use super::super::target::Remote;
-use super::{print, print_json};
+use super::{print, print_json, word};
 use crate::config::DeviceConfig;
 
 /// How messages call a kind of device.
@@ -37,20 +37,35 @@ pub(super) fn request(device: DeviceConfig, noun: &Noun) -> anyhow::Result<Virti
     })
 }
 
-/// Adds a device and tells where it is; `later` is told of a machine that is not booted.
+/// Adds a device and tells where it is. Of a machine that is not booted the device's id is told, which is that of the
+/// `last` of its kind in the description.
 pub(super) fn add(
     remote: &mut Remote,
     request: &VirtioConfig,
     json: bool,
-    later: &str,
+    noun: &Noun,
+    last: fn(VmConfig) -> Option<String>,
 ) -> anyhow::Result<()> {
     let added = remote.client.add_virtio(request);
     let added: Option<PciDeviceInfo> = added.map_err(|error| remote.failed(error))?;
-    match added {
-        _ if json => print_json(&added),
-        Some(place) => print(&format!("{} is at {}\n", place.id, place.bdf)),
-        None => print(later),
+    if let Some(place) = added {
+        return if json {
+            print_json(&place)
+        } else {
+            print(&format!("{} is at {}\n", place.id, place.bdf))
+        };
     }
+    let info = remote.client.info();
+    let info = info.map_err(|error| remote.failed(error))?;
+    let id = request.id.clone().or_else(|| last(info.config));
+    let id = id.unwrap_or_default();
+    if json {
+        return print_json(&json!({ "id": id, "state": word(&DeviceState::Configured) }));
+    }
+    let what = noun.full;
+    print(&format!(
+        "{id} is described: the machine has this {what} from its next boot on\n"
+    ))
 }
 
 /// That `id` is one of the devices of this kind, which are `known`.

@@ -245,9 +245,8 @@ fn add(arguments: AddArgs) -> anyhow::Result<()> {
     let (mut remote, [text]) = arguments
         .socket
         .connect_and_split(arguments.words, ["path=PATH,…"])?;
-    let later =
-        "the disk will be there when the machine is booted: 'vireo disk list' tells its id\n";
-    device::add(&mut remote, &described(&text)?, arguments.json, later)
+    let last = |config: wire::VmConfig| config.disks?.pop()?.id;
+    device::add(&mut remote, &described(&text)?, arguments.json, &NOUN, last)
 }
 
 fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {

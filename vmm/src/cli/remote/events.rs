@@ -1,11 +1,14 @@
 //! `vireo events`.
 
+use api::EventKind;
 use api::client::ToldEvent;
+use api::wire::JobInfo;
 use clap::Args;
 use serde_json::{Map, Value};
 
 use super::super::message::one_line;
 use super::super::target::Target;
+use super::word;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -19,7 +22,7 @@ pub(in crate::cli) struct EventsArgs {
     #[command(flatten)]
     target: Target,
     /// Begin behind the event with this number; 0: with the oldest that is kept
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     after: Option<u64>,
     /// Print a JSON object for each event, for programs
     #[arg(long)]
@@ -37,6 +40,14 @@ pub(super) fn follow(arguments: &EventsArgs) -> anyhow::Result<()> {
             Err(error) if error.is_gone() => break,
             Err(error) => return Err(remote.failed(error)),
         };
+        if let Some(after) = arguments.after.filter(|after| event.id <= *after) {
+            // It has been told what there is instead.
+            anyhow::bail!(
+                "{}: --after {after}: there is no such event: those that are kept begin with {}: --after 0 shows them",
+                remote.who,
+                event.id
+            );
+        }
         let line = if arguments.json {
             one_line(&event.json)
         } else {
@@ -66,6 +77,10 @@ fn told(event: &ToldEvent) -> String {
     let at = fields.get("at_us").and_then(Value::as_u64).unwrap_or(0);
     let time = format!("{}.{:06}", at / 1_000_000, at % 1_000_000);
     let mut line = format!("{:>5} {time:>14}  {}", event.id, event.kind);
+    if let Some(EventKind::Job { info }) = event.event().map(|event| event.kind) {
+        line.push_str(&told_job(&info));
+        return one_line(&line);
+    }
     for (name, value) in &fields {
         if matches!(name.as_str(), "seq" | "at_us" | "kind") {
             continue;
@@ -78,6 +93,27 @@ fn told(event: &ToldEvent) -> String {
         line.push_str(&format!("  {name}={value}"));
     }
     one_line(&line)
+}
+
+/// A job, as far as it is.
+fn told_job(job: &JobInfo) -> String {
+    let JobInfo {
+        id,
+        kind,
+        state,
+        done,
+        total,
+        error,
+    } = job;
+    let mut text = format!("  id={id}  job={kind}  state={}", word(state));
+    let percent = u128::from(*done).saturating_mul(100);
+    if let Some(percent) = percent.checked_div(u128::from(*total)) {
+        text.push_str(&format!("  done={percent}%"));
+    }
+    if let Some(error) = error {
+        text.push_str(&format!("  error={error:?}"));
+    }
+    text
 }
 
 #[cfg(test)]
@@ -102,5 +138,9 @@ mod tests {
         assert!(line.contains(r#"with=["a"]"#), "{line}");
         assert!(!line.contains('\x1b'), "{line}");
         assert!(told(&event("x", "no json")).ends_with("x"));
+        let job = r#"{"seq":7,"at_us":0,"kind":"job","job":{"id":"coredump-1","kind":"coredump","state":"failed","done":1,"total":4,"error":"disk full"}}"#;
+        let line = told(&event("job", job));
+        let end = r#"job  id=coredump-1  job=coredump  state=failed  done=25%  error="disk full""#;
+        assert!(line.ends_with(end), "{line}");
     }
 }

@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use api::ExitReason;
 use api::client::{Client, ClientError};
 use api::wire::{GuestAction, VmConfig, VmInfoState};
+use api::{ExitReason, PauseReason};
 use clap::Args;
 
 use super::super::target::{Remote, Target};
 use super::super::{exit_code, message};
+use super::show::pause_reason;
 use super::watch::{Doing, End, Fate, Watch};
 use crate::config::DEFAULT_SHUTDOWN_TIMEOUT;
 use crate::opener::Opener;
@@ -115,11 +116,7 @@ pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
     let info = info.map_err(|error| remote.failed(error))?;
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     if info.state == VmInfoState::Paused {
-        let deaf = "is paused, and its guest does not hear the power button";
-        if !arguments.force {
-            anyhow::bail!("{} {deaf}: resume it first, or destroy it", remote.who);
-        }
-        return end(&mut remote, &mut watch, deaf);
+        return shutdown_paused(&mut remote, &mut watch, info.pause, arguments.force);
     }
     if arguments.force && info.state == VmInfoState::Created {
         // It is off already: nothing can be lost.
@@ -145,7 +142,7 @@ pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
             let _stays = watch.monitor(GRACE);
             Ok(tell(&remote, &how))
         }
-        Some(Fate::Paused(doing)) => Ok(tell_paused(&remote, &info.config, doing)),
+        Some(Fate::Paused(reason)) => Ok(tell_paused(&remote, reason)),
         Some(Fate::Restarted(doing)) => {
             let what = restarted(&info.config, doing);
             if arguments.force {
@@ -164,6 +161,40 @@ pub(super) fn shutdown(arguments: &ShutdownArgs) -> anyhow::Result<u8> {
     }
 }
 
+/// Ends a machine that is paused, if its guest has powered off or `force` asks for it; the exit code.
+fn shutdown_paused(
+    remote: &mut Remote,
+    watch: &mut Watch,
+    pause: Option<PauseReason>,
+    force: bool,
+) -> anyhow::Result<u8> {
+    if pause == Some(PauseReason::PowerOff) {
+        // What the guest was to do is done.
+        quit(remote, watch)?;
+        return Ok(0);
+    }
+    let why = pause.map_or_else(String::new, |reason| format!(" ({})", pause_reason(reason)));
+    let deaf = format!("is paused{why}, and its guest does not hear the power button");
+    if force {
+        return end(remote, watch, &deaf);
+    }
+    let again = again(pause, remote.named());
+    anyhow::bail!("{} {deaf}: {again}, or end it with --force", remote.who)
+}
+
+/// How a machine comes to run again that is paused.
+fn again(pause: Option<PauseReason>, name: &str) -> String {
+    match pause {
+        Some(reason) if reason.needs_reset() => {
+            format!("start the guest again with 'vireo reset {name}' and 'vireo resume {name}'")
+        }
+        Some(PauseReason::Coredump) => {
+            format!("wait for the dump, or cancel its job, which 'vireo jobs list {name}' tells")
+        }
+        _ => format!("resume it first with 'vireo resume {name}'"),
+    }
+}
+
 /// Ends, by force, a machine that `why` tells of; the exit code.
 fn end(remote: &mut Remote, watch: &mut Watch, why: &str) -> anyhow::Result<u8> {
     quit(remote, watch)?;
@@ -172,29 +203,20 @@ fn end(remote: &mut Remote, watch: &mut Watch, why: &str) -> anyhow::Result<u8> 
 }
 
 /// Says that the guest is done and its machine paused; the exit code.
-fn tell_paused(remote: &Remote, config: &VmConfig, doing: Doing) -> u8 {
-    let pauses = |action| action == Some(GuestAction::Pause);
-    let (what, flag, reason) = match doing {
-        Doing::Panicked => (
-            "guest's kernel panicked",
-            "--on-panic",
-            ExitReason::GuestPanic,
-        ),
-        Doing::Watchdog => (
-            "guest did not feed its watchdog",
-            "--on-watchdog",
-            ExitReason::Watchdog,
-        ),
-        Doing::Asked if pauses(config.on_poweroff) => (
-            "guest has powered off",
-            "--on-poweroff",
-            ExitReason::PowerOff,
-        ),
-        Doing::Asked => ("guest asked for a reset", "--on-reboot", ExitReason::Reset),
+fn tell_paused(remote: &Remote, pause: PauseReason) -> u8 {
+    let (flag, reason) = match pause {
+        PauseReason::GuestPanic => ("--on-panic", ExitReason::GuestPanic),
+        PauseReason::Watchdog => ("--on-watchdog", ExitReason::Watchdog),
+        PauseReason::Reset => ("--on-reboot", ExitReason::Reset),
+        PauseReason::PowerOff
+        | PauseReason::Command
+        | PauseReason::DiskError
+        | PauseReason::Coredump => ("--on-poweroff", ExitReason::PowerOff),
     };
     message::warn(&format!(
-        "{}: the {what}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",
-        remote.who
+        "{}: {}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",
+        remote.who,
+        pause_reason(pause)
     ));
     exit_code(reason)
 }
@@ -206,16 +228,15 @@ fn restarted(config: &VmConfig, doing: Doing) -> String {
         (Doing::Panicked, _) => "panicked, and --on-panic=restart",
         (Doing::Watchdog, _) => "did not feed its watchdog, and --on-watchdog=restart",
         (Doing::Asked, true) => "has powered off, and --on-poweroff=restart",
-        (Doing::Asked, false) => "was to power off, and somebody's reboot",
+        (Doing::Asked, false) => "was to power off, and somebody's reboot or reset",
     };
     format!("still runs: its guest {how} has started it again")
 }
 
 pub(super) fn destroy(arguments: &PlainArgs, opener: &Opener) -> anyhow::Result<()> {
-    if arguments.target.clear_dead(opener)? {
+    let Some(mut remote) = arguments.target.connect_or_clear(opener)? else {
         return Ok(());
-    }
-    let mut remote = arguments.target.connect()?;
+    };
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     quit(&mut remote, &mut watch)
 }
@@ -265,4 +286,24 @@ fn tell(remote: &Remote, end: &End) -> u8 {
     });
     message::warn(&format!("{}: {how}{detail}", remote.who));
     exit_code(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_cannot_shut_a_paused_machine_down_hears_how_it_runs_again() {
+        for (pause, part) in [
+            (Some(PauseReason::Command), "'vireo resume web'"),
+            (Some(PauseReason::DiskError), "'vireo resume web'"),
+            (Some(PauseReason::Reset), "'vireo reset web'"),
+            (Some(PauseReason::Coredump), "'vireo jobs list web'"),
+            // A monitor of before.
+            (None, "'vireo resume web'"),
+        ] {
+            let told = again(pause, "web");
+            assert!(told.contains(part), "{told}");
+        }
+    }
 }

@@ -208,8 +208,8 @@ fn add(arguments: AddArgs) -> anyhow::Result<()> {
     let (mut remote, [text]) = arguments
         .socket
         .connect_and_split(arguments.words, ["key=value,…"])?;
-    let later = "the card will be there when the machine is booted\n";
-    device::add(&mut remote, &described(&text)?, arguments.json, later)
+    let last = |config: wire::VmConfig| config.net?.pop()?.id;
+    device::add(&mut remote, &described(&text)?, arguments.json, &NOUN, last)
 }
 
 fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {

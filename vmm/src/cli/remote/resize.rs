@@ -19,13 +19,13 @@ pub(in crate::cli) struct ResizeArgs {
     #[command(flatten)]
     target: Target,
     /// How many vCPUs there are to be
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", allow_negative_numbers = true)]
     cpus: Option<u32>,
     /// How much memory there is to be, with K, M, G or T
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, allow_negative_numbers = true)]
     memory: Option<u64>,
     /// How much of it the guest is to give up, with K, M, G or T; 0 gives it back
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, allow_negative_numbers = true)]
     balloon: Option<u64>,
 }
 

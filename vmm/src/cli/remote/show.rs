@@ -1,5 +1,6 @@
 //! List, info, devices, counters, metrics.
 
+use api::PauseReason;
 use api::wire::{self, ConsoleMode};
 use clap::Args;
 use serde::Serialize;
@@ -62,6 +63,9 @@ pub(in crate::cli) struct MetricsArgs {
 struct Row {
     name: String,
     state: String,
+    /// Why it is paused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pause: Option<PauseReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,10 +87,12 @@ impl Row {
             Standing::Empty => ("no machine".to_owned(), None),
             Standing::Silent => ("not responding".to_owned(), None),
             Standing::Dead => ("dead".to_owned(), None),
+            Standing::NoSocket => ("no socket".to_owned(), None),
         };
         Self {
             name: found.name,
             state,
+            pause: machine.as_ref().and_then(|info| info.pause),
             pid: found.process,
             cpus: machine.as_ref().map(|info| info.config.cpus.boot_vcpus),
             memory: machine.as_ref().map(|info| info.memory_actual_size),
@@ -99,6 +105,7 @@ impl Row {
         Self {
             name,
             state: "defined".to_owned(),
+            pause: None,
             pid: None,
             cpus: None,
             memory: None,
@@ -111,12 +118,28 @@ impl Row {
         let number = |value: Option<u32>| value.map_or_else(dash, |value| value.to_string());
         vec![
             self.name.clone(),
-            self.state.clone(),
+            match self.pause {
+                Some(reason) => format!("{} ({})", self.state, word(&reason)),
+                None => self.state.clone(),
+            },
             number(self.pid),
             number(self.cpus),
             self.memory.map_or_else(dash, size),
             self.uptime.map_or_else(dash, duration),
         ]
+    }
+}
+
+/// Why a machine is paused, for people.
+pub(super) fn pause_reason(reason: PauseReason) -> &'static str {
+    match reason {
+        PauseReason::Command => "a command has paused it",
+        PauseReason::DiskError => "a disk's error has paused it",
+        PauseReason::Coredump => "a core dump is being written",
+        PauseReason::PowerOff => "the guest has powered off",
+        PauseReason::Reset => "the guest asked for a reset",
+        PauseReason::GuestPanic => "the guest's kernel panicked",
+        PauseReason::Watchdog => "the guest did not feed its watchdog",
     }
 }
 
@@ -185,7 +208,13 @@ pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
     if let Some(name) = arguments.target.name() {
         told.push(("Name", name.to_owned()));
     }
-    told.push(("State", word(&info.state)));
+    told.push((
+        "State",
+        match info.pause {
+            Some(reason) => format!("{} ({})", word(&info.state), pause_reason(reason)),
+            None => word(&info.state),
+        },
+    ));
     told.extend(process.map(|process| ("Process", process.to_string())));
     told.push(("Socket", remote.client.path().display().to_string()));
     told.extend(description(&info));

@@ -16,7 +16,7 @@ pub(super) enum Fate {
     /// It ended.
     Ended(End),
     /// The guest is done, and the machine was paused for that.
-    Paused(Doing),
+    Paused(PauseReason),
     /// The guest is done, and was started again.
     Restarted(Doing),
 }
@@ -30,6 +30,17 @@ pub(super) enum Doing {
     Panicked,
     /// It did not feed its watchdog.
     Watchdog,
+}
+
+/// Whether the guest's own doing is the reason of a pause.
+fn is_of_guest(pause: PauseReason) -> bool {
+    match pause {
+        PauseReason::Command | PauseReason::DiskError | PauseReason::Coredump => false,
+        PauseReason::PowerOff
+        | PauseReason::Reset
+        | PauseReason::GuestPanic
+        | PauseReason::Watchdog => true,
+    }
 }
 
 /// How a machine ended, as far as that was told.
@@ -107,10 +118,9 @@ impl Watch {
                     return Ok(Some(Fate::Ended(End { reason, detail })));
                 }
                 EventKind::State {
-                    pause: Some(PauseReason::Guest),
-                    ..
-                } => return Ok(Some(Fate::Paused(doing))),
-                EventKind::Rebooting => return Ok(Some(Fate::Restarted(doing))),
+                    pause: Some(pause), ..
+                } if is_of_guest(pause) => return Ok(Some(Fate::Paused(pause))),
+                EventKind::Rebooting | EventKind::Reset => return Ok(Some(Fate::Restarted(doing))),
                 EventKind::GuestPanic => doing = Doing::Panicked,
                 EventKind::Watchdog => doing = Doing::Watchdog,
                 _ => (),

@@ -14,7 +14,7 @@ use super::Driver;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
-use crate::monitor::consoles;
+use crate::monitor::consoles::{self, Change, Ready};
 use crate::monitor::description::{Update, settle};
 
 impl Driver {
@@ -24,7 +24,7 @@ impl Driver {
             return answer(answered);
         }
         if !permits(state, pause, &command) {
-            return answer(Err(wrong_state(state, &command)));
+            return answer(Err(wrong_state(state, pause, &command)));
         }
         match command {
             Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
@@ -46,10 +46,10 @@ impl Driver {
             }
             Command::AddDevice(device) => self.add_device(*device, answer),
             Command::Coredump(request) => self.coredump(request, answer),
-            Command::Console(request) => answer(self.change_console(&request)),
+            Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
             Command::Create(_) | Command::Boot | Command::BootOnce(_) => {
-                answer(Err(wrong_state(state, &command)));
+                answer(Err(wrong_state(state, pause, &command)));
             }
             command => answer(self.carry_out(command)),
         }
@@ -64,7 +64,7 @@ impl Driver {
                 Ok(())
             }
             Command::Nmi => self.machine.inject_nmi(),
-            Command::Reset => self.reset(),
+            Command::Reset => self.reset(EventKind::Reset),
             Command::Resize(request) => return self.resize(&request).map(|()| Reply::Done),
             Command::RemoveDevice(request) => {
                 let asked = self.machine.request_removal(&request.id);
@@ -72,7 +72,10 @@ impl Driver {
                 asked
             }
             // Taken before, by whoever carries them out.
-            other => return Err(wrong_state(self.state().0, &other)),
+            other => {
+                let (state, pause) = self.state();
+                return Err(wrong_state(state, pause, &other));
+            }
         };
         done.map(|()| Reply::Done)
             .map_err(|error| error.to_control())
@@ -83,7 +86,7 @@ impl Driver {
     fn add_device(&mut self, mut device: AddDevice, answer: Answer) {
         settle(&mut device);
         let Some(description) = &self.ears.description else {
-            return answer(Err(wrong_state(VmState::Created, &Command::Boot)));
+            return answer(Err(wrong_state(VmState::Created, None, &Command::Boot)));
         };
         let planned = match description.plan(&device) {
             Ok(planned) => planned,
@@ -138,9 +141,30 @@ impl Driver {
         }))
     }
 
-    fn change_console(&mut self, request: &VmConsole) -> Result<Reply, ControlError> {
-        let (models, opener) = (self.tools.models, &self.tools.opener);
-        consoles::change(&mut self.ears, models, opener, request)?;
+    /// Adds or removes a sink of the serial port. A new one is opened on a thread of its own.
+    fn change_console(&mut self, request: VmConsole, answer: Answer) {
+        let mut sink = match consoles::begin(&self.ears, request) {
+            Ok(Change::Ready(ready)) => return answer(self.finish_console(ready)),
+            Ok(Change::Sink(sink)) => sink,
+            Err(error) => return answer(Err(error)),
+        };
+        if let Some(path) = self.dumping() {
+            sink.spare(path);
+        }
+        let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
+        let open = move || sink.open(models, &opener);
+        let answer = self.asides.wait_with(answer);
+        let started = self.beside("open", open, move |driver, ready| {
+            let changed = ready.and_then(|ready| driver.finish_console(ready));
+            driver.asides.answer(answer, changed);
+        });
+        if let Err(error) = started {
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
+    fn finish_console(&mut self, ready: Ready) -> Result<Reply, ControlError> {
+        consoles::finish(&mut self.ears, ready)?;
         self.tools.view.describe(self.ears.description.as_ref());
         let pty = consoles::first_pty(self.ears.consoles.serial());
         self.tools.view.serial_at(pty);
