@@ -7,7 +7,7 @@ use crate::case::{Action, Ask, Case, Fill, Form, Want};
 /// What is sent over a connection whose frames are compared.
 const PART: u64 = MIB / 8;
 /// Bytes in a second that limits let through, and half of it; well under what the machine does.
-const RATE: u64 = 1_000_000;
+const RATE: u64 = 400_000;
 const HALF: u64 = RATE / 2;
 
 /// What the host's scripts use.
@@ -116,11 +116,12 @@ dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|NETDEV WATCHDOG|rx error|soft
 echo '@@ ask for the end'
 "#;
 
-/// A window in which the host had no time to spare is looked at again.
+/// What may pass at once has passed by then. A window in which the host had no time to spare is looked at again.
 const MEASURE: &str = r#"
-for tries in 1 2 3 4 5 6 7 8; do
+sleep 1
+for tries in 1 2 3 4 5 6 7 8 9 10 11 12; do
     t=$(now); read -r b < /sys/class/net/tapa/statistics/$counter
-    sleep 1.5
+    sleep 2
     read -r b2 < /sys/class/net/tapa/statistics/$counter; t=$(($(now) - t))
     percent=$(((b2 - b) * 10000 / t / rate))
     [ $percent -ge 95 ] && [ $percent -le 105 ] && echo "
@@ -152,8 +153,6 @@ flat host
 flat card
 cmp host.flat card.flat && [ "$(wc -l < card.flat)" -gt 4 ] && echo '
 @@ frames are the same'
-tcpdump -Z root -r card.pcap -t -n 'greater 4000' | grep -q 10.79.0.2.5 && echo '
-@@ some are uncut'
 "#;
 
 fn description() -> String {
@@ -174,41 +173,32 @@ fn measured(counter: &str, rate: u64) -> Action {
 
 /// As many bytes in a second, each direction for itself.
 fn limit(rate: u64) -> Ask {
-    let bucket = format!(
-        r#"{{"bandwidth":{{"size":{},"refill_time":100}}}}"#,
-        rate / 10
-    );
+    // A thread that the host wakes late makes up for it.
+    let bucket = format!(r#"{{"bandwidth":{{"size":{rate},"refill_time":1000}}}}"#);
     let body = format!(r#"{{"id":"net0","rate_limiter_config":{bucket}}}"#);
     Ask::put("vm.update-net", &body)
 }
 
-/// One direction at a rate, and then at another; the tap counts what comes from a guest as received.
+/// What is sent at one rate and then at another, and what is received; the tap counts it the other way about.
 fn limits(case: Case) -> Case {
-    let ways = [
-        (
-            "@@ ask for a limit of what is sent",
-            "rx_bytes",
-            "nc -l -p 5003 <> quiet > /dev/null &",
-        ),
-        (
-            "@@ ask for a limit of what is received",
-            "tx_bytes",
-            "nc -l -p 5004 < /dev/zero > /dev/null &",
-        ),
-    ];
-    let go = "nc -l -p 5006 < /dev/null > /dev/null";
-    let limited = |case: Case, (when, counter, serve): (&str, &str, &str)| {
-        case.asks(when, [limit(RATE)])
-            .step("", run(&format!("{serve}\n{go}")))
-            .step("", measured(counter, RATE))
-            .asks("", [limit(HALF)])
-            .step("", measured(counter, HALF))
-            .step("", run("cli update net0 limits=off; killall nc"))
-            .lines([RATE, HALF].map(|rate| format!("@@ {counter}: {rate} within 5 %")))
-    };
-    ways.into_iter()
-        .fold(case, limited)
-        .lines(["@@ limits are over"])
+    let serve = |what: &str| run(&format!("{what} &\nnc -l -p 5006 < /dev/null > /dev/null"));
+    let over = || run("cli update net0 limits=off; killall nc");
+    case.asks("@@ ask for a limit of what is sent", [limit(RATE)])
+        .step("", serve("nc -l -p 5003 <> quiet > /dev/null"))
+        .step("", measured("rx_bytes", RATE))
+        .asks("", [limit(HALF)])
+        .step("", measured("rx_bytes", HALF))
+        .step("", over())
+        .asks("@@ ask for a limit of what is received", [limit(RATE)])
+        .step("", serve("nc -l -p 5004 < /dev/zero > /dev/null"))
+        .step("", measured("tx_bytes", RATE))
+        .step("", over())
+        .lines([
+            format!("@@ rx_bytes: {RATE} within 5 %"),
+            format!("@@ rx_bytes: {HALF} within 5 %"),
+            format!("@@ tx_bytes: {RATE} within 5 %"),
+            "@@ limits are over".to_owned(),
+        ])
 }
 
 fn mirror(case: Case) -> Case {
@@ -216,11 +206,7 @@ fn mirror(case: Case) -> Case {
     case.step("@@ ask for a mirror", run(MIRROR))
         .step("@@ mirrored", run(COMPARE))
         .asks("", [counters])
-        .lines([
-            "@@ mirrored 131072",
-            "@@ frames are the same",
-            "@@ some are uncut",
-        ])
+        .lines(["@@ mirrored 131072", "@@ frames are the same"])
 }
 
 fn cards(case: Case) -> Case {
@@ -261,7 +247,7 @@ pub(super) fn share_a_bridge(kernel: &str) -> Case {
         .want(Want::Text("@@ iperf up: ".to_owned()))
         .want(Want::Text("@@ iperf down: ".to_owned()))
         .after("ip link del br0; ip link del vm0; grep -q '@@ end' neighbour")
-        .limit(900);
+        .limit(240);
     case.nested_only = true;
     case.net_tools = true;
     case
