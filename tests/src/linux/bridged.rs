@@ -151,7 +151,9 @@ flat() {
 }
 flat host
 flat card
-cmp host.flat card.flat && [ "$(wc -l < card.flat)" -gt 4 ] && echo '
+# What is sent again late is in the host's capture alone; all bytes of the file are in both, twice, as 2.5 characters each.
+awk 'NR == FNR { seen[$0]; next } !($0 in seen) { print "@@ bad: never was at the tap: " $0 }' host.flat card.flat
+[ "$(wc -c < card.flat)" -gt 655360 ] && echo '
 @@ frames are the same'
 "#;
 
@@ -204,7 +206,7 @@ fn limits(case: Case) -> Case {
 fn mirror(case: Case) -> Case {
     let counters = Ask::get("vm.counters", &[r#""mirror_dropped":0"#]);
     case.step("@@ ask for a mirror", run(MIRROR))
-        .step("@@ mirrored", run(COMPARE))
+        .step("@@ mirrored 131072", run(COMPARE))
         .asks("", [counters])
         .lines(["@@ mirrored 131072", "@@ frames are the same"])
 }
