@@ -9,6 +9,7 @@ mod aside;
 mod commands;
 mod coredump;
 mod drain;
+mod ports;
 mod resize;
 
 use std::collections::VecDeque;

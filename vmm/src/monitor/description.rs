@@ -8,6 +8,7 @@ use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire}
 use serde_json::Value;
 use virtio::models::Model;
 
+use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
@@ -179,6 +180,13 @@ impl Description {
                 name_devices(&mut new.wire);
                 names_files = update.names_files();
                 new.update(&update, planned);
+            }
+            Command::AddPort(port) => {
+                new.change_ports(&PortChange::Add(*port), models)?;
+                names_files = true;
+            }
+            Command::RemovePort(request) => {
+                new.change_ports(&PortChange::Remove(request.name), models)?;
             }
             other => return Err(wrong_state(VmState::Created, None, &other)),
         }
