@@ -50,8 +50,11 @@ fn frames_of_both_directions_are_copied_while_the_mirror_is_on() {
         rig.change(json!({ "mirror": { "file": path } })),
         Reconfigured::Unseen
     );
+    // A turn that had begun may end without it.
+    rig.tx.kick_and_wait();
     let copied = exchange(&mut rig, 200);
     rig.change(json!({ "mirror": {} }));
+    rig.tx.kick_and_wait();
     exchange(&mut rig, 300);
     assert_eq!(captured(&path), copied);
     let counters = rig.counters();
@@ -72,6 +75,7 @@ fn what_the_guest_does_not_get_is_not_copied_and_a_full_capture_counts() {
     let path = dir.path().join("a.pcap");
     let mut rig = Rig::new();
     rig.change(json!({ "mirror": { "file": path, "size": 262_144 }, "link": "down" }));
+    rig.tx.kick_and_wait();
     rig.post(DATA, 60_000);
     rig.peer.send(&frame(MAC, 100)).unwrap();
     let patience = soon();
