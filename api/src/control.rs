@@ -166,6 +166,7 @@ pub enum AgentReply {
 
 /// A device to be added, by the kind of the endpoint that was used.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a command has it in a box")]
 pub enum AddDevice {
     /// `vm.add-disk`.
     Disk(wire::DiskConfig),

@@ -5,6 +5,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::path::PathBuf;
 
 use crate::frame::Pieces;
+use crate::mirror::{MirrorError, MirrorTarget, Outlet};
 use crate::stream::{Stream, StreamError};
 use crate::tap::{Setup, Tap, TapError};
 
@@ -70,6 +71,20 @@ pub trait Backend: Send {
     ///
     /// The system's.
     fn attach(&mut self, pairs: u16) -> io::Result<()>;
+
+    /// Whether the network can be reached again after it has ended.
+    fn renews(&self) -> bool {
+        false
+    }
+
+    /// Reaches a network that has ended again, if it is there. Its ports are then to be had anew. Does not wait.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `Unsupported` for one that does not renew.
+    fn renew(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// The way to and from the network for the pair of this number.
     ///
@@ -170,4 +185,11 @@ pub trait Opener: Send + Sync {
     ///
     /// [`BackendError`]
     fn network(&self, request: &Request) -> Result<Box<dyn Backend>, BackendError>;
+
+    /// Opens what copies of frames go to.
+    ///
+    /// # Errors
+    ///
+    /// [`MirrorError`]
+    fn mirror(&self, target: &MirrorTarget) -> Result<Outlet, MirrorError>;
 }

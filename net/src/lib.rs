@@ -5,6 +5,7 @@
 //! * [`Tap`]: a tap or macvtap interface of the host.
 //! * [`Stream`]: a server behind a unix socket, such as passt.
 //! * [`Packets`]: any descriptor that keeps frames apart.
+//! * [`Mirror`]: copies of frames for whoever looks on, at a tap or in a capture file.
 //! * [`Pieces`], [`IoVec`]: the memory that frames are moved from and to.
 //!
 //! # Frames
@@ -20,6 +21,7 @@
 mod backend;
 mod frame;
 mod mac;
+mod mirror;
 mod packets;
 mod stream;
 mod tap;
@@ -27,6 +29,9 @@ mod tap;
 pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source, open};
 pub use frame::{HEADER_LEN, IoVec, MAX_PIECES, Pieces};
 pub use mac::{MacAddress, ParseMacError};
+pub use mirror::{
+    CAPTURE_SIZE, Mirror, MirrorCounts, MirrorError, MirrorTarget, MirrorTargetError, Outlet,
+};
 pub use packets::Packets;
 pub use stream::{Stream, StreamError};
 pub use tap::{Setup, Tap, TapError, is_interface_name};

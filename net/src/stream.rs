@@ -2,10 +2,11 @@
 //!
 //! Each frame has its length in front, 32 bits, big endian. There is no header
 //! for offloads, and none are offered. A peer that ends, or says a length that no frame has, is
-//! a network that is gone.
+//! a network that is gone, until somebody listens at the socket again.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -47,6 +48,7 @@ pub enum StreamError {
 #[derive(Debug)]
 pub struct Stream {
     label: String,
+    path: PathBuf,
     socket: UnixStream,
 }
 
@@ -60,17 +62,46 @@ impl Stream {
         if pairs != 1 {
             return Err(StreamError::Pairs { pairs });
         }
-        let connected = UnixStream::connect(path);
-        let socket = connected.and_then(|socket| socket.set_nonblocking(true).map(|()| socket));
-        let socket = socket.map_err(|source| StreamError::Connect {
+        let socket = reach(path).map_err(|source| StreamError::Connect {
             path: path.to_owned(),
             source,
         })?;
         Ok(Self {
             label: format!("socket {}", path.display()),
+            path: path.to_owned(),
             socket,
         })
     }
+}
+
+/// Connects without waiting: a server that takes nobody is none.
+#[expect(unsafe_code, reason = "the standard library's way may wait")]
+fn reach(path: &Path) -> io::Result<UnixStream> {
+    // SAFETY: zeros are an address without a path.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).unwrap_or_default();
+    let bytes = path.as_os_str().as_bytes();
+    // The last byte stays zero.
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (place, byte) in address.sun_path.iter_mut().zip(bytes) {
+        *place = byte.cast_signed();
+    }
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: numbers alone.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).unwrap_or_default();
+    // SAFETY: the address is as long as is said, ends with a zero and lives as long as the call.
+    if unsafe { libc::connect(fd, (&raw const address).cast(), len) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
 }
 
 impl Backend for Stream {
@@ -91,6 +122,15 @@ impl Backend for Stream {
     }
 
     fn attach(&mut self, _pairs: u16) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn renews(&self) -> bool {
+        true
+    }
+
+    fn renew(&mut self) -> io::Result<()> {
+        self.socket = reach(&self.path)?;
         Ok(())
     }
 

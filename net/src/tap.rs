@@ -11,7 +11,7 @@
 //! * `EBADFD`, `ENODEV`: the interface is gone, or the queue is one that [`Backend::attach`] has detached.
 //! * `EINVAL`, `EMSGSIZE`, `EFAULT` and others: the frame is not one, and is lost.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -271,6 +271,11 @@ impl Tap {
     #[must_use]
     pub fn interface(&self) -> &str {
         &self.interface
+    }
+
+    /// The first queue alone.
+    pub(crate) fn into_queue(self) -> Option<File> {
+        self.queues.into_iter().next().map(File::from)
     }
 }
 

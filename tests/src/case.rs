@@ -38,6 +38,9 @@ pub struct Case {
     pub served: bool,
     /// The Linux guest has QEMU's guest agent as `/bin/qemu-ga`, and `/bin/vsock`.
     pub guest_agent: bool,
+    /// The Linux guest, which has the nested machine's kernel, and that machine have `iperf3`, `passt` and `tcpdump`, and
+    /// a script `/modules/net` that loads what networks need.
+    pub net_tools: bool,
 }
 
 /// What a case boots.
@@ -146,6 +149,11 @@ pub enum Action {
     Type(String),
     /// Sends a request to the control socket of a case that is [`served`](Case::served).
     Ask(Ask),
+    /// Sends a request with a new queue of the tap that its body names as `tap`.
+    Pass(Ask),
+    /// Runs a shell script as `after` is run; what it prints belongs to the output. `{kernel}`, `{initramfs}` and
+    /// `{cmdline}` are as in an [`Ask`].
+    Run(String),
     /// Connects to a unix socket in the case's directory, writes, and waits for a text.
     Talk(Talk),
     /// Looks whether the output stands still: the guest writes all the time, but now it
@@ -309,6 +317,7 @@ impl Case {
             nested_only: false,
             served: false,
             guest_agent: false,
+            net_tools: false,
         }
     }
 

@@ -3,13 +3,16 @@
 //! It reads answers as the strictest of the real clients does: the status line has no
 //! reason, and the length stands behind `Content-Length: ` in these capitals.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 /// How long one answer may take. A command may boot a machine, on a slow ground.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -154,7 +157,36 @@ impl Connection {
     /// # Errors
     /// As for the parts.
     pub fn ask(&mut self, request: &str, body: &str) -> Result<Answer> {
-        self.send(&bytes(request, body)?)?;
+        self.ask_with(request, body, None)
+    }
+
+    /// As [`Connection::ask`], with a descriptor beside the request.
+    ///
+    /// # Errors
+    /// As for the parts.
+    pub fn ask_with(
+        &mut self,
+        request: &str,
+        body: &str,
+        passed: Option<BorrowedFd<'_>>,
+    ) -> Result<Answer> {
+        let bytes = bytes(request, body)?;
+        let Some(passed) = passed else {
+            self.send(&bytes)?;
+            return self.answer();
+        };
+        let descriptors = [passed];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let sent = sendmsg(
+            &self.stream,
+            &[IoSlice::new(&bytes)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+        .context("the monitor takes no descriptor")?;
+        self.send(bytes.get(sent..).unwrap_or_default())?;
         self.answer()
     }
 }

@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::cpio::Archive;
+use crate::kit;
 use crate::modules::in_load_order;
 
 /// What a guest loads; names that a kernel has built in are passed over.
@@ -38,6 +39,9 @@ const NESTED_MODULES: &[&str] = &[
     "loop",
     "tun",
 ];
+
+/// What cases with networks load beside that.
+const NET_MODULES: &[&str] = &["bridge", "8021q", "veth", "macvtap"];
 
 /// Runs `/case.sh` when there is one, else a shell; then powers off.
 ///
@@ -130,6 +134,8 @@ pub fn nested(
     kit: &BTreeMap<String, PathBuf>,
     output: &Path,
 ) -> Result<()> {
+    // It is for both machines.
+    let tools = kit.get(kit::NET_TOOLS).map(fs::read).transpose()?;
     write(output, |archive| {
         skeleton(archive, busybox, NESTED_INIT)?;
         modules(archive, package, NESTED_MODULES)?;
@@ -149,7 +155,12 @@ pub fn nested(
             copy(archive, &path, &file)?;
         }
         Ok(())
-    })
+    })?;
+    if let Some(tools) = tools {
+        let mut file = File::options().append(true).open(output)?;
+        io::Write::write_all(&mut file, &tools)?;
+    }
+    Ok(())
 }
 
 /// One more archive to put behind a guest's initramfs: QEMU's guest agent, out of the
@@ -171,6 +182,35 @@ pub fn guest_agent(package: &Path, sockets: &Path, output: &Path) -> Result<()> 
             copy(archive, &path, &file)?;
         }
         Ok(())
+    })
+}
+
+/// One more archive for a guest of the nested machine's own kernel and for that machine itself: programs out of the
+/// unpacked packages at `tools`, and modules of the unpacked kernel package at `kernel`, with `/modules/net` to load them.
+///
+/// # Errors
+/// A package is not there.
+pub fn net_tools(tools: &Path, kernel: &Path, output: &Path) -> Result<()> {
+    write(output, |archive| {
+        let mut directories = vec![String::new(), "bin".to_owned(), "modules".to_owned()];
+        let mut libraries = BTreeMap::new();
+        for program in ["iperf3", "passt", "tcpdump"] {
+            let path = tools.join("usr/bin").join(program);
+            copy(archive, &format!("bin/{program}"), &path)?;
+            libraries.extend(libraries_in(&path, Some(tools))?);
+        }
+        for (path, file) in libraries {
+            let path = library_path(&path, tools);
+            parents(archive, &path, &mut directories)?;
+            copy(archive, &path, &file)?;
+        }
+        let mut script = String::new();
+        for module in in_load_order(kernel, NET_MODULES)? {
+            let path = format!("modules/{}.ko", module.name);
+            archive.file(&path, 0o644, &module.content)?;
+            script.push_str(&format!("insmod /{path} 2> /dev/null || true\n"));
+        }
+        Ok(archive.file("modules/net", 0o755, script.as_bytes())?)
     })
 }
 

@@ -6,6 +6,7 @@
 //!     initramfs/NAME          the guest's initramfs with that kernel's modules
 //!     guests/NAME             the small guests
 //!     guest-agent             QEMU's guest agent and `vsock`, to be put behind an initramfs
+//!     net-tools               programs and modules for networks, the same
 //!
 //! In the nested machine it is `/kit`; here its files are where they were built
 //! ([`files`]), and [`build`] makes those that are missing.
@@ -17,13 +18,16 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::case::{Boot, Case, Form};
-use crate::{initramfs, kernel, places};
+use crate::{initramfs, kernel, nested, places};
 
 /// Where the nested machine has its kit.
 pub const NESTED: &str = "/kit";
 
 /// The guest agent's archive in the kit, and its package in the testbed.
 pub const GUEST_AGENT: &str = "guest-agent";
+
+/// The archive of what cases with networks need in the kit, and its packages in the testbed.
+pub const NET_TOOLS: &str = "net-tools";
 
 /// Paths in the kit for one case's kernel and initramfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,6 +167,9 @@ pub fn files(cases: &[Case]) -> Result<BTreeMap<String, PathBuf>> {
         if case.guest_agent {
             files.insert(GUEST_AGENT.to_owned(), file(GUEST_AGENT)?);
         }
+        if case.net_tools {
+            files.insert(NET_TOOLS.to_owned(), file(NET_TOOLS)?);
+        }
     }
     Ok(files)
 }
@@ -194,6 +201,11 @@ pub fn build(name: &str) -> Result<()> {
     if !newer(&agent, &sockets) {
         let package = places::testbed().join(GUEST_AGENT);
         initramfs::guest_agent(&package, &sockets, &agent)?;
+    }
+    let tools = kit.join(NET_TOOLS);
+    let packages = places::testbed().join(NET_TOOLS);
+    if name == nested::KERNEL && !newer(&tools, &packages) {
+        initramfs::net_tools(&packages, &package(name), &tools)?;
     }
     initramfs::guest(
         &package(name),

@@ -31,3 +31,4 @@ pub mod places;
 pub mod probe;
 pub mod runner;
 pub mod suite;
+pub mod tap;

@@ -4,6 +4,7 @@
 //! demands are on those lines.
 
 mod ballooned;
+mod bridged;
 mod consoles;
 mod driven;
 mod handled;
@@ -214,6 +215,8 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     if kernel == "6.12-cloud" {
         cases.push(watchdog(kernel));
         cases.push(handled::typed_at_and_resized(kernel));
+        // The nested machine has its modules too.
+        cases.push(bridged::share_a_bridge(kernel));
     }
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::case::{Action, Ask, Boot, Case, Fill, Form, Outcome, ScratchFile, Step, Talk, Verdict};
 use crate::control::Connection;
-use crate::{initramfs, kit};
+use crate::{initramfs, kit, tap};
 
 /// How much of each output stream is kept, in bytes.
 const KEPT: usize = 256 << 10;
@@ -114,6 +115,7 @@ pub fn command(case: &Case, locate: Locate<'_>, directory: &Path) -> Result<Comm
 /// What the braces in a case stand for.
 struct Words {
     directory: PathBuf,
+    vireo: PathBuf,
     kernel: PathBuf,
     initramfs: Option<PathBuf>,
     cmdline: String,
@@ -125,6 +127,7 @@ impl Words {
         let payload = kit::payload(&case.boot);
         let mut words = Self {
             directory: directory.to_owned(),
+            vireo: locate("vireo")?,
             kernel: locate(&payload.kernel)?,
             initramfs: None,
             cmdline: String::new(),
@@ -140,6 +143,9 @@ impl Words {
                     .with_context(|| format!("cannot copy {}", base.display()))?;
                 if case.guest_agent {
                     append(&image, &fs::read(locate(kit::GUEST_AGENT)?)?)?;
+                }
+                if case.net_tools {
+                    append(&image, &fs::read(locate(kit::NET_TOOLS)?)?)?;
                 }
                 if !script.is_empty() {
                     let more = initramfs::guest_script(&in_directory(script, directory))?;
@@ -391,19 +397,35 @@ impl Monitor {
         match action {
             Action::Signal(name) => self.signal(name),
             Action::Type(text) => Ok(self.stdin.write_all(text.as_bytes())?),
-            Action::Ask(ask) => self.ask(ask),
+            Action::Ask(ask) => self.ask(ask, None),
+            Action::Pass(ask) => self.pass(ask),
+            Action::Run(text) => self.run(text),
             Action::Talk(talk) => self.talk(talk),
             Action::Still(millis) => self.stand_still(Duration::from_millis(*millis)),
         }
     }
 
-    fn ask(&self, ask: &Ask) -> Result<()> {
+    fn run(&mut self, text: &str) -> Result<()> {
+        let directory = &self.words.directory;
+        let printed = script("run", &self.words.fill(text), directory, &self.words.vireo)?;
+        self.output.extend(printed.into_bytes());
+        Ok(())
+    }
+
+    fn pass(&self, ask: &Ask) -> Result<()> {
+        let name = ask.body.split_once(r#""tap":""#).map(|(_, rest)| rest);
+        let name = name.and_then(|rest| rest.split('"').next());
+        let queue = tap::queue(name.context("the body names no tap")?)?;
+        self.ask(ask, Some(queue.as_fd()))
+    }
+
+    fn ask(&self, ask: &Ask, passed: Option<BorrowedFd<'_>>) -> Result<()> {
         let body = self.words.fill(&ask.body);
         let deadline = self.deadline.min(Instant::now() + ANSWER);
         loop {
             let rest = deadline.saturating_duration_since(Instant::now());
             let mut connection = Connection::open_within(&self.words.socket(), rest)?;
-            let answer = connection.ask(&ask.request, &body)?;
+            let answer = connection.ask_with(&ask.request, &body, passed)?;
             match ask.complaint(answer.status, &answer.text()) {
                 None => return Ok(()),
                 Some(_) if ask.again && Instant::now() < deadline => thread::sleep(AGAIN),

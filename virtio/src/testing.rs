@@ -48,6 +48,10 @@ impl net::Opener for NoNetworks {
     fn network(&self, _request: &net::Request) -> Result<Box<dyn net::Backend>, net::BackendError> {
         Err(net::BackendError::Refused)
     }
+
+    fn mirror(&self, _target: &net::MirrorTarget) -> Result<net::Outlet, net::MirrorError> {
+        Err(net::MirrorError::Refused)
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -277,7 +277,33 @@ pub struct NetConfig {
     /// Ignored: descriptors come beside the request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fds: Option<Vec<i32>>,
+    /// What gets a copy of each frame. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<NetMirror>,
 }
+}
+
+/// What gets a copy of each frame of a network card, of both directions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub enum NetMirror {
+    /// Nothing.
+    Off,
+    /// A tap of the host: frames come in there. It is made if there is none.
+    Tap(String),
+    /// A capture file.
+    File(NetMirrorFile),
+}
+
+/// A capture file in the format of libpcap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetMirrorFile {
+    /// Where it is. What a file there holds is overwritten.
+    pub path: PathBuf,
+    /// The most bytes that it may have; later frames are left out. 1 GiB where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
 }
 
 impl NetConfig {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::RateLimiterConfig;
+use super::{NetMirror, RateLimiterConfig};
 
 /// `vm.resize`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -109,6 +109,9 @@ pub struct VmUpdateNet {
     /// New limits of what comes from the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter_config: Option<RateLimiterConfig>,
+    /// What gets copies of the frames from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<NetMirror>,
 }
 
 /// `vm.add-virtio`: a device of any kind, by its own schema.

@@ -210,3 +210,30 @@ fn passt_answers_who_its_gateway_is() {
         }
     }
 }
+
+#[test]
+fn a_server_that_has_ended_is_reached_again_once_it_listens() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut stream = Stream::connect(&path, 1).unwrap();
+    drop(listener.accept().unwrap());
+    assert!(receive(&mut *stream.port(0).unwrap()).is_err());
+    drop(listener);
+    assert!(stream.renew().is_err());
+    std::fs::remove_file(&path).unwrap();
+    assert!(stream.renew().is_err());
+    let listener = UnixListener::bind(&path).unwrap();
+    stream.renew().unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    server.write_all(&sent(&[7; 60])).unwrap();
+    let frame = receive(&mut *stream.port(0).unwrap()).unwrap();
+    assert_eq!(frame[HEADER_LEN..], [7; 60]);
+}
+
+#[test]
+fn a_path_that_is_too_long_or_has_a_zero_byte_is_no_socket() {
+    for path in ["/x".repeat(54), "/a\0b".to_owned()] {
+        assert!(Stream::connect(Path::new(&path), 1).is_err(), "{path:?}");
+    }
+}

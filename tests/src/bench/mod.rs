@@ -11,11 +11,13 @@ mod api;
 mod balloon;
 mod disk;
 mod elf;
+mod frames;
 mod guest_clock;
 mod images;
 mod measure;
 mod memory;
 mod monitor;
+mod net;
 mod plot;
 mod port;
 mod process;
@@ -49,7 +51,7 @@ pub struct Settings {
     pub nested_runs: u32,
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
-    /// The measures whose group (`start`, `api`, `memory`, `port`, `balloon`, `disk`, `image`,
+    /// The measures whose group (`start`, `api`, `memory`, `port`, `balloon`, `net`, `disk`, `image`,
     /// `boot`, `size`) is in the list, or of images those whose name begins with one of it; all when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
@@ -142,7 +144,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, port, balloon, disk: cannot open /dev/kvm: {error}"
+                "start, api, memory, port, balloon, net, disk: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -168,6 +170,13 @@ impl Bench<'_> {
         if settings.wants("balloon") {
             let measures = balloon::pages(settings, clock, &monitors)?;
             self.add_all(measures);
+        }
+        if settings.wants("net") {
+            match net::frames(settings, clock, &monitors) {
+                Ok(measures) => self.add_all(measures),
+                // Interfaces take rights that a user may lack.
+                Err(error) => self.skip(&format!("net: {error:#}")),
+            }
         }
         if settings.wants("disk") {
             disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;

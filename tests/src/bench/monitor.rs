@@ -43,6 +43,8 @@ pub struct Job {
     pub disk: Option<Disk>,
     /// It has a balloon.
     pub balloon: bool,
+    /// The tap of its network card.
+    pub tap: Option<String>,
 }
 
 impl Job {
@@ -56,6 +58,7 @@ impl Job {
             words: words.to_owned(),
             disk: None,
             balloon: false,
+            tap: None,
         })
     }
 }
@@ -115,6 +118,14 @@ impl Monitor {
         if job.balloon {
             command.args(["-device", "virtio-balloon-pci,disable-legacy=on"]);
         }
+        if let Some(tap) = &job.tap {
+            command.args(["-name", "bench,debug-threads=on", "-netdev"]);
+            command.arg(format!("tap,id=n,ifname={tap},script=no,downscript=no"));
+            command.args([
+                "-device",
+                "virtio-net-pci,netdev=n,disable-legacy=on,romfile=",
+            ]);
+        }
         command.arg("-kernel").arg(&job.kernel);
         command.arg("-append").arg(&job.words);
         Ok(command)
@@ -137,6 +148,9 @@ fn vireo(job: &Job) -> Result<Command> {
     }
     if job.balloon {
         command.args(["--balloon", "size=0"]);
+    }
+    if let Some(tap) = &job.tap {
+        command.arg("--net").arg(format!("tap={tap}"));
     }
     Ok(command)
 }

@@ -16,7 +16,6 @@
 
 mod change;
 mod config;
-mod poll;
 mod request;
 mod spec;
 mod tally;

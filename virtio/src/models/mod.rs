@@ -13,6 +13,8 @@ use crate::device::VirtioDevice;
 use crate::limit::RateGroups;
 use crate::schema::Field;
 
+mod poll;
+
 /// A kind of device that a machine can have.
 pub struct Model {
     /// Its name in configuration, saved state and events, for example `"blk"`.

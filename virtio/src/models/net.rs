@@ -2,6 +2,7 @@
 //!
 //! * [`NetConfig`]: how one is described; [`MODEL`] builds it.
 //! * [`Net`]: configuration space, features, and the workers.
+//! * `mirror`: where copies of its frames go.
 //! * `change`: what of it can be changed in use; `saved`: what is kept of it.
 //! * `shared`: what the workers and the device share; `filter`: which frames the driver
 //!   wants; `control`: the control queue.
@@ -56,6 +57,7 @@ mod change;
 mod config;
 mod control;
 mod filter;
+mod mirror;
 mod pieces;
 mod receive;
 mod saved;
@@ -369,13 +371,13 @@ impl VirtioDevice for Net {
     fn prepare(
         &self,
         patch: Value,
-        _context: BuildContext,
+        context: BuildContext,
     ) -> Result<Preparation, ReconfigureError> {
-        change::plan(patch)
+        change::plan(patch, context)
     }
 
     fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
-        Ok(self.change(prepared.take()?))
+        self.change(prepared.take()?)
     }
 
     fn reset(&mut self) {

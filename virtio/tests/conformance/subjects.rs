@@ -12,7 +12,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use block::{Access, Address, Connector, Listening, Opener};
-use net::{Backend, BackendError, Offloads, Packets, Port, Request};
+use net::{
+    Backend, BackendError, MirrorError, MirrorTarget, Offloads, Outlet, Packets, Port, Request,
+};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
 use virtio::models::console::{HostEnd, Look, PortHost};
@@ -169,6 +171,10 @@ impl net::Opener for Wires {
             end,
             pairs: request.pairs,
         }))
+    }
+
+    fn mirror(&self, _target: &MirrorTarget) -> Result<Outlet, MirrorError> {
+        Err(MirrorError::Refused)
     }
 }
 

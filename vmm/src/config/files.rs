@@ -16,10 +16,10 @@ use block::ops::referred;
 use block::{BackingPolicy, Format};
 use serde_json::Value;
 use virtio::models::Model;
-use virtio::schema::FieldKind;
+use virtio::schema::{Field, FieldKind};
 
 use super::vsock::is_vsock;
-use super::{COMS, CONSOLE_FLAGS, ConfigError, CpuBaseline, SinkConfig, VmConfig};
+use super::{COMS, CONSOLE_FLAGS, ConfigError, CpuBaseline, DeviceConfig, SinkConfig, VmConfig};
 use crate::opener::Opener;
 
 /// The kind of the model that is a disk, and its keys that matter here.
@@ -40,6 +40,9 @@ const CONSOLES: [&str; COMS + 1] = [
 ];
 const PORT: &str = "a named port";
 const DEBUGCON: &str = "the debug console";
+const MIRROR: &str = "the mirror of a network card";
+/// The key of that, which is no file that the machine reads.
+const MIRROR_FILE: &str = "mirror_file";
 /// What a core dump is called.
 pub const DUMP: &str = "the core dump";
 
@@ -275,7 +278,11 @@ pub fn flag_of(error: &ConfigError) -> Option<&'static str> {
         _ => return None,
     };
     let consoles = CONSOLES.into_iter().zip(CONSOLE_FLAGS);
-    let others = [(PORT, "--port"), (DEBUGCON, "--debugcon")];
+    let others = [
+        (PORT, "--port"),
+        (DEBUGCON, "--debugcon"),
+        (MIRROR, "--net"),
+    ];
     let mut writers = consoles.chain(others);
     let (_, flag) = writers.find(|(writer, _)| writer == output)?;
     Some(flag.trim_start_matches('-'))
@@ -326,6 +333,9 @@ fn outputs(config: &VmConfig) -> Vec<(&'static str, PathBuf)> {
     }
     let ports = config.ports.iter().filter_map(|port| port.file.clone());
     outputs.extend(ports.map(|path| (PORT, path)));
+    let cards = config.devices.iter().filter_map(DeviceConfig::network);
+    let mirrors = cards.filter_map(|card| card.mirror_file);
+    outputs.extend(mirrors.map(|path| (MIRROR, path)));
     outputs.extend(
         config
             .debugcon
@@ -376,7 +386,8 @@ fn inputs(config: &VmConfig, models: &[Model], opener: &Opener) -> Vec<(PathBuf,
             .find(|model| model.kind == device.kind)
             .map_or(&[][..], |model| model.fields);
         let user = format!("'{}'", device.id);
-        for field in fields.iter().filter(|field| field.kind == FieldKind::Path) {
+        let read = |field: &&Field| field.kind == FieldKind::Path && field.name != MIRROR_FILE;
+        for field in fields.iter().filter(read) {
             if let Some(path) = device.config.get(field.name).and_then(Value::as_str) {
                 named.push((PathBuf::from(path), user.clone()));
             }

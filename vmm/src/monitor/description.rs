@@ -55,7 +55,7 @@ impl Update {
     pub fn names_files(&self) -> bool {
         match self {
             Self::Disk(request) => request.path.is_some(),
-            Self::Net(_) => false,
+            Self::Net(request) => matches!(request.mirror, Some(wire::NetMirror::File(_))),
         }
     }
 
@@ -179,6 +179,7 @@ impl Description {
                 let update = Update::Net(*request);
                 let planned = self.plan_update(&update)?;
                 name_devices(&mut new.wire);
+                names_files = update.names_files();
                 new.update(&update, planned);
             }
             Command::AddPort(port) => {

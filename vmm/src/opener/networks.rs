@@ -1,6 +1,6 @@
-//! Networks that devices ask for.
+//! Networks that devices ask for, and what gets copies of their frames.
 
-use net::{Backend, BackendError, Request};
+use net::{Backend, BackendError, MirrorError, MirrorTarget, Outlet, Request};
 
 use super::Opener;
 
@@ -10,5 +10,16 @@ impl net::Opener for Opener {
         let network = net::open(request)?;
         tracing::debug!(network = network.name(), pairs = request.pairs, "opened");
         Ok(network)
+    }
+
+    fn mirror(&self, target: &MirrorTarget) -> Result<Outlet, MirrorError> {
+        match target {
+            MirrorTarget::Tap(name) => Outlet::tap(name),
+            MirrorTarget::File { path, size } => {
+                let file = self.create_output(path);
+                let file = file.map_err(|error| MirrorError::File(error.into()))?;
+                Outlet::capture(path, file, *size)
+            }
+        }
     }
 }

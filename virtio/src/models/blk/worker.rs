@@ -40,12 +40,12 @@ use devices::LogLimit;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::config::{OnReadError, OnWriteError};
-use super::poll::Window;
 use super::request::{Ask, Limits, Parsed, Range, Status, buffers, mark_dirty, parse};
 use super::tally::{Kind, QueueTally};
 use crate::device::{ActivateError, DiskReport, ErrorAction, Notifier, StoppedQueue};
 use crate::limit::{Clock, Throttle};
 use crate::memory::{GuestMap, GuestMemory};
+use crate::models::poll::Window;
 use crate::ring::{Chain, Extent, Ring, RingError, total};
 use crate::worker::{QueueWorker, Turn, Wake};
 

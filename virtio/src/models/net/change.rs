@@ -1,12 +1,14 @@
 //! What of a network device can be changed while it is in the machine: its
-//! limits, and whether the link is up.
+//! limits, whether the link is up, and where copies of its frames go.
 
+use net::Outlet;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Net;
+use super::{Net, mirror};
 use crate::device::{Preparation, Prepared, ReconfigureError, Reconfigured};
 use crate::limit::RateLimits;
+use crate::models::BuildContext;
 
 /// What the link is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -19,7 +21,7 @@ enum Link {
 }
 
 /// A change of a network device: what is absent stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Patch {
     /// The limits of frames to the guest.
@@ -28,22 +30,53 @@ pub(super) struct Patch {
     tx_limits: Option<RateLimits>,
     /// The link.
     link: Option<Link>,
+    /// Where copies of the frames go.
+    mirror: Option<mirror::Patch>,
 }
 
-/// There is nothing to prepare for a [`Patch`].
-pub(super) fn plan(patch: Value) -> Result<Preparation, ReconfigureError> {
-    let patch: Patch = serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
-    Ok(Box::new(move || Ok(Prepared::new(patch))))
+/// A [`Patch`] with what it needs.
+pub(super) struct Change {
+    rx_limits: Option<RateLimits>,
+    tx_limits: Option<RateLimits>,
+    link: Option<Link>,
+    /// The mirror, open; `None` in it: there is to be none.
+    mirror: Option<Option<Outlet>>,
+}
+
+/// What there is to do before a [`Patch`] can be carried out.
+pub(super) fn plan(patch: Value, context: BuildContext) -> Result<Preparation, ReconfigureError> {
+    let Patch {
+        rx_limits,
+        tx_limits,
+        link,
+        mirror,
+    } = serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
+    let target = mirror.map(|mirror| mirror.target()).transpose();
+    let target = target.map_err(ReconfigureError::Value)?;
+    Ok(Box::new(move || {
+        let open = |target| mirror::open(&target, &context);
+        let mirror = target.map(|target| target.map(open).transpose());
+        Ok(Prepared::new(Change {
+            rx_limits,
+            tx_limits,
+            link,
+            mirror: mirror.transpose().map_err(ReconfigureError::Value)?,
+        }))
+    }))
 }
 
 impl Net {
     /// Carries out a [`Patch`].
-    pub(super) fn change(&mut self, patch: Patch) -> Reconfigured {
-        let Patch {
+    pub(super) fn change(&mut self, change: Change) -> Result<Reconfigured, ReconfigureError> {
+        let Change {
             rx_limits,
             tx_limits,
             link,
-        } = patch;
+            mirror,
+        } = change;
+        if let Some(outlet) = mirror {
+            self.mirror_to(outlet).map_err(ReconfigureError::Value)?;
+        }
         if let Some(limits) = rx_limits {
             self.rx_limits.set(limits);
         }
@@ -52,10 +85,10 @@ impl Net {
         }
         let changed = link.is_some_and(|link| self.shared.set_cable(link == Link::Up));
         self.workers.rouse();
-        if changed {
+        Ok(if changed {
             Reconfigured::Seen
         } else {
             Reconfigured::Unseen
-        }
+        })
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::spec::MIN_MTU;
-use super::{Net, NetSettings};
+use super::{Net, NetSettings, mirror};
 use crate::device::VirtioDevice;
 use crate::limit::{self, Keys, RateLimits};
 use crate::models::{BuildContext, BuildError, Model, parse};
@@ -105,6 +105,21 @@ const FIELDS: &[Field] = &[
         "offload_ufo",
         FieldKind::Switch,
         "leave cutting large UDP packets to the other side (default on)",
+    ),
+    field(
+        "mirror_tap",
+        FieldKind::Text,
+        "tap that gets a copy of each frame of both directions (default none)",
+    ),
+    field(
+        "mirror_file",
+        FieldKind::Path,
+        "capture file that gets them instead, in the format of libpcap; overwritten",
+    ),
+    field(
+        "mirror_size",
+        FieldKind::Bytes,
+        "the most bytes of that file; later frames are left out (default 1G)",
     ),
     field(
         "bw_size",
@@ -247,6 +262,15 @@ pub struct NetConfig {
     /// Leave cutting large UDP packets to the other side.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offload_ufo: Option<bool>,
+    /// The tap that gets copies of the frames.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror_tap: Option<String>,
+    /// The capture file that gets them instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror_file: Option<PathBuf>,
+    /// The most bytes of that file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mirror_size: Option<u64>,
     /// Bytes that may pass in bw_refill_time, in each direction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bw_size: Option<u64>,
@@ -467,6 +491,7 @@ impl NetConfig {
     /// [`BuildError::Field`]
     pub fn request(&self) -> Result<Request, BuildError> {
         let NetSettings { pairs, mtu, .. } = self.settings()?;
+        self.mirror()?;
         let source = match (&self.tap, self.descriptors()?, &self.socket) {
             (Some(_), Some(_), _) => return bad("fd", "it does not go with tap: give one of them"),
             (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => {
@@ -586,12 +611,16 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let config: NetConfig = parse(MODEL.kind, config)?;
     let settings = config.settings()?;
     let limits = config.rate_limits()?;
+    let target = config.mirror()?;
+    let outlet = target.map(|target| mirror::open(&target, context));
+    let outlet = outlet.transpose()?;
     let backend = context
         .networks
         .network(&config.request()?)
         .map_err(|error| BuildError::Backend(error.into()))?;
-    let net = Net::new(&context.id, backend, settings);
+    let mut net = Net::new(&context.id, backend, settings);
     net.rx_limits.set(limits.rx);
     net.tx_limits.set(limits.tx);
+    net.mirror_to(outlet)?;
     Ok(Box::new(net))
 }

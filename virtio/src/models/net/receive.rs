@@ -79,6 +79,8 @@ pub struct Receiver {
     spare: Box<[u8]>,
     held: Option<Held>,
     used: Vec<(u16, u32)>,
+    /// Nothing but the driver can bring more work: it is to kick before the worker sleeps.
+    pub listens: bool,
 }
 
 impl Receiver {
@@ -99,6 +101,7 @@ impl Receiver {
             spare: vec![0; MAX_FRAME + 1].into_boxed_slice(),
             held: None,
             used: Vec::new(),
+            listens: false,
         }
     }
 
@@ -280,6 +283,8 @@ impl Receiver {
         let buffers = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
         let at = NUM_BUFFERS_OFFSET;
         write_at(view, self.live_extents(), at, &buffers.to_le_bytes());
+        let pieces = self.pieces.get(self.first_piece..).unwrap_or_default();
+        pair.copy(lend(view, pieces), len);
         for _ in 0..self.used.len() {
             self.forget_first();
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use net::{Backend, MacAddress, Offloads};
+use net::{Backend, MacAddress, Mirror, Offloads};
 
 use super::filter::Filter;
 use crate::device::Notifier;
@@ -22,6 +22,8 @@ pub struct Shared {
     up: AtomicBool,
     /// The network is no more.
     gone: AtomicBool,
+    /// It can come back.
+    pub renews: bool,
     /// The driver has been asked to announce itself and has not said that it has.
     announce: AtomicBool,
     /// How many pairs the driver uses.
@@ -30,7 +32,8 @@ pub struct Shared {
     guest_bits: AtomicU64,
     backend: Mutex<Box<dyn Backend>>,
     filter: Mutex<Arc<Filter>>,
-    /// Changes with the filter.
+    mirror: Mutex<Option<Arc<Mirror>>>,
+    /// Changes with the filter and the mirror.
     generation: AtomicU64,
     /// The workers, while there are any.
     wakes: Mutex<Vec<Wake>>,
@@ -50,11 +53,13 @@ impl Shared {
             max_pairs,
             up: AtomicBool::new(true),
             gone: AtomicBool::new(false),
+            renews: backend.renews(),
             announce: AtomicBool::new(false),
             pairs: AtomicU16::new(1),
             guest_bits: AtomicU64::new(0),
             backend: Mutex::new(backend),
             filter: Mutex::new(Arc::new(Filter::open(mac))),
+            mirror: Mutex::default(),
             generation: AtomicU64::new(0),
             wakes: Mutex::default(),
         }
@@ -82,7 +87,19 @@ impl Shared {
         true
     }
 
-    /// Another number than before: [`Shared::filter`] has changed.
+    /// What gets copies of the frames.
+    pub fn mirror(&self) -> Option<Arc<Mirror>> {
+        lock(&self.mirror).clone()
+    }
+
+    /// Has that be another, and returns the one before. Workers that do not know yet may go on with it.
+    pub fn set_mirror(&self, mirror: Option<Arc<Mirror>>) -> Option<Arc<Mirror>> {
+        let before = std::mem::replace(&mut *lock(&self.mirror), mirror);
+        self.generation.fetch_add(1, Ordering::Release);
+        before
+    }
+
+    /// Another number than before: [`Shared::filter`] or [`Shared::mirror`] has changed.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
@@ -105,12 +122,30 @@ impl Shared {
     /// Notes that the network is no more, and says so once.
     pub fn lost(&self, error: &io::Error, notifier: &dyn Notifier) {
         if !self.gone.swap(true, Ordering::AcqRel) {
+            let until = if self.renews {
+                "it is there again"
+            } else {
+                "the device is removed and added again"
+            };
             tracing::error!(
                 device = %self.id,
                 network = %self.label,
                 %error,
-                "the network is gone: the guest's link is down until the device is removed and added again",
+                "the network is gone: the guest's link is down until {until}",
             );
+            notifier.config_changed();
+        }
+    }
+
+    /// Whether the network is no more and may come back.
+    pub fn awaits(&self) -> bool {
+        self.renews && self.gone.load(Ordering::Acquire)
+    }
+
+    /// Notes that the network is there again.
+    pub fn found(&self, notifier: &dyn Notifier) {
+        if self.gone.swap(false, Ordering::AcqRel) {
+            tracing::info!(device = %self.id, network = %self.label, "the network is there again");
             notifier.config_changed();
         }
     }

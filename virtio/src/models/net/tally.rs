@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use net::MirrorCounts;
+
 use crate::device::Counters;
 
 /// A number with one writer.
@@ -62,24 +64,37 @@ pub struct PairTally {
 
 const _: () = assert!(size_of::<PairTally>() == 128);
 
-/// The tallies of a device, one for each pair.
-pub struct Tallies(Box<[Arc<PairTally>]>);
+/// The tallies of a device, one for each pair, and that of its mirrors.
+pub struct Tallies {
+    pairs: Box<[Arc<PairTally>]>,
+    mirrored: Arc<MirrorCounts>,
+}
 
 impl Tallies {
     /// Nothing has been done yet.
     #[must_use]
     pub fn new(pairs: u16) -> Self {
-        Self((0..pairs).map(|_| Arc::default()).collect())
+        Self {
+            pairs: (0..pairs).map(|_| Arc::default()).collect(),
+            mirrored: Arc::default(),
+        }
     }
 
     /// The tally of a pair, for its worker.
     #[must_use]
     pub fn of(&self, pair: u16) -> Arc<PairTally> {
-        self.0.get(usize::from(pair)).cloned().unwrap_or_default()
+        let tally = self.pairs.get(usize::from(pair));
+        tally.cloned().unwrap_or_default()
+    }
+
+    /// The tally of all mirrors.
+    #[must_use]
+    pub fn mirrored(&self) -> Arc<MirrorCounts> {
+        Arc::clone(&self.mirrored)
     }
 
     fn sum(&self, value: impl Fn(&PairTally) -> &Tally) -> u64 {
-        let values = self.0.iter().map(|tally| value(tally).get());
+        let values = self.pairs.iter().map(|tally| value(tally).get());
         values.fold(0, u64::wrapping_add)
     }
 }
@@ -95,6 +110,8 @@ impl Counters for Tallies {
             ("tx_frames", self.sum(|tally| &tally.tx.frames)),
             ("tx_dropped", self.sum(|tally| &tally.tx.dropped)),
             ("tx_errors", self.sum(|tally| &tally.tx.errors)),
+            ("mirror_frames", self.mirrored.written()),
+            ("mirror_dropped", self.mirrored.lost()),
         ]
     }
 }
@@ -117,6 +134,8 @@ mod tests {
         tallies.of(2).tx.failed();
         let values: BTreeMap<_, _> = tallies.read().into_iter().collect();
         let expected = [
+            ("mirror_dropped", 0),
+            ("mirror_frames", 0),
             ("rx_bytes", 1574),
             ("rx_dropped", 1),
             ("rx_errors", 0),

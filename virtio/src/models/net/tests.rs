@@ -15,7 +15,9 @@ use crate::testing::{DATA, Driver, Notice, PATIENCE, Piece, memory, reset_reason
 mod configuration;
 mod control;
 mod limits;
+mod mirror;
 mod moving;
+mod polling;
 
 const ALL: u64 = u64::MAX;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -65,6 +67,41 @@ fn settings(pairs: u16) -> NetSettings {
         queue_size: SIZE,
         mtu: None,
         offloads: Offloads::all(),
+    }
+}
+
+/// Opens capture files alone.
+struct Captures;
+
+impl block::Opener for Captures {
+    fn open(&self, _path: &std::path::Path, _access: block::Access) -> io::Result<std::fs::File> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+impl net::Opener for Captures {
+    fn network(&self, _request: &net::Request) -> Result<Box<dyn Backend>, net::BackendError> {
+        Err(net::BackendError::Refused)
+    }
+
+    fn mirror(&self, target: &net::MirrorTarget) -> Result<net::Outlet, net::MirrorError> {
+        let net::MirrorTarget::File { path, size } = target else {
+            return Err(net::MirrorError::Refused);
+        };
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.create(true).append(true).open(path).unwrap();
+        net::Outlet::capture(path, file, *size)
+    }
+}
+
+fn context() -> BuildContext {
+    BuildContext {
+        id: "net0".to_owned(),
+        opener: Arc::new(Captures),
+        networks: Arc::new(Captures),
+        cpus: 1,
+        groups: crate::limit::RateGroups::default(),
+        ports: Arc::new(crate::models::console::NoPorts),
     }
 }
 
@@ -164,7 +201,7 @@ impl Rig {
 
     /// Changes the device, as the transport does.
     fn change(&mut self, patch: Value) -> Reconfigured {
-        let prepared = change::plan(patch).unwrap()().unwrap();
+        let prepared = change::plan(patch, context()).unwrap()().unwrap();
         self.net.reconfigure(prepared).unwrap()
     }
 }

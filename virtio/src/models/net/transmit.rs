@@ -25,6 +25,8 @@ pub struct Transmitter {
     list: Vec<IoVec>,
     /// The frame that is next has been let go by the limits, and the network had no room.
     paid: bool,
+    /// Nothing but the driver can bring more work: it is to kick before the worker sleeps.
+    pub listens: bool,
 }
 
 impl Transmitter {
@@ -36,6 +38,7 @@ impl Transmitter {
             chain: Chain::default(),
             list: Vec::new(),
             paid: false,
+            listens: false,
         }
     }
 
@@ -94,7 +97,10 @@ impl Transmitter {
         }
         self.paid = false;
         match port.send(lend(view, &self.list)) {
-            Ok(()) => counts.passed(frame),
+            Ok(()) => {
+                counts.passed(frame);
+                pair.copy(lend(view, &self.list), len);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.paid = true;
                 return Sent::Full;

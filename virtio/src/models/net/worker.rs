@@ -1,6 +1,7 @@
 //! The worker of one pair of queues, and, with the first pair, of the control queue.
 //!
-//! It sleeps in one epoll that has the doorbells, the way to the network and its [`Wake`]. The network is
+//! It sleeps in one epoll that has the doorbells, the way to the network and its [`Wake`]. Before it does it looks for a
+//! while, if that has paid ([`Window`]): the driver then need not kick. The network is
 //! watched by edges: what it has said is remembered until a call says `WouldBlock`, so that neither a guest without
 //! buffers nor a network without room makes the worker spin, and no call but the
 //! frames' own is made while there is traffic.
@@ -8,10 +9,10 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::LogLimit;
-use net::Port;
+use net::{Mirror, Pieces, Port};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -24,6 +25,7 @@ use super::transmit::Transmitter;
 use crate::device::{ActivateError, Notifier, StoppedQueue};
 use crate::limit::Clock;
 use crate::memory::{GuestMap, GuestMemory};
+use crate::models::poll::Window;
 use crate::ring::{Ring, RingError};
 use crate::worker::{QueueWorker, Turn, Wake};
 
@@ -54,7 +56,9 @@ pub struct Pair {
     pub clock: Clock,
     /// Which frames the driver wants.
     pub filter: Arc<Filter>,
-    /// The number of that filter.
+    /// What gets copies of the frames.
+    mirror: Option<Arc<Mirror>>,
+    /// The number of that filter and that mirror.
     generation: u64,
     notifier: Arc<dyn Notifier>,
     log: LogLimit,
@@ -73,6 +77,7 @@ impl Pair {
             index,
             generation: shared.generation(),
             filter: shared.filter(),
+            mirror: shared.mirror(),
             shared: Arc::clone(shared),
             tally,
             clock,
@@ -104,9 +109,20 @@ impl Pair {
         if generation != self.generation {
             self.generation = generation;
             self.filter = self.shared.filter();
+            self.mirror = self.shared.mirror();
+        }
+    }
+
+    /// Copies the first `len` bytes, a frame with its header, if somebody looks on.
+    pub fn copy(&self, frame: Pieces<'_>, len: usize) {
+        if let Some(mirror) = &self.mirror {
+            mirror.copy(frame, len);
         }
     }
 }
+
+/// How often a network that has ended is asked for.
+const RETRY: Duration = Duration::from_millis(500);
 
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
@@ -130,6 +146,10 @@ pub struct Worker {
     readable: bool,
     /// There may be room for one.
     writable: bool,
+    /// For waits that nothing but an event ends.
+    window: Window,
+    /// When a network that has ended is asked for again.
+    again: Option<Instant>,
 }
 
 /// The queues of a worker.
@@ -200,6 +220,8 @@ impl Worker {
             control,
             readable: true,
             writable: true,
+            window: Window::new(),
+            again: None,
         })
     }
 
@@ -233,7 +255,41 @@ impl Worker {
         self.pair.refresh();
         let sent = self.transmit();
         let received = self.receive();
-        sooner(wait, sooner(sent, received))
+        let renewed = self.renew();
+        sooner(sooner(wait, renewed), sooner(sent, received))
+    }
+
+    /// Asks for a network that has ended; how long until it is asked for the next time.
+    fn renew(&mut self) -> Option<Duration> {
+        if !self.pair.shared.awaits() {
+            return None;
+        }
+        let now = (self.pair.clock)();
+        let wait = self.again.map(|again| again.saturating_duration_since(now));
+        if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
+            return Some(wait);
+        }
+        if self.reopen().is_ok() {
+            self.again = None;
+            self.pair.shared.found(&*self.pair.notifier);
+            return Some(Duration::ZERO);
+        }
+        self.again = Some(now + RETRY);
+        Some(RETRY)
+    }
+
+    fn reopen(&mut self) -> io::Result<()> {
+        let mut backend = self.pair.shared.backend();
+        backend.renew()?;
+        let port = backend.port(self.pair.index)?;
+        let (before, after) = (self.port.fd().as_raw_fd(), port.fd().as_raw_fd());
+        self.epoll.ctl(ControlOperation::Add, after, port_event())?;
+        // The network's own descriptor may keep the one before open.
+        let _ = self.epoll.ctl(ControlOperation::Delete, before, port_event());
+        self.port = port;
+        self.readable = true;
+        self.writable = true;
+        Ok(())
     }
 
     fn transmit(&mut self) -> Option<Duration> {
@@ -249,13 +305,14 @@ impl Worker {
             _ => half.serve(view, &self.pair, &mut *self.port),
         };
         let served = settle(&mut half.ring, view, served)?;
+        half.listens = served == Served::Empty;
         if served == Served::Full {
             self.writable = false;
             // Asked again, it tells of room that there has been meanwhile.
             let fd = self.port.fd().as_raw_fd();
             let _ = self.epoll.ctl(ControlOperation::Modify, fd, port_event());
         }
-        pause(&mut half.ring, view, served)
+        pause(served)
     }
 
     fn receive(&mut self) -> Option<Duration> {
@@ -266,14 +323,65 @@ impl Worker {
         let view = &self.view;
         let served = half.serve(view, &self.pair, &mut *self.port);
         let served = settle(&mut half.ring, view, served)?;
+        half.listens = served == Served::Empty;
         if served == Served::Quiet {
             self.readable = false;
         }
-        pause(&mut half.ring, view, served)
+        pause(served)
     }
 
-    /// Sleeps, and takes up what has happened.
-    fn sleep(&mut self, wait: Option<Duration>) -> io::Result<()> {
+    /// The queues whose drivers are to be asked to kick before a sleep.
+    fn listening(&mut self) -> impl Iterator<Item = &mut Ring> {
+        let receiver = self.receiver.as_mut().filter(|half| half.listens);
+        let transmitter = self.transmitter.as_mut().filter(|half| half.listens);
+        let rings = [
+            receiver.map(|half| &mut half.ring),
+            transmitter.map(|half| &mut half.ring),
+        ];
+        let rings = rings.into_iter().flatten();
+        rings.filter(|ring| !ring.failed())
+    }
+
+    /// Waits until there is something to do: looks for a while, then sleeps. What the
+    /// rings have to say of errors they say again to the next turn.
+    fn rest(&mut self, wait: Option<Duration>) -> io::Result<()> {
+        if wait == Some(Duration::ZERO) {
+            return self.sleep(wait).map(drop);
+        }
+        let begin = (self.pair.clock)();
+        let span = self.window.span();
+        while wait.is_none() && !span.is_zero() {
+            let view = Arc::clone(&self.view);
+            let told = self.sleep(Some(Duration::ZERO))?;
+            let found = told || self.listening().any(|ring| ring.pending(&view).unwrap_or(true));
+            let passed = (self.pair.clock)().saturating_duration_since(begin);
+            if found {
+                self.window.found(passed);
+                return Ok(());
+            }
+            if passed >= span {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        let view = Arc::clone(&self.view);
+        let mut more = false;
+        for ring in self.listening() {
+            more |= ring.invite(&view).unwrap_or(true);
+        }
+        if more {
+            return self.sleep(Some(Duration::ZERO)).map(drop);
+        }
+        self.sleep(wait)?;
+        if wait.is_none() {
+            let passed = (self.pair.clock)().saturating_duration_since(begin);
+            self.window.slept(passed);
+        }
+        Ok(())
+    }
+
+    /// Sleeps, and takes up what has happened. Whether anything has.
+    fn sleep(&mut self, wait: Option<Duration>) -> io::Result<bool> {
         let mut events = [EpollEvent::default(); 5];
         let ready = match self.epoll.wait(milliseconds(wait), &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -300,7 +408,7 @@ impl Worker {
                 ring.silence();
             }
         }
-        Ok(())
+        Ok(ready > 0)
     }
 
     fn rings(&mut self) -> impl Iterator<Item = &mut Ring> {
@@ -318,18 +426,11 @@ fn settle(ring: &mut Ring, view: &GuestMap, served: Result<Served, RingError>) -
 }
 
 /// How long to sleep for a queue that was served so far.
-fn pause(ring: &mut Ring, view: &GuestMap, served: Served) -> Option<Duration> {
+fn pause(served: Served) -> Option<Duration> {
     match served {
         Served::More => Some(Duration::ZERO),
         Served::Limited(wait) => Some(wait),
-        Served::Full | Served::Quiet => None,
-        Served::Empty => match ring.invite(view) {
-            Ok(more) => more.then_some(Duration::ZERO),
-            Err(error) => {
-                ring.fail(&error);
-                None
-            }
-        },
+        Served::Full | Served::Quiet | Served::Empty => None,
     }
 }
 
@@ -344,8 +445,13 @@ fn milliseconds(wait: Option<Duration>) -> i32 {
 
 impl QueueWorker for Worker {
     fn turn(&mut self, serve: bool) -> Turn {
-        let wait = if serve { self.serve() } else { None };
-        match self.sleep(wait) {
+        let waited = if serve {
+            let wait = self.serve();
+            self.rest(wait)
+        } else {
+            self.sleep(None).map(drop)
+        };
+        match waited {
             Ok(()) => Turn::Again,
             Err(error) => {
                 for ring in self.rings() {

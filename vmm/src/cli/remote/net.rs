@@ -1,9 +1,12 @@
 //! `vireo net`.
 
-use api::wire::{self, DeviceState, LinkState, RateLimiterConfig, VmUpdateNet};
+use anyhow::Context;
+use api::wire::{
+    self, DeviceState, LinkState, NetMirror, NetMirrorFile, RateLimiterConfig, VmUpdateNet,
+};
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use virtio::limit::{self, RateLimits};
 use virtio::models::net::{MODEL, RX_KEYS, TX_KEYS};
 use virtio::schema::{Field, FieldKind};
@@ -14,6 +17,7 @@ use super::super::target::{Remote, SocketFlag, Target};
 use super::device::{self, Noun};
 use super::{print, print_json, removal, word};
 use crate::config::DeviceConfig;
+use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::wire::rate_limiter;
 
@@ -44,13 +48,19 @@ Examples:
       At most 100 MiB in a second, in each direction.
   vireo net update web lan tx_ops_size=1000,tx_ops_refill_time=100
       At most 10,000 frames in a second from the guest.
-  vireo net update web lan limits=off";
+  vireo net update web lan limits=off
+  vireo net update web lan mirror_file=lan.pcap,mirror_size=64M
+      Copies of all frames to a capture file; mirror=off ends it.";
 
 const NOUN: Noun = Noun {
     full: "network card",
     short: "card",
 };
 const LIMITS: &str = "limits";
+const MIRROR: &str = "mirror";
+const MIRROR_TAP: &str = "mirror_tap";
+const MIRROR_FILE: &str = "mirror_file";
+const MIRROR_SIZE: &str = "mirror_size";
 const LINK: &str = "link";
 
 #[derive(Debug, Subcommand)]
@@ -64,7 +74,7 @@ pub(in crate::cli) enum Verb {
     /// Have the guest give a network card up, and wait until it has
     #[command(after_help = REMOVE_EXAMPLES, visible_alias = "detach")]
     Remove(RemoveArgs),
-    /// Change the link or the limits of a network card
+    /// Change the link, the limits or the mirror of a network card
     #[command(after_help = UPDATE_EXAMPLES)]
     Update(UpdateArgs),
 }
@@ -182,8 +192,10 @@ fn list(arguments: &ListArgs) -> anyhow::Result<()> {
 
 /// What `vm.add-virtio` takes for the text of `--net`.
 fn described(text: &str) -> anyhow::Result<wire::VirtioConfig> {
-    let device = DeviceConfig::from_flag(&MODEL, "net", text)
+    let mut device = DeviceConfig::from_flag(&MODEL, "net", text)
         .map_err(|error| Misuse(crate::error::chain(&error)))?;
+    let directory = std::env::current_dir().context("the working directory is gone")?;
+    make_device_paths_absolute(&mut device, &directory, &[MODEL]);
     let card = device::request(device, &NOUN)?;
     if card.config.contains_key("fd") {
         let reason = "net: fd: a running monitor has other descriptors: name the tap, or use vm.add-net of the control socket";
@@ -209,7 +221,7 @@ fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {
     removal::of(&mut remote, &id, &NOUN, arguments.timeout)
 }
 
-/// The keys of `vireo net update`: those of limits among the model's, and two more.
+/// The keys of `vireo net update`: those of limits and mirrors among the model's, and three more.
 fn update_fields() -> Vec<Field> {
     let own = [
         Field {
@@ -224,10 +236,38 @@ fn update_fields() -> Vec<Field> {
             required: false,
             help: "lifts the limits",
         },
+        Field {
+            name: MIRROR,
+            kind: FieldKind::Choice(&["off"]),
+            required: false,
+            help: "ends the mirror",
+        },
     ];
-    let is_limit = |field: &&Field| field.name.contains("bw_") || field.name.contains("ops_");
-    let limits = MODEL.fields.iter().filter(is_limit).copied();
-    own.into_iter().chain(limits).collect()
+    let parts = ["bw_", "ops_", "mirror_"];
+    let is_changed = |field: &&Field| parts.iter().any(|part| field.name.contains(part));
+    let shared = MODEL.fields.iter().filter(is_changed).copied();
+    own.into_iter().chain(shared).collect()
+}
+
+/// The mirror that the keys say, if they say one.
+fn mirror(keys: &Map<String, Value>) -> anyhow::Result<Option<NetMirror>> {
+    let text = |key| keys.get(key).and_then(Value::as_str);
+    let size = keys.get(MIRROR_SIZE).and_then(Value::as_u64);
+    let said = [MIRROR, MIRROR_TAP, MIRROR_FILE].map(text);
+    Ok(match (said, size) {
+        ([None, None, None], None) => None,
+        ([Some(_), None, None], None) => Some(NetMirror::Off),
+        ([None, Some(tap), None], None) => Some(NetMirror::Tap(tap.to_owned())),
+        ([None, None, Some(file)], size) => {
+            let path = std::path::absolute(file)
+                .with_context(|| format!("net update: {MIRROR_FILE}={file}"))?;
+            Some(NetMirror::File(NetMirrorFile { path, size }))
+        }
+        _ => {
+            let reason = "net update: give one of mirror=off, mirror_tap and mirror_file, and mirror_size with a file";
+            return Err(Misuse(reason.to_owned()).into());
+        }
+    })
 }
 
 /// What `vm.update-net` takes for the text of `vireo net update`.
@@ -257,6 +297,7 @@ fn changed(id: String, text: &str) -> anyhow::Result<VmUpdateNet> {
     let link = keys.get(LINK).and_then(Value::as_str);
     Ok(VmUpdateNet {
         id,
+        mirror: mirror(&keys)?,
         link: link.map(|link| {
             if link == "up" {
                 LinkState::Up
@@ -332,6 +373,33 @@ mod tests {
             "limits=off,ops_size=1,ops_refill_time=1",
         ] {
             let error = change(wrong).unwrap_err();
+            assert!(error.is::<Misuse>(), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_mirror_is_one_place_or_none_and_its_file_is_absolute() {
+        let mirror = |text: &str| changed("n".to_owned(), text).map(|change| change.mirror);
+        assert_eq!(mirror("link=up").unwrap(), None);
+        assert_eq!(mirror("mirror=off").unwrap(), Some(NetMirror::Off));
+        let tap = NetMirror::Tap("mon0".to_owned());
+        assert_eq!(mirror("mirror_tap=mon0").unwrap(), Some(tap));
+        let file = NetMirror::File(NetMirrorFile {
+            path: std::env::current_dir().unwrap().join("a.pcap"),
+            size: Some(1 << 20),
+        });
+        assert_eq!(
+            mirror("mirror_file=a.pcap,mirror_size=1M").unwrap(),
+            Some(file)
+        );
+        for wrong in [
+            "mirror=on",
+            "mirror_size=1M",
+            "mirror=off,mirror_tap=mon0",
+            "mirror_tap=mon0,mirror_size=1M",
+            "mirror_tap=mon0,mirror_file=a.pcap",
+        ] {
+            let error = mirror(wrong).unwrap_err();
             assert!(error.is::<Misuse>(), "{wrong}: {error}");
         }
     }

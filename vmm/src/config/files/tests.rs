@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::device::tests::TEST_MODELS;
 use super::super::serial::FileSink;
-use super::super::{DebugconConfig, DeviceConfig, SerialConfig};
+use super::super::{DebugconConfig, SerialConfig};
 use super::*;
 
 struct Case {
@@ -296,4 +296,22 @@ fn the_monitors_own_files_are_no_sinks_even_under_another_name() {
     let refused = check(&machine).unwrap_err().to_string();
     assert!(refused.starts_with("--log-file: "), "{refused}");
     assert!(refused.contains("the initramfs"), "{refused}");
+}
+
+#[test]
+fn a_mirror_writes_over_nothing_that_the_machine_uses_and_need_not_be_there() {
+    let mut case = Case::new().disk("a.img", true);
+    case.config.devices.push(DeviceConfig {
+        kind: "net".to_owned(),
+        id: "lan".to_owned(),
+        address: None,
+        config: json!({ "mirror_file": case.path("link") }),
+    });
+    let refused = check(&case.config, TEST_MODELS, &Opener::new()).unwrap_err();
+    assert!(refused.to_string().contains("'disk0'"), "{refused}");
+    assert_eq!(flag_of(&refused), Some("net"));
+    case.config.devices[1].config = json!({ "mirror_file": case.path("new") });
+    assert_eq!(case.check(), Ok(()));
+    let models = virtio::models::MODELS;
+    assert!(check_present(&case.config, models, &Opener::new()).is_ok());
 }

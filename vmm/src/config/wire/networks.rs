@@ -5,13 +5,14 @@ use std::os::fd::RawFd;
 
 use api::ControlError;
 use api::wire;
-use serde_json::{Map, Value};
+use net::MirrorTarget;
+use serde_json::{Map, Value, json as value};
 use virtio::limit::RateLimits;
 use virtio::models::net::{MODEL, NetConfig, NetLimits, random_mac};
 
 use super::super::{DeviceConfig, VmConfig};
 use super::devices::{json, not_found, slot};
-use super::{invalid, missing, names, rate_limiter, rate_limits};
+use super::{invalid, missing, names, path, rate_limiter, rate_limits};
 
 /// What is wrong with a card.
 fn refused(error: &virtio::models::BuildError) -> ControlError {
@@ -25,6 +26,30 @@ fn ipv4(field: &str, text: Option<&str>) -> Result<Option<Ipv4Addr>, ControlErro
         let text = text.unwrap_or_default();
         invalid(format!("net.{field}: '{text}' is no IPv4 address"))
     })
+}
+
+/// What gets copies of a card's frames, as a client has said it.
+fn mirror_target(described: &wire::NetMirror) -> Result<Option<MirrorTarget>, ControlError> {
+    let (tap, file) = match described {
+        wire::NetMirror::Off => (None, None),
+        wire::NetMirror::Tap(name) => (Some(name.as_str()), None),
+        wire::NetMirror::File(file) => (None, Some(file)),
+    };
+    let size = file.and_then(|file| file.size);
+    let path = file.map(|file| path("net.mirror.file.path", &file.path));
+    MirrorTarget::of(tap, path.transpose()?.as_deref(), size)
+        .map_err(|error| invalid(format!("net.mirror: {error}")))
+}
+
+/// And as clients are shown it.
+fn shown_mirror(target: MirrorTarget) -> wire::NetMirror {
+    match target {
+        MirrorTarget::Tap(name) => wire::NetMirror::Tap(name),
+        MirrorTarget::File { path, size } => wire::NetMirror::File(wire::NetMirrorFile {
+            path,
+            size: Some(size),
+        }),
+    }
 }
 
 /// The limits that a client has said for two directions, where it has said any.
@@ -92,6 +117,8 @@ impl DeviceConfig {
             rx: rx.unwrap_or_default(),
             tx: tx.unwrap_or_default(),
         });
+        let mirror = described.mirror.as_ref().map(mirror_target).transpose()?;
+        config.set_mirror(mirror.flatten().as_ref());
         config.request().map_err(|error| refused(&error))?;
         Ok(Self {
             kind: MODEL.kind.to_owned(),
@@ -129,6 +156,7 @@ pub(super) fn to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
         offload_tso: on(config.offload_tso),
         offload_ufo: on(config.offload_ufo),
         fds: None,
+        mirror: config.mirror().ok().flatten().map(shown_mirror),
         tap: config.tap,
         mac: config.mac,
         host_mac: config.host_mac,
@@ -199,6 +227,16 @@ impl VmConfig {
             patch.insert("link".to_owned(), json(link)?);
         }
         config.set_rate_limits(limits);
+        if let Some(mirror) = &request.mirror {
+            let target = mirror_target(mirror)?;
+            config.set_mirror(target.as_ref());
+            let told = match target {
+                None => value!({}),
+                Some(MirrorTarget::Tap(tap)) => value!({ "tap": tap }),
+                Some(MirrorTarget::File { path, size }) => value!({ "file": path, "size": size }),
+            };
+            patch.insert("mirror".to_owned(), told);
+        }
         let device = DeviceConfig {
             config: json(&config)?,
             ..device.clone()
@@ -225,6 +263,7 @@ pub fn update_net(described: &mut wire::VmConfig, device: &DeviceConfig) {
         net.rate_limiter_config = shown.rate_limiter_config;
         net.rx_rate_limiter_config = shown.rx_rate_limiter_config;
         net.tx_rate_limiter_config = shown.tx_rate_limiter_config;
+        net.mirror = shown.mirror;
     }
 }
 

@@ -100,6 +100,8 @@ impl Driver {
         let cpus = u16::try_from(self.machine.vcpus().count()).unwrap_or(u16::MAX);
         let groups = self.machine.rate_groups();
         let open = move || {
+            // All of it: the descriptors that came along are open for as long as their numbers are used.
+            let planned = planned;
             check()?;
             let ports = Arc::new(NoPorts) as _;
             OpenDevice::open(&planned.config, models, &opener, cpus, (&groups, ports))

@@ -201,6 +201,42 @@ fn a_network_that_vanishes_takes_the_link_down_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_server_that_ends_takes_the_link_down_until_one_listens_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let stream = net::Stream::connect(&path, 1).unwrap();
+    let mut net = Net::new("net0", Box::new(stream), settings(1));
+    let memory = memory();
+    let [mut rx, mut tx] = [0, 1].map(|index| Driver::new(&memory, index, SIZE));
+    // Whoever has room for a frame finds out that nobody sends any.
+    rx.offer(&[(DATA + 0x1000, 512, true)]);
+    let features = net.features();
+    let queues = vec![rx.activate(), tx.activate()];
+    let notices = start(&mut net, features, &memory, queues);
+    tx.put_bytes(DATA, &frame(OTHER, 60));
+    let status = |net: &Net| {
+        let mut status = [0; 2];
+        net.read_config(6, &mut status);
+        status[0]
+    };
+    for _ in 0..2 {
+        let (mut server, _) = listener.accept().unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        while status(&net) == 0 {
+            let notice = notices.recv_timeout(PATIENCE).unwrap();
+            assert!(!matches!(notice, Notice::Reset(_)), "{notice:?}");
+        }
+        tx.offer(&[(DATA, 72, false)]);
+        tx.kick();
+        let mut got = [0; 64];
+        io::Read::read_exact(&mut server, &mut got).unwrap();
+        assert_eq!(got[4..], frame(OTHER, 60)[HEADER_LEN..]);
+        returned(&mut tx, &notices);
+    }
+}
+
+#[test]
 fn a_link_that_is_set_down_drops_frames_of_both_directions_until_it_is_up() {
     let mut rig = Rig::new();
     assert_eq!(rig.change(json!({ "link": "down" })), Reconfigured::Seen);

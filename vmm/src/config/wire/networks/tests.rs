@@ -121,3 +121,44 @@ fn a_card_is_updated_in_its_configuration_and_in_its_description() {
         assert_eq!(refused.unwrap_err().kind, kind);
     }
 }
+
+#[test]
+fn a_mirror_is_put_into_the_configuration_shown_and_changed() {
+    let mirrored = json!([{ "id": "n", "mac": MAC, "mirror": { "file": { "path": "/a.pcap" } } }]);
+    let mut wire = described(mirrored);
+    let config = VmConfig::from_wire(&wire).unwrap();
+    let card = config.devices[0].network().unwrap();
+    assert_eq!(card.mirror_file, Some("/a.pcap".into()));
+    let shown = config.shown_net(&config.devices[0]).unwrap();
+    let shown = serde_json::to_value(shown.mirror).unwrap();
+    assert_eq!(
+        shown,
+        json!({ "file": { "path": "/a.pcap", "size": 1 << 30 } })
+    );
+    let request = |mirror: Value| -> wire::VmUpdateNet {
+        serde_json::from_value(json!({ "id": "n", "mirror": mirror })).unwrap()
+    };
+    for (mirror, told) in [
+        (json!({ "tap": "mon0" }), json!({ "tap": "mon0" })),
+        (
+            json!({ "file": { "path": "/b", "size": 1 << 20 } }),
+            json!({ "file": "/b", "size": 1 << 20 }),
+        ),
+        (json!("off"), json!({})),
+    ] {
+        let planned = config.plan_net_update(&request(mirror.clone())).unwrap();
+        assert_eq!(planned.patch, json!({ "mirror": told }));
+        update_net(&mut wire, &planned.device);
+        let shown = serde_json::to_value(&wire.net.as_ref().unwrap()[0].mirror).unwrap();
+        let off = mirror == json!("off");
+        assert_eq!(shown, if off { Value::Null } else { mirror });
+    }
+    for wrong in [
+        json!({ "tap": "a/b" }),
+        json!({ "file": { "path": "" } }),
+        json!({ "file": { "path": "/a", "size": 5 } }),
+    ] {
+        let refused = config.plan_net_update(&request(wrong)).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::Invalid);
+    }
+}
