@@ -49,13 +49,8 @@ pub enum ConfigError {
         source: virtio::limit::LimitError,
     },
     /// A device names a group that there is not.
-    #[error(
-        "--{flag} rate_limit_group={group}: '{id}' is in a group that there is not: add \
-         it with --rate-limit-group id={group},…"
-    )]
+    #[error("--rate-limit-group id={group}: there is no such group, and '{id}' is in it: add it")]
     NoGroup {
-        /// The device's flag, without dashes.
-        flag: String,
         /// The device.
         id: String,
         /// The group.
@@ -471,7 +466,7 @@ impl VmConfig {
                     });
                 }
             }
-            self.validate_group(model, device)?;
+            self.validate_group(device)?;
             check_shape(model.fields, &device.config).map_err(|reason| {
                 ConfigError::DeviceShape {
                     id: id.to_owned(),
@@ -483,7 +478,7 @@ impl VmConfig {
         Ok(self.validate_balloon()?)
     }
 
-    fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {
+    fn validate_group(&self, device: &DeviceConfig) -> Result<(), ConfigError> {
         let group = device
             .config
             .get("rate_limit_group")
@@ -493,7 +488,6 @@ impl VmConfig {
             return Ok(());
         }
         Err(ConfigError::NoGroup {
-            flag: model.flag.to_owned(),
             id: device.id.clone(),
             group: group.to_owned(),
         })

@@ -95,7 +95,7 @@ fn a_machine_without_ports_says_that_it_has_none() {
     let (status, why) = once_it_runs(|| refused(client.agent_freeze()));
     assert_eq!(status, 409);
     assert!(
-        why.contains("has no port for a guest agent: add --agent"),
+        why.contains("has no port for a guest agent: it is one called"),
         "{why}"
     );
     let attach = |port| {

@@ -280,7 +280,7 @@ fn a_machine_without_room_refuses_by_name_and_has_nothing_for_it() {
     }
     guest.resize_memory(64 * MIB).unwrap();
     let more = guest.resize_memory(192 * MIB).unwrap_err().to_string();
-    assert!(more.contains("hotplug_size="), "{more}");
+    assert!(more.contains("--memory hotplug_size: "), "{more}");
     guest.ask(Ask::Pause);
     let units = guest.machine.machine(|m| m.save_units().unwrap());
     assert!(

@@ -284,7 +284,7 @@ fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
             "zero byte",
         ),
         (json!({"disks": [{}]}), "no path"),
-        (json!({"disks": [{"path": ""}]}), "disk.path"),
+        (json!({"disks": [{"path": ""}]}), "disks.path"),
         (
             json!({"disks": [{"path": "/a", "num_queues": 0}]}),
             "0: a disk has",
@@ -313,7 +313,7 @@ fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
         (json!({"disks": [{"path": "/a", "id": ""}]}), "is empty"),
         (
             json!({"disks": [{"path": "/a", "rate_limit_group": "g"}]}),
-            "a group that there is not",
+            "there is no such group",
         ),
         (json!({"serial": {"mode": "File"}}), "serial"),
         (json!({"rng": {"src": ""}}), "rng.src"),
@@ -377,7 +377,7 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (
             json!({"disks": [{"path": "/a", "pci_segment": 1}],
                 "platform": {"num_pci_segments": 2}}),
-            "disk.pci_segment",
+            "disks.pci_segment",
         ),
         (
             json!({"debug_console": {"mode": "Pty"}}),
@@ -422,24 +422,24 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
         (json!({"platform": {"iommufd": true}}), "platform.iommufd"),
         (
             json!({"disks": [{"path": "/a", "vhost_user": true}]}),
-            "disk.vhost_user",
+            "disks.vhost_user",
         ),
         (
             json!({"disks": [{"vhost_socket": "/a"}]}),
-            "disk.vhost_user",
+            "disks.vhost_user",
         ),
         (
             json!({"disks": [{"path": "/a", "iommu": true}]}),
-            "disk.iommu",
+            "disks.iommu",
         ),
         (
             json!({"disks": [{"path": "/a", "image_type": "Vhdx"}]}),
-            "disk.image_type=Vhdx",
+            "disks.image_type=Vhdx",
         ),
         (
             json!({"disks": [{"path": "/a",
                 "queue_affinity": [{"queue_index": 0, "host_cpus": [0]}]}]}),
-            "disk.queue_affinity",
+            "disks.queue_affinity",
         ),
     ]
 }
