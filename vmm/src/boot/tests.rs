@@ -263,7 +263,7 @@ fn an_initramfs_larger_than_memory_names_the_sizes_and_the_mend() {
     assert_eq!(
         error.to_string(),
         "the initramfs of 2097153 bytes does not fit in guest memory beside the kernel, which ends \
-         at 0x1200000: 2097152 bytes are free; use --memory size=21M or more"
+         at 0x1200000: 2097152 bytes are free; give the guest 21M of memory or more"
     );
     boot_with(&memory, &bzimage(), Some(&initrd[1..]), "", Protocol::Auto).unwrap();
     boot_with(

@@ -67,8 +67,6 @@ fn one_of(command: &Command) -> impl Iterator<Item = &Arg> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     fn usage(verbs: &[&str]) -> String {
         let mut command = crate::cli::command(virtio::models::MODELS);
         command.build();

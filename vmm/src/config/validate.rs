@@ -182,7 +182,7 @@ pub enum ConfigError {
     /// Two devices in one slot.
     #[error(
         "--{flag} addr={slot}: '{first}' and '{second}' are in the same PCI slot: give each \
-         its own, or leave addr out"
+         its own, or leave it out"
     )]
     DuplicateSlot {
         /// The flag of the second, without dashes.
