@@ -20,7 +20,8 @@ CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 SECONDS ?= 60
 # What is fuzzed; a virtio model is a target by its name.
 FUZZED := block/image block/check virtio/pci virtio/ring \
-	virtio/balloon virtio/blk virtio/console virtio/net virtio/rng
+	virtio/balloon virtio/blk virtio/console virtio/net virtio/rng \
+	devices/rfb
 
 .PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \
 	clean
@@ -32,7 +33,7 @@ help:
 	@echo 'make test-openapi  requests of all kinds against the control socket; gets Python packages'
 	@echo 'make openapi    write the OpenAPI document anew, after a change of the wire types'
 	@echo 'make bench      measure against QEMU'
-	@echo 'make fuzz       any bytes as images and as guests, for SECONDS=60 each'
+	@echo 'make fuzz       any bytes as images, guests and viewers, for SECONDS=60 each'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
 	@echo 'make guests     the small guest programs: target/guests'
@@ -87,6 +88,7 @@ lint: setup
 	$(CARGO) fmt --all -- --check
 	$(CARGO) fmt --manifest-path block/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path virtio/fuzz/Cargo.toml -- --check
+	$(CARGO) fmt --manifest-path devices/fuzz/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 		$(CARGO) deny --offline check licenses bans sources; \

@@ -5,9 +5,18 @@
 //! never waits for them, does nothing while nobody looks, and says which of its pages have been written since it was
 //! asked last.
 
+mod area;
+mod canvas;
+mod input;
 mod mode;
+mod pace;
+pub mod rfb;
+mod screen;
 
+pub use area::Size;
+pub use input::{Button, InputSink, PLACE_MAX};
 pub use mode::{Mode, ModeError, PixelFormat};
+pub use screen::{Picture, Screen};
 
 /// Bytes for each bit of a [`FrameSource::changed`] map: a guest page.
 pub const PAGE: usize = 4096;

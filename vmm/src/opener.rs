@@ -19,14 +19,17 @@ use std::path::{Path, PathBuf};
 use block::{Access, Address};
 use kvm_ioctls::Kvm;
 
+use crate::machine::beside::put_away;
 use crate::places;
 
 mod connect;
 mod documents;
 mod lease;
 mod networks;
+mod outputs;
 
 pub use documents::NewFile;
+pub use outputs::unmarked;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -87,6 +90,15 @@ pub enum OpenError {
          give another path, or end its user; 'fuser -v {0}' may tell who that is", path.display()
     )]
     InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A full output is to get the name of a file that is none of its own.
+    #[error(
+        "{} is there, and nothing that an output with a limit has kept: it is not replaced: move it away, or choose \
+         another path for the output", path.display()
+    )]
+    NotKept {
         /// The path.
         path: PathBuf,
     },
@@ -152,9 +164,19 @@ pub struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
-            // Somebody else may just have removed it; then it is gone as well.
-            let _ = fs::remove_file(&self.path);
+        struct Named(PathBuf, (u64, u64));
+        impl Drop for Named {
+            fn drop(&mut self) {
+                if identity(&self.0).is_ok_and(|found| found == self.1) {
+                    // Somebody else may just have removed it; then it is gone as well.
+                    let _ = fs::remove_file(&self.0);
+                }
+            }
+        }
+        let path = std::mem::take(&mut self.path);
+        // Who ends something with a socket may be the control thread.
+        if !put_away(Named(path, self.identity)) {
+            tracing::warn!("the file of a socket is not removed yet: its storage does not answer");
         }
     }
 }
@@ -197,123 +219,6 @@ impl Opener {
             });
         }
         Ok(file)
-    }
-
-    /// Opens a file that is written from its start: it is created with mode
-    /// 0600, or emptied when it is a regular file. A terminal, `/dev/null` or
-    /// a pipe with a reader is taken as it is. Writing never blocks: where a
-    /// terminal or a pipe is full it fails with `WouldBlock`. What is written
-    /// goes to the file's end, also after somebody else has emptied it. As long as a regular file is open,
-    /// nobody else opens it as a disk or an output.
-    ///
-    /// # Errors
-    ///
-    /// [`OpenError::InUse`] for a disk or an output of somebody; a symbolic link, a directory and a block device are refused,
-    /// and nothing is changed then.
-    pub fn create_output(&self, path: &Path) -> Result<File, OpenError> {
-        create(path, 0o600, libc::O_APPEND)
-    }
-
-    /// As [`Opener::create_output`], and a pipe may have no reader yet: who comes later finds what
-    /// was written until then, as far as the pipe holds it.
-    ///
-    /// # Errors
-    ///
-    /// As [`Opener::create_output`].
-    pub fn create_event_output(&self, path: &Path) -> Result<File, OpenError> {
-        match self.create_output(path) {
-            Err(OpenError::System { source, .. }) if source.raw_os_error() == Some(libc::ENXIO) => {
-                // Also open for reading, it is open without a reader.
-                OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
-                    .open(path)
-                    .map_err(system("open", path))
-            }
-            result => result,
-        }
-    }
-
-    /// As [`Opener::create_output`], but what is in a regular file stays, and others may append to it.
-    ///
-    /// # Errors
-    ///
-    /// As [`Opener::create_output`].
-    pub fn append_output(&self, path: &Path) -> Result<File, OpenError> {
-        open_output(path, 0o600, libc::O_APPEND, false)
-    }
-
-    /// That a regular file at `path`, which is to be replaced by another, is nobody's disk or output. Where it
-    /// cannot be looked at, it is taken for none.
-    ///
-    /// # Errors
-    ///
-    /// [`OpenError::InUse`].
-    pub fn check_unused(&self, path: &Path) -> Result<(), OpenError> {
-        let opened = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path);
-        match opened {
-            Ok(file) if is_regular(&file) => claim(&file, path, true),
-            _ => Ok(()),
-        }
-    }
-
-    /// Gives an output file that is full the name `kept`, in place of a file that had
-    /// it, and makes a new one. `current` is the file as
-    /// [`Opener::create_output`] or this has opened it. Where it has lost its
-    /// name already, only the new one is made.
-    ///
-    /// # Errors
-    ///
-    /// [`OpenError::WrongType`] when another file has either name that is not to be
-    /// replaced, [`OpenError::InUse`] for a disk or an output of somebody, [`OpenError::System`] otherwise. `current`
-    /// can be written on.
-    pub fn rotate_output(
-        &self,
-        path: &Path,
-        current: &File,
-        kept: &Path,
-    ) -> Result<File, OpenError> {
-        let facts = current.metadata().map_err(system("rotate", path))?;
-        match identity(path) {
-            Ok(found) if found == (facts.dev(), facts.ino()) => {
-                self.check_unused(kept)?;
-                replace(path, kept)?;
-            }
-            // Whoever moved it away has rotated it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-            Ok(_) => {
-                return Err(OpenError::WrongType {
-                    path: path.to_owned(),
-                    found: "another file by now",
-                    wanted: "a file that nobody else makes",
-                });
-            }
-            Err(error) => return Err(system("rotate", path)(error)),
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_APPEND | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(system("create", path))?;
-        claim(&file, path, true)?;
-        Ok(file)
-    }
-
-    /// As [`Opener::create_output`], for what everybody may read (mode 0644,
-    /// less what the process's mask takes away): documents.
-    ///
-    /// # Errors
-    ///
-    /// As [`Opener::create_output`].
-    pub fn create_document(&self, path: &Path) -> Result<File, OpenError> {
-        create(path, 0o644, 0)
     }
 
     /// Standard output, for writes that never wait where it is a terminal or
@@ -628,85 +533,6 @@ fn check_kind(kind: FileType) -> io::Result<()> {
             describe(kind)
         ),
     ))
-}
-
-fn create(path: &Path, mode: u32, flags: i32) -> Result<File, OpenError> {
-    let file = open_output(path, mode, flags, true)?;
-    if is_regular(&file) {
-        file.set_len(0).map_err(system("empty", path))?;
-    }
-    Ok(file)
-}
-
-/// Gives the file at `path` the name `kept`, where nothing but a regular file is.
-fn replace(path: &Path, kept: &Path) -> Result<(), OpenError> {
-    match fs::symlink_metadata(kept) {
-        Ok(facts) if !facts.is_file() => {
-            return Err(OpenError::WrongType {
-                path: kept.to_owned(),
-                found: describe(facts.file_type()),
-                wanted: "a regular file, or one where nothing is yet",
-            });
-        }
-        _ => (),
-    }
-    fs::rename(path, kept).map_err(system("rotate", path))
-}
-
-/// Opens a file that is written, and takes it into use: `alone`, or with others who append to it.
-fn open_output(path: &Path, mode: u32, flags: i32, alone: bool) -> Result<File, OpenError> {
-    let open = |read| {
-        OpenOptions::new()
-            .read(read)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(mode)
-            .custom_flags(flags | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-    };
-    // What keeps others out can only be had of a file that is also read. A pipe opened like that
-    // would be its own reader.
-    let regular = match fs::symlink_metadata(path) {
-        Ok(facts) => facts.is_file(),
-        Err(error) => error.kind() == io::ErrorKind::NotFound,
-    };
-    let opened = match open(regular) {
-        Err(error) if regular && error.kind() == io::ErrorKind::PermissionDenied => open(false),
-        opened => opened,
-    };
-    let file = opened.map_err(|source| match source.raw_os_error() {
-        Some(libc::ELOOP) => OpenError::SymbolicLink {
-            path: path.to_owned(),
-        },
-        _ => system("create", path)(source),
-    })?;
-    let kind = file.metadata().map_err(system("create", path))?.file_type();
-    if kind.is_block_device() {
-        return Err(OpenError::WrongType {
-            path: path.to_owned(),
-            found: describe(kind),
-            wanted: "a file to be written",
-        });
-    }
-    if kind.is_file() {
-        claim(&file, path, alone)?;
-    }
-    Ok(file)
-}
-
-/// Takes a regular file into use that is to be written.
-fn claim(file: &File, path: &Path, alone: bool) -> Result<(), OpenError> {
-    if block::lock_output(file, alone) {
-        return Ok(());
-    }
-    Err(OpenError::InUse {
-        path: path.to_owned(),
-    })
-}
-
-fn is_regular(file: &File) -> bool {
-    file.metadata().is_ok_and(|facts| facts.is_file())
 }
 
 /// Whether no process has the socket at this path any more. Who listens there

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::history::count;
 use crate::config::serial::{FileSink, rotated};
-use crate::opener::{OpenError, Opener};
+use crate::opener::{OpenError, Opener, unmarked};
 
 /// How long nothing is written to a file after a failure. It also limits the log.
 const REST: Duration = Duration::from_secs(1);
@@ -26,7 +26,8 @@ pub enum Trouble {
 ///
 /// A file that cannot be written costs a call a second: what comes meanwhile
 /// is counted as lost. At its limit it gets the name `PATH.1`, in place of the one
-/// that had it, and a new one is begun: the newest output is always there.
+/// that had it, and a new one is begun: the newest output is always there. A file at `PATH.1` that no output
+/// has been kept in is not replaced.
 pub struct LogFile {
     path: PathBuf,
     file: File,
@@ -35,6 +36,8 @@ pub struct LogFile {
     size: u64,
     lost: u64,
     failure: Option<Failure>,
+    /// What it has been kept in, where that is not marked.
+    kept: Option<(u64, u64)>,
 }
 
 struct Failure {
@@ -55,7 +58,7 @@ impl LogFile {
             max_size,
         } = config;
         if max_size.is_some() {
-            opener.check_unused(&rotated(path))?;
+            opener.check_kept(&rotated(path), None)?;
         }
         let file = if *append {
             opener.append_output(path)?
@@ -82,6 +85,7 @@ impl LogFile {
             size: facts.len(),
             lost: 0,
             failure: None,
+            kept: None,
         })
     }
 
@@ -143,9 +147,12 @@ impl LogFile {
     }
 
     fn rotate(&mut self) -> Result<(), OpenError> {
-        self.file = self
+        let (path, kept) = (&self.path, rotated(&self.path));
+        let new = self
             .opener
-            .rotate_output(&self.path, &self.file, &rotated(&self.path))?;
+            .rotate_output(path, &self.file, &kept, self.kept)?;
+        self.kept = unmarked(&self.file);
+        self.file = new;
         self.size = 0;
         Ok(())
     }
@@ -161,6 +168,7 @@ impl LogFile {
             size: 0,
             lost: 0,
             failure: None,
+            kept: None,
         }
     }
 
@@ -250,6 +258,34 @@ mod tests {
         assert_eq!(file.write(b"9"), Some(Trouble::Ended(4)));
         assert_eq!(file.write(b"0"), None);
         assert_eq!((read(&path), read(&obstacle)), ("90".into(), "1234".into()));
+    }
+
+    #[test]
+    fn what_an_output_was_not_kept_in_is_not_replaced_and_what_it_was_is_also_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let kept = rotated(&path);
+        let config = FileSink {
+            max_size: Some(4),
+            append: true,
+            ..FileSink::new(&path)
+        };
+        fs::write(&kept, "core").unwrap();
+        let refused = LogFile::open(&config, &Arc::new(Opener::new()));
+        let message = refused.map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains("log.1") && message.contains("move it away"));
+        fs::remove_file(&kept).unwrap();
+        let mut file = open(&config);
+        assert_eq!((file.write(b"1234"), file.write(b"5")), (None, None));
+        drop(file);
+        let mut file = open(&config);
+        assert_eq!((file.write(b"678"), file.write(b"9")), (None, None));
+        assert_eq!(read(&kept), "5678");
+        // It comes while the output is open.
+        fs::remove_file(&kept).unwrap();
+        fs::write(&kept, "core").unwrap();
+        assert!(matches!(file.write(b"abcd"), Some(Trouble::Began(_))));
+        assert_eq!(read(&kept), "core");
     }
 
     #[test]

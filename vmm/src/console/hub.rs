@@ -43,6 +43,7 @@ use super::sink::{Opened, Sink, SinkId, SinkInfo, SinkKind};
 use super::source::{self, INPUT_CHUNK};
 use super::state::{Heard, Left, Loss, Made, OnEnd, State, Wait, WaitSet};
 use crate::config::SinkConfig;
+use crate::machine::beside::put_away;
 use crate::machine::driver::ppoll;
 use crate::opener::Opener;
 
@@ -221,11 +222,29 @@ impl ConsoleHub {
     ///
     /// [`ConsoleError`]; nothing has changed then.
     pub fn add(&self, config: &SinkConfig, opener: &Arc<Opener>) -> Result<SinkInfo, ConsoleError> {
+        self.put(config, self.open(config, opener)?)
+    }
+
+    /// The first half of [`ConsoleHub::add`], which takes as long as the host's storage does.
+    ///
+    /// # Errors
+    ///
+    /// [`ConsoleError`].
+    pub fn open(&self, config: &SinkConfig, opener: &Arc<Opener>) -> Result<Opened, ConsoleError> {
         if *config == SinkConfig::Tty {
             // A terminal that is in use must not be touched at all.
             self.0.state().check_room(SinkKind::Tty)?;
         }
-        let info = self.insert(Opened::open(config, opener)?)?;
+        Opened::open(config, opener)
+    }
+
+    /// The second half, at once: `opened` is what `config` describes.
+    ///
+    /// # Errors
+    ///
+    /// [`ConsoleError`], when there are as many sinks as can be.
+    pub fn put(&self, config: &SinkConfig, opened: Opened) -> Result<SinkInfo, ConsoleError> {
+        let info = self.insert(opened)?;
         self.0.state().made.push(Made {
             config: config.clone(),
             id: info.id,
@@ -349,9 +368,15 @@ impl ConsoleHub {
 
     pub(super) fn insert(&self, opened: Opened) -> Result<SinkInfo, ConsoleError> {
         let mut state = self.0.state();
-        state.check_room(opened.kind())?;
-        if opened.needs_thread() {
-            self.0.ensure_thread(&mut state)?;
+        let fits = state.check_room(opened.kind());
+        let served = fits.and_then(|()| match opened.needs_thread() {
+            true => self.0.ensure_thread(&mut state),
+            false => Ok(()),
+        });
+        if let Err(error) = served {
+            drop(state);
+            put_away(opened);
+            return Err(error);
         }
         if let Some(path) = opened.path() {
             tracing::debug!(flag = self.0.flag, path = %path.display(), "console sink");

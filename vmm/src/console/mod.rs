@@ -19,7 +19,7 @@ mod terminal;
 
 pub(crate) use escape::{Escape, EscapeFilter};
 pub use hub::{ConsoleHub, ConsoleWriter, InputPort, PortLink};
-pub use sink::{SinkId, SinkIdError, SinkInfo, SinkKind};
+pub use sink::{Opened as OpenSink, SinkId, SinkIdError, SinkInfo, SinkKind};
 pub use terminal::{RawMode, open_pty};
 
 use std::io;

@@ -144,7 +144,7 @@ pub(super) struct Sink {
 }
 
 /// A sink that has been opened and not been given its place.
-pub(super) struct Opened {
+pub struct Opened {
     kind: SinkKind,
     path: Option<PathBuf>,
     parent: Option<SinkId>,

@@ -9,6 +9,7 @@ mod aside;
 mod commands;
 mod coredump;
 mod drain;
+mod ports;
 mod resize;
 
 use std::collections::VecDeque;
@@ -23,7 +24,7 @@ use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use self::aside::Asides;
-pub use self::aside::Opening;
+use super::beside::{Opening, put_away_within};
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
@@ -372,7 +373,7 @@ impl Driver {
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
-        self.give_up_dump(self.patience());
+        self.give_up_dump();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
@@ -384,7 +385,12 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         // Readers of the view may hold the devices for longer than the next machine waits for their files.
-        drop(self.machine.retire_devices());
+        let (devices, time) = (self.machine.retire_devices(), self.patience());
+        self.outlast("close-all", move || {
+            if !put_away_within(devices, time) {
+                tracing::warn!("files of disks are not closed yet: their storage does not answer");
+            }
+        });
         if !self.urgent {
             // Who hears of the end finds the guest's last output in files.
             let signals = self.ears.signals.as_ref().map(Signals::raw_fd);

@@ -12,6 +12,7 @@ use block::nbd::{HandshakeError, NbdError};
 use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::BuildError;
 
+use crate::console::ConsoleError;
 use crate::opener::OpenError;
 
 /// What one error of a chain says.
@@ -43,6 +44,7 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_resize))
         .or_else(|| error.downcast_ref().map(of_disk))
         .or_else(|| error.downcast_ref().map(of_file))
+        .or_else(|| error.downcast_ref().map(of_console))
         .or_else(|| error.downcast_ref().and_then(of_system))
 }
 
@@ -104,9 +106,23 @@ fn of_disk(error: &DiskError) -> Says {
     }
 }
 
+fn of_console(error: &ConsoleError) -> Says {
+    Fault(match error {
+        ConsoleError::Config(_) => ErrorKind::Invalid,
+        ConsoleError::Unknown { .. } => ErrorKind::NotFound,
+        ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
+            ErrorKind::Conflict
+        }
+        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
+        ConsoleError::Open(error) => of(error),
+        ConsoleError::Host { .. } => ErrorKind::Failed,
+    })
+}
+
 fn of_file(error: &OpenError) -> Says {
     match error {
         OpenError::Exists { .. }
+        | OpenError::NotKept { .. }
         | OpenError::InUse { .. }
         | OpenError::SocketInUse { .. }
         | OpenError::NameInUse { .. } => Fault(ErrorKind::Conflict),
@@ -134,11 +150,12 @@ fn of_system(error: &io::Error) -> Option<Says> {
         | System::FileTooLarge
         | System::ReadOnlyFilesystem
         | System::ConnectionRefused => ErrorKind::Invalid,
-        // No name of the standard library's: too many symbolic links.
-        _ if error.raw_os_error() == Some(libc::ELOOP) => ErrorKind::Invalid,
+        // No names of the standard library's: too many symbolic links; a pipe without a reader, a device that is not there.
+        _ if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => ErrorKind::Invalid,
         System::AlreadyExists
         | System::AddrInUse
         | System::ResourceBusy
+        | System::WouldBlock
         | System::ExecutableFileBusy => ErrorKind::Conflict,
         // It passes on what somebody else says.
         System::Other if error.raw_os_error().is_none() => return None,
@@ -191,7 +208,9 @@ mod tests {
             (backend(DiskError::Missing { path: path() }), Invalid),
             (backend(unopened(libc::EACCES)), Invalid),
             (backend(unopened(libc::ELOOP)), Invalid),
+            (backend(unopened(libc::ENXIO)), Invalid),
             (backend(unopened(libc::EBUSY)), Conflict),
+            (backend(unopened(libc::EAGAIN)), Conflict),
             (backend(unopened(libc::EMFILE)), Failed),
             (backend(unopened(libc::EIO)), Failed),
             (backend(part(DiskError::Missing { path: path() })), Invalid),
@@ -217,6 +236,11 @@ mod tests {
                 ReconfigureError::Value(BuildError::Backend(unopened(libc::ENOENT).into())).into(),
                 Invalid,
             ),
+            (
+                ConsoleError::Open(OpenError::InUse { path: path() }).into(),
+                Conflict,
+            ),
+            (ConsoleError::TooManyFiles.into(), ErrorKind::Busy),
         ];
         for (error, kind) in table {
             assert_eq!(of(&*error), kind, "{error}");

@@ -1,5 +1,6 @@
 //! The machine: built in a fixed order, driven by one thread.
 //!
+//! * [`beside`] is where files are opened and looked at: never on the control thread.
 //! * [`parts`] are opened for it, which may take as long as storage does.
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
@@ -10,6 +11,7 @@
 
 mod alarm;
 pub mod bay;
+pub(crate) mod beside;
 pub mod build;
 pub mod coredump;
 mod doorbells;
@@ -49,6 +51,7 @@ use crate::memory::{GuestRam, RamError};
 use crate::opener::Opener;
 use crate::smbios::SmbiosImageError;
 use bay::Bay;
+use beside::BesideError;
 use build::Payload;
 use inventory::{Inventory, Item};
 use platform::Platform;
@@ -169,11 +172,9 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
-    /// Too many earlier openings wait for their storage.
-    #[error(
-        "devices of earlier boots and requests are still being opened, which takes their storage long: try again later"
-    )]
-    Opening,
+    /// What opens files cannot begin.
+    #[error(transparent)]
+    Beside(#[from] BesideError),
     /// There is no such device.
     #[error("there is no device with the id {id}")]
     NoDevice {
@@ -204,12 +205,13 @@ impl MachineError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
-            Self::Opening => ErrorKind::Busy,
+            Self::Beside(BesideError::Full) => ErrorKind::Busy,
             Self::TooManyCpus { .. } | Self::AddressWidth { .. } | Self::HotplugWidth { .. } => {
                 ErrorKind::Invalid
             }
             Self::Device { source, .. } => fault::of(&**source),
             Self::Open { source, .. } => fault::of(source),
+            Self::Console { source, .. } => fault::of(source),
             _ => ErrorKind::Failed,
         }
     }

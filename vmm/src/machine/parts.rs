@@ -14,8 +14,8 @@ use virtio::models::Model;
 
 use super::MachineError;
 use super::bay::OpenDevice;
+use super::beside::{Bell, Opening};
 use super::build::{Payload, open_baseline};
-use super::driver::Opening;
 use super::inbox::Mailbox;
 use crate::config::VmConfig;
 use crate::config::files::{self, OwnFiles};
@@ -114,15 +114,6 @@ impl Opened {
     }
 }
 
-/// Wakes the control thread when it is dropped.
-struct Bell(Mailbox);
-
-impl Drop for Bell {
-    fn drop(&mut self) {
-        self.0.rouse();
-    }
-}
-
 impl PendingParts {
     /// Begins to open what `config` (complete and validated) names, once its files are seen to be its own,
     /// where `own`, the monitor's files, are given. [`PendingParts::take`] has news when
@@ -130,7 +121,7 @@ impl PendingParts {
     ///
     /// # Errors
     ///
-    /// [`MachineError::Opening`] when too many earlier openings hang; [`MachineError::Host`] without threads.
+    /// [`MachineError::Beside`].
     pub fn begin(
         config: &VmConfig,
         models: &'static [Model],
@@ -139,16 +130,14 @@ impl PendingParts {
         mailbox: &Mailbox,
         own: Option<OwnFiles>,
     ) -> Result<Self, MachineError> {
-        let slot = opening.begin().ok_or(MachineError::Opening)?;
         let opened = Opened::of(config);
         let (sender, receiver) = channel();
         let (config, opener) = (config.clone(), Arc::clone(opener));
-        let (bell, groups) = (Bell(mailbox.clone()), opened.groups.clone());
+        let (bell, groups) = (Bell::of(mailbox), opened.groups.clone());
         let ports = Arc::clone(&opened.ports);
         let work = move || {
             // It rings last, also in a panic.
             let _bell = bell;
-            let _slot = slot;
             let sender: Sender<News> = sender;
             let checked = own.map_or(Ok(()), |own| {
                 files::check_all(&config, models, &opener, &own)
@@ -161,11 +150,7 @@ impl PendingParts {
             // Whoever has given up wants to know nothing.
             let _ = sender.send(News::End(end));
         };
-        let thread = Builder::new().name("open".to_owned()).spawn(work);
-        thread.map_err(|source| MachineError::Host {
-            what: "no thread to open the machine's files",
-            source,
-        })?;
+        opening.spawn("open", work, |()| ())?;
         Ok(Self { receiver, opened })
     }
 

@@ -1,13 +1,14 @@
-//! A boot before there is a machine: what that is made from is being opened.
+//! The control thread while no machine runs and files are being opened or looked at beside it
+//! ([`crate::machine::beside`]): for a boot, or for a change of what is described.
 //!
-//! The machine is booting then. Readers are answered as always. What ends a machine ends this, too, at
-//! once: signals, the user at the console, and the commands `vm.shutdown`, `vm.reboot`, `vm.delete` and
-//! `vmm.shutdown`. Other commands wait for the machine, and a command that came after one of them does so too,
+//! Readers are answered as always. What ends a machine ends a boot, too, at once: signals, the user at the console, and
+//! the commands `vm.shutdown`, `vm.reboot`, `vm.delete` and `vmm.shutdown`. Signals and those commands, but for the
+//! reboot, end the waiting for a change. Other commands wait their turn, and one of those that came after them does so too,
 //! unless that takes [`GRACE`] or ends the monitor.
 
 use std::time::{Duration, Instant};
 
-use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, VmState};
+use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, Reply, VmState};
 
 use super::{After, Monitor};
 use crate::config::{GuestAction, VmConfig};
@@ -20,7 +21,16 @@ use crate::machine::{MachineError, Signals};
 /// How long opening may take before what ends the machine is preferred to commands that came before it.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// What ends a boot before there is a machine.
+/// What is waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    /// A boot.
+    Boot,
+    /// A change of what is described.
+    Change,
+}
+
+/// What ends the waiting.
 pub(super) enum Cut {
     Signal,
     Console,
@@ -50,28 +60,54 @@ impl Monitor {
         let own = unchecked.then(|| ears.consoles.reserved().clone());
         let mut pending =
             PendingParts::begin(config, models, &self.opener, &self.opening, mailbox, own)?;
-        let late = Instant::now() + GRACE;
-        loop {
-            if ears.asked_to_end() {
-                // The process ends, and all that is open with it.
-                return Ok(Opened::Cut(Cut::Signal));
-            }
-            // Looked at before what came of it: who commands the end does not find a machine that runs.
-            let grace = late.saturating_duration_since(Instant::now());
-            if let Some(cut) = take_cut(ears, grace.is_zero()) {
+        match attend(ears, Waiting::Boot, || pending.take())? {
+            Ok(opened) => opened.map(|parts| Opened::All(Box::new(parts))),
+            Err(cut) => {
                 pending.give_up();
-                return Ok(Opened::Cut(cut));
+                Ok(Opened::Cut(cut))
             }
-            if let Some(opened) = pending.take() {
-                // Commands may have been left in their places, whose wake-up is spent.
-                ears.inbox.rouse();
-                return opened.map(|parts| Opened::All(Box::new(parts)));
-            }
-            let signals = ears.signals.as_ref().map(Signals::raw_fd);
-            let mut fds = [readable(Some(ears.inbox.wake_fd())), readable(signals)];
-            let timeout = Some(grace).filter(|grace| !grace.is_zero());
-            ppoll(&mut fds, timeout).map_err(MachineError::Wait)?;
         }
+    }
+
+    /// Changes what is described, in two steps: `work`, which may look at files and open them, on a thread of its own, and
+    /// then `take_up` with what came of it, here. What ends the waiting is carried out instead; nothing has changed then.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Wait`] when the host lets it wait no more.
+    pub(super) fn beside<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+        take_up: impl FnOnce(&mut Self, T) -> Result<Reply, ControlError>,
+        answer: Answer,
+    ) -> Result<Option<After>, MachineError> {
+        let Some(ears) = &mut self.ears else {
+            return Ok(None);
+        };
+        let pending = match self.opening.start("open", &self.mailbox, work) {
+            Ok(pending) => pending,
+            Err(error) => {
+                answer(Err(error.to_control()));
+                return Ok(None);
+            }
+        };
+        let cut = match attend(ears, Waiting::Change, || pending.take())? {
+            Ok(done) => {
+                let lost = |error| ControlError::from_error(ErrorKind::Failed, &error);
+                let done = done.map_err(lost).and_then(|done| done);
+                answer(done.and_then(|done| take_up(self, done)));
+                return Ok(None);
+            }
+            Err(cut) => cut,
+        };
+        let message =
+            "the change was ended while its files were being looked at: nothing has changed";
+        answer(Err(ControlError::new(ErrorKind::Conflict, message)));
+        Ok(match cut {
+            Cut::Signal => Some(After::Exit(ExitReason::Stopped)),
+            Cut::Command(command, answer) => self.on_command(command, answer)?,
+            Cut::Console => None,
+        })
     }
 
     /// Does what ended a boot before there was a machine.
@@ -111,15 +147,52 @@ impl Monitor {
     }
 }
 
-/// What ends the boot, if it has come. Who would boot again is answered.
-fn take_cut(ears: &mut Ears, late: bool) -> Option<Cut> {
+/// Waits until `ready` has something, and listens meanwhile.
+///
+/// # Errors
+///
+/// [`MachineError::Wait`].
+fn attend<T>(
+    ears: &mut Ears,
+    waiting: Waiting,
+    mut ready: impl FnMut() -> Option<T>,
+) -> Result<Result<T, Cut>, MachineError> {
+    let late = Instant::now() + GRACE;
+    loop {
+        if ears.asked_to_end() {
+            // The process ends, and all that is open with it.
+            return Ok(Err(Cut::Signal));
+        }
+        // Looked at before what came of it: who commands the end does not find a machine that runs.
+        let grace = late.saturating_duration_since(Instant::now());
+        if let Some(cut) = take_cut(ears, waiting, grace.is_zero()) {
+            ears.inbox.rouse();
+            return Ok(Err(cut));
+        }
+        if let Some(done) = ready() {
+            // Commands may have been left in their places, whose wake-up is spent.
+            ears.inbox.rouse();
+            return Ok(Ok(done));
+        }
+        let signals = ears.signals.as_ref().map(Signals::raw_fd);
+        let mut fds = [readable(Some(ears.inbox.wake_fd())), readable(signals)];
+        let timeout = Some(grace).filter(|grace| !grace.is_zero());
+        ppoll(&mut fds, timeout).map_err(MachineError::Wait)?;
+    }
+}
+
+/// What ends the waiting, if it has come. Who would boot during a boot is answered.
+fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
+    let boots = waiting == Waiting::Boot;
     let concerns = || {
         let mut others = false;
         move |message: &Message| match message {
-            Message::ConsoleEnd => true,
+            Message::ConsoleEnd => boots,
             Message::Command(command, _) => match command {
-                Command::Quit | Command::Boot | Command::BootOnce(_) | Command::Create(_) => true,
-                Command::Delete | Command::Shutdown | Command::Reboot => late || !others,
+                Command::Quit => true,
+                Command::Boot | Command::BootOnce(_) | Command::Create(_) if boots => true,
+                Command::Delete | Command::Shutdown => late || !others,
+                Command::Reboot if boots => late || !others,
                 _ => {
                     others = true;
                     false

@@ -1,15 +1,18 @@
 //! The sinks of the serial port, as the control socket lists and changes them.
 
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::{ControlError, ErrorKind, wire};
 use virtio::models::Model;
 
 use super::view::not_created;
+use crate::config::files::OwnFiles;
 use crate::config::serial::SinkError;
-use crate::config::{SerialConfig, SinkConfig, files};
-use crate::console::{ConsoleError, ConsoleHub, SinkId, SinkInfo, SinkKind};
+use crate::config::{SerialConfig, SinkConfig, VmConfig, files};
+use crate::console::{ConsoleError, ConsoleHub, OpenSink, SinkId, SinkInfo, SinkKind};
+use crate::machine::beside::put_away;
 use crate::machine::driver::Ears;
 use crate::machine::fault;
 use crate::opener::Opener;
@@ -77,59 +80,144 @@ fn check_path(text: &str, sink: &SinkConfig) -> Result<(), ControlError> {
     Err(ControlError::new(ErrorKind::Invalid, message))
 }
 
-/// Adds or removes a sink, and takes it up into the description, so that the next boot has it
-/// too. Files and sockets are opened here.
+/// A change of the sinks that makes sense.
+pub enum Change {
+    /// A sink that is to be opened first.
+    Sink(Box<Planned>),
+    /// One that can be made at once.
+    Ready(Ready),
+}
+
+/// A sink that is to be opened.
+pub struct Planned {
+    sink: SinkConfig,
+    config: VmConfig,
+    own: OwnFiles,
+    hub: ConsoleHub,
+    dump: Option<PathBuf>,
+}
+
+/// What [`finish`] takes up.
+pub enum Ready {
+    /// A sink that has been opened.
+    Opened(SinkConfig, Box<OpenSink>),
+    /// A sink that is to go.
+    Removed(SinkId),
+}
+
+impl Planned {
+    /// It is to keep clear of the core dump that is being written to `path`.
+    pub fn spare(&mut self, path: &Path) {
+        self.dump = Some(path.to_owned());
+    }
+
+    /// Looks whether its file is its own, and opens it. Not on the control thread: the host may take long.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Conflict`] for a file that is in use; [`ErrorKind::Failed`] for what the host refuses.
+    pub fn open(
+        mut self,
+        models: &'static [Model],
+        opener: &Arc<Opener>,
+    ) -> Result<Ready, ControlError> {
+        if let Some(path) = &self.dump {
+            self.own.add(path, files::DUMP);
+        }
+        files::check_sink(&self.config, models, opener, &self.own, &self.sink)
+            .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+        let opened = self.hub.open(&self.sink, opener);
+        let opened = opened.map_err(|error| refused(&error))?;
+        Ok(Ready::Opened(self.sink, Box::new(opened)))
+    }
+}
+
+/// The sinks that are described.
+fn described(ears: &Ears) -> Result<(&VmConfig, &[SinkConfig]), ControlError> {
+    let description = ears.description.as_ref().ok_or_else(not_created)?;
+    match &description.config.serial {
+        SerialConfig::Sinks(sinks) => Ok((&description.config, sinks)),
+        _ => Err(no_port(ErrorKind::Conflict)),
+    }
+}
+
+/// The sinks with one more.
+fn grown(ears: &Ears, sink: &SinkConfig) -> Result<SerialConfig, ControlError> {
+    let (config, sinks) = described(ears)?;
+    let serial = SerialConfig::Sinks([sinks, std::slice::from_ref(sink)].concat());
+    serial.validate().map_err(|error| broken(&error))?;
+    let mut grown = config.clone();
+    grown.serial = serial.clone();
+    grown
+        .validate_consoles()
+        .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+    Ok(serial)
+}
+
+/// Begins to add or remove a sink.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::NotFound`] without a description and for a sink that is not there; [`ErrorKind::Invalid`]
-/// for what is no sink; [`ErrorKind::Conflict`] without a port, for one sink too many and a file that is in use;
-/// [`ErrorKind::Failed`] for what the host refuses. Nothing has changed then.
-pub fn change(
-    ears: &mut Ears,
-    models: &'static [Model],
-    opener: &Arc<Opener>,
-    request: &wire::VmConsole,
-) -> Result<(), ControlError> {
-    let hub = ears.consoles.serial();
-    let description = ears.description.as_mut().ok_or_else(not_created)?;
-    let SerialConfig::Sinks(sinks) = &description.config.serial else {
-        return Err(no_port(ErrorKind::Conflict));
-    };
-    let mut sinks = sinks.clone();
-    match request {
+/// [`ErrorKind::NotFound`] without a description; [`ErrorKind::Invalid`] for what is no sink;
+/// [`ErrorKind::Conflict`] without a port and for one sink too many.
+pub fn begin(ears: &Ears, request: wire::VmConsole) -> Result<Change, ControlError> {
+    let (config, _) = described(ears)?;
+    Ok(match request {
         wire::VmConsole::Add(text) => {
-            let sink = read(text)?;
-            sinks.push(sink.clone());
-            SerialConfig::Sinks(sinks.clone())
-                .validate()
-                .map_err(|error| broken(&error))?;
-            check_path(text, &sink)?;
-            let mut grown = description.config.clone();
-            grown.serial = SerialConfig::Sinks(sinks.clone());
-            grown
-                .validate_consoles()
-                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
-            let own = ears.consoles.reserved();
-            files::check_sink(&description.config, models, opener, own, &sink)
-                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
-            let info = hub.add(&sink, opener).map_err(|error| refused(&error))?;
-            hub.adopt(info.id);
+            let sink = read(&text)?;
+            grown(ears, &sink)?;
+            check_path(&text, &sink)?;
+            Change::Sink(Box::new(Planned {
+                sink,
+                config: config.clone(),
+                own: ears.consoles.reserved().clone(),
+                hub: ears.consoles.serial().clone(),
+                dump: None,
+            }))
         }
         wire::VmConsole::Remove(id) => {
-            let id: SinkId = id
-                .parse()
-                .map_err(|error| ControlError::from_error(ErrorKind::Invalid, &error))?;
+            let id = id.parse();
+            let id = id.map_err(|error| ControlError::from_error(ErrorKind::Invalid, &error))?;
+            Change::Ready(Ready::Removed(id))
+        }
+    })
+}
+
+/// Makes the change, and takes it up into the description, so that the next boot has it too. What has been opened is
+/// looked at once more: others may have come or gone meanwhile.
+///
+/// # Errors
+///
+/// As [`begin`], and [`ErrorKind::NotFound`] for a sink that is not there. Nothing has changed then.
+pub fn finish(ears: &mut Ears, ready: Ready) -> Result<(), ControlError> {
+    let hub = ears.consoles.serial();
+    let serial = match ready {
+        Ready::Opened(sink, opened) => {
+            let serial = match grown(ears, &sink) {
+                Ok(serial) => serial,
+                Err(error) => {
+                    put_away(opened);
+                    return Err(error);
+                }
+            };
+            let info = hub.put(&sink, *opened).map_err(|error| refused(&error))?;
+            hub.adopt(info.id);
+            serial
+        }
+        Ready::Removed(id) => {
+            let mut sinks = described(ears)?.1.to_vec();
             let config = hub.config_of(id);
             hub.remove(id).map_err(|error| refused(&error))?;
             let named = |config| sinks.iter().position(|sink| *sink == config);
             if let Some(index) = config.and_then(named) {
                 sinks.remove(index);
             }
+            SerialConfig::Sinks(sinks)
         }
-    }
-    description.config.serial = SerialConfig::Sinks(sinks);
-    description.wire.serial = (&description.config.serial).into();
+    };
+    let description = ears.description.as_mut().ok_or_else(not_created)?;
+    description.wire.serial = (&serial).into();
+    description.config.serial = serial;
     Ok(())
 }
 
@@ -150,15 +238,5 @@ fn broken(error: &SinkError) -> ControlError {
 }
 
 fn refused(error: &ConsoleError) -> ControlError {
-    let kind = match error {
-        ConsoleError::Config(_) => ErrorKind::Invalid,
-        ConsoleError::Unknown { .. } => ErrorKind::NotFound,
-        ConsoleError::TerminalTaken | ConsoleError::TooManySinks | ConsoleError::Closed => {
-            ErrorKind::Conflict
-        }
-        ConsoleError::TooManyClients | ConsoleError::TooManyFiles => ErrorKind::Busy,
-        ConsoleError::Open(error) => fault::of(error),
-        ConsoleError::Host { .. } => ErrorKind::Failed,
-    };
-    ControlError::from_error(kind, error)
+    ControlError::from_error(fault::of(error), error)
 }

@@ -8,6 +8,7 @@ use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire}
 use serde_json::Value;
 use virtio::models::Model;
 
+use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
@@ -138,8 +139,8 @@ impl Description {
         self.config.check_bootable()
     }
 
-    /// The description after `command`, which only changes it: there is no machine. The files of a new device are looked
-    /// at as at a boot.
+    /// The description after `command`, which only changes it: there is no machine. The files of a new device are still to
+    /// be looked at, as at a boot ([`Description::files_check`]).
     ///
     /// # Errors
     ///
@@ -148,9 +149,7 @@ impl Description {
         &self,
         command: Command,
         models: &'static [Model],
-        opener: &Opener,
-        own: &OwnFiles,
-    ) -> Result<Self, ControlError> {
+    ) -> Result<Changed, ControlError> {
         let mut new = self.clone();
         let mut names_files = false;
         match command {
@@ -181,16 +180,23 @@ impl Description {
                 name_devices(&mut new.wire);
                 new.update(&update, planned);
             }
+            Command::AddPort(port) => {
+                new.change_ports(&PortChange::Add(*port), models)?;
+                names_files = true;
+            }
+            Command::RemovePort(request) => {
+                new.change_ports(&PortChange::Remove(request.name), models)?;
+            }
             other => return Err(wrong_state(VmState::Created, None, &other)),
         }
         new.config
             .validate(models, &HostLimits::read())
             .map_err(|error| ControlError::from(&error))?;
-        if names_files {
-            files::check_all(&new.config, models, opener, own)
-                .map_err(|error| ControlError::from(&error))?;
-        }
-        Ok(new)
+        Ok(if names_files {
+            Changed::WithFiles(new)
+        } else {
+            Changed::Whole(new)
+        })
     }
 
     /// Takes up how many vCPUs a machine has been given, and how much memory in all: the
@@ -381,8 +387,21 @@ impl Description {
         name_devices(&mut self.wire);
     }
 
-    /// [`files::check_all`] for this machine with `device`, which is new or takes the place of the one
-    /// that has its id. What is returned does it, on any thread: the host may take long.
+    /// [`files::check_all`] for this machine. What is returned does it, not on the control thread: the host may take long.
+    pub fn files_check(
+        &self,
+        models: &'static [Model],
+        opener: &Arc<Opener>,
+        own: &OwnFiles,
+    ) -> impl FnOnce() -> Result<(), ControlError> + Send + use<> {
+        let (config, opener, own) = (self.config.clone(), Arc::clone(opener), own.clone());
+        move || {
+            files::check_all(&config, models, &opener, &own)
+                .map_err(|error| ControlError::from(&error))
+        }
+    }
+
+    /// The same with `device`, which is new or takes the place of the one that has its id.
     pub fn file_check(
         &self,
         device: &DeviceConfig,
@@ -390,15 +409,19 @@ impl Description {
         opener: &Arc<Opener>,
         own: &OwnFiles,
     ) -> impl FnOnce() -> Result<(), ControlError> + Send + use<> {
-        let mut config = self.config.clone();
-        config.devices.retain(|known| known.id != device.id);
-        config.devices.push(device.clone());
-        let (opener, own) = (Arc::clone(opener), own.clone());
-        move || {
-            files::check_all(&config, models, &opener, &own)
-                .map_err(|error| ControlError::from(&error))
-        }
+        let mut with = self.clone();
+        with.config.devices.retain(|known| known.id != device.id);
+        with.config.devices.push(device.clone());
+        with.files_check(models, opener, own)
     }
+}
+
+/// A description after a change.
+pub enum Changed {
+    /// It can be taken up.
+    Whole(Description),
+    /// It names files that nobody has looked at.
+    WithFiles(Description),
 }
 
 /// A device that is to be added, with its name.
@@ -435,6 +458,14 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    fn changed(description: &Description, command: Command) -> Result<Description, ControlError> {
+        description
+            .changed(command, MODELS)
+            .map(|changed| match changed {
+                Changed::Whole(changed) | Changed::WithFiles(changed) => changed,
+            })
+    }
+
     #[test]
     fn a_machine_that_is_not_booted_has_no_more_vcpus_than_it_may_have() {
         for max in [2, 4] {
@@ -446,12 +477,7 @@ mod tests {
                     desired_vcpus: Some(count),
                     ..wire::VmResize::default()
                 };
-                description.changed(
-                    Command::Resize(request),
-                    MODELS,
-                    &Opener::new(),
-                    &OwnFiles::default(),
-                )
+                changed(description, Command::Resize(request))
             };
             for count in [0, max + 1, 70_000] {
                 let refused = resize(&description, count).err().unwrap();
@@ -492,14 +518,7 @@ mod tests {
             desired_ram: Some(100 * MIB),
             ..wire::VmResize::default()
         };
-        let changed = description
-            .changed(
-                Command::Resize(request),
-                MODELS,
-                &Opener::new(),
-                &OwnFiles::default(),
-            )
-            .unwrap();
+        let changed = changed(&description, Command::Resize(request)).unwrap();
         // Nothing has been added to what it is now: all the room is there again.
         agree(&changed, 100, 512);
     }
@@ -508,11 +527,10 @@ mod tests {
     fn descriptors_are_kept_as_long_as_their_card_is_described() {
         let wire = serde_json::from_value(json!({ "payload": {} })).unwrap();
         let mut description = Description::from_wire(wire).unwrap();
-        let (opener, own) = (Opener::new(), OwnFiles::default());
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let card = serde_json::from_value(json!({ "id": "n" })).unwrap();
         let add = Command::AddDevice(Box::new(AddDevice::Net(card, vec![theirs.into()])));
-        description = description.changed(add, MODELS, &opener, &own).unwrap();
+        description = changed(&description, add).unwrap();
         let wire = description.wire.net.as_ref().unwrap();
         let card = description
             .config
@@ -527,9 +545,7 @@ mod tests {
         let waiting = read(&ours).unwrap_err();
         assert_eq!(waiting.kind(), std::io::ErrorKind::WouldBlock);
         let remove = wire::VmRemoveDevice { id: "n".to_owned() };
-        description = description
-            .changed(Command::RemoveDevice(remove), MODELS, &opener, &own)
-            .unwrap();
+        description = changed(&description, Command::RemoveDevice(remove)).unwrap();
         assert_eq!(description.wire.net, None);
         assert_eq!(read(&ours).unwrap(), 0);
     }

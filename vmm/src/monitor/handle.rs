@@ -11,6 +11,7 @@ use super::{Jobs, View, consoles, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
+use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
 use crate::opener::Opener;
@@ -126,7 +127,11 @@ impl Control for MonitorHandle {
     }
 
     fn cancel_job(&self, id: &str) -> Result<(), ControlError> {
-        self.jobs.cancel(id)
+        self.jobs.cancel(id)?;
+        // A machine that the job keeps paused is free now. Without one there is nobody to be told.
+        self.mailbox
+            .send(Message::Errand(Box::new(Driver::settle_dump)));
+        Ok(())
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {

@@ -136,6 +136,13 @@ impl Jobs {
         self.end(id, Some(why))
     }
 
+    /// Whether it has been asked to end.
+    pub(crate) fn is_cancelled(&self, id: &str) -> bool {
+        let inner = self.lock();
+        let job = inner.jobs.iter().find(|job| job.id == id);
+        job.is_some_and(|job| job.cancelled.load(Ordering::Acquire))
+    }
+
     fn end(&self, id: &str, why: Option<&'static str>) -> Result<(), ControlError> {
         let found = self.lock().jobs.iter().find(|job| job.id == id).cloned();
         let Some(job) = found else {

@@ -23,6 +23,7 @@ pub(crate) mod description;
 mod handle;
 mod jobs;
 mod metrics;
+pub mod ports;
 mod socket;
 mod view;
 
@@ -30,6 +31,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::wire::VmConsole;
 use api::{Answer, Command, ControlError, EventKind, ExitReason, Reply, VmState};
 use virtio::models::Model;
 
@@ -40,13 +42,16 @@ pub use socket::{ApiSocket, Inherited, InheritedError, Place, event_sink};
 pub use view::View;
 
 use booting::Opened;
+use consoles::{Change, Ready};
+use description::Changed;
 
 use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
+use crate::machine::beside::Opening;
 use crate::machine::build::{Built, build};
-use crate::machine::driver::{Driver, Ears, End, Opening, Outcome, Tools, ppoll, readable};
+use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
@@ -402,7 +407,7 @@ impl Monitor {
                     ppoll(&mut fds, None).map_err(MachineError::Wait)?;
                 }
                 Some(Message::Command(command, answer)) => {
-                    if let Some(after) = self.on_command(command, answer) {
+                    if let Some(after) = self.on_command(command, answer)? {
                         return Ok(after);
                     }
                 }
@@ -413,12 +418,16 @@ impl Monitor {
     }
 
     /// Carries out a command while there is no machine.
-    fn on_command(&mut self, command: Command, answer: Answer) -> Option<After> {
+    fn on_command(
+        &mut self,
+        command: Command,
+        answer: Answer,
+    ) -> Result<Option<After>, MachineError> {
         let described = self.ears.as_ref().is_some_and(|e| e.description.is_some());
         match command {
             Command::Quit => {
                 answer(Ok(Reply::Done));
-                return Some(After::Exit(ExitReason::Stopped));
+                return Ok(Some(After::Exit(ExitReason::Stopped)));
             }
             Command::Delete => {
                 self.forget();
@@ -432,7 +441,7 @@ impl Monitor {
             Command::Boot => match self.check() {
                 Ok(()) => {
                     self.unchecked = true;
-                    return Some(After::Boot(Some(answer)));
+                    return Ok(Some(After::Boot(Some(answer))));
                 }
                 Err(error) => answer(Err(error)),
             },
@@ -440,23 +449,16 @@ impl Monitor {
                 Ok(config) => {
                     self.once = Some(config);
                     self.unchecked = true;
-                    return Some(After::Boot(Some(answer)));
+                    return Ok(Some(After::Boot(Some(answer))));
                 }
                 Err(error) => answer(Err(error)),
             },
             // Nothing runs: done already.
             Command::Shutdown => answer(Ok(Reply::Done)),
-            Command::Console(request) => {
-                let Some(ears) = &mut self.ears else {
-                    return None;
-                };
-                let changed = consoles::change(ears, self.models, &self.opener, &request);
-                self.view.describe(ears.description.as_ref());
-                answer(changed.map(|()| Reply::Done));
-            }
-            command => answer(self.change(command)),
+            Command::Console(request) => return self.change_console(request, answer),
+            command => return self.change(command, answer),
         }
-        None
+        Ok(None)
     }
 
     fn create(&mut self, wire: api::wire::VmConfig) -> Result<(), ControlError> {
@@ -466,16 +468,12 @@ impl Monitor {
 
     /// What can be found wrong before anything is opened.
     fn check(&self) -> Result<(), ControlError> {
-        let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
-        let description = description.ok_or_else(view::not_created)?;
-        description.check_bootable()
+        self.described()?.1.check_bootable()
     }
 
     /// What one boot is made from.
     fn once(&self, request: &api::wire::VmBootOnce) -> Result<VmConfig, ControlError> {
-        let description = self.ears.as_ref().and_then(|e| e.description.as_ref());
-        let description = description.ok_or_else(view::not_created)?;
-        description.config.boot_once(request)
+        self.described()?.1.config.boot_once(request)
     }
 
     fn forget(&mut self) {
@@ -494,16 +492,64 @@ impl Monitor {
     }
 
     /// Changes the description alone.
-    fn change(&mut self, command: Command) -> Result<Reply, ControlError> {
-        let ears = self.ears.as_mut().ok_or_else(view::not_created)?;
-        let own = ears.consoles.reserved();
-        let Some(description) = &mut ears.description else {
-            return Err(view::not_created());
+    fn change(&mut self, command: Command, answer: Answer) -> Result<Option<After>, MachineError> {
+        let answer = ports::answer_of(&command, answer);
+        let changed = self.described().and_then(|(ears, description)| {
+            let changed = description.changed(command, self.models)?;
+            Ok((changed, ears.consoles.reserved().clone()))
+        });
+        let (changed, own) = match changed {
+            Ok((Changed::Whole(changed), _)) => {
+                answer(self.take_up(changed));
+                return Ok(None);
+            }
+            Ok((Changed::WithFiles(changed), own)) => (changed, own),
+            Err(error) => {
+                answer(Err(error));
+                return Ok(None);
+            }
         };
-        let changed = description.changed(command, self.models, &self.opener, own)?;
-        *description = changed;
-        self.view.describe(Some(description));
+        let check = changed.files_check(self.models, &self.opener, &own);
+        let checked = move || check().map(|()| changed);
+        self.beside(checked, Self::take_up, answer)
+    }
+
+    fn take_up(&mut self, changed: Description) -> Result<Reply, ControlError> {
+        let ears = self.ears.as_mut().ok_or_else(view::not_created)?;
+        self.view.describe(Some(ears.description.insert(changed)));
         Ok(Reply::Done)
+    }
+
+    /// Changes the sinks of the serial port.
+    fn change_console(
+        &mut self,
+        request: VmConsole,
+        answer: Answer,
+    ) -> Result<Option<After>, MachineError> {
+        let begun = self.ears.as_mut().ok_or_else(view::not_created);
+        let begun = begun.and_then(|ears| consoles::begin(ears, request));
+        let finish = |monitor: &mut Self, ready: Ready| {
+            let ears = monitor.ears.as_mut().ok_or_else(view::not_created)?;
+            consoles::finish(ears, ready)?;
+            monitor.view.describe(ears.description.as_ref());
+            Ok(Reply::Done)
+        };
+        match begun {
+            Ok(Change::Ready(ready)) => answer(finish(self, ready)),
+            Ok(Change::Sink(sink)) => {
+                let (models, opener) = (self.models, Arc::clone(&self.opener));
+                let open = move || sink.open(models, &opener);
+                return self.beside(open, finish, answer);
+            }
+            Err(error) => answer(Err(error)),
+        }
+        Ok(None)
+    }
+
+    fn described(&self) -> Result<(&Ears, &Description), ControlError> {
+        let ears = self.ears.as_ref().ok_or_else(view::not_created)?;
+        let description = ears.description.as_ref().ok_or_else(view::not_created)?;
+        Ok((ears, description))
     }
 
     fn publish(&self, kind: EventKind) {

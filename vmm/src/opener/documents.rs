@@ -2,11 +2,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
 use rustix::io::Errno;
 
 use super::{OpenError, Opener, system};
@@ -66,8 +67,8 @@ impl Opener {
         new.keep()
     }
 
-    /// Begins a new file at `path`, for its owner alone, under a name of its own
-    /// beside it until [`NewFile::keep`].
+    /// Begins a new file at `path`, for its owner alone, without a name until [`NewFile::keep`]: what is killed before that
+    /// leaves nothing. Where the file system cannot do that, it has a name of its own beside it until then.
     ///
     /// # Errors
     ///
@@ -78,12 +79,14 @@ impl Opener {
                 path: path.to_owned(),
             });
         }
-        let (file, temporary) = create_beside(path).map_err(system("create", path))?;
-        Ok(NewFile {
-            file,
-            temporary: Some(temporary),
-            path: path.to_owned(),
-        })
+        match create_nameless(path) {
+            Ok(file) => Ok(NewFile {
+                file,
+                temporary: None,
+                path: path.to_owned(),
+            }),
+            Err(_) => begin_named(path),
+        }
     }
 
     /// Removes a file for good.
@@ -143,7 +146,7 @@ impl Opener {
 #[derive(Debug)]
 pub struct NewFile {
     file: File,
-    /// The name that it has until then, and that nobody else has meanwhile.
+    /// The name that it has until then, if any, and that nobody else has meanwhile.
     temporary: Option<PathBuf>,
     path: PathBuf,
 }
@@ -161,7 +164,25 @@ impl NewFile {
     ///
     /// [`OpenError::Exists`] when something has got the name first, [`OpenError`] otherwise; the file is removed.
     pub fn keep(self) -> Result<(), OpenError> {
+        if self.temporary.is_none() {
+            return self.name();
+        }
         self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))
+    }
+
+    /// Gives a file its first name.
+    fn name(self) -> Result<(), OpenError> {
+        let path = &self.path;
+        self.file.sync_all().map_err(system("write", path))?;
+        let named = linkat(
+            CWD,
+            place_of(&self.file),
+            CWD,
+            path,
+            AtFlags::SYMLINK_FOLLOW,
+        );
+        named.map_err(|errno| not_named(path, errno.into()))?;
+        sync_directory(path)
     }
 
     fn keep_by(
@@ -182,10 +203,7 @@ impl NewFile {
             // Others may have that name by now.
             self.temporary = None;
         }
-        named.map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => OpenError::Exists { path: path.clone() },
-            _ => system("name", &path)(error),
-        })?;
+        named.map_err(|error| not_named(&path, error))?;
         // One name is left when the directory is on the disk.
         drop(self);
         sync_directory(&path)
@@ -199,6 +217,41 @@ impl Drop for NewFile {
             let _ = fs::remove_file(temporary);
         }
     }
+}
+
+fn not_named(path: &Path, error: io::Error) -> OpenError {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => OpenError::Exists {
+            path: path.to_owned(),
+        },
+        _ => system("name", path)(error),
+    }
+}
+
+fn begin_named(path: &Path) -> Result<NewFile, OpenError> {
+    let (file, temporary) = create_beside(path).map_err(system("create", path))?;
+    Ok(NewFile {
+        file,
+        temporary: Some(temporary),
+        path: path.to_owned(),
+    })
+}
+
+/// Creates a file for its owner alone in the directory of `path`, which can be given a name later.
+fn create_nameless(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_TMPFILE)
+        .open(directory_of(path))?;
+    // Without /proc there is no way to name it.
+    fs::symlink_metadata(place_of(&file))?;
+    Ok(file)
+}
+
+/// Where /proc shows a file that is open.
+fn place_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// How many names are tried for a temporary file.
@@ -227,12 +280,16 @@ fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
     }
 }
 
-/// What has been renamed or removed in the directory of `path` stays so after a crash.
-fn sync_directory(path: &Path) -> Result<(), OpenError> {
-    let directory = match path.parent() {
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
+    }
+}
+
+/// What has been renamed or removed in the directory of `path` stays so after a crash.
+fn sync_directory(path: &Path) -> Result<(), OpenError> {
+    let directory = directory_of(path);
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
     synced.map_err(system("sync", directory))
 }
@@ -253,7 +310,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("new");
         for errno in [Errno::INVAL, Errno::NOSYS, Errno::NOTSUP] {
-            let new = Opener::new().begin_file(&path).unwrap();
+            let new = begin_named(&path).unwrap();
             new.file().write_all(b"text").unwrap();
             new.keep_by(|_, _| Err(errno)).unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"text");
@@ -267,7 +324,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("new");
         for errno in [None, Some(Errno::INVAL)] {
-            let new = Opener::new().begin_file(&path).unwrap();
+            let new = begin_named(&path).unwrap();
             fs::write(&path, "another").unwrap();
             let kept = match errno {
                 None => new.keep(),
@@ -281,9 +338,35 @@ mod tests {
     }
 
     #[test]
+    fn a_file_has_no_name_before_it_is_kept_where_the_file_system_can_do_that() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        for taken in [false, true] {
+            let new = Opener::new().begin_file(&path).unwrap();
+            new.file().write_all(b"text").unwrap();
+            if new.temporary.is_none() {
+                assert!(names(directory.path()).is_empty());
+            }
+            if taken {
+                fs::write(&path, "another").unwrap();
+            }
+            let kept = new.keep();
+            assert_eq!(
+                matches!(kept, Err(OpenError::Exists { .. })),
+                taken,
+                "{kept:?}"
+            );
+            let content: &[u8] = if taken { b"another" } else { b"text" };
+            assert_eq!(fs::read(&path).unwrap(), content);
+            assert_eq!(names(directory.path()), ["new"]);
+            fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
     fn what_the_host_refuses_otherwise_is_told_and_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
-        let new = Opener::new().begin_file(&directory.path().join("new"));
+        let new = begin_named(&directory.path().join("new"));
         let kept = new.unwrap().keep_by(|_, _| Err(Errno::NOSPC));
         assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
         assert!(names(directory.path()).is_empty());

@@ -2,6 +2,7 @@ use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 
+use super::outputs::begin_anew;
 use super::*;
 use block::Opener as _;
 
@@ -80,17 +81,19 @@ fn a_disk_in_use_is_no_output_and_an_output_in_use_no_disk() {
     let options = block::DiskOptions::default();
     let disk = block::RawDisk::open(&path, &opener, &options).unwrap();
     let current = opener.create_output(&log).unwrap();
+    let facts = fs::symlink_metadata(&path).unwrap();
+    let ours = Some((facts.dev(), facts.ino()));
     for refused in [
         opener.create_output(&path),
         opener.append_output(&path),
         opener.create_event_output(&path),
-        opener.rotate_output(&log, &current, &path),
+        opener.rotate_output(&log, &current, &path, ours),
         opener.create_output(&log),
     ] {
         let message = refused.map(|_| ()).unwrap_err();
         assert!(matches!(message, OpenError::InUse { .. }), "{message}");
     }
-    assert!(opener.check_unused(&path).is_err());
+    assert!(opener.check_kept(&path, ours).is_err());
     assert_eq!(fs::read(&path).unwrap(), [7; 512]);
     drop(disk);
     let output = opener.create_output(&path).unwrap();
@@ -127,6 +130,64 @@ fn an_output_may_be_a_device_but_not_a_pipe_without_a_reader() {
     let mut null = Opener::new().create_output(Path::new("/dev/null")).unwrap();
     null.write_all(b"x").unwrap();
     assert!(Opener::new().create_output(&pipe).is_err());
+}
+
+#[test]
+fn devices_and_files_that_do_something_when_they_are_written_are_no_outputs() {
+    let opener = Opener::new();
+    let version = fs::read("/proc/self/comm").unwrap();
+    for path in [
+        "/proc/self/comm",
+        "/proc/self/mem",
+        "/dev/ptmx",
+        "/dev/kmsg",
+    ] {
+        let path = Path::new(path);
+        if path.exists() {
+            let refused = opener.create_output(path);
+            assert!(
+                matches!(
+                    refused,
+                    Err(OpenError::WrongType { .. }
+                        | OpenError::SymbolicLink { .. }
+                        | OpenError::Denied { .. })
+                ),
+                "{refused:?}"
+            );
+        }
+    }
+    assert_eq!(fs::read("/proc/self/comm").unwrap(), version);
+    for path in ["/dev/null", "/dev/full"] {
+        assert!(opener.create_output(Path::new(path)).is_ok(), "{path}");
+    }
+    let (_near, _far, name) = crate::console::open_pty().unwrap();
+    assert!(opener.create_output(Path::new(&name)).is_ok());
+}
+
+#[test]
+fn a_new_output_that_somebody_has_taken_does_not_keep_the_next_one_from_being_begun() {
+    let dir = dir();
+    let path = dir.path().join("log");
+    fs::write(&path, "").unwrap();
+    let made = File::options().read(true).write(true).open(&path).unwrap();
+    let taken = Opener::new().append_output(&path).unwrap();
+    assert!(begin_anew(&made, &path).is_err());
+    assert!(!path.exists());
+    drop(taken);
+    fs::write(&path, "").unwrap();
+    let made = File::options().read(true).write(true).open(&path).unwrap();
+    begin_anew(&made, &path).unwrap();
+    assert!(path.exists());
+}
+
+#[test]
+fn a_file_that_cannot_be_looked_at_is_not_replaced() {
+    let path = Path::new("/proc/self/comm/below");
+    let refused = Opener::new().check_kept(path, None);
+    assert!(
+        matches!(refused, Err(OpenError::System { .. })),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -310,14 +371,14 @@ fn a_full_output_is_kept_under_its_other_name_and_begun_anew() {
     for (text, before) in [("one", None), ("two", Some("one"))] {
         file.write_all(text.as_bytes()).unwrap();
         assert_eq!(fs::read_to_string(&kept).ok().as_deref(), before);
-        file = opener.rotate_output(&path, &file, &kept).unwrap();
+        file = opener.rotate_output(&path, &file, &kept, None).unwrap();
         assert_eq!(fs::read_to_string(&kept).unwrap(), text);
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
         assert_eq!(mode(&path), 0o600);
     }
     // Somebody else has moved it away.
     fs::rename(&path, dir.path().join("elsewhere")).unwrap();
-    let mut file = opener.rotate_output(&path, &file, &kept).unwrap();
+    let mut file = opener.rotate_output(&path, &file, &kept, None).unwrap();
     assert_eq!(fs::read_to_string(&kept).unwrap(), "two");
     file.write_all(b"three").unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "three");
@@ -330,7 +391,7 @@ fn an_output_is_not_rotated_over_what_is_no_log() {
     let opener = Opener::new();
     let file = opener.create_output(&path).unwrap();
     fs::create_dir(&kept).unwrap();
-    let error = opener.rotate_output(&path, &file, &kept).unwrap_err();
+    let error = opener.rotate_output(&path, &file, &kept, None).unwrap_err();
     assert!(
         error.to_string().contains("log.1 is a directory"),
         "{error}"
@@ -338,7 +399,7 @@ fn an_output_is_not_rotated_over_what_is_no_log() {
     fs::remove_dir(&kept).unwrap();
     fs::remove_file(&path).unwrap();
     fs::write(&path, "another's").unwrap();
-    let error = opener.rotate_output(&path, &file, &kept).unwrap_err();
+    let error = opener.rotate_output(&path, &file, &kept, None).unwrap_err();
     assert!(error.to_string().contains("another file"), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "another's");
 }

@@ -25,6 +25,7 @@ mod files;
 mod gdb;
 mod hostile;
 mod hotplug;
+mod hung;
 mod lifecycle;
 mod lives;
 mod managers;

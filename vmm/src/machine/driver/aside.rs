@@ -9,7 +9,6 @@
 //! free ([`Driver::holding`]).
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::Instant;
@@ -28,34 +27,6 @@ use crate::monitor::description::Update;
 
 /// What came of opening a medium.
 type Opened = Result<Prepared, ControlError>;
-
-/// How many threads may open files at once, those included that machines which have ended
-/// left behind: what they wait for may never answer.
-const MAX_OPENING: usize = 16;
-
-/// How many threads open files in this monitor. Clones count together.
-#[derive(Clone, Default)]
-pub struct Opening(Arc<AtomicUsize>);
-
-impl Opening {
-    /// Counts one more, unless there are [`MAX_OPENING`], until what it gives is dropped.
-    pub(crate) fn begin(&self) -> Option<Slot> {
-        let more = |count| (count < MAX_OPENING).then_some(count + 1);
-        let begun = self
-            .0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        begun.ok().map(|_| Slot(Arc::clone(&self.0)))
-    }
-}
-
-/// A thread that opens files.
-pub(crate) struct Slot(Arc<AtomicUsize>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// How many threads hold devices.
 #[derive(Default)]
@@ -145,7 +116,7 @@ impl Asides {
     }
 
     /// Takes note of a change of `device`, or refuses it.
-    fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
+    pub(super) fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
         let weak = Arc::downgrade(device);
         let id = device.id();
         if self.changing.get(id).is_some_and(|old| old.ptr_eq(&weak)) {
@@ -156,7 +127,7 @@ impl Asides {
         Ok(())
     }
 
-    fn finish(&mut self, id: &str, device: &Weak<VirtioPci>) {
+    pub(super) fn finish(&mut self, id: &str, device: &Weak<VirtioPci>) {
         if self.changing.get(id).is_some_and(|old| old.ptr_eq(device)) {
             self.changing.remove(id);
         }
@@ -176,18 +147,26 @@ impl Driver {
         work: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(&mut Self, T) + Send + 'static,
     ) -> Result<(), ControlError> {
-        let slot = self.tools.opening.begin().ok_or_else(|| {
-            let message = format!(
-                "{MAX_OPENING} devices and media are being opened, which takes their storage long: try again later"
-            );
-            ControlError::new(ErrorKind::Busy, message)
-        })?;
-        let opens = move || {
-            let done = work();
-            drop(slot);
-            done
-        };
-        self.start(name, opens, then)
+        let then = self.errand(then);
+        let started = self.tools.opening.spawn(name, work, then);
+        started.map_err(|error| error.to_control())
+    }
+
+    /// What brings the control thread that which a thread has made, as long as this machine is there.
+    fn errand<T: Send + 'static>(
+        &self,
+        then: impl FnOnce(&mut Self, T) + Send + 'static,
+    ) -> impl FnOnce(T) + Send + 'static {
+        let mailbox = self.tools.mailbox.clone();
+        let here = Arc::downgrade(&self.asides.held);
+        move |done| {
+            mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
+                // The next machine may be there by now, with devices and answers of its own.
+                if here.ptr_eq(&Arc::downgrade(&driver.asides.held)) {
+                    then(driver, done);
+                }
+            })));
+        }
     }
 
     fn start<T: Send + 'static>(
@@ -196,17 +175,8 @@ impl Driver {
         work: impl FnOnce() -> T + Send + 'static,
         then: impl FnOnce(&mut Self, T) + Send + 'static,
     ) -> Result<(), ControlError> {
-        let mailbox = self.tools.mailbox.clone();
-        let here = Arc::downgrade(&self.asides.held);
-        let run = move || {
-            let done = work();
-            mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
-                // The next machine may be there by now, with devices and answers of its own.
-                if here.ptr_eq(&Arc::downgrade(&driver.asides.held)) {
-                    then(driver, done);
-                }
-            })));
-        };
+        let then = self.errand(then);
+        let run = move || then(work());
         let started = Builder::new().name(name.to_owned()).spawn(run);
         started.map(|_| ()).map_err(|error| {
             tracing::warn!("no thread to {name}: {error}");
@@ -215,7 +185,7 @@ impl Driver {
     }
 
     /// As [`Driver::beside`], for work that holds a device and has a limit.
-    fn holding<T: Send + 'static>(
+    pub(super) fn holding<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
@@ -232,7 +202,7 @@ impl Driver {
     }
 
     /// The device `id`, if it is there to stay.
-    fn settled_device(&self, id: &str) -> Result<Arc<VirtioPci>, ControlError> {
+    pub(super) fn settled_device(&self, id: &str) -> Result<Arc<VirtioPci>, ControlError> {
         let found = self.machine.device(id);
         let (device, address) = found.map_err(|error| error.to_control())?;
         if self.asides.ejecting.contains(&address) {
@@ -429,23 +399,6 @@ fn failed(device: String, source: Box<dyn std::error::Error + Send + Sync>) -> C
     MachineError::Device { device, source }.to_control()
 }
 
-fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
+pub(super) fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
     failed(format!("device {id}"), error.into())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn so_many_open_files_at_once_and_no_more() {
-        let opening = Opening::default();
-        let mut slots: Vec<Slot> = (0..MAX_OPENING)
-            .map(|_| opening.clone().begin().unwrap())
-            .collect();
-        assert!(opening.begin().is_none());
-        slots.pop();
-        assert!(opening.begin().is_some());
-        assert_eq!(opening.0.load(Ordering::Relaxed), MAX_OPENING - 1);
-    }
 }

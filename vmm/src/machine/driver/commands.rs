@@ -14,7 +14,7 @@ use super::Driver;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
-use crate::monitor::consoles;
+use crate::monitor::consoles::{self, Change, Ready};
 use crate::monitor::description::{Update, settle};
 
 impl Driver {
@@ -45,8 +45,10 @@ impl Driver {
                 self.then.push((Command::Reboot, answer));
             }
             Command::AddDevice(device) => self.add_device(*device, answer),
+            Command::AddPort(port) => self.add_port(*port, answer),
+            Command::RemovePort(request) => self.remove_port(request.name, answer),
             Command::Coredump(request) => self.coredump(request, answer),
-            Command::Console(request) => answer(self.change_console(&request)),
+            Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
             Command::Create(_) | Command::Boot | Command::BootOnce(_) => {
                 answer(Err(wrong_state(state, pause, &command)));
@@ -141,9 +143,30 @@ impl Driver {
         }))
     }
 
-    fn change_console(&mut self, request: &VmConsole) -> Result<Reply, ControlError> {
-        let (models, opener) = (self.tools.models, &self.tools.opener);
-        consoles::change(&mut self.ears, models, opener, request)?;
+    /// Adds or removes a sink of the serial port. A new one is opened on a thread of its own.
+    fn change_console(&mut self, request: VmConsole, answer: Answer) {
+        let mut sink = match consoles::begin(&self.ears, request) {
+            Ok(Change::Ready(ready)) => return answer(self.finish_console(ready)),
+            Ok(Change::Sink(sink)) => sink,
+            Err(error) => return answer(Err(error)),
+        };
+        if let Some(path) = self.dumping() {
+            sink.spare(path);
+        }
+        let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));
+        let open = move || sink.open(models, &opener);
+        let answer = self.asides.wait_with(answer);
+        let started = self.beside("open", open, move |driver, ready| {
+            let changed = ready.and_then(|ready| driver.finish_console(ready));
+            driver.asides.answer(answer, changed);
+        });
+        if let Err(error) = started {
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
+    fn finish_console(&mut self, ready: Ready) -> Result<Reply, ControlError> {
+        consoles::finish(&mut self.ears, ready)?;
         self.tools.view.describe(self.ears.description.as_ref());
         let pty = consoles::first_pty(self.ears.consoles.serial());
         self.tools.view.serial_at(pty);

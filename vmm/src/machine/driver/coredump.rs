@@ -1,17 +1,20 @@
 //! The command `vm.coredump`: a job that reads the memory of a machine that is paused meanwhile.
 //!
 //! The core is of one instant. What the guest has asked for just before it was paused (a reset, which gives
-//! its memory back, or a power-off) waits until the dump has ended. The end of the machine ends the dump.
+//! its memory back, or a power-off) waits until the dump has ended. The end of the machine ends the dump, and so does who
+//! cancels its job: the machine is free at once, also where the file's storage does not answer. The thread that writes is
+//! left to itself then. It holds the memory that it reads, which stays mapped, and a file without a name, which goes when
+//! that is closed; no core is kept that is not of one instant.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::Builder;
-use std::time::Duration;
 
 use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 
-use super::Driver;
+use super::{Driver, PATIENCE};
+use crate::config::files;
 use crate::error::chain;
 use crate::machine::coredump::{CoredumpError, CpuRegisters, total, write};
 use crate::machine::inbox::Message;
@@ -26,6 +29,8 @@ const SCHEME: &str = "file://";
 pub(super) struct Dump {
     /// The job's id.
     id: String,
+    /// The file that it becomes.
+    path: PathBuf,
     /// The machine ran before, and goes on after it.
     resume: bool,
     /// Closed when the job has ended and what it leaves is there or gone.
@@ -44,7 +49,14 @@ impl Driver {
             (None, Ok(path)) => path,
         };
         let (opener, place) = (Arc::clone(&self.tools.opener), path.clone());
+        let (models, own) = (self.tools.models, self.ears.consoles.reserved().clone());
+        let description = self.ears.description.as_ref();
+        let config = description.map(|description| description.config.clone());
         let open = move || {
+            if let Some(config) = config {
+                files::check_dump(&config, models, &opener, &own, &place)
+                    .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+            }
             opener
                 .begin_file(&place)
                 .map_err(|error| ControlError::from_error(fault::of(&error), &error))
@@ -97,15 +109,18 @@ impl Driver {
         let failed = |error: MachineError| error.to_control();
         let cpus = self.machine.cpu_registers().map_err(failed)?;
         let memory = self.machine.memory_map();
+        let slot = self.tools.opening.begin();
+        let slot = slot.map_err(|error| error.to_control())?;
         let job = self.tools.jobs.begin("coredump", total(&memory));
         let (info, mailbox) = (job.info(), self.tools.mailbox.clone());
         let (alive, ended) = channel();
+        let becomes = path.clone();
         let work = move || {
             let mut job = job;
             let result = dump(&mut job, file, &path, |file, step| {
                 write(file, &memory, &cpus, step)
             });
-            drop(memory);
+            drop((memory, slot));
             // Who knows of the job's end finds its file there or gone, and the machine free.
             drop(alive);
             job.finish(result);
@@ -121,11 +136,17 @@ impl Driver {
         })?;
         self.dump = Some(Dump {
             id: info.id.clone(),
+            path: becomes,
             resume,
             ended,
             said: Vec::new(),
         });
         Ok(Reply::Started(info))
+    }
+
+    /// The file that is being written.
+    pub(super) fn dumping(&self) -> Option<&Path> {
+        self.dump.as_ref().map(|dump| dump.path.as_path())
     }
 
     /// What becomes of a command while a dump is being written, if not the usual.
@@ -159,9 +180,13 @@ impl Driver {
         }
     }
 
-    /// Lets the machine go on when a dump has ended, after what the guest had asked for has been done.
-    fn settle_dump(&mut self) {
-        let ended = |dump: &mut Dump| dump.ended.try_recv() == Err(TryRecvError::Disconnected);
+    /// Lets the machine go on when a dump has ended or been cancelled, after what the guest had asked for has been done.
+    pub(crate) fn settle_dump(&mut self) {
+        let jobs = &self.tools.jobs;
+        let ended = |dump: &mut Dump| {
+            let over = dump.ended.try_recv() == Err(TryRecvError::Disconnected);
+            over || jobs.is_cancelled(&dump.id)
+        };
         let Some(dump) = self.dump.take_if(ended) else {
             return;
         };
@@ -186,13 +211,13 @@ impl Driver {
         }
     }
 
-    /// Ends a dump that nobody waits for any more, within `time`: its file is not left half written.
-    pub(super) fn give_up_dump(&mut self, time: Duration) {
+    /// Ends a dump that nobody waits for any more. Where storage answers, its file is gone on return.
+    pub(super) fn give_up_dump(&mut self) {
         if let Some(dump) = self.dump.take() {
             // It may have ended by itself.
             let _ = self.tools.jobs.give_up(&dump.id, "the machine has ended");
             self.outlast("coredump-end", move || {
-                let _ = dump.ended.recv_timeout(time);
+                let _ = dump.ended.recv_timeout(PATIENCE);
             });
         }
     }

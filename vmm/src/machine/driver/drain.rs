@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Driver, PATIENCE, ppoll, readable};
 use crate::machine::inbox::Message;
-use crate::machine::signals::{Ending, Signal, Signals};
+use crate::machine::signals::{Signal, Signals};
 use crate::machine::{MachineError, stop_all};
 
 /// What is done beside the control thread and waited for.
@@ -130,8 +130,11 @@ impl Driver {
         let mut cut = false;
         while let Some(signal) = self.ears.signals.as_ref().and_then(Signals::take) {
             if self.is_ending() {
-                // The guest is past pressing buttons.
-                cut |= signal == Signal::End && self.policy.signal(now) == Ending::Now;
+                // The guest is past pressing buttons, and what is left to wait for is not what was asked for.
+                if signal == Signal::End {
+                    self.policy.signal(now);
+                    cut = true;
+                }
             } else {
                 self.heard.push_back(signal);
             }
