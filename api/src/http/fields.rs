@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 
 /// The field of each flag, both as they are in a description.
-const FIELDS: [(&str, &str); 26] = [
+const FIELDS: [(&str, &str); 27] = [
     ("agent", "ports"),
     ("balloon", "balloon"),
     ("cmdline", "payload.cmdline"),
@@ -33,6 +33,7 @@ const FIELDS: [(&str, &str); 26] = [
     ("serial4", "serial4"),
     ("smbios", "platform"),
     ("virtio-console", "console"),
+    ("vsock", "vsock"),
     ("watchdog", "watchdog"),
 ];
 

@@ -208,7 +208,7 @@ fn a_fixed_bzimage_is_loaded_at_one_mib_and_needs_memory_where_it_runs() {
     };
     assert_eq!(entry, expected);
     let error = boot(&ram(&[(0, 16 * MIB)]), &image, Protocol::Auto).unwrap_err();
-    assert!(error.to_string().contains("--memory size=18M"), "{error}");
+    assert!(error.to_string().contains("give the guest 18M"), "{error}");
 }
 
 #[test]
@@ -410,7 +410,7 @@ fn segments_must_be_in_ram_above_boot_data_and_apart() {
     assert!(
         with(len, 1 << 30)
             .to_string()
-            .contains("--memory size=1040M")
+            .contains("give the guest 1040M")
     );
     assert!(matches!(
         with(address, u64::MAX),
@@ -474,7 +474,7 @@ fn bzimage_headers_that_cannot_be_are_named() {
             "needs guest memory at 0x2000000 to 0x2000400",
         ),
         (0x260, &[0xFF; 4], "whatever the memory size"),
-        (0x260, &[0, 0, 0, 0x7F], "--memory size=2048M"),
+        (0x260, &[0, 0, 0, 0x7F], "give the guest 2048M"),
     ];
     for (at, field, expected) in cases {
         let message = with(*at, field);

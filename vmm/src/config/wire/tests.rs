@@ -654,7 +654,7 @@ fn consoles_that_want_the_same_are_refused_with_both() {
     for (more, part) in [
         (
             json!({"serial": {"mode": "Tty"}, "serial2": {"mode": "Tty"}}),
-            "--serial tty and --serial2 tty",
+            "serial and serial2 are both Tty",
         ),
         (
             json!({"serial": {"mode": "Socket", "socket": "/s"}, "ports": [{"name": "a", "socket": "/s"}]}),
