@@ -168,7 +168,11 @@ fn a_port_comes_and_goes_while_the_machine_runs() {
             .contains("nothing in the guest")
     );
     client.remove_port(&agent.name).unwrap();
-    assert!(refused(client.agent_ping()).1.contains("add --agent"));
+    assert!(
+        refused(client.agent_ping())
+            .1
+            .contains("--agent: the machine has no")
+    );
     // And all of them go, while the next boot has what is left.
     client.remove_port("a").unwrap();
     client.reboot().unwrap();

@@ -238,8 +238,8 @@ fn memory_that_comes_is_memory_to_the_guest_and_to_its_devices() {
         for (wanted, part) in [
             (64 * MIB, "not removed"),
             (600 * MIB, "in pieces of 128M (134217728 bytes)"),
-            (2 * GIB, "hotplug_size="),
-            (u64::MAX, "hotplug_size="),
+            (2 * GIB, "--memory hotplug_size: "),
+            (u64::MAX, "--memory hotplug_size: "),
             (0, "not removed"),
         ] {
             let error = guest.resize_memory(wanted).unwrap_err().to_string();
