@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod definitions;
+pub mod display;
 pub mod doctor;
 pub mod error;
 pub mod gdb;

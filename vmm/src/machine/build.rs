@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use api::{DiskErrorAction, EventLog};
+use devices::display::Adapter;
+use devices::display::rfb::Password;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -24,14 +26,16 @@ use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
-use super::parts::Parts;
+use super::parts::{Parts, ReadFiles};
 use super::platform::{Hosts, Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
+use crate::config::{
+    BootProtocol, CpuBaseline, CpusConfig, DisplayConfig, MemoryConfig, Thp, VmConfig,
+};
 use crate::console::Consoles;
 use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
 use crate::kvm::cpuid::{Shape, Topology};
@@ -43,12 +47,16 @@ use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};
 
+/// The most bytes of a file with a password.
+const PASSWORD_FILE: u64 = 4096;
+
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
     kernel: (PathBuf, File),
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
     protocol: Protocol,
+    screen: Option<boot::Screen>,
     smbios: SmbiosImage,
     /// New for each machine that is built, and the same over the guest's resets.
     generation: [u8; 16],
@@ -77,6 +85,7 @@ impl Payload {
                 BootProtocol::Linux => Protocol::Linux64,
                 BootProtocol::Pvh => Protocol::Pvh,
             },
+            screen: config.display.as_ref().map(screen),
             smbios: smbios::build(config)?,
             generation: random()?,
         })
@@ -105,6 +114,7 @@ impl Payload {
             initramfs: self.initramfs.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             protocol: self.protocol,
+            screen: self.screen,
         };
         boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
     }
@@ -118,6 +128,22 @@ impl Payload {
             _ => format!("--kernel {}", self.kernel.0.display()),
         };
         MachineError::Boot { what, source }
+    }
+}
+
+/// The display as it is at power-on.
+fn screen(display: &DisplayConfig) -> boot::Screen {
+    let DisplayConfig {
+        width,
+        height,
+        memory: len,
+        vnc: _,
+    } = *display;
+    boot::Screen {
+        base: memory::FRAMEBUFFER,
+        len,
+        width,
+        height,
     }
 }
 
@@ -190,12 +216,16 @@ pub fn build(
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
     let Parts {
-        mut payload,
-        baseline,
+        read,
         groups,
         ports,
         devices: models,
     } = parts;
+    let ReadFiles {
+        mut payload,
+        baseline,
+        password,
+    } = read;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -212,6 +242,8 @@ pub fn build(
     // mistake in the flags must not leave files behind.
     let debugger = open_debugger(config, opener)?;
     let hosts = Hosts::open(config, opener, consoles, &ports, mailbox)?;
+    let display = consoles.display();
+    display.configure(config, password, opener)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -229,6 +261,9 @@ pub fn build(
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
+    let adapter = devices.platform.display();
+    display.stage().show(adapter.map(Adapter::source));
+    display.hands().lead(Some(devices.platform.pointers()));
     let machine = Machine {
         vcpus,
         vm,
@@ -296,6 +331,8 @@ impl Pieces<'_> {
             pci: &pci,
             pvpanic: self.config.pvpanic,
             watchdog: self.config.watchdog,
+            display: self.config.display.as_ref(),
+            vm: self.vm,
             cpu_slots: cpu_slots(&self.config.cpus),
             memory_slots: self.config.memory.hotplug_size > 0,
         };
@@ -475,6 +512,26 @@ pub(super) fn open_baseline(
             })
         }
     }
+}
+
+/// What viewers of the screen must know: the first line of a file.
+pub(super) fn open_password(
+    config: &VmConfig,
+    opener: &Opener,
+) -> Result<Option<Password>, MachineError> {
+    let vnc = config.display.as_ref().and_then(|d| d.vnc.as_ref());
+    let Some(path) = vnc.and_then(|vnc| vnc.password_file.as_ref()) else {
+        return Ok(None);
+    };
+    let flag = "--display vnc_password_file=";
+    let text = opener.read_document(path, PASSWORD_FILE);
+    let text = text.map_err(|source| MachineError::Open { flag, source })?;
+    let text = String::from_utf8_lossy(&text);
+    let password = Password::new(text.lines().next().unwrap_or_default());
+    password.map(Some).map_err(|source| MachineError::Device {
+        device: format!("{flag}{}", path.display()),
+        source: source.into(),
+    })
 }
 
 fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {
