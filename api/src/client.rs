@@ -514,9 +514,9 @@ fn request(method: &str, endpoint: &str, headers: &str, body: &[u8]) -> Vec<u8> 
         0 => String::new(),
         length => format!("Content-Length: {length}\r\n"),
     };
-    let asked = Reason::ASKED;
+    let (asked, flags) = (Reason::ASKED, Reason::FLAGS);
     let head = format!(
-        "{method} {BASE}{endpoint} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n{asked}: 1\r\n{headers}{length}\r\n"
+        "{method} {BASE}{endpoint} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n{asked}: {flags}\r\n{headers}{length}\r\n"
     );
     let mut request = head.into_bytes();
     request.extend_from_slice(body);

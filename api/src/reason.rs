@@ -37,6 +37,9 @@ impl Reason {
     /// The header of a request whose answer may tell the reason, whatever its value: v1's clients are answered
     /// byte for byte as they know it.
     pub const ASKED: &str = "Vireo-Client";
+    /// The value of that header with which messages name flags of the command line, as the verbs' messages do, and
+    /// not fields of descriptions.
+    pub const FLAGS: &str = "flags";
 
     /// All of them.
     pub const ALL: [Self; 11] = [

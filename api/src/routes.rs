@@ -279,6 +279,11 @@ const fn agent(route: Route) -> Route {
 }
 
 impl Route {
+    /// That this has not been done, where it fails.
+    const fn failing(self, failed: &'static str) -> Self {
+        Self { failed, ..self }
+    }
+
     const fn added(self) -> Self {
         Self {
             added: true,
@@ -598,6 +603,7 @@ pub const ROUTES: &[Route] = &[
     .takes::<wire::VmConsole>()
     .fails(&[400, 404, 409, 429]),
     get(Endpoint::VmConsoleAttach, "vm.console-attach")
+        .failing("The console could not be attached")
         .added()
         .about("Turns the connection into a stream to a console, the first serial port unless `port` says otherwise.")
         .answers(Success::Stream("vireo-console"))

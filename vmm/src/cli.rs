@@ -32,6 +32,7 @@ mod run;
 mod serve;
 mod table;
 mod target;
+mod usage;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -404,7 +405,9 @@ fn print(bytes: &[u8]) -> anyhow::Result<()> {
 
 /// The whole command line, with the flags of these models.
 fn command(models: &'static [Model]) -> Command {
-    Cli::command().mut_subcommand("run", |command| run::add_devices(command, models))
+    usage::with_lines(
+        Cli::command().mut_subcommand("run", |command| run::add_devices(command, models)),
+    )
 }
 
 #[cfg(test)]

@@ -184,7 +184,7 @@ fn a_flag_that_is_unknown_missing_or_repeated_is_named() {
     assert!(
         place
             .wrong_run(&["--boot-protocol", "bios"])
-            .contains("[possible values: auto")
+            .contains("give one of auto, linux, pvh")
     );
     for (flag, value) in [
         ("--shutdown-timeout", "-1"),

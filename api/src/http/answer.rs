@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::json;
+use super::head::Wishes;
+use super::{fields, json};
 use crate::routes::BASE;
 use crate::{ControlError, ErrorKind, Reason};
 
@@ -104,8 +105,26 @@ impl Answer {
         Self::error(404, &["Not Found", &what])
     }
 
-    /// The failure of the action that `failed` names.
+    /// The failure of the action that `failed` names, in the words of descriptions.
     pub fn failure(failed: &str, error: &ControlError) -> Self {
+        Self::failure_in(failed, error, fields::named)
+    }
+
+    /// The same for a client that wishes for other words, perhaps.
+    pub fn failure_as_wished(failed: &str, error: &ControlError, wishes: Wishes) -> Self {
+        let answer = if wishes.flags {
+            Self::failure_in(failed, error, |cause| Cow::Borrowed(cause))
+        } else {
+            Self::failure(failed, error)
+        };
+        answer.telling(wishes)
+    }
+
+    fn failure_in(
+        failed: &str,
+        error: &ControlError,
+        words: for<'a> fn(&'a str) -> Cow<'a, str>,
+    ) -> Self {
         let status = match error.kind {
             ErrorKind::Invalid => 400,
             ErrorKind::NotFound => 404,
@@ -114,8 +133,9 @@ impl Answer {
             ErrorKind::Failed => 500,
             ErrorKind::Unimplemented => 501,
         };
+        let causes: Vec<_> = error.chain.iter().map(|cause| words(cause)).collect();
         let mut chain = vec!["Error from API", failed];
-        chain.extend(error.chain.iter().map(String::as_str));
+        chain.extend(causes.iter().map(AsRef::as_ref));
         Self {
             reason: error.reason,
             ..Self::error(status, &chain)
@@ -123,8 +143,8 @@ impl Answer {
     }
 
     /// The same for a client that wants to know the reason, or does not.
-    pub fn telling(mut self, wants_reason: bool) -> Self {
-        self.reason.take_if(|_| !wants_reason);
+    pub fn telling(mut self, wishes: Wishes) -> Self {
+        self.reason.take_if(|_| !wishes.reason);
         self
     }
 

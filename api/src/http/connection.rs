@@ -18,7 +18,7 @@ use super::answer::{self, After, Answer};
 use super::brake::Brake;
 use super::dispatch::{self, CONSOLE, Dispatcher, Outcome, Request};
 use super::events;
-use super::head::{Chunks, Framing, Head, Target};
+use super::head::{Chunks, Framing, Head, Target, Wishes};
 use super::peer::Peer;
 use super::tunnel::Tunnel;
 use crate::routes::{Method, Route};
@@ -74,8 +74,8 @@ enum Phase {
     Head,
     /// A body is to come.
     Body(Box<Head>, Chunks),
-    /// A command has been submitted; whether its client wants to know an error's reason.
-    Submitted(&'static Route, bool),
+    /// A command has been submitted; how its client wants to know of errors.
+    Submitted(&'static Route, Wishes),
     /// It carries events; this is the last that was written.
     Events(u64),
     /// It is joined to a console.
@@ -347,11 +347,11 @@ impl Connection {
             Outcome::Answered(mut answer) => {
                 // Whether the client reads a body is not certain, so none is promised either.
                 answer.content.take_if(|_| head.head_only);
-                let answer = answer.telling(head.wants_reason);
+                let answer = answer.telling(head.wishes);
                 answer.write(&mut self.output, After::Kept);
             }
             Outcome::Submitted(route) => {
-                self.phase = Phase::Submitted(route, head.wants_reason);
+                self.phase = Phase::Submitted(route, head.wishes);
             }
             Outcome::Events(seen) => {
                 answer::write_events(&mut self.output);
@@ -384,11 +384,10 @@ impl Connection {
         shared: &mut Shared,
         result: &Result<Reply, ControlError>,
     ) -> Result<(), Gone> {
-        if let Phase::Submitted(route, wants_reason) = self.phase {
+        if let Phase::Submitted(route, wishes) = self.phase {
             self.phase = Phase::Head;
             self.since = shared.now;
-            let answer = dispatch::completed(route, result);
-            let answer = answer.telling(wants_reason);
+            let answer = dispatch::completed(route, result, wishes);
             answer.write(&mut self.output, After::Kept);
         }
         self.advance(shared)

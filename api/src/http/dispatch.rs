@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 
 use super::answer::Answer;
-use super::head::{Head, Target};
+use super::head::{Head, Target, Wishes};
 use super::json::{self, Reader};
 use super::mailbox::Mailbox;
 use super::requests::Requests;
@@ -301,9 +301,13 @@ fn is_urgent(endpoint: Endpoint) -> bool {
 }
 
 /// The answer to a command of `route`.
-pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> Answer {
+pub(super) fn completed(
+    route: &Route,
+    result: &Result<Reply, ControlError>,
+    wishes: Wishes,
+) -> Answer {
     match (result, route.success) {
-        (Err(error), _) => Answer::failure(route.failed, error),
+        (Err(error), _) => Answer::failure_as_wished(route.failed, error, wishes),
         (Ok(Reply::Added(place)), _) => Answer::json(place),
         (Ok(Reply::Port(port)), _) => Answer::json(port),
         (Ok(Reply::Started(job)), _) => Answer::json(job),

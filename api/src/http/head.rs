@@ -57,6 +57,15 @@ pub(super) enum Framing {
     Chunked,
 }
 
+/// How a client wants errors to be told, by the header [`Reason::ASKED`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Wishes {
+    /// With their reason in a word.
+    pub reason: bool,
+    /// With the flags of the command line, instead of the fields of descriptions.
+    pub flags: bool,
+}
+
 /// What comes before a body.
 #[derive(Clone, Debug)]
 pub(super) struct Head {
@@ -70,8 +79,8 @@ pub(super) struct Head {
     pub upgrade: Option<String>,
     /// The last event that the client has seen.
     pub last_event: Option<u64>,
-    /// Whether the client wants to know an error's reason in a word.
-    pub wants_reason: bool,
+    /// How errors are told.
+    pub wishes: Wishes,
     /// How many bytes the head has.
     pub length: usize,
 }
@@ -98,7 +107,7 @@ impl Head {
             expects_continue: false,
             upgrade: None,
             last_event: None,
-            wants_reason: false,
+            wishes: Wishes::default(),
             length,
         };
         // A client of HTTP/1.0 does not know 100.
@@ -145,7 +154,10 @@ impl Head {
         } else if is("Upgrade") {
             self.upgrade = Some(String::from_utf8_lossy(value).to_ascii_lowercase());
         } else if is(Reason::ASKED) {
-            self.wants_reason = true;
+            self.wishes = Wishes {
+                reason: true,
+                flags: value.eq_ignore_ascii_case(Reason::FLAGS.as_bytes()),
+            };
         } else if is("Last-Event-ID") && !value.is_empty() {
             self.last_event = Some(number(value).ok_or(HeadError::EventId)?);
         }

@@ -26,6 +26,7 @@ mod brake;
 mod connection;
 mod dispatch;
 mod events;
+mod fields;
 mod head;
 mod json;
 mod mailbox;

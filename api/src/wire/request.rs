@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{NetMirror, RateLimiterConfig};
 
@@ -132,13 +133,31 @@ pub struct VirtioConfig {
 }
 
 /// `vm.console`: adds or removes a sink.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum VmConsole {
     /// A sink in the form of `--serial`, such as `file=/srv/boot.log`. Its path is absolute.
     Add(String),
     /// The id of a sink, as `GET vm.console` lists it.
     Remove(String),
+}
+
+/// Read by hand: the parser would not say which fields there are.
+impl<'de> Deserialize<'de> for VmConsole {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename = "VmConsole", deny_unknown_fields)]
+        struct Fields {
+            add: Option<String>,
+            remove: Option<String>,
+        }
+        let Fields { add, remove } = Fields::deserialize(deserializer)?;
+        match (add, remove) {
+            (Some(sink), None) => Ok(Self::Add(sink)),
+            (None, Some(id)) => Ok(Self::Remove(id)),
+            _ => Err(D::Error::custom("give one of `add` and `remove`")),
+        }
+    }
 }
 
 /// `vm.console-attach`: a stream to a console, by upgrade of the connection.

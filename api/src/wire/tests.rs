@@ -223,5 +223,20 @@ fn what_is_ours_refuses_unknown_fields_by_their_name() {
     unknown(refused::<VirtioConfig>(&json!({"kind": "a", "x": 1})));
     unknown(refused::<ConsoleRequest>(&json!({"x": 1})));
     unknown(refused::<JobCancel>(&json!({"id": "a", "x": 1})));
-    assert!(refused::<VmConsole>(&json!({"x": "a"})).contains("unknown variant `x`"));
+    unknown(refused::<VmConsole>(&json!({"x": "a"})));
+}
+
+#[test]
+fn a_change_of_a_console_is_one_addition_or_one_removal() {
+    let taken = |body| serde_json::from_value::<VmConsole>(body);
+    assert_eq!(
+        taken(json!({"add": "a"})).unwrap(),
+        VmConsole::Add("a".to_owned())
+    );
+    let removal = VmConsole::Remove("a".to_owned());
+    assert_eq!(taken(json!({"remove": "a"})).unwrap(), removal);
+    for wrong in [json!({}), json!({"add": "a", "remove": "b"})] {
+        let told = refused::<VmConsole>(&wrong);
+        assert!(told.contains("give one of `add` and `remove`"), "{told}");
+    }
 }

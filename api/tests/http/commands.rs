@@ -93,6 +93,23 @@ fn the_reason_is_told_in_a_word_to_those_who_ask_and_others_get_the_bytes_of_v1(
 }
 
 #[test]
+fn a_message_names_fields_and_flags_to_those_who_ask_for_them() {
+    let told = "--memory hotplug_size=1M: why";
+    let fake = Fake::new(move |_| Some(Err(ControlError::new(ErrorKind::Invalid, told))));
+    let server = Server::of(&fake);
+    let mut client = server.connect();
+    let words = |message| refused(400, &["Error from API", "The VM could not boot", message]);
+    let asking = |value| put("vm.boot", "").replace("Accept: */*", value);
+    let fields = words("memory.hotplug_size=1M: why");
+    assert_eq!(client.exchange(put("vm.boot", "")), fields);
+    assert_eq!(client.exchange(asking("Vireo-Client: 1")), fields);
+    assert_eq!(client.exchange(asking("Vireo-Client: flags")), words(told));
+    // The verbs' own client.
+    let mut own = Client::connect(&server.path).unwrap();
+    assert!(own.boot().unwrap_err().to_string().contains(told));
+}
+
+#[test]
 fn a_client_knows_every_reason_again_and_no_other_word() {
     for reason in Reason::ALL {
         let fake = Fake::new(move |_| Some(Err(ControlError::state(ErrorKind::Conflict, reason))));

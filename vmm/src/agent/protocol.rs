@@ -31,7 +31,7 @@ const LONGEST: usize = 256;
 pub enum AgentError {
     /// The machine has no port for it.
     #[error(
-        "the machine has no port for a guest agent: add --agent, or a port org.qemu.guest_agent.0 that leads nowhere else"
+        "--agent: the machine has no port for a guest agent: it is one called org.qemu.guest_agent.0 that leads nowhere else"
     )]
     NoPort,
     /// Nothing in the guest has the port open.

@@ -216,7 +216,10 @@ pub enum BootError {
 /// What the user can do so that RAM reaches `end`.
 fn mend(end: u64) -> String {
     if end <= LOW_RAM_END {
-        format!("use --memory size={}M or more", end.div_ceil(1 << 20))
+        format!(
+            "give the guest {}M of memory or more",
+            end.div_ceil(1 << 20)
+        )
     } else {
         format!("memory from {LOW_RAM_END:#x} to 4 GiB is for devices, whatever the memory size")
     }

@@ -247,7 +247,7 @@ fn a_fixed_bzimage_is_loaded_at_one_mib_and_needs_memory_where_it_runs() {
     };
     assert_eq!(entry, expected);
     let error = boot(&ram(&[(0, 16 * MIB)]), &image, Protocol::Auto).unwrap_err();
-    assert!(error.to_string().contains("--memory size=18M"), "{error}");
+    assert!(error.to_string().contains("give the guest 18M"), "{error}");
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn an_initramfs_larger_than_memory_names_the_sizes_and_the_mend() {
     assert_eq!(
         error.to_string(),
         "the initramfs of 2097153 bytes does not fit in guest memory beside the kernel, which ends \
-         at 0x1200000: 2097152 bytes are free; use --memory size=21M or more"
+         at 0x1200000: 2097152 bytes are free; give the guest 21M of memory or more"
     );
     boot_with(&memory, &bzimage(), Some(&initrd[1..]), "", Protocol::Auto).unwrap();
     boot_with(
@@ -449,7 +449,7 @@ fn segments_must_be_in_ram_above_boot_data_and_apart() {
     assert!(
         with(len, 1 << 30)
             .to_string()
-            .contains("--memory size=1040M")
+            .contains("give the guest 1040M")
     );
     assert!(matches!(
         with(address, u64::MAX),
@@ -513,7 +513,7 @@ fn bzimage_headers_that_cannot_be_are_named() {
             "needs guest memory at 0x2000000 to 0x2000400",
         ),
         (0x260, &[0xFF; 4], "whatever the memory size"),
-        (0x260, &[0, 0, 0, 0x7F], "--memory size=2048M"),
+        (0x260, &[0, 0, 0, 0x7F], "give the guest 2048M"),
     ];
     for (at, field, expected) in cases {
         let message = with(*at, field);

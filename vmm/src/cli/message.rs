@@ -1,5 +1,6 @@
 //! What the user reads when something fails: one line on standard error.
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::panic;
 
@@ -47,21 +48,48 @@ pub(super) fn from_clap(error: &clap::Error, command: &str) -> String {
     for part in body.lines().map(str::trim).filter(|part| !part.is_empty()) {
         let part = part.strip_prefix("error: ").unwrap_or(part);
         let part = part.strip_prefix("tip: ").unwrap_or(part);
-        // No number that a verb takes is below zero.
-        let number = part.strip_prefix("to pass '-");
-        if number.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
+        // No number that a verb takes is below zero, and a flag that there is not is seldom meant as a word.
+        let word = part.strip_prefix("to pass '-");
+        if word.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit() || c == '-')) {
             continue;
         }
+        let part = in_own_words(part);
         let separator = match line.chars().last() {
             None => "",
             Some(':') => " ",
             Some(_) => ": ",
         };
         line.push_str(separator);
-        line.push_str(part);
+        line.push_str(&part);
     }
     let command = command_in(&text).unwrap_or_else(|| command.to_owned());
     format!("{line}: see '{command} --help'")
+}
+
+/// A fault with the mend in place of what the standard library says of numbers.
+fn in_own_words(fault: &str) -> Cow<'_, str> {
+    if let Some(choices) = fault.strip_prefix("[possible values: ") {
+        return Cow::Owned(format!("give one of {}", choices.trim_end_matches(']')));
+    }
+    for (said, told) in [
+        (
+            "invalid digit found in string",
+            "give a whole number, 0 or more",
+        ),
+        (
+            "cannot parse integer from empty string",
+            "give a whole number, 0 or more",
+        ),
+        (
+            "number too large to fit in target type",
+            "the number is too large",
+        ),
+    ] {
+        if let Some(fault) = fault.strip_suffix(said) {
+            return Cow::Owned(format!("{fault}{told}"));
+        }
+    }
+    Cow::Borrowed(fault)
 }
 
 /// The program and verb in the parser's usage line, if it has one.
@@ -113,14 +141,26 @@ mod tests {
     }
 
     #[test]
-    fn a_number_below_zero_is_not_advised_and_a_file_of_such_a_name_is() {
-        for (word, advised) in [("-1", false), ("-x", true)] {
+    fn a_number_below_zero_or_a_flag_is_not_advised_and_a_file_of_such_a_name_is() {
+        for (word, advised) in [("-1", false), ("--json", false), ("-x", true)] {
             let file = clap::Arg::new("file");
             let command = clap::Command::new("t").arg(file);
             let error = command.try_get_matches_from(["t", word]).unwrap_err();
             let told = from_clap(&error, "t");
             assert_eq!(told.contains(&format!("'-- {word}'")), advised, "{told}");
         }
+    }
+
+    #[test]
+    fn choices_are_a_mend() {
+        let word = clap::Arg::new("n").long("n").value_parser(["a", "b"]);
+        let command = clap::Command::new("t").arg(word);
+        let error = command.try_get_matches_from(["t", "--n=x"]).unwrap_err();
+        let told = from_clap(&error, "t");
+        assert!(
+            told.contains("for '--n <n>': give one of a, b: see"),
+            "{told}"
+        );
     }
 
     #[test]
@@ -133,7 +173,10 @@ mod tests {
             .try_get_matches_from(["t", "--n=x"])
             .unwrap_err();
         let message = from_clap(&error, "t run");
-        assert!(message.ends_with(": see 't run --help'"), "{message}");
+        assert!(
+            message.ends_with(": give a whole number, 0 or more: see 't run --help'"),
+            "{message}"
+        );
     }
 
     #[test]

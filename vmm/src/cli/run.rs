@@ -58,7 +58,7 @@ pub(super) struct RunArgs {
 
     /// A machine as a file.toml, or the name of a definition; flags change it
     ///
-    /// Flags come on top: --disk, --rng, --device and --rate-limit-group add, or replace what has the same id;
+    /// Flags come on top: --disk, --net, --rng, --balloon, --device and --rate-limit-group add, or replace what has the same id;
     /// --cpus, --memory, --machine and --smbios change the keys that they give; others replace what the file says.
     #[arg(long, value_name = "FILE")]
     config: Option<String>,

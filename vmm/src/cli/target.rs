@@ -131,6 +131,27 @@ impl Remote {
         &self.named
     }
 
+    /// Makes a further connection, and waits for a place there as for the first.
+    ///
+    /// # Errors
+    ///
+    /// What `open` fails with.
+    pub fn connect_further<T>(
+        &self,
+        open: impl Fn(&Client) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
+        let started = Instant::now();
+        loop {
+            let left = PATIENCE.saturating_sub(started.elapsed());
+            match open(&self.client) {
+                Err(error) if error.status() == Some(CROWDED) && left > PLACE => {
+                    std::thread::sleep(PLACE);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
     /// Puts the machine before what went wrong with it.
     pub fn failed(&self, error: ClientError) -> anyhow::Error {
         if matches!(error, ClientError::TimedOut { .. }) {
@@ -207,10 +228,12 @@ impl SocketFlag {
         let rest: [String; N] = rest.try_into().map_err(|rest: Vec<String>| {
             let first = if self.path().is_none() { "NAME " } else { "" };
             let wanted = names.join(" ");
-            let given = rest.len() + usize::from(name.is_some());
-            Misuse(format!(
-                "the arguments are {first}{wanted}, and {given} of them are given"
-            ))
+            let what = match names.get(rest.len()..) {
+                Some([]) | None => "one word too many is given".to_owned(),
+                Some([missing]) => format!("{missing} is missing"),
+                Some(missing) => format!("{} are missing", missing.join(" and ")),
+            };
+            Misuse(format!("{what}: give {first}{wanted}"))
         })?;
         Ok((connect(name.as_deref(), self.path())?, rest))
     }
@@ -502,5 +525,67 @@ fn ask(client: &mut Client) -> Option<Standing> {
         Err(error) if error.status() == Some(404) => Some(Standing::Empty),
         Err(error) if error.is_gone() => None,
         Err(_) => Some(Standing::Silent),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_further_connection_is_tried_again_while_there_is_no_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let remote = Remote {
+            who: called("web"),
+            named: "web".to_owned(),
+            client: Client::connect(&path).unwrap(),
+        };
+        let tries = Cell::new(0);
+        let refuse = |status| {
+            tries.set(tries.get() + 1);
+            let chain = Vec::new();
+            let reason = None;
+            Err(ClientError::Refused {
+                status,
+                reason,
+                chain,
+            })
+        };
+        let third = |_: &Client| match tries.get() {
+            2 => Ok(()),
+            _ => refuse(CROWDED),
+        };
+        remote.connect_further(third).unwrap();
+        let conflict = |_: &Client| -> Result<(), ClientError> { refuse(409) };
+        let refused = remote.connect_further(conflict).unwrap_err();
+        assert_eq!((refused.status(), tries.get()), (Some(409), 3));
+    }
+
+    #[test]
+    fn a_wrong_number_of_words_is_told_by_what_is_missing() {
+        let split = |words: &[&str]| {
+            let words = words.iter().map(ToString::to_string).collect();
+            let flag = SocketFlag { api_socket: None };
+            let split = flag.connect_and_split(words, ["DISK", "SIZE"]);
+            split.unwrap_err().to_string()
+        };
+        for (words, told) in [
+            (
+                &["web"][..],
+                "DISK and SIZE are missing: give NAME DISK SIZE",
+            ),
+            (&["web", "a"], "SIZE is missing: give NAME DISK SIZE"),
+            (
+                &["web", "a", "1", "2"],
+                "one word too many is given: give NAME DISK SIZE",
+            ),
+        ] {
+            assert_eq!(split(words), told);
+        }
     }
 }

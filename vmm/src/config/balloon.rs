@@ -10,7 +10,7 @@ use super::{DeviceConfig, VmConfig, bytes};
 pub enum BalloonError {
     /// There is none whose size could be changed.
     #[error(
-        "the machine has no balloon: describe it with one (--balloon size=0) or add one (vm.add-virtio)"
+        "--balloon: the machine has no balloon: describe it with one, of size 0 for example, or add one (vm.add-virtio)"
     )]
     None,
     /// There are two.

@@ -323,10 +323,17 @@ fn line_of(text: &str, offset: usize) -> usize {
         .saturating_add(1)
 }
 
-/// The parser's message, which may have several lines.
+/// The parser's message, which may have several lines, without the names of Rust's types.
 fn one_line(text: &str) -> String {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    lines.collect::<Vec<_>>().join(": ")
+    let mut line = lines.collect::<Vec<_>>().join(": ");
+    for number in ["u8", "u16", "u32", "u64", "usize"] {
+        if line.ends_with(&format!("expected {number}")) {
+            line.truncate(line.len().saturating_sub(number.len()));
+            line.push_str("a whole number");
+        }
+    }
+    line
 }
 
 #[cfg(test)]
@@ -446,6 +453,7 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
                 "line 3: unknown field `colour`",
             ),
             ("memory = 1", "vm.toml: "),
+            ("[cpus]\nmax = \"x\"", "expected a whole number"),
             ("[[devices]]\nkind = 1", "vm.toml: "),
             ("serial_replay = \"99999999999T\"", "line 1: serial_replay"),
             (

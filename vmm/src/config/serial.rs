@@ -107,6 +107,9 @@ pub enum SinkError {
         /// What was given.
         text: String,
     },
+    /// It says that there is no port, which is no sink.
+    #[error("'off' is no place for output: give null, or remove what there is")]
+    Off,
     /// A form that takes a path has none.
     #[error("'{text}' has no path: write {example}")]
     NoPath {
@@ -328,6 +331,8 @@ impl FromStr for SinkConfig {
             (FILE_FIELDS, "file", "file=PATH")
         } else if text.starts_with("socket=") {
             (SOCKET_FIELDS, "socket", "socket=PATH")
+        } else if text == OFF {
+            return Err(SinkError::Off);
         } else {
             return Err(SinkError::Form {
                 text: text.to_owned(),
@@ -557,6 +562,7 @@ mod tests {
             ("file", "file=PATH"),
             ("file:/a", "socket=PATH"),
             ("tty ", "is none of tty"),
+            ("off", "give null, or remove"),
             ("file=", "has no path: write file=PATH"),
             ("socket=", "has no path: write socket=PATH"),
             ("file=/a,replay=on", "unknown key 'replay'"),

@@ -52,13 +52,8 @@ pub enum ConfigError {
         source: virtio::limit::LimitError,
     },
     /// A device names a group that there is not.
-    #[error(
-        "--{flag} rate_limit_group={group}: '{id}' is in a group that there is not: add \
-         it with --rate-limit-group id={group},…"
-    )]
+    #[error("--rate-limit-group id={group}: there is no such group, and '{id}' is in it: add it")]
     NoGroup {
-        /// The device's flag, without dashes.
-        flag: String,
         /// The device.
         id: String,
         /// The group.
@@ -196,7 +191,7 @@ pub enum ConfigError {
     /// Two devices in one slot.
     #[error(
         "--{flag} addr={slot}: '{first}' and '{second}' are in the same PCI slot: give each \
-         its own, or leave addr out"
+         its own, or leave it out"
     )]
     DuplicateSlot {
         /// The flag of the second, without dashes.
@@ -490,7 +485,7 @@ impl VmConfig {
                     });
                 }
             }
-            self.validate_group(model, device)?;
+            self.validate_group(device)?;
             check_shape(model.fields, &device.config).map_err(|reason| {
                 ConfigError::DeviceShape {
                     id: id.to_owned(),
@@ -504,7 +499,7 @@ impl VmConfig {
         Ok(self.validate_vsock()?)
     }
 
-    fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {
+    fn validate_group(&self, device: &DeviceConfig) -> Result<(), ConfigError> {
         let group = device
             .config
             .get("rate_limit_group")
@@ -514,7 +509,6 @@ impl VmConfig {
             return Ok(());
         }
         Err(ConfigError::NoGroup {
-            flag: model.flag.to_owned(),
             id: device.id.clone(),
             group: group.to_owned(),
         })

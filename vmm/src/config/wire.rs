@@ -67,6 +67,12 @@ impl From<&ConfigError> for ControlError {
     fn from(error: &ConfigError) -> Self {
         match error {
             ConfigError::DuplicateId { id, .. } => not_unique(id),
+            ConfigError::TwoTerminals { first, second } => {
+                let [first, second] = [first, second].map(|flag| flag.trim_start_matches('-'));
+                invalid(format!(
+                    "{first} and {second} are both Tty: there is one terminal: give one of them another mode"
+                ))
+            }
             ConfigError::SameDisk { .. }
             | ConfigError::SameMac { .. }
             | ConfigError::DuplicateSlot { .. }

@@ -141,7 +141,7 @@ impl Vcpu {
             .create_vcpu(u64::from(index))
             .map_err(KvmError::call_with(
                 "KVM_CREATE_VCPU",
-                "; give fewer with --cpus boot=",
+                "; give the machine fewer vCPUs",
             ))?;
         fd.set_cpuid2(cpuid)
             .map_err(KvmError::call("KVM_SET_CPUID2"))?;

@@ -536,8 +536,8 @@ impl Driver {
                     "mend what it needs"
                 };
                 notice::tell(format_args!(
-                    "disk {id}: {what}: the machine is paused: {mend}, then send SIGCONT \
-                     to process {} to go on",
+                    "disk {id}: {what}: the machine is paused: {mend}, then let it go on: \
+                     'vireo resume', vm.resume or SIGCONT to process {}",
                     std::process::id()
                 ));
             }

@@ -111,7 +111,7 @@ pub enum MachineError {
     #[error("--smbios")]
     Smbios(#[from] SmbiosImageError),
     /// The ACPI tables or registers could not be put into guest memory.
-    #[error("guest memory at {address:#x} could not be written; give more --memory size=")]
+    #[error("guest memory at {address:#x} could not be written; give the guest more memory")]
     GuestMemory {
         /// The guest-physical address.
         address: u64,

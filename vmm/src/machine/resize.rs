@@ -43,7 +43,7 @@ use crate::memory::RamError;
 #[derive(Debug, thiserror::Error)]
 pub enum ResizeError {
     /// None or more than there may be.
-    #[error("{wanted} vCPUs: this machine has 1 to {most}; --cpus max= says how many")]
+    #[error("--cpus max={most}: this machine has 1 to {most} vCPUs, and cannot have {wanted}")]
     CpuCount {
         /// What was asked for.
         wanted: u32,
@@ -52,8 +52,8 @@ pub enum ResizeError {
     },
     /// None come and go.
     #[error(
-        "{wanted} vCPUs: this machine has {now}, and none can be added or removed: --cpus max= \
-         makes that possible"
+        "--cpus max={now}: this machine has {now} vCPUs, and none can be added or removed: describe \
+         it with more at most"
     )]
     CpusFixed {
         /// What was asked for.
@@ -83,8 +83,8 @@ pub enum ResizeError {
     },
     /// More than was reserved.
     #[error(
-        "{} of memory: this machine has at most {}; --memory hotplug_size= says \
-         how much can be added", Size(*wanted), Size(*most)
+        "--memory hotplug_size: this machine has at most {} of memory, and cannot have {}",
+        Size(*most), Size(*wanted)
     )]
     MemoryLimit {
         /// What was asked for, in bytes.
@@ -595,7 +595,7 @@ mod tests {
         assert_eq!(check(1524).unwrap(), 1024 * MIB);
         let text = |wanted| check(wanted).unwrap_err().to_string();
         assert!(text(499).contains("is not removed"));
-        assert!(text(1525).contains("hotplug_size="));
+        assert!(text(1525).starts_with("--memory hotplug_size: "));
         assert!(text(1000).contains("in pieces of 128M (134217728 bytes)"));
         assert!(matches!(
             addable.check(500 * MIB, u64::MAX),

@@ -321,7 +321,7 @@ fn hint(spec: &RamSpec, error: &io::Error) -> &'static str {
         Some(libc::ENOMEM | libc::ENOSPC | libc::EINVAL) if spec.huge_page.is_some() => {
             "; reserve huge pages in /proc/sys/vm/nr_hugepages or leave out hugepages=on"
         }
-        Some(libc::ENOMEM) => "; give a smaller --memory size=",
+        Some(libc::ENOMEM) => "; give the guest less memory",
         _ => "",
     }
 }
@@ -476,7 +476,7 @@ mod tests {
     #[test]
     fn more_than_the_host_can_map_is_refused_with_a_mend() {
         let error = GuestRam::new(&spec(1 << 52)).err().unwrap();
-        assert!(error.to_string().contains("smaller --memory"), "{error}");
+        assert!(error.to_string().contains("less memory"), "{error}");
     }
 
     #[test]

@@ -217,7 +217,9 @@ fn without_a_balloon_nothing_is_asked_for_and_one_that_is_added_works() {
     let refused = resize(&machine, MIB).unwrap_err();
     assert_eq!(refused.kind, ErrorKind::Invalid);
     assert!(
-        refused.to_string().contains("--balloon size=0"),
+        refused
+            .to_string()
+            .contains("--balloon: the machine has no"),
         "{refused}"
     );
     let none = machine.handle.balloon().unwrap_err();

@@ -271,13 +271,12 @@ fn fills_up_and_goes_on(directory: &Path, format: &str) {
     let disk = format!("path={},format={format}", directory.join("disk").display());
     let arguments = run_arguments("blk", "verify keep", &["--disk", &disk]);
     let mut vireo = Vireo::spawn(&mut on_a_full_file_system(directory, format, &arguments));
-    let said = vireo.stderr.wait_for("to go on");
+    let said = vireo
+        .stderr
+        .wait_for(&format!("SIGCONT to process {}", vireo.id()));
     assert!(said.contains("disk _disk0: "), "{said}");
     assert!(said.contains("No space left on device"), "{said}");
-    assert!(
-        said.contains(&format!("SIGCONT to process {} ", vireo.id())),
-        "{said}"
-    );
+    assert!(said.contains("vm.resume"), "{said}");
     let inside = format!("/proc/{}/root{}", vireo.id(), directory.display());
     fs::remove_file(Path::new(&inside).join("filler")).unwrap();
     vireo.signal("CONT");

@@ -95,7 +95,7 @@ fn a_machine_without_ports_says_that_it_has_none() {
     let (status, why) = once_it_runs(|| refused(client.agent_freeze()));
     assert_eq!(status, 409);
     assert!(
-        why.contains("has no port for a guest agent: add --agent"),
+        why.contains("has no port for a guest agent: it is one called"),
         "{why}"
     );
     let attach = |port| {
@@ -168,7 +168,11 @@ fn a_port_comes_and_goes_while_the_machine_runs() {
             .contains("nothing in the guest")
     );
     client.remove_port(&agent.name).unwrap();
-    assert!(refused(client.agent_ping()).1.contains("add --agent"));
+    assert!(
+        refused(client.agent_ping())
+            .1
+            .contains("--agent: the machine has no")
+    );
     // And all of them go, while the next boot has what is left.
     client.remove_port("a").unwrap();
     client.reboot().unwrap();

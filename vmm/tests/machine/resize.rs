@@ -238,8 +238,8 @@ fn memory_that_comes_is_memory_to_the_guest_and_to_its_devices() {
         for (wanted, part) in [
             (64 * MIB, "not removed"),
             (600 * MIB, "in pieces of 128M (134217728 bytes)"),
-            (2 * GIB, "hotplug_size="),
-            (u64::MAX, "hotplug_size="),
+            (2 * GIB, "--memory hotplug_size: "),
+            (u64::MAX, "--memory hotplug_size: "),
             (0, "not removed"),
         ] {
             let error = guest.resize_memory(wanted).unwrap_err().to_string();
@@ -280,7 +280,7 @@ fn a_machine_without_room_refuses_by_name_and_has_nothing_for_it() {
     }
     guest.resize_memory(64 * MIB).unwrap();
     let more = guest.resize_memory(192 * MIB).unwrap_err().to_string();
-    assert!(more.contains("hotplug_size="), "{more}");
+    assert!(more.contains("--memory hotplug_size: "), "{more}");
     guest.ask(Ask::Pause);
     let units = guest.machine.machine(|m| m.save_units().unwrap());
     assert!(

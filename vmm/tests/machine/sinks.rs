@@ -171,7 +171,7 @@ fn what_is_no_sink_or_one_too_many_is_refused_and_changes_nothing() {
     };
     let cases = [
         ("", 400, "none of tty"),
-        ("off", 400, "none of tty"),
+        ("off", 400, "give null, or remove"),
         ("file=", 400, "no path"),
         ("file=a\0b", 400, "zero byte"),
         ("file=x,max_size=1", 400, "at least 4K"),

@@ -75,7 +75,7 @@ pub(super) fn attach(arguments: &ConsoleArgs) -> anyhow::Result<()> {
         replay: !arguments.no_replay,
         port: arguments.port.into(),
     };
-    let stream = remote.client.attach_to(&request);
+    let stream = remote.connect_further(|client| client.attach_to(&request));
     let stream = stream.map_err(|error| remote.failed(error))?;
     // A signal that ended the process at once would leave the terminal raw.
     let signals = Signals::block_ending().context("cannot watch for signals")?;

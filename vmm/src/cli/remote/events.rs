@@ -32,7 +32,7 @@ pub(in crate::cli) struct EventsArgs {
 /// Prints events until the monitor ends, or nobody reads them any more.
 pub(super) fn follow(arguments: &EventsArgs) -> anyhow::Result<()> {
     let remote = arguments.target.connect()?;
-    let events = remote.client.events(arguments.after);
+    let events = remote.connect_further(|client| client.events(arguments.after));
     for event in events.map_err(|error| remote.failed(error))? {
         let event = match event {
             Ok(event) => event,

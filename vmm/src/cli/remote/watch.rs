@@ -68,7 +68,7 @@ impl Watch {
         let process = remote.client.process();
         let number = process.and_then(|process| i32::try_from(process).ok());
         Ok(Self {
-            events: remote.client.events(None)?,
+            events: remote.connect_further(|client| client.events(None))?,
             // One of another user, or of none, is known by its connection alone.
             process: number
                 .and_then(Pid::from_raw)

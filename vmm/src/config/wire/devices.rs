@@ -126,10 +126,10 @@ impl DeviceConfig {
             return Ok(device);
         }
         let Some(image) = described.path.as_deref() else {
-            return Err(invalid("disk: it has no path"));
+            return Err(invalid("disks: one has no path"));
         };
         let mut config = BlkConfig {
-            path: path("disk.path", image)?,
+            path: path("disks.path", image)?,
             readonly: described.readonly,
             format: match described.image_type {
                 ImageType::Raw => Some(Format::Raw),
@@ -179,7 +179,7 @@ impl DeviceConfig {
         Ok(Self {
             kind: blk::MODEL.kind.to_owned(),
             id: described.id.clone().unwrap_or_default(),
-            address: slot("disk", described.pci_device_id)?,
+            address: slot("disks", described.pci_device_id)?,
             config: json(&config)?,
         })
     }
@@ -187,7 +187,7 @@ impl DeviceConfig {
 
 pub(super) fn refused(error: &BuildError) -> ControlError {
     let inner = ControlError::from_error(ErrorKind::Invalid, error);
-    inner.context("disk").context(super::INVALID)
+    inner.context("disks").context(super::INVALID)
 }
 
 impl VmConfig {

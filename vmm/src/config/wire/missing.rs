@@ -118,16 +118,16 @@ pub(super) fn pci(device: &str, described: wire::PciFields<'_>) -> Result<(), Co
 
 /// Refuses what no disk has.
 pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
-    pci("disk", described.pci())?;
+    pci("disks", described.pci())?;
     let format = described.image_type;
     first([
         (
             any(described.queue_affinity.as_ref()),
-            "disk.queue_affinity",
+            "disks.queue_affinity",
         ),
-        (format == ImageType::FlatVmdk, "disk.image_type=FlatVmdk"),
-        (format == ImageType::FixedVhd, "disk.image_type=FixedVhd"),
-        (format == ImageType::Vhdx, "disk.image_type=Vhdx"),
+        (format == ImageType::FlatVmdk, "disks.image_type=FlatVmdk"),
+        (format == ImageType::FixedVhd, "disks.image_type=FixedVhd"),
+        (format == ImageType::Vhdx, "disks.image_type=Vhdx"),
     ])
 }
 

@@ -301,7 +301,7 @@ fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
             "zero byte",
         ),
         (json!({"disks": [{}]}), "no path"),
-        (json!({"disks": [{"path": ""}]}), "disk.path"),
+        (json!({"disks": [{"path": ""}]}), "disks.path"),
         (
             json!({"disks": [{"path": "/a", "num_queues": 0}]}),
             "0: a disk has",
@@ -330,7 +330,7 @@ fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
         (json!({"disks": [{"path": "/a", "id": ""}]}), "is empty"),
         (
             json!({"disks": [{"path": "/a", "rate_limit_group": "g"}]}),
-            "a group that there is not",
+            "there is no such group",
         ),
         (json!({"serial": {"mode": "File"}}), "serial"),
         (json!({"rng": {"src": ""}}), "rng.src"),
@@ -402,7 +402,7 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (
             json!({"disks": [{"path": "/a", "pci_segment": 1}],
                 "platform": {"num_pci_segments": 2}}),
-            "disk.pci_segment",
+            "disks.pci_segment",
         ),
         (
             json!({"debug_console": {"mode": "Pty"}}),
@@ -443,20 +443,20 @@ fn missing_fields() -> Vec<(Value, &'static str)> {
         (json!({"platform": {"iommufd": true}}), "platform.iommufd"),
         (
             json!({"disks": [{"path": "/a", "vhost_user": true, "vhost_socket": "/s"}]}),
-            "disk.path beside vhost_user",
+            "disks.path beside vhost_user",
         ),
         (
             json!({"disks": [{"path": "/a", "iommu": true}]}),
-            "disk.iommu",
+            "disks.iommu",
         ),
         (
             json!({"disks": [{"path": "/a", "image_type": "Vhdx"}]}),
-            "disk.image_type=Vhdx",
+            "disks.image_type=Vhdx",
         ),
         (
             json!({"disks": [{"path": "/a",
                 "queue_affinity": [{"queue_index": 0, "host_cpus": [0]}]}]}),
-            "disk.queue_affinity",
+            "disks.queue_affinity",
         ),
     ]
 }
@@ -671,7 +671,7 @@ fn consoles_that_want_the_same_are_refused_with_both() {
     for (more, part) in [
         (
             json!({"serial": {"mode": "Tty"}, "serial2": {"mode": "Tty"}}),
-            "--serial tty and --serial2 tty",
+            "serial and serial2 are both Tty",
         ),
         (
             json!({"serial": {"mode": "Socket", "socket": "/s"}, "ports": [{"name": "a", "socket": "/s"}]}),

@@ -28,7 +28,7 @@ pub(super) fn disk_from_wire(
         ));
     }
     let own = [
-        (described.path.is_some(), "disk.path beside vhost_user"),
+        (described.path.is_some(), "disks.path beside vhost_user"),
         (described.readonly, "disk.readonly beside vhost_user"),
         (described.direct, "disk.direct beside vhost_user"),
         (described.serial.is_some(), "disk.serial beside vhost_user"),
@@ -153,11 +153,11 @@ mod tests {
             (json!({ "vhost_socket": "/s" }), "vhost_user=true"),
             (
                 json!({ "vhost_user": true, "vhost_socket": "/s", "path": "/p" }),
-                "disk.path",
+                "disks.path",
             ),
             (
                 json!({ "vhost_user": true, "vhost_socket": "/s", "serial": "x" }),
-                "disk.serial",
+                "disks.serial",
             ),
             (
                 json!({ "vhost_user": true, "vhost_socket": "/s", "num_queues": 0 }),
