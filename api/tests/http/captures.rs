@@ -282,7 +282,7 @@ fn every_route_is_served() {
             Success::Stream(_) => "HTTP/1.1 400 ",
             // The fake has neither agent, ports nor screen, and says of them what it says of all commands.
             _ if route.name.starts_with("vm.agent-") => "HTTP/1.1 204 ",
-            _ if ["vm.add-port", "vm.screenshot"].contains(&route.name) => "HTTP/1.1 ",
+            _ if ["vm.add-port", "vm.screenshot"].contains(&route.name) => "HTTP/1.1 204 ",
             Success::Nothing | Success::Placed | Success::DoneOrJob => "HTTP/1.1 204 ",
             _ => "HTTP/1.1 200 ",
         };
