@@ -17,15 +17,18 @@ use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
+use virtio::memory::GuestMap;
 use virtio::transport::{DeviceEvent, DeviceEvents};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
+use super::hosts::{Hosts, Wanted};
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
+use super::loading::{Loaded, Loading};
 use super::parts::Parts;
-use super::platform::{Hosts, Platform, Wiring};
+use super::platform::{Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
@@ -33,12 +36,13 @@ use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
 use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
+use crate::console::port::PortBoard;
 use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::{Hypervisor, Vm, cpuid};
-use crate::layout::{MEMORY_SLOTS, memory};
+use crate::layout::{self, MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};
@@ -88,8 +92,7 @@ impl Payload {
     /// # Errors
     ///
     /// [`MachineError::Boot`], naming what could not be loaded.
-    pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
-        let view = ram.memory().memory();
+    pub fn load(&mut self, memory: &GuestMap, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let SmbiosImage { bytes, address } = &self.smbios;
         let pieces: [(&[u8], u64); 3] = [
             (bytes, *address),
@@ -97,7 +100,8 @@ impl Payload {
             (&self.generation, memory::GENERATION_ID),
         ];
         for (bytes, address) in pieces {
-            view.write_slice(bytes, GuestAddress(address))
+            memory
+                .write_slice(bytes, GuestAddress(address))
                 .map_err(|_| MachineError::GuestMemory { address })?;
         }
         let source = BootSource {
@@ -106,7 +110,7 @@ impl Payload {
             cmdline: &self.cmdline,
             protocol: self.protocol,
         };
-        boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
+        boot::load(memory, source, acpi.address).map_err(|source| self.failed(source))
     }
 
     /// Names the flag and the file that `source` is about.
@@ -174,23 +178,35 @@ pub struct Built {
     pub debugger: Option<crate::gdb::Listener>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes from its `parts`. What it has to say
-/// goes to `mailbox`, and its consoles to `consoles`, where what is open already stays so. Signals are blocked already: back ends have threads, which
-/// are to leave them alone ([`super::Signals`]).
+/// A machine that has memory, and no kernel in it yet. Dropping it leaves nothing behind.
+pub struct Frame {
+    hypervisor: Hypervisor,
+    vm: Vm,
+    supported: CpuId,
+    baseline: Option<Baseline>,
+    groups: RateGroups,
+    ports: Arc<PortBoard>,
+    models: Vec<OpenDevice>,
+    ram: GuestRam,
+    space: AddressSpace,
+    tables: AcpiConfig,
+    acpi: AcpiImage,
+}
+
+/// Begins to build the machine that `config` (complete and validated) describes from its `parts`. What is to be
+/// loaded into it then is for another thread; of `consoles` that stays which is open and still wanted.
 ///
 /// # Errors
 ///
 /// [`MachineError`]; nothing is left behind.
-pub fn build(
+pub fn begin(
     config: &VmConfig,
     parts: Parts,
     opener: &Arc<Opener>,
-    mailbox: &Mailbox,
-    events: &EventLog,
-    consoles: &Arc<Consoles>,
-) -> Result<Built, MachineError> {
+    consoles: &Consoles,
+) -> Result<(Frame, Loading), MachineError> {
     let Parts {
-        mut payload,
+        payload,
         baseline,
         groups,
         ports,
@@ -205,13 +221,65 @@ pub fn build(
     vm.set_memory(ram.slots())?;
     let tables = acpi_config(config, &space);
     let acpi = crate::acpi::build(&tables)?;
-    let entry = payload.load(&ram, &acpi)?;
-    vm.create_irqchip()?;
+    let loading = Loading {
+        config: config.clone(),
+        payload,
+        memory: GuestMap::clone(&ram.memory().memory()),
+        acpi: acpi.clone(),
+        hosts: Wanted::new(config, consoles),
+        opener: Arc::clone(opener),
+    };
+    let frame = Frame {
+        hypervisor,
+        vm,
+        supported,
+        baseline,
+        groups,
+        ports,
+        models,
+        ram,
+        space,
+        tables,
+        acpi,
+    };
+    Ok((frame, loading))
+}
 
-    // Nothing is created on the host before the guest has been loaded: a
-    // mistake in the flags must not leave files behind.
-    let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, consoles, &ports, mailbox)?;
+/// Builds the rest. What the machine has to say goes to `mailbox`, and its consoles to `consoles`. Signals are blocked
+/// already: back ends have threads, which are to leave them alone ([`super::Signals`]).
+///
+/// # Errors
+///
+/// [`MachineError`]; nothing is left behind.
+pub fn finish(
+    config: &VmConfig,
+    (frame, loaded): (Frame, Loaded),
+    opener: &Arc<Opener>,
+    mailbox: &Mailbox,
+    events: &EventLog,
+    consoles: &Arc<Consoles>,
+) -> Result<Built, MachineError> {
+    let Frame {
+        hypervisor,
+        vm,
+        supported,
+        baseline,
+        groups,
+        ports,
+        models,
+        ram,
+        space,
+        tables,
+        acpi,
+    } = frame;
+    let Loaded {
+        payload,
+        entry,
+        hosts,
+        debugger,
+    } = loaded;
+    vm.create_irqchip()?;
+    let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -240,7 +308,7 @@ pub fn build(
         bay: devices.bay,
         events: events.clone(),
         platform: devices.platform,
-        payload,
+        payload: Some(payload),
         entry: Some(entry),
         acpi,
         power_on,
@@ -248,6 +316,24 @@ pub fn build(
         debug: None,
     };
     Ok(Built { machine, debugger })
+}
+
+/// Builds a machine here, for those who may wait for storage: [`begin`], [`Loading::run`] and [`finish`].
+///
+/// # Errors
+///
+/// [`MachineError`]; nothing is left behind.
+pub fn build(
+    config: &VmConfig,
+    parts: Parts,
+    opener: &Arc<Opener>,
+    mailbox: &Mailbox,
+    events: &EventLog,
+    consoles: &Arc<Consoles>,
+) -> Result<Built, MachineError> {
+    let (frame, loading) = begin(config, parts, opener, consoles)?;
+    let loaded = loading.run(&|| true)?;
+    finish(config, (frame, loaded), opener, mailbox, events, consoles)
 }
 
 /// All that sits between the VM and its vCPUs.
@@ -528,7 +614,7 @@ fn topology(config: &CpusConfig) -> Topology {
     }
 }
 
-fn open_debugger(
+pub(super) fn open_debugger(
     config: &VmConfig,
     opener: &Opener,
 ) -> Result<Option<crate::gdb::Listener>, MachineError> {

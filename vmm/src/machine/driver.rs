@@ -344,7 +344,7 @@ impl Driver {
 
     fn boot(&mut self) -> Result<(), MachineError> {
         self.enter(VmState::Booting, None);
-        self.machine.load()?;
+        self.load()?;
         self.machine.start_units()?;
         self.go();
         Ok(())
@@ -384,10 +384,13 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         // Readers of the view may hold the devices for longer than the next machine waits for their files.
-        let (devices, time) = (self.machine.retire_devices(), self.patience());
+        let files = (self.machine.retire_devices(), self.machine.retire_payload());
+        let time = self.patience();
         self.outlast("close-all", move || {
-            if !put_away_within(devices, time) {
-                tracing::warn!("files of disks are not closed yet: their storage does not answer");
+            if !put_away_within(files, time) {
+                tracing::warn!(
+                    "files of the machine are not closed yet: their storage does not answer"
+                );
             }
         });
         if !self.urgent {
@@ -419,7 +422,10 @@ impl Driver {
                 Ok(())
             }
             Err(error) => {
-                self.recover();
+                // A guest that has done its last does not run past it.
+                if !reason.is_guests() {
+                    self.recover();
+                }
                 Err(error)
             }
         }
@@ -463,9 +469,9 @@ impl Driver {
         };
         self.machine.vcpus().pause();
         if let Err(error) = self.stop_units(DRAIN) {
-            if paused.is_some() {
+            if paused.is_some() && !self.cut {
                 self.fail("the machine cannot stay paused", &error);
-            } else {
+            } else if paused.is_none() && told == EventKind::Reset {
                 self.recover();
             }
             return Err(error);
@@ -474,7 +480,9 @@ impl Driver {
         self.ears.events.publish(told);
         self.enter(VmState::Booting, None);
         let restarted = self.restart(paused);
-        if let Err(error) = &restarted {
+        if let Err(error) = &restarted
+            && !self.cut
+        {
             self.fail("the guest could not be reset", error);
         }
         restarted
@@ -484,7 +492,7 @@ impl Driver {
         self.finish_removals()?;
         let resized = self.machine.reset()?;
         self.tell_resized(&resized);
-        self.machine.load()?;
+        self.load()?;
         if paused.is_some() {
             self.machine.stop_clock()?;
             self.enter(VmState::Paused, paused);
@@ -493,6 +501,19 @@ impl Driver {
             self.go();
         }
         Ok(())
+    }
+
+    /// Ends a machine whose guest has done its last and waits, because what was to be done then has failed: at once,
+    /// where what ends it has come meanwhile.
+    fn give_up_guest(&mut self, reason: ExitReason, what: &str, error: &MachineError) {
+        if !self.cut {
+            return self.fail(what, error);
+        }
+        if let Some(message) = self.ears.inbox.take_where(drain::ends) {
+            self.on_message(message);
+        }
+        // It was a signal, or time.
+        self.finish(reason, None);
     }
 
     /// Ends the machine because of an error that leaves no other way.
@@ -617,10 +638,8 @@ impl Driver {
                     ExitReason::Watchdog => PauseReason::Watchdog,
                     _ => PauseReason::GuestPanic,
                 };
-                if let Err(error) = self.pause(reason)
-                    && !self.cut
-                {
-                    self.fail("the guest could not be paused", &error);
+                if let Err(error) = self.pause(reason) {
+                    self.give_up_guest(done, "the guest could not be paused", &error);
                 }
             }
             GuestAction::Restart if !self.once => {
@@ -628,10 +647,8 @@ impl Driver {
                     ExitReason::Reset => EventKind::GuestReset,
                     _ => EventKind::Rebooting,
                 };
-                if let Err(error) = self.reset(told)
-                    && !self.cut
-                {
-                    self.fail("guest reset", &error);
+                if let Err(error) = self.reset(told) {
+                    self.give_up_guest(ExitReason::Stopped, "guest reset", &error);
                 }
             }
             GuestAction::Restart | GuestAction::Stop | GuestAction::Exit => {
