@@ -20,7 +20,7 @@ CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 SECONDS ?= 60
 # What is fuzzed; a virtio model is a target by its name.
 FUZZED := block/image block/check virtio/pci virtio/ring \
-	virtio/balloon virtio/blk virtio/console virtio/net virtio/rng \
+	virtio/balloon virtio/blk virtio/console virtio/net virtio/rng virtio/vsock \
 	devices/rfb
 
 .PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \

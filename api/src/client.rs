@@ -373,6 +373,18 @@ impl Client {
         self.ask("vm.update-net", request)
     }
 
+    /// Adds a named port.
+    pub fn add_port(&mut self, port: &wire::PortConfig) -> Result<wire::PortInfo, ClientError> {
+        let answer = self.put("vm.add-port", Some(port), &[])?;
+        read("vm.add-port", &answer)
+    }
+
+    /// Takes a named port away.
+    pub fn remove_port(&mut self, name: &str) -> Result<(), ClientError> {
+        let name = name.to_owned();
+        self.ask("vm.remove-port", &wire::VmRemovePort { name })
+    }
+
     /// Adds a disk; where it is, when there is a machine.
     pub fn add_disk(
         &mut self,

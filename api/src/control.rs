@@ -120,6 +120,10 @@ pub enum Command {
     UpdateDisk(Box<wire::VmUpdateDisk>),
     /// Change limits or link of a network card.
     UpdateNet(Box<wire::VmUpdateNet>),
+    /// Add a port that the guest finds by its name.
+    AddPort(Box<wire::PortConfig>),
+    /// Take a named port away.
+    RemovePort(wire::VmRemovePort),
     /// Add or remove a sink of a console.
     Console(wire::VmConsole),
     /// Write the guest's memory and registers into an ELF file.
@@ -185,6 +189,8 @@ pub enum Reply {
     Done,
     /// A device has been added to a machine that runs or is paused.
     Added(wire::PciDeviceInfo),
+    /// A port has been added.
+    Port(wire::PortInfo),
     /// It goes on as a job.
     Started(wire::JobInfo),
     /// The guest agent has answered.

@@ -201,6 +201,16 @@ pub enum EventKind {
         /// How much the guest has given up, in bytes.
         actual: u64,
     },
+    /// A named port has been added to the machine.
+    PortAdded {
+        /// The port's name.
+        name: String,
+    },
+    /// A named port has been taken away.
+    PortRemoved {
+        /// The port's name.
+        name: String,
+    },
     /// A sink of the serial port is there: at boot, by command, or because a client has attached.
     ConsoleSinkAdded {
         /// The sink's id.

@@ -87,6 +87,10 @@ pub enum Endpoint {
     VmAddVirtio,
     /// PUT vm.remove-device
     VmRemoveDevice,
+    /// PUT vm.add-port
+    VmAddPort,
+    /// PUT vm.remove-port
+    VmRemovePort,
     /// PUT vm.coredump
     VmCoredump,
     /// PUT vm.agent-ping
@@ -489,6 +493,25 @@ pub const ROUTES: &[Route] = &[
     )
     .about("Has the guest give a device up; an event tells when it has.")
     .takes::<wire::VmRemoveDevice>(),
+    put(
+        Endpoint::VmAddPort,
+        "vm.add-port",
+        "The port could not be added to the VM",
+    )
+    .added()
+    .about("Adds a port that the guest finds by its name.")
+    .takes::<wire::PortConfig>()
+    .gives::<wire::PortInfo>()
+    .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmRemovePort,
+        "vm.remove-port",
+        "The port could not be removed from the VM",
+    )
+    .added()
+    .about("Takes a named port away and closes its end on the host.")
+    .takes::<wire::VmRemovePort>()
+    .fails(&[400, 404, 409, 429]),
     put(
         Endpoint::VmCoredump,
         "vm.coredump",

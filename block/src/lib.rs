@@ -63,7 +63,7 @@ pub use lease::Lease;
 pub use lock::lock_output;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
-pub use opener::{Access, Address, Connector, Opener};
+pub use opener::{Access, Address, Connector, Listening, Opener};
 pub use options::{Aio, Cache, DetectZeroes, Discard, DiskOptions, Format};
 pub use qcow2::{
     ChangeError, CheckReport, Compression, CreateError, CreateOptions, Finding, NewSnapshot,

@@ -1,9 +1,11 @@
 //! How this crate gets files and connections: through its caller.
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use crate::lease::Lease;
@@ -39,6 +41,26 @@ pub trait Connector: Send + Sync + fmt::Debug {
     ///
     /// The system's error.
     fn connect(&self) -> io::Result<OwnedFd>;
+
+    /// As [`Connector::connect`], but never waits, and the socket is non-blocking.
+    ///
+    /// Unless it is implemented, no server can be connected to like that.
+    ///
+    /// # Errors
+    ///
+    /// The system's error; `WouldBlock` while the server has as many connections waiting as it may.
+    fn connect_now(&self) -> io::Result<OwnedFd> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A unix socket to which others connect.
+#[derive(Debug)]
+pub struct Listening {
+    /// The socket.
+    pub socket: UnixListener,
+    /// What removes its file when it is dropped.
+    pub file: Box<dyn Any + Send>,
 }
 
 /// Opens files on behalf of this crate, by the policy of whoever implements it.
@@ -68,6 +90,22 @@ pub trait Opener: Send + Sync {
         Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
             "connections are not allowed here",
+        ))
+    }
+
+    /// Listens at a new unix socket that only its owner can connect to. One that a dead process left
+    /// behind is replaced.
+    ///
+    /// Unless it is implemented, every path is refused.
+    ///
+    /// # Errors
+    ///
+    /// The system's error, or what the policy says of the path: one at which a process listens is refused.
+    fn listen(&self, path: &Path) -> io::Result<Listening> {
+        let _ = path;
+        Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "sockets are not allowed here",
         ))
     }
 

@@ -36,7 +36,7 @@ pub struct Case {
     /// The monitor is started as `vireo serve` with [`args`](Case::args), without a machine;
     /// the steps create one over the control socket.
     pub served: bool,
-    /// The Linux guest has QEMU's guest agent as `/bin/qemu-ga`.
+    /// The Linux guest has QEMU's guest agent as `/bin/qemu-ga`, and `/bin/vsock`.
     pub guest_agent: bool,
 }
 

@@ -19,6 +19,7 @@ const GUEST_MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_console",
     "virtio_balloon",
+    "vmw_vsock_virtio_transport",
     "pvpanic_mmio",
     "pvpanic_pci",
     "i6300esb",
@@ -150,16 +151,19 @@ pub fn nested(
 }
 
 /// One more archive to put behind a guest's initramfs: QEMU's guest agent, out of the
-/// unpacked package at `package`, as `/bin/qemu-ga`.
+/// unpacked package at `package`, as `/bin/qemu-ga`; and the program `sockets` as `/bin/vsock`.
 ///
 /// # Errors
 /// The package is not there.
-pub fn guest_agent(package: &Path, output: &Path) -> Result<()> {
+pub fn guest_agent(package: &Path, sockets: &Path, output: &Path) -> Result<()> {
     write(output, |archive| {
         let program = package.join("usr/sbin/qemu-ga");
         copy(archive, "bin/qemu-ga", &program)?;
+        copy(archive, "bin/vsock", sockets)?;
+        let mut libraries = libraries_in(sockets, Some(package))?;
+        libraries.extend(libraries_in(&program, Some(package))?);
         let mut directories = vec![String::new()];
-        for (path, file) in libraries_in(&program, Some(package))? {
+        for (path, file) in libraries {
             let path = library_path(&path, package);
             parents(archive, &path, &mut directories)?;
             copy(archive, &path, &file)?;

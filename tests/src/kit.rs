@@ -5,7 +5,7 @@
 //!     kernels/NAME.vmlinux    the ELF file inside
 //!     initramfs/NAME          the guest's initramfs with that kernel's modules
 //!     guests/NAME             the small guests
-//!     guest-agent             QEMU's guest agent, to be put behind an initramfs
+//!     guest-agent             QEMU's guest agent and `vsock`, to be put behind an initramfs
 //!
 //! In the nested machine it is `/kit`; here its files are where they were built
 //! ([`files`]), and [`build`] makes those that are missing.
@@ -190,8 +190,10 @@ pub fn build(name: &str) -> Result<()> {
     }
     // Built each time: it takes half a second and its scripts are in this program.
     let agent = kit.join(GUEST_AGENT);
-    if !agent.exists() {
-        initramfs::guest_agent(&places::testbed().join(GUEST_AGENT), &agent)?;
+    let sockets = program("TESTBED_VSOCK", "vsock", "cargo build -p tests --bins")?;
+    if !newer(&agent, &sockets) {
+        let package = places::testbed().join(GUEST_AGENT);
+        initramfs::guest_agent(&package, &sockets, &agent)?;
     }
     initramfs::guest(
         &package(name),

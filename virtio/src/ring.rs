@@ -229,6 +229,8 @@ pub struct Ring {
     /// An entry was seen in the available ring that has not been taken.
     announced: bool,
     unannounced: bool,
+    /// The chain that was taken last was the next one of the available ring.
+    popped: bool,
     /// How many chains have been returned since the driver was last asked
     /// whether it wants to be interrupted.
     returned: u16,
@@ -257,6 +259,7 @@ impl Ring {
             invited: true,
             announced: false,
             unannounced: false,
+            popped: false,
             returned: 0,
             together: false,
             failed: false,
@@ -279,6 +282,17 @@ impl Ring {
     /// this order. They are unlike each other and no more than the queue's size.
     pub fn put_back(&mut self, heads: impl DoubleEndedIterator<Item = u16>) {
         for head in heads.rev() {
+            self.parked.push_front(head);
+        }
+    }
+
+    /// Puts back the chain that was taken last, so that the ring is as if nobody had taken it: the driver may
+    /// have it out of there again, of a device that it takes out of use in part.
+    pub fn untake(&mut self, head: u16) {
+        if std::mem::take(&mut self.popped) {
+            let before = self.queue.next_avail().wrapping_sub(1);
+            self.queue.set_next_avail(before);
+        } else {
             self.parked.push_front(head);
         }
     }
@@ -512,12 +526,15 @@ impl Ring {
     }
 
     fn pop(&mut self, view: &GuestMap) -> Result<Option<u16>, RingError> {
+        self.popped = false;
         if let Some(head) = self.parked.pop_front() {
             return Ok(Some(head));
         }
         let chains = self.queue.iter(view);
         let next = chains.map_err(|e| rings(self.index, "reading the available ring", e))?;
-        Ok({ next }.next().map(|chain| chain.head_index()))
+        let head = { next }.next().map(|chain| chain.head_index());
+        self.popped = head.is_some();
+        Ok(head)
     }
 
     /// Reads the chain at `head`. Every rule of Virtio 1.2, 2.7.5 that a

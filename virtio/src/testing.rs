@@ -225,6 +225,12 @@ impl Driver {
         head
     }
 
+    /// Takes back what has been offered and not been used, as Linux's driver does with a queue that it gives up.
+    pub fn take_back(&mut self) {
+        self.offered = self.used_index();
+        self.set_avail_index(self.offered);
+    }
+
     pub fn kick(&self) {
         self.doorbell.write(1).unwrap();
     }

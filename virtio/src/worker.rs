@@ -135,8 +135,21 @@ impl Sleeper {
     ///
     /// The host's, when waiting is not possible any more.
     pub fn sleep(&self, ring: &mut Ring) -> io::Result<()> {
+        self.sleep_up_to(ring, None)
+    }
+
+    /// As [`Sleeper::sleep`], but no longer than `most`, rounded up to milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sleeper::sleep`].
+    pub fn sleep_up_to(&self, ring: &mut Ring, most: Option<Duration>) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 2];
-        let ready = match self.epoll.wait(-1, &mut events) {
+        let timeout = most.map_or(-1, |most| {
+            let most = most.saturating_add(Duration::from_micros(999));
+            i32::try_from(most.as_millis()).unwrap_or(i32::MAX)
+        });
+        let ready = match self.epoll.wait(timeout, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             ready => ready?,
         };

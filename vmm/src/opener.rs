@@ -482,6 +482,15 @@ impl block::Opener for Opener {
         Ok(Box::new(connect::Connector(address.clone())))
     }
 
+    fn listen(&self, path: &Path) -> io::Result<block::Listening> {
+        let socket = self.listen_unix(path).map_err(io::Error::other)?;
+        let file = self.own_socket(path).map_err(io::Error::other)?;
+        Ok(block::Listening {
+            socket,
+            file: Box::new(file),
+        })
+    }
+
     fn lease(&self, program: &Path, path: &Path, write: bool) -> io::Result<Box<dyn block::Lease>> {
         Ok(Box::new(lease::Held::acquire(program, path, write)?))
     }

@@ -237,6 +237,8 @@ impl Dispatcher {
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
             Endpoint::VmUpdateNet => Command::UpdateNet(self.body(route, &request)?),
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
+            Endpoint::VmAddPort => Command::AddPort(self.body(route, &request)?),
+            Endpoint::VmRemovePort => Command::RemovePort(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {
@@ -297,6 +299,7 @@ pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> 
     match (result, route.success) {
         (Err(error), _) => Answer::failure(route.failed, error),
         (Ok(Reply::Added(place)), _) => Answer::json(place),
+        (Ok(Reply::Port(port)), _) => Answer::json(port),
         (Ok(Reply::Started(job)), _) => Answer::json(job),
         (Ok(Reply::Agent(reply)), _) => Answer::json(reply),
         (Ok(Reply::Done), Success::EmptyBody) => Answer::empty(),

@@ -212,6 +212,16 @@ pub enum JobState {
     Failed,
 }
 
+/// The answer to `vm.add-port`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PortInfo {
+    /// The port's name.
+    pub name: String,
+    /// The far end of the pseudo-terminal that has been made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+}
+
 /// A sink in `vm.console`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsoleSink {

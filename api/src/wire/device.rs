@@ -305,6 +305,9 @@ pci_device! {
 pub struct RngConfig {
     /// The file that is read.
     pub src: PathBuf,
+    /// Limits on what the guest gets. Beyond v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
 }
 }
 
@@ -316,6 +319,7 @@ impl Default for RngConfig {
             pci_segment: 0,
             pci_device_id: None,
             src: PathBuf::from("/dev/urandom"),
+            rate_limiter_config: None,
         }
     }
 }

@@ -52,6 +52,14 @@ pub struct VmRemoveDevice {
     pub id: String,
 }
 
+/// `vm.remove-port`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmRemovePort {
+    /// The port's name.
+    pub name: String,
+}
+
 /// `vm.coredump`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VmCoredumpData {

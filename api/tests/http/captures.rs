@@ -258,6 +258,8 @@ fn every_route_is_served() {
         ("vm.add-fs", r#"{"tag":"t","socket":"/s"}"#),
         ("vm.add-virtio", r#"{"kind":"rng"}"#),
         ("vm.remove-device", r#"{"id":"d"}"#),
+        ("vm.add-port", r#"{"name":"a","null":true}"#),
+        ("vm.remove-port", r#"{"name":"a"}"#),
         ("vm.coredump", r#"{"destination_url":"file://c"}"#),
         ("vm.console", r#"{"remove":"1"}"#),
         ("vm.job-cancel", r#"{"id":"1"}"#),
@@ -276,8 +278,10 @@ fn every_route_is_served() {
         let answer = client.read_to("\r\n\r\n");
         let expected = match route.success {
             Success::Stream(_) => "HTTP/1.1 400 ",
-            // The fake has no agent, and says of it what it says of all commands.
-            _ if route.name.starts_with("vm.agent-") => "HTTP/1.1 204 ",
+            // The fake has neither agent nor ports, and says of them what it says of all commands.
+            _ if route.name.starts_with("vm.agent-") || route.name == "vm.add-port" => {
+                "HTTP/1.1 204 "
+            }
             Success::Nothing | Success::Placed | Success::DoneOrJob => "HTTP/1.1 204 ",
             _ => "HTTP/1.1 200 ",
         };

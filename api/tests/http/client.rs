@@ -98,6 +98,7 @@ fn commands_arrive_each_as_itself() {
     client.update_disk(&parsed(r#"{"id":"d"}"#)).unwrap();
     client.update_net(&parsed(r#"{"id":"n"}"#)).unwrap();
     client.remove_device("d").unwrap();
+    client.remove_port("p").unwrap();
     client
         .change_console(&wire::VmConsole::Add("pty".to_owned()))
         .unwrap();
@@ -124,7 +125,7 @@ fn commands_arrive_each_as_itself() {
         .map(|text| text.split(['(', ' ']).next().unwrap().to_owned())
         .collect();
     let expected = "Create Boot Pause Resume PowerButton Nmi Reset Reboot Shutdown Delete Resize \
-                    ResizeDisk UpdateDisk UpdateNet RemoveDevice Console Coredump Disk Vsock Fs Virtio Quit";
+                    ResizeDisk UpdateDisk UpdateNet RemoveDevice RemovePort Console Coredump Disk Vsock Fs Virtio Quit";
     assert_eq!(names.join(" "), expected);
 }
 

@@ -1,9 +1,17 @@
-//! Consoles and ports: hvc0, a named port, COM2, and QEMU's guest agent over its port.
+//! What leads to the host: hvc0, a named port, COM2, QEMU's guest agent over its port, and stream sockets.
 
 use super::{MIB, case};
 use crate::case::{Action, Ask, Case, Fill, Form, Talk, Want};
 
 const SCRIPT: &str = r#"
+until_() {
+    n=0
+    until eval "$1"; do
+        n=$((n + 1))
+        [ $n -gt 300 ] && { echo "@@ bad: never $1"; return; }
+        sleep 0.05
+    done
+}
 echo "@@ ports: $(cat /sys/class/virtio-ports/*/name | sort | tr '\n' ' ')"
 port() { for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/$(basename "$p")"; done; }
 
@@ -18,6 +26,22 @@ exec 4<> "$(port echo)"
 # While nobody is there on the host, reading ends at once.
 (while :; do if read -r line <&4; then echo "echo of $line" >&4; else sleep 0.05; fi; done) &
 echo '@@ ask the port'
+
+echo '@@ ask for sockets'
+sockets() { ls -d /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio* > /dev/null 2>&1; }
+until_ sockets
+vsock echo 52 &
+listener=$!
+# The host's port 99 is the socket of clients itself: round and round.
+dd if=/dev/urandom of=/tmp/noise bs=64k count=8 2>/dev/null
+round() { (echo 'CONNECT 52'; cat /tmp/noise) | vsock connect 2 99 > /tmp/round && [ -s /tmp/round ]; }
+until_ round
+tail -n +2 /tmp/round | cmp - /tmp/noise && echo "@@ $(head -c 2 /tmp/round) over two connections"
+vsock connect 2 9 < /dev/null 2>/tmp/why || echo "@@ refused: $(grep -c reset /tmp/why)"
+echo '@@ ask the echo, and for its removal'
+until_ '! sockets'
+echo '@@ no sockets any more'
+kill $listener
 
 ip link set lo up
 mkdir -p /mnt /sbin /run /var/run
@@ -53,6 +77,36 @@ fn talk(socket: &str, say: &str, hear: &str) -> Action {
     })
 }
 
+/// A socket device comes, a client talks to the guest through it, and it goes.
+fn sockets(case: Case) -> Case {
+    let vsock = r#"{"cid":3,"socket":"{dir}/v"}"#;
+    let place = Want::Text(r#"{"id":"_vsock"#.to_owned());
+    let comes = [
+        Ask::put("vm.add-vsock", vsock).answered(200).want(place),
+        Ask::put("vm.add-vsock", r#"{"cid":4,"socket":"{dir}/w"}"#).answered(409),
+        Ask::get("vm.info", &[r#""cid":3"#]),
+    ];
+    let gone = || Want::NoText("_vsock".to_owned());
+    let goes = [
+        Ask::get("vm.counters", &[r#""connections":"#, r#""tx_packets":"#]),
+        Ask::put("vm.remove-device", r#"{"id":"_vsock1"}"#),
+        Ask::get("vm.devices", &[]).want(gone()).until(),
+        Ask::get("vm.info", &[]).want(gone()),
+    ];
+    // Not so much that it would have to be read before all is written.
+    let text = "All of this comes back. ".repeat(2000);
+    let ask = "@@ ask the echo, and for its removal";
+    case.before("ln -s v v_99")
+        .asks("@@ ask for sockets", comes)
+        .step(ask, talk("v", &format!("CONNECT 52\n{text}"), &text))
+        .asks("", goes)
+        .lines([
+            "@@ OK over two connections",
+            "@@ refused: 1",
+            "@@ no sockets any more",
+        ])
+}
+
 /// Both ways over each of them, and all that the agent can be asked.
 pub(super) fn all(kernel: &str) -> Case {
     let boots = [
@@ -83,7 +137,8 @@ pub(super) fn all(kernel: &str) -> Case {
         .file("disk", 8 * MIB, Fill::Zero)
         .asks("", boots)
         .step("@@ ask hvc0", talk("hvc0", "root\n", "welcome root"))
-        .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"))
+        .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"));
+    case = sockets(case)
         .asks("@@ ask the agent", agent)
         .lines([
             "@@ ports: echo org.qemu.guest_agent.0",
@@ -91,9 +146,10 @@ pub(super) fn all(kernel: &str) -> Case {
             "@@ hvc0 was asked",
             "@@ a file system to freeze",
             "@@ the agent ends the guest",
+            "@@ the socket is gone",
             "over COM2",
         ])
-        .after("cat com2")
+        .after("cat com2; [ -e v ] || echo '@@ the socket is gone'")
         .limit(120);
     case.guest_agent = true;
     case

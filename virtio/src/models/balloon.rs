@@ -26,6 +26,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use zerocopy::IntoBytes;
 
+use self::pages::Partial;
+pub use self::pages::{LargePagesV1, PartialPageV1};
 use self::spec::{ACTUAL_OFFSET, ConfigSpace, HINT_DONE, HINT_FIRST, PAGE, POISON_OFFSET, feature};
 use self::view::lock;
 pub use self::view::{BalloonChange, BalloonView, GuestStatistics, HintChange, NoBalloon};
@@ -306,6 +308,8 @@ pub struct BalloonV1 {
     pub hint_command: u32,
     /// That the target was reached has been told.
     pub told: bool,
+    /// What has begun of the host's pages that are larger than the balloon's.
+    pub large: LargePagesV1,
 }
 
 impl SavedState for BalloonV1 {
@@ -329,6 +333,7 @@ impl Snapshot for Balloon {
             poison_val: poison_val.get(),
             hint_command: free_page_hint_cmd_id.get(),
             told: self.told,
+            large: lock(&self.view.partial).save(),
         })
     }
 
@@ -339,8 +344,16 @@ impl Snapshot for Balloon {
             poison_val,
             hint_command,
             told,
+            large,
         } = state;
         let view = &self.view;
+        let Some(partial) = Partial::restored(large) else {
+            return Err(RestoreError::Invalid {
+                schema: BalloonV1::SCHEMA,
+                reason: "its larger pages are in no order".to_owned(),
+            });
+        };
+        *lock(&view.partial) = partial;
         view.target.store(num_pages, Ordering::Release);
         view.actual.store(actual, Ordering::Release);
         view.poison.store(poison_val, Ordering::Release);

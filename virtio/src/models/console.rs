@@ -14,12 +14,14 @@
 //!   given a buffer for it; until then it waits where it is.
 //! * The driver is told when somebody comes and goes on the host, and that they
 //!   were two when one goes and another comes.
+//! * Named ports come and go while the machine runs, as far as there is room for them.
 //! * Whatever a driver asks for, what it is still to be told is bounded: a few
 //!   messages for each port.
 //!
 //! One worker serves all queues. It holds the ports while it works, which is
 //! never long, and not while it sleeps.
 
+mod change;
 mod port;
 pub mod spec;
 mod state;
@@ -35,7 +37,8 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice, read_space,
+    ActivateError, Activation, Counters, Identity, Preparation, Prepared, ReconfigureError,
+    Reconfigured, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
@@ -62,6 +65,12 @@ pub const MODEL: Model = Model {
             kind: FieldKind::Text,
             required: false,
             help: "names of its other ports, with ':' between them; default none",
+        },
+        Field {
+            name: "max_ports",
+            kind: FieldKind::Number,
+            required: false,
+            help: "for how many ports there is room, the console's included: more can come later; default 8, or 1 without names",
         },
     ],
     build,
@@ -91,6 +100,9 @@ pub struct ConsoleConfig {
     /// The names of the other ports with [`SEPARATOR`] between them.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub ports: String,
+    /// For how many ports there is room, the console's place included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_ports: Option<u64>,
 }
 
 const fn yes() -> bool {
@@ -128,6 +140,33 @@ impl ConsoleConfig {
             )));
         }
         Ok(names)
+    }
+
+    /// For how many ports the device has room.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Field`] as for [`ConsoleConfig::names`], and for too little room or too much.
+    pub fn places(&self) -> Result<usize, BuildError> {
+        let names = self.names()?.len();
+        let needed = names + 1;
+        let Some(wanted) = self.max_ports else {
+            return Ok(match names {
+                0 => 1,
+                count if count < SOME_PORTS => SOME_PORTS,
+                _ => MAX_PORTS,
+            });
+        };
+        let places = usize::try_from(wanted).unwrap_or(usize::MAX);
+        if (needed..=MAX_PORTS).contains(&places) {
+            return Ok(places);
+        }
+        Err(BuildError::Field {
+            field: "max_ports",
+            reason: format!(
+                "{wanted} is too few or too many: it is {needed} to {MAX_PORTS}, the console's place included"
+            ),
+        })
     }
 }
 
@@ -167,11 +206,7 @@ impl Console {
         host: Arc<dyn PortHost>,
     ) -> Result<Self, BuildError> {
         let names = config.names()?;
-        let places = match names.len() {
-            0 => 1,
-            count if count < SOME_PORTS => SOME_PORTS,
-            _ => MAX_PORTS,
-        };
+        let places = config.places()?;
         let console = config.console.then(|| Port::new(None));
         let named = names.iter().map(|name| Port::new(Some((*name).to_owned())));
         let mut ports: Vec<_> = [console].into_iter().chain(named.map(Some)).collect();
@@ -263,6 +298,9 @@ impl VirtioDevice for Console {
             notifier,
         } = activation;
         for port in self.shared.ports().iter_mut().flatten() {
+            if port.is_leaving() {
+                continue;
+            }
             port.stirred = true;
             let open = port.guest_open;
             let end = port.end(&*self.host).map_err(|error| ActivateError {
@@ -292,10 +330,21 @@ impl VirtioDevice for Console {
         self.workers.stop(deadline)
     }
 
+    fn prepare(
+        &self,
+        patch: Value,
+        context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        change::plan(patch, &*context.ports)
+    }
+
+    fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
+        self.change(prepared)
+    }
+
     fn reset(&mut self) {
-        for port in self.shared.ports().iter_mut().flatten() {
-            port.forget();
-        }
+        self.shared.set_ready(false);
+        state::forget_all(&mut self.shared.ports());
     }
 }
 
@@ -308,8 +357,10 @@ impl VirtioDevice for Console {
 pub struct PortV1 {
     /// Its number.
     pub number: u32,
-    /// Its name. Not put back: another port is not the guest's port.
+    /// Its name: another port is not the guest's port.
     pub name: Option<String>,
+    /// The driver has been told that the device has it.
+    pub known: bool,
     /// The driver has taken it into use.
     pub ready: bool,
     /// The guest has it open.
@@ -320,6 +371,8 @@ pub struct PortV1 {
     pub cycled: bool,
     /// The driver is still to be told that the device has the port.
     pub tell_add: bool,
+    /// The same for that the device has it no more.
+    pub tell_remove: bool,
     /// The same for that it is a console.
     pub tell_console: bool,
     /// The same for its name.
@@ -337,6 +390,8 @@ pub struct ConsoleV1 {
     pub cols: u16,
     /// See `cols`.
     pub rows: u16,
+    /// The driver has asked which ports there are.
+    pub ready: bool,
     /// The ports.
     pub ports: Vec<PortV1>,
 }
@@ -357,6 +412,7 @@ impl Snapshot for Console {
         Ok(ConsoleV1 {
             cols,
             rows,
+            ready: self.shared.is_ready(),
             ports: ports.collect(),
         })
     }
@@ -365,41 +421,67 @@ impl Snapshot for Console {
         let ConsoleV1 {
             cols,
             rows,
+            ready,
             ports: saved,
         } = state;
         let mut ports = self.shared.ports();
-        let mut there: Vec<_> = (0..).zip(ports.iter_mut()).collect();
-        there.retain(|(_, port)| port.is_some());
-        let fits = there.len() == saved.len()
-            && there.iter().zip(&saved).all(|((number, port), saved)| {
-                let name = port.as_ref().and_then(|port| port.name.as_ref());
-                *number == saved.number && name == saved.name.as_ref()
-            });
-        if !fits {
+        let Some(placed) = place(&mut ports, saved) else {
             return Err(RestoreError::Invalid {
                 schema: ConsoleV1::SCHEMA,
                 reason: format!("{} has other ports than the saved machine's", self.id),
             });
-        }
-        for ((_, port), saved) in there.into_iter().zip(saved) {
-            if let Some(port) = port {
-                put_back(port, saved);
-            }
-        }
+        };
+        *ports = placed;
         drop(ports);
+        self.shared.set_ready(ready);
         self.shared.set_size(Size { cols, rows });
         Ok(())
     }
+}
+
+/// Gives each port the number that it had: ports are the same by their names, and come and go while a machine
+/// runs. `None`, with all as it was, when they are others.
+fn place(ports: &mut [Option<Port>], saved: Vec<PortV1>) -> Option<Vec<Option<Port>>> {
+    let stays = |port: &&PortV1| !port.tell_remove;
+    let wanted: Vec<_> = saved.iter().filter(stays).map(|port| &port.name).collect();
+    let there = ports.iter().flatten().filter(|port| !port.is_leaving());
+    let alike = there.clone().count() == wanted.len()
+        && there.clone().all(|port| wanted.contains(&&port.name));
+    let mut numbers: Vec<_> = saved.iter().map(|port| port.number).collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    let fits = |port: &PortV1| {
+        let console = port.name.is_none();
+        usize::try_from(port.number).is_ok_and(|at| at < ports.len()) && console == (port.number == 0)
+    };
+    if !alike || numbers.len() != saved.len() || !saved.iter().all(fits) {
+        return None;
+    }
+    let mut placed = Vec::new();
+    placed.resize_with(ports.len(), || None);
+    for saved in saved {
+        let own = |port: &&mut Option<Port>| port.as_ref().is_some_and(|p| p.name == saved.name);
+        let mut port = match ports.iter_mut().find(own) {
+            Some(port) if !saved.tell_remove => port.take()?,
+            _ => Port::new(saved.name.clone()),
+        };
+        let number = usize::try_from(saved.number).unwrap_or(usize::MAX);
+        put_back(&mut port, saved);
+        *placed.get_mut(number)? = Some(port);
+    }
+    Some(placed)
 }
 
 fn saved(number: u32, port: &Port) -> PortV1 {
     let Port {
         name,
         end: _,
+        fresh: _,
         stirred: _,
         connected: _,
         cycled,
         told_open,
+        known,
         ready,
         guest_open,
         untold,
@@ -407,6 +489,7 @@ fn saved(number: u32, port: &Port) -> PortV1 {
     } = port;
     let Untold {
         add,
+        remove,
         console,
         name: tell_name,
         size,
@@ -414,11 +497,13 @@ fn saved(number: u32, port: &Port) -> PortV1 {
     PortV1 {
         number,
         name: name.clone(),
+        known: *known,
         ready: *ready,
         guest_open: *guest_open,
         told_open: *told_open,
         cycled: *cycled,
         tell_add: add,
+        tell_remove: remove,
         tell_console: console,
         tell_name,
         tell_size: size,
@@ -430,22 +515,26 @@ fn put_back(port: &mut Port, saved: PortV1) {
     let PortV1 {
         number: _,
         name: _,
+        known,
         ready,
         guest_open,
         told_open,
         cycled,
         tell_add,
+        tell_remove,
         tell_console,
         tell_name,
         tell_size,
         sent,
     } = saved;
+    port.known = known;
     port.ready = ready;
     port.open(guest_open);
     port.told_open = told_open;
     port.cycled = cycled;
     port.untold = Untold {
         add: tell_add,
+        remove: tell_remove,
         console: tell_console,
         name: tell_name,
         size: tell_size,

@@ -98,7 +98,7 @@ macro_rules! models {
     };
 }
 
-models! { balloon, blk, console, net, rng }
+models! { balloon, blk, console, net, rng, vsock }
 
 /// The model of this kind.
 #[must_use]

@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
-use std::path::Path;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use block::{Access, Opener};
+use block::{Access, Address, Connector, Listening, Opener};
 use net::{Backend, BackendError, Offloads, Packets, Port, Request};
 use serde_json::{Value, json};
 use virtio::device::VirtioDevice;
@@ -110,6 +110,38 @@ struct PlainOpener;
 impl Opener for PlainOpener {
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         OpenOptions::new().read(true).write(access.write).open(path)
+    }
+
+    /// Whatever a guest connects to at `PATH_PORT` is the socket of clients at `PATH`: the guest itself.
+    fn connector(&self, address: &Address) -> io::Result<Box<dyn Connector>> {
+        let port = match address {
+            Address::Unix(path) => path.to_str().and_then(|path| path.rsplit_once('_')),
+            Address::Tcp { .. } => None,
+        };
+        let (path, _) = port.ok_or(io::ErrorKind::PermissionDenied)?;
+        Ok(Box::new(Clients(PathBuf::from(path))))
+    }
+
+    fn listen(&self, path: &Path) -> io::Result<Listening> {
+        Ok(Listening {
+            socket: UnixListener::bind(path)?,
+            file: Box::new(()),
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Clients(PathBuf);
+
+impl Connector for Clients {
+    fn connect(&self) -> io::Result<OwnedFd> {
+        Ok(UnixStream::connect(&self.0)?.into())
+    }
+
+    fn connect_now(&self) -> io::Result<OwnedFd> {
+        let stream = UnixStream::connect(&self.0)?;
+        stream.set_nonblocking(true)?;
+        Ok(stream.into())
     }
 }
 
@@ -218,6 +250,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
+        "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),
         "balloon" => json!({ "size": 1 << 20, "free_page_reporting": true }),
         _ => json!({}),
     }

@@ -9,6 +9,7 @@ mod events;
 mod jobs;
 mod lifecycle;
 mod net;
+mod port;
 mod removal;
 mod resize;
 mod show;
@@ -96,6 +97,12 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: net::Verb,
     },
+    /// List, add and remove named ports
+    #[command(after_help = port::EXAMPLES)]
+    Port {
+        #[command(subcommand)]
+        verb: port::Verb,
+    },
     /// Write memory and registers into an ELF core file, for crash and gdb
     ///
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
@@ -141,6 +148,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Resize(arguments) => resize::resize(&arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
+        Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),

@@ -18,6 +18,7 @@ use serde_json::Value;
 use virtio::models::Model;
 use virtio::schema::FieldKind;
 
+use super::vsock::is_vsock;
 use super::{COMS, CONSOLE_FLAGS, ConfigError, CpuBaseline, SinkConfig, VmConfig};
 use crate::opener::Opener;
 
@@ -367,7 +368,9 @@ fn inputs(config: &VmConfig, models: &[Model], opener: &Opener) -> Vec<(PathBuf,
     if let CpuBaseline::File(path) = &config.cpus.baseline {
         named.push((path.clone(), "the CPU baseline".to_owned()));
     }
-    for device in &config.devices {
+    // What a socket device listens at is not there before.
+    let devices = config.devices.iter().filter(|device| !is_vsock(device));
+    for device in devices {
         let fields = models
             .iter()
             .find(|model| model.kind == device.kind)

@@ -72,16 +72,14 @@ pub enum FlagError {
         key: String,
     },
     /// An item is a key, or a value, alone.
-    #[error("{flag}: '{item}' is no key=value: {}it takes {accepted}", write_value(*is_key, item))]
+    #[error("{flag}: '{item}' is no key=value: {mend}")]
     NoValue {
         /// The flag.
         flag: String,
         /// The item.
         item: String,
-        /// Whether the item is a key of the table.
-        is_key: bool,
-        /// The keys that there are, separated by commas.
-        accepted: String,
+        /// What is to be written instead, and the keys that there are.
+        mend: String,
     },
     /// A quote that is not closed, or is where none belongs.
     #[error(
@@ -167,11 +165,15 @@ fn did_you_mean(nearest: Option<&str>) -> String {
     nearest.map_or_else(String::new, |key| format!("did you mean '{key}'? "))
 }
 
-fn write_value(is_key: bool, item: &str) -> String {
-    if is_key {
-        format!("write {item}=…; ")
-    } else {
-        String::new()
+/// What is to be written for a key, or a path, that is alone.
+fn write_instead(table: &FlagTable<'_>, item: &str) -> String {
+    let accepted = accepted(table);
+    let mut fields = table.fields.iter();
+    let path = fields.find(|field| field.kind == FieldKind::Path);
+    match path.filter(|_| item.contains('/')) {
+        _ if key_named(table, item) => format!("write {item}=…; it takes {accepted}"),
+        Some(path) => format!("write {}={item}; it takes {accepted}", path.name),
+        None => format!("it takes {accepted}"),
     }
 }
 
@@ -256,8 +258,7 @@ fn take_item<'a>(
             return Err(FlagError::NoValue {
                 flag: table.flag.to_owned(),
                 item: head.to_owned(),
-                is_key: key_named(table, head),
-                accepted: accepted(table),
+                mend: write_instead(table, head),
             });
         }
     };

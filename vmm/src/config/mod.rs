@@ -24,6 +24,7 @@ pub mod port;
 pub mod serial;
 pub mod smbios;
 mod validate;
+pub mod vsock;
 pub mod wire;
 
 use std::path::PathBuf;

@@ -252,6 +252,20 @@ impl VmConfig {
         ports.any(|port| end_of(port) == Ok(PortEnd::Agent))
     }
 
+    /// Has the machine have these named ports and no others. Where it has a device for them, that is told.
+    pub fn set_ports(&mut self, ports: Vec<PortConfig>, models: &[Model]) {
+        self.ports = ports;
+        let kind = console::MODEL.kind;
+        let mut devices = self.devices.iter_mut();
+        if let Some(device) = devices.find(|device| device.kind == kind)
+            && let Value::Object(config) = &mut device.config
+        {
+            // Put back where there are any.
+            config.remove("ports");
+        }
+        self.complete(models);
+    }
+
     /// Gives the machine the device that its console and ports are on, and
     /// lets one that is there already have them.
     pub(super) fn complete_console(&mut self, models: &[Model]) {
@@ -260,10 +274,14 @@ impl VmConfig {
         if !wanted || !models.iter().any(|model| model.kind == kind) {
             return;
         }
+        let known = self.devices.iter().find(|device| device.kind == kind);
+        let known = known.and_then(|device| serde_json::from_value(device.config.clone()).ok());
+        let max_ports = known.and_then(|config: ConsoleConfig| config.max_ports);
         let names: Vec<&str> = self.ports.iter().map(|port| port.name.as_str()).collect();
         let config = ConsoleConfig {
             console: self.console.is_on(),
             ports: names.join(&SEPARATOR.to_string()),
+            max_ports,
         };
         // It has the shape of an object.
         let config = serde_json::to_value(config).unwrap_or_default();

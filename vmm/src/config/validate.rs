@@ -13,6 +13,7 @@ use super::cpus::CpusError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
 use super::smbios::SmbiosError;
+use super::vsock::VsockError;
 use super::{
     CONSOLE_FLAGS, DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig,
 };
@@ -64,6 +65,9 @@ pub enum ConfigError {
     /// The balloon is not as it may be.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
+    /// The socket device is not as it may be.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// What cannot be said in SMBIOS tables.
     #[error("--smbios")]
     Smbios(#[from] SmbiosError),
@@ -480,7 +484,8 @@ impl VmConfig {
             })?;
         }
         self.validate_networks()?;
-        Ok(self.validate_balloon()?)
+        self.validate_balloon()?;
+        Ok(self.validate_vsock()?)
     }
 
     fn validate_group(&self, model: &Model, device: &DeviceConfig) -> Result<(), ConfigError> {

@@ -23,6 +23,7 @@ pub(super) mod names;
 mod networks;
 #[cfg(test)]
 mod tests;
+mod vsock;
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,7 @@ use virtio::limit::{Bucket, RateLimits};
 use virtio::models::MODELS;
 
 use super::serial::{FileSink, SinkConfig, SocketSink};
+use super::vsock::VsockError;
 use super::{
     BootProtocol, ConfigError, CpuBaseline, CpuTopology, CpusConfig, CpusError,
     DEFAULT_SERIAL_REPLAY, DEFAULT_SHUTDOWN_TIMEOUT, DebugconConfig, GuestAction, HostLimits,
@@ -66,7 +68,8 @@ impl From<&ConfigError> for ControlError {
             | ConfigError::SameMac { .. }
             | ConfigError::DuplicateSlot { .. }
             | ConfigError::WatchdogSlot { .. }
-            | ConfigError::OutputInUse { .. } => conflict(error.to_string()),
+            | ConfigError::OutputInUse { .. }
+            | ConfigError::Vsock(VsockError::Two { .. }) => conflict(error.to_string()),
             _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
         }
     }
@@ -220,6 +223,7 @@ impl VmConfig {
             net: (!nets.is_empty()).then_some(nets),
             rng: rng.unwrap_or_default(),
             balloon: self.shown_balloon(),
+            vsock: self.shown_vsock(),
             serial: (&self.serial).into(),
             serial2: self.serial2.is_on().then(|| (&self.serial2).into()),
             serial3: self.serial3.is_on().then(|| (&self.serial3).into()),

@@ -149,12 +149,6 @@ fn devices(tree: &Tree<'_>) -> Vec<Check> {
             "networking in the kernel",
             "modprobe vhost_net",
         ),
-        (
-            "vhost_vsock",
-            "dev/vhost-vsock",
-            "sockets to the host",
-            "modprobe vhost_vsock",
-        ),
     ]
     .into_iter()
     .map(|(name, path, purpose, mend)| {

@@ -42,7 +42,7 @@ use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
 use crate::kvm::{Hypervisor, Vm, cpuid};
-use crate::layout::{self, MEMORY_SLOTS, memory};
+use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};

@@ -9,6 +9,7 @@ mod aside;
 mod commands;
 mod coredump;
 mod drain;
+mod ports;
 mod resize;
 
 use std::collections::VecDeque;
@@ -501,19 +502,6 @@ impl Driver {
             self.go();
         }
         Ok(())
-    }
-
-    /// Ends a machine whose guest has done its last and waits, because what was to be done then has failed: at once,
-    /// where what ends it has come meanwhile.
-    fn give_up_guest(&mut self, reason: ExitReason, what: &str, error: &MachineError) {
-        if !self.cut {
-            return self.fail(what, error);
-        }
-        if let Some(message) = self.ears.inbox.take_where(drain::ends) {
-            self.on_message(message);
-        }
-        // It was a signal, or time.
-        self.finish(reason, None);
     }
 
     /// Ends the machine because of an error that leaves no other way.

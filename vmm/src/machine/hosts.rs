@@ -143,9 +143,18 @@ fn open_agent(
     board: &PortBoard,
 ) -> Result<(), MachineError> {
     consoles.agent().disconnect();
-    if !config.has_agent() {
-        return Ok(());
+    if config.has_agent() {
+        connect_agent(consoles, board)?;
     }
+    Ok(())
+}
+
+/// Has the agent's desk be the end of the port that is left with `board`.
+///
+/// # Errors
+///
+/// The host's, when it is out of descriptors.
+pub(super) fn connect_agent(consoles: &Consoles, board: &PortBoard) -> Result<(), MachineError> {
     let made = UnixStream::pair().and_then(|(near, far)| Ok((near, SocketEnd::stream(far)?)));
     let (near, (end, guest)) = made.map_err(|source| MachineError::Host {
         what: "the guest agent's port cannot be made",

@@ -25,6 +25,8 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::RemoveDevice(_)
         | Command::UpdateDisk(_)
         | Command::UpdateNet(_)
+        | Command::AddPort(_)
+        | Command::RemovePort(_)
         | Command::Coredump(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),

@@ -8,6 +8,7 @@ use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire}
 use serde_json::Value;
 use virtio::models::Model;
 
+use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
@@ -179,6 +180,13 @@ impl Description {
                 name_devices(&mut new.wire);
                 new.update(&update, planned);
             }
+            Command::AddPort(port) => {
+                new.change_ports(&PortChange::Add(*port), models)?;
+                names_files = true;
+            }
+            Command::RemovePort(request) => {
+                new.change_ports(&PortChange::Remove(request.name), models)?;
+            }
             other => return Err(wrong_state(VmState::Created, None, &other)),
         }
         new.config
@@ -291,7 +299,7 @@ impl Description {
                     ..Planned::of(config)
                 })
             }
-            AddDevice::Vsock(_) => lacks("vsock device"),
+            AddDevice::Vsock(vsock) => Ok(Planned::of(self.config.plan_vsock(vsock)?)),
             AddDevice::Fs(_) => lacks("shared directories"),
         }
     }
@@ -310,6 +318,9 @@ impl Description {
         self.config.devices.push(config);
         if self.wire.balloon.is_none() {
             self.wire.balloon = self.config.shown_balloon();
+        }
+        if self.wire.vsock.is_none() {
+            self.wire.vsock = self.config.shown_vsock();
         }
         if let Some(disk) = disk {
             self.wire.disks.get_or_insert_default().push(disk);
@@ -358,6 +369,9 @@ impl Description {
         self.config.devices.retain(|device| keep(&device.id));
         if self.config.shown_balloon().is_none() {
             self.wire.balloon = None;
+        }
+        if self.config.shown_vsock().is_none() {
+            self.wire.vsock = None;
         }
         if let Some(disks) = &mut self.wire.disks {
             disks.retain(|disk| disk.id.as_deref().is_none_or(&keep));

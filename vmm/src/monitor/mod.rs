@@ -23,6 +23,7 @@ pub(crate) mod description;
 mod handle;
 mod jobs;
 mod metrics;
+pub mod ports;
 mod socket;
 mod view;
 
@@ -483,6 +484,7 @@ impl Monitor {
 
     /// Changes the description alone.
     fn change(&mut self, command: Command, answer: Answer) -> Result<Option<After>, MachineError> {
+        let answer = ports::answer_of(&command, answer);
         let changed = self.described().and_then(|(ears, description)| {
             let changed = description.changed(command, self.models)?;
             Ok((changed, ears.consoles.reserved().clone()))

@@ -32,6 +32,17 @@ impl block::Connector for Connector {
         tracing::debug!(address = ?self.0, "connected");
         Ok(socket)
     }
+
+    /// Only unix sockets: whether another host answers is not known at once.
+    fn connect_now(&self) -> io::Result<OwnedFd> {
+        let Address::Unix(path) = &self.0 else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let socket = UnixStream::from(unix_socket()?);
+        socket.set_nonblocking(true)?;
+        connect_to(&socket, path)?;
+        Ok(socket.into())
+    }
 }
 
 fn tcp(host: &str, port: u16) -> io::Result<OwnedFd> {
@@ -53,6 +64,16 @@ fn tcp(host: &str, port: u16) -> io::Result<OwnedFd> {
 fn unix(path: &Path) -> io::Result<OwnedFd> {
     let socket = UnixStream::from(unix_socket()?);
     socket.set_write_timeout(Some(PATIENCE))?;
+    connect_to(&socket, path).map_err(|error| match error.kind() {
+        // How the kernel says that the time is up.
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    })?;
+    socket.set_write_timeout(None)?;
+    Ok(socket.into())
+}
+
+fn connect_to(socket: &UnixStream, path: &Path) -> io::Result<()> {
     let (address, len) = unix_address(path)?;
     #[expect(
         unsafe_code,
@@ -61,15 +82,9 @@ fn unix(path: &Path) -> io::Result<OwnedFd> {
     // SAFETY: the address is a whole `sockaddr_un`, of which `len` bytes are in use.
     let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) };
     if rc < 0 {
-        let error = io::Error::last_os_error();
-        // How the kernel says that the time is up.
-        return Err(match error.kind() {
-            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            _ => error,
-        });
+        return Err(io::Error::last_os_error());
     }
-    socket.set_write_timeout(None)?;
-    Ok(socket.into())
+    Ok(())
 }
 
 #[expect(
@@ -173,5 +188,36 @@ mod tests {
         drop(UnixListener::bind(&socket).unwrap());
         let refused = connect(Address::Unix(socket)).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn a_server_that_lets_nobody_in_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let connector = Connector(Address::Unix(path));
+        #[expect(unsafe_code, reason = "a queue's length has no safe wrapper")]
+        // SAFETY: the descriptor is that of a listener, and the rest a number.
+        let shortened = unsafe { libc::listen(listener.as_raw_fd(), 0) };
+        assert_eq!(shortened, 0);
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connector.connect_now() {
+                Ok(socket) => waiting.push(socket),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() < 10);
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        let (_theirs, _) = listener.accept().unwrap();
+        let ours = UnixStream::from(connector.connect_now().unwrap());
+        let empty = (&ours).read(&mut [0]).unwrap_err();
+        assert_eq!(empty.kind(), io::ErrorKind::WouldBlock);
+        let tcp = Connector(Address::Tcp {
+            host: "localhost".to_owned(),
+            port: 1,
+        });
+        let refused = tcp.connect_now().unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::Unsupported);
     }
 }

@@ -247,6 +247,25 @@ fn a_socket_is_private_and_a_live_one_is_not_taken_over() {
 }
 
 #[test]
+fn a_socket_that_a_device_listens_at_goes_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v");
+    let opener = Opener::new();
+    let listening = block::Opener::listen(&opener, &path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+    let refused = block::Opener::listen(&opener, &path).unwrap_err();
+    assert!(
+        refused.to_string().contains("another process does"),
+        "{refused}"
+    );
+    drop(listening);
+    assert!(!path.exists());
+    // One that a dead process left is replaced.
+    drop(UnixListener::bind(&path).unwrap());
+    block::Opener::listen(&opener, &path).unwrap();
+}
+
+#[test]
 fn a_file_or_link_at_a_sockets_path_is_left_alone() {
     let dir = dir();
     let (file, link, target) = (

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::{fs, io};
 
 use api::client::ClientError;
-use api::wire::{ConsoleMode, ConsolePort, ConsoleRequest};
+use api::wire::{ConsoleMode, ConsolePort, ConsoleRequest, PortConfig};
 
 use crate::sinks::Attached;
 use crate::support::{Served, can_run, until};
@@ -111,4 +111,115 @@ fn a_machine_without_ports_says_that_it_has_none() {
     first.echo("one");
     let mut again = Attached::over(attach(ConsolePort::Serial).unwrap());
     again.output.wait_for("echo:one");
+}
+
+#[test]
+fn a_port_comes_and_goes_while_the_machine_runs() {
+    if !can_run() {
+        return;
+    }
+    let flags = ["--serial", "null", "--port", "a,null"];
+    let served = Served::start("poke", "serial-echo", &flags);
+    let mut client = served.client();
+    let socket = served.path("late");
+    let late = PortConfig {
+        name: "late".to_owned(),
+        socket: Some(socket.clone()),
+        ..PortConfig::default()
+    };
+    let added = until("the machine to run", || match client.add_port(&late) {
+        Err(ClientError::Refused { chain, .. }) if chain.join("").contains("not running") => None,
+        other => Some(other.unwrap()),
+    });
+    assert_eq!((added.name.as_str(), added.path), ("late", None));
+    assert_eq!(client.info().unwrap().config.ports.unwrap().len(), 2);
+    let _client = UnixStream::connect(&socket).unwrap();
+    for (port, status, part) in [
+        (&late, 409, "two ports of this name"),
+        (&named("b", "s"), 400, "path is not absolute"),
+        (&named("b", "/nonexistent/s"), 400, "/nonexistent/s"),
+        (&PortConfig::default(), 400, "a name has 1 to 64"),
+    ] {
+        let (found, why) = refused(client.add_port(port));
+        assert!(found == status && why.contains(part), "{found} {why}");
+    }
+    let (status, why) = refused(client.remove_port("none"));
+    assert!(status == 404 && why.contains("no port 'none'"), "{why}");
+    client.pause().unwrap();
+    client.remove_port("late").unwrap();
+    assert!(!socket.exists());
+    let pty = PortConfig {
+        name: "pty".to_owned(),
+        pty: true,
+        ..PortConfig::default()
+    };
+    let path = client.add_port(&pty).unwrap().path.unwrap();
+    assert!(fs::metadata(path).is_ok());
+    client.resume().unwrap();
+    // The agent's port, which the monitor has itself.
+    let agent = PortConfig {
+        name: "org.qemu.guest_agent.0".to_owned(),
+        ..PortConfig::default()
+    };
+    client.add_port(&agent).unwrap();
+    assert!(
+        refused(client.agent_ping())
+            .1
+            .contains("nothing in the guest")
+    );
+    client.remove_port(&agent.name).unwrap();
+    assert!(refused(client.agent_ping()).1.contains("add --agent"));
+    // And all of them go, while the next boot has what is left.
+    client.remove_port("a").unwrap();
+    client.reboot().unwrap();
+    let ports = client.info().unwrap().config.ports.unwrap();
+    let names: Vec<_> = ports.iter().map(|port| port.name.as_str()).collect();
+    assert_eq!(names, ["pty"]);
+}
+
+fn named(name: &str, socket: &str) -> PortConfig {
+    PortConfig {
+        name: name.to_owned(),
+        socket: Some(socket.into()),
+        ..PortConfig::default()
+    }
+}
+
+#[test]
+fn a_machine_that_has_no_room_for_ports_refuses_one_and_says_what_gives_it_some() {
+    if !can_run() {
+        return;
+    }
+    let port = PortConfig {
+        name: "a".to_owned(),
+        null: true,
+        ..PortConfig::default()
+    };
+    for (flags, part) in [
+        (vec!["--serial", "null"], "no device for ports"),
+        (
+            vec!["--serial", "null", "--console", "null"],
+            "made for its console alone",
+        ),
+    ] {
+        let served = Served::start("poke", "serial-echo", &flags);
+        let mut client = served.client();
+        let (status, why) = once_it_runs(|| refused(client.add_port(&port)));
+        assert!(
+            why.contains(part) && why.contains("max_ports=8"),
+            "{status} {why}"
+        );
+    }
+    let flags = [
+        "--serial",
+        "null",
+        "--console",
+        "null",
+        "--virtio-console",
+        "max_ports=4",
+    ];
+    let served = Served::start("poke", "serial-echo", &flags);
+    let mut client = served.client();
+    let added = until("the machine to run", || client.add_port(&port).ok());
+    assert_eq!(added.name, "a");
 }

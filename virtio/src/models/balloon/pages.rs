@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use devices::LogLimit;
+use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::spec::PAGE;
@@ -146,16 +147,100 @@ fn pieces<'a>(view: &'a GuestMap, run: &Range<u64>, mut take: impl FnMut(Piece<'
 /// Which pages of the balloon lie in larger pages of the host that are not all in it. For each of the
 /// host's pages that the driver has begun, one bit for each 4096 bytes: no more than a part in 32,768 of the memory.
 #[derive(Default)]
-pub struct Partial(BTreeMap<u64, Box<[u64]>>);
+pub struct Partial {
+    marks: BTreeMap<u64, Box<[u64]>>,
+    /// Runs of pages that a saved state has in the balloon, and that are not marked yet: how long the host's
+    /// pages are here is known with the memory alone.
+    whole: Vec<Range<u64>>,
+}
+
+/// One of the host's pages that is in the balloon in part.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartialPageV1 {
+    /// Where it begins, in guest-physical bytes.
+    pub address: u64,
+    /// A bit for each of its 4096-byte pages, set for those that are in the balloon.
+    pub words: Vec<u64>,
+}
+
+/// Which of a balloon's pages lie in larger pages of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LargePagesV1 {
+    /// Runs of 4096-byte pages that are in it with all of the host's page: the first, and how many. In
+    /// order, and apart from each other.
+    pub whole: Vec<(u64, u64)>,
+    /// The host's pages that are in it in part, in order.
+    pub partial: Vec<PartialPageV1>,
+}
 
 impl Partial {
     /// Nothing is in the balloon any more.
     pub fn clear(&mut self) {
-        self.0.clear();
+        *self = Self::default();
+    }
+
+    /// What belongs to a saved state.
+    pub fn save(&self) -> LargePagesV1 {
+        let mut whole = Runs::default();
+        for run in &self.whole {
+            whole.push_run(run.clone());
+        }
+        let mut partial = Vec::new();
+        for (address, words) in &self.marks {
+            if words.iter().all(|word| *word == u64::MAX) {
+                let first = address / PAGE;
+                let bits = u64::try_from(words.len()).unwrap_or(0).saturating_mul(64);
+                whole.push_run(first..first.saturating_add(bits));
+            } else {
+                partial.push(PartialPageV1 {
+                    address: *address,
+                    words: words.to_vec(),
+                });
+            }
+        }
+        let runs = whole.settle().iter();
+        LargePagesV1 {
+            whole: runs.map(|run| (run.start, run.end - run.start)).collect(),
+            partial,
+        }
+    }
+
+    /// What a saved state says; `None` when it contradicts itself.
+    pub fn restored(state: LargePagesV1) -> Option<Self> {
+        let LargePagesV1 { whole, partial } = state;
+        let mut restored = Self::default();
+        let mut from = 0;
+        for (first, count) in whole {
+            let end = first.checked_add(count).filter(|_| count > 0 && first >= from)?;
+            restored.whole.push(first..end);
+            from = end;
+        }
+        let mut from = 0;
+        for PartialPageV1 { address, words } in partial {
+            if address < from || !address.is_multiple_of(PAGE) || words.is_empty() {
+                return None;
+            }
+            from = address.checked_add(1)?;
+            restored.marks.insert(address, words.into());
+        }
+        Some(restored)
+    }
+
+    /// Marks what a saved state had. Those pages have gone back to the host already.
+    fn settle(&mut self, view: &GuestMap) {
+        for run in std::mem::take(&mut self.whole) {
+            pieces(view, &run, |piece| {
+                let size = piece.backing.map_or(PAGE, Backing::page_size);
+                if size > PAGE {
+                    self.add(&piece, size);
+                }
+            });
+        }
     }
 
     /// Takes a run of pages into the balloon and gives back to the host what can be.
     pub fn inflate(&mut self, view: &GuestMap, run: &Range<u64>, log: &LogLimit) -> Outcome {
+        self.settle(view);
         let mut outcome = Outcome::default();
         outcome.ignored = pieces(view, run, |piece| {
             let Some(backing) = piece.backing else {
@@ -178,10 +263,12 @@ impl Partial {
         let bits = size / PAGE;
         each_page(piece, size, |page, covered| {
             let words = usize::try_from(bits.div_ceil(64)).unwrap_or(0);
-            let marks = self
-                .0
-                .entry(piece.base.saturating_add(page))
-                .or_insert_with(|| vec![0; words].into());
+            let at = piece.base.saturating_add(page);
+            let marks = self.marks.entry(at).or_default();
+            if marks.len() != words {
+                // New, or from a host with pages of another size.
+                *marks = vec![0; words].into();
+            }
             mark(marks, &covered, true);
             let set: u64 = marks.iter().map(|word| u64::from(word.count_ones())).sum();
             if set == bits {
@@ -196,6 +283,7 @@ impl Partial {
 
     /// Takes a run of pages out of the balloon.
     pub fn deflate(&mut self, view: &GuestMap, run: &Range<u64>) {
+        self.settle(view);
         pieces(view, run, |piece| {
             let size = piece.backing.map_or(PAGE, Backing::page_size);
             if size <= PAGE {
@@ -203,10 +291,10 @@ impl Partial {
             }
             each_page(&piece, size, |page, covered| {
                 let at = piece.base.saturating_add(page);
-                if let Some(marks) = self.0.get_mut(&at) {
+                if let Some(marks) = self.marks.get_mut(&at) {
                     mark(marks, &covered, false);
                     if marks.iter().all(|word| *word == 0) {
-                        self.0.remove(&at);
+                        self.marks.remove(&at);
                     }
                 }
             });

@@ -7,7 +7,7 @@ use devices::LogLimit;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestRegionMmap};
 
-use super::pages::{Partial, Runs, discard_free};
+use super::pages::{Runs, discard_free};
 use super::spec::{STATISTICS, feature};
 use super::worker::{Role, TURN_PAGES};
 use super::*;
@@ -299,6 +299,63 @@ fn a_huge_page_goes_once_all_of_it_is_in_the_balloon() {
     used.notices = start(&mut used.balloon, ALL, &memory, queues);
     used.pages(INFLATE, [FIRST + 7]);
     assert_eq!(used.gone(), vec![0..HUGE]);
+}
+
+#[test]
+fn a_huge_page_that_was_begun_is_finished_after_a_restore() {
+    const HUGE: u64 = 2 << 20;
+    let mut old = used(HUGE, ALL);
+    old.pages(INFLATE, FIRST..FIRST + 300);
+    old.pages(INFLATE, FIRST + 512..FIRST + 1024);
+    assert_eq!(old.gone(), vec![HUGE..2 * HUGE]);
+    let state = old.balloon.save().unwrap();
+    assert_eq!(state.large.whole, [(FIRST + 512, 512)]);
+    let begun = &state.large.partial[0];
+    assert_eq!((begun.address, begun.words[4]), (FIRST * PAGE, (1 << 44) - 1));
+    let mut new = used(HUGE, ALL);
+    new.balloon.stop(soon()).unwrap();
+    new.balloon.restore(state).unwrap();
+    assert_eq!(new.balloon.save().unwrap(), old.balloon.save().unwrap());
+    let memory = new.drivers[INFLATE].memory.clone();
+    new.drivers = drivers(&memory);
+    new.drivers[INFLATE].put_bytes(0x1000, &[0; 0x2_0000]);
+    let queues = new.drivers.iter().map(Driver::activate).collect();
+    new.notices = start(&mut new.balloon, ALL, &memory, queues);
+    new.pages(INFLATE, FIRST + 300..FIRST + 512);
+    // Of one that was whole, what comes out and goes in again.
+    new.pages(DEFLATE, [FIRST + 600]);
+    new.pages(INFLATE, [FIRST + 600]);
+    assert_eq!(new.gone(), vec![0..HUGE, HUGE..2 * HUGE]);
+}
+
+#[test]
+fn larger_pages_in_no_order_are_refused() {
+    let page = |address, words: &[u64]| PartialPageV1 {
+        address,
+        words: words.to_vec(),
+    };
+    let large = |whole: &[(u64, u64)], partial: Vec<PartialPageV1>| LargePagesV1 {
+        whole: whole.to_vec(),
+        partial,
+    };
+    for bad in [
+        large(&[(0, 0)], vec![]),
+        large(&[(512, 512), (0, 512)], vec![]),
+        large(&[(0, 512), (511, 1)], vec![]),
+        large(&[(u64::MAX, 1)], vec![]),
+        large(&[], vec![page(1, &[1])]),
+        large(&[], vec![page(PAGE, &[])]),
+        large(&[], vec![page(PAGE, &[1]), page(PAGE, &[1])]),
+    ] {
+        assert!(Partial::restored(bad.clone()).is_none(), "{bad:?}");
+    }
+    // Of another size than here, it begins anew.
+    let (memory, recorder) = memory(2 << 20);
+    let few = page(FIRST * PAGE, &[u64::MAX - 1]);
+    let mut partial = Partial::restored(large(&[(0, u64::MAX)], vec![few])).unwrap();
+    partial.deflate(&memory.memory(), &(0..u64::from(u32::MAX)));
+    assert_eq!(partial.save(), LargePagesV1::default());
+    assert_eq!(recorder.take(), []);
 }
 
 #[test]

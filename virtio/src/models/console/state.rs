@@ -2,7 +2,7 @@
 //! works, and whoever changes the device.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,19 @@ use serde::{Deserialize, Serialize};
 use super::port::{HostEnd, Look, Nowhere, PortHost, Size};
 use super::spec;
 use crate::device::Counters;
+
+/// Whoever takes the driver for a new one does so for each port: those that were leaving are gone.
+pub fn forget_all(ports: &mut [Option<Port>]) {
+    for place in ports {
+        if let Some(port) = place {
+            let leaving = port.is_leaving();
+            port.forget();
+            if leaving {
+                *place = None;
+            }
+        }
+    }
+}
 
 /// What is still to be told to the driver of a port. Each is there once: no
 /// driver can make it more by asking again.
@@ -21,6 +34,8 @@ use crate::device::Counters;
 pub struct Untold {
     /// That the device has it.
     pub add: bool,
+    /// That the device has it no more: then nothing else.
+    pub remove: bool,
     /// That it is a console.
     pub console: bool,
     /// Its name.
@@ -35,6 +50,8 @@ pub struct Port {
     pub name: Option<String>,
     /// Where it leads, once the device has been in use.
     pub end: Option<Box<dyn HostEnd>>,
+    /// The worker does not wait for its end yet.
+    pub fresh: bool,
     /// Its end may have something new.
     pub stirred: bool,
     /// Somebody is there on the host.
@@ -43,6 +60,8 @@ pub struct Port {
     pub cycled: bool,
     /// The driver knows that somebody is there.
     pub told_open: bool,
+    /// The driver has been told that the device has it.
+    pub known: bool,
     /// The driver has taken it into use.
     pub ready: bool,
     /// The guest has it open.
@@ -60,15 +79,29 @@ impl Port {
         Self {
             name,
             end: None,
+            fresh: true,
             stirred: true,
             connected: false,
             cycled: false,
             told_open: false,
+            known: false,
             ready: false,
             guest_open: false,
             untold: Untold::default(),
             sent: 0,
         }
+    }
+
+    /// Whether it is the port of this name that the device has.
+    #[must_use]
+    pub fn is(&self, name: &str) -> bool {
+        self.name.as_deref() == Some(name) && !self.is_leaving()
+    }
+
+    /// Whether the device has it no more, and the driver is still to be told.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.untold.remove
     }
 
     /// Its end, which is taken over from the host the first time.
@@ -112,6 +145,7 @@ impl Port {
         self.stirred = true;
         self.cycled = false;
         self.told_open = false;
+        self.known = false;
         self.ready = false;
         self.untold = Untold::default();
         self.sent = 0;
@@ -132,12 +166,13 @@ impl Port {
     pub fn has_news(&self) -> bool {
         let Untold {
             add,
+            remove,
             console,
             name,
             size,
         } = self.untold;
         let opens = self.told_open && self.cycled || self.told_open != self.connected;
-        add || self.ready && (console || name || size || opens)
+        add || remove || self.ready && (console || name || size || opens)
     }
 
     /// The next thing to tell the driver of port `number`, which is then held to have been told.
@@ -147,7 +182,12 @@ impl Port {
             event,
             value,
         };
+        if self.is_leaving() {
+            self.known = false;
+            return Some(message(spec::PORT_REMOVE, 1).with(&[]));
+        }
         if std::mem::take(&mut self.untold.add) {
+            self.known = true;
             return Some(message(spec::PORT_ADD, 1).with(&[]));
         }
         if !self.ready {
@@ -162,7 +202,8 @@ impl Port {
             return Some(message(spec::PORT_NAME, 1).with(name.as_bytes()));
         }
         if std::mem::take(&mut self.untold.size) && size != Size::default() {
-            // The standard has the columns first, Linux's driver reads the rows first.
+            // The standard (5.3.6.2) has the columns first. Linux has read the rows first since 2.6.35, as the kernels of
+            // Debian 12 and 13 do; only some from 6.15 on follow the standard, and nothing tells them apart.
             let [a, b] = size.rows.to_le_bytes();
             let [c, d] = size.cols.to_le_bytes();
             return Some(message(spec::RESIZE, 1).with(&[a, b, c, d]));
@@ -221,6 +262,8 @@ pub struct Shared {
     ports: Mutex<Vec<Option<Port>>>,
     /// Columns, and rows in the upper half.
     size: AtomicU32,
+    /// The driver has asked which ports there are, and is to be told of new ones.
+    ready: AtomicBool,
 }
 
 impl Shared {
@@ -230,7 +273,19 @@ impl Shared {
         Self {
             ports: Mutex::new(ports),
             size: AtomicU32::new(0),
+            ready: AtomicBool::new(false),
         }
+    }
+
+    /// Whether the driver has asked which ports there are.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// The driver has asked, or is another one.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Release);
     }
 
     /// The ports by their numbers. Not held while anybody waits.

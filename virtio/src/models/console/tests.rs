@@ -17,6 +17,8 @@ use crate::memory::GuestMemory;
 use crate::testing::{DATA, Driver, Notice, PATIENCE, memory, soon, start};
 use crate::worker::borrow;
 
+mod ports;
+
 #[derive(Default)]
 struct Far {
     connected: bool,
@@ -134,6 +136,7 @@ fn device(ports: &str, host: Vec<(Option<&'static str>, Arc<Peer>)>) -> Console 
     let config = ConsoleConfig {
         console: true,
         ports: ports.to_owned(),
+        max_ports: None,
     };
     Console::new("console0", &config, Arc::new(Host(host))).unwrap()
 }
@@ -283,6 +286,7 @@ fn an_emergency_byte_reaches_the_console_before_any_queue_is_there() {
     let config = ConsoleConfig {
         console: false,
         ports: "a".to_owned(),
+        max_ports: None,
     };
     let mut without = Console::new("x", &config, Arc::new(NoPorts)).unwrap();
     without.write_config(spec::EMERG_WR, b"!");
@@ -478,6 +482,7 @@ fn names_that_a_guest_could_not_use_are_refused() {
         let config = ConsoleConfig {
             console: false,
             ports: ports.to_owned(),
+            max_ports: None,
         };
         config.names().map(|names| names.len()).map_err(|error| error.to_string())
     };

@@ -1,7 +1,7 @@
 //! The worker of a console device, which serves all of its queues.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use devices::LogLimit;
@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::port::HostEnd;
 use super::spec::{self, Control};
-use super::state::{Port, Shared, Tally};
+use super::state::{Port, Shared, Tally, forget_all};
 use crate::device::{ActiveQueue, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError, fill_front, take_front, total};
@@ -70,6 +70,11 @@ pub struct Worker {
     rings: Vec<Option<Ring>>,
     /// What the ports send, by their numbers.
     sending: Vec<Option<Sending>>,
+    /// What is waited for of the ports' ends, by their numbers: ends of its own, which stay open until
+    /// nobody waits for them.
+    ends: Vec<Option<OwnedFd>>,
+    /// Queues that somebody has used lately, by their indexes.
+    rung: Vec<usize>,
     epoll: Epoll,
     wake: Wake,
     chain: Chain,
@@ -102,33 +107,68 @@ impl Worker {
                 *place = Some(ring);
             }
         }
-        let ports = service.shared.ports();
-        for (number, port) in (0..).zip(ports.iter()) {
-            let end = port.as_ref().and_then(|port| port.end.as_ref());
-            if let Some(end) = end.filter(|_| multiport || number == 0) {
-                add(end.event(), ENDS + number)?;
-            }
+        let mut ports = service.shared.ports();
+        for port in ports.iter_mut().flatten() {
+            port.fresh = true;
         }
-        let mut sending = Vec::new();
-        sending.resize_with(ports.len(), || None);
+        let count = ports.len();
         drop(ports);
-        Ok(Self {
+        let mut worker = Self {
+            rung: (0..rings.len()).collect(),
+            sending: (0..count).map(|_| None).collect(),
+            ends: (0..count).map(|_| None).collect(),
             service,
             multiport,
             rings,
-            sending,
             epoll,
             wake: wake.clone(),
             chain: Chain::default(),
             buffer: vec![0; PIECE],
-        })
+        };
+        let shared = Arc::clone(&worker.service.shared);
+        worker.follow(&mut shared.ports())?;
+        Ok(worker)
+    }
+
+    /// Waits for the ends of ports that have come, and no more for those of ports that have gone.
+    fn follow(&mut self, ports: &mut [Option<Port>]) -> io::Result<()> {
+        let numbered = (0_u64..).zip(self.ends.iter_mut().zip(ports));
+        for (number, (place, port)) in numbered {
+            let port = port.as_mut().filter(|port| !port.is_leaving());
+            let fresh = port.as_ref().is_some_and(|port| port.fresh);
+            if (port.is_none() || fresh)
+                && let Some(old) = place.take()
+            {
+                // Deleted while it is open, so that it is deleted for sure.
+                let none = EpollEvent::default();
+                self.epoll
+                    .ctl(ControlOperation::Delete, old.as_raw_fd(), none)?;
+            }
+            let Some(port) = port.filter(|_| fresh && (self.multiport || number == 0)) else {
+                continue;
+            };
+            port.fresh = false;
+            if let Some(end) = &port.end {
+                let own = end.event().as_fd().try_clone_to_owned()?;
+                let event = EpollEvent::new(EventSet::IN, ENDS + number);
+                self.epoll
+                    .ctl(ControlOperation::Add, own.as_raw_fd(), event)?;
+                *place = Some(own);
+            }
+        }
+        Ok(())
     }
 
     /// Does what there is to do; `true` when there may be more.
     fn serve(&mut self, view: &GuestMap) -> Result<bool, RingError> {
         let shared = Arc::clone(&self.service.shared);
         let mut ports = shared.ports();
+        if let Err(error) = self.follow(&mut ports) {
+            // The port works on whenever something else wakes the worker.
+            tracing::warn!(id = self.service.id, %error, "a port's end cannot be waited for");
+        }
         let mut more = self.hear(view, &mut ports)?;
+        more |= self.discard(view, &ports)?;
         self.look(&mut ports);
         more |= self.tell(view, &mut ports)?;
         for (number, port) in ports.iter_mut().enumerate() {
@@ -159,13 +199,53 @@ impl Worker {
             let whole = take_front(view, &mut self.chain.readable, &mut bytes);
             let tally = &self.service.tally;
             Tally::add(&tally.control_messages, 1);
-            if !whole || !heard(Control::read(bytes), ports) {
+            if !whole || !heard(Control::read(bytes), ports, &self.service.shared) {
                 Tally::add(&tally.control_errors, 1);
                 complain(&self.service.id);
             }
             ring.complete(view, self.chain.head, 0)?;
         }
         Ok(true)
+    }
+
+    /// Gives back what the guest has written to ports that are not there.
+    fn discard(&mut self, view: &GuestMap, ports: &[Option<Port>]) -> Result<bool, RingError> {
+        let mut more = false;
+        let rung = std::mem::take(&mut self.rung);
+        for (number, port) in ports.iter().enumerate() {
+            let index = spec::receive_queue(number) + 1;
+            let (Some(Some(ring)), Some(place)) =
+                (self.rings.get_mut(index), self.sending.get_mut(number))
+            else {
+                continue;
+            };
+            let leaving = port.as_ref().is_none_or(Port::is_leaving);
+            let busy = port.is_some() || place.is_some() || rung.contains(&index);
+            if !leaving || !busy {
+                continue;
+            }
+            let tally = &self.service.tally;
+            let drop_rest = |chain: &Chain, sent: u64| {
+                let left = total(&chain.readable).saturating_sub(sent);
+                Tally::add(&tally.dropped_bytes, usize::try_from(left).unwrap_or(0));
+            };
+            if let Some(Sending { chain, sent }) = place.take() {
+                drop_rest(&chain, sent);
+                ring.complete(view, chain.head, 0)?;
+            }
+            ring.quiet(view)?;
+            let mut left = ring.size();
+            while left > 0 && ring.take(view, &mut self.chain)? {
+                left -= 1;
+                drop_rest(&self.chain, 0);
+                ring.complete(view, self.chain.head, 0)?;
+            }
+            if left == 0 {
+                self.rung.push(index);
+                more = true;
+            }
+        }
+        Ok(more)
     }
 
     /// Looks who is there.
@@ -191,14 +271,10 @@ impl Worker {
         };
         ring.quiet(view)?;
         let mut left = ring.size();
-        for (number, port) in (0..).zip(ports.iter_mut()) {
-            let Some(port) = port else { continue };
-            loop {
+        for (number, place) in (0..).zip(ports.iter_mut()) {
+            while let Some(port) = place.as_mut().filter(|port| port.has_news()) {
                 if left == 0 {
                     return Ok(true);
-                }
-                if !port.has_news() {
-                    break;
                 }
                 if !ring.take(view, &mut self.chain)? {
                     return Ok(false);
@@ -208,8 +284,12 @@ impl Worker {
                     ring.put_back([self.chain.head].into_iter());
                     break;
                 };
+                let gone = port.is_leaving();
                 let written = fill_front(view, &self.chain.writable, &message);
                 ring.complete(view, self.chain.head, written)?;
+                if gone {
+                    *place = None;
+                }
             }
         }
         Ok(false)
@@ -294,7 +374,8 @@ impl Worker {
             let into = self.buffer.get_mut(..room).unwrap_or_default();
             let read = if room == 0 { Ok(0) } else { end.read(into) };
             let Ok(read) = read else {
-                ring.put_back([self.chain.head].into_iter());
+                // A port that goes leaves its ring as the driver has made it.
+                ring.untake(self.chain.head);
                 return Ok(true);
             };
             let bytes = self.buffer.get(..read).unwrap_or_default();
@@ -321,6 +402,7 @@ impl Worker {
                     let index = usize::try_from(data).unwrap_or(usize::MAX);
                     if let Some(Some(ring)) = self.rings.get_mut(index) {
                         ring.silence();
+                        self.rung.push(index);
                     }
                 }
             }
@@ -348,11 +430,12 @@ fn control(multiport: bool, rings: &mut [Option<Ring>], index: usize) -> Option<
 }
 
 /// Takes up what the driver says; `false` when it makes no sense.
-fn heard(message: Control, ports: &mut [Option<Port>]) -> bool {
+fn heard(message: Control, ports: &mut [Option<Port>], shared: &Shared) -> bool {
     let Control { port, event, value } = message;
     if event == spec::DEVICE_READY {
+        shared.set_ready(value != 0);
+        forget_all(ports);
         for port in ports.iter_mut().flatten() {
-            port.forget();
             port.untold.add = value != 0;
         }
         return true;
@@ -361,6 +444,10 @@ fn heard(message: Control, ports: &mut [Option<Port>]) -> bool {
     let Some(Some(port)) = ports.get_mut(number) else {
         return false;
     };
+    if port.is_leaving() {
+        // The driver cannot know yet.
+        return true;
+    }
     match event {
         spec::PORT_READY => {
             port.ready = value != 0;
@@ -480,12 +567,11 @@ impl QueueWorker for Worker {
             let Some(Sending { chain, sent }) = place.take() else {
                 continue;
             };
-            if let (Some(Some(port)), Some(head)) = (
-                ports.get_mut(number),
-                heads.get_mut(spec::receive_queue(number) + 1),
-            ) {
-                port.sent = sent;
+            if let Some(head) = heads.get_mut(spec::receive_queue(number) + 1) {
                 *head = Some(chain.head);
+            }
+            if let Some(Some(port)) = ports.get_mut(number) {
+                port.sent = sent;
             }
         }
         for end in ports.iter_mut().flatten().filter_map(|port| port.end.as_mut()) {

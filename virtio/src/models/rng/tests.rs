@@ -1,7 +1,8 @@
 use super::*;
 use crate::testing::{DATA, Driver, END, Notice, SEAM, memory, reset_reason, soon, start};
+use crate::limit::Bucket;
 use serde_json::json;
-use std::sync::Arc;
+use std::sync::Mutex;
 
 struct Files;
 
@@ -17,17 +18,114 @@ fn context() -> BuildContext {
         networks: Arc::new(crate::testing::NoNetworks),
         opener: Arc::new(Files),
         cpus: 1,
-        groups: crate::limit::RateGroups::default(),
+        groups: limit::RateGroups::default(),
         ports: Arc::new(crate::models::console::NoPorts),
     }
 }
 
 /// A device whose random bytes are all 0x5a, `len` of them.
 fn device(len: u64) -> Rng {
+    limited(len, RateLimits::default(), Arc::new(Instant::now))
+}
+
+fn limited(len: u64, limits: RateLimits, clock: Clock) -> Rng {
     let mut file = tempfile::tempfile().unwrap();
     std::io::copy(&mut std::io::Read::take(std::io::repeat(0x5a), len), &mut file).unwrap();
     std::io::Seek::rewind(&mut file).unwrap();
-    Rng::new("rng0", file)
+    Rng::new("rng0", file, limits, clock)
+}
+
+/// A limit of so many bytes or requests each second.
+fn a_second(size: u64, one_time_burst: u64) -> Bucket {
+    Bucket {
+        size,
+        one_time_burst,
+        refill_time: 1000,
+    }
+}
+
+/// A clock, and what moves it.
+fn clock() -> (Clock, Arc<Mutex<Instant>>) {
+    let now = Arc::new(Mutex::new(Instant::now()));
+    let shown = Arc::clone(&now);
+    (Arc::new(move || *shown.lock().unwrap()), now)
+}
+
+#[test]
+fn a_guest_gets_as_many_bytes_as_its_limit_and_burst_allow() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory, 0, 8);
+    let (clock, now) = clock();
+    let limits = RateLimits {
+        bandwidth: Some(a_second(100, 50)),
+        ops: None,
+    };
+    let mut rng = limited(1 << 20, limits, clock);
+    let notices = start(&mut rng, 0, &memory, vec![driver.activate()]);
+    // What is asked for is spent, also where it is more than the bucket holds.
+    for len in [50, 60, 90] {
+        driver.offer(&[(DATA, len, true)]);
+        driver.kick();
+        assert_eq!(driver.wait(&notices).1, len);
+    }
+    // The bucket owes 50 bytes: half a second, and something for the first byte.
+    driver.offer(&[(DATA, 1, true)]);
+    driver.kick_and_wait();
+    *now.lock().unwrap() += Duration::from_millis(509);
+    driver.kick_and_wait();
+    let stopped = rng.stop(soon()).unwrap();
+    assert_eq!(driver.used_index(), 3);
+    assert_eq!(stopped[0].parked.len(), 1);
+    let queues = stopped.into_iter().map(Driver::reactivate).collect();
+    let notices = start(&mut rng, 0, &memory, queues);
+    *now.lock().unwrap() += Duration::from_millis(1);
+    driver.kick();
+    assert_eq!(driver.wait(&notices).1, 1);
+    let counted = rng.counters().unwrap().read();
+    assert_eq!(counted[..2], [("requests", 4), ("bytes", 201)]);
+    assert!(counted[3].1 > 0);
+}
+
+#[test]
+fn a_guest_makes_as_many_requests_as_its_limit_allows_in_an_hour() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory, 0, 64);
+    let (clock, now) = clock();
+    let limits = RateLimits {
+        bandwidth: Some(a_second(1 << 20, 0)),
+        ops: Some(a_second(2, 0)),
+    };
+    let mut rng = limited(1 << 20, limits, clock);
+    let notices = start(&mut rng, 0, &memory, vec![driver.activate()]);
+    for n in 0..64 {
+        driver.offer(&[(DATA + n, 1, true)]);
+    }
+    for round in 0..32 {
+        driver.kick();
+        for _ in 0..2 {
+            driver.wait(&notices);
+        }
+        assert_eq!(driver.used_index(), 2 * (round + 1));
+        *now.lock().unwrap() += Duration::from_secs(1);
+    }
+}
+
+#[test]
+fn half_a_limit_is_refused() {
+    for (config, part) in [
+        (json!({"bw_size": 1}), "bw_refill_time"),
+        (json!({"bw_refill_time": 1}), "bw_size"),
+        (json!({"ops_size": 1, "ops_refill_time": 0}), "ops_refill_time"),
+    ] {
+        let refused = (MODEL.build)(config, &context()).err().unwrap();
+        assert!(refused.to_string().starts_with(part), "{refused}");
+    }
+    let limits = RateLimits {
+        bandwidth: Some(a_second(100, 7)),
+        ops: Some(a_second(3, 0)),
+    };
+    let config = RngConfig::new(PathBuf::from("/dev/urandom"), limits);
+    assert_eq!(config.rate_limits().unwrap(), limits);
 }
 
 #[test]
@@ -88,7 +186,7 @@ fn a_source_that_ends_ends_the_request_short() {
     driver.kick();
     assert_eq!(driver.wait(&notices).1, 16);
     let counted = rng.counters().unwrap().read();
-    assert_eq!(counted, [("requests", 1), ("bytes", 16), ("errors", 1)]);
+    assert_eq!(counted, [("requests", 1), ("bytes", 16), ("errors", 1), ("limited", 0)]);
 }
 
 #[test]
@@ -150,12 +248,20 @@ fn a_flood_of_requests_is_interrupted_once_for_each_batch() {
 
 #[test]
 fn the_table_of_fields_and_the_struct_agree() {
-    let config: RngConfig = serde_json::from_value(json!({})).unwrap();
+    let bucket = Some(a_second(1, 1));
+    let limits = RateLimits {
+        bandwidth: bucket,
+        ops: bucket,
+    };
+    let config = RngConfig::new(default_source(), limits);
     let Value::Object(object) = serde_json::to_value(config).unwrap() else {
         panic!("a struct is an object");
     };
-    let names: Vec<_> = MODEL.fields.iter().map(|f| f.name).collect();
-    assert_eq!(object.keys().map(String::as_str).collect::<Vec<_>>(), names);
+    let mut names: Vec<_> = MODEL.fields.iter().map(|f| f.name).collect();
+    names.sort_unstable();
+    let mut keys: Vec<_> = object.keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    assert_eq!(keys, names);
     assert!(serde_json::from_value::<RngConfig>(json!({"colour": 1})).is_err());
 }
 

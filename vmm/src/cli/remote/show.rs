@@ -291,14 +291,18 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
 
 /// A port and where it leads.
 fn port_line(port: &wire::PortConfig) -> String {
-    let end = match (&port.socket, &port.file) {
+    format!("{}: {}", port.name, port_end(port))
+}
+
+/// Where a port leads.
+pub(super) fn port_end(port: &wire::PortConfig) -> String {
+    match (&port.socket, &port.file) {
         (Some(path), _) => format!("socket {}", path.display()),
         (_, Some(path)) => format!("file {}", path.display()),
         _ if port.pty => "pty".to_owned(),
         _ if port.null => "null".to_owned(),
         _ => "guest agent".to_owned(),
-    };
-    format!("{}: {end}", port.name)
+    }
 }
 
 /// Where a sink leads.

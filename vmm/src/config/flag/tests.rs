@@ -219,14 +219,22 @@ fn the_shorthand_stands_for_its_key_in_the_first_item_alone() {
         short("shared=on,/a=b.img"),
         Err(FlagError::UnknownKey { .. })
     ));
-    assert!(matches!(
-        short("shared=on,a.img"),
-        Err(FlagError::NoValue { is_key: false, .. })
-    ));
-    assert!(matches!(
-        short("shared"),
-        Err(FlagError::NoValue { is_key: true, .. })
-    ));
+    for (text, begins) in [
+        ("shared=on,a.img", "it takes "),
+        ("shared", "write shared=…; "),
+    ] {
+        let refused = short(text);
+        assert!(
+            matches!(&refused, Err(FlagError::NoValue { mend, .. }) if mend.starts_with(begins)),
+            "{refused:?}"
+        );
+    }
+    // Without a shorthand it is told how a path is written.
+    let long = parse(&table(None), "/dev/random").unwrap_err().to_string();
+    assert!(
+        long.contains("'/dev/random' is no key=value: write path=/dev/random; "),
+        "{long}"
+    );
     assert!(matches!(
         short("a.img,path=b.img"),
         Err(FlagError::RepeatedKey { .. })

@@ -19,7 +19,7 @@ use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
     balloon, conflict, invalid, missing, names, networks, not_unique, path, rate_limiter,
-    rate_limits,
+    rate_limits, vsock,
 };
 use crate::layout::PCI_SLOTS;
 
@@ -49,15 +49,27 @@ pub(super) fn from_wire(
         kind: rng::MODEL.kind.to_owned(),
         id: rng.id.clone().unwrap_or_else(|| names::RNG.to_owned()),
         address: slot("rng", rng.pci_device_id)?,
-        config: json(&RngConfig {
-            src: path("rng.src", &rng.src)?,
-        })?,
+        config: json(&rng_config(rng)?)?,
     });
     devices.extend(console(described)?);
     if let Some(described) = &described.balloon {
         devices.push(balloon::from_wire(described)?);
     }
+    if let Some(described) = &described.vsock {
+        devices.push(vsock::from_wire(described)?);
+    }
     Ok(devices)
+}
+
+fn rng_config(described: &wire::RngConfig) -> Result<RngConfig, ControlError> {
+    let limits = described.rate_limiter_config.as_ref();
+    let limits = limits.map(rate_limits).unwrap_or_default();
+    let config = RngConfig::new(path("rng.src", &described.src)?, limits);
+    config.rate_limits().map_err(|error| {
+        let inner = ControlError::from_error(ErrorKind::Invalid, &error);
+        inner.context("rng").context(super::INVALID)
+    })?;
+    Ok(config)
 }
 
 /// The device that console and ports are on. What is on it is put in when the configuration is completed.
@@ -291,7 +303,7 @@ impl VmConfig {
     }
 
     /// A name for a device of this kind.
-    fn free_id(&self, kind: &str) -> String {
+    pub(super) fn free_id(&self, kind: &str) -> String {
         let taken = self.ids().map(str::to_owned).collect();
         free_id(kind, &taken, virtio::models::MODELS)
     }
@@ -381,11 +393,12 @@ pub(super) fn to_wire(
             }
         } else if device.kind == rng::MODEL.kind
             && rng.is_none()
-            && let Ok(RngConfig { src }) = serde_json::from_value(config)
+            && let Ok(config) = serde_json::from_value::<RngConfig>(config)
         {
             rng = Some(wire::RngConfig {
                 id: Some(device.id.clone()),
-                src,
+                rate_limiter_config: rate_limiter(config.rate_limits().unwrap_or_default()),
+                src: config.src,
                 ..wire::RngConfig::default()
             });
         }

@@ -317,6 +317,11 @@ fn nonsense_of_files_and_disks() -> Vec<(Value, &'static str)> {
         ),
         (json!({"serial": {"mode": "File"}}), "serial"),
         (json!({"rng": {"src": ""}}), "rng.src"),
+        (
+            json!({"rng": {"src": "/r", "rate_limiter_config":
+                {"bandwidth": {"size": 1, "refill_time": 0}}}}),
+            "bw_refill_time",
+        ),
         (json!({"platform": {"uuid": "x"}}), "'x' is none"),
         (
             json!({"platform": {"oem_strings": ["a\u{0}"]}}),
@@ -355,7 +360,10 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
         (json!({"devices": [{"path": "/sys"}]}), "devices"),
         (json!({"user_devices": [{"socket": "/s"}]}), "user_devices"),
         (json!({"vdpa": [{"path": "/v"}]}), "vdpa"),
-        (json!({"vsock": {"cid": 3, "socket": "/v"}}), "vsock"),
+        (
+            json!({"vsock": {"cid": 3, "socket": "/v", "iommu": true}}),
+            "vsock.iommu",
+        ),
         (json!({"iommu": true}), "iommu"),
         (json!({"numa": [{"guest_numa_id": 0}]}), "numa"),
         (json!({"rtc": {}}), "rtc"),

@@ -116,7 +116,7 @@ impl Asides {
     }
 
     /// Takes note of a change of `device`, or refuses it.
-    fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
+    pub(super) fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
         let weak = Arc::downgrade(device);
         let id = device.id();
         if self.changing.get(id).is_some_and(|old| old.ptr_eq(&weak)) {
@@ -127,7 +127,7 @@ impl Asides {
         Ok(())
     }
 
-    fn finish(&mut self, id: &str, device: &Weak<VirtioPci>) {
+    pub(super) fn finish(&mut self, id: &str, device: &Weak<VirtioPci>) {
         if self.changing.get(id).is_some_and(|old| old.ptr_eq(device)) {
             self.changing.remove(id);
         }
@@ -185,7 +185,7 @@ impl Driver {
     }
 
     /// As [`Driver::beside`], for work that holds a device and has a limit.
-    fn holding<T: Send + 'static>(
+    pub(super) fn holding<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
@@ -202,7 +202,7 @@ impl Driver {
     }
 
     /// The device `id`, if it is there to stay.
-    fn settled_device(&self, id: &str) -> Result<Arc<VirtioPci>, ControlError> {
+    pub(super) fn settled_device(&self, id: &str) -> Result<Arc<VirtioPci>, ControlError> {
         let found = self.machine.device(id);
         let (device, address) = found.map_err(|error| error.to_control())?;
         if self.asides.ejecting.contains(&address) {
@@ -399,6 +399,6 @@ fn failed(device: String, source: Box<dyn std::error::Error + Send + Sync>) -> C
     MachineError::Device { device, source }.to_control()
 }
 
-fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
+pub(super) fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
     failed(format!("device {id}"), error.into())
 }

@@ -45,6 +45,8 @@ impl Driver {
                 self.then.push((Command::Reboot, answer));
             }
             Command::AddDevice(device) => self.add_device(*device, answer),
+            Command::AddPort(port) => self.add_port(*port, answer),
+            Command::RemovePort(request) => self.remove_port(request.name, answer),
             Command::Coredump(request) => self.coredump(request, answer),
             Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use api::{Command, VmState};
+use api::{Command, ExitReason, VmState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Driver, PATIENCE, ppoll, readable};
@@ -51,7 +51,7 @@ impl<T: Send + 'static> Work<T> {
 }
 
 /// What ends a machine.
-pub(super) fn ends(message: &Message) -> bool {
+fn ends(message: &Message) -> bool {
     match message {
         Message::ConsoleEnd => true,
         Message::Command(command, _) => matches!(
@@ -83,6 +83,19 @@ impl Driver {
             self.machine.loaded(loaded)?;
         }
         self.machine.enter_kernel()
+    }
+
+    /// Ends a machine whose guest has done its last and waits, because what was to be done then has failed: at once,
+    /// where what ends it has come meanwhile.
+    pub(super) fn give_up_guest(&mut self, reason: ExitReason, what: &str, error: &MachineError) {
+        if !self.cut {
+            return self.fail(what, error);
+        }
+        if let Some(message) = self.ears.inbox.take_where(ends) {
+            self.on_message(message);
+        }
+        // It was a signal, or time.
+        self.finish(reason, None);
     }
 
     /// Stops all units within `time`, and hears meanwhile what makes waiting for them pointless.
