@@ -282,6 +282,11 @@ impl Client {
         self.object("vm.devices")
     }
 
+    /// What the screen shows, as a PNG file.
+    pub fn screenshot(&mut self) -> Result<Vec<u8>, ClientError> {
+        self.get("vm.screenshot")
+    }
+
     /// What goes on in the background, and what has ended lately.
     pub fn jobs(&mut self) -> Result<Vec<wire::JobInfo>, ClientError> {
         self.object("vm.jobs")

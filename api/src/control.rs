@@ -130,6 +130,8 @@ pub enum Command {
     Coredump(wire::VmCoredumpData),
     /// Ask the guest agent.
     Agent(AgentCommand),
+    /// Take a picture of the screen.
+    Screenshot,
     /// End machine and monitor.
     Quit,
 }
@@ -195,6 +197,8 @@ pub enum Reply {
     Started(wire::JobInfo),
     /// The guest agent has answered.
     Agent(AgentReply),
+    /// A picture: a PNG file.
+    Picture(Vec<u8>),
 }
 
 /// Why a command was not carried out, as far as its sender can do something about it.

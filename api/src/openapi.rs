@@ -150,6 +150,8 @@ fn responses(route: &Route, generator: &mut SchemaGenerator) -> Value {
             let body = content(kind, Schema::default());
             say("200", "What was asked for.", Some(body));
         }
+        // In OpenAPI 3.1 a file is what has no schema.
+        Success::File(kind) => say("200", "What was asked for.", Some(json!({ kind: {} }))),
         Success::Stream(protocol) => {
             let description = format!("The connection is a stream by the protocol {protocol}.");
             say("101", &description, None);

@@ -107,6 +107,8 @@ pub enum Endpoint {
     VmAgentFsStatus,
     /// GET vm.agent-network
     VmAgentNetwork,
+    /// GET vm.screenshot
+    VmScreenshot,
     /// GET vm.console
     VmConsoleList,
     /// PUT vm.console
@@ -131,6 +133,8 @@ pub enum Success {
     Placed,
     /// 200 with a text of this content type.
     Text(&'static str),
+    /// 200 with a file of this content type.
+    File(&'static str),
     /// 101, and a stream of bytes by the name of the protocol.
     Stream(&'static str),
     /// 204 when it is done, 200 with the job when it goes on: v1 clients take any
@@ -557,6 +561,11 @@ pub const ROUTES: &[Route] = &[
     agent(get(Endpoint::VmAgentNetwork, "vm.agent-network"))
         .about("Lists the guest's interfaces and addresses.")
         .gives::<Vec<wire::AgentInterface>>(),
+    get(Endpoint::VmScreenshot, "vm.screenshot")
+        .added()
+        .about("Takes a picture of the screen, while the guest runs or is paused.")
+        .answers(Success::File("image/png"))
+        .fails(&[404, 429]),
     get(Endpoint::VmConsoleList, "vm.console")
         .added()
         .about("Lists the sinks of the consoles.")

@@ -5,6 +5,7 @@
 //! never waits for them, does nothing while nobody looks, and says which of its pages have been written since it was
 //! asked last.
 
+mod adapter;
 mod area;
 mod canvas;
 mod input;
@@ -13,6 +14,7 @@ mod pace;
 pub mod rfb;
 mod screen;
 
+pub use adapter::{Adapter, AdapterV1, RegistersV1, VideoMemory, VideoMemoryV1};
 pub use area::Size;
 pub use input::{Button, InputSink, PLACE_MAX};
 pub use mode::{Mode, ModeError, PixelFormat};

@@ -6,7 +6,7 @@
 //! pulses IRQ 1 for bytes from the controller and the keyboard and IRQ 12 for
 //! those of the auxiliary port, and turns a pulse of output port bit 0
 //! (command 0xFE) into [`GuestRequest::Reset`]. Keyboard and mouse answer
-//! every command; nothing presses keys yet.
+//! every command, and send what [`I8042::key`] and [`I8042::point`] tell them.
 //!
 //! It comes up as firmware leaves it: self test passed, both ports and their
 //! interrupts on, scan codes translated to set 1.
@@ -27,6 +27,7 @@
 //! drivers send.
 
 mod keyboard;
+mod keys;
 mod mouse;
 mod queue;
 
@@ -130,6 +131,8 @@ impl Source {
 struct Output {
     byte: u8,
     source: Source,
+    /// The keyboard's byte came behind one that says that its key was released, which translation takes away.
+    released: bool,
 }
 
 /// Levels of the two interrupt lines, or edges of them.
@@ -198,7 +201,10 @@ impl Controller {
             Some(Output {
                 byte,
                 source: Source::Keyboard,
-            }) if self.command_byte.contains(CommandByte::TRANSLATE) => keyboard::translate(byte),
+                released,
+            }) if self.command_byte.contains(CommandByte::TRANSLATE) => {
+                keyboard::translate(byte) | if released { keyboard::RELEASED_BIT } else { 0 }
+            }
             Some(Output { byte, .. }) => byte,
             None => 0,
         };
@@ -270,14 +276,26 @@ impl Controller {
     /// Puts a reply into the output buffer. A device's byte that is there
     /// waits at the head of its queue; a reply that is there is lost.
     fn reply(&mut self, byte: u8, source: Source) {
-        match self.output.replace(Output { byte, source }) {
+        let reply = Output {
+            byte,
+            source,
+            released: false,
+        };
+        match self.output.replace(reply) {
             Some(Output {
                 byte,
                 source: Source::Keyboard,
-            }) => self.keyboard.put_back(byte),
+                released,
+            }) => {
+                self.keyboard.put_back(byte);
+                if released {
+                    self.keyboard.put_back(keyboard::RELEASED);
+                }
+            }
             Some(Output {
                 byte,
                 source: Source::Mouse,
+                ..
             }) => self.mouse.put_back(byte),
             _ => {}
         }
@@ -291,15 +309,36 @@ impl Controller {
             let enabled = |disabled| !self.command_byte.contains(disabled);
             let keyboard = enabled(CommandByte::KEYBOARD_DISABLED);
             let aux = enabled(CommandByte::AUX_DISABLED);
-            let sent = |source| move |byte| Output { byte, source };
-            self.output = if keyboard { self.keyboard.send() } else { None }
-                .map(sent(Source::Keyboard))
-                .or_else(|| if aux { self.mouse.send() } else { None }.map(sent(Source::Mouse)));
+            let typed = if keyboard { self.typed() } else { None };
+            self.output = typed.or_else(|| {
+                let byte = if aux { self.mouse.send() } else { None };
+                byte.map(|byte| Output {
+                    byte,
+                    source: Source::Mouse,
+                    released: false,
+                })
+            });
         }
         let lines = self.levels();
         self.signals.interrupts.keyboard |= lines.keyboard && !self.lines.keyboard;
         self.signals.interrupts.aux |= lines.aux && !self.lines.aux;
         self.lines = lines;
+    }
+
+    /// What the keyboard sends next. A byte that is translation's alone goes no further.
+    fn typed(&mut self) -> Option<Output> {
+        let translates = self.command_byte.contains(CommandByte::TRANSLATE);
+        let mut byte = self.keyboard.send()?;
+        let mut released = false;
+        if translates && byte == keyboard::RELEASED {
+            released = true;
+            byte = self.keyboard.send()?;
+        }
+        Some(Output {
+            byte,
+            source: Source::Keyboard,
+            released,
+        })
     }
 
     fn levels(&self) -> Lines {
@@ -422,6 +461,24 @@ impl I8042 {
             mouse_irq,
             requests,
         }
+    }
+
+    /// A key goes down or up, or is repeated while it is down, by its evdev code
+    /// (Linux `input-event-codes.h`). Those that a PS/2 keyboard has not got are ignored.
+    pub fn key(&self, code: u16, down: bool) {
+        self.access(|controller| {
+            controller.keyboard.key(code, down);
+            controller.settle();
+        });
+    }
+
+    /// The mouse goes to the right and down by so many steps, its wheel is turned towards the user by
+    /// so many notches, and its left, right and middle buttons are as bits 0 to 2 say.
+    pub fn point(&self, right: i32, down: i32, wheel: i32, buttons: u8) {
+        self.access(|controller| {
+            controller.mouse.point(right, down, wheel, buttons);
+            controller.settle();
+        });
     }
 
     fn controller(&self) -> MutexGuard<'_, Controller> {

@@ -7,6 +7,7 @@ mod ballooned;
 mod consoles;
 mod driven;
 mod network;
+mod screen;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
@@ -218,6 +219,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(driven::whole_life(kernel));
         cases.push(consoles::all(kernel));
         cases.push(network::reaches_its_host(kernel));
+        cases.push(screen::first_message(kernel));
     }
     cases
 }

@@ -13,6 +13,9 @@ pub mod memory {
     pub const PCI_MMIO32_START: u64 = 0xC000_0000;
     /// Its length.
     pub const PCI_MMIO32_LEN: u64 = 0x2000_0000;
+    /// The display's memory: the display comes first to the PCI bus, where there is one, so that
+    /// kernels can be told of it before the bus is there.
+    pub const FRAMEBUFFER: u64 = PCI_MMIO32_START;
     /// PCI Express enhanced configuration space, for bus 0.
     pub const ECAM_START: u64 = 0xE000_0000;
     /// One MiB for each bus, and there is one bus.
@@ -169,3 +172,7 @@ pub const MEMORY_SLOTS: u32 = 32;
 pub const PCI_SLOTS: u8 = 31;
 /// The watchdog's slot: the last, so that no other device changes its place for it.
 pub const WATCHDOG_SLOT: u8 = 31;
+/// The display's slot, for the same reason.
+pub const DISPLAY_SLOT: u8 = 30;
+/// KVM's slot for the display's memory, after all those of RAM.
+pub const VIDEO_SLOT: u32 = 400;

@@ -94,7 +94,7 @@ impl Dispatcher {
         if !takes_query && let Some((name, _)) = parameters(query).next() {
             return Err(unknown_parameter(name));
         }
-        if route.method == Method::Get && !asks_agent(route.endpoint) {
+        if route.method == Method::Get && !takes_a_while(route.endpoint) {
             return self.get(route, query, &request);
         }
         match (route.request, request.body.is_empty()) {
@@ -212,6 +212,7 @@ impl Dispatcher {
             Endpoint::VmAgentFsThaw => Command::Agent(AgentCommand::FsThaw),
             Endpoint::VmAgentFsStatus => Command::Agent(AgentCommand::FsStatus),
             Endpoint::VmAgentNetwork => Command::Agent(AgentCommand::Network),
+            Endpoint::VmScreenshot => Command::Screenshot,
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);
@@ -277,11 +278,14 @@ impl Dispatcher {
     }
 }
 
-/// Whether it is read from the guest agent, which may take a while.
-fn asks_agent(endpoint: Endpoint) -> bool {
+/// Whether what is read takes a while: it is the guest agent's, or a picture.
+fn takes_a_while(endpoint: Endpoint) -> bool {
     matches!(
         endpoint,
-        Endpoint::VmAgentInfo | Endpoint::VmAgentFsStatus | Endpoint::VmAgentNetwork
+        Endpoint::VmAgentInfo
+            | Endpoint::VmAgentFsStatus
+            | Endpoint::VmAgentNetwork
+            | Endpoint::VmScreenshot
     )
 }
 
@@ -302,6 +306,8 @@ pub(super) fn completed(route: &Route, result: &Result<Reply, ControlError>) -> 
         (Ok(Reply::Port(port)), _) => Answer::json(port),
         (Ok(Reply::Started(job)), _) => Answer::json(job),
         (Ok(Reply::Agent(reply)), _) => Answer::json(reply),
+        (Ok(Reply::Picture(file)), Success::File(kind)) => Answer::content(kind, file.clone()),
+        (Ok(Reply::Picture(_)), _) => Answer::empty(),
         (Ok(Reply::Done), Success::EmptyBody) => Answer::empty(),
         (Ok(Reply::Done), _) => Answer::NOTHING,
     }

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::device::{
-    BalloonConfig, ConsoleConfig, DiskConfig, FsConfig, NetConfig, PortConfig,
+    BalloonConfig, ConsoleConfig, DiskConfig, DisplayConfig, FsConfig, NetConfig, PortConfig,
     RateLimitGroupConfig, RngConfig, VsockConfig,
 };
 
@@ -95,6 +95,9 @@ pub struct VmConfig {
     /// Whether there is a watchdog.
     #[serde(default)]
     pub watchdog: bool,
+    /// The screen; not in v1. By default there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display: Option<DisplayConfig>,
     /// The virtio clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtc: Option<serde_json::Value>,

@@ -435,3 +435,40 @@ pub struct PortConfig {
     #[serde(default, skip_serializing_if = "is_false")]
     pub null: bool,
 }
+
+/// A screen: a framebuffer that the guest draws on. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DisplayConfig {
+    /// Pixels of a line at power-on, 320 to 3840.
+    pub width: u16,
+    /// Lines at power-on, 200 to 2160.
+    pub height: u16,
+    /// Bytes of video memory: a power of two, 1 MiB to 256 MiB, with room for the picture of 4 bytes a pixel.
+    pub memory: u64,
+    /// The VNC server, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vnc: Option<VncConfig>,
+}
+
+/// A VNC server of the screen. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VncConfig {
+    /// Where viewers connect: `HOST:PORT`, `:PORT` for this host alone, or `unix:PATH`.
+    pub address: String,
+    /// A file whose first line, 1 to 8 bytes, viewers must know. Needed where other hosts can connect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
+}
+
+impl Default for DisplayConfig {
+    fn default() -> Self {
+        Self {
+            width: 1024,
+            height: 768,
+            memory: 64 << 20,
+            vnc: None,
+        }
+    }
+}

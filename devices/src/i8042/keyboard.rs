@@ -1,9 +1,10 @@
-//! A PS/2 keyboard: its commands and their answers.
+//! A PS/2 keyboard: its keys, its commands and their answers.
 //!
 //! Follows the IBM PS/2 Hardware Interface Technical Reference, "Keyboards".
 
 use serde::{Deserialize, Serialize};
 
+use super::keys::{Keys, KeysV1};
 use super::queue::SendQueue;
 
 const ACK: u8 = 0xFA;
@@ -37,6 +38,7 @@ pub(super) struct Keyboard {
     awaited: Option<Awaited>,
     last_sent: u8,
     queue: SendQueue,
+    keys: Keys,
 }
 
 impl Default for Keyboard {
@@ -49,6 +51,7 @@ impl Default for Keyboard {
             awaited: None,
             last_sent: 0,
             queue: SendQueue::default(),
+            keys: Keys::default(),
         }
     }
 }
@@ -100,20 +103,42 @@ impl Keyboard {
             (Awaited::Leds, _) => self.leds = value & LED_MASK,
             (Awaited::Typematic, _) => self.typematic = value & TYPEMATIC_MASK,
             (Awaited::ScanSet, 0) => return self.queue.push(&[ACK, self.scan_set]),
-            (Awaited::ScanSet, 1..=3) => self.scan_set = value,
+            (Awaited::ScanSet, 1..=2) => self.scan_set = value,
             (Awaited::ScanSet, _) => return self.queue.push(&[RESEND]),
         }
         self.queue.push(&[ACK]);
     }
 
     fn set_defaults(&mut self, scanning: bool) {
+        self.keys.clear();
         self.scanning = scanning;
         self.typematic = DEFAULT_TYPEMATIC;
         self.scan_set = DEFAULT_SCAN_SET;
     }
 
+    /// A key goes down or up, by its evdev code. While the keyboard does not scan, none goes down.
+    pub(super) fn key(&mut self, code: u16, down: bool) {
+        if self.scanning || !down {
+            let repeated = self.keys.set(code, down, self.scan_set);
+            if repeated.len() <= self.queue.room() {
+                self.queue.push(&repeated);
+            }
+            self.fill();
+        }
+    }
+
+    /// Queues what the guest is to be told of keys, as far as there is room.
+    fn fill(&mut self) {
+        while self.scanning
+            && let Some(bytes) = self.keys.next(self.queue.room(), self.scan_set)
+        {
+            self.queue.push(&bytes);
+        }
+    }
+
     /// Takes the next byte for the controller, in the keyboard's own scan set.
     pub(super) fn send(&mut self) -> Option<u8> {
+        self.fill();
         let byte = self.queue.pop()?;
         self.last_sent = byte;
         Some(byte)
@@ -133,6 +158,7 @@ impl Keyboard {
             awaited,
             last_sent,
             queue,
+            keys,
         } = self;
         KeyboardV1 {
             scanning: *scanning,
@@ -142,6 +168,7 @@ impl Keyboard {
             awaited: *awaited,
             last_sent: *last_sent,
             queue: queue.save(),
+            keys: keys.save(),
         }
     }
 
@@ -156,13 +183,14 @@ impl Keyboard {
             awaited,
             last_sent,
             queue,
+            keys,
         } = state;
         if leds & !LED_MASK != 0 || typematic & !TYPEMATIC_MASK != 0 {
             return Err(format!(
                 "keyboard LEDs {leds:#04x} or typematic rate {typematic:#04x} out of range"
             ));
         }
-        if !(1..=3).contains(&scan_set) {
+        if !(1..=2).contains(&scan_set) {
             return Err(format!("keyboard scan code set {scan_set}"));
         }
         Ok(Self {
@@ -173,6 +201,7 @@ impl Keyboard {
             awaited,
             last_sent,
             queue: SendQueue::restore(queue, one_is_out)?,
+            keys: Keys::restore(keys),
         })
     }
 }
@@ -187,13 +216,14 @@ pub(super) struct KeyboardV1 {
     awaited: Option<Awaited>,
     last_sent: u8,
     pub(super) queue: Vec<u8>,
+    pub(super) keys: KeysV1,
 }
 
 /// The controller's translation of scan code set 2 to set 1, for bytes below
 /// 0x80 (IBM PS/2 Hardware Interface Technical Reference, "Scan Code
 /// Translation"). Answers are translated with the rest.
 #[rustfmt::skip]
-const SET_2_TO_1: [u8; 0x80] = [
+pub(super) const SET_2_TO_1: [u8; 0x80] = [
     0xff, 0x43, 0x41, 0x3f, 0x3d, 0x3b, 0x3c, 0x58, 0x64, 0x44, 0x42, 0x40, 0x3e, 0x0f, 0x29, 0x59,
     0x65, 0x38, 0x2a, 0x70, 0x1d, 0x10, 0x02, 0x5a, 0x66, 0x71, 0x2c, 0x1f, 0x1e, 0x11, 0x03, 0x5b,
     0x67, 0x2e, 0x2d, 0x20, 0x12, 0x05, 0x04, 0x5c, 0x68, 0x39, 0x2f, 0x21, 0x14, 0x13, 0x06, 0x5d,
@@ -203,6 +233,10 @@ const SET_2_TO_1: [u8; 0x80] = [
     0x55, 0x56, 0x77, 0x78, 0x79, 0x7a, 0x0e, 0x7b, 0x7c, 0x4f, 0x7d, 0x4b, 0x47, 0x7e, 0x7f, 0x6f,
     0x52, 0x53, 0x50, 0x4c, 0x4d, 0x48, 0x01, 0x45, 0x57, 0x4e, 0x51, 0x4a, 0x37, 0x49, 0x46, 0x54,
 ];
+
+/// What a keyboard sends before the code of a key that was released, in set 2; in set 1 it is the code's bit.
+pub(super) const RELEASED: u8 = 0xF0;
+pub(super) const RELEASED_BIT: u8 = 0x80;
 
 /// Translates one byte that the keyboard sent.
 pub(super) fn translate(byte: u8) -> u8 {

@@ -1,7 +1,10 @@
-//! A PS/2 mouse: its commands and their answers.
+//! A PS/2 mouse: its movements, its commands and their answers.
 //!
-//! Follows the IBM PS/2 Hardware Interface Technical Reference, "Mouse". It
-//! knows no extension, so drivers settle on the standard protocol.
+//! What has moved is added up until the guest has room for a report of it, so that nothing is lost and
+//! nothing waits behind what is old.
+//!
+//! Follows the IBM PS/2 Hardware Interface Technical Reference, "Mouse", with Microsoft's extension for a wheel:
+//! the sample rates 200, 100 and 80 in a row turn it on, and reports have a fourth byte then.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,8 +13,11 @@ use super::queue::SendQueue;
 const ACK: u8 = 0xFA;
 const RESEND: u8 = 0xFE;
 const SELF_TEST_PASSED: u8 = 0xAA;
-/// The standard mouse.
+/// The standard mouse, and one with a wheel.
 const ID: u8 = 0x00;
+const ID_WHEEL: u8 = 0x03;
+/// The sample rates that turn the wheel on.
+const KNOCK: [u8; 3] = [200, 100, 80];
 
 /// 4 counts per millimetre.
 const DEFAULT_RESOLUTION: u8 = 2;
@@ -25,8 +31,18 @@ const STATUS_SCALING: u8 = 1 << 4;
 const STATUS_REPORTING: u8 = 1 << 5;
 /// Status byte: remote mode.
 const STATUS_REMOTE: u8 = 1 << 6;
-/// No buttons and no movement; the bit is always one.
-const IDLE_REPORT: [u8; 3] = [1 << 3, 0, 0];
+/// The first byte of a report: always one.
+const REPORT_ONE: u8 = 1 << 3;
+/// In it, the signs of both movements.
+const REPORT_LEFT: u8 = 1 << 4;
+const REPORT_DOWN: u8 = 1 << 5;
+/// Left, right and middle.
+const BUTTONS: u8 = 0b111;
+/// The most of a movement, and of the wheel's, in one report.
+const MOST: i32 = 255;
+const MOST_WHEEL: i32 = 7;
+/// More than this is not added up.
+const MOST_LEFT: i32 = 1 << 14;
 
 const RESET_WRAP: u8 = 0xEC;
 const RESET: u8 = 0xFF;
@@ -51,6 +67,55 @@ pub(super) struct Mouse {
     awaited: Option<Awaited>,
     last_sent: u8,
     queue: SendQueue,
+    /// How many of [`KNOCK`] came in a row.
+    knocked: u8,
+    wheel: bool,
+    pending: Pending,
+}
+
+/// What has not been reported yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Pending {
+    right: i32,
+    up: i32,
+    wheel: i32,
+    buttons: u8,
+    /// The buttons of the last report.
+    told: u8,
+}
+
+impl Pending {
+    fn is_news(&self) -> bool {
+        (self.right, self.up, self.wheel) != (0, 0, 0) || self.buttons != self.told
+    }
+
+    /// A report of as much as fits into one.
+    fn take(&mut self, wheel: bool) -> Vec<u8> {
+        let part = |left: &mut i32, most: i32| {
+            let step = (*left).clamp(-most, most);
+            *left -= step;
+            step
+        };
+        let (right, up) = (part(&mut self.right, MOST), part(&mut self.up, MOST));
+        let turned = part(&mut self.wheel, MOST_WHEEL);
+        self.told = self.buttons;
+        let sign = |step: i32, bit| if step < 0 { bit } else { 0 };
+        let first = REPORT_ONE | self.buttons | sign(right, REPORT_LEFT) | sign(up, REPORT_DOWN);
+        let low = |step: i32| step.to_le_bytes()[0];
+        let mut report = vec![first, low(right), low(up)];
+        if wheel {
+            report.push(low(turned));
+        }
+        report
+    }
+
+    fn is_sane(&self) -> bool {
+        let near = |left: i32| (-MOST_LEFT..=MOST_LEFT).contains(&left);
+        near(self.right)
+            && near(self.up)
+            && near(self.wheel)
+            && (self.buttons | self.told) & !BUTTONS == 0
+    }
 }
 
 impl Default for Mouse {
@@ -65,6 +130,9 @@ impl Default for Mouse {
             awaited: None,
             last_sent: 0,
             queue: SendQueue::default(),
+            knocked: 0,
+            wheel: false,
+            pending: Pending::default(),
         }
     }
 }
@@ -83,6 +151,7 @@ impl Mouse {
             }
             Some(Awaited::Rate) => {
                 self.rate = byte;
+                self.knock(byte);
                 self.queue.push(&[ACK]);
             }
             None => self.command(byte),
@@ -101,13 +170,17 @@ impl Mouse {
             }
             0xEA => self.remote = false,
             0xEB => {
-                let [buttons, x, y] = IDLE_REPORT;
-                return self.queue.push(&[ACK, buttons, x, y]);
+                self.queue.push(&[ACK]);
+                let report = self.pending.take(self.wheel);
+                return self.queue.push(&report);
             }
             RESET_WRAP => self.wrap = false,
             0xEE => self.wrap = true,
             0xF0 => self.remote = true,
-            0xF2 => return self.queue.push(&[ACK, ID]),
+            0xF2 => {
+                let id = if self.wheel { ID_WHEEL } else { ID };
+                return self.queue.push(&[ACK, id]);
+            }
             0xF3 => self.awaited = Some(Awaited::Rate),
             0xF4 => self.reporting = true,
             0xF5 => self.reporting = false,
@@ -116,6 +189,8 @@ impl Mouse {
             RESET => {
                 self.queue.clear();
                 self.set_defaults();
+                self.wheel = false;
+                self.knocked = 0;
                 return self.queue.push(&[ACK, SELF_TEST_PASSED, ID]);
             }
             _ => return self.queue.push(&[RESEND]),
@@ -123,7 +198,38 @@ impl Mouse {
         self.queue.push(&[ACK]);
     }
 
+    fn knock(&mut self, rate: u8) {
+        let wanted = KNOCK.get(usize::from(self.knocked));
+        self.knocked = match wanted {
+            Some(wanted) if *wanted == rate => self.knocked + 1,
+            _ => u8::from(rate == KNOCK[0]),
+        };
+        if usize::from(self.knocked) == KNOCK.len() {
+            self.knocked = 0;
+            self.wheel = true;
+        }
+    }
+
+    /// It moves, its wheel turns towards the user, its buttons are as the bits say.
+    pub(super) fn point(&mut self, right: i32, down: i32, wheel: i32, buttons: u8) {
+        let more = |left: i32, step: i32| {
+            let sum = left.saturating_add(step);
+            sum.clamp(-MOST_LEFT, MOST_LEFT)
+        };
+        let pending = &mut self.pending;
+        pending.buttons = buttons & BUTTONS;
+        if self.reporting {
+            pending.right = more(pending.right, right);
+            pending.up = more(pending.up, down.saturating_neg());
+            pending.wheel = more(pending.wheel, wheel);
+        }
+    }
+
     fn set_defaults(&mut self) {
+        self.pending = Pending {
+            buttons: self.pending.buttons,
+            ..Pending::default()
+        };
         self.reporting = false;
         self.remote = false;
         self.wrap = false;
@@ -134,13 +240,21 @@ impl Mouse {
 
     fn status(&self) -> u8 {
         let flag = |on, bit| if on { bit } else { 0 };
-        flag(self.scaled, STATUS_SCALING)
+        // The status has the buttons the other way round.
+        let [left, right, middle] = [0, 1, 2].map(|bit| self.pending.buttons >> bit & 1);
+        (left << 2 | middle << 1 | right)
+            | flag(self.scaled, STATUS_SCALING)
             | flag(self.reporting, STATUS_REPORTING)
             | flag(self.remote, STATUS_REMOTE)
     }
 
     /// Takes the next byte for the controller.
     pub(super) fn send(&mut self) -> Option<u8> {
+        let streams = self.reporting && !self.remote && !self.wrap;
+        if streams && self.queue.is_empty() && self.pending.is_news() {
+            let report = self.pending.take(self.wheel);
+            self.queue.push(&report);
+        }
         let byte = self.queue.pop()?;
         self.last_sent = byte;
         Some(byte)
@@ -162,6 +276,9 @@ impl Mouse {
             awaited,
             last_sent,
             queue,
+            knocked,
+            wheel,
+            pending,
         } = self;
         MouseV1 {
             reporting: *reporting,
@@ -173,6 +290,13 @@ impl Mouse {
             awaited: *awaited,
             last_sent: *last_sent,
             queue: queue.save(),
+            knocked: *knocked,
+            wheel: *wheel,
+            // Nobody holds the buttons of a machine that is restored.
+            pending: Pending {
+                buttons: 0,
+                ..*pending
+            },
         }
     }
 
@@ -189,7 +313,15 @@ impl Mouse {
             awaited,
             last_sent,
             queue,
+            knocked,
+            wheel,
+            pending,
         } = state;
+        if usize::from(knocked) >= KNOCK.len() || !pending.is_sane() {
+            return Err(format!(
+                "mouse after {knocked} sample rates with {pending:?} to report"
+            ));
+        }
         if resolution > MAX_RESOLUTION {
             return Err(format!("mouse resolution {resolution}"));
         }
@@ -203,6 +335,9 @@ impl Mouse {
             awaited,
             last_sent,
             queue: SendQueue::restore(queue, one_is_out)?,
+            knocked,
+            wheel,
+            pending,
         })
     }
 }
@@ -219,4 +354,7 @@ pub(super) struct MouseV1 {
     awaited: Option<Awaited>,
     last_sent: u8,
     queue: Vec<u8>,
+    knocked: u8,
+    wheel: bool,
+    pending: Pending,
 }

@@ -14,8 +14,18 @@ pub(super) struct SendQueue {
 impl SendQueue {
     /// Adds bytes at the end; those that do not fit are lost.
     pub(super) fn push(&mut self, bytes: &[u8]) {
-        let room = CAPACITY.saturating_sub(self.bytes.len());
+        let room = self.room();
         self.bytes.extend(bytes.iter().take(room));
+    }
+
+    /// How many bytes more it takes.
+    pub(super) fn room(&self) -> usize {
+        CAPACITY.saturating_sub(self.bytes.len())
+    }
+
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
     }
 
     /// Takes the first byte.
@@ -23,8 +33,8 @@ impl SendQueue {
         self.bytes.pop_front()
     }
 
-    /// Undoes a [`SendQueue::pop`]. At most one byte is out at a time, so the
-    /// queue grows to one more than its capacity at most.
+    /// Undoes a [`SendQueue::pop`]. At most two bytes are out at a time (a key's code and that it was released), so the
+    /// queue grows to two more than its capacity at most.
     pub(super) fn put_back(&mut self, byte: u8) {
         self.bytes.push_front(byte);
     }
@@ -42,7 +52,7 @@ impl SendQueue {
     /// Rebuilds a queue from untrusted bytes; `one_is_out` when a byte is out
     /// that [`SendQueue::put_back`] may bring back.
     pub(super) fn restore(bytes: Vec<u8>, one_is_out: bool) -> Result<Self, String> {
-        let limit = CAPACITY + usize::from(!one_is_out);
+        let limit = CAPACITY + if one_is_out { 0 } else { 2 };
         if bytes.len() > limit {
             return Err(format!(
                 "{} bytes wait in a queue that holds {limit}",

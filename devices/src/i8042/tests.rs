@@ -152,9 +152,10 @@ fn an_untranslated_keyboard_gives_its_own_codes() {
     assert_eq!(bench.keyboard_says(&[0xF2]), [0xFA, 0xAB, 0x83]);
     assert_eq!(bench.keyboard_says(&[0xF0, 0x00]), [0xFA, 0xFA, 0x02]);
     assert_eq!(
-        bench.keyboard_says(&[0xF0, 0x03, 0xF0, 0x00]),
-        [0xFA, 0xFA, 0xFA, 0xFA, 0x03]
+        bench.keyboard_says(&[0xF0, 0x01, 0xF0, 0x00]),
+        [0xFA, 0xFA, 0xFA, 0xFA, 0x01]
     );
+    assert_eq!(bench.keyboard_says(&[0xF0, 0x03]), [0xFA, 0xFE], "no set 3");
     assert_eq!(bench.keyboard_says(&[0xF6]), [0xFA]);
     assert_eq!(bench.keyboard_says(&[0xF0, 0x00]), [0xFA, 0xFA, 0x02]);
 }
@@ -173,7 +174,7 @@ fn the_keyboard_asks_again_for_what_it_does_not_know() {
 }
 
 #[test]
-fn psmouses_probe_finds_a_standard_mouse() {
+fn psmouses_probe_finds_a_mouse_with_a_wheel() {
     let bench = Bench::quiet();
     assert_eq!(bench.mouse_says(&[0xF2]), [0xFA, 0x00]);
     assert_eq!(bench.mouse_says(&[0xF5]), [0xFA]);
@@ -182,7 +183,7 @@ fn psmouses_probe_finds_a_standard_mouse() {
     for rate in [200, 100, 80] {
         assert_eq!(bench.mouse_says(&[0xF3, rate]), [0xFA, 0xFA]);
     }
-    assert_eq!(bench.mouse_says(&[0xF2]), [0xFA, 0x00]);
+    assert_eq!(bench.mouse_says(&[0xF2]), [0xFA, 0x03]);
     // The knock of other extensions: a resolution four times, then status.
     for _ in 0..4 {
         assert_eq!(bench.mouse_says(&[0xE8, 0x00]), [0xFA, 0xFA]);
@@ -383,13 +384,112 @@ fn state_that_no_controller_is_in_is_refused() {
     refused("interrupt lines", |s| s.output_port = 0x13);
     refused("LEDs", |s| s.keyboard.leds = 8);
     refused("scan set", |s| s.keyboard.scan_set = 0);
-    refused("queue", |s| s.keyboard.queue = vec![0; 18]);
+    refused("queue", |s| s.keyboard.queue = vec![0; 19]);
     refused("queue with a byte out", |s| {
         s.keyboard.queue = vec![0; 17];
         s.output = Some(Output {
             byte: 0,
             source: Source::Keyboard,
+            released: false,
         });
     });
     refused("resolution", |s| s.mouse.resolution = 4);
+}
+
+#[test]
+fn keys_are_translated_as_firmware_leaves_it() {
+    let bench = Bench::new();
+    bench.device.key(30, true);
+    assert_eq!(bench.keyboard.take(), 1);
+    bench.device.key(30, false);
+    bench.device.key(105, true);
+    bench.device.key(105, false);
+    assert_eq!(bench.drain(), [0x1e, 0x9e, 0xe0, 0x4b, 0xe0, 0xcb]);
+    bench.configure(0x05);
+    bench.device.key(30, true);
+    bench.device.key(30, false);
+    assert_eq!(bench.drain(), [0x1c, 0xf0, 0x1c], "set 2");
+}
+
+#[test]
+fn a_release_that_a_reply_displaces_is_not_lost() {
+    let bench = Bench::quiet();
+    bench.device.key(30, true);
+    bench.device.key(30, false);
+    assert_eq!(bench.data(), 0x1e);
+    // The released key's byte is in the output buffer when the reply comes.
+    assert_eq!(bench.command_byte(), 0x44);
+    assert_eq!(bench.drain(), [0x9e]);
+}
+
+#[test]
+fn a_keyboard_that_nobody_reads_tells_in_the_end_what_is_down() {
+    let bench = Bench::quiet();
+    for code in (2..60).chain(2..59) {
+        bench.device.key(code, true);
+    }
+    for code in 2..59 {
+        bench.device.key(code, false);
+    }
+    let mut down = std::collections::BTreeSet::new();
+    for byte in bench.drain() {
+        if byte & 0x80 == 0 {
+            down.insert(byte);
+        } else {
+            down.remove(&(byte & 0x7f));
+        }
+    }
+    assert_eq!(down.into_iter().collect::<Vec<_>>(), [59]);
+}
+
+#[test]
+fn keys_do_nothing_while_the_keyboard_does_not_scan() {
+    let bench = Bench::quiet();
+    bench.device.key(42, true);
+    assert_eq!(bench.keyboard_says(&[0xf5])[..2], [0x2a, 0xfa]);
+    bench.device.key(30, true);
+    bench.device.key(42, false);
+    assert_eq!(bench.keyboard_says(&[0xf4]), [0xfa]);
+    bench.device.key(31, true);
+    assert_eq!(bench.drain(), [0x1f]);
+}
+
+#[test]
+fn a_mouse_reports_what_it_does_once_it_is_asked_to() {
+    let bench = Bench::quiet();
+    bench.device.point(5, 5, 0, 1);
+    assert_eq!(bench.drain(), [0; 0]);
+    let said = bench.mouse_says(&[0xf4]);
+    assert_eq!(said, [0xfa, 0x09, 0, 0], "the button is down");
+    bench.device.point(-3, 4, 1, 0);
+    assert_eq!(bench.drain(), [0x138, 0x1fd, 0x1fc]);
+    bench.device.point(300, 0, 0, 4);
+    assert_eq!(bench.drain(), [0x10c, 0x1ff, 0x100, 0x10c, 0x12d, 0x100]);
+}
+
+#[test]
+fn the_wheel_turns_where_the_driver_has_knocked() {
+    let bench = Bench::quiet();
+    bench.mouse_says(&[0xf3, 200, 0xf3, 100, 0xf3, 80]);
+    assert_eq!(bench.mouse_says(&[0xf2]), [0xfa, 0x03]);
+    bench.mouse_says(&[0xf4]);
+    bench.device.point(0, 0, -1, 0);
+    assert_eq!(bench.drain(), [0x108, 0x100, 0x100, 0x1ff]);
+    bench.mouse_says(&[0xff]);
+    assert_eq!(bench.mouse_says(&[0xf2]), [0xfa, 0x00], "after a reset");
+}
+
+#[test]
+fn what_is_held_is_let_go_by_a_restore() {
+    let bench = Bench::quiet();
+    bench.mouse_says(&[0xf4]);
+    bench.device.key(30, true);
+    bench.device.point(0, 0, 0, 1);
+    bench.drain();
+    let mut set = SectionSet::default();
+    set.push(bench.device.save().unwrap().remove(0));
+    let copy = Bench::new();
+    copy.device.restore(&mut set).unwrap();
+    copy.device.key(31, true);
+    assert_eq!(copy.drain(), [0x9e, 0x1f, 0x108, 0x100, 0x100]);
 }

@@ -27,6 +27,17 @@ exec 4<> "$(port echo)"
 (while :; do if read -r line <&4; then echo "echo of $line" >&4; else sleep 0.05; fi; done) &
 echo '@@ ask the port'
 
+for time in first second; do
+    echo "@@ a port is to come for the $time time"
+    until [ -n "$(port late)" ]; do sleep 0.05; done
+    exec 5<> "$(port late)"
+    until read -r line <&5; do sleep 0.05; done
+    echo "the $time: $line" >&5
+    echo "@@ the port has heard $line for the $time time"
+    until [ -z "$(port late)" ]; do sleep 0.05; done
+    exec 5>&-
+done
+
 echo '@@ ask for sockets'
 sockets() { ls -d /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/virtio* > /dev/null 2>&1; }
 until_ sockets
@@ -75,6 +86,27 @@ fn talk(socket: &str, say: &str, hear: &str) -> Action {
         say: say.to_owned(),
         hear: hear.to_owned(),
     })
+}
+
+/// A port is added while the guest runs.
+fn come() -> Ask {
+    let port = r#"{"name":"late","socket":"{dir}/late"}"#;
+    Ask::put("vm.add-port", port).answered(200)
+}
+
+/// It is taken away again.
+fn go() -> Ask {
+    Ask::put("vm.remove-port", r#"{"name":"late"}"#)
+}
+
+/// A port comes and goes, and another takes its place.
+fn late(case: Case) -> Case {
+    case.asks("@@ a port is to come for the first time", [come()])
+        .step("", talk("late", "one\n", "the first: one"))
+        .asks("@@ the port has heard one for the first time", [go()])
+        .asks("@@ a port is to come for the second time", [come()])
+        .step("", talk("late", "two\n", "the second: two"))
+        .asks("@@ the port has heard two for the second time", [go()])
 }
 
 /// A socket device comes, a client talks to the guest through it, and it goes.
@@ -138,7 +170,7 @@ pub(super) fn all(kernel: &str) -> Case {
         .asks("", boots)
         .step("@@ ask hvc0", talk("hvc0", "root\n", "welcome root"))
         .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"));
-    case = sockets(case)
+    case = sockets(late(case))
         .asks("@@ ask the agent", agent)
         .lines([
             "@@ ports: echo org.qemu.guest_agent.0",

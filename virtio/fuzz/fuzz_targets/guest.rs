@@ -13,10 +13,19 @@ use crate::driver::{
 };
 use crate::input::Input;
 use crate::rig::{HIGH_WINDOW, PATIENCE, RAM, RAM_END, Rig};
-use crate::subjects::Subject;
+use crate::subjects::{Subject, context};
 
 /// The most that one input does.
 const ACTS: usize = 64;
+/// Changes of one model or another.
+const PATCHES: &[&str] = &[
+    r#"{"add":"a"}"#,
+    r#"{"add":"b"}"#,
+    r#"{"remove":"a"}"#,
+    r#"{"remove":"b"}"#,
+    r#"{"link":"down"}"#,
+    r#"{"link":"up"}"#,
+];
 /// The most descriptors of one chain.
 const LONGEST: u16 = 12;
 /// How long workers are given before the guest goes on. They need a fraction of it.
@@ -272,7 +281,7 @@ impl<'s> Guest<'s> {
     /// What the machine's owner may ask of any device; errors are as good an answer as success.
     fn manage(&mut self, input: &mut Input<'_>) {
         let device = &self.rig.device;
-        let _ = match input.byte() % 5 {
+        let _ = match input.byte() % 6 {
             0 => device
                 .change_balloon(BalloonChange::Target(input.number() << 12))
                 .is_ok(),
@@ -284,6 +293,17 @@ impl<'s> Guest<'s> {
                 .is_ok(),
             3 => {
                 self.resized |= device.resize_disk(input.number() << 9 & 0xff_ffff).is_ok();
+                self.resized
+            }
+            4 => {
+                let patch = PATCHES[usize::from(input.byte()) % PATCHES.len()];
+                let patch = serde_json::from_str(patch).expect("it is JSON");
+                let prepared = device
+                    .prepare(patch, context())
+                    .and_then(|prepare| prepare());
+                let changed = prepared.and_then(|prepared| device.reconfigure(prepared));
+                // The next machine is built from what this one was.
+                self.resized |= changed.is_ok();
                 self.resized
             }
             _ => device.counters().is_empty(),

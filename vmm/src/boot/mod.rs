@@ -73,6 +73,21 @@ pub struct BootSource<'a> {
     pub cmdline: &'a str,
     /// How to enter the kernel.
     pub protocol: Protocol,
+    /// The framebuffer that it may draw in, if there is one. PVH has no way to tell of it.
+    pub screen: Option<Screen>,
+}
+
+/// A framebuffer whose mode is set: pixels of 8 bits each of blue, green, red and nothing, line after line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Screen {
+    /// Guest-physical address of the first pixel.
+    pub base: u64,
+    /// Bytes of memory there.
+    pub len: u64,
+    /// Pixels of a line.
+    pub width: u16,
+    /// Lines.
+    pub height: u16,
 }
 
 /// A loaded kernel's entry.
@@ -104,6 +119,7 @@ pub fn load(memory: &GuestMap, source: BootSource<'_>, rsdp: u64) -> Result<Entr
         initramfs,
         cmdline,
         protocol,
+        screen,
     } = source;
     let ram = Ram::new(memory)?;
     let mut image = Image::new(kernel, Role::Kernel)?;
@@ -125,7 +141,10 @@ pub fn load(memory: &GuestMap, source: BootSource<'_>, rsdp: u64) -> Result<Entr
     reset_stub::write(memory)?;
     let areas = ram.areas();
     match plan.entry {
-        Entry::Linux64 { .. } => zero_page::write(memory, &areas, plan.header, initrd, rsdp)?,
+        Entry::Linux64 { .. } => {
+            let extras = zero_page::Extras { initrd, screen };
+            zero_page::write(memory, &areas, plan.header, extras, rsdp)?;
+        }
         Entry::Pvh { .. } => pvh::write(memory, &areas, initrd, rsdp)?,
     }
     Ok(plan.entry)

@@ -127,6 +127,7 @@ fn boot_with(
         initramfs: initramfs.as_mut(),
         cmdline,
         protocol,
+        screen: None,
     };
     load(memory, source, ACPI_START)
 }
@@ -182,6 +183,44 @@ fn a_bzimage_is_loaded_at_its_preferred_address_with_a_zero_page() {
     assert_eq!({ header.ramdisk_size }, 5000);
     assert_eq!(read(&memory, initrd_at), [7; 5000]);
     assert_eq!(read(&memory, initrd_at + 5000), [0]);
+}
+
+#[test]
+fn a_framebuffer_is_announced_as_one_that_uefi_has_set_up() {
+    let memory = ram(&[(0, 64 * MIB)]);
+    boot(&memory, &bzimage(), Protocol::Auto).unwrap();
+    let none = zero_page(&memory).screen_info;
+    assert_eq!(({ none.orig_video_isVGA }, { none.lfb_width }), (0, 0));
+
+    for (base, low, high, capabilities) in [
+        (0xC000_0000, 0xC000_0000, 0, 0),
+        (0x12_0000_0000, 0, 0x12, 1 << 1),
+    ] {
+        let source = BootSource {
+            kernel: &mut file(&bzimage()),
+            initramfs: None,
+            cmdline: "",
+            protocol: Protocol::Auto,
+            screen: Some(Screen {
+                base,
+                len: 16 * MIB,
+                width: 1280,
+                height: 800,
+            }),
+        };
+        load(&memory, source, ACPI_START).unwrap();
+        let screen = zero_page(&memory).screen_info;
+        assert_eq!({ screen.orig_video_isVGA }, 0x70);
+        let sides = [screen.lfb_width, screen.lfb_height, screen.lfb_depth];
+        assert_eq!(sides, [1280, 800, 32]);
+        assert_eq!({ screen.lfb_linelength }, 5120);
+        assert_eq!({ screen.lfb_size }, 16 << 20);
+        let place = [screen.lfb_base, screen.ext_lfb_base, screen.capabilities];
+        assert_eq!(place, [low, high, capabilities]);
+        let red = (screen.red_pos, screen.red_size);
+        let blue = (screen.blue_pos, screen.blue_size);
+        assert_eq!((red, blue), ((16, 8), (0, 8)));
+    }
 }
 
 #[test]
@@ -548,6 +587,7 @@ fn files_that_cannot_be_read_at_any_place_are_refused() {
             initramfs: None,
             cmdline: "",
             protocol: Protocol::Auto,
+            screen: None,
         };
         load(&memory, source, ACPI_START).unwrap_err()
     };
@@ -735,6 +775,7 @@ fn a_real_kernel_loads_when_one_is_given() {
             initramfs: Some(&mut initramfs),
             cmdline: "console=ttyS0",
             protocol,
+            screen: None,
         };
         let start = std::time::Instant::now();
         let entry = load(&memory, source, ACPI_START).unwrap();

@@ -1,14 +1,16 @@
 //! `boot_params`, the "zero page" of the Linux boot protocol
 //! (`Documentation/arch/x86/zero-page.rst`).
 //!
-//! `screen_info` stays zero, which means that there is no screen.
+//! `screen_info` stays zero where there is no screen. A framebuffer is announced as one that UEFI has set up
+//! (`VIDEO_TYPE_EFI`), which the kernels' built-in `efifb` takes.
 
 use linux_loader::bootparam::{
-    E820_MAX_ENTRIES_ZEROPAGE, LOADED_HIGH, boot_e820_entry, boot_params, setup_header,
+    E820_MAX_ENTRIES_ZEROPAGE, LOADED_HIGH, boot_e820_entry, boot_params, screen_info, setup_header,
 };
 use virtio::memory::GuestMap;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::Screen;
 use super::error::BootError;
 use super::initrd::Initrd;
 use super::memory_map::Area;
@@ -20,6 +22,18 @@ const BOOT_FLAG: u16 = 0xAA55;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 /// The first version with the RSDP's address, so the one that this page follows.
 const VERSION: u16 = 0x020E;
+
+/// `VIDEO_TYPE_EFI`: a linear framebuffer and nothing else.
+const VIDEO_TYPE_EFI: u8 = 0x70;
+/// The framebuffer's address has a higher half.
+const VIDEO_CAPABILITY_64BIT_BASE: u32 = 1 << 1;
+
+/// What a guest may have been given besides its kernel.
+#[derive(Clone, Copy)]
+pub(super) struct Extras {
+    pub initrd: Option<Initrd>,
+    pub screen: Option<Screen>,
+}
 
 /// The header for a kernel that has none in its file (ELF).
 pub(super) fn header_from_scratch() -> setup_header {
@@ -38,7 +52,7 @@ pub(super) fn write(
     memory: &GuestMap,
     areas: &[Area],
     mut header: setup_header,
-    initrd: Option<Initrd>,
+    Extras { initrd, screen }: Extras,
     rsdp: u64,
 ) -> Result<(), BootError> {
     header.type_of_loader = LOADER_TYPE;
@@ -46,6 +60,7 @@ pub(super) fn write(
     header.setup_data = 0;
     let mut page = boot_params {
         acpi_rsdp_addr: rsdp,
+        screen_info: screen.map(described).unwrap_or_default(),
         ..boot_params::default()
     };
     if let Some(Initrd { address, size }) = initrd {
@@ -74,6 +89,40 @@ pub(super) fn write(
             what: "zero page",
             source,
         })
+}
+
+/// A framebuffer with pixels of 32 bits: blue lowest, then green, then red.
+fn described(screen: Screen) -> screen_info {
+    let Screen {
+        base,
+        len,
+        width,
+        height,
+    } = screen;
+    let (lfb_base, ext_lfb_base) = halves(base);
+    screen_info {
+        orig_video_isVGA: VIDEO_TYPE_EFI,
+        lfb_width: width,
+        lfb_height: height,
+        lfb_depth: 32,
+        lfb_base,
+        ext_lfb_base,
+        lfb_size: u32::try_from(len).unwrap_or(u32::MAX),
+        lfb_linelength: width.saturating_mul(4),
+        blue_size: 8,
+        green_size: 8,
+        green_pos: 8,
+        red_size: 8,
+        red_pos: 16,
+        rsvd_size: 8,
+        rsvd_pos: 24,
+        capabilities: if ext_lfb_base == 0 {
+            0
+        } else {
+            VIDEO_CAPABILITY_64BIT_BASE
+        },
+        ..screen_info::default()
+    }
 }
 
 /// The low and the high half, as the protocol splits addresses.

@@ -12,6 +12,7 @@ mod net;
 mod port;
 mod removal;
 mod resize;
+mod screenshot;
 mod show;
 mod watch;
 
@@ -108,6 +109,11 @@ pub(super) enum Verb {
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
     #[command(after_help = coredump::EXAMPLES)]
     Coredump(coredump::CoredumpArgs),
+    /// Write what the screen shows into a PNG file
+    ///
+    /// The machine needs a screen (--display). It may run or be paused, and is not stopped.
+    #[command(after_help = screenshot::EXAMPLES)]
+    Screenshot(screenshot::ScreenshotArgs),
     /// Ask the guest agent
     ///
     /// The machine needs the port --agent, and the guest runs the QEMU guest agent.
@@ -150,6 +156,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Net { verb } => net::run(verb),
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
+        Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),
     }?;

@@ -16,6 +16,7 @@ use super::detach::{Side, detach};
 use super::serve::{Numbers, SocketArgs};
 use super::{Failure, definition, exit_code, judge};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
+use crate::config::display::{self, DISPLAY_FIELDS};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::port::{self, PORT_FIELDS};
 use crate::config::smbios::SMBIOS_FIELDS;
@@ -227,6 +228,17 @@ pub(super) struct RunArgs {
     /// A watchdog (i6300esb), which acts when the guest stops to feed it: on, off
     #[arg(long, value_name = "SWITCH", default_value = "off")]
     watchdog: String,
+
+    /// A screen: --display alone, or width=N,height=N,…
+    #[arg(
+        long,
+        value_name = "key=value,…",
+        num_args = 0..=1,
+        default_missing_value = "on",
+        long_help = keys("A screen: a framebuffer that kernels use from their first message on, and that the bochs driver of \
+            Linux knows. --display alone is --display enabled=on.", &[DISPLAY_FIELDS])
+    )]
+    display: Option<String>,
 
     /// Seconds that the guest has to power off after SIGTERM; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_SHUTDOWN_TIMEOUT, value_parser = seconds, allow_negative_numbers = true)]
@@ -534,6 +546,9 @@ impl Flags<'_> {
         }
         if self.has("watchdog") {
             config.watchdog = named("--watchdog", flag::parse_switch(&arguments.watchdog))?;
+        }
+        if let Some(text) = &arguments.display {
+            config.display = display::from_flag(text, config.display.as_ref())?;
         }
         if self.has("on_poweroff") {
             config.on_poweroff = action("--on-poweroff", &arguments.on_poweroff)?;

@@ -14,7 +14,7 @@ use virtio::schema::{Field, FieldKind};
 use super::VmConfig;
 use super::flag::{self, FlagError, FlagTable};
 use super::wire::names::next_number;
-use crate::layout::{PCI_SLOTS, WATCHDOG_SLOT};
+use crate::layout::PCI_SLOTS;
 
 /// A device on the PCI bus.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -173,7 +173,7 @@ impl VmConfig {
         self.complete_console(models);
         let mut ids: BTreeSet<String> = self.devices.iter().map(|d| d.id.clone()).collect();
         let mut taken: BTreeSet<u8> = self.devices.iter().filter_map(|d| d.address).collect();
-        taken.extend(self.watchdog.then_some(WATCHDOG_SLOT));
+        taken.extend(self.own_slots().into_iter().map(|(slot, _)| slot));
         let mut free = (1..=PCI_SLOTS).filter(|slot| !taken.contains(slot));
         for device in &mut self.devices {
             if device.id.is_empty() {

@@ -130,6 +130,13 @@ impl VmConfig {
         if let Some(GdbConfig::Unix(path)) = &mut self.gdb {
             absolute(path);
         }
+        if let Some(vnc) = self.display.as_mut().and_then(|d| d.vnc.as_mut()) {
+            vnc.password_file.iter_mut().for_each(absolute);
+            if let Some(path) = vnc.address.strip_prefix("unix:") {
+                let path = joined(directory, Path::new(path));
+                vnc.address = format!("unix:{}", path.display());
+            }
+        }
         for device in &mut self.devices {
             make_device_paths_absolute(device, directory, models);
         }

@@ -14,6 +14,7 @@ pub mod balloon;
 pub mod capability;
 mod cpus;
 pub mod device;
+pub mod display;
 pub mod endpoint;
 pub mod file;
 pub mod files;
@@ -29,7 +30,7 @@ pub mod wire;
 
 use std::path::PathBuf;
 
-pub use api::wire::{GuestAction, PortConfig};
+pub use api::wire::{DisplayConfig, GuestAction, PortConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio::limit::{self, RateLimits};
@@ -120,6 +121,9 @@ pub struct VmConfig {
     /// Whether there is a watchdog.
     #[serde(default, skip_serializing_if = "is_default")]
     pub watchdog: bool,
+    /// The screen, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display: Option<DisplayConfig>,
     /// How long a guest has to power itself off once it has been asked to, in
     /// seconds. 0 ends it at once.
     #[serde(default = "default_shutdown_timeout")]
@@ -161,6 +165,7 @@ impl Default for VmConfig {
             smbios: SmbiosConfig::default(),
             pvpanic: default_pvpanic(),
             watchdog: false,
+            display: None,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: exits(),
             on_reboot: restarts(),

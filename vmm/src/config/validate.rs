@@ -10,6 +10,7 @@ use virtio::schema::{Field, FieldKind};
 
 use super::balloon::BalloonError;
 use super::cpus::CpusError;
+use super::display::DisplayError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
 use super::smbios::SmbiosError;
@@ -17,7 +18,7 @@ use super::vsock::VsockError;
 use super::{
     CONSOLE_FLAGS, DeviceConfig, GdbConfig, HostLimits, MAX_SERIAL_REPLAY, MemoryConfig, VmConfig,
 };
-use crate::layout::{PCI_SLOTS, WATCHDOG_SLOT, memory};
+use crate::layout::{PCI_SLOTS, memory};
 
 /// The least memory that a machine has, in bytes.
 const MIN_MEMORY: u64 = 2 << 20;
@@ -211,20 +212,25 @@ pub enum ConfigError {
         /// The slot.
         slot: u8,
     },
-    /// A device in the watchdog's slot.
-    #[error(
-        "--{flag} addr={WATCHDOG_SLOT}: the watchdog is in this PCI slot: give the device another"
-    )]
-    WatchdogSlot {
+    /// A device in a slot that the machine has use for.
+    #[error("--{flag} addr={slot}: {owner} is in this PCI slot: give the device another")]
+    OwnSlot {
         /// The device's flag, without dashes.
         flag: String,
+        /// The slot.
+        slot: u8,
+        /// What is in it.
+        owner: &'static str,
     },
+    /// A screen that cannot be.
+    #[error("--display")]
+    Display(#[from] DisplayError),
     /// More devices than slots.
     #[error("{count} devices: a machine has {slots} PCI slots for them: leave some devices out")]
     TooManyDevices {
         /// How many there are.
         count: usize,
-        /// How many slots there are, without the watchdog's.
+        /// How many slots there are, without the machine's own.
         slots: u8,
     },
     /// A socket's path does not fit into an address.
@@ -361,6 +367,7 @@ impl VmConfig {
         self.validate_devices(models)?;
         self.smbios.validate()?;
         self.validate_consoles()?;
+        self.validate_display()?;
         if self.serial_replay > MAX_SERIAL_REPLAY {
             let size = self.serial_replay;
             return Err(ConfigError::SerialReplay { size });
@@ -422,7 +429,10 @@ impl VmConfig {
     /// Checks the rules on devices and the groups that they are in.
     pub(super) fn validate_devices(&self, models: &[Model]) -> Result<(), ConfigError> {
         let count = self.devices.len();
-        let slots = PCI_SLOTS.saturating_sub(self.watchdog.into());
+        let own = self.own_slots();
+        let slots = own
+            .iter()
+            .fold(PCI_SLOTS, |slots, _| slots.saturating_sub(1));
         if count > usize::from(slots) {
             return Err(ConfigError::TooManyDevices { count, slots });
         }
@@ -463,8 +473,9 @@ impl VmConfig {
                 if !(1..=PCI_SLOTS).contains(&slot) {
                     return Err(ConfigError::Slot { flag: flag(), slot });
                 }
-                if self.watchdog && slot == WATCHDOG_SLOT {
-                    return Err(ConfigError::WatchdogSlot { flag: flag() });
+                if let Some(&(_, owner)) = own.iter().find(|(own, _)| *own == slot) {
+                    let flag = flag();
+                    return Err(ConfigError::OwnSlot { flag, slot, owner });
                 }
                 if let Some(first) = slots.insert(slot, id) {
                     return Err(ConfigError::DuplicateSlot {

@@ -67,7 +67,7 @@ impl From<&ConfigError> for ControlError {
             ConfigError::SameDisk { .. }
             | ConfigError::SameMac { .. }
             | ConfigError::DuplicateSlot { .. }
-            | ConfigError::WatchdogSlot { .. }
+            | ConfigError::OwnSlot { .. }
             | ConfigError::OutputInUse { .. }
             | ConfigError::Vsock(VsockError::Two { .. }) => conflict(error.to_string()),
             _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
@@ -126,6 +126,7 @@ impl VmConfig {
             smbios: smbios(named.platform.as_ref()),
             pvpanic: named.pvpanic,
             watchdog: named.watchdog,
+            display: named.display.clone(),
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: named.on_poweroff.unwrap_or(GuestAction::Exit),
             on_reboot: named.on_reboot.unwrap_or(GuestAction::Restart),
@@ -233,6 +234,7 @@ impl VmConfig {
             debug_console: (&self.debugcon).into(),
             pvpanic: self.pvpanic,
             watchdog: self.watchdog,
+            display: self.display.clone(),
             platform: platform(&self.smbios),
             on_poweroff: other_than(GuestAction::Exit, self.on_poweroff),
             on_reboot: other_than(GuestAction::Restart, self.on_reboot),

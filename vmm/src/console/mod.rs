@@ -32,6 +32,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::serial::{MAX_SINKS, SinkError};
 use crate::config::{COMS, CONSOLE_FLAGS};
+use crate::display::DisplayDesk;
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::OpenError;
 
@@ -93,6 +94,7 @@ pub struct Consoles {
     virtio: ConsoleHub,
     debugcon: ConsoleHub,
     agent: AgentDesk,
+    display: DisplayDesk,
     own: OnceLock<OwnFiles>,
 }
 
@@ -122,6 +124,7 @@ impl Consoles {
             virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
             agent: AgentDesk::default(),
+            display: DisplayDesk::default(),
             own: OnceLock::new(),
         })
     }
@@ -130,6 +133,12 @@ impl Consoles {
     pub fn reserve(&self, own: OwnFiles) {
         // The files are open for the process's life: the first list stays true.
         let _ = self.own.set(own);
+    }
+
+    /// The screen.
+    #[must_use]
+    pub fn display(&self) -> &DisplayDesk {
+        &self.display
     }
 
     /// The files that the monitor writes for itself.

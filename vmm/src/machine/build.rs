@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use api::{DiskErrorAction, EventLog};
+use devices::display::Adapter;
+use devices::display::rfb::Password;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -27,14 +29,16 @@ use super::hosts::{Hosts, Wanted};
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
 use super::loading::{Loaded, Loading};
-use super::parts::Parts;
+use super::parts::{Parts, ReadFiles};
 use super::platform::{Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
 use crate::boot::{self, BootError, BootSource, Entry, Protocol, Role};
-use crate::config::{BootProtocol, CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
+use crate::config::{
+    BootProtocol, CpuBaseline, CpusConfig, DisplayConfig, MemoryConfig, Thp, VmConfig,
+};
 use crate::console::Consoles;
 use crate::console::port::PortBoard;
 use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
@@ -47,12 +51,16 @@ use crate::memory::{GuestRam, RamSpec};
 use crate::opener::Opener;
 use crate::smbios::{self, SmbiosImage};
 
+/// The most bytes of a file with a password.
+const PASSWORD_FILE: u64 = 4096;
+
 /// What a machine boots. The files stay open, because a guest reset loads them again.
 pub struct Payload {
     kernel: (PathBuf, File),
     initramfs: Option<(PathBuf, File)>,
     cmdline: String,
     protocol: Protocol,
+    screen: Option<boot::Screen>,
     smbios: SmbiosImage,
     /// New for each machine that is built, and the same over the guest's resets.
     generation: [u8; 16],
@@ -81,6 +89,7 @@ impl Payload {
                 BootProtocol::Linux => Protocol::Linux64,
                 BootProtocol::Pvh => Protocol::Pvh,
             },
+            screen: config.display.as_ref().map(screen),
             smbios: smbios::build(config)?,
             generation: random()?,
         })
@@ -109,6 +118,7 @@ impl Payload {
             initramfs: self.initramfs.as_mut().map(|(_, file)| file),
             cmdline: &self.cmdline,
             protocol: self.protocol,
+            screen: self.screen,
         };
         boot::load(memory, source, acpi.address).map_err(|source| self.failed(source))
     }
@@ -122,6 +132,22 @@ impl Payload {
             _ => format!("--kernel {}", self.kernel.0.display()),
         };
         MachineError::Boot { what, source }
+    }
+}
+
+/// The display as it is at power-on.
+fn screen(display: &DisplayConfig) -> boot::Screen {
+    let DisplayConfig {
+        width,
+        height,
+        memory: len,
+        vnc: _,
+    } = *display;
+    boot::Screen {
+        base: memory::FRAMEBUFFER,
+        len,
+        width,
+        height,
     }
 }
 
@@ -184,6 +210,7 @@ pub struct Frame {
     vm: Vm,
     supported: CpuId,
     baseline: Option<Baseline>,
+    password: Option<Password>,
     groups: RateGroups,
     ports: Arc<PortBoard>,
     models: Vec<OpenDevice>,
@@ -206,12 +233,16 @@ pub fn begin(
     consoles: &Consoles,
 ) -> Result<(Frame, Loading), MachineError> {
     let Parts {
-        payload,
-        baseline,
+        read,
         groups,
         ports,
         devices: models,
     } = parts;
+    let ReadFiles {
+        payload,
+        baseline,
+        password,
+    } = read;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -234,6 +265,7 @@ pub fn begin(
         vm,
         supported,
         baseline,
+        password,
         groups,
         ports,
         models,
@@ -264,6 +296,7 @@ pub fn finish(
         vm,
         supported,
         baseline,
+        password,
         groups,
         ports,
         models,
@@ -280,6 +313,8 @@ pub fn finish(
     } = loaded;
     vm.create_irqchip()?;
     let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
+    let display = consoles.display();
+    display.configure(config, password, opener)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -297,6 +332,9 @@ pub fn finish(
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
+    let adapter = devices.platform.display();
+    display.stage().show(adapter.map(Adapter::source));
+    display.hands().lead(Some(devices.platform.pointers()));
     let machine = Machine {
         vcpus,
         vm,
@@ -382,6 +420,8 @@ impl Pieces<'_> {
             pci: &pci,
             pvpanic: self.config.pvpanic,
             watchdog: self.config.watchdog,
+            display: self.config.display.as_ref(),
+            vm: self.vm,
             cpu_slots: cpu_slots(&self.config.cpus),
             memory_slots: self.config.memory.hotplug_size > 0,
         };
@@ -561,6 +601,26 @@ pub(super) fn open_baseline(
             })
         }
     }
+}
+
+/// What viewers of the screen must know: the first line of a file.
+pub(super) fn open_password(
+    config: &VmConfig,
+    opener: &Opener,
+) -> Result<Option<Password>, MachineError> {
+    let vnc = config.display.as_ref().and_then(|d| d.vnc.as_ref());
+    let Some(path) = vnc.and_then(|vnc| vnc.password_file.as_ref()) else {
+        return Ok(None);
+    };
+    let flag = "--display vnc_password_file=";
+    let text = opener.read_document(path, PASSWORD_FILE);
+    let text = text.map_err(|source| MachineError::Open { flag, source })?;
+    let text = String::from_utf8_lossy(&text);
+    let password = Password::new(text.lines().next().unwrap_or_default());
+    password.map(Some).map_err(|source| MachineError::Device {
+        device: format!("{flag}{}", path.display()),
+        source: source.into(),
+    })
 }
 
 fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {

@@ -153,6 +153,9 @@ impl Ears {
     /// Drops what belonged to a machine that is gone.
     pub fn forget_machine(&mut self) {
         self.inbox.close();
+        let display = self.consoles.display();
+        display.stage().show(None);
+        display.hands().lead(None);
     }
 }
 

@@ -9,6 +9,7 @@ use std::io;
 use api::ErrorKind;
 use block::OpenError as DiskError;
 use block::nbd::{HandshakeError, NbdError};
+use devices::display::rfb::PasswordError;
 use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::BuildError;
 
@@ -44,8 +45,13 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_resize))
         .or_else(|| error.downcast_ref().map(of_disk))
         .or_else(|| error.downcast_ref().map(of_file))
+        .or_else(|| error.downcast_ref().map(of_password))
         .or_else(|| error.downcast_ref().map(of_console))
         .or_else(|| error.downcast_ref().and_then(of_system))
+}
+
+fn of_password(_: &PasswordError) -> Says {
+    Fault(ErrorKind::Invalid)
 }
 
 fn of_change(error: &ReconfigureError) -> Says {

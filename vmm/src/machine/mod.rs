@@ -10,7 +10,7 @@
 //! * [`inbox`] is how everybody else reaches the control thread.
 //! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
 
-mod alarm;
+pub(crate) mod alarm;
 pub mod bay;
 pub(crate) mod beside;
 pub mod build;
@@ -48,6 +48,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use crate::acpi::{AcpiError, AcpiImage};
 use crate::boot::{BootError, Entry};
 use crate::config::ConfigError;
+use crate::display::VncError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
@@ -166,6 +167,9 @@ pub enum MachineError {
         #[source]
         source: crate::console::ConsoleError,
     },
+    /// Viewers cannot be served.
+    #[error("--display")]
+    Display(#[from] VncError),
     /// The host refused something that every machine needs.
     #[error("{what}")]
     Host {
@@ -218,6 +222,7 @@ impl MachineError {
             }
             Self::Device { source, .. } => fault::of(&**source),
             Self::Open { source, .. } => fault::of(source),
+            Self::Display(source) => fault::of(source),
             Self::Console { source, .. } => fault::of(source),
             _ => ErrorKind::Failed,
         }

@@ -9,13 +9,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::thread::Builder;
 use std::time::Duration;
 
+use devices::display::rfb::Password;
 use virtio::limit::RateGroups;
 use virtio::models::Model;
 
 use super::MachineError;
 use super::bay::OpenDevice;
 use super::beside::{Bell, Opening};
-use super::build::{Payload, open_baseline};
+use super::build::{Payload, open_baseline, open_password};
 use super::inbox::Mailbox;
 use crate::config::VmConfig;
 use crate::config::files::{self, OwnFiles};
@@ -28,17 +29,24 @@ const CLOSING: Duration = Duration::from_secs(1);
 
 /// What a machine is built from, open. Dropping it closes everything.
 pub struct Parts {
-    pub(super) payload: Payload,
-    pub(super) baseline: Option<Baseline>,
+    pub(super) read: ReadFiles,
     pub(super) groups: RateGroups,
     /// Where the consoles' devices look for what their ports lead to.
     pub(super) ports: Arc<PortBoard>,
     pub(super) devices: Vec<OpenDevice>,
 }
 
+/// What is read for a boot.
+pub(super) struct ReadFiles {
+    pub payload: Payload,
+    pub baseline: Option<Baseline>,
+    /// What viewers of the screen must know.
+    pub password: Option<Password>,
+}
+
 /// Something that has been opened.
 enum Part {
-    Payload(Payload, Option<Baseline>),
+    Files(Box<ReadFiles>),
     Device(OpenDevice),
 }
 
@@ -59,7 +67,11 @@ fn open_each(
 ) -> Result<(), MachineError> {
     let payload = Payload::open(config, opener)?;
     let baseline = open_baseline(&config.cpus.baseline, opener)?;
-    let mut wanted = take(Part::Payload(payload, baseline));
+    let mut wanted = take(Part::Files(Box::new(ReadFiles {
+        payload,
+        baseline,
+        password: open_password(config, opener)?,
+    })));
     for device in &config.devices {
         if !wanted {
             break;
@@ -80,7 +92,7 @@ pub struct PendingParts {
 /// What is open so far.
 #[derive(Default)]
 struct Opened {
-    payload: Option<(Payload, Option<Baseline>)>,
+    read: Option<ReadFiles>,
     groups: RateGroups,
     ports: Arc<PortBoard>,
     devices: Vec<OpenDevice>,
@@ -97,16 +109,14 @@ impl Opened {
 
     fn add(&mut self, part: Part) {
         match part {
-            Part::Payload(payload, baseline) => self.payload = Some((payload, baseline)),
+            Part::Files(read) => self.read = Some(*read),
             Part::Device(device) => self.devices.push(device),
         }
     }
 
     fn finish(self) -> Result<Parts, MachineError> {
-        let (payload, baseline) = self.payload.ok_or_else(lost)?;
         Ok(Parts {
-            payload,
-            baseline,
+            read: self.read.ok_or_else(lost)?,
             groups: self.groups,
             ports: self.ports,
             devices: self.devices,

@@ -8,6 +8,7 @@ use std::time::Instant;
 use devices::acpi::hotplug::{self, NewsDesk, SlotKind, SlotRegisters};
 use devices::acpi::{EventRegister, ResetRegister, SleepRegisters};
 use devices::debugcon::DebugConsole;
+use devices::display::Adapter;
 use devices::i8042::I8042;
 use devices::pci::{HOTPLUG_LEN, PciFunction, PciHotplug, PciRoot};
 use devices::pvpanic::IsaPanic;
@@ -23,11 +24,16 @@ use super::alarm::{Alarm, SteadyClock};
 use super::hosts::Hosts;
 use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
-use crate::config::COMS;
+use crate::config::{COMS, DisplayConfig};
 use crate::console::{ConsoleHub, PortLink};
+use crate::display::Pointers;
+use crate::kvm::Vm;
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
-use crate::layout::{self, MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port};
+use crate::layout::{
+    self, DISPLAY_SLOT, MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port,
+};
+use crate::memory::video::VideoRam;
 
 /// What the platform devices are connected to.
 pub struct Wiring<'a> {
@@ -45,6 +51,10 @@ pub struct Wiring<'a> {
     pub pvpanic: bool,
     /// Whether there is a watchdog.
     pub watchdog: bool,
+    /// The screen, where there is one.
+    pub display: Option<&'a DisplayConfig>,
+    /// Where the screen's memory is to be seen.
+    pub vm: &'a Vm,
     /// vCPUs that there may be, and that are there at boot, where they come and go.
     pub cpu_slots: Option<(u32, u32)>,
     /// Whether memory can be added.
@@ -58,6 +68,8 @@ pub struct Platform {
     rtc: Arc<Rtc>,
     alarm: Arc<Alarm>,
     watchdog: Option<(Arc<Watchdog>, Arc<Alarm>)>,
+    display: Option<Arc<Adapter>>,
+    ps2: Arc<I8042>,
     slots: Slots,
 }
 
@@ -144,7 +156,7 @@ impl Platform {
             router.line(gsi::MOUSE)?,
             Arc::clone(requests),
         ));
-        placed.port(port::I8042, 5, i8042);
+        placed.port(port::I8042, 5, Arc::clone(&i8042));
         let (rtc, alarm) = placed.clock()?;
         placed.port(
             port::SLEEP_CONTROL,
@@ -160,6 +172,9 @@ impl Platform {
                 Arc::new(IsaPanic::new(Arc::clone(requests))),
             );
         }
+        // The first on the bus, which its memory's address follows from.
+        let display = wiring.display.map(|config| placed.display(config));
+        let display = display.transpose()?;
         let watchdog = match wiring.watchdog {
             true => Some(placed.watchdog()?),
             false => None,
@@ -174,6 +189,8 @@ impl Platform {
                 rtc,
                 alarm,
                 watchdog,
+                display,
+                ps2: i8042,
                 slots,
             },
             placed.units,
@@ -211,6 +228,20 @@ impl Platform {
             && alarm.take()
         {
             watchdog.tick();
+        }
+    }
+
+    /// The display, where there is one.
+    #[must_use]
+    pub fn display(&self) -> Option<&Arc<Adapter>> {
+        self.display.as_ref()
+    }
+
+    /// What keys and pointers can lead to.
+    #[must_use]
+    pub fn pointers(&self) -> Pointers {
+        Pointers {
+            ps2: Arc::clone(&self.ps2),
         }
     }
 
@@ -294,6 +325,28 @@ impl Placed<'_> {
         placed.map_err(|error| failed(error.into()))?;
         self.units.push(Arc::clone(&watchdog) as _);
         Ok((watchdog, alarm))
+    }
+
+    /// The display in its slot.
+    fn display(&mut self, config: &DisplayConfig) -> Result<Arc<Adapter>, MachineError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| MachineError::Device {
+            device: "--display".to_owned(),
+            source,
+        };
+        let memory = VideoRam::new(self.wiring.vm.fd(), config.memory);
+        let memory = memory.map_err(|error| failed(error.into()))?;
+        let adapter = Adapter::new(Arc::new(memory), config.width, config.height)
+            .map_err(|error| failed(error.into()))?;
+        let adapter = Arc::new(adapter);
+        let function = Arc::clone(&adapter) as Arc<dyn PciFunction>;
+        let placed = self.wiring.pci.add(function, Some(DISPLAY_SLOT));
+        placed.map_err(|error| failed(error.into()))?;
+        if adapter.home() != memory::FRAMEBUFFER {
+            let home = adapter.home();
+            return Err(failed(format!("its memory is at {home:#x}").into()));
+        }
+        self.units.push(Arc::clone(&adapter) as _);
+        Ok(adapter)
     }
 
     /// The event register, and what it tells of.

@@ -10,6 +10,7 @@
 //! the host can use huge pages in its nested page tables.
 
 mod mapping;
+pub mod video;
 
 use std::fs::File;
 use std::io;

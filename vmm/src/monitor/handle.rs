@@ -11,6 +11,7 @@ use super::{Jobs, View, consoles, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
+use crate::display::Camera;
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
@@ -29,6 +30,7 @@ const FEATURES: &[&str] = &[
     "vireo.console",
     "vireo.agent",
     "vireo.coredump",
+    "vireo.screenshot",
     "vireo.add-virtio",
     "vireo.reset",
     "vireo.boot-once",
@@ -46,6 +48,7 @@ pub struct MonitorHandle {
     /// The hubs alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
     consoles: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
+    camera: Camera,
     opener: Arc<Opener>,
 }
 
@@ -55,7 +58,7 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
+        (consoles, agent, camera): ([ConsoleHub; COMS + 1], AgentDesk, Camera),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -65,6 +68,7 @@ impl MonitorHandle {
             events,
             consoles,
             agent,
+            camera,
             opener,
         }
     }
@@ -87,6 +91,12 @@ impl Control for MonitorHandle {
     fn submit(&self, command: Command, answer: Answer) {
         if let Command::Agent(command) = command {
             return self.ask_agent(command, answer);
+        }
+        if let Command::Screenshot = command {
+            return match self.view.info() {
+                Ok(_) => self.camera.take(answer),
+                Err(error) => answer(Err(error)),
+            };
         }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));

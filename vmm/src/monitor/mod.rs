@@ -49,6 +49,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
+use crate::display::Camera;
 use crate::machine::beside::Opening;
 use crate::machine::build::Built;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
@@ -81,6 +82,7 @@ pub struct Monitor {
     serial: ConsoleHub,
     hubs: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
+    camera: Camera,
     opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
@@ -117,6 +119,7 @@ impl Monitor {
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
         let serial = consoles.serial().clone();
         let agent = consoles.agent().clone();
+        let camera = Camera::new(consoles.display().stage().clone());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
@@ -132,6 +135,7 @@ impl Monitor {
             serial,
             hubs,
             agent,
+            camera,
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
@@ -148,7 +152,7 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
-            (self.hubs.clone(), self.agent.clone()),
+            (self.hubs.clone(), self.agent.clone(), self.camera.clone()),
             Arc::clone(&self.opener),
         )
     }

@@ -35,6 +35,7 @@ mod nbd;
 mod opening;
 mod ports;
 mod resize;
+mod screen;
 mod shape;
 mod sinks;
 mod start_order;

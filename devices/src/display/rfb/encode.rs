@@ -114,12 +114,17 @@ impl Encoder {
         }
     }
 
-    /// The pixels of a rectangle most at a time, and its width at most.
-    pub const MAX_PIXELS: u16 = 0xffff;
-    /// As [`Encoder::MAX_PIXELS`]; Tight's own limit.
-    pub const MAX_WIDTH: u16 = 2048;
+    /// `area` in the pieces that make the rectangles of an update.
+    pub fn pieces(wish: &Wish, area: Rect) -> impl Iterator<Item = Rect> + use<> {
+        match wish.encoding {
+            // Each is text or a photograph by itself.
+            Encoding::Tight => area.pieces(256, 1 << 14),
+            _ => area.pieces(u16::MAX, u16::MAX),
+        }
+    }
 
-    /// Appends the pixels of `area`, line by line in `pixels`, as a rectangle of an update.
+    /// Appends the pixels of `area`, line by line in `pixels`, as a rectangle of an update. It is one of
+    /// [`Encoder::pieces`].
     ///
     /// # Errors
     ///

@@ -24,7 +24,7 @@ const LOW_WATER: usize = 256 << 10;
 const MAX_ANSWERS: usize = 16 << 10;
 /// Updates that may be on their way to a client that says when they arrive.
 const MAX_FLIGHTS: u32 = 2;
-/// Rectangles of an update; with more, one is drawn around all.
+/// Areas of an update; with more, one is drawn around all. The pieces that they are sent in are no more than can be counted.
 const MAX_RECTS: usize = 8192;
 
 /// Numbers of encodings that are no pixels.
@@ -449,7 +449,7 @@ impl Viewer {
                 runs.end_band();
             }
         }
-        let pieces = |rect: Rect| rect.pieces(Encoder::MAX_WIDTH, Encoder::MAX_PIXELS);
+        let pieces = |rect: Rect| Encoder::pieces(&self.wish, rect);
         let found = runs.finish();
         let around = |rects: &[Rect]| {
             let around = rects.iter().copied().reduce(|one, other| one.with(&other));

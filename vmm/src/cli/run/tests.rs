@@ -75,6 +75,8 @@ const EVERY_FLAG: &[&str] = &[
     "on",
     "--on-watchdog",
     "stop",
+    "--display",
+    "width=800,height=600",
     "--shutdown-timeout",
     "5",
     "--smbios",
@@ -150,6 +152,7 @@ fn every_flag_reaches_the_configuration() {
         on_panic: GuestAction::Restart,
         watchdog: true,
         on_watchdog: GuestAction::Stop,
+        display: display::from_flag("width=800,height=600", None).unwrap(),
         shutdown_timeout: 5,
     };
     assert_eq!(config, expected);

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::super::super::area::Size;
 use super::decode::{Decoder, tight_len};
 use super::*;
 
@@ -180,6 +181,29 @@ fn photographs_are_jpeg_where_the_client_says_how_good() {
     // Text stays as sharp as it is.
     let text = picture(area.pixels(), 4, 3, 1);
     assert_eq!(encoded(Some(0), &text)[0] & 0x80, 0);
+}
+
+#[test]
+fn text_beside_a_photograph_stays_sharp() {
+    let whole = Size {
+        width: 512,
+        height: 64,
+    }
+    .area();
+    let wish = Wish {
+        quality: Some(5),
+        ..wish(ClientFormat::SERVER, Encoding::Tight)
+    };
+    let mut encoder = Encoder::new(wish);
+    let kinds = Encoder::pieces(&wish, whole).map(|piece| {
+        let text = picture(piece.pixels(), 4, 3, 1);
+        let photograph = picture(piece.pixels(), 9999, 1, 1);
+        let pixels = if piece.x < 256 { text } else { photograph };
+        let mut out = Vec::new();
+        encoder.encode(piece, &pixels, &mut out).unwrap();
+        (piece.x, out[12] & 0x80 != 0)
+    });
+    assert_eq!(kinds.collect::<Vec<_>>(), [(0, false), (256, true)]);
 }
 
 const JPEG_CONTROL: u8 = 0x90;

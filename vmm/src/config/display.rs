@@ -1,0 +1,385 @@
+//! The screen of a machine: `--display`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use api::wire::VncConfig;
+use serde_json::Value;
+use virtio::schema::{Field, FieldKind};
+
+use super::flag::{self, FlagError, FlagTable};
+use super::serial::MAX_SOCKET_PATH;
+use super::{DisplayConfig, VmConfig, bytes};
+use crate::layout::{DISPLAY_SLOT, WATCHDOG_SLOT};
+
+/// The flag.
+const FLAG: &str = "--display";
+/// Pixels of a line and lines at power-on.
+const WIDTHS: std::ops::RangeInclusive<u16> = 320..=3840;
+const HEIGHTS: std::ops::RangeInclusive<u16> = 200..=2160;
+/// Bytes of video memory.
+const MEMORY: std::ops::RangeInclusive<u64> = 1 << 20..=256 << 20;
+/// Bytes of a pixel at power-on.
+const PIXEL: u64 = 4;
+
+/// The keys of `--display`.
+pub const DISPLAY_FIELDS: &[Field] = &[
+    Field {
+        name: "enabled",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "whether there is one; 'on' alone is enabled=on",
+    },
+    Field {
+        name: "width",
+        kind: FieldKind::Number,
+        required: false,
+        help: "pixels of a line at power-on, 320 to 3840; default 1024",
+    },
+    Field {
+        name: "height",
+        kind: FieldKind::Number,
+        required: false,
+        help: "lines at power-on, 200 to 2160; default 768",
+    },
+    Field {
+        name: "memory",
+        kind: FieldKind::Bytes,
+        required: false,
+        help: "video memory, a power of two from 1M to 256M; default 64M",
+    },
+    Field {
+        name: "vnc",
+        kind: FieldKind::Text,
+        required: false,
+        help: "where VNC viewers connect: [HOST]:PORT, without a host for this host alone, or unix:PATH",
+    },
+    Field {
+        name: "vnc_password_file",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a file whose first line, 1 to 8 bytes, viewers must know",
+    },
+];
+
+/// Where a VNC server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VncAddress {
+    /// At a unix socket, for its owner alone.
+    Unix(PathBuf),
+    /// At a TCP port.
+    Tcp {
+        /// The host's name or address; `127.0.0.1` when none was given.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+/// Why a text is no address of a VNC server.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VncAddressError {
+    /// None of the forms.
+    #[error("'{text}' is no address: write HOST:PORT, :PORT (this host alone), or unix:PATH")]
+    Form {
+        /// What was given.
+        text: String,
+    },
+    /// A socket's path does not fit into an address.
+    #[error("'{text}': the path of a socket has 1 to {MAX_SOCKET_PATH} bytes: choose another")]
+    Path {
+        /// What was given.
+        text: String,
+    },
+}
+
+impl FromStr for VncAddress {
+    type Err = VncAddressError;
+
+    fn from_str(text: &str) -> Result<Self, VncAddressError> {
+        let text = text.to_owned();
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if (1..=MAX_SOCKET_PATH).contains(&path.len()) {
+                Ok(Self::Unix(path.into()))
+            } else {
+                Err(VncAddressError::Path { text })
+            };
+        }
+        let Some((host, port)) = text.rsplit_once(':') else {
+            return Err(VncAddressError::Form { text });
+        };
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+        let port: Option<u16> = port.parse().ok().filter(|port| digits && *port > 0);
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'));
+        let host = bare.unwrap_or(host);
+        match port {
+            Some(port) => Ok(Self::Tcp {
+                host: if host.is_empty() { "127.0.0.1" } else { host }.to_owned(),
+                port,
+            }),
+            None => Err(VncAddressError::Form { text }),
+        }
+    }
+}
+
+impl VncAddress {
+    /// Whether nobody on another host can connect.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Tcp { host, .. } => {
+                let address: Result<IpAddr, _> = host.parse();
+                address.map_or(host == "localhost", |address| address.is_loopback())
+            }
+        }
+    }
+}
+
+/// A screen that cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DisplayError {
+    /// Too few pixels, or too many.
+    #[error(
+        "a picture of {width} x {height} pixels: give a width of {} to {} and a height of {} to {}",
+        WIDTHS.start(), WIDTHS.end(), HEIGHTS.start(), HEIGHTS.end()
+    )]
+    Size {
+        /// Pixels of a line.
+        width: u64,
+        /// Lines.
+        height: u64,
+    },
+    /// No size that a base address register can have.
+    #[error("memory={}: give a power of two from 1M to 256M", bytes(*memory))]
+    Memory {
+        /// In bytes.
+        memory: u64,
+    },
+    /// Where viewers are to connect is no address.
+    #[error("vnc")]
+    Address(#[from] VncAddressError),
+    /// Everybody could see the screen, and type.
+    #[error(
+        "vnc={address}: without a password whoever reaches this port has the guest's keyboard: add \
+         vnc_password_file=PATH, or listen at 127.0.0.1 or unix:PATH"
+    )]
+    Open {
+        /// The address.
+        address: String,
+    },
+    /// The picture does not fit.
+    #[error(
+        "memory={}: a picture of {width} x {height} pixels takes {}: give more memory or a smaller picture",
+        bytes(*memory), bytes(*needed)
+    )]
+    Room {
+        /// Bytes that there are.
+        memory: u64,
+        /// Bytes that it takes.
+        needed: u64,
+        /// Pixels of a line.
+        width: u16,
+        /// Lines.
+        height: u16,
+    },
+}
+
+fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
+    let DisplayConfig {
+        width,
+        height,
+        memory,
+        ref vnc,
+    } = *display;
+    if let Some(VncConfig {
+        address,
+        password_file: password,
+    }) = vnc
+    {
+        let parsed: VncAddress = address.parse()?;
+        if password.is_none() && !parsed.is_local() {
+            let address = address.clone();
+            return Err(DisplayError::Open { address });
+        }
+    }
+    if !WIDTHS.contains(&width) || !HEIGHTS.contains(&height) {
+        let (width, height) = (width.into(), height.into());
+        return Err(DisplayError::Size { width, height });
+    }
+    if !memory.is_power_of_two() || !MEMORY.contains(&memory) {
+        return Err(DisplayError::Memory { memory });
+    }
+    let needed = u64::from(width) * u64::from(height) * PIXEL;
+    if needed > memory {
+        return Err(DisplayError::Room {
+            memory,
+            needed,
+            width,
+            height,
+        });
+    }
+    Ok(())
+}
+
+/// Reads the text of `--display`, which changes `base`; `None` where it is switched off.
+///
+/// # Errors
+///
+/// [`FlagError`], also for a password without a server.
+pub fn from_flag(
+    text: &str,
+    base: Option<&DisplayConfig>,
+) -> Result<Option<DisplayConfig>, FlagError> {
+    let table = FlagTable {
+        flag: FLAG,
+        fields: DISPLAY_FIELDS,
+        shorthand: Some("enabled"),
+    };
+    let map = flag::parse(&table, text)?;
+    if map.get("enabled").and_then(Value::as_bool) == Some(false) {
+        return Ok(None);
+    }
+    let default = base.cloned().unwrap_or_default();
+    let number = |key| map.get(key).and_then(Value::as_u64);
+    // What does not fit is out of range too, which is told later.
+    let pixels = |key, default| {
+        number(key).map_or(default, |number| u16::try_from(number).unwrap_or(u16::MAX))
+    };
+    let text = |key| map.get(key).and_then(Value::as_str).map(str::to_owned);
+    let mut vnc = default.vnc;
+    if let Some(address) = text("vnc") {
+        let password_file = vnc.and_then(|vnc| vnc.password_file);
+        vnc = Some(VncConfig {
+            address,
+            password_file,
+        });
+    }
+    if let Some(path) = text("vnc_password_file") {
+        let Some(vnc) = &mut vnc else {
+            let flag = FLAG.to_owned();
+            return Err(FlagError::MissingKey { flag, key: "vnc" });
+        };
+        vnc.password_file = Some(path.into());
+    }
+    Ok(Some(DisplayConfig {
+        vnc,
+        width: pixels("width", default.width),
+        height: pixels("height", default.height),
+        memory: number("memory").unwrap_or(default.memory),
+    }))
+}
+
+impl VmConfig {
+    /// Checks the rules on the screen.
+    pub(super) fn validate_display(&self) -> Result<(), DisplayError> {
+        self.display.as_ref().map_or(Ok(()), check)
+    }
+
+    /// The PCI slots of what the machine has besides [`VmConfig::devices`], each with what it is.
+    pub(super) fn own_slots(&self) -> Vec<(u8, &'static str)> {
+        let display = self.display.is_some();
+        [
+            (self.watchdog, WATCHDOG_SLOT, "the watchdog"),
+            (display, DISPLAY_SLOT, "the display"),
+        ]
+        .into_iter()
+        .filter_map(|(there, slot, owner)| there.then_some((slot, owner)))
+        .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        let display = from_flag(text, None).unwrap().unwrap();
+        check(&display).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_screen_is_there_when_it_is_asked_for() {
+        let display = |text| from_flag(text, None).unwrap();
+        assert_eq!(display("on"), Some(DisplayConfig::default()));
+        assert_eq!(display(""), Some(DisplayConfig::default()));
+        assert_eq!(display("off"), None);
+        let wanted = DisplayConfig {
+            width: 1920,
+            height: 1080,
+            memory: 16 << 20,
+            vnc: None,
+        };
+        assert_eq!(
+            display("width=1920,height=1080,memory=16M"),
+            Some(wanted.clone())
+        );
+        assert_eq!(check(&wanted), Ok(()));
+        let wider = from_flag("width=2048", Some(&wanted)).unwrap();
+        let wider = wider.map(|display| (display.width, display.height));
+        assert_eq!(wider, Some((2048, 1080)), "what is not given stays");
+    }
+
+    #[test]
+    fn a_screen_that_cannot_be_is_refused_with_its_mend() {
+        for text in ["width=319", "width=99999", "height=0", "height=2161"] {
+            assert!(refusal(text).contains("give a width of 320 to 3840"));
+        }
+        for text in ["memory=0", "memory=3M", "memory=512M"] {
+            let refused = refusal(text);
+            assert!(
+                refused.contains("power of two from 1M to 256M"),
+                "{refused}"
+            );
+        }
+        let refused = refusal("memory=1M");
+        assert_eq!(
+            refused,
+            "memory=1M: a picture of 1024 x 768 pixels takes 3M: give more memory or a smaller picture"
+        );
+    }
+
+    #[test]
+    fn viewers_connect_where_they_are_told_to() {
+        let address = |text: &str| text.parse::<VncAddress>();
+        let tcp = |host: &str, port| {
+            let host = host.to_owned();
+            Ok(VncAddress::Tcp { host, port })
+        };
+        assert_eq!(address(":5900"), tcp("127.0.0.1", 5900));
+        assert_eq!(address("[::1]:5901"), tcp("::1", 5901));
+        assert_eq!(address("unix:/v"), Ok(VncAddress::Unix("/v".into())));
+        for text in ["", "5900", "h:", "h:0", "h:+1", "h:65536", "unix:"] {
+            assert!(address(text).is_err(), "{text}");
+        }
+        assert!(address(&format!("unix:/{}", "x".repeat(200))).is_err());
+        for (text, local) in [
+            (":1", true),
+            ("localhost:1", true),
+            ("127.3.4.5:1", true),
+            ("[::1]:1", true),
+            ("unix:/v", true),
+            ("0.0.0.0:1", false),
+            ("[::]:1", false),
+            ("host:1", false),
+        ] {
+            assert_eq!(address(text).unwrap().is_local(), local, "{text}");
+        }
+    }
+
+    #[test]
+    fn nobody_serves_the_world_without_a_password() {
+        let refused = refusal("vnc=0.0.0.0:5900");
+        assert!(refused.contains("vnc_password_file="), "{refused}");
+        let display = from_flag("vnc=0.0.0.0:5900,vnc_password_file=/p", None).unwrap();
+        assert_eq!(check(&display.unwrap()), Ok(()));
+        let refused = from_flag("vnc_password_file=/p", None).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "--display: 'vnc' is missing: add vnc=…"
+        );
+    }
+}

@@ -1,0 +1,143 @@
+//! The memory of the display adapter: not RAM, but memory of the host all the same, in a KVM slot of
+//! its own that follows the adapter's base address register.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::display::VideoMemory;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use virtio::memory::DirtyLog;
+use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+
+use super::mapping::Mapping;
+use super::{RamError, RamSpec, map_region};
+use crate::layout::VIDEO_SLOT;
+
+/// The adapter's memory. It costs the host what the guest has touched.
+pub struct VideoRam {
+    vm: Arc<VmFd>,
+    region: GuestRegionMmap<DirtyLog>,
+    mapping: Arc<Mapping>,
+    place: Mutex<Place>,
+}
+
+#[derive(Default)]
+struct Place {
+    /// Where the guest sees it: guest-physical, while KVM has the slot.
+    base: Option<u64>,
+    tracked: bool,
+}
+
+impl VideoRam {
+    /// Maps `size` bytes, which the guest does not see yet.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError`] when the host has not got them.
+    pub fn new(vm: &Arc<VmFd>, size: u64) -> Result<Self, RamError> {
+        let spec = RamSpec {
+            size,
+            shared: false,
+            huge_page: None,
+            thp: None,
+            prefault: false,
+        };
+        let (region, mapping) = map_region(&spec, 0, size, None)?;
+        Ok(Self {
+            vm: Arc::clone(vm),
+            region,
+            mapping,
+            place: Mutex::default(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives KVM the slot at `base`, or takes it away; whether that was done.
+    fn set_slot(&self, base: Option<u64>, tracked: bool) -> bool {
+        let region = kvm_userspace_memory_region {
+            slot: VIDEO_SLOT,
+            flags: if tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: base.unwrap_or(0),
+            memory_size: base.map_or(0, |_| self.region.len()),
+            userspace_addr: self.mapping.address(),
+        };
+        // SAFETY: the slot describes the whole of `self.mapping`, which lives as long as this; the
+        // slot is taken away when this is dropped.
+        #[expect(unsafe_code, reason = "KVM is given a host address range")]
+        let set = unsafe { self.vm.set_user_memory_region(region) };
+        if let Err(error) = &set {
+            tracing::warn!("KVM_SET_USER_MEMORY_REGION of video memory at {base:x?}: {error}");
+        }
+        set.is_ok()
+    }
+}
+
+impl VideoMemory for VideoRam {
+    fn size(&self) -> usize {
+        self.region.size()
+    }
+
+    fn place(&self, base: Option<u64>) {
+        let mut place = self.lock();
+        if place.base.is_some() && self.set_slot(None, false) {
+            place.base = None;
+        }
+        if base.is_some() && self.set_slot(base, place.tracked) {
+            place.base = base;
+        }
+    }
+
+    fn track(&self, on: bool) {
+        let mut place = self.lock();
+        if place.tracked != on {
+            place.tracked = on;
+            if place.base.is_some() {
+                self.set_slot(place.base, on);
+            }
+        }
+    }
+
+    fn changed(&self, pages: &mut [u64]) {
+        let place = self.lock();
+        if place.base.is_none() || !place.tracked {
+            return;
+        }
+        match self.vm.get_dirty_log(VIDEO_SLOT, self.region.size()) {
+            Ok(log) => {
+                for (to, from) in pages.iter_mut().zip(log) {
+                    *to |= from;
+                }
+            }
+            Err(error) => {
+                tracing::debug!("KVM_GET_DIRTY_LOG of video memory: {error}");
+                pages.fill(u64::MAX);
+            }
+        }
+    }
+
+    fn read(&self, offset: usize, buffer: &mut [u8]) {
+        let at = MemoryRegionAddress(u64::try_from(offset).unwrap_or(u64::MAX));
+        // What is past the end stays as it is.
+        drop(self.region.read(buffer, at));
+    }
+
+    fn write(&self, offset: usize, data: &[u8]) {
+        let at = MemoryRegionAddress(u64::try_from(offset).unwrap_or(u64::MAX));
+        drop(self.region.write(data, at));
+    }
+
+    fn clear(&self) {
+        if let Err(error) = self.mapping.discard_all() {
+            tracing::warn!("video memory could not be cleared: {error}");
+        }
+    }
+}
+
+impl Drop for VideoRam {
+    fn drop(&mut self) {
+        self.place(None);
+    }
+}

@@ -1,0 +1,165 @@
+//! TLS for those who connect to this machine's server ends, with its certificate.
+//!
+//! Version 1.3 alone. The handshake is made as the stream is read and written, so that a peer that is slow with it holds
+//! up nobody. Who the peer is, is not asked: what it may do is decided inside.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use devices::display::rfb::{Stream, TlsAcceptor};
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection};
+use thiserror::Error;
+
+/// Bytes that a connection holds back for a peer that does not read.
+const HELD_BACK: usize = 64 << 10;
+
+/// A certificate, its key, and what is spoken with them.
+#[derive(Clone)]
+pub struct ServerTls(Arc<ServerConfig>);
+
+impl fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ServerTls")
+    }
+}
+
+/// Why there is no TLS with these files.
+#[derive(Debug, Error)]
+pub enum TlsError {
+    /// What is to be the certificates is not PEM.
+    #[error("the certificate is no PEM file")]
+    Certificate(#[source] pem::Error),
+    /// There is none.
+    #[error("there is no certificate in the file; it begins with \"-----BEGIN CERTIFICATE-----\"")]
+    NoCertificate,
+    /// What is to be the key is none.
+    #[error("the private key is no PEM file with a key that has no passphrase")]
+    Key(#[source] pem::Error),
+    /// They cannot be used, or not together.
+    #[error("the certificate and its key cannot be used")]
+    Use(#[source] rustls::Error),
+}
+
+impl ServerTls {
+    /// TLS with the certificates in the PEM file `chain`, the server's first, and its key in the PEM file `key`.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError`], when they are of no use.
+    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, TlsError> {
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain)
+            .collect::<Result<_, _>>()
+            .map_err(TlsError::Certificate)?;
+        if chain.is_empty() {
+            return Err(TlsError::NoCertificate);
+        }
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(TlsError::Key)?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(TlsError::Use)?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .map_err(TlsError::Use)?;
+        // No session is resumed; and viewers of older GnuTLS wait for ever when a ticket comes with what follows it.
+        config.send_tls13_tickets = 0;
+        Ok(Self(Arc::new(config)))
+    }
+}
+
+impl TlsAcceptor for ServerTls {
+    fn accept(&self, stream: Box<dyn Stream>) -> io::Result<Box<dyn Stream>> {
+        let mut tls = ServerConnection::new(Arc::clone(&self.0)).map_err(io::Error::other)?;
+        tls.set_buffer_limit(Some(HELD_BACK));
+        Ok(Box::new(TlsStream { stream, tls }))
+    }
+}
+
+/// A stream inside TLS.
+struct TlsStream {
+    stream: Box<dyn Stream>,
+    tls: ServerConnection,
+}
+
+impl TlsStream {
+    /// Sends what is ready, as far as the stream takes it.
+    fn push(&mut self) -> io::Result<()> {
+        while self.tls.wants_write() {
+            match self.tls.write_tls(&mut self.stream) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what the stream has, once.
+    fn pull(&mut self) -> io::Result<()> {
+        if !self.tls.wants_read() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if self.tls.read_tls(&mut self.stream)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let result = self.tls.process_new_packets();
+        // What is answered may be an alert that tells what was wrong.
+        self.push()?;
+        result
+            .map(|_| ())
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    }
+}
+
+impl Read for TlsStream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.tls.reader().read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.pull()?,
+                result => return result,
+            }
+        }
+    }
+}
+
+impl Write for TlsStream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        // Room first: what was taken before may have become sendable.
+        self.push()?;
+        let len = self.tls.writer().write(buffer)?;
+        self.push()?;
+        match len {
+            0 if !buffer.is_empty() => Err(io::ErrorKind::WouldBlock.into()),
+            len => Ok(len),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.push()?;
+        if self.tls.wants_write() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for TlsStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl Stream for TlsStream {
+    fn holds_back(&self) -> bool {
+        self.tls.wants_write()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,163 @@
+use std::os::unix::net::UnixStream;
+
+use rcgen::{CertifiedKey, KeyPair, generate_simple_self_signed};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
+
+use super::*;
+
+fn certified() -> CertifiedKey<KeyPair> {
+    generate_simple_self_signed(["localhost".to_owned()]).unwrap()
+}
+
+/// The server's end of a stream, and the client's with what it is sent and says there.
+struct Pair {
+    server: Box<dyn Stream>,
+    stream: UnixStream,
+    client: ClientConnection,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let certified = certified();
+        let key = certified.signing_key.serialize_pem();
+        let acceptor =
+            ServerTls::from_pem(certified.cert.pem().as_bytes(), key.as_bytes()).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certified.cert.der().clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        Self {
+            server: acceptor.accept(Box::new(ours)).unwrap(),
+            stream: theirs,
+            client: ClientConnection::new(Arc::new(config), name).unwrap(),
+        }
+    }
+
+    /// The client sends what it has to and reads what there is; what it has been told is returned.
+    fn client_turn(&mut self) -> Vec<u8> {
+        while self.client.wants_write() {
+            self.client.write_tls(&mut self.stream).unwrap();
+        }
+        let mut told = Vec::new();
+        while self
+            .client
+            .read_tls(&mut self.stream)
+            .is_ok_and(|len| len > 0)
+        {
+            self.client.process_new_packets().unwrap();
+            let mut bytes = vec![0; 1 << 16];
+            while let Ok(len @ 1..) = self.client.reader().read(&mut bytes) {
+                told.extend(&bytes[..len]);
+            }
+        }
+        while self.client.wants_write() {
+            self.client.write_tls(&mut self.stream).unwrap();
+        }
+        told
+    }
+
+    fn shake_hands(&mut self) {
+        for _ in 0..4 {
+            self.client_turn();
+            assert!(would_block(self.server.read(&mut [0])));
+        }
+        assert!(!self.client.is_handshaking());
+    }
+}
+
+fn would_block(result: io::Result<usize>) -> bool {
+    result.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
+#[test]
+fn words_go_both_ways_inside() {
+    let mut pair = Pair::new();
+    // Said before the handshake is over, and kept until then.
+    assert_eq!(pair.server.write(b"early").unwrap(), 5);
+    let mut told = Vec::new();
+    for _ in 0..4 {
+        told.extend(pair.client_turn());
+        assert!(would_block(pair.server.read(&mut [0])));
+    }
+    assert_eq!(told, b"early");
+    pair.client.writer().write_all(b"hello").unwrap();
+    pair.client_turn();
+    let mut heard = [0; 3];
+    assert_eq!(pair.server.read(&mut heard).unwrap(), 3);
+    assert_eq!(&heard, b"hel");
+    assert_eq!(pair.server.read(&mut heard).unwrap(), 2);
+    assert!(would_block(pair.server.read(&mut heard)));
+    assert!(!pair.server.holds_back());
+    pair.client.send_close_notify();
+    pair.client_turn();
+    assert_eq!(pair.server.read(&mut heard).unwrap(), 0, "it was closed");
+}
+
+#[test]
+fn what_a_client_does_not_read_is_held_back_within_bounds() {
+    let mut pair = Pair::new();
+    pair.shake_hands();
+    let bytes: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+    let (mut sent, mut told) = (0, Vec::new());
+    let mut refused = 0;
+    while told.len() < bytes.len() {
+        match pair.server.write(&bytes[sent..]) {
+            Ok(len) => sent += len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                assert!(pair.server.holds_back());
+                refused += 1;
+                told.extend(pair.client_turn());
+            }
+            Err(error) => panic!("{error}"),
+        }
+        if sent == bytes.len() {
+            told.extend(pair.client_turn());
+            let _ = pair.server.flush();
+        }
+    }
+    assert!(refused > 0 && told == bytes);
+}
+
+#[test]
+fn who_speaks_no_tls_is_told_so() {
+    let mut pair = Pair::new();
+    pair.stream.write_all(b"RFB 003.008\n\x01\x01").unwrap();
+    let error = pair.server.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    let mut alert = [0; 16];
+    assert!(pair.stream.read(&mut alert).unwrap() > 0);
+    assert_eq!(alert[0], 21, "a record with an alert");
+}
+
+#[test]
+fn a_client_that_breaks_off_ends_the_stream() {
+    let mut pair = Pair::new();
+    pair.shake_hands();
+    pair.stream.shutdown(std::net::Shutdown::Both).unwrap();
+    let error = pair.server.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn files_of_no_use_are_refused_for_what_they_are() {
+    let (one, other) = (certified(), certified());
+    let (chain, key) = (one.cert.pem(), one.signing_key.serialize_pem());
+    let refused =
+        |chain: &str, key: &str| ServerTls::from_pem(chain.as_bytes(), key.as_bytes()).unwrap_err();
+    assert!(matches!(refused("", &key), TlsError::NoCertificate));
+    assert!(matches!(refused(&chain, ""), TlsError::Key(_)));
+    assert!(matches!(refused(&chain, &chain), TlsError::Key(_)));
+    let broken = chain.replace("-----END", "----END");
+    assert!(matches!(refused(&broken, &key), TlsError::Certificate(_)));
+    let stranger = other.signing_key.serialize_pem();
+    assert!(matches!(refused(&chain, &stranger), TlsError::Use(_)));
+}
