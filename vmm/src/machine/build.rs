@@ -313,8 +313,7 @@ pub fn finish(
     } = loaded;
     vm.create_irqchip()?;
     let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
-    let display = consoles.display();
-    display.configure(config, password, opener)?;
+    consoles.display().configure(config, password, opener)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -332,9 +331,7 @@ pub fn finish(
     let devices = pieces.devices(models, hosts)?;
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
-    let adapter = devices.platform.display();
-    display.stage().show(adapter.map(Adapter::source));
-    display.hands().lead(Some(devices.platform.pointers()));
+    show(&devices.platform, consoles);
     let machine = Machine {
         vcpus,
         vm,
@@ -354,6 +351,15 @@ pub fn finish(
         debug: None,
     };
     Ok(Built { machine, debugger })
+}
+
+/// Shows the machine's screen, and leads keys and pointers to it.
+fn show(platform: &Platform, consoles: &Consoles) {
+    let display = consoles.display();
+    display
+        .stage()
+        .show(platform.display().map(Adapter::source));
+    display.hands().lead(Some(platform.pointers()));
 }
 
 /// Builds a machine here, for those who may wait for storage: [`begin`], [`Loading::run`] and [`finish`].
