@@ -72,6 +72,15 @@ impl PauseReason {
     pub fn needs_reset(self) -> bool {
         matches!(self, Self::PowerOff | Self::Reset)
     }
+
+    /// Whether it is something that the guest has done, or left undone.
+    #[must_use]
+    pub fn is_guests(self) -> bool {
+        match self {
+            Self::PowerOff | Self::Reset | Self::GuestPanic | Self::Watchdog => true,
+            Self::Command | Self::DiskError | Self::Coredump => false,
+        }
+    }
 }
 
 /// What can be asked of the monitor.

@@ -105,6 +105,12 @@ pub(super) struct Hub {
 #[derive(Clone)]
 pub struct ConsoleHub(pub(super) Arc<Hub>);
 
+/// A sink of the configuration that has been opened, or is a terminal, which is opened last.
+pub struct OpenedSink {
+    config: SinkConfig,
+    opened: Option<Opened>,
+}
+
 impl ConsoleHub {
     /// A hub without sinks, which keeps the last `replay` bytes of output for
     /// clients that come late. `flag` is what configures it, for the log.
@@ -182,6 +188,13 @@ impl ConsoleHub {
         wanted: &[SinkConfig],
         opener: &Arc<Opener>,
     ) -> Result<(), ConsoleError> {
+        let missing = self.keep(wanted);
+        self.take_up(self.open_each(missing, opener, &|| true)?, opener)
+    }
+
+    /// The first of three steps of [`ConsoleHub::configure`], at once: what is no longer named is removed. What is to be opened.
+    #[must_use]
+    pub fn keep(&self, wanted: &[SinkConfig]) -> Vec<SinkConfig> {
         let mut missing = wanted.to_vec();
         let mut superfluous = Vec::new();
         for made in &mut self.0.state().made {
@@ -198,9 +211,49 @@ impl ConsoleHub {
             // Somebody else may have removed it in the meantime.
             let _ = self.remove(id);
         }
+        missing
+    }
+
+    /// The second step, which takes as long as the host's storage does, and opens nothing more once it is not `needed`. A
+    /// terminal is left for the last step: whoever ends meanwhile has its settings back.
+    ///
+    /// # Errors
+    ///
+    /// [`ConsoleError`]; what was opened is closed then.
+    pub fn open_each(
+        &self,
+        missing: Vec<SinkConfig>,
+        opener: &Arc<Opener>,
+        needed: &dyn Fn() -> bool,
+    ) -> Result<Vec<OpenedSink>, ConsoleError> {
+        let open = |config: SinkConfig| {
+            let opened = match config {
+                SinkConfig::Tty => None,
+                _ => Some(self.open(&config, opener)?),
+            };
+            Ok(OpenedSink { config, opened })
+        };
+        let missing = missing.into_iter().take_while(|_| needed());
+        missing.map(open).collect()
+    }
+
+    /// The last step, at once.
+    ///
+    /// # Errors
+    ///
+    /// [`ConsoleError`]; what was opened is removed again then.
+    pub fn take_up(
+        &self,
+        opened: Vec<OpenedSink>,
+        opener: &Arc<Opener>,
+    ) -> Result<(), ConsoleError> {
         let mut added = Vec::new();
-        for config in missing {
-            match self.add(&config, opener) {
+        for OpenedSink { config, opened } in opened {
+            let put = match opened {
+                Some(opened) => self.put(&config, opened),
+                None => self.add(&config, opener),
+            };
+            match put {
                 Ok(info) => added.push(info.id),
                 Err(error) => {
                     for id in added {

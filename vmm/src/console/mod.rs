@@ -18,7 +18,7 @@ mod state;
 mod terminal;
 
 pub(crate) use escape::{Escape, EscapeFilter};
-pub use hub::{ConsoleHub, ConsoleWriter, InputPort, PortLink};
+pub use hub::{ConsoleHub, ConsoleWriter, InputPort, OpenedSink, PortLink};
 pub use sink::{Opened as OpenSink, SinkId, SinkIdError, SinkInfo, SinkKind};
 pub use terminal::{RawMode, open_pty};
 

@@ -7,7 +7,7 @@
 //!   is brought to the control thread, where alone things change.
 //! * A machine's driver goes on meanwhile, and takes the outcome as an errand. A monitor without a machine waits, and
 //!   hears what ends the waiting ([`Pending`]).
-//! * What nobody waits for any more is left to itself. It holds nothing of a machine and no lock, and what it
+//! * What nobody waits for any more is left to itself. It holds nothing of a machine but memory that it fills, and no lock, and what it
 //!   opens after all it closes again.
 //! * There are at most [`MAX_OPENING`] such threads, those included that were left to themselves.
 
@@ -160,6 +160,18 @@ impl<T> Pending<T> {
     }
 }
 
+impl<T: Send + 'static> Pending<T> {
+    /// It is not wanted any more, nor is `thing`: both are closed beside, and waited for a moment.
+    pub(crate) fn give_up(self, thing: impl Send + 'static) -> bool {
+        let close = move || {
+            // Whatever comes of it.
+            drop(self.0.recv());
+            drop(thing);
+        };
+        run_within("close", close, CLOSING)
+    }
+}
+
 /// [`put_away_within`] a moment.
 pub(crate) fn put_away(thing: impl Send + 'static) -> bool {
     put_away_within(thing, CLOSING)
@@ -168,13 +180,17 @@ pub(crate) fn put_away(thing: impl Send + 'static) -> bool {
 /// Has a thread drop `thing`, whose files may take their storage long to close or remove, and waits for `time` at most:
 /// who hears of the end finds it closed, where storage answers. Whether it is.
 pub(crate) fn put_away_within(thing: impl Send + 'static, time: Duration) -> bool {
+    run_within("close", move || drop(thing), time)
+}
+
+fn run_within(name: &str, work: impl FnOnce() + Send + 'static, time: Duration) -> bool {
     let (alive, gone) = channel::<()>();
-    let close = move || {
-        drop(thing);
+    let run = move || {
+        work();
         drop(alive);
     };
-    // Without a thread it is closed here, by the closure that is dropped.
-    let started = Builder::new().name("close".to_owned()).spawn(close);
+    // Without a thread what `work` has is dropped here, with the closure.
+    let started = Builder::new().name(name.to_owned()).spawn(run);
     started.is_err() || gone.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
 }
 

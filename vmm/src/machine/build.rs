@@ -19,6 +19,7 @@ use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
+use virtio::memory::GuestMap;
 use virtio::models::mem::MemoryView;
 use virtio::transport::{DeviceEvent, DeviceEvents};
 use virtio::vhost::PeerReport;
@@ -26,10 +27,12 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::bay::{Bay, OpenDevice};
 use super::doorbells::KvmDoorbells;
+use super::hosts::{Hosts, Wanted};
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
+use super::loading::{Loaded, Loading};
 use super::parts::{Parts, ReadFiles};
-use super::platform::{Hosts, Platform, Wiring};
+use super::platform::{Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
@@ -39,6 +42,7 @@ use crate::config::{
     BootProtocol, CpuBaseline, CpusConfig, DisplayConfig, MemoryConfig, Thp, VmConfig,
 };
 use crate::console::Consoles;
+use crate::console::port::PortBoard;
 use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
 use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
@@ -99,8 +103,7 @@ impl Payload {
     /// # Errors
     ///
     /// [`MachineError::Boot`], naming what could not be loaded.
-    pub fn load(&mut self, ram: &GuestRam, acpi: &AcpiImage) -> Result<Entry, MachineError> {
-        let view = ram.memory().memory();
+    pub fn load(&mut self, memory: &GuestMap, acpi: &AcpiImage) -> Result<Entry, MachineError> {
         let SmbiosImage { bytes, address } = &self.smbios;
         let pieces: [(&[u8], u64); 3] = [
             (bytes, *address),
@@ -108,7 +111,8 @@ impl Payload {
             (&self.generation, memory::GENERATION_ID),
         ];
         for (bytes, address) in pieces {
-            view.write_slice(bytes, GuestAddress(address))
+            memory
+                .write_slice(bytes, GuestAddress(address))
                 .map_err(|_| MachineError::GuestMemory { address })?;
         }
         let source = BootSource {
@@ -118,7 +122,7 @@ impl Payload {
             protocol: self.protocol,
             screen: self.screen,
         };
-        boot::load(&view, source, acpi.address).map_err(|source| self.failed(source))
+        boot::load(memory, source, acpi.address).map_err(|source| self.failed(source))
     }
 
     /// Names the flag and the file that `source` is about.
@@ -202,21 +206,36 @@ pub struct Built {
     pub debugger: Option<crate::gdb::Listener>,
 }
 
-/// Builds the machine that `config` (complete and validated) describes from its `parts`. What it has to say
-/// goes to `mailbox`, and its consoles to `consoles`, where what is open already stays so. Signals are blocked already: back ends have threads, which
-/// are to leave them alone ([`super::Signals`]).
+/// A machine that has memory, and no kernel in it yet. Dropping it leaves nothing behind.
+pub struct Frame {
+    hypervisor: Hypervisor,
+    vm: Vm,
+    supported: CpuId,
+    baseline: Option<Baseline>,
+    password: Option<Password>,
+    groups: RateGroups,
+    ports: Arc<PortBoard>,
+    models: Vec<OpenDevice>,
+    ram: GuestRam,
+    /// For memory that comes and goes.
+    region: Option<Arc<PlugRegion>>,
+    space: AddressSpace,
+    tables: AcpiConfig,
+    acpi: AcpiImage,
+}
+
+/// Begins to build the machine that `config` (complete and validated) describes from its `parts`. What is to be
+/// loaded into it then is for another thread; of `consoles` that stays which is open and still wanted.
 ///
 /// # Errors
 ///
 /// [`MachineError`]; nothing is left behind.
-pub fn build(
+pub fn begin(
     config: &VmConfig,
     parts: Parts,
     opener: &Arc<Opener>,
-    mailbox: &Mailbox,
-    events: &EventLog,
-    consoles: &Arc<Consoles>,
-) -> Result<Built, MachineError> {
+    consoles: &Consoles,
+) -> Result<(Frame, Loading), MachineError> {
     let Parts {
         read,
         groups,
@@ -224,7 +243,7 @@ pub fn build(
         devices: models,
     } = parts;
     let ReadFiles {
-        mut payload,
+        payload,
         baseline,
         password,
     } = read;
@@ -241,15 +260,70 @@ pub fn build(
     vm.set_memory(ram.slots())?;
     let tables = acpi_config(config, &space);
     let acpi = crate::acpi::build(&tables)?;
-    let entry = payload.load(&ram, &acpi)?;
-    vm.create_irqchip()?;
+    let loading = Loading {
+        config: config.clone(),
+        payload,
+        memory: GuestMap::clone(&ram.memory().memory()),
+        acpi: acpi.clone(),
+        hosts: Wanted::new(config, consoles),
+        opener: Arc::clone(opener),
+    };
+    let frame = Frame {
+        hypervisor,
+        vm,
+        supported,
+        baseline,
+        password,
+        groups,
+        ports,
+        models,
+        ram,
+        region,
+        space,
+        tables,
+        acpi,
+    };
+    Ok((frame, loading))
+}
 
-    // Nothing is created on the host before the guest has been loaded: a
-    // mistake in the flags must not leave files behind.
-    let debugger = open_debugger(config, opener)?;
-    let hosts = Hosts::open(config, opener, consoles, &ports, mailbox)?;
-    let display = consoles.display();
-    display.configure(config, password, opener)?;
+/// Builds the rest. What the machine has to say goes to `mailbox`, and its consoles to `consoles`. Signals are blocked
+/// already: back ends have threads, which are to leave them alone ([`super::Signals`]).
+///
+/// # Errors
+///
+/// [`MachineError`]; nothing is left behind.
+pub fn finish(
+    config: &VmConfig,
+    (frame, loaded): (Frame, Loaded),
+    opener: &Arc<Opener>,
+    mailbox: &Mailbox,
+    events: &EventLog,
+    consoles: &Arc<Consoles>,
+) -> Result<Built, MachineError> {
+    let Frame {
+        hypervisor,
+        vm,
+        supported,
+        baseline,
+        password,
+        groups,
+        ports,
+        models,
+        ram,
+        region,
+        space,
+        tables,
+        acpi,
+    } = frame;
+    let Loaded {
+        payload,
+        entry,
+        hosts,
+        debugger,
+    } = loaded;
+    vm.create_irqchip()?;
+    let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
+    consoles.display().configure(config, password, opener)?;
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -268,9 +342,7 @@ pub fn build(
     let plugged = connect_memory(&devices.virtio, region);
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
-    let adapter = devices.platform.display();
-    display.stage().show(adapter.map(Adapter::source));
-    display.hands().lead(Some(devices.platform.pointers()));
+    show(&devices.platform, consoles);
     let machine = Machine {
         vcpus,
         vm,
@@ -282,7 +354,7 @@ pub fn build(
         bay: devices.bay,
         events: events.clone(),
         platform: devices.platform,
-        payload,
+        payload: Some(payload),
         entry: Some(entry),
         acpi,
         power_on,
@@ -298,6 +370,33 @@ fn connect_memory(items: &[Item], region: Option<Arc<PlugRegion>>) -> Option<Arc
     let view = items.iter().find_map(|item| item.device.memory())?;
     view.connect(region?);
     Some(Arc::clone(view))
+}
+
+/// Shows the machine's screen, and leads keys and pointers to it.
+fn show(platform: &Platform, consoles: &Consoles) {
+    let display = consoles.display();
+    display
+        .stage()
+        .show(platform.display().map(Adapter::source));
+    display.hands().lead(Some(platform.pointers()));
+}
+
+/// Builds a machine here, for those who may wait for storage: [`begin`], [`Loading::run`] and [`finish`].
+///
+/// # Errors
+///
+/// [`MachineError`]; nothing is left behind.
+pub fn build(
+    config: &VmConfig,
+    parts: Parts,
+    opener: &Arc<Opener>,
+    mailbox: &Mailbox,
+    events: &EventLog,
+    consoles: &Arc<Consoles>,
+) -> Result<Built, MachineError> {
+    let (frame, loading) = begin(config, parts, opener, consoles)?;
+    let loaded = loading.run(&|| true)?;
+    finish(config, (frame, loaded), opener, mailbox, events, consoles)
 }
 
 /// All that sits between the VM and its vCPUs.
@@ -625,7 +724,7 @@ fn topology(config: &CpusConfig) -> Topology {
     }
 }
 
-fn open_debugger(
+pub(super) fn open_debugger(
     config: &VmConfig,
     opener: &Opener,
 ) -> Result<Option<crate::gdb::Listener>, MachineError> {

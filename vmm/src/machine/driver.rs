@@ -348,7 +348,7 @@ impl Driver {
 
     fn boot(&mut self) -> Result<(), MachineError> {
         self.enter(VmState::Booting, None);
-        self.machine.load()?;
+        self.load()?;
         self.machine.start_units()?;
         self.go();
         Ok(())
@@ -388,10 +388,13 @@ impl Driver {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
         // Readers of the view may hold the devices for longer than the next machine waits for their files.
-        let (devices, time) = (self.machine.retire_devices(), self.patience());
+        let files = (self.machine.retire_devices(), self.machine.retire_payload());
+        let time = self.patience();
         self.outlast("close-all", move || {
-            if !put_away_within(devices, time) {
-                tracing::warn!("files of disks are not closed yet: their storage does not answer");
+            if !put_away_within(files, time) {
+                tracing::warn!(
+                    "files of the machine are not closed yet: their storage does not answer"
+                );
             }
         });
         if !self.urgent {
@@ -423,7 +426,10 @@ impl Driver {
                 Ok(())
             }
             Err(error) => {
-                self.recover();
+                // A guest that has done its last does not run past it.
+                if !reason.is_guests() {
+                    self.recover();
+                }
                 Err(error)
             }
         }
@@ -467,9 +473,9 @@ impl Driver {
         };
         self.machine.vcpus().pause();
         if let Err(error) = self.stop_units(DRAIN) {
-            if paused.is_some() {
+            if paused.is_some() && !self.cut {
                 self.fail("the machine cannot stay paused", &error);
-            } else {
+            } else if paused.is_none() && told == EventKind::Reset {
                 self.recover();
             }
             return Err(error);
@@ -478,7 +484,9 @@ impl Driver {
         self.ears.events.publish(told);
         self.enter(VmState::Booting, None);
         let restarted = self.restart(paused);
-        if let Err(error) = &restarted {
+        if let Err(error) = &restarted
+            && !self.cut
+        {
             self.fail("the guest could not be reset", error);
         }
         restarted
@@ -488,7 +496,7 @@ impl Driver {
         self.finish_removals()?;
         let resized = self.machine.reset()?;
         self.tell_resized(&resized);
-        self.machine.load()?;
+        self.load()?;
         if paused.is_some() {
             self.machine.stop_clock()?;
             self.enter(VmState::Paused, paused);
@@ -621,10 +629,8 @@ impl Driver {
                     ExitReason::Watchdog => PauseReason::Watchdog,
                     _ => PauseReason::GuestPanic,
                 };
-                if let Err(error) = self.pause(reason)
-                    && !self.cut
-                {
-                    self.fail("the guest could not be paused", &error);
+                if let Err(error) = self.pause(reason) {
+                    self.give_up_guest(done, "the guest could not be paused", &error);
                 }
             }
             GuestAction::Restart if !self.once => {
@@ -632,10 +638,8 @@ impl Driver {
                     ExitReason::Reset => EventKind::GuestReset,
                     _ => EventKind::Rebooting,
                 };
-                if let Err(error) = self.reset(told)
-                    && !self.cut
-                {
-                    self.fail("guest reset", &error);
+                if let Err(error) = self.reset(told) {
+                    self.give_up_guest(ExitReason::Stopped, "guest reset", &error);
                 }
             }
             GuestAction::Restart | GuestAction::Stop | GuestAction::Exit => {

@@ -34,6 +34,7 @@ use virtio::models::console::NoPorts;
 use virtio::transport::VirtioPci;
 
 use super::bay::{self, OpenDevice};
+use super::build::Payload;
 use super::inbox::{Mailbox, Message};
 use super::inventory::Item;
 use super::{Machine, MachineError};
@@ -248,6 +249,11 @@ impl Machine {
             }
         }
         models
+    }
+
+    /// Takes out what has been booted, at the machine's end.
+    pub(super) fn retire_payload(&mut self) -> Option<Payload> {
+        self.payload.take()
     }
 
     /// Removes a device from everywhere.

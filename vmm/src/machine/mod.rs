@@ -2,6 +2,7 @@
 //!
 //! * [`beside`] is where files are opened and looked at: never on the control thread.
 //! * [`parts`] are opened for it, which may take as long as storage does.
+//! * [`loading`] reads the kernel into its memory, and makes the files that it is to have.
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
 //! * [`vcpus`] are the vCPU threads.
@@ -17,9 +18,11 @@ pub mod coredump;
 mod doorbells;
 pub mod driver;
 pub(crate) mod fault;
+mod hosts;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
+pub mod loading;
 pub mod parts;
 mod platform;
 pub mod resize;
@@ -180,6 +183,9 @@ pub enum MachineError {
     /// What opens files cannot begin.
     #[error(transparent)]
     Beside(#[from] BesideError),
+    /// What ends the machine has come meanwhile.
+    #[error("the machine is being ended")]
+    Cut,
     /// There is no such device.
     #[error("there is no device with the id {id}")]
     NoDevice {
@@ -217,6 +223,7 @@ impl MachineError {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
             Self::Beside(BesideError::Full) => ErrorKind::Busy,
+            Self::Cut => ErrorKind::Conflict,
             Self::TooManyCpus { .. }
             | Self::AddressWidth { .. }
             | Self::HotplugWidth { .. }
@@ -251,7 +258,8 @@ pub struct Machine {
     bay: Bay,
     events: EventLog,
     platform: Platform,
-    payload: Payload,
+    /// Away while another thread loads it, and gone when that is not waited for any more.
+    payload: Option<Payload>,
     /// The kernel's entry, when it has been loaded and not been entered.
     entry: Option<Entry>,
     acpi: AcpiImage,
@@ -263,6 +271,9 @@ pub struct Machine {
     /// Memory that comes and goes.
     plugged: Option<Arc<MemoryView>>,
 }
+
+/// What was to be loaded, and where it is to be entered.
+type Reloaded = (Payload, Result<Entry, MachineError>);
 
 /// Stops all units, those that drain last-started first. One that does not
 /// stop keeps no other from stopping; the first failure is returned.
@@ -292,18 +303,45 @@ impl Machine {
         self.vm.debug_controls()
     }
 
-    /// Points the boot CPU at the kernel's entry, loading the kernel first
-    /// when it is not in memory yet. vCPUs are idle and in their power-on state.
-    fn load(&mut self) -> Result<(), MachineError> {
-        let entry = match self.entry.take() {
-            Some(entry) => entry,
-            None => self.payload.load(&self.ram, &self.acpi)?,
+    /// What loads the kernel once more, for another thread; [`Machine::loaded`] takes what it gives. `None` when
+    /// the kernel is in memory. vCPUs are idle.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Host`], when the files are being read that a boot before has not waited for.
+    fn begin_load(
+        &mut self,
+    ) -> Result<Option<impl FnOnce() -> Reloaded + Send + use<>>, MachineError> {
+        if self.entry.is_some() {
+            return Ok(None);
+        }
+        let mut payload = self.payload.take().ok_or(MachineError::Host {
+            what: "the kernel's file",
+            source: io::ErrorKind::ResourceBusy.into(),
+        })?;
+        let (memory, acpi) = (self.memory_map(), self.acpi.clone());
+        Ok(Some(move || {
+            let entry = payload.load(&memory, &acpi);
+            (payload, entry)
+        }))
+    }
+
+    fn loaded(&mut self, (payload, entry): Reloaded) -> Result<(), MachineError> {
+        self.payload = Some(payload);
+        self.entry = Some(entry?);
+        Ok(())
+    }
+
+    /// Points the boot CPU at the entry of the kernel, which has been loaded. vCPUs are idle and in their power-on state.
+    fn enter_kernel(&mut self) -> Result<(), MachineError> {
+        let (Some(entry), Some(payload)) = (self.entry.take(), &self.payload) else {
+            return Err(MachineError::NoKernel);
         };
         let view = self.ram.memory().memory();
         let sregs = self.ask_boot_cpu(|vcpu| vcpu.sregs())?;
         let (regs, sregs) = entry
             .registers(&view, &sregs)
-            .map_err(|source| self.payload.failed(source))?;
+            .map_err(|source| payload.failed(source))?;
         self.ask_boot_cpu(move |vcpu| {
             vcpu.set_sregs(&sregs)?;
             vcpu.set_regs(&regs)

@@ -2,7 +2,6 @@
 //! registers, panic port, watchdog, debug console; and their places on the buses.
 
 use std::os::fd::RawFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,13 +21,11 @@ use migration::{RestoreError, SaveError, Section, SectionSet};
 
 use super::MachineError;
 use super::alarm::{Alarm, SteadyClock};
+use super::hosts::Hosts;
 use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
-use crate::config::port::AGENT;
-use crate::config::serial::FileSink;
-use crate::config::{COMS, CONSOLE_FLAGS, DebugconConfig, DisplayConfig, SinkConfig, VmConfig};
-use crate::console::port::{self as ends, HubEnd, HubPort, OpenPort, PortBoard, SocketEnd};
-use crate::console::{ConsoleError, ConsoleHub, Consoles, PortLink, SinkKind};
+use crate::config::{COMS, DisplayConfig};
+use crate::console::{ConsoleHub, PortLink};
 use crate::display::Pointers;
 use crate::kvm::Vm;
 use crate::kvm::irq::IrqRouter;
@@ -37,128 +34,6 @@ use crate::layout::{
     self, DISPLAY_SLOT, MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port,
 };
 use crate::memory::video::VideoRam;
-use crate::notice;
-use crate::opener::Opener;
-
-/// The host's ends of the consoles that the machine has.
-pub struct Hosts {
-    serials: [Option<ConsoleHub>; COMS],
-    /// What gives input to the virtio console.
-    console: Option<(ConsoleHub, Arc<HubPort>)>,
-    debugcon: Option<ConsoleHub>,
-}
-
-impl Hosts {
-    /// Opens what the configuration names and is not open already. The ends of virtio
-    /// ports are left with `board`.
-    ///
-    /// # Errors
-    ///
-    /// [`MachineError::Console`], naming the flag.
-    pub fn open(
-        config: &VmConfig,
-        opener: &Arc<Opener>,
-        consoles: &Consoles,
-        board: &PortBoard,
-        mailbox: &Mailbox,
-    ) -> Result<Self, MachineError> {
-        let failed = |flag| move |source| MachineError::Console { flag, source };
-        let wanted = config.consoles().into_iter().zip(consoles.hubs());
-        for ((console, hub), flag) in wanted.zip(CONSOLE_FLAGS) {
-            let mailbox = mailbox.clone();
-            hub.on_end(Arc::new(move || {
-                mailbox.send(Message::ConsoleEnd);
-            }));
-            hub.configure(console.sinks(), opener)
-                .map_err(failed(flag))?;
-        }
-        open_debugcon(&config.debugcon, opener, consoles.debugcon())
-            .map_err(failed("--debugcon"))?;
-        for port in &config.ports {
-            let opened = ends::open(port, opener).map_err(failed("--port"))?;
-            let Some(OpenPort { end, pty }) = opened else {
-                continue;
-            };
-            board.put(Some(&port.name), end);
-            if let Some(path) = pty {
-                let (name, path) = (&port.name, path.display());
-                notice::tell(format_args!("the port {name} is at {path}"));
-            }
-        }
-        open_agent(config, consoles, board)?;
-        let serials = config.serials().into_iter().zip(consoles.hubs());
-        let mut serials = serials.map(|(port, hub)| port.is_on().then(|| hub.clone()));
-        Ok(Self {
-            serials: std::array::from_fn(|_| serials.next().flatten()),
-            console: virtio_console(config, consoles, board)?,
-            debugcon: (config.debugcon != DebugconConfig::Off).then(|| consoles.debugcon().clone()),
-        })
-    }
-}
-
-/// Has the agent's desk be the end of the agent's port, where that leads nowhere else.
-fn open_agent(
-    config: &VmConfig,
-    consoles: &Consoles,
-    board: &PortBoard,
-) -> Result<(), MachineError> {
-    consoles.agent().disconnect();
-    if config.has_agent() {
-        connect_agent(consoles, board)?;
-    }
-    Ok(())
-}
-
-/// Has the agent's desk be the end of the port that is left with `board`.
-///
-/// # Errors
-///
-/// The host's, when it is out of descriptors.
-pub(super) fn connect_agent(consoles: &Consoles, board: &PortBoard) -> Result<(), MachineError> {
-    let made = UnixStream::pair().and_then(|(near, far)| Ok((near, SocketEnd::stream(far)?)));
-    let (near, (end, guest)) = made.map_err(|source| MachineError::Host {
-        what: "the guest agent's port cannot be made",
-        source,
-    })?;
-    board.put(Some(AGENT), Box::new(end));
-    consoles.agent().connect(near, guest);
-    Ok(())
-}
-
-/// Leaves the end of the virtio console with `board`, where there is one.
-fn virtio_console(
-    config: &VmConfig,
-    consoles: &Consoles,
-    board: &PortBoard,
-) -> Result<Option<(ConsoleHub, Arc<HubPort>)>, MachineError> {
-    if !config.console.is_on() {
-        return Ok(None);
-    }
-    let [.., hub] = consoles.hubs();
-    let (end, port) = HubEnd::new(hub).map_err(|source| MachineError::Host {
-        what: "the console cannot be used",
-        source,
-    })?;
-    board.put(None, Box::new(end));
-    Ok(Some((hub.clone(), port)))
-}
-
-fn open_debugcon(
-    config: &DebugconConfig,
-    opener: &Arc<Opener>,
-    hub: &ConsoleHub,
-) -> Result<(), ConsoleError> {
-    let file = match config {
-        DebugconConfig::File(path) => Some(SinkConfig::File(FileSink::new(path))),
-        DebugconConfig::Off | DebugconConfig::Stdio => None,
-    };
-    hub.configure(file.as_slice(), opener)?;
-    let is_there = hub.list().iter().any(|sink| sink.kind == SinkKind::Tty);
-    if *config == DebugconConfig::Stdio && !is_there {
-        hub.add_stdout(opener)?;
-    }
-    Ok(())
-}
 
 /// What the platform devices are connected to.
 pub struct Wiring<'a> {

@@ -143,16 +143,6 @@ impl ShutdownPolicy {
         }
     }
 
-    /// How many more signals it takes until [`Ending::Now`].
-    #[must_use]
-    pub fn left(&self) -> usize {
-        if self.deadline.is_some() || self.timeout.is_zero() {
-            1
-        } else {
-            2
-        }
-    }
-
     /// When waiting for the guest ends, if it has begun.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
@@ -168,9 +158,8 @@ mod tests {
     fn the_first_signal_presses_the_button_and_the_second_ends() {
         let start = Instant::now();
         let mut policy = ShutdownPolicy::new(Duration::from_secs(60));
-        assert_eq!((policy.deadline(), policy.left()), (None, 2));
+        assert_eq!(policy.deadline(), None);
         assert_eq!(policy.signal(start), Ending::PressButton);
-        assert_eq!(policy.left(), 1);
         assert_eq!(policy.deadline(), Some(start + Duration::from_secs(60)));
         assert_eq!(policy.signal(start), Ending::Now);
     }

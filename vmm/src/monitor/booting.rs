@@ -1,4 +1,4 @@
-//! The control thread while no machine runs and files are being opened or looked at beside it
+//! The control thread while no machine runs and files are being opened, read or looked at beside it
 //! ([`crate::machine::beside`]): for a boot, or for a change of what is described.
 //!
 //! Readers are answered as always. What ends a machine ends a boot, too, at once: signals, the user at the console, and
@@ -6,14 +6,18 @@
 //! reboot, end the waiting for a change. Other commands wait their turn, and one of those that came after them does so too,
 //! unless that takes [`GRACE`] or ends the monitor.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, Reply, VmState};
 
 use super::{After, Monitor};
 use crate::config::{GuestAction, VmConfig};
+use crate::machine::beside::put_away;
+use crate::machine::build::{self, Built, Frame};
 use crate::machine::driver::{Ears, Outcome, ppoll, readable};
 use crate::machine::inbox::Message;
+use crate::machine::loading::{Loaded, Loading};
 use crate::machine::parts::{Parts, PendingParts};
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
@@ -37,35 +41,96 @@ pub(super) enum Cut {
     Command(Command, Answer),
 }
 
-/// What came of opening.
-pub(super) enum Opened {
-    All(Box<Parts>),
+/// What came of a boot's files.
+pub(super) enum Made<T> {
+    /// All of it.
+    All(T),
+    /// Nothing: the boot has been ended.
     Cut(Cut),
 }
 
 impl Monitor {
-    /// Opens what `config` names, and listens meanwhile. What nobody has looked at before is `unchecked`: that its
-    /// files are its own is then seen to first.
+    /// Builds what `config` describes, and listens while files are opened, read and made for it. What nobody has
+    /// looked at before is `unchecked`: that its files are its own is then seen to first.
     ///
     /// # Errors
     ///
-    /// What could not be opened.
-    pub(super) fn open(
+    /// What kept the machine from being built.
+    pub(super) fn build(
         &self,
         ears: &mut Ears,
         config: &VmConfig,
         unchecked: bool,
-    ) -> Result<Opened, MachineError> {
+    ) -> Result<Made<Built>, MachineError> {
+        let parts = match self.open(ears, config, unchecked)? {
+            Made::All(parts) => parts,
+            Made::Cut(cut) => return Ok(Made::Cut(cut)),
+        };
+        let (frame, loading) = build::begin(config, *parts, &self.opener, &ears.consoles)?;
+        let (frame, loaded) = match self.load(ears, frame, loading)? {
+            Made::All(loaded) => loaded,
+            Made::Cut(cut) => return Ok(Made::Cut(cut)),
+        };
+        let (opener, mailbox) = (&self.opener, &self.mailbox);
+        let whole = (*frame, loaded);
+        let built = build::finish(config, whole, opener, mailbox, &ears.events, &ears.consoles);
+        built.map(Made::All)
+    }
+
+    /// Opens what `config` names.
+    fn open(
+        &self,
+        ears: &mut Ears,
+        config: &VmConfig,
+        unchecked: bool,
+    ) -> Result<Made<Box<Parts>>, MachineError> {
         let (models, mailbox) = (self.models, &self.mailbox);
         let own = unchecked.then(|| ears.consoles.reserved().clone());
         let mut pending =
             PendingParts::begin(config, models, &self.opener, &self.opening, mailbox, own)?;
         match attend(ears, Waiting::Boot, || pending.take())? {
-            Ok(opened) => opened.map(|parts| Opened::All(Box::new(parts))),
+            Ok(opened) => opened.map(|parts| Made::All(Box::new(parts))),
             Err(cut) => {
                 pending.give_up();
-                Ok(Opened::Cut(cut))
+                Ok(Made::Cut(cut))
             }
+        }
+    }
+
+    /// Reads the kernel into the memory of `frame`, and makes the files that the machine is to have.
+    fn load(
+        &self,
+        ears: &mut Ears,
+        frame: Frame,
+        loading: Loading,
+    ) -> Result<Made<(Box<Frame>, Loaded)>, MachineError> {
+        let frame = Box::new(frame);
+        let awaited = Arc::new(());
+        let needed = Arc::downgrade(&awaited);
+        let work = move || loading.run(&|| needed.strong_count() > 0);
+        let begun = self.opening.start("load", &self.mailbox, work);
+        let failed = |frame, error| {
+            // Files of disks are open there.
+            put_away(frame);
+            Err(error)
+        };
+        let pending = match begun {
+            Ok(pending) => pending,
+            Err(error) => return failed(frame, error.into()),
+        };
+        let loaded = match attend(ears, Waiting::Boot, || pending.take())? {
+            Ok(loaded) => loaded,
+            Err(cut) => {
+                drop(awaited);
+                pending.give_up(frame);
+                return Ok(Made::Cut(cut));
+            }
+        };
+        let what = "the thread that loads the kernel";
+        let loaded = loaded.map_err(|source| MachineError::Host { what, source });
+        match loaded.and_then(|loaded| loaded) {
+            Ok(loaded) => Ok(Made::All((frame, loaded))),
+            Err(error) => failed(frame, error),
         }
     }
 

@@ -42,7 +42,7 @@ pub use jobs::{JobHandle, Jobs};
 pub use socket::{ApiSocket, Inherited, InheritedError, Place, event_sink};
 pub use view::View;
 
-use booting::Opened;
+use booting::Made;
 use consoles::{Change, Ready};
 use description::Changed;
 
@@ -52,7 +52,7 @@ use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::display::Camera;
 use crate::machine::beside::Opening;
-use crate::machine::build::{Built, build};
+use crate::machine::build::Built;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::signals::Signal;
@@ -246,20 +246,11 @@ impl Monitor {
         let config = once.as_ref().unwrap_or(&description.config);
         let before = ears.life.state();
         ears.life.enter(VmState::Booting, None);
-        let built = match self.open(&mut ears, config, unchecked) {
-            Ok(Opened::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
-            Ok(Opened::All(parts)) => build(
-                config,
-                *parts,
-                &self.opener,
-                &self.mailbox,
-                &ears.events,
-                &ears.consoles,
-            ),
-            Err(error) => Err(error),
-        };
-        let error = match built {
-            Ok(built) => return self.drive((built, booted), ears, &description, once.is_some()),
+        let error = match self.build(&mut ears, config, unchecked) {
+            Ok(Made::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
+            Ok(Made::All(built)) => {
+                return self.drive((built, booted), ears, &description, once.is_some());
+            }
             Err(error) => error,
         };
         ears.life.enter(before, None);

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use api::wire::{JobInfo, JobState, VmConsole, VmCoredumpData};
@@ -48,6 +50,19 @@ impl Hung {
         Some(hung)
     }
 
+    /// One where every name is the file with these `contents`, which is read as long as `answers`; what is told is
+    /// that somebody waits.
+    pub fn with_one_file(
+        contents: Vec<u8>,
+        answers: Arc<AtomicBool>,
+    ) -> Option<(Self, Receiver<()>)> {
+        let hung = Self::mount()?;
+        let server = hung.server.try_clone().unwrap();
+        let (tell, told) = channel();
+        thread::spawn(move || give_file(&server, &contents, &answers, &tell));
+        Some((hung, told))
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
@@ -73,6 +88,61 @@ fn make_files(mut server: &File) {
         };
         let len = u32::try_from(16 + body.len()).unwrap();
         let head = [len.to_ne_bytes(), i32::to_ne_bytes(error)].concat();
+        let answer = [&head, &request[8..16], &body].concat();
+        if server.write_all(&answer).is_err() {
+            return;
+        }
+    }
+}
+
+/// The server's answers where there is a file that is read, as long as `answers`: those of `FUSE_INIT`, `FUSE_LOOKUP`,
+/// `FUSE_GETATTR`, `FUSE_OPEN` (each read comes here, `FOPEN_DIRECT_IO`) and `FUSE_READ`.
+fn give_file(mut server: &File, contents: &[u8], answers: &AtomicBool, tell: &Sender<()>) {
+    const LOOKUP: u32 = 1;
+    const GETATTR: u32 = 3;
+    const OPEN: u32 = 14;
+    const READ: u32 = 15;
+    const INIT: u32 = 26;
+    const FORGET: u32 = 2;
+    const INTERRUPT: u32 = 36;
+    let mut request = vec![0; 1 << 17];
+    let size = u32::try_from(contents.len()).unwrap();
+    while let Ok(40..) = server.read(&mut request) {
+        let word = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
+        let root = word(16) == 1;
+        let body = match word(4) {
+            INIT => words(16, &[(0, 7), (1, 31), (5, 4096)]),
+            LOOKUP => words(
+                32,
+                &[
+                    (0, 2),
+                    (4, 9),
+                    (6, 9),
+                    (10, 2),
+                    (12, size),
+                    (25, 0o100_600),
+                    (26, 1),
+                ],
+            ),
+            GETATTR if root => words(26, &[(0, 9), (4, 1), (19, 0o40_700), (20, 1)]),
+            GETATTR => words(26, &[(0, 9), (4, 2), (6, size), (19, 0o100_600), (20, 1)]),
+            OPEN => words(4, &[(0, 1), (2, 1)]),
+            READ if answers.load(Ordering::Acquire) => {
+                let end = contents.len();
+                let (at, len) = (word(48) as usize, word(56) as usize);
+                contents[at.min(end)..at.saturating_add(len).min(end)].to_vec()
+            }
+            READ => {
+                let _nobody = tell.send(());
+                continue;
+            }
+            FORGET | INTERRUPT => continue,
+            _ => Vec::new(),
+        };
+        let len = u32::try_from(16 + body.len()).unwrap();
+        // What has no contents is not known here.
+        let error = if body.is_empty() { -libc::ENOSYS } else { 0 };
+        let head = [len.to_ne_bytes(), error.to_ne_bytes()].concat();
         let answer = [&head, &request[8..16], &body].concat();
         if server.write_all(&answer).is_err() {
             return;
@@ -144,9 +214,9 @@ fn mount(server: &File, path: &Path) -> std::io::Result<()> {
         .ok_or_else(std::io::Error::last_os_error)
 }
 
-type Answered = Receiver<Result<Reply, ControlError>>;
+pub type Answered = Receiver<Result<Reply, ControlError>>;
 
-fn begin(monitor: &Local, command: Ask) -> Answered {
+pub fn begin(monitor: &Local, command: Ask) -> Answered {
     let (sender, receiver) = channel();
     let answer: Answer = Box::new(move |result| {
         let _ = sender.send(result);
@@ -155,7 +225,7 @@ fn begin(monitor: &Local, command: Ask) -> Answered {
     receiver
 }
 
-fn kind(answered: &Answered) -> Option<ErrorKind> {
+pub fn kind(answered: &Answered) -> Option<ErrorKind> {
     let answer = answered.recv_timeout(LIMIT).unwrap();
     answer.err().map(|error| error.kind)
 }

@@ -28,6 +28,7 @@ mod hotplug;
 mod hung;
 mod lifecycle;
 mod lives;
+mod loading;
 mod managers;
 mod metrics;
 mod nbd;

@@ -1,6 +1,6 @@
 //! A disk whose storage never answers: what waits for it can be cut short.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 
@@ -83,6 +83,35 @@ fn a_second_signal_ends_a_machine_that_is_being_paused() {
     served.vireo.ends_with(0);
     await_end(&held);
     drop(pauses);
+}
+
+#[test]
+fn one_signal_is_heard_at_once_by_a_machine_that_is_being_paused() {
+    if !can_run() {
+        return;
+    }
+    let server = Server::stuck();
+    let disk = format!("path=\"{}\"", server.uri());
+    let flags = ["--disk", &disk, "--serial", "null"];
+    let mut served = Served::start("blk", "verify keep", &flags);
+    let held = server.holds();
+    let mut pauses = [(); PAUSES].map(|()| {
+        let mut pause = UnixStream::connect(served.socket()).unwrap();
+        let request = b"PUT /api/v1/vm.pause HTTP/1.1\r\nHost: here\r\n\r\n";
+        pause.write_all(request).unwrap();
+        pause.set_read_timeout(Some(LIMIT)).unwrap();
+        pause
+    });
+    served.client().info().unwrap();
+    served.vireo.signal("TERM");
+    // The last first: the limit is for all of them.
+    for pause in pauses.iter_mut().rev() {
+        pause.read_exact(&mut [0; 8]).unwrap();
+    }
+    assert!(served.vireo.is_running(), "the guest has been asked alone");
+    served.vireo.signal("INT");
+    served.vireo.ends_with(0);
+    await_end(&held);
 }
 
 #[test]

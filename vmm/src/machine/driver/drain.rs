@@ -1,7 +1,7 @@
 //! Waiting for back ends, and listening meanwhile.
 //!
 //! A back end that drains may take as long as its storage does. It is waited for beside the control thread,
-//! which hears signals and commands: what ends the machine cuts short the waiting for a pause, and who asks
+//! which hears signals and commands: what ends the machine, and each signal that asks for that, cuts short the waiting for a pause, a reset or a kernel that is loaded again, and who asks
 //! for the end of the monitor while the machine ends cuts that short.
 
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use api::{Command, VmState};
+use api::{Command, ExitReason, VmState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Driver, PATIENCE, ppoll, readable};
@@ -50,7 +50,54 @@ impl<T: Send + 'static> Work<T> {
     }
 }
 
+/// What ends a machine.
+fn ends(message: &Message) -> bool {
+    match message {
+        Message::ConsoleEnd => true,
+        Message::Command(command, _) => matches!(
+            command,
+            Command::Quit | Command::Delete | Command::Shutdown | Command::Reboot
+        ),
+        _ => false,
+    }
+}
+
 impl Driver {
+    /// Has the boot CPU enter the kernel, which is read first when it is not in memory. That takes as long as storage
+    /// does, and what ends the machine meanwhile ends that.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Cut`] then.
+    pub(super) fn load(&mut self) -> Result<(), MachineError> {
+        self.cut = false;
+        if let Some(load) = self.machine.begin_load()? {
+            let host = |what| move |source| MachineError::Host { what, source };
+            let work = Work::begin("load", load).map_err(host("no thread to load the kernel"))?;
+            if !self.attend(&work) {
+                return Err(MachineError::Cut);
+            }
+            let loaded = work.result.recv();
+            let lost = host("the thread that loads the kernel");
+            let loaded = loaded.map_err(|_| lost(std::io::ErrorKind::BrokenPipe.into()))?;
+            self.machine.loaded(loaded)?;
+        }
+        self.machine.enter_kernel()
+    }
+
+    /// Ends a machine whose guest has done its last and waits, because what was to be done then has failed: at once,
+    /// where what ends it has come meanwhile.
+    pub(super) fn give_up_guest(&mut self, reason: ExitReason, what: &str, error: &MachineError) {
+        if !self.cut {
+            return self.fail(what, error);
+        }
+        if let Some(message) = self.ears.inbox.take_where(ends) {
+            self.on_message(message);
+        }
+        // It was a signal, or time.
+        self.finish(reason, None);
+    }
+
     /// Stops all units within `time`, and hears meanwhile what makes waiting for them pointless.
     pub(super) fn stop_units(&mut self, time: Duration) -> Result<(), MachineError> {
         // What was given up before is over.
@@ -145,17 +192,8 @@ impl Driver {
             self.urgent |= cut;
             return limit.or(cut.then(|| now + PATIENCE));
         }
-        let ends = |message: &Message| match message {
-            Message::ConsoleEnd => true,
-            Message::Command(command, _) => matches!(
-                command,
-                Command::Quit | Command::Delete | Command::Shutdown | Command::Reboot
-            ),
-            _ => false,
-        };
         cut |= self.ears.inbox.has(ends);
-        let asked = self.heard.iter().filter(|s| **s == Signal::End).count();
-        cut |= asked >= self.policy.left();
+        cut |= self.heard.contains(&Signal::End);
         cut |= self
             .policy
             .deadline()

@@ -16,8 +16,8 @@ use crate::config::files;
 use crate::config::port::{AGENT, PortEnd, end_of};
 use crate::console::port::{self as ends, OpenPort, PortBoard};
 use crate::machine::fault;
+use crate::machine::hosts::connect_agent;
 use crate::machine::inbox::ended;
-use crate::machine::platform::connect_agent;
 use crate::monitor::ports::{self, PortChange};
 
 /// What came of opening a port's end; none for what the monitor has itself, or nobody.

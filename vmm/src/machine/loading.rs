@@ -1,0 +1,70 @@
+//! What the files of a boot are needed for once there is memory: the kernel is read into it, and then, when nothing is
+//! wrong with that, the files and sockets are made that the configuration names.
+//!
+//! All of it is done beside the control thread ([`super::beside`]), because storage may stop to answer at any time. What is left
+//! to itself keeps the memory mapped that it fills.
+
+use std::sync::Arc;
+
+use virtio::memory::GuestMap;
+
+use super::MachineError;
+use super::build::{Payload, open_debugger};
+use super::hosts::{OpenHosts, Wanted};
+use crate::acpi::AcpiImage;
+use crate::boot::Entry;
+use crate::config::VmConfig;
+use crate::gdb::Listener;
+use crate::opener::Opener;
+
+/// What is to be done. Dropping it closes the payload's files.
+pub struct Loading {
+    pub(super) config: VmConfig,
+    pub(super) payload: Payload,
+    pub(super) memory: GuestMap,
+    pub(super) acpi: AcpiImage,
+    pub(super) hosts: Wanted,
+    pub(super) opener: Arc<Opener>,
+}
+
+/// What came of it.
+pub struct Loaded {
+    pub(super) payload: Payload,
+    pub(super) entry: Entry,
+    pub(super) hosts: OpenHosts,
+    pub(super) debugger: Option<Listener>,
+}
+
+impl Loading {
+    /// Does it, and makes nothing more on the host once it is not `needed`.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError`]; what was opened is closed then.
+    pub fn run(self, needed: &dyn Fn() -> bool) -> Result<Loaded, MachineError> {
+        let Self {
+            config,
+            mut payload,
+            memory,
+            acpi,
+            hosts,
+            opener,
+        } = self;
+        let entry = payload.load(&memory, &acpi)?;
+        drop(memory);
+        // Nothing is created on the host before the guest has been loaded: a
+        // mistake in the flags must not leave files behind.
+        let debugger = if needed() {
+            open_debugger(&config, &opener)?
+        } else {
+            None
+        };
+        let hosts = hosts.open(&opener, needed)?;
+        Ok(Loaded {
+            payload,
+            entry,
+            hosts,
+            debugger,
+        })
+    }
+}
