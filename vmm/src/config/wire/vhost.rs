@@ -29,9 +29,9 @@ pub(super) fn disk_from_wire(
     }
     let own = [
         (described.path.is_some(), "disks.path beside vhost_user"),
-        (described.readonly, "disk.readonly beside vhost_user"),
-        (described.direct, "disk.direct beside vhost_user"),
-        (described.serial.is_some(), "disk.serial beside vhost_user"),
+        (described.readonly, "disks.readonly beside vhost_user"),
+        (described.direct, "disks.direct beside vhost_user"),
+        (described.serial.is_some(), "disks.serial beside vhost_user"),
         (
             described.rate_limiter_config.is_some() || described.rate_limit_group.is_some(),
             "a rate limit of a disk with vhost_user",
@@ -41,7 +41,7 @@ pub(super) fn disk_from_wire(
         return Err(missing::named(field));
     }
     let config = VhostBlkConfig {
-        socket: path("disk.vhost_socket", Path::new(socket))?,
+        socket: path("disks.vhost_socket", Path::new(socket))?,
         num_queues: u64::try_from(described.num_queues).unwrap_or(u64::MAX),
         queue_size: described.queue_size.into(),
     };
