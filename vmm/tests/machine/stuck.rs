@@ -1,5 +1,6 @@
 //! A disk whose storage never answers: what waits for it can be cut short.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
@@ -102,7 +103,17 @@ fn one_signal_is_heard_at_once_by_a_machine_that_is_being_paused() {
         pause.set_read_timeout(Some(LIMIT)).unwrap();
         pause
     });
-    served.client().info().unwrap();
+    // All have been handed over when a second request of a client that came after them is answered.
+    let mut client = served.client();
+    client.info().unwrap();
+    client.info().unwrap();
+    // A signal that came before would not be for the pauses.
+    let tasks = format!("/proc/{}/task", served.vireo.id());
+    until("the first pause", || {
+        let names = fs::read_dir(&tasks).unwrap().flatten();
+        let mut names = names.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        names.any(|name| name == "drain\n").then_some(())
+    });
     served.vireo.signal("TERM");
     // The last first: the limit is for all of them.
     for pause in pauses.iter_mut().rev() {
