@@ -151,7 +151,7 @@ pub enum Action {
     Ask(Ask),
     /// Sends a request with a new queue of the tap that its body names as `tap`.
     Pass(Ask),
-    /// Runs a shell script as `after` is run; what it prints belongs to the output. `{kernel}`, `{initramfs}` and
+    /// Runs a shell script as `after` is run; what it prints goes behind the guest's output. `{kernel}`, `{initramfs}` and
     /// `{cmdline}` are as in an [`Ask`].
     Run(String),
     /// Connects to a unix socket in the case's directory, writes, and waits for a text.

@@ -285,6 +285,8 @@ struct Monitor {
     events: Receiver<Event>,
     words: Words,
     output: Vec<u8>,
+    /// What scripts have printed; between the guest's bytes it would cut its lines.
+    printed: Vec<u8>,
     errors: Vec<u8>,
     /// How far the output has been searched for the steps' texts.
     seen: usize,
@@ -316,6 +318,7 @@ impl Monitor {
             events,
             words,
             output: Vec::new(),
+            printed: Vec::new(),
             errors: Vec::new(),
             seen: 0,
             status: None,
@@ -349,6 +352,7 @@ impl Monitor {
             outcome.verdict = Verdict::Hung(format!("no end within {} s\n{states}", case.limit));
             self.kill();
         }
+        self.output.append(&mut self.printed);
         outcome.output = tail(&self.output);
         outcome.errors = tail(&self.errors);
         if let Some(error) = broken {
@@ -408,7 +412,7 @@ impl Monitor {
     fn run(&mut self, text: &str) -> Result<()> {
         let directory = &self.words.directory;
         let printed = script("run", &self.words.fill(text), directory, &self.words.vireo)?;
-        self.output.extend(printed.into_bytes());
+        self.printed.extend(printed.into_bytes());
         Ok(())
     }
 
