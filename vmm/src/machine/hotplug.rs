@@ -34,9 +34,9 @@ use virtio::models::console::NoPorts;
 use virtio::transport::VirtioPci;
 
 use super::bay::{self, OpenDevice};
-use super::build::Payload;
 use super::inbox::{Mailbox, Message};
 use super::inventory::Item;
+use super::payload::Payload;
 use super::{Machine, MachineError};
 use crate::config::DeviceConfig;
 use crate::opener::Opener;

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use virtio::memory::GuestMap;
 
 use super::MachineError;
-use super::build::{Payload, open_debugger};
+use super::build::open_debugger;
 use super::hosts::{OpenHosts, Wanted};
+use super::payload::Payload;
 use crate::acpi::AcpiImage;
 use crate::boot::Entry;
 use crate::config::VmConfig;
