@@ -98,7 +98,7 @@ const KERNELS: &[Bad] = &[
         "kernel larger than memory",
         "--kernel large --memory size=16M",
         1,
-        &["--kernel", "--memory size="],
+        &["--kernel", "of memory or more"],
     ),
     bad(
         "initramfs missing",
@@ -116,7 +116,7 @@ const KERNELS: &[Bad] = &[
         "initramfs does not fit",
         "--kernel hello --initramfs big --memory size=64M",
         1,
-        &["--initramfs", "--memory size="],
+        &["--initramfs", "of memory or more"],
     ),
     bad(
         "command line too long",

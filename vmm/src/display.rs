@@ -10,7 +10,7 @@ mod hands;
 mod stage;
 mod vnc;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::display::Screen;
 use devices::display::rfb::Password;
@@ -18,11 +18,9 @@ use devices::display::rfb::Password;
 pub use camera::Camera;
 pub use hands::{Hands, Pointers};
 pub use stage::Stage;
-use vnc::Vnc;
-pub use vnc::VncError;
+pub use vnc::{Vnc, VncError, WantedVnc};
 
 use crate::config::VmConfig;
-use crate::opener::Opener;
 
 /// The screen of this process. Clones are of the same.
 #[derive(Clone, Default)]
@@ -45,41 +43,43 @@ impl DisplayDesk {
         &self.hands
     }
 
-    /// Serves viewers of the machine that `config` describes, those who know `password` where there is one. What is served so already goes
-    /// on with its viewers.
-    ///
-    /// # Errors
-    ///
-    /// [`VncError`]; nobody is served then.
-    pub fn configure(
-        &self,
-        config: &VmConfig,
-        password: Option<Password>,
-        opener: &Opener,
-    ) -> Result<(), VncError> {
-        let mut vnc = self.vnc.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted = config.display.as_ref().and_then(|d| d.vnc.as_ref());
-        let Some(wanted) = wanted else {
-            *vnc = None;
-            return Ok(());
+    /// What is to be opened, that viewers of the machine that `config` describes are served, those who know `password`
+    /// where there is one. What is served so already goes on with its viewers; what is not wanted any more ends.
+    #[must_use]
+    pub fn wanted(&self, config: &VmConfig, password: Option<Password>) -> Option<WantedVnc> {
+        let mut vnc = self.lock();
+        let wanted = config.display.as_ref().and_then(|d| d.vnc.clone());
+        let goes_on = match (&*vnc, &wanted) {
+            (Some(vnc), Some(wanted)) => vnc.is(wanted, password.as_ref()),
+            _ => false,
         };
-        if vnc
-            .as_ref()
-            .is_some_and(|vnc| vnc.is(wanted, password.as_ref()))
-        {
-            return Ok(());
+        if goes_on {
+            return None;
         }
         // Its address is free only once it has gone.
         *vnc = None;
-        let screen = Arc::new(Screen::new(Box::new(self.stage.clone())));
-        let hands = Arc::clone(&self.hands);
-        let name = config.name.as_deref();
-        *vnc = Some(Vnc::open(wanted, password, name, (screen, hands), opener)?);
-        Ok(())
+        Some(WantedVnc {
+            config: wanted?,
+            password,
+            name: config.name.clone(),
+            screen: Arc::new(Screen::new(Box::new(self.stage.clone()))),
+            hands: Arc::clone(&self.hands),
+        })
+    }
+
+    /// Serves viewers by what has been opened.
+    pub fn serve(&self, opened: Option<Vnc>) {
+        if let Some(opened) = opened {
+            *self.lock() = Some(opened);
+        }
     }
 
     /// Sends everybody away.
     pub fn close(&self) {
-        *self.vnc.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.lock() = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vnc>> {
+        self.vnc.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -53,6 +53,15 @@ pub struct Vnc {
     _file: Option<SocketFile>,
 }
 
+/// What is to be opened: a server and its door.
+pub struct WantedVnc {
+    pub(super) config: VncConfig,
+    pub(super) password: Option<Password>,
+    pub(super) name: Option<String>,
+    pub(super) screen: Arc<Screen>,
+    pub(super) hands: Arc<Hands>,
+}
+
 enum Listener {
     Unix(UnixListener),
     Tcp(TcpListener),
@@ -88,19 +97,20 @@ impl Listener {
     }
 }
 
-impl Vnc {
-    /// Listens as `config` says, and serves `screen`.
+impl WantedVnc {
+    /// Listens, and serves. Not on the control thread: storage may stop where the socket's file is to be.
     ///
     /// # Errors
     ///
     /// [`VncError`]; nothing is left behind.
-    pub fn open(
-        config: &VncConfig,
-        password: Option<Password>,
-        name: Option<&str>,
-        (screen, hands): (Arc<Screen>, Arc<Hands>),
-        opener: &Opener,
-    ) -> Result<Self, VncError> {
+    pub fn open(self, opener: &Opener) -> Result<Vnc, VncError> {
+        let Self {
+            config,
+            password,
+            name,
+            screen,
+            hands,
+        } = self;
         let host = |what| move |source| VncError::Host { what, source };
         let mut file = None;
         let listener = match config.address.parse()? {
@@ -119,7 +129,7 @@ impl Vnc {
             }
         };
         let options = Options {
-            name: name.unwrap_or("vireo").to_owned(),
+            name: name.unwrap_or_else(|| "vireo".to_owned()),
             sharing: Sharing::default(),
         };
         let server = Server::start(screen, hands, Arc::new(SteadyClock), options);
@@ -134,15 +144,17 @@ impl Vnc {
         let told = Arc::clone(&wake);
         let work = move || guard(&listener, &told, &server, &security);
         let thread = Builder::new().name("vnc".to_owned()).spawn(work);
-        Ok(Self {
-            config: config.clone(),
+        Ok(Vnc {
+            config,
             password,
             wake,
             thread: Some(thread.map_err(host("no thread to let viewers in"))?),
             _file: file,
         })
     }
+}
 
+impl Vnc {
     /// Whether it is what `config` and `password` ask for.
     pub fn is(&self, config: &VncConfig, password: Option<&Password>) -> bool {
         self.config == *config && self.password.as_ref() == password

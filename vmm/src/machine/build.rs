@@ -63,7 +63,6 @@ pub struct Frame {
     vm: Vm,
     supported: CpuId,
     baseline: Option<Baseline>,
-    password: Option<Password>,
     groups: RateGroups,
     ports: Arc<PortBoard>,
     models: Vec<OpenDevice>,
@@ -117,6 +116,7 @@ pub fn begin(
         memory: GuestMap::clone(&ram.memory().memory()),
         acpi: acpi.clone(),
         hosts: Wanted::new(config, consoles),
+        vnc: consoles.display().wanted(config, password),
         opener: Arc::clone(opener),
     };
     let frame = Frame {
@@ -124,7 +124,6 @@ pub fn begin(
         vm,
         supported,
         baseline,
-        password,
         groups,
         ports,
         models,
@@ -156,7 +155,6 @@ pub fn finish(
         vm,
         supported,
         baseline,
-        password,
         groups,
         ports,
         models,
@@ -171,10 +169,11 @@ pub fn finish(
         entry,
         hosts,
         debugger,
+        vnc,
     } = loaded;
     vm.create_irqchip()?;
     let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
-    consoles.display().configure(config, password, opener)?;
+    consoles.display().serve(vnc);
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {

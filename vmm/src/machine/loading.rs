@@ -15,6 +15,7 @@ use super::payload::Payload;
 use crate::acpi::AcpiImage;
 use crate::boot::Entry;
 use crate::config::VmConfig;
+use crate::display::{Vnc, WantedVnc};
 use crate::gdb::Listener;
 use crate::opener::Opener;
 
@@ -25,6 +26,7 @@ pub struct Loading {
     pub(super) memory: GuestMap,
     pub(super) acpi: AcpiImage,
     pub(super) hosts: Wanted,
+    pub(super) vnc: Option<WantedVnc>,
     pub(super) opener: Arc<Opener>,
 }
 
@@ -34,6 +36,7 @@ pub struct Loaded {
     pub(super) entry: Entry,
     pub(super) hosts: OpenHosts,
     pub(super) debugger: Option<Listener>,
+    pub(super) vnc: Option<Vnc>,
 }
 
 impl Loading {
@@ -49,6 +52,7 @@ impl Loading {
             memory,
             acpi,
             hosts,
+            vnc,
             opener,
         } = self;
         let entry = payload.load(&memory, &acpi)?;
@@ -61,11 +65,16 @@ impl Loading {
             None
         };
         let hosts = hosts.open(&opener, needed)?;
+        let vnc = match vnc {
+            Some(vnc) if needed() => Some(vnc.open(&opener)?),
+            _ => None,
+        };
         Ok(Loaded {
             payload,
             entry,
             hosts,
             debugger,
+            vnc,
         })
     }
 }

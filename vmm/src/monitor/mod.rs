@@ -483,6 +483,7 @@ impl Monitor {
                 // Nothing is opened for no sinks.
                 let _ = hub.configure(&[], &self.opener);
             }
+            consoles.display().close();
             self.publish(EventKind::Deleted);
         }
     }

@@ -409,3 +409,19 @@ fn a_password_that_is_none_is_the_users_fault() {
         assert!(told.contains(part), "{told}");
     }
 }
+
+#[test]
+fn the_viewers_door_is_closed_with_the_description() {
+    if !can_run() {
+        return;
+    }
+    let display = "vnc=unix:{dir}/vnc";
+    let flags = ["--display", display, "--serial", "null", "--no-shutdown"];
+    let served = Served::start("screen", "", &flags);
+    let door = served.path("vnc");
+    assert!(door.exists());
+    served.client().shutdown().unwrap();
+    assert!(door.exists(), "for the next boot");
+    served.client().delete().unwrap();
+    assert!(!door.exists());
+}
