@@ -159,7 +159,7 @@ fn a_machine_without_a_screen_says_so() {
     if !can_run() {
         return;
     }
-    let served = Served::start("screen", "", &["--serial", "null"]);
+    let served = Served::start("screen", "stay", &["--serial", "null"]);
     let refused = served.client().screenshot().unwrap_err();
     let ClientError::Refused {
         status: 404, chain, ..
