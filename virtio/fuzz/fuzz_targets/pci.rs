@@ -12,6 +12,8 @@ mod driver;
 #[path = "../../tests/conformance/echo.rs"]
 mod echo;
 mod input;
+#[path = "../../src/vhost/peer.rs"]
+mod peer;
 #[path = "../../tests/conformance/rig.rs"]
 mod rig;
 #[path = "../../tests/conformance/subjects.rs"]
