@@ -10,6 +10,7 @@
 
 mod keys;
 mod queue;
+pub(crate) mod scancodes;
 
 pub use keys::{Key, typed};
 pub use queue::{CAPACITY, InputError, InputQueue, InputState, InvalidInput, MAX_REPORT};

@@ -1,5 +1,8 @@
 //! Where the keys and pointers of those who look go, and which key a viewer means.
 
+use crate::input::scancodes::of_set_1;
+use crate::input::typed;
+
 /// What a guest is given of a viewer's keyboard and pointer. Called on the server's thread; must not block.
 pub trait InputSink: Send + Sync {
     /// The key with this Linux code (`input-event-codes.h`) goes down or up. A key that is down already is repeated.
@@ -45,31 +48,27 @@ pub(super) const KEYS: u16 = 256;
 /// The Linux code of the key with a scancode of set 1, as QEMU's extension tells it: what follows 0xE0 has bit 7.
 #[must_use]
 pub(super) fn of_scancode(scancode: u32) -> Option<u16> {
-    match scancode {
-        // The first codes of Linux are those scancodes; Pause has two of its own.
-        0xc6 => Some(119),
-        1..=0x53 | 0x56..=0x58 => u16::try_from(scancode).ok(),
-        _ => {
-            let code = scancode & !0xe000;
-            let after = if code < 0x80 { code | 0x80 } else { code };
-            let extended = scancode >= 0x80;
-            EXTENDED
-                .iter()
-                .chain(if extended { &[][..] } else { PLAIN })
-                .find(|(known, _)| u32::from(*known) == if extended { after } else { scancode })
-                .map(|(_, code)| *code)
-        }
-    }
+    let extended = scancode >= 0x80;
+    let code = u8::try_from(scancode & !0xe000).ok()?;
+    let known = if extended {
+        of_set_1(code & 0x7f, true)
+    } else {
+        of_set_1(code, false)
+    };
+    let (others, code) = if extended {
+        (EXTENDED, code | 0x80)
+    } else {
+        (PLAIN, code)
+    };
+    known.or_else(|| {
+        let other = others.iter().find(|(other, _)| *other == code);
+        other.map(|(_, key)| *key)
+    })
 }
 
 /// Scancodes without 0xE0 past those that are Linux's.
 const PLAIN: &[(u8, u16)] = &[
     (0x54, 99),
-    (0x59, 117),
-    (0x5c, 95),
-    (0x5d, 183),
-    (0x5e, 184),
-    (0x5f, 185),
     (0x64, 183),
     (0x65, 184),
     (0x66, 185),
@@ -81,60 +80,11 @@ const PLAIN: &[(u8, u16)] = &[
     (0x6c, 191),
     (0x6d, 192),
     (0x6e, 193),
-    (0x70, 93),
-    (0x73, 89),
     (0x76, 194),
-    (0x77, 91),
-    (0x78, 90),
-    (0x79, 92),
-    (0x7b, 94),
-    (0x7d, 124),
-    (0x7e, 121),
 ];
 
 /// Scancodes after 0xE0, with bit 7.
-const EXTENDED: &[(u8, u16)] = &[
-    (0x90, 165),
-    (0x99, 163),
-    (0x9c, 96),
-    (0x9d, 97),
-    (0xa0, 113),
-    (0xa1, 140),
-    (0xa2, 164),
-    (0xa4, 166),
-    (0xae, 114),
-    (0xb0, 115),
-    (0xb2, 172),
-    (0xb5, 98),
-    (0xb7, 99),
-    (0xb8, 100),
-    (0xc6, 119),
-    (0xc7, 102),
-    (0xc8, 103),
-    (0xc9, 104),
-    (0xcb, 105),
-    (0xcd, 106),
-    (0xcf, 107),
-    (0xd0, 108),
-    (0xd1, 109),
-    (0xd2, 110),
-    (0xd3, 111),
-    (0xdb, 125),
-    (0xdc, 126),
-    (0xdd, 127),
-    (0xde, 116),
-    (0xdf, 142),
-    (0xe3, 143),
-    (0xe5, 217),
-    (0xe6, 156),
-    (0xe7, 173),
-    (0xe8, 128),
-    (0xe9, 159),
-    (0xea, 158),
-    (0xeb, 157),
-    (0xec, 155),
-    (0xed, 226),
-];
+const EXTENDED: &[(u8, u16)] = &[(0xb7, 99), (0xc6, 119), (0xe8, 128)];
 
 /// The Linux code of the key with which a keyboard of the United States makes the X symbol, and whether shift is
 /// held for it.
@@ -146,13 +96,7 @@ pub(super) fn of_symbol(symbol: u32) -> Option<(bool, u16)> {
         _ => symbol,
     };
     if let Some(character) = char::from_u32(symbol).filter(|c| c.is_ascii_graphic() || *c == ' ') {
-        let row = LAYOUT.iter().find_map(|(first, plain, shifted)| {
-            let find = |row: &str| row.chars().position(|known| known == character);
-            let at = find(plain).map(|at| (false, at));
-            let at = at.or_else(|| find(shifted).map(|at| (true, at)))?;
-            Some((at.0, first + u16::try_from(at.1).ok()?))
-        });
-        return row;
+        return typed(character).map(|(shifted, key)| (shifted, key.code()));
     }
     let function = |first: u32, code: u16| u16::try_from(symbol - first).ok().map(|at| code + at);
     let code = match symbol {
@@ -166,15 +110,6 @@ pub(super) fn of_symbol(symbol: u32) -> Option<(bool, u16)> {
     };
     code.map(|code| (false, code))
 }
-
-/// Rows of keys: the first one's code, and what they make without and with shift.
-const LAYOUT: &[(u16, &str, &str)] = &[
-    (2, "1234567890-=", "!@#$%^&*()_+"),
-    (16, "qwertyuiop[]", "QWERTYUIOP{}"),
-    (30, "asdfghjkl;'`", "ASDFGHJKL:\"~"),
-    (43, "\\zxcvbnm,./", "|ZXCVBNM<>?"),
-    (57, " ", ""),
-];
 
 /// X symbols (`keysymdef.h`) of keys that make no character.
 const SYMBOLS: &[(u32, u16)] = &[
