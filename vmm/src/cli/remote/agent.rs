@@ -6,6 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::super::table::table;
 use super::super::target::{Remote, Target};
+use super::show::ShowArgs;
 use super::{print, print_json};
 
 pub(super) const EXAMPLES: &str = "\
@@ -69,15 +70,6 @@ pub(in crate::cli) enum Verb {
 pub(in crate::cli) struct PlainArgs {
     #[command(flatten)]
     target: Target,
-}
-
-#[derive(Debug, Args)]
-pub(in crate::cli) struct ShowArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON, for programs
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]

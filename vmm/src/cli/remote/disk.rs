@@ -13,8 +13,9 @@ use virtio::schema::{Field, FieldKind};
 
 use super::super::Misuse;
 use super::super::table::table;
-use super::super::target::{Remote, SocketFlag, Target};
+use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
+use super::show::ShowArgs;
 use super::{print, print_json, removal, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
@@ -85,7 +86,7 @@ const UPDATE_FIELDS: &[Field] = &[
 pub(in crate::cli) enum Verb {
     /// List the disks of a machine
     #[command(after_help = LIST_EXAMPLES)]
-    List(ListArgs),
+    List(ShowArgs),
     /// Add a disk
     ///
     /// The path is that of this machine's files, and is made absolute; the monitor opens it.
@@ -100,15 +101,6 @@ pub(in crate::cli) enum Verb {
     /// Make a disk larger and tell the guest
     #[command(after_help = RESIZE_EXAMPLES)]
     Resize(DiskResizeArgs),
-}
-
-#[derive(Debug, Args)]
-pub(in crate::cli) struct ListArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON, for programs
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -177,7 +169,7 @@ struct Row {
     path: Option<PathBuf>,
 }
 
-fn list(arguments: &ListArgs) -> anyhow::Result<()> {
+fn list(arguments: &ShowArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
     let rows = disks(&mut remote)?;
     if arguments.json {

@@ -4,7 +4,8 @@ use api::wire::JobInfo;
 use clap::{Args, Subcommand};
 
 use super::super::table::table;
-use super::super::target::{SocketFlag, Target};
+use super::super::target::SocketFlag;
+use super::show::ShowArgs;
 use super::{print, print_json, word};
 
 pub(super) const EXAMPLES: &str = "\
@@ -24,19 +25,10 @@ Examples:
 pub(in crate::cli) enum Verb {
     /// List what goes on in the background, and what has ended lately
     #[command(after_help = LIST_EXAMPLES)]
-    List(ListArgs),
+    List(ShowArgs),
     /// Ask a job to end
     #[command(after_help = CANCEL_EXAMPLES)]
     Cancel(CancelArgs),
-}
-
-#[derive(Debug, Args)]
-pub(in crate::cli) struct ListArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON, for programs
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -67,7 +59,7 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
     }
 }
 
-fn list(arguments: &ListArgs) -> anyhow::Result<()> {
+fn list(arguments: &ShowArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
     let jobs = remote.client.jobs();
     let jobs = jobs.map_err(|error| remote.failed(error))?;

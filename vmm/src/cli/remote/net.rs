@@ -13,8 +13,9 @@ use virtio::schema::{Field, FieldKind};
 
 use super::super::Misuse;
 use super::super::table::table;
-use super::super::target::{Remote, SocketFlag, Target};
+use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
+use super::show::ShowArgs;
 use super::{print, print_json, removal, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
@@ -67,7 +68,7 @@ const LINK: &str = "link";
 pub(in crate::cli) enum Verb {
     /// List the network cards of a machine
     #[command(after_help = LIST_EXAMPLES)]
-    List(ListArgs),
+    List(ShowArgs),
     /// Add a network card
     #[command(after_help = ADD_EXAMPLES, visible_alias = "attach")]
     Add(AddArgs),
@@ -77,15 +78,6 @@ pub(in crate::cli) enum Verb {
     /// Change the link, the limits or the mirror of a network card
     #[command(after_help = UPDATE_EXAMPLES)]
     Update(UpdateArgs),
-}
-
-#[derive(Debug, Args)]
-pub(in crate::cli) struct ListArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON, for programs
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -166,7 +158,7 @@ fn rows(nets: Vec<wire::NetConfig>, devices: &[wire::DeviceInfo]) -> Vec<Row> {
     nets.into_iter().map(row).collect()
 }
 
-fn list(arguments: &ListArgs) -> anyhow::Result<()> {
+fn list(arguments: &ShowArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
     let rows = cards(&mut remote)?;
     if arguments.json {

@@ -5,8 +5,9 @@ use clap::{Args, Subcommand};
 
 use super::super::Misuse;
 use super::super::table::table;
-use super::super::target::{SocketFlag, Target};
-use super::{print, print_json, show};
+use super::super::target::SocketFlag;
+use super::show::{self, ShowArgs};
+use super::{print, print_json};
 use crate::config::port;
 
 pub(super) const EXAMPLES: &str = "\
@@ -33,7 +34,7 @@ Examples:
 pub(in crate::cli) enum Verb {
     /// List the named ports of a machine
     #[command(after_help = LIST_EXAMPLES)]
-    List(ListArgs),
+    List(ShowArgs),
     /// Add a named port
     #[command(after_help = ADD_EXAMPLES, visible_alias = "attach")]
     Add(AddArgs),
@@ -42,15 +43,6 @@ pub(in crate::cli) enum Verb {
     /// Its end on the host is closed at once, and what the guest still writes to it is dropped.
     #[command(after_help = REMOVE_EXAMPLES, visible_alias = "detach")]
     Remove(RemoveArgs),
-}
-
-#[derive(Debug, Args)]
-pub(in crate::cli) struct ListArgs {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON, for programs
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -82,7 +74,7 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
     }
 }
 
-fn list(arguments: &ListArgs) -> anyhow::Result<()> {
+fn list(arguments: &ShowArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
     let info = remote.client.info();
     let info = info.map_err(|error| remote.failed(error))?;
