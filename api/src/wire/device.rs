@@ -472,6 +472,8 @@ pub struct DisplayConfig {
     pub height: u16,
     /// Bytes of video memory: a power of two, 1 MiB to 256 MiB, with room for the picture of 4 bytes a pixel.
     pub memory: u64,
+    /// Whether a virtio keyboard and a virtio tablet come with it, where no input devices are described.
+    pub input: bool,
     /// The VNC server, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vnc: Option<VncConfig>,
@@ -494,6 +496,7 @@ impl Default for DisplayConfig {
             width: 1024,
             height: 768,
             memory: 64 << 20,
+            input: true,
             vnc: None,
         }
     }
