@@ -488,6 +488,38 @@ pub struct VncConfig {
     /// A file whose first line, 1 to 8 bytes, viewers must know. Needed where other hosts can connect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// What a viewer gets that wants the screen for itself.
+    #[serde(default)]
+    pub share: VncShare,
+    /// Whether texts that viewers' users cut are typed into the guest. Viewers send what is cut elsewhere, too.
+    #[serde(default)]
+    pub paste: bool,
+}
+
+/// What a viewer gets that wants the screen for itself. An addition to v1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VncShare {
+    /// It for itself: others are sent away, and who would share is not let in.
+    #[default]
+    AllowExclusive,
+    /// Nothing: only those who share are let in.
+    ForceShared,
+    /// To share it like all others.
+    Ignore,
+}
+
+impl VncConfig {
+    /// A server at this address, with all else left open.
+    #[must_use]
+    pub fn at(address: &str) -> Self {
+        Self {
+            address: address.to_owned(),
+            password_file: None,
+            share: VncShare::default(),
+            paste: false,
+        }
+    }
 }
 
 impl Default for DisplayConfig {

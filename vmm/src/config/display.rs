@@ -4,8 +4,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api::wire::VncConfig;
-use serde_json::{Value, json};
+use api::wire::{VncConfig, VncShare};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 use virtio::models::Model;
 use virtio::models::input::MODEL;
 use virtio::schema::{Field, FieldKind};
@@ -72,6 +73,18 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         kind: FieldKind::Path,
         required: false,
         help: "a file whose first line, 1 to 8 bytes, viewers must know",
+    },
+    Field {
+        name: "vnc_share",
+        kind: FieldKind::Choice(&["allow-exclusive", "force-shared", "ignore"]),
+        required: false,
+        help: "a viewer that wants the screen for itself: gets it (default), is not let in, or shares it",
+    },
+    Field {
+        name: "vnc_paste",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "whether texts that viewers' users cut are typed into the guest; default off",
     },
 ];
 
@@ -211,6 +224,8 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
     if let Some(VncConfig {
         address,
         password_file: password,
+        share: _,
+        paste: _,
     }) = vnc
     {
         let parsed: VncAddress = address.parse()?;
@@ -265,19 +280,11 @@ pub fn from_flag(
     let text = |key| map.get(key).and_then(Value::as_str).map(str::to_owned);
     let mut vnc = default.vnc;
     if let Some(address) = text("vnc") {
-        let password_file = vnc.and_then(|vnc| vnc.password_file);
-        vnc = Some(VncConfig {
-            address,
-            password_file,
-        });
+        let mut served = vnc.unwrap_or_else(|| VncConfig::at(""));
+        served.address = address;
+        vnc = Some(served);
     }
-    if let Some(path) = text("vnc_password_file") {
-        let Some(vnc) = &mut vnc else {
-            let flag = FLAG.to_owned();
-            return Err(FlagError::MissingKey { flag, key: "vnc" });
-        };
-        vnc.password_file = Some(path.into());
-    }
+    viewers(&map, vnc.as_mut())?;
     Ok(Some(DisplayConfig {
         vnc,
         width: pixels("width", default.width),
@@ -288,6 +295,24 @@ pub fn from_flag(
             .and_then(Value::as_bool)
             .unwrap_or(default.input),
     }))
+}
+
+/// Reads what viewers are told and may, by keys that mean nothing without a server.
+fn viewers(map: &Map<String, Value>, mut vnc: Option<&mut VncConfig>) -> Result<(), FlagError> {
+    let keys = ["vnc_password_file", "vnc_share", "vnc_paste"];
+    for (key, value) in keys.iter().filter_map(|key| Some((*key, map.get(*key)?))) {
+        let Some(vnc) = &mut vnc else {
+            let flag = FLAG.to_owned();
+            return Err(FlagError::MissingKey { flag, key: "vnc" });
+        };
+        match key {
+            "vnc_password_file" => vnc.password_file = value.as_str().map(PathBuf::from),
+            "vnc_paste" => vnc.paste = value == &Value::Bool(true),
+            // The table allows no other words than it has.
+            _ => vnc.share = VncShare::deserialize(value).unwrap_or_default(),
+        }
+    }
+    Ok(())
 }
 
 impl VmConfig {
@@ -441,6 +466,30 @@ mod tests {
         ] {
             assert_eq!(address(text).unwrap().is_local(), local, "{text}");
         }
+    }
+
+    #[test]
+    fn what_viewers_may_is_told_beside_where_they_connect() {
+        let vnc = |text, base| from_flag(text, base).unwrap().unwrap();
+        let served = vnc("vnc=:5900,vnc_share=force-shared,vnc_paste=on", None);
+        let wanted = VncConfig {
+            share: VncShare::ForceShared,
+            paste: true,
+            ..VncConfig::at(":5900")
+        };
+        assert_eq!(served.vnc, Some(wanted.clone()));
+        let moved = vnc("vnc=:5901,vnc_paste=off", Some(&served));
+        let wanted = VncConfig {
+            address: ":5901".to_owned(),
+            paste: false,
+            ..wanted
+        };
+        assert_eq!(moved.vnc, Some(wanted), "what is not given stays");
+        for text in ["vnc_paste=on", "vnc_share=ignore"] {
+            let refused = from_flag(text, None).unwrap_err().to_string();
+            assert!(refused.contains("'vnc' is missing"), "{refused}");
+        }
+        assert!(from_flag("vnc=:1,vnc_share=all", None).is_err());
     }
 
     #[test]
