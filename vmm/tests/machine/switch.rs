@@ -90,7 +90,7 @@ impl Switch {
             let log = || fs::read_to_string(directory.join("log")).unwrap();
             assert!(ended.is_none(), "the switch has ended: {}", log());
             let listens = |port: &&str| directory.join(port).exists();
-            PORTS.iter().all(|port| listens(&port)).then_some(())
+            PORTS.iter().all(listens).then_some(())
         });
         Some(switch)
     }
