@@ -308,13 +308,13 @@ const NETWORKS: &[Bad] = &[
     bad(
         "vhost on a socket",
         "--kernel hello --net socket=/s,vhost=on",
-        1,
+        2,
         &["--net (id _net0)", "vhost", "socket", "vhost=off"],
     ),
     bad(
         "vhost with a limit",
         "--kernel hello --net tap=t0,vhost=on,ops_size=9,ops_refill_time=9",
-        1,
+        2,
         &["--net (id _net0)", "vhost", "limits", "vhost=off"],
     ),
     bad(
