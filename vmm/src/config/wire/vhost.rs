@@ -88,6 +88,7 @@ pub(super) fn net_from_wire(
             "net.host_mac beside vhost_user",
         ),
         (described.mirror.is_some(), "net.mirror beside vhost_user"),
+        (described.vhost.is_some(), "net.vhost beside vhost_user"),
         (
             limits.iter().any(|limits| limits.is_some()),
             "a rate limit of a card with vhost_user",
@@ -142,6 +143,7 @@ pub(super) fn net_to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
         offload_ufo: true,
         fds: None,
         mirror: None,
+        vhost: None,
         tap: None,
         mac: config.mac,
         host_mac: None,
