@@ -20,6 +20,8 @@
 #define I8042_AUX 0x20
 #define MOUSE_COMMAND 0xD4
 #define MOUSE_REPORTS 0xF4
+#define WRITE_MODE 0x60
+#define TRANSLATED 0x44
 
 #define UART_LSR 5
 #define UART_LSR_DATA 1
@@ -212,8 +214,11 @@ static void run(void)
         pause();
     inb(PORT_I8042_DATA);
     draw();
-    if (driven)
+    if (driven) {
+        outb(PORT_I8042_COMMAND, WRITE_MODE);
+        outb(PORT_I8042_DATA, TRANSLATED);
         print("driven\n");
+    }
     for (;;) {
         input();
         if (plays) {
@@ -235,11 +240,14 @@ void main(void)
         fail("no display adapter");
     memory = pci_bar_address((pci_slot)slot, 0);
     registers = pci_bar_address((pci_slot)slot, 2);
+    pci_write16((pci_slot)slot, PCI_COMMAND, PCI_COMMAND_MEMORY);
     if ((get(0) & 0xFFF0) != 0xB0C0)
         fail("no Bochs interface");
     width = get(XRES);
     height = get(YRES);
     bits = get(BPP);
+    if (!bits)
+        bits = 32;
     print("power-on=%ux%u bits=%u enable=%02x memory=%lx\n", width, height, bits, get(ENABLE), memory);
     width = (unsigned)number_word("width", width);
     height = (unsigned)number_word("height", height);

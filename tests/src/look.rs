@@ -78,9 +78,12 @@ impl Look {
             viewer.point(x, y, 1)?;
             viewer.point(x, y, 0)?;
         }
-        // The guest may end by what was typed.
         let looks = self.sides.is_some() || self.shows.is_some() || self.same;
-        while looks {
+        if !looks {
+            // The guest may end by what was typed.
+            return Ok(());
+        }
+        loop {
             viewer.ask(false)?;
             viewer.update()?;
             let Some(missing) = self.missing(&viewer.picture, control)? else {
@@ -88,7 +91,6 @@ impl Look {
             };
             ensure!(Instant::now() < deadline, "{missing}");
         }
-        Ok(())
     }
 
     /// What of the picture is not as wanted.

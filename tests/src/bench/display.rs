@@ -121,7 +121,8 @@ impl Scene {
         let socket = directory.join("vnc");
         // A killed monitor leaves its own behind.
         let _ = std::fs::remove_file(&socket);
-        let mut job = Job::guest("screen", "driven=1")?;
+        let words = format!("driven=1 width={WIDTH} height={HEIGHT}");
+        let mut job = Job::guest("screen", &words)?;
         job.screen = Some(Screen {
             width: WIDTH,
             height: HEIGHT,
