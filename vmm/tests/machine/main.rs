@@ -43,4 +43,5 @@ mod start_order;
 mod state;
 mod stuck;
 mod support;
+mod switch;
 mod verbs;
