@@ -16,6 +16,7 @@ mod removal;
 mod resize;
 mod screenshot;
 mod show;
+mod snapshot;
 mod watch;
 
 use clap::Subcommand;
@@ -122,6 +123,12 @@ pub(super) enum Verb {
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
     #[command(after_help = coredump::EXAMPLES)]
     Coredump(coredump::CoredumpArgs),
+    /// Write a machine as it is into a directory, from which it can go on
+    #[command(after_help = snapshot::EXAMPLES)]
+    Snapshot {
+        #[command(subcommand)]
+        verb: snapshot::SnapshotVerb,
+    },
     /// Write what the screen shows into a PNG file
     ///
     /// The machine needs a screen (--display). It may run or be paused, and is not stopped.
@@ -171,6 +178,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Fs { verb } => fs::run(verb),
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
+        Verb::Snapshot { verb } => snapshot::run(verb),
         Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),

@@ -39,6 +39,7 @@ mod resize;
 mod screen;
 mod shape;
 mod sinks;
+mod snapshots;
 mod start_order;
 mod state;
 mod stuck;
