@@ -13,12 +13,11 @@ mod vnc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::display::Screen;
-use devices::display::rfb::Password;
 
 pub use camera::Camera;
 pub use hands::{Hands, Pointers};
 pub use stage::Stage;
-pub use vnc::{Vnc, VncError, WantedVnc};
+pub use vnc::{Secrets, Vnc, VncError, WantedVnc};
 
 use crate::config::VmConfig;
 
@@ -43,14 +42,14 @@ impl DisplayDesk {
         &self.hands
     }
 
-    /// What is to be opened, that viewers of the machine that `config` describes are served, those who know `password`
-    /// where there is one. What is served so already goes on with its viewers; what is not wanted any more ends.
+    /// What is to be opened, that viewers of the machine that `config` describes are served, those who have what
+    /// `secrets` asks for. What is served so already goes on with its viewers; what is not wanted any more ends.
     #[must_use]
-    pub fn wanted(&self, config: &VmConfig, password: Option<Password>) -> Option<WantedVnc> {
+    pub fn wanted(&self, config: &VmConfig, secrets: Secrets) -> Option<WantedVnc> {
         let mut vnc = self.lock();
         let wanted = config.display.as_ref().and_then(|d| d.vnc.clone());
         let goes_on = match (&*vnc, &wanted) {
-            (Some(vnc), Some(wanted)) => vnc.is(wanted, password.as_ref()),
+            (Some(vnc), Some(wanted)) => vnc.is(wanted, &secrets),
             _ => false,
         };
         if goes_on {
@@ -60,7 +59,7 @@ impl DisplayDesk {
         *vnc = None;
         Some(WantedVnc {
             config: wanted?,
-            password,
+            secrets,
             name: config.name.clone(),
             screen: Arc::new(Screen::new(Box::new(self.stage.clone()))),
             hands: Arc::clone(&self.hands),

@@ -486,6 +486,19 @@ pub struct VncConfig {
     /// A file whose first line, 1 to 8 bytes, viewers must know. Needed where other hosts can connect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// With it, viewers are let in by TLS alone (VeNCrypt, X509).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<VncTls>,
+}
+
+/// What proves to viewers which server it is. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VncTls {
+    /// A PEM file with the server's certificate, and those between it and its authority behind it.
+    pub certificate: PathBuf,
+    /// A PEM file with its private key, without a passphrase.
+    pub key: PathBuf,
 }
 
 impl Default for DisplayConfig {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api::wire::VncConfig;
+use api::wire::{VncConfig, VncTls};
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
@@ -60,6 +60,18 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         kind: FieldKind::Path,
         required: false,
         help: "a file whose first line, 1 to 8 bytes, viewers must know",
+    },
+    Field {
+        name: "vnc_tls_cert",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a PEM file with the server's certificate: viewers must use TLS (VeNCrypt X509)",
+    },
+    Field {
+        name: "vnc_tls_key",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a PEM file with the certificate's private key, without a passphrase",
     },
 ];
 
@@ -198,6 +210,7 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
     if let Some(VncConfig {
         address,
         password_file: password,
+        tls: _,
     }) = vnc
     {
         let parsed: VncAddress = address.parse()?;
@@ -229,7 +242,7 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
 ///
 /// # Errors
 ///
-/// [`FlagError`], also for a password without a server.
+/// [`FlagError`], also for a password or TLS without a server, and half of what TLS takes.
 pub fn from_flag(
     text: &str,
     base: Option<&DisplayConfig>,
@@ -249,27 +262,48 @@ pub fn from_flag(
     let pixels = |key, default| {
         number(key).map_or(default, |number| u16::try_from(number).unwrap_or(u16::MAX))
     };
-    let text = |key| map.get(key).and_then(Value::as_str).map(str::to_owned);
-    let mut vnc = default.vnc;
-    if let Some(address) = text("vnc") {
-        let password_file = vnc.and_then(|vnc| vnc.password_file);
-        vnc = Some(VncConfig {
-            address,
-            password_file,
-        });
-    }
-    if let Some(path) = text("vnc_password_file") {
-        let Some(vnc) = &mut vnc else {
-            let flag = FLAG.to_owned();
-            return Err(FlagError::MissingKey { flag, key: "vnc" });
-        };
-        vnc.password_file = Some(path.into());
-    }
+    let text = |key: &str| map.get(key).and_then(Value::as_str).map(str::to_owned);
     Ok(Some(DisplayConfig {
-        vnc,
+        vnc: vnc_from_flag(&text, default.vnc)?,
         width: pixels("width", default.width),
         height: pixels("height", default.height),
         memory: number("memory").unwrap_or(default.memory),
+    }))
+}
+
+/// The server that the keys of `--display` describe, which change `base`.
+fn vnc_from_flag(
+    text: &dyn Fn(&str) -> Option<String>,
+    base: Option<VncConfig>,
+) -> Result<Option<VncConfig>, FlagError> {
+    let path = |key| text(key).map(PathBuf::from);
+    let missing = |key| FlagError::MissingKey {
+        flag: FLAG.to_owned(),
+        key,
+    };
+    let password_file = path("vnc_password_file");
+    let (certificate, key) = (path("vnc_tls_cert"), path("vnc_tls_key"));
+    let Some(address) = text("vnc").or_else(|| base.as_ref().map(|vnc| vnc.address.clone())) else {
+        let more = [password_file, certificate, key];
+        return if more.iter().any(Option::is_some) {
+            Err(missing("vnc"))
+        } else {
+            Ok(None)
+        };
+    };
+    let base = base.map(|vnc| (vnc.password_file, vnc.tls));
+    let (password_before, tls_before) = base.unwrap_or_default();
+    let before = tls_before.map(|tls| (tls.certificate, tls.key)).unzip();
+    let tls = match (certificate.or(before.0), key.or(before.1)) {
+        (Some(certificate), Some(key)) => Some(VncTls { certificate, key }),
+        (None, None) => None,
+        (Some(_), None) => return Err(missing("vnc_tls_key")),
+        (None, Some(_)) => return Err(missing("vnc_tls_cert")),
+    };
+    Ok(Some(VncConfig {
+        address,
+        password_file: password_file.or(password_before),
+        tls,
     }))
 }
 
@@ -380,6 +414,42 @@ mod tests {
         assert_eq!(
             refused.to_string(),
             "--display: 'vnc' is missing: add vnc=…"
+        );
+    }
+
+    #[test]
+    fn tls_takes_a_server_a_certificate_and_its_key() {
+        let vnc = |text: &str, base: Option<&DisplayConfig>| {
+            let display = from_flag(text, base);
+            display.map(|display| display.unwrap())
+        };
+        let both = "vnc=:5900,vnc_tls_cert=/c,vnc_tls_key=/k";
+        let display = vnc(both, None).unwrap();
+        let tls = |certificate: &str, key: &str| {
+            Some(VncTls {
+                certificate: certificate.into(),
+                key: key.into(),
+            })
+        };
+        assert_eq!(display.vnc.as_ref().unwrap().tls, tls("/c", "/k"));
+        let later = vnc("vnc_tls_key=/l", Some(&display)).unwrap();
+        assert_eq!(later.vnc.unwrap().tls, tls("/c", "/l"));
+        for (text, missing) in [
+            ("vnc_tls_cert=/c,vnc_tls_key=/k", "vnc"),
+            ("vnc=:1,vnc_tls_cert=/c", "vnc_tls_key"),
+            ("vnc=:1,vnc_tls_key=/k", "vnc_tls_cert"),
+        ] {
+            let refused = vnc(text, None).unwrap_err().to_string();
+            assert!(
+                refused.contains(&format!("'{missing}' is missing")),
+                "{refused}"
+            );
+        }
+        let open = vnc("vnc=0.0.0.0:5900,vnc_tls_cert=/c,vnc_tls_key=/k", None).unwrap();
+        let refused = check(&open).unwrap_err().to_string();
+        assert!(
+            refused.contains("vnc_password_file="),
+            "TLS does not tell who the viewer is"
         );
     }
 }

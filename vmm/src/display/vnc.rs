@@ -17,6 +17,7 @@ use super::Hands;
 use crate::config::display::{VncAddress, VncAddressError};
 use crate::machine::alarm::SteadyClock;
 use crate::opener::{OpenError, Opener, SocketFile};
+use crate::tls::ServerTls;
 
 /// How long nobody is let in after that has failed: the host is out of descriptors.
 const REST: Timespec = Timespec {
@@ -44,10 +45,19 @@ pub enum VncError {
     },
 }
 
+/// What viewers are let in by, read from its files.
+#[derive(Clone, Default, PartialEq)]
+pub struct Secrets {
+    /// They must know this.
+    pub password: Option<Password>,
+    /// They must use TLS with this certificate.
+    pub tls: Option<ServerTls>,
+}
+
 /// A server and its door. Both are closed when it is dropped.
 pub struct Vnc {
     config: VncConfig,
-    password: Option<Password>,
+    secrets: Secrets,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     _file: Option<SocketFile>,
@@ -56,7 +66,7 @@ pub struct Vnc {
 /// What is to be opened: a server and its door.
 pub struct WantedVnc {
     pub(super) config: VncConfig,
-    pub(super) password: Option<Password>,
+    pub(super) secrets: Secrets,
     pub(super) name: Option<String>,
     pub(super) screen: Arc<Screen>,
     pub(super) hands: Arc<Hands>,
@@ -106,7 +116,7 @@ impl WantedVnc {
     pub fn open(self, opener: &Opener) -> Result<Vnc, VncError> {
         let Self {
             config,
-            password,
+            secrets,
             name,
             screen,
             hands,
@@ -135,8 +145,8 @@ impl WantedVnc {
         let server = Server::start(screen, hands, Arc::new(SteadyClock), options);
         let server = server.map_err(host("no thread to serve viewers"))?;
         let security = Security {
-            password: password.clone(),
-            tls: None,
+            password: secrets.password.clone(),
+            tls: secrets.tls.clone().map(|tls| Arc::new(tls) as _),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| host("no descriptor to serve viewers")(error.into()))?;
@@ -146,7 +156,7 @@ impl WantedVnc {
         let thread = Builder::new().name("vnc".to_owned()).spawn(work);
         Ok(Vnc {
             config,
-            password,
+            secrets,
             wake,
             thread: Some(thread.map_err(host("no thread to let viewers in"))?),
             _file: file,
@@ -155,9 +165,9 @@ impl WantedVnc {
 }
 
 impl Vnc {
-    /// Whether it is what `config` and `password` ask for.
-    pub fn is(&self, config: &VncConfig, password: Option<&Password>) -> bool {
-        self.config == *config && self.password.as_ref() == password
+    /// Whether it is what `config` and `secrets` ask for.
+    pub fn is(&self, config: &VncConfig, secrets: &Secrets) -> bool {
+        self.config == *config && self.secrets == *secrets
     }
 }
 

@@ -10,7 +10,6 @@ use std::sync::atomic::AtomicBool;
 
 use api::{DiskErrorAction, EventLog};
 use devices::display::Adapter;
-use devices::display::rfb::Password;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -45,9 +44,6 @@ use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, PlugRegion, RamSpec};
 use crate::opener::Opener;
-
-/// The most bytes of a file with a password.
-const PASSWORD_FILE: u64 = 4096;
 
 /// A machine that has been built, with what its driver needs.
 pub struct Built {
@@ -95,7 +91,7 @@ pub fn begin(
     let ReadFiles {
         payload,
         baseline,
-        password,
+        secrets,
     } = read;
     let hypervisor = open_hypervisor(config, opener)?;
 
@@ -116,7 +112,7 @@ pub fn begin(
         memory: GuestMap::clone(&ram.memory().memory()),
         acpi: acpi.clone(),
         hosts: Wanted::new(config, consoles),
-        vnc: consoles.display().wanted(config, password),
+        vnc: consoles.display().wanted(config, secrets),
         opener: Arc::clone(opener),
     };
     let frame = Frame {
@@ -501,26 +497,6 @@ pub(super) fn open_baseline(
             })
         }
     }
-}
-
-/// What viewers of the screen must know: the first line of a file.
-pub(super) fn open_password(
-    config: &VmConfig,
-    opener: &Opener,
-) -> Result<Option<Password>, MachineError> {
-    let vnc = config.display.as_ref().and_then(|d| d.vnc.as_ref());
-    let Some(path) = vnc.and_then(|vnc| vnc.password_file.as_ref()) else {
-        return Ok(None);
-    };
-    let flag = "--display vnc_password_file=";
-    let text = opener.read_document(path, PASSWORD_FILE);
-    let text = text.map_err(|source| MachineError::Open { flag, source })?;
-    let text = String::from_utf8_lossy(&text);
-    let password = Password::new(text.lines().next().unwrap_or_default());
-    password.map(Some).map_err(|source| MachineError::Device {
-        device: format!("{flag}{}", path.display()),
-        source: source.into(),
-    })
 }
 
 fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {

@@ -27,6 +27,7 @@ pub mod parts;
 pub mod payload;
 mod platform;
 pub mod resize;
+mod secrets;
 pub mod signals;
 pub mod state;
 pub mod vcpus;
