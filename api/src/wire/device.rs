@@ -475,6 +475,17 @@ pub struct DisplayConfig {
     /// The VNC server, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vnc: Option<VncConfig>,
+    /// The console in the browser, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub web: Option<WebConfig>,
+}
+
+/// A console in the browser: the screen and the serial port. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WebConfig {
+    /// Where browsers connect: `HOST:PORT` or `:PORT`, on this host alone, or `unix:PATH`.
+    pub address: String,
 }
 
 /// A VNC server of the screen. An addition to v1.
@@ -508,6 +519,7 @@ impl Default for DisplayConfig {
             height: 768,
             memory: 64 << 20,
             vnc: None,
+            web: None,
         }
     }
 }

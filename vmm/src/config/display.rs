@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api::wire::{VncConfig, VncTls};
+use api::wire::{VncConfig, VncTls, WebConfig};
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
@@ -72,6 +72,12 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         kind: FieldKind::Path,
         required: false,
         help: "a PEM file with the certificate's private key, without a passphrase",
+    },
+    Field {
+        name: "web",
+        kind: FieldKind::Text,
+        required: false,
+        help: "where browsers of this host find screen and serial console: [HOST]:PORT, or unix:PATH",
     },
 ];
 
@@ -183,6 +189,18 @@ pub enum DisplayError {
         /// The address.
         address: String,
     },
+    /// Where browsers are to connect is no address.
+    #[error("web")]
+    WebAddress(#[source] VncAddressError),
+    /// Who listens on the way could come in.
+    #[error(
+        "web={address}: it speaks HTTP without TLS, for this host alone: listen at 127.0.0.1 or unix:PATH, and \
+         reach it from elsewhere by ssh -L"
+    )]
+    WebOpen {
+        /// The address.
+        address: String,
+    },
     /// The picture does not fit.
     #[error(
         "memory={}: a picture of {width} x {height} pixels takes {}: give more memory or a smaller picture",
@@ -206,7 +224,15 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
         height,
         memory,
         ref vnc,
+        ref web,
     } = *display;
+    if let Some(WebConfig { address }) = web {
+        let parsed: VncAddress = address.parse().map_err(DisplayError::WebAddress)?;
+        if !parsed.is_local() {
+            let address = address.clone();
+            return Err(DisplayError::WebOpen { address });
+        }
+    }
     if let Some(VncConfig {
         address,
         password_file: password,
@@ -265,6 +291,9 @@ pub fn from_flag(
     let text = |key: &str| map.get(key).and_then(Value::as_str).map(str::to_owned);
     Ok(Some(DisplayConfig {
         vnc: vnc_from_flag(&text, default.vnc)?,
+        web: text("web")
+            .map(|address| WebConfig { address })
+            .or(default.web),
         width: pixels("width", default.width),
         height: pixels("height", default.height),
         memory: number("memory").unwrap_or(default.memory),
@@ -346,6 +375,7 @@ mod tests {
             height: 1080,
             memory: 16 << 20,
             vnc: None,
+            web: None,
         };
         assert_eq!(
             display("width=1920,height=1080,memory=16M"),
@@ -415,6 +445,21 @@ mod tests {
             refused.to_string(),
             "--display: 'vnc' is missing: add vnc=…"
         );
+    }
+
+    #[test]
+    fn the_web_console_is_for_this_host_alone() {
+        for address in ["0.0.0.0:80", "[::]:80", "host.example:80"] {
+            let refused = refusal(&format!("web={address}"));
+            assert!(refused.contains("without TLS"), "{refused}");
+        }
+        assert_eq!(refusal("web=80"), "web");
+        for address in [":8080", "127.0.0.1:8080", "localhost:8080", "unix:/w"] {
+            let display = from_flag(&format!("web={address}"), None).unwrap().unwrap();
+            assert_eq!(check(&display), Ok(()));
+            let wider = from_flag("width=2048", Some(&display)).unwrap().unwrap();
+            assert_eq!(wider.web, display.web);
+        }
     }
 
     #[test]

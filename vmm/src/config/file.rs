@@ -141,6 +141,12 @@ impl VmConfig {
                 vnc.address = format!("unix:{}", path.display());
             }
         }
+        if let Some(web) = self.display.as_mut().and_then(|d| d.web.as_mut())
+            && let Some(path) = web.address.strip_prefix("unix:")
+        {
+            let path = joined(directory, Path::new(path));
+            web.address = format!("unix:{}", path.display());
+        }
         for device in &mut self.devices {
             make_device_paths_absolute(device, directory, models);
         }

@@ -8,15 +8,13 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 use api::wire::VncConfig;
-use devices::display::Screen;
-use devices::display::rfb::{Options, Password, Security, Server, Sharing, Stream};
+use devices::display::rfb::{Password, Security, Server, Stream};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::socket_peercred;
 
-use super::Hands;
-use crate::config::display::{VncAddress, VncAddressError};
-use crate::machine::alarm::SteadyClock;
-use crate::opener::{OpenError, Opener, SocketFile};
+use super::ViewersError;
+use crate::config::display::VncAddress;
+use crate::opener::{Opener, SocketFile};
 use crate::tls::ServerTls;
 
 /// How long nobody is let in after that has failed: the host is out of descriptors.
@@ -24,26 +22,6 @@ const REST: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
-
-/// Why viewers cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum VncError {
-    /// The address is none.
-    #[error("vnc")]
-    Address(#[from] VncAddressError),
-    /// It cannot be listened at.
-    #[error("vnc")]
-    Open(#[from] OpenError),
-    /// The host refused something.
-    #[error("vnc: {what}")]
-    Host {
-        /// What.
-        what: &'static str,
-        /// The host's reason.
-        #[source]
-        source: io::Error,
-    },
-}
 
 /// What viewers are let in by, read from its files.
 #[derive(Clone, Default, PartialEq)]
@@ -54,22 +32,17 @@ pub struct Secrets {
     pub tls: Option<ServerTls>,
 }
 
-/// A server and its door. Both are closed when it is dropped.
+/// A door. It is closed when it is dropped.
 pub struct Vnc {
-    config: VncConfig,
-    secrets: Secrets,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     _file: Option<SocketFile>,
 }
 
-/// What is to be opened: a server and its door.
+/// A door that is to be opened.
 pub struct WantedVnc {
     pub(super) config: VncConfig,
     pub(super) secrets: Secrets,
-    pub(super) name: Option<String>,
-    pub(super) screen: Arc<Screen>,
-    pub(super) hands: Arc<Hands>,
 }
 
 enum Listener {
@@ -108,45 +81,29 @@ impl Listener {
 }
 
 impl WantedVnc {
-    /// Listens, and serves. Not on the control thread: storage may stop where the socket's file is to be.
-    ///
-    /// # Errors
-    ///
-    /// [`VncError`]; nothing is left behind.
-    pub fn open(self, opener: &Opener) -> Result<Vnc, VncError> {
-        let Self {
-            config,
-            secrets,
-            name,
-            screen,
-            hands,
-        } = self;
-        let host = |what| move |source| VncError::Host { what, source };
+    /// Listens, and lets viewers through to `server`.
+    pub(super) fn open(&self, server: Arc<Server>, opener: &Opener) -> Result<Vnc, ViewersError> {
+        let host = |what| move |source| ViewersError::Host { what, source };
         let mut file = None;
-        let listener = match config.address.parse()? {
+        let address = self.config.address.parse();
+        let listener = match address.map_err(ViewersError::VncAddress)? {
             VncAddress::Unix(path) => {
-                let listener = opener.listen_unix(&path)?;
-                file = Some(opener.own_socket(&path)?);
+                let listener = opener.listen_unix(&path).map_err(ViewersError::Vnc)?;
+                file = Some(opener.own_socket(&path).map_err(ViewersError::Vnc)?);
                 let set = listener.set_nonblocking(true);
                 set.map_err(host("the socket"))?;
                 Listener::Unix(listener)
             }
             VncAddress::Tcp { host: at, port } => {
-                let listener = opener.listen_tcp(&at, port)?;
+                let listener = opener.listen_tcp(&at, port).map_err(ViewersError::Vnc)?;
                 let set = listener.set_nonblocking(true);
                 set.map_err(host("the socket"))?;
                 Listener::Tcp(listener)
             }
         };
-        let options = Options {
-            name: name.unwrap_or_else(|| "vireo".to_owned()),
-            sharing: Sharing::default(),
-        };
-        let server = Server::start(screen, hands, Arc::new(SteadyClock), options);
-        let server = server.map_err(host("no thread to serve viewers"))?;
         let security = Security {
-            password: secrets.password.clone(),
-            tls: secrets.tls.clone().map(|tls| Arc::new(tls) as _),
+            password: self.secrets.password.clone(),
+            tls: self.secrets.tls.clone().map(|tls| Arc::new(tls) as _),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| host("no descriptor to serve viewers")(error.into()))?;
@@ -155,19 +112,10 @@ impl WantedVnc {
         let work = move || guard(&listener, &told, &server, &security);
         let thread = Builder::new().name("vnc".to_owned()).spawn(work);
         Ok(Vnc {
-            config,
-            secrets,
             wake,
             thread: Some(thread.map_err(host("no thread to let viewers in"))?),
             _file: file,
         })
-    }
-}
-
-impl Vnc {
-    /// Whether it is what `config` and `secrets` ask for.
-    pub fn is(&self, config: &VncConfig, secrets: &Secrets) -> bool {
-        self.config == *config && self.secrets == *secrets
     }
 }
 

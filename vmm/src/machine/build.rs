@@ -112,7 +112,9 @@ pub fn begin(
         memory: GuestMap::clone(&ram.memory().memory()),
         acpi: acpi.clone(),
         hosts: Wanted::new(config, consoles),
-        vnc: consoles.display().wanted(config, secrets),
+        viewers: consoles
+            .display()
+            .wanted(config, secrets, consoles.serial()),
         opener: Arc::clone(opener),
     };
     let frame = Frame {
@@ -165,11 +167,11 @@ pub fn finish(
         entry,
         hosts,
         debugger,
-        vnc,
+        viewers,
     } = loaded;
     vm.create_irqchip()?;
     let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
-    consoles.display().serve(vnc);
+    consoles.display().serve(viewers);
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {

@@ -15,7 +15,7 @@ use super::payload::Payload;
 use crate::acpi::AcpiImage;
 use crate::boot::Entry;
 use crate::config::VmConfig;
-use crate::display::{Vnc, WantedVnc};
+use crate::display::{Viewers, WantedViewers};
 use crate::gdb::Listener;
 use crate::opener::Opener;
 
@@ -26,7 +26,7 @@ pub struct Loading {
     pub(super) memory: GuestMap,
     pub(super) acpi: AcpiImage,
     pub(super) hosts: Wanted,
-    pub(super) vnc: Option<WantedVnc>,
+    pub(super) viewers: Option<WantedViewers>,
     pub(super) opener: Arc<Opener>,
 }
 
@@ -36,7 +36,7 @@ pub struct Loaded {
     pub(super) entry: Entry,
     pub(super) hosts: OpenHosts,
     pub(super) debugger: Option<Listener>,
-    pub(super) vnc: Option<Vnc>,
+    pub(super) viewers: Option<Viewers>,
 }
 
 impl Loading {
@@ -52,7 +52,7 @@ impl Loading {
             memory,
             acpi,
             hosts,
-            vnc,
+            viewers,
             opener,
         } = self;
         let entry = payload.load(&memory, &acpi)?;
@@ -65,8 +65,8 @@ impl Loading {
             None
         };
         let hosts = hosts.open(&opener, needed)?;
-        let vnc = match vnc {
-            Some(vnc) if needed() => Some(vnc.open(&opener)?),
+        let viewers = match viewers {
+            Some(viewers) if needed() => Some(viewers.open(&opener)?),
             _ => None,
         };
         Ok(Loaded {
@@ -74,7 +74,7 @@ impl Loading {
             entry,
             hosts,
             debugger,
-            vnc,
+            viewers,
         })
     }
 }

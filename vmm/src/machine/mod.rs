@@ -51,7 +51,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use crate::acpi::{AcpiError, AcpiImage};
 use crate::boot::{BootError, Entry};
 use crate::config::ConfigError;
-use crate::display::VncError;
+use crate::display::ViewersError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
@@ -172,7 +172,7 @@ pub enum MachineError {
     },
     /// Viewers cannot be served.
     #[error("--display")]
-    Display(#[from] VncError),
+    Display(#[from] ViewersError),
     /// The host refused something that every machine needs.
     #[error("{what}")]
     Host {

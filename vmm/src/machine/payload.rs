@@ -103,6 +103,7 @@ fn screen(display: &DisplayConfig) -> boot::Screen {
         height,
         memory: len,
         vnc: _,
+        web: _,
     } = *display;
     boot::Screen {
         base: memory::FRAMEBUFFER,

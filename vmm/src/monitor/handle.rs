@@ -11,7 +11,7 @@ use super::{Jobs, View, consoles, input, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
-use crate::display::Camera;
+use crate::display::{Camera, WebPlace};
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
@@ -50,6 +50,7 @@ pub struct MonitorHandle {
     consoles: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     camera: Camera,
+    web: WebPlace,
     opener: Arc<Opener>,
 }
 
@@ -59,7 +60,8 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        (consoles, agent, camera): ([ConsoleHub; COMS + 1], AgentDesk, Camera),
+        (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
+        (camera, web): (Camera, WebPlace),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -70,6 +72,7 @@ impl MonitorHandle {
             consoles,
             agent,
             camera,
+            web,
             opener,
         }
     }
@@ -116,7 +119,9 @@ impl Control for MonitorHandle {
     }
 
     fn info(&self) -> Result<wire::VmInfo, ControlError> {
-        self.view.info()
+        let mut info = self.view.info()?;
+        info.web_console = self.web.look();
+        Ok(info)
     }
 
     fn counters(&self) -> Result<wire::VmCounters, ControlError> {

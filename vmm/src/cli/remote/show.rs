@@ -1,7 +1,7 @@
 //! List, info, devices, counters, metrics.
 
 use api::PauseReason;
-use api::wire::{self, ConsoleMode};
+use api::wire::{self, ConsoleMode, WebConsole};
 use clap::Args;
 use serde::Serialize;
 
@@ -244,6 +244,15 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
             size(now)
         },
     ));
+    if let Some(WebConsole {
+        address,
+        url,
+        token,
+    }) = &info.web_console
+    {
+        let unix = format!("{address}, token {token}");
+        told.push(("Web console", url.clone().unwrap_or(unix)));
+    }
     if let Some(balloon) = &config.balloon {
         told.push(("Balloon", size(balloon.size)));
     }
