@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::browser::Browser;
@@ -50,14 +50,16 @@ impl Machine {
     /// The address that lets a browser in, once.
     fn address(&self) -> String {
         let socket = self.directory.path().join("socket");
+        let end = Instant::now() + LIMIT;
         loop {
             // The socket is there before the machine is.
             let mut connection = Connection::open_within(&socket, LIMIT).unwrap();
-            let answer = connection.ask("GET /api/v1/vm.info", "").unwrap();
+            let answer = connection.ask("GET vm.info", "").unwrap();
             let info: Value = serde_json::from_str(&answer.text()).unwrap_or_default();
             if let Some(url) = info["web_console"]["url"].as_str() {
                 return url.to_owned();
             }
+            assert!(Instant::now() < end, "{info}: {}", self.errors());
         }
     }
 

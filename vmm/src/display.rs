@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use devices::display::Screen;
 
 pub use camera::Camera;
-pub use hands::{Hands, Pointers};
+pub use hands::Hands;
 pub use stage::Stage;
 pub use viewers::{Viewers, ViewersError, WantedViewers};
 pub use vnc::Secrets;

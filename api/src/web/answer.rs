@@ -173,9 +173,9 @@ fn base64(bytes: &[u8]) -> String {
         });
         for at in 0..4 {
             let digit = usize::try_from(number >> (18 - 6 * at) & 63).ok();
-            let digit = digit
-                .and_then(|digit| DIGITS.get(digit))
-                .filter(|_| at <= three.len() as u32);
+            let digit = digit.and_then(|digit| DIGITS.get(digit));
+            let is_padding = usize::try_from(at).is_ok_and(|at| at > three.len());
+            let digit = digit.filter(|_| !is_padding);
             text.push(digit.map_or('=', |digit| char::from(*digit)));
         }
     }

@@ -472,6 +472,8 @@ pub struct DisplayConfig {
     pub height: u16,
     /// Bytes of video memory: a power of two, 1 MiB to 256 MiB, with room for the picture of 4 bytes a pixel.
     pub memory: u64,
+    /// Whether a virtio keyboard and a virtio tablet come with it, where no input devices are described.
+    pub input: bool,
     /// The VNC server, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vnc: Option<VncConfig>,
@@ -497,6 +499,12 @@ pub struct VncConfig {
     /// A file whose first line, 1 to 8 bytes, viewers must know. Needed where other hosts can connect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// What a viewer gets that wants the screen for itself.
+    #[serde(default)]
+    pub share: VncShare,
+    /// Whether texts that viewers' users cut are typed into the guest. Viewers send what is cut elsewhere, too.
+    #[serde(default)]
+    pub paste: bool,
     /// With it, viewers are let in by TLS alone (VeNCrypt, X509).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<VncTls>,
@@ -512,12 +520,40 @@ pub struct VncTls {
     pub key: PathBuf,
 }
 
+/// What a viewer gets that wants the screen for itself. An addition to v1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VncShare {
+    /// It for itself: others are sent away, and who would share is not let in.
+    #[default]
+    AllowExclusive,
+    /// Nothing: only those who share are let in.
+    ForceShared,
+    /// To share it like all others.
+    Ignore,
+}
+
+impl VncConfig {
+    /// A server at this address, with all else left open.
+    #[must_use]
+    pub fn at(address: &str) -> Self {
+        Self {
+            address: address.to_owned(),
+            password_file: None,
+            share: VncShare::default(),
+            paste: false,
+            tls: None,
+        }
+    }
+}
+
 impl Default for DisplayConfig {
     fn default() -> Self {
         Self {
             width: 1024,
             height: 768,
             memory: 64 << 20,
+            input: true,
             vnc: None,
             web: None,
         }

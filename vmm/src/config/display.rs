@@ -4,17 +4,24 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api::wire::{VncConfig, VncTls, WebConfig};
-use serde_json::Value;
+use api::wire::{VncConfig, VncShare, VncTls, WebConfig};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use virtio::models::Model;
+use virtio::models::input::MODEL;
 use virtio::schema::{Field, FieldKind};
 
 use super::flag::{self, FlagError, FlagTable};
 use super::serial::MAX_SOCKET_PATH;
-use super::{DisplayConfig, VmConfig, bytes};
-use crate::layout::{DISPLAY_SLOT, WATCHDOG_SLOT};
+use super::{DeviceConfig, DisplayConfig, VmConfig, bytes};
+use crate::layout::{DISPLAY_INPUT_SLOTS, DISPLAY_SLOT, WATCHDOG_SLOT};
 
 /// The flag.
 const FLAG: &str = "--display";
+/// The name of the keyboard that comes with a screen.
+pub const KEYBOARD: &str = "__keyboard";
+/// And of the tablet.
+pub const TABLET: &str = "__tablet";
 /// Pixels of a line and lines at power-on.
 const WIDTHS: std::ops::RangeInclusive<u16> = 320..=3840;
 const HEIGHTS: std::ops::RangeInclusive<u16> = 200..=2160;
@@ -50,6 +57,12 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         help: "video memory, a power of two from 1M to 256M; default 64M",
     },
     Field {
+        name: "input",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "whether a virtio keyboard and tablet come with it; default on, unless there are --input devices",
+    },
+    Field {
         name: "vnc",
         kind: FieldKind::Text,
         required: false,
@@ -78,6 +91,18 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         kind: FieldKind::Text,
         required: false,
         help: "where browsers of this host find screen and serial console: [HOST]:PORT, or unix:PATH",
+    },
+    Field {
+        name: "vnc_share",
+        kind: FieldKind::Choice(&["allow-exclusive", "force-shared", "ignore"]),
+        required: false,
+        help: "a viewer that wants the screen for itself: gets it (default), is not let in, or shares it",
+    },
+    Field {
+        name: "vnc_paste",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "whether texts that viewers' users cut are typed into the guest; default off",
     },
 ];
 
@@ -223,6 +248,7 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
         width,
         height,
         memory,
+        input: _,
         ref vnc,
         ref web,
     } = *display;
@@ -237,6 +263,8 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
         address,
         password_file: password,
         tls: _,
+        share: _,
+        paste: _,
     }) = vnc
     {
         let parsed: VncAddress = address.parse()?;
@@ -290,56 +318,88 @@ pub fn from_flag(
     };
     let text = |key: &str| map.get(key).and_then(Value::as_str).map(str::to_owned);
     Ok(Some(DisplayConfig {
-        vnc: vnc_from_flag(&text, default.vnc)?,
+        vnc: vnc_from_flag(&map, default.vnc)?,
         web: text("web")
             .map(|address| WebConfig { address })
             .or(default.web),
         width: pixels("width", default.width),
         height: pixels("height", default.height),
         memory: number("memory").unwrap_or(default.memory),
+        input: map
+            .get("input")
+            .and_then(Value::as_bool)
+            .unwrap_or(default.input),
     }))
 }
 
-/// The server that the keys of `--display` describe, which change `base`.
+/// The server that the keys of `--display` describe, which change `base`. The others mean nothing without one.
 fn vnc_from_flag(
-    text: &dyn Fn(&str) -> Option<String>,
+    map: &Map<String, Value>,
     base: Option<VncConfig>,
 ) -> Result<Option<VncConfig>, FlagError> {
-    let path = |key| text(key).map(PathBuf::from);
+    let text = |key| map.get(key).and_then(Value::as_str);
     let missing = |key| FlagError::MissingKey {
         flag: FLAG.to_owned(),
         key,
     };
-    let password_file = path("vnc_password_file");
-    let (certificate, key) = (path("vnc_tls_cert"), path("vnc_tls_key"));
-    let Some(address) = text("vnc").or_else(|| base.as_ref().map(|vnc| vnc.address.clone())) else {
-        let more = [password_file, certificate, key];
-        return if more.iter().any(Option::is_some) {
-            Err(missing("vnc"))
-        } else {
-            Ok(None)
-        };
+    let others = DISPLAY_FIELDS.iter().map(|field| field.name);
+    let mut others = others.filter(|name| name.starts_with("vnc_"));
+    let mut vnc = match (text("vnc"), base) {
+        (Some(address), Some(base)) => VncConfig {
+            address: address.to_owned(),
+            ..base
+        },
+        (Some(address), None) => VncConfig::at(address),
+        (None, Some(base)) => base,
+        (None, None) if others.any(|name| map.contains_key(name)) => return Err(missing("vnc")),
+        (None, None) => return Ok(None),
     };
-    let base = base.map(|vnc| (vnc.password_file, vnc.tls));
-    let (password_before, tls_before) = base.unwrap_or_default();
-    let before = tls_before.map(|tls| (tls.certificate, tls.key)).unzip();
-    let tls = match (certificate.or(before.0), key.or(before.1)) {
+    if let Some(path) = text("vnc_password_file") {
+        vnc.password_file = Some(path.into());
+    }
+    if let Some(paste) = map.get("vnc_paste").and_then(Value::as_bool) {
+        vnc.paste = paste;
+    }
+    if let Some(share) = map.get("vnc_share") {
+        // The table allows no other words than it has.
+        vnc.share = VncShare::deserialize(share).unwrap_or_default();
+    }
+    let path = |key| text(key).map(PathBuf::from);
+    let before = vnc.tls.take().map(|tls| (tls.certificate, tls.key)).unzip();
+    let now = (path("vnc_tls_cert"), path("vnc_tls_key"));
+    vnc.tls = match (now.0.or(before.0), now.1.or(before.1)) {
         (Some(certificate), Some(key)) => Some(VncTls { certificate, key }),
         (None, None) => None,
         (Some(_), None) => return Err(missing("vnc_tls_key")),
         (None, Some(_)) => return Err(missing("vnc_tls_cert")),
     };
-    Ok(Some(VncConfig {
-        address,
-        password_file: password_file.or(password_before),
-        tls,
-    }))
+    Ok(Some(vnc))
 }
 
 impl VmConfig {
     /// Checks the rules on the screen.
     pub(super) fn validate_display(&self) -> Result<(), DisplayError> {
         self.display.as_ref().map_or(Ok(()), check)
+    }
+
+    /// Adds the keyboard and the tablet that come with the screen, unless it is to be without or there are input
+    /// devices already. In slots of their own where these are free, so that nothing else moves for them.
+    pub(super) fn complete_display(&mut self, models: &[Model]) {
+        let wanted = self.display.as_ref().is_some_and(|display| display.input);
+        let there = self.devices.iter().any(|device| device.kind == MODEL.kind);
+        if !wanted || there || !models.iter().any(|model| model.kind == MODEL.kind) {
+            return;
+        }
+        let kinds = [(KEYBOARD, "keyboard"), (TABLET, "tablet")];
+        for ((id, kind), slot) in kinds.into_iter().zip(DISPLAY_INPUT_SLOTS) {
+            let taken = self.devices.iter().any(|d| d.address == Some(slot));
+            self.devices.push(DeviceConfig {
+                kind: MODEL.kind.to_owned(),
+                id: id.to_owned(),
+                address: (!taken).then_some(slot),
+                config: json!({ "type": kind }),
+            });
+        }
     }
 
     /// The PCI slots of what the machine has besides [`VmConfig::devices`], each with what it is.
@@ -357,6 +417,8 @@ impl VmConfig {
 
 #[cfg(test)]
 mod tests {
+    use virtio::models::MODELS;
+
     use super::*;
 
     fn refusal(text: &str) -> String {
@@ -374,17 +436,51 @@ mod tests {
             width: 1920,
             height: 1080,
             memory: 16 << 20,
+            input: false,
             vnc: None,
             web: None,
         };
         assert_eq!(
-            display("width=1920,height=1080,memory=16M"),
+            display("width=1920,height=1080,memory=16M,input=off"),
             Some(wanted.clone())
         );
         assert_eq!(check(&wanted), Ok(()));
         let wider = from_flag("width=2048", Some(&wanted)).unwrap();
         let wider = wider.map(|display| (display.width, display.height));
         assert_eq!(wider, Some((2048, 1080)), "what is not given stays");
+    }
+
+    /// The ids and slots of a machine's input devices, and that a second completion changes nothing.
+    fn inputs(config: Value) -> Vec<(String, Option<u8>)> {
+        let mut config: VmConfig = serde_json::from_value(config).unwrap();
+        config.complete(MODELS);
+        let once = config.clone();
+        config.complete(MODELS);
+        assert_eq!(config, once);
+        let wire = config.to_wire();
+        assert!(wire.input.iter().flatten().all(|input| {
+            let id = input.id.as_deref();
+            id.is_some_and(|id| !id.starts_with("__"))
+        }));
+        let inputs = config.devices.into_iter().filter(|d| d.kind == "input");
+        inputs.map(|device| (device.id, device.address)).collect()
+    }
+
+    #[test]
+    fn a_keyboard_and_a_tablet_come_with_a_screen() {
+        let both = |slots: [u8; 2]| {
+            let ids = [KEYBOARD, TABLET].map(str::to_owned);
+            Vec::from_iter(ids.into_iter().zip(slots.map(Some)))
+        };
+        let disk = json!({"kind": "blk", "id": "d", "address": 29, "config": {"path": "/d"}});
+        let mouse = json!({"kind": "input", "id": "m", "config": {"type": "mouse"}});
+        assert_eq!(inputs(json!({})), []);
+        assert_eq!(inputs(json!({"display": {}})), both([29, 28]));
+        assert_eq!(inputs(json!({"display": {"input": false}})), []);
+        let beside = inputs(json!({"display": {}, "devices": [disk]}));
+        assert_eq!(beside, both([1, 28]));
+        let own = inputs(json!({"display": {}, "devices": [mouse]}));
+        assert_eq!(own, [("m".to_owned(), Some(1))]);
     }
 
     #[test]
@@ -432,6 +528,30 @@ mod tests {
         ] {
             assert_eq!(address(text).unwrap().is_local(), local, "{text}");
         }
+    }
+
+    #[test]
+    fn what_viewers_may_is_told_beside_where_they_connect() {
+        let vnc = |text, base| from_flag(text, base).unwrap().unwrap();
+        let served = vnc("vnc=:5900,vnc_share=force-shared,vnc_paste=on", None);
+        let wanted = VncConfig {
+            share: VncShare::ForceShared,
+            paste: true,
+            ..VncConfig::at(":5900")
+        };
+        assert_eq!(served.vnc, Some(wanted.clone()));
+        let moved = vnc("vnc=:5901,vnc_paste=off", Some(&served));
+        let wanted = VncConfig {
+            address: ":5901".to_owned(),
+            paste: false,
+            ..wanted
+        };
+        assert_eq!(moved.vnc, Some(wanted), "what is not given stays");
+        for text in ["vnc_paste=on", "vnc_share=ignore"] {
+            let refused = from_flag(text, None).unwrap_err().to_string();
+            assert!(refused.contains("'vnc' is missing"), "{refused}");
+        }
+        assert!(from_flag("vnc=:1,vnc_share=all", None).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use api::wire::{VncConfig, WebConfig};
+use api::wire::{VncConfig, VncShare, WebConfig};
 use devices::display::Screen;
 use devices::display::rfb::{Options, Server, Sharing};
 
@@ -83,9 +83,15 @@ impl WantedViewers {
             serial,
             place,
         } = self;
+        let vnc = terms.vnc.as_ref();
         let options = Options {
             name: name.unwrap_or_else(|| "vireo".to_owned()),
-            sharing: Sharing::default(),
+            sharing: match vnc.map(|vnc| vnc.share).unwrap_or_default() {
+                VncShare::AllowExclusive => Sharing::AllowExclusive,
+                VncShare::ForceShared => Sharing::ForceShared,
+                VncShare::Ignore => Sharing::Ignore,
+            },
+            pastes: vnc.is_some_and(|vnc| vnc.paste),
         };
         let server = Server::start(screen, hands, Arc::new(SteadyClock), options);
         let server = server.map_err(|source| ViewersError::Host {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 use api::wire::VncConfig;
+use devices::LogLimit;
 use devices::display::rfb::{Password, Security, Server, Stream};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::socket_peercred;
@@ -22,6 +23,9 @@ const REST: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
+
+/// A brake for what those at the door can cause to be logged.
+static LOG: LogLimit = LogLimit::new();
 
 /// What viewers are let in by, read from its files.
 #[derive(Clone, Default, PartialEq)]
@@ -149,14 +153,18 @@ fn guard(listener: &Listener, wake: &OwnedFd, server: &Server, security: &Securi
         }
         rests = false;
         let came = listener.accept().and_then(|(stream, peer)| {
-            tracing::info!(%peer, "a viewer connects");
+            if let Some(suppressed) = LOG.allow() {
+                tracing::info!(%peer, suppressed, "a viewer connects");
+            }
             server.connect(stream, security, peer)
         });
         match came {
             Ok(()) => (),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
             Err(error) => {
-                tracing::warn!(%error, "a viewer could not be let in");
+                if let Some(suppressed) = LOG.allow() {
+                    tracing::warn!(%error, suppressed, "a viewer could not be let in");
+                }
                 rests = true;
             }
         }

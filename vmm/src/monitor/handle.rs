@@ -11,7 +11,7 @@ use super::{Jobs, View, consoles, input, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
-use crate::display::{Camera, WebPlace};
+use crate::display::{Camera, Hands, WebPlace};
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
@@ -51,6 +51,7 @@ pub struct MonitorHandle {
     agent: AgentDesk,
     camera: Camera,
     web: WebPlace,
+    hands: Arc<Hands>,
     opener: Arc<Opener>,
 }
 
@@ -61,7 +62,7 @@ impl MonitorHandle {
         jobs: Jobs,
         events: EventLog,
         (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
-        (camera, web): (Camera, WebPlace),
+        (camera, web, hands): (Camera, WebPlace, Arc<Hands>),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -73,6 +74,7 @@ impl MonitorHandle {
             agent,
             camera,
             web,
+            hands,
             opener,
         }
     }
@@ -103,7 +105,7 @@ impl Control for MonitorHandle {
             };
         }
         if let Command::SendKey(_) | Command::Input(_) = command {
-            return answer(input::carry_out(&self.view, &command));
+            return answer(input::carry_out(&self.view, &self.hands, &command));
         }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));

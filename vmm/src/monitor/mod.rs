@@ -50,7 +50,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
-use crate::display::{Camera, WebPlace};
+use crate::display::{Camera, Hands, WebPlace};
 use crate::machine::beside::Opening;
 use crate::machine::build::Built;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
@@ -85,6 +85,7 @@ pub struct Monitor {
     agent: AgentDesk,
     camera: Camera,
     web: WebPlace,
+    hands: Arc<Hands>,
     opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
@@ -123,6 +124,7 @@ impl Monitor {
         let agent = consoles.agent().clone();
         let camera = Camera::new(consoles.display().stage().clone());
         let web = consoles.display().web().clone();
+        let hands = Arc::clone(consoles.display().hands());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         serial.tell(ears.events.clone());
@@ -140,6 +142,7 @@ impl Monitor {
             agent,
             camera,
             web,
+            hands,
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
@@ -157,7 +160,11 @@ impl Monitor {
             self.jobs.clone(),
             events.unwrap_or_default(),
             (self.hubs.clone(), self.agent.clone()),
-            (self.camera.clone(), self.web.clone()),
+            (
+                self.camera.clone(),
+                self.web.clone(),
+                Arc::clone(&self.hands),
+            ),
             Arc::clone(&self.opener),
         )
     }
