@@ -384,7 +384,10 @@ fn a_terminal_that_does_not_read_holds_the_console_up_and_nobody_else() {
     let mut refused = 0;
     while refused < 1000 {
         match console.write(&[b'x'; 4096]) {
-            Ok(_) => refused = 0,
+            Ok(count) => {
+                assert!(count > 0);
+                refused = 0;
+            }
             Err(_) => {
                 refused += 1;
                 std::thread::yield_now();
