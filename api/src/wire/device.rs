@@ -280,7 +280,22 @@ pub struct NetConfig {
     /// What gets a copy of each frame. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<NetMirror>,
+    /// Whether the host's kernel moves the frames (vhost-net); off where it is absent. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<NetVhost>,
 }
+}
+
+/// Whether the host's kernel moves a network card's frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NetVhost {
+    /// The monitor does.
+    Off,
+    /// The kernel does, or it is an error.
+    On,
+    /// The kernel does where it can.
+    Auto,
 }
 
 /// What gets a copy of each frame of a network card, of both directions.
