@@ -217,8 +217,20 @@ pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
     ));
     told.extend(process.map(|process| ("Process", process.to_string())));
     told.push(("Socket", remote.client.path().display().to_string()));
+    told.extend(info.web_console.as_ref().map(web_console));
     told.extend(description(&info));
     print(&facts(&told))
+}
+
+/// How the console in the browser is opened.
+fn web_console(console: &WebConsole) -> (&'static str, String) {
+    let WebConsole {
+        address,
+        url,
+        token,
+    } = console;
+    let unix = || format!("{address}, token {token}");
+    ("Web console", url.clone().unwrap_or_else(unix))
 }
 
 fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
@@ -244,15 +256,6 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
             size(now)
         },
     ));
-    if let Some(WebConsole {
-        address,
-        url,
-        token,
-    }) = &info.web_console
-    {
-        let unix = format!("{address}, token {token}");
-        told.push(("Web console", url.clone().unwrap_or(unix)));
-    }
     if let Some(balloon) = &config.balloon {
         told.push(("Balloon", size(balloon.size)));
     }
