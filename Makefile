@@ -22,10 +22,10 @@ SECONDS ?= 60
 FUZZED := block/image block/check virtio/pci virtio/ring \
 	virtio/balloon virtio/blk virtio/console virtio/fs virtio/input virtio/mem virtio/net \
 	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
-	devices/rfb
+	devices/rfb api/websocket
 
 .PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \
-	clean
+	web-packages clean
 
 help:
 	@echo 'make run        boot a Debian kernel to a shell; without a terminal, show the guest and power off'
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-full  the long cases, after make test'
 	@echo 'make test-openapi  requests of all kinds against the control socket; gets Python packages'
 	@echo 'make openapi    write the OpenAPI document anew, after a change of the wire types'
+	@echo 'make web-packages  get the npm packages of the web console anew, as resources/web/packages.txt names them'
 	@echo 'make bench      measure against QEMU'
 	@echo 'make fuzz       any bytes as images, guests and viewers, for SECONDS=60 each'
 	@echo 'make lint       formatting, clippy, dependencies'
@@ -82,6 +83,9 @@ test-openapi: build guests
 openapi:
 	@VIREO_WRITE_OPENAPI=1 $(CARGO) test --quiet --locked -p api the_document_in_the_repository
 
+web-packages:
+	@resources/web/refresh
+
 bench: build guests
 	@$(CARGO) run --release --locked -p tests --bin bench
 
@@ -90,6 +94,7 @@ lint: setup
 	$(CARGO) fmt --manifest-path block/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path virtio/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path devices/fuzz/Cargo.toml -- --check
+	$(CARGO) fmt --manifest-path api/fuzz/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 		$(CARGO) deny --offline check licenses bans sources; \

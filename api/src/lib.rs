@@ -5,6 +5,7 @@
 //! * [`routes`]: the endpoints; [`openapi`]: the document that describes them.
 //! * [`EventLog`], [`Event`]: what has happened; [`EventMonitor`] tells it as v1 does.
 //! * [`http`]: the server; [`client`]: a client.
+//! * [`web`]: the web console's server.
 //! * [`spelling`]: what a misspelt word was to be.
 
 pub mod client;
@@ -17,6 +18,7 @@ pub mod openapi;
 mod reason;
 pub mod routes;
 pub mod spelling;
+pub mod web;
 pub mod wire;
 
 pub use control::{

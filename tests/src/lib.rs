@@ -16,6 +16,7 @@
 //! Everything made here is under `target/testbed`; logs are in its `logs`.
 
 pub mod bench;
+pub mod browser;
 pub mod case;
 pub mod control;
 pub mod cpio;

@@ -19,7 +19,18 @@ const HELD_BACK: usize = 64 << 10;
 
 /// A certificate, its key, and what is spoken with them.
 #[derive(Clone)]
-pub struct ServerTls(Arc<ServerConfig>);
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    /// What it was made of: the certificates and the key.
+    made_of: Arc<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+}
+
+/// Whether certificates and key are the same.
+impl PartialEq for ServerTls {
+    fn eq(&self, other: &Self) -> bool {
+        self.made_of == other.made_of
+    }
+}
 
 impl fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -63,17 +74,20 @@ impl ServerTls {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(TlsError::Use)?
             .with_no_client_auth()
-            .with_single_cert(chain, key)
+            .with_single_cert(chain.clone(), key.clone_key())
             .map_err(TlsError::Use)?;
         // No session is resumed; and viewers of older GnuTLS wait for ever when a ticket comes with what follows it.
         config.send_tls13_tickets = 0;
-        Ok(Self(Arc::new(config)))
+        Ok(Self {
+            config: Arc::new(config),
+            made_of: Arc::new((chain, key)),
+        })
     }
 }
 
 impl TlsAcceptor for ServerTls {
     fn accept(&self, stream: Box<dyn Stream>) -> io::Result<Box<dyn Stream>> {
-        let mut tls = ServerConnection::new(Arc::clone(&self.0)).map_err(io::Error::other)?;
+        let mut tls = ServerConnection::new(Arc::clone(&self.config)).map_err(io::Error::other)?;
         tls.set_buffer_limit(Some(HELD_BACK));
         Ok(Box::new(TlsStream { stream, tls }))
     }

@@ -7,7 +7,7 @@ const SILENCE: Duration = Duration::from_secs(1);
 
 /// Lets one message through in each [`SILENCE`] and counts the rest.
 #[derive(Debug, Default)]
-pub(super) struct Brake {
+pub(crate) struct Brake {
     told: Option<Instant>,
     suppressed: u64,
 }

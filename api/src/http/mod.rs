@@ -22,7 +22,7 @@
 //! when told to. v1's clients and captures want each of these otherwise.
 
 mod answer;
-mod brake;
+pub(crate) mod brake;
 mod connection;
 mod dispatch;
 mod events;

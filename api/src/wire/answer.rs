@@ -48,9 +48,24 @@ pub struct VmInfo {
     pub pause: Option<PauseReason>,
     /// How much memory the guest has, in bytes.
     pub memory_actual_size: u64,
+    /// The console in the browser, where there is one that listens. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub web_console: Option<WebConsole>,
     /// The devices by id; absent when there is no machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// Where the console in the browser is opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WebConsole {
+    /// Where it listens, as the description has it.
+    pub address: String,
+    /// What lets a browser in, once: the next one is let in by another.
+    pub token: String,
+    /// Both, for a browser on this host; absent for a unix socket, to which a tunnel is to lead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
 }
 
 /// A device in `vm.info`.

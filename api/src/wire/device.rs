@@ -492,6 +492,17 @@ pub struct DisplayConfig {
     /// The VNC server, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vnc: Option<VncConfig>,
+    /// The console in the browser, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub web: Option<WebConfig>,
+}
+
+/// A console in the browser: the screen and the serial port. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WebConfig {
+    /// Where browsers connect: `HOST:PORT` or `:PORT`, on this host alone, or `unix:PATH`.
+    pub address: String,
 }
 
 /// A VNC server of the screen. An addition to v1.
@@ -509,6 +520,19 @@ pub struct VncConfig {
     /// Whether texts that viewers' users cut are typed into the guest. Viewers send what is cut elsewhere, too.
     #[serde(default)]
     pub paste: bool,
+    /// With it, viewers are let in by TLS alone (VeNCrypt, X509).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<VncTls>,
+}
+
+/// What proves to viewers which server it is. An addition to v1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VncTls {
+    /// A PEM file with the server's certificate, and those between it and its authority behind it.
+    pub certificate: PathBuf,
+    /// A PEM file with its private key, without a passphrase.
+    pub key: PathBuf,
 }
 
 /// What a viewer gets that wants the screen for itself. An addition to v1.
@@ -533,6 +557,7 @@ impl VncConfig {
             password_file: None,
             share: VncShare::default(),
             paste: false,
+            tls: None,
         }
     }
 }
@@ -545,6 +570,7 @@ impl Default for DisplayConfig {
             memory: 64 << 20,
             input: true,
             vnc: None,
+            web: None,
         }
     }
 }

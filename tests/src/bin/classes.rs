@@ -13,6 +13,7 @@ const CLASSES: &[&str] = &[
     "recorded-ch-remote",
     "recorded-kata",
     "recorded-libvirt",
+    "web-console",
     "linux-6.12-cloud",
     "linux-6.1-cloud",
 ];

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api::wire::{VncConfig, VncShare};
+use api::wire::{VncConfig, VncShare, VncTls, WebConfig};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use virtio::models::Model;
@@ -73,6 +73,24 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         kind: FieldKind::Path,
         required: false,
         help: "a file whose first line, 1 to 8 bytes, viewers must know",
+    },
+    Field {
+        name: "vnc_tls_cert",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a PEM file with the server's certificate: viewers must use TLS (VeNCrypt X509)",
+    },
+    Field {
+        name: "vnc_tls_key",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a PEM file with the certificate's private key, without a passphrase",
+    },
+    Field {
+        name: "web",
+        kind: FieldKind::Text,
+        required: false,
+        help: "where browsers of this host find screen and serial console: [HOST]:PORT, or unix:PATH",
     },
     Field {
         name: "vnc_share",
@@ -196,6 +214,18 @@ pub enum DisplayError {
         /// The address.
         address: String,
     },
+    /// Where browsers are to connect is no address.
+    #[error("web")]
+    WebAddress(#[source] VncAddressError),
+    /// Who listens on the way could come in.
+    #[error(
+        "web={address}: it speaks HTTP without TLS, for this host alone: listen at 127.0.0.1 or unix:PATH, and \
+         reach it from elsewhere by ssh -L"
+    )]
+    WebOpen {
+        /// The address.
+        address: String,
+    },
     /// The picture does not fit.
     #[error(
         "memory={}: a picture of {width} x {height} pixels takes {}: give more memory or a smaller picture",
@@ -220,10 +250,19 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
         memory,
         input: _,
         ref vnc,
+        ref web,
     } = *display;
+    if let Some(WebConfig { address }) = web {
+        let parsed: VncAddress = address.parse().map_err(DisplayError::WebAddress)?;
+        if !parsed.is_local() {
+            let address = address.clone();
+            return Err(DisplayError::WebOpen { address });
+        }
+    }
     if let Some(VncConfig {
         address,
         password_file: password,
+        tls: _,
         share: _,
         paste: _,
     }) = vnc
@@ -257,7 +296,7 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
 ///
 /// # Errors
 ///
-/// [`FlagError`], also for a password without a server.
+/// [`FlagError`], also for a password or TLS without a server, and half of what TLS takes.
 pub fn from_flag(
     text: &str,
     base: Option<&DisplayConfig>,
@@ -277,16 +316,12 @@ pub fn from_flag(
     let pixels = |key, default| {
         number(key).map_or(default, |number| u16::try_from(number).unwrap_or(u16::MAX))
     };
-    let text = |key| map.get(key).and_then(Value::as_str).map(str::to_owned);
-    let mut vnc = default.vnc;
-    if let Some(address) = text("vnc") {
-        let mut served = vnc.unwrap_or_else(|| VncConfig::at(""));
-        served.address = address;
-        vnc = Some(served);
-    }
-    viewers(&map, vnc.as_mut())?;
+    let text = |key: &str| map.get(key).and_then(Value::as_str).map(str::to_owned);
     Ok(Some(DisplayConfig {
-        vnc,
+        vnc: vnc_from_flag(&map, default.vnc)?,
+        web: text("web")
+            .map(|address| WebConfig { address })
+            .or(default.web),
         width: pixels("width", default.width),
         height: pixels("height", default.height),
         memory: number("memory").unwrap_or(default.memory),
@@ -297,22 +332,48 @@ pub fn from_flag(
     }))
 }
 
-/// Reads what viewers are told and may, by keys that mean nothing without a server.
-fn viewers(map: &Map<String, Value>, mut vnc: Option<&mut VncConfig>) -> Result<(), FlagError> {
-    let keys = ["vnc_password_file", "vnc_share", "vnc_paste"];
-    for (key, value) in keys.iter().filter_map(|key| Some((*key, map.get(*key)?))) {
-        let Some(vnc) = &mut vnc else {
-            let flag = FLAG.to_owned();
-            return Err(FlagError::MissingKey { flag, key: "vnc" });
-        };
-        match key {
-            "vnc_password_file" => vnc.password_file = value.as_str().map(PathBuf::from),
-            "vnc_paste" => vnc.paste = value == &Value::Bool(true),
-            // The table allows no other words than it has.
-            _ => vnc.share = VncShare::deserialize(value).unwrap_or_default(),
-        }
+/// The server that the keys of `--display` describe, which change `base`. The others mean nothing without one.
+fn vnc_from_flag(
+    map: &Map<String, Value>,
+    base: Option<VncConfig>,
+) -> Result<Option<VncConfig>, FlagError> {
+    let text = |key| map.get(key).and_then(Value::as_str);
+    let missing = |key| FlagError::MissingKey {
+        flag: FLAG.to_owned(),
+        key,
+    };
+    let others = DISPLAY_FIELDS.iter().map(|field| field.name);
+    let mut others = others.filter(|name| name.starts_with("vnc_"));
+    let mut vnc = match (text("vnc"), base) {
+        (Some(address), Some(base)) => VncConfig {
+            address: address.to_owned(),
+            ..base
+        },
+        (Some(address), None) => VncConfig::at(address),
+        (None, Some(base)) => base,
+        (None, None) if others.any(|name| map.contains_key(name)) => return Err(missing("vnc")),
+        (None, None) => return Ok(None),
+    };
+    if let Some(path) = text("vnc_password_file") {
+        vnc.password_file = Some(path.into());
     }
-    Ok(())
+    if let Some(paste) = map.get("vnc_paste").and_then(Value::as_bool) {
+        vnc.paste = paste;
+    }
+    if let Some(share) = map.get("vnc_share") {
+        // The table allows no other words than it has.
+        vnc.share = VncShare::deserialize(share).unwrap_or_default();
+    }
+    let path = |key| text(key).map(PathBuf::from);
+    let before = vnc.tls.take().map(|tls| (tls.certificate, tls.key)).unzip();
+    let now = (path("vnc_tls_cert"), path("vnc_tls_key"));
+    vnc.tls = match (now.0.or(before.0), now.1.or(before.1)) {
+        (Some(certificate), Some(key)) => Some(VncTls { certificate, key }),
+        (None, None) => None,
+        (Some(_), None) => return Err(missing("vnc_tls_key")),
+        (None, Some(_)) => return Err(missing("vnc_tls_cert")),
+    };
+    Ok(Some(vnc))
 }
 
 impl VmConfig {
@@ -377,6 +438,7 @@ mod tests {
             memory: 16 << 20,
             input: false,
             vnc: None,
+            web: None,
         };
         assert_eq!(
             display("width=1920,height=1080,memory=16M,input=off"),
@@ -502,6 +564,57 @@ mod tests {
         assert_eq!(
             refused.to_string(),
             "--display: 'vnc' is missing: add vnc=…"
+        );
+    }
+
+    #[test]
+    fn the_web_console_is_for_this_host_alone() {
+        for address in ["0.0.0.0:80", "[::]:80", "host.example:80"] {
+            let refused = refusal(&format!("web={address}"));
+            assert!(refused.contains("without TLS"), "{refused}");
+        }
+        assert_eq!(refusal("web=80"), "web");
+        for address in [":8080", "127.0.0.1:8080", "localhost:8080", "unix:/w"] {
+            let display = from_flag(&format!("web={address}"), None).unwrap().unwrap();
+            assert_eq!(check(&display), Ok(()));
+            let wider = from_flag("width=2048", Some(&display)).unwrap().unwrap();
+            assert_eq!(wider.web, display.web);
+        }
+    }
+
+    #[test]
+    fn tls_takes_a_server_a_certificate_and_its_key() {
+        let vnc = |text: &str, base: Option<&DisplayConfig>| {
+            let display = from_flag(text, base);
+            display.map(|display| display.unwrap())
+        };
+        let both = "vnc=:5900,vnc_tls_cert=/c,vnc_tls_key=/k";
+        let display = vnc(both, None).unwrap();
+        let tls = |certificate: &str, key: &str| {
+            Some(VncTls {
+                certificate: certificate.into(),
+                key: key.into(),
+            })
+        };
+        assert_eq!(display.vnc.as_ref().unwrap().tls, tls("/c", "/k"));
+        let later = vnc("vnc_tls_key=/l", Some(&display)).unwrap();
+        assert_eq!(later.vnc.unwrap().tls, tls("/c", "/l"));
+        for (text, missing) in [
+            ("vnc_tls_cert=/c,vnc_tls_key=/k", "vnc"),
+            ("vnc=:1,vnc_tls_cert=/c", "vnc_tls_key"),
+            ("vnc=:1,vnc_tls_key=/k", "vnc_tls_cert"),
+        ] {
+            let refused = vnc(text, None).unwrap_err().to_string();
+            assert!(
+                refused.contains(&format!("'{missing}' is missing")),
+                "{refused}"
+            );
+        }
+        let open = vnc("vnc=0.0.0.0:5900,vnc_tls_cert=/c,vnc_tls_key=/k", None).unwrap();
+        let refused = check(&open).unwrap_err().to_string();
+        assert!(
+            refused.contains("vnc_password_file="),
+            "TLS does not tell who the viewer is"
         );
     }
 }

@@ -132,10 +132,20 @@ impl VmConfig {
         }
         if let Some(vnc) = self.display.as_mut().and_then(|d| d.vnc.as_mut()) {
             vnc.password_file.iter_mut().for_each(absolute);
+            if let Some(tls) = &mut vnc.tls {
+                absolute(&mut tls.certificate);
+                absolute(&mut tls.key);
+            }
             if let Some(path) = vnc.address.strip_prefix("unix:") {
                 let path = joined(directory, Path::new(path));
                 vnc.address = format!("unix:{}", path.display());
             }
+        }
+        if let Some(web) = self.display.as_mut().and_then(|d| d.web.as_mut())
+            && let Some(path) = web.address.strip_prefix("unix:")
+        {
+            let path = joined(directory, Path::new(path));
+            web.address = format!("unix:{}", path.display());
         }
         for device in &mut self.devices {
             make_device_paths_absolute(device, directory, models);

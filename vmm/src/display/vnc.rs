@@ -7,17 +7,16 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use api::wire::{VncConfig, VncShare};
+use api::wire::VncConfig;
 use devices::LogLimit;
-use devices::display::Screen;
-use devices::display::rfb::{Options, Password, Security, Server, Sharing, Stream};
+use devices::display::rfb::{Password, Security, Server, Stream};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt::socket_peercred;
 
-use super::Hands;
-use crate::config::display::{VncAddress, VncAddressError};
-use crate::machine::alarm::SteadyClock;
-use crate::opener::{OpenError, Opener, SocketFile};
+use super::ViewersError;
+use crate::config::display::VncAddress;
+use crate::opener::{Opener, SocketFile};
+use crate::tls::ServerTls;
 
 /// How long nobody is let in after that has failed: the host is out of descriptors.
 const REST: Timespec = Timespec {
@@ -28,42 +27,26 @@ const REST: Timespec = Timespec {
 /// A brake for what those at the door can cause to be logged.
 static LOG: LogLimit = LogLimit::new();
 
-/// Why viewers cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum VncError {
-    /// The address is none.
-    #[error("vnc")]
-    Address(#[from] VncAddressError),
-    /// It cannot be listened at.
-    #[error("vnc")]
-    Open(#[from] OpenError),
-    /// The host refused something.
-    #[error("vnc: {what}")]
-    Host {
-        /// What.
-        what: &'static str,
-        /// The host's reason.
-        #[source]
-        source: io::Error,
-    },
+/// What viewers are let in by, read from its files.
+#[derive(Clone, Default, PartialEq)]
+pub struct Secrets {
+    /// They must know this.
+    pub password: Option<Password>,
+    /// They must use TLS with this certificate.
+    pub tls: Option<ServerTls>,
 }
 
-/// A server and its door. Both are closed when it is dropped.
+/// A door. It is closed when it is dropped.
 pub struct Vnc {
-    config: VncConfig,
-    password: Option<Password>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     _file: Option<SocketFile>,
 }
 
-/// What is to be opened: a server and its door.
+/// A door that is to be opened.
 pub struct WantedVnc {
     pub(super) config: VncConfig,
-    pub(super) password: Option<Password>,
-    pub(super) name: Option<String>,
-    pub(super) screen: Arc<Screen>,
-    pub(super) hands: Arc<Hands>,
+    pub(super) secrets: Secrets,
 }
 
 enum Listener {
@@ -102,50 +85,29 @@ impl Listener {
 }
 
 impl WantedVnc {
-    /// Listens, and serves. Not on the control thread: storage may stop where the socket's file is to be.
-    ///
-    /// # Errors
-    ///
-    /// [`VncError`]; nothing is left behind.
-    pub fn open(self, opener: &Opener) -> Result<Vnc, VncError> {
-        let Self {
-            config,
-            password,
-            name,
-            screen,
-            hands,
-        } = self;
-        let host = |what| move |source| VncError::Host { what, source };
+    /// Listens, and lets viewers through to `server`.
+    pub(super) fn open(&self, server: Arc<Server>, opener: &Opener) -> Result<Vnc, ViewersError> {
+        let host = |what| move |source| ViewersError::Host { what, source };
         let mut file = None;
-        let listener = match config.address.parse()? {
+        let address = self.config.address.parse();
+        let listener = match address.map_err(ViewersError::VncAddress)? {
             VncAddress::Unix(path) => {
-                let listener = opener.listen_unix(&path)?;
-                file = Some(opener.own_socket(&path)?);
+                let listener = opener.listen_unix(&path).map_err(ViewersError::Vnc)?;
+                file = Some(opener.own_socket(&path).map_err(ViewersError::Vnc)?);
                 let set = listener.set_nonblocking(true);
                 set.map_err(host("the socket"))?;
                 Listener::Unix(listener)
             }
             VncAddress::Tcp { host: at, port } => {
-                let listener = opener.listen_tcp(&at, port)?;
+                let listener = opener.listen_tcp(&at, port).map_err(ViewersError::Vnc)?;
                 let set = listener.set_nonblocking(true);
                 set.map_err(host("the socket"))?;
                 Listener::Tcp(listener)
             }
         };
-        let options = Options {
-            name: name.unwrap_or_else(|| "vireo".to_owned()),
-            sharing: match config.share {
-                VncShare::AllowExclusive => Sharing::AllowExclusive,
-                VncShare::ForceShared => Sharing::ForceShared,
-                VncShare::Ignore => Sharing::Ignore,
-            },
-            pastes: config.paste,
-        };
-        let server = Server::start(screen, hands, Arc::new(SteadyClock), options);
-        let server = server.map_err(host("no thread to serve viewers"))?;
         let security = Security {
-            password: password.clone(),
-            tls: None,
+            password: self.secrets.password.clone(),
+            tls: self.secrets.tls.clone().map(|tls| Arc::new(tls) as _),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = wake.map_err(|error| host("no descriptor to serve viewers")(error.into()))?;
@@ -154,19 +116,10 @@ impl WantedVnc {
         let work = move || guard(&listener, &told, &server, &security);
         let thread = Builder::new().name("vnc".to_owned()).spawn(work);
         Ok(Vnc {
-            config,
-            password,
             wake,
             thread: Some(thread.map_err(host("no thread to let viewers in"))?),
             _file: file,
         })
-    }
-}
-
-impl Vnc {
-    /// Whether it is what `config` and `password` ask for.
-    pub fn is(&self, config: &VncConfig, password: Option<&Password>) -> bool {
-        self.config == *config && self.password.as_ref() == password
     }
 }
 

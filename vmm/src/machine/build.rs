@@ -10,7 +10,6 @@ use std::sync::atomic::AtomicBool;
 
 use api::{DiskErrorAction, EventLog};
 use devices::display::Adapter;
-use devices::display::rfb::Password;
 use devices::pci::{PciRoot, Windows};
 use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
@@ -46,9 +45,6 @@ use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, PlugRegion, RamSpec};
 use crate::opener::Opener;
-
-/// The most bytes of a file with a password.
-const PASSWORD_FILE: u64 = 4096;
 
 /// A machine that has been built, with what its driver needs.
 pub struct Built {
@@ -100,7 +96,7 @@ pub fn begin(
     let ReadFiles {
         payload,
         baseline,
-        password,
+        secrets,
     } = read;
     let hypervisor = open_hypervisor(config, opener)?;
 
@@ -121,7 +117,9 @@ pub fn begin(
         memory: GuestMap::clone(&ram.memory().memory()),
         acpi: acpi.clone(),
         hosts: Wanted::new(config, consoles),
-        vnc: consoles.display().wanted(config, password),
+        viewers: consoles
+            .display()
+            .wanted(config, secrets, consoles.serial()),
         opener: Arc::clone(opener),
         saved,
     };
@@ -175,11 +173,11 @@ pub fn finish(
         start,
         hosts,
         debugger,
-        vnc,
+        viewers,
     } = loaded;
     vm.create_irqchip()?;
     let hosts = Hosts::connect(config, hosts, opener, consoles, (&ports, mailbox))?;
-    consoles.display().serve(vnc);
+    consoles.display().serve(viewers);
 
     let stop = StopFlag::new(AtomicBool::new(false));
     let pieces = Pieces {
@@ -518,26 +516,6 @@ pub(super) fn open_baseline(
             })
         }
     }
-}
-
-/// What viewers of the screen must know: the first line of a file.
-pub(super) fn open_password(
-    config: &VmConfig,
-    opener: &Opener,
-) -> Result<Option<Password>, MachineError> {
-    let vnc = config.display.as_ref().and_then(|d| d.vnc.as_ref());
-    let Some(path) = vnc.and_then(|vnc| vnc.password_file.as_ref()) else {
-        return Ok(None);
-    };
-    let flag = "--display vnc_password_file=";
-    let text = opener.read_document(path, PASSWORD_FILE);
-    let text = text.map_err(|source| MachineError::Open { flag, source })?;
-    let text = String::from_utf8_lossy(&text);
-    let password = Password::new(text.lines().next().unwrap_or_default());
-    password.map(Some).map_err(|source| MachineError::Device {
-        device: format!("{flag}{}", path.display()),
-        source: source.into(),
-    })
 }
 
 fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {

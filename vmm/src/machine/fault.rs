@@ -15,6 +15,7 @@ use virtio::models::BuildError;
 
 use crate::console::ConsoleError;
 use crate::opener::OpenError;
+use crate::tls::TlsError;
 
 /// What one error of a chain says.
 enum Says {
@@ -46,11 +47,16 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_disk))
         .or_else(|| error.downcast_ref().map(of_file))
         .or_else(|| error.downcast_ref().map(of_password))
+        .or_else(|| error.downcast_ref().map(of_tls))
         .or_else(|| error.downcast_ref().map(of_console))
         .or_else(|| error.downcast_ref().and_then(of_system))
 }
 
 fn of_password(_: &PasswordError) -> Says {
+    Fault(ErrorKind::Invalid)
+}
+
+fn of_tls(_: &TlsError) -> Says {
     Fault(ErrorKind::Invalid)
 }
 

@@ -16,7 +16,7 @@ use super::saved::{Saved, SavedState};
 use crate::acpi::AcpiImage;
 use crate::boot::Entry;
 use crate::config::VmConfig;
-use crate::display::{Vnc, WantedVnc};
+use crate::display::{Viewers, WantedViewers};
 use crate::gdb::Listener;
 use crate::opener::Opener;
 
@@ -27,7 +27,7 @@ pub struct Loading {
     pub(super) memory: GuestMap,
     pub(super) acpi: AcpiImage,
     pub(super) hosts: Wanted,
-    pub(super) vnc: Option<WantedVnc>,
+    pub(super) viewers: Option<WantedViewers>,
     pub(super) opener: Arc<Opener>,
     /// What the machine is to be as, instead of as after power-on.
     pub(super) saved: Option<Saved>,
@@ -57,7 +57,7 @@ pub struct Loaded {
     pub(super) start: Start,
     pub(super) hosts: OpenHosts,
     pub(super) debugger: Option<Listener>,
-    pub(super) vnc: Option<Vnc>,
+    pub(super) viewers: Option<Viewers>,
 }
 
 impl Loading {
@@ -73,7 +73,7 @@ impl Loading {
             memory,
             acpi,
             hosts,
-            vnc,
+            viewers,
             opener,
             saved,
         } = self;
@@ -93,8 +93,8 @@ impl Loading {
             None
         };
         let hosts = hosts.open(&opener, needed)?;
-        let vnc = match vnc {
-            Some(vnc) if needed() => Some(vnc.open(&opener)?),
+        let viewers = match viewers {
+            Some(viewers) if needed() => Some(viewers.open(&opener)?),
             _ => None,
         };
         Ok(Loaded {
@@ -102,7 +102,7 @@ impl Loading {
             start,
             hosts,
             debugger,
-            vnc,
+            viewers,
         })
     }
 }

@@ -29,6 +29,7 @@ pub mod payload;
 mod platform;
 pub mod resize;
 pub mod saved;
+mod secrets;
 pub mod signals;
 pub mod snapshot;
 pub mod state;
@@ -53,7 +54,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use crate::acpi::{AcpiError, AcpiImage};
 use crate::boot::{BootError, Entry};
 use crate::config::ConfigError;
-use crate::display::VncError;
+use crate::display::ViewersError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::{GuestRam, RamError};
@@ -177,7 +178,7 @@ pub enum MachineError {
     },
     /// Viewers cannot be served.
     #[error("--display")]
-    Display(#[from] VncError),
+    Display(#[from] ViewersError),
     /// The host refused something that every machine needs.
     #[error("{what}")]
     Host {

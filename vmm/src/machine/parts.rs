@@ -9,19 +9,20 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::thread::Builder;
 use std::time::Duration;
 
-use devices::display::rfb::Password;
 use virtio::limit::RateGroups;
 use virtio::models::Model;
 
 use super::MachineError;
 use super::bay::OpenDevice;
 use super::beside::{Bell, Opening};
-use super::build::{open_baseline, open_password};
+use super::build::open_baseline;
 use super::inbox::Mailbox;
 use super::payload::Payload;
+use super::secrets;
 use crate::config::VmConfig;
 use crate::config::files::{self, OwnFiles};
 use crate::console::port::PortBoard;
+use crate::display::Secrets;
 use crate::kvm::baseline::Baseline;
 use crate::opener::Opener;
 
@@ -41,8 +42,8 @@ pub struct Parts {
 pub(super) struct ReadFiles {
     pub payload: Payload,
     pub baseline: Option<Baseline>,
-    /// What viewers of the screen must know.
-    pub password: Option<Password>,
+    /// What viewers of the screen are let in by.
+    pub secrets: Secrets,
 }
 
 /// Something that has been opened.
@@ -71,7 +72,7 @@ fn open_each(
     let mut wanted = take(Part::Files(Box::new(ReadFiles {
         payload,
         baseline,
-        password: open_password(config, opener)?,
+        secrets: secrets::open(config, opener)?,
     })));
     for device in &config.devices {
         if !wanted {

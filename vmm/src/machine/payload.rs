@@ -104,6 +104,7 @@ fn screen(display: &DisplayConfig) -> boot::Screen {
         memory: len,
         input: _,
         vnc: _,
+        web: _,
     } = *display;
     boot::Screen {
         base: memory::FRAMEBUFFER,

@@ -11,7 +11,7 @@ use super::{Jobs, View, consoles, input, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::ConsoleHub;
-use crate::display::{Camera, Hands};
+use crate::display::{Camera, Hands, WebPlace};
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
@@ -50,6 +50,7 @@ pub struct MonitorHandle {
     consoles: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     camera: Camera,
+    web: WebPlace,
     hands: Arc<Hands>,
     opener: Arc<Opener>,
 }
@@ -60,7 +61,8 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        (consoles, agent, camera, hands): ([ConsoleHub; COMS + 1], AgentDesk, Camera, Arc<Hands>),
+        (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
+        (camera, web, hands): (Camera, WebPlace, Arc<Hands>),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -71,6 +73,7 @@ impl MonitorHandle {
             consoles,
             agent,
             camera,
+            web,
             hands,
             opener,
         }
@@ -118,7 +121,9 @@ impl Control for MonitorHandle {
     }
 
     fn info(&self) -> Result<wire::VmInfo, ControlError> {
-        self.view.info()
+        let mut info = self.view.info()?;
+        info.web_console = self.web.look();
+        Ok(info)
     }
 
     fn counters(&self) -> Result<wire::VmCounters, ControlError> {

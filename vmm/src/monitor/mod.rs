@@ -50,7 +50,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
-use crate::display::{Camera, Hands};
+use crate::display::{Camera, Hands, WebPlace};
 use crate::machine::beside::Opening;
 use crate::machine::build::Built;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
@@ -85,6 +85,7 @@ pub struct Monitor {
     hubs: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     camera: Camera,
+    web: WebPlace,
     hands: Arc<Hands>,
     opening: Opening,
     /// Always there, except while a driver has them.
@@ -133,6 +134,7 @@ impl Monitor {
         let serial = consoles.serial().clone();
         let agent = consoles.agent().clone();
         let camera = Camera::new(consoles.display().stage().clone());
+        let web = consoles.display().web().clone();
         let hands = Arc::clone(consoles.display().hands());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
@@ -150,6 +152,7 @@ impl Monitor {
             hubs,
             agent,
             camera,
+            web,
             hands,
             opening: Opening::default(),
             ears: Some(ears),
@@ -168,10 +171,10 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
+            (self.hubs.clone(), self.agent.clone()),
             (
-                self.hubs.clone(),
-                self.agent.clone(),
                 self.camera.clone(),
+                self.web.clone(),
                 Arc::clone(&self.hands),
             ),
             Arc::clone(&self.opener),

@@ -104,6 +104,7 @@ impl View {
             state: self.v1_state(state),
             pause,
             memory_actual_size: memory,
+            web_console: None,
             device_tree: machine.map(|machine| machine.tree()),
         })
     }

@@ -37,6 +37,7 @@ mod peers;
 mod ports;
 mod resize;
 mod screen;
+mod screen_tls;
 mod shape;
 mod sinks;
 mod snapshots;

@@ -9,22 +9,22 @@ use devices::display::rfb::Password;
 use crate::support::{Collected, Served, can_run, until};
 
 /// A guest that draws, and takes letters on its serial port.
-struct Drawing {
-    served: Served,
+pub struct Drawing {
+    pub served: Served,
     serial: UnixStream,
-    says: Collected,
+    pub says: Collected,
 }
 
 /// A picture: its sides, and red, green and blue of each pixel.
 #[derive(PartialEq, Eq)]
-struct Picture {
+pub struct Picture {
     width: u32,
     height: u32,
     pixels: Vec<[u8; 3]>,
 }
 
 impl Drawing {
-    fn start(display: &str) -> Self {
+    pub fn start(display: &str) -> Self {
         let flags = ["--display", display, "--serial", "socket={dir}/serial"];
         let served = Served::start("screen", "", &flags);
         let path = served.path("serial");
@@ -62,7 +62,7 @@ fn decoded(file: &[u8]) -> Picture {
 }
 
 /// What the guest draws.
-fn drawn(width: u32, height: u32, seed: u32) -> Picture {
+pub fn drawn(width: u32, height: u32, seed: u32) -> Picture {
     let low = |value: u32| value.to_le_bytes()[0];
     let lines = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
     let pixels = lines.map(|(x, y)| [low(x + seed), low(y * 3 + seed), low(x ^ y)]);
@@ -200,9 +200,13 @@ fn the_verb_writes_a_file_or_to_its_output() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("FILE /nowhere/a.png"));
 }
 
+/// What a viewer talks through.
+pub trait Wire: Read + Write {}
+impl<T: Read + Write> Wire for T {}
+
 /// A viewer that knows as much of the protocol as it must (RFC 6143).
-struct Viewer {
-    stream: UnixStream,
+pub struct Viewer {
+    stream: Box<dyn Wire>,
     width: u32,
     height: u32,
 }
@@ -210,22 +214,44 @@ struct Viewer {
 impl Viewer {
     /// Connects, chooses a security type, and proves that it knows `password`.
     fn connect(guest: &Drawing, password: Option<&str>) -> Result<Self, String> {
+        let mut viewer = Self::greeting(guest);
+        viewer.choose(if password.is_some() { 2 } else { 1 });
+        viewer.enter(password)
+    }
+
+    /// Has connected, and nothing more.
+    pub fn greeting(guest: &Drawing) -> Self {
         let stream = UnixStream::connect(guest.served.path("vnc")).unwrap();
         stream
             .set_read_timeout(Some(crate::support::LIMIT))
             .unwrap();
-        let mut viewer = Self {
-            stream,
+        Self {
+            stream: Box::new(stream),
             width: 0,
             height: 0,
-        };
-        assert_eq!(&viewer.hear::<12>(), b"RFB 003.008\n");
-        viewer.say(b"RFB 003.008\n");
-        let count = usize::from(viewer.hear::<1>()[0]);
-        let offered = viewer.hear_all(count);
-        let wanted = if password.is_some() { 2 } else { 1 };
-        assert_eq!(offered, [wanted]);
-        viewer.say(&[wanted]);
+        }
+    }
+
+    /// Chooses the one security type that is offered.
+    pub fn choose(&mut self, wanted: u8) {
+        assert_eq!(&self.hear::<12>(), b"RFB 003.008\n");
+        self.say(b"RFB 003.008\n");
+        let count = usize::from(self.hear::<1>()[0]);
+        assert_eq!(self.hear_all(count), [wanted]);
+        self.say(&[wanted]);
+    }
+
+    /// Talks through another stream from now on.
+    pub fn inside(self, wrap: impl FnOnce(Box<dyn Wire>) -> Box<dyn Wire>) -> Self {
+        Self {
+            stream: wrap(self.stream),
+            ..self
+        }
+    }
+
+    /// Proves that it knows `password`, and is told how the screen is.
+    pub fn enter(self, password: Option<&str>) -> Result<Self, String> {
+        let mut viewer = self;
         if let Some(password) = password {
             let challenge = viewer.hear::<16>();
             let answer = Password::new(password).unwrap().answer(&challenge);
@@ -249,17 +275,17 @@ impl Viewer {
         Ok(viewer)
     }
 
-    fn say(&mut self, bytes: &[u8]) {
+    pub fn say(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
     }
 
-    fn hear<const N: usize>(&mut self) -> [u8; N] {
+    pub fn hear<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
         self.stream.read_exact(&mut bytes).unwrap();
         bytes
     }
 
-    fn hear_all(&mut self, len: usize) -> Vec<u8> {
+    pub fn hear_all(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.stream.read_exact(&mut bytes).unwrap();
         bytes
@@ -273,7 +299,7 @@ impl Viewer {
     }
 
     /// Takes updates into a picture until it is as wanted. The first asks for all.
-    fn sees(&mut self, wanted: &Picture, what: &str) {
+    pub fn sees(&mut self, wanted: &Picture, what: &str) {
         let mut picture = self.black();
         let mut changes = 0;
         loop {

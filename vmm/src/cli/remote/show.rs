@@ -1,7 +1,7 @@
 //! List, info, devices, counters, metrics.
 
 use api::PauseReason;
-use api::wire::{self, ConsoleMode};
+use api::wire::{self, ConsoleMode, WebConsole};
 use clap::Args;
 use serde::Serialize;
 
@@ -218,8 +218,20 @@ pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
     ));
     told.extend(process.map(|process| ("Process", process.to_string())));
     told.push(("Socket", remote.client.path().display().to_string()));
+    told.extend(info.web_console.as_ref().map(web_console));
     told.extend(description(&info));
     print(&facts(&told))
+}
+
+/// How the console in the browser is opened.
+fn web_console(console: &WebConsole) -> (&'static str, String) {
+    let WebConsole {
+        address,
+        url,
+        token,
+    } = console;
+    let unix = || format!("{address}, token {token}");
+    ("Web console", url.clone().unwrap_or_else(unix))
 }
 
 fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
