@@ -153,11 +153,15 @@ pub struct PciDeviceInfo {
 pub struct DeviceInfo {
     /// Its id.
     pub id: String,
-    /// Its kind, as in `vireo run --device KIND`.
+    /// Its kind, as in `vireo run --device KIND`; of those that every machine has or a flag of their own gives it:
+    /// `debugcon`, `display`, `i8042`, `pvpanic`, `rtc`, `serial`, `vmgenid`, `watchdog`.
     pub kind: String,
     /// Its PCI address, where it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bdf: Option<String>,
+    /// Where the guest finds it otherwise: `port 0x3f8`, `memory 0xf7000`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
     /// What it is doing.
     pub state: DeviceState,
 }

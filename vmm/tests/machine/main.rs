@@ -22,6 +22,7 @@ mod definitions;
 mod disks;
 mod faults;
 mod files;
+mod fixtures;
 mod gdb;
 mod hostile;
 mod hotplug;
