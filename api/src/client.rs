@@ -506,6 +506,11 @@ impl Client {
     pub fn change_console(&mut self, request: &wire::VmConsole) -> Result<(), ClientError> {
         self.ask("vm.console", request)
     }
+
+    /// Tells the guest how large the window of its virtio console is.
+    pub fn size_console(&mut self, request: wire::VmConsoleSize) -> Result<(), ClientError> {
+        self.ask("vm.console-size", &request)
+    }
 }
 
 /// A request, as v1's own client writes it.

@@ -126,6 +126,8 @@ pub enum Command {
     RemovePort(wire::VmRemovePort),
     /// Add or remove a sink of a console.
     Console(wire::VmConsole),
+    /// The window of the virtio console has this size.
+    ConsoleSize(wire::VmConsoleSize),
     /// Write the guest's memory and registers into an ELF file.
     Coredump(wire::VmCoredumpData),
     /// Ask the guest agent.

@@ -117,6 +117,8 @@ pub enum Endpoint {
     VmConsoleList,
     /// PUT vm.console
     VmConsoleChange,
+    /// PUT vm.console-size
+    VmConsoleSize,
     /// GET vm.console-attach
     VmConsoleAttach,
 }
@@ -602,6 +604,15 @@ pub const ROUTES: &[Route] = &[
     .about("Adds or removes a sink of a console.")
     .takes::<wire::VmConsole>()
     .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmConsoleSize,
+        "vm.console-size",
+        "The size of the console could not be set",
+    )
+    .added()
+    .about("Tells the guest how large the window of its virtio console is.")
+    .takes::<wire::VmConsoleSize>()
+    .fails(&[400, 404, 429]),
     get(Endpoint::VmConsoleAttach, "vm.console-attach")
         .failing("The console could not be attached")
         .added()

@@ -244,6 +244,7 @@ impl Dispatcher {
             Endpoint::VmRemovePort => Command::RemovePort(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
+            Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {
                 let wire::AgentShutdown { mode } = self.body(route, &request)?;
                 Command::Agent(AgentCommand::Shutdown(mode))

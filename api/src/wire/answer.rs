@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::VmConfig;
+use super::{ConsolePort, VmConfig};
 use crate::PauseReason;
 
 /// `vmm.ping`.
@@ -231,8 +231,11 @@ pub struct PortInfo {
 /// A sink in `vm.console`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsoleSink {
-    /// Its id.
+    /// Its id, which no sink of another console has.
     pub id: String,
+    /// Which console it is of.
+    #[serde(default)]
+    pub port: ConsolePort,
     /// `tty`, `pty`, `file`, `socket`, `stream` or `null`.
     pub kind: String,
     /// Its file, socket or pseudo-terminal.

@@ -262,6 +262,7 @@ fn every_route_is_served() {
         ("vm.remove-port", r#"{"name":"a"}"#),
         ("vm.coredump", r#"{"destination_url":"file://c"}"#),
         ("vm.console", r#"{"remove":"1"}"#),
+        ("vm.console-size", r#"{"columns":80,"rows":24}"#),
         ("vm.job-cancel", r#"{"id":"1"}"#),
         ("vm.agent-shutdown", "{}"),
         ("vm.send-key", r#"{"keys":["a"]}"#),

@@ -34,7 +34,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::Coredump(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
-        Command::Console(_) | Command::Screenshot => true,
+        Command::Console(_) | Command::ConsoleSize(_) | Command::Screenshot => true,
         Command::Create(_) => false,
         Command::Boot | Command::BootOnce(_) => matches!(state, Created | Stopped),
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use api::client::ClientError;
+use api::client::{Client, ClientError};
 use api::wire::{DeviceInfo, DeviceState, PciBarType, Resource};
 
 use crate::support::{Served, Vireo, can_run, until};
@@ -15,6 +15,24 @@ fn verb(served: &Served, verb: &str) -> String {
     verb.ends_with(0);
     said
 }
+
+/// What the machine of the test has.
+const THERE: [(&str, (&str, &str, DeviceState)); 8] = [
+    ("com1", ("serial", "port 0x3f8", DeviceState::Active)),
+    ("com3", ("serial", "port 0x3e8", DeviceState::Present)),
+    ("display", ("display", "0000:00:1e.0", DeviceState::Active)),
+    ("i8042", ("i8042", "port 0x60", DeviceState::Present)),
+    ("pvpanic", ("pvpanic", "port 0x505", DeviceState::Present)),
+    ("rtc", ("rtc", "port 0x70", DeviceState::Present)),
+    (
+        "vmgenid",
+        ("vmgenid", "memory 0xf7000", DeviceState::Present),
+    ),
+    (
+        "watchdog",
+        ("watchdog", "0000:00:1f.0", DeviceState::Present),
+    ),
+];
 
 #[test]
 fn what_stays_is_listed_with_kind_place_and_state_and_cannot_be_removed() {
@@ -57,24 +75,20 @@ fn what_stays_is_listed_with_kind_place_and_state_and_cannot_be_removed() {
             )
         })
         .collect();
-    let there = [
-        ("com1", ("serial", "port 0x3f8", DeviceState::Active)),
-        ("com3", ("serial", "port 0x3e8", DeviceState::Present)),
-        ("display", ("display", "0000:00:1e.0", DeviceState::Active)),
-        ("i8042", ("i8042", "port 0x60", DeviceState::Present)),
-        ("pvpanic", ("pvpanic", "port 0x505", DeviceState::Present)),
-        ("rtc", ("rtc", "port 0x70", DeviceState::Present)),
-        (
-            "vmgenid",
-            ("vmgenid", "memory 0xf7000", DeviceState::Present),
-        ),
-        (
-            "watchdog",
-            ("watchdog", "0000:00:1f.0", DeviceState::Present),
-        ),
-    ];
-    assert_eq!(shown, BTreeMap::from(there));
+    assert_eq!(shown, BTreeMap::from(THERE));
+    is_in_the_tree(&mut client);
+    is_shown_to_people(&served);
 
+    let refused = client.remove_device("watchdog").unwrap_err();
+    let ClientError::Refused { status, .. } = &refused else {
+        panic!("{refused}");
+    };
+    assert_eq!(*status, 400);
+    let why = refused.to_string();
+    assert!(why.contains("watchdog is part of the machine"), "{why}");
+}
+
+fn is_in_the_tree(client: &mut Client) {
     let tree = client.info().unwrap().device_tree.unwrap();
     let com3 = Resource::PioAddressRange {
         base: 0x3e8,
@@ -93,8 +107,10 @@ fn what_stays_is_listed_with_kind_place_and_state_and_cannot_be_removed() {
         "{:?}",
         tree["display"]
     );
+}
 
-    let table = verb(&served, "devices");
+fn is_shown_to_people(served: &Served) {
+    let table = verb(served, "devices");
     let line = |start: &str, rest: &[&str]| {
         let found = table.lines().find(|line| line.starts_with(start));
         let words: Vec<&str> = found.unwrap().split_whitespace().collect();
@@ -102,7 +118,7 @@ fn what_stays_is_listed_with_kind_place_and_state_and_cannot_be_removed() {
     };
     line("com1", &["serial", "port", "0x3f8", "active"]);
     line("display", &["display", "0000:00:1e.0", "active"]);
-    let facts = verb(&served, "info");
+    let facts = verb(served, "info");
     for fact in [
         ("Display", "800x600"),
         ("Watchdog", "pause"),
@@ -112,12 +128,4 @@ fn what_stays_is_listed_with_kind_place_and_state_and_cannot_be_removed() {
         let told = lines.any(|line| line.starts_with(fact.0) && line.ends_with(fact.1));
         assert!(told, "{facts}");
     }
-
-    let refused = client.remove_device("watchdog").unwrap_err();
-    let ClientError::Refused { status, .. } = &refused else {
-        panic!("{refused}");
-    };
-    assert_eq!(*status, 400);
-    let why = refused.to_string();
-    assert!(why.contains("watchdog is part of the machine"), "{why}");
 }

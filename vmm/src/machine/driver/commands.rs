@@ -145,7 +145,7 @@ impl Driver {
         }))
     }
 
-    /// Adds or removes a sink of the serial port. A new one is opened on a thread of its own.
+    /// Adds or removes a sink of a console. A new one is opened on a thread of its own.
     fn change_console(&mut self, request: VmConsole, answer: Answer) {
         let mut sink = match consoles::begin(&self.ears, request) {
             Ok(Change::Ready(ready)) => return answer(self.finish_console(ready)),
