@@ -41,6 +41,8 @@ pub struct Case {
     /// The Linux guest, which has the nested machine's kernel, and that machine have `iperf3`, `passt` and `tcpdump`, and
     /// a script `/modules/net` that loads what networks need.
     pub net_tools: bool,
+    /// The nested machine has `virtiofsd`.
+    pub virtiofsd: bool,
 }
 
 /// What a case boots.
@@ -318,6 +320,7 @@ impl Case {
             served: false,
             guest_agent: false,
             net_tools: false,
+            virtiofsd: false,
         }
     }
 

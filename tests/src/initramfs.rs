@@ -134,8 +134,8 @@ pub fn nested(
     kit: &BTreeMap<String, PathBuf>,
     output: &Path,
 ) -> Result<()> {
-    // It is for both machines.
-    let tools = kit.get(kit::NET_TOOLS).map(fs::read).transpose()?;
+    // The first is for both machines.
+    let more = [kit::NET_TOOLS, kit::VIRTIOFSD].map(|name| kit.get(name).map(fs::read));
     write(output, |archive| {
         skeleton(archive, busybox, NESTED_INIT)?;
         modules(archive, package, NESTED_MODULES)?;
@@ -156,9 +156,9 @@ pub fn nested(
         }
         Ok(())
     })?;
-    if let Some(tools) = tools {
+    for archive in more.into_iter().flatten() {
         let mut file = File::options().append(true).open(output)?;
-        io::Write::write_all(&mut file, &tools)?;
+        io::Write::write_all(&mut file, &archive?)?;
     }
     Ok(())
 }
@@ -211,6 +211,32 @@ pub fn net_tools(tools: &Path, kernel: &Path, output: &Path) -> Result<()> {
             script.push_str(&format!("insmod /{path} 2> /dev/null || true\n"));
         }
         Ok(archive.file("modules/net", 0o755, script.as_bytes())?)
+    })
+}
+
+/// One more archive to put behind the nested machine's initramfs: the program out of the unpacked package at
+/// `package` that serves directories, as `/bin/virtiofsd`.
+///
+/// # Errors
+/// The package is not there.
+pub fn virtiofsd(package: &Path, output: &Path) -> Result<()> {
+    // Where Debian 12 has it, and where later releases do.
+    let places = ["usr/lib/qemu/virtiofsd", "usr/libexec/virtiofsd"];
+    let program = places.map(|place| package.join(place));
+    let program = program.iter().find(|path| path.is_file());
+    let program = program.with_context(|| {
+        let package = package.display();
+        format!("{package} has no virtiofsd; run `make setup`")
+    })?;
+    write(output, |archive| {
+        copy(archive, "bin/virtiofsd", program)?;
+        let mut directories = vec![String::new(), "bin".to_owned()];
+        for (path, file) in libraries_in(program, Some(package))? {
+            let path = library_path(&path, package);
+            parents(archive, &path, &mut directories)?;
+            copy(archive, &path, &file)?;
+        }
+        Ok(())
     })
 }
 

@@ -7,6 +7,7 @@
 //!     guests/NAME             the small guests
 //!     guest-agent             QEMU's guest agent and `vsock`, to be put behind an initramfs
 //!     net-tools               programs and modules for networks, the same
+//!     virtiofsd               the program that serves directories, to be put behind the nested machine's
 //!
 //! In the nested machine it is `/kit`; here its files are where they were built
 //! ([`files`]), and [`build`] makes those that are missing.
@@ -28,6 +29,9 @@ pub const GUEST_AGENT: &str = "guest-agent";
 
 /// The archive of what cases with networks need in the kit, and its packages in the testbed.
 pub const NET_TOOLS: &str = "net-tools";
+
+/// The archive of the program that serves directories in the kit, and its package in the testbed.
+pub const VIRTIOFSD: &str = "virtiofsd";
 
 /// Paths in the kit for one case's kernel and initramfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,6 +174,9 @@ pub fn files(cases: &[Case]) -> Result<BTreeMap<String, PathBuf>> {
         if case.net_tools {
             files.insert(NET_TOOLS.to_owned(), file(NET_TOOLS)?);
         }
+        if case.virtiofsd {
+            files.insert(VIRTIOFSD.to_owned(), file(VIRTIOFSD)?);
+        }
     }
     Ok(files)
 }
@@ -206,6 +213,11 @@ pub fn build(name: &str) -> Result<()> {
     let packages = places::testbed().join(NET_TOOLS);
     if name == nested::KERNEL && !newer(&tools, &packages) {
         initramfs::net_tools(&packages, &package(name), &tools)?;
+    }
+    let virtiofsd = kit.join(VIRTIOFSD);
+    let package_of = places::testbed().join(VIRTIOFSD);
+    if name == nested::KERNEL && !newer(&virtiofsd, &package_of) {
+        initramfs::virtiofsd(&package_of, &virtiofsd)?;
     }
     initramfs::guest(
         &package(name),

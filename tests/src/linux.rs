@@ -10,6 +10,7 @@ mod driven;
 mod handled;
 mod network;
 mod screen;
+mod shared;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
@@ -215,6 +216,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     if kernel == "6.12-cloud" {
         cases.push(watchdog(kernel));
         cases.push(handled::typed_at_and_resized(kernel));
+        cases.push(shared::has_directories(kernel));
         // The nested machine has its modules too.
         cases.push(bridged::share_a_bridge(kernel));
     }

@@ -21,6 +21,8 @@ use crate::{initramfs, kit, tap};
 const KEPT: usize = 256 << 10;
 /// The monitor's exit code when the guest's processor has shut down.
 const TRIPLE_FAULT: i32 = 4;
+/// What the monitor says of it.
+const SHUT_DOWN: &str = "shut down after a triple fault";
 /// How long output may still come after the monitor has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 /// The control socket of a case, in its directory.
@@ -85,9 +87,15 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
         let last = outcome.errors.lines().last().unwrap_or("").to_owned();
         complaints.push(format!("exit code {code}, not {}: {last}", case.exit));
     }
+    let mut shut_down = code == TRIPLE_FAULT && case.exit != code;
     match script("after", &case.after, directory, &vireo) {
         Ok(output) => outcome.output.push_str(&output),
-        Err(error) => complaints.push(format!("{error:#}")),
+        Err(error) => {
+            // The script may have run the monitor again and ended as that did.
+            let failed = error.downcast_ref::<ScriptFailed>();
+            shut_down |= failed.is_some_and(ScriptFailed::is_of_a_shut_down);
+            complaints.push(format!("{error:#}"));
+        }
     }
     complaints.extend(
         case.wants
@@ -95,7 +103,7 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
             .filter_map(|want| want.complaint(&outcome.output, &outcome.errors)),
     );
     if !complaints.is_empty() {
-        outcome.verdict = if code == TRIPLE_FAULT && case.exit != code {
+        outcome.verdict = if shut_down {
             Verdict::ShutDown(complaints)
         } else {
             Verdict::Fail(complaints)
@@ -256,12 +264,32 @@ fn script(which: &str, text: &str, directory: &Path, vireo: &Path) -> Result<Str
         .current_dir(directory)
         .output()?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(
-        output.status.success(),
-        "the script `{which}` failed: {stdout}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    if !output.status.success() {
+        return Err(ScriptFailed {
+            which: which.to_owned(),
+            code: output.status.code(),
+            said: stdout + &String::from_utf8_lossy(&output.stderr),
+        }
+        .into());
+    }
     Ok(stdout)
+}
+
+/// A script of a case did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[error("the script `{which}` failed: {said}")]
+struct ScriptFailed {
+    which: String,
+    code: Option<i32>,
+    /// What came on both its output streams.
+    said: String,
+}
+
+impl ScriptFailed {
+    /// Whether it ended as a monitor does whose guest's processor has shut down.
+    fn is_of_a_shut_down(&self) -> bool {
+        self.code == Some(TRIPLE_FAULT) && self.said.contains(SHUT_DOWN)
+    }
 }
 
 enum Event {

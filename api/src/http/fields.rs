@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 
 /// The field of each flag, both as they are in a description.
-const FIELDS: [(&str, &str); 27] = [
+const FIELDS: [(&str, &str); 28] = [
     ("agent", "ports"),
     ("balloon", "balloon"),
     ("cmdline", "payload.cmdline"),
@@ -15,6 +15,7 @@ const FIELDS: [(&str, &str); 27] = [
     ("cpus", "cpus"),
     ("debugcon", "debug_console"),
     ("disk", "disks"),
+    ("fs", "fs"),
     ("initramfs", "payload.initramfs"),
     ("kernel", "payload.kernel"),
     ("memory", "memory"),

@@ -64,6 +64,23 @@ fn only_an_unasked_triple_fault_is_told_as_a_shut_down() {
 }
 
 #[test]
+fn a_triple_fault_in_a_second_life_is_told_as_a_shut_down() {
+    let second = |end: &str| guest().after(&format!("echo second life; {end}"));
+    let dying = second("echo vireo: vCPU 0 shut down after a triple fault >&2; exit 4");
+    let Verdict::ShutDown(complaints) = run_with("", &dying).verdict else {
+        panic!("not told");
+    };
+    assert!(complaints[0].contains("second life"), "{complaints:?}");
+    for other in [
+        "exit 4",
+        "echo vCPU 0 shut down after a triple fault; exit 1",
+    ] {
+        let verdict = run_with("", &second(other)).verdict;
+        assert!(matches!(verdict, Verdict::Fail(_)), "{other}: {verdict:?}");
+    }
+}
+
+#[test]
 fn a_signal_counts_as_128_and_its_number() {
     assert_eq!(
         run_with("kill -ABRT $$", &guest().exits(134)).verdict,

@@ -241,7 +241,7 @@ impl Subject {
             let number = made.fetch_add(1, Ordering::Relaxed);
             let config = fixture(model.kind, &path, number);
             let socket = config.get("socket").and_then(Value::as_str);
-            if let Some(socket) = socket.filter(|_| model.kind == "vhost-user-blk") {
+            if let Some(socket) = socket.filter(|_| PEERED.contains(&model.kind)) {
                 let peer = Peer::new(Path::new(socket), Manner::default());
                 peers.lock().unwrap().push(peer);
             }
@@ -255,6 +255,9 @@ impl Subject {
         }
     }
 }
+
+/// The kinds that another program serves.
+const PEERED: &[&str] = &["fs", "vhost-user-blk"];
 
 /// The configuration with which a kind of device is tested. Devices that exist
 /// at the same time, which `number` tells apart, do not share a back end.
@@ -270,6 +273,7 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
         "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
+        "fs" => json!({ "tag": "t", "socket": directory.join(format!("peer{number}")) }),
         "mem" => json!({ "size": 64 << 20, "requested": 16 << 20 }),
         "input" => json!({ "type": "keyboard", "serial": "1" }),
         "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),

@@ -6,6 +6,7 @@ mod coredump;
 mod device;
 mod disk;
 mod events;
+mod fs;
 mod jobs;
 mod keys;
 mod lifecycle;
@@ -104,6 +105,12 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: net::Verb,
     },
+    /// List, add and remove shared directories
+    #[command(after_help = fs::EXAMPLES)]
+    Fs {
+        #[command(subcommand)]
+        verb: fs::Verb,
+    },
     /// List, add and remove named ports
     #[command(after_help = port::EXAMPLES)]
     Port {
@@ -161,6 +168,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::SendKey(arguments) => keys::send(arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
+        Verb::Fs { verb } => fs::run(verb),
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),

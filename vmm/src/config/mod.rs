@@ -19,6 +19,7 @@ pub mod endpoint;
 pub mod file;
 pub mod files;
 pub mod flag;
+pub mod fs;
 pub mod host;
 pub mod memory;
 mod network;

@@ -11,6 +11,7 @@ use virtio::schema::{Field, FieldKind};
 use super::balloon::BalloonError;
 use super::cpus::CpusError;
 use super::display::DisplayError;
+use super::fs::FsError;
 use super::memory::PlugError;
 use super::port::{self, PortError};
 use super::serial::{MAX_SOCKET_PATH, SinkConfig, SinkError};
@@ -65,6 +66,9 @@ pub enum ConfigError {
     /// Memory that comes and goes is not as it may be.
     #[error(transparent)]
     Plug(#[from] PlugError),
+    /// The directories are not as they may be.
+    #[error(transparent)]
+    Fs(#[from] FsError),
     /// The socket device is not as it may be.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -493,9 +497,15 @@ impl VmConfig {
                 }
             })?;
         }
+        self.validate_kinds()
+    }
+
+    /// Checks the rules that single kinds of devices have.
+    fn validate_kinds(&self) -> Result<(), ConfigError> {
         self.validate_networks()?;
         self.validate_plug()?;
         self.validate_balloon()?;
+        self.validate_directories()?;
         Ok(self.validate_vsock()?)
     }
 

@@ -3,7 +3,7 @@
 //! Such a program works in the guest's memory, so that is shared: in a machine that is described with such a device
 //! unasked; one that runs has the memory that it has.
 
-use virtio::models::{Model, blk, vhost_blk};
+use virtio::models::{Model, blk, fs, vhost_blk};
 use virtio::schema::{Field, FieldKind};
 
 use super::{DeviceConfig, VmConfig};
@@ -37,7 +37,7 @@ impl DeviceConfig {
     /// Whether another program serves it, which works in the guest's memory.
     #[must_use]
     pub fn shares_memory(&self) -> bool {
-        VARIANTS.iter().any(|(_, model)| model.kind == self.kind)
+        self.kind == fs::MODEL.kind || VARIANTS.iter().any(|(_, model)| model.kind == self.kind)
     }
 }
 

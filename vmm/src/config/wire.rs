@@ -18,6 +18,7 @@
 
 mod balloon;
 mod devices;
+mod fs;
 mod inputs;
 mod missing;
 pub(super) mod names;
@@ -35,6 +36,7 @@ use api::{ControlError, ErrorKind};
 use virtio::limit::{Bucket, RateLimits};
 use virtio::models::MODELS;
 
+use super::fs::FsError;
 use super::serial::{FileSink, SinkConfig, SocketSink};
 use super::vsock::VsockError;
 use super::{
@@ -46,6 +48,7 @@ use super::{
 use crate::layout::port;
 
 pub use devices::{DiskUpdate, update_disk};
+pub use fs::shown_fs;
 pub use inputs::shown_input;
 pub use names::name_devices;
 pub use networks::{NetUpdate, address_nets, update_net};
@@ -78,6 +81,7 @@ impl From<&ConfigError> for ControlError {
             | ConfigError::DuplicateSlot { .. }
             | ConfigError::OwnSlot { .. }
             | ConfigError::OutputInUse { .. }
+            | ConfigError::Fs(FsError::SameTag { .. })
             | ConfigError::Vsock(VsockError::Two { .. }) => conflict(error.to_string()),
             _ => Self::from_error(ErrorKind::Invalid, error).context(INVALID),
         }
@@ -239,6 +243,7 @@ impl VmConfig {
             rng: rng.unwrap_or_default(),
             balloon: self.shown_balloon(),
             input: self.shown_inputs(),
+            fs: self.shown_directories(),
             vsock: self.shown_vsock(),
             serial: (&self.serial).into(),
             serial2: self.serial2.is_on().then(|| (&self.serial2).into()),

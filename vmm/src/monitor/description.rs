@@ -12,7 +12,8 @@ use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::wire::{
-    DiskUpdate, NetUpdate, address_nets, name_devices, shown_input, update_disk, update_net,
+    DiskUpdate, NetUpdate, address_nets, name_devices, shown_fs, shown_input, update_disk,
+    update_net,
 };
 use crate::config::{DeviceConfig, HostLimits, VmConfig};
 use crate::machine::resize::plugged_for;
@@ -279,10 +280,6 @@ impl Description {
     ///
     /// [`ErrorKind::Invalid`], [`ErrorKind::Conflict`], [`ErrorKind::Unimplemented`].
     pub fn plan(&self, device: &AddDevice) -> Result<Planned, ControlError> {
-        let lacks = |what: &str| {
-            let message = format!("this monitor has no {what}");
-            Err(ControlError::new(ErrorKind::Unimplemented, message))
-        };
         match device {
             AddDevice::Disk(disk) => {
                 let (disk, config) = self.config.plan_disk(disk)?;
@@ -314,7 +311,7 @@ impl Description {
                 })
             }
             AddDevice::Vsock(vsock) => Ok(Planned::of(self.config.plan_vsock(vsock)?)),
-            AddDevice::Fs(_) => lacks("shared directories"),
+            AddDevice::Fs(fs) => Ok(Planned::of(self.config.plan_fs(fs)?)),
         }
     }
 
@@ -336,6 +333,10 @@ impl Description {
         let input = self.config.devices.last().and_then(shown_input);
         if let Some(input) = input {
             self.wire.input.get_or_insert_default().push(input);
+        }
+        let fs = self.config.devices.last().and_then(shown_fs);
+        if let Some(fs) = fs {
+            self.wire.fs.get_or_insert_default().push(fs);
         }
         if self.wire.vsock.is_none() {
             self.wire.vsock = self.config.shown_vsock();
@@ -394,6 +395,12 @@ impl Description {
             inputs.retain(|input| input.id.as_deref().is_none_or(&keep));
             if inputs.is_empty() {
                 self.wire.input = None;
+            }
+        }
+        if let Some(directories) = &mut self.wire.fs {
+            directories.retain(|fs| fs.id.as_deref().is_none_or(&keep));
+            if directories.is_empty() {
+                self.wire.fs = None;
             }
         }
         if self.config.shown_vsock().is_none() {

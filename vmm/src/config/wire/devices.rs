@@ -18,8 +18,8 @@ use super::super::device::free_id;
 use super::super::port::DEVICE;
 use super::super::{DeviceConfig, VmConfig};
 use super::{
-    balloon, conflict, inputs, invalid, missing, names, networks, not_unique, path, rate_limiter,
-    rate_limits, vhost, vsock,
+    balloon, conflict, fs, inputs, invalid, missing, names, networks, not_unique, path,
+    rate_limiter, rate_limits, vhost, vsock,
 };
 use crate::layout::PCI_SLOTS;
 
@@ -57,6 +57,9 @@ pub(super) fn from_wire(
     }
     if let Some(described) = &described.balloon {
         devices.push(balloon::from_wire(described)?);
+    }
+    for directory in described.fs.iter().flatten() {
+        devices.push(fs::from_wire(directory)?);
     }
     if let Some(described) = &described.vsock {
         devices.push(vsock::from_wire(described)?);

@@ -24,7 +24,6 @@ fn any<T>(list: Option<&Vec<T>>) -> bool {
 /// Refuses by its name what there is not.
 pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
     let wire::VmConfig {
-        fs,
         generic_vhost_user,
         pmem,
         console,
@@ -41,7 +40,6 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         ..
     } = described;
     first([
-        (any(fs.as_ref()), "fs"),
         (any(generic_vhost_user.as_ref()), "generic_vhost_user"),
         (any(pmem.as_ref()), "pmem"),
         (any(devices.as_ref()), "devices"),

@@ -371,7 +371,6 @@ fn missing_parts() -> Vec<(Value, &'static str)> {
             json!({"balloon": {"size": 1, "iommu": true}}),
             "balloon.iommu",
         ),
-        (json!({"fs": [{"tag": "t", "socket": "/s"}]}), "fs"),
         (json!({"generic_vhost_user": [{}]}), "generic_vhost_user"),
         (json!({"pmem": [{"file": "/p"}]}), "pmem"),
         (json!({"devices": [{"path": "/sys"}]}), "devices"),
