@@ -378,6 +378,11 @@ impl Client {
         self.ask("vm.update-net", request)
     }
 
+    /// Changes the limits of a source of random numbers.
+    pub fn update_rng(&mut self, request: &wire::VmUpdateRng) -> Result<(), ClientError> {
+        self.ask("vm.update-rng", request)
+    }
+
     /// Adds a named port.
     pub fn add_port(&mut self, port: &wire::PortConfig) -> Result<wire::PortInfo, ClientError> {
         let answer = self.put("vm.add-port", Some(port), &[])?;

@@ -120,6 +120,8 @@ pub enum Command {
     UpdateDisk(Box<wire::VmUpdateDisk>),
     /// Change limits or link of a network card.
     UpdateNet(Box<wire::VmUpdateNet>),
+    /// Change the limits of a source of random numbers.
+    UpdateRng(wire::VmUpdateRng),
     /// Add a port that the guest finds by its name.
     AddPort(Box<wire::PortConfig>),
     /// Take a named port away.

@@ -73,6 +73,8 @@ pub enum Endpoint {
     VmResizeDisk,
     /// PUT vm.update-disk
     VmUpdateDisk,
+    /// PUT vm.update-rng
+    VmUpdateRng,
     /// PUT vm.update-net
     VmUpdateNet,
     /// PUT vm.add-disk
@@ -447,6 +449,14 @@ pub const ROUTES: &[Route] = &[
     .added()
     .about("Changes a disk's limits, or the medium of a read-only one.")
     .takes::<wire::VmUpdateDisk>(),
+    put(
+        Endpoint::VmUpdateRng,
+        "vm.update-rng",
+        "The source of random numbers could not be updated",
+    )
+    .added()
+    .about("Changes the limits of a source of random numbers.")
+    .takes::<wire::VmUpdateRng>(),
     put(
         Endpoint::VmUpdateNet,
         "vm.update-net",

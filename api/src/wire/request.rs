@@ -94,6 +94,16 @@ pub enum LinkState {
     Down,
 }
 
+/// `vm.update-rng`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmUpdateRng {
+    /// The device's id.
+    pub id: String,
+    /// New limits; one without buckets lifts them.
+    pub rate_limiter_config: RateLimiterConfig,
+}
+
 /// `vm.update-net`: what is absent stays.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -252,6 +252,7 @@ fn every_route_is_served() {
         ("vm.resize-disk", r#"{"id":"d","desired_size":1}"#),
         ("vm.update-disk", r#"{"id":"d"}"#),
         ("vm.update-net", r#"{"id":"n"}"#),
+        ("vm.update-rng", r#"{"id":"r","rate_limiter_config":{}}"#),
         ("vm.add-disk", "{}"),
         ("vm.add-net", "{}"),
         ("vm.add-vsock", r#"{"cid":3,"socket":"/s"}"#),

@@ -23,6 +23,7 @@ mod inputs;
 mod missing;
 pub(super) mod names;
 mod networks;
+mod rng;
 #[cfg(test)]
 mod tests;
 mod vhost;
@@ -52,6 +53,7 @@ pub use fs::shown_fs;
 pub use inputs::shown_input;
 pub use names::name_devices;
 pub use networks::{NetUpdate, address_nets, update_net};
+pub use rng::update_rng;
 
 /// The chain of a refusal begins with this, as v1 clients expect.
 const INVALID: &str = "Failed to validate config";

@@ -29,6 +29,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::RemoveDevice(_)
         | Command::UpdateDisk(_)
         | Command::UpdateNet(_)
+        | Command::UpdateRng(_)
         | Command::AddPort(_)
         | Command::RemovePort(_)
         | Command::Coredump(_) => alive,

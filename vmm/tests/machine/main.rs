@@ -37,6 +37,7 @@ mod opening;
 mod peers;
 mod ports;
 mod resize;
+mod rng;
 mod screen;
 mod shape;
 mod sinks;

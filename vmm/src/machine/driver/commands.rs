@@ -29,6 +29,7 @@ impl Driver {
         match command {
             Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
             Command::UpdateNet(request) => self.update_device(Update::Net(*request), answer),
+            Command::UpdateRng(request) => self.update_device(Update::Rng(request), answer),
             Command::ResizeDisk(request) => self.resize_disk(request, answer),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
                 if matches!(command, Command::Reboot) {
