@@ -37,6 +37,7 @@ use bitflags::bitflags;
 use migration::{RestoreError, SaveError, SavedState, Section, SectionSet, Snapshot};
 use serde::{Deserialize, Serialize};
 
+use crate::input::{InputError, InputKind};
 use crate::{BusDevice, GuestRequest, GuestRequests, IrqLine, Unit};
 use keyboard::{Keyboard, KeyboardV1};
 use mouse::{Mouse, MouseV1};
@@ -159,6 +160,8 @@ struct Controller {
     output: Option<Output>,
     keyboard: Keyboard,
     mouse: Mouse,
+    /// The guest has looked for it since it was reset; assumed of one that was saved.
+    used: bool,
     /// The lines after the last access; follows from the rest.
     lines: Lines,
     /// What has been asked since [`Controller::take_signals`].
@@ -175,6 +178,7 @@ impl Controller {
             output: None,
             keyboard: Keyboard::default(),
             mouse: Mouse::default(),
+            used: false,
             lines: Lines::default(),
             signals: Signals::default(),
         }
@@ -391,6 +395,7 @@ impl Snapshot for Controller {
             output,
             keyboard,
             mouse,
+            used: _,
             lines: _,
             signals: _,
         } = self;
@@ -429,6 +434,7 @@ impl Snapshot for Controller {
             output,
             keyboard: Keyboard::restore(keyboard, out(Source::Keyboard)).map_err(invalid)?,
             mouse: Mouse::restore(mouse, out(Source::Mouse)).map_err(invalid)?,
+            used: true,
             lines: Lines::default(),
             signals: Signals::default(),
         };
@@ -472,6 +478,32 @@ impl I8042 {
         });
     }
 
+    /// Keys go down and up one after the other, each as soon as the guest has taken what is before it: a text, that
+    /// loses none of its letters however slowly the guest reads.
+    ///
+    /// # Errors
+    ///
+    /// [`InputError::Unused`] while the guest has not looked for a keyboard here or does not listen to it, and
+    /// [`InputError::Full`] when it has not taken what was typed before. Nothing is typed then.
+    pub fn type_keys(&self, strokes: &[(u16, bool)]) -> Result<(), InputError> {
+        let mut typed = Err(InputError::Unused(InputKind::Keyboard));
+        self.access(|controller| {
+            if controller.used && controller.keyboard.is_scanning() {
+                let fits = controller.keyboard.type_keys(strokes);
+                let full = InputError::Full(InputKind::Keyboard);
+                typed = fits.then_some(()).ok_or(full);
+                controller.settle();
+            }
+        });
+        typed
+    }
+
+    /// Whether the guest has looked for the controller since it was reset.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.controller().used
+    }
+
     /// The mouse goes to the right and down by so many steps, its wheel is turned towards the user by
     /// so many notches, and its left, right and middle buttons are as bits 0 to 2 say.
     pub fn point(&self, right: i32, down: i32, wheel: i32, buttons: u8) {
@@ -510,7 +542,10 @@ impl BusDevice for I8042 {
         self.access(|controller| {
             for (byte, index) in data.iter_mut().zip(0_u64..) {
                 match offset.wrapping_add(index) {
-                    DATA => *byte = controller.read_data(),
+                    DATA => {
+                        controller.used = true;
+                        *byte = controller.read_data();
+                    }
                     PORT_B => *byte = PORT_B_VALUE,
                     STATUS_COMMAND => *byte = controller.status().bits(),
                     _ => {}
@@ -523,8 +558,14 @@ impl BusDevice for I8042 {
         self.access(|controller| {
             for (&byte, index) in data.iter().zip(0_u64..) {
                 match offset.wrapping_add(index) {
-                    DATA => controller.write_data(byte),
-                    STATUS_COMMAND => controller.write_command(byte),
+                    DATA => {
+                        controller.used = true;
+                        controller.write_data(byte);
+                    }
+                    STATUS_COMMAND => {
+                        controller.used = true;
+                        controller.write_command(byte);
+                    }
                     _ => {}
                 }
             }

@@ -1,5 +1,6 @@
 //! Interrupts and other signals from a device to the machine.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// An edge-triggered input of the interrupt controller.
@@ -59,6 +60,34 @@ pub trait MsiVector: Send + Sync {
     ///
     /// [`MsiError::Host`] when the host refuses the route.
     fn route(&self, message: Option<MsiMessage>) -> Result<(), MsiError>;
+
+    /// Another descriptor of an eventfd: adding to it does what [`MsiVector::signal`] does, without this process's
+    /// help. `None` where there is no such way.
+    ///
+    /// # Errors
+    ///
+    /// [`MsiError::Host`].
+    fn trigger(&self) -> Result<Option<OwnedFd>, MsiError> {
+        Ok(None)
+    }
+
+    /// Whether what is added to the eventfd of [`MsiVector::trigger`] is held back from now on, or sent, and what has
+    /// been held back with it.
+    ///
+    /// Called under the table's lock, by turns.
+    ///
+    /// # Errors
+    ///
+    /// [`MsiError::Host`].
+    fn hold(&self, held: bool) -> Result<(), MsiError> {
+        let _ = held;
+        Ok(())
+    }
+
+    /// Whether something is held back. Called under the table's lock, after [`MsiVector::hold`] with `true`.
+    fn is_waiting(&self) -> bool {
+        false
+    }
 }
 
 /// Where functions get their vectors from when they are built.

@@ -133,6 +133,7 @@ fn seen(security: &Security, arguments: &[&str]) -> Option<Result<Vec<u8>, Strin
     let options = Options {
         name: "picture".into(),
         sharing: Sharing::default(),
+        pastes: false,
     };
     let screen = Arc::new(Screen::new(Box::new(Still(picture()))));
     let clock = Arc::new(Since(Instant::now()));

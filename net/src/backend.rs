@@ -1,10 +1,11 @@
 //! What a network device needs of its network.
 
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use crate::frame::Pieces;
+use crate::kernel::KernelError;
 use crate::mirror::{MirrorError, MirrorTarget, Outlet};
 use crate::stream::{Stream, StreamError};
 use crate::tap::{Setup, Tap, TapError};
@@ -192,4 +193,13 @@ pub trait Opener: Send + Sync {
     ///
     /// [`MirrorError`]
     fn mirror(&self, target: &MirrorTarget) -> Result<Outlet, MirrorError>;
+
+    /// Opens what has the host's kernel serve one pair of queues ([`crate::open_kernel`]).
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError`]
+    fn kernel(&self) -> Result<OwnedFd, KernelError> {
+        Err(KernelError::Refused)
+    }
 }

@@ -4,6 +4,7 @@
 //! * [`Backend`], [`Port`]: what a device needs of its network; [`Opener`]: who opens one.
 //! * [`Tap`]: a tap or macvtap interface of the host.
 //! * [`Stream`]: a server behind a unix socket, such as passt.
+//! * [`open_kernel`]: the host's kernel, which can move a tap's frames itself.
 //! * [`Packets`]: any descriptor that keeps frames apart.
 //! * [`Mirror`]: copies of frames for whoever looks on, at a tap or in a capture file.
 //! * [`Pieces`], [`IoVec`]: the memory that frames are moved from and to.
@@ -20,6 +21,7 @@
 
 mod backend;
 mod frame;
+mod kernel;
 mod mac;
 mod mirror;
 mod packets;
@@ -28,6 +30,7 @@ mod tap;
 
 pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source, open};
 pub use frame::{HEADER_LEN, IoVec, MAX_PIECES, Pieces};
+pub use kernel::{KernelError, open_kernel};
 pub use mac::{MacAddress, ParseMacError};
 pub use mirror::{
     CAPTURE_SIZE, Mirror, MirrorCounts, MirrorError, MirrorTarget, MirrorTargetError, Outlet,

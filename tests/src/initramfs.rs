@@ -41,7 +41,7 @@ const NESTED_MODULES: &[&str] = &[
 ];
 
 /// What cases with networks load beside that.
-const NET_MODULES: &[&str] = &["bridge", "8021q", "veth", "macvtap"];
+const NET_MODULES: &[&str] = &["bridge", "8021q", "veth", "macvtap", "vhost_net"];
 
 /// Runs `/case.sh` when there is one, else a shell; then powers off.
 ///

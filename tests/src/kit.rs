@@ -211,7 +211,9 @@ pub fn build(name: &str) -> Result<()> {
     }
     let tools = kit.join(NET_TOOLS);
     let packages = places::testbed().join(NET_TOOLS);
-    if name == nested::KERNEL && !newer(&tools, &packages) {
+    // Its list of modules is in this program too.
+    let this = std::env::current_exe()?;
+    if name == nested::KERNEL && !(newer(&tools, &packages) && newer(&tools, &this)) {
         initramfs::net_tools(&packages, &package(name), &tools)?;
     }
     let virtiofsd = kit.join(VIRTIOFSD);

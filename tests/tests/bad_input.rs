@@ -304,6 +304,27 @@ const MACHINE: &[Bad] = &[
     ),
 ];
 
+const NETWORKS: &[Bad] = &[
+    bad(
+        "vhost on a socket",
+        "--kernel hello --net socket=/s,vhost=on",
+        2,
+        &["--net (id _net0)", "vhost", "socket", "vhost=off"],
+    ),
+    bad(
+        "vhost with a limit",
+        "--kernel hello --net tap=t0,vhost=on,ops_size=9,ops_refill_time=9",
+        2,
+        &["--net (id _net0)", "vhost", "limits", "vhost=off"],
+    ),
+    bad(
+        "vhost of another word",
+        "--kernel hello --net tap=t0,vhost=maybe",
+        2,
+        &["--net", "vhost", "off", "on", "auto"],
+    ),
+];
+
 const DISKS: &[Bad] = &[
     bad(
         "missing disk",
@@ -385,7 +406,7 @@ fn wrong_flags_and_files_get_one_readable_line() {
     make_files(directory.path());
     let before = snapshot(directory.path());
     let mut failures = Vec::new();
-    let all = KERNELS.iter().chain(MACHINE).chain(DISKS);
+    let all = KERNELS.iter().chain(MACHINE).chain(NETWORKS).chain(DISKS);
     for bad in all.clone() {
         if let Err(why) = check(bad, directory.path()) {
             failures.push(format!("{}: {why}", bad.what));

@@ -13,6 +13,7 @@
 //! owns the queues. The back end drains in `stop` and saves nothing.
 
 use std::any::Any;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -99,7 +100,7 @@ pub enum ResizeError {
         size: u64,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -183,6 +184,16 @@ pub trait Notifier: Send + Sync {
     /// Tells observers of the machine that memory that comes and goes is as much as it was to be: `plugged` bytes.
     fn memory_reached(&self, plugged: u64) {
         let _ = plugged;
+    }
+    /// Another descriptor of an eventfd by which somebody outside of this process interrupts the driver for queue
+    /// `queue`, as [`Notifier::queue`] does, masks included. `None` while the driver has given the queue no vector.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    fn trigger(&self, queue: u16) -> io::Result<Option<OwnedFd>> {
+        let _ = queue;
+        Ok(None)
     }
     /// How long the device's owner has the patience to wait for its workers.
     fn patience(&self) -> Option<&Patience> {
@@ -330,6 +341,12 @@ pub trait VirtioDevice: Send + DynSnapshot {
     /// Features have been negotiated and may change what configuration space shows.
     fn features_negotiated(&mut self, features: u64) {
         let _ = features;
+    }
+
+    /// While the device is active, the driver has given queue `queue` another vector: what [`Notifier::trigger`] has
+    /// said of it holds no longer.
+    fn vector_changed(&mut self, queue: u16) {
+        let _ = queue;
     }
 
     /// Begins work on the queues: on DRIVER_OK, on resume and after restore.

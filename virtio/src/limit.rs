@@ -352,7 +352,9 @@ impl Limiter {
         }
     }
 
-    fn limited(&self) -> bool {
+    /// Whether there is any limit.
+    #[must_use]
+    pub fn limited(&self) -> bool {
         self.limited.load(Ordering::Acquire)
     }
 

@@ -6,17 +6,75 @@
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 
 /// One consistent view of the guest's memory.
 pub type GuestMap = GuestMemoryMmap<DirtyLog>;
 
 /// The guest's memory, whose map may change when memory is plugged. A worker
 /// takes a view for each batch of requests and never keeps one while it waits.
-pub type GuestMemory = GuestMemoryAtomic<GuestMap>;
+///
+/// Clones are handles on the same memory.
+#[derive(Clone)]
+pub struct GuestMemory {
+    map: GuestMemoryAtomic<GuestMap>,
+    watchers: Arc<Mutex<Vec<Weak<dyn MapWatcher>>>>,
+}
+
+/// Has told somebody else where the guest's memory is, and has to tell of changes.
+pub trait MapWatcher: Send + Sync {
+    /// The map has changed. Called by whoever changed it, before the guest learns of what is new and before
+    /// the host takes back what is gone; must neither change the map nor wait for a device.
+    fn map_changed(&self, memory: &GuestMemory);
+}
+
+impl GuestMemory {
+    /// Memory with this map.
+    #[must_use]
+    pub fn new(map: GuestMap) -> Self {
+        Self {
+            map: GuestMemoryAtomic::new(map),
+            watchers: Arc::default(),
+        }
+    }
+
+    /// Has the memory have another map. Whoever takes a view from now on sees it; views taken
+    /// before stay as they are.
+    pub fn replace(&self, map: GuestMap) {
+        let exclusive = self.map.lock();
+        exclusive
+            .unwrap_or_else(PoisonError::into_inner)
+            .replace(map);
+        let watchers = self.watchers().clone();
+        for watcher in watchers.iter().filter_map(Weak::upgrade) {
+            watcher.map_changed(self);
+        }
+    }
+
+    /// Has `watcher` be told of changes for as long as it is there. It takes a view of its own first.
+    pub fn watch(&self, watcher: Weak<dyn MapWatcher>) {
+        let mut watchers = self.watchers();
+        watchers.retain(|old| old.strong_count() > 0 && !old.ptr_eq(&watcher));
+        watchers.push(watcher);
+    }
+
+    fn watchers(&self) -> MutexGuard<'_, Vec<Weak<dyn MapWatcher>>> {
+        // Each change of the list is one call.
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GuestAddressSpace for GuestMemory {
+    type T = GuestMemoryLoadGuard<GuestMap>;
+    type M = GuestMap;
+
+    fn memory(&self) -> Self::T {
+        self.map.memory()
+    }
+}
 
 const PAGE_SHIFT: u32 = 12;
 

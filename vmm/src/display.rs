@@ -16,7 +16,7 @@ use devices::display::Screen;
 use devices::display::rfb::Password;
 
 pub use camera::Camera;
-pub use hands::{Hands, Pointers};
+pub use hands::Hands;
 pub use stage::Stage;
 pub use vnc::{Vnc, VncError, WantedVnc};
 

@@ -174,5 +174,7 @@ pub const PCI_SLOTS: u8 = 31;
 pub const WATCHDOG_SLOT: u8 = 31;
 /// The display's slot, for the same reason.
 pub const DISPLAY_SLOT: u8 = 30;
+/// The slots of the keyboard and the tablet that come with the display, where nothing else has them.
+pub const DISPLAY_INPUT_SLOTS: [u8; 2] = [29, 28];
 /// KVM's slot for the display's memory, after all those of RAM.
 pub const VIDEO_SLOT: u32 = 400;

@@ -280,7 +280,22 @@ pub struct NetConfig {
     /// What gets a copy of each frame. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<NetMirror>,
+    /// Whether the host's kernel moves the frames (vhost-net); off where it is absent. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<NetVhost>,
 }
+}
+
+/// Whether the host's kernel moves a network card's frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NetVhost {
+    /// The monitor does.
+    Off,
+    /// The kernel does, or it is an error.
+    On,
+    /// The kernel does where it can.
+    Auto,
 }
 
 /// What gets a copy of each frame of a network card, of both directions.
@@ -477,6 +492,8 @@ pub struct DisplayConfig {
     pub height: u16,
     /// Bytes of video memory: a power of two, 1 MiB to 256 MiB, with room for the picture of 4 bytes a pixel.
     pub memory: u64,
+    /// Whether a virtio keyboard and a virtio tablet come with it, where no input devices are described.
+    pub input: bool,
     /// The VNC server, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vnc: Option<VncConfig>,
@@ -491,6 +508,38 @@ pub struct VncConfig {
     /// A file whose first line, 1 to 8 bytes, viewers must know. Needed where other hosts can connect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// What a viewer gets that wants the screen for itself.
+    #[serde(default)]
+    pub share: VncShare,
+    /// Whether texts that viewers' users cut are typed into the guest. Viewers send what is cut elsewhere, too.
+    #[serde(default)]
+    pub paste: bool,
+}
+
+/// What a viewer gets that wants the screen for itself. An addition to v1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VncShare {
+    /// It for itself: others are sent away, and who would share is not let in.
+    #[default]
+    AllowExclusive,
+    /// Nothing: only those who share are let in.
+    ForceShared,
+    /// To share it like all others.
+    Ignore,
+}
+
+impl VncConfig {
+    /// A server at this address, with all else left open.
+    #[must_use]
+    pub fn at(address: &str) -> Self {
+        Self {
+            address: address.to_owned(),
+            password_file: None,
+            share: VncShare::default(),
+            paste: false,
+        }
+    }
 }
 
 impl Default for DisplayConfig {
@@ -499,6 +548,7 @@ impl Default for DisplayConfig {
             width: 1024,
             height: 768,
             memory: 64 << 20,
+            input: true,
             vnc: None,
         }
     }

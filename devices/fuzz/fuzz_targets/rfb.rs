@@ -241,6 +241,7 @@ fuzz_target!(|input: &[u8]| {
     let options = Options {
         name: String::from_utf8_lossy(NAME).into_owned(),
         sharing: Sharing::default(),
+        pastes: false,
     };
     let screen = Arc::new(Screen::new(Box::new(guest.clone())));
     let mut service = Service::new(screen, keys.clone(), options);

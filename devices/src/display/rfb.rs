@@ -7,7 +7,7 @@
 //! format, and of 8 bits with a colour map. Raw, CopyRect for what scrolls, Hextile, ZRLE, Tight with JPEG where the client
 //! gives a quality. The pseudo-encodings `Cursor` (a dot: guests draw their own), `DesktopSize`,
 //! `ExtendedDesktopSize` (the guest alone sets the size), `DesktopName`, `LastRect` (which needs nothing), QEMU's extended key events and
-//! pointer motion, `ContinuousUpdates` and `Fence`. Text that clients cut is passed over.
+//! pointer motion, `ContinuousUpdates` and `Fence`. Text that clients cut is typed into the guest where that is wanted, and passed over elsewhere.
 //!
 //! # Threads and costs
 //!
@@ -30,6 +30,7 @@ mod format;
 mod hands;
 mod handshake;
 mod message;
+mod paste;
 mod server;
 mod service;
 mod stream;

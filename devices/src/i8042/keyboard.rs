@@ -2,6 +2,8 @@
 //!
 //! Follows the IBM PS/2 Hardware Interface Technical Reference, "Keyboards".
 
+use std::collections::VecDeque;
+
 use serde::{Deserialize, Serialize};
 
 use super::keys::{Keys, KeysV1};
@@ -19,6 +21,9 @@ const DEFAULT_SCAN_SET: u8 = 2;
 const DEFAULT_TYPEMATIC: u8 = 0x2B;
 const TYPEMATIC_MASK: u8 = 0x7F;
 const LED_MASK: u8 = 0b111;
+
+/// Keys that may wait to be typed: as much as a virtio keyboard takes at once.
+const TYPED: usize = crate::input::CAPACITY / 2;
 
 /// A command that takes a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +44,8 @@ pub(super) struct Keyboard {
     last_sent: u8,
     queue: SendQueue,
     keys: Keys,
+    /// Keys that go down and up one after the other, as the guest takes what is before them. Not saved.
+    typed: VecDeque<(u16, bool)>,
 }
 
 impl Default for Keyboard {
@@ -52,6 +59,7 @@ impl Default for Keyboard {
             last_sent: 0,
             queue: SendQueue::default(),
             keys: Keys::default(),
+            typed: VecDeque::new(),
         }
     }
 }
@@ -111,6 +119,7 @@ impl Keyboard {
 
     fn set_defaults(&mut self, scanning: bool) {
         self.keys.clear();
+        self.typed.clear();
         self.scanning = scanning;
         self.typematic = DEFAULT_TYPEMATIC;
         self.scan_set = DEFAULT_SCAN_SET;
@@ -127,12 +136,37 @@ impl Keyboard {
         }
     }
 
+    /// Keys go down and up one after the other, each once the guest has been told of the one before. Whether there is
+    /// room for all of them; else none does.
+    pub(super) fn type_keys(&mut self, strokes: &[(u16, bool)]) -> bool {
+        let fits = self.typed.len().saturating_add(strokes.len()) <= TYPED;
+        if fits {
+            self.typed.extend(strokes);
+            self.fill();
+        }
+        fits
+    }
+
+    /// Whether the guest has it tell of keys.
+    pub(super) fn is_scanning(&self) -> bool {
+        self.scanning
+    }
+
     /// Queues what the guest is to be told of keys, as far as there is room.
     fn fill(&mut self) {
-        while self.scanning
-            && let Some(bytes) = self.keys.next(self.queue.room(), self.scan_set)
-        {
-            self.queue.push(&bytes);
+        while self.scanning {
+            if let Some(bytes) = self.keys.next(self.queue.room(), self.scan_set) {
+                self.queue.push(&bytes);
+                continue;
+            }
+            if !self.keys.are_told() {
+                return;
+            }
+            let Some((code, down)) = self.typed.pop_front() else {
+                return;
+            };
+            // A key that somebody holds already has been told.
+            self.keys.set(code, down, self.scan_set);
         }
     }
 
@@ -159,6 +193,7 @@ impl Keyboard {
             last_sent,
             queue,
             keys,
+            typed: _,
         } = self;
         KeyboardV1 {
             scanning: *scanning,
@@ -202,6 +237,7 @@ impl Keyboard {
             last_sent,
             queue: SendQueue::restore(queue, one_is_out)?,
             keys: Keys::restore(keys),
+            typed: VecDeque::new(),
         })
     }
 }

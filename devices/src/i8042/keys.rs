@@ -125,6 +125,11 @@ impl Keys {
         })
     }
 
+    /// Whether the guest has been told of all that is.
+    pub(super) fn are_told(&self) -> bool {
+        self.down == self.told
+    }
+
     /// Forgets all keys: the guest is told of none that is down now.
     pub(super) fn clear(&mut self) {
         *self = Self::default();

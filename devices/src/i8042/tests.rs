@@ -443,6 +443,49 @@ fn a_keyboard_that_nobody_reads_tells_in_the_end_what_is_down() {
 }
 
 #[test]
+fn a_text_loses_no_letter_however_slowly_it_is_read() {
+    let bench = Bench::new();
+    let stroke = |code| [(code, true), (code, false)];
+    let text: Vec<(u16, bool)> = (0..200)
+        .flat_map(|_| [30, 30, 105].map(stroke))
+        .flatten()
+        .collect();
+    let unused = Err(InputError::Unused(InputKind::Keyboard));
+    assert_eq!(bench.device.type_keys(&text), unused);
+    assert!(!bench.device.is_used());
+    bench.command_byte();
+    assert!(bench.device.is_used());
+    bench.device.type_keys(&text).unwrap();
+    let mut expected = Vec::new();
+    for _ in 0..200 {
+        expected.extend([0x1e, 0x9e, 0x1e, 0x9e, 0xe0, 0x4b, 0xe0, 0xcb]);
+    }
+    let read = std::iter::from_fn(|| (bench.status() & 1 != 0).then(|| bench.data()));
+    assert_eq!(read.collect::<Vec<u8>>(), expected);
+}
+
+#[test]
+fn what_is_typed_is_bounded_and_forgotten_with_the_keyboards_reset() {
+    let bench = Bench::new();
+    bench.command_byte();
+    let many = [(30, true), (30, false)].repeat(2040);
+    bench.device.type_keys(&many).unwrap();
+    let full = Err(InputError::Full(InputKind::Keyboard));
+    assert_eq!(bench.device.type_keys(&[(31, true); 200]), full);
+    bench.out(0xf5);
+    assert_eq!(
+        bench.device.type_keys(&[]),
+        Err(InputError::Unused(InputKind::Keyboard))
+    );
+    while bench.status() & 1 != 0 {
+        bench.data();
+    }
+    bench.out(0xf4);
+    assert_eq!((bench.data(), bench.status() & 1), (0xfa, 0));
+    bench.device.type_keys(&many).unwrap();
+}
+
+#[test]
 fn keys_do_nothing_while_the_keyboard_does_not_scan() {
     let bench = Bench::quiet();
     bench.device.key(42, true);

@@ -64,6 +64,8 @@ type Wake = Arc<dyn Fn() + Send + Sync>;
 struct State {
     /// There while the device takes what comes.
     wake: Option<Wake>,
+    /// A driver has taken the device over, though it may be stopped for a while.
+    driven: bool,
     reports: VecDeque<Vec<InputEvent>>,
     /// How many events they are.
     events: usize,
@@ -229,7 +231,15 @@ impl InputQueue {
     /// The device takes what comes from now on, and `wake` is called when there is something; or it takes nothing any more.
     /// `wake` must neither block nor call back.
     pub fn set_taker(&self, wake: Option<Wake>) {
-        self.lock().wake = wake;
+        let mut state = self.lock();
+        state.driven |= wake.is_some();
+        state.wake = wake;
+    }
+
+    /// Whether a driver has made the device ready and not reset it since; a machine that pauses changes nothing of it.
+    #[must_use]
+    pub fn is_driven(&self) -> bool {
+        self.lock().driven
     }
 
     /// Takes the next report, with its end. Keys come up that nobody holds any more when there is nothing else.
@@ -264,6 +274,7 @@ impl InputQueue {
         state.reports.clear();
         state.events = 0;
         state.down.clear();
+        state.driven = false;
         self.leds.store(0, Ordering::Release);
     }
 
@@ -374,6 +385,18 @@ mod tests {
         // `b` is held, but the guest never heard of it.
         assert_eq!(all(&queue), [[key("a", false), InputEvent::SYN]]);
         assert_eq!(queue.counts(), (1, 2));
+    }
+
+    #[test]
+    fn a_driver_stays_while_the_machine_is_paused_and_goes_with_a_reset() {
+        let queue = InputQueue::new(InputKind::Keyboard);
+        assert!(!queue.is_driven());
+        queue.set_taker(Some(Arc::new(|| ())));
+        assert!(queue.is_driven());
+        queue.set_taker(None);
+        assert!(queue.is_driven());
+        queue.reset();
+        assert!(!queue.is_driven());
     }
 
     #[test]

@@ -8,7 +8,11 @@
 //!
 //! A masked entry keeps its route: a signal that a worker has already begun
 //! may still arrive, as on hardware, but cannot get lost.
+//!
+//! Signals may also come from elsewhere, by an eventfd ([`Msix::trigger`]). Nobody asks the table
+//! then, so the host holds them back while the entry is not open.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -45,6 +49,10 @@ struct Entry {
     masked: bool,
     /// What the host has, if anything.
     routed: Option<MsiMessage>,
+    /// Somebody else may signal it.
+    triggered: bool,
+    /// The host holds such signals back.
+    held: bool,
 }
 
 impl Entry {
@@ -55,6 +63,8 @@ impl Entry {
         },
         masked: true,
         routed: None,
+        triggered: false,
+        held: false,
     };
 }
 
@@ -183,6 +193,27 @@ impl Msix {
         }
     }
 
+    /// Another descriptor of an eventfd by which somebody else signals `vector`; what it has while the entry is
+    /// masked is pending. `None` when there is no such vector, or the host has no such way.
+    ///
+    /// # Errors
+    ///
+    /// [`MsiError::Host`].
+    pub fn trigger(&self, vector: u16) -> Result<Option<OwnedFd>, MsiError> {
+        let index = usize::from(vector);
+        let mut table = self.lock();
+        let (Some(vector), Some(entry)) = (self.vectors.get(index), table.entries.get_mut(index))
+        else {
+            return Ok(None);
+        };
+        let Some(trigger) = vector.host.trigger()? else {
+            return Ok(None);
+        };
+        entry.triggered = true;
+        hold(vector, entry, !vector.open.load(Ordering::Acquire));
+        Ok(Some(trigger))
+    }
+
     /// Reads the table at byte `offset`. Anything but an aligned access of 4
     /// or 8 bytes inside it reads as ones.
     pub fn table_read(&self, offset: u64, data: &mut [u8]) {
@@ -248,10 +279,10 @@ impl Msix {
         let table = self.lock();
         for (i, byte) in data.iter_mut().enumerate() {
             let start = first.saturating_add(i).saturating_mul(8);
-            let bits = table.pending.iter().skip(start).take(8);
-            *byte = bits
-                .enumerate()
-                .fold(0, |byte, (bit, on)| byte | u8::from(*on) << bit);
+            let end = start.saturating_add(8).min(self.vectors.len());
+            *byte = (start..end).enumerate().fold(0, |byte, (bit, index)| {
+                byte | u8::from(self.is_pending(&table, index)) << bit
+            });
         }
     }
 
@@ -260,21 +291,24 @@ impl Msix {
         let mut table = self.lock();
         (table.enabled, table.masked) = (false, false);
         self.refresh_all(&mut table);
-        table.entries.fill(Entry::POWER_ON);
+        for (vector, entry) in self.vectors.iter().zip(&mut table.entries) {
+            hold(vector, entry, false);
+            *entry = Entry::POWER_ON;
+        }
     }
 
     /// Takes the saved form.
     #[must_use]
     pub fn save(&self) -> MsixV1 {
         let table = self.lock();
-        let entries = table.entries.iter().zip(&table.pending);
+        let entries = table.entries.iter().enumerate();
         MsixV1 {
             entries: entries
-                .map(|(entry, pending)| MsixEntryV1 {
+                .map(|(index, entry)| MsixEntryV1 {
                     address: entry.message.address,
                     data: entry.message.data,
                     masked: entry.masked,
-                    pending: *pending,
+                    pending: self.is_pending(&table, index),
                 })
                 .collect(),
         }
@@ -319,7 +353,7 @@ impl Msix {
                         data,
                     },
                     masked,
-                    routed: None,
+                    ..Entry::POWER_ON
                 };
                 table.pending[index] = pending;
             }
@@ -330,6 +364,16 @@ impl Msix {
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_pending(&self, table: &Table, index: usize) -> bool {
+        let entry = table.entries.get(index);
+        let waits = |vector: &Vector| {
+            let held = entry.is_some_and(|entry| entry.held);
+            table.enabled && held && vector.host.is_waiting()
+        };
+        table.pending.get(index).is_some_and(|pending| *pending)
+            || self.vectors.get(index).is_some_and(waits)
     }
 
     fn refresh_all(&self, table: &mut Table) {
@@ -355,6 +399,7 @@ impl Msix {
         };
         if !*enabled || *masked || entry.masked {
             vector.open.store(false, Ordering::Release);
+            hold(vector, entry, true);
             if !*enabled {
                 *pending = false;
                 if entry.routed.take().is_some() {
@@ -373,9 +418,17 @@ impl Msix {
         }
         let open = entry.routed.is_some();
         vector.open.store(open, Ordering::Release);
+        hold(vector, entry, !open);
         if open && std::mem::take(pending) {
             vector.host.signal();
         }
+    }
+}
+
+/// Has the host hold back what others signal, or not.
+fn hold(vector: &Vector, entry: &mut Entry, held: bool) {
+    if entry.triggered && entry.held != held && report(vector.host.hold(held)) {
+        entry.held = held;
     }
 }
 

@@ -1,5 +1,5 @@
-//! Two guests on a bridge of the host, and all that a card can do there: VLANs, iperf3, limits, a mirror, and cards that
-//! come as a descriptor and as a macvtap.
+//! Two guests on a bridge of the host, and all that a card can do there: VLANs, iperf3, limits, mirrors, and cards that
+//! come as a descriptor, as a macvtap, and with the host's kernel to serve them.
 
 use super::{MIB, case};
 use crate::case::{Action, Ask, Case, Fill, Form, Want};
@@ -22,7 +22,7 @@ now() { read -r now rest < /proc/uptime; echo "${now%.*}${now#*.}"; }
 const NETWORK: &str = r#"
 . /modules/net
 brctl addbr br0
-for net in 79 81 82; do ip addr add 10.$net.0.1/24 dev br0; done
+for net in 79 81 82 83; do ip addr add 10.$net.0.1/24 dev br0; done
 ip link set br0 up
 # The other end is veth0.
 ip link add vm0 type veth
@@ -104,12 +104,41 @@ nc 10.79.0.1 5005 < /tmp/part > /tmp/got
 echo "@@ mirrored $(wc -c < /tmp/got)"
 
 echo '@@ ask for cards'
-for number in 4 6; do
+for number in 4 6 8; do
     until_ "card 52:54:00:00:79:0$number > /dev/null"
     net=$((number / 2 + 79))
     up "$(card 52:54:00:00:79:0$number)" 10.$net.0.2
     until_ "ping -c 1 -W 1 10.$net.0.1 > /dev/null" && echo "@@ card $number works"
 done
+echo '@@ ask for a mirror on a tap'
+until_ 'nc 10.79.0.1 5006 < /dev/null'
+ping -c 5 -s 700 -i 0.1 10.81.0.1 > /dev/null && echo '@@ pinged'
+
+fast=$(card 52:54:00:00:79:08)
+device=$(basename "$(readlink /sys/class/net/$fast/device)")
+round() {
+    until_ 'nc 10.83.0.1 5011 < /tmp/noise'
+    until_ 'nc 10.83.0.1 5012 <> /tmp/quiet > /tmp/back && [ -s /tmp/back ]'
+    cmp /tmp/noise /tmp/back && echo "@@ by the kernel, $1: whole"
+}
+echo '@@ ask for the first round'
+# Each move masks the vector and opens it again.
+for n in 1 2 3 4 5 6 7 8 9 10; do
+    for cpu in 1 2; do
+        for irq in $(grep "$device-" /proc/interrupts | cut -d: -f1); do echo $cpu > /proc/irq/$irq/smp_affinity; done
+        sleep 0.05
+    done
+done &
+round 1
+wait $!
+echo '@@ ask for the second round'
+round 2
+echo '@@ ask for the fast link to go down'
+until_ "[ \$(cat /sys/class/net/$fast/carrier) = 0 ]"
+ping -c 1 -W 1 10.83.0.1 > /dev/null || echo '@@ fast down: no answer'
+echo '@@ ask for the third round'
+until_ "[ \$(cat /sys/class/net/$fast/carrier) = 1 ]"
+round 3
 echo '@@ ask for their removal'
 until_ '! card 52:54:00:00:79:06 > /dev/null'
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|NETDEV WATCHDOG|rx error|soft lockup' | sed 's/^/@@ bad: /'
@@ -160,6 +189,36 @@ seen() { flat host; awk 'NR == FNR { seen[$0]; next } !($0 in seen) { exit 1 }' 
 until_ seen
 kill "$(cat dump.pid)"
 [ "$(wc -c < card.flat)" -gt 655360 ] && echo '@@ frames are the same'
+"#;
+
+const MIRROR_TAP: &str = r#"
+cli update passed mirror_tap=mon0
+for tap in tapp mon0; do
+    tcpdump -Z root -i $tap -s 0 -U -w $tap.pcap 'icmp and greater 700' > /dev/null 2> $tap.log &
+    echo $! > $tap.pid
+done
+until_ 'grep -q listening tapp.log && grep -q listening mon0.log'
+nc -l -p 5006 < /dev/null > /dev/null &
+"#;
+
+const COMPARE_TAP: &str = r#"
+frames() { tcpdump -Z root -r $1.pcap -t -n -xx | awk '/^\t/ { printf "%s", $0; next } { print "" } END { print "" }' | sort > $1.flat; }
+until_ 'frames tapp; frames mon0; [ $(grep -c . mon0.flat) = 10 ] && cmp tapp.flat mon0.flat'
+kill "$(cat tapp.pid)" "$(cat mon0.pid)"
+cli update passed mirror=off
+echo '@@ frames on the tap are the same'
+"#;
+
+/// What the guest sends it gets back. The second descriptor keeps the listener for as long as the guest sends.
+const ECHO: &str = r#"
+(nc -l -p 5011 <> quiet > echo; nc -l -p 5012 < echo > /dev/null) &
+"#;
+
+const BY_KERNEL: &str = r#"
+[ "$(cat /proc/[0-9]*/task/*/comm | grep -c '^vhost-')" = 1 ] && echo '@@ a thread of the kernel'
+"$VIREO" net update --api-socket {dir}/api.sock fast bw_size=1M,bw_refill_time=100 > refused.log 2>&1 &&
+    echo '@@ bad: the kernel keeps limits'
+grep -q 'keeps no limits' refused.log && echo '@@ a limit is refused'
 "#;
 
 fn description() -> String {
@@ -218,13 +277,61 @@ fn cards(case: Case) -> Case {
     let passed = r#"{"tap":"tapp","id":"passed","mac":"52:54:00:00:79:04"}"#;
     let place = Want::Text(r#"{"id":"passed","bdf":"0000:00:"#.to_owned());
     let passed = Ask::put("vm.add-net", passed).answered(200).want(place);
-    case.step("@@ ask for cards", Action::Pass(passed))
+    let case = case
+        .step("@@ ask for cards", Action::Pass(passed))
         .step(
             "",
             run("plug tapp; cli add tap=mv0,id=typed,mac=52:54:00:00:79:06"),
         )
+        .step(
+            "",
+            run("cli add tap=tapv,id=fast,mac=52:54:00:00:79:08,vhost=on; plug tapv"),
+        )
+        .step("@@ ask for a mirror on a tap", run(MIRROR_TAP))
+        .step("@@ pinged", run(COMPARE_TAP));
+    by_kernel(case)
         .step("@@ ask for their removal", run("cli remove typed"))
-        .lines(["@@ card 4 works", "@@ card 6 works"])
+        .lines([
+            "@@ card 4 works",
+            "@@ card 6 works",
+            "@@ card 8 works",
+            "@@ frames on the tap are the same",
+        ])
+}
+
+/// A card that the host's kernel serves, through a pause and a link that goes down and comes up. No frame of it is this
+/// process's.
+fn by_kernel(case: Case) -> Case {
+    let counters = [
+        r#""fast":{"mirror_dropped":0,"mirror_frames":0,"rx_bytes":0,"rx_dropped":0,"rx_errors":0,"rx_frames":0,"tx_bytes":0,"tx_dropped":0"#,
+    ];
+    case.step("@@ ask for the first round", run(ECHO))
+        .asks(
+            "@@ ask for the second round",
+            [
+                Ask::get("vm.counters", &counters),
+                Ask::put("vm.pause", ""),
+                Ask::put("vm.resume", ""),
+            ],
+        )
+        .step("", run(ECHO))
+        .step("", run(BY_KERNEL))
+        .step(
+            "@@ ask for the fast link to go down",
+            run("cli update fast link=down"),
+        )
+        .step(
+            "@@ ask for the third round",
+            run(&format!("cli update fast link=up; {ECHO}")),
+        )
+        .lines([
+            "@@ a thread of the kernel",
+            "@@ a limit is refused",
+            "@@ by the kernel, 1: whole",
+            "@@ by the kernel, 2: whole",
+            "@@ fast down: no answer",
+            "@@ by the kernel, 3: whole",
+        ])
 }
 
 /// The two guests, in one boot of each.
@@ -253,7 +360,7 @@ pub(super) fn share_a_bridge(kernel: &str) -> Case {
         .want(Want::Text("@@ iperf down: ".to_owned()))
         .after("ip link del br0; ip link del vm0; cat neighbour | grep '@@ end' || cat neighbour")
         .want(Want::Times("@@ end".to_owned(), 2))
-        .limit(240);
+        .limit(300);
     case.nested_only = true;
     case.net_tools = true;
     case

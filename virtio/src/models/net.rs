@@ -2,6 +2,8 @@
 //!
 //! * [`NetConfig`]: how one is described; [`MODEL`] builds it.
 //! * [`Net`]: configuration space, features, and the workers.
+//! * `kernel`: what has the host's kernel serve pairs instead of workers (vhost-net).
+//! * `launch`: who serves the pairs, and how that changes hands.
 //! * `mirror`: where copies of its frames go.
 //! * `change`: what of it can be changed in use; `saved`: what is kept of it.
 //! * `shared`: what the workers and the device share; `filter`: which frames the driver
@@ -37,26 +39,27 @@ use virtio_bindings::virtio_net::{
 };
 use zerocopy::IntoBytes;
 
-use self::control::{Control, guest_offload_bits, guest_offloads};
-use self::receive::{Receiver, Shape};
+use self::control::{guest_offload_bits, guest_offloads};
+use self::kernel::Engines;
+use self::receive::Shape;
 use self::shared::Shared;
 use self::spec::{ConfigSpace, MAX_FRAME, TAGGED_LEN, USUAL_MTU};
 use self::tally::Tallies;
-use self::transmit::Transmitter;
-use self::worker::{Pair, Queues, Worker};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Counters, Identity, Preparation, Prepared,
+    ActivateError, Activation, Counters, Identity, Notifier, Preparation, Prepared,
     ReconfigureError, Reconfigured, StoppedQueue, VirtioDevice, read_space,
 };
-use crate::limit::{Clock, Limiter, Throttle};
+use crate::limit::{Clock, Limiter};
+use crate::memory::GuestMemory;
 use crate::models::BuildContext;
-use crate::ring::Ring;
 use crate::worker::Workers;
 
 mod change;
 mod config;
 mod control;
 mod filter;
+mod kernel;
+mod launch;
 mod mirror;
 mod pieces;
 mod receive;
@@ -69,7 +72,7 @@ mod tests;
 mod transmit;
 mod worker;
 
-pub use self::config::{MODEL, NetConfig, NetLimits, RX_KEYS, TX_KEYS, random_mac};
+pub use self::config::{MODEL, NetConfig, NetLimits, RX_KEYS, TX_KEYS, Vhost, random_mac};
 pub use self::saved::NetV1;
 
 /// What the guest sees of a network device, beside its network.
@@ -99,11 +102,26 @@ pub struct Net {
     tx_limits: Arc<Limiter>,
     tallies: Arc<Tallies>,
     workers: Workers,
+    /// What has the host's kernel serve the pairs, where it is to.
+    engines: Option<Arc<Engines>>,
+    /// Changes that it could not follow are refused, rather than followed by workers.
+    only_kernel: bool,
+    /// It does.
+    by_kernel: bool,
+    /// What the driver started it with, while it is active.
+    running: Option<Running>,
     /// The features that the driver has accepted.
     accepted: u64,
     /// The driver is to be asked to announce itself when it is there again.
     restored: bool,
     clock: Clock,
+}
+
+/// What there is to start the workers again with.
+struct Running {
+    features: u64,
+    memory: GuestMemory,
+    notifier: Arc<dyn Notifier>,
 }
 
 const fn bit(feature: u32) -> u64 {
@@ -164,6 +182,10 @@ impl Net {
             tx_limits: Arc::default(),
             tallies: Arc::new(Tallies::new(settings.pairs)),
             workers: Workers::new("net", id),
+            engines: None,
+            only_kernel: false,
+            by_kernel: false,
+            running: None,
             accepted: 0,
             restored: false,
             clock: Arc::new(Instant::now),
@@ -183,6 +205,9 @@ impl Net {
         }
         if self.settings.mtu.is_some() {
             features |= bit(VIRTIO_NET_F_MTU);
+        }
+        if self.engines.as_ref().is_some_and(|engines| !engines.merges()) {
+            features &= !bit(VIRTIO_NET_F_MRG_RXBUF);
         }
         features
     }
@@ -236,53 +261,6 @@ impl Net {
         self.shared.set_offloads(offloads).map_err(failed)
     }
 
-    fn throttle(limits: &Arc<Limiter>) -> Throttle {
-        Throttle {
-            own: Arc::clone(limits),
-            group: None,
-        }
-    }
-}
-
-/// The queues of a pair, as the driver enabled them.
-#[derive(Default)]
-struct Part {
-    pair: u16,
-    receive: Option<ActiveQueue>,
-    transmit: Option<ActiveQueue>,
-    control: Option<ActiveQueue>,
-}
-
-/// Sorts queues into pairs. The control queue goes with the first.
-fn pair_up(queues: Vec<ActiveQueue>, control: u16) -> Vec<Part> {
-    let mut parts: Vec<Part> = Vec::new();
-    for queue in queues {
-        let pair = if queue.index == control {
-            0
-        } else {
-            queue.index / 2
-        };
-        let place = parts.iter().position(|part| part.pair == pair);
-        let place = place.unwrap_or_else(|| {
-            parts.push(Part {
-                pair,
-                ..Part::default()
-            });
-            parts.len() - 1
-        });
-        let Some(part) = parts.get_mut(place) else {
-            continue;
-        };
-        let slot = if queue.index == control {
-            &mut part.control
-        } else if queue.index.is_multiple_of(2) {
-            &mut part.receive
-        } else {
-            &mut part.transmit
-        };
-        *slot = Some(queue);
-    }
-    parts
 }
 
 impl VirtioDevice for Net {
@@ -321,38 +299,12 @@ impl VirtioDevice for Net {
         } = activation;
         self.accepted = features;
         self.prepare_network()?;
-        let shape = self.shape();
-        let last = if self.accepts(VIRTIO_NET_F_MQ) {
-            self.settings.pairs
-        } else {
-            1
+        let running = Running {
+            features,
+            memory,
+            notifier: Arc::clone(&notifier),
         };
-        let mut wakes = Vec::new();
-        let ring = |queue: ActiveQueue| Ring::new(queue, features, Arc::clone(&notifier));
-        let parts = pair_up(queues, last.saturating_mul(2));
-        self.workers.start(&notifier, parts, |part, wake| {
-            let Part {
-                pair,
-                receive,
-                transmit,
-                control,
-            } = part;
-            wakes.push(wake.clone());
-            let queues = Queues {
-                receiver: receive.map(|queue| {
-                    Receiver::new(ring(queue), shape, Self::throttle(&self.rx_limits))
-                }),
-                transmitter: transmit
-                    .map(|queue| Transmitter::new(ring(queue), Self::throttle(&self.tx_limits))),
-                control: control
-                    .map(|queue| Control::new(ring(queue), Arc::clone(&self.shared), features)),
-            };
-            let tally = self.tallies.of(pair);
-            let clock = Arc::clone(&self.clock);
-            let pair = Pair::new(pair, &self.shared, tally, clock, Arc::clone(&notifier));
-            Worker::new(pair, memory.clone(), queues, wake)
-        })?;
-        self.shared.set_wakes(wakes);
+        self.launch(running, queues)?;
         if std::mem::take(&mut self.restored) && self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE) {
             self.shared.set_announce(true);
             notifier.config_changed();
@@ -364,8 +316,16 @@ impl VirtioDevice for Net {
         let stopped = self.workers.stop(deadline);
         if !matches!(stopped, Err(StopError::Deadline { .. })) {
             self.shared.set_wakes(Vec::new());
+            self.running = None;
+            self.by_kernel = false;
         }
         stopped
+    }
+
+    fn vector_changed(&mut self, queue: u16) {
+        if let Some(engines) = self.engines.as_ref().filter(|_| self.by_kernel) {
+            engines.vector_changed(queue);
+        }
     }
 
     fn prepare(
@@ -373,7 +333,7 @@ impl VirtioDevice for Net {
         patch: Value,
         context: BuildContext,
     ) -> Result<Preparation, ReconfigureError> {
-        change::plan(patch, context)
+        change::plan(patch, context, self.only_kernel)
     }
 
     fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {

@@ -298,6 +298,9 @@ impl Core {
             common::QUEUE_VECTOR => {
                 if let Some(vector) = self.signals.queue_vectors.get(index) {
                     self.signals.assign(vector, value);
+                    if self.active {
+                        self.device.vector_changed(self.queue_select);
+                    }
                 }
             }
             common::QUEUE_SIZE => {

@@ -3,6 +3,8 @@
 //! Workers signal through this without taking the transport's lock, so that
 //! the transport may wait for a worker while it holds the lock.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
@@ -148,6 +150,14 @@ impl Notifier for Signals {
     fn queue(&self, queue: u16) {
         if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
             self.interrupt(ISR_QUEUE, vector.load(Ordering::Acquire));
+        }
+    }
+
+    fn trigger(&self, queue: u16) -> io::Result<Option<OwnedFd>> {
+        let vector = self.queue_vectors.get(usize::from(queue));
+        match vector.map(|vector| vector.load(Ordering::Acquire)) {
+            None | Some(NO_VECTOR) => Ok(None),
+            Some(vector) => self.msix.trigger(vector).map_err(io::Error::other),
         }
     }
 

@@ -502,7 +502,7 @@ fn memory_that_has_come_is_made_known_before_it_is_used() {
     let at = 16 * SEAM;
     let more = std::sync::Arc::new(region(at, SEAM));
     let map = bench.memory.memory().insert_region(more).unwrap();
-    bench.memory.lock().unwrap().replace(map);
+    bench.memory.replace(map);
     let head = bench.driver.offer(&[(at, 32, true)]);
     bench.driver.kick();
     assert_eq!(bench.driver.wait(&notices).0, u32::from(head));

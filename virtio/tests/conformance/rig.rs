@@ -13,7 +13,7 @@ use devices::{Bus, MsiAllocator, MsiError, MsiMessage, MsiVector, Unit};
 use migration::SectionSet;
 use virtio::memory::{GuestMap, GuestMemory};
 use virtio::transport::{DeviceEvent, DeviceEvents, Doorbells, VirtioPci};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryAtomic};
+use vm_memory::{FileOffset, GuestAddress};
 
 use crate::subjects::Subject;
 
@@ -286,5 +286,5 @@ pub fn ram() -> GuestMemory {
             Some(part),
         )
     });
-    GuestMemoryAtomic::new(GuestMap::from_ranges_with_files(ranges).unwrap())
+    GuestMemory::new(GuestMap::from_ranges_with_files(ranges).unwrap())
 }

@@ -169,7 +169,7 @@ pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) ->
 }
 
 impl VmConfig {
-    /// Adds the devices of console and ports and of memory that comes and goes, where there are any. Gives each device that has none an id (as in
+    /// Adds the devices of console and ports, of memory that comes and goes and of the screen, where there are any. Gives each device that has none an id (as in
     /// `_disk0`: its model's flag and the next number) and a PCI slot (the first free one), in order, and each
     /// network card an address, and shares memory with the programs that serve devices. What was
     /// given stays. With more devices than slots the last stay without, which
@@ -177,6 +177,7 @@ impl VmConfig {
     pub fn complete(&mut self, models: &[Model]) {
         self.complete_console(models);
         self.complete_memory(models);
+        self.complete_display(models);
         let mut ids: BTreeSet<String> = self.devices.iter().map(|d| d.id.clone()).collect();
         let mut taken: BTreeSet<u8> = self.devices.iter().filter_map(|d| d.address).collect();
         taken.extend(self.own_slots().into_iter().map(|(slot, _)| slot));

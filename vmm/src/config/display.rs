@@ -4,17 +4,24 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use api::wire::VncConfig;
-use serde_json::Value;
+use api::wire::{VncConfig, VncShare};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use virtio::models::Model;
+use virtio::models::input::MODEL;
 use virtio::schema::{Field, FieldKind};
 
 use super::flag::{self, FlagError, FlagTable};
 use super::serial::MAX_SOCKET_PATH;
-use super::{DisplayConfig, VmConfig, bytes};
-use crate::layout::{DISPLAY_SLOT, WATCHDOG_SLOT};
+use super::{DeviceConfig, DisplayConfig, VmConfig, bytes};
+use crate::layout::{DISPLAY_INPUT_SLOTS, DISPLAY_SLOT, WATCHDOG_SLOT};
 
 /// The flag.
 const FLAG: &str = "--display";
+/// The name of the keyboard that comes with a screen.
+pub const KEYBOARD: &str = "__keyboard";
+/// And of the tablet.
+pub const TABLET: &str = "__tablet";
 /// Pixels of a line and lines at power-on.
 const WIDTHS: std::ops::RangeInclusive<u16> = 320..=3840;
 const HEIGHTS: std::ops::RangeInclusive<u16> = 200..=2160;
@@ -50,6 +57,12 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         help: "video memory, a power of two from 1M to 256M; default 64M",
     },
     Field {
+        name: "input",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "whether a virtio keyboard and tablet come with it; default on, unless there are --input devices",
+    },
+    Field {
         name: "vnc",
         kind: FieldKind::Text,
         required: false,
@@ -60,6 +73,18 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         kind: FieldKind::Path,
         required: false,
         help: "a file whose first line, 1 to 8 bytes, viewers must know",
+    },
+    Field {
+        name: "vnc_share",
+        kind: FieldKind::Choice(&["allow-exclusive", "force-shared", "ignore"]),
+        required: false,
+        help: "a viewer that wants the screen for itself: gets it (default), is not let in, or shares it",
+    },
+    Field {
+        name: "vnc_paste",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "whether texts that viewers' users cut are typed into the guest; default off",
     },
 ];
 
@@ -193,11 +218,14 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
         width,
         height,
         memory,
+        input: _,
         ref vnc,
     } = *display;
     if let Some(VncConfig {
         address,
         password_file: password,
+        share: _,
+        paste: _,
     }) = vnc
     {
         let parsed: VncAddress = address.parse()?;
@@ -252,31 +280,65 @@ pub fn from_flag(
     let text = |key| map.get(key).and_then(Value::as_str).map(str::to_owned);
     let mut vnc = default.vnc;
     if let Some(address) = text("vnc") {
-        let password_file = vnc.and_then(|vnc| vnc.password_file);
-        vnc = Some(VncConfig {
-            address,
-            password_file,
-        });
+        let mut served = vnc.unwrap_or_else(|| VncConfig::at(""));
+        served.address = address;
+        vnc = Some(served);
     }
-    if let Some(path) = text("vnc_password_file") {
-        let Some(vnc) = &mut vnc else {
-            let flag = FLAG.to_owned();
-            return Err(FlagError::MissingKey { flag, key: "vnc" });
-        };
-        vnc.password_file = Some(path.into());
-    }
+    viewers(&map, vnc.as_mut())?;
     Ok(Some(DisplayConfig {
         vnc,
         width: pixels("width", default.width),
         height: pixels("height", default.height),
         memory: number("memory").unwrap_or(default.memory),
+        input: map
+            .get("input")
+            .and_then(Value::as_bool)
+            .unwrap_or(default.input),
     }))
+}
+
+/// Reads what viewers are told and may, by keys that mean nothing without a server.
+fn viewers(map: &Map<String, Value>, mut vnc: Option<&mut VncConfig>) -> Result<(), FlagError> {
+    let keys = ["vnc_password_file", "vnc_share", "vnc_paste"];
+    for (key, value) in keys.iter().filter_map(|key| Some((*key, map.get(*key)?))) {
+        let Some(vnc) = &mut vnc else {
+            let flag = FLAG.to_owned();
+            return Err(FlagError::MissingKey { flag, key: "vnc" });
+        };
+        match key {
+            "vnc_password_file" => vnc.password_file = value.as_str().map(PathBuf::from),
+            "vnc_paste" => vnc.paste = value == &Value::Bool(true),
+            // The table allows no other words than it has.
+            _ => vnc.share = VncShare::deserialize(value).unwrap_or_default(),
+        }
+    }
+    Ok(())
 }
 
 impl VmConfig {
     /// Checks the rules on the screen.
     pub(super) fn validate_display(&self) -> Result<(), DisplayError> {
         self.display.as_ref().map_or(Ok(()), check)
+    }
+
+    /// Adds the keyboard and the tablet that come with the screen, unless it is to be without or there are input
+    /// devices already. In slots of their own where these are free, so that nothing else moves for them.
+    pub(super) fn complete_display(&mut self, models: &[Model]) {
+        let wanted = self.display.as_ref().is_some_and(|display| display.input);
+        let there = self.devices.iter().any(|device| device.kind == MODEL.kind);
+        if !wanted || there || !models.iter().any(|model| model.kind == MODEL.kind) {
+            return;
+        }
+        let kinds = [(KEYBOARD, "keyboard"), (TABLET, "tablet")];
+        for ((id, kind), slot) in kinds.into_iter().zip(DISPLAY_INPUT_SLOTS) {
+            let taken = self.devices.iter().any(|d| d.address == Some(slot));
+            self.devices.push(DeviceConfig {
+                kind: MODEL.kind.to_owned(),
+                id: id.to_owned(),
+                address: (!taken).then_some(slot),
+                config: json!({ "type": kind }),
+            });
+        }
     }
 
     /// The PCI slots of what the machine has besides [`VmConfig::devices`], each with what it is.
@@ -294,6 +356,8 @@ impl VmConfig {
 
 #[cfg(test)]
 mod tests {
+    use virtio::models::MODELS;
+
     use super::*;
 
     fn refusal(text: &str) -> String {
@@ -311,16 +375,50 @@ mod tests {
             width: 1920,
             height: 1080,
             memory: 16 << 20,
+            input: false,
             vnc: None,
         };
         assert_eq!(
-            display("width=1920,height=1080,memory=16M"),
+            display("width=1920,height=1080,memory=16M,input=off"),
             Some(wanted.clone())
         );
         assert_eq!(check(&wanted), Ok(()));
         let wider = from_flag("width=2048", Some(&wanted)).unwrap();
         let wider = wider.map(|display| (display.width, display.height));
         assert_eq!(wider, Some((2048, 1080)), "what is not given stays");
+    }
+
+    /// The ids and slots of a machine's input devices, and that a second completion changes nothing.
+    fn inputs(config: Value) -> Vec<(String, Option<u8>)> {
+        let mut config: VmConfig = serde_json::from_value(config).unwrap();
+        config.complete(MODELS);
+        let once = config.clone();
+        config.complete(MODELS);
+        assert_eq!(config, once);
+        let wire = config.to_wire();
+        assert!(wire.input.iter().flatten().all(|input| {
+            let id = input.id.as_deref();
+            id.is_some_and(|id| !id.starts_with("__"))
+        }));
+        let inputs = config.devices.into_iter().filter(|d| d.kind == "input");
+        inputs.map(|device| (device.id, device.address)).collect()
+    }
+
+    #[test]
+    fn a_keyboard_and_a_tablet_come_with_a_screen() {
+        let both = |slots: [u8; 2]| {
+            let ids = [KEYBOARD, TABLET].map(str::to_owned);
+            Vec::from_iter(ids.into_iter().zip(slots.map(Some)))
+        };
+        let disk = json!({"kind": "blk", "id": "d", "address": 29, "config": {"path": "/d"}});
+        let mouse = json!({"kind": "input", "id": "m", "config": {"type": "mouse"}});
+        assert_eq!(inputs(json!({})), []);
+        assert_eq!(inputs(json!({"display": {}})), both([29, 28]));
+        assert_eq!(inputs(json!({"display": {"input": false}})), []);
+        let beside = inputs(json!({"display": {}, "devices": [disk]}));
+        assert_eq!(beside, both([1, 28]));
+        let own = inputs(json!({"display": {}, "devices": [mouse]}));
+        assert_eq!(own, [("m".to_owned(), Some(1))]);
     }
 
     #[test]
@@ -368,6 +466,30 @@ mod tests {
         ] {
             assert_eq!(address(text).unwrap().is_local(), local, "{text}");
         }
+    }
+
+    #[test]
+    fn what_viewers_may_is_told_beside_where_they_connect() {
+        let vnc = |text, base| from_flag(text, base).unwrap().unwrap();
+        let served = vnc("vnc=:5900,vnc_share=force-shared,vnc_paste=on", None);
+        let wanted = VncConfig {
+            share: VncShare::ForceShared,
+            paste: true,
+            ..VncConfig::at(":5900")
+        };
+        assert_eq!(served.vnc, Some(wanted.clone()));
+        let moved = vnc("vnc=:5901,vnc_paste=off", Some(&served));
+        let wanted = VncConfig {
+            address: ":5901".to_owned(),
+            paste: false,
+            ..wanted
+        };
+        assert_eq!(moved.vnc, Some(wanted), "what is not given stays");
+        for text in ["vnc_paste=on", "vnc_share=ignore"] {
+            let refused = from_flag(text, None).unwrap_err().to_string();
+            assert!(refused.contains("'vnc' is missing"), "{refused}");
+        }
+        assert!(from_flag("vnc=:1,vnc_share=all", None).is_err());
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use api::wire::VncConfig;
+use api::wire::{VncConfig, VncShare};
+use devices::LogLimit;
 use devices::display::Screen;
 use devices::display::rfb::{Options, Password, Security, Server, Sharing, Stream};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -23,6 +24,9 @@ const REST: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 100_000_000,
 };
+
+/// A brake for what those at the door can cause to be logged.
+static LOG: LogLimit = LogLimit::new();
 
 /// Why viewers cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -130,7 +134,12 @@ impl WantedVnc {
         };
         let options = Options {
             name: name.unwrap_or_else(|| "vireo".to_owned()),
-            sharing: Sharing::default(),
+            sharing: match config.share {
+                VncShare::AllowExclusive => Sharing::AllowExclusive,
+                VncShare::ForceShared => Sharing::ForceShared,
+                VncShare::Ignore => Sharing::Ignore,
+            },
+            pastes: config.paste,
         };
         let server = Server::start(screen, hands, Arc::new(SteadyClock), options);
         let server = server.map_err(host("no thread to serve viewers"))?;
@@ -191,14 +200,18 @@ fn guard(listener: &Listener, wake: &OwnedFd, server: &Server, security: &Securi
         }
         rests = false;
         let came = listener.accept().and_then(|(stream, peer)| {
-            tracing::info!(%peer, "a viewer connects");
+            if let Some(suppressed) = LOG.allow() {
+                tracing::info!(%peer, suppressed, "a viewer connects");
+            }
             server.connect(stream, security, peer)
         });
         match came {
             Ok(()) => (),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
             Err(error) => {
-                tracing::warn!(%error, "a viewer could not be let in");
+                if let Some(suppressed) = LOG.allow() {
+                    tracing::warn!(%error, suppressed, "a viewer could not be let in");
+                }
                 rests = true;
             }
         }

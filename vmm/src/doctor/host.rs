@@ -146,22 +146,29 @@ fn devices(tree: &Tree<'_>) -> Vec<Check> {
         (
             "vhost_net",
             "dev/vhost-net",
-            "networking in the kernel",
+            "--net vhost=on (frames moved by the kernel)",
             "modprobe vhost_net",
         ),
     ]
     .into_iter()
-    .map(|(name, path, purpose, mend)| {
-        if tree.exists(path) {
-            Check::ok(name, format!("/{path} is there"))
-        } else {
-            Check::warn(
+    .map(
+        |(name, path, purpose, mend)| match tree.opener.open_device(&tree.root.join(path)) {
+            Ok(_) => Check::ok(name, format!("/{path} can be opened")),
+            Err(error) if tree.exists(path) => Check::warn(
+                name,
+                format!(
+                    "/{path} cannot be opened: goes without {purpose}: {}",
+                    crate::error::chain(&error)
+                ),
+                "let its administrator give this user access to it",
+            ),
+            Err(_) => Check::warn(
                 name,
                 format!("/{path} is missing: goes without {purpose}"),
                 mend,
-            )
-        }
-    })
+            ),
+        },
+    )
     .collect()
 }
 
@@ -189,6 +196,28 @@ mod tests {
             opener: &Opener::new(),
             root: dir.path().to_owned(),
         })
+    }
+
+    #[test]
+    fn a_device_is_well_when_it_can_be_opened() {
+        let found = |there: fn(&Path)| {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir(dir.path().join("dev")).unwrap();
+            there(&dir.path().join("dev/vhost-net"));
+            let checks = devices(&Tree {
+                opener: &Opener::new(),
+                root: dir.path().to_owned(),
+            });
+            let check = checks.into_iter().find(|check| check.name == "vhost_net");
+            let check = check.unwrap();
+            (check.status == Status::Ok, check.detail)
+        };
+        let (well, _) = found(|path| std::os::unix::fs::symlink("/dev/null", path).unwrap());
+        assert!(well);
+        let (well, detail) = found(|path| fs::write(path, "").unwrap());
+        assert!(!well && detail.contains("cannot be opened"), "{detail}");
+        let (well, detail) = found(|_| ());
+        assert!(!well && detail.contains("is missing"), "{detail}");
     }
 
     #[test]

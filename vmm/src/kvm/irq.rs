@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::{IrqLine, LevelLine, MsiAllocator, MsiError, MsiMessage, MsiVector};
@@ -263,6 +264,47 @@ impl MsiVector for Vector {
             table.set(self.gsi, before);
         }
         committed
+    }
+
+    fn trigger(&self) -> Result<Option<OwnedFd>, MsiError> {
+        self.bind()?;
+        let Some(event) = self.event.get() else {
+            return Ok(None);
+        };
+        // SAFETY: the descriptor is open for as long as the vector has the eventfd.
+        #[expect(unsafe_code, reason = "EventFd has no AsFd")]
+        let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+        let trigger = event.try_clone_to_owned().map_err(MsiError::Host)?;
+        Ok(Some(trigger))
+    }
+
+    /// KVM looks at the eventfd while it is bound alone: unbound, it keeps count of what is added.
+    fn hold(&self, held: bool) -> Result<(), MsiError> {
+        let (Some(event), vm) = (self.event.get(), &self.router.vm) else {
+            return Ok(());
+        };
+        if held {
+            return vm.unregister_irqfd(event, self.gsi).map_err(host);
+        }
+        // It stays in the count when KVM finds it at the binding.
+        let waits = event.read().is_ok();
+        vm.register_irqfd(event, self.gsi).map_err(host)?;
+        if waits {
+            self.signal();
+        }
+        Ok(())
+    }
+
+    fn is_waiting(&self) -> bool {
+        let Some(event) = self.event.get() else {
+            return false;
+        };
+        // Read and put back: who adds to it meanwhile adds to what is put back.
+        let waits = event.read().is_ok();
+        if waits {
+            self.signal();
+        }
+        waits
     }
 }
 

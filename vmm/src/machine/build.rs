@@ -192,7 +192,7 @@ pub fn finish(
     let plugged = connect_memory(&devices.virtio, region);
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
-    show(&devices.platform, consoles);
+    show(&devices.platform, &devices.virtio, consoles);
     let machine = Machine {
         vcpus,
         vm,
@@ -223,12 +223,15 @@ fn connect_memory(items: &[Item], region: Option<Arc<PlugRegion>>) -> Option<Arc
 }
 
 /// Shows the machine's screen, and leads keys and pointers to it.
-fn show(platform: &Platform, consoles: &Consoles) {
+fn show(platform: &Platform, virtio: &[Item], consoles: &Consoles) {
     let display = consoles.display();
     display
         .stage()
         .show(platform.display().map(Adapter::source));
-    display.hands().lead(Some(platform.pointers()));
+    let hands = display.hands();
+    hands.lead(Some(Arc::clone(platform.ps2())));
+    let inputs = virtio.iter().filter_map(|item| item.device.input());
+    hands.attach(inputs.cloned().collect());
 }
 
 /// Builds a machine here, for those who may wait for storage: [`begin`], [`Loading::run`] and [`finish`].

@@ -102,6 +102,7 @@ fn screen(display: &DisplayConfig) -> boot::Screen {
         width,
         height,
         memory: len,
+        input: _,
         vnc: _,
     } = *display;
     boot::Screen {

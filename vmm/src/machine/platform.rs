@@ -27,7 +27,6 @@ use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
 use crate::config::{COMS, DisplayConfig};
 use crate::console::{ConsoleHub, PortLink};
-use crate::display::Pointers;
 use crate::kvm::Vm;
 use crate::kvm::irq::IrqRouter;
 use crate::kvm::vcpu::Buses;
@@ -255,12 +254,10 @@ impl Platform {
         self.display.as_ref()
     }
 
-    /// What keys and pointers can lead to.
+    /// The keyboard and the mouse that every machine has.
     #[must_use]
-    pub fn pointers(&self) -> Pointers {
-        Pointers {
-            ps2: Arc::clone(&self.ps2),
-        }
+    pub fn ps2(&self) -> &Arc<I8042> {
+        &self.ps2
     }
 
     /// Readable when [`Platform::tick`] has something to serve.

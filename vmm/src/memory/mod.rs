@@ -15,7 +15,7 @@ pub mod video;
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use virtio::memory::{DirtyLog, GuestMap, GuestMemory};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -198,8 +198,7 @@ impl GuestRam {
         self.spec.size = self.spec.size.saturating_add(slot.len);
         self.slots.push(slot);
         self.mappings.push(mapping);
-        let memory = self.memory.lock();
-        memory.unwrap_or_else(PoisonError::into_inner).replace(map);
+        self.memory.replace(map);
     }
 
     /// Gives all of the guest's pages back to the host; they read as zeros.

@@ -155,8 +155,7 @@ impl PlugRegion {
         let regions = self.base.iter().chain(blocks.map(|(region, _)| region));
         let map = GuestMap::from_arc_regions(regions.cloned().collect());
         let map = map.map_err(io::Error::other)?;
-        let memory = self.memory.lock();
-        memory.unwrap_or_else(PoisonError::into_inner).replace(map);
+        self.memory.replace(map);
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ use super::{Jobs, View, consoles, input, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
 use crate::console::{ConsoleHub, hub_of};
-use crate::display::Camera;
+use crate::display::{Camera, Hands};
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
@@ -50,6 +50,7 @@ pub struct MonitorHandle {
     consoles: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     camera: Camera,
+    hands: Arc<Hands>,
     opener: Arc<Opener>,
 }
 
@@ -59,7 +60,7 @@ impl MonitorHandle {
         view: View,
         jobs: Jobs,
         events: EventLog,
-        (consoles, agent, camera): ([ConsoleHub; COMS + 1], AgentDesk, Camera),
+        (consoles, agent, camera, hands): ([ConsoleHub; COMS + 1], AgentDesk, Camera, Arc<Hands>),
         opener: Arc<Opener>,
     ) -> Self {
         Self {
@@ -70,6 +71,7 @@ impl MonitorHandle {
             consoles,
             agent,
             camera,
+            hands,
             opener,
         }
     }
@@ -115,7 +117,7 @@ impl Control for MonitorHandle {
             };
         }
         if let Command::SendKey(_) | Command::Input(_) = command {
-            return answer(input::carry_out(&self.view, &command));
+            return answer(input::carry_out(&self.view, &self.hands, &command));
         }
         if let Command::ConsoleSize(size) = command {
             return answer(self.size_console(size));

@@ -1,5 +1,8 @@
 //! What clients type and point at, on its way to the guest's keyboard and pointers.
 //!
+//! Without a device's id it takes the way that viewers' keys take: virtio devices that have a driver, else the PS/2
+//! keyboard and mouse, where the guest has looked for these.
+//!
 //! It goes past the monitor's own thread: nothing waits for the guest, and the guest's user does not wait
 //! for what the monitor does.
 
@@ -11,6 +14,7 @@ use devices::input::{
 };
 
 use super::View;
+use crate::display::Hands;
 use crate::machine::state::wrong_state;
 
 /// The most characters that one request types.
@@ -63,7 +67,11 @@ impl From<Refusal> for ControlError {
 ///
 /// [`ErrorKind::NotFound`] without machine or device, [`ErrorKind::Conflict`] when it does not run or the guest does
 /// not use the device, [`ErrorKind::Busy`] when the guest takes nothing, and [`ErrorKind::Invalid`].
-pub(super) fn carry_out(view: &View, command: &Command) -> Result<Reply, ControlError> {
+pub(super) fn carry_out(
+    view: &View,
+    hands: &Hands,
+    command: &Command,
+) -> Result<Reply, ControlError> {
     view.info()?;
     let (state, pause) = view.state();
     let Some(machine) = view.machine().filter(|_| state == VmState::Running) else {
@@ -71,8 +79,8 @@ pub(super) fn carry_out(view: &View, command: &Command) -> Result<Reply, Control
     };
     let devices: Vec<_> = machine.inputs().collect();
     match command {
-        Command::SendKey(request) => send_keys(&devices, request)?,
-        Command::Input(request) => input(&devices, request)?,
+        Command::SendKey(request) => send_keys(&devices, hands, request)?,
+        Command::Input(request) => input(&devices, hands, request)?,
         // No others are asked for here.
         other => return Err(wrong_state(state, pause, other)),
     }
@@ -93,7 +101,18 @@ fn first<'a>(devices: &[Device<'a>], kind: InputKind) -> Result<&'a Arc<InputQue
     found.map(|(_, queue)| *queue).ok_or_else(missing)
 }
 
-fn send_keys(devices: &[Device<'_>], request: &wire::VmSendKey) -> Result<(), Refusal> {
+/// The first device of a kind that has a driver.
+fn driven<'a>(devices: &[Device<'a>], kind: InputKind) -> Option<&'a Arc<InputQueue>> {
+    let mut driven = devices.iter().filter(|(_, queue)| queue.is_driven());
+    let found = driven.find(|(_, queue)| queue.kind() == kind);
+    found.map(|(_, queue)| *queue)
+}
+
+fn send_keys(
+    devices: &[Device<'_>],
+    hands: &Hands,
+    request: &wire::VmSendKey,
+) -> Result<(), Refusal> {
     let wire::VmSendKey { keys, text, id } = request;
     let strokes = match (keys.as_slice(), text) {
         ([], Some(text)) => typing(text)?,
@@ -102,9 +121,20 @@ fn send_keys(devices: &[Device<'_>], request: &wire::VmSendKey) -> Result<(), Re
     };
     let keyboard = match id {
         Some(id) => chosen(devices, id)?,
-        None => first(devices, InputKind::Keyboard)?,
+        None => match driven(devices, InputKind::Keyboard) {
+            Some(queue) => queue,
+            None if hands.has_ps2() => return type_slowly(hands, &strokes),
+            None => first(devices, InputKind::Keyboard)?,
+        },
     };
     Ok(keyboard.send_all(&strokes)?)
+}
+
+/// By the PS/2 keyboard, which waits for the guest between two keys.
+fn type_slowly(hands: &Hands, strokes: &[[InputEvent; 1]]) -> Result<(), Refusal> {
+    let strokes = strokes.as_flattened().iter();
+    let strokes: Vec<_> = strokes.map(|key| (key.code, key.value != 0)).collect();
+    Ok(hands.type_keys(&strokes)?)
 }
 
 /// A report for each key that goes down, and for each that comes up.
@@ -179,22 +209,30 @@ fn event(described: &wire::InputEvent) -> Result<InputEvent, Refusal> {
     })
 }
 
-/// The device that an event goes to: `preferred` where it has such events, else the first that has.
+/// The device that an event goes to: `preferred` where it has such events, else the first that has; those with a driver
+/// before others. None when the PS/2 devices are to have it.
 fn receiver<'a>(
     devices: &[Device<'a>],
+    hands: &Hands,
     preferred: Option<InputKind>,
     event: &InputEvent,
-) -> Result<&'a Arc<InputQueue>, Refusal> {
+) -> Result<Option<&'a Arc<InputQueue>>, Refusal> {
     let kinds = [InputKind::Keyboard, InputKind::Tablet, InputKind::Mouse];
     let fitting: Vec<InputKind> = preferred
         .into_iter()
         .chain(kinds)
         .filter(|kind| kind.has(event))
         .collect();
+    if let Some(queue) = fitting.iter().find_map(|kind| driven(devices, *kind)) {
+        return Ok(Some(queue));
+    }
+    if !fitting.is_empty() && hands.has_ps2() && Hands::has(event) {
+        return Ok(None);
+    }
     let mut missing = None;
     for kind in &fitting {
         match first(devices, *kind) {
-            Ok(queue) => return Ok(queue),
+            Ok(queue) => return Ok(Some(queue)),
             Err(refusal) => missing = missing.or(Some(refusal)),
         }
     }
@@ -202,7 +240,7 @@ fn receiver<'a>(
     Err(missing.unwrap_or(InputError::Unknown(InputKind::Mouse, *event).into()))
 }
 
-fn input(devices: &[Device<'_>], request: &wire::VmInput) -> Result<(), Refusal> {
+fn input(devices: &[Device<'_>], hands: &Hands, request: &wire::VmInput) -> Result<(), Refusal> {
     let events = request.events.iter().map(event);
     let events: Vec<InputEvent> = events.collect::<Result<_, _>>()?;
     if let Some(id) = &request.id {
@@ -212,8 +250,12 @@ fn input(devices: &[Device<'_>], request: &wire::VmInput) -> Result<(), Refusal>
     let moves = |event: &&InputEvent| !InputKind::Tablet.has(event) && InputKind::Mouse.has(event);
     let preferred = events.iter().find(moves).map(|_| InputKind::Mouse);
     let mut reports: Vec<(&Arc<InputQueue>, Vec<InputEvent>)> = Vec::new();
+    let mut slow = Vec::new();
     for event in events {
-        let queue = receiver(devices, preferred, &event)?;
+        let Some(queue) = receiver(devices, hands, preferred, &event)? else {
+            slow.push(event);
+            continue;
+        };
         match reports
             .iter_mut()
             .find(|(known, _)| Arc::ptr_eq(known, queue))
@@ -228,6 +270,7 @@ fn input(devices: &[Device<'_>], request: &wire::VmInput) -> Result<(), Refusal>
     {
         return Err(InputError::Long(long.len()).into());
     }
+    slow.iter().for_each(|event| hands.tell(event));
     // Each gets its part, whatever becomes of the others'.
     let sent = reports.iter().map(|(queue, report)| queue.send(report));
     let sent: Vec<_> = sent.collect();
@@ -236,6 +279,9 @@ fn input(devices: &[Device<'_>], request: &wire::VmInput) -> Result<(), Refusal>
 
 #[cfg(test)]
 mod tests {
+    use devices::i8042::I8042;
+    use devices::{BusDevice, GuestRequest, GuestRequests, IrqLine};
+
     use super::*;
 
     fn queue(kind: InputKind) -> Arc<InputQueue> {
@@ -245,21 +291,27 @@ mod tests {
     }
 
     /// All three, and what they have been sent.
-    struct Desk([Arc<InputQueue>; 3]);
+    struct Desk {
+        queues: [Arc<InputQueue>; 3],
+        hands: Hands,
+    }
 
     impl Desk {
         fn new() -> Self {
-            Self([InputKind::Mouse, InputKind::Tablet, InputKind::Keyboard].map(queue))
+            Self {
+                queues: [InputKind::Mouse, InputKind::Tablet, InputKind::Keyboard].map(queue),
+                hands: Hands::default(),
+            }
         }
 
         fn devices(&self) -> Vec<Device<'_>> {
             let ids = ["mouse", "tablet", "keyboard"];
-            ids.into_iter().zip(&self.0).collect()
+            ids.into_iter().zip(&self.queues).collect()
         }
 
         /// Codes and values of what the device has been sent, without the reports' ends.
         fn sent(&self, device: usize) -> Vec<(u16, i32)> {
-            let reports = std::iter::from_fn(|| self.0[device].take());
+            let reports = std::iter::from_fn(|| self.queues[device].take());
             let events = reports.flatten().filter(|event| *event != InputEvent::SYN);
             events.map(|event| (event.code, event.value)).collect()
         }
@@ -278,6 +330,7 @@ mod tests {
         let desk = Desk::new();
         send_keys(
             &desk.devices(),
+            &desk.hands,
             &keys(r#"{"keys":["ctrl-alt-delete","a"]}"#),
         )
         .unwrap();
@@ -290,7 +343,12 @@ mod tests {
     #[test]
     fn text_is_typed_with_shift_where_that_is_needed() {
         let desk = Desk::new();
-        send_keys(&desk.devices(), &keys(r#"{"text":"aB","id":"keyboard"}"#)).unwrap();
+        send_keys(
+            &desk.devices(),
+            &desk.hands,
+            &keys(r#"{"text":"aB","id":"keyboard"}"#),
+        )
+        .unwrap();
         let [a, b, shift] = [30, 48, 42];
         let expected = [(a, 1), (a, 0), (shift, 1), (b, 1), (b, 0), (shift, 0)];
         assert_eq!(desk.sent(2), expected);
@@ -298,7 +356,7 @@ mod tests {
             text: Some("A".repeat(1024)),
             ..wire::VmSendKey::default()
         };
-        send_keys(&desk.devices(), &longest).unwrap();
+        send_keys(&desk.devices(), &desk.hands, &longest).unwrap();
         assert_eq!(desk.sent(2).len(), 4096);
     }
 
@@ -326,15 +384,19 @@ mod tests {
                 "a mouse has no",
             ),
         ] {
-            let error: ControlError = send_keys(&desk.devices(), &keys(body)).unwrap_err().into();
+            let error: ControlError = send_keys(&desk.devices(), &desk.hands, &keys(body))
+                .unwrap_err()
+                .into();
             assert_eq!(error.kind, kind, "{error}");
             assert!(error.to_string().contains(told), "{error}");
         }
         assert!((0..3).all(|device| desk.sent(device).is_empty()));
-        let error: ControlError = send_keys(&[], &keys(r#"{"text":"a"}"#)).unwrap_err().into();
+        let error: ControlError = send_keys(&[], &desk.hands, &keys(r#"{"text":"a"}"#))
+            .unwrap_err()
+            .into();
         assert_eq!(error.kind, ErrorKind::NotFound);
-        desk.0[2].set_taker(None);
-        let refused = send_keys(&desk.devices(), &keys(r#"{"text":"a"}"#));
+        desk.queues[2].set_taker(None);
+        let refused = send_keys(&desk.devices(), &desk.hands, &keys(r#"{"text":"a"}"#));
         assert_eq!(
             ControlError::from(refused.unwrap_err()).kind,
             ErrorKind::Conflict
@@ -346,21 +408,83 @@ mod tests {
         let desk = Desk::new();
         let body = r#"{"events":[{"key":{"key":"a","down":true}},{"place":{"axis":"x","at":5}},
             {"button":{"button":"left","down":true}},{"move":{"axis":"wheel","by":-1}}]}"#;
-        input(&desk.devices(), &events(body)).unwrap();
+        input(&desk.devices(), &desk.hands, &events(body)).unwrap();
         assert_eq!(desk.sent(0), []);
         assert_eq!(desk.sent(1), [(0, 5), (0x110, 1), (8, -1)]);
         assert_eq!(desk.sent(2), [(30, 1)]);
         let body =
             r#"{"events":[{"button":{"button":"side","down":true}},{"move":{"axis":"y","by":3}}]}"#;
-        input(&desk.devices(), &events(body)).unwrap();
+        input(&desk.devices(), &desk.hands, &events(body)).unwrap();
         assert_eq!(desk.sent(0), [(0x113, 1), (1, 3)]);
         let body = r#"{"events":[{"button":{"button":"left","down":true}}],"id":"mouse"}"#;
-        input(&desk.devices(), &events(body)).unwrap();
+        input(&desk.devices(), &desk.hands, &events(body)).unwrap();
         assert_eq!(desk.sent(0), [(0x110, 1)]);
         // Without a tablet a mouse has buttons too.
         let body = r#"{"events":[{"button":{"button":"left","down":true}}]}"#;
-        input(&desk.devices()[..1], &events(body)).unwrap();
+        input(&desk.devices()[..1], &desk.hands, &events(body)).unwrap();
         assert_eq!(desk.sent(0), [(0x110, 1)]);
+    }
+
+    /// A machine's PS/2 devices, which the guest has looked for and made report.
+    fn ps2(desk: &Desk) -> Arc<I8042> {
+        struct Nothing;
+        impl IrqLine for Nothing {
+            fn pulse(&self) {}
+        }
+        impl GuestRequests for Nothing {
+            fn request(&self, _request: GuestRequest) {}
+        }
+        let ps2 = I8042::new(Arc::new(Nothing), Arc::new(Nothing), Arc::new(Nothing));
+        let ps2 = Arc::new(ps2);
+        desk.hands.lead(Some(Arc::clone(&ps2)));
+        assert!(!desk.hands.has_ps2());
+        ps2.write(4, &[0xd4]);
+        ps2.write(0, &[0xf4]);
+        assert_eq!(read(&ps2), [0xfa]);
+        ps2
+    }
+
+    fn read(ps2: &I8042) -> Vec<u8> {
+        let read = |port| {
+            let mut byte = [0];
+            ps2.read(port, &mut byte);
+            byte[0]
+        };
+        std::iter::from_fn(|| (read(4) & 1 != 0).then(|| read(0))).collect()
+    }
+
+    #[test]
+    fn without_a_driver_for_virtio_the_ps2_devices_have_it() {
+        let desk = Desk::new();
+        let ps2 = ps2(&desk);
+        for queue in &desk.queues {
+            queue.set_taker(None);
+            queue.reset();
+        }
+        let (devices, hands) = (desk.devices(), &desk.hands);
+        send_keys(&devices, hands, &keys(r#"{"text":"aB"}"#)).unwrap();
+        assert_eq!(read(&ps2), [0x1e, 0x9e, 0x2a, 0x30, 0xb0, 0xaa]);
+        let body = r#"{"events":[{"move":{"axis":"x","by":3}},{"button":{"button":"left","down":true}},
+            {"key":{"key":"a","down":true}}]}"#;
+        input(&devices, hands, &events(body)).unwrap();
+        assert_eq!(read(&ps2), [8, 0x1e, 3, 0, 9, 0, 0]);
+        // It has no places, and only three buttons.
+        for body in [
+            r#"{"events":[{"place":{"axis":"x","at":5}}]}"#,
+            r#"{"events":[{"button":{"button":"side","down":true}}]}"#,
+        ] {
+            let error: ControlError = input(&devices, hands, &events(body)).unwrap_err().into();
+            assert_eq!(error.kind, ErrorKind::Conflict, "{error}");
+        }
+        // A named device is meant, whatever its driver does.
+        let refused = send_keys(&devices, hands, &keys(r#"{"text":"a","id":"keyboard"}"#));
+        assert_eq!(
+            ControlError::from(refused.unwrap_err()).kind,
+            ErrorKind::Conflict
+        );
+        desk.queues[2].set_taker(Some(Arc::new(|| ())));
+        send_keys(&devices, hands, &keys(r#"{"text":"a"}"#)).unwrap();
+        assert_eq!(desk.sent(2), [(30, 1), (30, 0)]);
     }
 
     #[test]
@@ -381,13 +505,15 @@ mod tests {
             ),
             (&many, "16 events"),
         ] {
-            let error: ControlError = input(&desk.devices(), &events(body)).unwrap_err().into();
+            let error: ControlError = input(&desk.devices(), &desk.hands, &events(body))
+                .unwrap_err()
+                .into();
             assert_eq!(error.kind, ErrorKind::Invalid, "{error}");
             assert!(error.to_string().contains(told), "{error}");
         }
         assert!((0..3).all(|device| desk.sent(device).is_empty()));
         let body = r#"{"events":[{"place":{"axis":"x","at":5}}]}"#;
-        let error: ControlError = input(&desk.devices()[..1], &events(body))
+        let error: ControlError = input(&desk.devices()[..1], &desk.hands, &events(body))
             .unwrap_err()
             .into();
         assert!(error.to_string().contains("no tablet"), "{error}");

@@ -50,7 +50,7 @@ use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
 use crate::config::{COMS, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
-use crate::display::Camera;
+use crate::display::{Camera, Hands};
 use crate::machine::beside::Opening;
 use crate::machine::build::Built;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
@@ -84,6 +84,7 @@ pub struct Monitor {
     hubs: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
     camera: Camera,
+    hands: Arc<Hands>,
     opening: Opening,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
@@ -121,6 +122,7 @@ impl Monitor {
         let serial = consoles.serial().clone();
         let agent = consoles.agent().clone();
         let camera = Camera::new(consoles.display().stage().clone());
+        let hands = Arc::clone(consoles.display().hands());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
         hubs.iter().for_each(|hub| hub.tell(ears.events.clone()));
@@ -137,6 +139,7 @@ impl Monitor {
             hubs,
             agent,
             camera,
+            hands,
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
@@ -153,7 +156,12 @@ impl Monitor {
             self.view.clone(),
             self.jobs.clone(),
             events.unwrap_or_default(),
-            (self.hubs.clone(), self.agent.clone(), self.camera.clone()),
+            (
+                self.hubs.clone(),
+                self.agent.clone(),
+                self.camera.clone(),
+                Arc::clone(&self.hands),
+            ),
             Arc::clone(&self.opener),
         )
     }

@@ -1,6 +1,8 @@
 //! Networks that devices ask for, and what gets copies of their frames.
 
-use net::{Backend, BackendError, MirrorError, MirrorTarget, Outlet, Request};
+use std::os::fd::OwnedFd;
+
+use net::{Backend, BackendError, KernelError, MirrorError, MirrorTarget, Outlet, Request};
 
 use super::Opener;
 
@@ -10,6 +12,10 @@ impl net::Opener for Opener {
         let network = net::open(request)?;
         tracing::debug!(network = network.name(), pairs = request.pairs, "opened");
         Ok(network)
+    }
+
+    fn kernel(&self) -> Result<OwnedFd, KernelError> {
+        net::open_kernel()
     }
 
     fn mirror(&self, target: &MirrorTarget) -> Result<Outlet, MirrorError> {

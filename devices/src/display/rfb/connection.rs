@@ -13,6 +13,7 @@ use super::auth::{CHALLENGE, Security};
 use super::encode::EncodeError;
 use super::handshake::{Gate, Handshake, HandshakeError, Progress};
 use super::message::MessageError;
+use super::service::Options;
 use super::stream::{Stream, TlsAcceptor};
 use super::viewer::{Sending, Viewer};
 
@@ -201,8 +202,8 @@ impl Connection {
     }
 
     /// The client is in and sees `canvas`.
-    pub fn admit(&mut self, name: &str, canvas: &Canvas, now: Duration) {
-        let viewer = Viewer::new(name, canvas, &mut self.out);
+    pub fn admit(&mut self, options: &Options, canvas: &Canvas, now: Duration) {
+        let viewer = Viewer::new(options, canvas, &mut self.out);
         self.state = State::Viewing(Box::new(viewer));
         self.since = now;
         self.unread = true;
@@ -217,6 +218,14 @@ impl Connection {
                 Ok(active)
             }
             _ => Ok(false),
+        }
+    }
+
+    /// Types the letter that is due of a text that the client has cut. Whether there was one.
+    pub fn type_on(&mut self, now: Duration, sink: &dyn InputSink) -> bool {
+        match &mut self.state {
+            State::Viewing(viewer) => viewer.type_on(now, sink),
+            _ => false,
         }
     }
 

@@ -8,7 +8,7 @@ use super::format::{ClientFormat, FORMAT_LEN, FormatError};
 
 /// The most encodings that a client may list; real ones list some thirty.
 pub const MAX_ENCODINGS: u16 = 1024;
-/// The longest text that is passed over; a client that cuts more is sent away.
+/// The longest text; a client that cuts more is sent away.
 pub const MAX_CUT_TEXT: u32 = 64 << 20;
 /// The longest payload of a fence, by its definition.
 pub const MAX_FENCE: u8 = 64;
@@ -52,7 +52,7 @@ pub enum Message {
         /// Its line, or 0x7FFF and how far it went.
         y: u16,
     },
-    /// So many bytes of text follow, to be passed over.
+    /// So many bytes of text follow.
     CutText(u32),
     /// Updates are to come without being asked for, or no longer.
     Continuous {
@@ -88,7 +88,7 @@ pub enum MessageError {
     #[error("a list of {0} encodings; at most {MAX_ENCODINGS} are read")]
     Encodings(u16),
     /// More than [`MAX_CUT_TEXT`].
-    #[error("a text of {0} bytes; at most {MAX_CUT_TEXT} are passed over")]
+    #[error("a text of {0} bytes; at most {MAX_CUT_TEXT} are read")]
     CutText(u32),
     /// More than [`MAX_FENCE`].
     #[error("a fence with {0} bytes; it has at most {MAX_FENCE}")]

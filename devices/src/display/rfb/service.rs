@@ -15,6 +15,7 @@ use super::auth::{Brake, CHALLENGE, Security};
 use super::connection::{Connection, Ended};
 use super::handshake::{Gate, HandshakeError};
 use super::stream::Stream;
+use super::viewer::Viewer;
 use crate::LogLimit;
 
 /// Clients that have not been let in yet; when more come, the oldest is sent away.
@@ -41,6 +42,8 @@ pub struct Options {
     pub name: String,
     /// What clients get that want the screen for themselves.
     pub sharing: Sharing,
+    /// Whether the texts that clients cut are typed into the guest. Viewers send what their users cut elsewhere, too.
+    pub pastes: bool,
 }
 
 /// Who is served, and with what.
@@ -58,6 +61,8 @@ pub struct Service {
 
 /// A brake for what clients can cause to be logged.
 static LOG: LogLimit = LogLimit::new();
+/// And for those who come and go as they may.
+static COMING: LogLimit = LogLimit::new();
 
 impl std::fmt::Debug for Service {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -117,6 +122,13 @@ impl Service {
                 let heard = self.hear(at, now);
                 self.settle(at, heard, now);
             }
+            let typed = self
+                .connections
+                .get_mut(at)
+                .map(|each| each.type_on(now, &*self.sink));
+            if typed == Some(true) {
+                self.pace.stir(now);
+            }
         }
         for at in 0..self.connections.len() {
             let late = self.connections.get(at).and_then(Connection::deadline);
@@ -133,7 +145,13 @@ impl Service {
         let unread = self.connections.iter().any(|each| each.unread);
         let deadlines = self.connections.iter().filter_map(Connection::deadline);
         let times = deadlines.map(|(deadline, _)| deadline);
-        times.chain(due).chain(unread.then_some(now)).min()
+        let viewers = self.connections.iter().filter_map(Connection::viewer);
+        let letters = viewers.filter_map(Viewer::types_at);
+        times
+            .chain(letters)
+            .chain(due)
+            .chain(unread.then_some(now))
+            .min()
     }
 
     /// Ends all: nobody is served any more.
@@ -197,9 +215,12 @@ impl Service {
         let changed = self.canvas.refresh(&**self.screen.source());
         self.pace.looked(now, changed);
         if let Some(connection) = self.connections.get_mut(at) {
-            tracing::info!(peer = connection.peer, shared, "a viewer sees the screen");
+            if let Some(suppressed) = COMING.allow() {
+                let peer = &connection.peer;
+                tracing::info!(peer, shared, suppressed, "a viewer sees the screen");
+            }
             connection.exclusive = exclusive;
-            connection.admit(&self.options.name, &self.canvas, now);
+            connection.admit(&self.options, &self.canvas, now);
         }
         Ok(())
     }
@@ -261,7 +282,9 @@ fn report(connection: &Connection, why: &Ended) {
     let peer = &connection.peer;
     match why {
         Ended::Closed if connection.viewer().is_some() => {
-            tracing::info!(peer, "a viewer is gone");
+            if let Some(suppressed) = COMING.allow() {
+                tracing::info!(peer, suppressed, "a viewer is gone");
+            }
         }
         Ended::Closed => {}
         Ended::Handshake(HandshakeError::Password | HandshakeError::Blocked) => {

@@ -7,6 +7,7 @@
 //! not listened to.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use bitflags::bitflags;
 
@@ -17,6 +18,8 @@ use super::encode::{EncodeError, Encoder, Encoding, Wish, header};
 use super::format::{ClientFormat, Packing, Translation, colour_map, put};
 use super::hands::Hands;
 use super::message::{Message, MessageError, parse};
+use super::paste::Paste;
+use super::service::Options;
 
 /// Bytes that may wait to be sent before more pixels are encoded.
 const LOW_WATER: usize = 256 << 10;
@@ -113,15 +116,18 @@ pub struct Viewer {
     rects: VecDeque<Rect>,
     pixels: Vec<u32>,
     answers: Vec<u8>,
-    /// Bytes of a text that are still to be passed over.
+    /// Bytes of a text that are still to come.
     text: u32,
+    /// The text that is typed, where texts are.
+    paste: Option<Paste>,
     hands: Hands,
 }
 
 impl Viewer {
     /// A client that has just been let in, and is told how the screen is (RFC 6143, section 7.3.2).
     #[must_use]
-    pub fn new(name: &str, canvas: &Canvas, out: &mut Vec<u8>) -> Self {
+    pub fn new(options: &Options, canvas: &Canvas, out: &mut Vec<u8>) -> Self {
+        let Options { name, pastes, .. } = options;
         let size = canvas.size();
         out.extend(size.width.to_be_bytes());
         out.extend(size.height.to_be_bytes());
@@ -134,7 +140,7 @@ impl Viewer {
             quality: None,
         };
         Self {
-            name: name.to_owned(),
+            name: name.clone(),
             size,
             grid: 0,
             known: Vec::new(),
@@ -153,6 +159,7 @@ impl Viewer {
             pixels: Vec::new(),
             answers: Vec::new(),
             text: 0,
+            paste: pastes.then(Paste::default),
             hands: Hands::default(),
         }
     }
@@ -182,7 +189,11 @@ impl Viewer {
                     break;
                 }
                 self.text -= pass;
-                taken += usize::try_from(pass).unwrap_or(usize::MAX);
+                let pass = usize::try_from(pass).unwrap_or(usize::MAX);
+                if let Some(paste) = &mut self.paste {
+                    paste.add(rest.get(..pass).unwrap_or_default());
+                }
+                taken += pass;
                 continue;
             }
             let Some((message, len)) = parse(rest)? else {
@@ -218,7 +229,10 @@ impl Viewer {
                 }
             }
             Message::Fence { flags, payload } => self.answer_fence(flags, &payload),
-            Message::CutText(len) => self.text = len,
+            Message::CutText(len) => {
+                self.text = len;
+                self.paste.iter_mut().for_each(Paste::begin);
+            }
             Message::Resize(_) => self.refused_size = true,
             Message::Key { symbol, down } => {
                 self.hands.key(None, symbol, down, sink);
@@ -353,6 +367,22 @@ impl Viewer {
             sending.out.append(&mut self.answers);
         }
         Ok(())
+    }
+
+    /// When the next letter of a text is to be typed.
+    #[must_use]
+    pub fn types_at(&self) -> Option<Duration> {
+        self.paste.as_ref()?.due()
+    }
+
+    /// Types the letter that is due. Whether there was one.
+    pub fn type_on(&mut self, now: Duration, sink: &dyn InputSink) -> bool {
+        let symbol = self.paste.as_mut().and_then(|paste| paste.next(now));
+        if let Some(symbol) = symbol {
+            self.hands.key(None, symbol, true, sink);
+            self.hands.key(None, symbol, false, sink);
+        }
+        symbol.is_some()
     }
 
     /// Whether there is more of an update to send.

@@ -7,6 +7,9 @@ struct Probe {
     routed: Mutex<Vec<Option<MsiMessage>>>,
     signals: AtomicU32,
     refuse: AtomicBool,
+    /// What [`MsiVector::hold`] was told.
+    holds: Mutex<Vec<bool>>,
+    waiting: AtomicBool,
 }
 
 impl Probe {
@@ -30,6 +33,20 @@ impl MsiVector for Probe {
         }
         self.routed.lock().unwrap().push(message);
         Ok(())
+    }
+
+    fn trigger(&self) -> Result<Option<OwnedFd>, MsiError> {
+        let null = std::fs::File::open("/dev/null").map_err(MsiError::Host)?;
+        Ok(Some(null.into()))
+    }
+
+    fn hold(&self, held: bool) -> Result<(), MsiError> {
+        self.holds.lock().unwrap().push(held);
+        Ok(())
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst)
     }
 }
 
@@ -118,6 +135,45 @@ fn a_masked_signal_is_pending_and_sent_on_unmask() {
     assert_eq!(probes.get(69).signals(), 0);
     msix.set_control(ENABLE);
     assert_eq!(probes.get(69).signals(), 1);
+}
+
+#[test]
+fn what_others_signal_is_held_back_while_the_entry_is_not_open() {
+    let (msix, probes) = sample(2);
+    let holds = || std::mem::take(&mut *probes.get(1).holds.lock().unwrap());
+    assert!(msix.trigger(2).unwrap().is_none());
+    program(&msix, 1, 0xfee0_1000, 0x41, 0);
+    msix.set_control(ENABLE);
+    assert_eq!(holds(), [], "nobody else signals it yet");
+    assert!(msix.trigger(1).unwrap().is_some());
+    assert_eq!(holds(), [], "it is open");
+    msix.table_write(ENTRY_SIZE + 12, &1_u32.to_le_bytes());
+    msix.set_control(ENABLE | MASK);
+    assert_eq!(holds(), [true]);
+    assert_eq!(
+        (pending(&msix, 0), msix.save().entries[1].pending),
+        (0, false)
+    );
+    probes.get(1).waiting.store(true, Ordering::SeqCst);
+    assert_eq!(
+        (pending(&msix, 0), msix.save().entries[1].pending),
+        (2, true)
+    );
+    msix.table_write(ENTRY_SIZE + 12, &0_u32.to_le_bytes());
+    assert_eq!(holds(), []);
+    msix.set_control(ENABLE);
+    assert_eq!(holds(), [false]);
+    assert_eq!(pending(&msix, 0), 0);
+    msix.set_control(0);
+    assert_eq!(holds(), [true]);
+    msix.reset();
+    assert_eq!(holds(), [false]);
+    program(&msix, 1, 0xfee0_1000, 0x41, 0);
+    msix.set_control(ENABLE);
+    msix.set_control(0);
+    assert_eq!(holds(), [], "it is forgotten");
+    assert!(msix.trigger(1).unwrap().is_some());
+    assert_eq!(holds(), [true], "it begins held back");
 }
 
 #[test]

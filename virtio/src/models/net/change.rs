@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::{Net, mirror};
 use crate::device::{Preparation, Prepared, ReconfigureError, Reconfigured};
-use crate::limit::RateLimits;
-use crate::models::BuildContext;
+use crate::limit::{Limiter, RateLimits};
+use crate::models::{BuildContext, BuildError};
 
 /// What the link is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -44,7 +44,12 @@ pub(super) struct Change {
 }
 
 /// What there is to do before a [`Patch`] can be carried out.
-pub(super) fn plan(patch: Value, context: BuildContext) -> Result<Preparation, ReconfigureError> {
+/// With `only_kernel` it is refused if the host's kernel could not follow it.
+pub(super) fn plan(
+    patch: Value,
+    context: BuildContext,
+    only_kernel: bool,
+) -> Result<Preparation, ReconfigureError> {
     let Patch {
         rx_limits,
         tx_limits,
@@ -53,6 +58,16 @@ pub(super) fn plan(patch: Value, context: BuildContext) -> Result<Preparation, R
     } = serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
     let target = mirror.map(|mirror| mirror.target()).transpose();
     let target = target.map_err(ReconfigureError::Value)?;
+    let limits = [rx_limits, tx_limits].into_iter().flatten();
+    let limited = limits.into_iter().any(|limits| Limiter::new(limits).limited());
+    if only_kernel && (limited || matches!(target, Some(Some(_)))) {
+        return Err(ReconfigureError::Value(BuildError::Field {
+            field: "vhost",
+            reason: "on: the host's kernel moves the card's frames, and has neither limits nor mirrors: \
+                     add the card with vhost=auto, or without"
+                .to_owned(),
+        }));
+    }
     Ok(Box::new(move || {
         let open = |target| mirror::open(&target, &context);
         let mirror = target.map(|target| target.map(open).transpose());
@@ -84,6 +99,7 @@ impl Net {
             self.tx_limits.set(limits);
         }
         let changed = link.is_some_and(|link| self.shared.set_cable(link == Link::Up));
+        self.hand_over()?;
         self.workers.rouse();
         Ok(if changed {
             Reconfigured::Seen

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::spec::MIN_MTU;
-use super::{Net, NetSettings, mirror};
+use super::{Net, NetSettings, kernel, mirror};
 use crate::device::VirtioDevice;
-use crate::limit::{self, Keys, RateLimits};
+use crate::limit::{self, Keys, Limiter, RateLimits};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 
@@ -105,6 +105,11 @@ const FIELDS: &[Field] = &[
         "offload_ufo",
         FieldKind::Switch,
         "leave cutting large UDP packets to the other side (default on)",
+    ),
+    field(
+        "vhost",
+        FieldKind::Choice(&["off", "on", "auto"]),
+        "have the host's kernel move a tap's frames (vhost-net); auto where it can (default off)",
     ),
     field(
         "mirror_tap",
@@ -262,6 +267,9 @@ pub struct NetConfig {
     /// Leave cutting large UDP packets to the other side.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offload_ufo: Option<bool>,
+    /// Whether the host's kernel moves the frames.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<Vhost>,
     /// The tap that gets copies of the frames.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mirror_tap: Option<String>,
@@ -325,6 +333,19 @@ pub struct NetConfig {
     /// Frames that may pass once beyond that, from the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tx_ops_one_time_burst: Option<u64>,
+}
+
+/// Whether the host's kernel moves a card's frames (vhost-net), or this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vhost {
+    /// This process.
+    #[default]
+    Off,
+    /// The kernel, or it is an error.
+    On,
+    /// The kernel, where there is vhost-net, the network is a tap, and the card has neither limits nor mirror.
+    Auto,
 }
 
 /// The limits of a network device.
@@ -491,7 +512,7 @@ impl NetConfig {
     /// [`BuildError::Field`]
     pub fn request(&self) -> Result<Request, BuildError> {
         let NetSettings { pairs, mtu, .. } = self.settings()?;
-        self.mirror()?;
+        self.check_vhost()?;
         let source = match (&self.tap, self.descriptors()?, &self.socket) {
             (Some(_), Some(_), _) => return bad("fd", "it does not go with tap: give one of them"),
             (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => {
@@ -549,6 +570,26 @@ impl NetConfig {
                 address,
             },
         })
+    }
+
+    /// Refuses what the kernel has no way to do.
+    fn check_vhost(&self) -> Result<(), BuildError> {
+        let mirrored = self.mirror()?.is_some();
+        if self.vhost != Some(Vhost::On) {
+            return Ok(());
+        }
+        let NetLimits { rx, tx } = self.rate_limits()?;
+        let limited = [rx, tx].map(|limits| Limiter::new(limits).limited());
+        let without = match () {
+            () if self.socket.is_some() => "a network behind a socket is not the kernel's",
+            () if mirrored => "the kernel makes no copies for a mirror",
+            () if limited.contains(&true) => "the kernel keeps no limits",
+            () => return Ok(()),
+        };
+        bad(
+            "vhost",
+            format!("on: {without}: give vhost=off, or auto, or leave that out"),
+        )
     }
 
     /// The device's limits: those of a direction, where they are given, else those of both.
@@ -614,13 +655,23 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let target = config.mirror()?;
     let outlet = target.map(|target| mirror::open(&target, context));
     let outlet = outlet.transpose()?;
+    let request = config.request()?;
+    let vhost = match request.source {
+        Source::Stream(_) => Vhost::Off,
+        _ => config.vhost.unwrap_or_default(),
+    };
+    // First, so that a tap is not made for nothing.
+    let engines = kernel::open(vhost, settings.pairs, context)?;
     let backend = context
         .networks
-        .network(&config.request()?)
+        .network(&request)
         .map_err(|error| BuildError::Backend(error.into()))?;
     let mut net = Net::new(&context.id, backend, settings);
     net.rx_limits.set(limits.rx);
     net.tx_limits.set(limits.tx);
     net.mirror_to(outlet)?;
+    if let Some(engines) = engines {
+        net.serve_by_kernel(engines, vhost);
+    }
     Ok(Box::new(net))
 }

@@ -9,6 +9,7 @@ use net::{Packets, Port};
 use serde_json::json;
 
 use super::*;
+use crate::device::ActiveQueue;
 use crate::memory::GuestMemory;
 use crate::testing::{DATA, Driver, Notice, PATIENCE, Piece, memory, reset_reason, soon, start};
 
@@ -25,10 +26,25 @@ const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const SIZE: u16 = 16;
 
 /// A network that is the other end of a socket, and remembers what it was told.
-struct Wire {
+pub(super) struct Wire {
     end: UnixDatagram,
     pairs: u16,
     told: Arc<Mutex<Vec<String>>>,
+}
+
+impl Wire {
+    /// One of so many pairs, and its other end.
+    pub(super) fn new(pairs: u16) -> (Self, UnixDatagram) {
+        let (end, peer) = UnixDatagram::pair().unwrap();
+        end.set_nonblocking(true).unwrap();
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        let wire = Self {
+            end,
+            pairs,
+            told: Arc::default(),
+        };
+        (wire, peer)
+    }
 }
 
 impl Backend for Wire {
@@ -60,7 +76,7 @@ impl Backend for Wire {
     }
 }
 
-fn settings(pairs: u16) -> NetSettings {
+pub(super) fn settings(pairs: u16) -> NetSettings {
     NetSettings {
         mac: MacAddress::new(MAC).unwrap(),
         pairs,
@@ -94,7 +110,7 @@ impl net::Opener for Captures {
     }
 }
 
-fn context() -> BuildContext {
+pub(super) fn context() -> BuildContext {
     BuildContext {
         id: "net0".to_owned(),
         opener: Arc::new(Captures),
@@ -119,15 +135,8 @@ struct Rig {
 
 /// A device that nobody has started, and the other end of its network.
 fn device(pairs: u16) -> (Net, UnixDatagram, Arc<Mutex<Vec<String>>>) {
-    let (end, peer) = UnixDatagram::pair().unwrap();
-    end.set_nonblocking(true).unwrap();
-    peer.set_read_timeout(Some(PATIENCE)).unwrap();
-    let told = Arc::default();
-    let wire = Wire {
-        end,
-        pairs,
-        told: Arc::clone(&told),
-    };
+    let (wire, peer) = Wire::new(pairs);
+    let told = Arc::clone(&wire.told);
     (
         Net::new("net0", Box::new(wire), settings(pairs)),
         peer,
@@ -201,7 +210,7 @@ impl Rig {
 
     /// Changes the device, as the transport does.
     fn change(&mut self, patch: Value) -> Reconfigured {
-        let prepared = change::plan(patch, context()).unwrap()().unwrap();
+        let prepared = change::plan(patch, context(), self.net.only_kernel).unwrap()().unwrap();
         self.net.reconfigure(prepared).unwrap()
     }
 }

@@ -5,6 +5,7 @@ use serde_json::Value;
 use virtio::models::input::{InputConfig, InputType, MODEL};
 
 use super::super::DeviceConfig;
+use super::super::display::{KEYBOARD, TABLET};
 use super::devices;
 
 /// Its id is empty where the description has none.
@@ -33,7 +34,9 @@ pub(super) fn from_wire(described: &wire::InputConfig) -> Result<DeviceConfig, C
 /// What clients are shown of a device, if it is a keyboard or pointer.
 #[must_use]
 pub fn shown_input(device: &DeviceConfig) -> Option<wire::InputConfig> {
-    if device.kind != MODEL.kind {
+    // Those that come with a screen are the screen's, by its description.
+    let own = [KEYBOARD, TABLET].contains(&device.id.as_str());
+    if device.kind != MODEL.kind || own {
         return None;
     }
     // Configurations that are valid have their models' shape.

@@ -8,7 +8,7 @@ use api::wire;
 use net::MirrorTarget;
 use serde_json::{Map, Value, json as value};
 use virtio::limit::RateLimits;
-use virtio::models::net::{MODEL, NetConfig, NetLimits, random_mac};
+use virtio::models::net::{MODEL, NetConfig, NetLimits, Vhost, random_mac};
 
 use super::super::{DeviceConfig, VmConfig};
 use super::devices::{json, not_found, slot};
@@ -106,6 +106,11 @@ impl DeviceConfig {
             offload_csum: off(described.offload_csum),
             offload_tso: off(described.offload_tso),
             offload_ufo: off(described.offload_ufo),
+            vhost: described.vhost.map(|vhost| match vhost {
+                wire::NetVhost::Off => Vhost::Off,
+                wire::NetVhost::On => Vhost::On,
+                wire::NetVhost::Auto => Vhost::Auto,
+            }),
             ..NetConfig::default()
         };
         let [rx, tx] = directions(
@@ -157,6 +162,11 @@ pub(super) fn to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
         offload_ufo: on(config.offload_ufo),
         fds: None,
         mirror: config.mirror().ok().flatten().map(shown_mirror),
+        vhost: config.vhost.map(|vhost| match vhost {
+            Vhost::Off => wire::NetVhost::Off,
+            Vhost::On => wire::NetVhost::On,
+            Vhost::Auto => wire::NetVhost::Auto,
+        }),
         tap: config.tap,
         mac: config.mac,
         host_mac: config.host_mac,
@@ -237,6 +247,7 @@ impl VmConfig {
             };
             patch.insert("mirror".to_owned(), told);
         }
+        config.request().map_err(|error| refused(&error))?;
         let device = DeviceConfig {
             config: json(&config)?,
             ..device.clone()

@@ -182,6 +182,10 @@ impl Driver {
             description.retain(|id| self.machine.has_device(id));
         }
         self.tools.view.describe(self.ears.description.as_ref());
-        self.tools.view.show(Some(self.machine.inventory()));
+        let inventory = self.machine.inventory();
+        let inputs = inventory.inputs().map(|(_, queue)| Arc::clone(queue));
+        let hands = self.ears.consoles.display().hands();
+        hands.attach(inputs.collect());
+        self.tools.view.show(Some(inventory));
     }
 }

@@ -21,6 +21,7 @@ fn server() -> Server {
     let options = Options {
         name: "screen".into(),
         sharing: Sharing::default(),
+        pastes: false,
     };
     let sink = Arc::new(Notes::default());
     Server::start(Arc::new(screen), sink, Arc::new(Still), options).unwrap()

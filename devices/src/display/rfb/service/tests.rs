@@ -5,6 +5,7 @@ use super::super::super::canvas::tests::Memory;
 use super::super::auth::{ATTEMPTS, FIRST_BLOCK, Password};
 use super::super::connection::{HANDSHAKE, STALLED};
 use super::super::hands::tests::Notes;
+use super::super::paste::LETTER;
 use super::super::stream::TlsAcceptor;
 use super::*;
 
@@ -18,11 +19,16 @@ struct Host {
 
 impl Host {
     fn new(sharing: Sharing) -> Self {
+        Self::with(sharing, false)
+    }
+
+    fn with(sharing: Sharing, pastes: bool) -> Self {
         let memory = Memory::screen(320, 200);
         let notes = Arc::new(Notes::default());
         let options = Options {
             name: "screen".into(),
             sharing,
+            pastes,
         };
         let screen = Arc::new(Screen::new(Box::new(memory.clone())));
         Self {
@@ -216,6 +222,51 @@ fn keys_are_let_go_when_the_server_ends() {
     assert_eq!(host.notes.take(), ["+30", "-30"]);
     assert!(!host.memory.tracked());
     assert!(host.is_closed(&mut client));
+}
+
+#[test]
+fn a_text_is_typed_letter_by_letter_where_that_is_wanted() {
+    let text = b"\x06\0\0\0\0\0\0\x05aB\xe4\nc";
+    let mut host = Host::with(Sharing::default(), true);
+    let mut client = host.viewer(true);
+    client.write_all(text).unwrap();
+    // What the user types meanwhile is not held up.
+    client.write_all(b"\x04\x01\0\0\0\0\0z").unwrap();
+    let mut times = vec![host.now];
+    while let Some(until) = host.settle() {
+        assert!(times.len() < 10, "{times:?}");
+        host.now = until;
+        times.push(until);
+    }
+    let keys = [
+        "+30", "-30", "+42", "+48", "-42", "-48", "+28", "-28", "+46", "-46",
+    ];
+    let mut told = host.notes.take();
+    let user = told.iter().position(|key| key == "+44").unwrap();
+    told.remove(user);
+    assert_eq!(told, keys);
+    assert!(user <= 2, "{user}");
+    let took = times[times.len() - 1] - times[0];
+    assert!(took >= 4 * LETTER && took <= 5 * LETTER, "{took:?}");
+
+    let mut host = Host::new(Sharing::default());
+    let mut client = host.viewer(true);
+    client.write_all(text).unwrap();
+    assert_eq!(host.settle(), None);
+    assert!(host.notes.take().is_empty());
+}
+
+#[test]
+fn the_rest_of_a_text_is_not_typed_for_one_who_has_gone() {
+    let mut host = Host::with(Sharing::default(), true);
+    let mut client = host.viewer(true);
+    client.write_all(b"\x06\0\0\0\0\0\0\x03abc").unwrap();
+    host.settle();
+    assert_eq!(host.notes.take(), ["+30", "-30"]);
+    drop(client);
+    host.now += 10 * LETTER;
+    assert_eq!(host.settle(), None);
+    assert!(host.notes.take().len() <= 2);
 }
 
 #[test]

@@ -2,6 +2,7 @@ use super::super::super::canvas::tests::Memory;
 use super::super::super::{FrameSource, Mode, PixelFormat};
 use super::super::encode::decode::Decoder;
 use super::super::hands::tests::Notes;
+use super::super::service::Sharing;
 use super::*;
 
 /// A viewer of a screen, and the screen as it has been sent.
@@ -25,7 +26,12 @@ impl Look {
         let mut canvas = Canvas::new();
         canvas.refresh(&memory);
         let mut out = Vec::new();
-        let viewer = Viewer::new("screen", &canvas, &mut out);
+        let options = Options {
+            name: "screen".into(),
+            sharing: Sharing::default(),
+            pastes: false,
+        };
+        let viewer = Viewer::new(&options, &canvas, &mut out);
         let side = |pixels| u16::try_from(pixels).unwrap().to_be_bytes();
         assert_eq!(out[..4], [side(width), side(height)].concat());
         assert_eq!(out[20..], *b"\0\0\0\x06screen");

@@ -104,7 +104,7 @@ fn what_the_guest_does_not_get_is_not_copied_and_a_full_capture_counts() {
 #[test]
 fn a_mirror_that_makes_no_sense_or_cannot_be_had_changes_nothing() {
     let rig = Rig::new();
-    let plan = |patch: Value| change::plan(patch, context()).map(drop);
+    let plan = |patch: Value| change::plan(patch, context(), false).map(drop);
     let refused = plan(json!({ "mirror": { "tap": "a", "file": "/a" } })).unwrap_err();
     let ReconfigureError::Value(BuildError::Field { field, .. }) = refused else {
         panic!("{refused:?}")
@@ -112,7 +112,7 @@ fn a_mirror_that_makes_no_sense_or_cannot_be_had_changes_nothing() {
     assert_eq!(field, "mirror_file");
     assert!(plan(json!({ "mirror": { "path": "/a" } })).is_err());
     let patch = json!({ "mirror": { "tap": "a" } });
-    let opened = change::plan(patch, context()).unwrap()();
+    let opened = change::plan(patch, context(), false).unwrap()();
     assert!(matches!(opened, Err(ReconfigureError::Value(_))));
     drop(rig);
 }

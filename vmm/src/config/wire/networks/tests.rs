@@ -22,7 +22,7 @@ fn a_cards_fields_arrive_and_are_shown_again() {
     let told = json!({
         "id": "n", "tap": "tap0", "ip": "10.0.0.1", "mask": "255.0.0.0", "mac": MAC,
         "host_mac": "52:54:00:00:00:02", "mtu": 9000, "num_queues": 4, "queue_size": 512,
-        "offload_tso": false,
+        "offload_tso": false, "vhost": "auto",
         "rate_limiter_config": { "ops": { "size": 5, "refill_time": 6 } },
         "tx_rate_limiter_config": { "bandwidth": { "size": 7, "refill_time": 8 } },
     });
@@ -58,6 +58,10 @@ fn cards_that_make_no_sense_are_refused_by_kind() {
         ),
         (json!([{ "mtu": 100 }]), ErrorKind::Invalid),
         (json!([{ "mac": MAC }, { "mac": MAC }]), ErrorKind::Conflict),
+        (
+            json!([{ "vhost": "on", "mirror": { "tap": "m" } }]),
+            ErrorKind::Invalid,
+        ),
         (json!([{ "vhost_user": true }]), ErrorKind::Unimplemented),
         (json!([{ "vhost_socket": "/s" }]), ErrorKind::Unimplemented),
         (json!([{ "iommu": true }]), ErrorKind::Unimplemented),
@@ -66,6 +70,19 @@ fn cards_that_make_no_sense_are_refused_by_kind() {
         let error = VmConfig::from_wire(&described(nets.clone())).unwrap_err();
         assert_eq!(error.kind, kind, "{nets}: {error}");
     }
+}
+
+#[test]
+fn what_the_kernel_cannot_do_is_refused_of_a_card_that_is_its() {
+    let update = || {
+        let limits = json!({ "ops": { "size": 5, "refill_time": 6 } });
+        serde_json::from_value(json!({ "id": "n", "rate_limiter_config": limits })).unwrap()
+    };
+    let of = |vhost: &str| made(json!([{ "id": "n", "vhost": vhost }]));
+    let refused = of("on").plan_net_update(&update()).unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::Invalid);
+    assert!(refused.to_string().contains("keeps no limits"), "{refused}");
+    assert!(of("auto").plan_net_update(&update()).is_ok());
 }
 
 #[test]

@@ -1,0 +1,435 @@
+//! What the kernel is told, by a drive that writes it down.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use serde_json::{Value, json};
+use vm_memory::GuestRegionMmap;
+
+use super::super::tests::{Wire, context, settings};
+use super::super::{Net, change};
+use super::*;
+use crate::device::{ReconfigureError, Reconfigured, VirtioDevice};
+use crate::models::net::config::Vhost;
+use crate::testing::{Driver, END, Notice, PATIENCE, SEAM, memory, reset_reason, soon};
+
+const SIZE: u16 = 16;
+
+/// What the drives of a device have been told.
+#[derive(Default)]
+struct Book {
+    lines: Mutex<Vec<String>>,
+    /// What tells that a ring is broken.
+    broken: Mutex<Option<EventFd>>,
+    /// What interrupts the driver for frames from it.
+    call: Mutex<Option<EventFd>>,
+    refuse_network: std::sync::atomic::AtomicBool,
+}
+
+impl Book {
+    fn note(&self, line: String) {
+        self.lines.lock().unwrap().push(line);
+    }
+
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.lines.lock().unwrap())
+    }
+}
+
+fn copy(event: &EventFd) -> EventFd {
+    event_of(borrow(event).try_clone_to_owned().unwrap())
+}
+
+/// A kernel that has taken `way + 5` chains whenever it is stopped.
+struct Drives {
+    pair: usize,
+    features: u64,
+    book: Arc<Book>,
+}
+
+impl Drive for Drives {
+    fn features(&self) -> io::Result<u64> {
+        Ok(self.features)
+    }
+
+    fn set_features(&self, features: u64) -> io::Result<()> {
+        self.book.note(format!("{} features {features:#x}", self.pair));
+        Ok(())
+    }
+
+    fn set_memory(&self, pieces: &[VhostUserMemoryRegionInfo]) -> io::Result<()> {
+        let sizes = pieces.iter().map(|piece| piece.memory_size);
+        let end = pieces.iter().map(|p| p.guest_phys_addr + p.memory_size).max();
+        let bytes: u64 = sizes.sum();
+        self.book
+            .note(format!("{} memory {bytes:#x} to {:#x}", self.pair, end.unwrap()));
+        Ok(())
+    }
+
+    fn set_queue(&self, setup: &Setup<'_>) -> io::Result<()> {
+        let Setup {
+            way,
+            size,
+            next,
+            call,
+            broken,
+            ..
+        } = setup;
+        *self.book.broken.lock().unwrap() = Some(copy(broken));
+        if *way == 1 {
+            *self.book.call.lock().unwrap() = Some(copy(call));
+        }
+        self.book
+            .note(format!("{} queue {way} of {size} from {next}", self.pair));
+        Ok(())
+    }
+
+    fn set_call(&self, way: usize, _call: &EventFd) -> io::Result<()> {
+        self.book.note(format!("{} call {way}", self.pair));
+        Ok(())
+    }
+
+    fn set_network(&self, way: usize, network: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        if network.is_some() && self.book.refuse_network.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let word = if network.is_some() { "on" } else { "off" };
+        self.book.note(format!("{} network {way} {word}", self.pair));
+        Ok(())
+    }
+
+    fn next(&self, way: usize) -> io::Result<u16> {
+        Ok(u16::try_from(way).unwrap() + 5)
+    }
+}
+
+/// Interrupts by eventfds of its own.
+struct Vectors {
+    notices: Mutex<Sender<Notice>>,
+    events: [EventFd; 4],
+}
+
+impl Notifier for Vectors {
+    fn queue(&self, queue: u16) {
+        let _ = self.notices.lock().unwrap().send(Notice::Queue(queue));
+    }
+
+    fn config_changed(&self) {
+        let _ = self.notices.lock().unwrap().send(Notice::Config);
+    }
+
+    fn needs_reset(&self, reason: &str) {
+        let notice = Notice::Reset(reason.to_owned());
+        let _ = self.notices.lock().unwrap().send(notice);
+    }
+
+    fn trigger(&self, queue: u16) -> io::Result<Option<OwnedFd>> {
+        let event = self.events.get(usize::from(queue));
+        event.map(|event| borrow(event).try_clone_to_owned()).transpose()
+    }
+}
+
+struct Bench {
+    net: Net,
+    book: Arc<Book>,
+    memory: GuestMemory,
+    notifier: Arc<Vectors>,
+    notices: Receiver<Notice>,
+    drivers: Vec<Driver>,
+    /// Keeps the network there.
+    _peer: std::os::unix::net::UnixDatagram,
+}
+
+const ALL: u64 = RING_FEATURES | 1 << 26 | 1 << 27;
+
+fn engines(pairs: usize, features: u64, book: &Arc<Book>) -> io::Result<Engines> {
+    let drive = |pair| {
+        Box::new(Drives {
+            pair,
+            features,
+            book: Arc::clone(book),
+        }) as Box<dyn Drive>
+    };
+    Engines::new("net0", (0..pairs).map(drive).collect())
+}
+
+impl Bench {
+    fn new(vhost: Vhost) -> Self {
+        let book = Arc::default();
+        let (wire, peer) = Wire::new(1);
+        let mut net = Net::new("net0", Box::new(wire), settings(1));
+        net.serve_by_kernel(engines(1, ALL, &book).unwrap(), vhost);
+        let memory = memory();
+        let drivers = [0, 1, 2].map(|index| Driver::new(&memory, index, SIZE)).into();
+        let (sender, notices) = channel();
+        let notifier = Arc::new(Vectors {
+            notices: Mutex::new(sender),
+            events: std::array::from_fn(|_| event().unwrap()),
+        });
+        Self {
+            net,
+            book,
+            memory,
+            notifier,
+            notices,
+            drivers,
+            _peer: peer,
+        }
+    }
+
+    fn start(&mut self) -> Result<(), ActivateError> {
+        let queues = self.drivers.iter().map(Driver::activate).collect();
+        self.start_with(queues)
+    }
+
+    fn start_with(&mut self, queues: Vec<ActiveQueue>) -> Result<(), ActivateError> {
+        let features = self.net.features() | RING_FEATURES;
+        self.net.features_negotiated(features);
+        self.net.start(Activation {
+            features,
+            memory: self.memory.clone(),
+            queues,
+            notifier: Arc::clone(&self.notifier) as Arc<dyn Notifier>,
+        })
+    }
+
+    fn change(&mut self, patch: Value) -> Result<Reconfigured, ReconfigureError> {
+        let prepared = change::plan(patch, context(), self.net.only_kernel)?()?;
+        self.net.reconfigure(prepared)
+    }
+}
+
+const BEGUN: [&str; 6] = [
+    "0 features 0x130008000",
+    "0 memory 0x200000 to 0x200000",
+    "0 queue 0 of 16 from 0",
+    "0 queue 1 of 16 from 0",
+    "0 network 0 on",
+    "0 network 1 on",
+];
+
+#[test]
+fn the_kernel_is_told_all_before_it_has_the_network_and_gives_the_queues_back() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    assert_eq!(bench.book.take(), BEGUN);
+    let mut stopped = bench.net.stop(soon()).unwrap();
+    stopped.sort_by_key(|queue| queue.index);
+    assert_eq!(bench.book.take(), ["0 network 0 off", "0 network 1 off"]);
+    let places: Vec<_> = stopped
+        .iter()
+        .map(|queue| (queue.index, queue.queue.next_avail(), queue.queue.next_used()))
+        .collect();
+    assert_eq!(places, [(0, 5, 5), (1, 6, 6), (2, 0, 0)]);
+    let queues = stopped.into_iter().map(ActiveQueue::from).collect();
+    bench.start_with(queues).unwrap();
+    let told = bench.book.take();
+    assert_eq!(told[2..4], ["0 queue 0 of 16 from 5", "0 queue 1 of 16 from 6"]);
+}
+
+#[test]
+fn what_was_put_in_before_is_kicked_for() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    for queue in bench.net.stop(soon()).unwrap() {
+        let kicks = event_of(queue.kick).read();
+        assert_eq!(kicks.is_ok(), queue.index < 2, "queue {}", queue.index);
+    }
+}
+
+#[test]
+fn the_driver_is_interrupted_by_the_eventfd_of_its_vector_and_by_another_when_it_changes() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.book.call.lock().unwrap().as_ref().unwrap().write(1).unwrap();
+    assert_eq!(bench.notifier.events[1].read().unwrap(), 1);
+    bench.book.take();
+    bench.net.vector_changed(1);
+    assert_eq!(bench.book.take(), ["0 call 1"]);
+    bench.net.stop(soon()).unwrap();
+    bench.book.take();
+    bench.net.vector_changed(1);
+    assert!(bench.book.take().is_empty());
+}
+
+#[test]
+fn commands_are_still_this_processs() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    let control = &mut bench.drivers[2];
+    // Promiscuous on: a class, a command, a byte; then room for the answer.
+    control.put_bytes(0x4_0000, &[0, 0, 1, 0xff]);
+    control.offer(&[(0x4_0000, 3, false), (0x4_0003, 1, true)]);
+    control.kick();
+    assert_eq!(control.wait(&bench.notices), (0, 1));
+    assert_eq!(control.bytes(0x4_0003, 1), [0]);
+    assert!(bench.net.shared.filter().promiscuous);
+}
+
+#[test]
+fn a_link_that_goes_down_is_served_here_until_it_is_up() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.book.take();
+    assert_eq!(bench.change(json!({ "link": "down" })).unwrap(), Reconfigured::Seen);
+    assert_eq!(bench.book.take(), ["0 network 0 off", "0 network 1 off"]);
+    // The entry that the kernel has not come to yet.
+    let transmit = &mut bench.drivers[1];
+    transmit.set_avail_index(6);
+    transmit.put_bytes(0x4_0000, &[0; 100]);
+    let head = transmit.chain(&[(0x4_0000, 100, false)]);
+    transmit.put(transmit.table() + 0x2000 + 4 + 2 * 6, head);
+    transmit.set_avail_index(7);
+    transmit.kick();
+    while transmit.used_index() != 7 {
+        bench.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    assert_eq!(bench.change(json!({ "link": "up" })).unwrap(), Reconfigured::Seen);
+    let told = bench.book.take();
+    assert_eq!(told[3], "0 queue 1 of 16 from 7");
+    assert_eq!(told[5], "0 network 1 on");
+}
+
+#[test]
+fn limits_and_mirrors_are_refused_where_it_is_to_be_the_kernel_and_take_its_place_otherwise() {
+    let limits = || json!({ "tx_limits": { "bandwidth": { "size": 1000, "refill_time": 100 } } });
+    let mirror = |dir: &tempfile::TempDir| json!({ "mirror": { "file": dir.path().join("m") } });
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.book.take();
+    for patch in [limits(), mirror(&dir)] {
+        let refused = bench.change(patch).unwrap_err().to_string();
+        assert!(refused.starts_with("vhost: on: "), "{refused}");
+    }
+    // Lifting what is not there is no harm.
+    bench.change(json!({ "tx_limits": {}, "mirror": {} })).unwrap();
+    assert!(bench.book.take().is_empty());
+
+    let mut bench = Bench::new(Vhost::Auto);
+    bench.start().unwrap();
+    for (patch, lift) in [
+        (limits(), json!({ "tx_limits": {} })),
+        (mirror(&dir), json!({ "mirror": {} })),
+    ] {
+        bench.book.take();
+        bench.change(patch).unwrap();
+        assert_eq!(bench.book.take(), ["0 network 0 off", "0 network 1 off"]);
+        bench.change(lift).unwrap();
+        assert_eq!(bench.book.take().last().unwrap(), "0 network 1 on");
+    }
+}
+
+#[test]
+fn memory_that_comes_is_known_to_the_kernel_when_the_change_is_made() {
+    let mut bench = Bench::new(Vhost::On);
+    let more = |len: usize| {
+        let region = GuestRegionMmap::from_range(GuestAddress(2 * END), len, None).unwrap();
+        bench.memory.memory().insert_region(Arc::new(region)).unwrap()
+    };
+    let (first, second) = (more(0x1000), more(0x3000));
+    bench.memory.replace(first);
+    bench.start().unwrap();
+    assert_eq!(bench.book.take()[1], "0 memory 0x201000 to 0x401000");
+    bench.memory.replace(second.clone());
+    assert_eq!(bench.book.take(), ["0 memory 0x203000 to 0x403000"]);
+    bench.net.stop(soon()).unwrap();
+    bench.book.take();
+    bench.memory.replace(second);
+    assert!(bench.book.take().is_empty());
+}
+
+#[test]
+fn memory_is_told_whole_and_too_many_pieces_are_refused() {
+    let ranges: Vec<_> = (0..u64::try_from(MAX_PIECES).unwrap() + 1)
+        .map(|n| (GuestAddress(n * 0x2000), 0x1000))
+        .collect();
+    let all = GuestMap::from_ranges(&ranges).unwrap();
+    let refused = pieces(&all).err().unwrap().to_string();
+    assert!(refused.contains("65 pieces"), "{refused}");
+    let all = GuestMap::from_ranges(&ranges[1..]).unwrap();
+    assert_eq!(pieces(&all).unwrap().len(), MAX_PIECES);
+    // Side by side in the guest; here it is the host's choice.
+    let found = pieces(&memory().memory()).unwrap();
+    let sum: u64 = found.iter().map(|piece| piece.memory_size).sum();
+    assert_eq!(sum, END);
+}
+
+#[test]
+fn rings_that_are_not_in_one_piece_are_refused() {
+    let memory = memory();
+    let mut queue = Driver::new(&memory, 0, SIZE).activate().queue;
+    assert!(rings(&memory.memory(), &queue).is_ok());
+    let low = u32::try_from(SEAM - 16).unwrap();
+    queue.set_desc_table_address(Some(low), None);
+    assert!(rings(&memory.memory(), &queue).is_err());
+}
+
+#[test]
+fn a_ring_that_the_kernel_finds_broken_is_the_drivers_to_reset() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.book.broken.lock().unwrap().as_ref().unwrap().write(1).unwrap();
+    let reason = reset_reason(&bench.notices);
+    assert_eq!(reason, "the host's kernel has found a queue broken");
+    assert_eq!(bench.net.stop(soon()).unwrap().len(), 3);
+}
+
+#[test]
+fn a_kernel_that_refuses_has_no_queue_and_the_device_does_not_start() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.book.refuse_network.store(true, std::sync::atomic::Ordering::SeqCst);
+    let error = bench.start().unwrap_err();
+    assert_eq!(error.what, "vhost-net");
+    let told = bench.book.take();
+    assert_eq!(told[4..], ["0 network 0 off", "0 network 1 off"]);
+    assert!(bench.net.stop(soon()).unwrap().is_empty());
+}
+
+#[test]
+fn a_kernel_without_what_every_driver_may_use_is_refused_and_one_without_merging_offers_none() {
+    let book = Arc::default();
+    let lacks = engines(1, ALL & !bit(VIRTIO_RING_F_EVENT_IDX), &book);
+    assert!(lacks.err().unwrap().to_string().contains("0x20000000"));
+    let plain = engines(1, ALL & !bit(VIRTIO_NET_F_MRG_RXBUF), &book).unwrap();
+    let (wire, _peer) = Wire::new(1);
+    let mut net = Net::new("net0", Box::new(wire), settings(1));
+    assert_ne!(net.features() & bit(VIRTIO_NET_F_MRG_RXBUF), 0);
+    net.serve_by_kernel(plain, Vhost::On);
+    assert_eq!(net.features() & bit(VIRTIO_NET_F_MRG_RXBUF), 0);
+}
+
+#[test]
+fn the_second_pair_is_the_second_drives() {
+    let book = Arc::default();
+    let (wire, _peer) = Wire::new(2);
+    let mut net = Net::new("net0", Box::new(wire), settings(2));
+    net.serve_by_kernel(engines(2, ALL, &book).unwrap(), Vhost::On);
+    let memory = memory();
+    let queues = [0, 1, 2, 3, 4].map(|index| Driver::new(&memory, index, SIZE).activate());
+    let features = net.features() | RING_FEATURES;
+    let (notifier, _notices) = crate::testing::notices();
+    net.start(Activation {
+        features,
+        memory,
+        queues: queues.into(),
+        notifier,
+    })
+    .unwrap();
+    let on: Vec<_> = book.take().into_iter().filter(|line| line.ends_with("on")).collect();
+    let all = ["0 network 0 on", "0 network 1 on", "1 network 0 on", "1 network 1 on"];
+    assert_eq!(on, all);
+    assert_eq!(net.stop(soon()).unwrap().len(), 5);
+}
+
+#[test]
+fn it_is_opened_where_it_is_asked_for_and_told_of_where_it_is_not_there() {
+    let context = context();
+    assert!(open(Vhost::Off, 1, &context).unwrap().is_none());
+    assert!(open(Vhost::Auto, 1, &context).unwrap().is_none());
+    let Err(refused) = open(Vhost::On, 1, &context) else {
+        panic!("there is none");
+    };
+    assert_eq!(refused.to_string(), "vhost=on");
+    let source = std::error::Error::source(&refused).unwrap();
+    assert_eq!(source.to_string(), "/dev/vhost-net is not to be had here");
+}
