@@ -1,5 +1,5 @@
 //! Two guests on a bridge of the host, and all that a card can do there: VLANs, iperf3, limits, mirrors, and cards that
-//! come as a descriptor, as a macvtap, and with the host's kernel to serve them.
+//! come as a descriptor, as a macvtap, with the host's kernel to serve them, and on passt's socket.
 
 use super::{MIB, case};
 use crate::case::{Action, Ask, Case, Fill, Form, Want};
@@ -117,9 +117,9 @@ ping -c 5 -s 700 -i 0.1 10.81.0.1 > /dev/null && echo '@@ pinged'
 fast=$(card 52:54:00:00:79:08)
 device=$(basename "$(readlink /sys/class/net/$fast/device)")
 round() {
-    until_ 'nc 10.83.0.1 5011 < /tmp/noise'
-    until_ 'nc 10.83.0.1 5012 <> /tmp/quiet > /tmp/back && [ -s /tmp/back ]'
-    cmp /tmp/noise /tmp/back && echo "@@ by the kernel, $1: whole"
+    until_ "nc $1 5011 < /tmp/$3"
+    until_ "nc $1 5012 <> /tmp/quiet > /tmp/back && [ -s /tmp/back ]"
+    cmp /tmp/$3 /tmp/back && echo "@@ by $2: whole"
 }
 echo '@@ ask for the first round'
 # Each move masks the vector and opens it again.
@@ -129,16 +129,31 @@ for n in 1 2 3 4 5 6 7 8 9 10; do
         sleep 0.05
     done
 done &
-round 1
+round 10.83.0.1 'the kernel, 1' noise
 wait $!
 echo '@@ ask for the second round'
-round 2
+round 10.83.0.1 'the kernel, 2' part
 echo '@@ ask for the fast link to go down'
 until_ "[ \$(cat /sys/class/net/$fast/carrier) = 0 ]"
 ping -c 1 -W 1 10.83.0.1 > /dev/null || echo '@@ fast down: no answer'
 echo '@@ ask for the third round'
 until_ "[ \$(cat /sys/class/net/$fast/carrier) = 1 ]"
-round 3
+round 10.83.0.1 'the kernel, 3' part
+
+echo '@@ ask for a network of a user'
+until_ 'card 52:54:00:00:79:0a > /dev/null'
+user=$(card 52:54:00:00:79:0a)
+printf '#!/bin/sh\n[ "$1" = bound ] && ip addr add "$ip/24" dev "$interface"\n' > /tmp/dhcp
+chmod +x /tmp/dhcp
+ip link set $user up
+until_ "udhcpc -i $user -q -n -t 3 -T 1 -s /tmp/dhcp > /dev/null"
+echo "@@ leased $(ip -4 -o addr show dev $user | grep -o '10[0-9.]*/24')"
+round 10.84.0.1 passt noise
+echo '@@ ask for the end of passt'
+until_ "[ \$(cat /sys/class/net/$user/carrier) = 0 ]"
+echo '@@ ask for another passt'
+until_ "[ \$(cat /sys/class/net/$user/carrier) = 1 ]"
+round 10.84.0.1 'another passt' part
 echo '@@ ask for their removal'
 until_ '! card 52:54:00:00:79:06 > /dev/null'
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|NETDEV WATCHDOG|rx error|soft lockup' | sed 's/^/@@ bad: /'
@@ -219,6 +234,22 @@ const BY_KERNEL: &str = r#"
 "$VIREO" net update --api-socket {dir}/api.sock fast bw_size=1M,bw_refill_time=100 > refused.log 2>&1 &&
     echo '@@ bad: the kernel keeps limits'
 grep -q 'keeps no limits' refused.log && echo '@@ a limit is refused'
+"#;
+
+/// It gives itself another root, which it cannot from the one that the kernel has made: so it is given one of its own
+/// first. What the guest sends to the router comes to the host's loopback.
+const PASST: &str = r#"
+rm -f passt.sock
+unshare -m sh -c '
+    mkdir -p /tmp/root && mount -t tmpfs root /tmp/root && cd /tmp/root || exit 1
+    for name in bin lib lib64 usr dev proc etc tmp; do
+        [ -d /$name ] && mkdir $name && mount -o bind /$name $name
+    done
+    mount -o move . / && exec chroot . /bin/passt -f --runas 0 -s {dir}/passt.sock \
+        -i br0 -a 10.84.0.2 -n 255.255.255.0 -g 10.84.0.1 > {dir}/passt.log 2>&1
+' &
+echo $! > passt.pid
+until_ '[ -S passt.sock ] || { tail -n 5 passt.log >&2; false; }'
 "#;
 
 fn description() -> String {
@@ -305,7 +336,8 @@ fn by_kernel(case: Case) -> Case {
     let counters = [
         r#""fast":{"mirror_dropped":0,"mirror_frames":0,"rx_bytes":0,"rx_dropped":0,"rx_errors":0,"rx_frames":0,"tx_bytes":0,"tx_dropped":0"#,
     ];
-    case.step("@@ ask for the first round", run(ECHO))
+    let case = case
+        .step("@@ ask for the first round", run(ECHO))
         .asks(
             "@@ ask for the second round",
             [
@@ -323,14 +355,31 @@ fn by_kernel(case: Case) -> Case {
         .step(
             "@@ ask for the third round",
             run(&format!("cli update fast link=up; {ECHO}")),
+        );
+    user_mode(case).lines([
+        "@@ a thread of the kernel",
+        "@@ a limit is refused",
+        "@@ by the kernel, 1: whole",
+        "@@ by the kernel, 2: whole",
+        "@@ fast down: no answer",
+        "@@ by the kernel, 3: whole",
+    ])
+}
+
+/// A card on passt's socket, which ends and is started again.
+fn user_mode(case: Case) -> Case {
+    let added = "cli add socket={dir}/passt.sock,id=user,mac=52:54:00:00:79:0a";
+    let first = format!("ip route add default via 10.79.0.254 dev br0; {PASST}{ECHO}{added}");
+    case.step("@@ ask for a network of a user", run(&first))
+        .step(
+            "@@ ask for the end of passt",
+            run("kill \"$(cat passt.pid)\""),
         )
+        .step("@@ ask for another passt", run(&format!("{PASST}{ECHO}")))
         .lines([
-            "@@ a thread of the kernel",
-            "@@ a limit is refused",
-            "@@ by the kernel, 1: whole",
-            "@@ by the kernel, 2: whole",
-            "@@ fast down: no answer",
-            "@@ by the kernel, 3: whole",
+            "@@ leased 10.84.0.2/24",
+            "@@ by passt: whole",
+            "@@ by another passt: whole",
         ])
 }
 
@@ -360,7 +409,7 @@ pub(super) fn share_a_bridge(kernel: &str) -> Case {
         .want(Want::Text("@@ iperf down: ".to_owned()))
         .after("ip link del br0; ip link del vm0; cat neighbour | grep '@@ end' || cat neighbour")
         .want(Want::Times("@@ end".to_owned(), 2))
-        .limit(300);
+        .limit(480);
     case.nested_only = true;
     case.net_tools = true;
     case
