@@ -20,12 +20,16 @@
 #define I8042_AUX 0x20
 #define MOUSE_COMMAND 0xD4
 #define MOUSE_REPORTS 0xF4
+#define WRITE_MODE 0x60
+#define TRANSLATED 0x44
 
 #define UART_LSR 5
 #define UART_LSR_DATA 1
 
 static uint64_t memory, registers;
 static unsigned width, height, bits, seed;
+/* By the keyboard alone, and without a word: a bench measures what the host does. */
+static bool driven, plays;
 
 static void set(unsigned index, uint16_t value)
 {
@@ -71,7 +75,8 @@ static void draw(void)
     for (unsigned y = 0; y < height; y++)
         for (unsigned x = 0; x < width; x++)
             put(x, y, colour(x, y));
-    print("drawn seed=%u %ux%u bits=%u\n", seed, width, height, bits);
+    if (!driven)
+        print("drawn seed=%u %ux%u bits=%u\n", seed, width, height, bits);
 }
 
 /* A square of one colour in the upper left corner of a picture that stays. */
@@ -91,6 +96,44 @@ static void scroll(void)
     for (uint64_t at = 0; at < line * (height - 16); at += 8)
         write64(memory + at, read64(memory + at + line * 16));
     print("scrolled\n");
+}
+
+/* A line of text comes up from below. */
+static void new_line(void)
+{
+    uint64_t line = (uint64_t)width * ((bits + 7) / 8);
+
+    seed++;
+    for (uint64_t at = 0; at < line * (height - 16); at += 8)
+        write64(memory + at, read64(memory + at + line * 16));
+    for (unsigned y = 0; y < 16; y++)
+        for (unsigned x = 0; x < width; x++)
+            put(x, height - 16 + y, (x / 8 * 7 + seed * 13) >> (y / 2 & 7) & (x & 3) ? 0xAAAAAA : 0);
+}
+
+/* A square whose colour changes each time. */
+static void blink(void)
+{
+    seed++;
+    for (unsigned y = 0; y < 16; y++)
+        for (unsigned x = 0; x < 16; x++)
+            put(x, y, seed & 1 ? 0xFFFFFF : 0);
+}
+
+/* What a key does, by its code in set 1. */
+static void played(uint8_t code)
+{
+    switch (code) {
+    case 0x1F: /* s */
+        new_line();
+        break;
+    case 0x14: /* t */
+        blink();
+        break;
+    case 0x19: /* p */
+        plays = !plays;
+        break;
+    }
 }
 
 /* Modes that nobody can have, and one that everybody can, over and over. */
@@ -157,6 +200,8 @@ static void input(void)
     if (status & I8042_FULL) {
         uint8_t byte = inb(PORT_I8042_DATA);
 
+        if (driven)
+            return played(byte);
         print(status & I8042_AUX ? "mouse=%02x\n" : "key=%02x\n", byte);
     }
 }
@@ -169,10 +214,19 @@ static void run(void)
         pause();
     inb(PORT_I8042_DATA);
     draw();
+    if (driven) {
+        outb(PORT_I8042_COMMAND, WRITE_MODE);
+        outb(PORT_I8042_DATA, TRANSLATED);
+        print("driven\n");
+    }
     for (;;) {
         input();
-        if (inb(PORT_COM1 + UART_LSR) & UART_LSR_DATA)
+        if (plays) {
+            seed++;
+            draw();
+        } else if (!driven && inb(PORT_COM1 + UART_LSR) & UART_LSR_DATA) {
             command((char)inb(PORT_COM1));
+        }
     }
 }
 
@@ -186,14 +240,18 @@ void main(void)
         fail("no display adapter");
     memory = pci_bar_address((pci_slot)slot, 0);
     registers = pci_bar_address((pci_slot)slot, 2);
+    pci_write16((pci_slot)slot, PCI_COMMAND, PCI_COMMAND_MEMORY);
     if ((get(0) & 0xFFF0) != 0xB0C0)
         fail("no Bochs interface");
     width = get(XRES);
     height = get(YRES);
     bits = get(BPP);
+    if (!bits)
+        bits = 32;
     print("power-on=%ux%u bits=%u enable=%02x memory=%lx\n", width, height, bits, get(ENABLE), memory);
     width = (unsigned)number_word("width", width);
     height = (unsigned)number_word("height", height);
+    driven = number_word("driven", 0) != 0;
     if (width != get(XRES) || height != get(YRES))
         set_mode(0);
     to_cpl3(run, false);

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::look::Look;
+
 /// One run of the monitor.
 ///
 /// In `args` and scripts `{dir}` stands for the case's own directory, made for it
@@ -158,6 +160,8 @@ pub enum Action {
     Run(String),
     /// Connects to a unix socket in the case's directory, writes, and waits for a text.
     Talk(Talk),
+    /// Looks at the screen.
+    Look(Look),
     /// Looks whether the output stands still: the guest writes all the time, but now it
     /// must be silent for so many milliseconds.
     Still(u64),

@@ -30,6 +30,9 @@ const GUEST_MODULES: &[&str] = &[
     "evdev",
 ];
 
+/// What a script loads by itself, in the order of `/modules/screen`, where the kernel has it.
+const SCREEN_MODULES: &[&str] = &["bochs"];
+
 /// What the nested machine loads to have `/dev/kvm`.
 const NESTED_MODULES: &[&str] = &[
     "virtio_pci",
@@ -107,7 +110,8 @@ poweroff -f
 pub fn guest(package: &Path, busybox: &Path, output: &Path) -> Result<()> {
     write(output, |archive| {
         skeleton(archive, busybox, GUEST_INIT)?;
-        modules(archive, package, GUEST_MODULES)
+        modules(archive, package, GUEST_MODULES, "order")?;
+        modules(archive, package, SCREEN_MODULES, "screen")
     })
 }
 
@@ -138,7 +142,7 @@ pub fn nested(
     let more = [kit::NET_TOOLS, kit::VIRTIOFSD].map(|name| kit.get(name).map(fs::read));
     write(output, |archive| {
         skeleton(archive, busybox, NESTED_INIT)?;
-        modules(archive, package, NESTED_MODULES)?;
+        modules(archive, package, NESTED_MODULES, "order")?;
         copy(archive, "bin/agent", agent)?;
         let mut libraries = shared_libraries(agent)?;
         let mut directories = vec![String::new()];
@@ -271,7 +275,13 @@ fn skeleton<W: io::Write>(archive: &mut Archive<W>, busybox: &Path, init: &str) 
     Ok(())
 }
 
-fn modules<W: io::Write>(archive: &mut Archive<W>, package: &Path, wanted: &[&str]) -> Result<()> {
+/// Modules, and the list of them by which they are loaded, where there are any.
+fn modules<W: io::Write>(
+    archive: &mut Archive<W>,
+    package: &Path,
+    wanted: &[&str],
+    list: &str,
+) -> Result<()> {
     let mut order = String::new();
     for module in in_load_order(package, wanted)? {
         archive.file(
@@ -282,7 +292,9 @@ fn modules<W: io::Write>(archive: &mut Archive<W>, package: &Path, wanted: &[&st
         order.push_str(&module.name);
         order.push('\n');
     }
-    archive.file("modules/order", 0o644, order.as_bytes())?;
+    if !order.is_empty() {
+        archive.file(&format!("modules/{list}"), 0o644, order.as_bytes())?;
+    }
     Ok(())
 }
 

@@ -433,6 +433,10 @@ impl Monitor {
             Action::Pass(ask) => self.pass(ask),
             Action::Run(text) => self.run(text),
             Action::Talk(talk) => self.talk(talk),
+            Action::Look(look) => {
+                let deadline = self.deadline.min(Instant::now() + ANSWER);
+                look.take(&self.words.directory, &self.words.socket(), deadline)
+            }
             Action::Still(millis) => self.stand_still(Duration::from_millis(*millis)),
         }
     }

@@ -10,6 +10,7 @@
 mod api;
 mod balloon;
 mod disk;
+mod display;
 mod elf;
 mod frames;
 mod guest_clock;
@@ -51,7 +52,7 @@ pub struct Settings {
     pub nested_runs: u32,
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
-    /// The measures whose group (`start`, `api`, `memory`, `port`, `balloon`, `net`, `disk`, `image`,
+    /// The measures whose group (`start`, `api`, `memory`, `port`, `balloon`, `net`, `display`, `disk`, `image`,
     /// `boot`, `size`) is in the list, or of images those whose name begins with one of it; all when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
@@ -144,7 +145,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, port, balloon, net, disk: cannot open /dev/kvm: {error}"
+                "start, api, memory, port, balloon, net, display, disk: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -177,6 +178,10 @@ impl Bench<'_> {
                 // Interfaces take rights that a user may lack.
                 Err(error) => self.skip(&format!("net: {error:#}")),
             }
+        }
+        if settings.wants("display") {
+            let measures = display::viewed(settings, &monitors)?;
+            self.add_all(measures);
         }
         if settings.wants("disk") {
             disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;

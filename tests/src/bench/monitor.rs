@@ -45,6 +45,19 @@ pub struct Job {
     pub balloon: bool,
     /// The tap of its network card.
     pub tap: Option<String>,
+    /// Its screen.
+    pub screen: Option<Screen>,
+}
+
+/// A screen with a VNC server.
+#[derive(Clone, Debug)]
+pub struct Screen {
+    /// Pixels of a line.
+    pub width: u16,
+    /// Lines.
+    pub height: u16,
+    /// The server's unix socket.
+    pub socket: PathBuf,
 }
 
 impl Job {
@@ -59,6 +72,7 @@ impl Job {
             disk: None,
             balloon: false,
             tap: None,
+            screen: None,
         })
     }
 }
@@ -126,6 +140,15 @@ impl Monitor {
                 "virtio-net-pci,netdev=n,disable-legacy=on,romfile=",
             ]);
         }
+        if let Some(screen) = &job.screen {
+            let Screen { width, height, .. } = screen;
+            command.args(["-name", "bench,debug-threads=on", "-device"]);
+            command.arg(format!(
+                "bochs-display,xres={width},yres={height},vgamem=16M"
+            ));
+            command.arg("-vnc");
+            command.arg(format!("unix:{}", screen.socket.display()));
+        }
         command.arg("-kernel").arg(&job.kernel);
         command.arg("-append").arg(&job.words);
         Ok(command)
@@ -151,6 +174,17 @@ fn vireo(job: &Job) -> Result<Command> {
     }
     if let Some(tap) = &job.tap {
         command.arg("--net").arg(format!("tap={tap}"));
+    }
+    if let Some(screen) = &job.screen {
+        let Screen {
+            width,
+            height,
+            socket,
+        } = screen;
+        let socket = socket.display();
+        command.arg("--display").arg(format!(
+            "width={width},height={height},memory=16M,input=off,vnc=unix:{socket}"
+        ));
     }
     Ok(command)
 }

@@ -146,7 +146,7 @@ fn round_trip(monitor: Monitor, job: &Job, tap: &Tap, trips: u32) -> Result<f64>
 }
 
 /// Microseconds of processor time that a process's threads have had so far, but for vCPUs.
-fn spent(process: u32) -> Result<f64> {
+pub(super) fn spent(process: u32) -> Result<f64> {
     let mut sum = 0.0;
     for task in fs::read_dir(format!("/proc/{process}/task"))? {
         let path = task?.path();

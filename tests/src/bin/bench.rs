@@ -27,7 +27,7 @@ struct Args {
     /// Only see that everything works: few and short runs, nothing nested
     #[arg(long)]
     quick: bool,
-    /// Only these groups of measures (size, start, api, memory, port, balloon, net, disk, image, boot); of images also
+    /// Only these groups of measures (size, start, api, memory, port, balloon, net, display, disk, image, boot); of images also
     /// single ones by how their names begin, as image.convert
     #[arg(long, value_name = "GROUP", value_delimiter = ',', value_parser = group)]
     only: Vec<String>,
@@ -36,7 +36,8 @@ struct Args {
 /// A group, or the beginning of a measure's name.
 fn group(text: &str) -> Result<String, String> {
     let known = [
-        "size", "start", "api", "memory", "port", "balloon", "net", "disk", "image", "boot",
+        "size", "start", "api", "memory", "port", "balloon", "net", "display", "disk", "image",
+        "boot",
     ];
     if known.contains(&text) || text.starts_with("image.") {
         Ok(text.to_owned())
