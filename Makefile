@@ -21,7 +21,7 @@ SECONDS ?= 60
 # What is fuzzed; a virtio model is a target by its name.
 FUZZED := block/image block/check virtio/pci virtio/ring \
 	virtio/balloon virtio/blk virtio/console virtio/fs virtio/input virtio/mem virtio/net \
-	virtio/rng virtio/vhost-user-blk virtio/vsock \
+	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
 	devices/rfb
 
 .PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \

@@ -19,7 +19,7 @@ use crate::device::{
 };
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
-use crate::vhost::{ANSWER, Front, PeerOptions};
+use crate::vhost::{ANSWER, Front, Nature, PeerOptions};
 
 /// The entry in the registry.
 pub const MODEL: Model = Model {
@@ -145,9 +145,11 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let options = PeerOptions {
         path: config.socket,
         queues,
+        counted: queues,
         features: 0,
         config_len: 0,
         patience: ANSWER,
+        nature: Nature::Requests,
         epitaph: Some(epitaph),
     };
     let mut space = config.tag.clone().into_bytes();

@@ -100,7 +100,7 @@ macro_rules! models {
     };
 }
 
-models! { balloon, blk, console, fs, input, mem, net, rng, vhost_blk, vsock }
+models! { balloon, blk, console, fs, input, mem, net, rng, vhost_blk, vhost_net, vsock }
 
 /// The model of this kind.
 #[must_use]

@@ -65,7 +65,7 @@ mod pieces;
 mod receive;
 mod saved;
 mod shared;
-mod spec;
+pub(super) mod spec;
 mod tally;
 #[cfg(test)]
 mod tests;

@@ -21,7 +21,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use crate::device::{ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
-use crate::vhost::{ANSWER, Front, PeerOptions};
+use crate::vhost::{ANSWER, Front, Nature, PeerOptions};
 
 /// The entry in the registry.
 pub const MODEL: Model = Model {
@@ -130,9 +130,11 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let options = PeerOptions {
         path: config.socket,
         queues,
+        counted: queues,
         features: FEATURES,
         config_len: CONFIG_LEN,
         patience: ANSWER,
+        nature: Nature::Requests,
         epitaph: None,
     };
     Ok(Box::new(VhostBlk {

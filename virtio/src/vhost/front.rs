@@ -9,7 +9,7 @@ use block::{Address, Connector};
 use devices::StopError;
 
 use super::relay::Relay;
-use super::session::{Session, Wanted};
+use super::session::{F_INDIRECT_DESC, F_VERSION_1, Session, Wanted};
 use super::{PeerError, PeerReport};
 use crate::device::{ActivateError, Activation, Counters, Notifier, StoppedQueue, read_space};
 use crate::models::{BuildContext, BuildError};
@@ -22,14 +22,28 @@ pub struct PeerOptions {
     pub path: PathBuf,
     /// How many queues the device has.
     pub queues: u16,
+    /// How many the peer must say that it has. For network devices programs count pairs.
+    pub counted: u16,
     /// The features that the model has use for; the peer's others are not offered to the guest.
     pub features: u64,
     /// How many bytes of configuration space are the peer's; with 0 the model has its own.
     pub config_len: u32,
     /// How long the peer may take for what it is told in one go, as [`super::ANSWER`]; twice that to be connected.
     pub patience: Duration,
+    /// What the driver's chains are.
+    pub nature: Nature,
     /// How a request that its peer has taken to the grave is answered, where it is not to be made again.
     pub epitaph: Option<Epitaph>,
+}
+
+/// What the chains are that a driver gives to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nature {
+    /// Requests, each of which is answered in time: a stop waits for the answers.
+    Requests,
+    /// Buffers, which may wait without end for what fills them: a stop takes them back. What the driver sees
+    /// of the peer's presence is in configuration space.
+    Buffers,
 }
 
 /// Makes the answer to a request that the peer did not answer, from the first bytes of what the driver sent. It is
@@ -57,9 +71,15 @@ impl Hub {
         Wanted {
             path: self.options.path.clone(),
             queues: self.options.queues,
+            counted: self.options.counted,
             config_len: self.options.config_len,
             features: accepted & self.options.features,
         }
+    }
+
+    /// The features that a peer is told of: its own and the transport's.
+    pub fn features_for_peer(&self, accepted: u64) -> u64 {
+        accepted & (self.options.features | F_VERSION_1 | F_INDIRECT_DESC)
     }
 
     pub fn idle(&self) -> MutexGuard<'_, Option<Session>> {
@@ -91,12 +111,20 @@ impl Hub {
             cause = deeper.source();
         }
         notifier.peer_report(&PeerReport::Lost { reason });
+        self.tell_presence(notifier);
     }
 
     /// The peer serves.
     pub fn found(&self, notifier: &dyn Notifier) {
         if self.lost.swap(false, Ordering::AcqRel) {
             notifier.peer_report(&PeerReport::Connected);
+            self.tell_presence(notifier);
+        }
+    }
+
+    fn tell_presence(&self, notifier: &dyn Notifier) {
+        if self.options.nature == Nature::Buffers {
+            notifier.config_changed();
         }
     }
 }
@@ -170,6 +198,12 @@ impl Front {
     #[must_use]
     pub fn features(&self) -> u64 {
         self.features
+    }
+
+    /// Whether the peer is there, as far as it is known.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        !self.hub.lost.load(Ordering::Acquire)
     }
 
     /// What is counted.

@@ -39,7 +39,7 @@ mod tests;
 
 use std::time::Duration;
 
-pub use front::{Front, PeerOptions};
+pub use front::{Front, Nature, PeerOptions};
 pub use session::PeerError;
 
 /// How long a peer may take for what it is told in one go: a set-up, a stop, a look at its configuration.

@@ -24,7 +24,7 @@ use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::front::{Epitaph, Hub};
+use super::front::{Epitaph, Hub, Nature};
 use super::notes::Notes;
 use super::rings::{PeerRing, RingMemory};
 use super::session::{Answer, Offer, QueueSetup, Session, Setup};
@@ -298,7 +298,7 @@ impl Relay {
         match self.stage {
             Stage::Absent if due && !self.draining => self.connect(),
             Stage::Idle if due && !self.draining => self.set_up(),
-            Stage::Serving if self.draining && self.heads() == 0 => {
+            Stage::Serving if self.draining && self.is_done() => {
                 let queues = self.lanes.iter().map(|lane| lane.index).collect();
                 if let Some(session) = &self.session {
                     session.stop(queues);
@@ -364,7 +364,7 @@ impl Relay {
         let map = self.memory.memory().into_inner();
         if let Some(session) = &self.session {
             session.serve(Setup {
-                features: self.features,
+                features: self.hub.features_for_peer(self.features),
                 map: Arc::clone(&map),
                 rings: Arc::clone(&rings),
                 queues,
@@ -389,10 +389,7 @@ impl Relay {
                 }
                 Answer::Informed => {}
                 Answer::Config(config) => self.show(config),
-                Answer::Stopped => {
-                    self.stage = Stage::Idle;
-                    self.next = None;
-                }
+                Answer::Stopped => self.take_all_back()?,
             }
         }
         Ok(())
@@ -415,6 +412,23 @@ impl Relay {
         if self.hub.set_config(config) {
             self.notifier.config_changed();
         }
+    }
+
+    /// Whether the peer need not be waited for any more before a stop.
+    fn is_done(&self) -> bool {
+        self.heads() == 0 || self.hub.options.nature == Nature::Buffers
+    }
+
+    /// The peer serves no queue any more: what it has not used is the driver's again.
+    fn take_all_back(&mut self) -> Result<(), PeerError> {
+        self.stage = Stage::Idle;
+        self.next = None;
+        let view = self.memory.memory();
+        self.collect(&view)?;
+        for lane in &mut self.lanes {
+            lane.take_back(&view, None);
+        }
+        Ok(())
     }
 
     /// How many requests the peer has.

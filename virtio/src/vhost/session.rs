@@ -28,9 +28,9 @@ use crate::memory::GuestMap;
 use crate::worker::borrow;
 
 /// Feature bits of the transport that every peer must have (Virtio 1.2, chapter 6).
-const F_INDIRECT_DESC: u64 = 1 << 28;
+pub(super) const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
-const F_VERSION_1: u64 = 1 << 32;
+pub(super) const F_VERSION_1: u64 = 1 << 32;
 
 /// The parts of the protocol that are made use of.
 const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -88,7 +88,7 @@ pub enum PeerError {
     },
     /// It has too few queues.
     #[error(
-        "the program at the vhost-user socket has {offered} queues, and the device has {wanted}: give num_queues={offered} or less, or start it with more"
+        "the program at the vhost-user socket has {offered} queues, and the device needs {wanted}: give a smaller num_queues, or start it with more"
     )]
     Queues {
         /// How many it has.
@@ -134,6 +134,8 @@ pub(super) struct Wanted {
     pub path: PathBuf,
     /// How many queues.
     pub queues: u16,
+    /// How many it must say that it has.
+    pub counted: u16,
     /// How many bytes of configuration space; with 0 it is not asked for them.
     pub config_len: u32,
     /// Features that the driver has accepted already.
@@ -425,8 +427,8 @@ impl Link {
         } else {
             1
         };
-        if offered < u64::from(wanted.queues) {
-            let wanted = wanted.queues;
+        if offered < u64::from(wanted.counted) {
+            let wanted = wanted.counted;
             return Err(PeerError::Queues { offered, wanted });
         }
         let mut notes = None;
@@ -492,7 +494,7 @@ impl Link {
             rings,
             queues,
         } = setup;
-        let accepted = features & !F_EVENT_IDX | PROTOCOL_FEATURES;
+        let accepted = features | PROTOCOL_FEATURES;
         self.peer
             .set_features(accepted)
             .map_err(failed("accept the guest's features"))?;

@@ -23,6 +23,8 @@ use crate::testing::{
     DATA, Driver, NoNetworks, Notice, PATIENCE, SEAM, notices, reset_reason, soon,
 };
 
+mod buffers;
+
 /// Bits 0 and 9: size_max and flush.
 const FEATURES: u64 = 1 << 9 | 1;
 const VERSION_1: u64 = 1 << 32;
@@ -90,9 +92,11 @@ fn options(path: &Path, patience: Duration) -> PeerOptions {
     PeerOptions {
         path: path.to_owned(),
         queues: 1,
+        counted: 1,
         features: FEATURES,
         config_len: 60,
         patience,
+        nature: Nature::Requests,
         epitaph: None,
     }
 }
@@ -109,13 +113,18 @@ impl Bench {
     }
 
     fn with(patience: Duration, epitaph: Option<front::Epitaph>) -> Self {
+        Self::of(PeerOptions {
+            epitaph,
+            ..options(Path::new(""), patience)
+        })
+    }
+
+    /// For a device with these options, but for the socket's path.
+    fn of(options: PeerOptions) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let peer = Peer::new(&path, manner());
-        let options = PeerOptions {
-            epitaph,
-            ..options(&path, patience)
-        };
+        let options = PeerOptions { path, ..options };
         let front = Front::connect("disk", &context(), options).unwrap();
         let memory = shared();
         Self {

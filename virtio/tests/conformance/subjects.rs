@@ -257,7 +257,7 @@ impl Subject {
 }
 
 /// The kinds that another program serves.
-const PEERED: &[&str] = &["fs", "vhost-user-blk"];
+const PEERED: &[&str] = &["fs", "vhost-user-blk", "vhost-user-net"];
 
 /// The configuration with which a kind of device is tested. Devices that exist
 /// at the same time, which `number` tells apart, do not share a back end.
@@ -274,6 +274,10 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
         "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
         "fs" => json!({ "tag": "t", "socket": directory.join(format!("peer{number}")) }),
+        "vhost-user-net" => json!({
+            "socket": directory.join(format!("peer{number}")),
+            "mac": "52:54:00:00:00:01",
+        }),
         "mem" => json!({ "size": 64 << 20, "requested": 16 << 20 }),
         "input" => json!({ "type": "keyboard", "serial": "1" }),
         "vsock" => json!({ "cid": 3, "socket": directory.join(format!("v{number}")) }),

@@ -22,7 +22,7 @@ pub mod flag;
 pub mod fs;
 pub mod host;
 pub mod memory;
-mod network;
+pub mod network;
 pub mod port;
 pub mod serial;
 pub mod smbios;

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use net::MacAddress;
 use serde_json::Value;
+use virtio::models::BuildError;
 use virtio::models::net::{MODEL, NetConfig, random_mac};
+use virtio::models::vhost_net::{self, VhostNetConfig};
 
 use super::{ConfigError, DeviceConfig, VmConfig};
 
@@ -19,13 +21,42 @@ impl DeviceConfig {
     }
 }
 
+/// Whether devices of this kind are network cards.
+#[must_use]
+pub fn is_card(kind: &str) -> bool {
+    [MODEL.kind, vhost_net::MODEL.kind].contains(&kind)
+}
+
+impl DeviceConfig {
+    /// The configuration of a network card that another program serves; `None` for another device, or what has
+    /// another shape.
+    #[must_use]
+    pub fn served_network(&self) -> Option<VhostNetConfig> {
+        let config = (self.kind == vhost_net::MODEL.kind).then(|| self.config.clone());
+        config.and_then(|config| serde_json::from_value(config).ok())
+    }
+
+    /// Checks a network card; its address, if it is one and has one.
+    fn checked_card(&self) -> Result<Option<MacAddress>, BuildError> {
+        if let Some(config) = self.served_network() {
+            return Ok(config.settings()?.mac);
+        }
+        let Some(config) = self.network() else {
+            return Ok(None);
+        };
+        config.request()?;
+        config.rate_limits()?;
+        config.mac()
+    }
+}
+
 impl VmConfig {
     /// Gives each network card that has none an address: always the same one to
     /// a card of a machine with a name, otherwise a random one. Cards have their ids.
     pub(super) fn complete_networks(&mut self) {
         let name = self.name.clone();
         for device in &mut self.devices {
-            if device.kind != MODEL.kind {
+            if !is_card(&device.kind) {
                 continue;
             }
             let mac = match &name {
@@ -43,15 +74,12 @@ impl VmConfig {
     pub(super) fn validate_networks(&self) -> Result<(), ConfigError> {
         let mut taken: BTreeMap<[u8; 6], &str> = BTreeMap::new();
         for device in &self.devices {
-            let Some(config) = device.network() else {
-                continue;
-            };
-            let checked = config.request().and_then(|_| config.rate_limits());
-            checked.map_err(|error| ConfigError::Network {
+            let checked = device.checked_card();
+            let mac = checked.map_err(|error| ConfigError::Network {
                 id: device.id.clone(),
                 reason: error.to_string(),
             })?;
-            let Ok(Some(mac)) = config.mac() else {
+            let Some(mac) = mac else {
                 continue;
             };
             if let Some(first) = taken.insert(mac.octets(), &device.id) {

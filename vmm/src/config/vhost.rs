@@ -3,7 +3,7 @@
 //! Such a program works in the guest's memory, so that is shared: in a machine that is described with such a device
 //! unasked; one that runs has the memory that it has.
 
-use virtio::models::{Model, blk, fs, vhost_blk};
+use virtio::models::{Model, blk, fs, net, vhost_blk, vhost_net};
 use virtio::schema::{Field, FieldKind};
 
 use super::{DeviceConfig, VmConfig};
@@ -17,20 +17,25 @@ pub(super) const SWITCH: Field = Field {
 };
 
 /// What a flag without that key makes, and what with it.
-const VARIANTS: &[(&str, &Model)] = &[(blk::MODEL.kind, &vhost_blk::MODEL)];
+const VARIANTS: &[(&Model, &Model)] = &[
+    (&blk::MODEL, &vhost_blk::MODEL),
+    (&net::MODEL, &vhost_net::MODEL),
+];
 
 /// The model that the text of a flag asks for instead of the flag's own.
 pub(super) fn variant(model: &Model, text: &str) -> Option<&'static Model> {
     let asked = text.split(',').any(|item| item == "vhost_user=on");
     let mut variants = VARIANTS.iter().filter(|_| asked);
     variants
-        .find(|(kind, _)| *kind == model.kind)
+        .find(|(usual, _)| usual.kind == model.kind)
         .map(|(_, variant)| *variant)
 }
 
 /// The flag that devices of this kind are usually made with, where it is not their own.
 pub(super) fn usual_flag(kind: &str) -> Option<&'static str> {
-    (kind == vhost_blk::MODEL.kind).then_some(blk::MODEL.flag)
+    let mut variants = VARIANTS.iter();
+    let found = variants.find(|(_, variant)| variant.kind == kind);
+    found.map(|(usual, _)| usual.flag)
 }
 
 impl DeviceConfig {
@@ -73,6 +78,26 @@ mod tests {
             let refusal = disk(text).unwrap_err();
             assert!(refusal.contains(named), "{refusal}");
         }
+    }
+
+    #[test]
+    fn a_card_of_another_programs_is_asked_for_with_the_cards_flag_and_has_an_address() {
+        let text = "vhost_user=on,socket=/s,mtu=1400";
+        let card = DeviceConfig::from_flag(&net::MODEL, "--net", text).unwrap();
+        assert_eq!(card.kind, "vhost-user-net");
+        let mut config: VmConfig =
+            serde_json::from_value(json!({"payload": {"kernel": "/k"}})).unwrap();
+        config.devices.push(card);
+        config.complete(MODELS);
+        assert!(config.memory.shared);
+        assert_eq!(config.devices[0].id, "_net0");
+        assert!(config.devices[0].config["mac"].is_string());
+        let both = "vhost_user=on,socket=/s,tap=t";
+        let refusal = DeviceConfig::from_flag(&net::MODEL, "--net", both).unwrap_err();
+        assert!(
+            refusal.to_string().contains("unknown key 'tap'"),
+            "{refusal}"
+        );
     }
 
     #[test]

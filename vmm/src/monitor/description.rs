@@ -11,6 +11,7 @@ use virtio::models::{MODELS, Model};
 use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
+use crate::config::network::is_card;
 use crate::config::wire::{
     DiskUpdate, NetUpdate, address_nets, name_devices, shown_fs, shown_input, update_disk,
     update_net, update_rng,
@@ -101,7 +102,7 @@ pub fn settle(device: &mut AddDevice) {
                 *net = settled;
             }
         }
-        AddDevice::Virtio(device) if device.kind == virtio::models::net::MODEL.kind => {
+        AddDevice::Virtio(device) if is_card(&device.kind) => {
             let mac = || Value::String(virtio::models::net::random_mac().to_string());
             device.config.entry("mac").or_insert_with(mac);
         }

@@ -45,4 +45,5 @@ mod start_order;
 mod state;
 mod stuck;
 mod support;
+mod switch;
 mod verbs;

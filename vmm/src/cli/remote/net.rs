@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use virtio::limit::{self, RateLimits};
+use virtio::models::MODELS;
 use virtio::models::net::{MODEL, RX_KEYS, TX_KEYS};
 use virtio::schema::{Field, FieldKind};
 
@@ -187,7 +188,7 @@ fn described(text: &str) -> anyhow::Result<wire::VirtioConfig> {
     let mut device = DeviceConfig::from_flag(&MODEL, "net", text)
         .map_err(|error| Misuse(crate::error::chain(&error)))?;
     let directory = std::env::current_dir().context("the working directory is gone")?;
-    make_device_paths_absolute(&mut device, &directory, &[MODEL]);
+    make_device_paths_absolute(&mut device, &directory, MODELS);
     let card = device::request(device, &NOUN)?;
     if card.config.contains_key("fd") {
         let reason = "net: fd: a running monitor has other descriptors: name the tap, or use vm.add-net of the control socket";

@@ -132,6 +132,6 @@ pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
 /// Refuses what no network card has.
 pub(super) fn net(described: &wire::NetConfig) -> Result<(), ControlError> {
     pci("net", described.pci())?;
-    let vhost_user = described.vhost_user || described.vhost_socket.is_some();
-    first([(vhost_user, "net.vhost_user")])
+    let waits = described.vhost_mode == wire::VhostMode::Server;
+    first([(waits, "net.vhost_mode=Server")])
 }

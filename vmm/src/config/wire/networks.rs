@@ -10,12 +10,13 @@ use serde_json::{Map, Value, json as value};
 use virtio::limit::RateLimits;
 use virtio::models::net::{MODEL, NetConfig, NetLimits, Vhost, random_mac};
 
+use super::super::network::is_card;
 use super::super::{DeviceConfig, VmConfig};
 use super::devices::{json, not_found, slot};
-use super::{invalid, missing, names, path, rate_limiter, rate_limits};
+use super::{invalid, missing, names, path, rate_limiter, rate_limits, vhost};
 
 /// What is wrong with a card.
-fn refused(error: &virtio::models::BuildError) -> ControlError {
+pub(super) fn refused(error: &virtio::models::BuildError) -> ControlError {
     let inner = ControlError::from_error(api::ErrorKind::Invalid, error);
     inner.context("net").context(super::INVALID)
 }
@@ -63,7 +64,7 @@ fn directions(
 
 /// Has a card keep its address over the machine's life, if it has none yet.
 pub(super) fn give_address(device: &mut DeviceConfig) {
-    if device.kind == MODEL.kind
+    if is_card(&device.kind)
         && let Value::Object(config) = &mut device.config
     {
         let mac = || Value::String(random_mac().to_string());
@@ -90,6 +91,9 @@ impl DeviceConfig {
         descriptors: &[RawFd],
     ) -> Result<Self, ControlError> {
         missing::net(described)?;
+        if let Some(device) = vhost::net_from_wire(described, descriptors)? {
+            return Ok(device);
+        }
         let numbers: Vec<_> = descriptors.iter().map(ToString::to_string).collect();
         let passed = !numbers.is_empty();
         let off = |on: bool| (!on).then_some(false);
@@ -136,6 +140,9 @@ impl DeviceConfig {
 
 /// What clients are shown of a device, if it is a network card.
 pub(super) fn to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
+    if let Some(shown) = vhost::net_to_wire(device) {
+        return Some(shown);
+    }
     let config = device.network()?;
     let settings = config.settings().ok()?;
     let NetLimits { rx, tx } = config.rate_limits().unwrap_or_default();
@@ -194,7 +201,7 @@ impl VmConfig {
             net.id = Some(device.id.clone());
         }
         give_address(&mut device);
-        net.mac = device.network().and_then(|config| config.mac);
+        net.mac = to_wire(&device).and_then(|shown| shown.mac);
         self.check_new(&device)?;
         Ok((net, device))
     }
@@ -215,6 +222,10 @@ impl VmConfig {
         let Some(device) = found else {
             return Err(not_found(&request.id));
         };
+        if device.served_network().is_some() {
+            let what = "another program serves it: what can be changed is that program's";
+            return Err(invalid(format!("{}: {what}", request.id)));
+        }
         let Some(mut config) = device.network() else {
             return Err(invalid(format!("{}: it is no network card", request.id)));
         };

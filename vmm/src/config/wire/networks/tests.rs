@@ -62,8 +62,8 @@ fn cards_that_make_no_sense_are_refused_by_kind() {
             json!([{ "vhost": "on", "mirror": { "tap": "m" } }]),
             ErrorKind::Invalid,
         ),
-        (json!([{ "vhost_user": true }]), ErrorKind::Unimplemented),
-        (json!([{ "vhost_socket": "/s" }]), ErrorKind::Unimplemented),
+        (json!([{ "vhost_user": true }]), ErrorKind::Invalid),
+        (json!([{ "vhost_socket": "/s" }]), ErrorKind::Invalid),
         (json!([{ "iommu": true }]), ErrorKind::Unimplemented),
     ];
     for (nets, kind) in cases {

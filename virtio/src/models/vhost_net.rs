@@ -1,0 +1,346 @@
+//! The network device (Virtio 1.2, section 5.1) whose frames another program moves (vhost-user-net).
+//!
+//! Offloads are that program's; address, packet size and link are the device's own. There is one pair of
+//! queues and no control queue. The link is up while the program is there.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::StopError;
+use migration::{RestoreError, SaveError, SavedState, Snapshot};
+use net::MacAddress;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_LINK_UP,
+};
+use zerocopy::IntoBytes;
+
+use crate::device::{
+    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice, read_space,
+};
+use crate::models::net::random_mac;
+use crate::models::net::spec::{ConfigSpace, MIN_MTU};
+use crate::models::{BuildContext, BuildError, Model, parse};
+use crate::schema::{Field, FieldKind};
+use crate::vhost::{ANSWER, Front, Nature, PeerOptions};
+
+/// The entry in the registry.
+pub const MODEL: Model = Model {
+    kind: "vhost-user-net",
+    flag: "vhost-user-net",
+    about: "a network card of another program's (as --net vhost_user=on)",
+    fields: FIELDS,
+    build,
+};
+
+const fn field(name: &'static str, kind: FieldKind, help: &'static str) -> Field {
+    Field {
+        name,
+        kind,
+        required: false,
+        help,
+    }
+}
+
+const FIELDS: &[Field] = &[
+    Field {
+        name: "socket",
+        kind: FieldKind::Path,
+        required: true,
+        help: "the unix socket at which the program listens",
+    },
+    field(
+        "mac",
+        FieldKind::Text,
+        "the card's address (default one that is made up, the same for the same machine)",
+    ),
+    field(
+        "mtu",
+        FieldKind::Number,
+        "largest packet, in bytes, 1280 to 65521 (default the guest's)",
+    ),
+    field(
+        "num_queues",
+        FieldKind::Number,
+        "queues of both directions: 2, one pair (default 2)",
+    ),
+    field(
+        "queue_size",
+        FieldKind::Number,
+        "entries in each queue, a power of two from 4 to 1024 (default 256)",
+    ),
+    field(
+        "offload_csum",
+        FieldKind::Switch,
+        "leave checksums to the program, if it can do them (default on)",
+    ),
+    field(
+        "offload_tso",
+        FieldKind::Switch,
+        "leave cutting large TCP packets to the program, if it can (default on)",
+    ),
+];
+
+/// What the driver and the program may leave to each other, without large packets.
+const CHECKSUMS: u64 = bit(VIRTIO_NET_F_CSUM) | bit(VIRTIO_NET_F_GUEST_CSUM);
+/// Large TCP packets, which need checksums (5.1.3.1).
+const SEGMENTS: u64 = bit(VIRTIO_NET_F_HOST_TSO4)
+    | bit(VIRTIO_NET_F_HOST_TSO6)
+    | bit(VIRTIO_NET_F_HOST_ECN)
+    | bit(VIRTIO_NET_F_GUEST_TSO4)
+    | bit(VIRTIO_NET_F_GUEST_TSO6)
+    | bit(VIRTIO_NET_F_GUEST_ECN);
+
+const QUEUES: u16 = 2;
+/// Programs for the protocol have no larger ones.
+const MAX_QUEUE_SIZE: u64 = 1024;
+const MIN_QUEUE_SIZE: u64 = 4;
+const MAX_MTU: u64 = 65_521;
+
+const fn bit(feature: u32) -> u64 {
+    1 << feature
+}
+
+/// The configuration of a card of another program's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VhostNetConfig {
+    /// The unix socket at which the program listens.
+    pub socket: PathBuf,
+    /// The card's address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// The largest packet, in bytes, 1280 to 65521.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u64>,
+    /// Queues of both directions together: 2.
+    #[serde(default = "two")]
+    pub num_queues: u64,
+    /// Entries in each queue: a power of two from 4 to 1024.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u64,
+    /// Leave checksums to the program; on unless it says otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload_csum: Option<bool>,
+    /// Leave cutting large TCP packets to the program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload_tso: Option<bool>,
+}
+
+fn two() -> u64 {
+    QUEUES.into()
+}
+
+fn default_queue_size() -> u64 {
+    256
+}
+
+/// What the guest sees of a card of another program's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VhostNetSettings {
+    /// The address, where one is given.
+    pub mac: Option<MacAddress>,
+    /// The largest packet, in bytes, where it is stated.
+    pub mtu: Option<u16>,
+    /// Entries in each queue.
+    pub queue_size: u16,
+}
+
+impl VhostNetConfig {
+    /// What the configuration says.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Field`] when a value is out of its range.
+    pub fn settings(&self) -> Result<VhostNetSettings, BuildError> {
+        let fail = |field, reason| BuildError::Field { field, reason };
+        let mac = self.mac.as_deref().map(str::parse).transpose();
+        let mac = mac.map_err(|error: net::ParseMacError| fail("mac", error.to_string()))?;
+        let range = u64::from(MIN_MTU)..=MAX_MTU;
+        if let Some(mtu) = self.mtu.filter(|mtu| !range.contains(mtu)) {
+            let reason = format!("{mtu}: give {MIN_MTU} to {MAX_MTU}");
+            return Err(fail("mtu", reason));
+        }
+        if self.num_queues != two() {
+            let reason = format!(
+                "{}: a card of another program's has one pair of queues: give 2",
+                self.num_queues
+            );
+            return Err(fail("num_queues", reason));
+        }
+        let size = self.queue_size;
+        if !(MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&size) || !size.is_power_of_two() {
+            let reason =
+                format!("{size}: give a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}");
+            return Err(fail("queue_size", reason));
+        }
+        let number = |value| u16::try_from(value).unwrap_or(u16::MAX);
+        Ok(VhostNetSettings {
+            mac,
+            mtu: self.mtu.map(number),
+            queue_size: number(size),
+        })
+    }
+
+    /// The features that go through to the guest, if the program has them.
+    fn features(&self) -> u64 {
+        let checksums = self.offload_csum.unwrap_or(true);
+        let segments = checksums && self.offload_tso.unwrap_or(true);
+        bit(VIRTIO_NET_F_MRG_RXBUF)
+            | if checksums { CHECKSUMS } else { 0 }
+            | if segments { SEGMENTS } else { 0 }
+    }
+}
+
+fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    let config: VhostNetConfig = parse(MODEL.kind, config)?;
+    let settings = config.settings()?;
+    let features = config.features();
+    let options = PeerOptions {
+        path: config.socket,
+        queues: QUEUES,
+        // Programs count pairs here.
+        counted: QUEUES / 2,
+        features,
+        config_len: 0,
+        patience: ANSWER,
+        nature: Nature::Buffers,
+        epitaph: None,
+    };
+    Ok(Box::new(VhostNet {
+        front: Front::connect("net", context, options)?,
+        mac: settings.mac.unwrap_or_else(random_mac).octets(),
+        settings,
+    }))
+}
+
+/// A card of another program's.
+pub struct VhostNet {
+    front: Front,
+    settings: VhostNetSettings,
+    mac: [u8; 6],
+}
+
+impl VirtioDevice for VhostNet {
+    fn identity(&self) -> Identity {
+        let mut own = bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_STATUS);
+        if self.settings.mtu.is_some() {
+            own |= bit(VIRTIO_NET_F_MTU);
+        }
+        Identity {
+            device_type: u16::try_from(VIRTIO_ID_NET).unwrap_or_default(),
+            features: self.front.features() | own,
+            queue_sizes: vec![self.settings.queue_size; QUEUES.into()],
+            pci_class: [2, 0, 0],
+        }
+    }
+
+    fn counters(&self) -> Option<Arc<dyn Counters>> {
+        Some(self.front.counters())
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let up = u16::try_from(VIRTIO_NET_S_LINK_UP).unwrap_or(1);
+        let space = ConfigSpace {
+            mac: self.mac,
+            status: if self.front.is_connected() { up } else { 0 }.into(),
+            max_virtqueue_pairs: (QUEUES / 2).into(),
+            mtu: self.settings.mtu.unwrap_or(0).into(),
+        };
+        read_space(space.as_bytes(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.front.start(activation)
+    }
+
+    fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
+        self.front.stop(deadline)
+    }
+
+    fn reset(&mut self) {}
+}
+
+/// The saved state of a card of another program's.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VhostNetV1 {
+    /// The address by which the guest knows it.
+    pub mac: [u8; 6],
+}
+
+impl SavedState for VhostNetV1 {
+    const SCHEMA: &'static str = "virtio-vhost-user-net";
+    const VERSION: u16 = 1;
+}
+
+impl Snapshot for VhostNet {
+    type State = VhostNetV1;
+
+    fn save(&self) -> Result<VhostNetV1, SaveError> {
+        Ok(VhostNetV1 { mac: self.mac })
+    }
+
+    fn restore(&mut self, state: VhostNetV1) -> Result<(), RestoreError> {
+        let VhostNetV1 { mac } = state;
+        MacAddress::new(mac).map_err(|error| RestoreError::Invalid {
+            schema: VhostNetV1::SCHEMA,
+            reason: error.to_string(),
+        })?;
+        self.mac = mac;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn config(more: Value) -> VhostNetConfig {
+        let mut whole = json!({ "socket": "/s" });
+        if let (Value::Object(whole), Value::Object(more)) = (&mut whole, more) {
+            whole.extend(more);
+        }
+        parse(MODEL.kind, whole).unwrap()
+    }
+
+    #[test]
+    fn a_configuration_is_checked_by_key() {
+        let settings = config(json!({ "mtu": 9000, "queue_size": 1024 })).settings();
+        let settings = settings.unwrap();
+        assert_eq!(
+            (settings.mac, settings.mtu, settings.queue_size),
+            (None, Some(9000), 1024)
+        );
+        for (more, named) in [
+            (json!({ "mac": "01:00:00:00:00:00" }), "mac: "),
+            (json!({ "mtu": 1279 }), "mtu: 1279"),
+            (json!({ "mtu": 65_522 }), "mtu: 65522"),
+            (json!({ "num_queues": 4 }), "num_queues: 4"),
+            (json!({ "queue_size": 2 }), "queue_size: 2"),
+            (json!({ "queue_size": 2048 }), "queue_size: 2048"),
+        ] {
+            let refusal = config(more).settings().unwrap_err().to_string();
+            assert!(refusal.starts_with(named), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn large_packets_go_with_checksums() {
+        let features = |more: Value| config(more).features();
+        let merge = bit(VIRTIO_NET_F_MRG_RXBUF);
+        assert_eq!(features(json!({})), merge | CHECKSUMS | SEGMENTS);
+        let plain = features(json!({ "offload_tso": false }));
+        assert_eq!(plain, merge | CHECKSUMS);
+        assert_eq!(features(json!({ "offload_csum": false })), merge);
+    }
+}
