@@ -378,6 +378,11 @@ impl Client {
         self.ask("vm.update-net", request)
     }
 
+    /// Changes the limits of a source of random numbers.
+    pub fn update_rng(&mut self, request: &wire::VmUpdateRng) -> Result<(), ClientError> {
+        self.ask("vm.update-rng", request)
+    }
+
     /// Adds a named port.
     pub fn add_port(&mut self, port: &wire::PortConfig) -> Result<wire::PortInfo, ClientError> {
         let answer = self.put("vm.add-port", Some(port), &[])?;
@@ -515,6 +520,11 @@ impl Client {
     /// Adds or removes a sink of a console.
     pub fn change_console(&mut self, request: &wire::VmConsole) -> Result<(), ClientError> {
         self.ask("vm.console", request)
+    }
+
+    /// Tells the guest how large the window of its virtio console is.
+    pub fn size_console(&mut self, request: wire::VmConsoleSize) -> Result<(), ClientError> {
+        self.ask("vm.console-size", &request)
     }
 }
 

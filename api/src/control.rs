@@ -122,12 +122,16 @@ pub enum Command {
     UpdateDisk(Box<wire::VmUpdateDisk>),
     /// Change limits or link of a network card.
     UpdateNet(Box<wire::VmUpdateNet>),
+    /// Change the limits of a source of random numbers.
+    UpdateRng(wire::VmUpdateRng),
     /// Add a port that the guest finds by its name.
     AddPort(Box<wire::PortConfig>),
     /// Take a named port away.
     RemovePort(wire::VmRemovePort),
     /// Add or remove a sink of a console.
     Console(wire::VmConsole),
+    /// The window of the virtio console has this size.
+    ConsoleSize(wire::VmConsoleSize),
     /// Write the guest's memory and registers into an ELF file.
     Coredump(wire::VmCoredumpData),
     /// Write the machine as it is into a directory.

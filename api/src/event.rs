@@ -122,6 +122,11 @@ pub enum EventKind {
         /// The device's id.
         id: String,
     },
+    /// A source of random numbers has been given other limits.
+    RngUpdated {
+        /// The device's id.
+        id: String,
+    },
     /// A network card has been given other limits or another link.
     NetUpdated {
         /// The device's id.

@@ -91,9 +91,9 @@ impl Teller {
             EventKind::DeviceReset { .. } => return ("virtio-device", &["reset"]),
             EventKind::Deleted => &["deleted"],
             EventKind::DeviceRemoved { .. } => &["device-removed"],
-            EventKind::CpusResized { .. } | EventKind::MemoryResized { .. } => {
-                &["resizing", "resized"]
-            }
+            EventKind::CpusResized { .. }
+            | EventKind::MemoryResized { .. }
+            | EventKind::BalloonResized { .. } => &["resizing", "resized"],
             EventKind::Job { info } if begins(info, "coredump") => &["coredumping"],
             EventKind::Job { info } if begins(info, "snapshot") => &["snapshotting"],
             EventKind::Job { info } if completes(info, "snapshot") => &["snapshotted"],

@@ -73,6 +73,8 @@ pub enum Endpoint {
     VmResizeDisk,
     /// PUT vm.update-disk
     VmUpdateDisk,
+    /// PUT vm.update-rng
+    VmUpdateRng,
     /// PUT vm.update-net
     VmUpdateNet,
     /// PUT vm.add-disk
@@ -121,6 +123,8 @@ pub enum Endpoint {
     VmConsoleList,
     /// PUT vm.console
     VmConsoleChange,
+    /// PUT vm.console-size
+    VmConsoleSize,
     /// GET vm.console-attach
     VmConsoleAttach,
 }
@@ -444,6 +448,14 @@ pub const ROUTES: &[Route] = &[
     .about("Changes a disk's limits, or the medium of a read-only one.")
     .takes::<wire::VmUpdateDisk>(),
     put(
+        Endpoint::VmUpdateRng,
+        "vm.update-rng",
+        "The source of random numbers could not be updated",
+    )
+    .added()
+    .about("Changes the limits of a source of random numbers.")
+    .takes::<wire::VmUpdateRng>(),
+    put(
         Endpoint::VmUpdateNet,
         "vm.update-net",
         "The network device could not be updated",
@@ -616,6 +628,15 @@ pub const ROUTES: &[Route] = &[
     .about("Adds or removes a sink of a console.")
     .takes::<wire::VmConsole>()
     .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmConsoleSize,
+        "vm.console-size",
+        "The size of the console could not be set",
+    )
+    .added()
+    .about("Tells the guest how large the window of its virtio console is.")
+    .takes::<wire::VmConsoleSize>()
+    .fails(&[400, 404, 429]),
     get(Endpoint::VmConsoleAttach, "vm.console-attach")
         .failing("The console could not be attached")
         .added()

@@ -155,6 +155,11 @@ impl Registers {
         self.enabled & IER_RECEIVED != 0
     }
 
+    /// Whether the guest wants input.
+    fn listens(&self) -> bool {
+        self.receive_enabled() || self.status_reads >= POLLING
+    }
+
     fn data_ready(&mut self) -> bool {
         self.uart.read(LSR) & LSR_DATA_READY != 0
     }
@@ -211,9 +216,8 @@ impl Registers {
 
     /// How many bytes the port takes from the host now.
     fn room(&mut self) -> usize {
-        let listens = self.receive_enabled() || self.status_reads >= POLLING;
         let looped = self.uart.read(MCR) & MCR_LOOP != 0;
-        if listens && !looped {
+        if self.listens() && !looped {
             self.uart.fifo_capacity()
         } else {
             0
@@ -415,6 +419,12 @@ impl Serial {
     /// keep the rest until [`InputReady::ready`].
     pub fn input(&self, bytes: &[u8]) -> usize {
         self.registers().input(bytes)
+    }
+
+    /// Whether the guest listens, as it must for input to reach it. Any thread may ask; it does not block.
+    #[must_use]
+    pub fn is_listened_to(&self) -> bool {
+        self.registers().listens()
     }
 
     /// How many bytes of output the host end did not take. Any thread may ask.

@@ -424,6 +424,12 @@ impl Watchdog {
         }
     }
 
+    /// Whether the guest has it count, also while the machine is paused. Any thread may ask; it does not block.
+    #[must_use]
+    pub fn is_counting(&self) -> bool {
+        self.registers().count.is_some()
+    }
+
     /// Does `f` and arms the timer anew, under the lock: the last change is the last to arm.
     fn change<T>(&self, f: impl FnOnce(&mut Registers) -> T) -> T {
         let mut registers = self.registers();

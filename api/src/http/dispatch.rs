@@ -236,6 +236,7 @@ impl Dispatcher {
             Endpoint::VmResize => Command::Resize(self.body(route, &request)?),
             Endpoint::VmResizeDisk => Command::ResizeDisk(self.body(route, &request)?),
             Endpoint::VmUpdateDisk => Command::UpdateDisk(self.body(route, &request)?),
+            Endpoint::VmUpdateRng => Command::UpdateRng(self.body(route, &request)?),
             Endpoint::VmUpdateNet => Command::UpdateNet(self.body(route, &request)?),
             Endpoint::VmRemoveDevice => Command::RemoveDevice(self.body(route, &request)?),
             Endpoint::VmSendKey => Command::SendKey(self.body(route, &request)?),
@@ -246,6 +247,7 @@ impl Dispatcher {
             Endpoint::VmSnapshot => Command::Snapshot(self.body(route, &request)?),
             Endpoint::VmRestore => Command::Restore(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
+            Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {
                 let wire::AgentShutdown { mode } = self.body(route, &request)?;
                 Command::Agent(AgentCommand::Shutdown(mode))

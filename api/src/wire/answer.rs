@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::VmConfig;
+use super::{ConsolePort, VmConfig};
 use crate::PauseReason;
 
 /// `vmm.ping`.
@@ -168,11 +168,15 @@ pub struct PciDeviceInfo {
 pub struct DeviceInfo {
     /// Its id.
     pub id: String,
-    /// Its kind, as in `vireo run --device KIND`.
+    /// Its kind, as in `vireo run --device KIND`; of those that every machine has or a flag of their own gives it:
+    /// `debugcon`, `display`, `i8042`, `pvpanic`, `rtc`, `serial`, `vmgenid`, `watchdog`.
     pub kind: String,
     /// Its PCI address, where it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bdf: Option<String>,
+    /// Where the guest finds it otherwise: `port 0x3f8`, `memory 0xf7000`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
     /// What it is doing.
     pub state: DeviceState,
 }
@@ -242,8 +246,11 @@ pub struct PortInfo {
 /// A sink in `vm.console`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsoleSink {
-    /// Its id.
+    /// Its id, which no sink of another console has.
     pub id: String,
+    /// Which console it is of.
+    #[serde(default)]
+    pub port: ConsolePort,
     /// `tty`, `pty`, `file`, `socket`, `stream` or `null`.
     pub kind: String,
     /// Its file, socket or pseudo-terminal.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::{ConsoleMode, yes};
+use super::config::{ConsoleMode, SinkConfig, yes};
 
 pub(super) fn is_false(value: &bool) -> bool {
     !value
@@ -433,6 +433,10 @@ pub struct ConsoleConfig {
     /// The socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// All sinks, where the fields above do not tell all there is to say. Given, they
+    /// take the place of what those say. An addition to v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sinks: Option<Vec<SinkConfig>>,
 }
 }
 
@@ -442,6 +446,7 @@ impl ConsoleConfig {
             mode: ConsoleMode::Tty,
             file: None,
             socket: None,
+            sinks: None,
             id: None,
             iommu: false,
             pci_segment: 0,

@@ -1,10 +1,12 @@
 //! What endpoints other than `vm.create` take.
 
+use std::borrow::Cow;
+use std::num::NonZero;
 use std::path::PathBuf;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use super::{NetMirror, RateLimiterConfig};
@@ -143,6 +145,16 @@ pub enum LinkState {
     Down,
 }
 
+/// `vm.update-rng`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmUpdateRng {
+    /// The device's id.
+    pub id: String,
+    /// New limits; one without buckets lifts them.
+    pub rate_limiter_config: RateLimiterConfig,
+}
+
 /// `vm.update-net`: what is absent stays.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -184,31 +196,79 @@ pub struct VirtioConfig {
 }
 
 /// `vm.console`: adds or removes a sink.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields, rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmConsole {
-    /// A sink in the form of `--serial`, such as `file=/srv/boot.log`. Its path is absolute.
-    Add(String),
+    /// A sink in the form of `--serial`, such as `file=/srv/boot.log`, of a console. Its path is absolute.
+    Add(String, ConsolePort),
     /// The id of a sink, as `GET vm.console` lists it.
     Remove(String),
+}
+
+/// `vm.console`: one of `add` and `remove`.
+#[derive(Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename = "VmConsole", deny_unknown_fields)]
+struct ConsoleFields {
+    /// A sink in the form of `--serial`, such as `file=/srv/boot.log`. Its path is absolute.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    add: Option<String>,
+    /// The id of a sink, as `GET vm.console` lists it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remove: Option<String>,
+    /// With `add`: which console; the first serial port where it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<ConsolePort>,
+}
+
+impl Serialize for VmConsole {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let fields = match self.clone() {
+            Self::Add(sink, port) => ConsoleFields {
+                add: Some(sink),
+                port: (port != ConsolePort::default()).then_some(port),
+                ..ConsoleFields::default()
+            },
+            Self::Remove(id) => ConsoleFields {
+                remove: Some(id),
+                ..ConsoleFields::default()
+            },
+        };
+        fields.serialize(serializer)
+    }
+}
+
+impl JsonSchema for VmConsole {
+    fn schema_name() -> Cow<'static, str> {
+        ConsoleFields::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        ConsoleFields::json_schema(generator)
+    }
 }
 
 /// Read by hand: the parser would not say which fields there are.
 impl<'de> Deserialize<'de> for VmConsole {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(rename = "VmConsole", deny_unknown_fields)]
-        struct Fields {
-            add: Option<String>,
-            remove: Option<String>,
-        }
-        let Fields { add, remove } = Fields::deserialize(deserializer)?;
-        match (add, remove) {
-            (Some(sink), None) => Ok(Self::Add(sink)),
-            (None, Some(id)) => Ok(Self::Remove(id)),
+        let ConsoleFields { add, remove, port } = ConsoleFields::deserialize(deserializer)?;
+        match (add, remove, port) {
+            (Some(sink), None, port) => Ok(Self::Add(sink, port.unwrap_or_default())),
+            (None, Some(id), None) => Ok(Self::Remove(id)),
+            (None, Some(_), Some(_)) => Err(D::Error::custom(
+                "`port` goes with `add`: an id says which sink",
+            )),
             _ => Err(D::Error::custom("give one of `add` and `remove`")),
         }
     }
+}
+
+/// `vm.console-size`: how large the window is in which the virtio console is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmConsoleSize {
+    /// Characters of a line.
+    pub columns: NonZero<u16>,
+    /// Lines.
+    pub rows: NonZero<u16>,
 }
 
 /// `vm.console-attach`: a stream to a console, by upgrade of the connection.

@@ -225,15 +225,24 @@ fn what_is_ours_refuses_unknown_fields_by_their_name() {
     unknown(refused::<ConsoleRequest>(&json!({"x": 1})));
     unknown(refused::<JobCancel>(&json!({"id": "a", "x": 1})));
     unknown(refused::<VmConsole>(&json!({"x": "a"})));
+    unknown(refused::<VmConsoleSize>(&json!({"x": 1})));
+    let none = json!({"columns": 0, "rows": 24});
+    assert!(refused::<VmConsoleSize>(&none).contains("nonzero"));
 }
 
 #[test]
 fn a_change_of_a_console_is_one_addition_or_one_removal() {
     let taken = |body| serde_json::from_value::<VmConsole>(body);
-    assert_eq!(
-        taken(json!({"add": "a"})).unwrap(),
-        VmConsole::Add("a".to_owned())
-    );
+    for (body, port) in [
+        (json!({"add": "a"}), ConsolePort::Serial),
+        (json!({"add": "a", "port": "console"}), ConsolePort::Console),
+    ] {
+        let addition = VmConsole::Add("a".to_owned(), port);
+        assert_eq!(serde_json::to_value(&addition).unwrap(), body);
+        assert_eq!(taken(body).unwrap(), addition);
+    }
+    let told = refused::<VmConsole>(&json!({"remove": "a", "port": "serial"}));
+    assert!(told.contains("`port` goes with `add`"), "{told}");
     let removal = VmConsole::Remove("a".to_owned());
     assert_eq!(taken(json!({"remove": "a"})).unwrap(), removal);
     for wrong in [json!({}), json!({"add": "a", "remove": "b"})] {

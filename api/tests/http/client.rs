@@ -97,10 +97,19 @@ fn commands_arrive_each_as_itself() {
         .unwrap();
     client.update_disk(&parsed(r#"{"id":"d"}"#)).unwrap();
     client.update_net(&parsed(r#"{"id":"n"}"#)).unwrap();
+    client
+        .update_rng(&parsed(r#"{"id":"r","rate_limiter_config":{}}"#))
+        .unwrap();
     client.remove_device("d").unwrap();
     client.remove_port("p").unwrap();
     client
-        .change_console(&wire::VmConsole::Add("pty".to_owned()))
+        .change_console(&wire::VmConsole::Add(
+            "pty".to_owned(),
+            wire::ConsolePort::Serial,
+        ))
+        .unwrap();
+    client
+        .size_console(parsed(r#"{"columns":132,"rows":50}"#))
         .unwrap();
     let dump = wire::VmCoredumpData {
         destination_url: "file://c".to_owned(),
@@ -131,7 +140,7 @@ fn commands_arrive_each_as_itself() {
         .map(|text| text.split(['(', ' ']).next().unwrap().to_owned())
         .collect();
     let expected = "Create Boot Pause Resume PowerButton Nmi Reset Reboot Shutdown Delete Resize \
-                    ResizeDisk UpdateDisk UpdateNet RemoveDevice RemovePort Console Coredump Disk Vsock Fs Virtio \
+                    ResizeDisk UpdateDisk UpdateNet UpdateRng RemoveDevice RemovePort Console ConsoleSize Coredump Disk Vsock Fs Virtio \
                     SendKey Input Quit";
     assert_eq!(names.join(" "), expected);
 }

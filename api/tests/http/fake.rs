@@ -153,6 +153,7 @@ impl Control for Fake {
 
     fn devices(&self) -> Result<Vec<wire::DeviceInfo>, ControlError> {
         Ok(vec![wire::DeviceInfo {
+            address: None,
             id: "d\u{e9}\u{1f426}".to_owned(),
             kind: "blk".to_owned(),
             bdf: Some("0000:00:05.0".to_owned()),

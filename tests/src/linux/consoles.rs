@@ -21,6 +21,12 @@ echo 'over COM2' > /dev/ttyS1 && stty -F /dev/ttyS1 cs8 && echo '@@ wrote to COM
 echo '@@ ask hvc0'
 wait
 echo '@@ hvc0 was asked'
+# A size is that of an open terminal.
+exec 6<> /dev/hvc0
+echo '@@ ask for another size'
+until_ '[ "$(stty size <&6 2> /dev/null)" = "50 132" ]'
+exec 6>&-
+echo '@@ hvc0 is as large as its window'
 
 exec 4<> "$(port echo)"
 # While nobody is there on the host, reading ends at once.
@@ -148,6 +154,9 @@ pub(super) fn all(kernel: &str) -> Case {
             .answered(409)
             .want(Want::Text("no agent".to_owned())),
     ];
+    let size = Ask::put("vm.console-size", r#"{"columns":132,"rows":50}"#);
+    let log = r#"{"add":"file={dir}/late.log","port":"console"}"#;
+    let log = Ask::put("vm.console", log);
     let filesystems = |count: &str| Want::Text(format!(r#""filesystems":{count}"#));
     let agent = [
         Ask::put("vm.agent-ping", "").until(),
@@ -169,6 +178,7 @@ pub(super) fn all(kernel: &str) -> Case {
         .file("disk", 8 * MIB, Fill::Zero)
         .asks("", boots)
         .step("@@ ask hvc0", talk("hvc0", "root\n", "welcome root"))
+        .asks("@@ ask for another size", [size, log])
         .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"));
     case = sockets(late(case))
         .asks("@@ ask the agent", agent)
@@ -176,6 +186,7 @@ pub(super) fn all(kernel: &str) -> Case {
             "@@ ports: echo org.qemu.guest_agent.0",
             "@@ wrote to COM2",
             "@@ hvc0 was asked",
+            "@@ hvc0 is as large as its window",
             "@@ a file system to freeze",
             "@@ the agent ends the guest",
             "@@ the socket is gone",

@@ -20,7 +20,10 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use vm_memory::{Bytes, GuestAddressSpace};
 
-use crate::device::{ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice};
+use crate::device::{
+    ActivateError, Activation, Counters, Identity, Preparation, Prepared, ReconfigureError,
+    Reconfigured, StoppedQueue, VirtioDevice,
+};
 use crate::limit::{self, Clock, Limiter, RateLimits, Throttle};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::models::{BuildContext, BuildError, Model, parse};
@@ -247,7 +250,31 @@ impl VirtioDevice for Rng {
         self.workers.stop(deadline)
     }
 
+    fn prepare(
+        &self,
+        patch: Value,
+        _context: BuildContext,
+    ) -> Result<Preparation, ReconfigureError> {
+        let Patch { limits } = serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
+        Ok(Box::new(move || Ok(Prepared::new(limits))))
+    }
+
+    /// New limits hold for requests that have not begun.
+    fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
+        self.service.throttle.own.set(prepared.take()?);
+        self.workers.rouse();
+        Ok(Reconfigured::Unseen)
+    }
+
     fn reset(&mut self) {}
+}
+
+/// A change of an entropy device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Patch {
+    /// Its limits.
+    limits: RateLimits,
 }
 
 /// The saved state of an entropy device: it has no registers.

@@ -14,6 +14,7 @@ mod net;
 mod port;
 mod removal;
 mod resize;
+mod rng;
 mod screenshot;
 mod show;
 mod snapshot;
@@ -106,6 +107,12 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: net::Verb,
     },
+    /// Change sources of random numbers
+    #[command(after_help = rng::EXAMPLES)]
+    Rng {
+        #[command(subcommand)]
+        verb: rng::Verb,
+    },
     /// List, add and remove shared directories
     #[command(after_help = fs::EXAMPLES)]
     Fs {
@@ -175,6 +182,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::SendKey(arguments) => keys::send(arguments),
         Verb::Disk { verb } => disk::run(verb),
         Verb::Net { verb } => net::run(verb),
+        Verb::Rng { verb } => rng::run(verb),
         Verb::Fs { verb } => fs::run(verb),
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),

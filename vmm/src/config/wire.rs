@@ -23,6 +23,7 @@ mod inputs;
 mod missing;
 pub(super) mod names;
 mod networks;
+mod rng;
 #[cfg(test)]
 mod tests;
 mod vhost;
@@ -52,6 +53,7 @@ pub use fs::shown_fs;
 pub use inputs::shown_input;
 pub use names::name_devices;
 pub use networks::{NetUpdate, address_nets, update_net};
+pub use rng::update_rng;
 
 /// The chain of a refusal begins with this, as v1 clients expect.
 const INVALID: &str = "Failed to validate config";
@@ -266,10 +268,40 @@ impl VmConfig {
 }
 
 impl VmConfig {
-    /// The console in v1's words: its first sink.
+    /// Shows a console as it is now.
+    pub fn show_console(&self, port: wire::ConsolePort, shown: &mut wire::VmConfig) {
+        let more = |serial: &SerialConfig| serial.is_on().then(|| serial.into());
+        match port {
+            wire::ConsolePort::Serial => shown.serial = (&self.serial).into(),
+            wire::ConsolePort::Serial2 => shown.serial2 = more(&self.serial2),
+            wire::ConsolePort::Serial3 => shown.serial3 = more(&self.serial3),
+            wire::ConsolePort::Serial4 => shown.serial4 = more(&self.serial4),
+            wire::ConsolePort::Console => {
+                let wire::ConsoleConfig {
+                    mode,
+                    file,
+                    socket,
+                    sinks,
+                    ..
+                } = self.console_to_wire();
+                shown.console = wire::ConsoleConfig {
+                    mode,
+                    file,
+                    socket,
+                    sinks,
+                    ..shown.console.clone()
+                };
+            }
+        }
+    }
+
+    /// The console in v1's words: its first sink; and all, where that does not tell everything.
     fn console_to_wire(&self) -> wire::ConsoleConfig {
         let wire::SerialConfig {
-            mode, file, socket, ..
+            mode,
+            file,
+            socket,
+            sinks,
         } = (&self.console).into();
         let kind = virtio::models::console::MODEL.kind;
         let device = self.devices.iter().find(|device| device.kind == kind);
@@ -277,6 +309,7 @@ impl VmConfig {
             mode,
             file,
             socket,
+            sinks,
             id: device
                 .map(|device| device.id.clone())
                 .filter(|id| id != super::port::DEVICE),
@@ -414,14 +447,14 @@ fn more_serial(
 /// The virtio console. Clients that do not say have the terminal: that is no request
 /// for the device.
 fn console(described: &wire::ConsoleConfig) -> Result<SerialConfig, ControlError> {
-    if described.mode == ConsoleMode::Tty {
+    if described.mode == ConsoleMode::Tty && described.sinks.is_none() {
         return Ok(SerialConfig::Off);
     }
     let described = wire::SerialConfig {
         mode: described.mode,
         file: described.file.clone(),
         socket: described.socket.clone(),
-        sinks: None,
+        sinks: described.sinks.clone(),
     };
     serial("console", &described)
 }

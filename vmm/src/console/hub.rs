@@ -29,6 +29,7 @@
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Builder;
 
@@ -94,6 +95,8 @@ pub(super) struct Hub {
     /// There is output for a file, or a file has been removed.
     pub(super) output: Condvar,
     port: Mutex<PortPlace>,
+    /// How large the window is, in columns and rows, where it is not the process's terminal.
+    window: Mutex<Option<(u16, u16)>>,
     wake: EventFd,
     /// Written when a reader has taken something while somebody waits for that.
     progress: EventFd,
@@ -119,9 +122,23 @@ impl ConsoleHub {
     ///
     /// The host's, when it is out of descriptors.
     pub fn new(flag: &'static str, replay: usize) -> io::Result<Self> {
+        Self::numbered(flag, replay, Arc::default())
+    }
+
+    /// As [`ConsoleHub::new`]. No hub with the same `numbers` has a sink of the same id.
+    ///
+    /// # Errors
+    ///
+    /// As [`ConsoleHub::new`].
+    pub fn numbered(
+        flag: &'static str,
+        replay: usize,
+        numbers: Arc<AtomicU64>,
+    ) -> io::Result<Self> {
         Ok(Self(Arc::new(Hub {
             flag,
-            state: Mutex::new(State::new(replay)),
+            state: Mutex::new(State::new(replay, numbers)),
+            window: Mutex::default(),
             output: Condvar::new(),
             port: Mutex::default(),
             wake: EventFd::new(EFD_NONBLOCK)?,
@@ -158,8 +175,29 @@ impl ConsoleHub {
         }
     }
 
-    /// Tells the port that the terminal may have another size.
+    /// Tells the port that the terminal may have another size, which is the window's from now on.
     pub fn window_changed(&self) {
+        self.set_window(None);
+    }
+
+    /// Tells the port that the window has so many columns and rows from now on.
+    pub fn resize_window(&self, columns: u16, rows: u16) {
+        self.set_window(Some((columns, rows)));
+    }
+
+    /// How large the window is, in columns and rows, where that is known.
+    #[must_use]
+    pub fn window(&self) -> Option<(u16, u16)> {
+        let told = *self.0.window.lock().unwrap_or_else(PoisonError::into_inner);
+        told.or_else(|| {
+            let is_terminal = |sink: &SinkInfo| sink.kind == SinkKind::Tty;
+            let has_terminal = self.list().iter().any(is_terminal);
+            has_terminal.then(super::terminal::size).flatten()
+        })
+    }
+
+    fn set_window(&self, size: Option<(u16, u16)>) {
+        *self.0.window.lock().unwrap_or_else(PoisonError::into_inner) = size;
         let place = self.0.port();
         if let Some(port) = &place.port {
             port.window_changed();

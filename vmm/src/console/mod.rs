@@ -20,13 +20,15 @@ mod terminal;
 pub(crate) use escape::{Escape, EscapeFilter};
 pub use hub::{ConsoleHub, ConsoleWriter, InputPort, OpenedSink, PortLink};
 pub use sink::{Opened as OpenSink, SinkId, SinkIdError, SinkInfo, SinkKind};
-pub use terminal::{RawMode, open_pty};
+pub use terminal::{RawMode, open_pty, size as terminal_size};
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use api::wire::ConsolePort;
 
 use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
@@ -114,14 +116,12 @@ impl Consoles {
     ///
     /// The host's, when it is out of descriptors.
     pub fn new(replay: usize) -> io::Result<Self> {
+        let numbers = Arc::default();
+        let hub =
+            |index: usize| ConsoleHub::numbered(CONSOLE_FLAGS[index], replay, Arc::clone(&numbers));
         Ok(Self {
-            serials: [
-                ConsoleHub::new(CONSOLE_FLAGS[0], replay)?,
-                ConsoleHub::new(CONSOLE_FLAGS[1], replay)?,
-                ConsoleHub::new(CONSOLE_FLAGS[2], replay)?,
-                ConsoleHub::new(CONSOLE_FLAGS[3], replay)?,
-            ],
-            virtio: ConsoleHub::new(CONSOLE_FLAGS[4], replay)?,
+            serials: [hub(0)?, hub(1)?, hub(2)?, hub(3)?],
+            virtio: hub(4)?,
             debugcon: ConsoleHub::new("--debugcon", 0)?,
             agent: AgentDesk::default(),
             display: DisplayDesk::default(),
@@ -151,6 +151,12 @@ impl Consoles {
     #[must_use]
     pub fn serial(&self) -> &ConsoleHub {
         &self.serials[0]
+    }
+
+    /// A console's.
+    #[must_use]
+    pub fn hub(&self, port: ConsolePort) -> &ConsoleHub {
+        hub_of(self.hubs(), port)
     }
 
     /// The serial ports', then the virtio console's, as [`crate::config::VmConfig::consoles`] has them.
@@ -270,6 +276,19 @@ impl Consoles {
             })
             .collect();
         ppoll(&mut fds, timeout).is_ok()
+    }
+}
+
+/// Of all consoles, in the order of [`Consoles::hubs`], that one.
+#[must_use]
+pub fn hub_of<T>(all: [T; COMS + 1], port: ConsolePort) -> T {
+    let [a, b, c, d, console] = all;
+    match port {
+        ConsolePort::Serial => a,
+        ConsolePort::Serial2 => b,
+        ConsolePort::Serial3 => c,
+        ConsolePort::Serial4 => d,
+        ConsolePort::Console => console,
     }
 }
 

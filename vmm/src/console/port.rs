@@ -19,9 +19,9 @@ use virtio::models::console::{HostEnd, Look, PortHost, Size};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::ConsoleError;
 use super::hub::{ConsoleHub, ConsoleWriter, InputPort};
 use super::terminal::open_pty;
-use super::{ConsoleError, SinkKind};
 use crate::config::PortConfig;
 use crate::config::port::{PortEnd, end_of};
 use crate::machine::driver::ppoll;
@@ -553,18 +553,10 @@ impl HostEnd for HubEnd {
     fn look(&mut self, _reading: bool) -> Look {
         // Cleared before looking; it fails when there is nothing to clear.
         let _ = self.port.event.read();
-        let has_terminal = self
-            .hub
-            .list()
-            .iter()
-            .any(|sink| sink.kind == SinkKind::Tty);
         Look {
             connected: true,
             changed: false,
-            size: has_terminal
-                .then(super::terminal::size)
-                .flatten()
-                .map(|(cols, rows)| Size { cols, rows }),
+            size: self.hub.window().map(|(cols, rows)| Size { cols, rows }),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::ConsoleError;
@@ -123,7 +124,8 @@ pub(super) struct State {
     pub(super) sinks: Vec<Sink>,
     /// Files that have been removed and are still to get what was written before.
     pub(super) leaving: Vec<(SinkId, FilePlace)>,
-    next_id: u64,
+    /// The next sink's number, of this hub or of another that has it too.
+    next_id: Arc<AtomicU64>,
     pub(super) made: Vec<Made>,
     pub(super) on_end: Option<OnEnd>,
     /// The thread is there.
@@ -136,12 +138,12 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(replay: usize) -> Self {
+    pub(super) fn new(replay: usize, next_id: Arc<AtomicU64>) -> Self {
         Self {
             history: History::new(replay),
             sinks: Vec::new(),
             leaving: Vec::new(),
-            next_id: 0,
+            next_id,
             made: Vec::new(),
             on_end: None,
             serving: false,
@@ -199,8 +201,7 @@ impl State {
     /// Gives a sink its id and its place. What it returns is to be dropped
     /// with the lock released: a client that has left long ago; and the file that is to be written.
     pub(super) fn insert(&mut self, opened: Opened) -> (SinkId, Option<Sink>, Option<LogFile>) {
-        let id = SinkId(self.next_id);
-        self.next_id += 1;
+        let id = SinkId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let (sink, file) = opened.place(id, &self.history);
         let mut oldest = None;
         let left = self.sinks.iter().filter(|sink| sink.has_left()).count();

@@ -147,13 +147,20 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// [`MachineError::NoDevice`], [`MachineError::Stays`]; [`MachineError::Stop`] when the guest has not
+    /// [`MachineError::NoDevice`], [`MachineError::Stays`], [`MachineError::Fixed`]; [`MachineError::Stop`] when the guest has not
     /// begun and the back end does not let go.
     pub fn request_removal(&mut self, id: &str) -> Result<(), MachineError> {
         let began = self.guest_began();
         let found = self.virtio.iter_mut().find(|item| item.device.id() == id);
         let Some(item) = found else {
-            return Err(MachineError::NoDevice { id: id.to_owned() });
+            let id = id.to_owned();
+            let mut fixtures = self.platform.fixtures().iter();
+            let stays = fixtures.any(|fixture| fixture.id == id);
+            return Err(if stays {
+                MachineError::Fixed { id }
+            } else {
+                MachineError::NoDevice { id }
+            });
         };
         if item.device.memory().is_some() {
             return Err(MachineError::Stays { id: id.to_owned() });

@@ -4,14 +4,15 @@
 //! the machine drains, boots or is stuck.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
-use api::wire::{DeviceInfo, DeviceNode, DeviceState, PciBarType, Resource};
+use api::wire::{DeviceInfo, DeviceNode, DeviceState};
 use devices::input::InputQueue;
-use devices::pci::{BarKind, PciAddress, PciFunction};
+use devices::pci::PciAddress;
 use virtio::models::balloon::BalloonView;
 use virtio::transport::VirtioPci;
 
+use super::fixtures::{Fixture, bars};
 use super::vcpus::VcpuView;
 
 /// A device on the PCI bus.
@@ -31,6 +32,7 @@ pub struct Item {
 #[derive(Clone, Default)]
 pub struct Inventory {
     items: Vec<Item>,
+    fixtures: Arc<[Fixture]>,
     vcpus: Vec<VcpuView>,
     memory: u64,
 }
@@ -38,9 +40,15 @@ pub struct Inventory {
 impl Inventory {
     /// These devices and vCPUs, and `memory` bytes besides what devices have plugged.
     #[must_use]
-    pub fn new(items: Vec<Item>, vcpus: Vec<VcpuView>, memory: u64) -> Self {
+    pub fn new(
+        items: Vec<Item>,
+        fixtures: Arc<[Fixture]>,
+        vcpus: Vec<VcpuView>,
+        memory: u64,
+    ) -> Self {
         Self {
             items,
+            fixtures,
             vcpus,
             memory,
         }
@@ -78,16 +86,18 @@ impl Inventory {
         devices.filter_map(|device| Some((device.id(), device.input()?)))
     }
 
-    /// As `vm.devices` lists them.
+    /// As `vm.devices` lists them: those that can come and go, then those that stay.
     #[must_use]
     pub fn devices(&self) -> Vec<DeviceInfo> {
         let info = |item: &Item| DeviceInfo {
             id: item.device.id().to_owned(),
             kind: item.kind.clone(),
             bdf: Some(item.address.to_string()),
+            address: None,
             state: item.state(),
         };
-        self.items.iter().map(info).collect()
+        let fixtures = self.fixtures.iter().map(Fixture::info);
+        self.items.iter().map(info).chain(fixtures).collect()
     }
 
     /// What every device has counted.
@@ -111,7 +121,10 @@ impl Inventory {
     /// As `vm.info` shows them: each device below its transport.
     #[must_use]
     pub fn tree(&self) -> BTreeMap<String, DeviceNode> {
-        let mut tree = BTreeMap::new();
+        let fixtures = self.fixtures.iter();
+        let mut tree: BTreeMap<_, _> = fixtures
+            .map(|fixture| (fixture.id.to_owned(), fixture.node()))
+            .collect();
         for item in &self.items {
             let id = item.device.id().to_owned();
             let transport = format!("_virtio-pci-{id}");
@@ -124,7 +137,7 @@ impl Inventory {
             };
             let node = DeviceNode {
                 id: transport.clone(),
-                resources: item.bars(),
+                resources: bars(&*item.device),
                 parent: None,
                 children: vec![id.clone()],
                 pci_bdf: Some(item.address.to_string()),
@@ -149,27 +162,5 @@ impl Item {
         } else {
             DeviceState::Present
         }
-    }
-
-    /// The base address registers that decode.
-    fn bars(&self) -> Vec<Resource> {
-        let config = self.device.config().lock();
-        let decoded = config.unwrap_or_else(PoisonError::into_inner).decoded();
-        decoded
-            .into_iter()
-            .filter_map(|(bar, base)| {
-                let type_ = match bar.kind {
-                    BarKind::Memory32 => PciBarType::Mmio32,
-                    BarKind::Memory64 => PciBarType::Mmio64,
-                };
-                Some(Resource::PciBar {
-                    index: bar.index.into(),
-                    base: base?,
-                    size: bar.size,
-                    type_,
-                    prefetchable: false,
-                })
-            })
-            .collect()
     }
 }

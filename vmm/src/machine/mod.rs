@@ -18,6 +18,7 @@ pub mod coredump;
 mod doorbells;
 pub mod driver;
 pub(crate) mod fault;
+pub mod fixtures;
 mod hosts;
 pub mod hotplug;
 pub mod inbox;
@@ -212,6 +213,12 @@ pub enum MachineError {
         /// What it is.
         what: &'static str,
     },
+    /// It is part of every machine of this description.
+    #[error("{id} is part of the machine and stays while it exists")]
+    Fixed {
+        /// The id.
+        id: String,
+    },
     /// A unit did not start.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -243,7 +250,8 @@ impl MachineError {
             Self::TooManyCpus { .. }
             | Self::AddressWidth { .. }
             | Self::HotplugWidth { .. }
-            | Self::Stays { .. } => ErrorKind::Invalid,
+            | Self::Stays { .. }
+            | Self::Fixed { .. } => ErrorKind::Invalid,
             Self::Device { source, .. } => fault::of(&**source),
             Self::Open { source, .. } => fault::of(source),
             Self::Display(source) => fault::of(source),
@@ -476,7 +484,13 @@ impl Machine {
     /// What is in the machine, for readers.
     #[must_use]
     pub fn inventory(&self) -> Inventory {
-        Inventory::new(self.virtio.clone(), self.vcpus.views(), self.memory_size())
+        let fixtures = Arc::clone(self.platform.fixtures());
+        Inventory::new(
+            self.virtio.clone(),
+            fixtures,
+            self.vcpus.views(),
+            self.memory_size(),
+        )
     }
 
     fn item(&self, id: &str) -> Result<&Item, MachineError> {

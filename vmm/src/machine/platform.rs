@@ -21,6 +21,7 @@ use migration::{RestoreError, SaveError, Section, SectionSet};
 
 use super::MachineError;
 use super::alarm::{Alarm, SteadyClock};
+use super::fixtures::{Fixed, Fixture, Place};
 use super::hosts::Hosts;
 use super::hotplug::EjectDesk;
 use super::inbox::{Mailbox, Message};
@@ -33,6 +34,9 @@ use crate::layout::{
     self, DISPLAY_SLOT, MEMORY_SLOTS, WATCHDOG_SLOT, ged_event, gsi, memory, port,
 };
 use crate::memory::video::VideoRam;
+
+/// What is in the page of the generation id, in bytes.
+const GENERATION_ID_LEN: u64 = 16;
 
 /// What the platform devices are connected to.
 pub struct Wiring<'a> {
@@ -70,6 +74,7 @@ pub struct Platform {
     display: Option<Arc<Adapter>>,
     ps2: Arc<I8042>,
     slots: Slots,
+    fixtures: Arc<[Fixture]>,
 }
 
 /// The registers of what comes and goes.
@@ -141,6 +146,7 @@ impl Platform {
         let mut placed = Placed {
             wiring,
             units: Vec::new(),
+            fixtures: Vec::new(),
         };
         placed.serials(hosts.serials)?;
         if let Some((hub, port)) = hosts.console {
@@ -149,6 +155,7 @@ impl Platform {
         if let Some(hub) = hosts.debugcon {
             let console = DebugConsole::new(Box::new(hub.writer()));
             placed.port(port::DEBUGCON, 1, Arc::new(console));
+            placed.still("debugcon", "debugcon", Place::Ports(port::DEBUGCON, 1));
         }
         let i8042 = Arc::new(I8042::new(
             router.line(gsi::KEYBOARD)?,
@@ -156,6 +163,7 @@ impl Platform {
             Arc::clone(requests),
         ));
         placed.port(port::I8042, 5, Arc::clone(&i8042));
+        placed.still("i8042", "i8042", Place::Ports(port::I8042, 5));
         let (rtc, alarm) = placed.clock()?;
         placed.port(
             port::SLEEP_CONTROL,
@@ -170,6 +178,7 @@ impl Platform {
                 1,
                 Arc::new(IsaPanic::new(Arc::clone(requests))),
             );
+            placed.still("pvpanic", "pvpanic", Place::Ports(port::PVPANIC, 1));
         }
         // The first on the bus, which its memory's address follows from.
         let display = wiring.display.map(|config| placed.display(config));
@@ -179,6 +188,8 @@ impl Platform {
             false => None,
         };
         let reset = Arc::new(ResetRegister::new(Arc::clone(requests)));
+        let page = Place::Memory(memory::GENERATION_ID, GENERATION_ID_LEN);
+        placed.still("vmgenid", "vmgenid", page);
         placed.units.push(reset.clone());
         placed.pci(pci, reset);
         Ok((
@@ -191,9 +202,16 @@ impl Platform {
                 display,
                 ps2: i8042,
                 slots,
+                fixtures: placed.fixtures.into(),
             },
             placed.units,
         ))
+    }
+
+    /// The devices that stay.
+    #[must_use]
+    pub fn fixtures(&self) -> &Arc<[Fixture]> {
+        &self.fixtures
     }
 
     /// Presses the ACPI power button.
@@ -255,9 +273,29 @@ impl Platform {
 struct Placed<'a> {
     wiring: &'a Wiring<'a>,
     units: Vec<Arc<dyn Unit>>,
+    fixtures: Vec<Fixture>,
 }
 
 impl Placed<'_> {
+    /// One that is listed, and does not show whether the guest uses it.
+    fn still(&mut self, id: &'static str, kind: &'static str, place: Place) {
+        self.fixtures.push(Fixture::still(id, kind, place));
+    }
+
+    /// One that is listed, and shows it.
+    fn live<D: Fixed + 'static>(
+        &mut self,
+        (id, kind): (&'static str, &'static str),
+        place: Place,
+        device: &Arc<D>,
+    ) {
+        let device = Arc::clone(device) as Arc<dyn Fixed>;
+        self.fixtures.push(Fixture {
+            device: Some(Arc::downgrade(&device)),
+            ..Fixture::still(id, kind, place)
+        });
+    }
+
     fn port<D: BusDevice + Unit + 'static>(&mut self, base: u16, len: u64, device: Arc<D>) {
         let on_bus = Arc::clone(&device) as Arc<dyn BusDevice>;
         // The layout has no overlaps, which its test checks.
@@ -277,6 +315,7 @@ impl Placed<'_> {
             let ready = Arc::new(hub.clone());
             let serial = Arc::new(Serial::new(name, irq, Box::new(hub.writer()), ready));
             self.port(place.port, 8, serial.clone());
+            self.live((name, "serial"), Place::Ports(place.port, 8), &serial);
             self.input(name, hub.connect(serial));
         }
         Ok(())
@@ -299,6 +338,7 @@ impl Placed<'_> {
         let irq = self.wiring.router.line(gsi::RTC)?;
         let rtc = Arc::new(Rtc::new(irq, Arc::new(SystemClock), timer));
         self.port(port::RTC, 2, rtc.clone());
+        self.still("rtc", "rtc", Place::Ports(port::RTC, 2));
         Ok((rtc, alarm))
     }
 
@@ -319,7 +359,8 @@ impl Placed<'_> {
         let watchdog = Arc::new(watchdog);
         let function = Arc::clone(&watchdog) as Arc<dyn PciFunction>;
         let placed = self.wiring.pci.add(function, Some(WATCHDOG_SLOT));
-        placed.map_err(|error| failed(error.into()))?;
+        let address = placed.map_err(|error| failed(error.into()))?;
+        self.live(("watchdog", "watchdog"), Place::Pci(address), &watchdog);
         self.units.push(Arc::clone(&watchdog) as _);
         Ok((watchdog, alarm))
     }
@@ -337,7 +378,8 @@ impl Placed<'_> {
         let adapter = Arc::new(adapter);
         let function = Arc::clone(&adapter) as Arc<dyn PciFunction>;
         let placed = self.wiring.pci.add(function, Some(DISPLAY_SLOT));
-        placed.map_err(|error| failed(error.into()))?;
+        let address = placed.map_err(|error| failed(error.into()))?;
+        self.live(("display", "display"), Place::Pci(address), &adapter);
         if adapter.home() != memory::FRAMEBUFFER {
             let home = adapter.home();
             return Err(failed(format!("its memory is at {home:#x}").into()));

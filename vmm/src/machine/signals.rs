@@ -31,7 +31,7 @@ impl Signals {
     /// The host's, when it is out of descriptors.
     pub fn block() -> io::Result<Self> {
         ignore_file_size_signal();
-        Self::of(&[libc::SIGCONT, libc::SIGWINCH])
+        Self::of(&[ENDING.as_slice(), &[libc::SIGCONT, libc::SIGWINCH]].concat())
     }
 
     /// The same for those alone that ask for the end.
@@ -40,16 +40,25 @@ impl Signals {
     ///
     /// The host's, when it is out of descriptors.
     pub fn block_ending() -> io::Result<Self> {
-        Self::of(&[])
+        Self::of(&ENDING)
     }
 
-    fn of(others: &[i32]) -> io::Result<Self> {
+    /// The same for the one alone that tells of a terminal's size.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it is out of descriptors.
+    pub fn block_window() -> io::Result<Self> {
+        Self::of(&[libc::SIGWINCH])
+    }
+
+    fn of(signals: &[i32]) -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initializes the set that the others then use.
         #[expect(unsafe_code, reason = "signal masks are C structures")]
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in ENDING.iter().chain(others) {
+            for signal in signals {
                 libc::sigaddset(set.as_mut_ptr(), *signal);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());

@@ -29,13 +29,14 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::RemoveDevice(_)
         | Command::UpdateDisk(_)
         | Command::UpdateNet(_)
+        | Command::UpdateRng(_)
         | Command::AddPort(_)
         | Command::RemovePort(_)
         | Command::Coredump(_)
         | Command::Snapshot(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
-        Command::Console(_) | Command::Screenshot => true,
+        Command::Console(_) | Command::ConsoleSize(_) | Command::Screenshot => true,
         Command::Create(_) | Command::Restore(_) => false,
         Command::Boot | Command::BootOnce(_) => matches!(state, Created | Stopped),
     }

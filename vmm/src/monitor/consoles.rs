@@ -1,4 +1,4 @@
-//! The sinks of the serial port, as the control socket lists and changes them.
+//! The sinks of the consoles, as the control socket lists and changes them.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,25 +10,33 @@ use virtio::models::Model;
 use super::view::not_created;
 use crate::config::files::OwnFiles;
 use crate::config::serial::SinkError;
-use crate::config::{SerialConfig, SinkConfig, VmConfig, files};
-use crate::console::{ConsoleError, ConsoleHub, OpenSink, SinkId, SinkInfo, SinkKind};
+use crate::config::{COMS, SerialConfig, SinkConfig, VmConfig, files};
+use crate::console::{ConsoleError, ConsoleHub, OpenSink, SinkId, SinkInfo, SinkKind, hub_of};
 use crate::machine::beside::put_away;
 use crate::machine::driver::Ears;
 use crate::machine::fault;
 use crate::opener::Opener;
 
-/// The sinks there are, in the order in which they came.
+/// The sinks there are, of one console after the other, in the order in which they came.
 #[must_use]
-pub fn list(hub: &ConsoleHub) -> Vec<wire::ConsoleSink> {
-    let sink = |info: SinkInfo| wire::ConsoleSink {
+pub fn list(hubs: &[ConsoleHub; COMS + 1]) -> Vec<wire::ConsoleSink> {
+    let ports = wire::ConsolePort::ALL.into_iter().zip(hubs);
+    ports
+        .flat_map(|((_, port), hub)| list_of(port, hub))
+        .collect()
+}
+
+fn list_of(port: wire::ConsolePort, hub: &ConsoleHub) -> impl Iterator<Item = wire::ConsoleSink> {
+    let sink = move |info: SinkInfo| wire::ConsoleSink {
         id: info.id.to_string(),
+        port,
         kind: info.kind.as_str().to_owned(),
         path: info.path.map(|path| path.display().to_string()),
         clients: u64::try_from(info.clients).unwrap_or(u64::MAX),
         waiting: info.waiting,
         lost: info.lost,
     };
-    hub.list().into_iter().map(sink).collect()
+    hub.list().into_iter().map(sink)
 }
 
 /// The far ends of the pseudo-terminals.
@@ -57,13 +65,19 @@ pub fn attach(hub: &ConsoleHub, replay: bool) -> Result<UnixStream, ControlError
     Ok(near)
 }
 
-/// There is no serial port.
+/// There is no such console.
 #[must_use]
-pub fn no_port(kind: ErrorKind) -> ControlError {
-    ControlError::new(
-        kind,
-        "the machine has no serial port: its mode is Off: start it with --serial, for example --serial null",
-    )
+pub fn no_port(kind: ErrorKind, port: wire::ConsolePort) -> ControlError {
+    let message = match port {
+        wire::ConsolePort::Serial => {
+            "the machine has no serial port: its mode is Off: start it with --serial, for example --serial null".to_owned()
+        }
+        port => {
+            let name = port.as_str();
+            format!("the machine has no console '{name}': start it with --{name}, for example --{name} null")
+        }
+    };
+    ControlError::new(kind, message)
 }
 
 /// That a path means the same to the client as to the monitor, whose directories are two.
@@ -90,6 +104,7 @@ pub enum Change {
 
 /// A sink that is to be opened.
 pub struct Planned {
+    port: wire::ConsolePort,
     sink: SinkConfig,
     config: VmConfig,
     own: OwnFiles,
@@ -100,9 +115,9 @@ pub struct Planned {
 /// What [`finish`] takes up.
 pub enum Ready {
     /// A sink that has been opened.
-    Opened(SinkConfig, Box<OpenSink>),
-    /// A sink that is to go.
-    Removed(SinkId),
+    Opened(wire::ConsolePort, SinkConfig, Box<OpenSink>),
+    /// A sink of that console that is to go.
+    Removed(wire::ConsolePort, SinkId),
 }
 
 impl Planned {
@@ -128,26 +143,41 @@ impl Planned {
             .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
         let opened = self.hub.open(&self.sink, opener);
         let opened = opened.map_err(|error| refused(&error))?;
-        Ok(Ready::Opened(self.sink, Box::new(opened)))
+        Ok(Ready::Opened(self.port, self.sink, Box::new(opened)))
     }
 }
 
-/// The sinks that are described.
-fn described(ears: &Ears) -> Result<(&VmConfig, &[SinkConfig]), ControlError> {
+/// The sinks of a console that are described.
+fn described(
+    ears: &Ears,
+    port: wire::ConsolePort,
+) -> Result<(&VmConfig, &[SinkConfig]), ControlError> {
     let description = ears.description.as_ref().ok_or_else(not_created)?;
-    match &description.config.serial {
+    match hub_of(description.config.consoles(), port) {
         SerialConfig::Sinks(sinks) => Ok((&description.config, sinks)),
-        _ => Err(no_port(ErrorKind::Conflict)),
+        SerialConfig::Off => Err(no_port(ErrorKind::Conflict, port)),
     }
+}
+
+/// The console that has a sink.
+fn home(ears: &Ears, id: SinkId) -> Option<wire::ConsolePort> {
+    let hubs = ears.consoles.hubs();
+    let mut ports = wire::ConsolePort::ALL.into_iter().zip(hubs);
+    let has = |hub: &ConsoleHub| hub.list().iter().any(|sink| sink.id == id);
+    ports.find(|(_, hub)| has(hub)).map(|((_, port), _)| port)
 }
 
 /// The sinks with one more.
-fn grown(ears: &Ears, sink: &SinkConfig) -> Result<SerialConfig, ControlError> {
-    let (config, sinks) = described(ears)?;
+fn grown(
+    ears: &Ears,
+    port: wire::ConsolePort,
+    sink: &SinkConfig,
+) -> Result<SerialConfig, ControlError> {
+    let (config, sinks) = described(ears, port)?;
     let serial = SerialConfig::Sinks([sinks, std::slice::from_ref(sink)].concat());
     serial.validate().map_err(|error| broken(&error))?;
     let mut grown = config.clone();
-    grown.serial = serial.clone();
+    *hub_of(grown.consoles_mut(), port) = serial.clone();
     grown
         .validate_consoles()
         .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
@@ -161,24 +191,28 @@ fn grown(ears: &Ears, sink: &SinkConfig) -> Result<SerialConfig, ControlError> {
 /// [`ErrorKind::NotFound`] without a description; [`ErrorKind::Invalid`] for what is no sink;
 /// [`ErrorKind::Conflict`] without a port and for one sink too many.
 pub fn begin(ears: &Ears, request: wire::VmConsole) -> Result<Change, ControlError> {
-    let (config, _) = described(ears)?;
     Ok(match request {
-        wire::VmConsole::Add(text) => {
+        wire::VmConsole::Add(text, port) => {
+            let (config, _) = described(ears, port)?;
             let sink = read(&text)?;
-            grown(ears, &sink)?;
+            grown(ears, port, &sink)?;
             check_path(&text, &sink)?;
             Change::Sink(Box::new(Planned {
+                port,
                 sink,
                 config: config.clone(),
                 own: ears.consoles.reserved().clone(),
-                hub: ears.consoles.serial().clone(),
+                hub: ears.consoles.hub(port).clone(),
                 dump: None,
             }))
         }
         wire::VmConsole::Remove(id) => {
             let id = id.parse();
             let id = id.map_err(|error| ControlError::from_error(ErrorKind::Invalid, &error))?;
-            Change::Ready(Ready::Removed(id))
+            // One that is nowhere is told of by the first.
+            let port = home(ears, id).unwrap_or_default();
+            described(ears, port)?;
+            Change::Ready(Ready::Removed(port, id))
         }
     })
 }
@@ -190,10 +224,11 @@ pub fn begin(ears: &Ears, request: wire::VmConsole) -> Result<Change, ControlErr
 ///
 /// As [`begin`], and [`ErrorKind::NotFound`] for a sink that is not there. Nothing has changed then.
 pub fn finish(ears: &mut Ears, ready: Ready) -> Result<(), ControlError> {
-    let hub = ears.consoles.serial();
+    let (Ready::Opened(port, ..) | Ready::Removed(port, _)) = ready;
+    let hub = ears.consoles.hub(port);
     let serial = match ready {
-        Ready::Opened(sink, opened) => {
-            let serial = match grown(ears, &sink) {
+        Ready::Opened(_, sink, opened) => {
+            let serial = match grown(ears, port, &sink) {
                 Ok(serial) => serial,
                 Err(error) => {
                     put_away(opened);
@@ -204,8 +239,8 @@ pub fn finish(ears: &mut Ears, ready: Ready) -> Result<(), ControlError> {
             hub.adopt(info.id);
             serial
         }
-        Ready::Removed(id) => {
-            let mut sinks = described(ears)?.1.to_vec();
+        Ready::Removed(_, id) => {
+            let mut sinks = described(ears, port)?.1.to_vec();
             let config = hub.config_of(id);
             hub.remove(id).map_err(|error| refused(&error))?;
             let named = |config| sinks.iter().position(|sink| *sink == config);
@@ -216,8 +251,8 @@ pub fn finish(ears: &mut Ears, ready: Ready) -> Result<(), ControlError> {
         }
     };
     let description = ears.description.as_mut().ok_or_else(not_created)?;
-    description.wire.serial = (&serial).into();
-    description.config.serial = serial;
+    *hub_of(description.config.consoles_mut(), port) = serial;
+    description.config.show_console(port, &mut description.wire);
     Ok(())
 }
 

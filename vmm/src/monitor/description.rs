@@ -14,7 +14,7 @@ use crate::config::files::{self, OwnFiles};
 use crate::config::network::is_card;
 use crate::config::wire::{
     DiskUpdate, NetUpdate, address_nets, name_devices, shown_fs, shown_input, update_disk,
-    update_net,
+    update_net, update_rng,
 };
 use crate::config::{DeviceConfig, HostLimits, VmConfig};
 use crate::machine::resize::plugged_for;
@@ -40,6 +40,8 @@ pub enum Update {
     Disk(wire::VmUpdateDisk),
     /// `vm.update-net`.
     Net(wire::VmUpdateNet),
+    /// `vm.update-rng`.
+    Rng(wire::VmUpdateRng),
 }
 
 impl Update {
@@ -49,6 +51,7 @@ impl Update {
         match self {
             Self::Disk(request) => &request.id,
             Self::Net(request) => &request.id,
+            Self::Rng(request) => &request.id,
         }
     }
 
@@ -58,6 +61,7 @@ impl Update {
         match self {
             Self::Disk(request) => request.path.is_some(),
             Self::Net(request) => matches!(request.mirror, Some(wire::NetMirror::File(_))),
+            Self::Rng(_) => false,
         }
     }
 
@@ -67,6 +71,7 @@ impl Update {
         let id = self.id().to_owned();
         match self {
             Self::Disk(_) => EventKind::DiskUpdated { id },
+            Self::Rng(_) => EventKind::RngUpdated { id },
             Self::Net(request) => EventKind::NetUpdated {
                 id,
                 link: request.link,
@@ -182,6 +187,11 @@ impl Description {
                 let planned = self.plan_update(&update)?;
                 name_devices(&mut new.wire);
                 names_files = update.names_files();
+                new.update(&update, planned);
+            }
+            Command::UpdateRng(request) => {
+                let update = Update::Rng(request);
+                let planned = self.plan_update(&update)?;
                 new.update(&update, planned);
             }
             Command::AddPort(port) => {
@@ -365,6 +375,10 @@ impl Description {
                 let NetUpdate { device, patch } = self.config.plan_net_update(request)?;
                 PlannedUpdate { device, patch }
             }
+            Update::Rng(request) => {
+                let (device, patch) = self.config.plan_rng_update(request)?;
+                PlannedUpdate { device, patch }
+            }
         })
     }
 
@@ -377,6 +391,7 @@ impl Description {
                 let _ = update_disk(&mut self.wire, request);
             }
             Update::Net(_) => update_net(&mut self.wire, &device),
+            Update::Rng(request) => update_rng(&mut self.wire, request),
         }
         let mut devices = self.config.devices.iter_mut();
         if let Some(known) = devices.find(|known| known.id == device.id) {

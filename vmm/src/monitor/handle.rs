@@ -4,13 +4,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use api::{
-    AgentCommand, Answer, Command, Control, ControlError, ErrorKind, EventLog, VmState, wire,
+    AgentCommand, Answer, Command, Control, ControlError, ErrorKind, EventLog, Reply, VmState, wire,
 };
 
 use super::{Jobs, View, consoles, input, metrics};
 use crate::agent::AgentDesk;
 use crate::config::COMS;
-use crate::console::ConsoleHub;
+use crate::console::{ConsoleHub, hub_of};
 use crate::display::{Camera, Hands, WebPlace};
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
@@ -79,6 +79,21 @@ impl MonitorHandle {
         }
     }
 
+    fn hub(&self, port: wire::ConsolePort) -> &ConsoleHub {
+        hub_of(self.consoles.each_ref(), port)
+    }
+
+    /// The guest is told of the window's size when it looks, also where that is after the machine's next boot.
+    fn size_console(&self, size: wire::VmConsoleSize) -> Result<Reply, ControlError> {
+        let port = wire::ConsolePort::Console;
+        if !self.view.has_console(port)? {
+            return Err(consoles::no_port(ErrorKind::NotFound, port));
+        }
+        let wire::VmConsoleSize { columns, rows } = size;
+        self.hub(port).resize_window(columns.get(), rows.get());
+        Ok(Reply::Done)
+    }
+
     /// Asks the guest agent, past the monitor's own thread: that is not held up by a guest.
     fn ask_agent(&self, command: AgentCommand, answer: Answer) {
         let (state, pause) = self.view.state();
@@ -106,6 +121,9 @@ impl Control for MonitorHandle {
         }
         if let Command::SendKey(_) | Command::Input(_) = command {
             return answer(input::carry_out(&self.view, &self.hands, &command));
+        }
+        if let Command::ConsoleSize(size) = command {
+            return answer(self.size_console(size));
         }
         // When the monitor has ended, the answer is dropped with the message.
         self.mailbox.send(Message::Command(command, answer));
@@ -156,29 +174,14 @@ impl Control for MonitorHandle {
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {
-        let [serial, ..] = &self.consoles;
-        consoles::list(serial)
+        consoles::list(&self.consoles)
     }
 
     fn open_console(&self, request: &wire::ConsoleRequest) -> Result<UnixStream, ControlError> {
         if !self.view.has_console(request.port)? {
-            return Err(match request.port {
-                wire::ConsolePort::Serial => consoles::no_port(ErrorKind::NotFound),
-                port => {
-                    let message = format!("the machine has no console '{}'", port.as_str());
-                    ControlError::new(ErrorKind::NotFound, message)
-                }
-            });
+            return Err(consoles::no_port(ErrorKind::NotFound, request.port));
         }
-        let [serial, second, third, fourth, console] = &self.consoles;
-        let hub = match request.port {
-            wire::ConsolePort::Serial => serial,
-            wire::ConsolePort::Serial2 => second,
-            wire::ConsolePort::Serial3 => third,
-            wire::ConsolePort::Serial4 => fourth,
-            wire::ConsolePort::Console => console,
-        };
-        consoles::attach(hub, request.replay)
+        consoles::attach(self.hub(request.port), request.replay)
     }
 
     fn events(&self) -> &EventLog {

@@ -138,7 +138,7 @@ impl Monitor {
         let hands = Arc::clone(consoles.display().hands());
         let hubs = consoles.hubs().map(ConsoleHub::clone);
         let ears = Ears::new(inbox, Some(signals), consoles);
-        serial.tell(ears.events.clone());
+        hubs.iter().for_each(|hub| hub.tell(ears.events.clone()));
         let view = View::new(ears.life.view());
         let jobs = Jobs::new(ears.events.clone());
         Ok(Self {
@@ -573,7 +573,7 @@ impl Monitor {
         Ok(Reply::Done)
     }
 
-    /// Changes the sinks of the serial port.
+    /// Changes the sinks of the consoles.
     fn change_console(
         &mut self,
         request: VmConsole,

@@ -261,7 +261,7 @@ mod tests {
         let state = || view.info().unwrap().state;
         assert_eq!(state(), wire::VmInfoState::Created);
         life.enter(VmState::Booting, None);
-        view.show(Some(Inventory::new(Vec::new(), Vec::new(), 0)));
+        view.show(Some(Inventory::new(Vec::new(), [].into(), Vec::new(), 0)));
         assert_eq!(state(), wire::VmInfoState::Running);
         life.enter(VmState::ShuttingDown, None);
         assert_eq!(state(), wire::VmInfoState::Shutdown);

@@ -4,9 +4,16 @@ use std::fs;
 
 use api::{Command as Ask, Reply};
 use serde_json::json;
+use vmm::machine::inventory::Inventory;
 use vmm::monitor::MonitorOptions;
 
 use crate::support::{Local, can_run, config};
+
+/// How many devices there are that can go.
+fn on_bus(inventory: &Inventory) -> usize {
+    let devices = inventory.devices();
+    devices.iter().filter(|device| device.bdf.is_some()).count()
+}
 
 #[test]
 fn a_boot_finds_the_files_free_whoever_still_looks_at_the_machine_before() {
@@ -36,5 +43,5 @@ fn a_boot_finds_the_files_free_whoever_still_looks_at_the_machine_before() {
             assert_eq!(machine.ask(Ask::Boot), Ok(Reply::Done), "{round}");
         }
     }
-    assert!(readers.iter().all(|reader| reader.devices().len() == 1));
+    assert!(readers.iter().all(|reader| on_bus(reader) == 1));
 }

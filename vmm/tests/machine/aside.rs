@@ -196,6 +196,12 @@ impl Case {
         }))
     }
 
+    /// How many devices there are that can go.
+    fn on_bus(&self) -> usize {
+        let devices = self.machine.handle.devices().unwrap();
+        devices.iter().filter(|device| device.bdf.is_some()).count()
+    }
+
     /// Reads and commands that have nothing to do with the disk are answered.
     fn is_responsive(&self) {
         self.machine.handle.info().unwrap();
@@ -277,7 +283,7 @@ fn a_disk_that_drains_for_long_when_it_is_ejected_holds_nobody_up() {
     case.is_responsive();
     let busy = case.machine.ask(case.insert("first")).unwrap_err();
     assert_eq!(busy.kind, ErrorKind::Busy, "{busy}");
-    assert_eq!(case.machine.handle.devices().unwrap().len(), 2);
+    assert_eq!(case.on_bus(), 2);
     open.send(()).unwrap();
     let gone = EventKind::DeviceRemoved {
         id: case.id.clone(),
@@ -307,7 +313,7 @@ fn what_a_deaf_guest_was_to_give_up_is_gone_everywhere_after_its_restart_or_end(
         assert_eq!(case.machine.ask(last), Ok(Reply::Done));
         let gone = |kind: &EventKind| matches!(kind, EventKind::DeviceRemoved { id: gone, .. } if gone == id);
         while !gone(&case.machine.next_event()) {}
-        assert!(case.machine.handle.devices().unwrap().is_empty(), "{id}");
+        assert_eq!(case.on_bus(), 0, "{id}");
         assert_eq!(
             case.machine.handle.info().unwrap().config.disks,
             None,
@@ -339,7 +345,7 @@ fn a_disk_that_is_opened_for_a_machine_is_not_the_next_ones() {
     open.send(()).unwrap();
     closes.recv_timeout(LIMIT).unwrap();
     case.is_responsive();
-    assert_eq!(case.machine.handle.devices().unwrap().len(), 1);
+    assert_eq!(case.on_bus(), 1);
     let shown = case.machine.handle.info().unwrap().config;
     assert_eq!(shown.disks.unwrap().len(), 1);
 }

@@ -5,7 +5,7 @@ use api::wire::{BalloonInfo, VmResize};
 use api::{AddDevice, Command as Ask, Control, ControlError, ErrorKind, EventKind, Reply};
 use serde_json::json;
 
-use crate::support::{Local, Served, can_run, config, until};
+use crate::support::{Local, Served, Vireo, can_run, config, until};
 
 const MIB: u64 = 1 << 20;
 /// What the guest fills and gives up.
@@ -199,6 +199,35 @@ fn an_event_tells_when_the_guest_has_given_up_all_that_it_was_to() {
     told(3);
     assert_eq!(resize(&machine, MIB), Ok(Reply::Done));
     told(1);
+}
+
+#[test]
+fn a_target_that_is_not_below_the_guests_memory_is_refused_by_request_and_verb() {
+    if !can_run() {
+        return;
+    }
+    let case = Case::boot("", "64M", "size=1M");
+    until("the machine to run", || case.try_resize(3 * MIB).ok());
+    for size in [64 * MIB, 65 * MIB, u64::MAX] {
+        let refused = case.try_resize(size).unwrap_err();
+        assert_eq!(refused.status(), Some(400), "{size}");
+        assert!(refused.to_string().contains("less"), "{refused}");
+    }
+    let mut verb = std::process::Command::new(env!("CARGO_BIN_EXE_vireo"));
+    verb.args(["resize", "--balloon", "64M", "--api-socket"]);
+    let mut verb = Vireo::spawn(verb.arg(case.served.socket()));
+    verb.ends_with(1);
+    let told = verb.stderr.rest();
+    assert!(
+        told.contains("--balloon") && told.contains("less"),
+        "{told}"
+    );
+    assert_eq!(case.balloon().target, 3 * MIB);
+    let flags = ["--memory", "64M", "--balloon", "size=64M"];
+    let mut run = Vireo::start("balloon", "mib=1", &flags);
+    run.ends_with(2);
+    assert!(run.stderr.rest().contains("--balloon"));
+    case.resize(2);
 }
 
 fn resize(machine: &Local, size: u64) -> Result<Reply, ControlError> {

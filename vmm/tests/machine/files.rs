@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use api::client::ClientError;
-use api::wire::{DiskConfig, VirtioConfig, VmConsole, VmUpdateDisk};
+use api::wire::{ConsolePort, DiskConfig, VirtioConfig, VmConsole, VmUpdateDisk};
 use serde_json::json;
 
 use crate::support::{Served, can_run};
@@ -54,7 +54,8 @@ fn a_sink_empties_no_disk_of_another_machine_and_no_backing_file_of_its_own() {
     for (file, says) in [(&disk, "in use"), (&base, "'_disk0'"), (&image, "'_disk0'")] {
         for more in ["", ",append=on"] {
             let sink = format!("file={}{more}", file.display());
-            let (status, chain) = refused(client.change_console(&VmConsole::Add(sink)));
+            let (status, chain) =
+                refused(client.change_console(&VmConsole::Add(sink, ConsolePort::Serial)));
             assert!(status == 409 && chain.contains(says), "{status} {chain}");
             assert!(chain.contains(file.to_str().unwrap()), "{chain}");
         }

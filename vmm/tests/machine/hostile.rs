@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use api::client::Client;
+use api::wire::{ConsolePort, VmConsole};
 use vmm::places;
 
 use crate::sinks::Attached;
@@ -244,7 +245,9 @@ fn a_monitor_that_was_killed_is_replaced_on_its_socket() {
     machine.lives();
     let console = machine.served.path("console.sock");
     let sink = format!("socket={}", console.display());
-    let add = |client: &mut Client| client.change_console(&api::wire::VmConsole::Add(sink.clone()));
+    let add = |client: &mut Client| {
+        client.change_console(&VmConsole::Add(sink.clone(), ConsolePort::Serial))
+    };
     add(&mut machine.served.client()).unwrap();
     machine.served.vireo.signal("KILL");
     machine.served.vireo.end();

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use api::wire::{JobInfo, JobState, VmConsole, VmCoredumpData};
+use api::wire::{ConsolePort, JobInfo, JobState, VmConsole, VmCoredumpData};
 use api::{Answer, Command as Ask, Control, ControlError, ErrorKind, Reply, VmState};
 use serde_json::{from_value, json};
 use vmm::machine::inbox::Message;
@@ -246,7 +246,7 @@ fn changes(hung: &Hung) -> [Ask; 3] {
     let disk = from_value(json!({ "path": hung.path("disk"), "id": "d" })).unwrap();
     let virtio = json!({ "kind": "blk", "config": { "path": hung.path("other") } });
     [
-        Ask::Console(VmConsole::Add(sink)),
+        Ask::Console(VmConsole::Add(sink, ConsolePort::Serial)),
         Ask::AddDevice(Box::new(api::AddDevice::Disk(disk))),
         Ask::AddDevice(Box::new(api::AddDevice::Virtio(
             from_value(virtio).unwrap(),
@@ -281,7 +281,7 @@ fn changes_wait_their_turn_behind_one_that_waits_for_storage_and_are_made_when_i
     let monitor = described();
     let [change, ..] = changes(&hung);
     let changed = begin(&monitor, change);
-    let add = || Ask::Console(VmConsole::Add("null".to_owned()));
+    let add = || Ask::Console(VmConsole::Add("null".to_owned(), ConsolePort::Serial));
     let (second, removed) = (begin(&monitor, add()), {
         let remove = VmConsole::Remove("sink0".to_owned());
         begin(&monitor, Ask::Console(remove))

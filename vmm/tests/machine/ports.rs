@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::{fs, io};
 
 use api::client::ClientError;
-use api::wire::{ConsoleMode, ConsolePort, ConsoleRequest, PortConfig};
+use api::wire::{ConsoleMode, ConsolePort, ConsoleRequest, PortConfig, VirtioConfig};
+use serde_json::json;
 
 use crate::sinks::Attached;
 use crate::support::{Served, can_run, until};
@@ -49,7 +50,21 @@ fn ports_are_there_as_described_and_go_with_the_machine() {
     let info = client.info().unwrap();
     assert_eq!(info.config.console.mode, ConsoleMode::File);
     assert_eq!(info.config.ports.unwrap().len(), 3);
-    let devices = client.devices().unwrap();
+    let mut devices = client.devices().unwrap();
+    let fixed = devices.split_off(1);
+    let places: Vec<_> = fixed
+        .iter()
+        .map(|device| (device.id.as_str(), device.address.as_deref().unwrap()))
+        .collect();
+    let there = [
+        ("com1", "port 0x3f8"),
+        ("com2", "port 0x2f8"),
+        ("i8042", "port 0x60"),
+        ("rtc", "port 0x70"),
+        ("pvpanic", "port 0x505"),
+        ("vmgenid", "memory 0xf7000"),
+    ];
+    assert_eq!(places, there);
     let [device] = devices.as_slice() else {
         panic!("{devices:?}");
     };
@@ -91,7 +106,8 @@ fn a_machine_without_ports_says_that_it_has_none() {
     let mut client = served.client();
     let mut first = Attached::to(&served, true);
     first.output.wait_for("echo=ready");
-    assert!(client.devices().unwrap().is_empty());
+    let devices = client.devices().unwrap();
+    assert!(devices.iter().all(|device| device.kind != "console"));
     let (status, why) = once_it_runs(|| refused(client.agent_freeze()));
     assert_eq!(status, 409);
     assert!(
@@ -179,6 +195,45 @@ fn a_port_comes_and_goes_while_the_machine_runs() {
     let ports = client.info().unwrap().config.ports.unwrap();
     let names: Vec<_> = ports.iter().map(|port| port.name.as_str()).collect();
     assert_eq!(names, ["pty"]);
+}
+
+#[test]
+fn ends_of_ports_of_a_device_that_was_added_are_there_and_at_the_next_boot_too() {
+    if !can_run() {
+        return;
+    }
+    let served = Served::start("poke", "serial-echo", &["--serial", "null"]);
+    let mut client = served.client();
+    let device = VirtioConfig {
+        kind: "console".to_owned(),
+        id: Some("late".to_owned()),
+        address: None,
+        config: json!({ "max_ports": 8 }).as_object().unwrap().clone(),
+    };
+    until("the machine to run", || client.add_virtio(&device).ok());
+    let socket = named("socket", served.path("socket").to_str().unwrap());
+    let file = PortConfig {
+        name: "file".to_owned(),
+        file: Some(served.path("file")),
+        ..PortConfig::default()
+    };
+    let pty = PortConfig {
+        name: "pty".to_owned(),
+        pty: true,
+        ..PortConfig::default()
+    };
+    client.add_port(&socket).unwrap();
+    let _client = UnixStream::connect(served.path("socket")).unwrap();
+    client.add_port(&file).unwrap();
+    assert!(served.path("file").exists());
+    let pty = client.add_port(&pty).unwrap().path.unwrap();
+    assert!(fs::metadata(pty).is_ok());
+    assert_eq!(client.info().unwrap().config.ports.unwrap().len(), 3);
+    // They are there again with the machine's next boot.
+    served.client().reboot().unwrap();
+    until("the socket of the next boot", || {
+        UnixStream::connect(served.path("socket")).ok()
+    });
 }
 
 fn named(name: &str, socket: &str) -> PortConfig {

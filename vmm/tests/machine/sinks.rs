@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use api::client::{Client, ClientError, Events};
-use api::wire::{ConsoleSink, VmConsole};
+use api::wire::{ConsolePort, ConsoleSink, VmConsole, VmConsoleSize};
 use api::{EventKind, wire};
 
 use crate::support::{Collected, LIMIT, Served, can_run, until};
@@ -37,7 +37,7 @@ impl Attached {
 }
 
 fn add(client: &mut Client, sink: &str) -> Result<(), ClientError> {
-    client.change_console(&VmConsole::Add(sink.to_owned()))
+    client.change_console(&VmConsole::Add(sink.to_owned(), ConsolePort::Serial))
 }
 
 fn remove(client: &mut Client, id: &str) -> Result<(), ClientError> {
@@ -154,6 +154,86 @@ fn sinks_come_and_go_while_the_guest_runs_and_stay_over_a_reboot() {
         "+null", "+file", "+socket", "+pty", "-file", "-socket", "-pty",
     ];
     assert_eq!(told, expected);
+}
+
+#[test]
+fn every_console_has_sinks_that_come_go_and_stay_over_a_reboot() {
+    if !can_run() {
+        return;
+    }
+    let flags = ["--serial", "null", "--serial2", "null", "--console", "pty"];
+    let served = Served::start("poke", "serial-echo", &flags);
+    let mut client = served.client();
+    let before = client.info().unwrap().config;
+    let ends = [
+        (ConsolePort::Serial, "serial"),
+        (ConsolePort::Serial2, "serial2"),
+        (ConsolePort::Console, "console"),
+    ];
+    for (port, name) in ends {
+        let sink = format!("file={}", served.path(name).display());
+        let addition = VmConsole::Add(sink, port);
+        client.change_console(&addition).unwrap();
+    }
+    let listed = |client: &mut Client| -> Vec<_> {
+        let sinks = client.consoles().unwrap();
+        let ids: std::collections::BTreeSet<_> = sinks.iter().map(|sink| &sink.id).collect();
+        assert_eq!(ids.len(), sinks.len(), "{sinks:?}");
+        let of = |sink: &ConsoleSink| (sink.port.as_str(), sink.kind.clone());
+        sinks.iter().map(of).collect()
+    };
+    let kinds = |kinds: &[(&'static str, &str)]| -> Vec<_> {
+        let owned = |(port, kind): &(&'static str, &str)| (*port, (*kind).to_owned());
+        kinds.iter().map(owned).collect()
+    };
+    let all = kinds(&[
+        ("serial", "null"),
+        ("serial", "file"),
+        ("serial2", "null"),
+        ("serial2", "file"),
+        ("console", "pty"),
+        ("console", "file"),
+    ]);
+    assert_eq!(listed(&mut client), all);
+    client.reboot().unwrap();
+    assert_eq!(listed(&mut client), all);
+    let shown = client.info().unwrap().config;
+    assert_eq!(shown.serial2.unwrap().sinks.unwrap().len(), 2);
+    assert_eq!(shown.console.sinks.unwrap().len(), 2);
+
+    // A file is one console's.
+    let taken = format!("file={}", served.path("serial").display());
+    let twice = client.change_console(&VmConsole::Add(taken, ConsolePort::Console));
+    assert_eq!(refused(twice).0, 409);
+    for sink in client.consoles().unwrap() {
+        if sink.kind == "file" {
+            remove(&mut client, &sink.id).unwrap();
+        }
+    }
+    assert_eq!(client.info().unwrap().config, before);
+    let missing = VmConsole::Add("null".to_owned(), ConsolePort::Serial4);
+    let (status, why) = refused(client.change_console(&missing));
+    assert_eq!(status, 409);
+    assert!(why.contains("start it with --serial4"), "{why}");
+}
+
+#[test]
+fn the_size_of_a_window_is_that_of_the_virtio_console_where_there_is_one() {
+    if !can_run() {
+        return;
+    }
+    let columns = 132.try_into().unwrap();
+    let size = VmConsoleSize {
+        columns,
+        rows: columns,
+    };
+    let flags = ["--serial", "null", "--console", "pty"];
+    let served = Served::start("poke", "serial-echo", &flags);
+    served.client().size_console(size).unwrap();
+    let served = Served::start("poke", "serial-echo", &["--serial", "null"]);
+    let (status, why) = refused(served.client().size_console(size));
+    assert_eq!(status, 404);
+    assert!(why.contains("no console 'console'"), "{why}");
 }
 
 #[test]

@@ -202,10 +202,10 @@ impl Port {
             return Some(message(spec::PORT_NAME, 1).with(name.as_bytes()));
         }
         if std::mem::take(&mut self.untold.size) && size != Size::default() {
-            // The standard (5.3.6.2) has the columns first. Linux has read the rows first since 2.6.35, as the kernels of
-            // Debian 12 and 13 do; only some from 6.15 on follow the standard, and nothing tells them apart.
-            let [a, b] = size.rows.to_le_bytes();
-            let [c, d] = size.cols.to_le_bytes();
+            // As the standard has it (5.3.6.2): the columns first. Linux read the rows first from 2.6.35 until 2025, when its
+            // stable kernels were mended too; nothing tells them apart.
+            let [a, b] = size.cols.to_le_bytes();
+            let [c, d] = size.rows.to_le_bytes();
             return Some(message(spec::RESIZE, 1).with(&[a, b, c, d]));
         }
         if self.told_open && (self.cycled || !self.connected) {

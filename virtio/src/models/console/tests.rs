@@ -306,7 +306,7 @@ fn ports_are_told_of_with_role_name_and_who_is_there() {
     assert_eq!(bench.hear(), (1, PORT_NAME, 1, b"agent".to_vec()));
     bench.say(0, PORT_READY, 1);
     assert_eq!(bench.hear(), (0, CONSOLE_PORT, 1, vec![]));
-    assert_eq!(bench.hear(), (0, RESIZE, 1, vec![25, 0, 80, 0]));
+    assert_eq!(bench.hear(), (0, RESIZE, 1, vec![80, 0, 25, 0]));
     assert_eq!(bench.hear(), (0, PORT_OPEN, 1, vec![]));
     agent.change(|far| (far.connected, far.changed) = (true, true));
     assert_eq!(bench.hear(), (1, PORT_OPEN, 1, vec![]));

@@ -12,6 +12,45 @@ impl block::Opener for Files {
     }
 }
 
+#[test]
+fn limits_that_are_changed_hold_at_once_and_for_the_request_that_waits() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory, 0, 8);
+    let (clock, _now) = clock();
+    let limits = RateLimits {
+        bandwidth: None,
+        ops: Some(a_second(1, 0)),
+    };
+    let mut rng = limited(1 << 20, limits, clock);
+    let notices = start(&mut rng, 0, &memory, vec![driver.activate()]);
+    for n in 0..2 {
+        driver.offer(&[(DATA + n, 1, true)]);
+    }
+    driver.kick_and_wait();
+    driver.wait(&notices);
+    assert_eq!(driver.used_index(), 1);
+    // No time passes: only the change lets the second go.
+    change(&mut rng, json!({ "limits": {} }));
+    driver.wait(&notices);
+    assert_eq!(driver.used_index(), 2);
+    change(&mut rng, json!({ "limits": limits }));
+    for n in 0..2 {
+        driver.offer(&[(DATA + n, 1, true)]);
+    }
+    driver.kick_and_wait();
+    driver.wait(&notices);
+    assert_eq!(driver.used_index(), 3);
+    for wrong in [json!({}), json!({ "limits": null }), json!({ "limits": {}, "src": "/" })] {
+        assert!(rng.prepare(wrong.clone(), context()).is_err(), "{wrong}");
+    }
+    assert_eq!(rng.stop(soon()).unwrap()[0].parked.len(), 1);
+}
+
+fn change(rng: &mut Rng, patch: Value) {
+    let prepared = rng.prepare(patch, context()).unwrap()().unwrap();
+    assert!(matches!(rng.reconfigure(prepared), Ok(Reconfigured::Unseen)));
+}
+
 fn context() -> BuildContext {
     BuildContext {
         id: "rng0".to_owned(),

@@ -2,17 +2,19 @@
 
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
+use std::num::NonZero;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
-use api::wire::{ConsolePort, ConsoleRequest};
+use api::client::Client;
+use api::wire::{ConsolePort, ConsoleRequest, VmConsoleSize};
 use clap::{Args, ValueEnum};
 use rustix::io::{Errno, read, write};
 
 use super::super::message;
 use super::super::target::Target;
-use crate::console::{Escape, EscapeFilter, RawMode};
+use crate::console::{Escape, EscapeFilter, RawMode, terminal_size};
 use crate::machine::Signals;
 use crate::machine::driver::ppoll;
 
@@ -70,7 +72,7 @@ impl From<Which> for ConsolePort {
 }
 
 pub(super) fn attach(arguments: &ConsoleArgs) -> anyhow::Result<()> {
-    let remote = arguments.target.connect()?;
+    let mut remote = arguments.target.connect()?;
     let request = ConsoleRequest {
         replay: !arguments.no_replay,
         port: arguments.port.into(),
@@ -84,17 +86,21 @@ pub(super) fn attach(arguments: &ConsoleArgs) -> anyhow::Result<()> {
     if raw.is_some() {
         message::note(&format!("attached to {}: {HELP}", remote.who));
     }
+    let shown = raw.is_some() && arguments.port == Which::Console;
+    let window = shown.then(|| Window::begin(&mut remote.client)).transpose();
     let mut session = Session {
         stream,
         input: input.as_fd(),
         output: output.as_fd(),
         stop: Some(signals.raw_fd()),
+        window: window.context("cannot watch for the window's size")?,
         escapes: raw.is_some().then(|| EscapeFilter::leaving_on(DETACH)),
         to_guest: Vec::new(),
         to_user: Vec::new(),
         typing: true,
     };
     let end = session.run();
+    drop(session);
     let was_raw = raw.is_some();
     // Messages come behind it.
     drop(raw);
@@ -104,6 +110,42 @@ pub(super) fn attach(arguments: &ConsoleArgs) -> anyhow::Result<()> {
         End::Detached | End::Closed | End::Stopped => (),
     }
     Ok(())
+}
+
+/// The window of a terminal, of whose size the guest is told.
+struct Window<'a> {
+    /// Readable when it may have another size.
+    changes: Signals,
+    tell: Box<dyn FnMut() + Send + 'a>,
+}
+
+impl<'a> Window<'a> {
+    /// Tells of the size that it has now.
+    fn begin(client: &'a mut Client) -> io::Result<Self> {
+        let mut client = Some(client);
+        let tell = move || {
+            let size = terminal_size()
+                .and_then(|(columns, rows)| NonZero::new(columns).zip(NonZero::new(rows)));
+            let (Some((columns, rows)), Some(to)) = (size, &mut client) else {
+                return;
+            };
+            if to.size_console(VmConsoleSize { columns, rows }).is_err() {
+                // The console works without.
+                client = None;
+            }
+        };
+        let mut window = Self {
+            changes: Signals::block_window()?,
+            tell: Box::new(tell),
+        };
+        (window.tell)();
+        Ok(window)
+    }
+
+    fn changed(&mut self) {
+        while self.changes.take().is_some() {}
+        (self.tell)();
+    }
 }
 
 /// Why a session is over.
@@ -124,6 +166,8 @@ struct Session<'a> {
     output: BorrowedFd<'a>,
     /// Ends the session when it is readable.
     stop: Option<RawFd>,
+    /// Where the output is shown, if the guest is to know its size.
+    window: Option<Window<'a>>,
     /// Where a user types.
     escapes: Option<EscapeFilter>,
     /// What has been read and not yet been written.
@@ -136,6 +180,7 @@ struct Session<'a> {
 /// What can be done without waiting.
 struct Ready {
     stop: bool,
+    resized: bool,
     heard: bool,
     typed: bool,
     guest: bool,
@@ -154,6 +199,11 @@ impl Session<'_> {
             }
             if ready.user_gone {
                 return Ok(End::Detached);
+            }
+            if ready.resized
+                && let Some(window) = &mut self.window
+            {
+                window.changed();
             }
             if ready.user && !self.show()? {
                 return Ok(End::Detached);
@@ -199,12 +249,19 @@ impl Session<'_> {
                 self.output.as_raw_fd(),
                 wanted(!self.to_user.is_empty(), libc::POLLOUT),
             ),
+            entry(
+                self.window
+                    .as_ref()
+                    .map_or(-1, |window| window.changes.raw_fd()),
+                libc::POLLIN,
+            ),
         ];
         ppoll(&mut fds, None)?;
-        let [stop, stream, input, output] = fds.map(|entry| entry.revents);
+        let [stop, stream, input, output, window] = fds.map(|entry| entry.revents);
         let over = libc::POLLHUP | libc::POLLERR | libc::POLLNVAL;
         Ok(Ready {
             stop: stop != 0,
+            resized: window != 0,
             heard: hearing != 0 && stream & (libc::POLLIN | over) != 0,
             guest: telling != 0 && stream & (libc::POLLOUT | over) != 0,
             typed: input != 0,
@@ -335,6 +392,7 @@ mod tests {
             input,
             output,
             stop,
+            window: None,
             escapes: escapes.then(|| EscapeFilter::leaving_on(DETACH)),
             to_guest: Vec::new(),
             to_user: Vec::new(),
@@ -417,6 +475,54 @@ mod tests {
         drop(user);
         let (mut unread, _guest) = session(input.as_fd(), shown.as_fd(), None, false);
         assert_eq!(unread.run().unwrap(), End::Detached);
+    }
+
+    #[test]
+    fn another_size_of_the_window_is_told_and_the_session_goes_on() {
+        let (_typist, input) = UnixStream::pair().unwrap();
+        let (mut user, shown) = UnixStream::pair().unwrap();
+        let (sizes, told) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            let (mut session, mut guest) = session(input.as_fd(), shown.as_fd(), None, false);
+            // The signal is blocked in the session's thread before it is sent to that.
+            let (ready, thread) = std::sync::mpsc::channel();
+            let run = scope.spawn(move || {
+                let sizes = sizes.clone();
+                session.window = Some(Window {
+                    changes: Signals::block_window().unwrap(),
+                    tell: Box::new(move || sizes.send(()).unwrap()),
+                });
+                ready.send(thread_id()).unwrap();
+                session.run().unwrap()
+            });
+            let thread = thread.recv().unwrap();
+            for _ in 0..2 {
+                resize(thread);
+                told.recv().unwrap();
+            }
+            guest.write_all(b"late").unwrap();
+            let mut seen = [0; 4];
+            user.read_exact(&mut seen).unwrap();
+            assert_eq!(&seen, b"late");
+            drop(guest);
+            assert_eq!(run.join().unwrap(), End::Closed);
+        });
+    }
+
+    #[expect(unsafe_code, reason = "gettid is a system call")]
+    fn thread_id() -> libc::pid_t {
+        // SAFETY: it has no arguments and always succeeds.
+        unsafe { libc::gettid() }
+    }
+
+    /// Sends SIGWINCH to a thread of this process.
+    #[expect(unsafe_code, reason = "tgkill is a system call")]
+    fn resize(thread: libc::pid_t) {
+        let process = i64::from(std::process::id());
+        let (thread, signal) = (i64::from(thread), i64::from(libc::SIGWINCH));
+        // SAFETY: the arguments are numbers.
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+        assert_eq!(sent, 0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! List, info, devices, counters, metrics.
 
 use api::PauseReason;
-use api::wire::{self, ConsoleMode, WebConsole};
+use api::wire::{self, ConsoleMode, GuestAction, WebConsole};
 use clap::Args;
 use serde::Serialize;
 
@@ -299,6 +299,35 @@ fn description(info: &wire::VmInfo) -> Vec<(&'static str, String)> {
     for port in config.ports.iter().flatten() {
         told.push(("Port", port_line(port)));
     }
+    told.extend(extras(config));
+    told
+}
+
+/// The devices that a flag of their own gives a machine.
+fn extras(config: &wire::VmConfig) -> Vec<(&'static str, String)> {
+    let mut told = Vec::new();
+    if let Some(display) = &config.display {
+        let mode = format!("{}x{}", display.width, display.height);
+        told.push((
+            "Display",
+            match &display.vnc {
+                Some(vnc) => format!("{mode}, VNC at {}", vnc.address),
+                None => mode,
+            },
+        ));
+    }
+    if config.watchdog {
+        told.push((
+            "Watchdog",
+            word(&config.on_watchdog.unwrap_or(GuestAction::Restart)),
+        ));
+    }
+    if config.pvpanic {
+        told.push((
+            "Panic device",
+            word(&config.on_panic.unwrap_or(GuestAction::Exit)),
+        ));
+    }
     told
 }
 
@@ -349,7 +378,7 @@ pub(super) fn devices(arguments: &ShowArgs) -> anyhow::Result<()> {
             vec![
                 device.id,
                 device.kind,
-                device.bdf.unwrap_or_else(dash),
+                device.bdf.or(device.address).unwrap_or_else(dash),
                 state,
             ]
         })

@@ -81,7 +81,8 @@ fn rng_config(described: &wire::RngConfig) -> Result<RngConfig, ControlError> {
 /// The device that console and ports are on. What is on it is put in when the configuration is completed.
 fn console(described: &wire::VmConfig) -> Result<Option<DeviceConfig>, ControlError> {
     let console = &described.console;
-    let with_console = !matches!(console.mode, ConsoleMode::Off | ConsoleMode::Tty);
+    let off = matches!(console.mode, ConsoleMode::Off | ConsoleMode::Tty);
+    let with_console = !off || console.sinks.is_some();
     let with_ports = described
         .ports
         .as_ref()

@@ -724,7 +724,7 @@ fn a_terminal_that_says_it_has_room_and_has_not_is_left_alone_for_a_while() {
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(&path)
         .unwrap();
-    let mut state = State::new(0);
+    let mut state = State::new(0, Arc::default());
     let opened = Opened::screen(terminal, super::super::reader::Manners::Steady);
     let (id, ..) = state.insert(opened);
     for _ in 0..10_000 {

@@ -283,6 +283,17 @@ fn another_size_of_the_terminal_has_the_device_look() {
     wait(&end);
     assert_eq!(end.look(true), HERE);
     assert!(rests(&end));
+    // A client's window has a size, and loses it to the process's terminal, of which there is none.
+    hub.resize_window(132, 50);
+    wait(&end);
+    let size = Some(Size {
+        cols: 132,
+        rows: 50,
+    });
+    assert_eq!(end.look(true), Look { size, ..HERE });
+    hub.window_changed();
+    wait(&end);
+    assert_eq!(end.look(true), HERE);
     drop(link);
     hub.window_changed();
     assert!(rests(&end));

@@ -29,6 +29,7 @@ impl Driver {
         match command {
             Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
             Command::UpdateNet(request) => self.update_device(Update::Net(*request), answer),
+            Command::UpdateRng(request) => self.update_device(Update::Rng(request), answer),
             Command::ResizeDisk(request) => self.resize_disk(request, answer),
             Command::Shutdown | Command::Reboot | Command::Delete | Command::Quit => {
                 if matches!(command, Command::Reboot) {
@@ -146,7 +147,7 @@ impl Driver {
         }))
     }
 
-    /// Adds or removes a sink of the serial port. A new one is opened on a thread of its own.
+    /// Adds or removes a sink of a console. A new one is opened on a thread of its own.
     fn change_console(&mut self, request: VmConsole, answer: Answer) {
         let mut sink = match consoles::begin(&self.ears, request) {
             Ok(Change::Ready(ready)) => return answer(self.finish_console(ready)),

@@ -150,8 +150,8 @@ impl Driver {
 
 /// Whether another program serves the device.
 fn is_served(device: &DeviceConfig) -> bool {
-    device.kind == virtio::models::fs::MODEL.kind
-        || device.config.get("vhost_user") == Some(&Value::Bool(true))
+    let fs = virtio::models::fs::MODEL.kind;
+    device.kind == fs || device.kind.starts_with("vhost-user-")
 }
 
 /// Does the job; the snapshot is there when all is well, and nothing is otherwise.
