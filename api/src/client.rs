@@ -455,6 +455,16 @@ impl Client {
         read("vm.coredump", &answer).map(Some)
     }
 
+    /// Writes the machine as it is into a directory; returns when it is there.
+    pub fn snapshot(&mut self, request: &wire::VmSnapshotConfig) -> Result<(), ClientError> {
+        self.ask("vm.snapshot", request)
+    }
+
+    /// Builds the machine that a snapshot holds, as it was.
+    pub fn restore(&mut self, request: &wire::RestoreConfig) -> Result<(), ClientError> {
+        self.ask("vm.restore", request)
+    }
+
     /// Types on the guest's keyboard.
     pub fn send_key(&mut self, request: &wire::VmSendKey) -> Result<(), ClientError> {
         self.ask("vm.send-key", request)

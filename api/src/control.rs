@@ -55,6 +55,8 @@ pub enum PauseReason {
     DiskError,
     /// A core dump is being written, after which it goes on.
     Coredump,
+    /// A snapshot is being written, after which it goes on.
+    Snapshot,
     /// The guest has powered itself off, and is to be paused for that: there is nothing that could go on, and only a
     /// reset leads out.
     PowerOff,
@@ -78,7 +80,7 @@ impl PauseReason {
     pub fn is_guests(self) -> bool {
         match self {
             Self::PowerOff | Self::Reset | Self::GuestPanic | Self::Watchdog => true,
-            Self::Command | Self::DiskError | Self::Coredump => false,
+            Self::Command | Self::DiskError | Self::Coredump | Self::Snapshot => false,
         }
     }
 }
@@ -132,6 +134,10 @@ pub enum Command {
     ConsoleSize(wire::VmConsoleSize),
     /// Write the guest's memory and registers into an ELF file.
     Coredump(wire::VmCoredumpData),
+    /// Write the machine as it is into a directory.
+    Snapshot(wire::VmSnapshotConfig),
+    /// Build the machine that a snapshot holds, as it was.
+    Restore(wire::RestoreConfig),
     /// Ask the guest agent.
     Agent(AgentCommand),
     /// Take a picture of the screen.

@@ -95,6 +95,8 @@ impl Teller {
             | EventKind::MemoryResized { .. }
             | EventKind::BalloonResized { .. } => &["resizing", "resized"],
             EventKind::Job { info } if begins(info, "coredump") => &["coredumping"],
+            EventKind::Job { info } if begins(info, "snapshot") => &["snapshotting"],
+            EventKind::Job { info } if completes(info, "snapshot") => &["snapshotted"],
             _ => &[][..],
         };
         ("vm", words)
@@ -147,6 +149,10 @@ impl Teller {
 /// Whether this tells of the beginning of a job.
 fn begins(job: &JobInfo, kind: &str) -> bool {
     job.kind == kind && job.state == JobState::Running && job.done == 0
+}
+
+fn completes(job: &JobInfo, kind: &str) -> bool {
+    job.kind == kind && job.state == JobState::Completed
 }
 
 fn written(

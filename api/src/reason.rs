@@ -23,6 +23,8 @@ pub enum Reason {
     Paused,
     /// The machine is paused until its core dump has been written.
     CoreDump,
+    /// The machine is paused until its snapshot has been written.
+    Snapshot,
     /// The machine is paused because its guest has powered off: there is nothing to go on with.
     PoweredOff,
     /// The machine is paused because its guest has asked for a reset.
@@ -42,7 +44,7 @@ impl Reason {
     pub const FLAGS: &str = "flags";
 
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::NotCreated,
         Self::AlreadyCreated,
         Self::NotRunning,
@@ -51,6 +53,7 @@ impl Reason {
         Self::NotPaused,
         Self::Paused,
         Self::CoreDump,
+        Self::Snapshot,
         Self::PoweredOff,
         Self::ResetAsked,
         Self::ShuttingDown,
@@ -68,6 +71,7 @@ impl Reason {
             Self::NotPaused => "not-paused",
             Self::Paused => "paused",
             Self::CoreDump => "core-dump",
+            Self::Snapshot => "snapshot",
             Self::PoweredOff => "powered-off",
             Self::ResetAsked => "reset-asked",
             Self::ShuttingDown => "shutting-down",
@@ -87,6 +91,9 @@ impl Reason {
             Self::Paused => "VM is paused: resume it first",
             Self::CoreDump => {
                 "VM is paused until its core dump has been written: wait for the job, or cancel it"
+            }
+            Self::Snapshot => {
+                "VM is paused until its snapshot has been written: wait for the job, or cancel it"
             }
             Self::PoweredOff => {
                 "VM is paused because its guest has powered off: reset it first, or end it"

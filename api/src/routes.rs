@@ -99,6 +99,10 @@ pub enum Endpoint {
     VmRemovePort,
     /// PUT vm.coredump
     VmCoredump,
+    /// PUT vm.snapshot
+    VmSnapshot,
+    /// PUT vm.restore
+    VmRestore,
     /// PUT vm.agent-ping
     VmAgentPing,
     /// GET vm.agent-info
@@ -227,12 +231,6 @@ pub const MISSING: &[Missing] = &[
         "The vDPA device could not be added to the VM",
         "vDPA devices",
     ),
-    missing(
-        "vm.snapshot",
-        "The VM could not be snapshotted",
-        "snapshots",
-    ),
-    missing("vm.restore", "The VM could not be restored", "snapshots"),
     missing(
         "vm.receive-migration",
         "Error receiving migration",
@@ -560,6 +558,22 @@ pub const ROUTES: &[Route] = &[
     .takes::<wire::VmCoredumpData>()
     .answers(Success::DoneOrJob)
     .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmSnapshot,
+        "vm.snapshot",
+        "The VM could not be snapshotted",
+    )
+    .about("Writes the machine as it is into a directory, from which it can be restored.")
+    .takes::<wire::VmSnapshotConfig>()
+    .fails(&[400, 404, 409, 429, 501]),
+    put(
+        Endpoint::VmRestore,
+        "vm.restore",
+        "The VM could not be restored",
+    )
+    .about("Builds the machine that a snapshot holds, as it was.")
+    .takes::<wire::RestoreConfig>()
+    .fails(&[400, 404, 409, 429, 501]),
     agent(put(
         Endpoint::VmAgentPing,
         "vm.agent-ping",

@@ -17,10 +17,14 @@
 //!   [`Snapshot::restore`].
 //! * Until 1.0 the format is 0.N and may change without notice.
 //!
+//! A *snapshot* is a directory with three files: guest memory ([`pages`]), the sections of all units, among them the
+//! index of that memory, and the manifest, which `vmm` writes when the others are whole.
+//!
 //! Bodies are encoded with postcard, whose wire format is specified and
 //! stable. It is not self-describing: the version in the section header is
 //! what tells a reader how to read it.
 
+pub mod pages;
 mod section;
 mod state;
 

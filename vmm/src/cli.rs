@@ -28,6 +28,7 @@ mod log;
 mod manager;
 mod message;
 mod remote;
+mod restore;
 mod run;
 mod serve;
 mod table;

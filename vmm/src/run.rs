@@ -10,6 +10,7 @@ use virtio::models::MODELS;
 
 use crate::config::files::OwnFiles;
 use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
+use crate::machine::saved::Saved;
 use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
 use crate::opener::{OpenError, Opener};
 
@@ -29,7 +30,7 @@ pub struct Endpoint {
 /// Called once, on the control thread, when the guest runs for the first time; must not block.
 pub type OnRunning = Box<dyn FnOnce() + Send>;
 
-/// Builds the machine, boots it and waits for its end; with a control socket
+/// Builds the machine, boots it, or has it begin as `saved` says, and waits for its end; with a control socket
 /// and [`MonitorOptions::no_shutdown`], for the end of the monitor.
 ///
 /// # Errors
@@ -40,9 +41,13 @@ pub fn run(
     endpoint: Endpoint,
     opener: Arc<Opener>,
     running: Option<OnRunning>,
+    saved: Option<(Saved, bool)>,
 ) -> anyhow::Result<ExitReason> {
     let replay = config.serial_replay;
-    let (monitor, _around) = monitor(endpoint, replay, opener, None)?;
+    let (mut monitor, _around) = monitor(endpoint, replay, opener, None)?;
+    if let Some((saved, resume)) = saved {
+        monitor.begin_as(saved, resume);
+    }
     let _alarm = running.map(|running| when_running(monitor.handle().events(), running));
     Ok(monitor.run(Description::of(config))?)
 }

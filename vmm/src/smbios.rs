@@ -37,7 +37,7 @@ pub enum SmbiosImageError {
 
 const VENDOR: &str = "Vireo";
 /// Names the machine type to the guest.
-const MACHINE: &str = "vireo-dev";
+pub(crate) const MACHINE: &str = "vireo-dev";
 /// The specification that the structures follow: 3.0.
 const VERSION: [u8; 2] = [3, 0];
 /// The entry point's length (section 5.2.2).

@@ -244,6 +244,8 @@ impl Dispatcher {
             Endpoint::VmAddPort => Command::AddPort(self.body(route, &request)?),
             Endpoint::VmRemovePort => Command::RemovePort(self.body(route, &request)?),
             Endpoint::VmCoredump => Command::Coredump(self.body(route, &request)?),
+            Endpoint::VmSnapshot => Command::Snapshot(self.body(route, &request)?),
+            Endpoint::VmRestore => Command::Restore(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{ConsoleMode, SinkConfig, yes};
 
-fn is_false(value: &bool) -> bool {
+pub(super) fn is_false(value: &bool) -> bool {
     !value
 }
 

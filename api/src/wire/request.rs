@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
 
 use super::{NetMirror, RateLimiterConfig};
 
@@ -68,6 +69,56 @@ pub struct VmRemovePort {
 pub struct VmCoredumpData {
     /// `file://` and the path of a file that does not exist yet.
     pub destination_url: String,
+}
+
+/// `vm.snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmSnapshotConfig {
+    /// `file://` and the path of a directory that holds no snapshot; it is made where there is none.
+    pub destination_url: String,
+}
+
+/// `vm.restore`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct RestoreConfig {
+    /// `file://` and the path of the snapshot's directory.
+    pub source_url: String,
+    /// Whether the guest goes on at once; it stays paused otherwise.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub resume: bool,
+    /// How memory comes back.
+    #[serde(default)]
+    pub memory_restore_mode: MemoryRestoreMode,
+    /// Memory that is copied is all there.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub prefault: bool,
+    /// Descriptors of taps by the ids of cards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<Value>>,
+}
+
+/// How a restored machine gets its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MemoryRestoreMode {
+    /// All of it is read before the guest goes on.
+    #[default]
+    Copy,
+    /// It is read when the guest needs it.
+    OnDemand,
+}
+
+impl RestoreConfig {
+    /// All of a snapshot is read, and the machine stays paused.
+    #[must_use]
+    pub fn of(source_url: String) -> Self {
+        Self {
+            source_url,
+            resume: false,
+            memory_restore_mode: MemoryRestoreMode::Copy,
+            prefault: false,
+            net_fds: None,
+        }
+    }
 }
 
 /// `vm.update-disk`: what is absent stays.
@@ -141,7 +192,7 @@ pub struct VirtioConfig {
     pub address: Option<u8>,
     /// The model's own keys.
     #[serde(default)]
-    pub config: serde_json::Map<String, serde_json::Value>,
+    pub config: serde_json::Map<String, Value>,
 }
 
 /// `vm.console`: adds or removes a sink.

@@ -17,6 +17,7 @@ mod resize;
 mod rng;
 mod screenshot;
 mod show;
+mod snapshot;
 mod watch;
 
 use clap::Subcommand;
@@ -129,6 +130,12 @@ pub(super) enum Verb {
     /// A machine that runs is paused until it is written. Ctrl-C cancels it, and leaves no file.
     #[command(after_help = coredump::EXAMPLES)]
     Coredump(coredump::CoredumpArgs),
+    /// Write a machine as it is into a directory, from which it can go on
+    #[command(after_help = snapshot::EXAMPLES)]
+    Snapshot {
+        #[command(subcommand)]
+        verb: snapshot::SnapshotVerb,
+    },
     /// Write what the screen shows into a PNG file
     ///
     /// The machine needs a screen (--display). It may run or be paused, and is not stopped.
@@ -179,6 +186,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Fs { verb } => fs::run(verb),
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
+        Verb::Snapshot { verb } => snapshot::run(verb),
         Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),

@@ -14,7 +14,7 @@ use virtio::schema::{Field, FieldKind};
 
 use super::detach::{Side, detach};
 use super::serve::{Numbers, SocketArgs};
-use super::{Failure, definition, exit_code, judge};
+use super::{Failure, definition, exit_code, judge, restore};
 use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::display::{self, DISPLAY_FIELDS};
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -26,6 +26,7 @@ use crate::config::{
     MACHINE_FIELDS, MEMORY_FIELDS, PortConfig, RATE_LIMIT_GROUP_FIELDS, RateLimitGroupConfig,
     SerialConfig, SinkConfig, SmbiosConfig, VmConfig, files,
 };
+use crate::machine::saved::Saved;
 use crate::monitor::Inherited;
 use crate::opener::Opener;
 use crate::run::OnRunning;
@@ -62,6 +63,21 @@ pub(super) struct RunArgs {
     /// --cpus, --memory, --machine and --smbios change the keys that they give; others replace what the file says.
     #[arg(long, value_name = "FILE")]
     config: Option<String>,
+
+    /// Begin as a snapshot says, which vireo snapshot has made
+    ///
+    /// The machine is the one that the snapshot holds. Flags come on top as with --config; memory and processors stay as they were.
+    #[arg(
+        long,
+        value_name = "source_url=DIR,…",
+        conflicts_with = "config",
+        long_help = keys(
+            "Begin as a snapshot says, which vireo snapshot has made.\n\nThe machine is the one that the snapshot holds. Flags come on \
+             top as with --config; memory and processors stay as they were.",
+            &[restore::FIELDS]
+        )
+    )]
+    restore: Option<String>,
 
     /// Return once the guest runs, which goes on without a terminal
     ///
@@ -357,7 +373,7 @@ impl RunArgs {
 
     /// Whether there is anything to boot, or it is to be looked for.
     pub(super) fn has_machine(&self) -> bool {
-        self.kernel.is_some() || self.config.is_some()
+        self.kernel.is_some() || self.config.is_some() || self.restore.is_some()
     }
 
     /// The flags that concern the monitor alone.
@@ -372,19 +388,23 @@ pub(super) fn execute(
     matches: &ArgMatches,
     opener: Arc<Opener>,
 ) -> Result<u8, Failure> {
-    let base = match &arguments.config {
-        Some(text) => definition::load(text, &opener)?,
-        None => VmConfig::default(),
+    let restored = arguments.restore.as_ref();
+    let restored = restored.map(|text| restore::open(text, &opener));
+    let restored = restored.transpose().map_err(Failure::Failed)?;
+    let (base, saved) = match (&arguments.config, restored) {
+        (_, Some(restored)) => (restored.config, Some(restored.saved)),
+        (Some(text), None) => (definition::load(text, &opener)?, None),
+        (None, None) => (VmConfig::default(), None),
     };
     let detached = arguments.detach;
     let (config, socket) =
         configure(arguments, matches, base, MODELS, &opener).map_err(Failure::Usage)?;
     let config = from_anywhere(config, MODELS);
-    start(config, socket, detached, opener)
+    start(config, socket, detached, opener, saved)
 }
 
 /// Runs a machine that is complete and valid, in a process of its own where it is
-/// to be `detached`, and gives the exit code.
+/// to be `detached`, and gives the exit code. It begins as `saved` says, and goes on or stays paused.
 ///
 /// # Errors
 ///
@@ -394,6 +414,7 @@ pub(super) fn start(
     socket: SocketArgs,
     detached: bool,
     opener: Arc<Opener>,
+    saved: Option<(Saved, bool)>,
 ) -> Result<u8, Failure> {
     let log = socket.log_file().map(Path::to_owned);
     let endpoint = socket.endpoint(config.name.as_deref(), &opener);
@@ -413,7 +434,7 @@ pub(super) fn start(
             Side::Machine(detached) => running = Some(Box::new(move || detached.go())),
         }
     }
-    let reason = crate::run::run(config, endpoint, opener, running).map_err(judge)?;
+    let reason = crate::run::run(config, endpoint, opener, running, saved).map_err(judge)?;
     Ok(exit_code(reason))
 }
 

@@ -177,7 +177,7 @@ fn mend(reason: Reason) -> Option<&'static str> {
         Reason::NotCreated => Some(
             "the monitor has no machine: create one with vm.create, or end it with 'vireo destroy'",
         ),
-        Reason::CoreDump => Some("'vireo jobs list' and 'vireo jobs cancel'"),
+        Reason::CoreDump | Reason::Snapshot => Some("'vireo jobs list' and 'vireo jobs cancel'"),
         Reason::PoweredOff | Reason::ResetAsked => {
             Some("'vireo reset' and then 'vireo resume', or 'vireo shutdown --force'")
         }

@@ -20,6 +20,8 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
+use migration::{RestoreError, SavedState};
+use serde::{Deserialize, Serialize};
 
 use crate::config::capability::{CAPABILITIES, Capability};
 use crate::layout;
@@ -160,8 +162,38 @@ pub struct Vm {
 }
 
 /// The state of the in-kernel interrupt controllers outside the vCPUs.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct IrqchipState(Vec<kvm_irqchip>);
+
+/// As KVM's binary interface has it.
+impl SavedState for IrqchipState {
+    const SCHEMA: &'static str = "kvm-irqchip";
+    const VERSION: u16 = 1;
+}
+
+impl IrqchipState {
+    /// Sees that state which is not trusted is of the chips that there are, each once and in order.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError::Invalid`].
+    pub fn check(&self) -> Result<(), RestoreError> {
+        if self.0.iter().map(|chip| chip.chip_id).eq(CHIPS) {
+            return Ok(());
+        }
+        Err(RestoreError::Invalid {
+            schema: Self::SCHEMA,
+            reason: "it is not of the PICs and the I/O APIC".to_owned(),
+        })
+    }
+}
+
+/// The chips in the order in which they are saved.
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
 
 impl Vm {
     /// Gives every vCPU a non-maskable interrupt, as a message to all local APICs
@@ -274,11 +306,7 @@ impl Vm {
     /// [`KvmError::Call`].
     pub fn irqchip_state(&self) -> Result<IrqchipState, KvmError> {
         let mut chips = Vec::new();
-        for chip_id in [
-            KVM_IRQCHIP_PIC_MASTER,
-            KVM_IRQCHIP_PIC_SLAVE,
-            KVM_IRQCHIP_IOAPIC,
-        ] {
+        for chip_id in CHIPS {
             let mut chip = kvm_irqchip {
                 chip_id,
                 ..Default::default()
@@ -338,4 +366,25 @@ const REALTIME_FLAGS: u32 = 1 << 2 | 1 << 3;
 /// Records a set-up call, so that a test can check their order.
 pub(crate) fn trace(call: &'static str) {
     tracing::trace!(target: "vireo::kvm", "{call}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chips_are_restored_from_their_bytes_and_others_are_refused() {
+        let chip = |chip_id| kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        let state = IrqchipState(CHIPS.map(chip).into());
+        let section = migration::Section::encode("machine", &state).unwrap();
+        let read: IrqchipState = section.decode().unwrap();
+        read.check().unwrap();
+        for ids in [&CHIPS[..2], &[], &[2, 1, 0], &[0, 1, 2, 2]] {
+            let other = IrqchipState(ids.iter().copied().map(chip).collect());
+            assert!(other.check().is_err(), "{ids:?}");
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! One vCPU: its set-up, its state, and running it until something stops it.
 
+mod saved;
+
 use std::cell::Cell;
 use std::io;
 use std::ptr;
@@ -16,6 +18,8 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::stats::VcpuStats;
 use super::{KvmError, Vm, trace};
+
+pub use saved::VcpuV1;
 
 /// `IA32_TSC`: never set back, so that the guest's clocks go on over a reset.
 const MSR_TSC: u32 = 0x10;
@@ -375,7 +379,11 @@ impl Vcpu {
             .filter(|e| e.index != MSR_TSC)
             .copied()
             .collect();
-        let mut rest = settable.as_slice();
+        self.put_msrs(&settable)
+    }
+
+    fn put_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+        let mut rest = entries;
         while !rest.is_empty() {
             let msrs = msr_list(rest)?;
             let written = self

@@ -31,6 +31,7 @@ use super::loading::{Loaded, Loading};
 use super::parts::{Parts, ReadFiles};
 use super::platform::{Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
+use super::saved::{Saved, SavedState};
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
@@ -55,6 +56,8 @@ pub struct Built {
     pub machine: Machine,
     /// Where a debugger connects, if anywhere.
     pub debugger: Option<crate::gdb::Listener>,
+    /// What it is to be as, when it does not begin at power-on.
+    pub saved: Option<SavedState>,
 }
 
 /// A machine that has memory, and no kernel in it yet. Dropping it leaves nothing behind.
@@ -75,7 +78,8 @@ pub struct Frame {
 }
 
 /// Begins to build the machine that `config` (complete and validated) describes from its `parts`. What is to be
-/// loaded into it then is for another thread; of `consoles` that stays which is open and still wanted.
+/// loaded into it then is for another thread; of `consoles` that stays which is open and still wanted. With `saved` it is built as that says, and not
+/// to be booted.
 ///
 /// # Errors
 ///
@@ -85,6 +89,7 @@ pub fn begin(
     parts: Parts,
     opener: &Arc<Opener>,
     consoles: &Consoles,
+    saved: Option<Saved>,
 ) -> Result<(Frame, Loading), MachineError> {
     let Parts {
         read,
@@ -118,6 +123,7 @@ pub fn begin(
         hosts: Wanted::new(config, consoles),
         vnc: consoles.display().wanted(config, password),
         opener: Arc::clone(opener),
+        saved,
     };
     let frame = Frame {
         hypervisor,
@@ -166,7 +172,7 @@ pub fn finish(
     } = frame;
     let Loaded {
         payload,
-        entry,
+        start,
         hosts,
         debugger,
         vnc,
@@ -193,6 +199,7 @@ pub fn finish(
     let (vcpus, power_on, maker) = pieces.vcpus(&hypervisor, devices.buses)?;
     let slots = devices.platform.slots();
     show(&devices.platform, &devices.virtio, consoles);
+    let (entry, saved) = start.split();
     let machine = Machine {
         vcpus,
         vm,
@@ -205,14 +212,18 @@ pub fn finish(
         events: events.clone(),
         platform: devices.platform,
         payload: Some(payload),
-        entry: Some(entry),
+        entry,
         acpi,
         power_on,
         clock: None,
         debug: None,
         plugged,
     };
-    Ok(Built { machine, debugger })
+    Ok(Built {
+        machine,
+        debugger,
+        saved,
+    })
 }
 
 /// Gives the device of memory that comes and goes its region, before a guest can see it.
@@ -247,7 +258,7 @@ pub fn build(
     events: &EventLog,
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
-    let (frame, loading) = begin(config, parts, opener, consoles)?;
+    let (frame, loading) = begin(config, parts, opener, consoles, None)?;
     let loaded = loading.run(&|| true)?;
     finish(config, (frame, loaded), opener, mailbox, events, consoles)
 }
@@ -369,6 +380,9 @@ impl Pieces<'_> {
         let power_on = PowerOn {
             cpus: states,
             irqchip: self.vm.irqchip_state()?,
+            msrs: maker.msrs.clone(),
+            cpuid: maker.cpuid.clone(),
+            size: (vcpus.len(), self.ram.size()),
         };
         let mailbox = self.mailbox.clone();
         let on_stop: OnStop = Arc::new(move |index, stop| {

@@ -6,11 +6,14 @@
 //! cannot go on before it is done, the thread listens meanwhile ([`drain`]).
 
 mod aside;
+mod capture;
 mod commands;
 mod coredump;
 mod drain;
+mod guest;
 mod ports;
 mod resize;
+mod snapshot;
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,14 +21,16 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::{Answer, Command, EventKind, EventLog, ExitReason, PauseReason, Reply, VmState};
-use devices::GuestRequest;
+use api::{
+    Answer, Command, ControlError, EventKind, EventLog, ExitReason, PauseReason, Reply, VmState,
+};
 use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
 use self::aside::Asides;
 use super::beside::{Opening, put_away_within};
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
+use super::saved::SavedState;
 use super::signals::{Ending, ShutdownPolicy, Signal, Signals};
 use super::state::Lifecycle;
 use super::{Machine, MachineError};
@@ -35,7 +40,8 @@ use crate::kvm::vcpu::Stop;
 use crate::monitor::{Description, Jobs, View};
 use crate::notice;
 use crate::opener::Opener;
-use coredump::Dump;
+use capture::Capture;
+pub(crate) use capture::path_of;
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -85,6 +91,8 @@ pub struct End {
     pub outcome: Result<Outcome, MachineError>,
     /// The commands that ended it, to be carried out and answered now.
     pub then: Vec<(Command, Answer)>,
+    /// Who wanted a machine that has never run, to be told why once nothing is left of it.
+    pub refused: Option<(Answer, ControlError)>,
 }
 
 /// A vCPU stopped for the debugger.
@@ -176,8 +184,10 @@ pub struct Driver {
     /// Nobody has the patience to wait for back ends and readers.
     urgent: bool,
     asides: Asides,
-    /// A core file is being written; the machine is paused.
-    dump: Option<Dump>,
+    /// What the machine is to be as, and whether it goes on at once.
+    saved: Option<(SavedState, bool)>,
+    /// It is being written down as it is; the machine is paused.
+    capture: Option<Capture>,
     /// What has been booted is for one boot: the guest is not restarted in place.
     once: bool,
     /// Signals that came while back ends drained.
@@ -203,7 +213,8 @@ impl Driver {
             then: Vec::new(),
             urgent: false,
             asides: Asides::default(),
-            dump: None,
+            saved: None,
+            capture: None,
             once: false,
             heard: VecDeque::new(),
             cut: false,
@@ -213,6 +224,11 @@ impl Driver {
     /// What is booted is for this boot alone: a restart of the guest is another boot.
     pub fn boot_once(&mut self) {
         self.once = true;
+    }
+
+    /// The machine does not begin at power-on but as `saved` says, and goes on or stays paused.
+    pub fn begin_as(&mut self, saved: SavedState, resume: bool) {
+        self.saved = Some((saved, resume));
     }
 
     /// The machine, for errands.
@@ -287,14 +303,11 @@ impl Driver {
             // Signals are heard to the end.
             outcome.quit |= asked || self.policy.deadline().is_some();
         }
-        if let Some((booted, error)) = refused {
-            // Who has the answer finds no machine any more.
-            booted(Err(error));
-        }
         End {
             ears: self.ears,
             outcome,
             then: self.then,
+            refused,
         }
     }
 
@@ -348,9 +361,27 @@ impl Driver {
 
     fn boot(&mut self) -> Result<(), MachineError> {
         self.enter(VmState::Booting, None);
+        if let Some((saved, resume)) = self.saved.take() {
+            return self.go_on_as(saved, resume);
+        }
         self.load()?;
         self.machine.start_units()?;
         self.go();
+        Ok(())
+    }
+
+    fn go_on_as(&mut self, saved: SavedState, resume: bool) -> Result<(), MachineError> {
+        let (directory, set) = saved.into_parts();
+        self.machine
+            .restore(set)
+            .map_err(|source| MachineError::Restore(SavedState::failed(directory, source)))?;
+        if resume {
+            self.machine.start_units()?;
+            self.machine.start_clock()?;
+            self.go();
+        } else {
+            self.enter(VmState::Paused, Some(PauseReason::Command));
+        }
         Ok(())
     }
 
@@ -376,7 +407,7 @@ impl Driver {
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
-        self.give_up_dump();
+        self.give_up_capture();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }
@@ -466,7 +497,7 @@ impl Driver {
     /// new one cannot be started the machine ends.
     fn reset(&mut self, told: EventKind) -> Result<(), MachineError> {
         let paused = match self.state() {
-            (VmState::Paused, Some(PauseReason::Coredump)) => Some(PauseReason::Coredump),
+            (VmState::Paused, pause @ Some(PauseReason::Coredump | PauseReason::Snapshot)) => pause,
             // No disk waits for anything any more, and the guest is another one.
             (VmState::Paused, _) => Some(PauseReason::Command),
             _ => None,
@@ -514,7 +545,7 @@ impl Driver {
     }
 
     fn on_message(&mut self, message: Message) {
-        let Some(message) = self.keep_while_dumping(message) else {
+        let Some(message) = self.keep_while_capturing(message) else {
             return;
         };
         match message {
@@ -559,7 +590,7 @@ impl Driver {
     /// Goes on after a disk's failure, if that is why the machine is paused.
     fn try_again(&mut self) {
         if self.state().1 == Some(PauseReason::DiskError)
-            && self.dump.is_none()
+            && self.capture.is_none()
             && let Err(error) = self.resume()
         {
             notice::tell(format_args!(
@@ -572,86 +603,6 @@ impl Driver {
     fn press_power_button(&mut self) {
         self.ears.events.publish(EventKind::PowerButton);
         self.machine.press_power_button();
-    }
-
-    /// The guest asks. Its vCPUs leave the guest by themselves at their next
-    /// exit, and wait here for what becomes of them.
-    fn on_guest(&mut self, request: GuestRequest) {
-        self.machine.vcpus().pause();
-        if self.state().1.is_some_and(PauseReason::needs_reset) {
-            // Another vCPU's, of a guest that has done its last.
-            return;
-        }
-        match request {
-            GuestRequest::PowerOff | GuestRequest::PvShutdown => {
-                self.act(ExitReason::PowerOff);
-            }
-            GuestRequest::Reset => self.act(ExitReason::Reset),
-            GuestRequest::Panicked => {
-                self.ears.events.publish(EventKind::GuestPanic);
-                self.act(ExitReason::GuestPanic);
-            }
-            GuestRequest::CrashLoaded => {
-                self.ears.events.publish(EventKind::GuestPanic);
-                self.go_on();
-            }
-            GuestRequest::Watchdog => {
-                self.ears.events.publish(EventKind::Watchdog);
-                self.act(ExitReason::Watchdog);
-            }
-        }
-    }
-
-    /// What is to be done about what the guest has done.
-    fn action(&self, done: ExitReason) -> GuestAction {
-        let description = self.ears.description.as_ref();
-        let config = description.map(|description| &description.config);
-        match done {
-            ExitReason::Reset => config.map_or(GuestAction::Restart, |config| config.on_reboot),
-            // Who has asked for the end gets it.
-            _ if self.policy.deadline().is_some() => GuestAction::Exit,
-            ExitReason::PowerOff => config.map_or(GuestAction::Exit, |config| config.on_poweroff),
-            ExitReason::Watchdog => {
-                config.map_or(GuestAction::Restart, |config| config.on_watchdog)
-            }
-            _ => config.map_or(GuestAction::Exit, |config| config.on_panic),
-        }
-    }
-
-    /// Does what is to be done about what the guest has done, which must not run past it.
-    fn act(&mut self, done: ExitReason) {
-        let action = self.action(done);
-        match action {
-            GuestAction::Pause => {
-                let reason = match done {
-                    ExitReason::PowerOff => PauseReason::PowerOff,
-                    ExitReason::Reset => PauseReason::Reset,
-                    ExitReason::Watchdog => PauseReason::Watchdog,
-                    _ => PauseReason::GuestPanic,
-                };
-                if let Err(error) = self.pause(reason) {
-                    self.give_up_guest(done, "the guest could not be paused", &error);
-                }
-            }
-            GuestAction::Restart if !self.once => {
-                let told = match done {
-                    ExitReason::Reset => EventKind::GuestReset,
-                    _ => EventKind::Rebooting,
-                };
-                if let Err(error) = self.reset(told) {
-                    self.give_up_guest(ExitReason::Stopped, "guest reset", &error);
-                }
-            }
-            GuestAction::Restart | GuestAction::Stop | GuestAction::Exit => {
-                if action == GuestAction::Restart {
-                    self.ears.events.publish(EventKind::Rebooting);
-                }
-                self.finish(done, None);
-                if let Some(outcome) = &mut self.outcome {
-                    outcome.next = action;
-                }
-            }
-        }
     }
 
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.

@@ -12,6 +12,7 @@ use super::MachineError;
 use super::build::open_debugger;
 use super::hosts::{OpenHosts, Wanted};
 use super::payload::Payload;
+use super::saved::{Saved, SavedState};
 use crate::acpi::AcpiImage;
 use crate::boot::Entry;
 use crate::config::VmConfig;
@@ -28,12 +29,32 @@ pub struct Loading {
     pub(super) hosts: Wanted,
     pub(super) vnc: Option<WantedVnc>,
     pub(super) opener: Arc<Opener>,
+    /// What the machine is to be as, instead of as after power-on.
+    pub(super) saved: Option<Saved>,
+}
+
+/// How the guest begins.
+pub(super) enum Start {
+    /// At the entry of the kernel that has been loaded.
+    Kernel(Entry),
+    /// Where it was, when the state is in place.
+    Saved(SavedState),
+}
+
+impl Start {
+    /// What of the two there is.
+    pub(super) fn split(self) -> (Option<Entry>, Option<SavedState>) {
+        match self {
+            Self::Kernel(entry) => (Some(entry), None),
+            Self::Saved(saved) => (None, Some(saved)),
+        }
+    }
 }
 
 /// What came of it.
 pub struct Loaded {
     pub(super) payload: Payload,
-    pub(super) entry: Entry,
+    pub(super) start: Start,
     pub(super) hosts: OpenHosts,
     pub(super) debugger: Option<Listener>,
     pub(super) vnc: Option<Vnc>,
@@ -54,8 +75,15 @@ impl Loading {
             hosts,
             vnc,
             opener,
+            saved,
         } = self;
-        let entry = payload.load(&memory, &acpi)?;
+        let start = match saved {
+            Some(saved) => {
+                let filled = saved.fill(&memory, payload.generation, needed);
+                Start::Saved(filled.map_err(MachineError::Restore)?)
+            }
+            None => Start::Kernel(payload.load(&memory, &acpi)?),
+        };
         drop(memory);
         // Nothing is created on the host before the guest has been loaded: a
         // mistake in the flags must not leave files behind.
@@ -71,7 +99,7 @@ impl Loading {
         };
         Ok(Loaded {
             payload,
-            entry,
+            start,
             hosts,
             debugger,
             vnc,

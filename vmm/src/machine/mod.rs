@@ -24,11 +24,14 @@ pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
 pub mod loading;
+pub mod manifest;
 pub mod parts;
 pub mod payload;
 mod platform;
 pub mod resize;
+pub mod saved;
 pub mod signals;
+pub mod snapshot;
 pub mod state;
 pub mod vcpus;
 
@@ -40,7 +43,7 @@ use std::time::Instant;
 use api::{ControlError, ErrorKind, EventLog};
 use devices::pci::PciAddress;
 use devices::{StartError, StopError, Unit};
-use kvm_bindings::{kvm_clock_data, kvm_guest_debug};
+use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2, kvm_guest_debug};
 use migration::{RestoreError, SaveError, SectionSet};
 use virtio::memory::GuestMap;
 use virtio::models::BuildContext;
@@ -109,6 +112,9 @@ pub enum MachineError {
         #[source]
         source: BootError,
     },
+    /// The machine is not as its snapshot says.
+    #[error(transparent)]
+    Restore(saved::RestoreFailure),
     /// The ACPI tables could not be made.
     #[error("ACPI tables")]
     Acpi(#[from] AcpiError),
@@ -206,6 +212,12 @@ pub enum MachineError {
         /// The id.
         id: String,
     },
+    /// The machine has something that a snapshot cannot hold.
+    #[error("a snapshot cannot hold {what} yet")]
+    NotYetSaved {
+        /// What it is.
+        what: &'static str,
+    },
     /// A unit did not start.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -223,6 +235,7 @@ impl MachineError {
     pub fn to_control(&self) -> ControlError {
         match self {
             Self::Files(error) => ControlError::from(error),
+            Self::Restore(error) => error.to_control(),
             error => ControlError::from_error(error.kind(), error),
         }
     }
@@ -231,6 +244,7 @@ impl MachineError {
         match self {
             Self::NoDevice { .. } => ErrorKind::NotFound,
             Self::Beside(BesideError::Full) => ErrorKind::Busy,
+            Self::NotYetSaved { .. } => ErrorKind::Unimplemented,
             Self::Cut => ErrorKind::Conflict,
             Self::TooManyCpus { .. }
             | Self::AddressWidth { .. }
@@ -246,10 +260,16 @@ impl MachineError {
     }
 }
 
-/// The state that vCPUs and interrupt controllers have at power-on.
+/// What vCPUs and interrupt controllers are at power-on.
 struct PowerOn {
     cpus: Vec<VcpuState>,
     irqchip: IrqchipState,
+    /// The MSRs that belong to a vCPU's state.
+    msrs: Vec<u32>,
+    /// What CPUID answers, without what differs from one vCPU to the other.
+    cpuid: Vec<kvm_cpuid_entry2>,
+    /// How many vCPUs there were, and how many bytes of RAM.
+    size: (usize, u64),
 }
 
 /// Everything that is the machine. It belongs to the control thread.

@@ -24,7 +24,7 @@ pub struct Payload {
     screen: Option<boot::Screen>,
     smbios: SmbiosImage,
     /// New for each machine that is built, and the same over the guest's resets.
-    generation: [u8; 16],
+    pub(super) generation: [u8; 16],
 }
 
 impl Payload {
@@ -114,12 +114,12 @@ fn screen(display: &DisplayConfig) -> boot::Screen {
 }
 
 /// Random bytes of the host.
-fn random<const N: usize>() -> Result<[u8; N], MachineError> {
+pub(super) fn random<const N: usize>() -> Result<[u8; N], MachineError> {
     let mut bytes = [0; N];
     match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
         Ok(read) if read == N => Ok(bytes),
         other => Err(MachineError::Host {
-            what: "no random numbers for the generation id",
+            what: "no random numbers",
             source: other
                 .err()
                 .map_or(io::ErrorKind::Interrupted.into(), io::Error::from),

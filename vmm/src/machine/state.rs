@@ -32,11 +32,12 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::UpdateRng(_)
         | Command::AddPort(_)
         | Command::RemovePort(_)
-        | Command::Coredump(_) => alive,
+        | Command::Coredump(_)
+        | Command::Snapshot(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
         Command::Console(_) | Command::ConsoleSize(_) | Command::Screenshot => true,
-        Command::Create(_) => false,
+        Command::Create(_) | Command::Restore(_) => false,
         Command::Boot | Command::BootOnce(_) => matches!(state, Created | Stopped),
     }
 }
@@ -45,12 +46,13 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
 #[must_use]
 pub fn wrong_state(state: VmState, pause: Option<PauseReason>, command: &Command) -> ControlError {
     let reason = match (command, state) {
-        (Command::Create(_), _) => Reason::AlreadyCreated,
+        (Command::Create(_) | Command::Restore(_), _) => Reason::AlreadyCreated,
         (Command::Boot | Command::BootOnce(_), _) => Reason::AlreadyRunning,
         (Command::Pause, VmState::Paused) => Reason::AlreadyPaused,
         (Command::Resume, VmState::Running) => Reason::NotPaused,
         (_, VmState::Paused) => match pause {
             Some(PauseReason::Coredump) => Reason::CoreDump,
+            Some(PauseReason::Snapshot) => Reason::Snapshot,
             Some(PauseReason::PowerOff) => Reason::PoweredOff,
             Some(PauseReason::Reset) => Reason::ResetAsked,
             _ => Reason::Paused,

@@ -9,16 +9,19 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use api::wire::{MemoryRestoreMode, RestoreConfig};
 use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, Reply, VmState};
 
-use super::{After, Monitor};
+use super::{After, Description, Monitor};
 use crate::config::{GuestAction, VmConfig};
 use crate::machine::beside::put_away;
 use crate::machine::build::{self, Built, Frame};
+use crate::machine::driver::path_of;
 use crate::machine::driver::{Ears, Outcome, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::loading::{Loaded, Loading};
 use crate::machine::parts::{Parts, PendingParts};
+use crate::machine::saved::Saved;
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
 
@@ -51,7 +54,8 @@ pub(super) enum Made<T> {
 
 impl Monitor {
     /// Builds what `config` describes, and listens while files are opened, read and made for it. What nobody has
-    /// looked at before is `unchecked`: that its files are its own is then seen to first.
+    /// looked at before is `unchecked`: that its files are its own is then seen to first. The machine is as `saved` says, or as after
+    /// power-on.
     ///
     /// # Errors
     ///
@@ -61,12 +65,13 @@ impl Monitor {
         ears: &mut Ears,
         config: &VmConfig,
         unchecked: bool,
+        saved: Option<Saved>,
     ) -> Result<Made<Built>, MachineError> {
         let parts = match self.open(ears, config, unchecked)? {
             Made::All(parts) => parts,
             Made::Cut(cut) => return Ok(Made::Cut(cut)),
         };
-        let (frame, loading) = build::begin(config, *parts, &self.opener, &ears.consoles)?;
+        let (frame, loading) = build::begin(config, *parts, &self.opener, &ears.consoles, saved)?;
         let (frame, loaded) = match self.load(ears, frame, loading)? {
             Made::All(loaded) => loaded,
             Made::Cut(cut) => return Ok(Made::Cut(cut)),
@@ -146,25 +151,74 @@ impl Monitor {
         take_up: impl FnOnce(&mut Self, T) -> Result<Reply, ControlError>,
         answer: Answer,
     ) -> Result<Option<After>, MachineError> {
-        let Some(ears) = &mut self.ears else {
-            return Ok(None);
-        };
-        let pending = match self.opening.start("open", &self.mailbox, work) {
-            Ok(pending) => pending,
-            Err(error) => {
-                answer(Err(error.to_control()));
-                return Ok(None);
-            }
-        };
-        let cut = match attend(ears, Waiting::Change, || pending.take())? {
+        let cut = match self.look(work)? {
             Ok(done) => {
-                let lost = |error| ControlError::from_error(ErrorKind::Failed, &error);
-                let done = done.map_err(lost).and_then(|done| done);
                 answer(done.and_then(|done| take_up(self, done)));
                 return Ok(None);
             }
             Err(cut) => cut,
         };
+        self.leave_unchanged(cut, answer)
+    }
+
+    /// Opens the snapshot that `request` names, beside this thread, takes up its description, and has its machine built.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Wait`] when the host lets it wait no more.
+    pub(super) fn restore(
+        &mut self,
+        request: &RestoreConfig,
+        answer: Answer,
+    ) -> Result<Option<After>, MachineError> {
+        let wanted = "the absolute path of a snapshot's directory";
+        let path = path_of(&request.source_url, "source_url", wanted);
+        let path = match path.and_then(|path| check_way(request).map(|()| path)) {
+            Ok(path) => path,
+            Err(error) => {
+                answer(Err(error));
+                return Ok(None);
+            }
+        };
+        let opener = Arc::clone(&self.opener);
+        let open = move || {
+            let saved = Saved::open(&path, &opener).map_err(|error| error.to_control())?;
+            let description = Description::of(saved.config.clone());
+            Ok((saved, description))
+        };
+        match self.look(open)? {
+            Ok(Ok((saved, description))) => {
+                self.describe(description);
+                self.restored = Some((saved, request.resume));
+                self.unchecked = true;
+                Ok(Some(After::Boot(Some(answer))))
+            }
+            Ok(Err(error)) => {
+                answer(Err(error));
+                Ok(None)
+            }
+            Err(cut) => self.leave_unchanged(cut, answer),
+        }
+    }
+
+    /// Has `work` done on a thread of its own, and listens meanwhile: what came of it, or what ended the waiting.
+    fn look<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+    ) -> Result<Result<Result<T, ControlError>, Cut>, MachineError> {
+        let Some(ears) = &mut self.ears else {
+            return Ok(Ok(Err(super::view::not_created())));
+        };
+        let pending = match self.opening.start("open", &self.mailbox, work) {
+            Ok(pending) => pending,
+            Err(error) => return Ok(Ok(Err(error.to_control()))),
+        };
+        let lost = |error| ControlError::from_error(ErrorKind::Failed, &error);
+        let looked = attend(ears, Waiting::Change, || pending.take())?;
+        Ok(looked.map(|done| done.map_err(lost).and_then(|done| done)))
+    }
+
+    fn leave_unchanged(&mut self, cut: Cut, answer: Answer) -> Result<Option<After>, MachineError> {
         let message =
             "the change was ended while its files were being looked at: nothing has changed";
         answer(Err(ControlError::new(ErrorKind::Conflict, message)));
@@ -212,6 +266,18 @@ impl Monitor {
     }
 }
 
+/// That memory and cards come back in a way that there is.
+fn check_way(request: &RestoreConfig) -> Result<(), ControlError> {
+    let fds = request.net_fds.as_ref().is_some_and(|fds| !fds.is_empty());
+    let missing = match request.memory_restore_mode {
+        MemoryRestoreMode::OnDemand => "memory_restore_mode OnDemand",
+        MemoryRestoreMode::Copy if fds => "net_fds at a restore",
+        MemoryRestoreMode::Copy => return Ok(()),
+    };
+    let message = format!("Vireo has no {missing} yet");
+    Err(ControlError::new(ErrorKind::Unimplemented, message))
+}
+
 /// Waits until `ready` has something, and listens meanwhile.
 ///
 /// # Errors
@@ -255,7 +321,11 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
             Message::ConsoleEnd => boots,
             Message::Command(command, _) => match command {
                 Command::Quit => true,
-                Command::Boot | Command::BootOnce(_) | Command::Create(_) if boots => true,
+                Command::Boot | Command::BootOnce(_) | Command::Create(_) | Command::Restore(_)
+                    if boots =>
+                {
+                    true
+                }
                 Command::Delete | Command::Shutdown => late || !others,
                 Command::Reboot if boots => late || !others,
                 _ => {
@@ -270,7 +340,10 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
         match message {
             Message::ConsoleEnd => return Some(Cut::Console),
             Message::Command(
-                command @ (Command::Boot | Command::BootOnce(_) | Command::Create(_)),
+                command @ (Command::Boot
+                | Command::BootOnce(_)
+                | Command::Create(_)
+                | Command::Restore(_)),
                 answer,
             ) => answer(Err(wrong_state(VmState::Booting, None, &command))),
             Message::Command(command, answer) => return Some(Cut::Command(command, answer)),

@@ -164,7 +164,7 @@ impl Control for MonitorHandle {
         self.jobs.cancel(id)?;
         // A machine that the job keeps paused is free now. Without one there is nobody to be told.
         self.mailbox
-            .send(Message::Errand(Box::new(Driver::settle_dump)));
+            .send(Message::Errand(Box::new(Driver::settle_capture)));
         Ok(())
     }
 

@@ -55,9 +55,10 @@ use crate::machine::beside::Opening;
 use crate::machine::build::Built;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
+use crate::machine::saved::Saved;
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
-use crate::machine::{MachineError, Signals};
+use crate::machine::{Machine, MachineError, Signals};
 use crate::notice;
 use crate::opener::Opener;
 
@@ -90,6 +91,8 @@ pub struct Monitor {
     ears: Option<Ears>,
     /// What the next boot is made from instead of the description.
     once: Option<VmConfig>,
+    /// What the next machine is to be as, and whether it goes on at once.
+    restored: Option<(Saved, bool)>,
     /// Nobody has looked yet whether the files of the next boot are its own.
     unchecked: bool,
 }
@@ -102,6 +105,14 @@ enum After {
     Boot(Option<Answer>),
     /// The end of the process.
     Exit(ExitReason),
+}
+
+/// How a machine begins.
+struct Way {
+    /// What is booted is for this boot alone.
+    once: bool,
+    /// What is restored goes on at once.
+    resume: bool,
 }
 
 impl Monitor {
@@ -143,6 +154,7 @@ impl Monitor {
             opening: Opening::default(),
             ears: Some(ears),
             once: None,
+            restored: None,
             unchecked: false,
         })
     }
@@ -203,6 +215,11 @@ impl Monitor {
         self.go_on(after)
     }
 
+    /// The machine that [`Monitor::run`] builds begins as `saved` says, and goes on at once or stays paused.
+    pub fn begin_as(&mut self, saved: Saved, resume: bool) {
+        self.restored = Some((saved, resume));
+    }
+
     /// Keeps a description, which a client may boot.
     pub fn describe(&mut self, description: Description) {
         self.view.describe(Some(&description));
@@ -254,10 +271,16 @@ impl Monitor {
         let config = once.as_ref().unwrap_or(&description.config);
         let before = ears.life.state();
         ears.life.enter(VmState::Booting, None);
-        let error = match self.build(&mut ears, config, unchecked) {
+        let (saved, resume) = self.restored.take().unzip();
+        let restores = saved.is_some();
+        let error = match self.build(&mut ears, config, unchecked, saved) {
             Ok(Made::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
             Ok(Made::All(built)) => {
-                return self.drive((built, booted), ears, &description, once.is_some());
+                let way = Way {
+                    once: once.is_some(),
+                    resume: resume.unwrap_or(false),
+                };
+                return self.drive((built, booted), ears, &description, way);
             }
             Err(error) => error,
         };
@@ -266,6 +289,10 @@ impl Monitor {
             return Err(error);
         };
         self.ears = Some(ears);
+        if restores {
+            // What could not be restored is not there.
+            self.forget();
+        }
         booted(Err(error.to_control()));
         Ok(After::Idle)
     }
@@ -275,27 +302,23 @@ impl Monitor {
         (built, booted): (Built, Option<Answer>),
         mut ears: Ears,
         description: &Description,
-        once: bool,
+        way: Way,
     ) -> Result<After, MachineError> {
-        let Built { machine, debugger } = built;
-        announce(&ears.consoles);
-        self.view.serial_at(consoles::first_pty(&self.serial));
-        let [_, others @ ..] = ears.consoles.hubs();
-        self.view.consoles_at(others.map(consoles::first_pty));
+        let Built {
+            machine,
+            debugger,
+            saved,
+        } = built;
+        let restores = saved.is_some();
+        self.present(&machine, &ears);
         ears.inbox.open();
-        self.view.show(Some(machine.inventory()));
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
-        let tools = Tools {
-            models: self.models,
-            opener: Arc::clone(&self.opener),
-            mailbox: self.mailbox.clone(),
-            view: self.view.clone(),
-            jobs: self.jobs.clone(),
-            opening: self.opening.clone(),
-        };
-        let mut driver = Driver::new(machine, ears, tools, timeout);
-        if once {
+        let mut driver = Driver::new(machine, ears, self.tools(), timeout);
+        if way.once {
             driver.boot_once();
+        }
+        if let Some(saved) = saved {
+            driver.begin_as(saved, way.resume);
         }
         let server = match (debugger, &description.config.gdb) {
             (Some(listener), Some(place)) => {
@@ -314,6 +337,7 @@ impl Monitor {
             mut ears,
             outcome,
             then,
+            refused,
         } = driver.run(booted);
         // Before the server ends, which may wait for an errand.
         ears.forget_machine();
@@ -334,18 +358,38 @@ impl Monitor {
             }
         };
         self.ears = Some(ears);
+        if restores && outcome.failed_to_boot {
+            self.forget();
+        }
+        if let Some((booted, error)) = refused {
+            booted(Err(error));
+        }
         let after = self.follow(&outcome, then);
         if let (After::Exit(reason), Some(ears)) = (&after, &self.ears) {
             ears.finish_consoles(*reason != ExitReason::Stopped && !outcome.quit);
         }
-        if let Some(detail) = &outcome.detail {
-            notice::tell(detail);
-        } else if outcome.reason == ExitReason::GuestPanic {
-            notice::tell("the guest's kernel panicked");
-        } else if outcome.reason == ExitReason::Watchdog {
-            notice::tell("the guest did not feed its watchdog in time");
-        }
+        tell(&outcome);
         Ok(after)
+    }
+
+    /// Lets readers see a machine, and users its ends that the host has named.
+    fn present(&self, machine: &Machine, ears: &Ears) {
+        announce(&ears.consoles);
+        self.view.serial_at(consoles::first_pty(&self.serial));
+        let [_, others @ ..] = ears.consoles.hubs();
+        self.view.consoles_at(others.map(consoles::first_pty));
+        self.view.show(Some(machine.inventory()));
+    }
+
+    fn tools(&self) -> Tools {
+        Tools {
+            models: self.models,
+            opener: Arc::clone(&self.opener),
+            mailbox: self.mailbox.clone(),
+            view: self.view.clone(),
+            jobs: self.jobs.clone(),
+            opening: self.opening.clone(),
+        }
     }
 
     /// Carries out what ended a machine.
@@ -437,10 +481,11 @@ impl Monitor {
                 self.forget();
                 answer(Ok(Reply::Done));
             }
-            Command::Create(_) if described => {
+            Command::Create(_) | Command::Restore(_) if described => {
                 answer(Err(wrong_state(VmState::Created, None, &command)));
             }
             Command::Create(wire) => answer(self.create(*wire).map(|()| Reply::Done)),
+            Command::Restore(request) => return self.restore(&request, answer),
             _ if !described => answer(Err(view::not_created())),
             Command::Boot => match self.check() {
                 Ok(()) => {
@@ -561,6 +606,17 @@ impl Monitor {
         if let Some(ears) = &self.ears {
             ears.events.publish(kind);
         }
+    }
+}
+
+/// Tells the user how a machine has ended, where that is worth it.
+fn tell(outcome: &Outcome) {
+    if let Some(detail) = &outcome.detail {
+        notice::tell(detail);
+    } else if outcome.reason == ExitReason::GuestPanic {
+        notice::tell("the guest's kernel panicked");
+    } else if outcome.reason == ExitReason::Watchdog {
+        notice::tell("the guest did not feed its watchdog in time");
     }
 }
 

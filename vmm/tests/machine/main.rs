@@ -41,6 +41,7 @@ mod rng;
 mod screen;
 mod shape;
 mod sinks;
+mod snapshots;
 mod start_order;
 mod state;
 mod stuck;

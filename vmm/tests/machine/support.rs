@@ -276,7 +276,11 @@ pub struct Served {
 impl Served {
     /// The guest and its flags are as for [`Vireo::start`]; `{dir}` in flags is the directory.
     pub fn start(name: &str, cmdline: &str, flags: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), name, cmdline, flags)
+    }
+
+    /// As [`Served::start`], where files are already.
+    pub fn start_in(dir: tempfile::TempDir, name: &str, cmdline: &str, flags: &[&str]) -> Self {
         let vireo = Self::run(dir.path(), name, cmdline, flags);
         Self { vireo, dir }
     }

@@ -188,8 +188,8 @@ fn again(pause: Option<PauseReason>, name: &str) -> String {
         Some(reason) if reason.needs_reset() => {
             format!("start the guest again with 'vireo reset {name}' and 'vireo resume {name}'")
         }
-        Some(PauseReason::Coredump) => {
-            format!("wait for the dump, or cancel its job, which 'vireo jobs list {name}' tells")
+        Some(PauseReason::Coredump | PauseReason::Snapshot) => {
+            format!("wait for the job, or cancel it: 'vireo jobs list {name}' tells of it")
         }
         _ => format!("resume it first with 'vireo resume {name}'"),
     }
@@ -211,7 +211,8 @@ fn tell_paused(remote: &Remote, pause: PauseReason) -> u8 {
         PauseReason::PowerOff
         | PauseReason::Command
         | PauseReason::DiskError
-        | PauseReason::Coredump => ("--on-poweroff", ExitReason::PowerOff),
+        | PauseReason::Coredump
+        | PauseReason::Snapshot => ("--on-poweroff", ExitReason::PowerOff),
     };
     message::warn(&format!(
         "{}: {}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",

@@ -136,6 +136,7 @@ pub(super) fn pause_reason(reason: PauseReason) -> &'static str {
         PauseReason::Command => "a command has paused it",
         PauseReason::DiskError => "a disk's error has paused it",
         PauseReason::Coredump => "a core dump is being written",
+        PauseReason::Snapshot => "a snapshot is being written",
         PauseReason::PowerOff => "the guest has powered off",
         PauseReason::Reset => "the guest asked for a reset",
         PauseReason::GuestPanic => "the guest's kernel panicked",

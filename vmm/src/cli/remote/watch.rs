@@ -35,7 +35,10 @@ pub(super) enum Doing {
 /// Whether the guest's own doing is the reason of a pause.
 fn is_of_guest(pause: PauseReason) -> bool {
     match pause {
-        PauseReason::Command | PauseReason::DiskError | PauseReason::Coredump => false,
+        PauseReason::Command
+        | PauseReason::DiskError
+        | PauseReason::Coredump
+        | PauseReason::Snapshot => false,
         PauseReason::PowerOff
         | PauseReason::Reset
         | PauseReason::GuestPanic

@@ -20,7 +20,7 @@ use crate::monitor::description::{Update, settle};
 impl Driver {
     pub(super) fn on_command(&mut self, command: Command, answer: Answer) {
         let (state, pause) = self.state();
-        if let Some(answered) = self.answer_while_dumping(&command) {
+        if let Some(answered) = self.answer_while_capturing(&command) {
             return answer(answered);
         }
         if !permits(state, pause, &command) {
@@ -49,9 +49,10 @@ impl Driver {
             Command::AddPort(port) => self.add_port(*port, answer),
             Command::RemovePort(request) => self.remove_port(request.name, answer),
             Command::Coredump(request) => self.coredump(request, answer),
+            Command::Snapshot(request) => self.snapshot(request, answer),
             Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
-            Command::Create(_) | Command::Boot | Command::BootOnce(_) => {
+            Command::Create(_) | Command::Restore(_) | Command::Boot | Command::BootOnce(_) => {
                 answer(Err(wrong_state(state, pause, &command)));
             }
             command => answer(self.carry_out(command)),
@@ -153,7 +154,7 @@ impl Driver {
             Ok(Change::Sink(sink)) => sink,
             Err(error) => return answer(Err(error)),
         };
-        if let Some(path) = self.dumping() {
+        if let Some(path) = self.capturing() {
             sink.spare(path);
         }
         let (models, opener) = (self.tools.models, Arc::clone(&self.tools.opener));

@@ -1,0 +1,396 @@
+//! Guest memory in a file: which pages are there, where, and whether they are what was written.
+//!
+//! # Contract
+//!
+//! * The file is as memory is: each range of RAM lies in it in one piece, at an offset of whole chunks. Pages of zeros are holes,
+//!   so that the file can be mapped in place of memory and costs what memory costs.
+//! * The index says of each chunk of [`CHUNK`] bytes which pages have been written, as runs, and the CRC-32 of
+//!   their bytes in order. What it says is not trusted: [`PageIndex::check`] holds it against the memory that there is.
+//! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, and a
+//!   chunk is the most that is read at once.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::state::{RestoreError, SavedState};
+
+/// The page that runs are counted in, in bytes.
+pub const PAGE: u64 = 4096;
+/// What has one checksum, in bytes.
+pub const CHUNK: u64 = 2 << 20;
+/// How many pages a chunk has.
+const CHUNK_PAGES: u16 = 512;
+/// [`CHUNK`] as a length of memory.
+const CHUNK_LEN: usize = 2 << 20;
+/// [`PAGE`] as a length of memory.
+const PAGE_LEN: usize = 4096;
+
+/// Guest memory that is written to a file or read from one. Addresses are guest-physical bytes.
+pub trait Ram {
+    /// The ranges of RAM as start and length, in ascending order. Both are multiples of [`PAGE`].
+    fn ranges(&self) -> Vec<(u64, u64)>;
+
+    /// Reads `bytes` from `address`.
+    ///
+    /// # Errors
+    ///
+    /// Memory is gone that was there.
+    fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Writes `bytes` to `address`.
+    ///
+    /// # Errors
+    ///
+    /// Memory is gone that was there.
+    fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Why memory was not written to a file or taken from it.
+#[derive(Debug, thiserror::Error)]
+pub enum PagesError {
+    /// The file takes no more.
+    #[error("guest memory could not be written to the file at byte {offset}")]
+    Write {
+        /// Where in the file.
+        offset: u64,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The file gives nothing.
+    #[error("guest memory could not be read from the file at byte {offset}")]
+    Read {
+        /// Where in the file.
+        offset: u64,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's memory itself does not take or give bytes.
+    #[error("guest memory at {address:#x} is out of reach")]
+    Memory {
+        /// The guest-physical address.
+        address: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A chunk is not what was written.
+    #[error(
+        "the memory at {address:#x} is damaged: the checksum of its 2 MiB is {found:#010x}, not {stated:#010x}"
+    )]
+    Checksum {
+        /// The guest-physical address of the chunk.
+        address: u64,
+        /// The checksum in the index.
+        stated: u32,
+        /// The checksum of the bytes.
+        found: u32,
+    },
+    /// Nobody wants it any more.
+    #[error("it was cancelled")]
+    Cancelled,
+}
+
+/// Pages of a chunk that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Run {
+    /// The first page, from the chunk's start.
+    first: u16,
+    /// How many there are.
+    count: u16,
+}
+
+impl Run {
+    /// In bytes from the chunk's start, for a run that has been checked.
+    fn bytes(self) -> std::ops::Range<usize> {
+        let first = usize::from(self.first).saturating_mul(PAGE_LEN);
+        first..first.saturating_add(usize::from(self.count).saturating_mul(PAGE_LEN))
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Chunk {
+    runs: Vec<Run>,
+    crc: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Region {
+    /// The guest-physical address.
+    start: u64,
+    /// In bytes.
+    len: u64,
+    /// Where in the file, in bytes.
+    offset: u64,
+    chunks: Vec<Chunk>,
+}
+
+/// What a file of guest memory holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageIndex {
+    regions: Vec<Region>,
+}
+
+impl SavedState for PageIndex {
+    const SCHEMA: &'static str = "memory-pages";
+    const VERSION: u16 = 1;
+}
+
+/// One range of RAM and where it lies in the file, all in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// The guest-physical address.
+    pub start: u64,
+    /// The length.
+    pub len: u64,
+    /// The offset in the file.
+    pub offset: u64,
+}
+
+/// Where ranges of RAM, given as start and length, lie in a file.
+fn place(ranges: &[(u64, u64)]) -> Vec<Placed> {
+    let mut at = 0_u64;
+    let place = |&(start, len): &(u64, u64)| {
+        let offset = at;
+        at = at.saturating_add(len.next_multiple_of(CHUNK));
+        Placed { start, len, offset }
+    };
+    ranges.iter().map(place).collect()
+}
+
+impl PageIndex {
+    /// Writes the pages of `ram` that are not zeros to `file`, which is empty. `step` hears how many bytes of RAM have been gone
+    /// through, and says whether to go on. The file is not synced.
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`]; the file is then of no use.
+    pub fn write(
+        file: &File,
+        ram: &dyn Ram,
+        step: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Self, PagesError> {
+        let mut buffer = vec![0; CHUNK_LEN];
+        let mut done = 0_u64;
+        let mut regions = Vec::new();
+        let mut end = 0;
+        for Placed { start, len, offset } in place(&ram.ranges()) {
+            let mut chunks = Vec::new();
+            for (at, here) in chunks_of(len) {
+                if !step(done) {
+                    return Err(PagesError::Cancelled);
+                }
+                let bytes = buffer.get_mut(..here).unwrap_or_default();
+                let address = start.saturating_add(at);
+                ram.read(address, bytes)
+                    .map_err(|source| PagesError::Memory { address, source })?;
+                chunks.push(write_chunk(file, bytes, offset.saturating_add(at))?);
+                done = done.saturating_add(here as u64);
+            }
+            end = offset.saturating_add(len);
+            regions.push(Region {
+                start,
+                len,
+                offset,
+                chunks,
+            });
+        }
+        let offset = end;
+        file.set_len(end)
+            .map_err(|source| PagesError::Write { offset, source })?;
+        if step(done) {
+            Ok(Self { regions })
+        } else {
+            Err(PagesError::Cancelled)
+        }
+    }
+
+    /// Sees that the index is one of memory with `ranges`, in a file of `file_len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError::Invalid`], which says what is wrong.
+    pub fn check(&self, ranges: &[(u64, u64)], file_len: u64) -> Result<(), RestoreError> {
+        let invalid = |reason: String| RestoreError::Invalid {
+            schema: Self::SCHEMA,
+            reason,
+        };
+        let placed = place(ranges);
+        if !self.placed().eq(placed.iter().copied()) {
+            let of = |(start, len): (u64, u64)| format!("{len:#x} bytes at {start:#x}");
+            let list = |all: Vec<String>| all.join(", ");
+            let found = list(self.placed().map(|p| of((p.start, p.len))).collect());
+            let wanted = list(ranges.iter().copied().map(of).collect());
+            return Err(invalid(format!("it has {found}; the machine has {wanted}")));
+        }
+        let end = placed.last().map_or(0, |p| p.offset.saturating_add(p.len));
+        if file_len != end {
+            let text = format!("the file has {file_len} bytes, not {end}");
+            return Err(invalid(text));
+        }
+        for region in &self.regions {
+            let lens: Vec<usize> = chunks_of(region.len).map(|(_, here)| here).collect();
+            if lens.len() != region.chunks.len() {
+                let text = format!("{} chunks for {} bytes", region.chunks.len(), region.len);
+                return Err(invalid(text));
+            }
+            let fits = |(chunk, here): (&Chunk, &usize)| chunk.is_within(*here);
+            if !region.chunks.iter().zip(&lens).all(fits) {
+                let text = format!("runs at {:#x} overlap or end too late", region.start);
+                return Err(invalid(text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where each range of RAM lies in the file.
+    pub fn placed(&self) -> impl Iterator<Item = Placed> + '_ {
+        self.regions.iter().map(|region| Placed {
+            start: region.start,
+            len: region.len,
+            offset: region.offset,
+        })
+    }
+
+    /// How many bytes of RAM there are.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.regions
+            .iter()
+            .fold(0, |sum, region| sum.saturating_add(region.len))
+    }
+
+    /// How many bytes have been written.
+    #[must_use]
+    pub fn data(&self) -> u64 {
+        let chunks = self.regions.iter().flat_map(|region| &region.chunks);
+        let runs = chunks.flat_map(|chunk| &chunk.runs);
+        runs.map(|run| u64::from(run.count).saturating_mul(PAGE))
+            .sum()
+    }
+
+    /// Reads every page from `file` and gives those of a chunk whose checksum is right to `take`, with their guest-physical
+    /// address. The index has been checked. `step` is as for [`PageIndex::write`].
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`]; some pages may have been given by then.
+    pub fn read(
+        &self,
+        file: &File,
+        take: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+        step: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<(), PagesError> {
+        let mut buffer = vec![0; CHUNK_LEN];
+        let mut done = 0_u64;
+        for region in &self.regions {
+            for (chunk, (at, here)) in region.chunks.iter().zip(chunks_of(region.len)) {
+                if !step(done) {
+                    return Err(PagesError::Cancelled);
+                }
+                let address = region.start.saturating_add(at);
+                let offset = region.offset.saturating_add(at);
+                chunk.read(file, (address, offset), &mut buffer)?;
+                for run in &chunk.runs {
+                    let bytes = run.bytes();
+                    let address = address.saturating_add(bytes.start as u64);
+                    let bytes = buffer.get(bytes).unwrap_or_default();
+                    take(address, bytes)
+                        .map_err(|source| PagesError::Memory { address, source })?;
+                }
+                done = done.saturating_add(here as u64);
+            }
+        }
+        if step(done) {
+            Ok(())
+        } else {
+            Err(PagesError::Cancelled)
+        }
+    }
+}
+
+impl Chunk {
+    /// Runs are not empty, ascend, do not touch each other and end within `len` bytes.
+    fn is_within(&self, len: usize) -> bool {
+        let mut end = None;
+        self.runs.iter().all(|run| {
+            let apart = end.is_none_or(|end| run.first > end);
+            let last = run.first.checked_add(run.count);
+            end = last;
+            let inside = last.is_some_and(|last| last <= CHUNK_PAGES) && run.bytes().end <= len;
+            apart && inside && run.count > 0
+        })
+    }
+
+    /// Reads the pages into their places in `buffer`, and sees that they are what was written.
+    fn read(
+        &self,
+        file: &File,
+        (address, offset): (u64, u64),
+        buffer: &mut [u8],
+    ) -> Result<(), PagesError> {
+        let mut hasher = crc32fast::Hasher::new();
+        for run in &self.runs {
+            let range = run.bytes();
+            let offset = offset.saturating_add(range.start as u64);
+            let bytes = buffer.get_mut(range).unwrap_or_default();
+            file.read_exact_at(bytes, offset)
+                .map_err(|source| PagesError::Read { offset, source })?;
+            hasher.update(bytes);
+        }
+        let (stated, found) = (self.crc, hasher.finalize());
+        if found == stated {
+            Ok(())
+        } else {
+            Err(PagesError::Checksum {
+                address,
+                stated,
+                found,
+            })
+        }
+    }
+}
+
+/// The chunks of `len` bytes, as offset and length.
+fn chunks_of(len: u64) -> impl Iterator<Item = (u64, usize)> {
+    (0..len.div_ceil(CHUNK)).map(move |index| {
+        let at = index.saturating_mul(CHUNK);
+        let here = len.saturating_sub(at).min(CHUNK);
+        (at, usize::try_from(here).unwrap_or(CHUNK_LEN))
+    })
+}
+
+/// Writes the pages of a chunk that are not zeros.
+fn write_chunk(file: &File, bytes: &[u8], at: u64) -> Result<Chunk, PagesError> {
+    let mut chunk = Chunk::default();
+    for (page, content) in (0..).zip(bytes.chunks(PAGE_LEN)) {
+        if content.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        match chunk.runs.last_mut() {
+            Some(run) if run.first.saturating_add(run.count) == page => run.count += 1,
+            _ => chunk.runs.push(Run {
+                first: page,
+                count: 1,
+            }),
+        }
+    }
+    let mut hasher = crc32fast::Hasher::new();
+    for run in &chunk.runs {
+        let range = run.bytes();
+        let offset = at.saturating_add(range.start as u64);
+        let bytes = bytes.get(range).unwrap_or_default();
+        file.write_all_at(bytes, offset)
+            .map_err(|source| PagesError::Write { offset, source })?;
+        hasher.update(bytes);
+    }
+    chunk.crc = hasher.finalize();
+    Ok(chunk)
+}
+
+#[cfg(test)]
+mod tests;

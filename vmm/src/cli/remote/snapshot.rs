@@ -1,0 +1,124 @@
+//! `vireo snapshot`.
+
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use api::EventKind;
+use api::client::{Client, ClientError};
+use api::wire::VmSnapshotConfig;
+use clap::{Args, Subcommand};
+
+use super::super::Misuse;
+use super::super::image::interrupt;
+use super::super::image::progress::Progress;
+use super::super::target::SocketFlag;
+use super::watch::Watch;
+use super::{print, print_json};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vireo snapshot create web /srv/snapshots/web-1
+      Then: vireo run --restore /srv/snapshots/web-1";
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  vireo snapshot create web /srv/snapshots/web-1
+      Then: vireo run --restore /srv/snapshots/web-1
+  vireo snapshot create --api-socket /tmp/vm.sock before-update --json";
+
+/// How often it is looked whether the snapshot is there, also when no event tells.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long it may take: the machine's end and Ctrl-C end it before.
+const PATIENCE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The kind of its job.
+const KIND: &str = "snapshot";
+
+#[derive(Debug, Subcommand)]
+pub(in crate::cli) enum SnapshotVerb {
+    /// Write memory, processors and devices into a directory
+    ///
+    /// A machine that runs is paused until it is written. Its disks are not part of it. Ctrl-C cancels it, and leaves no
+    /// snapshot.
+    #[command(after_help = CREATE_EXAMPLES)]
+    Create(CreateArgs),
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct CreateArgs {
+    /// Name of the machine, and the directory to write, which holds no snapshot
+    #[arg(value_names = ["NAME", "DIR"], num_args = 1..=2, required = true)]
+    words: Vec<String>,
+    #[command(flatten)]
+    socket: SocketFlag,
+    /// Print JSON, for programs, and no progress
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(verb: SnapshotVerb) -> anyhow::Result<()> {
+    match verb {
+        SnapshotVerb::Create(arguments) => create(arguments),
+    }
+}
+
+fn create(arguments: CreateArgs) -> anyhow::Result<()> {
+    let (mut remote, [directory]) = arguments
+        .socket
+        .connect_and_split(arguments.words, ["DIR"])?;
+    let path = std::path::absolute(&directory).with_context(|| format!("DIR {directory}"))?;
+    let Some(name) = path.to_str() else {
+        return Err(Misuse(format!("DIR {directory}: its path is no UTF-8")).into());
+    };
+    let destination_url = format!("file://{name}");
+    // Before the job begins: what becomes of it is not missed.
+    let watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
+    let asking = remote.connect_further(|client| Client::connect_within(client.path(), PATIENCE));
+    let mut asking = asking.map_err(|error| remote.failed(error))?;
+    let request = VmSnapshotConfig { destination_url };
+    let client = &mut remote.client;
+    let written = thread::scope(|scope| {
+        let asked = scope.spawn(|| asking.snapshot(&request));
+        follow(watch, client, arguments.json, || asked.is_finished())?;
+        let gone = |_| anyhow::anyhow!("the thread that asks has failed");
+        asked.join().map_err(gone)
+    })?;
+    written.map_err(|error| remote.failed(error))?;
+    if arguments.json {
+        return print_json(&serde_json::json!({ "directory": name }));
+    }
+    print(&format!("{} is written\n", path.display()))
+}
+
+/// Shows how far it is until it is `done`. Ctrl-C cancels it.
+fn follow(
+    mut watch: Watch,
+    client: &mut Client,
+    quiet: bool,
+    done: impl Fn() -> bool,
+) -> anyhow::Result<()> {
+    let interrupted = interrupt::flag()?;
+    let progress = Progress::new(false, quiet);
+    let mut job = None;
+    while !done() {
+        let told: Result<_, ClientError> = watch.next(Instant::now() + LOOK);
+        if watch.has_ended() {
+            // The answer tells why.
+            break;
+        }
+        if let Some(EventKind::Job { info }) = told?.and_then(|t| t.event()).map(|e| e.kind)
+            && info.kind == KIND
+        {
+            progress.advance(info.done, info.total);
+            job = Some(info.id);
+        }
+        if interrupted.load(Ordering::Relaxed)
+            && let Some(id) = job.take()
+        {
+            // It may just have ended.
+            let _ = client.cancel_job(&id);
+        }
+    }
+    progress.finish();
+    Ok(())
+}

@@ -1,0 +1,205 @@
+//! The command `vm.snapshot`: a job that writes the machine as it is into a directory.
+//!
+//! Memory and state are written and synced first, under names that no other snapshot has; the manifest that names them comes
+//! last. How the machine is paused, goes on and ends is of all captures ([`super::capture`]).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::machine::manifest::{FileEntry, Manifest, NAME, VERSION};
+use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, wire};
+use migration::SectionSet;
+use migration::pages::PageIndex;
+
+use serde_json::Value;
+
+use super::Driver;
+use super::capture::{Plan, path_of};
+use crate::config::{DeviceConfig, files};
+use crate::error::chain;
+use crate::machine::saved::machine_type;
+use crate::machine::snapshot::{SnapshotRam, index_section};
+use crate::machine::{MachineError, fault};
+use crate::monitor::JobHandle;
+use crate::opener::{NewFile, OpenError, Opener};
+
+/// The files of a snapshot that is being written. What is dropped leaves nothing.
+struct Files {
+    /// What tells it from other snapshots.
+    id: String,
+    memory: NewFile,
+    state: NewFile,
+    manifest: NewFile,
+}
+
+impl Files {
+    fn begin(opener: &Opener, directory: &Path, id: String) -> Result<Self, OpenError> {
+        opener.directory(directory)?;
+        let begin = |name: &str| opener.begin_file(&directory.join(name));
+        Ok(Self {
+            manifest: begin(NAME)?,
+            memory: begin(&memory_name(&id))?,
+            state: begin(&state_name(&id))?,
+            id,
+        })
+    }
+}
+
+fn memory_name(id: &str) -> String {
+    format!("{id}.memory")
+}
+
+fn state_name(id: &str) -> String {
+    format!("{id}.state")
+}
+
+/// 32 hexadecimal digits that no other snapshot has.
+fn new_id() -> Result<String, ControlError> {
+    let bytes: Result<[u8; 16], _> = crate::machine::payload::random();
+    let bytes = bytes.map_err(|error| error.to_control())?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+impl Driver {
+    /// Begins to write a snapshot, which a thread of its own makes. The answer comes when it is whole.
+    pub(super) fn snapshot(&mut self, request: wire::VmSnapshotConfig, answer: Answer) {
+        let begun = self.check_no_capture().and_then(|()| {
+            let wanted = "the absolute path of a directory";
+            let path = path_of(&request.destination_url, "destination_url", wanted)?;
+            Ok((path, new_id()?))
+        });
+        let (path, id) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return answer(Err(error)),
+        };
+        let (opener, place) = (Arc::clone(&self.tools.opener), path.clone());
+        let (models, own) = (self.tools.models, self.ears.consoles.reserved().clone());
+        let description = self.ears.description.as_ref();
+        let config = description.map(|description| description.config.clone());
+        let open = move || {
+            if let Some(config) = config {
+                files::check_dump(&config, models, &opener, &own, &place.join(NAME))
+                    .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+            }
+            Files::begin(&opener, &place, id)
+                .map_err(|error| ControlError::from_error(fault::of(&error), &error))
+        };
+        let answer = self.asides.wait_with(answer);
+        let started = self.beside("open", open, move |driver, files| {
+            let begun = files.and_then(|files| driver.snapshot_into(files, path, request, answer));
+            if let Err(error) = begun {
+                driver.asides.answer(answer, Err(error));
+            }
+        });
+        if let Err(error) = started {
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
+    /// The second half of [`Driver::snapshot`]. Who waits with `answer` hears of the end.
+    fn snapshot_into(
+        &mut self,
+        files: Files,
+        path: PathBuf,
+        request: wire::VmSnapshotConfig,
+        answer: u64,
+    ) -> Result<Reply, ControlError> {
+        let saved = self.check_devices();
+        saved
+            .and_then(|()| self.machine.check_saved_form())
+            .map_err(|error| error.to_control())?;
+        let memory = SnapshotRam(self.machine.memory_map());
+        let ranges = SnapshotRam::ranges_of(&memory.0);
+        let plan = Plan {
+            kind: "snapshot",
+            reason: PauseReason::Snapshot,
+            path: path.clone(),
+            total: ranges.iter().map(|(_, len)| len).sum(),
+            answer: Some(answer),
+        };
+        self.capture(&Command::Snapshot(request), plan, move |driver| {
+            let set = driver.machine.save();
+            let set = set.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
+            let config = driver.described()?;
+            Ok(Box::new(move |job| {
+                let written = write(job, files, &memory, set, config);
+                written.map_err(|error| format!("{}: {error}", path.display()))
+            }))
+        })
+    }
+
+    /// What another program serves is not known here in full.
+    fn check_devices(&self) -> Result<(), MachineError> {
+        let description = self.ears.description.as_ref();
+        let mut devices = description.iter().flat_map(|d| &d.config.devices);
+        if devices.any(is_served) {
+            let what = "a device that another program serves over vhost-user";
+            return Err(MachineError::NotYetSaved { what });
+        }
+        Ok(())
+    }
+
+    /// The description, from which the machine is built again.
+    fn described(&self) -> Result<Value, ControlError> {
+        let description = self.ears.description.as_ref();
+        let description = description.ok_or_else(crate::machine::inbox::ended)?;
+        serde_json::to_value(&description.config)
+            .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
+    }
+}
+
+/// Whether another program serves the device.
+fn is_served(device: &DeviceConfig) -> bool {
+    device.kind == virtio::models::fs::MODEL.kind
+        || device.config.get("vhost_user") == Some(&Value::Bool(true))
+}
+
+/// Does the job; the snapshot is there when all is well, and nothing is otherwise.
+fn write(
+    job: &mut JobHandle,
+    files: Files,
+    memory: &SnapshotRam,
+    mut set: SectionSet,
+    config: Value,
+) -> Result<(), String> {
+    let Files {
+        id,
+        memory: pages,
+        state,
+        manifest,
+    } = files;
+    let total = job.info().total;
+    let mut step = |done| {
+        job.progress(done, total);
+        !job.is_cancelled()
+    };
+    let index = PageIndex::write(pages.file(), memory, &mut step);
+    let index = index.map_err(|error| chain(&error))?;
+    set.push(index_section(&index).map_err(|error| chain(&error))?);
+    let bytes = set.to_bytes();
+    let entry = |file: String, bytes: u64| FileEntry { file, bytes };
+    let text = Manifest {
+        vireo_snapshot: VERSION.to_owned(),
+        machine: machine_type().to_owned(),
+        config,
+        state: entry(state_name(&id), bytes.len() as u64),
+        memory: entry(memory_name(&id), length(&pages)?),
+        id,
+    }
+    .to_bytes();
+    put(&state, &bytes)?;
+    put(&manifest, &text)?;
+    let kept = pages.keep().and_then(|()| state.keep());
+    // What has no manifest is no snapshot.
+    kept.and_then(|()| manifest.keep())
+        .map_err(|error| chain(&error))
+}
+
+fn put(file: &NewFile, bytes: &[u8]) -> Result<(), String> {
+    std::io::Write::write_all(&mut file.file(), bytes).map_err(|error| error.to_string())
+}
+
+fn length(file: &NewFile) -> Result<u64, String> {
+    let facts = file.file().metadata();
+    facts.map(|facts| facts.len()).map_err(|e| e.to_string())
+}

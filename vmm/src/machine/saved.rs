@@ -1,0 +1,246 @@
+//! A snapshot that is opened, to build its machine from it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
+use api::{ControlError, ErrorKind};
+use migration::pages::PagesError;
+use migration::{RestoreError, SectionSet};
+use virtio::memory::GuestMap;
+use virtio::models::MODELS;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::fault;
+use super::snapshot::{SnapshotRam, take_index};
+use crate::config::{HostLimits, VmConfig};
+use crate::error::chain;
+use crate::layout;
+use crate::opener::{OpenError, Opener};
+
+/// The most bytes of state that are read. A vCPU's is 8 KiB, a device's less, but for the screen's memory.
+const STATE: u64 = 512 << 20;
+
+/// Why a machine is not as its snapshot says.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreFailure {
+    /// A file is not there or cannot be read.
+    #[error("the snapshot in {}", directory.display())]
+    Open {
+        /// The snapshot's directory.
+        directory: PathBuf,
+        /// What failed, naming the path.
+        #[source]
+        source: OpenError,
+    },
+    /// There is no manifest.
+    #[error("{} holds no snapshot: there is no {NAME}", directory.display())]
+    Nothing {
+        /// The directory.
+        directory: PathBuf,
+    },
+    /// The manifest is refused.
+    #[error("{}", path.display())]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ManifestError,
+    },
+    /// The machine's description in it is none.
+    #[error("{}: config: {reason}", path.display())]
+    Config {
+        /// The manifest.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A file has not the length that the manifest says.
+    #[error("{} has {found} bytes, not the {stated} that {NAME} says: the snapshot is damaged", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found: u64,
+        /// What the manifest says.
+        stated: u64,
+    },
+    /// The state is refused.
+    #[error("{}", path.display())]
+    State {
+        /// The file, or the directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: RestoreError,
+    },
+    /// Memory is refused.
+    #[error("{}", path.display())]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PagesError,
+    },
+}
+
+impl RestoreFailure {
+    /// The same for those who asked over the control interface.
+    #[must_use]
+    pub fn to_control(&self) -> ControlError {
+        let kind = match self {
+            Self::Open { source, .. } => fault::of(source),
+            Self::Nothing { .. } => ErrorKind::NotFound,
+            _ => ErrorKind::Invalid,
+        };
+        ControlError::from_error(kind, self)
+    }
+}
+
+/// The machine type of this build.
+#[must_use]
+pub fn machine_type() -> &'static str {
+    crate::smbios::MACHINE
+}
+
+/// A snapshot that has been opened. Its memory has not been looked at yet.
+pub struct Saved {
+    directory: PathBuf,
+    /// The description of its machine.
+    pub config: VmConfig,
+    set: SectionSet,
+    memory: (PathBuf, File, u64),
+}
+
+impl Saved {
+    /// Opens the snapshot in `directory`. It is not trusted.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreFailure`].
+    pub fn open(directory: &Path, opener: &Opener) -> Result<Self, RestoreFailure> {
+        let failed = |source| RestoreFailure::Open {
+            directory: directory.to_owned(),
+            source,
+        };
+        let path = directory.join(NAME);
+        let bytes = match opener.read_document(&path, LIMIT) {
+            Err(OpenError::System { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                let directory = directory.to_owned();
+                return Err(RestoreFailure::Nothing { directory });
+            }
+            bytes => bytes.map_err(failed)?,
+        };
+        let manifest = Manifest::parse(&bytes, machine_type()).map_err(|source| {
+            let path = path.clone();
+            RestoreFailure::Manifest { path, source }
+        })?;
+        let refused = |reason: String| RestoreFailure::Config { path, reason };
+        let config: Result<VmConfig, _> = serde_json::from_value(manifest.config);
+        let config = config.map_err(|error| error.to_string());
+        let config = config.and_then(|mut config| {
+            config.complete(MODELS);
+            let valid = config.validate(MODELS, &HostLimits::read());
+            valid.map(|()| config).map_err(|error| chain(&error))
+        });
+        let config = config.map_err(refused)?;
+        let state = directory.join(&manifest.state.file);
+        let bytes = opener.read_document(&state, STATE).map_err(failed)?;
+        check_length(&state, bytes.len() as u64, manifest.state.bytes)?;
+        let set = SectionSet::from_bytes(&bytes).map_err(|source| RestoreFailure::State {
+            path: state,
+            source,
+        })?;
+        let memory = directory.join(&manifest.memory.file);
+        let file = opener.open_input(&memory).map_err(failed)?;
+        let facts = file.metadata().map_err(|source| RestoreFailure::Memory {
+            path: memory.clone(),
+            source: PagesError::Read { offset: 0, source },
+        })?;
+        check_length(&memory, facts.len(), manifest.memory.bytes)?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            config,
+            set,
+            memory: (memory, file, facts.len()),
+        })
+    }
+
+    /// Fills `ram`, which reads as zeros, and gives the guest the new `generation` id. What is left is the state of all else.
+    /// `needed` says whether to go on.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreFailure`].
+    pub fn fill(
+        self,
+        ram: &GuestMap,
+        generation: [u8; 16],
+        needed: &dyn Fn() -> bool,
+    ) -> Result<SavedState, RestoreFailure> {
+        let Self {
+            directory,
+            mut set,
+            memory: (path, file, len),
+            ..
+        } = self;
+        let index = take_index(&mut set, &SnapshotRam::ranges_of(ram), len).map_err(|source| {
+            let path = directory.clone();
+            RestoreFailure::State { path, source }
+        })?;
+        let mut take = |address, bytes: &[u8]| {
+            ram.write_slice(bytes, GuestAddress(address))
+                .map_err(std::io::Error::other)
+        };
+        let address = GuestAddress(layout::memory::GENERATION_ID);
+        index
+            .read(&file, &mut take, &mut |_| needed())
+            .and_then(|()| {
+                let written = ram.write_slice(&generation, address);
+                written.map_err(|error| PagesError::Memory {
+                    address: address.0,
+                    source: std::io::Error::other(error),
+                })
+            })
+            .map_err(|source| RestoreFailure::Memory { path, source })?;
+        Ok(SavedState { directory, set })
+    }
+}
+
+/// What of a snapshot is not memory.
+pub struct SavedState {
+    directory: PathBuf,
+    pub(super) set: SectionSet,
+}
+
+impl SavedState {
+    /// Names the snapshot whose state `source` is about.
+    #[must_use]
+    pub fn failed(directory: PathBuf, source: RestoreError) -> RestoreFailure {
+        RestoreFailure::State {
+            path: directory,
+            source,
+        }
+    }
+
+    /// The state, and where it comes from.
+    #[must_use]
+    pub fn into_parts(self) -> (PathBuf, SectionSet) {
+        (self.directory, self.set)
+    }
+}
+
+fn check_length(path: &Path, found: u64, stated: u64) -> Result<(), RestoreFailure> {
+    if found == stated {
+        return Ok(());
+    }
+    Err(RestoreFailure::Length {
+        path: path.to_owned(),
+        found,
+        stated,
+    })
+}

@@ -1,0 +1,320 @@
+//! All of a machine's state as sections, and guest memory as a snapshot's file has it.
+//!
+//! # Contract
+//!
+//! * What is saved is what the configuration does not say: the state of all units, vCPUs, interrupt controllers and the
+//!   guest's clock, and with them the processors' features, which are compared when the state is restored.
+//! * The machine is paused: units are stopped and vCPUs idle. The same holds of the one that is restored, which was
+//!   built from the same configuration and has not run.
+//! * What is restored is not trusted.
+
+use std::io;
+
+use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
+use migration::pages::{PageIndex, Ram};
+use migration::{RestoreError, SaveError, SavedState, Section, SectionSet};
+use serde::{Deserialize, Serialize};
+use virtio::memory::GuestMap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Machine, MachineError};
+use crate::error::chain;
+use crate::kvm::IrqchipState;
+use crate::kvm::vcpu::VcpuV1;
+use crate::layout::ged_event;
+
+/// The unit that stands for the machine as a whole.
+const MACHINE: &str = "machine";
+
+/// What the processors can do: KVM's structures as its binary interface has them.
+#[derive(Serialize, Deserialize)]
+struct ProcessorsV1 {
+    /// How many there are.
+    count: u32,
+    /// What CPUID answers, without what differs from one to the other.
+    cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+impl SavedState for ProcessorsV1 {
+    const SCHEMA: &'static str = "processors";
+    const VERSION: u16 = 1;
+}
+
+/// The guest's clock.
+#[derive(Serialize, Deserialize)]
+struct ClockV1 {
+    /// kvmclock, in nanoseconds.
+    nanoseconds: u64,
+}
+
+impl SavedState for ClockV1 {
+    const SCHEMA: &'static str = "kvm-clock";
+    const VERSION: u16 = 1;
+}
+
+/// Guest memory as a snapshot sees it.
+pub struct SnapshotRam(pub GuestMap);
+
+impl SnapshotRam {
+    /// The ranges of a machine's RAM.
+    #[must_use]
+    pub fn ranges_of(memory: &GuestMap) -> Vec<(u64, u64)> {
+        memory
+            .iter()
+            .map(|region| (region.start_addr().0, region.len()))
+            .collect()
+    }
+}
+
+impl Ram for SnapshotRam {
+    fn ranges(&self) -> Vec<(u64, u64)> {
+        Self::ranges_of(&self.0)
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let read = self.0.read_slice(bytes, GuestAddress(address));
+        read.map_err(io::Error::other)
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        let written = self.0.write_slice(bytes, GuestAddress(address));
+        written.map_err(io::Error::other)
+    }
+}
+
+/// The section that tells what is in a file of guest memory.
+///
+/// # Errors
+///
+/// [`SaveError::Encode`].
+pub fn index_section(index: &PageIndex) -> Result<Section, SaveError> {
+    Section::encode(MACHINE, index)
+}
+
+/// Takes the index of guest memory out of `set`, seen to be of memory with `ranges` in a file of `file_len` bytes.
+///
+/// # Errors
+///
+/// [`RestoreError`].
+pub fn take_index(
+    set: &mut SectionSet,
+    ranges: &[(u64, u64)],
+    file_len: u64,
+) -> Result<PageIndex, RestoreError> {
+    let index: PageIndex = take(set)?;
+    index.check(ranges, file_len)?;
+    Ok(index)
+}
+
+fn take<T: SavedState>(set: &mut SectionSet) -> Result<T, RestoreError> {
+    set.take(MACHINE, T::SCHEMA)?.decode()
+}
+
+fn vcpu_unit(index: usize) -> String {
+    format!("vcpu{index}")
+}
+
+impl Machine {
+    /// Takes all state but memory's. The machine is paused.
+    ///
+    /// # Errors
+    ///
+    /// [`SaveError`] of what does not tell its state.
+    pub fn save(&self) -> Result<SectionSet, SaveError> {
+        let unreadable = |unit: &str, reason: String| SaveError::Unreadable {
+            unit: unit.to_owned(),
+            reason,
+        };
+        let mut set = self.save_units()?;
+        let count = self.vcpus.count();
+        set.push(Section::encode(
+            MACHINE,
+            &ProcessorsV1 {
+                count: u32::try_from(count).unwrap_or(u32::MAX),
+                cpuid: self.power_on.cpuid.clone(),
+            },
+        )?);
+        for index in 0..count {
+            let unit = vcpu_unit(index);
+            let msrs = self.power_on.msrs.clone();
+            let asked = self.vcpus.ask(index, move |vcpu| vcpu.save(&msrs));
+            let saved = match asked {
+                Some(saved) => saved.map_err(|error| unreadable(&unit, chain(&error)))?,
+                None => return Err(unreadable(&unit, "its thread has ended".to_owned())),
+            };
+            set.push(Section::encode(&unit, &saved)?);
+        }
+        let irqchip = self.vm.irqchip_state();
+        let irqchip = irqchip.map_err(|error| unreadable("irqchip", chain(&error)))?;
+        set.push(Section::encode(MACHINE, &irqchip)?);
+        let clock = self.clock.map_or_else(|| self.vm.clock(), Ok);
+        let clock = clock.map_err(|error| unreadable("clock", chain(&error)))?;
+        let nanoseconds = clock.clock;
+        set.push(Section::encode(MACHINE, &ClockV1 { nanoseconds })?);
+        Ok(set)
+    }
+
+    /// Puts state into the machine, whose memory has been restored. It is dropped on failure.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError`], also when a section is left over.
+    pub fn restore(&mut self, mut set: SectionSet) -> Result<(), RestoreError> {
+        self.check_processors(&take(&mut set)?)?;
+        let irqchip: IrqchipState = take(&mut set)?;
+        irqchip.check()?;
+        let ClockV1 { nanoseconds } = take(&mut set)?;
+        let mut vcpus = Vec::new();
+        for index in 0..self.vcpus.count() {
+            let section = set.take(&vcpu_unit(index), VcpuV1::SCHEMA)?;
+            vcpus.push(section.decode::<VcpuV1>()?);
+        }
+        self.restore_units(set)?;
+        let invalid = |reason: String| RestoreError::Invalid {
+            schema: IrqchipState::SCHEMA,
+            reason,
+        };
+        self.vm
+            .set_irqchip_state(&irqchip)
+            .map_err(|error| invalid(chain(&error)))?;
+        for (index, saved) in vcpus.into_iter().enumerate() {
+            let restored = self.vcpus.ask(index, move |vcpu| vcpu.restore(saved));
+            restored.unwrap_or_else(|| Err(invalid("a vCPU's thread has ended".to_owned())))?;
+        }
+        // The generation id in memory is another one.
+        self.platform.raise(ged_event::GENERATION_ID);
+        self.clock = Some(kvm_clock_data {
+            clock: nanoseconds,
+            ..kvm_clock_data::default()
+        });
+        Ok(())
+    }
+
+    /// The guest goes on with the processors that it has seen, or not at all.
+    fn check_processors(&self, saved: &ProcessorsV1) -> Result<(), RestoreError> {
+        let invalid = |reason: String| {
+            Err(RestoreError::Invalid {
+                schema: ProcessorsV1::SCHEMA,
+                reason,
+            })
+        };
+        let ProcessorsV1 { count, cpuid } = saved;
+        let here = self.vcpus.count();
+        if usize::try_from(*count) != Ok(here) {
+            return invalid(format!("it has {count} of them; the machine has {here}"));
+        }
+        match difference(cpuid, &self.power_on.cpuid) {
+            None => Ok(()),
+            Some(text) => invalid(text),
+        }
+    }
+
+    /// Why the machine, as it is now, cannot be saved and built again from its description.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::NotYetSaved`].
+    pub fn check_saved_form(&self) -> Result<(), MachineError> {
+        let unlike = |what| Err(MachineError::NotYetSaved { what });
+        if self.plugged.is_some() {
+            return unlike("memory that is plugged by virtio-mem");
+        }
+        let (vcpus, ram) = self.power_on.size;
+        if self.vcpus.present().len() != vcpus
+            || self.vcpus.count() != vcpus
+            || self.ram.size() != ram
+        {
+            return unlike("vCPUs or memory that were added or removed while it ran");
+        }
+        Ok(())
+    }
+}
+
+/// What differs first between two sets of CPUID leaves.
+fn difference(saved: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> Option<String> {
+    let key = |e: &kvm_cpuid_entry2| (e.function, e.index);
+    let value = |e: &kvm_cpuid_entry2| [e.eax, e.ebx, e.ecx, e.edx];
+    let name = |(leaf, subleaf): (u32, u32)| format!("CPUID leaf {leaf:#x}, subleaf {subleaf}");
+    let one_way = |from: &[kvm_cpuid_entry2], to: &[kvm_cpuid_entry2]| {
+        let missing = from.iter().find(|e| !to.iter().any(|o| key(o) == key(e)));
+        missing.map(|entry| name(key(entry)))
+    };
+    if let Some(leaf) = one_way(saved, here) {
+        return Some(format!("the guest has {leaf}, and this host has not"));
+    }
+    if let Some(leaf) = one_way(here, saved) {
+        return Some(format!("this host has {leaf}, and the guest has not"));
+    }
+    saved.iter().find_map(|entry| {
+        let other = here.iter().find(|other| key(other) == key(entry))?;
+        let registers = ["EAX", "EBX", "ECX", "EDX"];
+        let both = value(entry).into_iter().zip(value(other));
+        let (register, (was, is)) = registers
+            .into_iter()
+            .zip(both)
+            .find(|(_, (was, is))| was != is)?;
+        Some(format!(
+            "{}: {register} is {was:#x} for the guest and {is:#x} on this host",
+            name(key(entry))
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, ecx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            ecx,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn clock_and_processors_are_restored_from_their_bytes() {
+        let mut set = SectionSet::default();
+        let nanoseconds = u64::MAX - 1;
+        set.push(Section::encode(MACHINE, &ClockV1 { nanoseconds }).unwrap());
+        let saved = ProcessorsV1 {
+            count: 3,
+            cpuid: vec![leaf(1, 0, 5), leaf(0x8000_0001, 0, 7)],
+        };
+        set.push(Section::encode(MACHINE, &saved).unwrap());
+        let mut read = SectionSet::from_bytes(&set.to_bytes()).unwrap();
+        let clock: ClockV1 = take(&mut read).unwrap();
+        let processors: ProcessorsV1 = take(&mut read).unwrap();
+        read.finish().unwrap();
+        assert_eq!((clock.nanoseconds, processors.count), (nanoseconds, 3));
+        assert_eq!(difference(&processors.cpuid, &saved.cpuid), None);
+    }
+
+    #[test]
+    fn processors_that_differ_are_told_by_leaf_and_register() {
+        let set = [leaf(1, 0, 5), leaf(7, 1, 6)];
+        assert_eq!(difference(&set, &set), None);
+        assert_eq!(difference(&set, &[set[1], set[0]]), None);
+        for (saved, here, words) in [
+            (
+                &set[..],
+                &set[..1],
+                "the guest has CPUID leaf 0x7, subleaf 1",
+            ),
+            (
+                &set[..1],
+                &set[..],
+                "this host has CPUID leaf 0x7, subleaf 1",
+            ),
+            (
+                &set[..],
+                &[set[0], leaf(7, 1, 4)][..],
+                "subleaf 1: ECX is 0x6 for the guest and 0x4 on this host",
+            ),
+        ] {
+            let text = difference(saved, here).unwrap();
+            assert!(text.contains(words), "{text}");
+        }
+    }
+}

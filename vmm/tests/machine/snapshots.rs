@@ -1,0 +1,345 @@
+//! Machines that are written into a directory and go on from there, as a guest sees it that counts in its memory.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::channel;
+
+use api::client::Client;
+use api::wire::{JobState, RestoreConfig, VmInfoState, VmResize, VmSnapshotConfig};
+use api::{Command as Ask, Control, Reason, VmState};
+use serde_json::{Value, json};
+use vmm::machine::inbox::Message;
+
+use crate::support::{Local, Served, Vireo, can_run, config, until};
+
+const FLAGS: [&str; 6] = [
+    "--cpus",
+    "2",
+    "--serial",
+    "tty",
+    "--disk",
+    "path={dir}/disk,id=d",
+];
+
+/// A machine that counts; its serial port is this test's pipes.
+fn counting() -> Served {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("disk"))
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let mut machine = Served::start_in(dir, "count", "mib=16", &FLAGS);
+    machine.vireo.stdout.wait_for("pages=4096\n");
+    machine
+}
+
+fn url(path: &Path) -> String {
+    format!("file://{}", path.display())
+}
+
+fn save(machine: &Served, path: &Path) -> Result<(), api::client::ClientError> {
+    let destination_url = url(path);
+    machine
+        .client()
+        .snapshot(&VmSnapshotConfig { destination_url })
+}
+
+fn tell(vireo: &mut Vireo, letter: &[u8]) {
+    vireo.stdin.as_mut().unwrap().write_all(letter).unwrap();
+}
+
+/// How far the guest is, whose memory is as it should be and which has told so `times` times.
+fn ask(vireo: &mut Vireo, times: u32) -> u64 {
+    tell(vireo, b"c");
+    let end = format!(" wrong=0 answer={times}\n");
+    let text = vireo.stdout.wait_for(&end);
+    let (number, _) = text.rsplit_once(&end).unwrap();
+    let (_, number) = number.rsplit_once("count=").unwrap();
+    number.parse().unwrap()
+}
+
+fn vireo(arguments: &[&str]) -> Vireo {
+    Vireo::spawn(Command::new(env!("CARGO_BIN_EXE_vireo")).args(arguments))
+}
+
+fn names(directory: &Path) -> Vec<PathBuf> {
+    let mut all: Vec<_> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    all.sort();
+    all
+}
+
+fn manifest(directory: &Path) -> Value {
+    serde_json::from_slice(&fs::read(directory.join("manifest.json")).unwrap()).unwrap()
+}
+
+/// The only file of the snapshot whose name ends so.
+fn file(directory: &Path, end: &str) -> PathBuf {
+    let mut all = names(directory).into_iter();
+    let found = all.find(|path| path.to_str().unwrap().ends_with(end));
+    found.unwrap()
+}
+
+/// A snapshot of a machine that has ended, in a directory that goes with the first.
+fn snapshot() -> (tempfile::TempDir, PathBuf) {
+    let Served { mut vireo, dir } = {
+        let mut machine = counting();
+        ask(&mut machine.vireo, 1);
+        save(&machine, &machine.path("s")).unwrap();
+        machine
+    };
+    tell(&mut vireo, b"q");
+    vireo.ends_with(0);
+    let path = dir.path().join("s");
+    (dir, path)
+}
+
+#[test]
+fn a_machine_goes_on_from_its_snapshot_where_it_was() {
+    if !can_run() {
+        return;
+    }
+    let mut machine = counting();
+    let before = ask(&mut machine.vireo, 1);
+    let path = machine.path("deep/s");
+    save(&machine, &path).unwrap();
+    let files = names(&path);
+    assert_eq!(files.len(), 3, "{files:?}");
+    for name in &files {
+        let mode = fs::metadata(name).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name:?}");
+    }
+    // The first goes on, too.
+    let after = ask(&mut machine.vireo, 2);
+    assert!(after > before);
+    tell(&mut machine.vireo, b"q");
+    machine.vireo.ends_with(0);
+
+    let mut again = vireo(&["run", "--restore", path.to_str().unwrap()]);
+    let restored = ask(&mut again, 2);
+    assert!(restored > before, "{restored} {before}");
+    tell(&mut again, b"q");
+    again.ends_with(0);
+}
+
+#[test]
+fn clients_of_v1_save_a_paused_machine_and_restore_it_paused() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let socket = dir.path().join("other.sock");
+    let mut other = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
+    let mut client = until("the socket", || Client::connect(&socket).ok());
+    let request = RestoreConfig::of(url(&path));
+    client.restore(&request).unwrap();
+    assert_eq!(client.info().unwrap().state, VmInfoState::Paused);
+    let refused = client.restore(&request).unwrap_err();
+    assert!(refused.to_string().contains("already created"), "{refused}");
+    // It is saved again as it is.
+    let second = dir.path().join("t");
+    let destination_url = url(&second);
+    client
+        .snapshot(&VmSnapshotConfig { destination_url })
+        .unwrap();
+    assert_eq!(client.info().unwrap().state, VmInfoState::Paused);
+    assert_ne!(manifest(&path)["id"], manifest(&second)["id"]);
+    client.resume().unwrap();
+    ask(&mut other, 2);
+    client.delete().unwrap();
+    assert!(client.info().is_err(), "nothing is left");
+}
+
+/// What a client hears of a snapshot that it restores, and that there is no machine then.
+fn refused(directory: &Path) -> String {
+    let socket = directory.join("refused.sock");
+    let mut other = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
+    let mut client = until("the socket", || Client::connect(&socket).ok());
+    let request = RestoreConfig::of(url(&directory.join("s")));
+    let told = client.restore(&request).unwrap_err().to_string();
+    let info = client.info().unwrap_err();
+    assert_eq!(info.reason(), Some(Reason::NotCreated), "{info}");
+    other.signal("TERM");
+    other.ends_with(0);
+    told
+}
+
+/// Changes a byte in the middle of a file, puts it back afterwards, and tells what was heard in between.
+fn altered(directory: &Path, path: &Path) -> String {
+    let before = fs::read(path).unwrap();
+    let mut after = before.clone();
+    let data = after.iter().position(|byte| *byte != 0).unwrap();
+    let middle = data + (after.len() - data).min(4000) / 2;
+    after[middle] ^= 0x40;
+    fs::write(path, after).unwrap();
+    let told = refused(directory);
+    fs::write(path, before).unwrap();
+    told
+}
+
+#[test]
+fn a_snapshot_that_is_not_whole_is_refused_by_name_and_nothing_is_left() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let here = dir.path();
+    let (memory, state) = (file(&path, ".memory"), file(&path, ".state"));
+    let manifest = path.join("manifest.json");
+    for (file, words) in [
+        (&memory, "the memory at"),
+        (&state, "is damaged: its checksum"),
+    ] {
+        let told = altered(here, file);
+        assert!(
+            told.contains(words) && told.contains(file.to_str().unwrap()),
+            "{told}"
+        );
+    }
+    for file in [&memory, &state] {
+        let before = fs::read(file).unwrap();
+        fs::write(file, &before[..before.len() - 1]).unwrap();
+        let told = refused(here);
+        assert!(told.contains("the snapshot is damaged"), "{told}");
+        fs::remove_file(file).unwrap();
+        let told = refused(here);
+        assert!(told.contains(file.to_str().unwrap()), "{told}");
+        fs::write(file, before).unwrap();
+    }
+    let text = fs::read_to_string(&manifest).unwrap();
+    for (found, replaced, words) in [
+        ("\"0.1\"", "\"0.9\"", "format 0.9"),
+        ("vireo-dev", "vireo-9", "machine type vireo-9"),
+        (
+            "\"size\": 67108864",
+            "\"size\": 33554432",
+            "the machine has 0x2000000",
+        ),
+        ("\"boot\": 2", "\"boot\": 1", "2 of them; the machine has 1"),
+        ("\"boot\": 2", "\"boot\": 0", "config"),
+        ("\"id\": \"d\"", "\"id\": \"e\"", "section for e"),
+        (
+            ".memory\"",
+            ".memory/../x\"",
+            "not the name of a file beside",
+        ),
+    ] {
+        assert!(text.contains(found), "{found}");
+        fs::write(&manifest, text.replacen(found, replaced, 1)).unwrap();
+        let told = refused(here);
+        assert!(told.contains(words), "{told}");
+    }
+    fs::remove_file(&manifest).unwrap();
+    let told = refused(here);
+    assert!(told.contains("holds no snapshot"), "{told}");
+}
+
+#[test]
+fn two_machines_never_write_one_disk_and_a_directory_holds_one_snapshot() {
+    if !can_run() {
+        return;
+    }
+    let mut machine = counting();
+    ask(&mut machine.vireo, 1);
+    let path = machine.path("s");
+    save(&machine, &path).unwrap();
+    let mut second = vireo(&["run", "--restore", path.to_str().unwrap()]);
+    second.ends_with(1);
+    let told = second.stderr.rest();
+    assert!(told.contains("/disk"), "{told}");
+    let before = names(&path);
+    let twice = save(&machine, &path).unwrap_err().to_string();
+    assert!(twice.contains("manifest.json"), "{twice}");
+    assert_eq!(names(&path), before);
+    let relative = VmSnapshotConfig {
+        destination_url: "file://s".to_owned(),
+    };
+    let told = machine.client().snapshot(&relative).unwrap_err();
+    assert_eq!(told.status(), Some(400), "{told}");
+    // It still runs.
+    ask(&mut machine.vireo, 2);
+    // With another disk in the place of the first, both do.
+    let other = machine.path("other");
+    File::create(&other).unwrap().set_len(1 << 20).unwrap();
+    let disk = format!("path={},id=d", other.display());
+    let place = format!("source_url=file://{},resume=off", path.display());
+    let socket = machine.path("second.sock");
+    let mut second = vireo(&[
+        "run",
+        "--restore",
+        &place,
+        "--disk",
+        &disk,
+        "--api-socket",
+        socket.to_str().unwrap(),
+    ]);
+    let mut client = until("the machine", || {
+        let mut client = Client::connect(&socket).ok()?;
+        (client.info().ok()?.state == VmInfoState::Paused).then_some(client)
+    });
+    client.resume().unwrap();
+    ask(&mut second, 2);
+    ask(&mut machine.vireo, 3);
+}
+
+#[test]
+fn what_a_snapshot_cannot_hold_yet_is_told_and_the_machine_goes_on() {
+    if !can_run() {
+        return;
+    }
+    let machine = Served::start(
+        "resize",
+        "",
+        &["--cpus", "boot=1,max=2", "--serial", "null"],
+    );
+    let mut client = machine.client();
+    client
+        .resize(&VmResize {
+            desired_vcpus: Some(2),
+            ..VmResize::default()
+        })
+        .unwrap();
+    let told = save(&machine, &machine.path("s")).unwrap_err();
+    assert_eq!(told.status(), Some(501), "{told}");
+    assert!(told.to_string().contains("vCPUs"), "{told}");
+    assert_eq!(client.info().unwrap().state, VmInfoState::Running);
+    assert!(names(&machine.path("s")).is_empty());
+}
+
+/// As large as fits, so that there is time to cancel it.
+#[test]
+fn a_snapshot_that_is_cancelled_leaves_nothing_and_the_machine_goes_on() {
+    if !can_run() {
+        return;
+    }
+    let more = json!({ "memory": { "size": 3_u64 << 30 } });
+    let machine = Local::boot(&config("poke", "outs halt", more));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let (sender, receiver) = channel();
+    let request = VmSnapshotConfig {
+        destination_url: url(&path),
+    };
+    let answer = Box::new(move |answer| drop(sender.send(answer)));
+    machine
+        .mailbox
+        .send(Message::Command(Ask::Snapshot(request), answer));
+    let job = until("the job", || machine.handle.jobs().into_iter().next());
+    // It may have ended by itself; it may not be both.
+    let cancelled = machine.handle.cancel_job(&job.id).is_ok();
+    let answer = receiver.recv().unwrap();
+    until("the guest to go on", || {
+        (machine.state().0 == VmState::Running).then_some(())
+    });
+    until("the end of the job", || {
+        let job = machine.handle.jobs().into_iter().next()?;
+        (!matches!(job.state, JobState::Running | JobState::Cancelling)).then_some(())
+    });
+    assert_eq!(cancelled, answer.is_err(), "{answer:?}");
+    assert_eq!(names(&path).is_empty(), cancelled);
+}
