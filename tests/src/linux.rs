@@ -9,6 +9,7 @@ mod consoles;
 mod driven;
 mod handled;
 mod network;
+mod saved;
 mod screen;
 mod shared;
 
@@ -226,6 +227,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(driven::whole_life(kernel));
         cases.push(consoles::all(kernel));
         cases.push(network::reaches_its_host(kernel));
+        cases.push(saved::goes_on(kernel));
     }
     // One generic kernel's driver of the screen is enough.
     if kernel.ends_with("cloud") || kernel == "6.12-generic" {

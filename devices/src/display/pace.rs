@@ -8,10 +8,14 @@ pub const QUICK: Duration = Duration::from_millis(16);
 const CALM: Duration = Duration::from_millis(66);
 /// Between two looks when nothing has happened for long.
 pub const IDLE: Duration = Duration::from_millis(250);
+/// Between two looks when nobody may be there at all.
+pub const DROWSY: Duration = Duration::from_secs(1);
 /// How long it is quick after a change or a key.
 const LATELY: Duration = Duration::from_millis(500);
 /// After how long without anything it is idle.
 const LONG: Duration = Duration::from_secs(3);
+/// After how long without anything it is drowsy.
+const VERY_LONG: Duration = Duration::from_secs(30);
 
 /// When the screen was looked at, and when something happened last.
 #[derive(Debug, Default)]
@@ -41,7 +45,8 @@ impl Pace {
         let interval = match still {
             _ if urgent || still < LATELY => QUICK,
             _ if still < LONG => CALM,
-            _ => IDLE,
+            _ if still < VERY_LONG => IDLE,
+            _ => DROWSY,
         };
         self.looked
             .map_or(now, |looked| looked.saturating_add(interval))
@@ -64,8 +69,8 @@ mod tests {
             pace.looked(now, false);
             looks += 1;
         }
-        assert_eq!(pace.due(now, false), now + IDLE);
-        assert!((240..330).contains(&looks), "{looks}");
+        assert_eq!(pace.due(now, false), now + DROWSY);
+        assert!((200..240).contains(&looks), "{looks}");
         pace.stir(now);
         assert_eq!(pace.due(now, false), now + QUICK);
     }
