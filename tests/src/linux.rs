@@ -218,6 +218,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(watchdog(kernel));
         cases.push(handled::typed_at_and_resized(kernel));
         cases.push(shared::has_directories(kernel));
+        cases.push(saved::goes_on(kernel));
         // The nested machine has its modules too.
         cases.push(bridged::share_a_bridge(kernel));
     }
@@ -227,7 +228,6 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(driven::whole_life(kernel));
         cases.push(consoles::all(kernel));
         cases.push(network::reaches_its_host(kernel));
-        cases.push(saved::goes_on(kernel));
     }
     // One generic kernel's driver of the screen is enough.
     if kernel.ends_with("cloud") || kernel == "6.12-generic" {
