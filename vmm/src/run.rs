@@ -27,7 +27,7 @@ pub struct Endpoint {
     pub options: MonitorOptions,
 }
 
-/// Called once, on the control thread, when the guest runs for the first time; must not block.
+/// Called once, on the control thread, when the guest runs for the first time, or is restored and stays paused; must not block.
 pub type OnRunning = Box<dyn FnOnce() + Send>;
 
 /// Builds the machine, boots it, or has it begin as `saved` says, and waits for its end; with a control socket
@@ -69,15 +69,20 @@ pub fn serve(
     Ok(monitor.serve()?)
 }
 
-/// Has `running` called when the log tells that the guest runs.
+/// Has `running` called when the log tells that the guest runs, or is there and stays paused.
 fn when_running(events: &EventLog, running: OnRunning) -> Subscription {
     let waiting = Mutex::new(Some(running));
     let log = events.clone();
     events.subscribe(Arc::new(move || {
         let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let runs = |event: &Arc<Event>| {
-            let state = VmState::Running;
-            matches!(&event.kind, EventKind::State { state: now, .. } if *now == state)
+            matches!(
+                &event.kind,
+                EventKind::State {
+                    state: VmState::Running | VmState::Paused,
+                    ..
+                }
+            )
         };
         if waiting.is_some() && log.after(0, usize::MAX).iter().any(runs) {
             waiting.take().into_iter().for_each(|running| running());

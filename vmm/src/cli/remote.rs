@@ -92,7 +92,7 @@ pub(super) enum Verb {
     Resize(resize::ResizeArgs),
     /// Type on the keyboard of a machine
     ///
-    /// The machine needs a keyboard (--input keyboard), and its guest the driver for it.
+    /// Without --id the first virtio keyboard that has a driver gets the keys, else the PS/2 keyboard, which every machine has.
     #[command(after_help = keys::EXAMPLES)]
     SendKey(keys::SendKeyArgs),
     /// List, add, remove and change disks

@@ -7,8 +7,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
-use crate::config::VmConfig;
 use crate::config::flag::{self, FlagTable};
+use crate::config::{MemoryConfig, VmConfig};
 use crate::machine::saved::Saved;
 use crate::opener::Opener;
 
@@ -41,6 +41,14 @@ fn yes() -> bool {
     true
 }
 
+/// Why the snapshot's machine is not begun.
+pub(super) enum Refused {
+    /// The flag is wrong.
+    Flag(anyhow::Error),
+    /// The snapshot is.
+    Snapshot(anyhow::Error),
+}
+
 /// A snapshot that is opened, and what is to be done with it.
 pub(super) struct Restored {
     /// The machine as it was.
@@ -54,19 +62,122 @@ pub(super) struct Restored {
 /// # Errors
 ///
 /// What is wrong with the flag or with the snapshot.
-pub(super) fn open(text: &str, opener: &Arc<Opener>) -> anyhow::Result<Restored> {
+pub(super) fn open(text: &str, opener: &Arc<Opener>) -> Result<Restored, Refused> {
     let table = FlagTable {
         flag: "--restore",
         fields: FIELDS,
         shorthand: Some("source_url"),
     };
-    let keys = flag::parse(&table, text)?;
-    let RestoreFlag { source_url, resume } = serde_json::from_value(Value::Object(keys))?;
+    let keys = flag::parse(&table, text).map_err(|error| Refused::Flag(error.into()))?;
+    let read = serde_json::from_value(Value::Object(keys));
+    let RestoreFlag { source_url, resume } = read.map_err(|error| Refused::Flag(error.into()))?;
     let path = source_url.strip_prefix("file://").unwrap_or(&source_url);
-    let directory: PathBuf = std::path::absolute(Path::new(path))?;
-    let saved = Saved::open(&directory, opener)?;
+    let directory = std::path::absolute(Path::new(path));
+    let directory: PathBuf = directory.map_err(|error| Refused::Flag(error.into()))?;
+    let saved = Saved::open(&directory, opener);
+    let saved = saved.map_err(|error| Refused::Snapshot(error.into()))?;
     Ok(Restored {
         config: saved.config.clone(),
         saved: (saved, resume),
     })
+}
+
+/// Sees that `config`, which flags have changed, is still of the machine that was `saved`: what is replaced of it keeps its place.
+///
+/// # Errors
+///
+/// Names the flag that changes what the guest has seen.
+pub(super) fn keep(saved: &VmConfig, config: &mut VmConfig) -> anyhow::Result<()> {
+    let keeps = |flag: &str, what: &str| {
+        anyhow::anyhow!("{flag}: a machine that is restored keeps its {what}: leave the flag out")
+    };
+    let of_memory = |m: &MemoryConfig| (m.size, m.hotplug_size, m.hotplug_method);
+    if of_memory(&saved.memory) != of_memory(&config.memory) {
+        return Err(keeps("--memory", &format!("{} bytes", saved.memory.size)));
+    }
+    if saved.cpus != config.cpus {
+        return Err(keeps("--cpus", "processors"));
+    }
+    let fixed = |config: &VmConfig| (config.pvpanic, config.watchdog, config.display.is_some());
+    if fixed(saved) != fixed(config) {
+        return Err(keeps("--pvpanic, --watchdog, --display", "devices"));
+    }
+    for device in &mut config.devices {
+        let flag = format!("--{} (id {:?})", device.kind, device.id);
+        let Some(before) = saved.devices.iter().find(|other| other.id == device.id) else {
+            let ids: Vec<&str> = saved.devices.iter().map(|d| d.id.as_str()).collect();
+            anyhow::bail!(
+                "{flag}: the snapshot has no such device, but {}: give id= of the one to replace",
+                ids.join(", ")
+            );
+        };
+        if before.kind != device.kind {
+            anyhow::bail!("{flag}: the snapshot's is of kind {}", before.kind);
+        }
+        match (device.address, before.address) {
+            (Some(wanted), Some(slot)) if wanted != slot => {
+                anyhow::bail!(
+                    "{flag}: addr={wanted}: the snapshot has it in slot {slot}: leave addr out"
+                );
+            }
+            (_, slot) => device.address = slot,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use virtio::models::MODELS;
+
+    use super::*;
+
+    fn machine() -> VmConfig {
+        let mut config: VmConfig = serde_json::from_value(json!({
+            "payload": { "kernel": "/k" },
+            "devices": [
+                { "kind": "blk", "id": "d", "address": 4, "config": { "path": "/d" } },
+                { "kind": "rng", "id": "r", "address": 2 },
+            ],
+        }))
+        .unwrap();
+        config.complete(MODELS);
+        config
+    }
+
+    #[test]
+    fn a_device_that_replaces_another_keeps_its_place() {
+        let saved = machine();
+        let mut config = machine();
+        config.devices[0].address = None;
+        config.devices[0].config = json!({ "path": "/copy" });
+        keep(&saved, &mut config).unwrap();
+        assert_eq!(config.devices[0].address, Some(4));
+    }
+
+    #[test]
+    fn what_the_guest_has_seen_is_kept_and_the_flag_that_changes_it_named() {
+        type Change = fn(&mut VmConfig);
+        let changes: [(Change, &str); 6] = [
+            (
+                |c| c.memory.size *= 2,
+                "--memory: a machine that is restored keeps",
+            ),
+            (|c| c.cpus.boot = 2, "--cpus: a machine"),
+            (|c| c.watchdog = true, "--watchdog"),
+            (|c| c.devices[0].address = Some(9), "slot 4: leave addr out"),
+            (
+                |c| c.devices[0].id = "e".to_owned(),
+                "no such device, but d, r",
+            ),
+            (|c| c.devices[1].kind = "blk".to_owned(), "of kind rng"),
+        ];
+        for (change, words) in changes {
+            let mut config = machine();
+            change(&mut config);
+            let told = keep(&machine(), &mut config).unwrap_err().to_string();
+            assert!(told.contains(words), "{told}");
+        }
+    }
 }

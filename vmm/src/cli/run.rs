@@ -1,5 +1,6 @@
 //! `vireo run`: its flags, and how they become a configuration.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -390,15 +391,19 @@ pub(super) fn execute(
 ) -> Result<u8, Failure> {
     let restored = arguments.restore.as_ref();
     let restored = restored.map(|text| restore::open(text, &opener));
-    let restored = restored.transpose().map_err(Failure::Failed)?;
+    let restored = restored.transpose().map_err(|refused| match refused {
+        restore::Refused::Flag(error) => Failure::Usage(error.context("--restore")),
+        restore::Refused::Snapshot(error) => Failure::Failed(error),
+    })?;
     let (base, saved) = match (&arguments.config, restored) {
         (_, Some(restored)) => (restored.config, Some(restored.saved)),
         (Some(text), None) => (definition::load(text, &opener)?, None),
         (None, None) => (VmConfig::default(), None),
     };
     let detached = arguments.detach;
-    let (config, socket) =
-        configure(arguments, matches, base, MODELS, &opener).map_err(Failure::Usage)?;
+    let keeps = saved.is_some();
+    let configured = configure(arguments, matches, (base, keeps), MODELS, &opener);
+    let (config, socket) = configured.map_err(Failure::Usage)?;
     let config = from_anywhere(config, MODELS);
     start(config, socket, detached, opener, saved)
 }
@@ -421,6 +426,8 @@ pub(super) fn start(
     let endpoint = endpoint.map_err(Failure::Usage)?;
     if endpoint.place.is_none() {
         check_ends(&config).map_err(Failure::Usage)?;
+        let paused = saved.as_ref().is_some_and(|(_, resume)| !resume);
+        check_reach(&config, paused).map_err(Failure::Usage)?;
     }
     let mut running: Option<OnRunning> = None;
     if detached {
@@ -453,6 +460,19 @@ pub(super) fn check_ends(config: &VmConfig) -> anyhow::Result<()> {
     }
 }
 
+/// That what waits for somebody is within reach.
+fn check_reach(config: &VmConfig, paused: bool) -> anyhow::Result<()> {
+    let mend = "add --name NAME or --api-socket PATH";
+    if paused {
+        anyhow::bail!("--restore resume=off: nobody could reach the paused machine: {mend}");
+    }
+    let web = config.display.as_ref().is_some_and(|d| d.web.is_some());
+    if web && !std::io::stderr().is_terminal() {
+        anyhow::bail!("--display web=: nobody could learn its token: {mend}");
+    }
+    Ok(())
+}
+
 /// The same machine with paths that mean the same in every directory: clients read them.
 fn from_anywhere(config: VmConfig, models: &'static [Model]) -> VmConfig {
     // Where it cannot be told, nothing relative can be opened either.
@@ -468,17 +488,21 @@ fn from_anywhere(config: VmConfig, models: &'static [Model]) -> VmConfig {
     }
 }
 
-/// Makes the configuration, from `base` on, and checks it, files included.
+/// Makes the configuration, from `base` on, and checks it, files included. It `keeps` what a guest has seen of `base`.
 fn configure(
     arguments: RunArgs,
     matches: &ArgMatches,
-    base: VmConfig,
+    (base, keeps): (VmConfig, bool),
     models: &'static [Model],
     opener: &Opener,
 ) -> anyhow::Result<(VmConfig, SocketArgs)> {
+    let saved = keeps.then(|| base.clone());
     let mut config = base;
     let flags = Flags { matches, models };
     flags.apply(&arguments, &mut config)?;
+    if let Some(saved) = saved {
+        restore::keep(&saved, &mut config)?;
+    }
     if arguments.detach {
         flags.detach(&mut config)?;
     }

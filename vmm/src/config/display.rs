@@ -124,7 +124,9 @@ pub enum VncAddress {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VncAddressError {
     /// None of the forms.
-    #[error("'{text}' is no address: write HOST:PORT, :PORT (this host alone), or unix:PATH")]
+    #[error(
+        "'{text}' is no address: write HOST:PORT, :PORT (this host alone; PORT from 1 to 65535), or unix:PATH"
+    )]
     Form {
         /// What was given.
         text: String,

@@ -132,7 +132,7 @@ fn announce(place: &WebPlace) {
     match there {
         Some(url) => notice::tell(format_args!("the web console is at {url}")),
         None => notice::tell(format_args!(
-            "the web console is at {}; 'vireo info' shows its token",
+            "the web console is at {}; 'vireo info NAME' shows its token",
             console.address
         )),
     }

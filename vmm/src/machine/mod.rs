@@ -208,7 +208,7 @@ pub enum MachineError {
         id: String,
     },
     /// The machine has something that a snapshot cannot hold.
-    #[error("a snapshot cannot hold {what} yet")]
+    #[error("snapshots do not yet hold {what}: take what the manual names (snapshots.md)")]
     NotYetSaved {
         /// What it is.
         what: &'static str,

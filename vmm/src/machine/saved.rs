@@ -34,7 +34,7 @@ pub enum RestoreFailure {
         source: OpenError,
     },
     /// There is no manifest.
-    #[error("{} holds no snapshot: there is no {NAME}", directory.display())]
+    #[error("{} holds no snapshot: there is no {NAME}: check the path, or make one with 'vireo snapshot create'", directory.display())]
     Nothing {
         /// The directory.
         directory: PathBuf,

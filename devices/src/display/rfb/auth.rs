@@ -45,10 +45,10 @@ pub struct Password([u8; 8]);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum PasswordError {
     /// It would let everybody in.
-    #[error("the VNC password is empty; leave it out to let everybody in")]
+    #[error("the VNC password is empty: write one of 1 to 8 bytes into its file")]
     Empty,
     /// The rest would not count.
-    #[error("the VNC password has {0} bytes; the protocol looks at 8 and no more")]
+    #[error("the VNC password has {0} bytes; the protocol looks at 8 and no more: write 1 to 8")]
     Long(usize),
 }
 

@@ -13,13 +13,13 @@ use crate::config::wire::rate_limiter;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  vireo rng update web __rng bw_size=64K,bw_refill_time=1000
-  vireo rng update web __rng limits=off";
+  vireo rng update web _rng0 bw_size=64K,bw_refill_time=1000
+  vireo rng update web _rng0 limits=off";
 const UPDATE_EXAMPLES: &str = "\
 Examples:
-  vireo rng update web __rng bw_size=64K,bw_refill_time=1000
+  vireo rng update web _rng0 bw_size=64K,bw_refill_time=1000
       At most 64 KiB in a second.
-  vireo rng update web __rng limits=off";
+  vireo rng update web _rng0 limits=off";
 
 const FLAG: &str = "rng update";
 const LIMITS: &str = "limits";

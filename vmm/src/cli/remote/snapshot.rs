@@ -19,11 +19,15 @@ use super::{print, print_json};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
+  vireo pause web
   vireo snapshot create web /srv/snapshots/web-1
+  vireo destroy web
       Then: vireo run --restore /srv/snapshots/web-1";
 const CREATE_EXAMPLES: &str = "\
 Examples:
+  vireo pause web
   vireo snapshot create web /srv/snapshots/web-1
+  vireo destroy web
       Then: vireo run --restore /srv/snapshots/web-1
   vireo snapshot create --api-socket /tmp/vm.sock before-update --json";
 

@@ -66,6 +66,8 @@ impl Driver {
         let begun = self.check_no_capture().and_then(|()| {
             let wanted = "the absolute path of a directory";
             let path = path_of(&request.destination_url, "destination_url", wanted)?;
+            // Before anything is made; another look follows when it is.
+            self.check_form()?;
             Ok((path, new_id()?))
         });
         let (path, id) = match begun {
@@ -104,10 +106,7 @@ impl Driver {
         request: wire::VmSnapshotConfig,
         answer: u64,
     ) -> Result<Reply, ControlError> {
-        let saved = self.check_devices();
-        saved
-            .and_then(|()| self.machine.check_saved_form())
-            .map_err(|error| error.to_control())?;
+        self.check_form()?;
         let memory = SnapshotRam(self.machine.memory_map());
         let ranges = SnapshotRam::ranges_of(&memory.0);
         let plan = Plan {
@@ -126,6 +125,14 @@ impl Driver {
                 written.map_err(|error| format!("{}: {error}", path.display()))
             }))
         })
+    }
+
+    /// That the machine is one which a snapshot can hold.
+    fn check_form(&self) -> Result<(), ControlError> {
+        let saved = self.check_devices();
+        saved
+            .and_then(|()| self.machine.check_saved_form())
+            .map_err(|error| error.to_control())
     }
 
     /// What another program serves is not known here in full.
