@@ -60,8 +60,8 @@ pub(super) struct RunArgs {
 
     /// A machine as a file.toml, or the name of a definition; flags change it
     ///
-    /// Flags come on top: --disk, --net, --rng, --balloon, --device and --rate-limit-group add, or replace what has the same id;
-    /// --cpus, --memory, --machine and --smbios change the keys that they give; others replace what the file says.
+    /// Flags come on top: those of devices and --rate-limit-group add, or replace what has the same id;
+    /// --cpus, --memory, --machine, --smbios and --display change the keys that they give; others replace what the file says.
     #[arg(long, value_name = "FILE")]
     config: Option<String>,
 
