@@ -209,6 +209,18 @@ impl PageIndex {
         }
     }
 
+    /// The most bytes that the index of memory with `ranges` is encoded in.
+    #[must_use]
+    pub fn longest(ranges: &[(u64, u64)]) -> u64 {
+        // Numbers of 64 bits take 10 bytes, of 32 bits 5 and of 16 bits 3; every other page may begin a run.
+        const REGION: u64 = 4 * 10;
+        const CHUNK_LONGEST: u64 = 3 + 5 + CHUNK_PAGES as u64 / 2 * 6;
+        ranges.iter().fold(10, |sum, (_, len)| {
+            let chunks = len.div_ceil(CHUNK).saturating_mul(CHUNK_LONGEST);
+            sum.saturating_add(REGION).saturating_add(chunks)
+        })
+    }
+
     /// Sees that the index is one of memory with `ranges`, in a file of `file_len` bytes.
     ///
     /// # Errors

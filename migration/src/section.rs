@@ -8,6 +8,8 @@ use crate::state::{RestoreError, SaveError, SavedState};
 pub const FORMAT_VERSION: u16 = 1;
 
 const MAGIC: [u8; 8] = *b"VIREOSEC";
+/// A machine has some hundreds of units; more is damage or malice.
+const SECTION_LIMIT: u32 = 4096;
 /// Names are short; a longer one is damage or malice.
 const NAME_LIMIT: usize = 256;
 
@@ -161,6 +163,9 @@ impl SectionSet {
             return Err(format(format!("format version {version}")));
         }
         let count = reader.u32("the section count")?;
+        if count > SECTION_LIMIT {
+            return Err(format(format!("{count} sections")));
+        }
         let mut set = Self::default();
         for _ in 0..count {
             let section = reader.section()?;

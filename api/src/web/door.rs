@@ -67,7 +67,7 @@ pub(super) struct Session {
 pub(super) enum Refusal {
     /// It is wrong, or has been exchanged.
     Wrong,
-    /// Too many were wrong: none is looked at for so long.
+    /// Too many were wrong, and this one is: so long is none counted.
     Blocked(Duration),
     /// The host has no random numbers.
     Host(io::Error),
@@ -79,7 +79,7 @@ pub(super) struct Door {
     token: Secret,
     sessions: VecDeque<Session>,
     wrong: u32,
-    /// When tokens are looked at again.
+    /// When wrong tokens are counted again.
     until: Duration,
 }
 
@@ -105,10 +105,10 @@ impl Door {
 
     /// Exchanges a token at `now`, by a clock that is never set back. It is of no use any more then: there is another.
     pub fn exchange(&mut self, token: &[u8], now: Duration) -> Result<Session, Refusal> {
-        if let Some(left) = self.until.checked_sub(now).filter(|left| !left.is_zero()) {
-            return Err(Refusal::Blocked(left));
-        }
         if !self.token.is(token) {
+            if let Some(left) = self.until.checked_sub(now).filter(|left| !left.is_zero()) {
+                return Err(Refusal::Blocked(left));
+            }
             self.wrong = self.wrong.saturating_add(1);
             if let Some(more) = self.wrong.checked_sub(ATTEMPTS) {
                 let pause = FIRST_BLOCK.saturating_mul(1_u32.checked_shl(more).unwrap_or(u32::MAX));
@@ -161,25 +161,25 @@ mod tests {
     }
 
     #[test]
-    fn after_ten_wrong_tokens_the_right_one_has_to_wait_too() {
+    fn after_ten_wrong_tokens_others_have_to_wait_and_nobody_locks_out_who_has_the_right_one() {
         let mut door = Door::new().unwrap();
         let right = door.token().to_owned();
         let mut now = Duration::from_secs(100);
         for _ in 0..ATTEMPTS {
             assert!(matches!(door.exchange(b"guess", now), Err(Refusal::Wrong)));
         }
-        let Err(Refusal::Blocked(left)) = door.exchange(right.as_bytes(), now) else {
+        let Err(Refusal::Blocked(left)) = door.exchange(b"guess", now) else {
             panic!("it was looked at");
         };
         assert_eq!(left, FIRST_BLOCK);
         now += left;
         assert!(matches!(door.exchange(b"guess", now), Err(Refusal::Wrong)));
         assert!(matches!(
-            door.exchange(right.as_bytes(), now + FIRST_BLOCK),
+            door.exchange(b"guess", now + FIRST_BLOCK),
             Err(Refusal::Blocked(_))
         ));
-        now += LONGEST_BLOCK;
         door.exchange(right.as_bytes(), now).unwrap();
+        now += LONGEST_BLOCK;
         let next = door.token().to_owned();
         assert!(matches!(door.exchange(b"guess", now), Err(Refusal::Wrong)));
         assert!(door.exchange(next.as_bytes(), now).is_ok());

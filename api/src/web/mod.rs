@@ -8,7 +8,8 @@
 //!
 //! # Who gets in
 //!
-//! * The token is used once; then there is another ([`Tokens`]). After ten wrong ones none is looked at for ten seconds, then for longer.
+//! * The token is used once; then there is another ([`Tokens`]). After ten wrong ones who brings another one waits ten seconds, then longer;
+//!   the right one is always taken: it cannot be guessed, and nobody is to be kept out by others' guesses.
 //! * A session takes a cookie (`HttpOnly`, `SameSite=Strict`) and a key that the page alone has: browsers send cookies to every
 //!   port of a host, and other programs may listen at those.
 //! * A request names the loopback as its host, and one that changes or opens something comes from the page's own origin: neither another

@@ -90,6 +90,7 @@ impl WebSocket {
 
 impl Read for WebSocket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut received = false;
         while !self.over && !buffer.is_empty() {
             let input = self.input.get(self.decoded..).unwrap_or_default();
             let (used, piece) = match self.decoder.read(input, buffer) {
@@ -110,12 +111,16 @@ impl Read for WebSocket {
                     }
                 }
                 Piece::Close => self.close(1000),
+                // A peer that sends frames without data as fast as they are decoded does not keep the thread: there are others.
+                Piece::Part if std::mem::replace(&mut received, true) => {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
                 Piece::Part => {
                     self.input.resize(RECEIVED, 0);
-                    let received = self.stream.read(&mut self.input);
+                    let read = self.stream.read(&mut self.input);
                     self.decoded = 0;
-                    self.input.truncate(*received.as_ref().unwrap_or(&0));
-                    if received? == 0 {
+                    self.input.truncate(*read.as_ref().unwrap_or(&0));
+                    if read? == 0 {
                         self.over = true;
                     }
                 }

@@ -292,9 +292,12 @@ fn wrong_tokens_and_foreign_pages_get_nothing() {
         let (_, refused) = site.exchange("guess");
         assert!(refused.starts_with("HTTP/1.1 401 "), "{refused}");
     }
-    let (_, refused) = site.exchange(&right);
+    let (_, refused) = site.exchange("guess");
     assert!(refused.starts_with("HTTP/1.1 429 "), "{refused}");
     assert!(refused.contains("Retry-After: "), "{refused}");
+    // Others' guesses keep nobody out.
+    let (_, answer) = site.exchange(&right);
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
 
 #[test]

@@ -283,7 +283,21 @@ impl Unit for Adapter {
 
     fn restore(&self, set: &mut SectionSet) -> Result<(), RestoreError> {
         let state: AdapterV1 = set.take(NAME, AdapterV1::SCHEMA)?.decode()?;
-        let pages = set.take(MEMORY_NAME, VideoMemoryV1::SCHEMA)?.decode()?;
+        let pages = set.take(MEMORY_NAME, VideoMemoryV1::SCHEMA)?;
+        // Before it is decoded, which takes many times its bytes. A page has a number and a length besides.
+        if pages.body.len()
+            > self
+                .memory
+                .size()
+                .saturating_add(self.memory.size() / 256)
+                .saturating_add(16)
+        {
+            return Err(RestoreError::Invalid {
+                schema: VideoMemoryV1::SCHEMA,
+                reason: format!("it is {} bytes long", pages.body.len()),
+            });
+        }
+        let pages = pages.decode()?;
         let AdapterV1 {
             registers,
             space,

@@ -147,6 +147,20 @@ fn runs_that_overlap_touch_or_reach_out_are_refused() {
 }
 
 #[test]
+fn no_index_is_longer_than_the_longest() {
+    let memory = Memory::new();
+    for page in (0..7 * MIB / PAGE).step_by(2) {
+        let address = page * PAGE;
+        let address = address.checked_sub(4 * MIB).map_or(address, |at| HIGH + at);
+        memory.write(address, &[1]).unwrap();
+    }
+    let (_, index) = saved(&memory);
+    let len = crate::Section::encode("memory", &index).unwrap().body.len() as u64;
+    let longest = PageIndex::longest(&memory.ranges());
+    assert!(len <= longest && longest < 4 * len, "{len} {longest}");
+}
+
+#[test]
 fn a_save_or_load_that_is_cancelled_or_has_no_room_says_so() {
     let memory = Memory::new();
     memory.write(0, b"here").unwrap();

@@ -32,11 +32,21 @@ mod relay;
 mod rings;
 mod session;
 
+/// Whether `event` can be written (`OUT`) or read (`IN`) without waiting. A peer has the same open file, and may have had it block.
+fn is_ready(event: &EventFd, flags: PollFlags) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(borrow(event), flags)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
 #[cfg(test)]
 pub(crate) mod peer;
 #[cfg(test)]
 mod tests;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::worker::borrow;
 use std::time::Duration;
 
 pub use front::{Front, Nature, PeerOptions};

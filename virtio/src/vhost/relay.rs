@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use virtio_queue::QueueT;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
@@ -28,7 +29,7 @@ use super::front::{Epitaph, Hub, Nature};
 use super::notes::Notes;
 use super::rings::{PeerRing, RingMemory};
 use super::session::{Answer, Offer, QueueSetup, Session, Setup};
-use super::{FIRST_PAUSE, LONGEST_PAUSE, PeerError};
+use super::{FIRST_PAUSE, LONGEST_PAUSE, PeerError, is_ready};
 use crate::device::{ActivateError, Activation, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
 use crate::ring::{Chain, Extent, Ring, RingError};
@@ -539,10 +540,10 @@ impl Relay {
         let lane = usize::try_from(token / 2).unwrap_or(usize::MAX);
         match self.lanes.get_mut(lane) {
             Some(lane) if token.is_multiple_of(2) => lane.ring.silence(),
-            // It does not block, and fails only when there is nothing to reset.
+            // It fails only when there is nothing to reset.
             Some(Lane {
                 peer: Some(peer), ..
-            }) => drop(peer.call.read()),
+            }) if is_ready(&peer.call, PollFlags::IN) => drop(peer.call.read()),
             _ => {}
         }
     }
@@ -701,8 +702,11 @@ impl Lane {
             given = true;
         }
         if given && peer.ring.publish() {
-            // It fails only when the counter is full: then it is readable too.
-            let _ = peer.kick.write(1);
+            // It fails only when the counter is full: then it is readable too. The peer shares it, and may have had it
+            // block: a full one is not written to.
+            if is_ready(&peer.kick, PollFlags::OUT) {
+                let _ = peer.kick.write(1);
+            }
         }
         result
     }

@@ -538,7 +538,7 @@ impl Link {
             .iter()
             .map(VhostUserMemoryRegionInfo::from_guest_region)
             .collect();
-        let mut regions = guests.map_err(|_| PeerError::Private)?;
+        let mut regions = joined(guests.map_err(|_| PeerError::Private)?);
         if regions.len() >= MAX_REGIONS {
             let count = regions.len();
             return Err(PeerError::Pieces { count });
@@ -560,4 +560,55 @@ impl Link {
     }
 }
 
+/// What lies side by side in the guest, here and in its file, as one piece: memory that comes and goes does so in many.
+fn joined(regions: Vec<VhostUserMemoryRegionInfo>) -> Vec<VhostUserMemoryRegionInfo> {
+    let mut pieces: Vec<VhostUserMemoryRegionInfo> = Vec::with_capacity(regions.len());
+    for region in regions {
+        let follows = |last: &VhostUserMemoryRegionInfo| {
+            let after = |start: u64| start.checked_add(last.memory_size);
+            last.mmap_handle == region.mmap_handle
+                && after(last.guest_phys_addr) == Some(region.guest_phys_addr)
+                && after(last.userspace_addr) == Some(region.userspace_addr)
+                && after(last.mmap_offset) == Some(region.mmap_offset)
+        };
+        match pieces.last_mut() {
+            Some(last) if follows(last) => {
+                last.memory_size = last.memory_size.saturating_add(region.memory_size);
+            }
+            _ => pieces.push(region),
+        }
+    }
+    pieces
+}
+
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_that_follow_each_other_everywhere_are_told_as_one() {
+        let piece = |guest, host, offset, handle| VhostUserMemoryRegionInfo {
+            guest_phys_addr: guest,
+            memory_size: 0x1000,
+            userspace_addr: host,
+            mmap_offset: offset,
+            mmap_handle: handle,
+        };
+        let first = piece(0x1000, 0x9000, 0, 3);
+        let sizes = |second| -> Vec<u64> {
+            let pieces = joined(vec![first, second, piece(u64::MAX, 0, 0, 3)]);
+            pieces.iter().map(|piece| piece.memory_size).collect()
+        };
+        assert_eq!(sizes(piece(0x2000, 0xA000, 0x1000, 3)), [0x2000, 0x1000]);
+        for other in [
+            piece(0x3000, 0xA000, 0x1000, 3),
+            piece(0x2000, 0xB000, 0x1000, 3),
+            piece(0x2000, 0xA000, 0x2000, 3),
+            piece(0x2000, 0xA000, 0x1000, 4),
+        ] {
+            assert_eq!(sizes(other), [0x1000; 3]);
+        }
+    }
+}

@@ -101,7 +101,15 @@ pub fn take_index(
     ranges: &[(u64, u64)],
     file_len: u64,
 ) -> Result<PageIndex, RestoreError> {
-    let index: PageIndex = take(set)?;
+    let section = set.take(MACHINE, PageIndex::SCHEMA)?;
+    // Before it is decoded, which takes many times its bytes.
+    if section.body.len() as u64 > PageIndex::longest(ranges) {
+        return Err(RestoreError::Invalid {
+            schema: PageIndex::SCHEMA,
+            reason: format!("it is {} bytes long", section.body.len()),
+        });
+    }
+    let index: PageIndex = section.decode()?;
     index.check(ranges, file_len)?;
     Ok(index)
 }

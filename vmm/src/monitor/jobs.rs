@@ -4,7 +4,7 @@
 //! [`JobHandle`] and looks there whether it is still wanted.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use api::wire::{JobInfo, JobState};
@@ -33,13 +33,29 @@ struct Job {
     kind: &'static str,
     done: AtomicU64,
     total: AtomicU64,
-    cancelled: AtomicBool,
+    way: Mutex<Way>,
     /// Why it was cancelled, where no client has asked for that.
     reason: OnceLock<&'static str>,
     end: Mutex<Option<(JobState, Option<String>)>>,
 }
 
+/// Where a job goes: one of the two excludes the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Way {
+    /// It is being done.
+    #[default]
+    Open,
+    /// It is to leave nothing.
+    Cancelled,
+    /// What it makes appears.
+    Committed,
+}
+
 impl Job {
+    fn way(&self) -> MutexGuard<'_, Way> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn end(&self) -> MutexGuard<'_, Option<(JobState, Option<String>)>> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -47,7 +63,7 @@ impl Job {
     fn info(&self) -> JobInfo {
         let (state, error) = match &*self.end() {
             Some((state, error)) => (*state, error.clone()),
-            None if self.cancelled.load(Ordering::Acquire) => (JobState::Cancelling, None),
+            None if *self.way() == Way::Cancelled => (JobState::Cancelling, None),
             None => (JobState::Running, None),
         };
         JobInfo {
@@ -89,7 +105,7 @@ impl Jobs {
                 kind,
                 done: AtomicU64::new(0),
                 total: AtomicU64::new(total),
-                cancelled: AtomicBool::new(false),
+                way: Mutex::default(),
                 reason: OnceLock::new(),
                 end: Mutex::default(),
             });
@@ -140,7 +156,7 @@ impl Jobs {
     pub(crate) fn is_cancelled(&self, id: &str) -> bool {
         let inner = self.lock();
         let job = inner.jobs.iter().find(|job| job.id == id);
-        job.is_some_and(|job| job.cancelled.load(Ordering::Acquire))
+        job.is_some_and(|job| *job.way() == Way::Cancelled)
     }
 
     fn end(&self, id: &str, why: Option<&'static str>) -> Result<(), ControlError> {
@@ -153,13 +169,19 @@ impl Jobs {
             let message = format!("Job {id} has ended");
             return Err(ControlError::new(ErrorKind::Conflict, message));
         }
-        if let Some(why) = why
-            && !job.cancelled.load(Ordering::Acquire)
-        {
-            // The first reason stays.
-            let _ = job.reason.set(why);
+        let mut way = job.way();
+        match *way {
+            Way::Committed => {
+                let message = format!("Job {id} is about to end: what it makes is whole");
+                return Err(ControlError::new(ErrorKind::Conflict, message));
+            }
+            Way::Open => {
+                // The first reason stays.
+                let _ = why.map(|why| job.reason.set(why));
+                *way = Way::Cancelled;
+            }
+            Way::Cancelled => (),
         }
-        job.cancelled.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -178,7 +200,17 @@ impl JobHandle {
     /// Whether it is no longer wanted.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.job.cancelled.load(Ordering::Acquire)
+        *self.job.way() == Way::Cancelled
+    }
+
+    /// What it makes is whole and appears now: from here on it cannot be cancelled. `false` where it has been.
+    #[must_use]
+    pub fn commit(&self) -> bool {
+        let mut way = self.job.way();
+        if *way == Way::Open {
+            *way = Way::Committed;
+        }
+        *way == Way::Committed
     }
 
     /// `done` of `total` units have been done.
@@ -256,6 +288,20 @@ mod tests {
         assert_eq!(states(&jobs), [JobState::Cancelled, JobState::Completed]);
         assert_eq!(jobs.cancel("test-1").unwrap_err().kind, ErrorKind::Conflict);
         assert_eq!(jobs.cancel("test-3").unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_job_is_either_cancelled_or_committed() {
+        let jobs = Jobs::new(EventLog::default());
+        let (first, second) = (jobs.begin("test", 0), jobs.begin("test", 0));
+        assert!(first.commit());
+        assert_eq!(jobs.cancel("test-1").unwrap_err().kind, ErrorKind::Conflict);
+        assert!(!first.is_cancelled());
+        jobs.cancel("test-2").unwrap();
+        assert!(!second.commit() && second.is_cancelled());
+        first.finish(Ok(()));
+        second.finish(Err("it was told to".to_owned()));
+        assert_eq!(states(&jobs), [JobState::Completed, JobState::Cancelled]);
     }
 
     #[test]

@@ -158,6 +158,21 @@ impl NewFile {
         &self.file
     }
 
+    /// Sees that what has been written is on the disk, which [`NewFile::keep`] then does not wait for.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn sync(&self) -> Result<(), OpenError> {
+        self.file.sync_all().map_err(system("write", &self.path))
+    }
+
+    /// Where it gets its name.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Gives the file its name; what has been written is on the disk then.
     ///
     /// # Errors

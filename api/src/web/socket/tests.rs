@@ -111,3 +111,23 @@ fn an_end_without_farewell_is_an_end() {
     assert_eq!(socket.read(&mut [0; 9]).unwrap(), 0);
     assert_eq!(socket.read(&mut [0; 9]).unwrap(), 0);
 }
+
+#[test]
+fn frames_without_data_do_not_keep_the_reader() {
+    let (mut socket, mut client) = pair();
+    let empty = frame(0x82, b"");
+    // As much as three receptions bring.
+    let many = empty.repeat(3 * RECEIVED / empty.len());
+    client.write_all(&many).unwrap();
+    client.write_all(&frame(0x82, b"at last")).unwrap();
+    let mut turns = 0;
+    let mut bytes = [0; 9];
+    let count = loop {
+        match socket.read(&mut bytes) {
+            Ok(count) => break count,
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+        turns += 1;
+    };
+    assert_eq!((&bytes[..count], turns), (&b"at last"[..], 3));
+}

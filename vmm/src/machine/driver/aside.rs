@@ -115,6 +115,12 @@ impl Asides {
         }
     }
 
+    /// Whether a device is being changed or taken out: the machine is not as it is described.
+    pub(super) fn is_changing(&mut self) -> bool {
+        self.changing.retain(|_, device| device.strong_count() > 0);
+        !self.changing.is_empty() || !self.ejecting.is_empty()
+    }
+
     /// Takes note of a change of `device`, or refuses it.
     pub(super) fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
         let weak = Arc::downgrade(device);
@@ -153,7 +159,7 @@ impl Driver {
     }
 
     /// What brings the control thread that which a thread has made, as long as this machine is there.
-    fn errand<T: Send + 'static>(
+    pub(super) fn errand<T: Send + 'static>(
         &self,
         then: impl FnOnce(&mut Self, T) + Send + 'static,
     ) -> impl FnOnce(T) + Send + 'static {

@@ -111,7 +111,12 @@ impl Driver {
         let slot = self.tools.opening.begin();
         let slot = slot.map_err(|error| error.to_control())?;
         let job = self.tools.jobs.begin(kind, total);
-        let (info, mailbox) = (job.info(), self.tools.mailbox.clone());
+        let info = job.info();
+        // It reaches this machine alone: the next one has captures and answers of its own.
+        let settle = self.errand(move |driver: &mut Self, result| {
+            driver.settle_capture();
+            driver.answer_captured(answer, result);
+        });
         let (alive, ended) = channel();
         let run = move || {
             let mut job = job;
@@ -120,11 +125,7 @@ impl Driver {
             // Who knows of the job's end finds its files there or gone, and the machine free.
             drop(alive);
             job.finish(result.clone());
-            // Without a machine there is none to go on.
-            mailbox.send(Message::Errand(Box::new(move |driver| {
-                driver.settle_capture();
-                driver.answer_captured(answer, result);
-            })));
+            settle(result);
         };
         let thread = Builder::new().name(kind.to_owned()).spawn(run);
         thread.map_err(|source| {

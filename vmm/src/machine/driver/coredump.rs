@@ -119,5 +119,9 @@ fn dump(
     };
     let written = write(file.file(), &mut step);
     written.map_err(|error| format!("{}: {}", path.display(), chain(&error)))?;
+    file.sync().map_err(|error| chain(&error))?;
+    if !job.commit() {
+        return Err("it was cancelled".to_owned());
+    }
     file.keep().map_err(|error| chain(&error))
 }

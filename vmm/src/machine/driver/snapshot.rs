@@ -106,6 +106,7 @@ impl Driver {
         request: wire::VmSnapshotConfig,
         answer: u64,
     ) -> Result<Reply, ControlError> {
+        self.check_settled()?;
         self.check_form()?;
         let memory = SnapshotRam(self.machine.memory_map());
         let ranges = SnapshotRam::ranges_of(&memory.0);
@@ -120,8 +121,9 @@ impl Driver {
             let set = driver.machine.save();
             let set = set.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
             let config = driver.described()?;
+            let opener = Arc::clone(&driver.tools.opener);
             Ok(Box::new(move |job| {
-                let written = write(job, files, &memory, set, config);
+                let written = write(job, (files, &opener), &memory, set, config);
                 written.map_err(|error| format!("{}: {error}", path.display()))
             }))
         })
@@ -133,6 +135,15 @@ impl Driver {
         saved
             .and_then(|()| self.machine.check_saved_form())
             .map_err(|error| error.to_control())
+    }
+
+    /// That description and machine say the same, before what describes it is taken from one and its state from the other.
+    fn check_settled(&mut self) -> Result<(), ControlError> {
+        if self.asides.is_changing() {
+            let message = "a device is being changed or removed: try again when that has ended";
+            return Err(ControlError::new(ErrorKind::Busy, message));
+        }
+        Ok(())
     }
 
     /// What another program serves is not known here in full.
@@ -164,7 +175,7 @@ fn is_served(device: &DeviceConfig) -> bool {
 /// Does the job; the snapshot is there when all is well, and nothing is otherwise.
 fn write(
     job: &mut JobHandle,
-    files: Files,
+    (files, opener): (Files, &Opener),
     memory: &SnapshotRam,
     mut set: SectionSet,
     config: Value,
@@ -196,10 +207,32 @@ fn write(
     .to_bytes();
     put(&state, &bytes)?;
     put(&manifest, &text)?;
-    let kept = pages.keep().and_then(|()| state.keep());
-    // What has no manifest is no snapshot.
-    kept.and_then(|()| manifest.keep())
-        .map_err(|error| chain(&error))
+    for file in [&pages, &state, &manifest] {
+        file.sync().map_err(|error| chain(&error))?;
+    }
+    if !job.commit() {
+        return Err("it was cancelled".to_owned());
+    }
+    name(opener, [pages, state], manifest).map_err(|error| chain(&error))
+}
+
+/// Gives the files their names. What has no manifest is no snapshot, and leaves nothing.
+fn name(opener: &Opener, data: [NewFile; 2], manifest: NewFile) -> Result<(), OpenError> {
+    let mut named = Vec::new();
+    let mut result = Ok(());
+    for file in data {
+        let path = file.path().to_owned();
+        result = result.and_then(|()| file.keep());
+        if result.is_ok() {
+            named.push(path);
+        }
+    }
+    result = result.and_then(|()| manifest.keep());
+    if result.is_err() {
+        // Nobody else has these names, of which the id is part. The reason that is told is the first one.
+        named.iter().for_each(|path| drop(opener.remove_file(path)));
+    }
+    result
 }
 
 fn put(file: &NewFile, bytes: &[u8]) -> Result<(), String> {
@@ -209,4 +242,44 @@ fn put(file: &NewFile, bytes: &[u8]) -> Result<(), String> {
 fn length(file: &NewFile) -> Result<u64, String> {
     let facts = file.file().metadata();
     facts.map(|facts| facts.len()).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        Opener::new().names_in(directory).unwrap()
+    }
+
+    fn begun(directory: &Path) -> Files {
+        let files = Files::begin(&Opener::new(), directory, "0".repeat(32)).unwrap();
+        put(&files.memory, b"memory").unwrap();
+        files
+    }
+
+    #[test]
+    fn what_loses_the_race_for_the_manifest_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (begun(dir.path()), begun(dir.path()));
+        let opener = Opener::new();
+        name(&opener, [first.memory, first.state], first.manifest).unwrap();
+        let mut before = names(dir.path());
+        before.sort();
+        assert_eq!(before.len(), 3, "{before:?}");
+        let Files {
+            memory,
+            state,
+            manifest,
+            ..
+        } = second;
+        drop((memory, state));
+        let begin = |name: &str| opener.begin_file(&dir.path().join(name)).unwrap();
+        let data = [begin("1.memory"), begin("1.state")];
+        let error = name(&opener, data, manifest).unwrap_err();
+        assert!(matches!(error, OpenError::Exists { .. }), "{error}");
+        let mut after = names(dir.path());
+        after.sort();
+        assert_eq!(after, before);
+    }
 }
