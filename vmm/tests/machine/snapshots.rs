@@ -254,7 +254,7 @@ fn two_machines_never_write_one_disk_and_a_directory_holds_one_snapshot() {
     assert!(told.contains("/disk"), "{told}");
     let before = names(&path);
     let twice = save(&machine, &path).unwrap_err().to_string();
-    assert!(twice.contains("manifest.json"), "{twice}");
+    assert!(twice.contains("holds a snapshot already"), "{twice}");
     assert_eq!(names(&path), before);
     let relative = VmSnapshotConfig {
         destination_url: "file://s".to_owned(),
@@ -285,6 +285,55 @@ fn two_machines_never_write_one_disk_and_a_directory_holds_one_snapshot() {
     client.resume().unwrap();
     ask(&mut second, 2);
     ask(&mut machine.vireo, 3);
+}
+
+#[test]
+fn a_restored_machine_that_stays_paused_is_detached_from_and_flags_that_change_it_are_named() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let here = path.to_str().unwrap();
+    let copy = format!("path={}/copy,id=d,addr=9", dir.path().display());
+    for (flags, words) in [
+        (
+            &["--memory", "128M"][..],
+            "--memory: a machine that is restored keeps",
+        ),
+        (&["--cpus", "4"], "--cpus: a machine that is restored keeps"),
+        (&["--rng"], "the snapshot has no such device, but d"),
+        (&["--disk", &copy], "leave addr out"),
+    ] {
+        let all = [&["run", "--restore", here], flags].concat();
+        let mut refused = vireo(&all);
+        refused.ends_with(2);
+        let told = refused.stderr.rest();
+        assert!(told.contains(words), "{told}");
+    }
+    for (keys, words) in [
+        (",resume=maybe", "resume"),
+        (",resum=on", "resum"),
+        (",resume=off", "--name"),
+    ] {
+        let mut refused = vireo(&["run", "--restore", &format!("{here}{keys}")]);
+        refused.ends_with(2);
+        let told = refused.stderr.rest();
+        assert!(told.contains(words), "{told}");
+    }
+    let socket = dir.path().join("detached.sock");
+    let place = format!("{here},resume=off");
+    let mut begun = vireo(&[
+        "run",
+        "--restore",
+        &place,
+        "--detach",
+        "--api-socket",
+        socket.to_str().unwrap(),
+    ]);
+    begun.ends_with(0);
+    let mut client = Client::connect(&socket).unwrap();
+    assert_eq!(client.info().unwrap().state, VmInfoState::Paused);
+    client.quit().unwrap();
 }
 
 #[test]

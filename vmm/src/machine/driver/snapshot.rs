@@ -53,6 +53,19 @@ fn state_name(id: &str) -> String {
     format!("{id}.state")
 }
 
+/// Why nothing is begun in `directory`.
+fn refused(directory: &Path, error: &OpenError) -> ControlError {
+    let kind = fault::of(error);
+    match error {
+        OpenError::Exists { path } if path.ends_with(NAME) => {
+            let place = directory.display();
+            let message = format!("{place} holds a snapshot already: choose another directory");
+            ControlError::new(kind, message)
+        }
+        error => ControlError::from_error(kind, error),
+    }
+}
+
 /// 32 hexadecimal digits that no other snapshot has.
 fn new_id() -> Result<String, ControlError> {
     let bytes: Result<[u8; 16], _> = crate::machine::payload::random();
@@ -83,8 +96,7 @@ impl Driver {
                 files::check_dump(&config, models, &opener, &own, &place.join(NAME))
                     .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
-            Files::begin(&opener, &place, id)
-                .map_err(|error| ControlError::from_error(fault::of(&error), &error))
+            Files::begin(&opener, &place, id).map_err(|error| refused(&place, &error))
         };
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", open, move |driver, files| {
