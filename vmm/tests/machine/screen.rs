@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 
 use api::client::ClientError;
 use devices::display::rfb::Password;
@@ -178,7 +179,7 @@ fn the_verb_writes_a_file_or_to_its_output() {
     let mut guest = Drawing::start("width=320,height=200");
     guest.says.wait_for("drawn");
     let vireo = |file: &str| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vireo"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
         command.arg("screenshot").arg("--api-socket");
         command.arg(guest.served.socket()).arg(file);
         command.output().unwrap()
@@ -429,7 +430,7 @@ fn a_password_that_is_none_is_the_users_fault() {
         std::fs::write(&file, text).unwrap();
         let display = format!("vnc=:1,vnc_password_file={}", file.display());
         let arguments = crate::support::run_arguments("screen", "", &["--display", &display]);
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vireo"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
         let output = command.args(arguments).output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(told.contains(part), "{told}");
@@ -450,4 +451,40 @@ fn the_viewers_door_is_closed_with_the_description() {
     assert!(door.exists(), "for the next boot");
     served.client().delete().unwrap();
     assert!(!door.exists());
+}
+
+#[test]
+fn the_verb_send_key_types_on_the_guests_keyboard() {
+    if !can_run() {
+        return;
+    }
+    let flags = [
+        "--display",
+        "width=640,height=480,input=off",
+        "--serial",
+        "tty",
+    ];
+    let mut machine = Served::start("screen", "", &flags);
+    machine.vireo.stdout.wait_for("drawn seed=0");
+    let socket = machine.socket();
+    let send = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+        command.args(["send-key", "--api-socket"]).arg(&socket);
+        command.args(words).output().unwrap()
+    };
+    let sent = send(&["a"]);
+    assert!(sent.status.success(), "{sent:?}");
+    machine.vireo.stdout.wait_for("key=1e\n");
+    machine.vireo.stdout.wait_for("key=9e\n");
+    let sent = send(&["--text", "Z"]);
+    assert!(sent.status.success(), "{sent:?}");
+    for code in ["2a", "2c", "ac", "aa"] {
+        machine.vireo.stdout.wait_for(&format!("key={code}\n"));
+    }
+    let refused = send(&["nosuchkey"]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && told.contains("nosuchkey"),
+        "{told}"
+    );
 }
