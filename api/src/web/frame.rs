@@ -136,7 +136,10 @@ impl Decoder {
             }
             match frame.kind {
                 PING if ended => return Ok((used, Piece::Ping(std::mem::take(&mut self.control)))),
-                CLOSE if ended => return Ok((used, Piece::Close)),
+                CLOSE if ended => {
+                    self.control.clear();
+                    return Ok((used, Piece::Close));
+                }
                 CLOSE.. if ended => self.control.clear(),
                 _ if count > 0 && !is_control => return Ok((used, Piece::Data(count))),
                 _ if ended => (),

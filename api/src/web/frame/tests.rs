@@ -69,6 +69,20 @@ fn fragments_are_one_message_with_control_frames_between() {
 }
 
 #[test]
+fn a_ping_holds_nothing_of_the_frames_before_it() {
+    let sent = [
+        frame(0x8a, b"pong"),
+        frame(0x88, &[3, 232, b'b', b'y', b'e']),
+        frame(0x89, b"ping"),
+    ]
+    .concat();
+    for step in 1..=sent.len() {
+        let pings = [Piece::Close, Piece::Ping(b"ping".to_vec())];
+        assert_eq!(read(&sent, step).unwrap(), (Vec::new(), pings.to_vec()));
+    }
+}
+
+#[test]
 fn what_no_client_may_send_is_refused_before_its_payload() {
     let long = (MAX_FRAME + 1).to_be_bytes();
     let huge = [[FINAL | BINARY, 0xff].as_slice(), &[0xff; 8], &[0; 4]].concat();
