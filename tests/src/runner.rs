@@ -23,6 +23,8 @@ const KEPT: usize = 256 << 10;
 const TRIPLE_FAULT: i32 = 4;
 /// What the monitor says of it.
 const SHUT_DOWN: &str = "shut down after a triple fault";
+/// How long a monitor has to end by itself after a step has failed.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 /// How long output may still come after the monitor has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 /// The control socket of a case, in its directory.
@@ -52,7 +54,14 @@ pub fn run(case: &Case, locate: Locate<'_>, scratch: &Path) -> Outcome {
     // Left behind by a run that was killed.
     let _ = fs::remove_dir_all(&directory);
     if let Err(error) = attempt(case, locate, &directory, &mut outcome) {
-        outcome.verdict = Verdict::Fail(vec![format!("{error:#}")]);
+        let complaints = vec![format!("{error:#}")];
+        // Nobody answers a step when the guest's processor has shut down.
+        let shut_down = case.exit != TRIPLE_FAULT && outcome.errors.contains(SHUT_DOWN);
+        outcome.verdict = if shut_down {
+            Verdict::ShutDown(complaints)
+        } else {
+            Verdict::Fail(complaints)
+        };
     }
     let _ = fs::remove_dir_all(&directory);
     outcome
@@ -366,6 +375,9 @@ impl Monitor {
                     Ok(later) => steps = later,
                     Err(error) => {
                         broken = Some(error);
+                        // A monitor that is just ending has still to say why.
+                        let end = Instant::now() + LAST_WORDS;
+                        while self.status.is_none() && self.pull(end) {}
                         self.kill();
                     }
                 }

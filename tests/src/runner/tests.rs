@@ -81,6 +81,20 @@ fn a_triple_fault_in_a_second_life_is_told_as_a_shut_down() {
 }
 
 #[test]
+fn a_step_that_nobody_answers_after_a_triple_fault_is_told_as_a_shut_down() {
+    let asked = || guest().step("", Action::Run("echo not heard; exit 1".to_owned()));
+    let dying = "echo vireo: vCPU 0 shut down after a triple fault >&2; exit 4";
+    let Verdict::ShutDown(complaints) = run_with(dying, &asked()).verdict else {
+        panic!("not told");
+    };
+    assert!(complaints[0].contains("not heard"), "{complaints:?}");
+    for (monitor, case) in [("exit 4", asked()), (dying, asked().exits(4))] {
+        let verdict = run_with(monitor, &case).verdict;
+        assert!(matches!(verdict, Verdict::Fail(_)), "{verdict:?}");
+    }
+}
+
+#[test]
 fn a_signal_counts_as_128_and_its_number() {
     assert_eq!(
         run_with("kill -ABRT $$", &guest().exits(134)).verdict,
