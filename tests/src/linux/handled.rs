@@ -63,6 +63,8 @@ until_ '[ -e /sys/bus/virtio/drivers/virtio_mem ] && dmesg | grep -q "virtio_mem
 rm /mnt/file
 echo '@@ ask for less'
 until_ '[ $(mem MemTotal) -le $total ]' && echo '@@ total is as before'
+# It stays until all has been asked.
+events last 01001c0001000000 <&3
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace' | sed 's/^/@@ bad: /'
 "#;
 
@@ -153,6 +155,7 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
         actual(MEMORY),
         resident(0, MEMORY + OWN).until(),
         Ask::get("vm.counters", &[r#""plugged_bytes":0"#]),
+        Ask::put("vm.send-key", r#"{"keys":["ret"]}"#),
     ];
     case(kernel, Form::BzImage, "is-typed-at-and-resized", SCRIPT)
         .served()
