@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 
 use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
 use api::{ControlError, ErrorKind};
-use migration::pages::PagesError;
+use migration::pages::{PagesError, Ram};
 use migration::{RestoreError, SectionSet};
 use virtio::memory::GuestMap;
 use virtio::models::MODELS;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::fault;
 use super::snapshot::{SnapshotRam, take_index};
@@ -188,23 +187,18 @@ impl Saved {
             memory: (path, file, len),
             ..
         } = self;
-        let index = take_index(&mut set, &SnapshotRam::ranges_of(ram), len).map_err(|source| {
+        let ram = SnapshotRam(GuestMap::clone(ram));
+        let index = take_index(&mut set, &ram.ranges(), len).map_err(|source| {
             let path = directory.clone();
             RestoreFailure::State { path, source }
         })?;
-        let mut take = |address, bytes: &[u8]| {
-            ram.write_slice(bytes, GuestAddress(address))
-                .map_err(std::io::Error::other)
-        };
-        let address = GuestAddress(layout::memory::GENERATION_ID);
+        let mut take = |address, bytes: &[u8]| ram.write(address, bytes);
+        let address = layout::memory::GENERATION_ID;
         index
             .read(&file, &mut take, &mut |_| needed())
             .and_then(|()| {
-                let written = ram.write_slice(&generation, address);
-                written.map_err(|error| PagesError::Memory {
-                    address: address.0,
-                    source: std::io::Error::other(error),
-                })
+                ram.write(address, &generation)
+                    .map_err(|source| PagesError::Memory { address, source })
             })
             .map_err(|source| RestoreFailure::Memory { path, source })?;
         Ok(SavedState { directory, set })
@@ -214,7 +208,7 @@ impl Saved {
 /// What of a snapshot is not memory.
 pub struct SavedState {
     directory: PathBuf,
-    pub(super) set: SectionSet,
+    set: SectionSet,
 }
 
 impl SavedState {

@@ -55,20 +55,12 @@ impl SavedState for ClockV1 {
 /// Guest memory as a snapshot sees it.
 pub struct SnapshotRam(pub GuestMap);
 
-impl SnapshotRam {
-    /// The ranges of a machine's RAM.
-    #[must_use]
-    pub fn ranges_of(memory: &GuestMap) -> Vec<(u64, u64)> {
-        memory
+impl Ram for SnapshotRam {
+    fn ranges(&self) -> Vec<(u64, u64)> {
+        self.0
             .iter()
             .map(|region| (region.start_addr().0, region.len()))
             .collect()
-    }
-}
-
-impl Ram for SnapshotRam {
-    fn ranges(&self) -> Vec<(u64, u64)> {
-        Self::ranges_of(&self.0)
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {

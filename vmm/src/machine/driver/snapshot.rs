@@ -17,6 +17,7 @@ use super::Driver;
 use super::capture::{Plan, path_of};
 use crate::config::{DeviceConfig, files};
 use crate::error::chain;
+use crate::machine::coredump::total;
 use crate::machine::saved::machine_type;
 use crate::machine::snapshot::{SnapshotRam, index_section};
 use crate::machine::{MachineError, fault};
@@ -121,12 +122,11 @@ impl Driver {
         self.check_settled()?;
         self.check_form()?;
         let memory = SnapshotRam(self.machine.memory_map());
-        let ranges = SnapshotRam::ranges_of(&memory.0);
         let plan = Plan {
             kind: "snapshot",
             reason: PauseReason::Snapshot,
             path: path.clone(),
-            total: ranges.iter().map(|(_, len)| len).sum(),
+            total: total(&memory.0),
             answer: Some(answer),
         };
         self.capture(&Command::Snapshot(request), plan, move |driver| {
