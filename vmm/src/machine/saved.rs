@@ -199,7 +199,7 @@ impl Saved {
             memory: (path, file, len),
             ..
         } = self;
-        let ram = SnapshotRam(GuestMap::clone(ram));
+        let ram = SnapshotRam::new(GuestMap::clone(ram), false);
         let index = take_index(&mut set, &ram.ranges(), len).map_err(|source| {
             let path = directory.clone();
             RestoreFailure::State { path, source }

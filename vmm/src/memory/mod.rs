@@ -2,8 +2,8 @@
 //!
 //! [`GuestRam`] maps the guest's RAM, says which KVM slots describe it, and
 //! hands out the [`GuestMemory`] that devices and loaders work through. Each of its regions
-//! knows its [`virtio::memory::Backing`], by which the balloon gives parts of it back. Later
-//! consumers (dirty tracking for display, snapshot and migration, userfaultfd) belong here as
+//! knows its [`virtio::memory::Backing`], by which the balloon gives parts of it back. [`still`] holds
+//! it as it is at one instant. Later consumers (dirty tracking, post-copy) belong here as
 //! well, because each of them excludes some of the others.
 //!
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
@@ -11,11 +11,13 @@
 
 mod mapping;
 mod plug;
+pub mod still;
+mod userfault;
 pub mod video;
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use virtio::memory::{DirtyLog, GuestMap, GuestMemory};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -24,6 +26,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestRegionMmap};
 use crate::layout;
 use mapping::Mapping;
 pub use plug::PlugRegion;
+use still::RamParts;
+use userfault::UserFault;
 
 /// What memory a guest gets and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,6 +119,8 @@ pub struct GuestRam {
     reserved: usize,
     /// As it was made; `size` is what there is now.
     spec: RamSpec,
+    /// What protects it against writing, once it has been wanted.
+    fault: Arc<Mutex<Option<Arc<UserFault>>>>,
 }
 
 /// RAM that has been mapped and is to be added. Dropping it adds nothing.
@@ -160,7 +166,16 @@ impl GuestRam {
             regions,
             reserved: 0,
             spec: spec.clone(),
+            fault: Arc::default(),
         })
+    }
+
+    /// The memory as [`still::Still`] holds it.
+    #[must_use]
+    pub fn parts(&self) -> RamParts {
+        let guests = self.slots.iter().map(|slot| slot.guest);
+        let parts = guests.zip(self.mappings.iter().cloned()).collect();
+        RamParts::new(parts, Arc::clone(&self.fault))
     }
 
     /// Maps `len` bytes more, of the same kind, for the guest-physical address
