@@ -39,6 +39,7 @@ mod ports;
 mod resize;
 mod rng;
 mod screen;
+mod screen_packaged;
 mod screen_tls;
 mod shape;
 mod sinks;

@@ -42,23 +42,46 @@ impl Drawing {
         self.serial.write_all(letter.as_bytes()).unwrap();
     }
 
-    fn picture(&self) -> Picture {
+    pub fn picture(&self) -> Picture {
         decoded(&self.served.client().screenshot().unwrap())
     }
 }
 
-fn decoded(file: &[u8]) -> Picture {
+pub fn decoded(file: &[u8]) -> Picture {
     let mut reader = png::Decoder::new(std::io::Cursor::new(file))
         .read_info()
         .unwrap();
     let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut bytes).unwrap();
-    assert_eq!(info.color_type, png::ColorType::Rgb);
     bytes.truncate(info.buffer_size());
+    let pixels = match info.color_type {
+        png::ColorType::Rgb => bytes.as_chunks::<3>().0.to_vec(),
+        // Viewers from packages write so, and none of it is seen through.
+        png::ColorType::Rgba => {
+            let pixels = bytes.as_chunks::<4>().0.iter();
+            pixels
+                .map(|&[red, green, blue, _]| [red, green, blue])
+                .collect()
+        }
+        other => panic!("a picture of {other:?}"),
+    };
     Picture {
         width: info.width,
         height: info.height,
-        pixels: bytes.as_chunks::<3>().0.to_vec(),
+        pixels,
+    }
+}
+
+impl Picture {
+    /// A part of it.
+    pub fn part(&self, x: u32, y: u32, width: u32, height: u32) -> Self {
+        let lines = (y..y + height).map(|y| (y * self.width + x) as usize);
+        let pixels = lines.flat_map(|from| &self.pixels[from..from + width as usize]);
+        Self {
+            width,
+            height,
+            pixels: pixels.copied().collect(),
+        }
     }
 }
 
@@ -74,7 +97,7 @@ pub fn drawn(width: u32, height: u32, seed: u32) -> Picture {
     }
 }
 
-fn assert_same(got: &Picture, wanted: &Picture, what: &str) {
+pub fn assert_same(got: &Picture, wanted: &Picture, what: &str) {
     let sides = |picture: &Picture| (picture.width, picture.height);
     assert_eq!(sides(got), sides(wanted), "{what}");
     let differ = |(got, wanted): &(&[u8; 3], &[u8; 3])| got != wanted;
