@@ -38,7 +38,7 @@ impl Drawing {
         }
     }
 
-    fn types(&mut self, letter: &str) {
+    pub fn types(&mut self, letter: &str) {
         self.serial.write_all(letter.as_bytes()).unwrap();
     }
 
@@ -225,8 +225,8 @@ fn the_verb_writes_a_file_or_to_its_output() {
 }
 
 /// What a viewer talks through.
-pub trait Wire: Read + Write {}
-impl<T: Read + Write> Wire for T {}
+pub trait Wire: Read + Write + Send {}
+impl<T: Read + Write + Send> Wire for T {}
 
 /// A viewer that knows as much of the protocol as it must (RFC 6143).
 pub struct Viewer {
@@ -237,7 +237,7 @@ pub struct Viewer {
 
 impl Viewer {
     /// Connects, chooses a security type, and proves that it knows `password`.
-    fn connect(guest: &Drawing, password: Option<&str>) -> Result<Self, String> {
+    pub fn connect(guest: &Drawing, password: Option<&str>) -> Result<Self, String> {
         let mut viewer = Self::greeting(guest);
         viewer.choose(if password.is_some() { 2 } else { 1 });
         viewer.enter(password)
@@ -315,7 +315,7 @@ impl Viewer {
         bytes
     }
 
-    fn key(&mut self, symbol: u32) {
+    pub fn key(&mut self, symbol: u32) {
         for down in [1, 0] {
             let [a, b, c, d] = symbol.to_be_bytes();
             self.say(&[4, down, 0, 0, a, b, c, d]);
