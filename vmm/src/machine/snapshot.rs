@@ -22,6 +22,7 @@ use crate::error::chain;
 use crate::kvm::IrqchipState;
 use crate::kvm::vcpu::VcpuV1;
 use crate::layout::ged_event;
+use crate::memory::restored::check;
 
 /// The unit that stands for the machine as a whole.
 const MACHINE: &str = "machine";
@@ -76,8 +77,11 @@ impl Ram for SnapshotRam {
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let read = self.map.read_slice(bytes, GuestAddress(address));
-        read.map_err(io::Error::other)
+        let address = GuestAddress(address);
+        let read = self.map.read_slice(bytes, address);
+        read.map_err(io::Error::other)?;
+        let host = self.map.get_host_address(address);
+        host.map_or(Ok(()), |host| check(host.addr()))
     }
 
     fn absent(&self, address: u64, pages: &mut [bool]) {

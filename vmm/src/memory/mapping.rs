@@ -4,12 +4,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
+use std::sync::Arc;
 
 use super::still::{Still, Watcher};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+
+use super::lost::Bell;
+use super::overlay::Overlay;
 
 /// The largest page that transparent huge pages use.
 const ALIGN: usize = 2 << 20;
@@ -24,6 +28,8 @@ pub struct Mapping {
     flags: i32,
     /// Of huge pages of this size in bytes.
     huge_page: Option<u64>,
+    /// What of it a snapshot's file gives.
+    overlay: Overlay,
     /// Who holds it still.
     watcher: Watcher,
 }
@@ -110,6 +116,7 @@ impl Mapping {
                     len,
                     flags,
                     huge_page,
+                    overlay: Overlay::default(),
                     watcher: Watcher::default(),
                 })
             }
@@ -131,7 +138,7 @@ impl Mapping {
     }
 
     /// Has `still` know of what is given back.
-    pub(super) fn watch(&self, still: std::sync::Weak<Still>) {
+    pub(super) fn held_by(&self, still: std::sync::Weak<Still>) {
         self.watcher.set(still);
     }
 
@@ -142,7 +149,7 @@ impl Mapping {
         if let Some(still) = &still {
             still.give_back(start, len as u64);
         }
-        let given = self.advise_part(offset, len, self.discarding());
+        let given = self.discard_part(offset, len);
         if let Some(still) = &still {
             still.given_back(start, len as u64);
         }
@@ -153,7 +160,7 @@ impl Mapping {
     /// nothing out, which does not have those either; and not of files that hold something.
     fn mark_absent(&self, offset: u64, pages: &mut [bool]) {
         let anonymous = self.flags & libc::MAP_ANONYMOUS != 0;
-        if !anonymous && self.flags & libc::MAP_SHARED == 0 {
+        if (!anonymous && self.flags & libc::MAP_SHARED == 0) || self.is_of_file() {
             return;
         }
         let mut present = vec![1_u8; pages.len()];
@@ -232,6 +239,52 @@ impl Mapping {
         self.give_back(0, self.len)
     }
 
+    fn discard_part(&self, offset: usize, len: usize) -> io::Result<()> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.len);
+        let range = offset..end.ok_or(io::ErrorKind::InvalidInput)?;
+        if !self.overlay.blank(self.address, &range)? {
+            return Ok(());
+        }
+        self.advise_part(offset, len, self.discarding())
+    }
+
+    /// Has `bell` ring when a file that is mapped in the place of this memory does not give its bytes any more.
+    ///
+    /// # Errors
+    ///
+    /// The host lets nobody watch, or too much is watched already.
+    pub fn watch(&self, bell: &Arc<Bell>) -> io::Result<()> {
+        self.overlay.watch(self.address.addr(), self.len, bell)
+    }
+
+    /// Maps `len` bytes of `file` from `at` privately in the place of the private memory at `offset`. All are multiples of
+    /// the host's page, but for the length of what is last.
+    ///
+    /// # Errors
+    ///
+    /// The range is not all in the mapping, or the host refuses.
+    pub fn map_file(&self, offset: u64, len: u64, file: &File, at: u64) -> io::Result<()> {
+        let (start, len) = (number(offset)?, number(len)?);
+        let end = start.checked_add(len).filter(|end| *end <= self.len);
+        let range = start..end.ok_or(io::ErrorKind::InvalidInput)?;
+        self.overlay.map(self.address, range, file, at)
+    }
+
+    /// What was lost last of what a file was to give, in bytes from the start.
+    pub fn lost(&self) -> Option<usize> {
+        self.overlay.lost()
+    }
+
+    /// What was lost is of no matter any more: all has been discarded.
+    pub fn forget_lost(&self) {
+        self.overlay.forget();
+    }
+
+    /// Whether a file gives any of it.
+    pub fn is_of_file(&self) -> bool {
+        self.overlay.is_used()
+    }
+
     /// The advice that gives pages back: of shared memory they go out of its file too, for all who map it.
     fn discarding(&self) -> i32 {
         if self.flags & libc::MAP_SHARED != 0 {
@@ -266,7 +319,7 @@ impl Mapping {
     ///
     /// When flags or alignment do not fit the builder's rules.
     pub fn into_region(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         builder: MmapRegionBuilder<DirtyLog>,
     ) -> Result<MmapRegion<DirtyLog>, MmapRegionError> {
         // SAFETY: the builder's log holds an Arc of this mapping, so the
@@ -288,7 +341,7 @@ impl Mapping {
     ///
     /// When flags or alignment do not fit the builder's rules.
     pub fn into_part(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         builder: MmapRegionBuilder<DirtyLog>,
         offset: u64,
         len: u64,
@@ -322,6 +375,7 @@ impl Backing for Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.overlay.end();
         unmap(self.address, self.len);
     }
 }

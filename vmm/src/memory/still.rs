@@ -48,6 +48,12 @@ pub enum StillError {
     /// The kernel does not do it for such memory.
     #[error("userfaultfd does not take guest memory of this kind")]
     Kind(#[source] io::Error),
+    /// It is of a snapshot, of which userfaultfd takes nothing.
+    #[error(
+        "memory is mapped from the file of the snapshot that the machine was restored from: with \
+         memory_restore_mode=copy it is not"
+    )]
+    OfFile,
     /// Memory is not what it was a moment before.
     #[error("guest memory has been added or removed meanwhile")]
     Changed,
@@ -76,6 +82,9 @@ impl RamParts {
     }
 
     fn fault(&self, opener: &Opener) -> Result<Arc<UserFault>, StillError> {
+        if self.parts.iter().any(|(_, mapping)| mapping.is_of_file()) {
+            return Err(StillError::OfFile);
+        }
         let mut kept = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         let fault = match &*kept {
             Some(fault) => Arc::clone(fault),
@@ -189,7 +198,7 @@ impl Still {
             limit,
         });
         for (_, mapping) in &still.ram.parts {
-            mapping.watch(Arc::downgrade(&still));
+            mapping.held_by(Arc::downgrade(&still));
         }
         let watcher = Arc::clone(&still);
         let run = move || {

@@ -37,7 +37,7 @@ fn counting() -> Served {
     machine
 }
 
-fn url(path: &Path) -> String {
+pub fn url(path: &Path) -> String {
     format!("file://{}", path.display())
 }
 
@@ -45,12 +45,12 @@ fn save(machine: &Served, path: &Path) -> Result<(), api::client::ClientError> {
     machine.client().snapshot(&VmSnapshotConfig::of(url(path)))
 }
 
-fn tell(vireo: &mut Vireo, letter: &[u8]) {
+pub fn tell(vireo: &mut Vireo, letter: &[u8]) {
     vireo.stdin.as_mut().unwrap().write_all(letter).unwrap();
 }
 
 /// How far the guest is, whose memory is as it should be and which has told so `times` times.
-fn ask(vireo: &mut Vireo, times: u32) -> u64 {
+pub fn ask(vireo: &mut Vireo, times: u32) -> u64 {
     tell(vireo, b"c");
     let end = format!(" wrong=0 answer={times}\n");
     let text = vireo.stdout.wait_for(&end);
@@ -59,7 +59,7 @@ fn ask(vireo: &mut Vireo, times: u32) -> u64 {
     number.parse().unwrap()
 }
 
-fn vireo(arguments: &[&str]) -> Vireo {
+pub fn vireo(arguments: &[&str]) -> Vireo {
     Vireo::spawn(Command::new(env!("CARGO_BIN_EXE_vireo")).args(arguments))
 }
 
@@ -77,14 +77,14 @@ fn manifest(directory: &Path) -> Value {
 }
 
 /// The only file of the snapshot whose name ends so.
-fn file(directory: &Path, end: &str) -> PathBuf {
+pub fn file(directory: &Path, end: &str) -> PathBuf {
     let mut all = names(directory).into_iter();
     let found = all.find(|path| path.to_str().unwrap().ends_with(end));
     found.unwrap()
 }
 
 /// A snapshot of a machine that has ended, in a directory that goes with the first.
-fn snapshot() -> (tempfile::TempDir, PathBuf) {
+pub fn snapshot() -> (tempfile::TempDir, PathBuf) {
     let Served { mut vireo, dir } = {
         let mut machine = counting();
         ask(&mut machine.vireo, 1);
@@ -431,7 +431,7 @@ fn a_machine_that_runs_is_saved_as_it_is_at_one_instant_or_paused_when_told_so()
 
 /// Has the kernel refuse userfaultfd to the process that `command` begins, by system call and by device.
 #[expect(unsafe_code, reason = "a filter is put in place between fork and exec")]
-fn without_userfaultfd(command: &mut Command) -> &mut Command {
+fn without_userfaultfd(command: &mut Command) {
     const LOAD: u16 = 0x20;
     const JUMP_IF: u16 = 0x15;
     const RETURN: u16 = 0x06;
@@ -468,33 +468,45 @@ fn without_userfaultfd(command: &mut Command) -> &mut Command {
         }
     };
     // SAFETY: two system calls, and no memory but the stack's.
-    unsafe { command.pre_exec(install) }
+    unsafe { command.pre_exec(install) };
 }
 
 #[test]
-fn a_host_that_refuses_userfaultfd_has_the_guest_paused_and_says_so() {
+fn where_memory_cannot_be_held_the_guest_is_paused_and_the_answer_says_why() {
     if !can_run() {
         return;
     }
     let first = counting();
     save(&first, &first.path("s")).unwrap();
     drop(first.vireo);
-    let dir = first.dir;
-    let (socket, path) = (dir.path().join("api.sock"), dir.path().join("s"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
-    command.args(["run", "--restore"]).arg(path);
-    command.arg("--api-socket").arg(&socket);
-    let vireo = Vireo::spawn(without_userfaultfd(&mut command));
-    until("the machine", || {
-        let info = Client::connect(&socket).ok()?.info().ok()?;
-        (info.state == VmInfoState::Running).then_some(())
-    });
-    let mut machine = Served { vireo, dir };
-    let report = create(&machine, "t", &[]);
-    assert_eq!(report["mode"], "paused", "{report}");
-    let reason = report["reason"].as_str().unwrap();
-    assert!(reason.contains("no userfaultfd"), "{reason}");
-    ask(&mut machine.vireo, 1);
+    let mut dir = first.dir;
+    for (name, mode, refused, words) in [
+        ("t", "copy", true, "no userfaultfd"),
+        ("u", "mmap", false, "memory is mapped from the file"),
+    ] {
+        let (socket, path) = (dir.path().join("api.sock"), dir.path().join("s"));
+        let from = format!("{},memory_restore_mode={mode}", path.display());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+        command.args(["run", "--restore", &from, "--api-socket"]);
+        command.arg(&socket);
+        if refused {
+            without_userfaultfd(&mut command);
+        }
+        let vireo = Vireo::spawn(&mut command);
+        until("the machine", || {
+            let info = Client::connect(&socket).ok()?.info().ok()?;
+            (info.state == VmInfoState::Running).then_some(())
+        });
+        let mut machine = Served { vireo, dir };
+        let report = create(&machine, name, &[]);
+        assert_eq!(report["mode"], "paused", "{report}");
+        let reason = report["reason"].as_str().unwrap();
+        assert!(reason.contains(words), "{reason}");
+        ask(&mut machine.vireo, 1);
+        tell(&mut machine.vireo, b"q");
+        machine.vireo.ends_with(0);
+        dir = machine.dir;
+    }
 }
 
 /// As large as fits, so that there is time to cancel it.
