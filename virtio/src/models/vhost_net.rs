@@ -22,7 +22,7 @@ use virtio_bindings::virtio_net::{
 use zerocopy::IntoBytes;
 
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice, read_space,
+    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::models::net::random_mac;
 use crate::models::net::spec::{ConfigSpace, MIN_MTU};
@@ -212,6 +212,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
         patience: ANSWER,
         nature: Nature::Buffers,
         epitaph: None,
+        clock: Arc::new(Instant::now),
     };
     Ok(Box::new(VhostNet {
         front: Front::connect("net", context, options)?,
@@ -257,6 +258,10 @@ impl VirtioDevice for VhostNet {
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
+        self.front.attached(notifier);
+    }
 
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.front.start(activation)

@@ -12,11 +12,16 @@ use super::relay::Relay;
 use super::session::{F_INDIRECT_DESC, F_VERSION_1, Session, Wanted};
 use super::{PeerError, PeerReport};
 use crate::device::{ActivateError, Activation, Counters, Notifier, StoppedQueue, read_space};
+use crate::limit::Clock;
+use crate::memory::{GuestMap, GuestMemory};
 use crate::models::{BuildContext, BuildError};
 use crate::worker::Workers;
 
+/// How long a keeper may take to give the connection back.
+const RELIEF: Duration = Duration::from_secs(5);
+
 /// What a model asks of its peer.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PeerOptions {
     /// The unix socket at which it listens.
     pub path: PathBuf,
@@ -34,6 +39,8 @@ pub struct PeerOptions {
     pub nature: Nature,
     /// How a request that its peer has taken to the grave is answered, where it is not to be made again.
     pub epitaph: Option<Epitaph>,
+    /// By which attempts to connect again and answers that do not come are timed.
+    pub clock: Clock,
 }
 
 /// What the chains are that a driver gives to a peer.
@@ -60,6 +67,8 @@ pub(super) struct Hub {
     config: Mutex<Vec<u8>>,
     /// The peer is gone, and that has been reported.
     lost: AtomicBool,
+    /// The features that the guest is offered of the peer's.
+    offered: AtomicU64,
     /// Requests that the peer has completed.
     pub completed: AtomicU64,
     /// How often the peer was lost.
@@ -73,13 +82,21 @@ impl Hub {
             queues: self.options.queues,
             counted: self.options.counted,
             config_len: self.options.config_len,
-            features: accepted & self.options.features,
+            features: accepted & self.offered(),
         }
     }
 
     /// The features that a peer is told of: its own and the transport's.
     pub fn features_for_peer(&self, accepted: u64) -> u64 {
-        accepted & (self.options.features | F_VERSION_1 | F_INDIRECT_DESC)
+        accepted & (self.offered() | F_VERSION_1 | F_INDIRECT_DESC)
+    }
+
+    fn offered(&self) -> u64 {
+        self.offered.load(Ordering::Relaxed)
+    }
+
+    pub fn now(&self) -> Instant {
+        (self.options.clock)()
     }
 
     pub fn idle(&self) -> MutexGuard<'_, Option<Session>> {
@@ -141,11 +158,38 @@ impl Counters for Hub {
 }
 
 /// A device's connection to its peer, from when it is built to when it is dropped. It outlives
-/// resets of the device: there are programs that end with their connection.
+/// resets of the device: there are programs that end with their connection. While the device is not in use, a worker
+/// without queues keeps it.
 pub struct Front {
     hub: Arc<Hub>,
-    features: u64,
     workers: Workers,
+    keeper: Workers,
+    /// The keeper runs.
+    kept: bool,
+    /// The features that the last driver has accepted.
+    accepted: Option<u64>,
+    notifier: Option<Arc<dyn Notifier>>,
+}
+
+/// The way to whom a keeper tells what it hears. Nobody waits for it.
+struct Aside(Arc<dyn Notifier>);
+
+impl Notifier for Aside {
+    fn queue(&self, queue: u16) {
+        self.0.queue(queue);
+    }
+
+    fn config_changed(&self) {
+        self.0.config_changed();
+    }
+
+    fn needs_reset(&self, reason: &str) {
+        self.0.needs_reset(reason);
+    }
+
+    fn peer_report(&self, report: &PeerReport) {
+        self.0.peer_report(report);
+    }
 }
 
 impl Front {
@@ -173,6 +217,7 @@ impl Front {
             idle: Mutex::default(),
             config: Mutex::default(),
             lost: AtomicBool::new(false),
+            offered: AtomicU64::new(0),
             completed: AtomicU64::new(0),
             losses: AtomicU64::new(0),
             options,
@@ -184,20 +229,75 @@ impl Front {
             .connected(hub.options.patience.saturating_mul(2))
             .map_err(refused)?;
         let features = offer.features & hub.options.features;
+        hub.offered.store(features, Ordering::Relaxed);
         hub.set_config(offer.config);
+        session.keep_features(offer.features);
         session.keep_notes(offer.notes);
         *hub.idle() = Some(session);
         Ok(Self {
-            features,
             workers: Workers::new(kind, &hub.name),
+            keeper: Workers::new("keep", &hub.name),
+            kept: false,
+            accepted: None,
+            notifier: None,
             hub: Arc::new(hub),
         })
+    }
+
+    /// Watches the peer from now on, whether the device is in use or not: as
+    /// [`VirtioDevice::attached`](crate::device::VirtioDevice::attached).
+    pub fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
+        self.notifier = Some(Arc::new(Aside(Arc::clone(notifier))));
+        self.keep();
+    }
+
+    /// Has the connection of a device that is not in use watched. Where the host lacks what that takes, it is found
+    /// out at the next use whether the peer is there.
+    fn keep(&mut self) {
+        let Some(notifier) = self.notifier.clone().filter(|_| !self.kept) else {
+            return;
+        };
+        let hub = &self.hub;
+        let nothing = Activation {
+            // That driver may go on; before the first one, any may come.
+            features: self.accepted.unwrap_or(hub.offered()),
+            memory: GuestMemory::new(GuestMap::new()),
+            queues: Vec::new(),
+            notifier: Arc::clone(&notifier),
+        };
+        let started = self
+            .keeper
+            .start(&notifier, vec![nothing], |nothing, wake| {
+                Relay::new(Arc::clone(hub), nothing, wake)
+            });
+        match started {
+            Ok(()) => self.kept = true,
+            Err(error) => {
+                tracing::warn!(device = %self.hub.name, %error, "the program that serves it is not watched while the guest does not use it");
+            }
+        }
+    }
+
+    /// Takes the connection from who keeps it.
+    fn relieve(&mut self) -> Result<(), ActivateError> {
+        // It waits for nothing, however busy the host is.
+        match self.keeper.stop(Instant::now() + RELIEF) {
+            Err(error @ StopError::Deadline { .. }) => Err(ActivateError {
+                what: "the peer's keeper",
+                reason: error.to_string(),
+            }),
+            // Where it is lost, so is the connection, and another is made.
+            Ok(_) | Err(_) => {
+                self.kept = false;
+                Ok(())
+            }
+        }
     }
 
     /// The features that the peer offers and the model has use for.
     #[must_use]
     pub fn features(&self) -> u64 {
-        self.features
+        self.hub.offered()
     }
 
     /// Whether the peer is there, as far as it is known.
@@ -224,12 +324,21 @@ impl Front {
     ///
     /// [`ActivateError`] when the guest's memory is not shared, or the host lacks threads or descriptors.
     pub fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.relieve()?;
+        self.accepted = Some(activation.features);
         let notifier = Arc::clone(&activation.notifier);
+        self.notifier
+            .get_or_insert_with(|| Arc::new(Aside(Arc::clone(&notifier))));
         let hub = &self.hub;
-        self.workers
+        let started = self
+            .workers
             .start(&notifier, vec![activation], |activation, wake| {
                 Relay::new(Arc::clone(hub), activation, wake)
-            })
+            });
+        if started.is_err() {
+            self.keep();
+        }
+        started
     }
 
     /// Stops the peer, as [`VirtioDevice::stop`](crate::device::VirtioDevice::stop). One that is not there
@@ -239,6 +348,10 @@ impl Front {
     ///
     /// [`StopError`].
     pub fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
-        self.workers.stop(deadline)
+        let stopped = self.workers.stop(deadline);
+        if !matches!(stopped, Err(StopError::Deadline { .. })) {
+            self.keep();
+        }
+        stopped
     }
 }

@@ -9,7 +9,10 @@
 //! | `session` | one connection: the messages of the protocol, on a thread of its own |
 //! | `notes` | what the peer says unasked: that configuration space has changed |
 //! | `rings` | the available and used rings that the peer sees, in memory of ours |
-//! | `relay` | the worker: passes heads between the guest's rings and the peer's |
+//! | `relay` | the worker: passes heads between the guest's rings and the peer's; without rings it keeps the connection of a device that is not in use |
+//! | `lane` | one queue, both sides of it |
+//! | `bells` | kicks that a peer cannot hold up |
+//! | `backoff` | when a peer that is gone is tried again |
 //!
 //! # The peer has rings of its own
 //!
@@ -26,27 +29,20 @@
 //! connect again, at first soon and then at longer intervals up to [`LONGEST_PAUSE`]. Nothing here waits for a peer
 //! but the thread of its session.
 
+mod backoff;
+mod bells;
 mod front;
+mod lane;
 mod notes;
 mod relay;
 mod rings;
 mod session;
-
-/// Whether `event` can be written (`OUT`) or read (`IN`) without waiting. A peer has the same open file, and may have had it block.
-fn is_ready(event: &EventFd, flags: PollFlags) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(borrow(event), flags)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-}
 
 #[cfg(test)]
 pub(crate) mod peer;
 #[cfg(test)]
 mod tests;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::worker::borrow;
 use std::time::Duration;
 
 pub use front::{Front, Nature, PeerOptions};

@@ -69,6 +69,8 @@ pub struct Manner {
     pub backwards: bool,
     /// Chains are returned by this number instead of theirs.
     pub wrong_head: Option<u32>,
+    /// The eventfds that it gets block from then on, and the one that it is kicked by is full.
+    pub obstructs: bool,
     /// By request.
     pub lies: BTreeMap<u32, Lie>,
 }
@@ -88,6 +90,7 @@ impl Default for Manner {
             hold: false,
             backwards: false,
             wrong_head: None,
+            obstructs: false,
             lies: BTreeMap::new(),
         }
     }
@@ -169,6 +172,14 @@ impl Peer {
     /// Changes what it is like.
     pub fn change(&self, change: impl FnOnce(&mut Manner)) {
         change(&mut self.shared.manner.lock().unwrap());
+    }
+
+    /// Waits until it has where it tells what has happened.
+    pub fn until_noted(&self) {
+        self.until(|seen| seen.requests.contains(&request::SET_BACKEND_REQ_FD));
+        while self.shared.sockets.lock().unwrap().1.is_none() {
+            std::thread::yield_now();
+        }
     }
 
     /// Sends bytes where it tells what has happened.
@@ -264,6 +275,17 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Has an eventfd block, for all that have it, and perhaps fills it.
+fn obstruct(event: &File, fill: bool) {
+    let set = |flags| rustix::fs::fcntl_setfl(event, flags).unwrap();
+    set(rustix::fs::OFlags::NONBLOCK);
+    if fill {
+        // One that has been kicked meanwhile has no room for all of that, and is not empty.
+        let _ = { event }.write(&(u64::MAX - 1).to_ne_bytes());
+    }
+    set(rustix::fs::OFlags::empty());
 }
 
 impl Connection {
@@ -422,6 +444,9 @@ impl Connection {
             request::SET_VRING_KICK | request::SET_VRING_CALL => {
                 let queue = self.queues.entry(word(body, 0) & 0xff).or_default();
                 let file = files.into_iter().next().map(File::from);
+                if self.shared.manner.lock().unwrap().obstructs {
+                    obstruct(file.as_ref().unwrap(), code == request::SET_VRING_KICK);
+                }
                 if code == request::SET_VRING_KICK {
                     queue.kick = file;
                 } else {
@@ -491,8 +516,11 @@ impl Connection {
     fn take(&self, queue: &mut Queue) {
         if let Some(kick) = &queue.kick {
             let mut count = [0; 8];
-            // It does not block.
+            // It does not block, or is full.
             let _ = rustix::io::read(kick.as_fd(), &mut count);
+            if self.shared.manner.lock().unwrap().obstructs {
+                obstruct(kick, true);
+            }
         }
         let offered = u16::from_le_bytes(self.read(queue.avail + 2, false));
         while queue.next != offered {

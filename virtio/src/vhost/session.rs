@@ -231,6 +231,8 @@ pub(super) struct Session {
     answered: Arc<EventFd>,
     line: Arc<Line>,
     notes: Option<Arc<UnixStream>>,
+    /// What the peer has, as far as it has said.
+    features: u64,
 }
 
 impl Session {
@@ -278,6 +280,7 @@ impl Session {
             answered,
             line,
             notes: None,
+            features: 0,
         })
     }
 
@@ -333,6 +336,16 @@ impl Session {
         self.notes = notes;
     }
 
+    /// Keeps what the peer has.
+    pub fn keep_features(&mut self, features: u64) {
+        self.features = features;
+    }
+
+    /// Whether the peer has the features that are needed of it.
+    pub fn suits(&self, wanted: &Wanted) -> bool {
+        missing(wanted, self.features) == 0
+    }
+
     /// Has the peer serve queues: [`Answer::Serving`].
     pub fn serve(&self, setup: Setup) {
         self.give(Order::Serve(setup));
@@ -363,6 +376,11 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.line.cut();
     }
+}
+
+/// The features that are needed of a peer and not among those that it has.
+fn missing(wanted: &Wanted, features: u64) -> u64 {
+    wanted.features & !features & !F_EVENT_IDX
 }
 
 /// What the thread works with.
@@ -411,7 +429,7 @@ impl Link {
                 return Err(PeerError::Lacks { what });
             }
         }
-        let missing = wanted.features & !features & !F_EVENT_IDX;
+        let missing = missing(wanted, features);
         if missing != 0 {
             return Err(PeerError::Features { missing });
         }

@@ -24,6 +24,7 @@ use crate::testing::{
 };
 
 mod buffers;
+mod idle;
 
 /// Bits 0 and 9: size_max and flush.
 const FEATURES: u64 = 1 << 9 | 1;
@@ -98,6 +99,7 @@ fn options(path: &Path, patience: Duration) -> PeerOptions {
         patience,
         nature: Nature::Requests,
         epitaph: None,
+        clock: std::sync::Arc::new(std::time::Instant::now),
     }
 }
 
