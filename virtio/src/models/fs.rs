@@ -144,6 +144,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let queues = requests + 1;
     let options = PeerOptions {
         path: config.socket,
+        listens: false,
         queues,
         counted: queues,
         features: 0,

@@ -129,6 +129,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let (queues, queue_size) = config.queues()?;
     let options = PeerOptions {
         path: config.socket,
+        listens: false,
         queues,
         counted: queues,
         features: FEATURES,

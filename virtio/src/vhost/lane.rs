@@ -38,6 +38,17 @@ pub(super) struct Submitted {
     pub kick: bool,
 }
 
+/// By what chains are taken off the driver's rings.
+pub(super) struct Taker<'a> {
+    pub chain: &'a mut Chain,
+    /// The number of the next request.
+    pub number: &'a mut u64,
+    /// What the driver sends is kept.
+    pub keep: bool,
+    /// The guest's memory is other than the one that was looked at.
+    pub stale: &'a dyn Fn() -> bool,
+}
+
 /// A chain that the peer has.
 pub(super) struct Request {
     /// Counts up: the order in which the driver has made them available.
@@ -118,15 +129,9 @@ impl Lane {
     }
 
     /// Gives the peer at most one ring full of chains.
-    pub fn submit(
-        &mut self,
-        view: &GuestMap,
-        chain: &mut Chain,
-        number: &mut u64,
-        keep: bool,
-    ) -> Submitted {
+    pub fn submit(&mut self, view: &GuestMap, taker: &mut Taker<'_>) -> Submitted {
         let mut given = false;
-        let more = self.give(view, chain, number, keep, &mut given);
+        let more = self.give(view, taker, &mut given);
         let kick = given && self.peer.as_mut().is_some_and(|peer| peer.ring.publish());
         Submitted { more, kick }
     }
@@ -134,11 +139,15 @@ impl Lane {
     fn give(
         &mut self,
         view: &GuestMap,
-        chain: &mut Chain,
-        number: &mut u64,
-        keep: bool,
+        taker: &mut Taker<'_>,
         given: &mut bool,
     ) -> Result<bool, Box<dyn std::error::Error>> {
+        let Taker {
+            chain,
+            number,
+            keep,
+            stale,
+        } = taker;
         let Some(peer) = &mut self.peer else {
             return Ok(false);
         };
@@ -153,14 +162,18 @@ impl Lane {
                 return Err(Doubled { queue, head }.into());
             };
             if !in_memory(view, chain) {
+                if stale() {
+                    self.ring.untake(head);
+                    return Ok(true);
+                }
                 return Err(Outside { queue, head }.into());
             }
             *slot = Some(Request {
-                number: *number,
+                number: **number,
                 writable: std::mem::take(&mut chain.writable),
-                said: if keep { said(view, chain) } else { Vec::new() },
+                said: if *keep { said(view, chain) } else { Vec::new() },
             });
-            *number = number.wrapping_add(1);
+            **number = number.wrapping_add(1);
             self.in_flight += 1;
             peer.ring.push(head);
             *given = true;

@@ -1,11 +1,12 @@
 //! Devices whose requests another process serves (vhost-user).
 //!
-//! A peer is a program that listens on a unix socket: it is told where the guest's memory is, and serves
+//! A peer is a program that listens on a unix socket, or connects to one of ours: it is told where the guest's memory is, and serves
 //! requests in it. What a model with a peer is made of:
 //!
 //! | part | what it does |
 //! |---|---|
 //! | [`Front`] | the device's side: connects, keeps configuration space, starts and stops the worker |
+//! | `door` | the socket to which peers connect, where they are to |
 //! | `session` | one connection: the messages of the protocol, on a thread of its own |
 //! | `notes` | what the peer says unasked: that configuration space has changed |
 //! | `rings` | the available and used rings that the peer sees, in memory of ours |
@@ -31,6 +32,7 @@
 
 mod backoff;
 mod bells;
+mod door;
 mod front;
 mod lane;
 mod notes;
@@ -41,11 +43,11 @@ mod session;
 #[cfg(test)]
 pub(crate) mod peer;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::time::Duration;
 
-pub use front::{Front, Nature, PeerOptions};
+pub use front::{Front, Nature, PeerOptions, Steering};
 pub use session::PeerError;
 
 /// How long a peer may take for what it is told in one go: a set-up, a stop, a look at its configuration.

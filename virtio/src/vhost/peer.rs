@@ -109,6 +109,8 @@ pub struct Seen {
     pub connections: usize,
     /// Guest-physical addresses in the last table of memory.
     pub memory: Vec<u64>,
+    /// Queues by index, whether they are to be served.
+    pub enabled: BTreeMap<u32, bool>,
 }
 
 #[derive(Default)]
@@ -151,6 +153,29 @@ impl Peer {
         let (stop, stopped) = UnixStream::pair().unwrap();
         let shared = Arc::clone(&self.shared);
         let thread = std::thread::spawn(move || accept(&listener, &stopped, &shared));
+        self.listening = Some((thread, stop));
+    }
+
+    /// Connects to `path` as often as it can.
+    pub fn calling(path: &Path, manner: Manner) -> Self {
+        let shared = Shared {
+            manner: Mutex::new(manner),
+            ..Shared::default()
+        };
+        let mut peer = Self {
+            path: path.to_owned(),
+            shared: Arc::new(shared),
+            listening: None,
+        };
+        peer.call();
+        peer
+    }
+
+    /// Connects again, after [`Peer::die`].
+    pub fn call(&mut self) {
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let (shared, path) = (Arc::clone(&self.shared), self.path.clone());
+        let thread = std::thread::spawn(move || call(&path, &stopped, &shared));
         self.listening = Some((thread, stop));
     }
 
@@ -222,21 +247,46 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, shared: &Arc<Shared>) {
             return;
         }
         let socket = listener.accept().unwrap().0;
-        shared.sockets.lock().unwrap().0 = Some(socket.try_clone().unwrap());
-        shared.seen.lock().unwrap().connections += 1;
-        shared.changed.notify_all();
-        let mut connection = Connection {
-            socket,
-            shared: Arc::clone(shared),
-            regions: Vec::new(),
-            queues: BTreeMap::new(),
-        };
-        let stopped = connection.run(stopped);
-        *shared.sockets.lock().unwrap() = (None, None);
-        if stopped {
+        if serve(socket, stopped, shared) {
             return;
         }
     }
+}
+
+fn call(path: &Path, stopped: &UnixStream, shared: &Arc<Shared>) {
+    loop {
+        let tick = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 1_000_000,
+        };
+        let mut fds = [PollFd::new(stopped, PollFlags::IN)];
+        poll(&mut fds, Some(&tick)).unwrap();
+        if !fds[0].revents().is_empty() {
+            return;
+        }
+        let Ok(socket) = UnixStream::connect(path) else {
+            continue;
+        };
+        if serve(socket, stopped, shared) {
+            return;
+        }
+    }
+}
+
+/// Serves one connection; `true` when the program is to end.
+fn serve(socket: UnixStream, stopped: &UnixStream, shared: &Arc<Shared>) -> bool {
+    shared.sockets.lock().unwrap().0 = Some(socket.try_clone().unwrap());
+    shared.seen.lock().unwrap().connections += 1;
+    shared.changed.notify_all();
+    let mut connection = Connection {
+        socket,
+        shared: Arc::clone(shared),
+        regions: Vec::new(),
+        queues: BTreeMap::new(),
+    };
+    let stopped = connection.run(stopped);
+    *shared.sockets.lock().unwrap() = (None, None);
+    stopped
 }
 
 /// A piece of the front end's memory.
@@ -426,7 +476,12 @@ impl Connection {
                         queue.returned = queue.next;
                         queue.held.clear();
                     }
-                    request::SET_VRING_ENABLE => queue.enabled = value == 1,
+                    request::SET_VRING_ENABLE => {
+                        queue.enabled = value == 1;
+                        let mut seen = self.shared.seen.lock().unwrap();
+                        seen.enabled.insert(word(body, 0), value == 1);
+                        self.shared.changed.notify_all();
+                    }
                     request::SET_VRING_ADDR => {
                         queue.table = long(body, 8);
                         queue.used = long(body, 16);

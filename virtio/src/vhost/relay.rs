@@ -34,7 +34,7 @@ use super::PeerError;
 use super::backoff::Backoff;
 use super::bells::Bells;
 use super::front::{Hub, Nature};
-use super::lane::{Lane, PeerSide};
+use super::lane::{Lane, PeerSide, Taker};
 use super::notes::Notes;
 use super::rings::RingMemory;
 use super::session::{Answer, Offer, QueueSetup, Session, Setup};
@@ -48,7 +48,8 @@ const WAKE: u64 = 0;
 const ANSWERED: u64 = 1;
 const HUNG_UP: u64 = 2;
 const NOTED: u64 = 3;
-const QUEUES: u64 = 4;
+const DOOR: u64 = 4;
+const QUEUES: u64 = 5;
 
 /// How long the peer stays stopped after a stop that was given up: who gives up usually asks again at once.
 const HOLD: Duration = Duration::from_millis(50);
@@ -68,6 +69,7 @@ enum Question {
     Serve,
     Memory,
     Config,
+    Enable,
     Stop,
 }
 
@@ -96,6 +98,8 @@ pub(super) struct Relay {
     known: Option<(Arc<GuestMap>, Arc<RingMemory>)>,
     /// Configuration space is to be asked for.
     reread: bool,
+    /// How many queues the peer has been told to serve.
+    served: u16,
     /// When to connect again, or to take a stopped peer into use again.
     backoff: Backoff,
     bells: Bells,
@@ -138,6 +142,7 @@ impl Relay {
             asked: None,
             known: None,
             reread: false,
+            served: 0,
             backoff: Backoff::new(),
             bells: Bells::new().map_err(failed)?,
             draining: false,
@@ -145,6 +150,7 @@ impl Relay {
             hub,
         };
         relay.watch_own().map_err(failed)?;
+        relay.hub.set_wake(wake);
         let idle = relay.hub.idle().take();
         let wanted = relay.hub.wanted(features);
         if let Some(session) = idle.filter(|session| session.suits(&wanted)) {
@@ -158,6 +164,10 @@ impl Relay {
 
     fn watch_own(&self) -> io::Result<()> {
         self.watch(self.wake.fd(), EventSet::IN, WAKE)?;
+        if let Some(door) = self.hub.way.door() {
+            // Told once for each that comes: while one peer is there, others wait.
+            self.watch(door.fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, DOOR)?;
+        }
         for (lane, token) in self.lanes.iter().zip((QUEUES..).step_by(2)) {
             self.watch(lane.ring.doorbell(), EventSet::IN, token)?;
         }
@@ -180,11 +190,17 @@ impl Relay {
 
     fn adopt(&mut self, session: Session) -> io::Result<()> {
         self.watch(session.answered(), EventSet::IN, ANSWERED)?;
-        if let Some(socket) = session.socket() {
+        self.session = Some(session);
+        self.watch_socket()
+    }
+
+    /// Watches the socket for its end, as soon as there is one.
+    fn watch_socket(&mut self) -> io::Result<()> {
+        let socket = self.session.as_ref().and_then(Session::socket);
+        if let Some(socket) = socket.filter(|_| self.watched.is_none()) {
             self.watch(socket.as_fd(), EventSet::READ_HANG_UP, HUNG_UP)?;
             self.watched = Some(socket);
         }
-        self.session = Some(session);
         Ok(())
     }
 
@@ -262,6 +278,10 @@ impl Relay {
                 self.ask(Question::Stop, 1);
                 Ok(())
             }
+            Stage::Serving if self.served != self.hub.served() => {
+                self.steer();
+                Ok(())
+            }
             Stage::Idle | Stage::Serving if self.reread && !self.draining => {
                 self.reread = false;
                 if let Some(session) = &self.session {
@@ -274,11 +294,27 @@ impl Relay {
         }
     }
 
+    /// Has the peer serve as many queues as the device is to have.
+    fn steer(&mut self) {
+        let (before, served) = (self.served, self.hub.served());
+        let indexes = self.lanes.iter().map(|lane| lane.index);
+        let changed = indexes.filter(|index| (*index < before) != (*index < served));
+        let changed = changed.map(|index| (index, index < served)).collect();
+        if let Some(session) = &self.session {
+            session.enable(changed);
+        }
+        self.served = served;
+        self.ask(Question::Enable, 1);
+    }
+
     fn connect(&mut self) -> Result<(), PeerError> {
         self.backoff.forget();
         let what = "a thread for a peer";
         let host = |source| PeerError::Host { what, source };
-        let connector = Arc::clone(&self.hub.connector);
+        // Whoever is still to come wakes this up.
+        let Some(connector) = self.hub.way.lead().map_err(host)? else {
+            return Ok(());
+        };
         let wanted = self.hub.wanted(self.features);
         let session = Session::open(&self.hub.name, connector, wanted).map_err(host)?;
         self.adopt(session).map_err(host)?;
@@ -293,6 +329,7 @@ impl Relay {
         let host = |source| PeerError::Host { what, source };
         let sizes: Vec<u16> = self.lanes.iter().map(|lane| lane.ring.size()).collect();
         let (rings, sides) = RingMemory::new(&sizes).map_err(host)?;
+        self.served = self.hub.served();
         let mut queues = Vec::new();
         for (at, ring) in sides.into_iter().enumerate() {
             let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
@@ -316,6 +353,7 @@ impl Relay {
                 used,
                 kick: Arc::clone(&kick),
                 call: Arc::clone(&call),
+                enabled: lane.index < self.served,
             });
             if let Some(old) = lane.peer.replace(PeerSide { ring, kick, call }) {
                 self.unwatch(borrow(&old.call));
@@ -347,7 +385,7 @@ impl Relay {
                     self.backoff.serves();
                     self.hub.found(&*self.notifier);
                 }
-                Answer::Informed => {}
+                Answer::Informed | Answer::Enabled => {}
                 Answer::Config(config) => self.show(config),
                 Answer::Stopped => self.take_all_back()?,
             }
@@ -359,11 +397,7 @@ impl Relay {
         let what = "descriptors for a peer";
         let host = |source| PeerError::Host { what, source };
         self.stage = Stage::Idle;
-        if let Some(socket) = self.session.as_ref().and_then(Session::socket) {
-            self.watch(socket.as_fd(), EventSet::READ_HANG_UP, HUNG_UP)
-                .map_err(host)?;
-            self.watched = Some(socket);
-        }
+        self.watch_socket().map_err(host)?;
         if let Some(session) = &mut self.session {
             session.keep_features(offer.features);
         }
@@ -426,11 +460,20 @@ impl Relay {
     fn submit(&mut self, view: &GuestMap) -> Result<bool, PeerError> {
         let keep = self.hub.options.epitaph.is_some();
         let mut more = false;
+        let memory = &self.memory;
+        // A driver may use memory as soon as it is there, which may be after the look at it.
+        let stale = || !std::ptr::eq(&*memory.memory(), view);
         for lane in &mut self.lanes {
             if lane.ring.failed() {
                 continue;
             }
-            let submitted = lane.submit(view, &mut self.chain, &mut self.number, keep);
+            let mut taker = Taker {
+                chain: &mut self.chain,
+                number: &mut self.number,
+                keep,
+                stale: &stale,
+            };
+            let submitted = lane.submit(view, &mut taker);
             if let Some(peer) = lane.peer.as_ref().filter(|_| submitted.kick) {
                 let what = "memory for a kick";
                 let rung = self.bells.ring(&peer.kick);
@@ -467,7 +510,10 @@ impl Relay {
             match &self.asked {
                 None if !known => self.inform(&map),
                 None => more |= self.submit(&map)?,
-                Some(asked) if asked.what == Question::Config && known => {
+                Some(Asked {
+                    what: Question::Config | Question::Enable,
+                    ..
+                }) if known => {
                     more |= self.submit(&map)?;
                 }
                 Some(_) => {}
@@ -500,7 +546,7 @@ impl Relay {
             match event.data() {
                 WAKE => self.wake.reset(),
                 // It has been looked at before every sleep, and is again.
-                ANSWERED => {}
+                ANSWERED | DOOR => {}
                 HUNG_UP => result = Err(PeerError::Gone),
                 NOTED => result = result.and(self.read_notes()),
                 token => self.silence(token - QUEUES),

@@ -57,6 +57,23 @@ pub enum PeerError {
         #[source]
         source: io::Error,
     },
+    /// This process cannot be connected to.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody has connected.
+    #[error("nobody has connected to {} within {patience:?}: start the program that is to connect there", path.display())]
+    Nobody {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited.
+        patience: Duration,
+    },
     /// A message was not answered as it must be.
     #[error("the program at the vhost-user socket has failed to {what}")]
     Message {
@@ -164,6 +181,8 @@ pub(super) struct QueueSetup {
     pub used: u64,
     pub kick: Arc<EventFd>,
     pub call: Arc<EventFd>,
+    /// It is served from the beginning.
+    pub enabled: bool,
 }
 
 /// All that a peer must know before it serves.
@@ -179,6 +198,7 @@ enum Order {
     Serve(Setup),
     Memory(Arc<GuestMap>, Arc<RingMemory>),
     Config(u32),
+    Enable(Vec<(u16, bool)>),
     Stop(Vec<u16>),
 }
 
@@ -192,6 +212,8 @@ pub(super) enum Answer {
     Informed,
     /// This is its configuration space now.
     Config(Vec<u8>),
+    /// It serves the queues that it is to.
+    Enabled,
     /// It serves no queue any more.
     Stopped,
 }
@@ -361,6 +383,11 @@ impl Session {
         self.give(Order::Config(len));
     }
 
+    /// Has the peer serve queues, or leave them as they are: [`Answer::Enabled`].
+    pub fn enable(&self, queues: Vec<(u16, bool)>) {
+        self.give(Order::Enable(queues));
+    }
+
     /// Has the peer serve these queues no longer: [`Answer::Stopped`].
     pub fn stop(&self, queues: Vec<u16>) {
         self.give(Order::Stop(queues));
@@ -386,6 +413,8 @@ fn missing(wanted: &Wanted, features: u64) -> u64 {
 /// What the thread works with.
 struct Link {
     peer: Frontend,
+    /// Another descriptor of its socket.
+    socket: UnixStream,
 }
 
 fn failed(what: &'static str) -> impl FnOnce(vhost::Error) -> PeerError {
@@ -410,8 +439,11 @@ impl Link {
         let socket: OwnedFd = connector.connect().map_err(refused)?;
         let socket = UnixStream::from(socket);
         line.put(socket.try_clone().map_err(refused)?);
-        let peer = Frontend::from_stream(socket, wanted.queues.into());
-        let mut link = Self { peer };
+        let another = socket.try_clone().map_err(refused)?;
+        let mut link = Self {
+            peer: Frontend::from_stream(socket, wanted.queues.into()),
+            socket: another,
+        };
         let offer = link.negotiate(wanted)?;
         Ok((link, offer))
     }
@@ -449,6 +481,9 @@ impl Link {
             let wanted = wanted.counted;
             return Err(PeerError::Queues { offered, wanted });
         }
+        if offered < wanted.queues.into() {
+            self.recount(wanted.queues, protocol)?;
+        }
         let mut notes = None;
         let mut config = Vec::new();
         if wanted.config_len > 0 {
@@ -466,6 +501,29 @@ impl Link {
             config,
             notes,
         })
+    }
+
+    /// Begins anew with the connection: `Frontend` takes the number of pairs for that of queues, and refuses the rest.
+    fn recount(
+        &mut self,
+        queues: u16,
+        protocol: VhostUserProtocolFeatures,
+    ) -> Result<(), PeerError> {
+        let what = "another descriptor of a socket";
+        let socket = self.socket.try_clone();
+        let socket = socket.map_err(|source| PeerError::Host { what, source })?;
+        self.peer = Frontend::from_stream(socket, queues.into());
+        let features = self.peer.get_features();
+        features.map_err(failed("tell its features"))?;
+        let offered = self.peer.get_protocol_features();
+        offered.map_err(failed("tell its protocol features"))?;
+        self.peer
+            .set_protocol_features(protocol)
+            .map_err(failed("accept protocol features"))?;
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        Ok(())
     }
 
     /// Gives the peer a way to tell what has happened.
@@ -487,6 +545,13 @@ impl Link {
             Order::Serve(setup) => self.serve(&setup).map(|()| Answer::Serving),
             Order::Memory(map, rings) => self.memory(&map, &rings).map(|()| Answer::Informed),
             Order::Config(len) => self.config(len).map(Answer::Config),
+            Order::Enable(queues) => {
+                for (queue, enabled) in queues {
+                    let set = self.peer.set_vring_enable(queue.into(), enabled);
+                    set.map_err(failed("enable a queue"))?;
+                }
+                Ok(Answer::Enabled)
+            }
             Order::Stop(queues) => {
                 for queue in queues {
                     let base = self.peer.get_vring_base(queue.into());
@@ -521,7 +586,7 @@ impl Link {
             self.set_up(map, queue)
                 .map_err(failed("take a queue into use"))?;
         }
-        for queue in queues {
+        for queue in queues.iter().filter(|queue| queue.enabled) {
             self.peer
                 .set_vring_enable(queue.index.into(), true)
                 .map_err(failed("enable a queue"))?;
