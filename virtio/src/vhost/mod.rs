@@ -21,7 +21,8 @@
 //! the guest's: the worker passes the heads on, in both directions. So it is known at any moment
 //! which requests the peer has. They are given to its successor when it dies, whatever order it works in; they are drained before
 //! a pause; the pages that they write are marked in the guest's memory log; and a peer
-//! that returns what it was never given is found out before the guest sees it.
+//! that returns what it was never given is found out before the guest sees it. The protocol's own record of what is
+//! in flight (`INFLIGHT_SHMFD`) would say the same, in memory that the peer can write; it is not asked for.
 //!
 //! # What a peer's mistake does
 //!

@@ -466,36 +466,7 @@ impl Connection {
             | request::SET_VRING_BASE
             | request::SET_VRING_ADDR
             | request::SET_VRING_ENABLE
-            | request::GET_VRING_BASE => {
-                let queue = self.queues.entry(word(body, 0)).or_default();
-                let value = word(body, 4);
-                match code {
-                    request::SET_VRING_NUM => queue.size = u16::try_from(value).unwrap(),
-                    request::SET_VRING_BASE => {
-                        queue.next = u16::try_from(value).unwrap();
-                        queue.returned = queue.next;
-                        queue.held.clear();
-                    }
-                    request::SET_VRING_ENABLE => {
-                        queue.enabled = value == 1;
-                        let mut seen = self.shared.seen.lock().unwrap();
-                        seen.enabled.insert(word(body, 0), value == 1);
-                        self.shared.changed.notify_all();
-                    }
-                    request::SET_VRING_ADDR => {
-                        queue.table = long(body, 8);
-                        queue.used = long(body, 16);
-                        queue.avail = long(body, 24);
-                    }
-                    _ => {
-                        queue.enabled = false;
-                        queue.kick = None;
-                        let mut answer = body.to_vec();
-                        answer[4..].copy_from_slice(&u32::from(queue.next).to_ne_bytes());
-                        return Some(answer);
-                    }
-                }
-            }
+            | request::GET_VRING_BASE => return self.set_queue(code, body),
             request::SET_VRING_KICK | request::SET_VRING_CALL => {
                 let queue = self.queues.entry(word(body, 0) & 0xff).or_default();
                 let file = files.into_iter().next().map(File::from);
@@ -509,6 +480,38 @@ impl Connection {
                 }
             }
             _ => {}
+        }
+        None
+    }
+
+    fn set_queue(&mut self, code: u32, body: &[u8]) -> Option<Vec<u8>> {
+        let queue = self.queues.entry(word(body, 0)).or_default();
+        let value = word(body, 4);
+        match code {
+            request::SET_VRING_NUM => queue.size = u16::try_from(value).unwrap(),
+            request::SET_VRING_BASE => {
+                queue.next = u16::try_from(value).unwrap();
+                queue.returned = queue.next;
+                queue.held.clear();
+            }
+            request::SET_VRING_ENABLE => {
+                queue.enabled = value == 1;
+                let mut seen = self.shared.seen.lock().unwrap();
+                seen.enabled.insert(word(body, 0), value == 1);
+                self.shared.changed.notify_all();
+            }
+            request::SET_VRING_ADDR => {
+                queue.table = long(body, 8);
+                queue.used = long(body, 16);
+                queue.avail = long(body, 24);
+            }
+            _ => {
+                queue.enabled = false;
+                queue.kick = None;
+                let mut answer = body.to_vec();
+                answer[4..].copy_from_slice(&u32::from(queue.next).to_ne_bytes());
+                return Some(answer);
+            }
         }
         None
     }
