@@ -338,6 +338,12 @@ pub trait VirtioDevice: Send + DynSnapshot {
     /// Writes the device-specific configuration space; what is read-only or past the end is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
+    /// The device is in its machine from now on, in use or not, and may say so what it hears outside of it. Called once,
+    /// before all other calls but those that only read.
+    fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
+        let _ = notifier;
+    }
+
     /// Features have been negotiated and may change what configuration space shows.
     fn features_negotiated(&mut self, features: u64) {
         let _ = features;

@@ -15,7 +15,7 @@ use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice, read_space,
+    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
@@ -144,6 +144,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let queues = requests + 1;
     let options = PeerOptions {
         path: config.socket,
+        listens: false,
         queues,
         counted: queues,
         features: 0,
@@ -151,6 +152,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
         patience: ANSWER,
         nature: Nature::Requests,
         epitaph: Some(epitaph),
+        clock: Arc::new(Instant::now),
     };
     let mut space = config.tag.clone().into_bytes();
     space.resize(TAG_LEN, 0);
@@ -196,6 +198,10 @@ impl VirtioDevice for Fs {
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
+        self.front.attached(notifier);
+    }
 
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.front.start(activation)

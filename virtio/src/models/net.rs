@@ -56,7 +56,7 @@ use crate::worker::Workers;
 
 mod change;
 mod config;
-mod control;
+pub(in crate::models) mod control;
 mod filter;
 mod kernel;
 mod launch;

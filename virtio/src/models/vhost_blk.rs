@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::device::{ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice};
+use crate::device::{ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 use crate::vhost::{ANSWER, Front, Nature, PeerOptions};
@@ -129,6 +129,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let (queues, queue_size) = config.queues()?;
     let options = PeerOptions {
         path: config.socket,
+        listens: false,
         queues,
         counted: queues,
         features: FEATURES,
@@ -136,6 +137,7 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
         patience: ANSWER,
         nature: Nature::Requests,
         epitaph: None,
+        clock: Arc::new(Instant::now),
     };
     Ok(Box::new(VhostBlk {
         id: context.id.clone(),
@@ -188,6 +190,10 @@ impl VirtioDevice for VhostBlk {
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
+        self.front.attached(notifier);
+    }
 
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.front.start(activation)

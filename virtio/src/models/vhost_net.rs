@@ -1,11 +1,12 @@
 //! The network device (Virtio 1.2, section 5.1) whose frames another program moves (vhost-user-net).
 //!
-//! Offloads are that program's; address, packet size and link are the device's own. There is one pair of
-//! queues and no control queue. The link is up while the program is there.
+//! Offloads are that program's; address, packet size, link and the control queue are the device's own. The link is up
+//! while the program is there. When it is back, the guest is asked to announce itself: a switch that was started again
+//! does not know who is where.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::StopError;
 use migration::{RestoreError, SaveError, SavedState, Snapshot};
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_LINK_UP,
@@ -22,13 +23,19 @@ use virtio_bindings::virtio_net::{
 use zerocopy::IntoBytes;
 
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, StoppedQueue, VirtioDevice, read_space,
+    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::models::net::random_mac;
 use crate::models::net::spec::{ConfigSpace, MIN_MTU};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
-use crate::vhost::{ANSWER, Front, Nature, PeerOptions};
+use crate::vhost::{ANSWER, Front, Nature, PeerOptions, Steering};
+use crate::worker::Workers;
+
+mod control;
+#[cfg(test)]
+mod serving;
+use self::control::{Clerk, Orders};
 
 /// The entry in the registry.
 pub const MODEL: Model = Model {
@@ -53,8 +60,13 @@ const FIELDS: &[Field] = &[
         name: "socket",
         kind: FieldKind::Path,
         required: true,
-        help: "the unix socket at which the program listens",
+        help: "the unix socket at which the program listens, or to which it connects",
     },
+    field(
+        "vhost_mode",
+        FieldKind::Choice(&["client", "server"]),
+        "who connects: client, this process; server, the program (default client)",
+    ),
     field(
         "mac",
         FieldKind::Text,
@@ -68,7 +80,7 @@ const FIELDS: &[Field] = &[
     field(
         "num_queues",
         FieldKind::Number,
-        "queues of both directions: 2, one pair (default 2)",
+        "queues of both directions, 2 to 128, an even number (default 2: one pair)",
     ),
     field(
         "queue_size",
@@ -97,7 +109,8 @@ const SEGMENTS: u64 = bit(VIRTIO_NET_F_HOST_TSO4)
     | bit(VIRTIO_NET_F_GUEST_TSO6)
     | bit(VIRTIO_NET_F_GUEST_ECN);
 
-const QUEUES: u16 = 2;
+/// As many pairs as other cards have.
+const MAX_QUEUES: u64 = 128;
 /// Programs for the protocol have no larger ones.
 const MAX_QUEUE_SIZE: u64 = 1024;
 const MIN_QUEUE_SIZE: u64 = 4;
@@ -111,15 +124,18 @@ const fn bit(feature: u32) -> u64 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VhostNetConfig {
-    /// The unix socket at which the program listens.
+    /// The unix socket at which the program listens, or to which it connects.
     pub socket: PathBuf,
+    /// Who connects.
+    #[serde(default, skip_serializing_if = "VhostMode::is_client")]
+    pub vhost_mode: VhostMode,
     /// The card's address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
     /// The largest packet, in bytes, 1280 to 65521.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u64>,
-    /// Queues of both directions together: 2.
+    /// Queues of both directions together: an even number from 2 to 128.
     #[serde(default = "two")]
     pub num_queues: u64,
     /// Entries in each queue: a power of two from 4 to 1024.
@@ -133,8 +149,26 @@ pub struct VhostNetConfig {
     pub offload_tso: Option<bool>,
 }
 
+/// Who connects to the socket of a program that serves a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VhostMode {
+    /// This process, to the program.
+    #[default]
+    Client,
+    /// The program, to this process.
+    Server,
+}
+
+impl VhostMode {
+    // A reference is what serde gives.
+    fn is_client(&self) -> bool {
+        *self == Self::Client
+    }
+}
+
 fn two() -> u64 {
-    QUEUES.into()
+    2
 }
 
 fn default_queue_size() -> u64 {
@@ -148,6 +182,8 @@ pub struct VhostNetSettings {
     pub mac: Option<MacAddress>,
     /// The largest packet, in bytes, where it is stated.
     pub mtu: Option<u16>,
+    /// How many pairs of queues.
+    pub pairs: u16,
     /// Entries in each queue.
     pub queue_size: u16,
 }
@@ -167,11 +203,9 @@ impl VhostNetConfig {
             let reason = format!("{mtu}: give {MIN_MTU} to {MAX_MTU}");
             return Err(fail("mtu", reason));
         }
-        if self.num_queues != two() {
-            let reason = format!(
-                "{}: a card of another program's has one pair of queues: give 2",
-                self.num_queues
-            );
+        let queues = self.num_queues;
+        if !(two()..=MAX_QUEUES).contains(&queues) || !queues.is_multiple_of(2) {
+            let reason = format!("{queues}: give an even number from 2 to {MAX_QUEUES}");
             return Err(fail("num_queues", reason));
         }
         let size = self.queue_size;
@@ -184,6 +218,7 @@ impl VhostNetConfig {
         Ok(VhostNetSettings {
             mac,
             mtu: self.mtu.map(number),
+            pairs: number(queues / 2),
             queue_size: number(size),
         })
     }
@@ -204,17 +239,24 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let features = config.features();
     let options = PeerOptions {
         path: config.socket,
-        queues: QUEUES,
+        listens: config.vhost_mode == VhostMode::Server,
+        queues: settings.pairs.saturating_mul(2),
         // Programs count pairs here.
-        counted: QUEUES / 2,
+        counted: settings.pairs,
         features,
         config_len: 0,
         patience: ANSWER,
         nature: Nature::Buffers,
         epitaph: None,
+        clock: Arc::new(Instant::now),
     };
+    let front = Front::connect("net", context, options)?;
+    front.steering().serve(ONE_PAIR);
     Ok(Box::new(VhostNet {
-        front: Front::connect("net", context, options)?,
+        steering: front.steering(),
+        front,
+        clerk: Workers::new("net", &format!("{}_ctrl", context.id)),
+        accepted: 0,
         mac: settings.mac.unwrap_or_else(random_mac).octets(),
         settings,
     }))
@@ -223,20 +265,66 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
 /// A card of another program's.
 pub struct VhostNet {
     front: Front,
+    steering: Steering,
+    /// Serves the control queue.
+    clerk: Workers,
     settings: VhostNetSettings,
+    /// The features that the driver has accepted.
+    accepted: u64,
     mac: [u8; 6],
+}
+
+/// How many queues are used until the driver says otherwise (5.1.6.5.5).
+const ONE_PAIR: u16 = 2;
+/// How long the control queue has to be given back. Nothing is ever in flight.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl VhostNet {
+    fn accepts(&self, feature: u32) -> bool {
+        self.accepted & bit(feature) != 0
+    }
+
+    /// The control queue. With a driver that does not know of several pairs it follows the first (5.1.2).
+    fn control_queue(&self) -> u16 {
+        let several = self.accepts(VIRTIO_NET_F_MQ);
+        let last = if several { self.settings.pairs } else { 1 };
+        last.saturating_mul(2)
+    }
+
+    fn start_clerk(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let notifier = Arc::clone(&activation.notifier);
+        let (steering, pairs) = (&self.steering, self.settings.pairs);
+        self.clerk
+            .start(&notifier, vec![activation], |activation, wake| {
+                let orders = Orders {
+                    steering: steering.clone(),
+                    features: activation.features,
+                    pairs,
+                };
+                Clerk::new(activation, orders, wake)
+            })
+    }
 }
 
 impl VirtioDevice for VhostNet {
     fn identity(&self) -> Identity {
-        let mut own = bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_STATUS);
+        let mut own = bit(VIRTIO_NET_F_MAC)
+            | bit(VIRTIO_NET_F_STATUS)
+            | bit(VIRTIO_NET_F_CTRL_VQ)
+            | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
+        if self.settings.pairs > 1 {
+            own |= bit(VIRTIO_NET_F_MQ);
+        }
         if self.settings.mtu.is_some() {
             own |= bit(VIRTIO_NET_F_MTU);
         }
         Identity {
             device_type: u16::try_from(VIRTIO_ID_NET).unwrap_or_default(),
             features: self.front.features() | own,
-            queue_sizes: vec![self.settings.queue_size; QUEUES.into()],
+            queue_sizes: vec![
+                self.settings.queue_size;
+                usize::from(self.settings.pairs) * 2 + 1
+            ],
             pci_class: [2, 0, 0],
         }
     }
@@ -246,11 +334,17 @@ impl VirtioDevice for VhostNet {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let up = u16::try_from(VIRTIO_NET_S_LINK_UP).unwrap_or(1);
+        let mut status = 0;
+        if self.front.is_connected() {
+            status |= VIRTIO_NET_S_LINK_UP;
+            if self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.steering.has_returned() {
+                status |= VIRTIO_NET_S_ANNOUNCE;
+            }
+        }
         let space = ConfigSpace {
             mac: self.mac,
-            status: if self.front.is_connected() { up } else { 0 }.into(),
-            max_virtqueue_pairs: (QUEUES / 2).into(),
+            status: u16::try_from(status).unwrap_or(0).into(),
+            max_virtqueue_pairs: self.settings.pairs.into(),
             mtu: self.settings.mtu.unwrap_or(0).into(),
         };
         read_space(space.as_bytes(), offset, data);
@@ -258,15 +352,51 @@ impl VirtioDevice for VhostNet {
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
+        self.front.attached(notifier);
+    }
+
+    fn features_negotiated(&mut self, features: u64) {
+        self.accepted = features;
+    }
+
     fn start(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.front.start(activation)
+        let Activation {
+            features,
+            memory,
+            queues,
+            notifier,
+        } = activation;
+        self.accepted = features;
+        let last = self.control_queue();
+        let (commands, frames): (Vec<_>, Vec<_>) =
+            queues.into_iter().partition(|queue| queue.index == last);
+        let part = |queues| Activation {
+            features,
+            memory: memory.clone(),
+            queues,
+            notifier: Arc::clone(&notifier),
+        };
+        if !commands.is_empty() {
+            self.start_clerk(part(commands))?;
+        }
+        self.front.start(part(frames)).inspect_err(|_| {
+            // The queue is of no use to a device that does not work.
+            let _ = self.clerk.stop(Instant::now() + PATIENCE);
+        })
     }
 
     fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
-        self.front.stop(deadline)
+        let mut stopped = self.front.stop(deadline)?;
+        stopped.extend(self.clerk.stop(Instant::now() + PATIENCE)?);
+        Ok(stopped)
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.accepted = 0;
+        self.steering.serve(ONE_PAIR);
+        self.steering.greet();
+    }
 }
 
 /// The saved state of a card of another program's.
@@ -274,6 +404,8 @@ impl VirtioDevice for VhostNet {
 pub struct VhostNetV1 {
     /// The address by which the guest knows it.
     pub mac: [u8; 6],
+    /// How many queues of frames the driver uses.
+    pub queues: u16,
 }
 
 impl SavedState for VhostNetV1 {
@@ -285,16 +417,26 @@ impl Snapshot for VhostNet {
     type State = VhostNetV1;
 
     fn save(&self) -> Result<VhostNetV1, SaveError> {
-        Ok(VhostNetV1 { mac: self.mac })
+        Ok(VhostNetV1 {
+            mac: self.mac,
+            queues: self.steering.served(),
+        })
     }
 
     fn restore(&mut self, state: VhostNetV1) -> Result<(), RestoreError> {
-        let VhostNetV1 { mac } = state;
-        MacAddress::new(mac).map_err(|error| RestoreError::Invalid {
+        let VhostNetV1 { mac, queues } = state;
+        let invalid = |reason| RestoreError::Invalid {
             schema: VhostNetV1::SCHEMA,
-            reason: error.to_string(),
-        })?;
+            reason,
+        };
+        MacAddress::new(mac).map_err(|error| invalid(error.to_string()))?;
+        let most = self.settings.pairs.saturating_mul(2);
+        if !(ONE_PAIR..=most).contains(&queues) || !queues.is_multiple_of(2) {
+            let reason = format!("{queues} queues of frames are used, and there are {most}");
+            return Err(invalid(reason));
+        }
         self.mac = mac;
+        self.steering.serve(queues);
         Ok(())
     }
 }
@@ -325,7 +467,9 @@ mod tests {
             (json!({ "mac": "01:00:00:00:00:00" }), "mac: "),
             (json!({ "mtu": 1279 }), "mtu: 1279"),
             (json!({ "mtu": 65_522 }), "mtu: 65522"),
-            (json!({ "num_queues": 4 }), "num_queues: 4"),
+            (json!({ "num_queues": 3 }), "num_queues: 3"),
+            (json!({ "num_queues": 0 }), "num_queues: 0"),
+            (json!({ "num_queues": 130 }), "num_queues: 130"),
             (json!({ "queue_size": 2 }), "queue_size: 2"),
             (json!({ "queue_size": 2048 }), "queue_size: 2048"),
         ] {

@@ -174,8 +174,11 @@ pub(super) struct Core {
 
 impl Core {
     pub fn new(parts: Parts) -> Self {
+        let mut device = parts.device;
+        let notifier: Arc<dyn Notifier> = Arc::clone(&parts.signals) as Arc<dyn Notifier>;
+        device.attached(&notifier);
         Self {
-            device: parts.device,
+            device,
             memory: parts.memory,
             signals: parts.signals,
             kicks: parts.kicks,

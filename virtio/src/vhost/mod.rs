@@ -1,15 +1,19 @@
 //! Devices whose requests another process serves (vhost-user).
 //!
-//! A peer is a program that listens on a unix socket: it is told where the guest's memory is, and serves
+//! A peer is a program that listens on a unix socket, or connects to one of ours: it is told where the guest's memory is, and serves
 //! requests in it. What a model with a peer is made of:
 //!
 //! | part | what it does |
 //! |---|---|
 //! | [`Front`] | the device's side: connects, keeps configuration space, starts and stops the worker |
+//! | `door` | the socket to which peers connect, where they are to |
 //! | `session` | one connection: the messages of the protocol, on a thread of its own |
 //! | `notes` | what the peer says unasked: that configuration space has changed |
 //! | `rings` | the available and used rings that the peer sees, in memory of ours |
-//! | `relay` | the worker: passes heads between the guest's rings and the peer's |
+//! | `relay` | the worker: passes heads between the guest's rings and the peer's; without rings it keeps the connection of a device that is not in use |
+//! | `lane` | one queue, both sides of it |
+//! | `bells` | kicks that a peer cannot hold up |
+//! | `backoff` | when a peer that is gone is tried again |
 //!
 //! # The peer has rings of its own
 //!
@@ -17,7 +21,8 @@
 //! the guest's: the worker passes the heads on, in both directions. So it is known at any moment
 //! which requests the peer has. They are given to its successor when it dies, whatever order it works in; they are drained before
 //! a pause; the pages that they write are marked in the guest's memory log; and a peer
-//! that returns what it was never given is found out before the guest sees it.
+//! that returns what it was never given is found out before the guest sees it. The protocol's own record of what is
+//! in flight (`INFLIGHT_SHMFD`) would say the same, in memory that the peer can write; it is not asked for.
 //!
 //! # What a peer's mistake does
 //!
@@ -26,30 +31,24 @@
 //! connect again, at first soon and then at longer intervals up to [`LONGEST_PAUSE`]. Nothing here waits for a peer
 //! but the thread of its session.
 
+mod backoff;
+mod bells;
+mod door;
 mod front;
+mod lane;
 mod notes;
 mod relay;
 mod rings;
 mod session;
 
-/// Whether `event` can be written (`OUT`) or read (`IN`) without waiting. A peer has the same open file, and may have had it block.
-fn is_ready(event: &EventFd, flags: PollFlags) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(borrow(event), flags)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-}
-
 #[cfg(test)]
 pub(crate) mod peer;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::worker::borrow;
 use std::time::Duration;
 
-pub use front::{Front, Nature, PeerOptions};
+pub use front::{Front, Nature, PeerOptions, Steering};
 pub use session::PeerError;
 
 /// How long a peer may take for what it is told in one go: a set-up, a stop, a look at its configuration.

@@ -69,6 +69,8 @@ pub struct Manner {
     pub backwards: bool,
     /// Chains are returned by this number instead of theirs.
     pub wrong_head: Option<u32>,
+    /// The eventfds that it gets block from then on, and the one that it is kicked by is full.
+    pub obstructs: bool,
     /// By request.
     pub lies: BTreeMap<u32, Lie>,
 }
@@ -88,6 +90,7 @@ impl Default for Manner {
             hold: false,
             backwards: false,
             wrong_head: None,
+            obstructs: false,
             lies: BTreeMap::new(),
         }
     }
@@ -106,6 +109,8 @@ pub struct Seen {
     pub connections: usize,
     /// Guest-physical addresses in the last table of memory.
     pub memory: Vec<u64>,
+    /// Queues by index, whether they are to be served.
+    pub enabled: BTreeMap<u32, bool>,
 }
 
 #[derive(Default)]
@@ -152,6 +157,29 @@ impl Peer {
         self.listening = Some((thread, stop));
     }
 
+    /// Connects to `path` as often as it can.
+    pub fn calling(path: &Path, manner: Manner) -> Self {
+        let shared = Shared {
+            manner: Mutex::new(manner),
+            ..Shared::default()
+        };
+        let mut peer = Self {
+            path: path.to_owned(),
+            shared: Arc::new(shared),
+            listening: None,
+        };
+        peer.call();
+        peer
+    }
+
+    /// Connects again, after [`Peer::die`].
+    pub fn call(&mut self) {
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let (shared, path) = (Arc::clone(&self.shared), self.path.clone());
+        let thread = std::thread::spawn(move || call(&path, &stopped, &shared));
+        self.listening = Some((thread, stop));
+    }
+
     /// Ends, with its connection, and listens no more.
     pub fn die(&mut self) {
         if let Some((thread, stop)) = self.listening.take() {
@@ -172,6 +200,14 @@ impl Peer {
         change(&mut self.shared.manner.lock().unwrap());
         if let Some((_, hand)) = &self.listening {
             (&*hand).write_all(&[1]).unwrap();
+        }
+    }
+
+    /// Waits until it has where it tells what has happened.
+    pub fn until_noted(&self) {
+        self.until(|seen| seen.requests.contains(&request::SET_BACKEND_REQ_FD));
+        while self.shared.sockets.lock().unwrap().1.is_none() {
+            std::thread::yield_now();
         }
     }
 
@@ -218,18 +254,7 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, shared: &Arc<Shared>) {
             continue;
         }
         let socket = listener.accept().unwrap().0;
-        shared.sockets.lock().unwrap().0 = Some(socket.try_clone().unwrap());
-        shared.seen.lock().unwrap().connections += 1;
-        shared.changed.notify_all();
-        let mut connection = Connection {
-            socket,
-            shared: Arc::clone(shared),
-            regions: Vec::new(),
-            queues: BTreeMap::new(),
-        };
-        let stopped = connection.run(stopped);
-        *shared.sockets.lock().unwrap() = (None, None);
-        if stopped {
+        if serve(socket, stopped, shared) {
             return;
         }
     }
@@ -238,6 +263,42 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, shared: &Arc<Shared>) {
 /// Whether the readable `stopped` says that the program ends, and not only that its manner has changed.
 fn is_over(stopped: &UnixStream) -> bool {
     (&*stopped).read(&mut [0]).unwrap() == 0
+}
+
+fn call(path: &Path, stopped: &UnixStream, shared: &Arc<Shared>) {
+    loop {
+        let tick = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 1_000_000,
+        };
+        let mut fds = [PollFd::new(stopped, PollFlags::IN)];
+        poll(&mut fds, Some(&tick)).unwrap();
+        if !fds[0].revents().is_empty() && is_over(stopped) {
+            return;
+        }
+        let Ok(socket) = UnixStream::connect(path) else {
+            continue;
+        };
+        if serve(socket, stopped, shared) {
+            return;
+        }
+    }
+}
+
+/// Serves one connection; `true` when the program is to end.
+fn serve(socket: UnixStream, stopped: &UnixStream, shared: &Arc<Shared>) -> bool {
+    shared.sockets.lock().unwrap().0 = Some(socket.try_clone().unwrap());
+    shared.seen.lock().unwrap().connections += 1;
+    shared.changed.notify_all();
+    let mut connection = Connection {
+        socket,
+        shared: Arc::clone(shared),
+        regions: Vec::new(),
+        queues: BTreeMap::new(),
+    };
+    let stopped = connection.run(stopped);
+    *shared.sockets.lock().unwrap() = (None, None);
+    stopped
 }
 
 /// A piece of the front end's memory.
@@ -276,6 +337,17 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 
 fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Has an eventfd block, for all that have it, and perhaps fills it.
+fn obstruct(event: &File, fill: bool) {
+    let set = |flags| rustix::fs::fcntl_setfl(event, flags).unwrap();
+    set(rustix::fs::OFlags::NONBLOCK);
+    if fill {
+        // One that has been kicked meanwhile has no room for all of that, and is not empty.
+        let _ = { event }.write(&(u64::MAX - 1).to_ne_bytes());
+    }
+    set(rustix::fs::OFlags::empty());
 }
 
 impl Connection {
@@ -401,34 +473,13 @@ impl Connection {
             | request::SET_VRING_BASE
             | request::SET_VRING_ADDR
             | request::SET_VRING_ENABLE
-            | request::GET_VRING_BASE => {
-                let queue = self.queues.entry(word(body, 0)).or_default();
-                let value = word(body, 4);
-                match code {
-                    request::SET_VRING_NUM => queue.size = u16::try_from(value).unwrap(),
-                    request::SET_VRING_BASE => {
-                        queue.next = u16::try_from(value).unwrap();
-                        queue.returned = queue.next;
-                        queue.held.clear();
-                    }
-                    request::SET_VRING_ENABLE => queue.enabled = value == 1,
-                    request::SET_VRING_ADDR => {
-                        queue.table = long(body, 8);
-                        queue.used = long(body, 16);
-                        queue.avail = long(body, 24);
-                    }
-                    _ => {
-                        queue.enabled = false;
-                        queue.kick = None;
-                        let mut answer = body.to_vec();
-                        answer[4..].copy_from_slice(&u32::from(queue.next).to_ne_bytes());
-                        return Some(answer);
-                    }
-                }
-            }
+            | request::GET_VRING_BASE => return self.set_queue(code, body),
             request::SET_VRING_KICK | request::SET_VRING_CALL => {
                 let queue = self.queues.entry(word(body, 0) & 0xff).or_default();
                 let file = files.into_iter().next().map(File::from);
+                if self.shared.manner.lock().unwrap().obstructs {
+                    obstruct(file.as_ref().unwrap(), code == request::SET_VRING_KICK);
+                }
                 if code == request::SET_VRING_KICK {
                     queue.kick = file;
                 } else {
@@ -436,6 +487,38 @@ impl Connection {
                 }
             }
             _ => {}
+        }
+        None
+    }
+
+    fn set_queue(&mut self, code: u32, body: &[u8]) -> Option<Vec<u8>> {
+        let queue = self.queues.entry(word(body, 0)).or_default();
+        let value = word(body, 4);
+        match code {
+            request::SET_VRING_NUM => queue.size = u16::try_from(value).unwrap(),
+            request::SET_VRING_BASE => {
+                queue.next = u16::try_from(value).unwrap();
+                queue.returned = queue.next;
+                queue.held.clear();
+            }
+            request::SET_VRING_ENABLE => {
+                queue.enabled = value == 1;
+                let mut seen = self.shared.seen.lock().unwrap();
+                seen.enabled.insert(word(body, 0), value == 1);
+                self.shared.changed.notify_all();
+            }
+            request::SET_VRING_ADDR => {
+                queue.table = long(body, 8);
+                queue.used = long(body, 16);
+                queue.avail = long(body, 24);
+            }
+            _ => {
+                queue.enabled = false;
+                queue.kick = None;
+                let mut answer = body.to_vec();
+                answer[4..].copy_from_slice(&u32::from(queue.next).to_ne_bytes());
+                return Some(answer);
+            }
         }
         None
     }
@@ -498,8 +581,11 @@ impl Connection {
     fn take(&self, queue: &mut Queue) {
         if let Some(kick) = &queue.kick {
             let mut count = [0; 8];
-            // It does not block.
+            // It does not block, or is full.
             let _ = rustix::io::read(kick.as_fd(), &mut count);
+            if self.shared.manner.lock().unwrap().obstructs {
+                obstruct(kick, true);
+            }
         }
         let offered = u16::from_le_bytes(self.read(queue.avail + 2, false));
         while queue.next != offered {

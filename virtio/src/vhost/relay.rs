@@ -10,6 +10,14 @@
 //! ```
 //!
 //! What the peer is asked is answered later, so that nothing here waits for it: it has until [`Asked::until`].
+//!
+//! A worker without queues keeps the connection of a device that nobody uses: it hears when the peer goes, and has
+//! another connection when the device is used again.
+//!
+//! # What the peer shares
+//!
+//! The eventfds of a queue are open files of the peer's too, and may block. The one for calls is never read: the
+//! place where the worker sleeps tells each call once. The one for kicks is never written to: see `bells`.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -18,21 +26,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
-use virtio_queue::QueueT;
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::front::{Epitaph, Hub, Nature};
+use super::PeerError;
+use super::backoff::Backoff;
+use super::bells::Bells;
+use super::front::{Hub, Nature};
+use super::lane::{Lane, PeerSide, Taker};
 use super::notes::Notes;
-use super::rings::{PeerRing, RingMemory};
+use super::rings::RingMemory;
 use super::session::{Answer, Offer, QueueSetup, Session, Setup};
-use super::{FIRST_PAUSE, LONGEST_PAUSE, PeerError, is_ready};
 use crate::device::{ActivateError, Activation, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
-use crate::ring::{Chain, Extent, Ring, RingError};
+use crate::ring::Chain;
 use crate::worker::{QueueWorker, Turn, Wake, borrow};
 
 /// What an event is of; queues follow, two for each.
@@ -40,54 +48,11 @@ const WAKE: u64 = 0;
 const ANSWERED: u64 = 1;
 const HUNG_UP: u64 = 2;
 const NOTED: u64 = 3;
-const QUEUES: u64 = 4;
+const DOOR: u64 = 4;
+const QUEUES: u64 = 5;
 
 /// How long the peer stays stopped after a stop that was given up: who gives up usually asks again at once.
 const HOLD: Duration = Duration::from_millis(50);
-
-/// The driver has offered a chain that it has offered before and not got back.
-#[derive(Debug, thiserror::Error)]
-#[error("queue {queue}: the chain at {head} is offered while it is in use")]
-struct Doubled {
-    queue: u16,
-    head: u16,
-}
-
-/// A buffer of the driver's is not all memory. Programs for the protocol end when they find one.
-#[derive(Debug, thiserror::Error)]
-#[error("queue {queue}: the chain at {head} has a buffer outside of memory")]
-struct Outside {
-    queue: u16,
-    head: u16,
-}
-
-/// A chain that the peer has.
-struct Request {
-    /// Counts up: the order in which the driver has made them available.
-    number: u64,
-    writable: Vec<Extent>,
-    /// What the driver sent, where an answer may have to be made of it.
-    said: Vec<u8>,
-}
-
-/// One queue, both sides of it.
-struct Lane {
-    ring: Ring,
-    /// Guest-physical address of the descriptor table.
-    table: u64,
-    index: u16,
-    /// The peer's side, while it has one.
-    peer: Option<PeerSide>,
-    /// By head, of the chains that the peer has.
-    requests: Vec<Option<Request>>,
-    in_flight: usize,
-}
-
-struct PeerSide {
-    ring: PeerRing,
-    kick: Arc<EventFd>,
-    call: Arc<EventFd>,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -104,6 +69,7 @@ enum Question {
     Serve,
     Memory,
     Config,
+    Enable,
     Stop,
 }
 
@@ -132,9 +98,11 @@ pub(super) struct Relay {
     known: Option<(Arc<GuestMap>, Arc<RingMemory>)>,
     /// Configuration space is to be asked for.
     reread: bool,
+    /// How many queues the peer has been told to serve.
+    served: u16,
     /// When to connect again, or to take a stopped peer into use again.
-    next: Option<Instant>,
-    pause: Duration,
+    backoff: Backoff,
+    bells: Bells,
     draining: bool,
     number: u64,
 }
@@ -153,17 +121,8 @@ impl Relay {
                 reason: PeerError::Private.to_string(),
             });
         }
-        let lanes = queues.into_iter().map(|queue| {
-            let size = queue.queue.size();
-            Lane {
-                table: queue.queue.desc_table(),
-                index: queue.index,
-                ring: Ring::new(queue, features, Arc::clone(&notifier)),
-                peer: None,
-                requests: (0..size).map(|_| None).collect(),
-                in_flight: 0,
-            }
-        });
+        let lanes = queues.into_iter();
+        let lanes = lanes.map(|queue| Lane::new(queue, features, &notifier));
         let failed = |error: io::Error| ActivateError {
             what: "the peer's worker",
             reason: error.to_string(),
@@ -183,15 +142,18 @@ impl Relay {
             asked: None,
             known: None,
             reread: false,
-            next: None,
-            pause: FIRST_PAUSE,
+            served: 0,
+            backoff: Backoff::new(),
+            bells: Bells::new().map_err(failed)?,
             draining: false,
             number: 0,
             hub,
         };
         relay.watch_own().map_err(failed)?;
+        relay.hub.set_wake(wake);
         let idle = relay.hub.idle().take();
-        if let Some(session) = idle {
+        let wanted = relay.hub.wanted(features);
+        if let Some(session) = idle.filter(|session| session.suits(&wanted)) {
             relay.stage = Stage::Idle;
             let notes = session.notes().cloned();
             relay.adopt(session).map_err(failed)?;
@@ -202,6 +164,10 @@ impl Relay {
 
     fn watch_own(&self) -> io::Result<()> {
         self.watch(self.wake.fd(), EventSet::IN, WAKE)?;
+        if let Some(door) = self.hub.way.door() {
+            // Told once for each that comes: while one peer is there, others wait.
+            self.watch(door.fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, DOOR)?;
+        }
         for (lane, token) in self.lanes.iter().zip((QUEUES..).step_by(2)) {
             self.watch(lane.ring.doorbell(), EventSet::IN, token)?;
         }
@@ -224,11 +190,17 @@ impl Relay {
 
     fn adopt(&mut self, session: Session) -> io::Result<()> {
         self.watch(session.answered(), EventSet::IN, ANSWERED)?;
-        if let Some(socket) = session.socket() {
+        self.session = Some(session);
+        self.watch_socket()
+    }
+
+    /// Watches the socket for its end, as soon as there is one.
+    fn watch_socket(&mut self) -> io::Result<()> {
+        let socket = self.session.as_ref().and_then(Session::socket);
+        if let Some(socket) = socket.filter(|_| self.watched.is_none()) {
             self.watch(socket.as_fd(), EventSet::READ_HANG_UP, HUNG_UP)?;
             self.watched = Some(socket);
         }
-        self.session = Some(session);
         Ok(())
     }
 
@@ -269,8 +241,7 @@ impl Relay {
         drop(self.release());
         self.stage = Stage::Absent;
         self.reread = false;
-        self.next = Some(Instant::now() + self.pause);
-        self.pause = self.pause.saturating_mul(2).min(LONGEST_PAUSE);
+        self.backoff.lost(self.hub.now());
         let view = self.memory.memory();
         for lane in &mut self.lanes {
             lane.take_back(&view, self.hub.options.epitaph);
@@ -280,14 +251,14 @@ impl Relay {
 
     /// A question is out, which may take so many times the patience that there is with a peer.
     fn ask(&mut self, what: Question, times: u32) {
-        let until = Instant::now() + self.hub.options.patience.saturating_mul(times);
+        let until = self.hub.now() + self.hub.options.patience.saturating_mul(times);
         self.asked = Some(Asked { what, until });
     }
 
     /// Does with the peer what is to be done next, unless it has a question to answer.
     fn advance(&mut self) -> Result<(), PeerError> {
         if let Some(asked) = &self.asked {
-            return if Instant::now() < asked.until {
+            return if self.hub.now() < asked.until {
                 Ok(())
             } else {
                 Err(PeerError::Silent {
@@ -295,10 +266,10 @@ impl Relay {
                 })
             };
         }
-        let due = self.next.is_none_or(|next| next <= Instant::now());
+        let due = self.backoff.is_due(self.hub.now());
         match self.stage {
             Stage::Absent if due && !self.draining => self.connect(),
-            Stage::Idle if due && !self.draining => self.set_up(),
+            Stage::Idle if due && !self.draining && !self.lanes.is_empty() => self.set_up(),
             Stage::Serving if self.draining && self.is_done() => {
                 let queues = self.lanes.iter().map(|lane| lane.index).collect();
                 if let Some(session) = &self.session {
@@ -307,7 +278,11 @@ impl Relay {
                 self.ask(Question::Stop, 1);
                 Ok(())
             }
-            Stage::Serving if self.reread => {
+            Stage::Serving if self.served != self.hub.served() => {
+                self.steer();
+                Ok(())
+            }
+            Stage::Idle | Stage::Serving if self.reread && !self.draining => {
                 self.reread = false;
                 if let Some(session) = &self.session {
                     session.config(self.hub.options.config_len);
@@ -315,15 +290,31 @@ impl Relay {
                 self.ask(Question::Config, 1);
                 Ok(())
             }
-            _ => Ok(()),
+            Stage::Idle | Stage::Absent | Stage::Serving => Ok(()),
         }
     }
 
+    /// Has the peer serve as many queues as the device is to have.
+    fn steer(&mut self) {
+        let (before, served) = (self.served, self.hub.served());
+        let indexes = self.lanes.iter().map(|lane| lane.index);
+        let changed = indexes.filter(|index| (*index < before) != (*index < served));
+        let changed = changed.map(|index| (index, index < served)).collect();
+        if let Some(session) = &self.session {
+            session.enable(changed);
+        }
+        self.served = served;
+        self.ask(Question::Enable, 1);
+    }
+
     fn connect(&mut self) -> Result<(), PeerError> {
-        self.next = None;
+        self.backoff.forget();
         let what = "a thread for a peer";
         let host = |source| PeerError::Host { what, source };
-        let connector = Arc::clone(&self.hub.connector);
+        // Whoever is still to come wakes this up.
+        let Some(connector) = self.hub.way.lead().map_err(host)? else {
+            return Ok(());
+        };
         let wanted = self.hub.wanted(self.features);
         let session = Session::open(&self.hub.name, connector, wanted).map_err(host)?;
         self.adopt(session).map_err(host)?;
@@ -333,18 +324,23 @@ impl Relay {
 
     /// Gives the peer rings of its own, empty ones, and has it serve them.
     fn set_up(&mut self) -> Result<(), PeerError> {
-        self.next = None;
+        self.backoff.forget();
         let what = "memory for a peer's rings";
         let host = |source| PeerError::Host { what, source };
         let sizes: Vec<u16> = self.lanes.iter().map(|lane| lane.ring.size()).collect();
         let (rings, sides) = RingMemory::new(&sizes).map_err(host)?;
+        self.served = self.hub.served();
         let mut queues = Vec::new();
         for (at, ring) in sides.into_iter().enumerate() {
             let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
             let (kick, call) = (event().map_err(host)?, event().map_err(host)?);
             let token = QUEUES + 2 * at as u64 + 1;
-            self.watch(borrow(&call), EventSet::IN, token)
-                .map_err(host)?;
+            self.watch(
+                borrow(&call),
+                EventSet::IN | EventSet::EDGE_TRIGGERED,
+                token,
+            )
+            .map_err(host)?;
             let Some(lane) = self.lanes.get_mut(at) else {
                 continue;
             };
@@ -357,6 +353,7 @@ impl Relay {
                 used,
                 kick: Arc::clone(&kick),
                 call: Arc::clone(&call),
+                enabled: lane.index < self.served,
             });
             if let Some(old) = lane.peer.replace(PeerSide { ring, kick, call }) {
                 self.unwatch(borrow(&old.call));
@@ -385,10 +382,10 @@ impl Relay {
                 Answer::Connected(offer) => self.welcome(offer)?,
                 Answer::Serving => {
                     self.stage = Stage::Serving;
-                    self.pause = FIRST_PAUSE;
+                    self.backoff.serves();
                     self.hub.found(&*self.notifier);
                 }
-                Answer::Informed => {}
+                Answer::Informed | Answer::Enabled => {}
                 Answer::Config(config) => self.show(config),
                 Answer::Stopped => self.take_all_back()?,
             }
@@ -400,13 +397,17 @@ impl Relay {
         let what = "descriptors for a peer";
         let host = |source| PeerError::Host { what, source };
         self.stage = Stage::Idle;
-        if let Some(socket) = self.session.as_ref().and_then(Session::socket) {
-            self.watch(socket.as_fd(), EventSet::READ_HANG_UP, HUNG_UP)
-                .map_err(host)?;
-            self.watched = Some(socket);
+        self.watch_socket().map_err(host)?;
+        if let Some(session) = &mut self.session {
+            session.keep_features(offer.features);
         }
         self.show(offer.config);
-        self.listen(offer.notes).map_err(host)
+        self.listen(offer.notes).map_err(host)?;
+        if self.lanes.is_empty() {
+            self.backoff.serves();
+            self.hub.found(&*self.notifier);
+        }
+        Ok(())
     }
 
     fn show(&self, config: Vec<u8>) {
@@ -423,7 +424,7 @@ impl Relay {
     /// The peer serves no queue any more: what it has not used is the driver's again.
     fn take_all_back(&mut self) -> Result<(), PeerError> {
         self.stage = Stage::Idle;
-        self.next = None;
+        self.backoff.forget();
         let view = self.memory.memory();
         self.collect(&view)?;
         for lane in &mut self.lanes {
@@ -434,7 +435,7 @@ impl Relay {
 
     /// How many requests the peer has.
     fn heads(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.in_flight).sum()
+        self.lanes.iter().map(Lane::in_flight).sum()
     }
 
     /// Passes on what the peer has done. `true` when there may be more.
@@ -442,7 +443,7 @@ impl Relay {
         let mut more = false;
         for lane in &mut self.lanes {
             let (count, error) = lane.collect(view);
-            more |= count >= lane.requests.len();
+            more |= count >= lane.round();
             let count = u64::try_from(count).unwrap_or(u64::MAX);
             self.hub.completed.fetch_add(count, Ordering::Relaxed);
             if let Err(error) = lane.ring.notify(view) {
@@ -456,19 +457,34 @@ impl Relay {
     }
 
     /// Passes on what the driver wants. `true` when there may be more.
-    fn submit(&mut self, view: &GuestMap) -> bool {
+    fn submit(&mut self, view: &GuestMap) -> Result<bool, PeerError> {
         let keep = self.hub.options.epitaph.is_some();
         let mut more = false;
+        let memory = &self.memory;
+        // A driver may use memory as soon as it is there, which may be after the look at it.
+        let stale = || !std::ptr::eq(&*memory.memory(), view);
         for lane in &mut self.lanes {
             if lane.ring.failed() {
                 continue;
             }
-            match lane.submit(view, &mut self.chain, &mut self.number, keep) {
+            let mut taker = Taker {
+                chain: &mut self.chain,
+                number: &mut self.number,
+                keep,
+                stale: &stale,
+            };
+            let submitted = lane.submit(view, &mut taker);
+            if let Some(peer) = lane.peer.as_ref().filter(|_| submitted.kick) {
+                let what = "memory for a kick";
+                let rung = self.bells.ring(&peer.kick);
+                rung.map_err(|source| PeerError::Host { what, source })?;
+            }
+            match submitted.more {
                 Ok(again) => more |= again,
                 Err(error) => lane.ring.fail(&*error),
             }
         }
-        more
+        Ok(more)
     }
 
     /// Has the peer learn of memory that has come or gone. Until it has, it is given nothing.
@@ -493,9 +509,12 @@ impl Relay {
                 .is_some_and(|(known, _)| Arc::ptr_eq(known, &map));
             match &self.asked {
                 None if !known => self.inform(&map),
-                None => more |= self.submit(&map),
-                Some(asked) if asked.what == Question::Config && known => {
-                    more |= self.submit(&map);
+                None => more |= self.submit(&map)?,
+                Some(Asked {
+                    what: Question::Config | Question::Enable,
+                    ..
+                }) if known => {
+                    more |= self.submit(&map)?;
                 }
                 Some(_) => {}
             }
@@ -506,12 +525,12 @@ impl Relay {
 
     /// How long nothing has to be done unless something happens, in milliseconds.
     fn patience(&self) -> i32 {
-        let next = self.next.filter(|_| !self.draining);
+        let next = self.backoff.next().filter(|_| !self.draining);
         let until = self.asked.as_ref().map(|asked| asked.until).or(next);
         let Some(until) = until else {
             return -1;
         };
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(self.hub.now());
         // Not a moment too early.
         i32::try_from(left.as_millis()).unwrap_or(i32::MAX - 1) + 1
     }
@@ -527,7 +546,7 @@ impl Relay {
             match event.data() {
                 WAKE => self.wake.reset(),
                 // It has been looked at before every sleep, and is again.
-                ANSWERED => {}
+                ANSWERED | DOOR => {}
                 HUNG_UP => result = Err(PeerError::Gone),
                 NOTED => result = result.and(self.read_notes()),
                 token => self.silence(token - QUEUES),
@@ -536,15 +555,12 @@ impl Relay {
         Ok(result)
     }
 
+    /// A doorbell is reset. What the peer calls by is left as it is.
     fn silence(&mut self, token: u64) {
         let lane = usize::try_from(token / 2).unwrap_or(usize::MAX);
-        match self.lanes.get_mut(lane) {
-            Some(lane) if token.is_multiple_of(2) => lane.ring.silence(),
-            // It fails only when there is nothing to reset.
-            Some(Lane {
-                peer: Some(peer), ..
-            }) if is_ready(&peer.call, PollFlags::IN) => drop(peer.call.read()),
-            _ => {}
+        let lane = self.lanes.get_mut(lane);
+        if let Some(lane) = lane.filter(|_| token.is_multiple_of(2)) {
+            lane.ring.silence();
         }
     }
 
@@ -598,14 +614,15 @@ impl QueueWorker for Relay {
 
     fn resume(&mut self) {
         if self.draining && self.stage != Stage::Absent {
-            self.next = Some(Instant::now() + HOLD);
+            self.backoff.hold(self.hub.now(), HOLD);
         }
         self.draining = false;
     }
 
     fn in_flight(&self) -> usize {
-        let connecting = self.stage == Stage::Absent;
-        let busy = !connecting && (self.stage == Stage::Serving || self.asked.is_some());
+        // Without a queue nothing is waited for.
+        let idle = self.stage == Stage::Absent || self.lanes.is_empty();
+        let busy = !idle && (self.stage == Stage::Serving || self.asked.is_some());
         self.heads() + usize::from(busy)
     }
 
@@ -624,171 +641,4 @@ impl QueueWorker for Relay {
             })
             .collect()
     }
-}
-
-impl Lane {
-    /// Takes at most one ring full of what the peer has returned; tells how many.
-    fn collect(&mut self, view: &GuestMap) -> (usize, Option<PeerError>) {
-        let Some(peer) = &mut self.peer else {
-            return (0, None);
-        };
-        for count in 0..self.requests.len() {
-            let Some(returned) = peer.ring.pop() else {
-                return (count, None);
-            };
-            let head = returned.head;
-            let slot = usize::try_from(head).unwrap_or(usize::MAX);
-            let request = self.requests.get_mut(slot).and_then(Option::take);
-            let (Some(request), Ok(head)) = (request, u16::try_from(head)) else {
-                let what = format!("has returned chain {head}, which it does not have");
-                return (count, Some(PeerError::Garbage { what }));
-            };
-            self.in_flight -= 1;
-            let room = mark_dirty(view, &request.writable);
-            let written = returned.written.min(room);
-            if let Err(error) = self.ring.complete(view, head, written) {
-                self.ring.fail(&error);
-            }
-        }
-        (self.requests.len(), None)
-    }
-
-    /// Gives the peer at most one ring full of chains. `true` when there may be more.
-    fn submit(
-        &mut self,
-        view: &GuestMap,
-        chain: &mut Chain,
-        number: &mut u64,
-        keep: bool,
-    ) -> Result<bool, Box<dyn std::error::Error>> {
-        let Some(peer) = &mut self.peer else {
-            return Ok(false);
-        };
-        self.ring.quiet(view)?;
-        let mut given = false;
-        let mut result = Ok(true);
-        for _ in 0..self.requests.len() {
-            match self.ring.take(view, chain) {
-                Ok(true) => {}
-                Ok(false) => {
-                    result = Ok(false);
-                    break;
-                }
-                Err(error) => {
-                    result = Err(error.into());
-                    break;
-                }
-            }
-            let head = chain.head;
-            let free = self.requests.get_mut(usize::from(head));
-            let Some(slot) = free.filter(|slot| slot.is_none()) else {
-                let queue = self.index;
-                result = Err(Doubled { queue, head }.into());
-                break;
-            };
-            if !in_memory(view, chain) {
-                let queue = self.index;
-                result = Err(Outside { queue, head }.into());
-                break;
-            }
-            *slot = Some(Request {
-                number: *number,
-                writable: std::mem::take(&mut chain.writable),
-                said: if keep { said(view, chain) } else { Vec::new() },
-            });
-            *number = number.wrapping_add(1);
-            self.in_flight += 1;
-            peer.ring.push(head);
-            given = true;
-        }
-        if given && peer.ring.publish() {
-            // It fails only when the counter is full: then it is readable too. The peer shares it, and may have had it
-            // block: a full one is not written to.
-            if is_ready(&peer.kick, PollFlags::OUT) {
-                let _ = peer.kick.write(1);
-            }
-        }
-        result
-    }
-
-    /// Takes the peer's requests from it: they are answered with an epitaph, or to be taken again, first of all and in
-    /// the order in which they came.
-    fn take_back(&mut self, view: &GuestMap, epitaph: Option<Epitaph>) {
-        let mut requests: Vec<(u16, Request)> = (0..)
-            .zip(&mut self.requests)
-            .filter_map(|(head, slot)| Some((head, slot.take()?)))
-            .collect();
-        requests.sort_by_key(|(_, request)| request.number);
-        self.in_flight = 0;
-        for (_, request) in &requests {
-            // What the peer has written so far.
-            mark_dirty(view, &request.writable);
-        }
-        let Some(epitaph) = epitaph else {
-            self.ring.put_back(requests.iter().map(|(head, _)| *head));
-            return;
-        };
-        let answered = self.bury(view, &requests, epitaph);
-        if let Err(error) = answered.and_then(|()| self.ring.notify(view)) {
-            self.ring.fail(&error);
-        }
-    }
-
-    fn bury(
-        &mut self,
-        view: &GuestMap,
-        requests: &[(u16, Request)],
-        epitaph: Epitaph,
-    ) -> Result<(), RingError> {
-        for (head, request) in requests {
-            let answer = epitaph(&request.said);
-            let mut rest = answer.as_slice();
-            for extent in &request.writable {
-                let len = usize::try_from(extent.len)
-                    .unwrap_or(usize::MAX)
-                    .min(rest.len());
-                let (now, later) = rest.split_at(len);
-                // A buffer that is not memory any more stays as it is.
-                let _ = view.write_slice(now, extent.addr);
-                rest = later;
-            }
-            let written = u32::try_from(answer.len() - rest.len()).unwrap_or(0);
-            self.ring.complete(view, *head, written)?;
-        }
-        Ok(())
-    }
-}
-
-fn in_memory(view: &GuestMap, chain: &Chain) -> bool {
-    let mut extents = chain.readable.iter().chain(&chain.writable);
-    extents.all(|extent| {
-        let len = usize::try_from(extent.len).unwrap_or(usize::MAX);
-        GuestMemoryBackend::check_range(view, extent.addr, len)
-    })
-}
-
-/// The first bytes that the driver sends.
-fn said(view: &GuestMap, chain: &Chain) -> Vec<u8> {
-    const ENOUGH: usize = 64;
-    let Some(first) = chain.readable.first() else {
-        return Vec::new();
-    };
-    let mut said = vec![0; usize::try_from(first.len).unwrap_or(ENOUGH).min(ENOUGH)];
-    match view.read_slice(&mut said, first.addr) {
-        Ok(()) => said,
-        Err(_) => Vec::new(),
-    }
-}
-
-/// Marks all that a peer may have written, and tells how many bytes it is.
-fn mark_dirty(view: &GuestMap, extents: &[Extent]) -> u32 {
-    for extent in extents {
-        let len = usize::try_from(extent.len).unwrap_or(usize::MAX);
-        for slice in GuestMemoryBackend::get_slices(view, extent.addr, len).flatten() {
-            slice.bitmap().mark_dirty(0, slice.len());
-        }
-    }
-    extents
-        .iter()
-        .fold(0, |sum: u32, extent| sum.saturating_add(extent.len))
 }

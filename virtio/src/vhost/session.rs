@@ -57,6 +57,23 @@ pub enum PeerError {
         #[source]
         source: io::Error,
     },
+    /// This process cannot be connected to.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody has connected.
+    #[error("nobody has connected to {} within {patience:?}: start the program that is to connect there", path.display())]
+    Nobody {
+        /// The socket.
+        path: PathBuf,
+        /// How long it was waited.
+        patience: Duration,
+    },
     /// A message was not answered as it must be.
     #[error("the program at the vhost-user socket has failed to {what}")]
     Message {
@@ -164,6 +181,8 @@ pub(super) struct QueueSetup {
     pub used: u64,
     pub kick: Arc<EventFd>,
     pub call: Arc<EventFd>,
+    /// It is served from the beginning.
+    pub enabled: bool,
 }
 
 /// All that a peer must know before it serves.
@@ -179,6 +198,7 @@ enum Order {
     Serve(Setup),
     Memory(Arc<GuestMap>, Arc<RingMemory>),
     Config(u32),
+    Enable(Vec<(u16, bool)>),
     Stop(Vec<u16>),
 }
 
@@ -192,6 +212,8 @@ pub(super) enum Answer {
     Informed,
     /// This is its configuration space now.
     Config(Vec<u8>),
+    /// It serves the queues that it is to.
+    Enabled,
     /// It serves no queue any more.
     Stopped,
 }
@@ -231,6 +253,8 @@ pub(super) struct Session {
     answered: Arc<EventFd>,
     line: Arc<Line>,
     notes: Option<Arc<UnixStream>>,
+    /// What the peer has, as far as it has said.
+    features: u64,
 }
 
 impl Session {
@@ -278,6 +302,7 @@ impl Session {
             answered,
             line,
             notes: None,
+            features: 0,
         })
     }
 
@@ -333,6 +358,16 @@ impl Session {
         self.notes = notes;
     }
 
+    /// Keeps what the peer has.
+    pub fn keep_features(&mut self, features: u64) {
+        self.features = features;
+    }
+
+    /// Whether the peer has the features that are needed of it.
+    pub fn suits(&self, wanted: &Wanted) -> bool {
+        missing(wanted, self.features) == 0
+    }
+
     /// Has the peer serve queues: [`Answer::Serving`].
     pub fn serve(&self, setup: Setup) {
         self.give(Order::Serve(setup));
@@ -346,6 +381,11 @@ impl Session {
     /// Asks for configuration space: [`Answer::Config`].
     pub fn config(&self, len: u32) {
         self.give(Order::Config(len));
+    }
+
+    /// Has the peer serve queues, or leave them as they are: [`Answer::Enabled`].
+    pub fn enable(&self, queues: Vec<(u16, bool)>) {
+        self.give(Order::Enable(queues));
     }
 
     /// Has the peer serve these queues no longer: [`Answer::Stopped`].
@@ -365,9 +405,16 @@ impl Drop for Session {
     }
 }
 
+/// The features that are needed of a peer and not among those that it has.
+fn missing(wanted: &Wanted, features: u64) -> u64 {
+    wanted.features & !features & !F_EVENT_IDX
+}
+
 /// What the thread works with.
 struct Link {
     peer: Frontend,
+    /// Another descriptor of its socket.
+    socket: UnixStream,
 }
 
 fn failed(what: &'static str) -> impl FnOnce(vhost::Error) -> PeerError {
@@ -392,8 +439,11 @@ impl Link {
         let socket: OwnedFd = connector.connect().map_err(refused)?;
         let socket = UnixStream::from(socket);
         line.put(socket.try_clone().map_err(refused)?);
-        let peer = Frontend::from_stream(socket, wanted.queues.into());
-        let mut link = Self { peer };
+        let another = socket.try_clone().map_err(refused)?;
+        let mut link = Self {
+            peer: Frontend::from_stream(socket, wanted.queues.into()),
+            socket: another,
+        };
         let offer = link.negotiate(wanted)?;
         Ok((link, offer))
     }
@@ -411,7 +461,7 @@ impl Link {
                 return Err(PeerError::Lacks { what });
             }
         }
-        let missing = wanted.features & !features & !F_EVENT_IDX;
+        let missing = missing(wanted, features);
         if missing != 0 {
             return Err(PeerError::Features { missing });
         }
@@ -431,6 +481,9 @@ impl Link {
             let wanted = wanted.counted;
             return Err(PeerError::Queues { offered, wanted });
         }
+        if offered < wanted.queues.into() {
+            self.recount(wanted.queues, protocol)?;
+        }
         let mut notes = None;
         let mut config = Vec::new();
         if wanted.config_len > 0 {
@@ -448,6 +501,29 @@ impl Link {
             config,
             notes,
         })
+    }
+
+    /// Begins anew with the connection: `Frontend` takes the number of pairs for that of queues, and refuses the rest.
+    fn recount(
+        &mut self,
+        queues: u16,
+        protocol: VhostUserProtocolFeatures,
+    ) -> Result<(), PeerError> {
+        let what = "another descriptor of a socket";
+        let socket = self.socket.try_clone();
+        let socket = socket.map_err(|source| PeerError::Host { what, source })?;
+        self.peer = Frontend::from_stream(socket, queues.into());
+        let features = self.peer.get_features();
+        features.map_err(failed("tell its features"))?;
+        let offered = self.peer.get_protocol_features();
+        offered.map_err(failed("tell its protocol features"))?;
+        self.peer
+            .set_protocol_features(protocol)
+            .map_err(failed("accept protocol features"))?;
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.peer.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        Ok(())
     }
 
     /// Gives the peer a way to tell what has happened.
@@ -469,6 +545,13 @@ impl Link {
             Order::Serve(setup) => self.serve(&setup).map(|()| Answer::Serving),
             Order::Memory(map, rings) => self.memory(&map, &rings).map(|()| Answer::Informed),
             Order::Config(len) => self.config(len).map(Answer::Config),
+            Order::Enable(queues) => {
+                for (queue, enabled) in queues {
+                    let set = self.peer.set_vring_enable(queue.into(), enabled);
+                    set.map_err(failed("enable a queue"))?;
+                }
+                Ok(Answer::Enabled)
+            }
             Order::Stop(queues) => {
                 for queue in queues {
                     let base = self.peer.get_vring_base(queue.into());
@@ -503,7 +586,7 @@ impl Link {
             self.set_up(map, queue)
                 .map_err(failed("take a queue into use"))?;
         }
-        for queue in queues {
+        for queue in queues.iter().filter(|queue| queue.enabled) {
             self.peer
                 .set_vring_enable(queue.index.into(), true)
                 .map_err(failed("enable a queue"))?;

@@ -1,11 +1,11 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 
-use block::{Access, Address, Connector, Opener};
+use block::{Access, Address, Connector, Listening, Opener};
 use devices::StopError;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
@@ -24,6 +24,8 @@ use crate::testing::{
 };
 
 mod buffers;
+mod calling;
+mod idle;
 
 /// Bits 0 and 9: size_max and flush.
 const FEATURES: u64 = 1 << 9 | 1;
@@ -53,6 +55,13 @@ impl Opener for PlainOpener {
             Address::Tcp { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+
+    fn listen(&self, path: &Path) -> io::Result<Listening> {
+        Ok(Listening {
+            socket: UnixListener::bind(path)?,
+            file: Box::new(()),
+        })
+    }
 }
 
 fn region(at: u64, len: u64) -> GuestRegionMmap<crate::memory::DirtyLog> {
@@ -64,7 +73,7 @@ fn region(at: u64, len: u64) -> GuestRegionMmap<crate::memory::DirtyLog> {
 }
 
 /// Memory that others can map.
-fn shared() -> GuestMemory {
+pub fn shared() -> GuestMemory {
     let regions = vec![region(0, SEAM), region(SEAM, SEAM)];
     GuestMemory::new(GuestMap::from_regions(regions).unwrap())
 }
@@ -77,7 +86,7 @@ struct Bench {
     _directory: tempfile::TempDir,
 }
 
-fn context() -> BuildContext {
+pub fn context() -> BuildContext {
     BuildContext {
         id: "dut".to_owned(),
         opener: std::sync::Arc::new(PlainOpener),
@@ -91,6 +100,7 @@ fn context() -> BuildContext {
 fn options(path: &Path, patience: Duration) -> PeerOptions {
     PeerOptions {
         path: path.to_owned(),
+        listens: false,
         queues: 1,
         counted: 1,
         features: FEATURES,
@@ -98,6 +108,7 @@ fn options(path: &Path, patience: Duration) -> PeerOptions {
         patience,
         nature: Nature::Requests,
         epitaph: None,
+        clock: std::sync::Arc::new(std::time::Instant::now),
     }
 }
 

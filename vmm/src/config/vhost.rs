@@ -92,6 +92,10 @@ mod tests {
         assert!(config.memory.shared);
         assert_eq!(config.devices[0].id, "_net0");
         assert!(config.devices[0].config["mac"].is_string());
+        let waits = "vhost_user=on,socket=/s,vhost_mode=server,num_queues=8";
+        let waits = DeviceConfig::from_flag(&net::MODEL, "--net", waits).unwrap();
+        let wanted = json!({"socket": "/s", "vhost_mode": "server", "num_queues": 8});
+        assert_eq!(waits.config, wanted);
         let both = "vhost_user=on,socket=/s,tap=t";
         let refusal = DeviceConfig::from_flag(&net::MODEL, "--net", both).unwrap_err();
         assert!(

@@ -12,6 +12,15 @@ use crate::support::{Local, can_run, config, skip, until};
 /// The ends of a switch with two ports, which passes on what comes.
 const PORTS: [&str; 2] = ["port0", "port1"];
 
+/// Who connects, and how many pairs of queues there are.
+#[derive(Clone, Copy)]
+enum Role {
+    /// The machines, to the switch; one pair.
+    Listens,
+    /// The switch, to the machines; two pairs.
+    Calls,
+}
+
 /// The program, which polls; killed when dropped.
 struct Switch(Child);
 
@@ -49,8 +58,8 @@ fn processors() -> String {
 }
 
 impl Switch {
-    /// One whose ports listen in `directory`.
-    fn start(directory: &Path) -> Option<Self> {
+    /// One whose ports have their sockets in `directory`.
+    fn start(directory: &Path, role: Role) -> Option<Self> {
         let root = unpacked();
         let libraries = root.join("usr/lib/x86_64-linux-gnu");
         let Some((plugins, names)) = plugins(&libraries) else {
@@ -67,9 +76,15 @@ impl Switch {
         command.args(["--no-shconf", "--lcores", &threads]);
         for (number, port) in PORTS.iter().enumerate() {
             let socket = directory.join(port);
-            // One that was killed has left it.
-            let _ = fs::remove_file(&socket);
-            let device = format!("net_vhost{number},iface={},queues=1", socket.display());
+            let more = match role {
+                Role::Listens => {
+                    // One that was killed has left it.
+                    let _ = fs::remove_file(&socket);
+                    "queues=1"
+                }
+                Role::Calls => "queues=2,client=1",
+            };
+            let device = format!("net_vhost{number},iface={},{more}", socket.display());
             command.args(["--vdev", &device]);
         }
         command.args([
@@ -90,7 +105,11 @@ impl Switch {
             let log = || fs::read_to_string(directory.join("log")).unwrap();
             assert!(ended.is_none(), "the switch has ended: {}", log());
             let listens = |port: &&str| directory.join(port).exists();
-            PORTS.iter().all(listens).then_some(())
+            match role {
+                Role::Listens => PORTS.iter().all(listens),
+                Role::Calls => log().contains("Port 1:"),
+            }
+            .then_some(())
         });
         Some(switch)
     }
@@ -103,12 +122,17 @@ impl Drop for Switch {
     }
 }
 
-fn boot(directory: &Path, port: &str, cmdline: &str) -> Local {
+fn boot(directory: &Path, role: Role, port: &str, cmdline: &str) -> Local {
+    let socket = directory.join(port);
+    let card = match role {
+        Role::Listens => json!({ "socket": socket }),
+        Role::Calls => json!({ "socket": socket, "vhost_mode": "server", "num_queues": 4 }),
+    };
     let more = json!({
         "serial": { "file": directory.join(format!("{port}.serial")) },
         "devices": [{
             "kind": "vhost-user-net",
-            "config": { "socket": directory.join(port) },
+            "config": card,
         }],
     });
     let config = config("net", cmdline, more);
@@ -120,18 +144,17 @@ fn hears(machine: &Local, wanted: fn(&EventKind) -> bool) {
     while !wanted(&machine.next_event()) {}
 }
 
-#[test]
-fn frames_pass_a_switch_that_was_started_again() {
+fn frames_pass(role: Role) {
     if !can_run() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let Some(switch) = Switch::start(directory) else {
+    let Some(switch) = Switch::start(directory, role) else {
         return;
     };
     // As many as it has buffers at first: none is lost for want of one.
-    let mut receiver = boot(directory, PORTS[1], "receive count=200");
+    let mut receiver = boot(directory, role, PORTS[1], "receive count=200");
     let serial = directory.join("port1.serial");
     until("the receiver", || {
         let said = fs::read_to_string(&serial).unwrap_or_default();
@@ -141,15 +164,25 @@ fn frames_pass_a_switch_that_was_started_again() {
     hears(&receiver, |event| {
         matches!(event, EventKind::DevicePeerLost { .. })
     });
-    let _switch = Switch::start(directory).unwrap();
+    let _switch = Switch::start(directory, role).unwrap();
     hears(&receiver, |event| {
         matches!(event, EventKind::DevicePeerConnected { .. })
     });
-    let mut sender = boot(directory, PORTS[0], "send count=5000 bytes=100");
+    let mut sender = boot(directory, role, PORTS[0], "send count=5000 bytes=100");
     let outcome = sender.outcome();
     assert_eq!(outcome.reason, ExitReason::PowerOff);
     let outcome = receiver.outcome();
     let said = fs::read_to_string(&serial).unwrap();
     assert_eq!(outcome.reason, ExitReason::PowerOff, "{said}");
     assert!(said.contains("frames=200 "), "{said}");
+}
+
+#[test]
+fn frames_pass_a_switch_that_was_started_again() {
+    frames_pass(Role::Listens);
+}
+
+#[test]
+fn frames_pass_a_switch_that_connects_and_was_started_again() {
+    frames_pass(Role::Calls);
 }

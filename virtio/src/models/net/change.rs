@@ -44,7 +44,8 @@ pub(super) struct Change {
 }
 
 /// What there is to do before a [`Patch`] can be carried out.
-/// With `only_kernel` it is refused if the host's kernel could not follow it.
+/// With `only_kernel` limits are refused: the card would be the workers' for good, and not the host's kernel's as it is to
+/// be. A mirror comes to an end.
 pub(super) fn plan(
     patch: Value,
     context: BuildContext,
@@ -60,10 +61,10 @@ pub(super) fn plan(
     let target = target.map_err(ReconfigureError::Value)?;
     let limits = [rx_limits, tx_limits].into_iter().flatten();
     let limited = limits.into_iter().any(|limits| Limiter::new(limits).limited());
-    if only_kernel && (limited || matches!(target, Some(Some(_)))) {
+    if only_kernel && limited {
         return Err(ReconfigureError::Value(BuildError::Field {
             field: "vhost",
-            reason: "on: the host's kernel moves the card's frames, and has neither limits nor mirrors: \
+            reason: "on: the host's kernel moves the card's frames, and keeps no limits: \
                      add the card with vhost=auto, or without"
                 .to_owned(),
         }));

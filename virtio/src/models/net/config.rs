@@ -342,7 +342,7 @@ pub enum Vhost {
     /// This process.
     #[default]
     Off,
-    /// The kernel, or it is an error.
+    /// The kernel, or it is an error. While there is a mirror, it is this process.
     On,
     /// The kernel, where there is vhost-net, the network is a tap, and the card has neither limits nor mirror.
     Auto,
@@ -512,6 +512,7 @@ impl NetConfig {
     /// [`BuildError::Field`]
     pub fn request(&self) -> Result<Request, BuildError> {
         let NetSettings { pairs, mtu, .. } = self.settings()?;
+        self.mirror()?;
         self.check_vhost()?;
         let source = match (&self.tap, self.descriptors()?, &self.socket) {
             (Some(_), Some(_), _) => return bad("fd", "it does not go with tap: give one of them"),
@@ -574,7 +575,6 @@ impl NetConfig {
 
     /// Refuses what the kernel has no way to do.
     fn check_vhost(&self) -> Result<(), BuildError> {
-        let mirrored = self.mirror()?.is_some();
         if self.vhost != Some(Vhost::On) {
             return Ok(());
         }
@@ -582,7 +582,6 @@ impl NetConfig {
         let limited = [rx, tx].map(|limits| Limiter::new(limits).limited());
         let without = match () {
             () if self.socket.is_some() => "a network behind a socket is not the kernel's",
-            () if mirrored => "the kernel makes no copies for a mirror",
             () if limited.contains(&true) => "the kernel keeps no limits",
             () => return Ok(()),
         };

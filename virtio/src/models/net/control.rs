@@ -65,22 +65,39 @@ pub fn guest_offloads(features: u64) -> Offloads {
     offloads.consistent()
 }
 
+/// What a driver's commands do.
+pub trait Commands {
+    /// Carries out one, with all of its data. `false` when there is no such command, or it cannot be; then nothing has changed.
+    fn carry_out(&mut self, class: u32, command: u32, data: &[u8]) -> bool;
+}
+
 /// Serves the control queue.
-pub struct Control {
+pub struct Control<C = Card> {
     /// The queue.
     pub ring: Ring,
+    commands: C,
+    chain: Chain,
+}
+
+/// The commands of a card whose frames this process moves, or the host's kernel.
+pub struct Card {
     shared: Arc<Shared>,
     features: u64,
-    chain: Chain,
 }
 
 impl Control {
     /// The features are those that the driver has accepted.
     pub fn new(ring: Ring, shared: Arc<Shared>, features: u64) -> Self {
+        Self::with(ring, Card { shared, features })
+    }
+}
+
+impl<C: Commands> Control<C> {
+    /// Commands that come by this ring do what `commands` says.
+    pub fn with(ring: Ring, commands: C) -> Self {
         Self {
             ring,
-            shared,
-            features,
+            commands,
             chain: Chain::default(),
         }
     }
@@ -137,17 +154,25 @@ impl Control {
             return false;
         }
         let [class, command] = header.map(u32::from);
+        self.commands.carry_out(class, command, &data)
+    }
+}
+
+impl Commands for Card {
+    fn carry_out(&mut self, class: u32, command: u32, data: &[u8]) -> bool {
         match class {
-            VIRTIO_NET_CTRL_RX => self.switch(command, &data),
-            VIRTIO_NET_CTRL_MAC => self.address(command, &data),
-            VIRTIO_NET_CTRL_VLAN => self.vlan(command, &data),
-            VIRTIO_NET_CTRL_ANNOUNCE => self.announced(command, &data),
-            VIRTIO_NET_CTRL_MQ => self.pairs(command, &data),
-            VIRTIO_NET_CTRL_GUEST_OFFLOADS => self.offloads(command, &data),
+            VIRTIO_NET_CTRL_RX => self.switch(command, data),
+            VIRTIO_NET_CTRL_MAC => self.address(command, data),
+            VIRTIO_NET_CTRL_VLAN => self.vlan(command, data),
+            VIRTIO_NET_CTRL_ANNOUNCE => self.announced(command, data),
+            VIRTIO_NET_CTRL_MQ => self.pairs(command, data),
+            VIRTIO_NET_CTRL_GUEST_OFFLOADS => self.offloads(command, data),
             _ => false,
         }
     }
+}
 
+impl Card {
     fn accepts(&self, feature: u32) -> bool {
         self.features & bit(feature) != 0
     }

@@ -133,5 +133,8 @@ pub(super) fn disk(described: &wire::DiskConfig) -> Result<(), ControlError> {
 pub(super) fn net(described: &wire::NetConfig) -> Result<(), ControlError> {
     pci("net", described.pci())?;
     let waits = described.vhost_mode == wire::VhostMode::Server;
-    first([(waits, "net.vhost_mode=Server")])
+    first([(
+        waits && !described.vhost_user,
+        "net.vhost_mode=Server without vhost_user=true",
+    )])
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use api::wire;
 use api::{ControlError, ErrorKind};
 use virtio::models::vhost_blk::{MODEL, VhostBlkConfig};
-use virtio::models::vhost_net::{self, VhostNetConfig};
+use virtio::models::vhost_net::{self, VhostMode, VhostNetConfig};
 
 use super::super::{DeviceConfig, VmConfig};
 use super::devices::{json, refused, slot};
@@ -100,6 +100,10 @@ pub(super) fn net_from_wire(
     let off = |on: bool| (!on).then_some(false);
     let config = VhostNetConfig {
         socket: path("net.vhost_socket", Path::new(socket))?,
+        vhost_mode: match described.vhost_mode {
+            wire::VhostMode::Client => VhostMode::Client,
+            wire::VhostMode::Server => VhostMode::Server,
+        },
         mac: described.mac.clone(),
         mtu: described.mtu.map(Into::into),
         num_queues: u64::try_from(described.num_queues).unwrap_or(u64::MAX),
@@ -134,7 +138,10 @@ pub(super) fn net_to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
         queue_size: settings.queue_size,
         vhost_user: true,
         vhost_socket: Some(config.socket.to_string_lossy().into_owned()),
-        vhost_mode: wire::VhostMode::default(),
+        vhost_mode: match config.vhost_mode {
+            VhostMode::Client => wire::VhostMode::Client,
+            VhostMode::Server => wire::VhostMode::Server,
+        },
         rate_limiter_config: None,
         rx_rate_limiter_config: None,
         tx_rate_limiter_config: None,
@@ -250,7 +257,7 @@ mod tests {
         };
         let told = json!({
             "vhost_user": true, "vhost_socket": "/s", "mtu": 1400, "offload_tso": false,
-            "mac": "52:54:00:00:00:01",
+            "mac": "52:54:00:00:00:01", "num_queues": 4, "vhost_mode": "Server",
         });
         let config = net(told.clone()).unwrap();
         assert!(config.memory.shared);
@@ -274,10 +281,10 @@ mod tests {
                 ErrorKind::Invalid,
                 "vhost_user=true",
             ),
-            (json!({ "num_queues": 4 }), ErrorKind::Invalid, "num_queues"),
+            (json!({ "num_queues": 3 }), ErrorKind::Invalid, "num_queues"),
             (json!({ "tap": "t" }), ErrorKind::Unimplemented, "net.tap"),
             (
-                json!({ "vhost_mode": "Server" }),
+                json!({ "vhost_mode": "Server", "vhost_user": false, "vhost_socket": null }),
                 ErrorKind::Unimplemented,
                 "net.vhost_mode=Server",
             ),

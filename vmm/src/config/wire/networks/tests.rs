@@ -58,10 +58,6 @@ fn cards_that_make_no_sense_are_refused_by_kind() {
         ),
         (json!([{ "mtu": 100 }]), ErrorKind::Invalid),
         (json!([{ "mac": MAC }, { "mac": MAC }]), ErrorKind::Conflict),
-        (
-            json!([{ "vhost": "on", "mirror": { "tap": "m" } }]),
-            ErrorKind::Invalid,
-        ),
         (json!([{ "vhost_user": true }]), ErrorKind::Invalid),
         (json!([{ "vhost_socket": "/s" }]), ErrorKind::Invalid),
         (json!([{ "iommu": true }]), ErrorKind::Unimplemented),

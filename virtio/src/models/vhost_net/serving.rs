@@ -1,0 +1,227 @@
+//! A card with several pairs, its control queue, and a program that goes and comes.
+
+use std::sync::mpsc::Receiver;
+
+use super::*;
+use crate::memory::GuestMemory;
+use crate::testing::{DATA, Driver, Notice, PATIENCE, notices};
+use crate::vhost::peer::{Manner, Peer};
+use crate::vhost::tests::{context, shared};
+
+const SIZE: u16 = 16;
+const ALL: u64 = 1 << 32
+    | bit(VIRTIO_NET_F_MQ)
+    | bit(VIRTIO_NET_F_CTRL_VQ)
+    | bit(VIRTIO_NET_F_STATUS)
+    | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
+const COMMAND: u64 = DATA + 0x1_0000;
+const ANSWER_AT: u64 = DATA + 0x1_1000;
+const UP: u8 = 1;
+const ANNOUNCE: u8 = 2;
+
+struct Rig {
+    peer: Peer,
+    card: Box<dyn VirtioDevice>,
+    memory: GuestMemory,
+    drivers: Vec<Driver>,
+    notices: Receiver<Notice>,
+    control: usize,
+    features: u64,
+    _directory: tempfile::TempDir,
+}
+
+impl Rig {
+    /// A card with two pairs, of which the driver has set up these queues.
+    fn new(features: u64, queues: u16) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let peer = Peer::new(&path, Manner::default());
+        let config = serde_json::json!({
+            "socket": path, "num_queues": 4, "queue_size": SIZE, "mac": "52:54:00:00:00:01",
+        });
+        let mut card = (MODEL.build)(config, &context()).unwrap();
+        let memory = shared();
+        let drivers: Vec<_> = (0..queues)
+            .map(|index| Driver::new(&memory, index, SIZE))
+            .collect();
+        let queues = drivers.iter().map(Driver::activate).collect();
+        let notices = start(&mut *card, features, &memory, queues);
+        Self {
+            peer,
+            card,
+            memory,
+            control: drivers.len() - 1,
+            drivers,
+            notices,
+            features,
+            _directory: directory,
+        }
+    }
+
+    fn status(&self) -> u8 {
+        let mut status = [0];
+        self.card.read_config(6, &mut status);
+        status[0]
+    }
+
+    /// Sends a command, and returns the answer.
+    fn command(&mut self, class: u8, number: u8, data: &[u8]) -> u8 {
+        let control = &mut self.drivers[self.control];
+        control.put_bytes(COMMAND, &[&[class, number], data].concat());
+        control.put_bytes(ANSWER_AT, &[0xee]);
+        let len = u32::try_from(data.len()).unwrap();
+        control.offer(&[
+            (COMMAND, 2, false),
+            (COMMAND + 2, len, false),
+            (ANSWER_AT, 1, true),
+        ]);
+        control.kick();
+        self.returned(self.control);
+        self.drivers[self.control].get(ANSWER_AT)
+    }
+
+    /// Waits until a chain has come back by a queue, whatever else there is to hear.
+    fn returned(&mut self, queue: usize) {
+        while self.drivers[queue].returned().is_none() {
+            self.notices.recv_timeout(PATIENCE).unwrap();
+        }
+    }
+
+    fn offer(&mut self, queue: usize) {
+        let at = DATA + 0x100 * u64::try_from(queue).unwrap();
+        self.drivers[queue].offer(&[(at, 0x80, true)]);
+        self.drivers[queue].kick();
+    }
+
+    fn serves(&self, wanted: [bool; 4]) {
+        self.peer.until(|seen| {
+            (0..4).zip(wanted).all(|(index, wanted)| {
+                let enabled = seen.enabled.get(&index).copied();
+                enabled.unwrap_or(false) == wanted
+            })
+        });
+    }
+}
+
+fn start(
+    card: &mut dyn VirtioDevice,
+    features: u64,
+    memory: &GuestMemory,
+    queues: Vec<crate::device::ActiveQueue>,
+) -> Receiver<Notice> {
+    let (notifier, heard) = notices();
+    card.features_negotiated(features);
+    card.start(Activation {
+        features,
+        memory: memory.clone(),
+        queues,
+        notifier,
+    })
+    .unwrap();
+    heard
+}
+
+#[test]
+fn pairs_are_served_as_the_driver_says() {
+    let mut rig = Rig::new(ALL, 5);
+    rig.offer(0);
+    rig.returned(0);
+    rig.serves([true, true, false, false]);
+    rig.offer(2);
+    assert_eq!(rig.command(4, 0, &[2, 0]), 0);
+    rig.returned(2);
+    rig.serves([true; 4]);
+    for (class, number, data) in [
+        (4, 0, &[0, 0][..]),
+        (4, 0, &[3, 0]),
+        (4, 0, &[2]),
+        (4, 1, &[2, 0]),
+        (0, 0, &[1]),
+        (3, 0, &[1]),
+        (9, 9, &[]),
+    ] {
+        assert_eq!(rig.command(class, number, data), 1, "{class} {number} {data:?}");
+    }
+    // As many after a stop.
+    let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();
+    let mut queues: Vec<_> = stopped.into_iter().map(Driver::reactivate).collect();
+    queues.sort_by_key(|queue| queue.index);
+    assert_eq!(queues.len(), 5);
+    rig.notices = start(&mut *rig.card, rig.features, &rig.memory, queues);
+    rig.offer(3);
+    rig.returned(3);
+    assert_eq!(rig.command(4, 0, &[1, 0]), 0);
+    rig.serves([true, true, false, false]);
+    rig.offer(1);
+    rig.returned(1);
+    assert_eq!(rig.peer.seen(|seen| seen.connections), 1);
+}
+
+#[test]
+fn a_program_that_is_back_has_the_driver_announce_itself_until_it_has() {
+    let mut rig = Rig::new(ALL, 5);
+    rig.offer(0);
+    rig.returned(0);
+    assert_eq!(rig.status(), UP);
+    rig.peer.die();
+    while rig.status() != 0 {
+        rig.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    rig.peer.listen();
+    while rig.status() == 0 {
+        rig.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    assert_eq!(rig.status(), UP | ANNOUNCE);
+    assert_eq!(rig.command(3, 0, &[]), 0);
+    assert_eq!(rig.status(), UP);
+}
+
+#[test]
+fn the_control_queue_of_a_driver_with_one_pair_follows_that() {
+    let mut rig = Rig::new(ALL & !bit(VIRTIO_NET_F_MQ), 3);
+    rig.offer(0);
+    rig.returned(0);
+    assert_eq!(rig.command(3, 0, &[]), 0);
+    assert_eq!(rig.command(4, 0, &[1, 0]), 1);
+    rig.serves([true, true, false, false]);
+}
+
+#[test]
+fn a_program_that_counts_its_pairs_is_given_all_of_their_queues() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let manner = Manner {
+        queues: 1,
+        ..Manner::default()
+    };
+    let _peer = Peer::new(&path, manner);
+    let config = serde_json::json!({ "socket": path, "queue_size": SIZE });
+    let mut card = (MODEL.build)(config, &context()).unwrap();
+    let memory = shared();
+    let mut transmit = Driver::new(&memory, 1, SIZE);
+    let features = ALL & !bit(VIRTIO_NET_F_MQ);
+    let notices = start(&mut *card, features, &memory, vec![transmit.activate()]);
+    transmit.offer(&[(DATA, 0x80, false)]);
+    transmit.kick();
+    while transmit.returned().is_none() {
+        notices.recv_timeout(PATIENCE).unwrap();
+    }
+}
+
+#[test]
+fn what_is_saved_is_put_back_and_checked() {
+    let mut rig = Rig::new(ALL, 5);
+    assert_eq!(rig.command(4, 0, &[2, 0]), 0);
+    let saved = rig.card.save_section("card").unwrap();
+    let mut other = Rig::new(ALL, 5);
+    other.card.restore_section(&saved).unwrap();
+    let again = other.card.save_section("card").unwrap();
+    let decode = |section: &migration::Section| section.decode::<VhostNetV1>().unwrap();
+    assert_eq!(decode(&again), decode(&saved));
+    assert_eq!(decode(&saved).queues, 4);
+    for queues in [0, 1, 3, 6] {
+        let mac = decode(&saved).mac;
+        let wrong = migration::Section::encode("card", &VhostNetV1 { mac, queues }).unwrap();
+        assert!(other.card.restore_section(&wrong).is_err());
+    }
+}
