@@ -4,16 +4,13 @@ use std::time::Duration;
 
 /// Between two looks while something happens: 60 pictures a second.
 pub const QUICK: Duration = Duration::from_millis(16);
-/// Between two looks when nothing has happened lately.
-const CALM: Duration = Duration::from_millis(66);
-/// Between two looks when nothing has happened for long.
+/// The longest between two looks while somebody may be there.
 pub const IDLE: Duration = Duration::from_millis(250);
 /// Between two looks when nobody may be there at all.
 pub const DROWSY: Duration = Duration::from_secs(1);
-/// How long it is quick after a change or a key.
-const LATELY: Duration = Duration::from_millis(500);
-/// After how long without anything it is idle.
-const LONG: Duration = Duration::from_secs(3);
+/// Between two looks passes this part of the time in which nothing has happened: what happens next is shown as much
+/// later at most than it would have been at once. A screen that has just come to rest costs few looks so.
+const PART: u32 = 4;
 /// After how long without anything it is drowsy.
 const VERY_LONG: Duration = Duration::from_secs(30);
 
@@ -43,9 +40,8 @@ impl Pace {
     pub fn due(&self, now: Duration, urgent: bool) -> Duration {
         let still = now.saturating_sub(self.active);
         let interval = match still {
-            _ if urgent || still < LATELY => QUICK,
-            _ if still < LONG => CALM,
-            _ if still < VERY_LONG => IDLE,
+            _ if urgent => QUICK,
+            _ if still < VERY_LONG => (still / PART).clamp(QUICK, IDLE),
             _ => DROWSY,
         };
         self.looked
@@ -63,14 +59,18 @@ mod tests {
         let mut now = Duration::from_secs(100);
         assert_eq!(pace.due(now, false), now, "the first is at once");
         pace.looked(now, true);
-        let mut looks = 0;
-        while now < Duration::from_secs(160) {
-            now = pace.due(now, false);
-            pace.looked(now, false);
-            looks += 1;
-        }
+        let mut looks = |end: u64| {
+            let mut count = 0;
+            while pace.due(now, false) <= Duration::from_secs(end) {
+                now = pace.due(now, false);
+                pace.looked(now, false);
+                count += 1;
+            }
+            count
+        };
+        let found = [looks(101), looks(105), looks(130), looks(160)];
+        assert_eq!(found, [16, 16, 100, 30], "looks in each part of the minute");
         assert_eq!(pace.due(now, false), now + DROWSY);
-        assert!((200..240).contains(&looks), "{looks}");
         pace.stir(now);
         assert_eq!(pace.due(now, false), now + QUICK);
     }

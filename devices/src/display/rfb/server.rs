@@ -121,7 +121,11 @@ impl Shared {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    fn take(&self) -> Inbox {
+    /// What has been told since; `woken` once the descriptor says so.
+    fn take(&self, woken: bool) -> Inbox {
+        if !woken {
+            return Inbox::default();
+        }
         let mut count = [0; 8];
         // Empty means that nobody told anything.
         let _ = rustix::io::read(&self.wake, &mut count);
@@ -131,8 +135,9 @@ impl Shared {
 
 fn run(shared: &Shared, clock: &dyn Clock, mut service: Service) {
     let mut ready = Vec::new();
+    let mut woken = true;
     loop {
-        let inbox = shared.take();
+        let inbox = shared.take(woken);
         if inbox.ends {
             return service.close();
         }
@@ -148,12 +153,13 @@ fn run(shared: &Shared, clock: &dyn Clock, mut service: Service) {
         }
         let until = service.turn(now, &|at| ready.get(at).copied().unwrap_or(false));
         let timeout = until.map(|until| until.saturating_sub(clock.now()));
-        ready = wait(shared, &service, timeout);
+        (woken, ready) = wait(shared, &service, timeout);
     }
 }
 
-/// Waits for a client, for something to be told, or for the time to pass. Returns who can be read.
-fn wait(shared: &Shared, service: &Service, timeout: Option<Duration>) -> Vec<bool> {
+/// Waits for a client, for something to be told, or for the time to pass. Returns whether something has been told, and
+/// who can be read.
+fn wait(shared: &Shared, service: &Service, timeout: Option<Duration>) -> (bool, Vec<bool>) {
     let mut fds = vec![PollFd::new(&shared.wake, PollFlags::IN)];
     fds.extend(service.interests().map(|(fd, reads, writes)| {
         let mut flags = PollFlags::empty();
@@ -170,10 +176,9 @@ fn wait(shared: &Shared, service: &Service, timeout: Option<Duration>) -> Vec<bo
         }
     }
     let any = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
-    fds.iter()
-        .skip(1)
-        .map(|fd| fd.revents().intersects(any))
-        .collect()
+    let mut ready = fds.iter().map(|fd| fd.revents().intersects(any));
+    let woken = ready.next().unwrap_or(true);
+    (woken, ready.collect())
 }
 
 #[cfg(test)]
