@@ -9,6 +9,7 @@ use crate::kernel::KernelError;
 use crate::mirror::{MirrorError, MirrorTarget, Outlet};
 use crate::stream::{Stream, StreamError};
 use crate::tap::{Setup, Tap, TapError};
+use crate::watch::Watch;
 
 bitflags::bitflags! {
     /// Work on frames that can be left to the other side.
@@ -85,6 +86,24 @@ pub trait Backend: Send {
     /// The system's; `Unsupported` for one that does not renew.
     fn renew(&mut self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// What tells that the network may be gone, which its ports may not notice; `None` where they do.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn watch(&self) -> io::Result<Option<Watch>> {
+        Ok(None)
+    }
+
+    /// Whether the network is there, as far as can be said without a frame.
+    ///
+    /// # Errors
+    ///
+    /// As those of a port when the network is gone.
+    fn check(&self) -> io::Result<()> {
+        Ok(())
     }
 
     /// The way to and from the network for the pair of this number.

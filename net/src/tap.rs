@@ -8,7 +8,7 @@
 //!
 //! * `WouldBlock`: wait for the descriptor.
 //! * `EIO` on sending: the interface is down, the frame is lost.
-//! * `EBADFD`, `ENODEV`: the interface is gone, or the queue is one that [`Backend::attach`] has detached.
+//! * `EBADFD`, `ENODEV`, `ENOLINK`: the interface is gone, or the queue is one that [`Backend::attach`] has detached.
 //! * `EINVAL`, `EMSGSIZE`, `EFAULT` and others: the frame is not one, and is lost.
 
 use std::fs::{File, OpenOptions};
@@ -22,6 +22,7 @@ use crate::backend::{Backend, Offloads, Port};
 use crate::frame::HEADER_LEN;
 use crate::mac::MacAddress;
 use crate::packets::Packets;
+use crate::watch::Watch;
 
 mod ioctl;
 #[cfg(test)]
@@ -560,6 +561,18 @@ impl Backend for Tap {
             }
         }
         Ok(())
+    }
+
+    /// Of the namespace that this process is in. Queues that were passed may be of an interface of another.
+    fn watch(&self) -> io::Result<Option<Watch>> {
+        Watch::interfaces().map(Some)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.queues.first() {
+            Some(queue) => ioctl::interface_of(queue.as_fd()).map(drop),
+            None => Ok(()),
+        }
     }
 
     fn port(&self, pair: u16) -> io::Result<Box<dyn Port>> {

@@ -228,6 +228,18 @@ fn descriptors_that_are_no_tap_or_not_as_needed_are_refused() {
     drop(open(&passed(&[a.as_raw_fd()], 1)).unwrap());
 }
 
+/// Whether the descriptor has what is asked for just now.
+#[expect(unsafe_code, reason = "poll")]
+fn ready(fd: std::os::fd::BorrowedFd<'_>, events: i16) -> bool {
+    let mut entry = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    // SAFETY: one entry, on the stack.
+    unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
+}
+
 /// Waits until the port can be read, and reads.
 #[expect(unsafe_code, reason = "poll")]
 fn receive(port: &mut dyn Port) -> io::Result<Vec<u8>> {
@@ -294,7 +306,14 @@ fn frames_go_both_ways_and_a_tap_that_is_deleted_is_told() {
     ip("link set vmtap0 down");
     let error = with_pieces(&mut parts, |pieces| port.send(pieces)).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    let watch = tap.watch().unwrap().unwrap();
+    watch.take();
+    tap.check().unwrap();
     ip("link del vmtap0");
+    assert!(ready(watch.fd(), libc::POLLIN));
+    watch.take();
+    assert!(!ready(watch.fd(), libc::POLLIN));
+    assert_eq!(tap.check().unwrap_err().raw_os_error(), Some(libc::EBADFD));
     loop {
         // What had come before may still be there.
         if let Err(error) = receive(&mut *port) {
