@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use crate::frame::Pieces;
 use crate::kernel::KernelError;
+use crate::mac::MacAddress;
 use crate::mirror::{MirrorError, MirrorTarget, Outlet};
 use crate::stream::{Stream, StreamError};
 use crate::tap::{Setup, Tap, TapError};
@@ -65,6 +66,11 @@ pub trait Backend: Send {
     ///
     /// The system's.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
+
+    /// The one address that it passes frames for, where it has such.
+    fn address(&self) -> Option<MacAddress> {
+        None
+    }
 
     /// Has frames come in by the first `pairs` pairs alone. At least one.
     /// The ports of others neither send nor receive.
@@ -193,7 +199,9 @@ pub fn open(request: &Request) -> Result<Box<dyn Backend>, BackendError> {
     Ok(match &request.source {
         Source::Stream(path) => Box::new(Stream::connect(path, request.pairs)?),
         Source::Interface(name) => Box::new(Tap::named(name, request.pairs, &request.setup)?),
-        Source::Descriptors(numbers) => Box::new(Tap::passed(numbers, request.pairs)?),
+        Source::Descriptors(numbers) => {
+            Box::new(Tap::passed(numbers, request.pairs, request.setup.mtu)?)
+        }
     })
 }
 

@@ -38,5 +38,5 @@ pub use mirror::{
 };
 pub use packets::Packets;
 pub use stream::{Stream, StreamError};
-pub use tap::{Setup, Tap, TapError, is_interface_name};
+pub use tap::{Setup, Tap, TapError, is_interface_name, macvtap_address};
 pub use watch::Watch;
