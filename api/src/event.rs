@@ -82,14 +82,14 @@ pub enum EventKind {
         reason: String,
     },
     /// The program that serves a device is gone, or was disconnected: requests wait, and it is tried to connect
-    /// again.
+    /// again. Or the network of a network device is gone: its link is down.
     DevicePeerLost {
         /// The device's id.
         id: String,
         /// Why.
         reason: String,
     },
-    /// The program that serves a device is connected again.
+    /// The program that serves a device, or its network, is connected again.
     DevicePeerConnected {
         /// The device's id.
         id: String,

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 
 use crate::frame::Pieces;
 use crate::kernel::KernelError;
+use crate::mac::MacAddress;
 use crate::mirror::{MirrorError, MirrorTarget, Outlet};
 use crate::stream::{Stream, StreamError};
 use crate::tap::{Setup, Tap, TapError};
+use crate::watch::Watch;
 
 bitflags::bitflags! {
     /// Work on frames that can be left to the other side.
@@ -65,6 +67,11 @@ pub trait Backend: Send {
     /// The system's.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 
+    /// The one address that it passes frames for, where it has such.
+    fn address(&self) -> Option<MacAddress> {
+        None
+    }
+
     /// Has frames come in by the first `pairs` pairs alone. At least one.
     /// The ports of others neither send nor receive.
     ///
@@ -85,6 +92,24 @@ pub trait Backend: Send {
     /// The system's; `Unsupported` for one that does not renew.
     fn renew(&mut self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// What tells that the network may be gone, which its ports may not notice; `None` where they do.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn watch(&self) -> io::Result<Option<Watch>> {
+        Ok(None)
+    }
+
+    /// Whether the network is there, as far as can be said without a frame.
+    ///
+    /// # Errors
+    ///
+    /// As those of a port when the network is gone.
+    fn check(&self) -> io::Result<()> {
+        Ok(())
     }
 
     /// The way to and from the network for the pair of this number.
@@ -174,7 +199,9 @@ pub fn open(request: &Request) -> Result<Box<dyn Backend>, BackendError> {
     Ok(match &request.source {
         Source::Stream(path) => Box::new(Stream::connect(path, request.pairs)?),
         Source::Interface(name) => Box::new(Tap::named(name, request.pairs, &request.setup)?),
-        Source::Descriptors(numbers) => Box::new(Tap::passed(numbers, request.pairs)?),
+        Source::Descriptors(numbers) => {
+            Box::new(Tap::passed(numbers, request.pairs, request.setup.mtu)?)
+        }
     })
 }
 

@@ -27,6 +27,7 @@ mod mirror;
 mod packets;
 mod stream;
 mod tap;
+mod watch;
 
 pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source, open};
 pub use frame::{HEADER_LEN, IoVec, MAX_PIECES, Pieces};
@@ -37,4 +38,5 @@ pub use mirror::{
 };
 pub use packets::Packets;
 pub use stream::{Stream, StreamError};
-pub use tap::{Setup, Tap, TapError, is_interface_name};
+pub use tap::{Setup, Tap, TapError, is_interface_name, macvtap_address};
+pub use watch::Watch;

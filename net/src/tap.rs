@@ -8,7 +8,7 @@
 //!
 //! * `WouldBlock`: wait for the descriptor.
 //! * `EIO` on sending: the interface is down, the frame is lost.
-//! * `EBADFD`, `ENODEV`: the interface is gone, or the queue is one that [`Backend::attach`] has detached.
+//! * `EBADFD`, `ENODEV`, `ENOLINK`: the interface is gone, or the queue is one that [`Backend::attach`] has detached.
 //! * `EINVAL`, `EMSGSIZE`, `EFAULT` and others: the frame is not one, and is lost.
 
 use std::fs::{File, OpenOptions};
@@ -22,6 +22,7 @@ use crate::backend::{Backend, Offloads, Port};
 use crate::frame::HEADER_LEN;
 use crate::mac::MacAddress;
 use crate::packets::Packets;
+use crate::watch::Watch;
 
 mod ioctl;
 #[cfg(test)]
@@ -180,6 +181,14 @@ pub enum TapError {
         /// What was asked for.
         wanted: u16,
     },
+    /// Another machine has the macvtap, and the system would share its frames between both.
+    #[error(
+        "macvtap '{name}' is in use by another machine, which would share its frames: end that one, or use another macvtap"
+    )]
+    Shared {
+        /// Its name.
+        name: String,
+    },
     /// The host's interfaces could not be asked for.
     #[error("cannot ask for the interface '{name}'")]
     Ask {
@@ -208,6 +217,8 @@ pub struct Tap {
     label: String,
     queues: Vec<OwnedFd>,
     offloads: Offloads,
+    /// That of a macvtap.
+    address: Option<MacAddress>,
 }
 
 /// An open interface, not yet as a device needs it.
@@ -228,13 +239,18 @@ impl Tap {
         Self::prepare(open_named(name, pairs)?, Some(setup))
     }
 
-    /// Takes the queues of a tap that have these numbers in this process. They stay open.
+    /// Takes the queues of a tap that have these numbers in this process. They stay open. The tap has to have this
+    /// MTU, where one is given, as far as that can be seen: it may be in another namespace.
     ///
     /// # Errors
     ///
     /// [`TapError`]
-    pub fn passed(numbers: &[RawFd], pairs: u16) -> Result<Self, TapError> {
-        Self::prepare(take_passed(numbers, pairs)?, None)
+    pub fn passed(numbers: &[RawFd], pairs: u16, mtu: Option<u16>) -> Result<Self, TapError> {
+        let opened = take_passed(numbers, pairs)?;
+        if let Some(wanted) = mtu {
+            check_mtu(&opened.name, wanted)?;
+        }
+        Self::prepare(opened, None)
     }
 
     /// Has the queues work as ports do. Those that were passed are set up already.
@@ -259,6 +275,7 @@ impl Tap {
             interface: name.clone(),
             queues,
             offloads,
+            address: macvtap_address(&name),
         };
         let failed = |what| move |source| TapError::Set { what, name, source };
         tap.set_offloads(Offloads::empty())
@@ -276,6 +293,32 @@ impl Tap {
     /// The first queue alone.
     pub(crate) fn into_queue(self) -> Option<File> {
         self.queues.into_iter().next().map(File::from)
+    }
+}
+
+/// The address of the macvtap of this name: it takes frames for that one and, from a guest that has another, gives it
+/// none. `None` for anything else.
+#[must_use]
+pub fn macvtap_address(name: &str) -> Option<MacAddress> {
+    let interfaces = Interfaces::open().ok()?;
+    let driver = interfaces.driver(name).ok()?;
+    (driver.name == "macvlan").then(|| interfaces.mac(name).ok())?
+}
+
+/// Refuses an interface of another MTU. One that is not in this namespace cannot be asked.
+fn check_mtu(name: &str, wanted: u16) -> Result<(), TapError> {
+    let found = Interfaces::open().and_then(|interfaces| interfaces.mtu(name));
+    match found {
+        Ok(found) if found != u32::from(wanted) => Err(TapError::Mtu {
+            name: name.to_owned(),
+            found,
+            wanted,
+        }),
+        Ok(_) => Ok(()),
+        Err(error) => {
+            tracing::warn!(interface = name, %error, mtu = wanted, "its MTU cannot be seen: it has to be this");
+            Ok(())
+        }
     }
 }
 
@@ -318,6 +361,10 @@ fn open_named(name: &str, pairs: u16) -> Result<Opened, TapError> {
         .as_ref()
         .map(|Driver { name, bus }| (&**name, &**bus))
     {
+        // One of several queues takes further ones from anybody.
+        Some(("tun", "tap")) if interfaces.carrier(name).unwrap_or(false) => Err(TapError::Busy {
+            name: name.to_owned(),
+        }),
         Some(("tun", "tap")) => open_tap(name, pairs, true),
         Some(("macvlan", _)) => open_macvtap(name, index, pairs),
         found => Err(TapError::WrongKind {
@@ -413,6 +460,12 @@ fn open_macvtap(name: &str, index: i32, pairs: u16) -> Result<Opened, TapError> 
                 source,
             },
         })?;
+        // The first one's descriptor, and copies of it, keep the lock.
+        if queues.is_empty() && !ioctl::lock(queue.as_fd()) {
+            return Err(TapError::Shared {
+                name: name.to_owned(),
+            });
+        }
         let several = if pairs > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
         ioctl::set_interface(queue.as_fd(), name, FLAGS | several).map_err(|source| {
             TapError::Set {
@@ -560,6 +613,22 @@ impl Backend for Tap {
             }
         }
         Ok(())
+    }
+
+    fn address(&self) -> Option<MacAddress> {
+        self.address
+    }
+
+    /// Of the namespace that this process is in. Queues that were passed may be of an interface of another.
+    fn watch(&self) -> io::Result<Option<Watch>> {
+        Watch::interfaces().map(Some)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.queues.first() {
+            Some(queue) => ioctl::interface_of(queue.as_fd()).map(drop),
+            None => Ok(()),
+        }
     }
 
     fn port(&self, pair: u16) -> io::Result<Box<dyn Port>> {

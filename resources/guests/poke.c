@@ -275,6 +275,7 @@ static void poke_reboot_count(const char *how)
 #define UART_MCR 4
 #define UART_LSR 5
 #define UART_LSR_DATA 1
+#define UART_LSR_EMPTY 0x20
 #define UART_IER_RECEIVED 1
 #define UART_MCR_OUT2 8
 
@@ -322,6 +323,27 @@ static void poke_serial_echo(bool by_interrupt)
     }
     if (by_interrupt)
         print("serial-interrupts=%u\n", serial_interrupts);
+}
+
+/* Gives back each letter that comes at COM2 to COM4, at the same port and in the other case. */
+static void poke_serial_others(void)
+{
+    static const uint16_t ports[] = { 0x2F8, 0x3E8, 0x2E8 };
+
+    print("others=ready\n");
+    for (;;) {
+        for (unsigned i = 0; i < sizeof(ports) / sizeof(ports[0]); i++) {
+            uint8_t c;
+
+            if (!(inb(ports[i] + UART_LSR) & UART_LSR_DATA))
+                continue;
+            c = inb(ports[i]);
+            while (!(inb(ports[i] + UART_LSR) & UART_LSR_EMPTY))
+                pause();
+            outb(ports[i], c ^ 0x20);
+        }
+        pause();
+    }
 }
 
 /* --- For debuggers, at CPL 3 -------------------------------------------- */
@@ -480,6 +502,7 @@ static const struct {
     { "reboot-count", reboot_count },
     { "serial-echo", echo_polling },
     { "serial-echo-irq", echo_interrupts },
+    { "serial-others", poke_serial_others },
     { "gdb", gdb },
     { "int3", int3 },
     { "spin", spin },

@@ -325,6 +325,123 @@ const NETWORKS: &[Bad] = &[
     ),
 ];
 
+const ADDRESSES: &[Bad] = &[
+    bad(
+        "an address of letters",
+        "--kernel hello --net tap=t0,mac=52:54:00:12:34:zz",
+        2,
+        &["--net (id _net0)", "52:54:00:12:34:zz", "52:54:00:12:34:56"],
+    ),
+    bad(
+        "the address of many",
+        "--kernel hello --net tap=t0,mac=01:00:5e:00:00:01",
+        2,
+        &["--net (id _net0)", "01:00:5e:00:00:01", "multicast"],
+    ),
+    bad(
+        "an address of zeros",
+        "--kernel hello --net tap=t0,mac=00:00:00:00:00:00",
+        2,
+        &["--net (id _net0)", "00:00:00:00:00:00 is no address"],
+    ),
+    bad(
+        "one address for two cards",
+        "--kernel hello --net tap=t0,mac=52:54:00:00:00:01 --net tap=t1,mac=52:54:00:00:00:01",
+        2,
+        &["52:54:00:00:00:01", "_net0", "_net1"],
+    ),
+    bad(
+        "an MTU that no network has",
+        "--kernel hello --net tap=t0,mtu=70000",
+        2,
+        &["--net (id _net0)", "mtu", "70000", "65521"],
+    ),
+    bad(
+        "half a pair of queues",
+        "--kernel hello --net tap=t0,num_queues=3",
+        2,
+        &["--net (id _net0)", "num_queues", "an even number"],
+    ),
+    bad(
+        "a descriptor that is not open",
+        "--kernel hello --net fd=77",
+        1,
+        &[
+            "--net (id _net0)",
+            "descriptor 77 is no tap",
+            "/dev/net/tun",
+        ],
+    ),
+    bad(
+        "a descriptor of something else",
+        "--kernel hello --net fd=0:1",
+        2,
+        &["--net (id _net0)", "fd", "from 3 on"],
+    ),
+];
+
+/// In a network that has these alone: a tap, one of several queues, a tun, a bridge, and a tap of somebody else's.
+const TAPS: &[Bad] = &[
+    bad(
+        "the loopback",
+        "--kernel hello --net tap=lo",
+        1,
+        &[
+            "--net (id _net0)",
+            "'lo' is of another kind",
+            "tap or macvtap",
+        ],
+    ),
+    bad(
+        "a tun",
+        "--kernel hello --net tap=tun7",
+        1,
+        &["--net (id _net0)", "'tun7' is a tun interface"],
+    ),
+    bad(
+        "a bridge",
+        "--kernel hello --net tap=br7",
+        1,
+        &["--net (id _net0)", "'br7' is one of the driver bridge"],
+    ),
+    bad(
+        "a tap that is in use",
+        "--kernel hello --net tap=one --net tap=one",
+        1,
+        &["--net (id _net1)", "'one' is in use", "another tap"],
+    ),
+    bad(
+        "a tap of several queues that is in use",
+        "--kernel hello --net tap=many,queues=2 --net tap=many",
+        1,
+        &["--net (id _net1)", "'many' is in use", "another tap"],
+    ),
+    bad(
+        "more queues than the tap has",
+        "--kernel hello --net tap=one,queues=2",
+        1,
+        &["--net (id _net0)", "'one' has one pair", "multi_queue"],
+    ),
+    bad(
+        "a tap that is not there",
+        "--kernel hello --net tap=none",
+        1,
+        &["--net (id _net0)", "no interface 'none'", "ip tuntap add"],
+    ),
+    bad(
+        "somebody else's tap",
+        "--kernel hello --net tap=theirs",
+        1,
+        &["--net (id _net0)", "'theirs' belongs to another user"],
+    ),
+    bad(
+        "an MTU that may not be set",
+        "--kernel hello --net tap=one,mtu=9000",
+        1,
+        &["--net (id _net0)", "'one' has an MTU of 1500", "mtu 9000"],
+    ),
+];
+
 const DISKS: &[Bad] = &[
     bad(
         "missing disk",
@@ -406,7 +523,12 @@ fn wrong_flags_and_files_get_one_readable_line() {
     make_files(directory.path());
     let before = snapshot(directory.path());
     let mut failures = Vec::new();
-    let all = KERNELS.iter().chain(MACHINE).chain(NETWORKS).chain(DISKS);
+    let all = KERNELS
+        .iter()
+        .chain(MACHINE)
+        .chain(NETWORKS)
+        .chain(ADDRESSES)
+        .chain(DISKS);
     for bad in all.clone() {
         if let Err(why) = check(bad, directory.path()) {
             failures.push(format!("{}: {why}", bad.what));
@@ -422,6 +544,46 @@ fn wrong_flags_and_files_get_one_readable_line() {
             all.count(),
             failures.len()
         ),
+    )
+    .unwrap();
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+/// What makes the network of [`TAPS`] and then runs the program there as somebody who may use taps and make none.
+const NETWORK: &str = "ip tuntap add dev one mode tap && ip tuntap add dev many mode tap multi_queue && \
+    ip tuntap add dev tun7 mode tun && ip link add br7 type bridge && \
+    ip tuntap add dev theirs mode tap user 4242 && for name in one many; do ip link set $name up; done || exit 99
+    exec setpriv --bounding-set=-net_admin timeout -s KILL 60 \"$@\"";
+
+#[test]
+fn taps_that_cannot_be_had_get_one_readable_line() {
+    const CLASS: &str = "taps";
+    let directory = tempfile::tempdir().unwrap();
+    make_files(directory.path());
+    let mut failures = Vec::new();
+    for bad in TAPS {
+        let output = Command::new("unshare")
+            .args(["--net", "sh", "-c", NETWORK, "sh"])
+            .arg(kit::vireo().unwrap())
+            .arg("run")
+            .args(bad.args.split_whitespace())
+            .current_dir(directory.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        if output.status.code() == Some(99) || output.stderr.starts_with(b"unshare") {
+            let why = String::from_utf8_lossy(&output.stderr);
+            println!("SKIP  {CLASS}: {why}");
+            return suite::note(CLASS, &format!("skipped: no taps can be made here: {why}"))
+                .unwrap();
+        }
+        if let Err(why) = one_line(&output, bad.exit, bad.says) {
+            failures.push(format!("{}: {why}", bad.what));
+        }
+    }
+    suite::note(
+        CLASS,
+        &format!("{} tried, {} failed", TAPS.len(), failures.len()),
     )
     .unwrap();
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));

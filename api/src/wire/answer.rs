@@ -207,7 +207,8 @@ pub enum DeviceState {
     Active,
     /// It works no more until its driver resets it.
     NeedsReset,
-    /// A driver uses it, and the program that serves it is gone: requests wait for its return.
+    /// A driver uses it, and the program that serves it is gone: requests wait for its return. Or its network is
+    /// gone: the link is down.
     PeerLost,
     /// The guest has been asked to give it up.
     Removing,

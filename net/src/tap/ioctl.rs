@@ -145,6 +145,13 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
+/// Locks the file for this descriptor and its copies; whether nobody else has.
+#[expect(unsafe_code, reason = "flock")]
+pub fn lock(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: no memory is involved.
+    unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
+}
+
 /// Has calls on the descriptor return where they would wait.
 #[expect(unsafe_code, reason = "fcntl")]
 pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -239,6 +246,34 @@ impl Interfaces {
             name: text(driver),
             bus: text(bus),
         })
+    }
+
+    /// Whether it is up and has a link: a tap has one from when somebody has opened a queue of it.
+    pub fn carrier(&self, name: &str) -> io::Result<bool> {
+        // `struct ethtool_value`: the command, then what it asks for.
+        const GLINK: u32 = 0x0a;
+        let mut value = [GLINK, 0];
+        let mut request = request(name);
+        // It is as large as the system's structure and outlives the call.
+        request.ifr_ifru.ifru_data = std::ptr::from_mut(&mut value).cast();
+        self.call(libc::SIOCETHTOOL, &mut request)?;
+        let [_, link] = value;
+        Ok(link != 0)
+    }
+
+    /// The interface's own address.
+    #[expect(unsafe_code, reason = "a union that the system has filled")]
+    pub fn mac(&self, name: &str) -> io::Result<MacAddress> {
+        let mut request = request(name);
+        self.call(libc::SIOCGIFHWADDR, &mut request)?;
+        // SAFETY: the call sets the address; any bytes are a value of it.
+        let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+        let mut octets = [0; 6];
+        for (to, from) in octets.iter_mut().zip(data) {
+            let [byte] = from.to_ne_bytes();
+            *to = byte;
+        }
+        MacAddress::new(octets).map_err(io::Error::other)
     }
 
     /// The largest packet, in bytes, without the Ethernet header.

@@ -55,7 +55,7 @@ fn open(request: &Request) -> Result<Tap, TapError> {
     } = request;
     match source {
         Source::Interface(name) => Tap::named(name, *pairs, setup),
-        Source::Descriptors(numbers) => Tap::passed(numbers, *pairs),
+        Source::Descriptors(numbers) => Tap::passed(numbers, *pairs, setup.mtu),
         Source::Stream(path) => panic!("{} is no tap", path.display()),
     }
 }
@@ -125,6 +125,8 @@ fn a_tap_that_is_made_is_set_up_and_goes_with_its_last_descriptor() {
     ] {
         assert!(shown.contains(part), "{part}: {shown}");
     }
+    // It is none that passes frames for one address alone.
+    assert_eq!((first.address(), macvtap_address("vmtap0")), (None, None));
     assert!(first.offloads().contains(Offloads::CSUM | Offloads::TSO4));
     let port = first.port(0).unwrap();
     drop(first);
@@ -169,7 +171,15 @@ fn queues_are_those_that_the_tap_has() {
         tap.set_offloads(Offloads::all()).unwrap();
     }
     drop(tap);
-    assert_eq!(open(&named("many", 1)).unwrap().pairs(), 1);
+    let one = open(&named("many", 1)).unwrap();
+    assert_eq!(one.pairs(), 1);
+    // The system would let anybody have more queues of it.
+    for pairs in [1, 2] {
+        let error = refusal(&named("many", pairs));
+        assert!(matches!(error, TapError::Busy { .. }), "{error}");
+    }
+    drop(one);
+    drop(open(&named("many", 2)).unwrap());
     assert_eq!(open(&named("new%d", 2)).unwrap().pairs(), 2);
 }
 
@@ -226,6 +236,26 @@ fn descriptors_that_are_no_tap_or_not_as_needed_are_refused() {
     drop(tap);
     // It stays open for the next time.
     drop(open(&passed(&[a.as_raw_fd()], 1)).unwrap());
+    let mut sized = passed(&[a.as_raw_fd()], 1);
+    sized.setup.mtu = Some(1500);
+    drop(open(&sized).unwrap());
+    sized.setup.mtu = Some(9000);
+    let error = refusal(&sized).to_string();
+    for part in ["'a' has an MTU of 1500", "ip link set a mtu 9000"] {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+/// Whether the descriptor has what is asked for just now.
+#[expect(unsafe_code, reason = "poll")]
+fn ready(fd: std::os::fd::BorrowedFd<'_>, events: i16) -> bool {
+    let mut entry = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    // SAFETY: one entry, on the stack.
+    unsafe { libc::poll(&raw mut entry, 1, 0) == 1 }
 }
 
 /// Waits until the port can be read, and reads.
@@ -294,7 +324,14 @@ fn frames_go_both_ways_and_a_tap_that_is_deleted_is_told() {
     ip("link set vmtap0 down");
     let error = with_pieces(&mut parts, |pieces| port.send(pieces)).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    let watch = tap.watch().unwrap().unwrap();
+    watch.take();
+    tap.check().unwrap();
     ip("link del vmtap0");
+    assert!(ready(watch.fd(), libc::POLLIN));
+    watch.take();
+    assert!(!ready(watch.fd(), libc::POLLIN));
+    assert_eq!(tap.check().unwrap_err().raw_os_error(), Some(libc::EBADFD));
     loop {
         // What had come before may still be there.
         if let Err(error) = receive(&mut *port) {

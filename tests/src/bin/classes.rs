@@ -10,6 +10,7 @@ use tests::suite;
 const CLASSES: &[&str] = &[
     "native",
     "bad-input",
+    "taps",
     "recorded-ch-remote",
     "recorded-kata",
     "recorded-libvirt",

@@ -128,6 +128,15 @@ pub(super) fn keep(saved: &VmConfig, config: &mut VmConfig) -> anyhow::Result<()
         anyhow::anyhow!("{flag}: a machine that is restored keeps its {what}: leave the flag out")
     };
     let of_memory = |m: &MemoryConfig| (m.size, m.hotplug_size, m.hotplug_method);
+    let mut passed = saved.passed_cards();
+    // What a flag describes anew has no slot yet.
+    if let Some((card, descriptors)) = passed.find(|(card, _)| config.devices.contains(card)) {
+        let id = &card.id;
+        anyhow::bail!(
+            "--restore: card {id:?} had descriptors that were passed to another process (fd={descriptors}): \
+             give --net id={id},… with some of this one, or with a tap"
+        );
+    }
     if of_memory(&saved.memory) != of_memory(&config.memory) {
         return Err(keeps("--memory", &format!("{} bytes", saved.memory.size)));
     }
@@ -190,6 +199,38 @@ mod tests {
         config.devices[0].config = json!({ "path": "/copy" });
         keep(&saved, &mut config).unwrap();
         assert_eq!(config.devices[0].address, Some(4));
+    }
+
+    #[test]
+    fn a_card_of_another_process_s_descriptors_has_to_be_described_anew() {
+        let machine = || {
+            let mut config = machine();
+            let cards = ["a", "b"].map(|id| {
+                let card = json!({ "kind": "net", "id": id, "config": { "fd": "12" } });
+                serde_json::from_value(card).unwrap()
+            });
+            config.devices.extend(cards);
+            config.complete(MODELS);
+            config
+        };
+        let described = |id: &str| {
+            let card = json!({ "kind": "net", "id": id, "config": { "fd": "12" } });
+            serde_json::from_value(card).unwrap()
+        };
+        let saved = machine();
+        let mut config = saved.clone();
+        for (place, id) in [(2, "a"), (3, "b")] {
+            let told = keep(&saved, &mut config).unwrap_err().to_string();
+            for part in [
+                format!("card {id:?}"),
+                "fd=12".to_owned(),
+                format!("--net id={id}"),
+            ] {
+                assert!(told.contains(&part), "{told}");
+            }
+            config.devices[place] = described(id);
+        }
+        keep(&saved, &mut config).unwrap();
     }
 
     #[test]

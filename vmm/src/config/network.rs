@@ -11,6 +11,7 @@ use virtio::models::vhost_net::{self, VhostNetConfig};
 use super::{ConfigError, DeviceConfig, VmConfig};
 
 const MAC: &str = "mac";
+const DESCRIPTORS: &str = "fd";
 
 impl DeviceConfig {
     /// The configuration of a network card; `None` for another device, or what has another shape.
@@ -64,10 +65,21 @@ impl VmConfig {
                 None => random_mac(),
             };
             if let Value::Object(config) = &mut device.config {
+                let mac = interface_address(config).unwrap_or(mac);
                 let mac = || Value::String(mac.to_string());
                 config.entry(MAC).or_insert_with(mac);
             }
         }
+    }
+
+    /// The cards that have open descriptors of the process that they were described to, and their numbers there. They
+    /// mean nothing to another one.
+    pub fn passed_cards(&self) -> impl Iterator<Item = (&DeviceConfig, &str)> {
+        let cards = self
+            .devices
+            .iter()
+            .filter(|device| device.kind == MODEL.kind);
+        cards.filter_map(|card| Some((card, card.config.get(DESCRIPTORS)?.as_str()?)))
     }
 
     /// Checks what the schema cannot say of network cards.
@@ -92,6 +104,11 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// The address that the card's interface has for it: that of a macvtap.
+pub fn interface_address(card: &serde_json::Map<String, Value>) -> Option<MacAddress> {
+    net::macvtap_address(card.get("tap")?.as_str()?)
 }
 
 /// The host's name, which tells machines of the same name on different hosts apart.

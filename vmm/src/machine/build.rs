@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use api::{DiskErrorAction, EventLog};
 use devices::display::Adapter;
 use devices::pci::{PciRoot, Windows};
-use devices::{Bus, Unit};
+use devices::{Bus, LogLimit, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
@@ -354,6 +354,7 @@ impl Pieces<'_> {
                 events: self.events.clone(),
                 mailbox: self.mailbox.clone(),
                 memory: self.ram.size(),
+                peers: LogLimit::new(),
             }),
             memory: self.ram.memory().clone(),
             groups: self.groups.clone(),
@@ -412,6 +413,8 @@ struct Reporter {
     mailbox: Mailbox,
     /// What the guest has besides what it plugs, in bytes.
     memory: u64,
+    /// For what a program outside can have logged.
+    peers: LogLimit,
 }
 
 impl Reporter {
@@ -467,11 +470,15 @@ impl Reporter {
         let id = id.to_owned();
         self.events.publish(match report {
             PeerReport::Connected => {
-                tracing::info!(device = id, "its vhost-user program is connected again");
+                if let Some(suppressed) = self.peers.allow() {
+                    tracing::info!(device = id, suppressed, "what serves it is connected again");
+                }
                 api::EventKind::DevicePeerConnected { id }
             }
             PeerReport::Lost { reason } => {
-                tracing::warn!(device = id, reason, "its vhost-user program is lost");
+                if let Some(suppressed) = self.peers.allow() {
+                    tracing::warn!(device = id, reason, suppressed, "what serves it is lost");
+                }
                 let reason = reason.clone();
                 api::EventKind::DevicePeerLost { id, reason }
             }

@@ -188,6 +188,7 @@ impl Monitor {
         let open = move || {
             let mut saved = Saved::open(&path, &opener).map_err(|error| error.to_control())?;
             saved.ask(way);
+            check_cards(&saved.config)?;
             // What excludes what is told while nothing has changed.
             let mode = saved.memory_mode(&saved.config);
             mode.map_err(|error| error.to_control())?;
@@ -271,6 +272,21 @@ impl Monitor {
             ears.finish_consoles(false);
         }
         after
+    }
+}
+
+/// That no card has descriptors of the process that wrote the snapshot.
+fn check_cards(saved: &VmConfig) -> Result<(), ControlError> {
+    match saved.passed_cards().next() {
+        None => Ok(()),
+        Some((card, descriptors)) => {
+            let id = &card.id;
+            let message = format!(
+                "card {id:?} of the snapshot had descriptors that were passed to another process (fd={descriptors}): \
+                 restore it by vireo run --restore … --net id={id},… with others, or with a tap"
+            );
+            Err(ControlError::new(ErrorKind::Conflict, message))
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use virtio::models::{MODELS, Model};
 use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
-use crate::config::network::is_card;
+use crate::config::network::{interface_address, is_card};
 use crate::config::wire::{
     DiskUpdate, NetUpdate, address_nets, name_devices, shown_fs, shown_input, update_disk,
     update_net, update_rng,
@@ -103,7 +103,9 @@ pub fn settle(device: &mut AddDevice) {
             }
         }
         AddDevice::Virtio(device) if is_card(&device.kind) => {
-            let mac = || Value::String(virtio::models::net::random_mac().to_string());
+            let mac =
+                interface_address(&device.config).unwrap_or_else(virtio::models::net::random_mac);
+            let mac = || Value::String(mac.to_string());
             device.config.entry("mac").or_insert_with(mac);
         }
         _ => {}

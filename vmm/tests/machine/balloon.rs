@@ -223,6 +223,10 @@ fn a_target_that_is_not_below_the_guests_memory_is_refused_by_request_and_verb()
         "{told}"
     );
     assert_eq!(case.balloon().target, 3 * MIB);
+    let mut verb = std::process::Command::new(env!("CARGO_BIN_EXE_vireo"));
+    verb.args(["resize", "--balloon", "5M", "--api-socket"]);
+    Vireo::spawn(verb.arg(case.served.socket())).ends_with(0);
+    assert_eq!(case.balloon().target, 5 * MIB);
     let flags = ["--memory", "64M", "--balloon", "size=64M"];
     let mut run = Vireo::start("balloon", "mib=1", &flags);
     run.ends_with(2);

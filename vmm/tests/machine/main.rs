@@ -16,6 +16,7 @@ mod aside;
 mod attach;
 mod balloon;
 mod baseline;
+mod cards;
 mod consoles;
 mod coredump;
 mod definitions;

@@ -1,7 +1,7 @@
 //! The serial port's sinks, changed and attached to over the control socket.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -332,4 +332,30 @@ fn a_sixty_fifth_client_is_refused_and_a_machine_without_a_port_has_no_console()
     );
     assert_eq!(refused(add(&mut client, "null")).0, 409);
     assert_eq!(client.consoles().unwrap(), []);
+}
+
+#[test]
+fn four_serial_ports_carry_bytes_both_ways_each_for_itself() {
+    if !can_run() {
+        return;
+    }
+    let others = ["serial2", "serial3", "serial4"];
+    let flags = others.map(|port| [format!("--{port}"), format!("socket={{dir}}/{port}")]);
+    let flags: Vec<&str> = flags.iter().flatten().map(String::as_str).collect();
+    let mut served = Served::start("poke", "serial-others", &flags);
+    served.vireo.stdout.wait_for("others=ready");
+    let mut ends = others.map(|port| {
+        let end = UnixStream::connect(served.path(port)).unwrap();
+        end.set_read_timeout(Some(LIMIT)).unwrap();
+        end
+    });
+    // All of them at once.
+    for (end, word) in ends.iter_mut().zip(["second", "third", "fourth"]) {
+        end.write_all(word.as_bytes()).unwrap();
+    }
+    for (end, word) in ends.iter_mut().zip(["SECOND", "THIRD", "FOURTH"]) {
+        let mut came = vec![0; word.len()];
+        end.read_exact(&mut came).unwrap();
+        assert_eq!(String::from_utf8_lossy(&came), word);
+    }
 }

@@ -665,6 +665,15 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
         .networks
         .network(&request)
         .map_err(|error| BuildError::Backend(error.into()))?;
+    if let Some(address) = backend.address().filter(|address| *address != settings.mac) {
+        tracing::warn!(
+            device = %context.id,
+            network = backend.name(),
+            mac = %settings.mac,
+            %address,
+            "the macvtap passes frames for its own address, unless it is promiscuous: leave mac out, or give it the card's",
+        );
+    }
     let mut net = Net::new(&context.id, backend, settings);
     net.rx_limits.set(limits.rx);
     net.tx_limits.set(limits.tx);

@@ -2,7 +2,8 @@
 //!
 //! The kernel is told where the guest's memory and its rings are, by which eventfds the driver kicks and is
 //! interrupted, and which queue of a tap is the network. From then on frames pass without this process. What stays
-//! here, with one [`Supervisor`] for all pairs, is the control queue and hearing that a ring is broken.
+//! here, with one [`Supervisor`] for all pairs, is the control queue, and hearing that a ring is broken or the network
+//! gone.
 //!
 //! * [`Drive`]: what the kernel is told, one for each pair; `host`: by the device of the host.
 //! * [`Engines`]: the drives of a device, for as long as it is there.
@@ -30,7 +31,7 @@ use vm_memory::{Address, GuestAddress, GuestAddressSpace, GuestMemoryBackend, Gu
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use ::net::KernelError;
+use ::net::{KernelError, Watch};
 
 use self::host::HostDrive;
 use super::bit;
@@ -432,11 +433,15 @@ pub struct Supervisor {
     epoll: Epoll,
     wake: Wake,
     broken: EventFd,
+    shared: Arc<Shared>,
+    /// What tells that the network may be gone: the kernel says nothing.
+    watch: Option<Watch>,
 }
 
 const CONTROL: u64 = 0;
 const WAKE: u64 = 1;
 const BROKEN: u64 = 2;
+const WATCH: u64 = 3;
 
 impl Supervisor {
     /// Has the kernel serve all queues but the one that is called `control`.
@@ -469,10 +474,12 @@ impl Supervisor {
         let broken = event().map_err(failed)?;
         let epoll = Epoll::new().map_err(failed)?;
         let doorbell = commands.as_ref().map(|control| control.ring.doorbell());
+        let watch = shared.watch();
         let watched = [
             doorbell.map(|fd| (fd, CONTROL)),
             Some((wake.fd(), WAKE)),
             Some((borrow(&broken), BROKEN)),
+            watch.as_ref().map(|watch| (watch.fd(), WATCH)),
         ];
         for (fd, data) in watched.into_iter().flatten() {
             let event = EpollEvent::new(EventSet::IN, data);
@@ -495,6 +502,8 @@ impl Supervisor {
             epoll,
             wake: wake.clone(),
             broken,
+            shared: Arc::clone(shared),
+            watch,
         })
     }
 
@@ -513,7 +522,7 @@ impl Supervisor {
 
     /// Sleeps until there is something to do; whether it can go on.
     fn sleep(&mut self, wait: i32) -> io::Result<bool> {
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         let ready = match self.epoll.wait(wait, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             ready => ready?,
@@ -531,6 +540,12 @@ impl Supervisor {
                     self.notifier
                         .needs_reset("the host's kernel has found a queue broken");
                     return Ok(false);
+                }
+                WATCH => {
+                    if let Some(watch) = &self.watch {
+                        watch.take();
+                    }
+                    self.shared.check(&*self.notifier);
                 }
                 _ => self.wake.reset(),
             }

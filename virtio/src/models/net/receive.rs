@@ -81,6 +81,8 @@ pub struct Receiver {
     used: Vec<(u16, u32)>,
     /// Nothing but the driver can bring more work: it is to kick before the worker sleeps.
     pub listens: bool,
+    /// The network has sent a frame since somebody took this back.
+    pub heard: bool,
 }
 
 impl Receiver {
@@ -102,6 +104,7 @@ impl Receiver {
             held: None,
             used: Vec::new(),
             listens: false,
+            heard: false,
         }
     }
 
@@ -230,6 +233,7 @@ impl Receiver {
             counts.failed();
             return Ok(Verdict::Drop);
         }
+        self.heard = true;
         if !pair.shared.link() || !self.is_wanted(view, pair) {
             counts.dropped();
             return Ok(Verdict::Drop);

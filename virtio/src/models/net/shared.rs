@@ -4,10 +4,11 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use net::{Backend, MacAddress, Mirror, Offloads};
+use net::{Backend, MacAddress, Mirror, Offloads, Watch};
 
 use super::filter::Filter;
 use crate::device::Notifier;
+use crate::vhost::PeerReport;
 use crate::worker::Wake;
 
 /// The state of a device that any of its threads may look at.
@@ -70,6 +71,15 @@ impl Shared {
         lock(&self.backend)
     }
 
+    /// What tells that the network may be gone, where its ports do not. Without it frames pass all the same.
+    pub fn watch(&self) -> Option<Watch> {
+        let watch = self.backend().watch();
+        let refused = |error: io::Error| {
+            tracing::warn!(device = %self.id, %error, "it cannot be seen whether the network is there");
+        };
+        watch.map_err(refused).ok().flatten()
+    }
+
     /// Which frames the driver wants.
     pub fn filter(&self) -> Arc<Filter> {
         Arc::clone(&lock(&self.filter))
@@ -119,7 +129,7 @@ impl Shared {
         self.up.swap(up, Ordering::AcqRel) != up
     }
 
-    /// Notes that the network is no more, and says so once.
+    /// Notes that the network is no more, and tells driver and observers once.
     pub fn lost(&self, error: &io::Error, notifier: &dyn Notifier) {
         if !self.gone.swap(true, Ordering::AcqRel) {
             let until = if self.renews {
@@ -127,13 +137,20 @@ impl Shared {
             } else {
                 "the device is removed and added again"
             };
-            tracing::error!(
-                device = %self.id,
-                network = %self.label,
-                %error,
-                "the network is gone: the guest's link is down until {until}",
-            );
+            let network = &self.label;
+            let reason = format!("{network}: {error}: the guest's link is down until {until}");
+            notifier.peer_report(&PeerReport::Lost { reason });
             notifier.config_changed();
+        }
+    }
+
+    /// Asks whether the network is there, for whoever does not hear it from a port.
+    pub fn check(&self, notifier: &dyn Notifier) {
+        let found = self.backend().check();
+        if let Err(error) = found
+            && is_gone(&error)
+        {
+            self.lost(&error, notifier);
         }
     }
 
@@ -145,7 +162,7 @@ impl Shared {
     /// Notes that the network is there again.
     pub fn found(&self, notifier: &dyn Notifier) {
         if self.gone.swap(false, Ordering::AcqRel) {
-            tracing::info!(device = %self.id, network = %self.label, "the network is there again");
+            notifier.peer_report(&PeerReport::Connected);
             notifier.config_changed();
         }
     }
@@ -233,7 +250,9 @@ fn ignore_gone(error: io::Error) -> io::Result<()> {
 pub fn is_gone(error: &io::Error) -> bool {
     const EBADFD: i32 = 77;
     const ENODEV: i32 = 19;
-    matches!(error.raw_os_error(), Some(EBADFD | ENODEV))
+    // Of a macvtap.
+    const ENOLINK: i32 = 67;
+    matches!(error.raw_os_error(), Some(EBADFD | ENODEV | ENOLINK))
         || matches!(
             error.kind(),
             io::ErrorKind::UnexpectedEof

@@ -2,10 +2,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver as Channel;
 
 use migration::Snapshot;
-use net::{Packets, Port};
+use net::{Packets, Port, Watch};
 use serde_json::json;
 
 use super::*;
@@ -19,6 +20,7 @@ mod limits;
 mod mirror;
 mod moving;
 mod polling;
+mod returning;
 
 const ALL: u64 = u64::MAX;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -30,6 +32,10 @@ pub(super) struct Wire {
     end: UnixDatagram,
     pairs: u16,
     told: Arc<Mutex<Vec<String>>>,
+    /// Readable when there is news of it.
+    news: Arc<Mutex<Option<UnixDatagram>>>,
+    /// It has been deleted.
+    pub(super) deleted: Arc<AtomicBool>,
 }
 
 impl Wire {
@@ -42,8 +48,18 @@ impl Wire {
             end,
             pairs,
             told: Arc::default(),
+            news: Arc::default(),
+            deleted: Arc::default(),
         };
         (wire, peer)
+    }
+
+    /// Where news of it is told from now on.
+    pub(super) fn tell(&self) -> UnixDatagram {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        *self.news.lock().unwrap() = Some(theirs);
+        ours
     }
 }
 
@@ -68,6 +84,19 @@ impl Backend for Wire {
 
     fn attach(&mut self, pairs: u16) -> io::Result<()> {
         self.told.lock().unwrap().push(format!("{pairs} pairs"));
+        Ok(())
+    }
+
+    fn watch(&self) -> io::Result<Option<Watch>> {
+        let news = self.news.lock().unwrap();
+        let news = news.as_ref().map(UnixDatagram::try_clone).transpose()?;
+        Ok(news.map(|news| Watch::new(news.into())))
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.deleted.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(77));
+        }
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::LogLimit;
-use net::{Mirror, Pieces, Port};
+use net::{Mirror, Pieces, Port, Watch};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -121,14 +121,18 @@ impl Pair {
     }
 }
 
-/// How often a network that has ended is asked for.
-const RETRY: Duration = Duration::from_millis(500);
+/// How often a network that has ended is asked for, at first.
+pub const RETRY: Duration = Duration::from_millis(500);
+
+/// How often at least, once it has been found in vain.
+pub const LONGEST_RETRY: Duration = Duration::from_secs(8);
 
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
 const CONTROL: u64 = 2;
 const WAKE: u64 = 3;
 const PORT: u64 = 4;
+const WATCH: u64 = 5;
 
 /// Serves a pair of queues.
 pub struct Worker {
@@ -148,8 +152,12 @@ pub struct Worker {
     writable: bool,
     /// For waits that nothing but an event ends.
     window: Window,
-    /// When a network that has ended is asked for again.
-    again: Option<Instant>,
+    /// What tells that the network may be gone, beside its port.
+    watch: Option<Watch>,
+    /// When a network that has ended was asked for.
+    tried: Option<Instant>,
+    /// How long it is left alone from then on. Doubled by each time that it was found and had nothing to say.
+    gap: Duration,
 }
 
 /// The queues of a worker.
@@ -190,6 +198,8 @@ impl Worker {
             control,
         } = queues;
         let port = pair.shared.backend().port(pair.index).map_err(failed)?;
+        // One worker is enough.
+        let watch = (pair.index == 0).then(|| pair.shared.watch()).flatten();
         let epoll = Epoll::new().map_err(failed)?;
         let rings = [
             (receiver.as_ref().map(|half| &half.ring), RECEIVE),
@@ -199,7 +209,8 @@ impl Worker {
         let doorbells = rings
             .into_iter()
             .filter_map(|(ring, data)| Some((ring?.doorbell(), data)));
-        for (fd, data) in doorbells.chain([(wake.fd(), WAKE)]) {
+        let watched = watch.as_ref().map(|watch| (watch.fd(), WATCH));
+        for (fd, data) in doorbells.chain([(wake.fd(), WAKE)]).chain(watched) {
             let event = EpollEvent::new(EventSet::IN, data);
             let added = epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
             added.map_err(failed)?;
@@ -221,7 +232,9 @@ impl Worker {
             readable: true,
             writable: true,
             window: Window::new(),
-            again: None,
+            watch,
+            tried: None,
+            gap: RETRY,
         })
     }
 
@@ -264,18 +277,24 @@ impl Worker {
         if !self.pair.shared.awaits() {
             return None;
         }
+        let heard = self.receiver.as_mut().map(|half| &mut half.heard);
+        if heard.is_some_and(std::mem::take) {
+            self.gap = RETRY;
+        }
         let now = (self.pair.clock)();
-        let wait = self.again.map(|again| again.saturating_duration_since(now));
+        let gap = self.gap;
+        let wait = self.tried.map(|tried| gap.saturating_sub(now.saturating_duration_since(tried)));
         if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
             return Some(wait);
         }
-        if self.reopen().is_ok() {
-            self.again = None;
-            self.pair.shared.found(&*self.pair.notifier);
-            return Some(Duration::ZERO);
+        self.tried = Some(now);
+        if self.reopen().is_err() {
+            return Some(gap);
         }
-        self.again = Some(now + RETRY);
-        Some(RETRY)
+        // A server may do no more than to take connections.
+        self.gap = gap.saturating_mul(2).min(LONGEST_RETRY);
+        self.pair.shared.found(&*self.pair.notifier);
+        Some(Duration::ZERO)
     }
 
     fn reopen(&mut self) -> io::Result<()> {
@@ -382,7 +401,7 @@ impl Worker {
 
     /// Sleeps, and takes up what has happened. Whether anything has.
     fn sleep(&mut self, wait: Option<Duration>) -> io::Result<bool> {
-        let mut events = [EpollEvent::default(); 5];
+        let mut events = [EpollEvent::default(); 6];
         let ready = match self.epoll.wait(milliseconds(wait), &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             ready => ready?,
@@ -397,6 +416,13 @@ impl Worker {
                     let broken = EventSet::ERROR | EventSet::HANG_UP;
                     self.readable |= told.intersects(EventSet::IN | broken);
                     self.writable |= told.intersects(EventSet::OUT | broken);
+                    None
+                }
+                WATCH => {
+                    if let Some(watch) = &self.watch {
+                        watch.take();
+                    }
+                    self.pair.shared.check(&*self.pair.notifier);
                     None
                 }
                 _ => {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json as value};
 use virtio::limit::RateLimits;
 use virtio::models::net::{MODEL, NetConfig, NetLimits, Vhost, random_mac};
 
-use super::super::network::is_card;
+use super::super::network::{interface_address, is_card};
 use super::super::{DeviceConfig, VmConfig};
 use super::devices::{json, not_found, slot};
 use super::{invalid, missing, names, path, rate_limiter, rate_limits, vhost};
@@ -67,7 +67,8 @@ pub(super) fn give_address(device: &mut DeviceConfig) {
     if is_card(&device.kind)
         && let Value::Object(config) = &mut device.config
     {
-        let mac = || Value::String(random_mac().to_string());
+        let mac = interface_address(config).unwrap_or_else(random_mac);
+        let mac = || Value::String(mac.to_string());
         config.entry("mac").or_insert_with(mac);
     }
 }
@@ -75,7 +76,9 @@ pub(super) fn give_address(device: &mut DeviceConfig) {
 /// Gives each card of a description that has none an address, so that clients see it.
 pub fn address_nets(described: &mut wire::VmConfig) {
     for net in described.net.iter_mut().flatten() {
-        net.mac.get_or_insert_with(|| random_mac().to_string());
+        let given = net.tap.as_deref().and_then(net::macvtap_address);
+        let mac = || given.unwrap_or_else(random_mac).to_string();
+        net.mac.get_or_insert_with(mac);
     }
 }
 

@@ -10,6 +10,7 @@ use super::super::{Net, change};
 use super::*;
 use crate::device::{ReconfigureError, Reconfigured, VirtioDevice};
 use crate::models::net::config::Vhost;
+use crate::vhost::PeerReport;
 use crate::testing::{Driver, END, Notice, PATIENCE, SEAM, memory, reset_reason, soon};
 
 const SIZE: u16 = 16;
@@ -117,6 +118,10 @@ impl Notifier for Vectors {
         let _ = self.notices.lock().unwrap().send(Notice::Config);
     }
 
+    fn peer_report(&self, report: &PeerReport) {
+        let _ = self.notices.lock().unwrap().send(Notice::Peer(report.clone()));
+    }
+
     fn needs_reset(&self, reason: &str) {
         let notice = Notice::Reset(reason.to_owned());
         let _ = self.notices.lock().unwrap().send(notice);
@@ -135,6 +140,9 @@ struct Bench {
     notifier: Arc<Vectors>,
     notices: Receiver<Notice>,
     drivers: Vec<Driver>,
+    /// Tells that the network may be gone.
+    news: std::os::unix::net::UnixDatagram,
+    deleted: Arc<std::sync::atomic::AtomicBool>,
     /// Keeps the network there.
     _peer: std::os::unix::net::UnixDatagram,
 }
@@ -156,6 +164,7 @@ impl Bench {
     fn new(vhost: Vhost) -> Self {
         let book = Arc::default();
         let (wire, peer) = Wire::new(1);
+        let (news, deleted) = (wire.tell(), Arc::clone(&wire.deleted));
         let mut net = Net::new("net0", Box::new(wire), settings(1));
         net.serve_by_kernel(engines(1, ALL, &book).unwrap(), vhost);
         let memory = memory();
@@ -172,6 +181,8 @@ impl Bench {
             notifier,
             notices,
             drivers,
+            news,
+            deleted,
             _peer: peer,
         }
     }
@@ -430,4 +441,23 @@ fn it_is_opened_where_it_is_asked_for_and_told_of_where_it_is_not_there() {
     assert_eq!(refused.to_string(), "vhost=on");
     let source = std::error::Error::source(&refused).unwrap();
     assert_eq!(source.to_string(), "/dev/vhost-net is not to be had here");
+}
+
+#[test]
+fn a_tap_that_is_deleted_under_the_kernel_takes_the_link_down_and_is_told() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.deleted.store(true, std::sync::atomic::Ordering::SeqCst);
+    bench.news.send(&[1]).unwrap();
+    let report = loop {
+        if let Notice::Peer(report) = bench.notices.recv_timeout(PATIENCE).unwrap() {
+            break report;
+        }
+    };
+    assert!(matches!(report, PeerReport::Lost { reason } if reason.contains("a wire")));
+    let mut status = [1; 2];
+    bench.net.read_config(6, &mut status);
+    assert_eq!(status, [0; 2]);
+    // The guest has its queues back all the same.
+    assert_eq!(bench.net.stop(soon()).unwrap().len(), 3);
 }

@@ -6,19 +6,19 @@ use super::*;
 
 /// A clock that stands until it is moved.
 #[derive(Clone)]
-struct Hands(Arc<Mutex<Instant>>);
+pub(super) struct Hands(Arc<Mutex<Instant>>);
 
 impl Hands {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Arc::new(Mutex::new(Instant::now())))
     }
 
-    fn clock(&self) -> Clock {
+    pub(super) fn clock(&self) -> Clock {
         let hands = self.clone();
         Arc::new(move || *hands.0.lock().unwrap())
     }
 
-    fn advance(&self, time: Duration) {
+    pub(super) fn advance(&self, time: Duration) {
         *self.0.lock().unwrap() += time;
     }
 }
