@@ -460,6 +460,15 @@ impl Client {
         self.ask("vm.snapshot", request)
     }
 
+    /// Puts new overlays on disks.
+    pub fn disk_snapshot(
+        &mut self,
+        request: &wire::VmDiskSnapshot,
+    ) -> Result<wire::DiskSnapshotInfo, ClientError> {
+        let answer = self.put("vm.disk-snapshot", Some(request), &[])?;
+        read("vm.disk-snapshot", &answer)
+    }
+
     /// Builds the machine that a snapshot holds, as it was.
     pub fn restore(&mut self, request: &wire::RestoreConfig) -> Result<(), ClientError> {
         self.ask("vm.restore", request)

@@ -136,6 +136,8 @@ pub enum Command {
     Coredump(wire::VmCoredumpData),
     /// Write the machine as it is into a directory.
     Snapshot(wire::VmSnapshotConfig),
+    /// Put new overlays on disks.
+    DiskSnapshot(wire::VmDiskSnapshot),
     /// Build the machine that a snapshot holds, as it was.
     Restore(wire::RestoreConfig),
     /// Ask the guest agent.
@@ -210,6 +212,8 @@ pub enum Reply {
     Port(wire::PortInfo),
     /// It goes on as a job.
     Started(wire::JobInfo),
+    /// Disks have new overlays.
+    Overlaid(wire::DiskSnapshotInfo),
     /// The guest agent has answered.
     Agent(AgentReply),
     /// A picture: a PNG file.

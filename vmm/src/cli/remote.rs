@@ -11,6 +11,7 @@ mod jobs;
 mod keys;
 mod lifecycle;
 mod net;
+mod overlay;
 mod port;
 mod removal;
 mod resize;

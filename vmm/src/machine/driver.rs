@@ -11,6 +11,7 @@ mod commands;
 mod coredump;
 mod drain;
 mod guest;
+mod overlays;
 mod ports;
 mod resize;
 mod snapshot;

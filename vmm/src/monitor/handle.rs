@@ -27,6 +27,7 @@ const FEATURES: &[&str] = &[
     "vireo.jobs",
     "vireo.metrics",
     "vireo.update-disk",
+    "vireo.disk-snapshot",
     "vireo.console",
     "vireo.agent",
     "vireo.coredump",
