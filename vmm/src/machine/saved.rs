@@ -74,6 +74,14 @@ pub enum RestoreFailure {
         #[source]
         source: RestoreError,
     },
+    /// Some of its memory is in another snapshot.
+    #[error("{} holds only what has changed since the snapshot in {parent}: this release restores whole ones", path.display())]
+    Parent {
+        /// The manifest.
+        path: PathBuf,
+        /// The parent's directory, as the manifest has it.
+        parent: String,
+    },
     /// Memory is refused.
     #[error("{}", path.display())]
     Memory {
@@ -138,6 +146,10 @@ impl Saved {
             let path = path.clone();
             RestoreFailure::Manifest { path, source }
         })?;
+        if let Some(parent) = manifest.parent {
+            let parent = parent.directory;
+            return Err(RestoreFailure::Parent { path, parent });
+        }
         let refused = |reason: String| RestoreFailure::Config { path, reason };
         let config: Result<VmConfig, _> = serde_json::from_value(manifest.config);
         let config = config.map_err(|error| error.to_string());

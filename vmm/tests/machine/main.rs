@@ -40,6 +40,8 @@ mod ports;
 mod resize;
 mod rng;
 mod screen;
+mod screen_packaged;
+mod screen_storms;
 mod screen_tls;
 mod shape;
 mod sinks;

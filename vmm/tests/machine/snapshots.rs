@@ -213,7 +213,7 @@ fn a_snapshot_that_is_not_whole_is_refused_by_name_and_nothing_is_left() {
     }
     let text = fs::read_to_string(&manifest).unwrap();
     for (found, replaced, words) in [
-        ("\"0.1\"", "\"0.9\"", "format 0.9"),
+        ("\"0.2\"", "\"0.1\"", "format 0.1"),
         ("vireo-dev", "vireo-9", "machine type vireo-9"),
         (
             "\"size\": 67108864",
@@ -222,6 +222,11 @@ fn a_snapshot_that_is_not_whole_is_refused_by_name_and_nothing_is_left() {
         ),
         ("\"boot\": 2", "\"boot\": 1", "2 of them; the machine has 1"),
         ("\"boot\": 2", "\"boot\": 0", "config"),
+        (
+            "\"memory\": {\n    \"file\"",
+            "\"parent\": {\"id\": \"00000000000000000000000000000000\", \"directory\": \"../../a\", \"checksum\": \"00000000\"},\n  \"memory\": {\n    \"file\"",
+            "\"../../a\" is no place of a parent",
+        ),
         ("\"id\": \"d\"", "\"id\": \"e\"", "section for e"),
         (
             ".memory\"",
