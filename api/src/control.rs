@@ -138,6 +138,8 @@ pub enum Command {
     Snapshot(wire::VmSnapshotConfig),
     /// Put new overlays on disks.
     DiskSnapshot(wire::VmDiskSnapshot),
+    /// Take what lies below a disk's image into it.
+    DiskStream(wire::VmDiskStream),
     /// Build the machine that a snapshot holds, as it was.
     Restore(wire::RestoreConfig),
     /// Ask the guest agent.

@@ -394,5 +394,8 @@ fn remove(opener: &dyn Opener, path: &Path) {
     }
 }
 
+mod stream;
 #[cfg(test)]
 mod tests;
+
+pub use stream::{Cut, Stream, StreamError};

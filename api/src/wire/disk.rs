@@ -64,3 +64,17 @@ pub struct DiskLayer {
     /// The image before, which is its backing file.
     pub backing: PathBuf,
 }
+
+/// `vm.disk-stream`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskStream {
+    /// The disk's id.
+    pub id: String,
+    /// The image of its chain that stays below it; absent: none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+    /// The most bytes to be copied in a second; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<u64>,
+}

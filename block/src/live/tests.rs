@@ -310,3 +310,110 @@ fn a_disk_that_cannot_be_made_durable_keeps_its_image_and_goes_on() {
     image.write(512, &[8; 512]).unwrap();
     image.flush().unwrap();
 }
+
+/// A chain of a base and two overlays, and the guest on top of it.
+fn chained(bench: &Bench, format: Format, seed: u64) -> Guest {
+    let mut guest = Guest::on(bench, format, seed);
+    for name in ["middle", "top"] {
+        guest.work(30);
+        guest.snapshot(&bench.path(name));
+    }
+    guest.work(10);
+    guest
+}
+
+/// Takes all of what is to be taken, while another queue works.
+fn stream(guest: &mut Guest, bench: &Bench, base: Option<&str>) -> Stream {
+    let base = base.map(|name| bench.path(name));
+    let stream = Stream::of(
+        &*guest.disk,
+        &guest.path,
+        base.as_deref(),
+        &AnyPath,
+        &guest.options,
+    );
+    let stream = stream.unwrap();
+    std::thread::scope(|scope| {
+        let copying = scope.spawn(|| {
+            let mut at = 0;
+            while at < stream.size() {
+                at += stream.step(at).unwrap().0;
+            }
+        });
+        while !copying.is_finished() {
+            guest.work(5);
+        }
+    });
+    guest.work(5);
+    stream
+}
+
+#[test]
+fn a_stream_keeps_what_the_guest_writes_meanwhile_and_frees_the_images_below() {
+    for (format, base) in [
+        (Format::Raw, None),
+        (Format::Qcow2, None),
+        (Format::Raw, Some("base")),
+        (Format::Qcow2, Some("base")),
+    ] {
+        for seed in 0..seeds() {
+            let Some(bench) = Bench::with_qemu() else {
+                return;
+            };
+            let mut guest = chained(&bench, format, seed);
+            let stream = stream(&mut guest, &bench, base);
+            let cut = stream.finish(&guest.options).unwrap();
+            guest.disk = cut.disk().unwrap();
+            cut.keep();
+            // What is needed no more may be anybody's, and gone.
+            fs::remove_file(bench.path("middle")).unwrap();
+            if base.is_none() {
+                fs::remove_file(bench.path("base")).unwrap();
+            }
+            guest.work(10);
+            guest.holds_its_model();
+            let Guest { disk, model, .. } = guest;
+            drop(disk);
+            assert_eq!(bench.qemu_check("top"), 0);
+            let found = read_by_qemu(&bench, "top", Format::Qcow2);
+            assert!(found == model, "{base:?} of {seed} on {format:?}");
+            let told = bench.line("qemu-img info top");
+            assert_eq!(told.contains("backing file"), base.is_some(), "{told}");
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_is_given_up_leaves_the_disk_on_its_chain_and_can_begin_again() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = chained(&bench, Format::Qcow2, 3);
+    drop(stream(&mut guest, &bench, None));
+    guest.holds_its_model();
+    let before = stream(&mut guest, &bench, None);
+    // The chain has been cut, but the disk before goes on.
+    drop(before.finish(&guest.options).unwrap());
+    guest.work(20);
+    guest.holds_its_model();
+    let options = guest.options.clone();
+    let Guest { disk, model, .. } = guest;
+    drop(disk);
+    assert_eq!(bench.qemu_check("top"), 0);
+    assert!(read_by_qemu(&bench, "top", Format::Qcow2) == model);
+    let disk = open_disk(&bench.path("middle"), &AnyPath, &options).unwrap();
+    let refused = |disk: &dyn Disk, path: &str, base: Option<&str>| {
+        let base = base.map(|name| bench.path(name));
+        Stream::of(disk, &bench.path(path), base.as_deref(), &AnyPath, &options).unwrap_err()
+    };
+    for base in ["base", "middle", "nothing"] {
+        let error = refused(&*disk, "middle", Some(base));
+        assert!(matches!(error, StreamError::NotBelow(_)), "{error}");
+    }
+    drop(disk);
+    let disk = open_disk(&bench.path("base"), &AnyPath, &options).unwrap();
+    assert!(matches!(
+        refused(&*disk, "base", None),
+        StreamError::NoBacking
+    ));
+}

@@ -21,7 +21,7 @@ use crate::raw::RawImage;
 use crate::storage::Storage;
 
 /// The most bytes that one plan is made for.
-pub(super) const CHUNK: u64 = 2 << 20;
+pub(crate) const CHUNK: u64 = 2 << 20;
 
 /// How often a lock is tried before somebody else does the work.
 const SPINS: u32 = 64;
@@ -81,7 +81,7 @@ pub struct Qcow2 {
     size: AtomicU64,
     pub(super) read_only: AtomicBool,
     raw_data: bool,
-    storage: Arc<dyn Storage>,
+    pub(super) storage: Arc<dyn Storage>,
     data: Arc<dyn Storage>,
     backing: Option<Backing>,
     settings: Settings,
@@ -358,7 +358,7 @@ impl Qcow2 {
     }
 
     /// Moves what a plan asks for. `None`: the range becomes zeros.
-    fn carry_out(&self, plan: &Plan, data: Option<&[u8]>) -> io::Result<()> {
+    pub(super) fn carry_out(&self, plan: &Plan, data: Option<&[u8]>) -> io::Result<()> {
         if plan.copies.is_empty() {
             let mut done = 0;
             for &(host, len) in &plan.pieces {
@@ -676,7 +676,7 @@ impl ChainPins {
         }
     }
 
-    fn hold(&mut self) -> &mut Self {
+    pub(super) fn hold(&mut self) -> &mut Self {
         self.enter();
         self
     }

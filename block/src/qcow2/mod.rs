@@ -25,6 +25,7 @@ pub(crate) mod map;
 pub(crate) mod meta;
 mod packed;
 mod pages;
+mod populate;
 mod queue;
 pub(crate) mod refblock;
 mod refcount;

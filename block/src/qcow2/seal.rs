@@ -1,10 +1,12 @@
 //! Taking the right to write from an opened image, because another one is put on top of it.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::image::Qcow2;
 use crate::image::Image;
+use crate::storage::Storage;
 
 impl Qcow2 {
     /// Writes everything out, durably, and refuses changes from now on. No request is under way.
@@ -27,6 +29,16 @@ impl Qcow2 {
     pub(crate) fn unseal(&self) {
         self.lock().read_only = false;
         self.read_only.store(false, Ordering::Release);
+    }
+
+    /// Where its tables are, and where its data is if that is another file: for another image in the same files, once this
+    /// one is sealed.
+    pub(crate) fn storages(&self) -> (Arc<dyn Storage>, Option<Arc<dyn Storage>>) {
+        let data = self.files().into_iter().next();
+        (
+            Arc::clone(&self.storage),
+            data.filter(|_| self.geometry().data_file),
+        )
     }
 
     /// Lets others read its files; writers are kept out as before.

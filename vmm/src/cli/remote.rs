@@ -19,6 +19,7 @@ mod rng;
 mod screenshot;
 mod show;
 mod snapshot;
+mod stream;
 mod watch;
 
 use clap::Subcommand;

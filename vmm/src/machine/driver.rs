@@ -15,6 +15,7 @@ mod overlays;
 mod ports;
 mod resize;
 mod snapshot;
+mod streams;
 
 use std::collections::VecDeque;
 use std::io;
@@ -409,6 +410,7 @@ impl Driver {
         self.enter(VmState::ShuttingDown, None);
         self.machine.vcpus().pause();
         self.give_up_capture();
+        self.give_up_jobs();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }

@@ -9,7 +9,7 @@ use std::io;
 use api::ErrorKind;
 use block::nbd::{HandshakeError, NbdError};
 use block::ops::CreateImageError;
-use block::{OpenError as DiskError, OverlayError};
+use block::{OpenError as DiskError, OverlayError, StreamError};
 use devices::display::rfb::PasswordError;
 use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::BuildError;
@@ -47,6 +47,7 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_resize))
         .or_else(|| error.downcast_ref().map(of_disk))
         .or_else(|| error.downcast_ref().map(of_overlay))
+        .or_else(|| error.downcast_ref().map(of_stream))
         .or_else(|| error.downcast_ref().map(of_file))
         .or_else(|| error.downcast_ref().map(of_password))
         .or_else(|| error.downcast_ref().map(of_tls))
@@ -133,6 +134,18 @@ fn of_overlay(error: &OverlayError) -> Says {
         OverlayError::Create(_) | OverlayError::Flush(_) | OverlayError::Attach { .. } => {
             Behind(ErrorKind::Failed)
         }
+    }
+}
+
+fn of_stream(error: &StreamError) -> Says {
+    match error {
+        StreamError::NotQcow2
+        | StreamError::NoBacking
+        | StreamError::ReadOnly
+        | StreamError::NotBelow(_)
+        | StreamError::Name(_) => Fault(ErrorKind::Invalid),
+        StreamError::Open(error) => of_disk(error),
+        StreamError::Cut(_) => Fault(ErrorKind::Failed),
     }
 }
 

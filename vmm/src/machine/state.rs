@@ -34,6 +34,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::RemovePort(_)
         | Command::Coredump(_)
         | Command::DiskSnapshot(_)
+        | Command::DiskStream(_)
         | Command::Snapshot(_) => alive,
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),

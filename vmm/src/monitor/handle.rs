@@ -28,6 +28,7 @@ const FEATURES: &[&str] = &[
     "vireo.metrics",
     "vireo.update-disk",
     "vireo.disk-snapshot",
+    "vireo.disk-stream",
     "vireo.console",
     "vireo.agent",
     "vireo.coredump",

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use api::wire::{
-    DiskOverlay, DiskSnapshotInfo, ImageType, Quiesce, RateLimiterConfig, VmDiskSnapshot,
-    VmUpdateDisk,
+    DiskOverlay, DiskSnapshotInfo, ImageType, JobState, Quiesce, RateLimiterConfig, VmDiskSnapshot,
+    VmDiskStream, VmUpdateDisk,
 };
 use api::{Command as Ask, Control, ErrorKind, EventKind, ExitReason, Reply, VmState};
 use block::ops::{NewImage, create};
@@ -13,7 +13,7 @@ use block::{CreateOptions, Format};
 use serde_json::{Value, json};
 use vmm::opener::Opener;
 
-use crate::support::{Local, can_run, config};
+use crate::support::{Local, can_run, config, until};
 
 const SIZE: u64 = 4 << 20;
 
@@ -91,6 +91,17 @@ impl Writer {
         (error.kind, error.to_string())
     }
 
+    /// Waits for the end of a job.
+    fn ends_well(&self, id: &str) {
+        let end = until("the end of the job", || {
+            let jobs = self.machine.handle.jobs();
+            let job = jobs.into_iter().find(|job| job.id == id)?;
+            let ended = !matches!(job.state, JobState::Running | JobState::Cancelling);
+            ended.then_some(job)
+        });
+        assert_eq!((end.state, end.error), (JobState::Completed, None));
+    }
+
     fn files(&self) -> Vec<String> {
         let entries = fs::read_dir(self.directory.path()).unwrap();
         let mut names: Vec<_> = entries
@@ -130,6 +141,7 @@ fn disks_are_switched_together_and_again_while_their_guest_writes() {
     let covered = fs::read(writer.path("a.img")).unwrap();
     // Without an agent it is as after a power cut, and says so.
     let second = writer.snapshot("2", Quiesce::Auto);
+    assert!(fs::read(writer.path("a.img")).unwrap() == covered);
     assert!(second.quiesce_error.unwrap().contains("--agent"));
 
     let info = writer.machine.handle.info().unwrap();
@@ -147,6 +159,31 @@ fn disks_are_switched_together_and_again_while_their_guest_writes() {
     assert_eq!(writer.machine.state().0, VmState::Paused);
     assert_eq!(writer.machine.ask(Ask::Resume), Ok(Reply::Done));
 
+    let stream = |id: &str, base: Option<PathBuf>| {
+        let (id, speed) = (id.to_owned(), None);
+        writer
+            .machine
+            .ask(Ask::DiskStream(VmDiskStream { id, base, speed }))
+    };
+    for (id, base) in [("a", None), ("b", Some(writer.path("b.1")))] {
+        let Ok(Reply::Started(job)) = stream(id, base) else {
+            panic!("no job for {id}");
+        };
+        writer.ends_well(&job.id);
+    }
+    for (id, base, said) in [
+        ("a", None, "no backing file"),
+        ("b", Some(writer.path("b.1")), "no image between"),
+        ("c", None, "not of format qcow2"),
+        ("nothing", None, "nothing"),
+    ] {
+        let refused = stream(id, base).unwrap_err().to_string();
+        assert!(refused.contains(said), "{id}: {refused}");
+    }
+    for name in ["a.img", "a.1", "a.2", "b.2"] {
+        fs::remove_file(writer.path(name)).unwrap();
+    }
+
     let unlimited = Ask::UpdateDisk(Box::new(VmUpdateDisk {
         id: "a".to_owned(),
         rate_limiter_config: Some(RateLimiterConfig::default()),
@@ -154,13 +191,12 @@ fn disks_are_switched_together_and_again_while_their_guest_writes() {
     }));
     assert_eq!(writer.machine.ask(unlimited), Ok(Reply::Done));
     succeeded(&mut writer.machine, &writer.serial);
-    assert!(fs::read(writer.path("a.img")).unwrap() == covered);
     let told = writer.machine.events();
     let updated = |id: &str| {
         let event = EventKind::DiskUpdated { id: id.to_owned() };
         told.iter().filter(|other| other.kind == event).count()
     };
-    assert_eq!((updated("a"), updated("b")), (4, 3));
+    assert_eq!((updated("a"), updated("b")), (5, 4));
 
     // As the description has it now, the next machine finds all that was written.
     let serial = writer.path("serial2");
@@ -181,67 +217,28 @@ fn what_cannot_be_switched_is_refused_and_no_disk_is_changed() {
     let files = writer.files();
     let at = |name: &str| writer.path(name);
     fs::create_dir(at("elsewhere")).unwrap();
-    for (disks, quiesce, kind, said) in [
-        (vec![], Quiesce::Off, ErrorKind::Invalid, "at least one"),
-        (
-            vec![overlay("a", Path::new("x"))],
-            Quiesce::Off,
-            ErrorKind::Invalid,
-            "absolute",
-        ),
-        (
-            vec![overlay("a", &at("x")), overlay("a", &at("y"))],
-            Quiesce::Off,
-            ErrorKind::Invalid,
-            "twice",
-        ),
-        (
-            vec![overlay("a", &at("x")), overlay("nothing", &at("y"))],
-            Quiesce::Off,
-            ErrorKind::NotFound,
-            "nothing",
-        ),
+    let invalid = ErrorKind::Invalid;
+    let second = |id: &str, name: &str| vec![overlay("a", &at("x")), overlay(id, &at(name))];
+    for (disks, kind, said) in [
+        (vec![], invalid, "at least one"),
+        (vec![overlay("a", Path::new("x"))], invalid, "absolute"),
+        (second("a", "y"), invalid, "twice"),
+        (second("nothing", "y"), ErrorKind::NotFound, "nothing"),
         // The first one has an overlay by the time that the second is refused.
-        (
-            vec![overlay("a", &at("x")), overlay("b", &at("a.img"))],
-            Quiesce::Off,
-            ErrorKind::Conflict,
-            "a.img",
-        ),
-        (
-            vec![overlay("a", &at("x")), overlay("b", &at("elsewhere/y"))],
-            Quiesce::Off,
-            ErrorKind::Invalid,
-            "backing=any",
-        ),
-        (
-            vec![overlay("a", &at("x")), overlay("c", &at("y"))],
-            Quiesce::Off,
-            ErrorKind::Invalid,
-            "read-only",
-        ),
-        (
-            vec![overlay("a", &at("absent/x"))],
-            Quiesce::Off,
-            ErrorKind::Invalid,
-            "absent",
-        ),
-        (
-            writer.both("x"),
-            Quiesce::Required,
-            ErrorKind::Conflict,
-            "not frozen",
-        ),
-        (
-            vec![overlay("b", &at("serial"))],
-            Quiesce::Off,
-            ErrorKind::Conflict,
-            "serial",
-        ),
+        (second("b", "a.img"), ErrorKind::Conflict, "a.img"),
+        (second("b", "elsewhere/y"), invalid, "backing=any"),
+        (second("c", "y"), invalid, "read-only"),
+        (second("b", "absent/y"), invalid, "absent"),
+        (second("b", "serial"), ErrorKind::Conflict, "serial"),
     ] {
-        let (found, text) = writer.refused(disks, quiesce);
+        let (found, text) = writer.refused(disks, Quiesce::Off);
         assert!(found == kind && text.contains(said), "{found:?}: {text}");
     }
+    let (kind, text) = writer.refused(writer.both("x"), Quiesce::Required);
+    assert!(
+        kind == ErrorKind::Conflict && text.contains("not frozen"),
+        "{text}"
+    );
     fs::remove_dir(at("elsewhere")).unwrap();
     assert_eq!(writer.files(), files);
     let info = writer.machine.handle.info().unwrap();

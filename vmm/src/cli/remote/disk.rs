@@ -16,7 +16,7 @@ use super::super::table::table;
 use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
 use super::show::ShowArgs;
-use super::{overlay, print, print_json, removal, word};
+use super::{overlay, print, print_json, removal, stream, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -106,6 +106,11 @@ pub(in crate::cli) enum Verb {
     /// All disks that are named are switched at one instant, or none. The images before stay as they are, below the overlays.
     #[command(after_help = overlay::EXAMPLES)]
     Snapshot(overlay::SnapshotArgs),
+    /// Take what lies below a disk's image into it, while the guest works on
+    ///
+    /// Ctrl-C cancels it; what has been copied stays, and the next time begins with it.
+    #[command(after_help = stream::EXAMPLES)]
+    Stream(stream::StreamArgs),
 }
 
 #[derive(Debug, Args)]
@@ -157,6 +162,7 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Remove(arguments) => remove(arguments),
         Verb::Update(arguments) => update(arguments),
         Verb::Resize(arguments) => resize(arguments),
+        Verb::Stream(arguments) => stream::stream(arguments),
         Verb::Snapshot(arguments) => overlay::snapshot(&arguments),
     }
 }

@@ -221,24 +221,9 @@ impl Driver {
         }
         let devices: Result<Vec<_>, _> = targets.iter().map(|target| self.still(target)).collect();
         let devices = devices?;
-        let (began, running) = (Instant::now(), state == VmState::Running);
-        if running {
-            self.machine.vcpus().pause();
-            let units = devices
-                .iter()
-                .map(|device| Arc::clone(device) as Arc<dyn Unit>);
-            if let Err(error) = self.stop_these(&units.collect::<Vec<_>>(), SWITCH) {
-                self.recover();
-                return Err(error.to_control());
-            }
-        }
-        let switched = exchange(&devices, overlays);
-        let switched = switched.map(|switched| self.take_up(targets, switched));
-        if running {
-            self.go_on_after_switch(switched.is_ok())?;
-        }
-        let old = switched?;
-        let stall = began.elapsed();
+        let (old, stall) = self.stall(&devices, |driver| {
+            exchange(&devices, overlays).map(|switched| driver.take_up(targets, switched))
+        })?;
         // Threads of the old queues end; the images stay.
         drop(old);
         let disks = targets.iter().map(|target| DiskLayer {
@@ -250,11 +235,7 @@ impl Driver {
             disks: disks.collect(),
             frozen: None,
             quiesce_error: None,
-            stall_us: if running {
-                u64::try_from(stall.as_micros()).unwrap_or(u64::MAX)
-            } else {
-                0
-            },
+            stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
         };
         self.show_devices();
         for target in targets {
@@ -262,6 +243,34 @@ impl Driver {
             self.ears.events.publish(EventKind::DiskUpdated { id });
         }
         Ok(info)
+    }
+
+    /// Has `change` exchange the images of devices while neither they nor the guest work. Gives for how long the guest stood
+    /// still.
+    ///
+    /// # Errors
+    ///
+    /// What `change` fails with; all goes on as it was then.
+    pub(super) fn stall<T>(
+        &mut self,
+        devices: &[Arc<VirtioPci>],
+        change: impl FnOnce(&mut Self) -> Result<T, ControlError>,
+    ) -> Result<(T, Duration), ControlError> {
+        if self.state().0 != VmState::Running {
+            return Ok((change(self)?, Duration::ZERO));
+        }
+        let began = Instant::now();
+        self.machine.vcpus().pause();
+        let units = devices
+            .iter()
+            .map(|device| Arc::clone(device) as Arc<dyn Unit>);
+        if let Err(error) = self.stop_these(&units.collect::<Vec<_>>(), SWITCH) {
+            self.recover();
+            return Err(error.to_control());
+        }
+        let changed = change(self);
+        self.go_on_after_switch(changed.is_ok())?;
+        Ok((changed?, began.elapsed()))
     }
 
     /// The device of a target, if it is the same as before.
@@ -303,7 +312,7 @@ impl Driver {
             self.enter(VmState::Paused, Some(PauseReason::Command));
         }
         let how = if switched {
-            "the overlays are in place, but the disks do not go on: the machine is paused"
+            "the disks have other images, but do not go on: the machine is paused"
         } else {
             "the disks are as before, but do not go on: the machine is paused"
         };
