@@ -38,6 +38,7 @@ mod overlays;
 mod peers;
 mod ports;
 mod resize;
+mod restores;
 mod rng;
 mod screen;
 mod screen_packaged;
