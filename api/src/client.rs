@@ -460,6 +460,24 @@ impl Client {
         self.ask("vm.snapshot", request)
     }
 
+    /// Puts new overlays on disks.
+    pub fn disk_snapshot(
+        &mut self,
+        request: &wire::VmDiskSnapshot,
+    ) -> Result<wire::DiskSnapshotInfo, ClientError> {
+        let answer = self.put("vm.disk-snapshot", Some(request), &[])?;
+        read("vm.disk-snapshot", &answer)
+    }
+
+    /// Takes what lies below a disk's image into it; the job that does it.
+    pub fn disk_stream(
+        &mut self,
+        request: &wire::VmDiskStream,
+    ) -> Result<wire::JobInfo, ClientError> {
+        let answer = self.put("vm.disk-stream", Some(request), &[])?;
+        read("vm.disk-stream", &answer)
+    }
+
     /// Builds the machine that a snapshot holds, as it was.
     pub fn restore(&mut self, request: &wire::RestoreConfig) -> Result<(), ClientError> {
         self.ask("vm.restore", request)

@@ -142,6 +142,10 @@ pub enum Command {
     Coredump(wire::VmCoredumpData),
     /// Write the machine as it is into a directory.
     Snapshot(wire::VmSnapshotConfig),
+    /// Put new overlays on disks.
+    DiskSnapshot(wire::VmDiskSnapshot),
+    /// Take what lies below a disk's image into it.
+    DiskStream(wire::VmDiskStream),
     /// Build the machine that a snapshot holds, as it was.
     Restore(wire::RestoreConfig),
     /// Ask the guest agent.
@@ -216,6 +220,8 @@ pub enum Reply {
     Port(wire::PortInfo),
     /// It goes on as a job.
     Started(wire::JobInfo),
+    /// Disks have new overlays.
+    Overlaid(wire::DiskSnapshotInfo),
     /// The guest agent has answered.
     Agent(AgentReply),
     /// A picture: a PNG file.

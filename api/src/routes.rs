@@ -101,6 +101,10 @@ pub enum Endpoint {
     VmCoredump,
     /// PUT vm.snapshot
     VmSnapshot,
+    /// PUT vm.disk-snapshot
+    VmDiskSnapshot,
+    /// PUT vm.disk-stream
+    VmDiskStream,
     /// PUT vm.restore
     VmRestore,
     /// PUT vm.agent-ping
@@ -566,6 +570,26 @@ pub const ROUTES: &[Route] = &[
     .about("Writes the machine as it is into a directory, from which it can be restored.")
     .takes::<wire::VmSnapshotConfig>()
     .fails(&[400, 404, 409, 429, 501]),
+    put(
+        Endpoint::VmDiskSnapshot,
+        "vm.disk-snapshot",
+        "The disks could not be snapshotted",
+    )
+    .added()
+    .about("Puts new overlays on disks at one instant: what they hold now stays as it is, in the images below.")
+    .takes::<wire::VmDiskSnapshot>()
+    .gives::<wire::DiskSnapshotInfo>()
+    .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskStream,
+        "vm.disk-stream",
+        "The disk could not be streamed",
+    )
+    .added()
+    .about("Takes what lies below a disk's image into it, as a job, so that images of its chain are needed no more.")
+    .takes::<wire::VmDiskStream>()
+    .gives::<wire::JobInfo>()
+    .fails(&[400, 404, 409, 429]),
     put(
         Endpoint::VmRestore,
         "vm.restore",

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::buffers::Buffers;
 use crate::events::Observer;
+use crate::live::Live;
 use crate::size::Size;
 
 /// How a request touches the disk. Offsets and lengths are bytes.
@@ -190,6 +191,11 @@ pub trait Disk: Send + Sync {
     /// told as [`crate::DiskEvent::WriteThreshold`], once; it may be set again then. `None` takes it away.
     fn set_write_threshold(&self, threshold: Option<u64>) {
         let _ = threshold;
+    }
+
+    /// The image behind the disk, for changes of its chain; `None` where there are none to be made.
+    fn live(&self) -> Option<Live> {
+        None
     }
 }
 

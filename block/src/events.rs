@@ -47,9 +47,15 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Adds an observer.
+    /// Adds an observer that is not there yet.
     pub(crate) fn observe(&self, observer: Arc<dyn Observer>) {
-        self.lock().push(observer);
+        let mut observers = self.lock();
+        let same = |other: &Arc<dyn Observer>| {
+            std::ptr::addr_eq(Arc::as_ptr(other), Arc::as_ptr(&observer))
+        };
+        if !observers.iter().any(same) {
+            observers.push(observer);
+        }
     }
 
     /// As [`crate::Disk::set_write_threshold`].

@@ -150,6 +150,11 @@ impl HostFile {
         self.lease = lease;
     }
 
+    /// Lets other readers in, and writers still not. It is not written from now on.
+    pub(crate) fn keep_reading(&self) {
+        lock::keep_reading(&self.file);
+    }
+
     /// The opened file.
     pub(crate) fn file(&self) -> &File {
         &self.file

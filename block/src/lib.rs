@@ -37,6 +37,7 @@ mod file;
 mod image;
 mod jobs;
 mod lease;
+mod live;
 mod lock;
 mod magic;
 pub mod nbd;
@@ -60,6 +61,7 @@ pub use disk::{
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
+pub use live::{Attached, Cut, Live, Overlay, OverlayError, Stream, StreamError};
 pub use lock::lock_output;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};

@@ -158,6 +158,15 @@ pub(crate) fn release(file: &File) {
     );
 }
 
+/// Gives up the right to write of somebody who has [`Intent::Write`], and keeps [`Intent::Read`]: at no time could
+/// another writer have come.
+pub(crate) fn keep_reading(file: &File) {
+    for permission in [WRITE, RESIZE] {
+        // As for `release`.
+        let _ = lock(file, libc::F_OFD_SETLK, libc::F_UNLCK, USED + permission, 1);
+    }
+}
+
 fn take(file: &File, intent: Intent) -> Result<(), LockError> {
     let used = intent.uses().iter().map(|p| USED + p);
     let refused = intent.refuses().iter().map(|p| UNSHARED + p);
@@ -259,6 +268,21 @@ mod tests {
             acquire(&b, Intent::Read),
             Err(LockError::Held { byte: 100 })
         ));
+    }
+
+    #[test]
+    fn a_writer_that_goes_on_reading_lets_readers_in_and_writers_not() {
+        let (_image, open) = image();
+        let (a, b, c) = (open(), open(), open());
+        acquire(&a, Intent::Write).unwrap();
+        assert!(acquire(&b, Intent::Read).is_err());
+        keep_reading(&a);
+        acquire(&b, Intent::Read).unwrap();
+        assert!(acquire(&c, Intent::Write).is_err());
+        release(&b);
+        assert!(acquire(&c, Intent::Write).is_err());
+        release(&a);
+        acquire(&c, Intent::Write).unwrap();
     }
 
     #[test]

@@ -216,16 +216,15 @@ impl Chain<'_> {
         }
         let data = self.data_file(path, &header, write)?;
         let backing = self.backing_file(path, &header, depth)?;
-        let disk = &self.options.disk;
-        let settings = Settings {
-            read_only: !write,
-            sync: !disk.cache.ignores_flush(),
-            punch: disk.discard == Discard::Unmap,
-            cache: usize::try_from(self.options.cache_size.unwrap_or(CACHE)).unwrap_or(usize::MAX),
-        };
-        Qcow2::open(header, storage, data, backing, settings)
-            .map(Arc::new)
-            .map_err(|error| unusable(path, "qcow2", error))
+        Qcow2::open(
+            header,
+            storage,
+            data,
+            backing,
+            settings(self.options, write),
+        )
+        .map(Arc::new)
+        .map_err(|error| unusable(path, "qcow2", error))
     }
 
     fn data_file(
@@ -307,6 +306,17 @@ pub(crate) fn allowed(
             "only files in its own directory are; say backing=any (to a tool: --backing-policy any) \
              if you trust the image",
         )),
+    }
+}
+
+/// How a qcow2 image is used that is opened by these options.
+pub(crate) fn settings(options: &ImageOptions, write: bool) -> Settings {
+    let disk = &options.disk;
+    Settings {
+        read_only: !write,
+        sync: !disk.cache.ignores_flush(),
+        punch: disk.discard == Discard::Unmap,
+        cache: usize::try_from(options.cache_size.unwrap_or(CACHE)).unwrap_or(usize::MAX),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::events::{Events, Observer};
 use crate::file::{self, HostFile, Kind};
 use crate::jobs::JobQueue;
 use crate::lease::Keep;
+use crate::live::Live;
 use crate::lock::{self, Intent, LockError};
 use crate::magic;
 use crate::opener::{Access, Opener};
@@ -356,6 +357,10 @@ impl Disk for RawDisk {
 
     fn set_write_threshold(&self, threshold: Option<u64>) {
         self.events.set_threshold(threshold);
+    }
+
+    fn live(&self) -> Option<Live> {
+        Some(Live::raw(self.file()))
     }
 }
 

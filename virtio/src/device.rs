@@ -15,6 +15,7 @@
 use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -101,6 +102,41 @@ pub enum ResizeError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+}
+
+/// The image of a disk, and how it was opened.
+pub struct DiskImage {
+    /// It, open.
+    pub disk: Arc<dyn block::Disk>,
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is; `None`: raw, if it does not look like something else.
+    pub format: Option<block::Format>,
+    /// Which files it may refer to.
+    pub backing: block::BackingPolicy,
+}
+
+/// Why a disk keeps its image.
+#[derive(Debug, thiserror::Error)]
+pub enum ExchangeError {
+    /// The device is no disk that has an image here.
+    #[error("it is no disk with an image of its own")]
+    NoDisk,
+    /// Its queues are being served.
+    #[error("its queues are being served")]
+    Serving,
+    /// Its guest would see another disk.
+    #[error("the image has {} in blocks of {block} bytes, and the disk {} in blocks of {shown}", block::Size(*size), block::Size(*held))]
+    Shape {
+        /// The new image's size in bytes.
+        size: u64,
+        /// The size of its logical blocks in bytes.
+        block: u32,
+        /// The disk's size in bytes.
+        held: u64,
+        /// What the guest takes its logical blocks for, in bytes.
+        shown: u32,
     },
 }
 
@@ -378,6 +414,22 @@ pub trait VirtioDevice: Send + DynSnapshot {
     fn resize_disk(&mut self, size: u64) -> Result<(), ResizeError> {
         let _ = size;
         Err(ResizeError::NoDisk)
+    }
+
+    /// The disk that requests go to, if it is a block device.
+    fn disk(&self) -> Option<Arc<dyn block::Disk>> {
+        None
+    }
+
+    /// Has requests go to another image from the next start on, which holds the same. The device is stopped. Gives back the
+    /// one before.
+    ///
+    /// # Errors
+    ///
+    /// [`ExchangeError`]; nothing is changed then.
+    fn exchange_disk(&mut self, image: DiskImage) -> Result<DiskImage, ExchangeError> {
+        let _ = image;
+        Err(ExchangeError::NoDisk)
     }
 
     /// Begins to change what can be changed of the device's configuration, in use or

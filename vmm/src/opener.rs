@@ -520,7 +520,8 @@ impl block::Opener for Opener {
             }
             Err(error) => return Err(error),
         }
-        Ok(())
+        // Whoever is told of the name finds it after a power cut too.
+        File::open(documents::directory_of(to))?.sync_all()
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

@@ -5,6 +5,7 @@
 //! * [`request`]: what the other endpoints take.
 //! * [`answer`]: what is given back.
 //! * [`agent`]: what the guest agent is asked and answers.
+//! * [`disk`]: what is done to the images of disks in use.
 //! * [`input`]: keyboards and pointers.
 //!
 //! Fields that are not set are left out. What v1 knows and this monitor has
@@ -14,6 +15,7 @@ pub mod agent;
 pub mod answer;
 pub mod config;
 pub mod device;
+pub mod disk;
 pub mod input;
 pub mod request;
 #[cfg(test)]
@@ -23,5 +25,6 @@ pub use agent::*;
 pub use answer::*;
 pub use config::*;
 pub use device::*;
+pub use disk::*;
 pub use input::*;
 pub use request::*;

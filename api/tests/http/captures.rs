@@ -234,6 +234,14 @@ fn added_endpoints_answer_in_the_same_style() {
     assert!(document.contains("\"openapi\": \"3.1.0\""));
 }
 
+/// What answers with something that the fake has not.
+const NO_OBJECT: [&str; 4] = [
+    "vm.add-port",
+    "vm.disk-snapshot",
+    "vm.disk-stream",
+    "vm.screenshot",
+];
+
 /// Every endpoint of the table is served: none is forgotten in the dispatcher.
 #[test]
 fn every_route_is_served() {
@@ -258,6 +266,8 @@ fn every_route_is_served() {
         ("vm.remove-port", r#"{"name":"a"}"#),
         ("vm.coredump", r#"{"destination_url":"file://c"}"#),
         ("vm.snapshot", r#"{"destination_url":"file://s"}"#),
+        ("vm.disk-snapshot", r#"{"disks":[]}"#),
+        ("vm.disk-stream", r#"{"id":"d"}"#),
         ("vm.restore", r#"{"source_url":"file://s"}"#),
         ("vm.console", r#"{"remove":"1"}"#),
         ("vm.console-size", r#"{"columns":80,"rows":24}"#),
@@ -279,9 +289,9 @@ fn every_route_is_served() {
         let answer = client.read_to("\r\n\r\n");
         let expected = match route.success {
             Success::Stream(_) => "HTTP/1.1 400 ",
-            // The fake has neither agent, ports nor screen, and says of them what it says of all commands.
+            // The fake has neither agent, ports, disks nor screen, and says of them what it says of all commands.
             _ if route.name.starts_with("vm.agent-") => "HTTP/1.1 204 ",
-            _ if ["vm.add-port", "vm.screenshot"].contains(&route.name) => "HTTP/1.1 204 ",
+            _ if NO_OBJECT.contains(&route.name) => "HTTP/1.1 204 ",
             Success::Nothing | Success::Placed | Success::DoneOrJob => "HTTP/1.1 204 ",
             _ => "HTTP/1.1 200 ",
         };

@@ -159,7 +159,7 @@ fn copy_down(
 }
 
 /// Which of some paths leads to the same file.
-pub(super) fn find<'a>(wanted: &Path, mut paths: impl Iterator<Item = &'a Path>) -> Option<usize> {
+pub(crate) fn find<'a>(wanted: &Path, mut paths: impl Iterator<Item = &'a Path>) -> Option<usize> {
     let wanted_real = wanted.canonicalize();
     paths.position(|path| {
         path == wanted || matches!((&wanted_real, path.canonicalize()), (Ok(a), Ok(b)) if *a == b)

@@ -12,6 +12,7 @@ use crate::crew::Crew;
 use crate::disk::{Disk, DiskInfo, IoQueue, QueueError, ResizeError};
 use crate::events::{Events, Observer};
 use crate::jobs::JobQueue;
+use crate::live::Live;
 use crate::options::{Aio, DiskOptions};
 
 /// How many requests of one image are served by blocking calls at once.
@@ -132,5 +133,9 @@ impl Disk for Qcow2Disk {
 
     fn set_write_threshold(&self, threshold: Option<u64>) {
         self.core.events.set_threshold(threshold);
+    }
+
+    fn live(&self) -> Option<Live> {
+        Some(Live::qcow2(Arc::clone(&self.core.image)))
     }
 }

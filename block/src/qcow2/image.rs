@@ -1,7 +1,7 @@
 //! An opened qcow2 image, and its blocking reads and writes.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -21,7 +21,7 @@ use crate::raw::RawImage;
 use crate::storage::Storage;
 
 /// The most bytes that one plan is made for.
-pub(super) const CHUNK: u64 = 2 << 20;
+pub(crate) const CHUNK: u64 = 2 << 20;
 
 /// How often a lock is tried before somebody else does the work.
 const SPINS: u32 = 64;
@@ -79,9 +79,9 @@ pub struct Qcow2 {
     geometry: Geometry,
     compression: Compression,
     size: AtomicU64,
-    read_only: bool,
+    pub(super) read_only: AtomicBool,
     raw_data: bool,
-    storage: Arc<dyn Storage>,
+    pub(super) storage: Arc<dyn Storage>,
     data: Arc<dyn Storage>,
     backing: Option<Backing>,
     settings: Settings,
@@ -122,7 +122,7 @@ impl Qcow2 {
             geometry,
             compression,
             size: AtomicU64::new(size),
-            read_only: settings.read_only,
+            read_only: settings.read_only.into(),
             raw_data,
             data: data.unwrap_or_else(|| Arc::clone(&storage)),
             storage,
@@ -358,7 +358,7 @@ impl Qcow2 {
     }
 
     /// Moves what a plan asks for. `None`: the range becomes zeros.
-    fn carry_out(&self, plan: &Plan, data: Option<&[u8]>) -> io::Result<()> {
+    pub(super) fn carry_out(&self, plan: &Plan, data: Option<&[u8]>) -> io::Result<()> {
         if plan.copies.is_empty() {
             let mut done = 0;
             for &(host, len) in &plan.pieces {
@@ -629,7 +629,7 @@ impl Qcow2 {
     ///
     /// The host's; `ResourceBusy` when requests are under way and bitmaps are to be written.
     pub fn close(&self) -> io::Result<()> {
-        if self.read_only || self.shared.corrupt.load(Ordering::Acquire) {
+        if self.read_only() || self.shared.corrupt.load(Ordering::Acquire) {
             return Ok(());
         }
         // What the first one takes out of the mapping the second one frees. And what somebody still used when
@@ -676,7 +676,7 @@ impl ChainPins {
         }
     }
 
-    fn hold(&mut self) -> &mut Self {
+    pub(super) fn hold(&mut self) -> &mut Self {
         self.enter();
         self
     }
@@ -688,7 +688,7 @@ impl Image for Qcow2 {
     }
 
     fn read_only(&self) -> bool {
-        self.read_only
+        self.read_only.load(Ordering::Acquire)
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -747,7 +747,7 @@ impl Image for Qcow2 {
     }
 
     fn flush(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.read_only() {
             return Ok(());
         }
         self.lock().writable()?;

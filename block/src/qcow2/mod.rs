@@ -25,25 +25,27 @@ pub(crate) mod map;
 pub(crate) mod meta;
 mod packed;
 mod pages;
+mod populate;
 mod queue;
 pub(crate) mod refblock;
 mod refcount;
 pub(crate) mod repair;
 mod reserved;
 mod resize;
+mod seal;
 mod session;
 mod slow;
 pub(crate) mod snapshot;
 pub(crate) mod snapshot_table;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tree;
 mod words;
 pub(crate) mod write;
 mod zero;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use check::{CheckReport, Finding, Severity};
 pub use create::{CreateError, CreateOptions, Preallocation};

@@ -47,7 +47,7 @@ use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
 use self::tally::Tallies;
 use self::worker::{Service, Worker};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Counters, DiskReport, Identity, Notifier, Preparation, Prepared, ReconfigureError,
+    ActivateError, Activation, ActiveQueue, Counters, DiskImage, DiskReport, ExchangeError, Identity, Notifier, Preparation, Prepared, ReconfigureError,
     Reconfigured, ResizeError, StoppedQueue, VirtioDevice, read_space,
 };
 use crate::limit::{Clock, Throttle};
@@ -332,6 +332,14 @@ impl VirtioDevice for Blk {
         self.sectors
             .store(self.info.size / SECTOR, Ordering::Release);
         Ok(())
+    }
+
+    fn disk(&self) -> Option<Arc<dyn Disk>> {
+        Some(Arc::clone(&self.disk))
+    }
+
+    fn exchange_disk(&mut self, image: DiskImage) -> Result<DiskImage, ExchangeError> {
+        self.exchange(image)
     }
 
     fn prepare(

@@ -23,8 +23,8 @@ use super::doorbell::{Doorbells, Kick};
 use super::gone::Gone;
 use super::signals::{DeviceEvent, Signals};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Notifier, Preparation, Prepared, ReconfigureError,
-    Reconfigured, ResizeError, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, DiskImage, ExchangeError, Notifier, Preparation,
+    Prepared, ReconfigureError, Reconfigured, ResizeError, VirtioDevice,
 };
 use crate::memory::{GuestMap, GuestMemory};
 use crate::models::BuildContext;
@@ -506,6 +506,16 @@ impl Core {
         self.device.resize_disk(size)?;
         self.signals.config_changed();
         Ok(())
+    }
+
+    /// As [`VirtioDevice::disk`].
+    pub fn disk(&self) -> Option<Arc<dyn block::Disk>> {
+        self.device.disk()
+    }
+
+    /// As [`VirtioDevice::exchange_disk`]. The driver sees no difference.
+    pub fn exchange_disk(&mut self, image: DiskImage) -> Result<DiskImage, ExchangeError> {
+        self.device.exchange_disk(image)
     }
 
     /// As [`VirtioDevice::change_balloon`]; tells the driver.

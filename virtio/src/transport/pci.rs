@@ -36,7 +36,8 @@ use super::doorbell::{Doorbells, Kick};
 use super::signals::{DeviceEvents, Signals};
 use super::state::VirtioPciV1;
 use crate::device::{
-    Counters, Identity, Preparation, Prepared, ReconfigureError, ResizeError, VirtioDevice,
+    Counters, DiskImage, ExchangeError, Identity, Preparation, Prepared, ReconfigureError,
+    ResizeError, VirtioDevice,
 };
 use crate::memory::GuestMemory;
 use crate::models::BuildContext;
@@ -255,6 +256,21 @@ impl VirtioPci {
     /// [`ResizeError`]; the disk is then as it was.
     pub fn resize_disk(&self, size: u64) -> Result<(), ResizeError> {
         self.core().resize_disk(size)
+    }
+
+    /// The disk that requests go to, if it is a block device.
+    #[must_use]
+    pub fn disk(&self) -> Option<Arc<dyn block::Disk>> {
+        self.core().disk()
+    }
+
+    /// Has requests go to another image from the next start on; see [`VirtioDevice::exchange_disk`].
+    ///
+    /// # Errors
+    ///
+    /// [`ExchangeError`]; nothing is changed then.
+    pub fn exchange_disk(&self, image: DiskImage) -> Result<DiskImage, ExchangeError> {
+        self.core().exchange_disk(image)
     }
 
     /// What can be read of the device, if it is a balloon. Takes no lock.

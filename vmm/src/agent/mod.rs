@@ -231,4 +231,4 @@ fn to_control(error: &AgentError) -> ControlError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

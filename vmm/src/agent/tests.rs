@@ -9,14 +9,14 @@ const LONG: Duration = Duration::from_secs(20);
 
 type Told = Result<Reply, ControlError>;
 
-struct Bench {
-    desk: AgentDesk,
+pub(crate) struct Bench {
+    pub(crate) desk: AgentDesk,
     guest: Arc<GuestSide>,
 }
 
 impl Bench {
     /// A desk whose agent is `agent`: given a question, it says these bytes.
-    fn new(mut agent: impl FnMut(&Value) -> Vec<u8> + Send + 'static) -> Self {
+    pub(crate) fn new(mut agent: impl FnMut(&Value) -> Vec<u8> + Send + 'static) -> Self {
         let (bench, far) = Self::quiet(LONG);
         thread::spawn(move || {
             let mut lines = BufReader::new(&far);
@@ -62,7 +62,7 @@ impl Bench {
     }
 }
 
-fn agreed(question: &Value) -> Option<Vec<u8>> {
+pub(crate) fn agreed(question: &Value) -> Option<Vec<u8>> {
     let number = question.get("arguments")?.get("id")?;
     let text = format!("{{\"return\": {number}}}\n");
     Some([&[0xff], text.as_bytes()].concat())

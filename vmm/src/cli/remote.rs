@@ -11,6 +11,7 @@ mod jobs;
 mod keys;
 mod lifecycle;
 mod net;
+mod overlay;
 mod port;
 mod removal;
 mod resize;
@@ -18,6 +19,7 @@ mod rng;
 mod screenshot;
 mod show;
 mod snapshot;
+mod stream;
 mod watch;
 
 use clap::Subcommand;

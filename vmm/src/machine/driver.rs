@@ -12,9 +12,11 @@ mod coredump;
 mod drain;
 mod guest;
 mod lost;
+mod overlays;
 mod ports;
 mod resize;
 mod snapshot;
+mod streams;
 
 use std::collections::VecDeque;
 use std::io;
@@ -416,6 +418,7 @@ impl Driver {
         self.free_capture();
         self.machine.vcpus().pause();
         self.give_up_capture();
+        self.give_up_jobs();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }

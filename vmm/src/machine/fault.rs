@@ -7,8 +7,9 @@ use std::error::Error;
 use std::io;
 
 use api::ErrorKind;
-use block::OpenError as DiskError;
 use block::nbd::{HandshakeError, NbdError};
+use block::ops::CreateImageError;
+use block::{OpenError as DiskError, OverlayError, StreamError};
 use devices::display::rfb::PasswordError;
 use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::BuildError;
@@ -45,6 +46,8 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_build))
         .or_else(|| error.downcast_ref().map(of_resize))
         .or_else(|| error.downcast_ref().map(of_disk))
+        .or_else(|| error.downcast_ref().map(of_overlay))
+        .or_else(|| error.downcast_ref().map(of_stream))
         .or_else(|| error.downcast_ref().map(of_file))
         .or_else(|| error.downcast_ref().map(of_password))
         .or_else(|| error.downcast_ref().map(of_tls))
@@ -115,6 +118,34 @@ fn of_disk(error: &DiskError) -> Says {
         | DiskError::Forbidden { .. }
         | DiskError::EndlessChain { .. }
         | DiskError::SmallClusters { .. } => Fault(ErrorKind::Invalid),
+    }
+}
+
+fn of_overlay(error: &OverlayError) -> Says {
+    match error {
+        OverlayError::Fixed
+        | OverlayError::ReadOnly
+        | OverlayError::Elsewhere { .. }
+        | OverlayError::Name(_) => Fault(ErrorKind::Invalid),
+        OverlayError::Exists { .. } | OverlayError::Resized { .. } => Fault(ErrorKind::Conflict),
+        OverlayError::Open(error) => of_disk(error),
+        OverlayError::Create(CreateImageError::Open(error)) => of_disk(error),
+        // The host's reason, which is behind these, decides.
+        OverlayError::Create(_) | OverlayError::Flush(_) | OverlayError::Attach { .. } => {
+            Behind(ErrorKind::Failed)
+        }
+    }
+}
+
+fn of_stream(error: &StreamError) -> Says {
+    match error {
+        StreamError::NotQcow2
+        | StreamError::NoBacking
+        | StreamError::ReadOnly
+        | StreamError::NotBelow(_)
+        | StreamError::Name(_) => Fault(ErrorKind::Invalid),
+        StreamError::Open(error) => of_disk(error),
+        StreamError::Cut(_) => Fault(ErrorKind::Failed),
     }
 }
 

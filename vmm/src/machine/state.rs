@@ -32,7 +32,9 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::UpdateRng(_)
         | Command::AddPort(_)
         | Command::RemovePort(_)
-        | Command::Coredump(_) => alive,
+        | Command::Coredump(_)
+        | Command::DiskSnapshot(_)
+        | Command::DiskStream(_) => alive,
         Command::Snapshot(_) => alive && pause != Some(PauseReason::MemoryLost),
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),

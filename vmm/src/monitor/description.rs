@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire};
+use block::ImageOptions;
 use serde_json::Value;
 use virtio::models::{MODELS, Model};
 
@@ -398,6 +400,20 @@ impl Description {
         let mut devices = self.config.devices.iter_mut();
         if let Some(known) = devices.find(|known| known.id == device.id) {
             *known = device;
+        }
+    }
+
+    /// Takes up that the disk `id` has another image on top.
+    pub fn overlay(&mut self, id: &str, path: &Path, options: &ImageOptions) {
+        self.config.overlay_disk(id, path, options);
+        let shown = self.config.devices.iter().find(|device| device.id == id);
+        let shown = shown.and_then(|device| self.config.shown_disk(device));
+        let mut disks = self.wire.disks.iter_mut().flatten();
+        let disk = disks.find(|disk| disk.id.as_deref() == Some(id));
+        if let (Some(disk), Some(shown)) = (disk, shown) {
+            disk.path = shown.path;
+            disk.image_type = shown.image_type;
+            disk.backing_files = shown.backing_files;
         }
     }
 

@@ -27,6 +27,8 @@ const FEATURES: &[&str] = &[
     "vireo.jobs",
     "vireo.metrics",
     "vireo.update-disk",
+    "vireo.disk-snapshot",
+    "vireo.disk-stream",
     "vireo.console",
     "vireo.agent",
     "vireo.coredump",

@@ -35,6 +35,7 @@ mod managers;
 mod metrics;
 mod nbd;
 mod opening;
+mod overlays;
 mod peers;
 mod ports;
 mod resize;

@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::Blk;
 use super::spec::SECTOR;
 use crate::device::{
-    ActiveQueue, Preparation, Prepared, ReconfigureError, Reconfigured, StoppedQueue,
+    ActiveQueue, DiskImage, ExchangeError, Preparation, Prepared, ReconfigureError, Reconfigured, StoppedQueue,
 };
 use crate::limit::RateLimits;
 use crate::models::{BuildContext, BuildError};
@@ -124,6 +124,41 @@ impl Blk {
             config.path = path;
         }
         self.go_on(queues)
+    }
+
+    /// As [`crate::device::VirtioDevice::exchange_disk`].
+    pub(super) fn exchange(&mut self, image: DiskImage) -> Result<DiskImage, ExchangeError> {
+        let config = self.config.as_mut().ok_or(ExchangeError::NoDisk)?;
+        if self.running.is_some() {
+            return Err(ExchangeError::Serving);
+        }
+        let (new, seen) = (image.disk.info(), &self.info);
+        if new.size != seen.size
+            || new.logical_block > seen.logical_block
+            || new.read_only != seen.read_only
+        {
+            return Err(ExchangeError::Shape {
+                size: new.size,
+                block: new.logical_block,
+                held: seen.size,
+                shown: seen.logical_block,
+            });
+        }
+        let DiskImage {
+            disk,
+            path,
+            format,
+            backing,
+        } = image;
+        disk.observe(Arc::clone(&self.relay) as Arc<dyn Observer>);
+        disk.set_write_threshold(config.write_threshold);
+        // What the guest has been told of the disk stays.
+        Ok(DiskImage {
+            disk: std::mem::replace(&mut self.disk, disk),
+            path: std::mem::replace(&mut config.path, path),
+            format: std::mem::replace(&mut config.format, format),
+            backing: std::mem::replace(&mut config.backing, backing),
+        })
     }
 
     /// Serves queues again that were stopped, if they were served.

@@ -53,7 +53,7 @@ pub(super) fn coredump(arguments: CoredumpArgs) -> anyhow::Result<()> {
     let started = remote.client.coredump(&VmCoredumpData { destination_url });
     let mut job = started.map_err(|error| remote.failed(error))?;
     if let Some(begun) = &mut job {
-        follow(begun, &mut remote, &mut watch, arguments.json)?;
+        follow(begun, &mut remote, &mut watch, (arguments.json, &CANCELLED))?;
     }
     if arguments.json {
         return print_json(&job);
@@ -61,18 +61,31 @@ pub(super) fn coredump(arguments: CoredumpArgs) -> anyhow::Result<()> {
     print(&format!("{} is written\n", path.display()))
 }
 
-/// Shows how far the job is until it has ended. Ctrl-C cancels it.
-fn follow(
+/// What is told of a job that did not come to its end.
+pub(super) struct Cancelled {
+    /// After it was cancelled.
+    pub by_request: &'static str,
+    /// After the machine's end.
+    pub by_end: &'static str,
+}
+
+const CANCELLED: Cancelled = Cancelled {
+    by_request: "no core file is left",
+    by_end: "nothing is left of the core file",
+};
+
+/// Shows how far the job is, unless it is to be quiet, until it has ended. Ctrl-C cancels it.
+pub(super) fn follow(
     job: &mut JobInfo,
     remote: &mut Remote,
     watch: &mut Watch,
-    quiet: bool,
+    (quiet, left): (bool, &Cancelled),
 ) -> anyhow::Result<()> {
     let interrupted = interrupt::flag()?;
     let progress = Progress::new(false, quiet);
     let mut cancelled = false;
     loop {
-        if let Some(end) = outcome(job) {
+        if let Some(end) = outcome(job, left) {
             progress.finish();
             return end.map_err(|reason| anyhow::anyhow!("{}: {reason}", remote.who));
         }
@@ -88,8 +101,10 @@ fn follow(
             Some(EventKind::Job { info }) if info.id == job.id => *job = info,
             Some(_) => (),
             None if watch.has_ended() => anyhow::bail!(
-                "{} has ended before the core file was complete: nothing is left of it",
-                remote.who
+                "{} has ended before {} was complete: {}",
+                remote.who,
+                job.id,
+                left.by_end
             ),
             None => look(job, remote)?,
         }
@@ -111,16 +126,17 @@ fn look(job: &mut JobInfo, remote: &mut Remote) -> anyhow::Result<()> {
 }
 
 /// What has become of a job that has ended.
-fn outcome(job: &JobInfo) -> Option<Result<(), String>> {
+fn outcome(job: &JobInfo, left: &Cancelled) -> Option<Result<(), String>> {
     match job.state {
         JobState::Running | JobState::Cancelling => None,
         JobState::Completed => Some(Ok(())),
         JobState::Cancelled => Some(Err(format!(
-            "{} was cancelled{}: no core file is left",
+            "{} was cancelled{}: {}",
             job.id,
             job.error
                 .as_ref()
-                .map_or_else(String::new, |why| format!(" ({why})"))
+                .map_or_else(String::new, |why| format!(" ({why})")),
+            left.by_request
         ))),
         JobState::Failed => Some(Err(job
             .error
@@ -144,9 +160,12 @@ mod tests {
             error: error.map(str::to_owned),
             snapshot: None,
         };
-        assert_eq!(outcome(&job(JobState::Running, None)), None);
-        assert_eq!(outcome(&job(JobState::Cancelling, None)), None);
-        assert_eq!(outcome(&job(JobState::Completed, None)), Some(Ok(())));
+        assert_eq!(outcome(&job(JobState::Running, None), &CANCELLED), None);
+        assert_eq!(outcome(&job(JobState::Cancelling, None), &CANCELLED), None);
+        assert_eq!(
+            outcome(&job(JobState::Completed, None), &CANCELLED),
+            Some(Ok(()))
+        );
         for (ended, part) in [
             (job(JobState::Cancelled, None), "was cancelled: "),
             (
@@ -156,7 +175,7 @@ mod tests {
             (job(JobState::Failed, Some("disk full")), "disk full"),
             (job(JobState::Failed, None), "coredump-1 has failed"),
         ] {
-            let told = outcome(&ended).unwrap().unwrap_err();
+            let told = outcome(&ended, &CANCELLED).unwrap().unwrap_err();
             assert!(told.contains(part), "{told}");
         }
     }

@@ -16,7 +16,7 @@ use super::super::table::table;
 use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
 use super::show::ShowArgs;
-use super::{print, print_json, removal, word};
+use super::{overlay, print, print_json, removal, stream, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -101,6 +101,16 @@ pub(in crate::cli) enum Verb {
     /// Make a disk larger and tell the guest
     #[command(after_help = RESIZE_EXAMPLES)]
     Resize(DiskResizeArgs),
+    /// Keep what disks hold now, and let changes go to new overlays
+    ///
+    /// All disks that are named are switched at one instant, or none. The images before stay as they are, below the overlays.
+    #[command(after_help = overlay::EXAMPLES)]
+    Snapshot(overlay::SnapshotArgs),
+    /// Take what lies below a disk's image into it, while the guest works on
+    ///
+    /// Ctrl-C cancels it; what has been copied stays, and the next time begins with it.
+    #[command(after_help = stream::EXAMPLES)]
+    Stream(stream::StreamArgs),
 }
 
 #[derive(Debug, Args)]
@@ -152,6 +162,8 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Remove(arguments) => remove(arguments),
         Verb::Update(arguments) => update(arguments),
         Verb::Resize(arguments) => resize(arguments),
+        Verb::Stream(arguments) => stream::stream(arguments),
+        Verb::Snapshot(arguments) => overlay::snapshot(&arguments),
     }
 }
 

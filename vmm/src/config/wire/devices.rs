@@ -5,7 +5,7 @@ use std::path::Path;
 
 use api::wire::{self, ConsoleMode, ImageType};
 use api::{ControlError, ErrorKind};
-use block::{Aio, BackingPolicy, Cache, DetectZeroes, Discard, Format};
+use block::{Aio, BackingPolicy, Cache, DetectZeroes, Discard, Format, ImageOptions};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use virtio::models::BuildError;
@@ -311,6 +311,28 @@ impl VmConfig {
         }
         let patch = Value::Object(patch);
         Ok(DiskUpdate { device, patch })
+    }
+
+    /// The configuration of the disk `id`, if its image is this machine's to open.
+    #[must_use]
+    pub fn disk(&self, id: &str) -> Option<BlkConfig> {
+        let mut disks = self.devices.iter().filter(|d| d.kind == blk::MODEL.kind);
+        let disk = disks.find(|disk| disk.id == id)?;
+        serde_json::from_value(disk.config.clone()).ok()
+    }
+
+    /// Says that the disk `id` has another image on top, which is opened with `options`.
+    pub fn overlay_disk(&mut self, id: &str, path: &Path, options: &ImageOptions) {
+        let Some(mut config) = self.disk(id) else {
+            return;
+        };
+        path.clone_into(&mut config.path);
+        config.format = options.disk.format;
+        config.backing = options.backing;
+        let known = self.devices.iter_mut().find(|device| device.id == id);
+        if let (Some(device), Ok(config)) = (known, serde_json::to_value(&config)) {
+            device.config = config;
+        }
     }
 
     /// A name for a device of this kind.

@@ -68,6 +68,8 @@ pub(super) struct Asides {
     changing: BTreeMap<String, Weak<VirtioPci>>,
     /// Slots that are being emptied.
     ejecting: Vec<PciAddress>,
+    /// The jobs that hold devices, by their ids.
+    pub(super) jobs: Vec<String>,
     /// Who waits for what is done. They are here and not with the threads, so that they hear of
     /// the machine's end even when a thread never comes back.
     waiting: BTreeMap<u64, Answer>,

@@ -10,6 +10,7 @@ use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::{Command, ExitReason, VmState};
+use devices::Unit;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Driver, PATIENCE, ppoll, readable};
@@ -100,16 +101,28 @@ impl Driver {
 
     /// Stops all units within `time`, and hears meanwhile what makes waiting for them pointless.
     pub(super) fn stop_units(&mut self, time: Duration) -> Result<(), MachineError> {
+        let begun = Instant::now();
+        let result = self.stop_these(&self.machine.units(), time);
+        self.machine.stopped(&result);
+        self.drained = begun.elapsed();
+        result
+    }
+
+    /// As [`Driver::stop_units`], for some of them.
+    pub(super) fn stop_these(
+        &mut self,
+        units: &[Arc<dyn Unit>],
+        time: Duration,
+    ) -> Result<(), MachineError> {
         // What was given up before is over.
         self.cut = false;
-        let begun = Instant::now();
-        let (units, deadline) = (self.machine.units(), begun + time);
-        let stopping = units.clone();
+        let deadline = Instant::now() + time;
+        let stopping = units.to_vec();
         let work = Work::begin("drain", move || stop_all(&stopping, deadline));
-        let result = match work {
+        match work {
             Err(error) => {
                 tracing::warn!("nobody is heard while back ends drain: no thread: {error}");
-                stop_all(&units, deadline)
+                stop_all(units, deadline)
             }
             Ok(work) => {
                 if !self.attend(&work) {
@@ -125,10 +138,7 @@ impl Driver {
                 units.iter().for_each(|unit| unit.cut_short(false));
                 result
             }
-        };
-        self.machine.stopped(&result);
-        self.drained = begun.elapsed();
-        result
+        }
     }
 
     /// Waits for `work`, which has a limit of its own, on the machine's way out.

@@ -1,0 +1,401 @@
+//! Changes of the chain of a disk that is in use.
+//!
+//! # A new overlay
+//!
+//! 1. [`Overlay::create`] makes an empty image that names the disk's present one as its backing file, complete and durable,
+//!    and opens it. The disk is worked on meanwhile.
+//! 2. Its user ends all queues of the disk.
+//! 3. [`Overlay::attach`] writes out what the present image has in memory and puts the overlay on top of it. The present
+//!    image refuses changes from then on.
+//! 4. Queues of [`Attached::disk`] take the place of the old ones. [`Attached::keep`] ends it: the present image becomes one
+//!    that is read, and other readers may come. It is the same opened file under the same locks, less those of a writer, so there
+//!    is no instant in which another writer could get it.
+//!
+//! Whoever drops an [`Attached`] without keeping it has the old disk as it was, writable. So several disks can be
+//! switched together: keep all, or none.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::disk::Disk;
+use crate::file::HostFile;
+use crate::image::Image;
+use crate::open::{BackingPolicy, ImageOptions, settings};
+use crate::opener::{Access, Opener};
+use crate::ops::{CreateImageError, NewFile, NewImage};
+use crate::options::Format;
+use crate::qcow2::disk::Qcow2Disk;
+use crate::qcow2::header::Header;
+use crate::qcow2::image::{Backing, Qcow2, RawBacking};
+use crate::raw::{OpenError, RawImage, open_file};
+use crate::storage::{FileStorage, Storage};
+use crate::{CreateOptions, size::Size};
+
+/// The image behind a disk in use.
+#[derive(Clone, Debug)]
+pub struct Live(Top);
+
+#[derive(Clone, Debug)]
+enum Top {
+    Raw(Arc<HostFile>),
+    Qcow2(Arc<Qcow2>),
+}
+
+/// Why a disk has not got an overlay.
+#[derive(Debug, thiserror::Error)]
+pub enum OverlayError {
+    /// Nothing can be put on top of it.
+    #[error(
+        "a disk of this kind cannot have overlays: only files and block devices, raw or qcow2, can"
+    )]
+    Fixed,
+    /// Nothing is written to it.
+    #[error("the disk is read-only: an overlay of it would stay empty")]
+    ReadOnly,
+    /// There is something of that name.
+    #[error("{}: there is a file of that name: give one that does not exist yet", path.display())]
+    Exists {
+        /// The name.
+        path: PathBuf,
+    },
+    /// The next boot would refuse it.
+    #[error(
+        "{}: it is not in the directory of {}, and the disk may refer to no other files: make it there, or add the disk \
+         with backing=any", path.display(), base.display()
+    )]
+    Elsewhere {
+        /// The overlay.
+        path: PathBuf,
+        /// The present image.
+        base: PathBuf,
+    },
+    /// The present image has a name that cannot be written down.
+    #[error("{}: its name is no UTF-8, so that an overlay cannot name it", .0.display())]
+    Name(PathBuf),
+    /// It cannot be made.
+    #[error(transparent)]
+    Create(#[from] CreateImageError),
+    /// It cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The disk has been resized in between.
+    #[error("the disk has {} now, and had {} when its overlay was made: try again", Size(*now), Size(*then))]
+    Resized {
+        /// Its size in bytes.
+        now: u64,
+        /// What it was.
+        then: u64,
+    },
+    /// What the present image has in memory cannot be written out.
+    #[error("what the disk holds cannot be made durable")]
+    Flush(#[source] io::Error),
+    /// The overlay cannot be read, or the host lacks resources.
+    #[error("{}: it cannot be put on the disk", path.display())]
+    Attach {
+        /// The overlay.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Live {
+    pub(crate) fn raw(file: Arc<HostFile>) -> Self {
+        Self(Top::Raw(file))
+    }
+
+    pub(crate) fn qcow2(image: Arc<Qcow2>) -> Self {
+        Self(Top::Qcow2(image))
+    }
+
+    /// What the image is.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        match &self.0 {
+            Top::Raw(_) => Format::Raw,
+            Top::Qcow2(_) => Format::Qcow2,
+        }
+    }
+
+    /// Makes completed writes durable, so that less is left to be written when queues are stopped. They need not be.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn flush(&self) -> io::Result<()> {
+        match &self.0 {
+            Top::Raw(file) => FileStorage::new(Arc::clone(file)).sync(),
+            Top::Qcow2(image) => image.flush(),
+        }
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        match &self.0 {
+            Top::Raw(_) => self.flush(),
+            Top::Qcow2(image) => image.seal(),
+        }
+    }
+
+    fn unseal(&self) {
+        if let Top::Qcow2(image) = &self.0 {
+            image.unseal();
+        }
+    }
+
+    fn keep_reading(&self) {
+        match &self.0 {
+            Top::Raw(file) => file.keep_reading(),
+            Top::Qcow2(image) => image.keep_reading(),
+        }
+    }
+
+    fn as_backing(&self, sync: bool) -> Backing {
+        match &self.0 {
+            Top::Raw(file) => {
+                let size = file.size();
+                let storage: Arc<dyn Storage> = Arc::new(FileStorage::new(Arc::clone(file)));
+                let image = RawImage::new(Arc::clone(&storage), size, true, sync);
+                Backing::Raw(RawBacking {
+                    image: Box::new(image),
+                    storage,
+                    size,
+                })
+            }
+            Top::Qcow2(image) => Backing::Qcow2(Arc::clone(image)),
+        }
+    }
+}
+
+/// The policy under which a disk with the image `base` may have an overlay at `path`; `None`: under none that is as
+/// strict as `policy`. An overlay needs one under which an image may refer to others at all.
+fn policy_for(policy: BackingPolicy, base: &Path, path: &Path) -> Option<BackingPolicy> {
+    match policy {
+        BackingPolicy::Any => Some(BackingPolicy::Any),
+        // Without any, the present image refers to none.
+        BackingPolicy::Deny | BackingPolicy::Directory => {
+            (base.parent() == path.parent()).then_some(BackingPolicy::Directory)
+        }
+    }
+}
+
+/// An empty image that is to be put on top of a disk's present one. Unless it is attached and kept, its file is removed.
+pub struct Overlay {
+    opener: Arc<dyn Opener>,
+    path: PathBuf,
+    /// How it is opened.
+    options: ImageOptions,
+    storage: Arc<dyn Storage>,
+    size: u64,
+    kept: bool,
+}
+
+impl std::fmt::Debug for Overlay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Overlay")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Overlay {
+    /// Makes an overlay at `path`, where nothing is, for `disk`, whose present image is at `base` and was opened
+    /// with `options`. The disk may be in use.
+    ///
+    /// # Errors
+    ///
+    /// [`OverlayError`]; nothing is left then.
+    pub fn create(
+        disk: &dyn Disk,
+        base: &Path,
+        path: &Path,
+        opener: Arc<dyn Opener>,
+        options: &ImageOptions,
+    ) -> Result<Self, OverlayError> {
+        let live = disk.live().ok_or(OverlayError::Fixed)?;
+        let info = disk.info();
+        if info.read_only {
+            return Err(OverlayError::ReadOnly);
+        }
+        let elsewhere = || OverlayError::Elsewhere {
+            path: path.to_owned(),
+            base: base.to_owned(),
+        };
+        let policy = policy_for(options.backing, base, path).ok_or_else(elsewhere)?;
+        let create = CreateOptions {
+            size: info.size,
+            backing: Some((name_of(base, path)?, Some(live.format().name().to_owned()))),
+            ..CreateOptions::default()
+        };
+        check_absent(path, &*opener)?;
+        NewFile::begin(path, &*opener, &NewImage::Qcow2(Box::new(create)))?.finish()?;
+        let mut options = options.clone();
+        options.disk.format = Some(Format::Qcow2);
+        options.backing = policy;
+        let access = Access {
+            write: true,
+            direct: options.disk.access().direct,
+        };
+        let opened = open_file(path, &*opener, access, options.disk.keep());
+        let storage = match opened {
+            Ok(file) => Arc::new(FileStorage::new(Arc::new(file))) as Arc<dyn Storage>,
+            Err(error) => {
+                remove(&*opener, path);
+                return Err(error.into());
+            }
+        };
+        Ok(Self {
+            opener,
+            path: path.to_owned(),
+            options,
+            storage,
+            size: info.size,
+            kept: false,
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How the disk is opened from now on.
+    #[must_use]
+    pub fn options(&self) -> &ImageOptions {
+        &self.options
+    }
+
+    /// Puts it on top of `below`, of which there is no queue any more.
+    ///
+    /// # Errors
+    ///
+    /// [`OverlayError`]; `below` is as it was then, and the overlay is gone.
+    pub fn attach(self, below: &dyn Disk) -> Result<Attached, OverlayError> {
+        let live = below.live().ok_or(OverlayError::Fixed)?;
+        let (now, then) = (below.info().size, self.size);
+        if now != then {
+            return Err(OverlayError::Resized { now, then });
+        }
+        live.seal().map_err(OverlayError::Flush)?;
+        match self.disk(&live) {
+            Ok(disk) => Ok(Attached {
+                disk: Some(Arc::new(disk)),
+                below: live,
+                overlay: self,
+            }),
+            Err(source) => {
+                live.unseal();
+                Err(OverlayError::Attach {
+                    path: self.path.clone(),
+                    source,
+                })
+            }
+        }
+    }
+
+    fn disk(&self, below: &Live) -> Result<Qcow2Disk, Box<dyn std::error::Error + Send + Sync>> {
+        let header = Header::load(&*self.storage)?;
+        let settings = settings(&self.options, true);
+        let backing = Some(below.as_backing(settings.sync));
+        let image = Qcow2::open(header, Arc::clone(&self.storage), None, backing, settings)?;
+        Ok(Qcow2Disk::new(Arc::new(image), &self.options.disk)?)
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        if !self.kept {
+            remove(&*self.opener, &self.path);
+        }
+    }
+}
+
+/// A disk with a new overlay. Unless it is kept, the disk before is as it was, and the overlay is removed; all queues
+/// and other users of [`Attached::disk`] have gone before.
+#[derive(Debug)]
+pub struct Attached {
+    /// Always there, but at the end.
+    disk: Option<Arc<Qcow2Disk>>,
+    below: Live,
+    overlay: Overlay,
+}
+
+impl Attached {
+    /// The disk, whose changes go to the overlay.
+    #[must_use]
+    pub fn disk(&self) -> Option<Arc<dyn Disk>> {
+        self.disk.clone().map(|disk| disk as Arc<dyn Disk>)
+    }
+
+    /// Where the overlay is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.overlay.path()
+    }
+
+    /// How the disk is opened from now on.
+    #[must_use]
+    pub fn options(&self) -> &ImageOptions {
+        self.overlay.options()
+    }
+
+    /// Stays with the overlay. What is below is read from now on, which others may do too.
+    pub fn keep(mut self) {
+        self.overlay.kept = true;
+        self.below.keep_reading();
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // Before anything is written to what is below.
+        self.disk = None;
+        if !self.overlay.kept {
+            self.below.unseal();
+        }
+    }
+}
+
+/// How an image at `path` names the one at `base`: by its name alone where they are in one directory.
+fn name_of(base: &Path, path: &Path) -> Result<String, OverlayError> {
+    let unnamed = || OverlayError::Name(base.to_owned());
+    let name = match base.file_name() {
+        Some(name) if base.parent() == path.parent() => PathBuf::from(name),
+        _ => std::path::absolute(base).map_err(|_| unnamed())?,
+    };
+    let name = name.into_os_string().into_string().map_err(|_| unnamed())?;
+    // What comes before a colon would be read as a protocol.
+    Ok(if name.contains(':') && !name.starts_with('/') {
+        format!("./{name}")
+    } else {
+        name
+    })
+}
+
+/// Refuses a name that something has; what appears there later is not replaced either.
+fn check_absent(path: &Path, opener: &dyn Opener) -> Result<(), OverlayError> {
+    let access = Access {
+        write: false,
+        direct: false,
+    };
+    match opener.open(path, access) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => Err(OverlayError::Exists {
+            path: path.to_owned(),
+        }),
+    }
+}
+
+fn remove(opener: &dyn Opener, path: &Path) {
+    if let Err(error) = opener.remove(path) {
+        tracing::warn!(%error, path = %path.display(), "an overlay that is not used stays behind");
+    }
+}
+
+mod stream;
+#[cfg(test)]
+mod tests;
+
+pub use stream::{Cut, Stream, StreamError};

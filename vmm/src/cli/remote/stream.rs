@@ -1,0 +1,77 @@
+//! `vireo disk stream`.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use api::wire::VmDiskStream;
+use clap::Args;
+
+use super::super::Misuse;
+use super::super::target::SocketFlag;
+use super::coredump::{Cancelled, follow};
+use super::watch::Watch;
+use super::{print, print_json};
+use crate::config::flag;
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  vireo disk stream web data
+      All that lies below is taken into the disk's image, which then needs no other.
+  vireo disk stream web data --base /srv/golden.qcow2 --speed 100M";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct StreamArgs {
+    /// Name of the machine, and id of the disk
+    #[arg(value_names = ["NAME", "DISK"], num_args = 1..=2, required = true)]
+    words: Vec<String>,
+    #[command(flatten)]
+    socket: SocketFlag,
+    /// The image of the disk's chain that stays below it (default: none does)
+    #[arg(long, value_name = "PATH")]
+    base: Option<PathBuf>,
+    /// The most bytes to be copied in a second (default: no limit)
+    #[arg(long, value_name = "SIZE")]
+    speed: Option<String>,
+    /// Print the job as JSON, for programs, and no progress
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
+    let speed = arguments.speed.map(|text| {
+        flag::parse_bytes(&text).map_err(|error| Misuse(format!("--speed {text}: {error}")))
+    });
+    let speed = speed.transpose()?;
+    let base = arguments.base.map(|base| {
+        std::path::absolute(&base).with_context(|| format!("--base {}", base.display()))
+    });
+    let base = base.transpose()?;
+    let (mut remote, [id]) = arguments
+        .socket
+        .connect_and_split(arguments.words, ["DISK"])?;
+    // Before the job begins: what becomes of it is not missed.
+    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
+    let request = VmDiskStream {
+        id: id.clone(),
+        base,
+        speed,
+    };
+    let started = remote.client.disk_stream(&request);
+    let mut job = started.map_err(|error| remote.failed(error))?;
+    let cancelled = Cancelled {
+        by_request: "what was copied stays in the disk's image",
+        by_end: "what was copied by then stays in the disk's image",
+    };
+    follow(
+        &mut job,
+        &mut remote,
+        &mut watch,
+        (arguments.json, &cancelled),
+    )?;
+    if arguments.json {
+        return print_json(&job);
+    }
+    print(&format!(
+        "{id} needs the images no more that it was taken from\n"
+    ))
+}

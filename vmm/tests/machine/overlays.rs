@@ -1,0 +1,249 @@
+//! Overlays of disks whose guest is at work.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use api::wire::{
+    DiskOverlay, DiskSnapshotInfo, ImageType, JobState, Quiesce, RateLimiterConfig, VmDiskSnapshot,
+    VmDiskStream, VmUpdateDisk,
+};
+use api::{Command as Ask, Control, ErrorKind, EventKind, ExitReason, Reply, VmState};
+use block::ops::{NewImage, create};
+use block::{CreateOptions, Format};
+use serde_json::{Value, json};
+use vmm::opener::Opener;
+
+use crate::support::{Local, can_run, config, until};
+
+const SIZE: u64 = 4 << 20;
+
+fn overlay(id: &str, path: &Path) -> DiskOverlay {
+    DiskOverlay {
+        id: id.to_owned(),
+        path: path.to_owned(),
+    }
+}
+
+fn snapshot(disks: Vec<DiskOverlay>, quiesce: Quiesce) -> Ask {
+    Ask::DiskSnapshot(VmDiskSnapshot { disks, quiesce })
+}
+
+/// A machine whose guest writes to its first disk, slowly until it is let go, and checks what it reads.
+struct Writer {
+    machine: Local,
+    serial: PathBuf,
+    directory: tempfile::TempDir,
+}
+
+impl Writer {
+    fn boot() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::File::create(path("a.img"))
+            .unwrap()
+            .set_len(SIZE)
+            .unwrap();
+        let options = CreateOptions {
+            size: SIZE,
+            ..CreateOptions::default()
+        };
+        let image = NewImage::Qcow2(Box::new(options));
+        create(&path("b.qcow2"), &Opener::new(), &image).unwrap();
+        let slow = json!({
+            "path": path("a.img"), "bw_size": 128 << 10, "bw_refill_time": 1000,
+        });
+        let more = json!({
+            "devices": [
+                { "kind": "blk", "id": "a", "config": slow },
+                { "kind": "blk", "id": "b", "config": { "path": path("b.qcow2"), "format": "qcow2" } },
+                { "kind": "blk", "id": "c", "config": { "path": path("b.qcow2"), "readonly": true,
+                    "format": "raw", "lock": false } },
+            ],
+            "serial": { "file": path("serial") },
+        });
+        let machine = Local::boot(&config("blk", "verify keep", more));
+        Self {
+            machine,
+            serial: path("serial"),
+            directory,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn both(&self, suffix: &str) -> Vec<DiskOverlay> {
+        ["a", "b"]
+            .map(|id| overlay(id, &self.path(&format!("{id}.{suffix}"))))
+            .into()
+    }
+
+    fn snapshot(&self, suffix: &str, quiesce: Quiesce) -> DiskSnapshotInfo {
+        match self.machine.ask(snapshot(self.both(suffix), quiesce)) {
+            Ok(Reply::Overlaid(info)) => info,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(&self, disks: Vec<DiskOverlay>, quiesce: Quiesce) -> (ErrorKind, String) {
+        let error = self.machine.ask(snapshot(disks, quiesce)).unwrap_err();
+        (error.kind, error.to_string())
+    }
+
+    /// Waits for the end of a job.
+    fn ends_well(&self, id: &str) {
+        let end = until("the end of the job", || {
+            let jobs = self.machine.handle.jobs();
+            let job = jobs.into_iter().find(|job| job.id == id)?;
+            let ended = !matches!(job.state, JobState::Running | JobState::Cancelling);
+            ended.then_some(job)
+        });
+        assert_eq!((end.state, end.error), (JobState::Completed, None));
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.directory.path()).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+/// The guest's last words.
+fn succeeded(machine: &mut Local, serial: &Path) {
+    let outcome = machine.outcome();
+    let text = fs::read_to_string(serial).unwrap();
+    assert_eq!(outcome.reason, ExitReason::PowerOff, "{text}");
+    assert!(text.contains("verify=ok errors=0"), "{text}");
+}
+
+#[test]
+fn disks_are_switched_together_and_again_while_their_guest_writes() {
+    if !can_run() {
+        return;
+    }
+    let mut writer = Writer::boot();
+    let first = writer.snapshot("1", Quiesce::Off);
+    let layers: Vec<_> = first
+        .disks
+        .iter()
+        .map(|disk| (&*disk.id, disk.path.clone(), disk.backing.clone()))
+        .collect();
+    let expected = [
+        ("a", writer.path("a.1"), writer.path("a.img")),
+        ("b", writer.path("b.1"), writer.path("b.qcow2")),
+    ];
+    assert_eq!(layers, expected);
+    assert_eq!((first.frozen, &first.quiesce_error), (None, &None));
+    let covered = fs::read(writer.path("a.img")).unwrap();
+    // Without an agent it is as after a power cut, and says so.
+    let second = writer.snapshot("2", Quiesce::Auto);
+    assert!(fs::read(writer.path("a.img")).unwrap() == covered);
+    assert!(second.quiesce_error.unwrap().contains("--agent"));
+
+    let info = writer.machine.handle.info().unwrap();
+    for (disk, name) in info.config.disks.unwrap().iter().zip(["a.2", "b.2"]) {
+        assert_eq!(disk.path, Some(writer.path(name)));
+        assert_eq!(
+            (disk.image_type, disk.backing_files),
+            (ImageType::Qcow2, true)
+        );
+    }
+    assert_eq!(writer.machine.state().0, VmState::Running);
+    assert_eq!(writer.machine.ask(Ask::Pause), Ok(Reply::Done));
+    let third = writer.snapshot("3", Quiesce::Off);
+    assert_eq!(third.stall_us, 0);
+    assert_eq!(writer.machine.state().0, VmState::Paused);
+    assert_eq!(writer.machine.ask(Ask::Resume), Ok(Reply::Done));
+
+    let stream = |id: &str, base: Option<PathBuf>| {
+        let (id, speed) = (id.to_owned(), None);
+        writer
+            .machine
+            .ask(Ask::DiskStream(VmDiskStream { id, base, speed }))
+    };
+    for (id, base) in [("a", None), ("b", Some(writer.path("b.1")))] {
+        let Ok(Reply::Started(job)) = stream(id, base) else {
+            panic!("no job for {id}");
+        };
+        writer.ends_well(&job.id);
+    }
+    for (id, base, said) in [
+        ("a", None, "no backing file"),
+        ("b", Some(writer.path("b.1")), "no image between"),
+        ("c", None, "not of format qcow2"),
+        ("nothing", None, "nothing"),
+    ] {
+        let refused = stream(id, base).unwrap_err().to_string();
+        assert!(refused.contains(said), "{id}: {refused}");
+    }
+    for name in ["a.img", "a.1", "a.2", "b.2"] {
+        fs::remove_file(writer.path(name)).unwrap();
+    }
+
+    let unlimited = Ask::UpdateDisk(Box::new(VmUpdateDisk {
+        id: "a".to_owned(),
+        rate_limiter_config: Some(RateLimiterConfig::default()),
+        path: None,
+    }));
+    assert_eq!(writer.machine.ask(unlimited), Ok(Reply::Done));
+    succeeded(&mut writer.machine, &writer.serial);
+    let told = writer.machine.events();
+    let updated = |id: &str| {
+        let event = EventKind::DiskUpdated { id: id.to_owned() };
+        told.iter().filter(|other| other.kind == event).count()
+    };
+    assert_eq!((updated("a"), updated("b")), (5, 4));
+
+    // As the description has it now, the next machine finds all that was written.
+    let serial = writer.path("serial2");
+    let more: Value = json!({
+        "devices": [{ "kind": "blk", "config": { "path": writer.path("a.3"), "format": Format::Qcow2 } }],
+        "serial": { "file": serial },
+    });
+    let mut next = Local::boot(&config("blk", "verify keep reread", more));
+    succeeded(&mut next, &serial);
+}
+
+#[test]
+fn what_cannot_be_switched_is_refused_and_no_disk_is_changed() {
+    if !can_run() {
+        return;
+    }
+    let writer = Writer::boot();
+    let files = writer.files();
+    let at = |name: &str| writer.path(name);
+    fs::create_dir(at("elsewhere")).unwrap();
+    let invalid = ErrorKind::Invalid;
+    let second = |id: &str, name: &str| vec![overlay("a", &at("x")), overlay(id, &at(name))];
+    for (disks, kind, said) in [
+        (vec![], invalid, "at least one"),
+        (vec![overlay("a", Path::new("x"))], invalid, "absolute"),
+        (second("a", "y"), invalid, "twice"),
+        (second("nothing", "y"), ErrorKind::NotFound, "nothing"),
+        // The first one has an overlay by the time that the second is refused.
+        (second("b", "a.img"), ErrorKind::Conflict, "a.img"),
+        (second("b", "elsewhere/y"), invalid, "backing=any"),
+        (second("c", "y"), invalid, "read-only"),
+        (second("b", "absent/y"), invalid, "absent"),
+        (second("b", "serial"), ErrorKind::Conflict, "serial"),
+    ] {
+        let (found, text) = writer.refused(disks, Quiesce::Off);
+        assert!(found == kind && text.contains(said), "{found:?}: {text}");
+    }
+    let (kind, text) = writer.refused(writer.both("x"), Quiesce::Required);
+    assert!(
+        kind == ErrorKind::Conflict && text.contains("not frozen"),
+        "{text}"
+    );
+    fs::remove_dir(at("elsewhere")).unwrap();
+    assert_eq!(writer.files(), files);
+    let info = writer.machine.handle.info().unwrap();
+    let first = info.config.disks.unwrap().remove(0);
+    assert_eq!(first.path, Some(at("a.img")));
+    // None of them is held by what was refused.
+    writer.snapshot("1", Quiesce::Off);
+}
