@@ -5,7 +5,8 @@
 //! * The file is as memory is: each range of RAM lies in it in one piece, at an offset of whole chunks. Pages of zeros are holes,
 //!   so that the file can be mapped in place of memory and costs what memory costs.
 //! * The index says of each chunk of [`CHUNK`] bytes which pages have been written, as runs, and the CRC-32 of
-//!   their bytes in order. What it says is not trusted: [`PageIndex::check`] holds it against the memory that there is.
+//!   their bytes in order; and which are as they were when the parent was taken, where there is a parent. All others are
+//!   zeros. What it says is not trusted: [`PageIndex::check`] holds it against the memory that there is.
 //! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, and a
 //!   chunk is the most that is read at once.
 
@@ -114,7 +115,10 @@ impl Run {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Chunk {
+    /// Pages that are in the file.
     runs: Vec<Run>,
+    /// Pages that are as the parent has them, whose places in the file are holes.
+    kept: Vec<Run>,
     crc: u32,
 }
 
@@ -137,7 +141,7 @@ pub struct PageIndex {
 
 impl SavedState for PageIndex {
     const SCHEMA: &'static str = "memory-pages";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 }
 
 /// One range of RAM and where it lies in the file, all in bytes.
@@ -212,9 +216,9 @@ impl PageIndex {
     /// The most bytes that the index of memory with `ranges` is encoded in.
     #[must_use]
     pub fn longest(ranges: &[(u64, u64)]) -> u64 {
-        // Numbers of 64 bits take 10 bytes, of 32 bits 5 and of 16 bits 3; every other page may begin a run.
+        // Numbers of 64 bits take 10 bytes, of 32 bits 5 and of 16 bits 3; every page may be a run, of one kind or the other.
         const REGION: u64 = 4 * 10;
-        const CHUNK_LONGEST: u64 = 3 + 5 + CHUNK_PAGES as u64 / 2 * 6;
+        const CHUNK_LONGEST: u64 = 3 + 3 + 5 + CHUNK_PAGES as u64 * 6;
         ranges.iter().fold(10, |sum, (_, len)| {
             let chunks = len.div_ceil(CHUNK).saturating_mul(CHUNK_LONGEST);
             sum.saturating_add(REGION).saturating_add(chunks)
@@ -259,6 +263,13 @@ impl PageIndex {
         Ok(())
     }
 
+    /// Whether it says of no page that the parent has it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let mut chunks = self.regions.iter().flat_map(|region| &region.chunks);
+        chunks.all(|chunk| chunk.kept.is_empty())
+    }
+
     /// Where each range of RAM lies in the file.
     pub fn placed(&self) -> impl Iterator<Item = Placed> + '_ {
         self.regions.iter().map(|region| Placed {
@@ -266,6 +277,38 @@ impl PageIndex {
             len: region.len,
             offset: region.offset,
         })
+    }
+
+    /// What has to be mapped of the file, in whole chunks, for memory that reads as zeros to be what was written. The index has been checked.
+    /// There are no more than `most` pieces, unless there are more ranges of RAM than that: gaps are mapped too then.
+    #[must_use]
+    pub fn filled(&self, most: usize) -> Vec<Placed> {
+        let mut all = Vec::new();
+        for region in &self.regions {
+            for (chunk, (at, here)) in region.chunks.iter().zip(chunks_of(region.len)) {
+                if chunk.runs.is_empty() {
+                    continue;
+                }
+                let piece = Placed {
+                    start: region.start.saturating_add(at),
+                    len: here as u64,
+                    offset: region.offset.saturating_add(at),
+                };
+                match all.last_mut() {
+                    Some(Placed { start, len, offset })
+                        if start.saturating_add(*len) == piece.start
+                            && offset.saturating_add(*len) == piece.offset =>
+                    {
+                        *len = len.saturating_add(piece.len);
+                    }
+                    _ => all.push(piece),
+                }
+            }
+        }
+        if all.len() > most {
+            return self.placed().collect();
+        }
+        all
     }
 
     /// How many bytes of RAM there are.
@@ -285,7 +328,7 @@ impl PageIndex {
             .sum()
     }
 
-    /// Reads every page from `file` and gives those of a chunk whose checksum is right to `take`, with their guest-physical
+    /// Reads every page that is in `file` and gives those of a chunk whose checksum is right to `take`, with their guest-physical
     /// address. The index has been checked. `step` is as for [`PageIndex::write`].
     ///
     /// # Errors
@@ -326,16 +369,25 @@ impl PageIndex {
 }
 
 impl Chunk {
-    /// Runs are not empty, ascend, do not touch each other and end within `len` bytes.
+    /// Runs are not empty, ascend, do not touch others of their kind and end within `len` bytes; no page is of both kinds.
     fn is_within(&self, len: usize) -> bool {
-        let mut end = None;
-        self.runs.iter().all(|run| {
-            let apart = end.is_none_or(|end| run.first > end);
-            let last = run.first.checked_add(run.count);
-            end = last;
-            let inside = last.is_some_and(|last| last <= CHUNK_PAGES) && run.bytes().end <= len;
-            apart && inside && run.count > 0
-        })
+        let fine = |runs: &[Run]| {
+            let mut end = None;
+            runs.iter().all(|run| {
+                let apart = end.is_none_or(|end| run.first > end);
+                let last = run.first.checked_add(run.count);
+                end = last;
+                let inside = last.is_some_and(|last| last <= CHUNK_PAGES) && run.bytes().end <= len;
+                apart && inside && run.count > 0
+            })
+        };
+        if !fine(&self.runs) || !fine(&self.kept) {
+            return false;
+        }
+        let mut all: Vec<Run> = self.runs.iter().chain(&self.kept).copied().collect();
+        all.sort_unstable_by_key(|run| run.first);
+        let ends = |(a, b): (&Run, &Run)| a.first.saturating_add(a.count) <= b.first;
+        all.iter().zip(all.iter().skip(1)).all(ends)
     }
 
     /// Reads the pages into their places in `buffer`, and sees that they are what was written.

@@ -156,9 +156,33 @@ static void storm(unsigned rounds)
     draw();
 }
 
+/* A thousand modes, some of which are none, as fast as they can be set. */
+static void change_modes(void)
+{
+    static const uint16_t widths[] = { 320, 640, 1024, 0 }, heights[] = { 200, 480, 768, 65535 };
+    static const uint8_t depths[] = { 32, 16, 24, 32, 15, 8 };
+
+    for (unsigned i = 0; i < 1000; i++) {
+        width = widths[i & 3];
+        height = heights[i & 3];
+        bits = depths[i % sizeof depths];
+        set_mode(i & 1 ? KEEP : 0);
+    }
+    print("modes=1000\n");
+    width = 640;
+    height = 480;
+    bits = 32;
+    set_mode(0);
+    seed++;
+    draw();
+}
+
 static void command(char word)
 {
     switch (word) {
+    case 'c':
+        change_modes();
+        break;
     case 'd':
         seed++;
         draw();

@@ -141,6 +141,21 @@ fn runs_that_overlap_touch_or_reach_out_are_refused() {
         let error = damaged.check(&memory.ranges(), len_of(&file));
         assert!(error.is_err(), "{runs:?}");
     }
+    for (runs, kept, fine) in [
+        (vec![run(0, 4)], vec![run(4, 508)], true),
+        (vec![run(2, 2), run(9, 1)], vec![run(0, 2), run(4, 5)], true),
+        (vec![run(0, 4)], vec![run(3, 1)], false),
+        (vec![run(8, 1)], vec![run(0, 9)], false),
+        (vec![], vec![run(511, 2)], false),
+        (vec![], vec![run(0, 1), run(1, 1)], false),
+    ] {
+        let mut damaged = index.clone();
+        let chunk = &mut damaged.regions[0].chunks[1];
+        (chunk.runs, chunk.kept) = (runs, kept);
+        let checked = damaged.check(&memory.ranges(), len_of(&file)).is_ok();
+        assert_eq!(checked, fine, "{damaged:?}");
+        assert!(!damaged.is_whole() && index.is_whole());
+    }
     let mut short = index.clone();
     short.regions[0].chunks.pop();
     assert!(short.check(&memory.ranges(), len_of(&file)).is_err());
@@ -154,7 +169,14 @@ fn no_index_is_longer_than_the_longest() {
         let address = address.checked_sub(4 * MIB).map_or(address, |at| HIGH + at);
         memory.write(address, &[1]).unwrap();
     }
-    let (_, index) = saved(&memory);
+    let (_, mut index) = saved(&memory);
+    for chunk in index.regions.iter_mut().flat_map(|r| &mut r.chunks) {
+        let kept = |run: &Run| Run {
+            first: run.first + 1,
+            count: 1,
+        };
+        chunk.kept = chunk.runs.iter().map(kept).collect();
+    }
     let len = crate::Section::encode("memory", &index).unwrap().body.len() as u64;
     let longest = PageIndex::longest(&memory.ranges());
     assert!(len <= longest && longest < 4 * len, "{len} {longest}");

@@ -14,7 +14,7 @@ use serde_json::Value;
 /// The name of the manifest in its directory.
 pub const NAME: &str = "manifest.json";
 /// The version that this build writes and reads.
-pub const VERSION: &str = "0.1";
+pub const VERSION: &str = "0.2";
 /// The longest manifest that is read, in bytes.
 pub const LIMIT: u64 = 4 << 20;
 
@@ -39,6 +39,22 @@ pub enum ManifestError {
         /// The name.
         name: String,
     },
+    /// A parent that is named by other rules than [`is_parent_place`]'s.
+    #[error(
+        "{directory:?} is no place of a parent: '../NAME' beside it, or an absolute path without '..'"
+    )]
+    Parent {
+        /// What was found.
+        directory: String,
+    },
+    /// An id or a checksum is no such.
+    #[error("{found:?} is not {digits} hexadecimal digits")]
+    Digits {
+        /// What was found.
+        found: String,
+        /// How many there are to be.
+        digits: usize,
+    },
     /// The machine type is not one that this build makes.
     #[error("the snapshot is of machine type {found}; this release makes {wanted}")]
     Machine {
@@ -59,6 +75,24 @@ pub struct FileEntry {
     pub bytes: u64,
 }
 
+/// The snapshot that has what this one has not, because it was the same when both were taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parent {
+    /// Its id.
+    pub id: String,
+    /// Its directory: `../NAME` where it lies beside this one's, or an absolute path.
+    pub directory: String,
+    /// What [`checksum`] says of its manifest.
+    pub checksum: String,
+}
+
+/// The CRC-32 of a manifest's bytes as 8 hexadecimal digits, by which a child knows its parent again.
+#[must_use]
+pub fn checksum(manifest: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(manifest))
+}
+
 /// What makes a directory a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,6 +109,9 @@ pub struct Manifest {
     pub state: FileEntry,
     /// Guest memory.
     pub memory: FileEntry,
+    /// What else has to be there; absent where this snapshot holds everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
 }
 
 impl Manifest {
@@ -99,6 +136,15 @@ impl Manifest {
             if !is_plain(&entry.file) {
                 let name = entry.file.chars().take(256).collect();
                 return Err(ManifestError::Name { name });
+            }
+        }
+        check_digits(&manifest.id, 32)?;
+        if let Some(parent) = &manifest.parent {
+            check_digits(&parent.id, 32)?;
+            check_digits(&parent.checksum, 8)?;
+            if !is_parent_place(&parent.directory) {
+                let directory = parent.directory.chars().take(256).collect();
+                return Err(ManifestError::Parent { directory });
             }
         }
         if manifest.machine != machine {
@@ -127,6 +173,29 @@ fn is_plain(name: &str) -> bool {
         && name != NAME
 }
 
+/// Whether a parent may be said to lie there: `../NAME`, or an absolute path of plain components. What a path of the
+/// second kind leads to is the business of who restores: the manifest there is compared with what the child knows of it.
+#[must_use]
+pub fn is_parent_place(directory: &str) -> bool {
+    let component = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('\0');
+    match directory.strip_prefix("../") {
+        Some(name) => component(name) && !name.contains('/') && name.len() <= 255,
+        None => {
+            let path = directory.strip_prefix('/');
+            directory.len() <= 4096 && path.is_some_and(|path| path.split('/').all(component))
+        }
+    }
+}
+
+fn check_digits(found: &str, digits: usize) -> Result<(), ManifestError> {
+    let hexadecimal = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if found.len() == digits && found.bytes().all(hexadecimal) {
+        return Ok(());
+    }
+    let found = found.chars().take(64).collect();
+    Err(ManifestError::Digits { found, digits })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +212,11 @@ mod tests {
             config: serde_json::json!({"cpus": {"boot_vcpus": 1}}),
             state: entry("0.state"),
             memory: entry("0.memory"),
+            parent: Some(Parent {
+                id: "1".repeat(32),
+                directory: "../first".to_owned(),
+                checksum: checksum(b"{}"),
+            }),
         }
     }
 
@@ -150,6 +224,38 @@ mod tests {
     fn what_is_written_is_read() {
         let bytes = manifest().to_bytes();
         assert_eq!(Manifest::parse(&bytes, "m").unwrap(), manifest());
+        let whole = Manifest {
+            parent: None,
+            ..manifest()
+        };
+        let bytes = whole.to_bytes();
+        assert!(!String::from_utf8_lossy(&bytes).contains("parent"));
+        assert_eq!(Manifest::parse(&bytes, "m").unwrap(), whole);
+    }
+
+    #[test]
+    fn a_parent_lies_beside_or_at_an_absolute_path_and_nowhere_else() {
+        for (place, fine) in [
+            ("../first", true),
+            ("../a b", true),
+            ("/srv/snapshots/first", true),
+            ("first", false),
+            ("..", false),
+            ("../", false),
+            ("../..", false),
+            ("../a/b", false),
+            ("../../a", false),
+            ("/", false),
+            ("/srv/../etc", false),
+            ("/srv//a", false),
+            ("/srv/a/", false),
+            ("/a\0b", false),
+            ("", false),
+        ] {
+            assert_eq!(is_parent_place(place), fine, "{place:?}");
+        }
+        assert!(!is_parent_place(&format!("../{}", "a".repeat(256))));
+        assert!(!is_parent_place(&format!("/{}", "a".repeat(4096))));
     }
 
     #[test]
@@ -157,9 +263,13 @@ mod tests {
         let text = String::from_utf8(manifest().to_bytes()).unwrap();
         for (found, replaced, word) in [
             ("vireo_snapshot", "other_snapshot", "no vireo_snapshot"),
-            ("\"0.1\"", "\"0.2\"", "format 0.2"),
+            ("\"0.2\"", "\"0.1\"", "format 0.1"),
             ("\"m\"", "\"n\"", "machine type n"),
             ("\"id\"", "\"more\"", "manifest of a snapshot"),
+            ("\"id\": \"00", "\"id\": \"0", "not 32 hexadecimal"),
+            ("\"id\": \"11", "\"id\": \"1G", "not 32 hexadecimal"),
+            ("\"checksum\": \"", "\"checksum\": \"0", "not 8 hexadecimal"),
+            ("../first", "../../first", "\"../../first\" is no place"),
             ("0.memory", "../memory", "\"../memory\""),
             ("0.memory", ".memory", "\".memory\""),
             ("0.state", "a/b", "\"a/b\""),

@@ -38,27 +38,50 @@ impl Drawing {
         }
     }
 
-    fn types(&mut self, letter: &str) {
+    pub fn types(&mut self, letter: &str) {
         self.serial.write_all(letter.as_bytes()).unwrap();
     }
 
-    fn picture(&self) -> Picture {
+    pub fn picture(&self) -> Picture {
         decoded(&self.served.client().screenshot().unwrap())
     }
 }
 
-fn decoded(file: &[u8]) -> Picture {
+pub fn decoded(file: &[u8]) -> Picture {
     let mut reader = png::Decoder::new(std::io::Cursor::new(file))
         .read_info()
         .unwrap();
     let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
     let info = reader.next_frame(&mut bytes).unwrap();
-    assert_eq!(info.color_type, png::ColorType::Rgb);
     bytes.truncate(info.buffer_size());
+    let pixels = match info.color_type {
+        png::ColorType::Rgb => bytes.as_chunks::<3>().0.to_vec(),
+        // Viewers from packages write so, and none of it is seen through.
+        png::ColorType::Rgba => {
+            let pixels = bytes.as_chunks::<4>().0.iter();
+            pixels
+                .map(|&[red, green, blue, _]| [red, green, blue])
+                .collect()
+        }
+        other => panic!("a picture of {other:?}"),
+    };
     Picture {
         width: info.width,
         height: info.height,
-        pixels: bytes.as_chunks::<3>().0.to_vec(),
+        pixels,
+    }
+}
+
+impl Picture {
+    /// A part of it.
+    pub fn part(&self, x: u32, y: u32, width: u32, height: u32) -> Self {
+        let lines = (y..y + height).map(|y| (y * self.width + x) as usize);
+        let pixels = lines.flat_map(|from| &self.pixels[from..from + width as usize]);
+        Self {
+            width,
+            height,
+            pixels: pixels.copied().collect(),
+        }
     }
 }
 
@@ -74,7 +97,7 @@ pub fn drawn(width: u32, height: u32, seed: u32) -> Picture {
     }
 }
 
-fn assert_same(got: &Picture, wanted: &Picture, what: &str) {
+pub fn assert_same(got: &Picture, wanted: &Picture, what: &str) {
     let sides = |picture: &Picture| (picture.width, picture.height);
     assert_eq!(sides(got), sides(wanted), "{what}");
     let differ = |(got, wanted): &(&[u8; 3], &[u8; 3])| got != wanted;
@@ -202,8 +225,8 @@ fn the_verb_writes_a_file_or_to_its_output() {
 }
 
 /// What a viewer talks through.
-pub trait Wire: Read + Write {}
-impl<T: Read + Write> Wire for T {}
+pub trait Wire: Read + Write + Send {}
+impl<T: Read + Write + Send> Wire for T {}
 
 /// A viewer that knows as much of the protocol as it must (RFC 6143).
 pub struct Viewer {
@@ -214,7 +237,7 @@ pub struct Viewer {
 
 impl Viewer {
     /// Connects, chooses a security type, and proves that it knows `password`.
-    fn connect(guest: &Drawing, password: Option<&str>) -> Result<Self, String> {
+    pub fn connect(guest: &Drawing, password: Option<&str>) -> Result<Self, String> {
         let mut viewer = Self::greeting(guest);
         viewer.choose(if password.is_some() { 2 } else { 1 });
         viewer.enter(password)
@@ -292,7 +315,7 @@ impl Viewer {
         bytes
     }
 
-    fn key(&mut self, symbol: u32) {
+    pub fn key(&mut self, symbol: u32) {
         for down in [1, 0] {
             let [a, b, c, d] = symbol.to_be_bytes();
             self.say(&[4, down, 0, 0, a, b, c, d]);

@@ -14,9 +14,11 @@ const VENCRYPT: u8 = 19;
 const X509_NONE: u32 = 260;
 const X509_VNC: u32 = 261;
 
-/// A certificate and its key, as files.
-fn certified(directory: &Path) -> CertifiedKey<KeyPair> {
-    let certified = generate_simple_self_signed(["vireo.test".to_owned()]).unwrap();
+const NAME: &str = "vireo.test";
+
+/// A certificate for the server `name` and its key, as files.
+pub fn certified(directory: &Path, name: &str) -> CertifiedKey<KeyPair> {
+    let certified = generate_simple_self_signed([name.to_owned()]).unwrap();
     std::fs::write(directory.join("cert.pem"), certified.cert.pem()).unwrap();
     let key = certified.signing_key.serialize_pem();
     std::fs::write(directory.join("key.pem"), key).unwrap();
@@ -49,7 +51,7 @@ fn connect(guest: &Drawing, certified: &CertifiedKey<KeyPair>, wanted: u32) -> V
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let name = ServerName::try_from("vireo.test").unwrap();
+    let name = ServerName::try_from(NAME).unwrap();
     let tls = ClientConnection::new(Arc::new(config), name).unwrap();
     viewer.inside(|stream| Box::new(StreamOwned::new(tls, stream)))
 }
@@ -60,7 +62,7 @@ fn a_viewer_over_tls_sees_what_the_guest_draws() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let certified = certified(directory.path());
+    let certified = certified(directory.path(), NAME);
     let mut guest = Drawing::start(&display(directory.path()));
     guest.says.wait_for("drawn");
     let viewer = connect(&guest, &certified, X509_NONE);
@@ -85,7 +87,7 @@ fn the_password_is_asked_for_inside_tls() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let certified = certified(directory.path());
+    let certified = certified(directory.path(), NAME);
     let password = directory.path().join("password");
     std::fs::write(&password, "secret\n").unwrap();
     let display = format!(
@@ -109,7 +111,7 @@ fn files_that_are_of_no_use_for_tls_are_the_users_fault() {
     }
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
-    certified(directory.path());
+    certified(directory.path(), NAME);
     let other = KeyPair::generate().unwrap().serialize_pem();
     for (file, content, part) in [
         ("key.pem", Some(other), "cannot be used"),

@@ -214,6 +214,7 @@ fn write(
         config,
         state: entry(state_name(&id), bytes.len() as u64),
         memory: entry(memory_name(&id), length(&pages)?),
+        parent: None,
         id,
     }
     .to_bytes();

@@ -220,6 +220,30 @@ fn what_is_asked_for_again_is_sent_though_it_is_not_new() {
 }
 
 #[test]
+fn rectangles_past_every_edge_and_over_each_other_are_answered_once_with_what_there_is() {
+    let mut look = Look::new(64, 32);
+    for _ in 0..3 {
+        // All, much more than all, and from places that a signed number calls negative.
+        look.say(&[3, 0, 0, 0, 0, 0, 0, 64, 0, 32]);
+        look.say(&[3, 0, 0, 1, 0, 1, 255, 255, 255, 255]);
+        look.say(&[3, 0, 255, 255, 255, 255, 255, 255, 255, 255]);
+        look.say(&[3, 1, 128, 0, 128, 0, 128, 0, 128, 0]);
+    }
+    let sent = look.update();
+    let pixels: usize = sent
+        .iter()
+        .map(|([_, _, w, h], _)| usize::from(*w) * usize::from(*h))
+        .sum();
+    assert_eq!(pixels, 64 * 32, "{sent:?}");
+    assert!(look.is_same());
+    assert_eq!(look.update(), [], "nothing is owed any more");
+    // Unasked updates of a part that is nowhere are none.
+    look.say(&[150, 1, 255, 255, 255, 255, 255, 255, 255, 255]);
+    look.memory.draw(3, 3, 1);
+    assert_eq!(look.update(), []);
+}
+
+#[test]
 fn a_part_that_is_asked_for_leaves_the_rest_new() {
     let mut look = Look::new(200, 64);
     look.ask(false);
