@@ -133,10 +133,12 @@ pub fn run(settings: &Settings) -> Result<()> {
         settings.runs
     );
     bench.native()?;
-    bench.nested()?;
+    // What could be measured is worth reporting all the same.
+    let nested = bench.nested();
     bench.report.host.close();
     print!("{}", report::summary(&bench.report));
-    bench.write()
+    bench.write()?;
+    nested
 }
 
 /// A group of measures in the nested machine.
@@ -266,16 +268,21 @@ impl Bench<'_> {
             self.skip(&format!("no nested machine: {why}"));
             return Ok(());
         }
+        let mut result = Ok(());
         for Nested { name, about, take } in groups {
             println!("\n… {about} in the nested machine, some minutes");
-            take(settings, &mut |measure, failed| {
+            let taken = take(settings, &mut |measure, failed| {
                 for why in failed {
                     self.skip(&format!("{name}: {why}"));
                 }
                 self.add(measure);
-            })?;
+            });
+            if let Err(error) = taken {
+                self.skip(&format!("{name}: {error:#}"));
+                result = Err(error.context(*name));
+            }
         }
-        Ok(())
+        result
     }
 
     fn skip(&mut self, what: &str) {
