@@ -76,8 +76,8 @@ ping -c 5 -i 0.01 $host > /dev/null
 echo '@@ begin ping'
 ping -c 200 -i 0.01 $host > /tmp/out
 echo '@@ end ping 200'
-times() { grep -o 'time=[0-9.]*' /tmp/out | cut -d= -f2 | sort -n; }
-echo "@@ is ping.median $(times | awk '{ time[NR] = $1 } END { print time[int((NR + 1) / 2)] * 1000 }')"
+trips() { grep -o 'time=[0-9.]*' /tmp/out | cut -d= -f2 | sort -n; }
+echo "@@ is ping.median $(trips | awk '{ time[NR] = $1 } END { print time[int((NR + 1) / 2)] * 1000 }')"
 echo '@@ done'
 sleep 1
 "#;
