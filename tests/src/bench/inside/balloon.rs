@@ -60,7 +60,7 @@ pub fn pages(settings: &Settings, watch: Watch<'_>) -> Result<()> {
 }
 
 /// The guest's: it has written nearly all of its memory before, so that what it gives up is the host's to free.
-fn script() -> String {
+pub(super) fn script() -> String {
     format!(
         r#"
 mkdir /mnt

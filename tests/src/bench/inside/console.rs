@@ -76,7 +76,7 @@ pub fn output(settings: &Settings, watch: Watch<'_>) -> Result<()> {
 }
 
 /// The guest's: both terminals as they are, and what the writer has not got rid of is waited for.
-fn script() -> String {
+pub(super) fn script() -> String {
     format!(
         r#"
 stty -F /dev/ttyS0 raw -echo

@@ -13,7 +13,7 @@ use crate::nested::Clock;
 const CMDLINE: &str = "console=ttyS0 quiet";
 
 /// In L1, once: the bridge, and who answers on it.
-const BEFORE: &str = r#"
+pub(super) const BEFORE: &str = r#"
 mount -t debugfs none /sys/kernel/debug
 . /modules/net
 brctl addbr br0
@@ -23,7 +23,7 @@ iperf3 -s -D > /dev/null 2>&1 < /dev/null
 "#;
 
 /// In L1, when a monitor has been started, which makes the tap.
-const PLUG: &str = r#"
+pub(super) const PLUG: &str = r#"
 n=0
 until brctl addif br0 tap0 2> /dev/null; do
     n=$((n + 1))
@@ -34,7 +34,7 @@ ip link set tap0 up
 "#;
 
 /// The guest's: values by what iperf3's receiver says, round trips in microseconds.
-const SCRIPT: &str = r#"
+pub(super) const SCRIPT: &str = r#"
 host=10.79.0.1
 ip link set eth0 up
 ip addr add 10.79.0.2/24 dev eth0

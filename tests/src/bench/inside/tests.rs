@@ -1,3 +1,5 @@
+use std::process::{Command, Stdio};
+
 use super::*;
 use crate::bench::targets;
 
@@ -105,6 +107,27 @@ fn a_plan_reaches_l1_as_it_was() {
 fn only_who_is_asked_for_a_balloon_has_a_control_socket() {
     assert!(balloon::runs(true).iter().all(|run| run.control.is_some()));
     assert!(net::runs(true).iter().all(|run| run.control.is_none()));
+}
+
+#[test]
+fn scripts_are_shell_words() {
+    for script in [
+        net::BEFORE,
+        net::PLUG,
+        net::SCRIPT,
+        &console::script(),
+        &balloon::script(),
+    ] {
+        let mut shell = Command::new("sh")
+            .arg("-n")
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = shell.stdin.take().unwrap();
+        input.write_all(script.as_bytes()).unwrap();
+        drop(input);
+        assert!(shell.wait().unwrap().success(), "{script}");
+    }
 }
 
 #[test]
