@@ -1,7 +1,8 @@
 //! TLS for those who connect to this machine's server ends, with its certificate.
 //!
 //! Version 1.3 alone. The handshake is made as the stream is read and written, so that a peer that is slow with it holds
-//! up nobody. Who the peer is, is not asked: what it may do is decided inside.
+//! up nobody. Who the peer is, is asked where there is an authority that knows: then nothing is said to, nor heard of, one
+//! that has not proven it. What it may do is decided inside.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -11,7 +12,8 @@ use std::sync::Arc;
 use devices::display::rfb::{Stream, TlsAcceptor};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection};
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
+use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use thiserror::Error;
 
 /// Bytes that a connection holds back for a peer that does not read.
@@ -21,8 +23,16 @@ const HELD_BACK: usize = 64 << 10;
 #[derive(Clone)]
 pub struct ServerTls {
     config: Arc<ServerConfig>,
-    /// What it was made of: the certificates and the key.
-    made_of: Arc<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+    made_of: Arc<MadeOf>,
+}
+
+/// What TLS is made of.
+#[derive(PartialEq)]
+struct MadeOf {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    /// Of authorities, one of which must know the peer.
+    authorities: Option<Vec<CertificateDer<'static>>>,
 }
 
 /// Whether certificates and key are the same.
@@ -50,39 +60,84 @@ pub enum TlsError {
     /// What is to be the key is none.
     #[error("the private key is no PEM file with a key that has no passphrase")]
     Key(#[source] pem::Error),
+    /// What is to be the authorities' certificates is not PEM.
+    #[error("the authority's certificate is no PEM file")]
+    Authority(#[source] pem::Error),
+    /// There is none.
+    #[error(
+        "there is no authority's certificate in the file; it begins with \"-----BEGIN CERTIFICATE-----\""
+    )]
+    NoAuthority,
+    /// They cannot be used for viewers' certificates.
+    #[error("the authority's certificate cannot be used")]
+    UseAuthority(#[source] rustls::Error),
+    /// Nobody could be known by them.
+    #[error("the authority's certificate cannot be used")]
+    Verifier(#[source] VerifierBuilderError),
     /// They cannot be used, or not together.
     #[error("the certificate and its key cannot be used")]
     Use(#[source] rustls::Error),
 }
 
 impl ServerTls {
-    /// TLS with the certificates in the PEM file `chain`, the server's first, and its key in the PEM file `key`.
+    /// TLS with the certificates in the PEM file `chain`, the server's first, and its key in the PEM file `key`. With
+    /// `authority`, a PEM file with certificates of authorities, only peers that have a certificate of one of them get
+    /// further than the handshake.
     ///
     /// # Errors
     ///
     /// [`TlsError`], when they are of no use.
-    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, TlsError> {
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(chain)
-            .collect::<Result<_, _>>()
-            .map_err(TlsError::Certificate)?;
+    pub fn from_pem(chain: &[u8], key: &[u8], authority: Option<&[u8]>) -> Result<Self, TlsError> {
+        let chain = certificates(chain).map_err(TlsError::Certificate)?;
         if chain.is_empty() {
             return Err(TlsError::NoCertificate);
         }
         let key = PrivateKeyDer::from_pem_slice(key).map_err(TlsError::Key)?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let authorities = authority.map(certificates).transpose();
+        let authorities = authorities.map_err(TlsError::Authority)?;
+        let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(TlsError::Use)?
-            .with_no_client_auth()
+            .map_err(TlsError::Use)?;
+        let config = match &authorities {
+            Some(authorities) => {
+                let roots = known(authorities)?;
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+                config.with_client_cert_verifier(verifier.build().map_err(TlsError::Verifier)?)
+            }
+            None => config.with_no_client_auth(),
+        };
+        let mut config = config
             .with_single_cert(chain.clone(), key.clone_key())
             .map_err(TlsError::Use)?;
         // No session is resumed; and viewers of older GnuTLS wait for ever when a ticket comes with what follows it.
         config.send_tls13_tickets = 0;
         Ok(Self {
             config: Arc::new(config),
-            made_of: Arc::new((chain, key)),
+            made_of: Arc::new(MadeOf {
+                chain,
+                key,
+                authorities,
+            }),
         })
     }
+}
+
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, pem::Error> {
+    CertificateDer::pem_slice_iter(pem).collect()
+}
+
+/// Those who know peers.
+fn known(authorities: &[CertificateDer<'static>]) -> Result<RootCertStore, TlsError> {
+    if authorities.is_empty() {
+        return Err(TlsError::NoAuthority);
+    }
+    let mut roots = RootCertStore::empty();
+    for authority in authorities {
+        let added = roots.add(authority.clone());
+        added.map_err(TlsError::UseAuthority)?;
+    }
+    Ok(roots)
 }
 
 impl TlsAcceptor for ServerTls {

@@ -530,7 +530,7 @@ pub struct VncConfig {
     pub tls: Option<VncTls>,
 }
 
-/// What proves to viewers which server it is. An addition to v1.
+/// What proves to viewers which server it is, and to the server who they are. An addition to v1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VncTls {
@@ -538,6 +538,9 @@ pub struct VncTls {
     pub certificate: PathBuf,
     /// A PEM file with its private key, without a passphrase.
     pub key: PathBuf,
+    /// A PEM file with the certificates of authorities: viewers must have a certificate of one of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_authority: Option<PathBuf>,
 }
 
 /// What a viewer gets that wants the screen for itself. An addition to v1.

@@ -87,6 +87,12 @@ pub const DISPLAY_FIELDS: &[Field] = &[
         help: "a PEM file with the certificate's private key, without a passphrase",
     },
     Field {
+        name: "vnc_tls_ca",
+        kind: FieldKind::Path,
+        required: false,
+        help: "a PEM file with certificates of authorities: viewers must have a certificate of one of them",
+    },
+    Field {
         name: "web",
         kind: FieldKind::Text,
         required: false,
@@ -264,13 +270,17 @@ fn check(display: &DisplayConfig) -> Result<(), DisplayError> {
     if let Some(VncConfig {
         address,
         password_file: password,
-        tls: _,
+        tls,
         share: _,
         paste: _,
     }) = vnc
     {
         let parsed: VncAddress = address.parse()?;
-        if password.is_none() && !parsed.is_local() {
+        // Who has a certificate of the authority has proven who they are.
+        let proven = tls
+            .as_ref()
+            .is_some_and(|tls| tls.client_authority.is_some());
+        if password.is_none() && !proven && !parsed.is_local() {
             let address = address.clone();
             return Err(DisplayError::Open { address });
         }
@@ -367,10 +377,17 @@ fn vnc_from_flag(
         vnc.share = VncShare::deserialize(share).unwrap_or_default();
     }
     let path = |key| text(key).map(PathBuf::from);
-    let before = vnc.tls.take().map(|tls| (tls.certificate, tls.key)).unzip();
+    let before = vnc.tls.take();
+    let old = before.clone().map(|tls| (tls.certificate, tls.key)).unzip();
     let now = (path("vnc_tls_cert"), path("vnc_tls_key"));
-    vnc.tls = match (now.0.or(before.0), now.1.or(before.1)) {
-        (Some(certificate), Some(key)) => Some(VncTls { certificate, key }),
+    let client_authority = path("vnc_tls_ca").or(before.and_then(|tls| tls.client_authority));
+    vnc.tls = match (now.0.or(old.0), now.1.or(old.1)) {
+        (Some(certificate), Some(key)) => Some(VncTls {
+            certificate,
+            key,
+            client_authority,
+        }),
+        (None, None) if client_authority.is_some() => return Err(missing("vnc_tls_cert")),
         (None, None) => None,
         (Some(_), None) => return Err(missing("vnc_tls_key")),
         (None, Some(_)) => return Err(missing("vnc_tls_cert")),
@@ -401,6 +418,14 @@ impl VmConfig {
                 address: (!taken).then_some(slot),
                 config: json!({ "type": kind }),
             });
+        }
+    }
+
+    /// Devices have gone: when none for input are left, the screen is without from now on, whatever is completed later.
+    pub fn settle_display(&mut self) {
+        let there = self.devices.iter().any(|device| device.kind == MODEL.kind);
+        if let Some(display) = self.display.as_mut().filter(|_| !there) {
+            display.input = false;
         }
     }
 
@@ -483,6 +508,25 @@ mod tests {
         assert_eq!(beside, both([1, 28]));
         let own = inputs(json!({"display": {}, "devices": [mouse]}));
         assert_eq!(own, [("m".to_owned(), Some(1))]);
+    }
+
+    #[test]
+    fn a_keyboard_and_a_tablet_that_were_taken_out_stay_away() {
+        let mut config: VmConfig = serde_json::from_value(json!({"display": {}})).unwrap();
+        let ids = |config: &VmConfig| {
+            let ids = config.devices.iter().map(|device| device.id.clone());
+            ids.filter(|id| id.starts_with("__")).collect::<Vec<_>>()
+        };
+        config.complete(MODELS);
+        assert_eq!(ids(&config), [KEYBOARD, TABLET]);
+        for (gone, left) in [(KEYBOARD, vec![TABLET.to_owned()]), (TABLET, vec![])] {
+            config.devices.retain(|device| device.id != gone);
+            config.settle_display();
+            // As it is for a port that is added.
+            config.complete(MODELS);
+            assert_eq!(ids(&config), left);
+        }
+        assert_eq!(config.display, from_flag("input=off", None).unwrap());
     }
 
     #[test]
@@ -596,6 +640,7 @@ mod tests {
             Some(VncTls {
                 certificate: certificate.into(),
                 key: key.into(),
+                client_authority: None,
             })
         };
         assert_eq!(display.vnc.as_ref().unwrap().tls, tls("/c", "/k"));
@@ -605,6 +650,8 @@ mod tests {
             ("vnc_tls_cert=/c,vnc_tls_key=/k", "vnc"),
             ("vnc=:1,vnc_tls_cert=/c", "vnc_tls_key"),
             ("vnc=:1,vnc_tls_key=/k", "vnc_tls_cert"),
+            ("vnc=:1,vnc_tls_ca=/a", "vnc_tls_cert"),
+            ("vnc_tls_ca=/a", "vnc"),
         ] {
             let refused = vnc(text, None).unwrap_err().to_string();
             assert!(
@@ -618,5 +665,10 @@ mod tests {
             refused.contains("vnc_password_file="),
             "TLS does not tell who the viewer is"
         );
+        let known = vnc("vnc_tls_ca=/a", Some(&open)).unwrap();
+        check(&known).unwrap();
+        let later = vnc("vnc_tls_key=/l", Some(&known)).unwrap();
+        let tls = later.vnc.and_then(|vnc| vnc.tls).unwrap();
+        assert_eq!(tls.client_authority, Some("/a".into()));
     }
 }

@@ -135,6 +135,7 @@ impl VmConfig {
             if let Some(tls) = &mut vnc.tls {
                 absolute(&mut tls.certificate);
                 absolute(&mut tls.key);
+                tls.client_authority.iter_mut().for_each(absolute);
             }
             if let Some(path) = vnc.address.strip_prefix("unix:") {
                 let path = joined(directory, Path::new(path));
@@ -297,6 +298,7 @@ fn is_size(path: &str, kind: Option<&str>, models: &[Model]) -> bool {
     };
     match above {
         "" => key == "serial_replay",
+        "display" => key == "memory",
         "memory" => is_in(MEMORY_FIELDS),
         "serial" | "serial2" | "serial3" | "serial4" | "console" => key == "max_size",
         "rate_limit_groups.limits.bandwidth" => matches!(key, "size" | "one_time_burst"),
@@ -380,6 +382,9 @@ max = 4
 size = "2G"
 hotplug_size = 134217728
 
+[display]
+memory = "16M"
+
 [[devices]]
 kind = "blk"
 id = "root"
@@ -403,6 +408,7 @@ limits.bandwidth = { size = "1M", refill_time = 100 }
             (2 << 30, 128 << 20)
         );
         assert_eq!(config.serial_replay, 1 << 20);
+        assert_eq!(config.display.unwrap().memory, 16 << 20);
         assert_eq!(config.devices[0].config["l2_cache_size"], json!(1 << 20));
         assert_eq!(config.devices[0].config["bw_size"], json!(10 << 20));
         let limits = config.rate_limit_groups[0].limits;

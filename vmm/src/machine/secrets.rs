@@ -65,13 +65,23 @@ fn tls(vnc: &VncConfig, opener: &Opener) -> Result<Option<ServerTls>, MachineErr
     let certificate = "--display vnc_tls_cert=";
     let chain = read(&files.certificate, certificate, PEM_FILE, opener)?;
     let key = read(&files.key, "--display vnc_tls_key=", PEM_FILE, opener)?;
-    let tls = ServerTls::from_pem(&chain, &key);
-    tls.map(Some).map_err(|source| MachineError::Device {
-        device: format!(
+    let authority = files.client_authority.as_deref();
+    let authority = authority
+        .map(|path| read(path, "--display vnc_tls_ca=", PEM_FILE, opener))
+        .transpose()?;
+    let tls = ServerTls::from_pem(&chain, &key, authority.as_deref());
+    tls.map(Some).map_err(|source| {
+        let mut device = format!(
             "{certificate}{},vnc_tls_key={}",
             files.certificate.display(),
             files.key.display()
-        ),
-        source: source.into(),
+        );
+        if let Some(path) = &files.client_authority {
+            device += &format!(",vnc_tls_ca={}", path.display());
+        }
+        MachineError::Device {
+            device,
+            source: source.into(),
+        }
     })
 }

@@ -402,6 +402,8 @@ impl Description {
     /// Keeps those devices whose ids `keep` knows.
     pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         self.config.devices.retain(|device| keep(&device.id));
+        self.config.settle_display();
+        self.wire.display.clone_from(&self.config.display);
         // The next machine has its memory whatever the guest of this one has thrown out.
         self.config.complete_memory(MODELS);
         if self.config.shown_balloon().is_none() {

@@ -22,7 +22,7 @@ impl Pair {
         let certified = certified();
         let key = certified.signing_key.serialize_pem();
         let acceptor =
-            ServerTls::from_pem(certified.cert.pem().as_bytes(), key.as_bytes()).unwrap();
+            ServerTls::from_pem(certified.cert.pem().as_bytes(), key.as_bytes(), None).unwrap();
         let mut roots = RootCertStore::empty();
         roots.add(certified.cert.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -151,8 +151,9 @@ fn a_client_that_breaks_off_ends_the_stream() {
 fn files_of_no_use_are_refused_for_what_they_are() {
     let (one, other) = (certified(), certified());
     let (chain, key) = (one.cert.pem(), one.signing_key.serialize_pem());
-    let refused =
-        |chain: &str, key: &str| ServerTls::from_pem(chain.as_bytes(), key.as_bytes()).unwrap_err();
+    let refused = |chain: &str, key: &str| {
+        ServerTls::from_pem(chain.as_bytes(), key.as_bytes(), None).unwrap_err()
+    };
     assert!(matches!(refused("", &key), TlsError::NoCertificate));
     assert!(matches!(refused(&chain, ""), TlsError::Key(_)));
     assert!(matches!(refused(&chain, &chain), TlsError::Key(_)));
@@ -160,4 +161,12 @@ fn files_of_no_use_are_refused_for_what_they_are() {
     assert!(matches!(refused(&broken, &key), TlsError::Certificate(_)));
     let stranger = other.signing_key.serialize_pem();
     assert!(matches!(refused(&chain, &stranger), TlsError::Use(_)));
+    let refused = |authority: &str| {
+        let authority = Some(authority.as_bytes());
+        ServerTls::from_pem(chain.as_bytes(), key.as_bytes(), authority).unwrap_err()
+    };
+    assert!(matches!(refused(""), TlsError::NoAuthority));
+    assert!(matches!(refused(&broken), TlsError::Authority(_)));
+    let empty = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    assert!(matches!(refused(empty), TlsError::UseAuthority(_)));
 }

@@ -5,9 +5,12 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use api::client::ClientError;
+use api::wire::VmRemoveDevice;
+use api::{Command as Ask, Reply};
 use devices::display::rfb::Password;
+use serde_json::json;
 
-use crate::support::{Collected, Served, can_run, until};
+use crate::support::{Collected, Local, Served, can_run, config, until};
 
 /// A guest that draws, and takes letters on its serial port.
 pub struct Drawing {
@@ -299,6 +302,12 @@ impl Viewer {
         Ok(viewer)
     }
 
+    /// Whether the other end has said in TLS that it wants none of this viewer.
+    pub fn is_refused(&mut self) -> bool {
+        let heard = self.stream.read(&mut [0; 4]);
+        heard.is_err_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
+    }
+
     pub fn say(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
     }
@@ -510,4 +519,28 @@ fn the_verb_send_key_types_on_the_guests_keyboard() {
         !refused.status.success() && told.contains("nosuchkey"),
         "{told}"
     );
+}
+
+#[test]
+fn a_keyboard_and_a_tablet_that_were_taken_out_stay_away_over_a_reboot() {
+    if !can_run() {
+        return;
+    }
+    let more = json!({ "display": {} });
+    let machine = Local::boot(&config("poke", "spin", more));
+    let inputs = || {
+        let config = machine.handle.info().unwrap().config;
+        let brings = config.display.unwrap().input;
+        (config.input.unwrap_or_default().len(), brings)
+    };
+    assert_eq!(inputs(), (2, true));
+    for (id, left) in [("__keyboard", (1, true)), ("__tablet", (0, false))] {
+        let removal = VmRemoveDevice { id: id.to_owned() };
+        assert_eq!(machine.ask(Ask::RemoveDevice(removal)), Ok(Reply::Done));
+        // The guest hears of nothing, and so keeps it for its life.
+        assert_eq!(machine.ask(Ask::Reboot), Ok(Reply::Done));
+        until("its end", || (inputs() == left).then_some(()));
+        assert_eq!(machine.ask(Ask::Reboot), Ok(Reply::Done));
+        assert_eq!(inputs(), left);
+    }
 }

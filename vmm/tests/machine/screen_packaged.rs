@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::screen::{Drawing, Picture, assert_same, decoded, drawn};
-use crate::screen_tls::certified;
+use crate::screen_tls::{Authority, certified};
 use crate::support::{can_run, skip, until};
 
 const PASSWORD: &str = "secret";
@@ -89,6 +89,11 @@ struct Seen {
 
 impl Seen {
     fn start(password: bool, tls: bool) -> Self {
+        Self::start_known_by(None, password, tls)
+    }
+
+    /// Of its viewers this authority is asked for.
+    fn start_known_by(authority: Option<&Authority>, password: bool, tls: bool) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let [_, a, b, c] = std::process::id().to_be_bytes();
         let host = format!("127.{a}.{b}.{}", c.max(1));
@@ -103,6 +108,10 @@ impl Seen {
         if tls {
             certified(files.path(), &host);
             keys += &format!(",vnc_tls_cert={path}/cert.pem,vnc_tls_key={path}/key.pem");
+        }
+        if let Some(authority) = authority {
+            fs::write(files.path().join("ca.pem"), &authority.pem).unwrap();
+            keys += &format!(",vnc_tls_ca={path}/ca.pem");
         }
         let mut guest = Drawing::start(&keys);
         guest.says.wait_for("drawn seed=0 320x200 bits=32\n");
@@ -157,6 +166,15 @@ impl<'a> Gvnccapture<'a> {
         fs::copy(authority, kept).unwrap();
     }
 
+    /// Its user's own certificate is from `authority`.
+    fn is_known_by(&self, authority: &Authority) {
+        let (certificate, key) = authority.certifies();
+        let place = self.home.path().join(".pki/gvnccapture");
+        fs::create_dir_all(place.join("private")).unwrap();
+        fs::write(place.join("clientcert.pem"), certificate.pem()).unwrap();
+        fs::write(place.join("private/clientkey.pem"), key.serialize_pem()).unwrap();
+    }
+
     fn looks_at(&self, address: &str, password: Option<&str>) -> Result<Picture, Output> {
         let file = self.home.path().join("seen.png");
         let mut command = apart(
@@ -200,6 +218,26 @@ fn gvnccapture_shows_what_the_guest_has_drawn_by_each_way_in() {
             assert!(viewer.looks_at(&seen.address, Some("guessed")).is_err());
         }
     }
+}
+
+#[test]
+fn gvnccapture_with_a_certificate_of_the_authority_alone_is_let_in() {
+    let Some(packages) = packages() else {
+        return;
+    };
+    let viewer = Gvnccapture::new(&packages);
+    if !can_be_apart(viewer.home.path()) {
+        return;
+    }
+    let authority = Authority::new();
+    let seen = Seen::start_known_by(Some(&authority), false, true);
+    viewer.believes_in(&seen.files.path().join("cert.pem"));
+    assert!(viewer.looks_at(&seen.address, None).is_err(), "without");
+    viewer.is_known_by(&Authority::new());
+    assert!(viewer.looks_at(&seen.address, None).is_err(), "of another");
+    viewer.is_known_by(&authority);
+    let picture = viewer.looks_at(&seen.address, None);
+    seen.is_shown(&picture.unwrap(), "gvnccapture with a certificate");
 }
 
 /// TigerVNC's X server, for viewers that need one. Its own screen is looked at by gvnccapture.

@@ -3,8 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use rcgen::{CertifiedKey, KeyPair, generate_simple_self_signed};
-use rustls::pki_types::ServerName;
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, CertifiedKey, IsCa, Issuer, KeyPair,
+    generate_simple_self_signed,
+};
+use rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use crate::screen::{Drawing, Viewer, drawn};
@@ -25,6 +28,33 @@ pub fn certified(directory: &Path, name: &str) -> CertifiedKey<KeyPair> {
     certified
 }
 
+/// One that certifies viewers.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    /// Its certificate, as a file has it.
+    pub pem: String,
+}
+
+impl Authority {
+    pub fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::new([]).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let pem = parameters.self_signed(&key).unwrap().pem();
+        Self {
+            issuer: Issuer::new(parameters, key),
+            pem,
+        }
+    }
+
+    /// A viewer's certificate and its key.
+    pub fn certifies(&self) -> (Certificate, KeyPair) {
+        let key = KeyPair::generate().unwrap();
+        let parameters = CertificateParams::new(["viewer".to_owned()]).unwrap();
+        (parameters.signed_by(&key, &self.issuer).unwrap(), key)
+    }
+}
+
 /// The keys of `--display` for the files in `directory`.
 fn display(directory: &Path) -> String {
     let directory = directory.display();
@@ -35,6 +65,16 @@ fn display(directory: &Path) -> String {
 
 /// A viewer that has got as far as TLS, which it takes up with whom it believes to be `certified`.
 fn connect(guest: &Drawing, certified: &CertifiedKey<KeyPair>, wanted: u32) -> Viewer {
+    connect_as(None, guest, certified, wanted)
+}
+
+/// The same, with a certificate of its own.
+fn connect_as(
+    own: Option<(Certificate, KeyPair)>,
+    guest: &Drawing,
+    certified: &CertifiedKey<KeyPair>,
+    wanted: u32,
+) -> Viewer {
     let mut viewer = Viewer::greeting(guest);
     viewer.choose(VENCRYPT);
     assert_eq!(viewer.hear::<2>(), [0, 2]);
@@ -49,8 +89,15 @@ fn connect(guest: &Drawing, certified: &CertifiedKey<KeyPair>, wanted: u32) -> V
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let config = match own {
+        Some((certificate, key)) => {
+            let key = PrivatePkcs8KeyDer::from(key.serialize_der());
+            let chain = vec![certificate.der().clone()];
+            config.with_client_auth_cert(chain, key.into()).unwrap()
+        }
+        None => config.with_no_client_auth(),
+    };
     let name = ServerName::try_from(NAME).unwrap();
     let tls = ClientConnection::new(Arc::new(config), name).unwrap();
     viewer.inside(|stream| Box::new(StreamOwned::new(tls, stream)))
@@ -102,6 +149,34 @@ fn the_password_is_asked_for_inside_tls() {
     let viewer = connect(&guest, &certified, X509_VNC);
     let mut viewer = viewer.enter(Some("secret")).unwrap();
     viewer.sees(&drawn(320, 200, 0), "with the password");
+}
+
+#[test]
+fn a_viewer_with_a_certificate_of_the_authority_alone_gets_past_the_handshake() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let certified = certified(directory.path(), NAME);
+    let (known, unknown) = (Authority::new(), Authority::new());
+    let file = directory.path().join("ca.pem");
+    std::fs::write(&file, &known.pem).unwrap();
+    let display = format!(
+        "{},vnc_tls_ca={}",
+        display(directory.path()),
+        file.display()
+    );
+    let mut guest = Drawing::start(&display);
+    guest.says.wait_for("drawn");
+    for own in [None, Some(unknown.certifies())] {
+        let has = own.is_some();
+        let mut viewer = connect_as(own, &guest, &certified, X509_NONE);
+        assert!(viewer.is_refused(), "with a certificate: {has}");
+    }
+    let own = Some(known.certifies());
+    let viewer = connect_as(own, &guest, &certified, X509_NONE);
+    let mut viewer = viewer.enter(None).unwrap();
+    viewer.sees(&drawn(320, 200, 0), "with a certificate of the authority");
 }
 
 #[test]
