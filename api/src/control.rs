@@ -53,6 +53,8 @@ pub enum PauseReason {
     /// A disk's request failed and waits. It is done again when the machine
     /// is resumed, and the machine is paused again if that fails.
     DiskError,
+    /// Bytes of the guest's memory are lost that the file of a snapshot was to give. Only a reset leads out.
+    MemoryLost,
     /// A core dump is being written, after which it goes on.
     Coredump,
     /// A snapshot is being written, after which it goes on.
@@ -69,10 +71,10 @@ pub enum PauseReason {
 }
 
 impl PauseReason {
-    /// Whether the guest has done its last: it must not run on without a reset.
+    /// Whether the guest has done its last, or has not what it would need: it must not run on without a reset.
     #[must_use]
     pub fn needs_reset(self) -> bool {
-        matches!(self, Self::PowerOff | Self::Reset)
+        matches!(self, Self::PowerOff | Self::Reset | Self::MemoryLost)
     }
 
     /// Whether it is something that the guest has done, or left undone.
@@ -80,7 +82,11 @@ impl PauseReason {
     pub fn is_guests(self) -> bool {
         match self {
             Self::PowerOff | Self::Reset | Self::GuestPanic | Self::Watchdog => true,
-            Self::Command | Self::DiskError | Self::Coredump | Self::Snapshot => false,
+            Self::Command
+            | Self::DiskError
+            | Self::MemoryLost
+            | Self::Coredump
+            | Self::Snapshot => false,
         }
     }
 }

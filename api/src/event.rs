@@ -110,6 +110,11 @@ pub enum EventKind {
         /// What is done about it.
         action: DiskErrorAction,
     },
+    /// The file of a snapshot does not give the guest's memory any more, and the machine is paused.
+    MemoryLost {
+        /// Which file, and what is wrong with it.
+        reason: String,
+    },
     /// A disk has been given another size, and the guest been told.
     DiskResized {
         /// The device's id.

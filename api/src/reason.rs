@@ -29,6 +29,8 @@ pub enum Reason {
     PoweredOff,
     /// The machine is paused because its guest has asked for a reset.
     ResetAsked,
+    /// The machine is paused because memory of its guest is lost.
+    MemoryLost,
     /// The machine is coming to its end.
     ShuttingDown,
 }
@@ -44,7 +46,7 @@ impl Reason {
     pub const FLAGS: &str = "flags";
 
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::NotCreated,
         Self::AlreadyCreated,
         Self::NotRunning,
@@ -56,6 +58,7 @@ impl Reason {
         Self::Snapshot,
         Self::PoweredOff,
         Self::ResetAsked,
+        Self::MemoryLost,
         Self::ShuttingDown,
     ];
 
@@ -74,6 +77,7 @@ impl Reason {
             Self::Snapshot => "snapshot",
             Self::PoweredOff => "powered-off",
             Self::ResetAsked => "reset-asked",
+            Self::MemoryLost => "memory-lost",
             Self::ShuttingDown => "shutting-down",
         }
     }
@@ -100,6 +104,9 @@ impl Reason {
             }
             Self::ResetAsked => {
                 "VM is paused because its guest has asked for a reset: reset it first, or end it"
+            }
+            Self::MemoryLost => {
+                "VM is paused because memory of its guest is lost: reset it first, or restore it again"
             }
             Self::ShuttingDown => "VM is shutting down",
         }

@@ -279,6 +279,38 @@ impl PageIndex {
         })
     }
 
+    /// What has to be mapped of the file, in whole chunks, for memory that reads as zeros to be what was written. The index has been checked.
+    /// There are no more than `most` pieces, unless there are more ranges of RAM than that: gaps are mapped too then.
+    #[must_use]
+    pub fn filled(&self, most: usize) -> Vec<Placed> {
+        let mut all = Vec::new();
+        for region in &self.regions {
+            for (chunk, (at, here)) in region.chunks.iter().zip(chunks_of(region.len)) {
+                if chunk.runs.is_empty() {
+                    continue;
+                }
+                let piece = Placed {
+                    start: region.start.saturating_add(at),
+                    len: here as u64,
+                    offset: region.offset.saturating_add(at),
+                };
+                match all.last_mut() {
+                    Some(Placed { start, len, offset })
+                        if start.saturating_add(*len) == piece.start
+                            && offset.saturating_add(*len) == piece.offset =>
+                    {
+                        *len = len.saturating_add(piece.len);
+                    }
+                    _ => all.push(piece),
+                }
+            }
+        }
+        if all.len() > most {
+            return self.placed().collect();
+        }
+        all
+    }
+
     /// How many bytes of RAM there are.
     #[must_use]
     pub fn total(&self) -> u64 {

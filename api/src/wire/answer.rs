@@ -1,11 +1,12 @@
 //! What endpoints give back.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ConsolePort, VmConfig};
+use super::{ConsolePort, MemoryRestoreMode, VmConfig};
 use crate::PauseReason;
 
 /// `vmm.ping`.
@@ -48,12 +49,25 @@ pub struct VmInfo {
     pub pause: Option<PauseReason>,
     /// How much memory the guest has, in bytes.
     pub memory_actual_size: u64,
+    /// How memory came from a snapshot, as long as that matters. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_restored: Option<MemoryRestored>,
     /// The console in the browser, where there is one that listens. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub web_console: Option<WebConsole>,
     /// The devices by id; absent when there is no machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// How the guest's memory came from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct MemoryRestored {
+    /// The way.
+    pub mode: MemoryRestoreMode,
+    /// The file that gives bytes that the guest has not written since; absent when all are in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
 }
 
 /// Where the console in the browser is opened.

@@ -105,6 +105,8 @@ pub enum MemoryRestoreMode {
     Copy,
     /// It is read when the guest needs it.
     OnDemand,
+    /// The file is mapped in its place. Not in v1.
+    Mmap,
 }
 
 impl RestoreConfig {

@@ -42,6 +42,7 @@ fn a_machine_of_defaults_is_printed_as_its_clients_know_it() {
         config: serde_json::from_str(config).unwrap(),
         state: VmInfoState::Created,
         pause: None,
+        memory_restored: None,
         web_console: None,
         memory_actual_size: 512 << 20,
         device_tree: None,

@@ -130,6 +130,7 @@ impl Control for Fake {
             config: serde_json::from_str(r#"{"payload":{},"console":{"mode":"Off"}}"#).unwrap(),
             state: wire::VmInfoState::Created,
             pause: None,
+            memory_restored: None,
             web_console: None,
             memory_actual_size: 536_870_912,
             device_tree: None,

@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use api::wire::MemoryRestoreMode;
 use serde::Deserialize;
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
 use crate::config::flag::{self, FlagTable};
 use crate::config::{MemoryConfig, VmConfig};
-use crate::machine::saved::Saved;
+use crate::machine::saved::{RestoreWay, Saved};
 use crate::opener::Opener;
 
 /// The keys of the flag.
@@ -26,6 +27,18 @@ pub(super) const FIELDS: &[Field] = &[
         required: false,
         help: "off: the guest stays paused; default on",
     },
+    Field {
+        name: "memory_restore_mode",
+        kind: FieldKind::Choice(&["mmap", "copy"]),
+        required: false,
+        help: "how memory comes: mmap maps the file, copy reads and checks all of it; default mmap where memory allows it",
+    },
+    Field {
+        name: "prefault",
+        kind: FieldKind::Switch,
+        required: false,
+        help: "on: all of memory is there before the guest goes on; default off",
+    },
 ];
 
 /// What the flag says.
@@ -35,6 +48,17 @@ struct RestoreFlag {
     source_url: String,
     #[serde(default = "yes")]
     resume: bool,
+    memory_restore_mode: Option<Mode>,
+    #[serde(default)]
+    prefault: bool,
+}
+
+/// The words of `memory_restore_mode`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    Mmap,
+    Copy,
 }
 
 fn yes() -> bool {
@@ -70,12 +94,24 @@ pub(super) fn open(text: &str, opener: &Arc<Opener>) -> Result<Restored, Refused
     };
     let keys = flag::parse(&table, text).map_err(|error| Refused::Flag(error.into()))?;
     let read = serde_json::from_value(Value::Object(keys));
-    let RestoreFlag { source_url, resume } = read.map_err(|error| Refused::Flag(error.into()))?;
+    let RestoreFlag {
+        source_url,
+        resume,
+        memory_restore_mode,
+        prefault,
+    } = read.map_err(|error| Refused::Flag(error.into()))?;
     let path = source_url.strip_prefix("file://").unwrap_or(&source_url);
     let directory = std::path::absolute(Path::new(path));
     let directory: PathBuf = directory.map_err(|error| Refused::Flag(error.into()))?;
     let saved = Saved::open(&directory, opener);
-    let saved = saved.map_err(|error| Refused::Snapshot(error.into()))?;
+    let mut saved = saved.map_err(|error| Refused::Snapshot(error.into()))?;
+    saved.ask(RestoreWay {
+        memory: memory_restore_mode.map(|mode| match mode {
+            Mode::Mmap => MemoryRestoreMode::Mmap,
+            Mode::Copy => MemoryRestoreMode::Copy,
+        }),
+        prefault,
+    });
     Ok(Restored {
         config: saved.config.clone(),
         saved: (saved, resume),

@@ -405,6 +405,10 @@ pub(super) fn execute(
     let configured = configure(arguments, matches, (base, keeps), MODELS, &opener);
     let (config, socket) = configured.map_err(Failure::Usage)?;
     let config = from_anywhere(config, MODELS);
+    if let Some((saved, _)) = &saved {
+        let mode = saved.memory_mode(&config);
+        mode.map_err(|error| Failure::Usage(error.into()))?;
+    }
     start(config, socket, detached, opener, saved)
 }
 

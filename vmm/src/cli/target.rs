@@ -178,7 +178,7 @@ fn mend(reason: Reason) -> Option<&'static str> {
             "the monitor has no machine: create one with vm.create, or end it with 'vireo destroy'",
         ),
         Reason::CoreDump | Reason::Snapshot => Some("'vireo jobs list' and 'vireo jobs cancel'"),
-        Reason::PoweredOff | Reason::ResetAsked => {
+        Reason::PoweredOff | Reason::ResetAsked | Reason::MemoryLost => {
             Some("'vireo reset' and then 'vireo resume', or 'vireo shutdown --force'")
         }
         // The messages say what is to be done, or that there is nothing to do.

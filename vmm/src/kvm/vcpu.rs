@@ -71,6 +71,8 @@ pub enum Stop {
     TripleFault(String),
     /// KVM could not go on; the text says why, with what the user can do.
     Failed(String),
+    /// The host does not give the guest a page of its memory.
+    Memory,
     /// A breakpoint or single step, under a debugger.
     Debug(kvm_debug_exit_arch),
 }
@@ -433,6 +435,7 @@ impl Vcpu {
                     }
                     continue;
                 }
+                Err(error) if error.errno() == libc::EFAULT => return Stop::Memory,
                 Err(error) => {
                     let error = io::Error::from_raw_os_error(error.errno());
                     return Stop::Failed(format!("vCPU {}: KVM_RUN: {error}", self.index));

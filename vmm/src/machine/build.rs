@@ -26,7 +26,7 @@ use super::doorbells::KvmDoorbells;
 use super::hosts::{Hosts, Wanted};
 use super::inbox::{DiskStopped, Mailbox, Message, RequestDesk};
 use super::inventory::Item;
-use super::loading::{Loaded, Loading};
+use super::loading::{Loaded, Loading, Revival};
 use super::parts::{Parts, ReadFiles};
 use super::platform::{Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
@@ -98,6 +98,9 @@ pub fn begin(
         baseline,
         secrets,
     } = read;
+    // What excludes what is told before anything is made.
+    let mode = saved.as_ref().map(|saved| saved.memory_mode(config));
+    let mode = mode.transpose().map_err(MachineError::Restore)?;
     let hypervisor = open_hypervisor(config, opener)?;
 
     let vm = create_vm(&hypervisor)?;
@@ -111,6 +114,17 @@ pub fn begin(
     vm.set_memory(ram.slots())?;
     let tables = acpi_config(config, &space);
     let acpi = crate::acpi::build(&tables)?;
+    let saved = match saved.zip(mode) {
+        Some((saved, mode)) => {
+            let memory = ram.restorable()?;
+            Some(Revival {
+                saved,
+                memory,
+                mode,
+            })
+        }
+        None => None,
+    };
     let loading = Loading {
         config: config.clone(),
         payload,

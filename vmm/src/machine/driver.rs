@@ -11,6 +11,7 @@ mod commands;
 mod coredump;
 mod drain;
 mod guest;
+mod lost;
 mod ports;
 mod resize;
 mod snapshot;
@@ -326,6 +327,9 @@ impl Driver {
             if ready.tick {
                 self.machine.tick();
             }
+            if ready.lost {
+                self.on_bell();
+            }
             if ready.signal {
                 self.on_signal();
             }
@@ -615,8 +619,13 @@ impl Driver {
     fn on_vcpu(&mut self, index: u32, stop: Stop) {
         match stop {
             Stop::Kicked => (),
+            // Where KVM itself reads the guest's memory, it takes what is lost for a fault of the guest.
+            Stop::TripleFault(_) | Stop::Failed(_) if self.is_memory_lost() => {
+                self.on_memory_lost(index);
+            }
             Stop::TripleFault(detail) => self.finish(ExitReason::TripleFault, Some(detail)),
             Stop::Failed(detail) => self.finish(ExitReason::KvmError, Some(detail)),
+            Stop::Memory => self.on_memory_lost(index),
             Stop::Debug(debug) => {
                 self.machine.vcpus().pause();
                 match (&self.debugger, usize::try_from(index)) {
@@ -674,11 +683,13 @@ impl Driver {
 
     fn wait(&self) -> io::Result<Ready> {
         let [clock, watchdog] = self.machine.tick_fds();
+        let restored = self.machine.restored_memory();
         let mut fds = [
             Some(self.ears.inbox.wake_fd()),
             self.ears.signals.as_ref().map(Signals::raw_fd),
             clock,
             watchdog,
+            restored.map(|memory| memory.raw_fd()),
         ]
         .map(readable);
         let now = Instant::now();
@@ -687,10 +698,11 @@ impl Driver {
             .deadline()
             .map(|d| d.saturating_duration_since(now));
         ppoll(&mut fds, left)?;
-        let [_, signal, clock, watchdog] = fds.map(|fd| fd.revents != 0);
+        let [_, signal, clock, watchdog, lost] = fds.map(|fd| fd.revents != 0);
         Ok(Ready {
             signal,
             tick: clock || watchdog,
+            lost,
         })
     }
 }
@@ -708,6 +720,7 @@ pub(crate) fn readable(fd: Option<RawFd>) -> libc::pollfd {
 struct Ready {
     signal: bool,
     tick: bool,
+    lost: bool,
 }
 
 /// Waits until a descriptor is ready or `timeout` has passed (`None`: no

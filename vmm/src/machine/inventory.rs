@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::wire::{DeviceInfo, DeviceNode, DeviceState};
+use api::wire::{DeviceInfo, DeviceNode, DeviceState, MemoryRestored};
 use devices::input::InputQueue;
 use devices::pci::PciAddress;
 use virtio::models::balloon::BalloonView;
@@ -14,6 +14,7 @@ use virtio::transport::VirtioPci;
 
 use super::fixtures::{Fixture, bars};
 use super::vcpus::VcpuView;
+use crate::memory::restored::Restored;
 
 /// A device on the PCI bus.
 #[derive(Clone)]
@@ -35,6 +36,7 @@ pub struct Inventory {
     fixtures: Arc<[Fixture]>,
     vcpus: Vec<VcpuView>,
     memory: u64,
+    restored: Option<Arc<Restored>>,
 }
 
 impl Inventory {
@@ -51,7 +53,20 @@ impl Inventory {
             fixtures,
             vcpus,
             memory,
+            restored: None,
         }
+    }
+
+    /// The same, with memory that came from a snapshot.
+    #[must_use]
+    pub fn with_restored(self, restored: Option<Arc<Restored>>) -> Self {
+        Self { restored, ..self }
+    }
+
+    /// How its memory came from a snapshot, as long as that matters.
+    #[must_use]
+    pub fn memory_restored(&self) -> Option<MemoryRestored> {
+        self.restored.as_ref()?.info()
     }
 
     /// The vCPUs that the guest has.

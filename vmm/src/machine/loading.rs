@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use api::wire::MemoryRestoreMode;
 use virtio::memory::GuestMap;
 
 use super::MachineError;
@@ -18,6 +19,7 @@ use crate::boot::Entry;
 use crate::config::VmConfig;
 use crate::display::{Viewers, WantedViewers};
 use crate::gdb::Listener;
+use crate::memory::restored::Restored;
 use crate::opener::Opener;
 
 /// What is to be done. Dropping it closes the payload's files.
@@ -30,7 +32,14 @@ pub struct Loading {
     pub(super) viewers: Option<WantedViewers>,
     pub(super) opener: Arc<Opener>,
     /// What the machine is to be as, instead of as after power-on.
-    pub(super) saved: Option<Saved>,
+    pub(super) saved: Option<Revival>,
+}
+
+/// A snapshot, and the memory that it is to come into.
+pub(super) struct Revival {
+    pub(super) saved: Saved,
+    pub(super) memory: Arc<Restored>,
+    pub(super) mode: MemoryRestoreMode,
 }
 
 /// How the guest begins.
@@ -78,8 +87,10 @@ impl Loading {
             saved,
         } = self;
         let start = match saved {
-            Some(saved) => {
-                let filled = saved.fill(&memory, payload.generation, needed);
+            Some(revival) => {
+                let ram = (&memory, &*revival.memory);
+                let saved = revival.saved;
+                let filled = saved.fill(ram, revival.mode, payload.generation, needed);
                 Start::Saved(filled.map_err(MachineError::Restore)?)
             }
             None => Start::Kernel(payload.load(&memory, &acpi)?),

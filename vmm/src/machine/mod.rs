@@ -58,6 +58,7 @@ use crate::config::ConfigError;
 use crate::display::ViewersError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
+use crate::memory::restored::Restored;
 use crate::memory::{GuestRam, RamError};
 use crate::opener::Opener;
 use crate::smbios::SmbiosImageError;
@@ -491,6 +492,7 @@ impl Machine {
             self.vcpus.views(),
             self.memory_size(),
         )
+        .with_restored(self.ram.restored().cloned())
     }
 
     fn item(&self, id: &str) -> Result<&Item, MachineError> {
@@ -514,6 +516,11 @@ impl Machine {
             groups: self.bay.groups.clone(),
             ports: Arc::new(virtio::models::console::NoPorts),
         }
+    }
+
+    /// How memory came from a snapshot, if it did.
+    fn restored_memory(&self) -> Option<&Arc<Restored>> {
+        self.ram.restored()
     }
 
     /// RAM as it is now. It stays mapped as long as this is held; what is added later is not in it.

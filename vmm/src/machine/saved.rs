@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
+use api::wire::MemoryRestoreMode;
 use api::{ControlError, ErrorKind};
 use migration::pages::{PagesError, Ram};
 use migration::{RestoreError, SectionSet};
@@ -15,6 +16,7 @@ use super::snapshot::{SnapshotRam, take_index};
 use crate::config::{HostLimits, VmConfig};
 use crate::error::chain;
 use crate::layout;
+use crate::memory::restored::{Excluded, Restored, choose};
 use crate::opener::{OpenError, Opener};
 
 /// The most bytes of state that are read. A vCPU's is 8 KiB, a device's less, but for the screen's memory.
@@ -74,6 +76,9 @@ pub enum RestoreFailure {
         #[source]
         source: RestoreError,
     },
+    /// It cannot come back in the way that is asked for.
+    #[error("--restore")]
+    Excluded(#[source] Excluded),
     /// Some of its memory is in another snapshot.
     #[error("{} holds only what has changed since the snapshot in {parent}: this release restores whole ones", path.display())]
     Parent {
@@ -119,9 +124,38 @@ pub struct Saved {
     pub config: VmConfig,
     set: SectionSet,
     memory: (PathBuf, File, u64),
+    /// How it is asked to come back.
+    way: RestoreWay,
 }
 
+/// How a machine is to come out of its snapshot.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreWay {
+    /// How memory comes; `None`: as is best for memory of its kind.
+    pub memory: Option<MemoryRestoreMode>,
+    /// All of memory is to be there before the guest goes on.
+    pub prefault: bool,
+}
+
+/// The most pieces that the file is mapped in: a process has some ten thousand mappings.
+const PIECES: usize = 1024;
+
 impl Saved {
+    /// The machine is to come back so, and not as is best.
+    pub fn ask(&mut self, way: RestoreWay) {
+        self.way = way;
+    }
+
+    /// How memory comes back, for a machine of this `config`.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreFailure::Excluded`].
+    pub fn memory_mode(&self, config: &VmConfig) -> Result<MemoryRestoreMode, RestoreFailure> {
+        let RestoreWay { memory, prefault } = self.way;
+        choose(memory, &config.memory, prefault).map_err(RestoreFailure::Excluded)
+    }
+
     /// Opens the snapshot in `directory`. It is not trusted.
     ///
     /// # Errors
@@ -178,10 +212,11 @@ impl Saved {
             config,
             set,
             memory: (memory, file, facts.len()),
+            way: RestoreWay::default(),
         })
     }
 
-    /// Fills `ram`, which reads as zeros, and gives the guest the new `generation` id. What is left is the state of all else.
+    /// Fills `ram`, which reads as zeros, in the `mode` that [`Saved::memory_mode`] has given, and gives the guest the new `generation` id. What is left is the state of all else.
     /// `needed` says whether to go on.
     ///
     /// # Errors
@@ -189,7 +224,8 @@ impl Saved {
     /// [`RestoreFailure`].
     pub fn fill(
         self,
-        ram: &GuestMap,
+        (ram, restored): (&GuestMap, &Restored),
+        mode: MemoryRestoreMode,
         generation: [u8; 16],
         needed: &dyn Fn() -> bool,
     ) -> Result<SavedState, RestoreFailure> {
@@ -197,6 +233,7 @@ impl Saved {
             directory,
             mut set,
             memory: (path, file, len),
+            way,
             ..
         } = self;
         let ram = SnapshotRam(GuestMap::clone(ram));
@@ -204,10 +241,26 @@ impl Saved {
             let path = directory.clone();
             RestoreFailure::State { path, source }
         })?;
-        let mut take = |address, bytes: &[u8]| ram.write(address, bytes);
+        let filled = match mode {
+            MemoryRestoreMode::Mmap => restored
+                .map((&path, file, len), &index.filled(PIECES))
+                .map_err(|(address, source)| PagesError::Memory { address, source }),
+            _ => {
+                let mut take = |address, bytes: &[u8]| ram.write(address, bytes);
+                let read = index.read(&file, &mut take, &mut |_| needed());
+                let read = read.and_then(|()| {
+                    let there = if way.prefault {
+                        restored.populate()
+                    } else {
+                        Ok(())
+                    };
+                    there.map_err(|(address, source)| PagesError::Memory { address, source })
+                });
+                read.inspect(|()| restored.copied(&path))
+            }
+        };
         let address = layout::memory::GENERATION_ID;
-        index
-            .read(&file, &mut take, &mut |_| needed())
+        filled
             .and_then(|()| {
                 ram.write(address, &generation)
                     .map_err(|source| PagesError::Memory { address, source })

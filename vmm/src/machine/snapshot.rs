@@ -22,6 +22,7 @@ use crate::error::chain;
 use crate::kvm::IrqchipState;
 use crate::kvm::vcpu::VcpuV1;
 use crate::layout::ged_event;
+use crate::memory::restored::check;
 
 /// The unit that stands for the machine as a whole.
 const MACHINE: &str = "machine";
@@ -64,8 +65,11 @@ impl Ram for SnapshotRam {
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let read = self.0.read_slice(bytes, GuestAddress(address));
-        read.map_err(io::Error::other)
+        let address = GuestAddress(address);
+        let read = self.0.read_slice(bytes, address);
+        read.map_err(io::Error::other)?;
+        let host = self.0.get_host_address(address);
+        host.map_or(Ok(()), |host| check(host.addr()))
     }
 
     fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {

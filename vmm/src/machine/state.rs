@@ -32,8 +32,8 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::UpdateRng(_)
         | Command::AddPort(_)
         | Command::RemovePort(_)
-        | Command::Coredump(_)
-        | Command::Snapshot(_) => alive,
+        | Command::Coredump(_) => alive,
+        Command::Snapshot(_) => alive && pause != Some(PauseReason::MemoryLost),
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
         Command::Console(_) | Command::ConsoleSize(_) | Command::Screenshot => true,
@@ -55,6 +55,7 @@ pub fn wrong_state(state: VmState, pause: Option<PauseReason>, command: &Command
             Some(PauseReason::Snapshot) => Reason::Snapshot,
             Some(PauseReason::PowerOff) => Reason::PoweredOff,
             Some(PauseReason::Reset) => Reason::ResetAsked,
+            Some(PauseReason::MemoryLost) => Reason::MemoryLost,
             _ => Reason::Paused,
         },
         (_, VmState::ShuttingDown) => Reason::ShuttingDown,

@@ -4,11 +4,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
+use std::sync::Arc;
 
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+
+use super::lost::Bell;
+use super::overlay::Overlay;
 
 /// The largest page that transparent huge pages use.
 const ALIGN: usize = 2 << 20;
@@ -23,6 +27,8 @@ pub struct Mapping {
     flags: i32,
     /// Of huge pages of this size in bytes.
     huge_page: Option<u64>,
+    /// What of it a snapshot's file gives.
+    overlay: Overlay,
 }
 
 #[expect(unsafe_code, reason = "raw addresses are not Send; see the proof")]
@@ -107,6 +113,7 @@ impl Mapping {
                     len,
                     flags,
                     huge_page,
+                    overlay: Overlay::default(),
                 })
             }
             Err(error) => {
@@ -172,7 +179,53 @@ impl Mapping {
     ///
     /// The host's.
     pub fn discard_all(&self) -> io::Result<()> {
-        self.advise(self.discarding())
+        self.discard_part(0, self.len)
+    }
+
+    fn discard_part(&self, offset: usize, len: usize) -> io::Result<()> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.len);
+        let range = offset..end.ok_or(io::ErrorKind::InvalidInput)?;
+        if !self.overlay.blank(self.address, &range)? {
+            return Ok(());
+        }
+        self.advise_part(offset, len, self.discarding())
+    }
+
+    /// Has `bell` ring when a file that is mapped in the place of this memory does not give its bytes any more.
+    ///
+    /// # Errors
+    ///
+    /// The host lets nobody watch, or too much is watched already.
+    pub fn watch(&self, bell: &Arc<Bell>) -> io::Result<()> {
+        self.overlay.watch(self.address.addr(), self.len, bell)
+    }
+
+    /// Maps `len` bytes of `file` from `at` privately in the place of the private memory at `offset`. All are multiples of
+    /// the host's page, but for the length of what is last.
+    ///
+    /// # Errors
+    ///
+    /// The range is not all in the mapping, or the host refuses.
+    pub fn map_file(&self, offset: u64, len: u64, file: &File, at: u64) -> io::Result<()> {
+        let (start, len) = (number(offset)?, number(len)?);
+        let end = start.checked_add(len).filter(|end| *end <= self.len);
+        let range = start..end.ok_or(io::ErrorKind::InvalidInput)?;
+        self.overlay.map(self.address, range, file, at)
+    }
+
+    /// What was lost last of what a file was to give, in bytes from the start.
+    pub fn lost(&self) -> Option<usize> {
+        self.overlay.lost()
+    }
+
+    /// What was lost is of no matter any more: all has been discarded.
+    pub fn forget_lost(&self) {
+        self.overlay.forget();
+    }
+
+    /// Whether a file gives any of it.
+    pub fn is_of_file(&self) -> bool {
+        self.overlay.is_used()
     }
 
     /// The advice that gives pages back: of shared memory they go out of its file too, for all who map it.
@@ -209,7 +262,7 @@ impl Mapping {
     ///
     /// When flags or alignment do not fit the builder's rules.
     pub fn into_region(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         builder: MmapRegionBuilder<DirtyLog>,
     ) -> Result<MmapRegion<DirtyLog>, MmapRegionError> {
         // SAFETY: the builder's log holds an Arc of this mapping, so the
@@ -231,7 +284,7 @@ impl Mapping {
     ///
     /// When flags or alignment do not fit the builder's rules.
     pub fn into_part(
-        self: &std::sync::Arc<Self>,
+        self: &Arc<Self>,
         builder: MmapRegionBuilder<DirtyLog>,
         offset: u64,
         len: u64,
@@ -255,12 +308,13 @@ impl Backing for Mapping {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.advise_part(number(offset)?, number(len)?, self.discarding())
+        self.discard_part(number(offset)?, number(len)?)
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        self.overlay.end();
         unmap(self.address, self.len);
     }
 }

@@ -9,8 +9,11 @@
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
 //! the host can use huge pages in its nested page tables.
 
+mod lost;
 mod mapping;
+mod overlay;
 mod plug;
+pub mod restored;
 pub mod video;
 
 use std::fs::File;
@@ -24,6 +27,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestRegionMmap};
 use crate::layout;
 use mapping::Mapping;
 pub use plug::PlugRegion;
+use restored::Restored;
 
 /// What memory a guest gets and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +87,9 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
+    /// There is no descriptor left to hear of memory that is lost.
+    #[error("memory cannot be taken from a snapshot")]
+    Bell(#[source] io::Error),
     /// The ranges do not form a memory map.
     #[error("--memory: {size} bytes do not form a memory map")]
     Layout {
@@ -115,6 +122,8 @@ pub struct GuestRam {
     reserved: usize,
     /// As it was made; `size` is what there is now.
     spec: RamSpec,
+    /// How it came from a snapshot, if it did.
+    restored: Option<Arc<Restored>>,
 }
 
 /// RAM that has been mapped and is to be added. Dropping it adds nothing.
@@ -160,6 +169,7 @@ impl GuestRam {
             regions,
             reserved: 0,
             spec: spec.clone(),
+            restored: None,
         })
     }
 
@@ -220,7 +230,30 @@ impl GuestRam {
                     .map_err(|source| RamError::Prefault { size, source })?;
             }
         }
+        if let Some(restored) = &self.restored {
+            restored.forget();
+        }
         Ok(())
+    }
+
+    /// Prepares the memory to come from a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError::Bell`].
+    pub fn restorable(&mut self) -> Result<Arc<Restored>, RamError> {
+        let slots = self.slots.iter().map(|slot| slot.guest);
+        let mappings = slots.zip(self.mappings.iter().cloned());
+        let restored = Restored::new(mappings.collect()).map_err(RamError::Bell)?;
+        let restored = Arc::new(restored);
+        self.restored = Some(Arc::clone(&restored));
+        Ok(restored)
+    }
+
+    /// How it came from a snapshot, if it did.
+    #[must_use]
+    pub fn restored(&self) -> Option<&Arc<Restored>> {
+        self.restored.as_ref()
     }
 
     /// The memory as devices and loaders use it.

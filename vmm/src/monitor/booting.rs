@@ -21,7 +21,7 @@ use crate::machine::driver::{Ears, Outcome, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::loading::{Loaded, Loading};
 use crate::machine::parts::{Parts, PendingParts};
-use crate::machine::saved::Saved;
+use crate::machine::saved::{RestoreWay, Saved};
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
 
@@ -181,8 +181,16 @@ impl Monitor {
             }
         };
         let opener = Arc::clone(&self.opener);
+        let way = RestoreWay {
+            memory: Some(request.memory_restore_mode),
+            prefault: request.prefault,
+        };
         let open = move || {
-            let saved = Saved::open(&path, &opener).map_err(|error| error.to_control())?;
+            let mut saved = Saved::open(&path, &opener).map_err(|error| error.to_control())?;
+            saved.ask(way);
+            // What excludes what is told while nothing has changed.
+            let mode = saved.memory_mode(&saved.config);
+            mode.map_err(|error| error.to_control())?;
             let description = Description::of(saved.config.clone());
             Ok((saved, description))
         };
@@ -271,8 +279,8 @@ fn check_way(request: &RestoreConfig) -> Result<(), ControlError> {
     let fds = request.net_fds.as_ref().is_some_and(|fds| !fds.is_empty());
     let missing = match request.memory_restore_mode {
         MemoryRestoreMode::OnDemand => "memory_restore_mode OnDemand",
-        MemoryRestoreMode::Copy if fds => "net_fds at a restore",
-        MemoryRestoreMode::Copy => return Ok(()),
+        _ if fds => "net_fds at a restore",
+        MemoryRestoreMode::Copy | MemoryRestoreMode::Mmap => return Ok(()),
     };
     let message = format!("Vireo has no {missing} yet");
     Err(ControlError::new(ErrorKind::Unimplemented, message))

@@ -104,6 +104,9 @@ impl View {
             state: self.v1_state(state),
             pause,
             memory_actual_size: memory,
+            memory_restored: machine
+                .as_ref()
+                .and_then(|machine| machine.memory_restored()),
             web_console: None,
             device_tree: machine.map(|machine| machine.tree()),
         })

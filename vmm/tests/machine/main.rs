@@ -37,6 +37,7 @@ mod opening;
 mod peers;
 mod ports;
 mod resize;
+mod restores;
 mod rng;
 mod screen;
 mod screen_packaged;

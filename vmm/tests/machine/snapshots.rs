@@ -36,7 +36,7 @@ fn counting() -> Served {
     machine
 }
 
-fn url(path: &Path) -> String {
+pub fn url(path: &Path) -> String {
     format!("file://{}", path.display())
 }
 
@@ -47,12 +47,12 @@ fn save(machine: &Served, path: &Path) -> Result<(), api::client::ClientError> {
         .snapshot(&VmSnapshotConfig { destination_url })
 }
 
-fn tell(vireo: &mut Vireo, letter: &[u8]) {
+pub fn tell(vireo: &mut Vireo, letter: &[u8]) {
     vireo.stdin.as_mut().unwrap().write_all(letter).unwrap();
 }
 
 /// How far the guest is, whose memory is as it should be and which has told so `times` times.
-fn ask(vireo: &mut Vireo, times: u32) -> u64 {
+pub fn ask(vireo: &mut Vireo, times: u32) -> u64 {
     tell(vireo, b"c");
     let end = format!(" wrong=0 answer={times}\n");
     let text = vireo.stdout.wait_for(&end);
@@ -61,7 +61,7 @@ fn ask(vireo: &mut Vireo, times: u32) -> u64 {
     number.parse().unwrap()
 }
 
-fn vireo(arguments: &[&str]) -> Vireo {
+pub fn vireo(arguments: &[&str]) -> Vireo {
     Vireo::spawn(Command::new(env!("CARGO_BIN_EXE_vireo")).args(arguments))
 }
 
@@ -79,14 +79,14 @@ fn manifest(directory: &Path) -> Value {
 }
 
 /// The only file of the snapshot whose name ends so.
-fn file(directory: &Path, end: &str) -> PathBuf {
+pub fn file(directory: &Path, end: &str) -> PathBuf {
     let mut all = names(directory).into_iter();
     let found = all.find(|path| path.to_str().unwrap().ends_with(end));
     found.unwrap()
 }
 
 /// A snapshot of a machine that has ended, in a directory that goes with the first.
-fn snapshot() -> (tempfile::TempDir, PathBuf) {
+pub fn snapshot() -> (tempfile::TempDir, PathBuf) {
     let Served { mut vireo, dir } = {
         let mut machine = counting();
         ask(&mut machine.vireo, 1);

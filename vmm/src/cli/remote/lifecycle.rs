@@ -211,6 +211,7 @@ fn tell_paused(remote: &Remote, pause: PauseReason) -> u8 {
         PauseReason::PowerOff
         | PauseReason::Command
         | PauseReason::DiskError
+        | PauseReason::MemoryLost
         | PauseReason::Coredump
         | PauseReason::Snapshot => ("--on-poweroff", ExitReason::PowerOff),
     };

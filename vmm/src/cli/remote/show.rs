@@ -135,6 +135,7 @@ pub(super) fn pause_reason(reason: PauseReason) -> &'static str {
     match reason {
         PauseReason::Command => "a command has paused it",
         PauseReason::DiskError => "a disk's error has paused it",
+        PauseReason::MemoryLost => "memory of the guest is lost",
         PauseReason::Coredump => "a core dump is being written",
         PauseReason::Snapshot => "a snapshot is being written",
         PauseReason::PowerOff => "the guest has powered off",
@@ -218,9 +219,25 @@ pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
     ));
     told.extend(process.map(|process| ("Process", process.to_string())));
     told.push(("Socket", remote.client.path().display().to_string()));
+    told.extend(info.memory_restored.as_ref().map(memory_restored));
     told.extend(info.web_console.as_ref().map(web_console));
     told.extend(description(&info));
     print(&facts(&told))
+}
+
+/// Where the memory of a restored machine is.
+fn memory_restored(restored: &wire::MemoryRestored) -> (&'static str, String) {
+    let wire::MemoryRestored { mode, file } = restored;
+    let mode = match mode {
+        wire::MemoryRestoreMode::Copy => "copy",
+        wire::MemoryRestoreMode::OnDemand => "ondemand",
+        wire::MemoryRestoreMode::Mmap => "mmap",
+    };
+    let text = match file {
+        Some(file) => format!("{mode}, what is not written since from {}", file.display()),
+        None => format!("{mode}, all in memory"),
+    };
+    ("Restored", text)
 }
 
 /// How the console in the browser is opened.

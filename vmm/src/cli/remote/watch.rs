@@ -37,6 +37,7 @@ fn is_of_guest(pause: PauseReason) -> bool {
     match pause {
         PauseReason::Command
         | PauseReason::DiskError
+        | PauseReason::MemoryLost
         | PauseReason::Coredump
         | PauseReason::Snapshot => false,
         PauseReason::PowerOff

@@ -1,0 +1,222 @@
+//! Guest memory that comes from the file of a snapshot.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use api::wire::{MemoryRestoreMode, MemoryRestored};
+use migration::pages::Placed;
+
+use super::lost::Bell;
+pub use super::lost::check;
+use super::mapping::Mapping;
+use crate::config::MemoryConfig;
+
+/// Two things that are asked for and exclude each other.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("memory_restore_mode={mode} and {other} exclude each other: {why}: leave one of them out")]
+pub struct Excluded {
+    /// The mode, as the flag has it.
+    pub mode: &'static str,
+    /// The other.
+    pub other: &'static str,
+    /// What it is about.
+    pub why: &'static str,
+}
+
+/// How memory of this kind comes from a snapshot: as `asked`, or as is best. With `prefault` all of it is to be there before
+/// the guest goes on.
+///
+/// # Errors
+///
+/// What is asked for is not possible with such memory.
+pub fn choose(
+    asked: Option<MemoryRestoreMode>,
+    memory: &MemoryConfig,
+    prefault: bool,
+) -> Result<MemoryRestoreMode, Excluded> {
+    use MemoryRestoreMode::{Copy, Mmap, OnDemand};
+    let other = [
+        (
+            prefault,
+            "prefault=on",
+            "what is there at once is not read later",
+        ),
+        (
+            memory.prefault,
+            "--memory prefault=on",
+            "what is there at once is not read later",
+        ),
+        (
+            memory.hugepages,
+            "--memory hugepages=on",
+            "the file has no huge pages",
+        ),
+        (
+            memory.shared,
+            "--memory shared=on",
+            "what others map is not the file's",
+        ),
+    ];
+    let against = other.into_iter().find(|(is, ..)| *is);
+    let mode = match asked {
+        None if against.is_some() => return Ok(Copy),
+        None => return Ok(Mmap),
+        Some(Copy) => return Ok(Copy),
+        Some(Mmap) => "mmap",
+        Some(OnDemand) => "ondemand",
+    };
+    match against {
+        None => Ok(asked.unwrap_or(Mmap)),
+        Some((_, other, why)) => Err(Excluded { mode, other, why }),
+    }
+}
+
+/// The file that memory came from.
+struct Origin {
+    mode: MemoryRestoreMode,
+    path: PathBuf,
+    /// The file, and its length in bytes when it was opened, where it still gives bytes.
+    file: Option<(File, u64)>,
+}
+
+/// How memory came from a snapshot. It keeps the mappings that are of the file.
+pub struct Restored {
+    bell: Arc<Bell>,
+    /// By guest-physical address.
+    mappings: Vec<(u64, Arc<Mapping>)>,
+    origin: Mutex<Option<Origin>>,
+}
+
+impl Restored {
+    /// Nothing has come yet.
+    pub(super) fn new(mappings: Vec<(u64, Arc<Mapping>)>) -> io::Result<Self> {
+        Ok(Self {
+            bell: Arc::new(Bell::new()?),
+            mappings,
+            origin: Mutex::new(None),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Origin>> {
+        // It is written whole; a panic elsewhere leaves it sound.
+        self.origin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of it has been copied from the file at `path`.
+    pub fn copied(&self, path: &Path) {
+        *self.lock() = Some(Origin {
+            mode: MemoryRestoreMode::Copy,
+            path: path.to_owned(),
+            file: None,
+        });
+    }
+
+    /// Maps each of `pieces` of `file`, which is at `path` and has `len` bytes, privately in the place of memory.
+    ///
+    /// # Errors
+    ///
+    /// The guest-physical address of the piece that the host refuses, and why.
+    pub fn map(
+        &self,
+        (path, file, len): (&Path, File, u64),
+        pieces: &[Placed],
+    ) -> Result<(), (u64, io::Error)> {
+        for (start, mapping) in &self.mappings {
+            let watched = mapping.watch(&self.bell);
+            watched.map_err(|error| (*start, error))?;
+        }
+        for Placed { start, len, offset } in pieces {
+            let mapped = self.mapping_of(*start).map_or_else(
+                || Err(io::ErrorKind::InvalidInput.into()),
+                |(mapping, inside)| mapping.map_file(inside, *len, &file, *offset),
+            );
+            mapped.map_err(|error| (*start, error))?;
+        }
+        *self.lock() = Some(Origin {
+            mode: MemoryRestoreMode::Mmap,
+            path: path.to_owned(),
+            file: Some((file, len)),
+        });
+        Ok(())
+    }
+
+    /// Has all pages be there.
+    ///
+    /// # Errors
+    ///
+    /// The guest-physical address of the range of which the host has not enough, and why.
+    pub fn populate(&self) -> Result<(), (u64, io::Error)> {
+        let mut all = self.mappings.iter();
+        all.try_for_each(|(start, mapping)| mapping.populate().map_err(|error| (*start, error)))
+    }
+
+    /// The mapping of a guest-physical address, and where in it that is.
+    fn mapping_of(&self, address: u64) -> Option<(&Mapping, u64)> {
+        let below = |(start, _): &&(u64, Arc<Mapping>)| *start <= address;
+        let (start, mapping) = self.mappings.iter().rev().find(below)?;
+        Some((mapping, address.saturating_sub(*start)))
+    }
+
+    /// Readable when memory may be lost.
+    #[must_use]
+    pub fn raw_fd(&self) -> RawFd {
+        self.bell.raw_fd()
+    }
+
+    /// Whether memory is lost, now that the bell has rung; it is silent afterwards.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.bell.quiet();
+        self.mappings
+            .iter()
+            .any(|(_, mapping)| mapping.lost().is_some())
+    }
+
+    /// Whether the file that still gives bytes has not the length that it had.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        let origin = self.lock();
+        let file = origin.as_ref().and_then(|origin| origin.file.as_ref());
+        file.is_some_and(|(file, len)| file.metadata().is_ok_and(|facts| facts.len() != *len))
+    }
+
+    /// What is wrong with the file.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        let origin = self.lock();
+        let Some(Origin { path, file, .. }) = origin.as_ref() else {
+            return "the host does not give the guest's memory".to_owned();
+        };
+        let path = path.display();
+        let now = file.as_ref().map(|(file, len)| (file.metadata(), *len));
+        match now {
+            Some((Ok(facts), len)) if facts.len() != len => {
+                format!("{path} has {} bytes, not {len} as before", facts.len())
+            }
+            Some((Err(error), _)) => format!("{path}: {error}"),
+            _ => format!("the storage of {path} does not give its bytes any more"),
+        }
+    }
+
+    /// Memory has been cleared: nothing is of the snapshot any more.
+    pub(super) fn forget(&self) {
+        self.mappings.iter().for_each(|(_, m)| m.forget_lost());
+        self.bell.quiet();
+        *self.lock() = None;
+    }
+
+    /// How memory came, until it is cleared.
+    #[must_use]
+    pub fn info(&self) -> Option<MemoryRestored> {
+        let origin = self.lock();
+        let Origin { mode, path, .. } = origin.as_ref()?;
+        let of_file = self.mappings.iter().any(|(_, m)| m.is_of_file());
+        Some(MemoryRestored {
+            mode: *mode,
+            file: of_file.then(|| path.clone()),
+        })
+    }
+}

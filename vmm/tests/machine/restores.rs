@@ -1,0 +1,147 @@
+//! The ways in which memory comes out of a snapshot, and what becomes of a machine whose snapshot's file is damaged under it.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use api::client::Client;
+use api::wire::{MemoryRestoreMode, MemoryRestored, VmInfoState, VmSnapshotConfig};
+use api::{PauseReason, Reason};
+
+use crate::snapshots::{ask, file, snapshot, tell, url, vireo};
+use crate::support::{Vireo, can_run, until};
+
+/// A machine of the snapshot in `path` that is paused, and a client of it.
+fn restored(directory: &Path, path: &Path, keys: &str) -> (Vireo, Client) {
+    let socket = directory.join("restored.sock");
+    let place = format!("{},resume=off{keys}", path.display());
+    let arguments = ["run", "--restore", &place, "--api-socket"];
+    let machine = vireo(&[&arguments[..], &[socket.to_str().unwrap()]].concat());
+    let client = until("the machine", || {
+        let mut client = Client::connect(&socket).ok()?;
+        (client.info().ok()?.state == VmInfoState::Paused).then_some(client)
+    });
+    (machine, client)
+}
+
+/// Until the machine is paused because memory is lost, and what it is refused then.
+fn is_lost(machine: &mut Vireo, client: &mut Client, memory: &Path) {
+    until("the pause", || {
+        let info = client.info().unwrap();
+        (info.pause == Some(PauseReason::MemoryLost)).then_some(())
+    });
+    let told = machine.stderr.wait_for("the machine is paused");
+    assert!(told.contains(memory.to_str().unwrap()), "{told}");
+    let refused = client.resume().unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::MemoryLost), "{refused}");
+    // A guest that begins anew has all that it needs.
+    client.reset().unwrap();
+    assert_eq!(client.info().unwrap().memory_restored, None);
+    client.resume().unwrap();
+    machine.stdout.wait_for("pages=4096\n");
+    ask(machine, 1);
+}
+
+#[test]
+fn memory_is_told_to_be_of_the_file_or_copied_and_the_file_stays_as_it_is() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let memory = file(&path, ".memory");
+    let before = fs::read(&memory).unwrap();
+    for (keys, mode, of_file) in [
+        ("", MemoryRestoreMode::Mmap, true),
+        (",memory_restore_mode=mmap", MemoryRestoreMode::Mmap, true),
+        (",memory_restore_mode=copy", MemoryRestoreMode::Copy, false),
+        (",prefault=on", MemoryRestoreMode::Copy, false),
+    ] {
+        let (mut machine, mut client) = restored(dir.path(), &path, keys);
+        let told = client.info().unwrap().memory_restored;
+        let file = of_file.then(|| memory.clone());
+        assert_eq!(told, Some(MemoryRestored { mode, file }), "{keys}");
+        client.resume().unwrap();
+        let first = ask(&mut machine, 2);
+        // What it is restored from again is what it is now.
+        client.pause().unwrap();
+        let second = dir.path().join("again");
+        let destination_url = url(&second);
+        client
+            .snapshot(&VmSnapshotConfig { destination_url })
+            .unwrap();
+        client.quit().unwrap();
+        machine.ends_with(0);
+        let mut again = vireo(&["run", "--restore", second.to_str().unwrap()]);
+        assert!(ask(&mut again, 3) > first);
+        tell(&mut again, b"q");
+        again.ends_with(0);
+        fs::remove_dir_all(second).unwrap();
+        assert_eq!(fs::read(&memory).unwrap(), before);
+    }
+}
+
+#[test]
+fn ways_that_exclude_each_other_are_told_before_anything_starts() {
+    if !can_run() {
+        return;
+    }
+    let (_dir, path) = snapshot();
+    let place = format!("{},memory_restore_mode=mmap", path.display());
+    let prefault = format!("{place},prefault=on");
+    for (arguments, other) in [
+        (&["--restore", &prefault][..], "and prefault=on exclude"),
+        (
+            &["--restore", &place, "--memory", "shared=on"],
+            "and --memory shared=on exclude",
+        ),
+    ] {
+        let mut refused = vireo(&[&["run"], arguments].concat());
+        refused.ends_with(2);
+        let told = refused.stderr.rest();
+        assert!(told.contains("memory_restore_mode=mmap"), "{told}");
+        assert!(told.contains(other), "{told}");
+    }
+}
+
+#[test]
+fn a_guest_whose_file_is_cut_short_is_paused_and_can_be_started_anew() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let memory = file(&path, ".memory");
+    let (mut machine, mut client) = restored(dir.path(), &path, "");
+    File::options()
+        .write(true)
+        .open(&memory)
+        .unwrap()
+        .set_len(0)
+        .unwrap();
+    client.resume().unwrap();
+    is_lost(&mut machine, &mut client, &memory);
+}
+
+#[test]
+fn a_monitor_that_reads_memory_whose_file_is_cut_short_keeps_nothing_of_it() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let memory = file(&path, ".memory");
+    let (mut machine, mut client) = restored(dir.path(), &path, "");
+    File::options()
+        .write(true)
+        .open(&memory)
+        .unwrap()
+        .set_len(0)
+        .unwrap();
+    let destination_url = url(&dir.path().join("t"));
+    let told = client
+        .snapshot(&VmSnapshotConfig { destination_url })
+        .unwrap_err();
+    assert!(
+        told.to_string().contains("does not give its bytes"),
+        "{told}"
+    );
+    assert!(!dir.path().join("t/manifest.json").exists());
+    is_lost(&mut machine, &mut client, &memory);
+}
