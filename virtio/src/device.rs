@@ -374,7 +374,7 @@ pub trait VirtioDevice: Send + DynSnapshot {
     /// Writes the device-specific configuration space; what is read-only or past the end is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
-    /// The device is in its machine from now on, in use or not, and may say so what it hears outside of it. Called once,
+    /// The device is in its machine from now on, in use or not, and may tell what it hears of the world outside. Called once,
     /// before all other calls but those that only read.
     fn attached(&mut self, notifier: &Arc<dyn Notifier>) {
         let _ = notifier;

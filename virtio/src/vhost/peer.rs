@@ -260,11 +260,6 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, shared: &Arc<Shared>) {
     }
 }
 
-/// Whether the readable `stopped` says that the program ends, and not only that its manner has changed.
-fn is_over(stopped: &UnixStream) -> bool {
-    (&*stopped).read(&mut [0]).unwrap() == 0
-}
-
 fn call(path: &Path, stopped: &UnixStream, shared: &Arc<Shared>) {
     loop {
         let tick = rustix::event::Timespec {
@@ -299,6 +294,11 @@ fn serve(socket: UnixStream, stopped: &UnixStream, shared: &Arc<Shared>) -> bool
     let stopped = connection.run(stopped);
     *shared.sockets.lock().unwrap() = (None, None);
     stopped
+}
+
+/// Whether the readable `stopped` says that the program ends, and not only that its manner has changed.
+fn is_over(stopped: &UnixStream) -> bool {
+    (&*stopped).read(&mut [0]).unwrap() == 0
 }
 
 /// A piece of the front end's memory.
