@@ -120,6 +120,34 @@ fn succeeded(machine: &mut Local, serial: &Path) {
     assert!(text.contains("verify=ok errors=0"), "{text}");
 }
 
+/// Takes what lies below the first disk into it, and what lies between the second and its first overlay. The guest works on.
+fn shorten_chains(writer: &Writer) {
+    let stream = |id: &str, base: Option<PathBuf>| {
+        let (id, speed) = (id.to_owned(), None);
+        writer
+            .machine
+            .ask(Ask::DiskStream(VmDiskStream { id, base, speed }))
+    };
+    for (id, base) in [("a", None), ("b", Some(writer.path("b.1")))] {
+        let Ok(Reply::Started(job)) = stream(id, base) else {
+            panic!("no job for {id}");
+        };
+        writer.ends_well(&job.id);
+    }
+    for (id, base, said) in [
+        ("a", None, "no backing file"),
+        ("b", Some(writer.path("b.1")), "no image between"),
+        ("c", None, "not of format qcow2"),
+        ("nothing", None, "nothing"),
+    ] {
+        let refused = stream(id, base).unwrap_err().to_string();
+        assert!(refused.contains(said), "{id}: {refused}");
+    }
+    for name in ["a.img", "a.1", "a.2", "b.2"] {
+        fs::remove_file(writer.path(name)).unwrap();
+    }
+}
+
 #[test]
 fn disks_are_switched_together_and_again_while_their_guest_writes() {
     if !can_run() {
@@ -159,31 +187,7 @@ fn disks_are_switched_together_and_again_while_their_guest_writes() {
     assert_eq!(writer.machine.state().0, VmState::Paused);
     assert_eq!(writer.machine.ask(Ask::Resume), Ok(Reply::Done));
 
-    let stream = |id: &str, base: Option<PathBuf>| {
-        let (id, speed) = (id.to_owned(), None);
-        writer
-            .machine
-            .ask(Ask::DiskStream(VmDiskStream { id, base, speed }))
-    };
-    for (id, base) in [("a", None), ("b", Some(writer.path("b.1")))] {
-        let Ok(Reply::Started(job)) = stream(id, base) else {
-            panic!("no job for {id}");
-        };
-        writer.ends_well(&job.id);
-    }
-    for (id, base, said) in [
-        ("a", None, "no backing file"),
-        ("b", Some(writer.path("b.1")), "no image between"),
-        ("c", None, "not of format qcow2"),
-        ("nothing", None, "nothing"),
-    ] {
-        let refused = stream(id, base).unwrap_err().to_string();
-        assert!(refused.contains(said), "{id}: {refused}");
-    }
-    for name in ["a.img", "a.1", "a.2", "b.2"] {
-        fs::remove_file(writer.path(name)).unwrap();
-    }
-
+    shorten_chains(&writer);
     let unlimited = Ask::UpdateDisk(Box::new(VmUpdateDisk {
         id: "a".to_owned(),
         rate_limiter_config: Some(RateLimiterConfig::default()),
