@@ -10,6 +10,8 @@
 //! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, and a
 //!   chunk is the most that is read at once.
 
+mod chunks;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -17,6 +19,7 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 
 use crate::state::{RestoreError, SavedState};
+pub use chunks::ChunkPlace;
 
 mod write;
 

@@ -68,6 +68,9 @@ pub struct MemoryRestored {
     /// The file that gives bytes that the guest has not written since; absent when all are in memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
+    /// How many bytes of it have not been read yet, where it is read on demand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<u64>,
 }
 
 /// Where the console in the browser is opened.

@@ -16,6 +16,7 @@ mod port;
 mod removal;
 mod resize;
 mod rng;
+mod saved;
 mod screenshot;
 mod show;
 mod snapshot;
@@ -188,7 +189,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Fs { verb } => fs::run(verb),
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
-        Verb::Snapshot { verb } => snapshot::run(verb),
+        Verb::Snapshot { verb } => snapshot::run(verb, opener),
         Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),

@@ -29,9 +29,9 @@ pub(super) const FIELDS: &[Field] = &[
     },
     Field {
         name: "memory_restore_mode",
-        kind: FieldKind::Choice(&["mmap", "copy"]),
+        kind: FieldKind::Choice(&["mmap", "ondemand", "copy"]),
         required: false,
-        help: "how memory comes: mmap maps the file, copy reads and checks all of it; default mmap where memory allows it",
+        help: "how memory comes: mmap maps the file, ondemand reads and checks what is touched, copy all of it; default mmap where memory allows it",
     },
     Field {
         name: "prefault",
@@ -58,6 +58,7 @@ struct RestoreFlag {
 #[serde(rename_all = "lowercase")]
 enum Mode {
     Mmap,
+    OnDemand,
     Copy,
 }
 
@@ -108,6 +109,7 @@ pub(super) fn open(text: &str, opener: &Arc<Opener>) -> Result<Restored, Refused
     saved.ask(RestoreWay {
         memory: memory_restore_mode.map(|mode| match mode {
             Mode::Mmap => MemoryRestoreMode::Mmap,
+            Mode::OnDemand => MemoryRestoreMode::OnDemand,
             Mode::Copy => MemoryRestoreMode::Copy,
         }),
         prefault,

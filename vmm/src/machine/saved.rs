@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
 use api::wire::MemoryRestoreMode;
 use api::{ControlError, ErrorKind};
 use migration::pages::{PagesError, Ram};
 use migration::{RestoreError, SectionSet};
+use serde::Serialize;
 use virtio::memory::GuestMap;
 use virtio::models::MODELS;
 
@@ -16,6 +18,8 @@ use super::snapshot::{SnapshotRam, take_index};
 use crate::config::{HostLimits, VmConfig};
 use crate::error::chain;
 use crate::layout;
+use crate::memory::demand::WorkingSet;
+use crate::memory::ram_ranges;
 use crate::memory::restored::{Excluded, Restored, choose};
 use crate::opener::{OpenError, Opener};
 
@@ -79,6 +83,11 @@ pub enum RestoreFailure {
     /// It cannot come back in the way that is asked for.
     #[error("--restore")]
     Excluded(#[source] Excluded),
+    /// Memory cannot be read when the guest touches it.
+    #[error(
+        "memory_restore_mode=ondemand: this host gives no userfaultfd for guest memory: take mmap or copy"
+    )]
+    Demand(#[source] std::io::Error),
     /// Some of its memory is in another snapshot.
     #[error("{} holds only what has changed since the snapshot in {parent}: this release restores whole ones", path.display())]
     Parent {
@@ -120,12 +129,45 @@ pub fn machine_type() -> &'static str {
 /// A snapshot that has been opened. Its memory has not been looked at yet.
 pub struct Saved {
     directory: PathBuf,
+    id: String,
     /// The description of its machine.
     pub config: VmConfig,
     set: SectionSet,
     memory: (PathBuf, File, u64),
     /// How it is asked to come back.
     way: RestoreWay,
+}
+
+/// What has been compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Verified {
+    /// Sections of state.
+    pub sections: usize,
+    /// Bytes of guest memory.
+    pub memory: u64,
+    /// Bytes of it that are not zeros, which have been read.
+    pub data: u64,
+}
+
+/// Reads the manifest in `directory`. It is not trusted.
+///
+/// # Errors
+///
+/// [`RestoreFailure`].
+pub fn read_manifest(directory: &Path, opener: &Opener) -> Result<Manifest, RestoreFailure> {
+    let path = directory.join(NAME);
+    let bytes = match opener.read_document(&path, LIMIT) {
+        Err(OpenError::System { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            let directory = directory.to_owned();
+            return Err(RestoreFailure::Nothing { directory });
+        }
+        bytes => bytes.map_err(|source| RestoreFailure::Open {
+            directory: directory.to_owned(),
+            source,
+        })?,
+    };
+    Manifest::parse(&bytes, machine_type())
+        .map_err(|source| RestoreFailure::Manifest { path, source })
 }
 
 /// How a machine is to come out of its snapshot.
@@ -141,6 +183,29 @@ pub struct RestoreWay {
 const PIECES: usize = 1024;
 
 impl Saved {
+    /// Compares every checksum of the snapshot's memory with its pages; those of its state have been compared. `step` hears how
+    /// many bytes of memory have been gone through, and says whether to go on.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreFailure`].
+    pub fn verify(mut self, step: &mut dyn FnMut(u64) -> bool) -> Result<Verified, RestoreFailure> {
+        let (path, file, len) = self.memory;
+        let ranges = ram_ranges(self.config.memory.size);
+        let index = take_index(&mut self.set, &ranges, len).map_err(|source| {
+            let path = self.directory;
+            RestoreFailure::State { path, source }
+        })?;
+        index
+            .read(&file, &mut |_, _| Ok(()), step)
+            .map_err(|source| RestoreFailure::Memory { path, source })?;
+        Ok(Verified {
+            sections: self.set.sections().len().saturating_add(1),
+            memory: index.total(),
+            data: index.data(),
+        })
+    }
+
     /// The machine is to come back so, and not as is best.
     pub fn ask(&mut self, way: RestoreWay) {
         self.way = way;
@@ -167,19 +232,7 @@ impl Saved {
             source,
         };
         let path = directory.join(NAME);
-        let bytes = match opener.read_document(&path, LIMIT) {
-            Err(OpenError::System { source, .. })
-                if source.kind() == std::io::ErrorKind::NotFound =>
-            {
-                let directory = directory.to_owned();
-                return Err(RestoreFailure::Nothing { directory });
-            }
-            bytes => bytes.map_err(failed)?,
-        };
-        let manifest = Manifest::parse(&bytes, machine_type()).map_err(|source| {
-            let path = path.clone();
-            RestoreFailure::Manifest { path, source }
-        })?;
+        let manifest = read_manifest(directory, opener)?;
         if let Some(parent) = manifest.parent {
             let parent = parent.directory;
             return Err(RestoreFailure::Parent { path, parent });
@@ -209,6 +262,7 @@ impl Saved {
         check_length(&memory, facts.len(), manifest.memory.bytes)?;
         Ok(Self {
             directory: directory.to_owned(),
+            id: manifest.id,
             config,
             set,
             memory: (memory, file, facts.len()),
@@ -227,12 +281,13 @@ impl Saved {
         (ram, restored): (&GuestMap, &Restored),
         mode: MemoryRestoreMode,
         generation: [u8; 16],
-        needed: &dyn Fn() -> bool,
+        (opener, needed): (&Arc<Opener>, &dyn Fn() -> bool),
     ) -> Result<SavedState, RestoreFailure> {
         let Self {
             directory,
             mut set,
             memory: (path, file, len),
+            id,
             way,
             ..
         } = self;
@@ -245,7 +300,13 @@ impl Saved {
             MemoryRestoreMode::Mmap => restored
                 .map((&path, file, len), &index.filled(PIECES))
                 .map_err(|(address, source)| PagesError::Memory { address, source }),
-            _ => {
+            MemoryRestoreMode::OnDemand => {
+                let working = WorkingSet::of(&directory, &id, opener);
+                let begun = restored.on_demand((&path, file), index, working);
+                begun.map_err(RestoreFailure::Demand)?;
+                Ok(())
+            }
+            MemoryRestoreMode::Copy => {
                 let mut take = |address, bytes: &[u8]| ram.write(address, bytes);
                 let read = index.read(&file, &mut take, &mut |_| needed());
                 let read = read.and_then(|()| {

@@ -139,6 +139,13 @@ impl Drop for Watch {
     }
 }
 
+/// Takes note that the page at `address` of this process is lost, where that is watched.
+pub fn note(address: usize) {
+    if let Some(place) = WATCHED.iter().find(|place| place.holds(address)) {
+        place.note(address);
+    }
+}
+
 /// Sees that nothing has been lost of the memory that `address` of this process lies in.
 ///
 /// # Errors

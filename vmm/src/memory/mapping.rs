@@ -12,6 +12,7 @@ use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 
+use super::demand::Demand;
 use super::lost::Bell;
 use super::overlay::Overlay;
 
@@ -242,6 +243,11 @@ impl Mapping {
     fn discard_part(&self, offset: usize, len: usize) -> io::Result<()> {
         let end = offset.checked_add(len).filter(|end| *end <= self.len);
         let range = offset..end.ok_or(io::ErrorKind::InvalidInput)?;
+        if let Some(demand) = self.overlay.demand() {
+            let start = self.address().saturating_add(offset as u64);
+            let range = start..start.saturating_add(len as u64);
+            return demand.discard(&range, || self.advise_part(offset, len, self.discarding()));
+        }
         if !self.overlay.blank(self.address, &range)? {
             return Ok(());
         }
@@ -268,6 +274,11 @@ impl Mapping {
         let end = start.checked_add(len).filter(|end| *end <= self.len);
         let range = start..end.ok_or(io::ErrorKind::InvalidInput)?;
         self.overlay.map(self.address, range, file, at)
+    }
+
+    /// Memory is read by `demand` until it is there.
+    pub fn read_by(&self, demand: &Arc<Demand>) {
+        self.overlay.read_by(demand);
     }
 
     /// What was lost last of what a file was to give, in bytes from the start.

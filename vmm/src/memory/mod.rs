@@ -9,8 +9,10 @@
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
 //! the host can use huge pages in its nested page tables.
 
+pub mod demand;
 mod lost;
 mod mapping;
+mod missing;
 mod overlay;
 mod plug;
 pub mod restored;
@@ -235,6 +237,9 @@ impl GuestRam {
     pub fn discard(&self) -> Result<(), RamError> {
         let size = self.spec.size;
         let whole = self.mappings.len().saturating_sub(self.reserved);
+        if let Some(restored) = &self.restored {
+            restored.give_up();
+        }
         for (place, mapping) in self.mappings.iter().enumerate() {
             mapping
                 .discard_all()
@@ -298,7 +303,7 @@ impl GuestRam {
 }
 
 /// RAM's guest-physical ranges: low RAM, then what did not fit below the hole.
-fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+pub(crate) fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     let low = size.min(layout::memory::LOW_RAM_END);
     let mut ranges = vec![(0, low)];
     if size > low {

@@ -9,8 +9,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::demand::Demand;
 use super::lost::{Bell, Watch};
 
 /// How many pieces of one mapping may be of the file.
@@ -26,6 +27,8 @@ struct Parts {
     pieces: BTreeMap<usize, usize>,
     /// Held while there are, or were, pieces.
     watch: Option<Watch>,
+    /// Who reads memory that is not there yet.
+    demand: Weak<Demand>,
 }
 
 impl Overlay {
@@ -98,6 +101,16 @@ impl Overlay {
     /// Whether any byte is the file's.
     pub fn is_used(&self) -> bool {
         !self.lock().pieces.is_empty()
+    }
+
+    /// Memory is read by `demand` until it is there.
+    pub fn read_by(&self, demand: &Arc<Demand>) {
+        self.lock().demand = Arc::downgrade(demand);
+    }
+
+    /// Who reads memory that is not there yet.
+    pub fn demand(&self) -> Option<Arc<Demand>> {
+        self.lock().demand.upgrade()
     }
 
     /// Ends the watch, before the memory goes.

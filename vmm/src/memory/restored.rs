@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::wire::{MemoryRestoreMode, MemoryRestored};
-use migration::pages::Placed;
+use migration::pages::{ChunkPlace, PageIndex, Placed};
 
+use super::demand::{Demand, Piece, WorkingSet};
 use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
@@ -88,6 +89,8 @@ pub struct Restored {
     /// By guest-physical address.
     mappings: Vec<(u64, Arc<Mapping>)>,
     origin: Mutex<Option<Origin>>,
+    /// Who reads it where it is not there yet.
+    demand: Mutex<Option<Arc<Demand>>>,
 }
 
 impl Restored {
@@ -97,6 +100,7 @@ impl Restored {
             bell: Arc::new(Bell::new()?),
             mappings,
             origin: Mutex::new(None),
+            demand: Mutex::new(None),
         })
     }
 
@@ -143,6 +147,55 @@ impl Restored {
         Ok(())
     }
 
+    /// Has memory be read from `file`, which is at `path`, as `index` says, when somebody touches it.
+    ///
+    /// # Errors
+    ///
+    /// The host gives no userfaultfd, or none for this memory.
+    pub fn on_demand(
+        &self,
+        (path, file): (&Path, File),
+        index: PageIndex,
+        working: WorkingSet,
+    ) -> io::Result<()> {
+        let mut pieces = Vec::new();
+        for ChunkPlace { number, place } in index.written() {
+            let (mapping, inside) = self
+                .mapping_of(place.start)
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            pieces.push(Piece {
+                number,
+                host: mapping.address().saturating_add(inside),
+                len: place.len,
+            });
+        }
+        for (_, mapping) in &self.mappings {
+            mapping.watch(&self.bell)?;
+        }
+        let mappings: Vec<_> = self.mappings.iter().map(|(_, m)| Arc::clone(m)).collect();
+        let demand = Demand::begin((index, file), &pieces, mappings, working)?;
+        self.mappings.iter().for_each(|(_, m)| m.read_by(&demand));
+        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(demand);
+        *self.lock() = Some(Origin {
+            mode: MemoryRestoreMode::OnDemand,
+            path: path.to_owned(),
+            file: None,
+        });
+        Ok(())
+    }
+
+    fn demand(&self) -> Option<Arc<Demand>> {
+        let demand = self.demand.lock();
+        demand.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has nothing more be read; what is not there is zeros.
+    pub(super) fn give_up(&self) {
+        if let Some(demand) = self.demand() {
+            demand.give_up();
+        }
+    }
+
     /// Has all pages be there.
     ///
     /// # Errors
@@ -186,6 +239,9 @@ impl Restored {
     /// What is wrong with the file.
     #[must_use]
     pub fn reason(&self) -> String {
+        if let Some(reason) = self.demand().and_then(|demand| demand.reason()) {
+            return reason;
+        }
         let origin = self.lock();
         let Some(Origin { path, file, .. }) = origin.as_ref() else {
             return "the host does not give the guest's memory".to_owned();
@@ -205,6 +261,7 @@ impl Restored {
     pub(super) fn forget(&self) {
         self.mappings.iter().for_each(|(_, m)| m.forget_lost());
         self.bell.quiet();
+        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = None;
         *self.lock() = None;
     }
 
@@ -213,10 +270,13 @@ impl Restored {
     pub fn info(&self) -> Option<MemoryRestored> {
         let origin = self.lock();
         let Origin { mode, path, .. } = origin.as_ref()?;
-        let of_file = self.mappings.iter().any(|(_, m)| m.is_of_file());
+        let left = self.demand().map(|demand| demand.left());
+        let left = left.filter(|left| *left > 0);
+        let of_file = left.is_some() || self.mappings.iter().any(|(_, m)| m.is_of_file());
         Some(MemoryRestored {
             mode: *mode,
             file: of_file.then(|| path.clone()),
+            left,
         })
     }
 }

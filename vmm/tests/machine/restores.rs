@@ -6,6 +6,7 @@ use std::path::Path;
 use api::client::Client;
 use api::wire::{MemoryRestoreMode, MemoryRestored, VmInfoState, VmSnapshotConfig};
 use api::{PauseReason, Reason};
+use serde_json::Value;
 
 use crate::snapshots::{ask, file, snapshot, tell, url, vireo};
 use crate::support::{Vireo, can_run, until};
@@ -58,7 +59,15 @@ fn memory_is_told_to_be_of_the_file_or_copied_and_the_file_stays_as_it_is() {
         let (mut machine, mut client) = restored(dir.path(), &path, keys);
         let told = client.info().unwrap().memory_restored;
         let file = of_file.then(|| memory.clone());
-        assert_eq!(told, Some(MemoryRestored { mode, file }), "{keys}");
+        assert_eq!(
+            told,
+            Some(MemoryRestored {
+                mode,
+                file,
+                left: None
+            }),
+            "{keys}"
+        );
         client.resume().unwrap();
         let first = ask(&mut machine, 2);
         // What it is restored from again is what it is now.
@@ -77,6 +86,78 @@ fn memory_is_told_to_be_of_the_file_or_copied_and_the_file_stays_as_it_is() {
         fs::remove_dir_all(second).unwrap();
         assert_eq!(fs::read(&memory).unwrap(), before);
     }
+}
+
+#[test]
+fn memory_is_read_on_demand_and_what_was_needed_first_is_kept_for_the_next_time() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let place = format!("{},memory_restore_mode=ondemand", path.display());
+    let set = path.join("working_set");
+    for known in [false, true] {
+        assert_eq!(set.exists(), known);
+        let socket = dir.path().join("demand.sock");
+        let socket = socket.to_str().unwrap();
+        let mut machine = vireo(&["run", "--restore", &place, "--api-socket", socket]);
+        ask(&mut machine, 2);
+        let mut client = Client::connect(Path::new(socket)).unwrap();
+        until("all of the memory", || {
+            let told = client.info().unwrap().memory_restored.unwrap();
+            assert_eq!(told.mode, MemoryRestoreMode::OnDemand);
+            told.left.is_none().then_some(())
+        });
+        until("the working set", || set.exists().then_some(()));
+        ask(&mut machine, 3);
+        client.quit().unwrap();
+        machine.ends_with(0);
+    }
+    // What is damaged is passed over.
+    let mut bytes = fs::read(&set).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&set, bytes).unwrap();
+    let mut machine = vireo(&["run", "--restore", &place]);
+    ask(&mut machine, 2);
+    let told = machine.stderr.wait_for("it is passed over");
+    assert!(told.contains("working_set"), "{told}");
+    tell(&mut machine, b"q");
+    machine.ends_with(0);
+}
+
+#[test]
+fn a_chunk_that_is_damaged_is_never_seen_by_a_guest_on_demand() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let memory = file(&path, ".memory");
+    let mut bytes = fs::read(&memory).unwrap();
+    // Every chunk that holds anything.
+    for byte in bytes.iter_mut().filter(|byte| **byte != 0) {
+        *byte ^= 0xff;
+    }
+    fs::write(&memory, bytes).unwrap();
+    let socket = dir.path().join("demand.sock");
+    let place = format!("{},memory_restore_mode=ondemand,resume=off", path.display());
+    let arguments = [
+        "run",
+        "--restore",
+        &place,
+        "--api-socket",
+        socket.to_str().unwrap(),
+    ];
+    let mut machine = vireo(&arguments);
+    let mut client = until("the machine", || Client::connect(&socket).ok());
+    until("the loss", || {
+        let info = client.info().ok()?;
+        (info.pause == Some(PauseReason::MemoryLost)).then_some(())
+    });
+    let told = machine.stderr.wait_for("the machine is paused");
+    assert!(told.contains("is damaged: the checksum"), "{told}");
+    client.quit().unwrap();
+    machine.ends_with(0);
 }
 
 #[test]
@@ -144,4 +225,50 @@ fn a_monitor_that_reads_memory_whose_file_is_cut_short_keeps_nothing_of_it() {
     );
     assert!(!dir.path().join("t/manifest.json").exists());
     is_lost(&mut machine, &mut client, &memory);
+}
+
+#[test]
+fn snapshots_are_told_of_verified_and_listed_without_a_monitor() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let directory = path.to_str().unwrap();
+    let told = |arguments: &[&str], code| {
+        let mut verb = vireo(&[&["snapshot"], arguments].concat());
+        verb.ends_with(code);
+        verb.stdout.rest() + &verb.stderr.rest()
+    };
+    let info: Value = serde_json::from_str(&told(&["info", directory, "--json"], 0)).unwrap();
+    assert_eq!(
+        (&info["cpus"], &info["memory"]),
+        (&2.into(), &(64 << 20).into())
+    );
+    let id = info["id"].as_str().unwrap();
+    for (arguments, words) in [
+        (["info", directory], id),
+        (["verify", directory], "is whole: "),
+        (["list", dir.path().to_str().unwrap()], id),
+    ] {
+        let text = told(&arguments, 0);
+        assert!(text.contains(words), "{text}");
+    }
+    let missing = told(&["verify", dir.path().to_str().unwrap()], 1);
+    assert!(missing.contains("holds no snapshot"), "{missing}");
+    let memory = file(&path, ".memory");
+    let mut bytes = fs::read(&memory).unwrap();
+    let data = bytes.iter().position(|byte| *byte != 0).unwrap();
+    bytes[data] ^= 1;
+    fs::write(&memory, bytes).unwrap();
+    let damaged = told(&["verify", directory], 1);
+    assert!(
+        damaged.contains("the memory at") && damaged.contains(memory.to_str().unwrap()),
+        "{damaged}"
+    );
+    fs::write(path.join("manifest.json"), "{}").unwrap();
+    let foreign = told(&["list", dir.path().to_str().unwrap()], 0);
+    assert!(
+        foreign.contains("not the manifest of a snapshot"),
+        "{foreign}"
+    );
 }

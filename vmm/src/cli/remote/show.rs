@@ -227,13 +227,17 @@ pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
 
 /// Where the memory of a restored machine is.
 fn memory_restored(restored: &wire::MemoryRestored) -> (&'static str, String) {
-    let wire::MemoryRestored { mode, file } = restored;
+    let wire::MemoryRestored { mode, file, left } = restored;
     let mode = match mode {
         wire::MemoryRestoreMode::Copy => "copy",
         wire::MemoryRestoreMode::OnDemand => "ondemand",
         wire::MemoryRestoreMode::Mmap => "mmap",
     };
     let text = match file {
+        Some(file) if left.is_some() => {
+            let left = size(left.unwrap_or(0));
+            format!("{mode}, {left} still to be read from {}", file.display())
+        }
         Some(file) => format!("{mode}, what is not written since from {}", file.display()),
         None => format!("{mode}, all in memory"),
     };

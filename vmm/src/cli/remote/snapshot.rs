@@ -14,8 +14,10 @@ use super::super::Misuse;
 use super::super::image::interrupt;
 use super::super::image::progress::Progress;
 use super::super::target::SocketFlag;
+use super::saved::{self, SavedArgs};
 use super::watch::Watch;
 use super::{print, print_json};
+use crate::opener::Opener;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +46,21 @@ pub(in crate::cli) enum SnapshotVerb {
     /// answer tells why. Its disks are not part of it. Ctrl-C cancels it, and leaves no snapshot.
     #[command(after_help = CREATE_EXAMPLES)]
     Create(CreateArgs),
+    /// Tell what a snapshot holds
+    ///
+    /// Reads its manifest alone.
+    #[command(after_help = saved::INFO_EXAMPLES)]
+    Info(SavedArgs),
+    /// Compare all lengths and checksums of a snapshot
+    ///
+    /// Reads all of it. Ctrl-C ends it.
+    #[command(after_help = saved::VERIFY_EXAMPLES)]
+    Verify(SavedArgs),
+    /// List the snapshots in the directories of a directory
+    ///
+    /// Each under the one that it needs.
+    #[command(after_help = saved::LIST_EXAMPLES)]
+    List(SavedArgs),
 }
 
 #[derive(Debug, Args)]
@@ -61,9 +78,12 @@ pub(in crate::cli) struct CreateArgs {
     json: bool,
 }
 
-pub(super) fn run(verb: SnapshotVerb) -> anyhow::Result<()> {
+pub(super) fn run(verb: SnapshotVerb, opener: &Opener) -> anyhow::Result<()> {
     match verb {
         SnapshotVerb::Create(arguments) => create(arguments),
+        SnapshotVerb::Info(arguments) => saved::info(&arguments, opener),
+        SnapshotVerb::Verify(arguments) => saved::verify(&arguments, opener),
+        SnapshotVerb::List(arguments) => saved::list(&arguments, opener),
     }
 }
 

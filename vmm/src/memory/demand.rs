@@ -1,0 +1,526 @@
+//! Guest memory that is read from a snapshot's file when the guest touches it.
+//!
+//! # Contract
+//!
+//! * A chunk is read as a whole, and its checksum compared, before anybody sees a byte of it. What is damaged is lost memory:
+//!   it reads as zeros, and the bell rings ([`super::lost`]).
+//! * A thread of its own serves those who wait, and reads what nobody has touched in between: what the guest needed first the last
+//!   time ([`WorkingSet`]), then all else. When everything is there, memory is as any other.
+//! * What is given back before it was read is never read.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::pages::{CHUNK, PageIndex};
+use migration::{RestoreError, SavedState, Section, SectionSet};
+use serde::{Deserialize, Serialize};
+
+use super::lost;
+use super::mapping::Mapping;
+use super::missing::MissingPages;
+use crate::error::chain;
+use crate::machine::driver::{ppoll, readable};
+use crate::opener::Opener;
+
+/// What the guest touches in this time after it was restored is its working set.
+const RECORDED: Duration = Duration::from_secs(2);
+/// The file of the working set, beside the manifest.
+const NAME: &str = "working_set";
+/// The most bytes of a working set that are read.
+const LIMIT: u64 = 16 << 20;
+/// The unit of its section.
+const UNIT: &str = "memory";
+
+/// The chunks that a guest needed first, in that order.
+#[derive(Serialize, Deserialize)]
+pub struct WorkingSetV1 {
+    /// Of the snapshot that it is for.
+    id: String,
+    /// Numbers of chunks.
+    chunks: Vec<u32>,
+}
+
+impl SavedState for WorkingSetV1 {
+    const SCHEMA: &'static str = "working-set";
+    const VERSION: u16 = 1;
+}
+
+impl WorkingSetV1 {
+    /// Reads the bytes of a file, which are not trusted, as of the snapshot `id`.
+    ///
+    /// # Errors
+    ///
+    /// Damaged, or of another snapshot.
+    pub fn parse(bytes: &[u8], id: &str) -> Result<Self, RestoreError> {
+        let mut set = SectionSet::from_bytes(bytes)?;
+        let found: Self = set.take(UNIT, Self::SCHEMA)?.decode()?;
+        set.finish()?;
+        if found.id == id {
+            return Ok(found);
+        }
+        Err(RestoreError::Invalid {
+            schema: Self::SCHEMA,
+            reason: "it is of another snapshot".to_owned(),
+        })
+    }
+
+    fn to_bytes(&self) -> Option<Vec<u8>> {
+        let mut set = SectionSet::default();
+        set.push(Section::encode(UNIT, self).ok()?);
+        Some(set.to_bytes())
+    }
+}
+
+/// What the guest needed first the last time, or needs now.
+pub struct WorkingSet {
+    path: PathBuf,
+    id: String,
+    opener: Arc<Opener>,
+    /// Read from the file; empty: to be recorded.
+    known: Vec<u32>,
+}
+
+impl WorkingSet {
+    /// That of the snapshot `id` in `directory`. One that is damaged or of another snapshot is passed over with a warning.
+    pub fn of(directory: &Path, id: &str, opener: &Arc<Opener>) -> Self {
+        let path = directory.join(NAME);
+        let read = opener.read_document(&path, LIMIT).ok();
+        let parsed = read.map(|bytes| WorkingSetV1::parse(&bytes, id));
+        let known = match parsed {
+            None => Vec::new(),
+            Some(Ok(set)) => set.chunks,
+            Some(Err(error)) => {
+                tracing::warn!("{}: it is passed over: {}", path.display(), chain(&error));
+                Vec::new()
+            }
+        };
+        Self {
+            path,
+            id: id.to_owned(),
+            opener: Arc::clone(opener),
+            known,
+        }
+    }
+
+    fn write(self, chunks: Vec<u32>) {
+        let Self {
+            path, id, opener, ..
+        } = self;
+        let Some(bytes) = WorkingSetV1 { id, chunks }.to_bytes() else {
+            return;
+        };
+        if let Err(error) = opener.replace_file(&path, &bytes) {
+            tracing::warn!("the working set is not recorded: {}", chain(&error));
+        }
+    }
+}
+
+/// A chunk that is to be read.
+#[derive(Clone, Copy)]
+struct Wanted {
+    number: u32,
+    /// Host virtual addresses.
+    host: u64,
+    len: u64,
+    there: bool,
+}
+
+struct Chunks {
+    /// By address.
+    all: Vec<Wanted>,
+    left: u64,
+    buffer: Vec<u8>,
+}
+
+/// Memory that is being read. Dropped when nobody has the memory any more.
+pub struct Demand {
+    fault: MissingPages,
+    index: PageIndex,
+    file: File,
+    chunks: Mutex<Chunks>,
+    /// Bytes that are not there yet.
+    left: AtomicU64,
+    reason: Mutex<Option<String>>,
+    /// They stay mapped as long as pages are put there.
+    _mappings: Vec<Arc<Mapping>>,
+}
+
+/// A piece of memory that is read from the file: the mapping, and where in it each chunk is.
+pub(super) struct Piece {
+    pub number: u32,
+    pub host: u64,
+    pub len: u64,
+}
+
+impl Demand {
+    /// Has `pieces` of `mappings` be read from `file` as `index` says, from now on.
+    ///
+    /// # Errors
+    ///
+    /// The host gives no userfaultfd, or none for this memory.
+    pub(super) fn begin(
+        (index, file): (PageIndex, File),
+        pieces: &[Piece],
+        mappings: Vec<Arc<Mapping>>,
+        working: WorkingSet,
+    ) -> io::Result<Arc<Self>> {
+        let fault = MissingPages::open(&working.opener)?;
+        for Piece { host, len, .. } in pieces {
+            fault.register(*host, *len)?;
+        }
+        let wanted = |piece: &Piece| Wanted {
+            number: piece.number,
+            host: piece.host,
+            len: piece.len,
+            there: false,
+        };
+        let mut all: Vec<Wanted> = pieces.iter().map(wanted).collect();
+        all.sort_unstable_by_key(|chunk| chunk.host);
+        let left = all.iter().map(|chunk| chunk.len).sum();
+        let buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
+        let demand = Arc::new(Self {
+            fault,
+            index,
+            file,
+            chunks: Mutex::new(Chunks { all, left, buffer }),
+            left: AtomicU64::new(left),
+            reason: Mutex::new(None),
+            _mappings: mappings,
+        });
+        let own = Arc::clone(&demand);
+        thread::Builder::new()
+            .name("restore".to_owned())
+            .spawn(move || own.serve(working))?;
+        Ok(demand)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Chunks> {
+        // Each step leaves it sound; a panic elsewhere does too.
+        self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many bytes are not there yet.
+    pub fn left(&self) -> u64 {
+        self.left.load(Ordering::Relaxed)
+    }
+
+    /// Why memory is lost, if it is.
+    pub fn reason(&self) -> Option<String> {
+        let reason = self.reason.lock();
+        reason.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Nothing more is read: what is not there yet is zeros. Nobody waits any more.
+    pub fn give_up(&self) {
+        let mut chunks = self.lock();
+        chunks.all.iter_mut().for_each(|chunk| chunk.there = true);
+        self.settle(&mut chunks, 0);
+    }
+
+    /// Sees that no byte of the host's `range` comes from the file later, and gives it back by `discard`.
+    ///
+    /// # Errors
+    ///
+    /// As of `discard`.
+    pub fn discard(
+        &self,
+        range: &Range<u64>,
+        discard: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut chunks = self.lock();
+        let touches = |c: &Wanted| c.host < range.end && range.start < c.host.saturating_add(c.len);
+        let first = chunks
+            .all
+            .partition_point(|c| c.host.saturating_add(c.len) <= range.start);
+        let mut place = first;
+        while let Some(chunk) = chunks.all.get(place).copied().filter(touches) {
+            let whole =
+                range.start <= chunk.host && chunk.host.saturating_add(chunk.len) <= range.end;
+            if whole && !chunk.there {
+                self.there(&mut chunks, place);
+            } else {
+                self.load(&mut chunks, place);
+            }
+            place = place.saturating_add(1);
+        }
+        discard()
+    }
+
+    /// The chunk at `place` is there.
+    fn there(&self, chunks: &mut Chunks, place: usize) {
+        let Some(chunk) = chunks.all.get_mut(place).filter(|chunk| !chunk.there) else {
+            return;
+        };
+        chunk.there = true;
+        let left = chunks.left.saturating_sub(chunk.len);
+        self.settle(chunks, left);
+    }
+
+    fn settle(&self, chunks: &mut Chunks, left: u64) {
+        chunks.left = left;
+        self.left.store(left, Ordering::Relaxed);
+        if left == 0 {
+            for chunk in &chunks.all {
+                // The memory may be unmapped or mapped anew by now, which ends it too.
+                let _ = self.fault.unregister(chunk.host, chunk.len);
+            }
+        }
+    }
+
+    /// Reads the chunk at `place`, unless it is there.
+    fn load(&self, chunks: &mut Chunks, place: usize) {
+        let Some(chunk) = chunks.all.get(place).copied().filter(|chunk| !chunk.there) else {
+            return;
+        };
+        let Wanted {
+            number, host, len, ..
+        } = chunk;
+        let read = self.index.load(number, &self.file, &mut chunks.buffer);
+        let pages = read.map_err(|error| chain(&error)).and_then(|pages| {
+            let put = self.put(&chunks.buffer, pages, (host, len));
+            put.map_err(|error| format!("pages cannot be put into the guest's memory: {error}"))
+        });
+        if let Err(reason) = pages {
+            tracing::error!("memory of the guest is lost: {reason}");
+            *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+            if let Ok(address) = usize::try_from(host) {
+                lost::note(address);
+            }
+            // Nobody waits for ever for what does not come.
+            let _ = self.fault.zero(host, len);
+        }
+        self.there(chunks, place);
+    }
+
+    /// Puts what was read of a chunk into its place, and zeros between.
+    fn put(
+        &self,
+        buffer: &[u8],
+        pages: Vec<Range<usize>>,
+        (host, len): (u64, u64),
+    ) -> io::Result<()> {
+        let mut at = 0;
+        for Range { start, end } in pages {
+            self.gap(host, at..start as u64)?;
+            let bytes = buffer.get(start..end).unwrap_or_default();
+            self.fault.fill(host.saturating_add(start as u64), bytes)?;
+            at = end as u64;
+        }
+        self.gap(host, at..len)
+    }
+
+    fn gap(&self, host: u64, Range { start, end }: Range<u64>) -> io::Result<()> {
+        if start >= end {
+            return Ok(());
+        }
+        self.fault
+            .zero(host.saturating_add(start), end.saturating_sub(start))
+    }
+
+    /// Serves who waits at `address`; the number of the chunk that was read for it.
+    fn answer(&self, address: u64) -> Option<u32> {
+        let mut chunks = self.lock();
+        let place = chunks
+            .all
+            .partition_point(|c| c.host <= address)
+            .checked_sub(1)?;
+        let chunk = chunks.all.get(place).copied()?;
+        if !chunk.there {
+            self.load(&mut chunks, place);
+            return Some(chunk.number);
+        }
+        // It was given back after it was there, or has come meanwhile.
+        let _ = self.fault.zero(address, 4096);
+        None
+    }
+
+    /// The thread: until all is there, or nobody else has the memory any more.
+    fn serve(self: Arc<Self>, mut working: WorkingSet) {
+        let known = std::mem::take(&mut working.known);
+        let mut order = self.order(&known).into_iter();
+        let mut recorder = known.is_empty().then_some(working);
+        let mut recorded = Vec::new();
+        let end = Instant::now() + RECORDED;
+        while self.left() > 0 && self.is_wanted() {
+            match self.fault.next() {
+                Ok(Some(address)) => {
+                    recorded.extend(self.answer(address));
+                    continue;
+                }
+                Ok(None) => (),
+                Err(error) => {
+                    tracing::error!("memory of the guest cannot be read on demand: {error}");
+                    break;
+                }
+            }
+            let rest = end.saturating_duration_since(Instant::now());
+            if recorder.is_some() && !rest.is_zero() {
+                // Ended by whoever waits; looks now and then whether anybody is left.
+                let rest = rest.min(Duration::from_millis(100));
+                let mut fds = [readable(Some(self.fault.raw_fd()))];
+                let _ = ppoll(&mut fds, Some(rest));
+                continue;
+            }
+            if let Some(recorder) = recorder.take() {
+                recorder.write(std::mem::take(&mut recorded));
+            }
+            match order.next() {
+                Some(place) => self.load(&mut self.lock(), place),
+                None => break,
+            }
+        }
+        if let Some(recorder) = recorder.filter(|_| !recorded.is_empty()) {
+            recorder.write(recorded);
+        }
+        // Also when it ends early: nobody waits for what does not come.
+        if self.left() > 0 {
+            self.give_up();
+        }
+    }
+
+    /// Whether anybody else has the memory.
+    fn is_wanted(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1
+    }
+
+    /// The places of all chunks: those that are known to be needed first.
+    fn order(&self, known: &[u32]) -> Vec<usize> {
+        let chunks = self.lock();
+        let numbers = chunks.all.iter().map(|chunk| chunk.number);
+        let places: BTreeMap<u32, usize> = numbers.zip(0..).collect();
+        let first = known.iter().take(chunks.all.len());
+        let first = first.filter_map(|number| places.get(number).copied());
+        first.chain(0..chunks.all.len()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration::pages::Ram;
+    use virtio::memory::{Backing, GuestMap};
+    use vm_memory::GuestAddressSpace;
+
+    use super::super::restored::Restored;
+    use super::super::{GuestRam, RamSpec};
+    use super::*;
+    use crate::machine::snapshot::SnapshotRam;
+
+    const MIB: u64 = 1 << 20;
+
+    fn ram() -> (GuestRam, SnapshotRam) {
+        let ram = GuestRam::new(&RamSpec {
+            size: 8 * MIB,
+            shared: false,
+            huge_page: None,
+            thp: None,
+            prefault: false,
+        })
+        .unwrap();
+        let view = SnapshotRam(GuestMap::clone(&ram.memory().memory()));
+        (ram, view)
+    }
+
+    fn at(view: &SnapshotRam, address: u64) -> u8 {
+        let mut byte = [0];
+        view.read(address, &mut byte).unwrap();
+        byte[0]
+    }
+
+    /// Where each byte of the file of [`restored`] is, and which.
+    const BYTES: [(u64, u8); 5] = [
+        (0, 1),
+        (2 * MIB + 3 * 4096, 2),
+        (2 * MIB + 7 * 4096, 3),
+        (4 * MIB, 4),
+        (6 * MIB + 9, 5),
+    ];
+
+    /// Memory that is read on demand from a file with [`BYTES`]; `None` where the host has no userfaultfd.
+    fn restored(directory: &Path) -> Option<(GuestRam, SnapshotRam, Arc<Restored>)> {
+        let opener = Arc::new(Opener::new());
+        if let Err(error) = MissingPages::open(&opener) {
+            println!("skipped: no userfaultfd: {error}");
+            return None;
+        }
+        let (_first, view) = ram();
+        for (address, byte) in BYTES {
+            view.write(address, &[byte]).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
+        let (mut ram, view) = ram();
+        let restored = ram.restorable().unwrap();
+        let working = WorkingSet::of(directory, "i", &opener);
+        restored
+            .on_demand((Path::new("/f"), file), index, working)
+            .unwrap();
+        Some((ram, view, restored))
+    }
+
+    #[test]
+    fn what_is_given_back_before_it_was_read_is_never_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some((ram, view, restored)) = restored(dir.path()) else {
+            return;
+        };
+        let mapping = &ram.mappings[0];
+        mapping.discard(2 * MIB + 3 * 4096, 4096).unwrap();
+        mapping.discard(4 * MIB, 2 * MIB).unwrap();
+        for (address, byte) in BYTES {
+            let gone = byte == 2 || byte == 4;
+            assert_eq!(
+                at(&view, address),
+                if gone { 0 } else { byte },
+                "{address:#x}"
+            );
+        }
+        mapping.discard(0, 8 * MIB).unwrap();
+        assert_eq!(restored.info().unwrap().left, None);
+        assert_eq!(BYTES.map(|(address, _)| at(&view, address)), [0; 5]);
+    }
+
+    #[test]
+    fn memory_that_is_cleared_is_not_read_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some((ram, view, restored)) = restored(dir.path()) else {
+            return;
+        };
+        assert_eq!(at(&view, 0), 1);
+        ram.discard().unwrap();
+        assert_eq!(BYTES.map(|(address, _)| at(&view, address)), [0; 5]);
+        assert_eq!(restored.info(), None);
+    }
+
+    #[test]
+    fn a_working_set_is_read_again_and_one_that_is_damaged_or_foreign_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let opener = Arc::new(Opener::new());
+        let known = |id| WorkingSet::of(dir.path(), id, &opener).known;
+        assert!(known("i").is_empty());
+        let chunks = vec![3, 0, u32::MAX];
+        WorkingSet::of(dir.path(), "i", &opener).write(chunks.clone());
+        assert_eq!(known("i"), chunks);
+        assert!(known("j").is_empty());
+        let path = dir.path().join(NAME);
+        let bytes = std::fs::read(&path).unwrap();
+        for end in 0..bytes.len() {
+            WorkingSetV1::parse(&bytes[..end], "i")
+                .map(|_| ())
+                .unwrap_err();
+        }
+        for place in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[place] ^= 1;
+            WorkingSetV1::parse(&damaged, "i").map(|_| ()).unwrap_err();
+        }
+        let long = [&bytes[..], b"x"].concat();
+        WorkingSetV1::parse(&long, "i").map(|_| ()).unwrap_err();
+    }
+}
