@@ -423,7 +423,7 @@ mod tests {
             prefault: false,
         })
         .unwrap();
-        let view = SnapshotRam(GuestMap::clone(&ram.memory().memory()));
+        let view = SnapshotRam::new(GuestMap::clone(&ram.memory().memory()), false);
         (ram, view)
     }
 

@@ -293,7 +293,8 @@ impl Mapping {
 
     /// Whether a file gives any of it.
     pub fn is_of_file(&self) -> bool {
-        self.overlay.is_used()
+        let demand = self.overlay.demand();
+        self.overlay.is_used() || demand.is_some_and(|demand| demand.left() > 0)
     }
 
     /// The advice that gives pages back: of shared memory they go out of its file too, for all who map it.
