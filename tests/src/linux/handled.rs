@@ -1,7 +1,7 @@
 //! A guest that is typed and pointed at, and whose memory comes and goes by virtio-mem.
 
 use super::{MIB, case};
-use crate::case::{Ask, Case, Form, Want};
+use crate::case::{Action, Ask, Case, Form, Want};
 
 /// The memory that the guest always has, in bytes.
 const MEMORY: u64 = 320 * MIB;
@@ -150,8 +150,11 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
         resident(MEMORY + MORE - 96 * MIB, u64::MAX),
         resize(MEMORY + MORE / 2),
     ];
+    let shrink = format!(
+        "\"$VIREO\" resize --memory {MEMORY} --api-socket api.sock || echo '@@ bad: resize'"
+    );
+    let shrink = Action::Run(shrink);
     let less = [
-        resize(MEMORY),
         actual(MEMORY),
         resident(0, MEMORY + OWN).until(),
         Ask::get("vm.counters", &[r#""plugged_bytes":0"#]),
@@ -163,7 +166,8 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
         .asks("@@ ask for input", input())
         .asks("@@ ask for more memory", more)
         .asks("@@ ask what it costs", costs)
-        .asks("@@ ask for less", less)
+        .step("@@ ask for less", shrink)
+        .asks("", less)
         .lines(FELT)
         .lines([
             "@@ total is more",
