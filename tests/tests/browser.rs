@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::browser::Browser;
 use tests::control::Connection;
 use tests::{kit, places, probe, suite};
@@ -152,6 +152,40 @@ fn drives_the_guest(browser: &mut Browser, machine: &Machine) {
         .unwrap();
 }
 
+fn fills_the_display(browser: &mut Browser) {
+    // Browsers do so for their users alone.
+    let click =
+        json!({ "expression": "document.querySelector('#full').click()", "userGesture": true });
+    for (is, element) in [(true, "document.documentElement"), (false, "null")] {
+        browser.ask("Runtime.evaluate", click.clone()).unwrap();
+        let told = format!("document.querySelector('#full').ariaPressed === '{is}'");
+        let fills = format!("{told} && document.fullscreenElement === {element}");
+        browser.until(&fills).unwrap();
+    }
+}
+
+/// The page finds another process at the same place, and asks who is there.
+fn comes_back(browser: &mut Browser) {
+    let again = Machine::start();
+    let address = again.address();
+    let (_, token) = address.split_once("#token=").unwrap();
+    browser
+        .until("document.querySelector('#entry').open")
+        .unwrap();
+    browser
+        .value(&format!(
+            "document.querySelector('#token').value = '{token}'; \
+             document.querySelector('#entry button').click()"
+        ))
+        .unwrap();
+    browser.until(CONNECTED).unwrap();
+    browser
+        .value("document.querySelector('#serial textarea').focus()")
+        .unwrap();
+    browser.key("t", "KeyT").unwrap();
+    browser.until(&shows("touched")).unwrap();
+}
+
 fn fits_a_phone(browser: &mut Browser, pictures: &Path) {
     browser.picture(&pictures.join("console.png")).unwrap();
     browser.resize(390, 740, true).unwrap();
@@ -162,13 +196,23 @@ fn fits_a_phone(browser: &mut Browser, pictures: &Path) {
                 document.querySelector('#screen canvas').getBoundingClientRect().width <= innerWidth";
     browser.until(fits).unwrap();
     browser.picture(&pictures.join("phone.png")).unwrap();
+    // The phone's own keyboard, which enters letters and presses no keys.
+    browser
+        .value("document.querySelector('#keyboard').click()")
+        .unwrap();
+    browser
+        .until("document.activeElement.id === 'typed'")
+        .unwrap();
+    browser
+        .ask("Input.insertText", json!({ "text": "c" }))
+        .unwrap();
     browser
         .value("document.querySelector('#views [value=serial]').click()")
         .unwrap();
     browser
         .until("document.querySelector('#serial').getBoundingClientRect().width === innerWidth")
         .unwrap();
-    browser.until(&shows("key=1c")).unwrap();
+    browser.until(&shows("key=2ekey=ae")).unwrap();
     browser.picture(&pictures.join("phone-serial.png")).unwrap();
     let unnamed = "[...document.querySelectorAll('button, input, textarea, section')].filter((e) => \
                    !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map((e) => e.outerHTML)";
@@ -193,6 +237,7 @@ fn a_browser_shows_the_guest_and_types_into_it() {
     };
     let mut machine = Machine::start();
     drives_the_guest(&mut browser, &machine);
+    fills_the_display(&mut browser);
     fits_a_phone(&mut browser, &pictures);
 
     // Who comes again is known, and the machine's output is there again.
@@ -228,5 +273,6 @@ fn a_browser_shows_the_guest_and_types_into_it() {
         !errors.contains("token="),
         "no token is written anywhere: {errors}"
     );
+    comes_back(&mut browser);
     suite::note(CLASS, "on this machine's /dev/kvm").unwrap();
 }
