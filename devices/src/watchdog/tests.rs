@@ -146,6 +146,35 @@ fn time_stands_still_while_the_machine_is_paused() {
 }
 
 #[test]
+fn a_restored_one_restarts_the_machine_after_what_was_left_of_its_time() {
+    // In the first stage, and in the second.
+    for (spent, bears, fires) in [(10, 20, 1), (20, 10, 1)] {
+        let bench = Bench::new();
+        bench.set_up(30);
+        assert_eq!(bench.passes(spent), []);
+        bench.watchdog.stop(Instant::now()).unwrap();
+        let mut set = SectionSet::default();
+        for section in bench.watchdog.save().unwrap() {
+            set.push(section);
+        }
+        // Another host, whose clock shows another time.
+        let other = Bench::new();
+        other.watchdog.stop(Instant::now()).unwrap();
+        other.pass(Duration::from_secs(5000));
+        other.watchdog.restore(&mut set).unwrap();
+        assert!(other.watchdog.is_counting());
+        assert_eq!((other.passes(1000), other.host.armed()), (vec![], None));
+        other.watchdog.start().unwrap();
+        assert_eq!(other.passes(bears), [], "{spent} s spent");
+        assert_eq!(
+            other.passes(fires),
+            [GuestRequest::Watchdog],
+            "{spent} s spent"
+        );
+    }
+}
+
+#[test]
 fn a_locked_one_cannot_be_switched_off_until_a_reset() {
     let bench = Bench::new();
     bench.set_up(1);

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IoSliceMut, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -121,6 +121,7 @@ struct Shared {
 pub struct Peer {
     path: PathBuf,
     shared: Arc<Shared>,
+    /// Its thread, and what has that look up: for a byte, or to end.
     listening: Option<(JoinHandle<()>, UnixStream)>,
 }
 
@@ -169,6 +170,9 @@ impl Peer {
     /// Changes what it is like.
     pub fn change(&self, change: impl FnOnce(&mut Manner)) {
         change(&mut self.shared.manner.lock().unwrap());
+        if let Some((_, hand)) = &self.listening {
+            (&*hand).write_all(&[1]).unwrap();
+        }
     }
 
     /// Sends bytes where it tells what has happened.
@@ -208,7 +212,10 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, shared: &Arc<Shared>) {
         ];
         poll(&mut fds, None).unwrap();
         if !fds[1].revents().is_empty() {
-            return;
+            if is_over(stopped) {
+                return;
+            }
+            continue;
         }
         let socket = listener.accept().unwrap().0;
         shared.sockets.lock().unwrap().0 = Some(socket.try_clone().unwrap());
@@ -226,6 +233,11 @@ fn accept(listener: &UnixListener, stopped: &UnixStream, shared: &Arc<Shared>) {
             return;
         }
     }
+}
+
+/// Whether the readable `stopped` says that the program ends, and not only that its manner has changed.
+fn is_over(stopped: &UnixStream) -> bool {
+    (&*stopped).read(&mut [0]).unwrap() == 0
 }
 
 /// A piece of the front end's memory.
@@ -277,15 +289,10 @@ impl Connection {
                 ];
                 let kicks = self.queues.values().filter_map(|queue| queue.kick.as_ref());
                 fds.extend(kicks.map(|kick| PollFd::new(kick, PollFlags::IN)));
-                // Now and then, because its manner may have changed.
-                let tick = rustix::event::Timespec {
-                    tv_sec: 0,
-                    tv_nsec: 1_000_000,
-                };
-                poll(&mut fds, Some(&tick)).unwrap();
+                poll(&mut fds, None).unwrap();
                 fds.iter().map(|fd| !fd.revents().is_empty()).collect()
             };
-            if ready[0] {
+            if ready[0] && is_over(stopped) {
                 return true;
             }
             if ready[1] && !self.message() {

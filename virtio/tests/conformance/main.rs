@@ -7,6 +7,7 @@
 //!   only when it cannot be built from an empty configuration.
 //! * [`peer`]: a program that serves a device, for those that need one.
 //! * [`echo`]: a device for what needs a known back end.
+//! * [`requests`]: what a driver asks each kind of device for.
 //! * [`registry`]: what belongs to every model beside its file.
 //! * [`regular`]: what a correct driver may rely on.
 //! * `balloon` and [`plugged`]: what those of single kinds may rely on besides.
@@ -28,5 +29,6 @@ mod peer;
 mod plugged;
 mod registry;
 mod regular;
+mod requests;
 mod rig;
 mod subjects;

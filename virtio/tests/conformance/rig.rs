@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use devices::pci::{PciAddress, PciFunction, PciRoot, Windows};
 use devices::{Bus, MsiAllocator, MsiError, MsiMessage, MsiVector, Unit};
 use migration::SectionSet;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio::memory::{GuestMap, GuestMemory};
 use virtio::transport::{DeviceEvent, DeviceEvents, Doorbells, VirtioPci};
 use vm_memory::{FileOffset, GuestAddress};
@@ -103,6 +104,23 @@ impl Bells {
             Some(fd) => (&*fd).write(&1_u64.to_ne_bytes()).is_ok(),
             None => false,
         }
+    }
+
+    /// Rings each of them.
+    fn ring_all(&self) {
+        for fd in self.registered.lock().unwrap().values() {
+            (&*fd).write_all(&1_u64.to_ne_bytes()).unwrap();
+        }
+    }
+
+    /// Whether one of them has been rung and not been heard.
+    fn are_ringing(&self) -> bool {
+        let registered = self.registered.lock().unwrap();
+        let mut fds: Vec<PollFd<'_>> = registered
+            .values()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
     }
 
     pub fn addresses(&self) -> Vec<u64> {
@@ -243,6 +261,23 @@ impl Rig {
 
     pub fn stop(&self) {
         self.device.stop(soon()).unwrap();
+    }
+
+    /// Waits until the started device has done all that it can do about its queues as they are now. A doorbell that
+    /// rings twice is heard for the second time by a worker that has looked at the queue after the first. A broken
+    /// device does nothing any more, and one without a driver has nothing to do.
+    ///
+    /// One that another program serves looks at its queues when that program does ([`crate::requests::reach`]).
+    pub fn settle(&self) {
+        let deadline = soon();
+        for _ in 0..2 {
+            self.bells.ring_all();
+            while self.device.is_active() && !self.device.needs_reset() && self.bells.are_ringing()
+            {
+                assert!(Instant::now() < deadline, "a doorbell is not heard");
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// The sections of the stopped device.

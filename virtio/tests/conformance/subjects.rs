@@ -99,6 +99,14 @@ impl HostEnd for Loop {
         self.bytes.read(into)
     }
 
+    /// What nobody has read is gone.
+    fn guest_opened(&mut self, open: bool) {
+        if !open {
+            self.bytes.clear();
+            self.tell();
+        }
+    }
+
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = bytes.len().min(Self::ROOM - self.bytes.len());
         self.bytes.extend(&bytes[..count]);
@@ -272,7 +280,10 @@ fn fixture(kind: &str, directory: &Path, number: u32) -> Value {
         "console" => json!({ "ports": "org.qemu.guest_agent.0:b" }),
         // Both ends of a migration are the same card.
         "net" => json!({ "queues": 2, "mtu": 1500, "mac": "52:54:00:00:00:01" }),
-        "vhost-user-blk" => json!({ "socket": directory.join(format!("peer{number}")) }),
+        "vhost-user-blk" => json!({
+            "socket": directory.join(format!("peer{number}")),
+            "num_queues": 2,
+        }),
         "fs" => json!({ "tag": "t", "socket": directory.join(format!("peer{number}")) }),
         "vhost-user-net" => json!({
             "socket": directory.join(format!("peer{number}")),

@@ -52,7 +52,10 @@ fn a_guest_that_changes_its_mode_without_end_costs_no_memory_and_keeps_its_viewe
         }
     }
     let after = private(process);
-    assert!(after < before + (32 << 10), "{before} KiB, then {after} KiB");
+    assert!(
+        after < before + (32 << 10),
+        "{before} KiB, then {after} KiB"
+    );
     assert_same(&guest.picture(), &drawn(640, 480, 3), "at last");
     stalls.sees(&drawn(640, 480, 3), "one that read nothing meanwhile");
 }

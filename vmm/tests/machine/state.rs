@@ -1,8 +1,14 @@
 //! The saved state of all units of a machine.
 
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use api::wire::VmResize;
 use api::{Command as Ask, Reply};
 use migration::{RestoreError, Section, SectionSet};
 use serde_json::{Value, json};
+use vmm::config::VmConfig;
+use vmm::machine::Machine;
 
 use crate::support::{Local, built, can_run, config, until};
 
@@ -40,7 +46,7 @@ fn saved(disk: &tempfile::NamedTempFile) -> SectionSet {
 }
 
 /// A configuration whose machine has the same units.
-fn twin(disk: &tempfile::NamedTempFile) -> vmm::config::VmConfig {
+fn twin(disk: &tempfile::NamedTempFile) -> VmConfig {
     let more = json!({
         "devices": devices(disk),
         "serial": "null",
@@ -71,6 +77,69 @@ fn the_state_of_every_unit_survives_its_bytes() {
         assert_eq!(before, after);
     }
     assert_eq!(again.to_bytes(), bytes);
+}
+
+/// A machine with a device of each kind that needs nobody else, and nothing of the host's that its twin has too.
+fn full(disk: &tempfile::NamedTempFile, dir: &Path) -> VmConfig {
+    let network = dir.join("network");
+    let more = json!({
+        "devices": [
+            { "kind": "blk", "config": { "path": disk.path() } },
+            { "kind": "rng" },
+            { "kind": "net", "config": { "socket": network, "mac": "52:54:00:00:00:07" } },
+            { "kind": "balloon", "config": { "size": 1 << 20, "free_page_reporting": true } },
+            { "kind": "vsock", "config": { "cid": 3, "socket": dir.join("vsock") } },
+            { "kind": "input", "config": { "type": "tablet" } },
+            { "kind": "console", "config": { "ports": "agent" } },
+        ],
+        "serial": { "file": dir.join("serial") },
+        "watchdog": true,
+    });
+    config("blk", "bench=write count=1000000000 depth=8", more)
+}
+
+#[test]
+fn a_device_of_each_kind_takes_its_state_over_in_another_machine() {
+    if !can_run() {
+        return;
+    }
+    let disk = disk();
+    let dir = tempfile::tempdir().unwrap();
+    let network = UnixListener::bind(dir.path().join("network")).unwrap();
+    let machine = Local::boot(&full(&disk, dir.path()));
+    until("work", || {
+        let text = std::fs::read_to_string(dir.path().join("serial"));
+        text.ok()?.contains("bench=begin").then_some(())
+    });
+    let larger = VmResize {
+        desired_balloon: Some(5 << 20),
+        ..VmResize::default()
+    };
+    machine.ask(Ask::Resize(larger)).unwrap();
+    assert_eq!(machine.ask(Ask::Pause), Ok(Reply::Done));
+    let set = machine.machine(|machine| machine.save_units().unwrap());
+    drop(machine);
+    let schemas: Vec<_> = set.sections().iter().map(|s| s.schema.as_str()).collect();
+    for kind in ["blk", "rng", "net", "balloon", "vsock", "input", "console"] {
+        let schema = format!("virtio-{kind}");
+        assert!(schemas.contains(&schema.as_str()), "{schema}: {schemas:?}");
+    }
+    assert!(schemas.contains(&"i6300esb"), "{schemas:?}");
+    drop(network);
+
+    let other = tempfile::tempdir().unwrap();
+    let _network = UnixListener::bind(other.path().join("network")).unwrap();
+    let machine = built(&full(&disk, other.path())).machine;
+    let target = |machine: &Machine| machine.inventory().balloon().unwrap().target();
+    assert_eq!(target(&machine), 1 << 20);
+    let read = SectionSet::from_bytes(&set.to_bytes()).unwrap();
+    machine.restore_units(read).unwrap();
+    assert_eq!(target(&machine), 5 << 20);
+    let again = machine.save_units().unwrap();
+    for (before, after) in set.sections().iter().zip(again.sections()) {
+        assert_eq!(before, after);
+    }
+    assert_eq!(again.to_bytes(), set.to_bytes());
 }
 
 #[test]

@@ -477,6 +477,34 @@ fn saved_ports_are_put_back_into_a_device_that_has_the_same() {
 }
 
 #[test]
+fn the_consoles_size_and_the_news_of_it_go_with_the_state() {
+    let console = Peer::new();
+    console.change(|far| far.size = Some(Size { cols: 132, rows: 50 }));
+    let ends = vec![(None, console), (Some("agent"), Peer::new())];
+    let mut bench = Bench::multiport(device("agent", ends));
+    bench.say(u32::MAX, DEVICE_READY, 1);
+    assert_eq!(bench.hear().1, PORT_ADD);
+    assert_eq!(bench.hear().1, PORT_ADD);
+    bench.say(0, PORT_READY, 1);
+    assert_eq!(bench.hear(), (0, CONSOLE_PORT, 1, vec![]));
+    let stopped = bench.device.stop(soon()).unwrap();
+    let saved = bench.device.save().unwrap();
+    assert_eq!((saved.cols, saved.rows), (132, 50));
+    assert!(saved.ports[0].tell_size && !saved.ports[0].tell_console);
+    // There is nobody whose terminal has another size.
+    let mut other = device("agent", vec![(None, Peer::new())]);
+    other.restore(saved).unwrap();
+    assert_eq!(other.save().unwrap(), bench.device.save().unwrap());
+    let mut config = [0; 4];
+    other.read_config(0, &mut config);
+    assert_eq!(config, [132, 0, 50, 0]);
+    bench.device = other;
+    let queues = stopped.into_iter().map(ActiveQueue::from).collect();
+    bench.restart(queues, F_MULTIPORT);
+    assert_eq!(bench.hear(), (0, RESIZE, 1, vec![132, 0, 50, 0]));
+}
+
+#[test]
 fn names_that_a_guest_could_not_use_are_refused() {
     let names = |ports: &str| {
         let config = ConsoleConfig {

@@ -126,16 +126,20 @@ impl Filter {
         word >> (id % 64) & 1 == 1
     }
 
-    /// Wants frames of a VLAN or not. `false` when there is no such VLAN.
+    /// Wants frames of a VLAN or not. `false`, with all as it was, when there is no such VLAN. A driver that leaves
+    /// one before it has named any has none to be left without: frames of all go on to come.
     pub fn set_vlan(&mut self, id: u16, wanted: bool) -> bool {
-        let vlans = self.vlans.get_or_insert_with(|| Box::new([0; VLAN_WORDS]));
-        let Some(word) = vlans.get_mut(usize::from(id / 64)) else {
+        let place = usize::from(id / 64);
+        if place >= VLAN_WORDS {
             return false;
-        };
-        if wanted {
-            *word |= 1 << (id % 64);
-        } else {
-            *word &= !(1 << (id % 64));
+        }
+        if self.vlans.is_none() && !wanted {
+            return true;
+        }
+        let vlans = self.vlans.get_or_insert_with(|| Box::new([0; VLAN_WORDS]));
+        if let Some(word) = vlans.get_mut(place) {
+            let bit = 1 << (id % 64);
+            *word = if wanted { *word | bit } else { *word & !bit };
         }
         true
     }
@@ -227,6 +231,17 @@ mod tests {
         assert!(filter.wants(&start(MAC)) && !filter.wants(&tagged(OTHER, 64)));
         assert!(filter.set_vlan(64, false));
         assert!(!filter.wants(&tagged(MAC, 64)));
-        assert!(!filter.set_vlan(4096, true));
+        // The last one that is left leaves none.
+        assert!(filter.set_vlan(4095, false));
+        assert!(!filter.wants(&tagged(MAC, 4095)));
+    }
+
+    #[test]
+    fn what_was_never_named_can_be_left_and_what_there_is_not_changes_nothing() {
+        let mut filter = closed();
+        assert!(filter.set_vlan(7, false));
+        assert!(!filter.set_vlan(4096, true) && !filter.set_vlan(u16::MAX, false));
+        assert_eq!(filter, closed());
+        assert!(filter.wants(&tagged(MAC, 7)) && filter.wants(&tagged(MAC, 64)));
     }
 }

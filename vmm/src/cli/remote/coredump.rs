@@ -158,6 +158,7 @@ mod tests {
             done: 0,
             total: 1,
             error: error.map(str::to_owned),
+            snapshot: None,
         };
         assert_eq!(outcome(&job(JobState::Running, None), &CANCELLED), None);
         assert_eq!(outcome(&job(JobState::Cancelling, None), &CANCELLED), None);

@@ -101,8 +101,10 @@ impl Driver {
 
     /// Stops all units within `time`, and hears meanwhile what makes waiting for them pointless.
     pub(super) fn stop_units(&mut self, time: Duration) -> Result<(), MachineError> {
+        let begun = Instant::now();
         let result = self.stop_these(&self.machine.units(), time);
         self.machine.stopped(&result);
+        self.drained = begun.elapsed();
         result
     }
 
