@@ -18,6 +18,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::state::{RestoreError, SavedState};
 
+mod write;
+
+pub use write::PageWriter;
+
 /// The page that runs are counted in, in bytes.
 pub const PAGE: u64 = 4096;
 /// What has one checksum, in bytes.
@@ -40,6 +44,10 @@ pub trait Ram {
     ///
     /// Memory is gone that was there.
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Marks those of the pages from `address` on that have never been written or have been given back: they read as zeros,
+    /// and are not looked at. None, where nobody knows.
+    fn absent(&self, _address: u64, _pages: &mut [bool]) {}
 
     /// Writes `bytes` to `address`.
     ///
@@ -178,38 +186,18 @@ impl PageIndex {
         ram: &dyn Ram,
         step: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Self, PagesError> {
-        let mut buffer = vec![0; CHUNK_LEN];
+        let mut writer = PageWriter::new(&ram.ranges());
         let mut done = 0_u64;
-        let mut regions = Vec::new();
-        let mut end = 0;
-        for Placed { start, len, offset } in place(&ram.ranges()) {
-            let mut chunks = Vec::new();
-            for (at, here) in chunks_of(len) {
-                if !step(done) {
-                    return Err(PagesError::Cancelled);
-                }
-                let bytes = buffer.get_mut(..here).unwrap_or_default();
-                let address = start.saturating_add(at);
-                ram.read(address, bytes)
-                    .map_err(|source| PagesError::Memory { address, source })?;
-                chunks.push(write_chunk(file, bytes, offset.saturating_add(at))?);
-                done = done.saturating_add(here as u64);
+        for index in 0..writer.count() {
+            if !step(done) {
+                return Err(PagesError::Cancelled);
             }
-            end = offset.saturating_add(len);
-            regions.push(Region {
-                start,
-                len,
-                offset,
-                chunks,
-            });
+            let written = writer.write(index, file, ram)?;
+            done = done.saturating_add(written.unwrap_or(0));
         }
-        let offset = end;
-        file.set_len(end)
-            .map_err(|source| PagesError::Write { offset, source })?;
-        if step(done) {
-            Ok(Self { regions })
-        } else {
-            Err(PagesError::Cancelled)
+        match writer.finish(file)? {
+            Some(index) if step(done) => Ok(index),
+            _ => Err(PagesError::Cancelled),
         }
     }
 
@@ -426,34 +414,6 @@ fn chunks_of(len: u64) -> impl Iterator<Item = (u64, usize)> {
         let here = len.saturating_sub(at).min(CHUNK);
         (at, usize::try_from(here).unwrap_or(CHUNK_LEN))
     })
-}
-
-/// Writes the pages of a chunk that are not zeros.
-fn write_chunk(file: &File, bytes: &[u8], at: u64) -> Result<Chunk, PagesError> {
-    let mut chunk = Chunk::default();
-    for (page, content) in (0..).zip(bytes.chunks(PAGE_LEN)) {
-        if content.iter().all(|byte| *byte == 0) {
-            continue;
-        }
-        match chunk.runs.last_mut() {
-            Some(run) if run.first.saturating_add(run.count) == page => run.count += 1,
-            _ => chunk.runs.push(Run {
-                first: page,
-                count: 1,
-            }),
-        }
-    }
-    let mut hasher = crc32fast::Hasher::new();
-    for run in &chunk.runs {
-        let range = run.bytes();
-        let offset = at.saturating_add(range.start as u64);
-        let bytes = bytes.get(range).unwrap_or_default();
-        file.write_all_at(bytes, offset)
-            .map_err(|source| PagesError::Write { offset, source })?;
-        hasher.update(bytes);
-    }
-    chunk.crc = hasher.finalize();
-    Ok(chunk)
 }
 
 #[cfg(test)]

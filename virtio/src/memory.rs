@@ -93,6 +93,10 @@ pub trait Backing: Send + Sync {
     ///
     /// The host's, or that the range is not all in the region; what of it has been given back is not known.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Marks those of the 4 KiB pages from `offset` into the region on of which the host has none at all. Where it has
+    /// swapped nothing out they read as zeros. Marks none that it does not know of.
+    fn absent(&self, _offset: u64, _pages: &mut [bool]) {}
 }
 
 /// Which 4 KiB pages of a region have been written by devices since it was

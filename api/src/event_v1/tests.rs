@@ -64,6 +64,7 @@ fn a_core_dump_is_told_once_and_other_jobs_are_not() {
             done,
             total: 10,
             error: None,
+            snapshot: None,
         },
     };
     let all = [

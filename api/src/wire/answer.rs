@@ -229,6 +229,40 @@ pub struct JobInfo {
     /// Why it failed, or why it was cancelled if no request has asked for that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What a snapshot was like that has been made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotReport>,
+}
+
+/// How a snapshot was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SnapshotReport {
+    /// Whether the guest ran while its memory was written.
+    pub mode: SnapshotMode,
+    /// Why it did not, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// How long the guest stood, in microseconds: with all that is in `drain_us`. Absent where it was paused before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_us: Option<u64>,
+    /// How much of that was waiting for devices to end what they were doing, in microseconds.
+    pub drain_us: u64,
+    /// How long all of it took, in microseconds.
+    pub total_us: u64,
+    /// How many bytes of memory and state were written.
+    pub bytes: u64,
+    /// How many pages of memory hold zeros and were not written.
+    pub zero_pages: u64,
+}
+
+/// Whether the guest runs while its memory is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotMode {
+    /// It runs.
+    Live,
+    /// It is paused.
+    Paused,
 }
 
 /// How far a job is.

@@ -76,6 +76,20 @@ pub struct VmCoredumpData {
 pub struct VmSnapshotConfig {
     /// `file://` and the path of a directory that holds no snapshot; it is made where there is none.
     pub destination_url: String,
+    /// Whether a guest that runs is paused until all is written.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub pause: bool,
+}
+
+impl VmSnapshotConfig {
+    /// A snapshot in the directory behind `destination_url`, made while the guest runs.
+    #[must_use]
+    pub fn of(destination_url: String) -> Self {
+        Self {
+            destination_url,
+            pause: false,
+        }
+    }
 }
 
 /// `vm.restore`.

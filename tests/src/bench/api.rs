@@ -1,8 +1,8 @@
 //! The control socket: what a request costs, and a machine that is made over it.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use super::Settings;
 use super::measure::{Better, Measure, in_turns};
 use super::monitor::{Job, MEMORY, Monitor};
 use super::process::Process;
+use super::qmp::Qmp;
 use super::samples::Samples;
 use crate::control::{Connection, bytes};
 use crate::kit;
@@ -141,46 +142,13 @@ fn http(socket: &Path, request: &str, count: usize) -> Result<(f64, f64)> {
     Ok((kept, fresh))
 }
 
-/// A connection to QMP, ready for commands.
-struct Qmp(BufReader<UnixStream>);
-
-impl Qmp {
-    fn open(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        let mut qmp = Self(BufReader::new(stream));
-        qmp.line()?;
-        qmp.ask(br#"{"execute":"qmp_capabilities"}"#)?;
-        Ok(qmp)
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.0.read_line(&mut line)?;
-        Ok(line)
-    }
-
-    fn ask(&mut self, command: &[u8]) -> Result<()> {
-        self.0.get_mut().write_all(command)?;
-        // Events may come before.
-        loop {
-            let line = self.line()?;
-            ensure!(!line.is_empty(), "QMP has ended");
-            if line.contains("\"return\"") {
-                return Ok(());
-            }
-            ensure!(!line.contains("\"error\""), "{line}");
-        }
-    }
-}
-
 fn qmp(socket: &Path, count: usize) -> Result<(f64, f64)> {
     const STATUS: &[u8] = br#"{"execute":"query-status"}"#;
     let mut connection = Qmp::open(socket)?;
-    let kept = median(count, || connection.ask(STATUS))?;
+    let kept = median(count, || connection.ask(STATUS).map(drop))?;
     // It serves one client at a time.
     drop(connection);
-    let fresh = median(count, || Qmp::open(socket)?.ask(STATUS))?;
+    let fresh = median(count, || Qmp::open(socket)?.ask(STATUS).map(drop))?;
     Ok((kept, fresh))
 }
 

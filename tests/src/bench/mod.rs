@@ -15,6 +15,7 @@ mod elf;
 mod frames;
 mod guest_clock;
 mod images;
+mod inside;
 mod measure;
 mod memory;
 mod monitor;
@@ -22,11 +23,11 @@ mod net;
 mod plot;
 mod port;
 mod process;
+mod qmp;
 mod report;
 mod samples;
 mod start;
 mod targets;
-mod userspace;
 
 use std::fs;
 use std::path::PathBuf;
@@ -34,7 +35,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-pub use self::userspace::{MODE as NESTED_MODE, measure_inside};
+pub use self::inside::MODE as NESTED_MODE;
+pub use self::inside::agent::work as measure_inside;
 
 use self::guest_clock::GuestClock;
 use self::measure::Measure;
@@ -43,6 +45,24 @@ use self::report::{Host, Report};
 use self::targets::Target;
 use crate::{kit, nested, places, probe};
 
+/// The groups of measures.
+pub const GROUPS: [&str; 14] = [
+    "size",
+    "start",
+    "api",
+    "memory",
+    "port",
+    "balloon",
+    "net",
+    "display",
+    "disk",
+    "image",
+    "boot",
+    "nested-balloon",
+    "nested-net",
+    "nested-console",
+];
+
 /// How to measure.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -50,10 +70,12 @@ pub struct Settings {
     pub runs: usize,
     /// The same for the nested measure by the real clock.
     pub nested_runs: u32,
+    /// The nested groups that are measured by instructions are measured by the real clock too.
+    pub wall: bool,
     /// A check that everything works: short disk runs, nothing nested.
     pub quick: bool,
-    /// The measures whose group (`start`, `api`, `memory`, `port`, `balloon`, `net`, `display`, `disk`, `image`,
-    /// `boot`, `size`) is in the list, or of images those whose name begins with one of it; all when it is empty.
+    /// The measures whose group ([`GROUPS`]) is in the list, or of images those whose name begins with one of it; all
+    /// when it is empty.
     pub only: Vec<String>,
     /// Where the image and the results go; it must exist.
     pub directory: PathBuf,
@@ -111,10 +133,47 @@ pub fn run(settings: &Settings) -> Result<()> {
         settings.runs
     );
     bench.native()?;
-    bench.nested()?;
+    // What could be measured is worth reporting all the same.
+    let nested = bench.nested();
     bench.report.host.close();
     print!("{}", report::summary(&bench.report));
-    bench.write()
+    bench.write()?;
+    nested
+}
+
+/// A group of measures in the nested machine.
+struct Nested {
+    name: &'static str,
+    about: &'static str,
+    take: fn(&Settings, inside::Watch<'_>) -> Result<()>,
+}
+
+const NESTED: [Nested; 4] = [
+    Nested {
+        name: "boot",
+        about: "booting Linux",
+        take: inside::userspace::boot,
+    },
+    Nested {
+        name: "nested-balloon",
+        about: "filling a balloon",
+        take: inside::balloon::pages,
+    },
+    Nested {
+        name: "nested-net",
+        about: "sending over a bridge",
+        take: inside::net::flows,
+    },
+    Nested {
+        name: "nested-console",
+        about: "writing to consoles",
+        take: inside::console::output,
+    },
+];
+
+fn nested_groups(settings: &Settings) -> Vec<&'static Nested> {
+    let wanted = |group: &&Nested| !settings.quick && settings.wants(group.name);
+    NESTED.iter().filter(wanted).collect()
 }
 
 struct Bench<'a> {
@@ -200,21 +259,30 @@ impl Bench<'_> {
 
     fn nested(&mut self) -> Result<()> {
         let settings = self.settings;
-        if settings.quick || !settings.wants("boot") {
-            self.skip("boot: not asked for");
+        let groups = nested_groups(settings);
+        if groups.is_empty() {
+            self.skip("what is nested: not asked for");
             return Ok(());
         }
         if let Some(why) = nested::missing() {
-            self.skip(&format!("boot: no nested machine: {why}"));
+            self.skip(&format!("no nested machine: {why}"));
             return Ok(());
         }
-        println!("\n… booting Linux in the nested machine, some minutes");
-        userspace::boot(settings, &mut |measure, failed| {
-            for why in failed {
-                self.skip(&format!("boot: {why}"));
+        let mut result = Ok(());
+        for Nested { name, about, take } in groups {
+            println!("\n… {about} in the nested machine, some minutes");
+            let taken = take(settings, &mut |measure, failed| {
+                for why in failed {
+                    self.skip(&format!("{name}: {why}"));
+                }
+                self.add(measure);
+            });
+            if let Err(error) = taken {
+                self.skip(&format!("{name}: {error:#}"));
+                result = Err(error.context(*name));
             }
-            self.add(measure);
-        })
+        }
+        result
     }
 
     fn skip(&mut self, what: &str) {
@@ -268,4 +336,32 @@ fn guests() -> Result<()> {
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nested(only: &[&str], quick: bool) -> Vec<&'static str> {
+        let settings = Settings {
+            runs: 1,
+            nested_runs: 1,
+            wall: false,
+            quick,
+            only: only.iter().map(|only| (*only).to_owned()).collect(),
+            directory: PathBuf::new(),
+        };
+        let groups = nested_groups(&settings);
+        groups.into_iter().map(|group| group.name).collect()
+    }
+
+    #[test]
+    fn nested_groups_are_chosen_by_their_names_and_a_quick_run_has_none() {
+        let all = ["boot", "nested-balloon", "nested-net", "nested-console"];
+        assert_eq!(nested(&[], false), all);
+        assert_eq!(nested(&["nested-net"], false), ["nested-net"]);
+        assert_eq!(nested(&["net", "disk"], false), [""; 0]);
+        assert_eq!(nested(&[], true), [""; 0]);
+        assert!(all.iter().all(|name| GROUPS.contains(name)));
+    }
 }

@@ -15,8 +15,19 @@ pub struct Process {
     child: Child,
     begin: Instant,
     output: Receiver<(Instant, Vec<u8>)>,
+    /// When the last part of the output came.
+    came: Instant,
     text: Vec<u8>,
     errors: File,
+}
+
+/// A line of a program's output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Without its end.
+    pub text: String,
+    /// When the part of the output with its end came, from the program's start.
+    pub came: Duration,
 }
 
 impl Process {
@@ -51,6 +62,7 @@ impl Process {
             child,
             begin,
             output,
+            came: begin,
             text: Vec::new(),
             errors,
         })
@@ -69,15 +81,14 @@ impl Process {
     /// The output ends first, or `limit` passes; the message has the program's last words.
     pub fn until(&mut self, mark: &str, limit: Duration) -> Result<Duration> {
         let deadline = Instant::now() + limit;
-        let mut came = self.begin;
         loop {
             if find(&self.text, mark.as_bytes()) {
-                return Ok(came - self.begin);
+                return Ok(self.came - self.begin);
             }
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(rest) {
                 Ok((when, bytes)) => {
-                    came = when;
+                    self.came = when;
                     self.text.extend(bytes);
                 }
                 Err(_) => bail!("no \"{}\": {}", mark.trim(), self.last_words()),
@@ -89,16 +100,25 @@ impl Process {
     ///
     /// # Errors
     /// `limit` passes first.
-    pub fn line(&mut self, limit: Duration) -> Result<Option<String>> {
+    pub fn line(&mut self, limit: Duration) -> Result<Option<Line>> {
         let deadline = Instant::now() + limit;
+        let mut seen = 0;
         loop {
-            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.text.drain(..=end).collect();
-                return Ok(Some(String::from_utf8_lossy(&line).trim_end().to_owned()));
+            let new = self.text.get(seen..).unwrap_or_default();
+            if let Some(end) = new.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.text.drain(..=seen + end).collect();
+                return Ok(Some(Line {
+                    text: String::from_utf8_lossy(&line).trim_end().to_owned(),
+                    came: self.came - self.begin,
+                }));
             }
+            seen = self.text.len();
             let rest = deadline.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(rest) {
-                Ok((_, bytes)) => self.text.extend(bytes),
+                Ok((when, bytes)) => {
+                    self.came = when;
+                    self.text.extend(bytes);
+                }
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => bail!("silent for {} s", limit.as_secs()),
             }
@@ -169,9 +189,10 @@ mod tests {
     #[test]
     fn lines_are_taken_one_by_one_and_a_rest_without_an_end_is_none() {
         let mut process = shell("printf 'one\\ntwo\\nthr'");
-        assert_eq!(process.line(LIMIT).unwrap().as_deref(), Some("one"));
-        assert_eq!(process.line(LIMIT).unwrap().as_deref(), Some("two"));
-        assert_eq!(process.line(LIMIT).unwrap(), None);
+        let mut line = || process.line(LIMIT).unwrap().map(|line| line.text);
+        assert_eq!(line().as_deref(), Some("one"));
+        assert_eq!(line().as_deref(), Some("two"));
+        assert_eq!(line(), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{MIB, case};
 use crate::case::{Action, Case, Fill, Form};
 
-/// Fills memory and disk with the same noise and waits. In its second life it compares both, from the disk itself, and
+/// Fills memory and disk with the same noise, and waits while it writes on. In its second life it compares both, from the disk itself, and
 /// looks whether all that has to go on does: both CPUs, timers, the clock, interrupts, the generation id.
 const SCRIPT: &str = r#"
 dd if=/dev/urandom of=/tmp/noise bs=1M count=8 2>/dev/null
@@ -11,8 +11,12 @@ dd if=/tmp/noise of=/dev/vda bs=1M oflag=direct 2>/dev/null
 sum=$(md5sum < /tmp/noise)
 before=$(cut -d. -f1 /proc/uptime)
 forks=$(dmesg | grep -c 'virtual machine fork')
+(while :; do cat /tmp/noise > /tmp/more; done) &
+writer=$!
 echo '@@ waits'
 read -r word
+kill $writer
+wait
 echo "@@ woken by $word"
 [ "$(md5sum < /tmp/noise)" = "$sum" ] && echo '@@ memory agrees'
 echo 3 > /proc/sys/vm/drop_caches
@@ -33,14 +37,17 @@ after=$(cut -d. -f1 /proc/uptime)
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|soft lockup|rcu:.*stall|I/O error' | sed 's/^/@@ bad: /'
 "#;
 
-/// It is written while it waits, killed, and goes on in a second process that has a word for it.
+/// It is written while it runs, killed, and goes on in a second process that has a word for it.
 pub(super) fn goes_on(kernel: &str) -> Case {
     case(kernel, Form::Pvh, "goes-on-from-a-snapshot", SCRIPT)
         .args("--cpus boot=2 --disk path={dir}/disk --api-socket {dir}/own.sock")
         .file("disk", 8 * MIB, Fill::Zero)
         .step(
             "@@ waits",
-            Action::Run("\"$VIREO\" snapshot create --api-socket own.sock saved".to_owned()),
+            Action::Run(
+                "\"$VIREO\" snapshot create --api-socket own.sock --json saved | grep -q '\"live\"'"
+                    .to_owned(),
+            ),
         )
         .step("", Action::Signal("KILL".to_owned()))
         .exits(137)

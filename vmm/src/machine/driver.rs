@@ -195,6 +195,8 @@ pub struct Driver {
     heard: VecDeque<Signal>,
     /// A drain has been cut short, because the machine is to end.
     cut: bool,
+    /// How long the last drain took.
+    drained: Duration,
 }
 
 impl Driver {
@@ -219,6 +221,7 @@ impl Driver {
             once: false,
             heard: VecDeque::new(),
             cut: false,
+            drained: Duration::ZERO,
         }
     }
 
@@ -410,6 +413,7 @@ impl Driver {
     /// reported and left.
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
+        self.free_capture();
         self.machine.vcpus().pause();
         self.give_up_capture();
         if let Err(error) = self.stop_units(self.patience()) {
@@ -611,7 +615,7 @@ impl Driver {
 
     /// Lets idle vCPUs run, unless the machine is paused or a debugger holds it.
     fn go_on(&mut self) {
-        if self.state().0 == VmState::Running && !self.held {
+        if self.state().0 == VmState::Running && !self.held && !self.guest_waits() {
             self.machine.vcpus().run(self.chosen.as_deref());
         }
     }

@@ -59,6 +59,7 @@ use crate::display::ViewersError;
 use crate::kvm::vcpu::VcpuState;
 use crate::kvm::{IrqchipState, KvmError, Vm};
 use crate::memory::restored::Restored;
+use crate::memory::still::RamParts;
 use crate::memory::{GuestRam, RamError};
 use crate::opener::Opener;
 use crate::smbios::SmbiosImageError;
@@ -526,6 +527,11 @@ impl Machine {
     /// RAM as it is now. It stays mapped as long as this is held; what is added later is not in it.
     fn memory_map(&self) -> GuestMap {
         GuestMap::clone(&self.ram.memory().memory())
+    }
+
+    /// RAM as it can be held still.
+    fn ram_parts(&self) -> RamParts {
+        self.ram.parts()
     }
 
     /// Gives every vCPU a non-maskable interrupt.

@@ -236,7 +236,7 @@ impl Saved {
             way,
             ..
         } = self;
-        let ram = SnapshotRam(GuestMap::clone(ram));
+        let ram = SnapshotRam::new(GuestMap::clone(ram), false);
         let index = take_index(&mut set, &ram.ranges(), len).map_err(|source| {
             let path = directory.clone();
             RestoreFailure::State { path, source }

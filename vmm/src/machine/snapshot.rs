@@ -54,11 +54,23 @@ impl SavedState for ClockV1 {
 }
 
 /// Guest memory as a snapshot sees it.
-pub struct SnapshotRam(pub GuestMap);
+pub struct SnapshotRam {
+    map: GuestMap,
+    /// The host swaps nothing out.
+    swapless: bool,
+}
+
+impl SnapshotRam {
+    /// The memory of `map`. `swapless`: the host swaps nothing out for as long as this is used, so that what it has not got is zeros.
+    #[must_use]
+    pub fn new(map: GuestMap, swapless: bool) -> Self {
+        Self { map, swapless }
+    }
+}
 
 impl Ram for SnapshotRam {
     fn ranges(&self) -> Vec<(u64, u64)> {
-        self.0
+        self.map
             .iter()
             .map(|region| (region.start_addr().0, region.len()))
             .collect()
@@ -66,14 +78,24 @@ impl Ram for SnapshotRam {
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {
         let address = GuestAddress(address);
-        let read = self.0.read_slice(bytes, address);
+        let read = self.map.read_slice(bytes, address);
         read.map_err(io::Error::other)?;
-        let host = self.0.get_host_address(address);
+        let host = self.map.get_host_address(address);
         host.map_or(Ok(()), |host| check(host.addr()))
     }
 
+    fn absent(&self, address: u64, pages: &mut [bool]) {
+        let at = GuestAddress(address);
+        let region = self.map.find_region(at).filter(|_| self.swapless);
+        if let Some((region, offset)) = region.and_then(|r| Some((r, r.to_region_addr(at)?)))
+            && let Some(backing) = region.bitmap().backing()
+        {
+            backing.absent(offset.0, pages);
+        }
+    }
+
     fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
-        let written = self.0.write_slice(bytes, GuestAddress(address));
+        let written = self.map.write_slice(bytes, GuestAddress(address));
         written.map_err(io::Error::other)
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::sync::Arc;
 
+use super::still::{Still, Watcher};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
@@ -29,6 +30,8 @@ pub struct Mapping {
     huge_page: Option<u64>,
     /// What of it a snapshot's file gives.
     overlay: Overlay,
+    /// Who holds it still.
+    watcher: Watcher,
 }
 
 #[expect(unsafe_code, reason = "raw addresses are not Send; see the proof")]
@@ -114,6 +117,7 @@ impl Mapping {
                     flags,
                     huge_page,
                     overlay: Overlay::default(),
+                    watcher: Watcher::default(),
                 })
             }
             Err(error) => {
@@ -126,6 +130,59 @@ impl Mapping {
     /// The host virtual address of the first byte.
     pub fn address(&self) -> u64 {
         self.address.addr() as u64
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Has `still` know of what is given back.
+    pub(super) fn held_by(&self, still: std::sync::Weak<Still>) {
+        self.watcher.set(still);
+    }
+
+    /// Gives `len` bytes from `offset` back to the host, of which there is a copy first where one is made.
+    fn give_back(&self, offset: usize, len: usize) -> io::Result<()> {
+        let still = self.watcher.get();
+        let start = self.address().saturating_add(offset as u64);
+        if let Some(still) = &still {
+            still.give_back(start, len as u64);
+        }
+        let given = self.discard_part(offset, len);
+        if let Some(still) = &still {
+            still.given_back(start, len as u64);
+        }
+        given
+    }
+
+    /// Marks those of the pages from `offset` on of which the host has none: they read as zeros. Only where the host swaps
+    /// nothing out, which does not have those either; and not of files that hold something.
+    fn mark_absent(&self, offset: u64, pages: &mut [bool]) {
+        let anonymous = self.flags & libc::MAP_ANONYMOUS != 0;
+        if (!anonymous && self.flags & libc::MAP_SHARED == 0) || self.is_of_file() {
+            return;
+        }
+        let mut present = vec![1_u8; pages.len()];
+        let size = usize::try_from(PAGE).unwrap_or(usize::MAX);
+        let Some(len) = pages.len().checked_mul(size) else {
+            return;
+        };
+        let Ok(offset) = number(offset) else {
+            return;
+        };
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return;
+        }
+        let address = self.address.wrapping_byte_add(offset);
+        // SAFETY: the range lies in this mapping, as was just checked, and there is a byte for each of its pages.
+        #[expect(unsafe_code, reason = "mincore is a system call on an address")]
+        let result = unsafe { libc::mincore(address, len, present.as_mut_ptr()) };
+        if result == 0 {
+            for (page, present) in pages.iter_mut().zip(present) {
+                *page = present & 1 == 0;
+            }
+        }
     }
 
     /// The protection flags of the mapping.
@@ -179,7 +236,7 @@ impl Mapping {
     ///
     /// The host's.
     pub fn discard_all(&self) -> io::Result<()> {
-        self.discard_part(0, self.len)
+        self.give_back(0, self.len)
     }
 
     fn discard_part(&self, offset: usize, len: usize) -> io::Result<()> {
@@ -308,7 +365,11 @@ impl Backing for Mapping {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.discard_part(number(offset)?, number(len)?)
+        self.give_back(number(offset)?, number(len)?)
+    }
+
+    fn absent(&self, offset: u64, pages: &mut [bool]) {
+        self.mark_absent(offset, pages);
     }
 }
 

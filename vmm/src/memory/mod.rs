@@ -2,8 +2,8 @@
 //!
 //! [`GuestRam`] maps the guest's RAM, says which KVM slots describe it, and
 //! hands out the [`GuestMemory`] that devices and loaders work through. Each of its regions
-//! knows its [`virtio::memory::Backing`], by which the balloon gives parts of it back. Later
-//! consumers (dirty tracking for display, snapshot and migration, userfaultfd) belong here as
+//! knows its [`virtio::memory::Backing`], by which the balloon gives parts of it back. [`still`] holds
+//! it as it is at one instant. Later consumers (dirty tracking, post-copy) belong here as
 //! well, because each of them excludes some of the others.
 //!
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
@@ -14,11 +14,13 @@ mod mapping;
 mod overlay;
 mod plug;
 pub mod restored;
+pub mod still;
+mod userfault;
 pub mod video;
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use virtio::memory::{DirtyLog, GuestMap, GuestMemory};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -28,6 +30,8 @@ use crate::layout;
 use mapping::Mapping;
 pub use plug::PlugRegion;
 use restored::Restored;
+use still::RamParts;
+use userfault::UserFault;
 
 /// What memory a guest gets and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,6 +128,8 @@ pub struct GuestRam {
     spec: RamSpec,
     /// How it came from a snapshot, if it did.
     restored: Option<Arc<Restored>>,
+    /// What protects it against writing, once it has been wanted.
+    fault: Arc<Mutex<Option<Arc<UserFault>>>>,
 }
 
 /// RAM that has been mapped and is to be added. Dropping it adds nothing.
@@ -170,7 +176,16 @@ impl GuestRam {
             reserved: 0,
             spec: spec.clone(),
             restored: None,
+            fault: Arc::default(),
         })
+    }
+
+    /// The memory as [`still::Still`] holds it.
+    #[must_use]
+    pub fn parts(&self) -> RamParts {
+        let guests = self.slots.iter().map(|slot| slot.guest);
+        let parts = guests.zip(self.mappings.iter().cloned()).collect();
+        RamParts::new(parts, Arc::clone(&self.fault))
     }
 
     /// Maps `len` bytes more, of the same kind, for the guest-physical address

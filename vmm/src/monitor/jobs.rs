@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use api::wire::{JobInfo, JobState};
+use api::wire::{JobInfo, JobState, SnapshotReport};
 use api::{ControlError, ErrorKind, EventKind, EventLog};
 
 /// How many ended jobs are remembered.
@@ -37,6 +37,8 @@ struct Job {
     /// Why it was cancelled, where no client has asked for that.
     reason: OnceLock<&'static str>,
     end: Mutex<Option<(JobState, Option<String>)>>,
+    /// What a snapshot was like.
+    snapshot: OnceLock<SnapshotReport>,
 }
 
 /// Where a job goes: one of the two excludes the other.
@@ -73,6 +75,7 @@ impl Job {
             done: self.done.load(Ordering::Relaxed),
             total: self.total.load(Ordering::Relaxed),
             error,
+            snapshot: self.snapshot.get().cloned(),
         }
     }
 }
@@ -108,6 +111,7 @@ impl Jobs {
                 way: Mutex::default(),
                 reason: OnceLock::new(),
                 end: Mutex::default(),
+                snapshot: OnceLock::new(),
             });
             let ended = inner.jobs.iter().filter(|job| job.end().is_some()).count();
             if ended >= REMEMBERED
@@ -201,6 +205,18 @@ impl JobHandle {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         *self.job.way() == Way::Cancelled
+    }
+
+    /// Tells from any thread whether it is no longer wanted.
+    pub fn watch(&self) -> impl Fn() -> bool + Send + Sync + use<> {
+        let job = Arc::clone(&self.job);
+        move || *job.way() == Way::Cancelled
+    }
+
+    /// What the snapshot was like that it has made. Once.
+    pub fn report(&self, snapshot: SnapshotReport) {
+        // A second one would say the same.
+        let _ = self.job.snapshot.set(snapshot);
     }
 
     /// What it makes is whole and appears now: from here on it cannot be cancelled. `false` where it has been.

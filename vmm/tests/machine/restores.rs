@@ -66,7 +66,7 @@ fn memory_is_told_to_be_of_the_file_or_copied_and_the_file_stays_as_it_is() {
         let second = dir.path().join("again");
         let destination_url = url(&second);
         client
-            .snapshot(&VmSnapshotConfig { destination_url })
+            .snapshot(&VmSnapshotConfig::of(destination_url))
             .unwrap();
         client.quit().unwrap();
         machine.ends_with(0);
@@ -136,7 +136,7 @@ fn a_monitor_that_reads_memory_whose_file_is_cut_short_keeps_nothing_of_it() {
         .unwrap();
     let destination_url = url(&dir.path().join("t"));
     let told = client
-        .snapshot(&VmSnapshotConfig { destination_url })
+        .snapshot(&VmSnapshotConfig::of(destination_url))
         .unwrap_err();
     assert!(
         told.to_string().contains("does not give its bytes"),

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::channel;
@@ -13,7 +14,7 @@ use api::{Command as Ask, Control, Reason, VmState};
 use serde_json::{Value, json};
 use vmm::machine::inbox::Message;
 
-use crate::support::{Local, Served, Vireo, can_run, config, until};
+use crate::support::{Local, Served, Vireo, can_run, config, skip, until};
 
 const FLAGS: [&str; 6] = [
     "--cpus",
@@ -41,10 +42,7 @@ pub fn url(path: &Path) -> String {
 }
 
 fn save(machine: &Served, path: &Path) -> Result<(), api::client::ClientError> {
-    let destination_url = url(path);
-    machine
-        .client()
-        .snapshot(&VmSnapshotConfig { destination_url })
+    machine.client().snapshot(&VmSnapshotConfig::of(url(path)))
 }
 
 pub fn tell(vireo: &mut Vireo, letter: &[u8]) {
@@ -143,9 +141,8 @@ fn clients_of_v1_save_a_paused_machine_and_restore_it_paused() {
     assert!(refused.to_string().contains("already created"), "{refused}");
     // It is saved again as it is.
     let second = dir.path().join("t");
-    let destination_url = url(&second);
     client
-        .snapshot(&VmSnapshotConfig { destination_url })
+        .snapshot(&VmSnapshotConfig::of(url(&second)))
         .unwrap();
     assert_eq!(client.info().unwrap().state, VmInfoState::Paused);
     assert_ne!(manifest(&path)["id"], manifest(&second)["id"]);
@@ -261,9 +258,7 @@ fn two_machines_never_write_one_disk_and_a_directory_holds_one_snapshot() {
     let twice = save(&machine, &path).unwrap_err().to_string();
     assert!(twice.contains("holds a snapshot already"), "{twice}");
     assert_eq!(names(&path), before);
-    let relative = VmSnapshotConfig {
-        destination_url: "file://s".to_owned(),
-    };
+    let relative = VmSnapshotConfig::of("file://s".to_owned());
     let told = machine.client().snapshot(&relative).unwrap_err();
     assert_eq!(told.status(), Some(400), "{told}");
     // It still runs.
@@ -365,6 +360,155 @@ fn what_a_snapshot_cannot_hold_yet_is_told_and_the_machine_goes_on() {
     assert!(!machine.path("s").exists());
 }
 
+/// What `vireo snapshot create --json` says of a snapshot of `machine` in its directory `name`.
+fn create(machine: &Served, name: &str, flags: &[&str]) -> Value {
+    let (socket, path) = (machine.socket(), machine.path(name));
+    let output = Command::new(env!("CARGO_BIN_EXE_vireo"))
+        .args(["snapshot", "create", "--json", "--api-socket"])
+        .args([socket.as_os_str(), path.as_os_str()])
+        .args(flags)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["directory"].as_str(), path.to_str());
+    assert!(report["pause_us"].as_u64() <= report["total_us"].as_u64());
+    assert!(report["drain_us"].as_u64() <= report["pause_us"].as_u64());
+    // Of 64 MiB all that is not zeros, and the state besides.
+    let number = |name: &str| report[name].as_u64().unwrap();
+    let data = (64 << 20) - number("zero_pages") * 4096;
+    let state = number("bytes").checked_sub(data).unwrap();
+    assert!(data > 0 && (1..1 << 20).contains(&state), "{report}");
+    report
+}
+
+/// The guest writes all of its pages over and over, and finds whether they are of one instant.
+#[test]
+fn a_machine_that_runs_is_saved_as_it_is_at_one_instant_or_paused_when_told_so() {
+    if !can_run() {
+        return;
+    }
+    let mut machine = counting();
+    let mut asked = 0;
+    for round in ["a", "b", "c"] {
+        let report = create(&machine, round, &[]);
+        if let Some(reason) = report["reason"].as_str() {
+            skip(&format!("no snapshot while the guest runs: {reason}"));
+        }
+        let live = report["mode"] == "live";
+        assert_eq!(live, report["reason"].is_null(), "{report}");
+        let told = machine.client().jobs().unwrap().pop().unwrap();
+        let told = serde_json::to_value(told.snapshot.unwrap()).unwrap();
+        assert_eq!(told["pause_us"], report["pause_us"]);
+        asked += 1;
+        ask(&mut machine.vireo, asked);
+    }
+    let report = create(&machine, "paused", &["--pause"]);
+    assert_eq!(report["mode"], "paused", "{report}");
+    assert!(report["reason"].is_null() && report["pause_us"].is_u64());
+    machine.client().pause().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_vireo"))
+        .args(["snapshot", "create", "--api-socket"])
+        .args([machine.socket(), machine.path("still")])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("is written: the machine was paused;"),
+        "{text}"
+    );
+    machine.client().resume().unwrap();
+    tell(&mut machine.vireo, b"q");
+    machine.vireo.ends_with(0);
+    for (name, times) in [("a", 1), ("c", 3), ("paused", 4), ("still", 4)] {
+        let path = machine.path(name);
+        let mut again = vireo(&["run", "--restore", path.to_str().unwrap()]);
+        ask(&mut again, times);
+        tell(&mut again, b"q");
+        again.ends_with(0);
+    }
+}
+
+/// Has the kernel refuse userfaultfd to the process that `command` begins, by system call and by device.
+#[expect(unsafe_code, reason = "a filter is put in place between fork and exec")]
+fn without_userfaultfd(command: &mut Command) {
+    const LOAD: u16 = 0x20;
+    const JUMP_IF: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    const REFUSE: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs();
+    let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let install = move || {
+        let mut steps = [
+            // The number, and the lower half of the second argument, as `struct seccomp_data` has them.
+            step(LOAD, 0, 0, 0),
+            step(JUMP_IF, 3, 0, 323),
+            step(JUMP_IF, 0, 3, 16),
+            step(LOAD, 0, 0, 24),
+            step(JUMP_IF, 0, 1, 0xaa00),
+            step(RETURN, 0, 0, REFUSE),
+            step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog {
+            len: 7,
+            filter: steps.as_mut_ptr(),
+        };
+        // SAFETY: the program outlives the call, and the kernel copies it.
+        let set = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(
+                    libc::PR_SET_SECCOMP,
+                    libc::SECCOMP_MODE_FILTER,
+                    &raw const program,
+                ) == 0
+        };
+        if set {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
+    };
+    // SAFETY: two system calls, and no memory but the stack's.
+    unsafe { command.pre_exec(install) };
+}
+
+#[test]
+fn where_memory_cannot_be_held_the_guest_is_paused_and_the_answer_says_why() {
+    if !can_run() {
+        return;
+    }
+    let first = counting();
+    save(&first, &first.path("s")).unwrap();
+    drop(first.vireo);
+    let mut dir = first.dir;
+    for (name, mode, refused, words) in [
+        ("t", "copy", true, "no userfaultfd"),
+        ("u", "mmap", false, "memory is mapped from the file"),
+    ] {
+        let (socket, path) = (dir.path().join("api.sock"), dir.path().join("s"));
+        let from = format!("{},memory_restore_mode={mode}", path.display());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+        command.args(["run", "--restore", &from, "--api-socket"]);
+        command.arg(&socket);
+        if refused {
+            without_userfaultfd(&mut command);
+        }
+        let vireo = Vireo::spawn(&mut command);
+        until("the machine", || {
+            let info = Client::connect(&socket).ok()?.info().ok()?;
+            (info.state == VmInfoState::Running).then_some(())
+        });
+        let mut machine = Served { vireo, dir };
+        let report = create(&machine, name, &[]);
+        assert_eq!(report["mode"], "paused", "{report}");
+        let reason = report["reason"].as_str().unwrap();
+        assert!(reason.contains(words), "{reason}");
+        ask(&mut machine.vireo, 1);
+        tell(&mut machine.vireo, b"q");
+        machine.vireo.ends_with(0);
+        dir = machine.dir;
+    }
+}
+
 /// As large as fits, so that there is time to cancel it.
 #[test]
 fn a_snapshot_that_is_cancelled_leaves_nothing_and_the_machine_goes_on() {
@@ -376,9 +520,7 @@ fn a_snapshot_that_is_cancelled_leaves_nothing_and_the_machine_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let (sender, receiver) = channel();
-    let request = VmSnapshotConfig {
-        destination_url: url(&path),
-    };
+    let request = VmSnapshotConfig::of(url(&path));
     let answer = Box::new(move |answer| drop(sender.send(answer)));
     machine
         .mailbox

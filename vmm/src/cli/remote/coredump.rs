@@ -142,6 +142,7 @@ mod tests {
             done: 0,
             total: 1,
             error: error.map(str::to_owned),
+            snapshot: None,
         };
         assert_eq!(outcome(&job(JobState::Running, None)), None);
         assert_eq!(outcome(&job(JobState::Cancelling, None)), None);

@@ -104,6 +104,7 @@ fn told_job(job: &JobInfo) -> String {
         done,
         total,
         error,
+        snapshot,
     } = job;
     let mut text = format!("  id={id}  job={kind}  state={}", word(state));
     let percent = u128::from(*done).saturating_mul(100);
@@ -112,6 +113,12 @@ fn told_job(job: &JobInfo) -> String {
     }
     if let Some(error) = error {
         text.push_str(&format!("  error={error:?}"));
+    }
+    if let Some(snapshot) = snapshot {
+        text.push_str(&format!("  mode={}", word(&snapshot.mode)));
+        if let Some(pause) = snapshot.pause_us {
+            text.push_str(&format!("  pause={pause}us"));
+        }
     }
     text
 }

@@ -96,6 +96,7 @@ mod tests {
             done,
             total,
             error: None,
+            snapshot: None,
         };
         assert_eq!(cells(job(1, 3)), ["1", "coredump", "running", "33%", ""]);
         assert_eq!(cells(job(1, 0))[3], "-");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use api::EventKind;
 use api::client::{Client, ClientError};
-use api::wire::VmSnapshotConfig;
+use api::wire::{SnapshotReport, VmSnapshotConfig};
 use clap::{Args, Subcommand};
 
 use super::super::Misuse;
@@ -19,13 +19,11 @@ use super::{print, print_json};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  vireo pause web
   vireo snapshot create web /srv/snapshots/web-1
   vireo destroy web
       Then: vireo run --restore /srv/snapshots/web-1";
 const CREATE_EXAMPLES: &str = "\
 Examples:
-  vireo pause web
   vireo snapshot create web /srv/snapshots/web-1
   vireo destroy web
       Then: vireo run --restore /srv/snapshots/web-1
@@ -42,8 +40,8 @@ const KIND: &str = "snapshot";
 pub(in crate::cli) enum SnapshotVerb {
     /// Write memory, processors and devices into a directory
     ///
-    /// A machine that runs is paused until it is written. Its disks are not part of it. Ctrl-C cancels it, and leaves no
-    /// snapshot.
+    /// A machine that runs goes on while its memory is written; where the host cannot do that it is paused until then, and the
+    /// answer tells why. Its disks are not part of it. Ctrl-C cancels it, and leaves no snapshot.
     #[command(after_help = CREATE_EXAMPLES)]
     Create(CreateArgs),
 }
@@ -55,6 +53,9 @@ pub(in crate::cli) struct CreateArgs {
     words: Vec<String>,
     #[command(flatten)]
     socket: SocketFlag,
+    /// Pause a machine that runs until all is written
+    #[arg(long)]
+    pause: bool,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -79,31 +80,78 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
     let watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let asking = remote.connect_further(|client| Client::connect_within(client.path(), PATIENCE));
     let mut asking = asking.map_err(|error| remote.failed(error))?;
-    let request = VmSnapshotConfig { destination_url };
+    let request = VmSnapshotConfig {
+        pause: arguments.pause,
+        ..VmSnapshotConfig::of(destination_url)
+    };
     let client = &mut remote.client;
+    let mut job = None;
     let written = thread::scope(|scope| {
         let asked = scope.spawn(|| asking.snapshot(&request));
-        follow(watch, client, arguments.json, || asked.is_finished())?;
+        job = follow(watch, client, arguments.json, || asked.is_finished())?;
         let gone = |_| anyhow::anyhow!("the thread that asks has failed");
         asked.join().map_err(gone)
     })?;
     written.map_err(|error| remote.failed(error))?;
+    let jobs = remote.client.jobs().map_err(|error| remote.failed(error))?;
+    let job = jobs.into_iter().find(|made| Some(&made.id) == job.as_ref());
+    let report = job.and_then(|job| job.snapshot);
     if arguments.json {
-        return print_json(&serde_json::json!({ "directory": name }));
+        return print_json(&Written {
+            directory: name,
+            report,
+        });
     }
-    print(&format!("{} is written\n", path.display()))
+    let mut text = format!("{} is written", path.display());
+    if let Some(report) = report {
+        text.push_str(": ");
+        text.push_str(&told(&report));
+    }
+    text.push('\n');
+    print(&text)
 }
 
-/// Shows how far it is until it is `done`. Ctrl-C cancels it.
+/// What programs hear.
+#[derive(serde::Serialize)]
+struct Written<'a> {
+    directory: &'a str,
+    #[serde(flatten)]
+    report: Option<SnapshotReport>,
+}
+
+/// What people hear.
+fn told(report: &SnapshotReport) -> String {
+    let millis = |micros: u64| format!("{}.{} ms", micros / 1000, micros % 1000 / 100);
+    let pause = report.pause_us.map(|pause| {
+        let drain = millis(report.drain_us);
+        format!("the guest stood for {} (devices: {drain})", millis(pause))
+    });
+    let pause = pause.unwrap_or_else(|| "the machine was paused".to_owned());
+    let mut text = format!(
+        "{pause}; {} bytes and {} pages of zeros in {}",
+        report.bytes,
+        report.zero_pages,
+        millis(report.total_us),
+    );
+    if let Some(reason) = &report.reason {
+        text.push_str(
+            "\nIt was paused until all was written, because it could not go on meanwhile: ",
+        );
+        text.push_str(reason);
+    }
+    text
+}
+
+/// Shows how far it is until it is `done`; gives its id. Ctrl-C cancels it.
 fn follow(
     mut watch: Watch,
     client: &mut Client,
     quiet: bool,
     done: impl Fn() -> bool,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<String>> {
     let interrupted = interrupt::flag()?;
     let progress = Progress::new(false, quiet);
-    let mut job = None;
+    let (mut job, mut cancelled) = (None, false);
     while !done() {
         let told: Result<_, ClientError> = watch.next(Instant::now() + LOOK);
         if watch.has_ended() {
@@ -117,12 +165,13 @@ fn follow(
             job = Some(info.id);
         }
         if interrupted.load(Ordering::Relaxed)
-            && let Some(id) = job.take()
+            && let Some(id) = job.as_ref().filter(|_| !cancelled)
         {
+            cancelled = true;
             // It may just have ended.
-            let _ = client.cancel_job(&id);
+            let _ = client.cancel_job(id);
         }
     }
     progress.finish();
-    Ok(())
+    Ok(job)
 }

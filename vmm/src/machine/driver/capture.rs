@@ -1,22 +1,28 @@
 //! What takes a machine as it is at one instant, into files: a core dump ([`super::coredump`]) or a snapshot ([`super::snapshot`]).
 //!
-//! The machine is paused meanwhile. What the guest has asked for just before (a reset, which gives its memory back, or a
+//! The machine is paused meanwhile, or only until its memory is held still ([`crate::memory::still`]). What the guest has asked for just before or since (a reset, which gives its memory back, or a
 //! power-off) waits until the capture has ended. The end of the machine ends the capture, and so does who
 //! cancels its job: the machine is free at once, also where the file's storage does not answer. The thread that writes is
 //! left to itself then. It holds the memory that it reads, which stays mapped, and files without names, which go when
 //! they are closed; nothing is kept that is not of one instant.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use devices::GuestRequest;
 
 use api::{Command, ControlError, ErrorKind, PauseReason, Reply, VmState};
 
 use super::{Driver, PATIENCE};
 use crate::error::chain;
+use crate::kvm::vcpu::Stop;
 use crate::machine::MachineError;
 use crate::machine::inbox::Message;
 use crate::machine::state::{permits, wrong_state};
+use crate::memory::still::{Held, Still};
 use crate::monitor::JobHandle;
 
 /// A capture that is being written.
@@ -29,6 +35,8 @@ pub(super) struct Capture {
     path: PathBuf,
     /// The machine ran before, and goes on after it.
     resume: bool,
+    /// The machine goes on meanwhile, with its memory held still.
+    held: Option<Held>,
     /// Who waits for the end, and hears of it.
     answer: Option<u64>,
     /// Closed when the job has ended and what it leaves is there or gone.
@@ -38,7 +46,25 @@ pub(super) struct Capture {
 }
 
 /// What a thread of its own does with the machine as it is: it makes the files, or says why not. It holds all that it needs.
-pub(super) type Work = Box<dyn FnOnce(&mut JobHandle) -> Result<(), String> + Send>;
+pub(super) type Work = Box<dyn FnOnce(&mut JobHandle, Manner) -> Result<(), String> + Send>;
+
+/// How a machine is captured.
+#[derive(Default)]
+pub(super) struct Manner {
+    /// Its memory, where the guest goes on.
+    pub still: Option<Arc<Still>>,
+    /// When it was paused, if it ran.
+    pub paused: Option<Instant>,
+    /// How long vCPUs stood, where they run again.
+    pub pause: Option<Duration>,
+    /// How much of it was waiting for devices.
+    pub drain: Duration,
+    /// Why the guest does not go on, where it could have been asked for.
+    pub why: Option<String>,
+}
+
+/// What may hold memory still, or why nothing does (`None`: it was not asked for).
+pub(super) type Hold = Result<Held, Option<String>>;
 
 /// What is to be captured.
 pub(super) struct Plan {
@@ -52,7 +78,12 @@ pub(super) struct Plan {
     pub total: u64,
     /// Who waits for the end, and hears of it.
     pub answer: Option<u64>,
+    /// What holds memory still, so that the guest goes on.
+    pub hold: Hold,
 }
+
+/// Why a capture is given up.
+const ENDED: &str = "the machine has ended";
 
 impl Driver {
     /// Refuses while another capture is being written.
@@ -67,12 +98,12 @@ impl Driver {
             .map_or(Ok(()), |capture| Err(capture.busy()))
     }
 
-    /// Captures the machine, for `command`. One that runs is paused until that has ended. `look` takes from the paused
+    /// Captures the machine, for `command`. One that runs is paused until that has ended, or until its memory is held still. `look` takes from the paused
     /// machine what `Work` needs besides its memory.
     pub(super) fn capture(
         &mut self,
         command: &Command,
-        plan: Plan,
+        mut plan: Plan,
         look: impl FnOnce(&Self) -> Result<Work, ControlError>,
     ) -> Result<Reply, ControlError> {
         self.check_no_capture()?;
@@ -82,13 +113,37 @@ impl Driver {
             return Err(wrong_state(state, pause, command));
         }
         let resume = state == VmState::Running;
+        let mut manner = Manner::default();
+        let mut held = std::mem::replace(&mut plan.hold, Err(None));
         if resume {
+            manner.paused = Some(Instant::now());
             self.pause(plan.reason)
                 .map_err(|error| error.to_control())?;
+            manner.drain = self.drained;
+            held = held.and_then(|held| match held.hold(&self.machine.ram_parts()) {
+                Ok(()) => Ok(held),
+                Err(error) => Err(Some(chain(&error))),
+            });
+        }
+        let work = look(self);
+        if !resume || work.is_err() {
+            // Nothing is protected any more before the guest goes on.
+            held = Err(None);
         }
         let reason = plan.reason;
-        let work = look(self);
-        let started = work.and_then(|work| self.start_capture(plan, work, resume));
+        let (held, why) = match held {
+            Ok(held) => (Some(held), None),
+            Err(why) => (None, why),
+        };
+        let live = held.is_some();
+        manner.why = why;
+        manner.still = held.as_ref().map(|held| Arc::clone(held.still()));
+        if live {
+            self.resume_after(reason);
+            manner.pause = manner.paused.map(|paused| paused.elapsed());
+        }
+        let resume = resume && !live;
+        let started = work.and_then(|work| self.start_capture(plan, (work, manner), resume, held));
         if started.is_err() && resume {
             self.resume_after(reason);
         }
@@ -98,21 +153,20 @@ impl Driver {
     fn start_capture(
         &mut self,
         plan: Plan,
-        work: Work,
+        (work, manner): (Work, Manner),
         resume: bool,
+        held: Option<Held>,
     ) -> Result<Reply, ControlError> {
-        let Plan {
-            kind,
-            reason,
-            path,
-            total,
-            answer,
-        } = plan;
         let slot = self.tools.opening.begin();
         let slot = slot.map_err(|error| error.to_control())?;
-        let job = self.tools.jobs.begin(kind, total);
+        let job = self.tools.jobs.begin(plan.kind, plan.total);
         let info = job.info();
+        if let Some(still) = &manner.still {
+            let cancelled = job.watch();
+            still.heed(move || !cancelled());
+        }
         // It reaches this machine alone: the next one has captures and answers of its own.
+        let answer = plan.answer;
         let settle = self.errand(move |driver: &mut Self, result| {
             driver.settle_capture();
             driver.answer_captured(answer, result);
@@ -120,23 +174,24 @@ impl Driver {
         let (alive, ended) = channel();
         let run = move || {
             let mut job = job;
-            let result = work(&mut job);
+            let result = work(&mut job, manner);
             drop(slot);
             // Who knows of the job's end finds its files there or gone, and the machine free.
             drop(alive);
             job.finish(result.clone());
             settle(result);
         };
-        let thread = Builder::new().name(kind.to_owned()).spawn(run);
+        let thread = Builder::new().name(plan.kind.to_owned()).spawn(run);
         thread.map_err(|source| {
             let what = "no thread for what writes the machine down";
             MachineError::Host { what, source }.to_control()
         })?;
         self.capture = Some(Capture {
             id: info.id.clone(),
-            reason,
-            path,
+            reason: plan.reason,
+            path: plan.path,
             resume,
+            held,
             answer,
             ended,
             said: Vec::new(),
@@ -162,25 +217,42 @@ impl Driver {
                 self.enter(VmState::Paused, Some(PauseReason::Command));
                 Some(Ok(Reply::Done))
             }
+            Command::Resume if capture.held.is_some() && capture.said.is_empty() => None,
             // Memory stays as it is.
             Command::Resume | Command::Reset => Some(Err(capture.busy())),
             _ => None,
         }
     }
 
-    /// Keeps what the guest has said for the end of a capture, while there is one. vCPUs are idle, so it is
+    /// Keeps what the guest has said for the end of a capture, while there is one. vCPUs are idle then, so it is
     /// little; any other message is given back.
     pub(super) fn keep_while_capturing(&mut self, message: Message) -> Option<Message> {
-        match (&mut self.capture, message) {
-            (
-                Some(capture),
-                message @ (Message::Guest(_) | Message::Vcpu(..) | Message::SlotNews),
-            ) => {
-                capture.said.push(message);
-                None
-            }
-            (_, message) => Some(message),
+        let Some(capture) = &mut self.capture else {
+            return Some(message);
+        };
+        let goes_on = capture.held.is_some();
+        let kept = match &message {
+            // After it the guest goes on.
+            Message::Guest(GuestRequest::CrashLoaded) => !goes_on,
+            Message::Guest(_) | Message::Vcpu(_, Stop::TripleFault(_)) => true,
+            Message::Vcpu(..) | Message::SlotNews => !goes_on,
+            _ => false,
+        };
+        if !kept {
+            return Some(message);
         }
+        capture.said.push(message);
+        if goes_on {
+            // Its end, or the end of what it was.
+            self.machine.vcpus().pause();
+        }
+        None
+    }
+
+    /// Whether the guest has asked for something that waits for the end of a capture.
+    pub(super) fn guest_waits(&self) -> bool {
+        let capture = self.capture.as_ref();
+        capture.is_some_and(|capture| !capture.said.is_empty())
     }
 
     /// Lets the machine go on when a capture has ended or been cancelled, after what the guest had asked for has been done.
@@ -199,8 +271,12 @@ impl Driver {
             reason,
             answer,
             id,
+            held,
             ..
         } = capture;
+        // Before anything gives memory back.
+        let went_on = held.is_some();
+        drop(held);
         if self.tools.jobs.is_cancelled(&id) {
             // Its thread may never come back.
             self.answer_captured(answer, Err(format!("{id} was cancelled")));
@@ -211,8 +287,13 @@ impl Driver {
             }
         }
         let paused = (VmState::Paused, Some(reason));
-        if resume && self.outcome.is_none() && self.state() == paused {
+        if self.outcome.is_some() {
+            return;
+        }
+        if resume && self.state() == paused {
             self.resume_after(reason);
+        } else if went_on {
+            self.go_on();
         }
     }
 
@@ -234,14 +315,22 @@ impl Driver {
         }
     }
 
+    /// Nobody who writes guest memory waits for a capture any more: the machine ends.
+    pub(super) fn free_capture(&mut self) {
+        if let Some(capture) = &mut self.capture
+            && let Some(held) = capture.held.take()
+        {
+            // It may have ended by itself.
+            let _ = self.tools.jobs.give_up(&capture.id, ENDED);
+            drop(held);
+        }
+    }
+
     /// Ends a capture that nobody waits for any more. Where storage answers, its file is gone on return.
     pub(super) fn give_up_capture(&mut self) {
         if let Some(capture) = self.capture.take() {
             // It may have ended by itself.
-            let _ = self
-                .tools
-                .jobs
-                .give_up(&capture.id, "the machine has ended");
+            let _ = self.tools.jobs.give_up(&capture.id, ENDED);
             self.outlast("capture-end", move || {
                 let _ = capture.ended.recv_timeout(PATIENCE);
             });

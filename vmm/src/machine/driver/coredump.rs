@@ -67,11 +67,12 @@ impl Driver {
             path: path.clone(),
             total: total(&memory),
             answer: None,
+            hold: Err(None),
         };
         self.capture(&Command::Coredump(request), plan, move |driver| {
             let cpus = driver.machine.cpu_registers();
             let cpus = cpus.map_err(|error| error.to_control())?;
-            Ok(Box::new(move |job| {
+            Ok(Box::new(move |job, _| {
                 dump(job, file, &path, |file, step| {
                     write(file, &memory, &cpus, step)
                 })

@@ -102,7 +102,8 @@ impl Driver {
     pub(super) fn stop_units(&mut self, time: Duration) -> Result<(), MachineError> {
         // What was given up before is over.
         self.cut = false;
-        let (units, deadline) = (self.machine.units(), Instant::now() + time);
+        let begun = Instant::now();
+        let (units, deadline) = (self.machine.units(), begun + time);
         let stopping = units.clone();
         let work = Work::begin("drain", move || stop_all(&stopping, deadline));
         let result = match work {
@@ -126,6 +127,7 @@ impl Driver {
             }
         };
         self.machine.stopped(&result);
+        self.drained = begun.elapsed();
         result
     }
 

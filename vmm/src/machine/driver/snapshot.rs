@@ -3,24 +3,28 @@
 //! Memory and state are written and synced first, under names that no other snapshot has; the manifest that names them comes
 //! last. How the machine is paused, goes on and ends is of all captures ([`super::capture`]).
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crate::machine::manifest::{FileEntry, Manifest, NAME, VERSION};
-use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, wire};
+use api::wire::{SnapshotMode, SnapshotReport};
+use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 use migration::SectionSet;
-use migration::pages::PageIndex;
-
+use migration::pages::{PAGE, PageIndex, PageWriter, PagesError, Ram};
 use serde_json::Value;
+use virtio::memory::GuestMap;
 
 use super::Driver;
-use super::capture::{Plan, path_of};
+use super::capture::{Hold, Manner, Plan, path_of};
 use crate::config::{DeviceConfig, files};
 use crate::error::chain;
 use crate::machine::coredump::total;
+use crate::machine::manifest::{FileEntry, Manifest, NAME, VERSION};
 use crate::machine::saved::machine_type;
 use crate::machine::snapshot::{SnapshotRam, index_section};
 use crate::machine::{MachineError, fault};
+use crate::memory::still::{LIMIT, Still};
 use crate::monitor::JobHandle;
 use crate::opener::{NewFile, OpenError, Opener};
 
@@ -92,16 +96,28 @@ impl Driver {
         let (models, own) = (self.tools.models, self.ears.consoles.reserved().clone());
         let description = self.ears.description.as_ref();
         let config = description.map(|description| description.config.clone());
+        // A machine that is paused is what its client has made it.
+        let goes_on = self.state().0 == VmState::Running && !request.pause;
+        let ram = goes_on.then(|| self.machine.ram_parts());
+        let begun = Instant::now();
         let open = move || {
             if let Some(config) = config {
                 files::check_dump(&config, models, &opener, &own, &place.join(NAME))
                     .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
-            Files::begin(&opener, &place, id).map_err(|error| refused(&place, &error))
+            let files = Files::begin(&opener, &place, id);
+            let files = files.map_err(|error| refused(&place, &error))?;
+            let hold = ram.ok_or(None).and_then(|ram| {
+                let held = Still::begin(ram, &opener, LIMIT);
+                held.map_err(|error| Some(chain(&error)))
+            });
+            Ok((files, hold))
         };
         let answer = self.asides.wait_with(answer);
-        let started = self.beside("open", open, move |driver, files| {
-            let begun = files.and_then(|files| driver.snapshot_into(files, path, request, answer));
+        let started = self.beside("open", open, move |driver, opened| {
+            let place = (path, begun);
+            let begun =
+                opened.and_then(|opened| driver.snapshot_into(opened, place, request, answer));
             if let Err(error) = begun {
                 driver.asides.answer(answer, Err(error));
             }
@@ -114,28 +130,36 @@ impl Driver {
     /// The second half of [`Driver::snapshot`]. Who waits with `answer` hears of the end.
     fn snapshot_into(
         &mut self,
-        files: Files,
-        path: PathBuf,
+        (files, hold): (Files, Hold),
+        (path, begun): (PathBuf, Instant),
         request: wire::VmSnapshotConfig,
         answer: u64,
     ) -> Result<Reply, ControlError> {
         self.check_settled()?;
         self.check_form()?;
-        let memory = SnapshotRam(self.machine.memory_map());
+        let memory = self.machine.memory_map();
         let plan = Plan {
             kind: "snapshot",
             reason: PauseReason::Snapshot,
             path: path.clone(),
-            total: total(&memory.0),
+            total: total(&memory),
             answer: Some(answer),
+            hold,
         };
         self.capture(&Command::Snapshot(request), plan, move |driver| {
             let set = driver.machine.save();
             let set = set.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
             let config = driver.described()?;
             let opener = Arc::clone(&driver.tools.opener);
-            Ok(Box::new(move |job| {
-                let written = write(job, (files, &opener), &memory, set, config);
+            Ok(Box::new(move |job, manner| {
+                let snapshot = Snapshot {
+                    files,
+                    memory,
+                    set,
+                    config,
+                    begun,
+                };
+                let written = snapshot.write(job, &opener, manner);
                 written.map_err(|error| format!("{}: {error}", path.display()))
             }))
         })
@@ -184,49 +208,149 @@ fn is_served(device: &DeviceConfig) -> bool {
     device.kind == fs || device.kind.starts_with("vhost-user-")
 }
 
-/// Does the job; the snapshot is there when all is well, and nothing is otherwise.
-fn write(
-    job: &mut JobHandle,
-    (files, opener): (Files, &Opener),
-    memory: &SnapshotRam,
-    mut set: SectionSet,
+/// What becomes a snapshot.
+struct Snapshot {
+    files: Files,
+    memory: GuestMap,
+    set: SectionSet,
     config: Value,
-) -> Result<(), String> {
-    let Files {
-        id,
-        memory: pages,
-        state,
-        manifest,
-    } = files;
+    /// When it was asked for.
+    begun: Instant,
+}
+
+impl Snapshot {
+    /// Does the job; the snapshot is there when all is well, and nothing is otherwise.
+    fn write(self, job: &mut JobHandle, opener: &Opener, manner: Manner) -> Result<(), String> {
+        let Self {
+            files,
+            memory,
+            mut set,
+            config,
+            begun,
+        } = self;
+        let Files {
+            id,
+            memory: pages,
+            state,
+            manifest,
+        } = files;
+        let swaps = Swaps::look(opener);
+        let ram = SnapshotRam::new(memory, swaps.none);
+        let index = write_memory(job, pages.file(), &ram, manner.still.as_deref())?;
+        swaps.check(opener)?;
+        set.push(index_section(&index).map_err(|error| chain(&error))?);
+        let bytes = set.to_bytes();
+        let entry = |file: String, bytes: u64| FileEntry { file, bytes };
+        let text = Manifest {
+            vireo_snapshot: VERSION.to_owned(),
+            machine: machine_type().to_owned(),
+            config,
+            state: entry(state_name(&id), bytes.len() as u64),
+            memory: entry(memory_name(&id), length(&pages)?),
+            parent: None,
+            id,
+        }
+        .to_bytes();
+        put(&state, &bytes)?;
+        put(&manifest, &text)?;
+        for file in [&pages, &state, &manifest] {
+            file.sync().map_err(|error| chain(&error))?;
+        }
+        if !job.commit() {
+            return Err("it was cancelled".to_owned());
+        }
+        name(opener, [pages, state], manifest).map_err(|error| chain(&error))?;
+        let written = index.data().saturating_add(bytes.len() as u64);
+        job.report(report(manner, begun, &index, written));
+        Ok(())
+    }
+}
+
+/// Writes memory into `file`: `still`, while the guest goes on.
+fn write_memory(
+    job: &mut JobHandle,
+    file: &File,
+    ram: &SnapshotRam,
+    still: Option<&Still>,
+) -> Result<PageIndex, String> {
     let total = job.info().total;
     let mut step = |done| {
         job.progress(done, total);
         !job.is_cancelled()
     };
-    let index = PageIndex::write(pages.file(), memory, &mut step);
-    let index = index.map_err(|error| chain(&error))?;
-    set.push(index_section(&index).map_err(|error| chain(&error))?);
-    let bytes = set.to_bytes();
-    let entry = |file: String, bytes: u64| FileEntry { file, bytes };
-    let text = Manifest {
-        vireo_snapshot: VERSION.to_owned(),
-        machine: machine_type().to_owned(),
-        config,
-        state: entry(state_name(&id), bytes.len() as u64),
-        memory: entry(memory_name(&id), length(&pages)?),
-        parent: None,
-        id,
+    let Some(still) = still else {
+        let index = PageIndex::write(file, ram, &mut step);
+        return index.map_err(|error| chain(&error));
+    };
+    let cancelled = || chain(&PagesError::Cancelled);
+    let mut writer = PageWriter::new(&ram.ranges());
+    let mut done = 0_u64;
+    while let Some(chunk) = still.next() {
+        let written = writer.write(chunk, file, ram);
+        let written = written.map_err(|error| chain(&error))?;
+        still.saved(chunk);
+        done = done.saturating_add(written.unwrap_or(0));
+        if !step(done) {
+            return Err(cancelled());
+        }
     }
-    .to_bytes();
-    put(&state, &bytes)?;
-    put(&manifest, &text)?;
-    for file in [&pages, &state, &manifest] {
-        file.sync().map_err(|error| chain(&error))?;
+    if let Some(why) = still.why() {
+        return Err(why.to_owned());
     }
-    if !job.commit() {
-        return Err("it was cancelled".to_owned());
+    let index = writer.finish(file).map_err(|error| chain(&error))?;
+    index.ok_or_else(cancelled)
+}
+
+/// What is told of a snapshot that has been made.
+fn report(manner: Manner, begun: Instant, index: &PageIndex, bytes: u64) -> SnapshotReport {
+    let Manner {
+        still,
+        paused,
+        pause,
+        drain,
+        why,
+    } = manner;
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    // Who is still paused goes on when this has been told.
+    let pause = pause.or_else(|| paused.map(|paused| paused.elapsed()));
+    if let Some(why) = &why {
+        tracing::warn!("the guest was paused until its snapshot was written: {why}");
     }
-    name(opener, [pages, state], manifest).map_err(|error| chain(&error))
+    SnapshotReport {
+        mode: match still {
+            Some(_) => SnapshotMode::Live,
+            None => SnapshotMode::Paused,
+        },
+        reason: why,
+        pause_us: pause.map(micros),
+        drain_us: micros(drain),
+        total_us: micros(begun.elapsed()),
+        bytes,
+        zero_pages: index.total().saturating_sub(index.data()) / PAGE,
+    }
+}
+
+/// Whether the host swaps memory out, so that what it has not got may be more than zeros.
+struct Swaps {
+    none: bool,
+}
+
+impl Swaps {
+    fn look(opener: &Opener) -> Self {
+        // One line, the heading, where there is none.
+        let text = opener.read_text(Path::new("/proc/swaps"), 1 << 20);
+        Self {
+            none: text.is_ok_and(|text| text.lines().count() == 1),
+        }
+    }
+
+    /// That it was so all the time.
+    fn check(&self, opener: &Opener) -> Result<(), String> {
+        if self.none && !Self::look(opener).none {
+            return Err("the host has begun to swap meanwhile: try again".to_owned());
+        }
+        Ok(())
+    }
 }
 
 /// Gives the files their names. What has no manifest is no snapshot, and leaves nothing.

@@ -1,0 +1,507 @@
+//! Memory as it was at one instant, while the guest goes on.
+//!
+//! # How
+//!
+//! 1. [`Still::begin`], while the guest runs: all memory is protected against writing, chunk by chunk. What is written
+//!    meanwhile is freed again and remembered.
+//! 2. [`Held::hold`], while vCPUs and devices stand: what has been freed is protected once more. This is the instant. It
+//!    costs as much as the guest has written in the meantime, and not as much as there is memory.
+//! 3. The guest goes on. One thread takes chunk by chunk from [`Still::next`], copies it, and says so ([`Still::saved`]), which
+//!    frees it. Who wants to write a chunk before waits, and the chunk is next.
+//!
+//! # Who may wait for whom
+//!
+//! * Whoever writes guest memory waits for the thread that copies, and that one for storage. It never writes guest memory,
+//!   and takes no lock that is held by who does.
+//! * Storage that takes nothing for [`LIMIT`] while somebody waits loses the copy, not the guest: everything is freed.
+//! * So it is when the copy is cancelled, fails or is dropped, and when the thread that hears of faults dies.
+//! * Pages that are given back ([`Still::give_back`]) are copied before.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use migration::pages::CHUNK;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::mapping::Mapping;
+use super::userfault::UserFault;
+use crate::opener::Opener;
+
+/// How long somebody waits for storage that takes nothing.
+pub const LIMIT: Duration = Duration::from_secs(5);
+/// How often it is looked whether the copy is still wanted.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Why memory cannot be held still while the guest goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum StillError {
+    /// There is no userfaultfd.
+    #[error(
+        "no userfaultfd that sees KVM's writes: it takes Linux 6.4 and the capability SYS_PTRACE or a /dev/userfaultfd \
+         that may be opened"
+    )]
+    Userfault(#[source] io::Error),
+    /// The kernel does not do it for such memory.
+    #[error("userfaultfd does not take guest memory of this kind")]
+    Kind(#[source] io::Error),
+    /// It is of a snapshot, of which userfaultfd takes nothing.
+    #[error(
+        "memory is mapped from the file of the snapshot that the machine was restored from: with \
+         memory_restore_mode=copy it is not"
+    )]
+    OfFile,
+    /// Memory is not what it was a moment before.
+    #[error("guest memory has been added or removed meanwhile")]
+    Changed,
+    /// The host has no more of something.
+    #[error("guest memory could not be protected")]
+    Host(#[source] io::Error),
+}
+
+/// Guest memory as this module sees it. Clones are handles on the same memory.
+#[derive(Clone)]
+pub struct RamParts {
+    /// In ascending order of guest-physical addresses, which come with them.
+    parts: Vec<(u64, Arc<Mapping>)>,
+    /// Made with the first copy and kept: to give memory back costs as much as to take it.
+    fault: Arc<Mutex<Option<Arc<UserFault>>>>,
+}
+
+impl RamParts {
+    /// The memory of `parts`, guest-physical addresses with what is there.
+    pub(super) fn new(
+        mut parts: Vec<(u64, Arc<Mapping>)>,
+        fault: Arc<Mutex<Option<Arc<UserFault>>>>,
+    ) -> Self {
+        parts.sort_by_key(|(guest, _)| *guest);
+        Self { parts, fault }
+    }
+
+    fn fault(&self, opener: &Opener) -> Result<Arc<UserFault>, StillError> {
+        if self.parts.iter().any(|(_, mapping)| mapping.is_of_file()) {
+            return Err(StillError::OfFile);
+        }
+        let mut kept = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        let fault = match &*kept {
+            Some(fault) => Arc::clone(fault),
+            None => Arc::new(UserFault::open(opener).map_err(StillError::Userfault)?),
+        };
+        for (_, mapping) in &self.parts {
+            let registered = fault.register(mapping.address(), mapping.len());
+            registered.map_err(StillError::Kind)?;
+        }
+        *kept = Some(Arc::clone(&fault));
+        Ok(fault)
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        let same = |((guest, mapping), (other, there)): (&(u64, _), &(u64, _))| {
+            guest == other && Arc::ptr_eq(mapping, there)
+        };
+        self.parts.len() == other.parts.len() && self.parts.iter().zip(&other.parts).all(same)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The instant has not come.
+    Arming,
+    /// It has.
+    Holding,
+    /// Nothing is protected any more.
+    Released,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Chunk {
+    /// Somebody may have written it.
+    Loose,
+    /// Nobody has written it since.
+    Armed,
+    /// There is a copy.
+    Saved,
+}
+
+struct Inner {
+    phase: Phase,
+    chunks: Vec<Chunk>,
+    /// Somebody waits for these.
+    urgent: VecDeque<usize>,
+    /// Since when nothing has been copied while somebody waits.
+    since: Option<Instant>,
+    /// All before have been given to who copies.
+    next: usize,
+    /// Why it was released early.
+    why: Option<&'static str>,
+}
+
+/// Memory that is held still. Shared by those who copy it and those who hear of faults.
+pub struct Still {
+    fault: Arc<UserFault>,
+    ram: RamParts,
+    /// Of each chunk the host virtual address and the length.
+    places: Vec<(u64, u64)>,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    stop: OwnedFd,
+    /// Whether somebody wants the copy.
+    wanted: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+    limit: Duration,
+}
+
+/// Memory goes free when this is dropped.
+pub struct Held {
+    still: Arc<Still>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Still {
+    /// Protects `ram`, while the guest runs. Storage may take nothing for as long as `limit`.
+    ///
+    /// # Errors
+    ///
+    /// [`StillError`]; nothing is protected then.
+    pub fn begin(ram: RamParts, opener: &Opener, limit: Duration) -> Result<Held, StillError> {
+        let fault = ram.fault(opener)?;
+        let places: Vec<_> = ram
+            .parts
+            .iter()
+            .flat_map(|(_, mapping)| {
+                let (start, len) = (mapping.address(), mapping.len());
+                (0..len.div_ceil(CHUNK)).map(move |index| {
+                    let at = index.saturating_mul(CHUNK);
+                    (start.saturating_add(at), len.saturating_sub(at).min(CHUNK))
+                })
+            })
+            .collect();
+        let inner = Inner {
+            phase: Phase::Arming,
+            chunks: vec![Chunk::Loose; places.len()],
+            urgent: VecDeque::new(),
+            since: None,
+            next: 0,
+            why: None,
+        };
+        let stop = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
+        let still = Arc::new(Self {
+            fault,
+            ram,
+            places,
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            stop: stop.map_err(|error| StillError::Host(error.into()))?,
+            wanted: OnceLock::new(),
+            limit,
+        });
+        for (_, mapping) in &still.ram.parts {
+            mapping.held_by(Arc::downgrade(&still));
+        }
+        let watcher = Arc::clone(&still);
+        let run = move || {
+            let _freed = Freed(&watcher);
+            watcher.hear();
+        };
+        let thread = Builder::new().name("page-faults".to_owned()).spawn(run);
+        let held = Held {
+            still: Arc::clone(&still),
+            thread: Some(thread.map_err(StillError::Host)?),
+        };
+        for (index, (start, len)) in still.places.iter().enumerate() {
+            let mut inner = still.lock();
+            // First: a fault tells of a chunk that is armed.
+            if let Some(chunk) = inner.chunks.get_mut(index) {
+                *chunk = Chunk::Armed;
+            }
+            let armed = still.fault.protect(*start, *len, true);
+            drop(inner);
+            armed.map_err(StillError::Host)?;
+        }
+        Ok(held)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Each change is whole before anything that may fail.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The chunk that is to be copied now; `None` when there is none left, or it has been released ([`Still::why`]).
+    /// Chunks are counted as a file of memory counts them.
+    pub fn next(&self) -> Option<usize> {
+        let mut inner = self.lock();
+        if inner.phase != Phase::Holding {
+            return None;
+        }
+        while let Some(index) = inner.urgent.pop_front() {
+            if inner.chunks.get(index) == Some(&Chunk::Armed) {
+                return Some(index);
+            }
+        }
+        let armed = |chunk: &Chunk| *chunk == Chunk::Armed;
+        let rest = inner.chunks.iter().skip(inner.next);
+        let index = rest.clone().position(armed)?.saturating_add(inner.next);
+        inner.next = index;
+        Some(index)
+    }
+
+    /// There is a copy of the chunk: who waits to write it goes on.
+    pub fn saved(&self, index: usize) {
+        let mut inner = self.lock();
+        if inner.phase != Phase::Holding {
+            return;
+        }
+        if let Some(chunk) = inner.chunks.get_mut(index) {
+            *chunk = Chunk::Saved;
+        }
+        inner.since = if inner.urgent.is_empty() {
+            None
+        } else {
+            Some(Instant::now())
+        };
+        self.free(index);
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Why it was released before all was copied, if it was.
+    pub fn why(&self) -> Option<&'static str> {
+        let inner = self.lock();
+        let copied = inner.chunks.iter().all(|chunk| *chunk == Chunk::Saved);
+        match inner.phase {
+            Phase::Released if !copied => Some(inner.why.unwrap_or("it was given up")),
+            _ => None,
+        }
+    }
+
+    /// Has it be released as soon as `wanted` says so. Once, before the guest goes on.
+    pub fn heed(&self, wanted: impl Fn() -> bool + Send + Sync + 'static) {
+        // A second one would be a mistake, not a danger.
+        let _ = self.wanted.set(Box::new(wanted));
+    }
+
+    /// Before pages from `start` on are given back to the host: returns when there are copies of them, or nobody wants any.
+    pub(super) fn give_back(&self, start: u64, len: u64) {
+        let touched = |index: &usize| self.overlaps(*index, start, len);
+        let touched: Vec<usize> = (0..self.places.len()).filter(touched).collect();
+        let mut inner = self.lock();
+        for index in &touched {
+            self.want(&mut inner, *index);
+        }
+        let waits = |inner: &mut Inner| {
+            let armed = |index: &usize| inner.chunks.get(*index) == Some(&Chunk::Armed);
+            inner.phase == Phase::Holding && touched.iter().any(armed)
+        };
+        drop(self.changed.wait_while(inner, waits));
+    }
+
+    /// After that: what is protected is so page by page, and those pages are gone.
+    pub(super) fn given_back(&self, start: u64, len: u64) {
+        let mut inner = self.lock();
+        if inner.phase != Phase::Arming {
+            return;
+        }
+        for index in 0..self.places.len() {
+            if self.overlaps(index, start, len)
+                && let Some(chunk) = inner.chunks.get_mut(index)
+            {
+                *chunk = Chunk::Loose;
+            }
+        }
+    }
+
+    fn overlaps(&self, index: usize, start: u64, len: u64) -> bool {
+        let place = self.places.get(index);
+        place.is_some_and(|(at, here)| {
+            start < at.saturating_add(*here) && *at < start.saturating_add(len)
+        })
+    }
+
+    /// Somebody waits for the chunk.
+    fn want(&self, inner: &mut Inner, index: usize) {
+        if inner.phase == Phase::Holding
+            && inner.chunks.get(index) == Some(&Chunk::Armed)
+            && !inner.urgent.contains(&index)
+        {
+            inner.urgent.push_back(index);
+            inner.since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Frees a chunk. Whoever holds the lock has said that before.
+    fn free(&self, index: usize) {
+        let Some((start, len)) = self.places.get(index) else {
+            return;
+        };
+        if let Err(error) = self.fault.protect(*start, *len, false) {
+            tracing::error!("guest memory is given up by userfaultfd: {error}");
+            self.abandon();
+        }
+    }
+
+    /// The last resort: nobody waits for memory that is nobody's.
+    fn abandon(&self) {
+        for (_, mapping) in &self.ram.parts {
+            if let Err(error) = self.fault.unregister(mapping.address(), mapping.len()) {
+                tracing::error!("UFFDIO_UNREGISTER of guest memory: {error}");
+            }
+        }
+    }
+
+    /// Frees everything. What has not been copied is lost; `why` tells so.
+    fn release(&self, why: &'static str) {
+        let mut inner = self.lock();
+        if inner.phase == Phase::Released {
+            return;
+        }
+        inner.phase = Phase::Released;
+        inner.why = Some(why);
+        for (index, chunk) in inner.chunks.iter().enumerate() {
+            if *chunk != Chunk::Saved {
+                self.free(index);
+            }
+        }
+        drop(inner);
+        self.changed.notify_all();
+        // A full eventfd wakes as well as one more count would.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+    }
+
+    /// Hears of those who wait until it is released.
+    fn hear(&self) {
+        let look = Timespec {
+            tv_sec: 0,
+            tv_nsec: i64::try_from(LOOK.as_nanos()).unwrap_or(0),
+        };
+        while self.lock().phase != Phase::Released {
+            let mut fds = [
+                PollFd::new(&*self.fault, PollFlags::IN),
+                PollFd::new(&self.stop, PollFlags::IN),
+            ];
+            match poll(&mut fds, Some(&look)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => (),
+                Err(error) => {
+                    tracing::error!("faults of guest memory cannot be waited for: {error}");
+                    return;
+                }
+            }
+            loop {
+                match self.fault.next() {
+                    Ok(Some(address)) => self.on_fault(address),
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::error!("faults of guest memory cannot be read: {error}");
+                        return;
+                    }
+                }
+            }
+            self.look();
+        }
+    }
+
+    fn on_fault(&self, address: u64) {
+        let index = (0..self.places.len()).find(|index| self.overlaps(*index, address, 1));
+        let Some(index) = index else {
+            return;
+        };
+        let mut inner = self.lock();
+        let held = inner.phase == Phase::Holding;
+        let Some(chunk) = inner.chunks.get_mut(index) else {
+            return;
+        };
+        match chunk {
+            Chunk::Armed if held => self.want(&mut inner, index),
+            chunk => {
+                if *chunk == Chunk::Armed {
+                    *chunk = Chunk::Loose;
+                }
+                // Under the lock: what is held afterwards is not freed by what was before.
+                self.free(index);
+            }
+        }
+    }
+
+    /// Whether there is still somebody who wants it, and storage that takes it.
+    fn look(&self) {
+        let since = self.lock().since;
+        if since.is_some_and(|since| since.elapsed() >= self.limit) {
+            self.release("storage took no memory while the guest waited to write it");
+        } else if self.wanted.get().is_some_and(|wanted| !wanted()) {
+            self.release("it was cancelled");
+        }
+    }
+}
+
+/// Frees memory whose faults nobody hears of any more.
+struct Freed<'a>(&'a Still);
+
+impl Drop for Freed<'_> {
+    fn drop(&mut self) {
+        self.0
+            .release("the thread that hears of page faults has ended");
+    }
+}
+
+impl Held {
+    /// The instant: vCPUs and devices stand, and nobody else writes guest memory, which is `ram`.
+    ///
+    /// # Errors
+    ///
+    /// [`StillError`]; it is to be dropped then.
+    pub fn hold(&self, ram: &RamParts) -> Result<(), StillError> {
+        let still = &self.still;
+        if !still.ram.is(ram) {
+            return Err(StillError::Changed);
+        }
+        let mut inner = still.lock();
+        if inner.phase != Phase::Arming {
+            let gone = io::Error::from(io::ErrorKind::BrokenPipe);
+            return Err(StillError::Host(gone));
+        }
+        for (chunk, (start, len)) in inner.chunks.iter_mut().zip(&still.places) {
+            if *chunk == Chunk::Loose {
+                let armed = still.fault.protect(*start, *len, true);
+                armed.map_err(StillError::Host)?;
+                *chunk = Chunk::Armed;
+            }
+        }
+        inner.phase = Phase::Holding;
+        Ok(())
+    }
+
+    /// What is held.
+    #[must_use]
+    pub fn still(&self) -> &Arc<Still> {
+        &self.still
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.still.release("it was given up");
+        if let Some(thread) = self.thread.take() {
+            // It waits for nothing but what has just been said.
+            drop(thread.join());
+        }
+    }
+}
+
+/// What a mapping knows of who holds it still.
+#[derive(Default)]
+pub(super) struct Watcher(Mutex<Weak<Still>>);
+
+impl Watcher {
+    pub(super) fn set(&self, still: Weak<Still>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = still;
+    }
+
+    pub(super) fn get(&self) -> Option<Arc<Still>> {
+        let still = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        still.upgrade()
+    }
+}
+
+#[cfg(test)]
+mod tests;

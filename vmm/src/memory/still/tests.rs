@@ -1,0 +1,254 @@
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::thread;
+
+use virtio::memory::GuestMap;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
+use super::*;
+use crate::memory::{GuestRam, RamSpec};
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+/// More than a test takes.
+const LONG: Duration = Duration::from_secs(600);
+
+fn ram(size: u64, shared: bool) -> GuestRam {
+    let spec = RamSpec {
+        size,
+        shared,
+        huge_page: None,
+        thp: Some(false),
+        prefault: false,
+    };
+    GuestRam::new(&spec).unwrap()
+}
+
+/// Whether this host lets memory be held still; tells otherwise.
+fn can_hold() -> bool {
+    let fault = UserFault::open(&Opener::new());
+    if let Err(error) = &fault {
+        println!("skipped: no userfaultfd here: {error}");
+    }
+    fault.is_ok()
+}
+
+fn begin(ram: &GuestRam, limit: Duration) -> Held {
+    Still::begin(ram.parts(), &Opener::new(), limit).unwrap()
+}
+
+fn view(ram: &GuestRam) -> GuestMap {
+    GuestMap::clone(&ram.memory().memory())
+}
+
+fn word(view: &GuestMap, at: u64) -> u64 {
+    view.read_obj(GuestAddress(at)).unwrap()
+}
+
+fn put(view: &GuestMap, at: u64, value: u64) {
+    view.write_obj(value, GuestAddress(at)).unwrap();
+}
+
+/// Copies all that is asked for, and gives the first word of each page.
+fn copy(still: &Still, view: &GuestMap, pages: u64) -> Vec<u64> {
+    let mut words = vec![u64::MAX; usize::try_from(pages).unwrap()];
+    while let Some(chunk) = still.next() {
+        let start = chunk as u64 * CHUNK;
+        for at in (start..(start + CHUNK).min(pages * PAGE)).step_by(4096) {
+            words[usize::try_from(at / PAGE).unwrap()] = word(view, at);
+        }
+        still.saved(chunk);
+    }
+    words
+}
+
+/// A guest that counts: page `n % pages` is written last by the greatest `n` so far.
+#[test]
+fn what_is_copied_is_of_one_instant_while_others_write_on() {
+    const PAGES: u64 = 11 * MIB / PAGE;
+    if !can_hold() {
+        return;
+    }
+    for shared in [false, true] {
+        let ram = ram(PAGES * PAGE, shared);
+        let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
+        let paused = Mutex::new(());
+        let (view, seen) = (view(&ram), view(&ram));
+        let stands = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let write = || {
+                while !stop.load(Ordering::Relaxed) {
+                    while stands.load(Ordering::Relaxed) {
+                        thread::yield_now();
+                    }
+                    let _running = paused.lock().unwrap();
+                    for _ in 0..500 {
+                        let next = count.load(Ordering::Relaxed) + 1;
+                        put(&view, next % PAGES * PAGE, next);
+                        count.store(next, Ordering::Relaxed);
+                    }
+                }
+            };
+            scope.spawn(write);
+            for _ in 0..20 {
+                let held = begin(&ram, LONG);
+                stands.store(true, Ordering::Relaxed);
+                let now = {
+                    let _standing = paused.lock().unwrap();
+                    held.hold(&ram.parts()).unwrap();
+                    stands.store(false, Ordering::Relaxed);
+                    count.load(Ordering::Relaxed)
+                };
+                let words = copy(held.still(), &seen, PAGES);
+                assert_eq!(held.still().why(), None);
+                for (page, word) in (0..).zip(words) {
+                    let behind = (now % PAGES + PAGES - page) % PAGES;
+                    assert_eq!(word, now.saturating_sub(behind), "page {page} at {now}");
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+}
+
+#[test]
+fn pages_that_are_given_back_are_copied_before() {
+    if !can_hold() {
+        return;
+    }
+    for shared in [false, true] {
+        let ram = ram(8 * MIB, shared);
+        let view = view(&ram);
+        for at in (0..8 * MIB).step_by(4096) {
+            put(&view, at, at + 1);
+        }
+        let held = begin(&ram, LONG);
+        held.hold(&ram.parts()).unwrap();
+        thread::scope(|scope| {
+            let gone = scope.spawn(|| {
+                let region = view.find_region(GuestAddress(5 * MIB)).unwrap();
+                let backing = vm_memory::GuestMemoryRegion::bitmap(region)
+                    .backing()
+                    .unwrap();
+                backing.discard(5 * MIB, 2 * MIB).unwrap();
+                ram.discard().unwrap();
+            });
+            let words = copy(held.still(), &view, 8 * MIB / PAGE);
+            for (at, word) in (0..).step_by(4096).zip(words) {
+                assert_eq!(word, at + 1);
+            }
+            gone.join().unwrap();
+        });
+        assert_eq!(word(&view, 6 * MIB), 0);
+    }
+}
+
+#[test]
+fn pages_given_back_before_the_instant_are_protected_again() {
+    if !can_hold() {
+        return;
+    }
+    let ram = ram(4 * MIB, false);
+    let view = view(&ram);
+    put(&view, 0, 7);
+    let held = begin(&ram, LONG);
+    ram.discard().unwrap();
+    held.hold(&ram.parts()).unwrap();
+    let (sender, written) = channel();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            put(&view, 0, 8);
+            sender.send(()).unwrap();
+        });
+        assert_eq!(copy(held.still(), &view, 1)[0], 0);
+        written.recv().unwrap();
+    });
+    assert_eq!(word(&view, 0), 8);
+}
+
+/// That whoever writes goes on when `end` has been done, though nothing is copied.
+fn goes_on(limit: Duration, end: impl FnOnce(Held) -> Option<Held>) -> Option<&'static str> {
+    let ram = ram(4 * MIB, false);
+    let view = view(&ram);
+    let held = begin(&ram, limit);
+    held.hold(&ram.parts()).unwrap();
+    let still = Arc::clone(held.still());
+    thread::scope(|scope| {
+        scope.spawn(|| put(&view, 3 * MIB, 1));
+        scope.spawn(|| ram.discard().unwrap());
+        drop(end(held));
+    });
+    assert_eq!(still.next(), None);
+    still.why()
+}
+
+#[test]
+fn nobody_waits_for_a_copy_that_is_dropped_cancelled_or_stuck() {
+    if !can_hold() {
+        return;
+    }
+    let why = goes_on(LONG, |held| {
+        drop(held);
+        None
+    });
+    assert_eq!(why, Some("it was given up"));
+    let why = goes_on(LONG, |held| {
+        held.still().heed(|| false);
+        wait_for_release(held.still());
+        Some(held)
+    });
+    assert_eq!(why, Some("it was cancelled"));
+    let why = goes_on(Duration::from_millis(1), |held| {
+        wait_for_release(held.still());
+        Some(held)
+    });
+    assert!(why.unwrap().contains("storage"), "{why:?}");
+}
+
+fn wait_for_release(still: &Still) {
+    let inner = still.lock();
+    let waits = |inner: &mut Inner| inner.phase != Phase::Released;
+    drop(still.changed.wait_while(inner, waits).unwrap());
+}
+
+#[test]
+fn nobody_waits_when_the_thread_that_hears_dies() {
+    if !can_hold() {
+        return;
+    }
+    let why = goes_on(LONG, |held| {
+        held.still().heed(|| panic!("on purpose"));
+        wait_for_release(held.still());
+        Some(held)
+    });
+    assert!(why.unwrap().contains("the thread"), "{why:?}");
+}
+
+#[test]
+fn memory_that_has_changed_or_cannot_be_protected_is_not_held() {
+    if !can_hold() {
+        return;
+    }
+    let mut ram = ram(4 * MIB, false);
+    let held = begin(&ram, LONG);
+    let more = ram.map_more(4 << 30, 4 * MIB).unwrap();
+    ram.adopt(more);
+    let refused = held.hold(&ram.parts());
+    assert!(matches!(refused, Err(StillError::Changed)), "{refused:?}");
+    drop(held);
+    // Somebody else has it.
+    let other = UserFault::open(&Opener::new()).unwrap();
+    let slot = self::ram(4 * MIB, false);
+    let place = slot.slots()[0];
+    other.register(place.host, place.len).unwrap();
+    let refused = Still::begin(slot.parts(), &Opener::new(), LONG).err();
+    assert!(matches!(refused, Some(StillError::Kind(_))), "{refused:?}");
+    // A file's own pages, mapped privately.
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(MIB).unwrap();
+    let bytes = usize::try_from(MIB).unwrap();
+    let mapping = Mapping::new(bytes, Some((&file, 0)), false, None).unwrap();
+    let parts = RamParts::new(vec![(0, Arc::new(mapping))], Arc::default());
+    let refused = Still::begin(parts, &Opener::new(), LONG).err();
+    assert!(matches!(refused, Some(StillError::Kind(_))), "{refused:?}");
+}

@@ -1,0 +1,155 @@
+//! userfaultfd(2) in write-protect mode: who writes a page that is protected waits, and whoever reads the descriptor hears of it.
+//!
+//! It is on the mapping, not on one table of pages: vCPUs, devices, io_uring and vhost all wait.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::path::Path;
+
+use crate::opener::Opener;
+
+/// The kernel's numbers, by `<linux/userfaultfd.h>`.
+mod spec {
+    pub const API: u64 = 0xaa;
+    /// A fault says that it is one of writing, memory of files and huge pages is protected too, and pages that are not there yet.
+    pub const FEATURES: u64 = 1 << 0 | 1 << 12 | 1 << 13;
+    pub const REGISTER_MODE_WP: u64 = 1 << 1;
+    pub const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+    pub const EVENT_PAGEFAULT: u8 = 0x12;
+    pub const NEW: libc::c_ulong = 0xaa00;
+    pub const IOCTL_API: libc::c_ulong = 0xc018_aa3f;
+    pub const REGISTER: libc::c_ulong = 0xc020_aa00;
+    pub const UNREGISTER: libc::c_ulong = 0x8010_aa01;
+    pub const WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+    /// The bytes of `struct uffd_msg`.
+    pub const MESSAGE: usize = 32;
+}
+
+/// The device that gives a userfaultfd to those who may open it.
+const DEVICE: &str = "/dev/userfaultfd";
+
+/// A userfaultfd. Ranges that are registered belong to it until it is closed, which frees all who wait.
+pub struct UserFault(File);
+
+impl UserFault {
+    /// One that sees the kernel's own writes, which KVM's are.
+    ///
+    /// # Errors
+    ///
+    /// The host's: this process may not, or the kernel is too old.
+    pub fn open(opener: &Opener) -> io::Result<Self> {
+        // SAFETY: the call takes flags alone.
+        #[expect(unsafe_code, reason = "userfaultfd(2) is reached by number")]
+        let fd =
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        let fault = match own(fd) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let device = opener.open_device(Path::new(DEVICE));
+                let device = device.map_err(|_| error)?;
+                // SAFETY: the call takes flags alone.
+                #[expect(unsafe_code, reason = "the device's call has no wrapper")]
+                let fd = unsafe {
+                    libc::ioctl(
+                        device.as_raw_fd(),
+                        spec::NEW,
+                        libc::O_CLOEXEC | libc::O_NONBLOCK,
+                    )
+                };
+                own(fd.into())?
+            }
+            fault => fault?,
+        };
+        let fault = Self(fault);
+        fault.call(spec::IOCTL_API, &mut [spec::API, spec::FEATURES, 0])?;
+        Ok(fault)
+    }
+
+    /// Takes `len` bytes from the host virtual address `start`, of pages of which none is protected yet.
+    ///
+    /// # Errors
+    ///
+    /// The host's: it cannot do this for such memory, or somebody else has it.
+    pub fn register(&self, start: u64, len: u64) -> io::Result<()> {
+        self.call(spec::REGISTER, &mut [start, len, spec::REGISTER_MODE_WP, 0])
+    }
+
+    /// Gives memory back; nothing of it is protected then, and nobody waits.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
+        self.call(spec::UNREGISTER, &mut [start, len])
+    }
+
+    /// Protects memory that is registered, or frees it and those who wait for it.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn protect(&self, start: u64, len: u64, on: bool) -> io::Result<()> {
+        let mode = if on { spec::WRITEPROTECT_MODE_WP } else { 0 };
+        loop {
+            match self.call(spec::WRITEPROTECT, &mut [start, len, mode]) {
+                // The map is changing: a moment later it has changed.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+                result => return result,
+            }
+        }
+    }
+
+    /// The host virtual address that somebody waits to write at; `None` when nobody has come to wait.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn next(&self) -> io::Result<Option<u64>> {
+        let mut message = [0; spec::MESSAGE];
+        loop {
+            match (&self.0).read(&mut message) {
+                Ok(spec::MESSAGE) => (),
+                Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            // event: u8, 7 bytes of nothing, flags: u64, address: u64, …
+            let address = message.get(16..24).and_then(|bytes| bytes.try_into().ok());
+            if message.first() == Some(&spec::EVENT_PAGEFAULT)
+                && let Some(address) = address
+            {
+                return Ok(Some(u64::from_ne_bytes(address)));
+            }
+        }
+    }
+
+    fn call<const N: usize>(&self, number: libc::c_ulong, words: &mut [u64; N]) -> io::Result<()> {
+        // SAFETY: each number above is given with as many words as its structure has, which the kernel reads and
+        // writes. What becomes of memory is that writing it waits; what it holds stays as it is.
+        #[expect(unsafe_code, reason = "userfaultfd's calls have no wrapper")]
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), number, words.as_mut_ptr()) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for UserFault {
+    /// Readable when somebody has come to wait.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn own(result: i64) -> io::Result<File> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = RawFd::try_from(result).map_err(io::Error::other)?;
+    // SAFETY: the system call has just given us this descriptor; nobody else has it.
+    #[expect(unsafe_code, reason = "a new descriptor becomes an owned one")]
+    let file = unsafe { File::from_raw_fd(fd) };
+    Ok(file)
+}
