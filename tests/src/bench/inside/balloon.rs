@@ -85,7 +85,7 @@ fn scene(directory: &Path, clock: Clock, rounds: u32) -> Result<Scene> {
         figures: &FIGURES,
         plan: Plan {
             limit: match clock {
-                Clock::Instructions => 30,
+                Clock::Instructions => 15,
                 Clock::Wall => 120,
             },
             before: "mount -t debugfs none /sys/kernel/debug".to_owned(),

@@ -204,7 +204,7 @@ fn scene(directory: &Path, clock: Clock, rounds: u32) -> Result<Scene> {
         figures: &FIGURES,
         plan: Plan {
             limit: match clock {
-                Clock::Instructions => 60,
+                Clock::Instructions => 15,
                 Clock::Wall => 120,
             },
             before: BEFORE.to_owned(),
