@@ -4,12 +4,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use api::client::ClientError;
-use api::wire::VmRemoveDevice;
+use api::client::{Client, ClientError};
+use api::wire::{VmInfoState, VmRemoveDevice, VmSnapshotConfig};
 use api::{Command as Ask, Control, Reply};
 use devices::display::rfb::Password;
 use serde_json::json;
 
+use crate::snapshots::{url, vireo};
 use crate::support::{Collected, Local, Served, can_run, config, until};
 
 /// A guest that draws, and takes letters on its serial port.
@@ -546,4 +547,41 @@ fn a_keyboard_and_a_tablet_that_were_taken_out_stay_away_over_a_reboot() {
         assert_eq!(machine.ask(Ask::Reboot), Ok(Reply::Done));
         assert_eq!(inputs(), left);
     }
+}
+
+#[test]
+fn a_viewer_of_a_restored_machine_sees_the_screen_that_was_saved() {
+    if !can_run() {
+        return;
+    }
+    let mut guest = Drawing::start("width=320,height=200,vnc=unix:{dir}/vnc");
+    guest.types("md");
+    guest.says.wait_for("drawn seed=1 640x480 bits=32\n");
+    let mut viewer = Viewer::connect(&guest, None).unwrap();
+    viewer.sees(&drawn(640, 480, 1), "before");
+    let directory = guest.served.path("s");
+    let to = VmSnapshotConfig::of(url(&directory));
+    guest.served.client().snapshot(&to).unwrap();
+    guest.types("q");
+    guest.served.vireo.ends_with(0);
+
+    let socket = guest.served.socket();
+    let place = format!("{},resume=off", directory.display());
+    let words = ["run", "--restore", &place, "--api-socket"];
+    guest.served.vireo = vireo(&[&words[..], &[socket.to_str().unwrap()]].concat());
+    until("the machine", || {
+        let info = Client::connect(&socket).ok()?.info().ok()?;
+        (info.state == VmInfoState::Paused).then_some(())
+    });
+    assert_same(&guest.picture(), &drawn(640, 480, 1), "paused");
+    let mut viewer = Viewer::connect(&guest, None).unwrap();
+    viewer.sees(&drawn(640, 480, 1), "the viewer's");
+    guest.serial = UnixStream::connect(guest.served.path("serial")).unwrap();
+    guest.says = Collected::from(guest.serial.try_clone().unwrap());
+    guest.served.client().resume().unwrap();
+    guest.types("d");
+    guest.says.wait_for("drawn seed=2 640x480 bits=32\n");
+    viewer.sees(&drawn(640, 480, 2), "what is drawn on");
+    viewer.key(u32::from('a'));
+    guest.says.wait_for("key=1e\nkey=9e\n");
 }
