@@ -126,10 +126,12 @@ pub struct VmConfig {
     /// What is done when the guest asks for a reset; not in v1. By default it is restarted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_reboot: Option<GuestAction>,
-    /// What is done when the guest's kernel panics and says so; not in v1. By default the monitor ends.
+    /// What is done when the guest's kernel panics and says so; not in v1. By default the monitor ends. Anything else
+    /// brings `pvpanic`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_panic: Option<GuestAction>,
-    /// What is done when the guest does not feed its watchdog in time; not in v1. By default it is restarted.
+    /// What is done when the guest does not feed its watchdog in time; not in v1. By default it is restarted. Anything
+    /// else brings `watchdog`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_watchdog: Option<GuestAction>,
 }

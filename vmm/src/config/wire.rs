@@ -139,8 +139,12 @@ impl VmConfig {
             debugcon: debugcon(&named.debug_console)?,
             gdb: None,
             smbios: smbios(named.platform.as_ref()),
-            pvpanic: named.pvpanic,
-            watchdog: named.watchdog,
+            // What is to be done about it asks for who tells it.
+            pvpanic: named.pvpanic || named.on_panic.is_some_and(|on| on != GuestAction::Exit),
+            watchdog: named.watchdog
+                || named
+                    .on_watchdog
+                    .is_some_and(|on| on != GuestAction::Restart),
             display: named.display.clone(),
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
             on_poweroff: named.on_poweroff.unwrap_or(GuestAction::Exit),

@@ -45,6 +45,21 @@ fn memory_by_virtio_mem_keeps_what_is_plugged_apart() {
 }
 
 #[test]
+fn what_is_to_be_done_about_an_event_brings_the_device_that_tells_it() {
+    for (key, usual, other) in [
+        ("on_panic", "exit", "pause"),
+        ("on_watchdog", "restart", "stop"),
+    ] {
+        let told = |action: &str| {
+            let config = VmConfig::from_wire(&described(json!({ key: action }))).unwrap();
+            (config.pvpanic, config.watchdog)
+        };
+        assert_eq!(told(usual), (false, false));
+        assert_eq!(told(other), (key == "on_panic", key == "on_watchdog"));
+    }
+}
+
+#[test]
 fn an_empty_description_is_a_machine_with_the_defaults_of_v1_that_cannot_be_booted() {
     let config = VmConfig::from_wire(&described(json!({}))).unwrap();
     assert_eq!(config.cpus.boot, 1);
