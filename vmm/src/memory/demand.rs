@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::lost;
 use super::mapping::Mapping;
-use super::missing::MissingPages;
+use super::userfault::{UserFault, Waits};
 use crate::error::chain;
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::Opener;
@@ -141,7 +142,7 @@ struct Chunks {
 
 /// Memory that is being read. Dropped when nobody has the memory any more.
 pub struct Demand {
-    fault: MissingPages,
+    fault: UserFault,
     index: PageIndex,
     file: File,
     chunks: Mutex<Chunks>,
@@ -171,7 +172,7 @@ impl Demand {
         mappings: Vec<Arc<Mapping>>,
         working: WorkingSet,
     ) -> io::Result<Arc<Self>> {
-        let fault = MissingPages::open(&working.opener)?;
+        let fault = UserFault::open(&working.opener, Waits::ForPages)?;
         for Piece { host, len, .. } in pieces {
             fault.register(*host, *len)?;
         }
@@ -364,7 +365,7 @@ impl Demand {
             if recorder.is_some() && !rest.is_zero() {
                 // Ended by whoever waits; looks now and then whether anybody is left.
                 let rest = rest.min(Duration::from_millis(100));
-                let mut fds = [readable(Some(self.fault.raw_fd()))];
+                let mut fds = [readable(Some(self.fault.as_fd().as_raw_fd()))];
                 let _ = ppoll(&mut fds, Some(rest));
                 continue;
             }
@@ -445,7 +446,7 @@ mod tests {
     /// Memory that is read on demand from a file with [`BYTES`]; `None` where the host has no userfaultfd.
     fn restored(directory: &Path) -> Option<(GuestRam, SnapshotRam, Arc<Restored>)> {
         let opener = Arc::new(Opener::new());
-        if let Err(error) = MissingPages::open(&opener) {
+        if let Err(error) = UserFault::open(&opener, Waits::ForPages) {
             println!("skipped: no userfaultfd: {error}");
             return None;
         }

@@ -12,7 +12,6 @@
 pub mod demand;
 mod lost;
 mod mapping;
-mod missing;
 mod overlay;
 mod plug;
 pub mod restored;

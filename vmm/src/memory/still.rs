@@ -28,7 +28,7 @@ use migration::pages::CHUNK;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::mapping::Mapping;
-use super::userfault::UserFault;
+use super::userfault::{UserFault, Waits};
 use crate::opener::Opener;
 
 /// How long somebody waits for storage that takes nothing.
@@ -88,7 +88,9 @@ impl RamParts {
         let mut kept = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         let fault = match &*kept {
             Some(fault) => Arc::clone(fault),
-            None => Arc::new(UserFault::open(opener).map_err(StillError::Userfault)?),
+            None => {
+                Arc::new(UserFault::open(opener, Waits::ToWrite).map_err(StillError::Userfault)?)
+            }
         };
         for (_, mapping) in &self.parts {
             let registered = fault.register(mapping.address(), mapping.len());

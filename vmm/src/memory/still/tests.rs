@@ -26,7 +26,7 @@ fn ram(size: u64, shared: bool) -> GuestRam {
 
 /// Whether this host lets memory be held still; tells otherwise.
 fn can_hold() -> bool {
-    let fault = UserFault::open(&Opener::new());
+    let fault = UserFault::open(&Opener::new(), Waits::ToWrite);
     if let Err(error) = &fault {
         println!("skipped: no userfaultfd here: {error}");
     }
@@ -237,7 +237,7 @@ fn memory_that_has_changed_or_cannot_be_protected_is_not_held() {
     assert!(matches!(refused, Err(StillError::Changed)), "{refused:?}");
     drop(held);
     // Somebody else has it.
-    let other = UserFault::open(&Opener::new()).unwrap();
+    let other = UserFault::open(&Opener::new(), Waits::ToWrite).unwrap();
     let slot = self::ram(4 * MIB, false);
     let place = slot.slots()[0];
     other.register(place.host, place.len).unwrap();
