@@ -91,6 +91,8 @@ bench: build guests
 
 lint: setup
 	$(CARGO) fmt --all -- --check
+	@# Modules that a macro declares are not found from their crate.
+	$(CARGO) fmt --package virtio -- --check $$(find virtio/src/models -name '*.rs')
 	$(CARGO) fmt --manifest-path block/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path virtio/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path devices/fuzz/Cargo.toml -- --check

@@ -130,6 +130,8 @@ impl Backend for Stream {
     }
 
     fn renew(&mut self) -> io::Result<()> {
+        // A server that takes one connection at a time has done with this one first. It may be gone long since.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
         self.socket = reach(&self.path)?;
         Ok(())
     }

@@ -226,8 +226,8 @@ impl VirtioDevice for Balloon {
         let poison = self.features & feature::PAGE_POISON != 0;
         for (at, byte) in (offset..=u64::MAX).zip(data) {
             let field = |from: u64| from..from + 4;
-            let writable = field(ACTUAL_OFFSET).contains(&at)
-                || poison && field(POISON_OFFSET).contains(&at);
+            let writable =
+                field(ACTUAL_OFFSET).contains(&at) || poison && field(POISON_OFFSET).contains(&at);
             let place = usize::try_from(at).ok();
             if writable && let Some(to) = place.and_then(|at| space.as_mut_bytes().get_mut(at)) {
                 *to = *byte;
@@ -265,17 +265,18 @@ impl VirtioDevice for Balloon {
             notifier,
         } = activation;
         let (view, interval) = (Arc::clone(&self.view), self.interval);
-        self.workers.start(&notifier, vec![queues], |queues, wake| {
-            *lock(&view.wake) = Some(wake.clone());
-            let hands = (&notifier, wake);
-            let memory = memory.clone();
-            Worker::new(queues, features, memory, &view, interval, hands).map_err(|error| {
-                ActivateError {
-                    what: "the balloon's worker",
-                    reason: error.to_string(),
-                }
-            })
-        })?;
+        self.workers
+            .start(&notifier, vec![queues], |queues, wake| {
+                *lock(&view.wake) = Some(wake.clone());
+                let hands = (&notifier, wake);
+                let memory = memory.clone();
+                Worker::new(queues, features, memory, &view, interval, hands).map_err(|error| {
+                    ActivateError {
+                        what: "the balloon's worker",
+                        reason: error.to_string(),
+                    }
+                })
+            })?;
         self.notifier = Some(notifier);
         Ok(())
     }

@@ -23,8 +23,8 @@ mod tally;
 mod tests;
 mod worker;
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use block::{Disk, DiskEvent, DiskInfo, Observer};
@@ -40,15 +40,14 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use zerocopy::IntoBytes;
 
-use self::request::{
-    Limits, MAX_DISCARD_SECTORS, MAX_PIECES, MAX_SEGMENTS, MAX_ZEROES_SECTORS,
-};
+use self::request::{Limits, MAX_DISCARD_SECTORS, MAX_PIECES, MAX_SEGMENTS, MAX_ZEROES_SECTORS};
 use self::spec::{ConfigSpace, SECTOR, WRITEBACK_OFFSET};
 use self::tally::Tallies;
 use self::worker::{Service, Worker};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Counters, DiskImage, DiskReport, ExchangeError, Identity, Notifier, Preparation, Prepared, ReconfigureError,
-    Reconfigured, ResizeError, StoppedQueue, VirtioDevice, read_space,
+    ActivateError, Activation, ActiveQueue, Counters, DiskImage, DiskReport, ExchangeError,
+    Identity, Notifier, Preparation, Prepared, ReconfigureError, Reconfigured, ResizeError,
+    StoppedQueue, VirtioDevice, read_space,
 };
 use crate::limit::{Clock, Throttle};
 use crate::memory::GuestMemory;
@@ -97,7 +96,11 @@ impl Observer for Relay {
                 reason: message.clone(),
             },
         };
-        let notifier = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let notifier = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         if let Some(notifier) = notifier.and_then(|notifier| notifier.upgrade()) {
             notifier.disk_report(&report);
         }

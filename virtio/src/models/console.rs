@@ -243,9 +243,7 @@ impl Console {
         let Some(Some(console)) = ports.first_mut() else {
             return;
         };
-        let written = console
-            .end(&*self.host)
-            .and_then(|end| end.write(&[byte]));
+        let written = console.end(&*self.host).and_then(|end| end.write(&[byte]));
         let counter = match written {
             Ok(_) => &self.tally.tx_bytes,
             Err(_) => &self.tally.dropped_bytes,
@@ -317,13 +315,12 @@ impl VirtioDevice for Console {
             shared: Arc::clone(&self.shared),
             tally: Arc::clone(&self.tally),
         };
-        self.workers
-            .start(&notifier, vec![queues], |queues, wake| {
-                Worker::new(service.clone(), queues, wake).map_err(|error| ActivateError {
-                    what: "the console's worker",
-                    reason: error.to_string(),
-                })
+        self.workers.start(&notifier, vec![queues], |queues, wake| {
+            Worker::new(service.clone(), queues, wake).map_err(|error| ActivateError {
+                what: "the console's worker",
+                reason: error.to_string(),
             })
+        })
     }
 
     fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
@@ -452,7 +449,8 @@ fn place(ports: &mut [Option<Port>], saved: Vec<PortV1>) -> Option<Vec<Option<Po
     numbers.dedup();
     let fits = |port: &PortV1| {
         let console = port.name.is_none();
-        usize::try_from(port.number).is_ok_and(|at| at < ports.len()) && console == (port.number == 0)
+        usize::try_from(port.number).is_ok_and(|at| at < ports.len())
+            && console == (port.number == 0)
     };
     if !alike || numbers.len() != saved.len() || !saved.iter().all(fits) {
         return None;

@@ -206,7 +206,11 @@ impl Net {
         if self.settings.mtu.is_some() {
             features |= bit(VIRTIO_NET_F_MTU);
         }
-        if self.engines.as_ref().is_some_and(|engines| !engines.merges()) {
+        if self
+            .engines
+            .as_ref()
+            .is_some_and(|engines| !engines.merges())
+        {
             features &= !bit(VIRTIO_NET_F_MRG_RXBUF);
         }
         features
@@ -260,7 +264,6 @@ impl Net {
         let offloads = guest_offloads(self.shared.guest_bits() & self.accepted);
         self.shared.set_offloads(offloads).map_err(failed)
     }
-
 }
 
 impl VirtioDevice for Net {

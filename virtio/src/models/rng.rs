@@ -317,7 +317,12 @@ enum Served {
 }
 
 impl Worker {
-    fn new(ring: Ring, memory: GuestMemory, service: &Service, wake: &Wake) -> std::io::Result<Self> {
+    fn new(
+        ring: Ring,
+        memory: GuestMemory,
+        service: &Service,
+        wake: &Wake,
+    ) -> std::io::Result<Self> {
         Ok(Self {
             sleeper: Sleeper::new(&ring, wake)?,
             service: service.try_clone()?,

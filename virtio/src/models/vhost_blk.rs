@@ -18,7 +18,9 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::device::{ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice};
+use crate::device::{
+    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice,
+};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 use crate::vhost::{ANSWER, Front, Nature, PeerOptions};
@@ -165,7 +167,11 @@ impl VhostBlk {
 
 impl VirtioDevice for VhostBlk {
     fn identity(&self) -> Identity {
-        let without = if self.queues > 1 { 0 } else { bit(VIRTIO_BLK_F_MQ) };
+        let without = if self.queues > 1 {
+            0
+        } else {
+            bit(VIRTIO_BLK_F_MQ)
+        };
         Identity {
             device_type: u16::try_from(VIRTIO_ID_BLOCK).unwrap_or_default(),
             features: self.front.features() & !without,
@@ -182,7 +188,9 @@ impl VirtioDevice for VhostBlk {
         self.front.read_config(offset, data);
         // The program may have more queues than the device.
         for (at, byte) in (NUM_QUEUES..).zip(self.queues.to_le_bytes()) {
-            let place = at.checked_sub(offset).and_then(|at| usize::try_from(at).ok());
+            let place = at
+                .checked_sub(offset)
+                .and_then(|at| usize::try_from(at).ok());
             if let Some(place) = place.and_then(|place| data.get_mut(place)) {
                 *place = byte;
             }

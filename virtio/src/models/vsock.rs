@@ -110,7 +110,12 @@ impl VsockConfig {
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
     let config: VsockConfig = parse(MODEL.kind, config)?;
     let clock: Clock = Arc::new(Instant::now);
-    Ok(Box::new(Vsock::new(&context.id, &config, &context.opener, clock)?))
+    Ok(Box::new(Vsock::new(
+        &context.id,
+        &config,
+        &context.opener,
+        clock,
+    )?))
 }
 
 /// A socket device.

@@ -8,6 +8,8 @@ use super::{FIRST_PAUSE, LONGEST_PAUSE};
 pub(super) struct Backoff {
     next: Option<Instant>,
     pause: Duration,
+    /// Since when the peer has been there.
+    since: Option<Instant>,
 }
 
 impl Backoff {
@@ -16,13 +18,23 @@ impl Backoff {
         Self {
             next: None,
             pause: FIRST_PAUSE,
+            since: None,
         }
     }
 
-    /// The peer has been lost, or not been had: it is waited, each time longer.
+    /// The peer has been lost, or not been had: it is waited, each time longer, unless it was there for long.
     pub fn lost(&mut self, now: Instant) {
+        let since = self.since.take();
+        if since.is_some_and(|since| now.saturating_duration_since(since) >= LONGEST_PAUSE) {
+            self.pause = FIRST_PAUSE;
+        }
         self.next = now.checked_add(self.pause);
         self.pause = self.pause.saturating_mul(2).min(LONGEST_PAUSE);
+    }
+
+    /// The peer is there. It may do no more than that.
+    pub fn found(&mut self, now: Instant) {
+        self.since = Some(now);
     }
 
     /// The peer does what it is to: the next pause is a short one.
@@ -74,5 +86,21 @@ mod tests {
         assert_eq!(backoff.next(), Some(start + FIRST_PAUSE));
         backoff.forget();
         assert!(backoff.is_due(start));
+    }
+
+    #[test]
+    fn a_peer_that_goes_again_at_once_is_waited_longer_and_one_that_stayed_is_not() {
+        let start = Instant::now();
+        let mut backoff = Backoff::new();
+        let mut lost = |stayed| {
+            backoff.found(start);
+            backoff.lost(start + stayed);
+            backoff.next().unwrap() - (start + stayed)
+        };
+        let moment = LONGEST_PAUSE - Duration::from_nanos(1);
+        assert_eq!(lost(moment), FIRST_PAUSE);
+        assert_eq!(lost(moment), FIRST_PAUSE * 2);
+        assert_eq!(lost(LONGEST_PAUSE), FIRST_PAUSE);
+        assert_eq!(lost(moment), FIRST_PAUSE * 2);
     }
 }

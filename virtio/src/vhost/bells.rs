@@ -49,12 +49,15 @@ struct Outcome {
 }
 
 /// Kicks the queues of one device.
-pub(super) struct Bells {
-    context: c_ulong,
-    /// Readable at any time.
-    readable: EventFd,
-    /// Operations whose results the kernel still keeps.
-    kept: usize,
+#[derive(Default)]
+pub(super) enum Bells {
+    /// Nothing has been kicked yet.
+    #[default]
+    Silent,
+    /// By the kernel's notifications.
+    Safe(Context),
+    /// The host has no room for asynchronous operations: kicks are written, and a peer may hold them up.
+    Plain,
 }
 
 fn done(result: libc::c_long) -> io::Result<()> {
@@ -65,33 +68,68 @@ fn done(result: libc::c_long) -> io::Result<()> {
 }
 
 impl Bells {
-    /// Bells that have not been rung.
+    /// Counts `kick` up by one, or leaves it as it is when it is full: whoever waits for it is woken. Never waits,
+    /// whatever others do with it, where the host has asynchronous operations.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it has no memory.
+    pub fn ring(&mut self, kick: &EventFd) -> io::Result<()> {
+        if matches!(self, Self::Silent) {
+            *self = match Context::new() {
+                Ok(context) => Self::Safe(context),
+                Err(error) => {
+                    tracing::warn!(
+                        "vhost-user: a peer may hold its device up: the host has no asynchronous operations left \
+                         (see fs.aio-max-nr): {error}"
+                    );
+                    Self::Plain
+                }
+            };
+        }
+        match self {
+            Self::Safe(context) => context.ring(kick),
+            Self::Silent | Self::Plain => match kick.write(1) {
+                // It is readable.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+                result => result,
+            },
+        }
+    }
+}
+
+/// What the kernel knows these operations by.
+pub(super) struct Context {
+    name: c_ulong,
+    /// Readable at any time.
+    readable: EventFd,
+    /// Operations whose results the kernel still keeps.
+    kept: usize,
+}
+
+impl Context {
+    /// One without operations.
     ///
     /// # Errors
     ///
     /// The host's, when it has no room for asynchronous operations (`fs.aio-max-nr`).
     #[expect(unsafe_code, reason = "io_setup has no wrapper")]
-    pub fn new() -> io::Result<Self> {
+    fn new() -> io::Result<Self> {
         let readable = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         readable.write(1)?;
-        let mut context: c_ulong = 0;
+        let mut name: c_ulong = 0;
         // SAFETY: the kernel writes the context's name into the variable, which is a zero as it asks.
-        done(unsafe { libc::syscall(libc::SYS_io_setup, KEPT, &raw mut context) })?;
+        done(unsafe { libc::syscall(libc::SYS_io_setup, KEPT, &raw mut name) })?;
         Ok(Self {
-            context,
+            name,
             readable,
             kept: 0,
         })
     }
 
-    /// Counts `kick` up by one, or leaves it as it is when it is full: whoever waits for it is woken. Never waits,
-    /// whatever others do with it.
-    ///
-    /// # Errors
-    ///
-    /// The host's, when it has no memory.
+    /// As [`Bells::ring`].
     #[expect(unsafe_code, reason = "io_submit has no wrapper")]
-    pub fn ring(&mut self, kick: &EventFd) -> io::Result<()> {
+    fn ring(&mut self, kick: &EventFd) -> io::Result<()> {
         if self.kept >= KEPT {
             self.forget()?;
         }
@@ -107,7 +145,7 @@ impl Bells {
         let list = [&raw const operation];
         // SAFETY: the context is this one's until it is dropped. The kernel reads one operation, which has no buffer,
         // and is done with it when the call returns.
-        done(unsafe { libc::syscall(libc::SYS_io_submit, self.context, 1, list.as_ptr()) })?;
+        done(unsafe { libc::syscall(libc::SYS_io_submit, self.name, 1_i64, list.as_ptr()) })?;
         self.kept += 1;
         Ok(())
     }
@@ -116,20 +154,20 @@ impl Bells {
     #[expect(unsafe_code, reason = "io_getevents has no wrapper")]
     fn forget(&mut self) -> io::Result<()> {
         let mut outcomes = [Outcome::default(); KEPT];
-        let (context, room) = (self.context, outcomes.as_mut_ptr());
+        let (name, room) = (self.name, outcomes.as_mut_ptr());
         let none = std::ptr::null::<libc::timespec>();
         // SAFETY: the kernel writes at most as many results as there is room for. It does not wait for any.
-        done(unsafe { libc::syscall(libc::SYS_io_getevents, context, 0, KEPT, room, none) })?;
+        done(unsafe { libc::syscall(libc::SYS_io_getevents, name, 0_i64, KEPT, room, none) })?;
         self.kept = 0;
         Ok(())
     }
 }
 
-impl Drop for Bells {
+impl Drop for Context {
     #[expect(unsafe_code, reason = "io_destroy has no wrapper")]
     fn drop(&mut self) {
         // SAFETY: nobody else has the context's name. No operation is under way.
-        unsafe { libc::syscall(libc::SYS_io_destroy, self.context) };
+        unsafe { libc::syscall(libc::SYS_io_destroy, self.name) };
     }
 }
 
@@ -140,7 +178,7 @@ mod tests {
     #[test]
     fn a_kick_counts_up() {
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mut bells = Bells::new().unwrap();
+        let mut bells = Bells::default();
         for _ in 0..3 * KEPT {
             bells.ring(&kick).unwrap();
         }
@@ -148,10 +186,21 @@ mod tests {
     }
 
     #[test]
+    fn a_kick_is_written_where_the_host_has_no_room() {
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let mut bells = Bells::Plain;
+        bells.ring(&kick).unwrap();
+        assert_eq!(kick.read().unwrap(), 1);
+        kick.write(u64::MAX - 1).unwrap();
+        bells.ring(&kick).unwrap();
+        assert_eq!(kick.read().unwrap(), u64::MAX - 1);
+    }
+
+    #[test]
     fn a_full_kick_that_blocks_is_not_waited_for() {
         let kick = EventFd::new(0).unwrap();
         kick.write(u64::MAX - 1).unwrap();
-        let mut bells = Bells::new().unwrap();
+        let mut bells = Bells::default();
         for _ in 0..3 * KEPT {
             bells.ring(&kick).unwrap();
         }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::{Connector, Listening, Opener};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -64,11 +64,21 @@ impl Door {
     ///
     /// The host's.
     pub fn wait(&self, patience: Duration) -> io::Result<Option<Arc<dyn Connector>>> {
-        let patience = Timespec::try_from(patience).map_err(io::Error::other)?;
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        match poll(&mut fds, Some(&patience)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => self.answer(),
-            Err(error) => Err(error.into()),
+        let begun = Instant::now();
+        loop {
+            let left = patience.saturating_sub(begun.elapsed());
+            let time = Timespec::try_from(left).map_err(io::Error::other)?;
+            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+            match poll(&mut fds, Some(&time)) {
+                Ok(0) => return Ok(None),
+                Ok(_) => match self.answer()? {
+                    // It has left again.
+                    None => (),
+                    visitor => return Ok(visitor),
+                },
+                Err(rustix::io::Errno::INTR) => (),
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 }

@@ -144,7 +144,7 @@ impl Relay {
             reread: false,
             served: 0,
             backoff: Backoff::new(),
-            bells: Bells::new().map_err(failed)?,
+            bells: Bells::default(),
             draining: false,
             number: 0,
             hub,
@@ -382,7 +382,7 @@ impl Relay {
                 Answer::Connected(offer) => self.welcome(offer)?,
                 Answer::Serving => {
                     self.stage = Stage::Serving;
-                    self.backoff.serves();
+                    self.backoff.found(self.hub.now());
                     self.hub.found(&*self.notifier);
                 }
                 Answer::Informed | Answer::Enabled => {}
@@ -404,7 +404,7 @@ impl Relay {
         self.show(offer.config);
         self.listen(offer.notes).map_err(host)?;
         if self.lanes.is_empty() {
-            self.backoff.serves();
+            self.backoff.found(self.hub.now());
             self.hub.found(&*self.notifier);
         }
         Ok(())
@@ -444,6 +444,9 @@ impl Relay {
         for lane in &mut self.lanes {
             let (count, error) = lane.collect(view);
             more |= count >= lane.round();
+            if count > 0 {
+                self.backoff.serves();
+            }
             let count = u64::try_from(count).unwrap_or(u64::MAX);
             self.hub.completed.fetch_add(count, Ordering::Relaxed);
             if let Err(error) = lane.ring.notify(view) {

@@ -80,11 +80,10 @@ impl Loaded {
         }
         self.segments
             .iter()
-            .filter_map(|s| {
+            .find_map(|s| {
                 let offset = entry.checked_sub(s.virtual_address)?;
-                (offset < s.len).then_some(s.address + offset)
+                (offset < s.len).then(|| s.address.checked_add(offset))?
             })
-            .next()
             .ok_or(BootError::EntryOutsideKernel { entry })
     }
 }

@@ -424,6 +424,13 @@ fn entries_outside_the_kernel_are_refused() {
         let error = boot(&memory, &elf(&notes), Protocol::Auto).unwrap_err();
         assert!(matches!(error, BootError::EntryOutsideKernel { entry } if entry == bad));
     }
+    // So far behind a segment that the sum of both is no address.
+    let mut kernel = elf(&[]);
+    let bad = u64::MAX - 1;
+    put(&mut kernel, 24, &bad.to_le_bytes());
+    put(&mut kernel, 64 + 56 + 16, &0u64.to_le_bytes());
+    let error = boot(&memory, &kernel, Protocol::Auto).unwrap_err();
+    assert!(matches!(error, BootError::EntryOutsideKernel { entry } if entry == bad));
 }
 
 #[test]

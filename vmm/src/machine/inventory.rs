@@ -170,7 +170,7 @@ impl Item {
             DeviceState::Removing
         } else if self.device.needs_reset() {
             DeviceState::NeedsReset
-        } else if self.device.is_active() && self.device.peer_lost() {
+        } else if self.device.peer_lost() {
             DeviceState::PeerLost
         } else if self.device.is_active() {
             DeviceState::Active

@@ -122,10 +122,7 @@ struct Piece<'a> {
 
 /// Hands each part of `run` (of page numbers) that is memory to `take`, and returns how many pages are none.
 fn pieces<'a>(view: &'a GuestMap, run: &Range<u64>, mut take: impl FnMut(Piece<'a>)) -> u64 {
-    let (start, end) = (
-        run.start.saturating_mul(PAGE),
-        run.end.saturating_mul(PAGE),
-    );
+    let (start, end) = (run.start.saturating_mul(PAGE), run.end.saturating_mul(PAGE));
     let mut missing = end.saturating_sub(start) / PAGE;
     for region in view.iter() {
         let (base, len) = (region.start_addr().raw_value(), region.len());
@@ -211,7 +208,9 @@ impl Partial {
         let mut restored = Self::default();
         let mut from = 0;
         for (first, count) in whole {
-            let end = first.checked_add(count).filter(|_| count > 0 && first >= from)?;
+            let end = first
+                .checked_add(count)
+                .filter(|_| count > 0 && first >= from)?;
             restored.whole.push(first..end);
             from = end;
         }

@@ -248,7 +248,10 @@ fn pages_are_gone_before_the_driver_gets_any_back() {
 fn pages_that_are_no_memory_are_left_out() {
     let mut used = used(PAGE, ALL);
     let end = (HIGH + HIGH_LEN) / PAGE;
-    used.pages(INFLATE, [end, FIRST - 1, u32::MAX.into(), end - 1, 0, FIRST]);
+    used.pages(
+        INFLATE,
+        [end, FIRST - 1, u32::MAX.into(), end - 1, 0, FIRST],
+    );
     used.pages(DEFLATE, [end, u32::MAX.into()]);
     let last = HIGH_LEN / PAGE - 1;
     assert_eq!(used.gone(), [bytes(0..1), bytes(last..last + 1)]);
@@ -311,7 +314,10 @@ fn a_huge_page_that_was_begun_is_finished_after_a_restore() {
     let state = old.balloon.save().unwrap();
     assert_eq!(state.large.whole, [(FIRST + 512, 512)]);
     let begun = &state.large.partial[0];
-    assert_eq!((begun.address, begun.words[4]), (FIRST * PAGE, (1 << 44) - 1));
+    assert_eq!(
+        (begun.address, begun.words[4]),
+        (FIRST * PAGE, (1 << 44) - 1)
+    );
     let mut new = used(HUGE, ALL);
     new.balloon.stop(soon()).unwrap();
     new.balloon.restore(state).unwrap();
@@ -421,7 +427,9 @@ fn hints_count_in_the_round_that_was_asked_for() {
     let mut used = used(PAGE, ALL);
     assert_eq!(command(&used), 0);
     let hints = |change| BalloonChange::Hints(change);
-    used.balloon.change_balloon(hints(HintChange::Start)).unwrap();
+    used.balloon
+        .change_balloon(hints(HintChange::Start))
+        .unwrap();
     let id = command(&used);
     assert_eq!(id, 2);
     // Before the round, and in one that nobody has asked for.
@@ -443,11 +451,17 @@ fn hints_count_in_the_round_that_was_asked_for() {
     begin(&mut used, 0);
     used.send(HINTS, &[(HIGH, 0x1000, true)]);
     assert_eq!(used.balloon.view.take_hints(), []);
-    used.balloon.change_balloon(hints(HintChange::Done)).unwrap();
+    used.balloon
+        .change_balloon(hints(HintChange::Done))
+        .unwrap();
     assert_eq!(command(&used), 1);
-    used.balloon.change_balloon(hints(HintChange::Start)).unwrap();
+    used.balloon
+        .change_balloon(hints(HintChange::Start))
+        .unwrap();
     assert_eq!(command(&used), 3);
-    used.balloon.change_balloon(hints(HintChange::Stop)).unwrap();
+    used.balloon
+        .change_balloon(hints(HintChange::Stop))
+        .unwrap();
     assert_eq!(command(&used), 0);
 }
 
@@ -604,10 +618,14 @@ fn a_target_that_is_reached_is_told_once() {
     actual(&mut used, 8);
     actual(&mut used, 7);
     actual(&mut used, 8);
-    used.balloon.change_balloon(BalloonChange::Target(3 * PAGE + 5)).unwrap();
+    used.balloon
+        .change_balloon(BalloonChange::Target(3 * PAGE + 5))
+        .unwrap();
     assert_eq!(used.balloon.view.target(), 3 * PAGE);
     actual(&mut used, 3);
-    used.balloon.change_balloon(BalloonChange::Target(3 * PAGE)).unwrap();
+    used.balloon
+        .change_balloon(BalloonChange::Target(3 * PAGE))
+        .unwrap();
     used.balloon.stop(soon()).unwrap();
     let told: Vec<Notice> = used.notices.try_iter().collect();
     let expected = [8, 3, 3].map(|pages| Notice::Balloon(pages * PAGE));
@@ -619,7 +637,8 @@ fn state_survives_and_a_round_of_hints_does_not() {
     let mut old = balloon();
     old.features_negotiated(ALL);
     old.change_balloon(BalloonChange::Target(PAGE)).unwrap();
-    old.change_balloon(BalloonChange::Hints(HintChange::Start)).unwrap();
+    old.change_balloon(BalloonChange::Hints(HintChange::Start))
+        .unwrap();
     old.write_config(4, &5_u32.to_le_bytes());
     old.write_config(12, &6_u32.to_le_bytes());
     assert_eq!(words(&old), [1, 5, 2, 6]);

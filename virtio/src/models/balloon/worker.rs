@@ -258,9 +258,8 @@ impl QueueWorker for Worker {
         let view = self.desk.memory.memory();
         self.desk.flush(&view);
         let held = self.desk.held;
-        let stop = |Post { role, ring, .. }: Post| {
-            ring.stop(held.filter(|_| role == Role::Statistics))
-        };
+        let stop =
+            |Post { role, ring, .. }: Post| ring.stop(held.filter(|_| role == Role::Statistics));
         self.posts.into_iter().map(stop).collect()
     }
 }

@@ -19,7 +19,8 @@ use serde_json::Value;
 use super::Blk;
 use super::spec::SECTOR;
 use crate::device::{
-    ActiveQueue, DiskImage, ExchangeError, Preparation, Prepared, ReconfigureError, Reconfigured, StoppedQueue,
+    ActiveQueue, DiskImage, ExchangeError, Preparation, Prepared, ReconfigureError, Reconfigured,
+    StoppedQueue,
 };
 use crate::limit::RateLimits;
 use crate::models::{BuildContext, BuildError};
@@ -67,7 +68,9 @@ impl Blk {
             serde_json::from_value(patch).map_err(ReconfigureError::Shape)?;
         let Some(path) = path else {
             let medium = None;
-            return Ok(Box::new(move || Ok(Prepared::new(Change { limits, medium }))));
+            return Ok(Box::new(move || {
+                Ok(Prepared::new(Change { limits, medium }))
+            }));
         };
         let config = self.config.as_ref().ok_or(ReconfigureError::Fixed)?;
         if !config.readonly {

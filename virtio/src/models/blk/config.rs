@@ -305,9 +305,7 @@ impl BlkConfig {
         else {
             return fail(
                 "queue_size",
-                format!(
-                    "{given}: give a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
-                ),
+                format!("{given}: give a power of two from {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"),
             );
         };
         let mut serial = [0; 20];

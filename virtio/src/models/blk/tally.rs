@@ -173,7 +173,10 @@ impl Counters for Tallies {
             "write_latency_avg",
             "write_time_us",
         ];
-        let mut all: Vec<_> = names.into_iter().zip(read.into_iter().chain(write)).collect();
+        let mut all: Vec<_> = names
+            .into_iter()
+            .zip(read.into_iter().chain(write))
+            .collect();
         all.extend([
             ("flush_ops", self.sum(|tally| &tally.flushes)),
             ("discard_ops", self.sum(|tally| &tally.discards)),

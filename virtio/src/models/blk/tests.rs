@@ -144,7 +144,10 @@ fn what_is_written_is_on_the_disk_and_reads_back() {
     rig.driver.put_bytes(DATA, &data);
     assert_eq!(rig.request(OUT, 3, &[(DATA, 1024, false)]), (OK, 1));
     assert_eq!(rig.disk.0.data.lock().unwrap()[1536..2560], data);
-    assert_eq!(rig.request(IN, 3, &[(DATA + 0x2000, 1024, true)]), (OK, 1025));
+    assert_eq!(
+        rig.request(IN, 3, &[(DATA + 0x2000, 1024, true)]),
+        (OK, 1025)
+    );
     assert_eq!(rig.driver.bytes(DATA + 0x2000, 1024), data);
     let expected = [(Op::Write, 1536, 1024), (Op::Read, 1536, 1024)];
     assert_eq!(rig.calls(), expected);
@@ -156,7 +159,8 @@ fn it_does_not_matter_how_a_request_is_cut_into_descriptors() {
     rig.header(HEADER, OUT, 0);
     rig.driver.put_bytes(DATA, &[7; 512]);
     // The header in two parts, the second with the first data behind it.
-    rig.driver.put_bytes(DATA - 0x100, &rig.driver.bytes(HEADER + 5, 11));
+    rig.driver
+        .put_bytes(DATA - 0x100, &rig.driver.bytes(HEADER + 5, 11));
     rig.driver.put_bytes(DATA - 0x100 + 11, &[7; 100]);
     let head = rig.driver.offer(&[
         (HEADER, 5, false),
@@ -167,7 +171,10 @@ fn it_does_not_matter_how_a_request_is_cut_into_descriptors() {
     ]);
     rig.driver.kick();
     assert_eq!(rig.driver.wait(&rig.notices), (head.into(), 1));
-    assert_eq!(rig.disk.0.data.lock().unwrap()[..513], [&[7; 512][..], &[0xd1]].concat());
+    assert_eq!(
+        rig.disk.0.data.lock().unwrap()[..513],
+        [&[7; 512][..], &[0xd1]].concat()
+    );
 
     // A read whose data and status share a descriptor.
     rig.header(HEADER, IN, 0);
@@ -264,7 +271,8 @@ fn a_read_only_disk_refuses_writes_whatever_was_accepted_and_flushes() {
 #[test]
 fn a_disk_error_is_the_requests_and_nobody_elses() {
     let mut rig = Rig::new();
-    rig.disk.fail(&[Some(ErrorKind::StorageFull), Some(ErrorKind::Unsupported)]);
+    rig.disk
+        .fail(&[Some(ErrorKind::StorageFull), Some(ErrorKind::Unsupported)]);
     assert_eq!(rig.request(IN, 0, &[(DATA, 512, true)]), (IOERR, 1));
     rig.segment(DATA, 0, 1, 0);
     assert_eq!(rig.request(ZEROES, 0, &[(DATA, 16, false)]), (UNSUPP, 1));
@@ -542,7 +550,10 @@ fn queues_work_at_the_same_time_and_are_stopped_together() {
         }
     }
     let stopped = blk.stop(soon()).unwrap();
-    assert_eq!(stopped.iter().map(|q| q.index).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_eq!(
+        stopped.iter().map(|q| q.index).collect::<Vec<_>>(),
+        [0, 1, 2, 3]
+    );
     let data = disk.0.data.lock().unwrap();
     for (sector, bytes) in data.chunks(512).enumerate() {
         let expected = u8::try_from(sector % 251).unwrap();

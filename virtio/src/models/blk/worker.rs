@@ -248,7 +248,8 @@ impl Worker {
         let span = self.window().span();
         while !span.is_zero() {
             self.io.wait(Some(Duration::ZERO), &mut self.completed)?;
-            let found = !self.completed.is_empty() || listens && self.ring.pending(view).unwrap_or(true);
+            let found =
+                !self.completed.is_empty() || listens && self.ring.pending(view).unwrap_or(true);
             let passed = self.passed_since(begin);
             if found {
                 self.window().found(passed);
@@ -274,7 +275,6 @@ impl Worker {
         self.now = Some(now);
         now.saturating_duration_since(begin)
     }
-
 
     /// The requests that are at the disk and those that the driver makes have their own times.
     fn window(&mut self) -> &mut Window {

@@ -62,11 +62,7 @@ impl Console {
         Ok(Reconfigured::Unseen)
     }
 
-    fn add_port(
-        &self,
-        name: &str,
-        end: Option<Box<dyn HostEnd>>,
-    ) -> Result<(), ReconfigureError> {
+    fn add_port(&self, name: &str, end: Option<Box<dyn HostEnd>>) -> Result<(), ReconfigureError> {
         let told = self.shared.is_ready();
         let mut ports = self.shared.ports();
         if ports.iter().flatten().any(|port| port.is(name)) {

@@ -347,7 +347,10 @@ fn what_comes_waits_on_the_host_until_the_guest_has_the_port_open_and_a_buffer()
 fn a_reader_that_stops_makes_its_port_wait_and_nothing_else() {
     let (console, agent) = (Peer::new(), Peer::new());
     agent.change(|far| far.room = 3);
-    let ends = vec![(None, Arc::clone(&console)), (Some("agent"), Arc::clone(&agent))];
+    let ends = vec![
+        (None, Arc::clone(&console)),
+        (Some("agent"), Arc::clone(&agent)),
+    ];
     let mut bench = Bench::multiport(device("agent", ends));
     bench.take_into_use();
     bench.offer(5, 0, b"0123456789");
@@ -472,14 +475,22 @@ fn saved_ports_are_put_back_into_a_device_that_has_the_same() {
     for ports in ["", "agent:b", "other"] {
         let mut unlike = device(ports, vec![]);
         let refused = unlike.restore(bench.device.save().unwrap());
-        assert!(matches!(refused, Err(RestoreError::Invalid { .. })), "{ports}");
+        assert!(
+            matches!(refused, Err(RestoreError::Invalid { .. })),
+            "{ports}"
+        );
     }
 }
 
 #[test]
 fn the_consoles_size_and_the_news_of_it_go_with_the_state() {
     let console = Peer::new();
-    console.change(|far| far.size = Some(Size { cols: 132, rows: 50 }));
+    console.change(|far| {
+        far.size = Some(Size {
+            cols: 132,
+            rows: 50,
+        });
+    });
     let ends = vec![(None, console), (Some("agent"), Peer::new())];
     let mut bench = Bench::multiport(device("agent", ends));
     bench.say(u32::MAX, DEVICE_READY, 1);
@@ -512,7 +523,10 @@ fn names_that_a_guest_could_not_use_are_refused() {
             ports: ports.to_owned(),
             max_ports: None,
         };
-        config.names().map(|names| names.len()).map_err(|error| error.to_string())
+        config
+            .names()
+            .map(|names| names.len())
+            .map_err(|error| error.to_string())
     };
     assert_eq!(names(""), Ok(0));
     assert_eq!(names("org.qemu.guest_agent.0:b"), Ok(2));

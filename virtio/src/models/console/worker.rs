@@ -333,7 +333,14 @@ impl Worker {
             };
             let tally = &self.service.tally;
             let sent = if port.connected {
-                push(view, &mut sending, end, &mut self.buffer, &mut budget, tally)
+                push(
+                    view,
+                    &mut sending,
+                    end,
+                    &mut self.buffer,
+                    &mut budget,
+                    tally,
+                )
             } else {
                 let left = total(&sending.chain.readable).saturating_sub(sending.sent);
                 Tally::add(&tally.dropped_bytes, usize::try_from(left).unwrap_or(0));
@@ -465,7 +472,10 @@ fn heard(message: Control, ports: &mut [Option<Port>], shared: &Shared) -> bool 
 fn complain(id: &str) {
     static LIMIT: LogLimit = LogLimit::new();
     if let Some(suppressed) = LIMIT.allow() {
-        tracing::warn!(suppressed, "{id}: a control message of the driver makes no sense");
+        tracing::warn!(
+            suppressed,
+            "{id}: a control message of the driver makes no sense"
+        );
     }
 }
 
@@ -574,7 +584,11 @@ impl QueueWorker for Worker {
                 port.sent = sent;
             }
         }
-        for end in ports.iter_mut().flatten().filter_map(|port| port.end.as_mut()) {
+        for end in ports
+            .iter_mut()
+            .flatten()
+            .filter_map(|port| port.end.as_mut())
+        {
             end.want(false, false);
         }
         drop(ports);

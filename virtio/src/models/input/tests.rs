@@ -100,7 +100,11 @@ fn configuration_space_answers_what_it_is_asked() {
     assert_eq!(ask(&mut mouse, 0x11, 2), [0x43, 1]);
     assert!(bit(&ask(&mut mouse, 0x11, 1), 0x110));
     for (select, subsel) in [(0, 0), (4, 0), (1, 1), (0x11, 0), (0x11, 255), (255, 255)] {
-        assert_eq!(ask(&mut mouse, select, subsel), NOTHING, "{select} {subsel}");
+        assert_eq!(
+            ask(&mut mouse, select, subsel),
+            NOTHING,
+            "{select} {subsel}"
+        );
     }
 }
 
@@ -264,11 +268,7 @@ fn what_is_no_configuration_is_refused() {
 struct NoFiles;
 
 impl block::Opener for NoFiles {
-    fn open(
-        &self,
-        _: &std::path::Path,
-        _: block::Access,
-    ) -> std::io::Result<std::fs::File> {
+    fn open(&self, _: &std::path::Path, _: block::Access) -> std::io::Result<std::fs::File> {
         Err(std::io::ErrorKind::NotFound.into())
     }
 }

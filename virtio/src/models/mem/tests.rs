@@ -217,9 +217,20 @@ fn requests_that_make_no_sense_are_errors_and_change_nothing() {
         (4, 10, 1),
         (u16::MAX, 10, 1),
     ] {
-        assert_eq!(rig.ask(kind, first, blocks), ERROR, "{kind} {first} {blocks}");
+        assert_eq!(
+            rig.ask(kind, first, blocks),
+            ERROR,
+            "{kind} {first} {blocks}"
+        );
     }
-    let odd = [0, BASE - BLOCK, BASE + 1, BASE + MIB, u64::MAX, u64::MAX - BLOCK + 1];
+    let odd = [
+        0,
+        BASE - BLOCK,
+        BASE + 1,
+        BASE + MIB,
+        u64::MAX,
+        u64::MAX - BLOCK + 1,
+    ];
     for address in odd {
         for kind in [0, 1, 3] {
             assert_eq!(rig.ask_at(kind, address, 1), ERROR, "{address:#x}");
@@ -330,7 +341,10 @@ fn what_is_no_configuration_is_refused() {
         (json!({"size": SIZE, "block": 3 * MIB}), "power of two"),
         (json!({"size": SIZE, "block": 4096}), "at least 2M"),
         (json!({"size": SIZE, "block": 0}), "power of two"),
-        (json!({"size": SIZE, "requested": SIZE + BLOCK}), "requested"),
+        (
+            json!({"size": SIZE, "requested": SIZE + BLOCK}),
+            "requested",
+        ),
         (json!({"size": SIZE, "requested": 1}), "requested"),
     ] {
         let error = check(config).unwrap_err();

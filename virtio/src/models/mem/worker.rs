@@ -91,7 +91,11 @@ impl Worker {
                 Answer::Error
             }
         };
-        fill_front(view, &self.chain.writable, Response::from(answer).as_bytes())
+        fill_front(
+            view,
+            &self.chain.writable,
+            Response::from(answer).as_bytes(),
+        )
     }
 }
 

@@ -60,7 +60,9 @@ pub(super) fn plan(
     let target = mirror.map(|mirror| mirror.target()).transpose();
     let target = target.map_err(ReconfigureError::Value)?;
     let limits = [rx_limits, tx_limits].into_iter().flatten();
-    let limited = limits.into_iter().any(|limits| Limiter::new(limits).limited());
+    let limited = limits
+        .into_iter()
+        .any(|limits| Limiter::new(limits).limited());
     if only_kernel && limited {
         return Err(ReconfigureError::Value(BuildError::Field {
             field: "vhost",

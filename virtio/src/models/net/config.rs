@@ -359,29 +359,13 @@ pub struct NetLimits {
 
 /// The keys of the limits of frames that go to the guest.
 pub const RX_KEYS: Keys = [
-    [
-        "rx_bw_size",
-        "rx_bw_refill_time",
-        "rx_bw_one_time_burst",
-    ],
-    [
-        "rx_ops_size",
-        "rx_ops_refill_time",
-        "rx_ops_one_time_burst",
-    ],
+    ["rx_bw_size", "rx_bw_refill_time", "rx_bw_one_time_burst"],
+    ["rx_ops_size", "rx_ops_refill_time", "rx_ops_one_time_burst"],
 ];
 /// The keys of the limits of frames that come from the guest.
 pub const TX_KEYS: Keys = [
-    [
-        "tx_bw_size",
-        "tx_bw_refill_time",
-        "tx_bw_one_time_burst",
-    ],
-    [
-        "tx_ops_size",
-        "tx_ops_refill_time",
-        "tx_ops_one_time_burst",
-    ],
+    ["tx_bw_size", "tx_bw_refill_time", "tx_bw_one_time_burst"],
+    ["tx_ops_size", "tx_ops_refill_time", "tx_ops_one_time_burst"],
 ];
 const DEFAULT_TAP: &str = "vmtap%d";
 const MAX_PAIRS: u16 = 64;

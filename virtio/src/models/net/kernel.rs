@@ -305,10 +305,7 @@ impl Engines {
             let Some(drive) = inner.drives.get(pair) else {
                 continue;
             };
-            match drive
-                .set_network(way, None)
-                .and_then(|()| drive.next(way))
-            {
+            match drive.set_network(way, None).and_then(|()| drive.next(way)) {
                 Ok(next) => {
                     queue.queue.set_next_avail(next);
                     queue.queue.set_next_used(next);
@@ -316,7 +313,9 @@ impl Engines {
                 Err(error) => {
                     tracing::error!(device = %self.id, queue = queue.index, %error, "the host's kernel keeps a queue");
                     if let Some(serving) = &inner.serving {
-                        serving.notifier.needs_reset("the host's kernel keeps a queue");
+                        serving
+                            .notifier
+                            .needs_reset("the host's kernel keeps a queue");
                     }
                 }
             }
@@ -492,7 +491,14 @@ impl Supervisor {
             engines: Arc::clone(engines),
             queues: queues.into_iter().map(KernelQueue::from).collect(),
         };
-        let begun = engines.begin(features, &memory, &notifier, shared, &broken, &serves.queues);
+        let begun = engines.begin(
+            features,
+            &memory,
+            &notifier,
+            shared,
+            &broken,
+            &serves.queues,
+        );
         begun.map_err(failed)?;
         Ok(Self {
             serves,

@@ -158,6 +158,8 @@ pub struct Worker {
     tried: Option<Instant>,
     /// How long it is left alone from then on. Doubled by each time that it was found and had nothing to say.
     gap: Duration,
+    /// When it was found the last time.
+    found: Option<Instant>,
 }
 
 /// The queues of a worker.
@@ -235,6 +237,7 @@ impl Worker {
             watch,
             tried: None,
             gap: RETRY,
+            found: None,
         })
     }
 
@@ -278,12 +281,16 @@ impl Worker {
             return None;
         }
         let heard = self.receiver.as_mut().map(|half| &mut half.heard);
-        if heard.is_some_and(std::mem::take) {
+        let now = (self.pair.clock)();
+        let since = self.found.take();
+        let stayed = since.is_some_and(|at| now.saturating_duration_since(at) >= LONGEST_RETRY);
+        if heard.is_some_and(std::mem::take) || stayed {
             self.gap = RETRY;
         }
-        let now = (self.pair.clock)();
         let gap = self.gap;
-        let wait = self.tried.map(|tried| gap.saturating_sub(now.saturating_duration_since(tried)));
+        let wait = self
+            .tried
+            .map(|tried| gap.saturating_sub(now.saturating_duration_since(tried)));
         if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
             return Some(wait);
         }
@@ -293,6 +300,7 @@ impl Worker {
         }
         // A server may do no more than to take connections.
         self.gap = gap.saturating_mul(2).min(LONGEST_RETRY);
+        self.found = Some(now);
         self.pair.shared.found(&*self.pair.notifier);
         Some(Duration::ZERO)
     }
@@ -304,7 +312,9 @@ impl Worker {
         let (before, after) = (self.port.fd().as_raw_fd(), port.fd().as_raw_fd());
         self.epoll.ctl(ControlOperation::Add, after, port_event())?;
         // The network's own descriptor may keep the one before open.
-        let _ = self.epoll.ctl(ControlOperation::Delete, before, port_event());
+        let _ = self
+            .epoll
+            .ctl(ControlOperation::Delete, before, port_event());
         self.port = port;
         self.readable = true;
         self.writable = true;
@@ -372,7 +382,10 @@ impl Worker {
         while wait.is_none() && !span.is_zero() {
             let view = Arc::clone(&self.view);
             let told = self.sleep(Some(Duration::ZERO))?;
-            let found = told || self.listening().any(|ring| ring.pending(&view).unwrap_or(true));
+            let found = told
+                || self
+                    .listening()
+                    .any(|ring| ring.pending(&view).unwrap_or(true));
             let passed = (self.pair.clock)().saturating_duration_since(begin);
             if found {
                 self.window.found(passed);

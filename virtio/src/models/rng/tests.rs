@@ -1,6 +1,6 @@
 use super::*;
-use crate::testing::{DATA, Driver, END, Notice, SEAM, memory, reset_reason, soon, start};
 use crate::limit::Bucket;
+use crate::testing::{DATA, Driver, END, Notice, SEAM, memory, reset_reason, soon, start};
 use serde_json::json;
 use std::sync::Mutex;
 
@@ -40,7 +40,11 @@ fn limits_that_are_changed_hold_at_once_and_for_the_request_that_waits() {
     driver.kick_and_wait();
     driver.wait(&notices);
     assert_eq!(driver.used_index(), 3);
-    for wrong in [json!({}), json!({ "limits": null }), json!({ "limits": {}, "src": "/" })] {
+    for wrong in [
+        json!({}),
+        json!({ "limits": null }),
+        json!({ "limits": {}, "src": "/" }),
+    ] {
         assert!(rng.prepare(wrong.clone(), context()).is_err(), "{wrong}");
     }
     assert_eq!(rng.stop(soon()).unwrap()[0].parked.len(), 1);
@@ -48,7 +52,10 @@ fn limits_that_are_changed_hold_at_once_and_for_the_request_that_waits() {
 
 fn change(rng: &mut Rng, patch: Value) {
     let prepared = rng.prepare(patch, context()).unwrap()().unwrap();
-    assert!(matches!(rng.reconfigure(prepared), Ok(Reconfigured::Unseen)));
+    assert!(matches!(
+        rng.reconfigure(prepared),
+        Ok(Reconfigured::Unseen)
+    ));
 }
 
 fn context() -> BuildContext {
@@ -69,7 +76,11 @@ fn device(len: u64) -> Rng {
 
 fn limited(len: u64, limits: RateLimits, clock: Clock) -> Rng {
     let mut file = tempfile::tempfile().unwrap();
-    std::io::copy(&mut std::io::Read::take(std::io::repeat(0x5a), len), &mut file).unwrap();
+    std::io::copy(
+        &mut std::io::Read::take(std::io::repeat(0x5a), len),
+        &mut file,
+    )
+    .unwrap();
     std::io::Seek::rewind(&mut file).unwrap();
     Rng::new("rng0", file, limits, clock)
 }
@@ -154,7 +165,10 @@ fn half_a_limit_is_refused() {
     for (config, part) in [
         (json!({"bw_size": 1}), "bw_refill_time"),
         (json!({"bw_refill_time": 1}), "bw_size"),
-        (json!({"ops_size": 1, "ops_refill_time": 0}), "ops_refill_time"),
+        (
+            json!({"ops_size": 1, "ops_refill_time": 0}),
+            "ops_refill_time",
+        ),
     ] {
         let refused = (MODEL.build)(config, &context()).err().unwrap();
         assert!(refused.to_string().starts_with(part), "{refused}");
@@ -225,7 +239,15 @@ fn a_source_that_ends_ends_the_request_short() {
     driver.kick();
     assert_eq!(driver.wait(&notices).1, 16);
     let counted = rng.counters().unwrap().read();
-    assert_eq!(counted, [("requests", 1), ("bytes", 16), ("errors", 1), ("limited", 0)]);
+    assert_eq!(
+        counted,
+        [
+            ("requests", 1),
+            ("bytes", 16),
+            ("errors", 1),
+            ("limited", 0)
+        ]
+    );
 }
 
 #[test]
@@ -310,7 +332,10 @@ fn a_device_is_built_from_nothing_and_names_a_source_it_cannot_open() {
     assert_eq!(built.identity().device_type, 4);
     let missing = (MODEL.build)(json!({"src": "/nonexistent/entropy"}), &context());
     let error = missing.err().unwrap();
-    assert!(error.to_string().contains("/nonexistent/entropy"), "{error}");
+    assert!(
+        error.to_string().contains("/nonexistent/entropy"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -75,11 +75,7 @@ impl Clerk {
     /// # Errors
     ///
     /// [`ActivateError`] when the host lacks descriptors, or there is no queue.
-    pub fn new(
-        activation: Activation,
-        orders: Orders,
-        wake: &Wake,
-    ) -> Result<Self, ActivateError> {
+    pub fn new(activation: Activation, orders: Orders, wake: &Wake) -> Result<Self, ActivateError> {
         let failed = |reason: String| ActivateError {
             what: "the control queue",
             reason,

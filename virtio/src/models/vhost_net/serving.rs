@@ -140,7 +140,11 @@ fn pairs_are_served_as_the_driver_says() {
         (3, 0, &[1]),
         (9, 9, &[]),
     ] {
-        assert_eq!(rig.command(class, number, data), 1, "{class} {number} {data:?}");
+        assert_eq!(
+            rig.command(class, number, data),
+            1,
+            "{class} {number} {data:?}"
+        );
     }
     // As many after a stop.
     let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();

@@ -309,8 +309,7 @@ impl Hub {
     }
 
     fn insert(&mut self, key: Key, connection: Connection) {
-        self.places
-            .insert(connection.token, Place::Connection(key));
+        self.places.insert(connection.token, Place::Connection(key));
         self.connections.insert(key, connection);
         self.count();
         self.enqueue(key);
@@ -523,7 +522,11 @@ impl Hub {
             .map(|(key, _)| *key)
             .collect();
         for key in keys {
-            match self.connections.get(&key).map(|connection| &connection.stage) {
+            match self
+                .connections
+                .get(&key)
+                .map(|connection| &connection.stage)
+            {
                 Some(Stage::Connecting { .. }) => self.try_server(key, now),
                 Some(Stage::Requested { .. }) => self.give_up(key),
                 _ => self.change(key, |_| false),

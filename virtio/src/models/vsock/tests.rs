@@ -271,7 +271,10 @@ fn an_address_that_no_guest_has_and_a_socket_that_is_in_use_are_refused() {
         made.err().unwrap().to_string()
     };
     for cid in [0, 1, 2, 0xffff_ffff, 1 << 32] {
-        assert!(refusal(cid, &host.path()).contains("no guest's address"), "{cid}");
+        assert!(
+            refusal(cid, &host.path()).contains("no guest's address"),
+            "{cid}"
+        );
     }
     let _listening = opener.listen(&host.path()).unwrap();
     assert!(refusal(3, &host.path()).contains("in use"));

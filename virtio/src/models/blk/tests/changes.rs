@@ -34,8 +34,7 @@ impl Limited {
         let (sender, sleeps) = channel();
         *disk.0.sleeps.lock().unwrap() = Some(sender);
         let mut blk = Blk::new("disk0", Arc::new(disk.clone()), settings(1));
-        blk.clock =
-            Arc::new(move || origin + Duration::from_millis(hands.load(Ordering::SeqCst)));
+        blk.clock = Arc::new(move || origin + Duration::from_millis(hands.load(Ordering::SeqCst)));
         blk.throttle.own = Arc::new(Limiter::new(limits));
         let driver = Driver::new(&memory, 0, 16);
         let notices = start(&mut blk, ALL & !EVENT_IDX, &memory, vec![driver.activate()]);
@@ -129,7 +128,10 @@ fn bytes_are_counted_for_what_moves_them_and_answers_from_the_device_are_free() 
     });
     let data = [(DATA, 1024, true)];
     assert_eq!(limited.rig.request(IN, 0, &data), (OK, 1025));
-    assert_eq!(limited.rig.request(GET_ID, 0, &[(DATA, 20, true)]), (OK, 21));
+    assert_eq!(
+        limited.rig.request(GET_ID, 0, &[(DATA, 20, true)]),
+        (OK, 21)
+    );
     // Out of range.
     assert_eq!(limited.rig.request(IN, 5000, &data), (IOERR, 1));
     let head = limited.offer(2);
@@ -223,7 +225,12 @@ impl OnFile {
         let mut blk = (MODEL.build)(config, &context()).unwrap();
         let memory = memory();
         let driver = Driver::new(&memory, 0, 16);
-        let notices = start(&mut *blk, ALL & !EVENT_IDX, &memory, vec![driver.activate()]);
+        let notices = start(
+            &mut *blk,
+            ALL & !EVENT_IDX,
+            &memory,
+            vec![driver.activate()],
+        );
         Self {
             blk,
             driver,
@@ -299,9 +306,17 @@ fn a_medium_that_cannot_be_used_leaves_the_one_before() {
 #[test]
 fn what_cannot_be_changed_is_refused() {
     let mut rig = Rig::new();
-    for patch in [json!({"x": 1}), json!({"limits": {"x": 1}}), json!(7), json!(null)] {
+    for patch in [
+        json!({"x": 1}),
+        json!({"limits": {"x": 1}}),
+        json!(7),
+        json!(null),
+    ] {
         let refused = reconfigure(&mut rig.blk, patch.clone());
-        assert!(matches!(refused, Err(ReconfigureError::Shape(_))), "{patch}");
+        assert!(
+            matches!(refused, Err(ReconfigureError::Shape(_))),
+            "{patch}"
+        );
     }
     let fixed = reconfigure(&mut rig.blk, json!({"path": "/a"}));
     assert!(matches!(fixed, Err(ReconfigureError::Fixed)));

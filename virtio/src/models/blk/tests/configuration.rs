@@ -181,7 +181,10 @@ fn saved_registers_of_another_disk_and_damaged_ones_are_refused() {
     let section = device(info(8), 1).save_section("disk0").unwrap();
     let refused = device(info(9), 1).restore_section(&section);
     let reason = refused.unwrap_err().to_string();
-    assert!(reason.contains("9 sectors") && reason.contains('8'), "{reason}");
+    assert!(
+        reason.contains("9 sectors") && reason.contains('8'),
+        "{reason}"
+    );
     let mut blk = device(info(8), 1);
     for len in 0..section.body.len() {
         let mut cut = section.clone();
@@ -340,7 +343,12 @@ fn a_raw_image_is_written_flushed_and_read_back() {
         let mut blk = (MODEL.build)(config, &context()).unwrap();
         let memory = memory();
         let mut driver = Driver::new(&memory, 0, 64);
-        let notices = start(&mut *blk, ALL & !EVENT_IDX, &memory, vec![driver.activate()]);
+        let notices = start(
+            &mut *blk,
+            ALL & !EVENT_IDX,
+            &memory,
+            vec![driver.activate()],
+        );
         let mut request = |kind: u32, sector: u64, data: &[Piece]| {
             driver.put(HEADER, kind);
             driver.put(HEADER + 8, sector);
@@ -355,7 +363,8 @@ fn a_raw_image_is_written_flushed_and_read_back() {
         };
         let view = memory.memory();
         let pattern: Vec<u8> = (0..8192_u32).map(|i| i.to_le_bytes()[1] | 1).collect();
-        vm_memory::Bytes::write_slice(&*view, &pattern, vm_memory::GuestAddress(SEAM - 4096)).unwrap();
+        vm_memory::Bytes::write_slice(&*view, &pattern, vm_memory::GuestAddress(SEAM - 4096))
+            .unwrap();
         request(OUT, 8, &[(SEAM - 4096, 8192, false)]);
         request(FLUSH, 0, &[]);
         request(IN, 8, &[(DATA, 4096, true), (DATA + 0x3000, 4096, true)]);

@@ -17,7 +17,10 @@ fn timed(features: u64) -> (Rig, Arc<AtomicU64>) {
 
 fn counted(rig: &Rig) -> BTreeMap<&'static str, u64> {
     let counters = rig.blk.counters().unwrap().read();
-    counters.into_iter().filter(|(_, value)| *value > 0).collect()
+    counters
+        .into_iter()
+        .filter(|(_, value)| *value > 0)
+        .collect()
 }
 
 /// Does a request during which `micros` pass at the disk.

@@ -131,7 +131,11 @@ impl Disk for MemDisk {
         epoll
             .ctl(ControlOperation::Add, rouse.as_raw_fd(), event)
             .unwrap();
-        self.0.rouse.lock().unwrap().push(rouse.try_clone().unwrap());
+        self.0
+            .rouse
+            .lock()
+            .unwrap()
+            .push(rouse.try_clone().unwrap());
         Ok(Box::new(MemQueue {
             disk: Arc::clone(&self.0),
             epoll,
@@ -232,9 +236,7 @@ impl IoQueue for MemQueue {
         }
         let at_once = !self.done.is_empty() || timeout == Some(Duration::ZERO);
         let mut events = [EpollEvent::default(); 4];
-        let ready = self
-            .epoll
-            .wait(if at_once { 0 } else { -1 }, &mut events)?;
+        let ready = self.epoll.wait(if at_once { 0 } else { -1 }, &mut events)?;
         for event in &events[..ready] {
             match u32::try_from(event.data()) {
                 Ok(watch) => out.push(Completed::Watch(Watch(watch))),

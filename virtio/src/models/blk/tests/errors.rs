@@ -80,7 +80,10 @@ impl Rig {
 
     /// Waits until these chains have come back, in any order.
     fn wait_for(&mut self, heads: &[u16]) {
-        let mut back: Vec<_> = heads.iter().map(|_| self.driver.wait(&self.notices)).collect();
+        let mut back: Vec<_> = heads
+            .iter()
+            .map(|_| self.driver.wait(&self.notices))
+            .collect();
         back.sort_unstable();
         let mut expected: Vec<_> = heads.iter().map(|head| (u32::from(*head), 1)).collect();
         expected.sort_unstable();
@@ -105,7 +108,8 @@ fn restart(rig: &mut Rig) -> Vec<u16> {
 fn a_full_host_has_the_write_wait_and_the_next_start_does_it() {
     let mut rig = rig(OnReadError::Report, OnWriteError::Enospc);
     rig.driver.put_bytes(DATA, &[7; 512]);
-    rig.disk.fail(&[Some(ErrorKind::StorageFull), Some(ErrorKind::StorageFull)]);
+    rig.disk
+        .fail(&[Some(ErrorKind::StorageFull), Some(ErrorKind::StorageFull)]);
     let head = rig.offer(OUT, 3, &[(DATA, 512, false)]);
     rig.driver.kick();
     assert_eq!(
@@ -118,7 +122,11 @@ fn a_full_host_has_the_write_wait_and_the_next_start_does_it() {
             action: ErrorAction::Stop,
         }
     );
-    assert_eq!(rig.driver.get::<u8>(STATUS), UNSET, "the driver hears nothing");
+    assert_eq!(
+        rig.driver.get::<u8>(STATUS),
+        UNSET,
+        "the driver hears nothing"
+    );
     // Still full: it waits again, and is told again.
     assert_eq!(restart(&mut rig), [head]);
     assert!(matches!(report(&rig), DiskReport::Error { .. }));
@@ -150,7 +158,11 @@ fn what_is_done_about_a_failure_follows_the_settings() {
         for (werror, failure, action) in table {
             let mut rig = rig(OnReadError::Stop, werror);
             rig.disk.fail(&[Some(failure)]);
-            let data: &[Piece] = if kind == OUT { &[(DATA, 512, false)] } else { &[] };
+            let data: &[Piece] = if kind == OUT {
+                &[(DATA, 512, false)]
+            } else {
+                &[]
+            };
             rig.offer(kind, 0, data);
             rig.driver.kick();
             match action {
@@ -193,7 +205,13 @@ fn reads_have_a_policy_of_their_own() {
     rig.disk.fail(&[Some(ErrorKind::Other)]);
     rig.offer(IN, 0, &[(DATA, 512, true)]);
     rig.driver.kick();
-    assert!(matches!(report(&rig), DiskReport::Error { operation: "read", .. }));
+    assert!(matches!(
+        report(&rig),
+        DiskReport::Error {
+            operation: "read",
+            ..
+        }
+    ));
     restart(&mut rig);
     assert_eq!(rig.driver.wait(&rig.notices).1, 513);
 }
@@ -241,7 +259,8 @@ fn nothing_is_taken_while_a_request_waits_and_what_came_later_comes_after_it() {
 fn what_is_at_the_disk_goes_on_and_only_what_fails_waits() {
     let mut rig = stopping();
     rig.disk.close();
-    rig.disk.fail(&[Some(ErrorKind::Other), None, Some(ErrorKind::Other)]);
+    rig.disk
+        .fail(&[Some(ErrorKind::Other), None, Some(ErrorKind::Other)]);
     let heads: Vec<_> = (1..=3).map(|n| rig.offer_write(n, 5)).collect();
     rig.driver.kick();
     for _ in 0..3 {
@@ -278,7 +297,11 @@ fn requests_wait_in_the_order_in_which_they_came_not_in_which_they_failed() {
     let mut calls = rig.calls();
     calls.sort_by_key(|(_, offset, _)| *offset);
     let discard = Op::Discard { len: 512 };
-    let expected = [(discard, 0, 0), (discard, 512, 0), (Op::Write, 7 * 512, 512)];
+    let expected = [
+        (discard, 0, 0),
+        (discard, 512, 0),
+        (Op::Write, 7 * 512, 512),
+    ];
     assert_eq!(calls, expected);
 }
 
@@ -316,7 +339,11 @@ fn a_request_that_breaks_a_rule_is_answered_and_stops_nobody() {
     assert_eq!(rig.request(OUT, 1024, &[(DATA, 512, false)]), (IOERR, 1));
     assert_eq!(rig.request(OUT, 0, &[(DATA, 100, false)]), (IOERR, 1));
     rig.blk.stop(soon()).unwrap();
-    assert!(rig.notices.try_iter().all(|notice| !matches!(notice, Notice::Disk(_))));
+    assert!(
+        rig.notices
+            .try_iter()
+            .all(|notice| !matches!(notice, Notice::Disk(_)))
+    );
 }
 
 #[test]
@@ -380,7 +407,8 @@ fn when_a_stop_is_given_up_what_waits_is_done_again() {
 fn what_waits_moves_to_another_device_of_the_same_disk() {
     let mut rig = stopping();
     rig.disk.close();
-    rig.disk.fail(&[Some(ErrorKind::Other), Some(ErrorKind::Other)]);
+    rig.disk
+        .fail(&[Some(ErrorKind::Other), Some(ErrorKind::Other)]);
     let heads = [rig.offer_write(1, 1), rig.offer_write(2, 2)];
     rig.driver.kick();
     rig.call();
@@ -468,5 +496,7 @@ fn a_disk_that_has_grown_is_larger_to_the_driver_at_once() {
     rig.blk.stop(soon()).unwrap();
     let section = rig.blk.save_section("disk0").unwrap();
     let disk = Arc::new(rig.disk.clone());
-    Blk::new("disk0", disk, settings(1)).restore_section(&section).unwrap();
+    Blk::new("disk0", disk, settings(1))
+        .restore_section(&section)
+        .unwrap();
 }

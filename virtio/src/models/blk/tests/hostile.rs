@@ -62,7 +62,10 @@ fn a_chain_of_the_wrong_shape_fails_alone() {
         (DISCARD, &[HEAD, (DATA, 15, false), TAIL]),
         (ZEROES, &[HEAD, (DATA, 17, false), TAIL]),
         (ZEROES, &[HEAD, (END, 16, false), TAIL]),
-        (ZEROES, &[HEAD, (DATA, 16 * (MAX_SEGMENTS + 1), false), TAIL]),
+        (
+            ZEROES,
+            &[HEAD, (DATA, 16 * (MAX_SEGMENTS + 1), false), TAIL],
+        ),
     ];
     for (kind, pieces) in cases {
         expect(&mut rig, *kind, pieces, (IOERR, 1));

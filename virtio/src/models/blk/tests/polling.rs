@@ -161,7 +161,10 @@ fn a_completion_is_looked_for_while_the_driver_may_add_requests_without_kicks() 
     watched.rig.call();
     let later = DATA - 0x100;
     watched.rig.header(later, FLUSH, 0);
-    watched.rig.driver.offer(&[(later, 16, false), (later + 32, 1, true)]);
+    watched
+        .rig
+        .driver
+        .offer(&[(later, 16, false), (later + 32, 1, true)]);
     watched.rig.call();
     watched.rig.disk.open();
     for _ in 0..2 {
@@ -201,6 +204,9 @@ fn no_request_is_lost_between_looking_and_sleeping() {
 #[test]
 fn an_entry_that_cannot_be_read_breaks_the_queue_while_the_worker_looks_too() {
     let watched = Watched::looking(false);
-    watched.rig.driver.set_avail_index(watched.rig.driver.offered() + 17);
+    watched
+        .rig
+        .driver
+        .set_avail_index(watched.rig.driver.offered() + 17);
     assert!(reset_reason(&watched.rig.notices).contains("available ring"));
 }

@@ -65,7 +65,10 @@ fn a_port_comes_and_goes_and_comes_again_while_the_guest_runs() {
         // As the driver takes its buffers out of the ring.
         bench.queues[6].take_back();
     }
-    assert_eq!(bench.device.counters().unwrap().read()[2], ("dropped_bytes", 24));
+    assert_eq!(
+        bench.device.counters().unwrap().read()[2],
+        ("dropped_bytes", 24)
+    );
 }
 
 #[test]
@@ -82,7 +85,10 @@ fn what_a_port_that_goes_was_sending_comes_back_to_the_guest() {
     bench.returned(7);
     bench.returned(7);
     assert_eq!(bench.hear().1, PORT_REMOVE);
-    assert_eq!(bench.device.counters().unwrap().read()[2], ("dropped_bytes", 10));
+    assert_eq!(
+        bench.device.counters().unwrap().read()[2],
+        ("dropped_bytes", 10)
+    );
 }
 
 #[test]
@@ -114,14 +120,24 @@ fn ports_keep_their_numbers_in_a_saved_state_and_one_that_goes_is_still_told_of(
     let queues = bench.device.stop(soon()).unwrap();
     remove(&mut bench.device, "b");
     let saved = bench.device.save().unwrap();
-    let numbers: Vec<_> = saved.ports.iter().map(|p| (p.number, p.tell_remove)).collect();
+    let numbers: Vec<_> = saved
+        .ports
+        .iter()
+        .map(|p| (p.number, p.tell_remove))
+        .collect();
     assert_eq!(numbers, [(0, false), (2, true), (3, false)]);
     let log = Peer::new();
-    let mut other = device("c", vec![(None, Peer::new()), (Some("c"), Arc::clone(&log))]);
+    let mut other = device(
+        "c",
+        vec![(None, Peer::new()), (Some("c"), Arc::clone(&log))],
+    );
     other.restore(saved).unwrap();
     assert_eq!(other.save().unwrap(), bench.device.save().unwrap());
     bench.device = other;
-    bench.restart(queues.into_iter().map(ActiveQueue::from).collect(), F_MULTIPORT);
+    bench.restart(
+        queues.into_iter().map(ActiveQueue::from).collect(),
+        F_MULTIPORT,
+    );
     assert_eq!(bench.hear(), (2, PORT_REMOVE, 1, vec![]));
     bench.say(3, PORT_READY, 1);
     assert_eq!(bench.hear(), (3, PORT_NAME, 1, b"c".to_vec()));
@@ -144,7 +160,10 @@ fn a_state_with_impossible_ports_is_refused() {
         edit(&mut saved);
         let mut other = device("agent", vec![]);
         assert!(other.restore(saved).is_err(), "edit {number}");
-        assert_eq!(other.save().unwrap(), device("agent", vec![]).save().unwrap());
+        assert_eq!(
+            other.save().unwrap(),
+            device("agent", vec![]).save().unwrap()
+        );
     }
 }
 
@@ -162,7 +181,11 @@ fn ports_that_cannot_be_had_are_refused_with_the_mend() {
         assert!(refused.contains(part), "{refused}");
     }
     let refused = change(&mut device("", vec![]), json!({"add": "log"}), None);
-    assert!(refused.unwrap_err().contains("--virtio-console max_ports=8"));
+    assert!(
+        refused
+            .unwrap_err()
+            .contains("--virtio-console max_ports=8")
+    );
     let roomy = |max_ports, ports: &str| {
         let config = ConsoleConfig {
             console: true,
@@ -176,6 +199,9 @@ fn ports_that_cannot_be_had_are_refused_with_the_mend() {
     assert_eq!(roomy(1, ""), Ok(2));
     assert_eq!(roomy(3, "a"), Ok(8));
     for (count, ports) in [(0, ""), (2, "a:b"), (32, ""), (u64::MAX, "")] {
-        assert!(roomy(count, ports).unwrap_err().contains("to 31"), "{count}");
+        assert!(
+            roomy(count, ports).unwrap_err().contains("to 31"),
+            "{count}"
+        );
     }
 }

@@ -10,8 +10,8 @@ use super::super::{Net, change};
 use super::*;
 use crate::device::{ReconfigureError, Reconfigured, VirtioDevice};
 use crate::models::net::config::Vhost;
-use crate::vhost::PeerReport;
 use crate::testing::{Driver, END, Notice, PATIENCE, SEAM, memory, reset_reason, soon};
+use crate::vhost::PeerReport;
 
 const SIZE: u16 = 16;
 
@@ -53,16 +53,23 @@ impl Drive for Drives {
     }
 
     fn set_features(&self, features: u64) -> io::Result<()> {
-        self.book.note(format!("{} features {features:#x}", self.pair));
+        self.book
+            .note(format!("{} features {features:#x}", self.pair));
         Ok(())
     }
 
     fn set_memory(&self, pieces: &[VhostUserMemoryRegionInfo]) -> io::Result<()> {
         let sizes = pieces.iter().map(|piece| piece.memory_size);
-        let end = pieces.iter().map(|p| p.guest_phys_addr + p.memory_size).max();
+        let end = pieces
+            .iter()
+            .map(|p| p.guest_phys_addr + p.memory_size)
+            .max();
         let bytes: u64 = sizes.sum();
-        self.book
-            .note(format!("{} memory {bytes:#x} to {:#x}", self.pair, end.unwrap()));
+        self.book.note(format!(
+            "{} memory {bytes:#x} to {:#x}",
+            self.pair,
+            end.unwrap()
+        ));
         Ok(())
     }
 
@@ -90,11 +97,17 @@ impl Drive for Drives {
     }
 
     fn set_network(&self, way: usize, network: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        if network.is_some() && self.book.refuse_network.load(std::sync::atomic::Ordering::SeqCst) {
+        if network.is_some()
+            && self
+                .book
+                .refuse_network
+                .load(std::sync::atomic::Ordering::SeqCst)
+        {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let word = if network.is_some() { "on" } else { "off" };
-        self.book.note(format!("{} network {way} {word}", self.pair));
+        self.book
+            .note(format!("{} network {way} {word}", self.pair));
         Ok(())
     }
 
@@ -119,7 +132,11 @@ impl Notifier for Vectors {
     }
 
     fn peer_report(&self, report: &PeerReport) {
-        let _ = self.notices.lock().unwrap().send(Notice::Peer(report.clone()));
+        let _ = self
+            .notices
+            .lock()
+            .unwrap()
+            .send(Notice::Peer(report.clone()));
     }
 
     fn needs_reset(&self, reason: &str) {
@@ -129,7 +146,9 @@ impl Notifier for Vectors {
 
     fn trigger(&self, queue: u16) -> io::Result<Option<OwnedFd>> {
         let event = self.events.get(usize::from(queue));
-        event.map(|event| borrow(event).try_clone_to_owned()).transpose()
+        event
+            .map(|event| borrow(event).try_clone_to_owned())
+            .transpose()
     }
 }
 
@@ -168,7 +187,9 @@ impl Bench {
         let mut net = Net::new("net0", Box::new(wire), settings(1));
         net.serve_by_kernel(engines(1, ALL, &book).unwrap(), vhost);
         let memory = memory();
-        let drivers = [0, 1, 2].map(|index| Driver::new(&memory, index, SIZE)).into();
+        let drivers = [0, 1, 2]
+            .map(|index| Driver::new(&memory, index, SIZE))
+            .into();
         let (sender, notices) = channel();
         let notifier = Arc::new(Vectors {
             notices: Mutex::new(sender),
@@ -228,13 +249,22 @@ fn the_kernel_is_told_all_before_it_has_the_network_and_gives_the_queues_back() 
     assert_eq!(bench.book.take(), ["0 network 0 off", "0 network 1 off"]);
     let places: Vec<_> = stopped
         .iter()
-        .map(|queue| (queue.index, queue.queue.next_avail(), queue.queue.next_used()))
+        .map(|queue| {
+            (
+                queue.index,
+                queue.queue.next_avail(),
+                queue.queue.next_used(),
+            )
+        })
         .collect();
     assert_eq!(places, [(0, 5, 5), (1, 6, 6), (2, 0, 0)]);
     let queues = stopped.into_iter().map(ActiveQueue::from).collect();
     bench.start_with(queues).unwrap();
     let told = bench.book.take();
-    assert_eq!(told[2..4], ["0 queue 0 of 16 from 5", "0 queue 1 of 16 from 6"]);
+    assert_eq!(
+        told[2..4],
+        ["0 queue 0 of 16 from 5", "0 queue 1 of 16 from 6"]
+    );
 }
 
 #[test]
@@ -251,7 +281,15 @@ fn what_was_put_in_before_is_kicked_for() {
 fn the_driver_is_interrupted_by_the_eventfd_of_its_vector_and_by_another_when_it_changes() {
     let mut bench = Bench::new(Vhost::On);
     bench.start().unwrap();
-    bench.book.call.lock().unwrap().as_ref().unwrap().write(1).unwrap();
+    bench
+        .book
+        .call
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .write(1)
+        .unwrap();
     assert_eq!(bench.notifier.events[1].read().unwrap(), 1);
     bench.book.take();
     bench.net.vector_changed(1);
@@ -281,7 +319,10 @@ fn a_link_that_goes_down_is_served_here_until_it_is_up() {
     let mut bench = Bench::new(Vhost::On);
     bench.start().unwrap();
     bench.book.take();
-    assert_eq!(bench.change(json!({ "link": "down" })).unwrap(), Reconfigured::Seen);
+    assert_eq!(
+        bench.change(json!({ "link": "down" })).unwrap(),
+        Reconfigured::Seen
+    );
     assert_eq!(bench.book.take(), ["0 network 0 off", "0 network 1 off"]);
     // The entry that the kernel has not come to yet.
     let transmit = &mut bench.drivers[1];
@@ -294,7 +335,10 @@ fn a_link_that_goes_down_is_served_here_until_it_is_up() {
     while transmit.used_index() != 7 {
         bench.notices.recv_timeout(PATIENCE).unwrap();
     }
-    assert_eq!(bench.change(json!({ "link": "up" })).unwrap(), Reconfigured::Seen);
+    assert_eq!(
+        bench.change(json!({ "link": "up" })).unwrap(),
+        Reconfigured::Seen
+    );
     let told = bench.book.take();
     assert_eq!(told[3], "0 queue 1 of 16 from 7");
     assert_eq!(told[5], "0 network 1 on");
@@ -311,7 +355,9 @@ fn limits_are_refused_where_it_is_to_be_the_kernel_and_they_and_mirrors_take_its
     let refused = bench.change(limits()).unwrap_err().to_string();
     assert!(refused.starts_with("vhost: on: "), "{refused}");
     // Lifting what is not there is no harm.
-    bench.change(json!({ "tx_limits": {}, "mirror": {} })).unwrap();
+    bench
+        .change(json!({ "tx_limits": {}, "mirror": {} }))
+        .unwrap();
     assert!(bench.book.take().is_empty());
     for (vhost, patch, lift) in [
         (Vhost::Auto, limits(), json!({ "tx_limits": {} })),
@@ -333,7 +379,11 @@ fn memory_that_comes_is_known_to_the_kernel_when_the_change_is_made() {
     let mut bench = Bench::new(Vhost::On);
     let more = |len: usize| {
         let region = GuestRegionMmap::from_range(GuestAddress(2 * END), len, None).unwrap();
-        bench.memory.memory().insert_region(Arc::new(region)).unwrap()
+        bench
+            .memory
+            .memory()
+            .insert_region(Arc::new(region))
+            .unwrap()
     };
     let (first, second) = (more(0x1000), more(0x3000));
     bench.memory.replace(first);
@@ -377,7 +427,15 @@ fn rings_that_are_not_in_one_piece_are_refused() {
 fn a_ring_that_the_kernel_finds_broken_is_the_drivers_to_reset() {
     let mut bench = Bench::new(Vhost::On);
     bench.start().unwrap();
-    bench.book.broken.lock().unwrap().as_ref().unwrap().write(1).unwrap();
+    bench
+        .book
+        .broken
+        .lock()
+        .unwrap()
+        .as_ref()
+        .unwrap()
+        .write(1)
+        .unwrap();
     let reason = reset_reason(&bench.notices);
     assert_eq!(reason, "the host's kernel has found a queue broken");
     assert_eq!(bench.net.stop(soon()).unwrap().len(), 3);
@@ -386,7 +444,10 @@ fn a_ring_that_the_kernel_finds_broken_is_the_drivers_to_reset() {
 #[test]
 fn a_kernel_that_refuses_has_no_queue_and_the_device_does_not_start() {
     let mut bench = Bench::new(Vhost::On);
-    bench.book.refuse_network.store(true, std::sync::atomic::Ordering::SeqCst);
+    bench
+        .book
+        .refuse_network
+        .store(true, std::sync::atomic::Ordering::SeqCst);
     let error = bench.start().unwrap_err();
     assert_eq!(error.what, "vhost-net");
     let told = bench.book.take();
@@ -424,8 +485,17 @@ fn the_second_pair_is_the_second_drives() {
         notifier,
     })
     .unwrap();
-    let on: Vec<_> = book.take().into_iter().filter(|line| line.ends_with("on")).collect();
-    let all = ["0 network 0 on", "0 network 1 on", "1 network 0 on", "1 network 1 on"];
+    let on: Vec<_> = book
+        .take()
+        .into_iter()
+        .filter(|line| line.ends_with("on"))
+        .collect();
+    let all = [
+        "0 network 0 on",
+        "0 network 1 on",
+        "1 network 0 on",
+        "1 network 1 on",
+    ];
     assert_eq!(on, all);
     assert_eq!(net.stop(soon()).unwrap().len(), 5);
 }
@@ -447,7 +517,9 @@ fn it_is_opened_where_it_is_asked_for_and_told_of_where_it_is_not_there() {
 fn a_tap_that_is_deleted_under_the_kernel_takes_the_link_down_and_is_told() {
     let mut bench = Bench::new(Vhost::On);
     bench.start().unwrap();
-    bench.deleted.store(true, std::sync::atomic::Ordering::SeqCst);
+    bench
+        .deleted
+        .store(true, std::sync::atomic::Ordering::SeqCst);
     bench.news.send(&[1]).unwrap();
     let report = loop {
         if let Notice::Peer(report) = bench.notices.recv_timeout(PATIENCE).unwrap() {

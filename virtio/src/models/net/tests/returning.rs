@@ -48,7 +48,12 @@ impl Served {
             rx.offer(&[(DATA + buffer * 0x1000, 512, true)]);
         }
         let features = net.features();
-        let notices = start(&mut net, features, &memory, vec![rx.activate(), tx.activate()]);
+        let notices = start(
+            &mut net,
+            features,
+            &memory,
+            vec![rx.activate(), tx.activate()],
+        );
         Self {
             net,
             rx,

@@ -197,7 +197,11 @@ fn a_guest_reaches_a_server_and_bytes_go_both_ways() {
     let sent = bytes(3 * ROOM + 1);
     theirs.write_all(&sent).unwrap();
     let heard = bench.hear_all();
-    assert!(heard.iter().all(|(op, host, guest, _)| (*op, *host, *guest) == (OP_RW, 1024, 7)));
+    assert!(
+        heard
+            .iter()
+            .all(|(op, host, guest, _)| (*op, *host, *guest) == (OP_RW, 1024, 7))
+    );
     let got: Vec<u8> = heard.into_iter().flat_map(|(.., bytes)| bytes).collect();
     assert_eq!(got, sent);
 }
@@ -210,7 +214,11 @@ fn connections_take_turns() {
     for stream in &mut streams {
         stream.write_all(&bytes(2 * ROOM)).unwrap();
     }
-    let guests: Vec<u32> = bench.hear_all().into_iter().map(|(_, _, guest, _)| guest).collect();
+    let guests: Vec<u32> = bench
+        .hear_all()
+        .into_iter()
+        .map(|(_, _, guest, _)| guest)
+        .collect();
     let mut first = guests[..3].to_vec();
     first.sort_unstable();
     assert_eq!(first, [0, 1, 2]);
@@ -223,7 +231,16 @@ fn what_belongs_to_no_connection_is_refused_and_what_is_for_others_dropped() {
     // Nobody listens there.
     bench.say(OP_REQUEST, 99, 5);
     assert_eq!(bench.hear(), Some((OP_RST, 99, 5, vec![])));
-    for op in [OP_RESPONSE, OP_RW, OP_SHUTDOWN, OP_CREDIT_UPDATE, OP_CREDIT_REQUEST, 0, 8, u16::MAX] {
+    for op in [
+        OP_RESPONSE,
+        OP_RW,
+        OP_SHUTDOWN,
+        OP_CREDIT_UPDATE,
+        OP_CREDIT_REQUEST,
+        0,
+        8,
+        u16::MAX,
+    ] {
         bench.say(op, 99, 6);
         assert_eq!(bench.hear(), Some((OP_RST, 99, 6, vec![])), "{op}");
     }
@@ -237,7 +254,15 @@ fn what_belongs_to_no_connection_is_refused_and_what_is_for_others_dropped() {
         assert_eq!((refusal.op, refusal.kind), (OP_RST, kind));
     }
     let errors = bench.counted()["errors"];
-    for (src_cid, dst_cid) in [(4, 2), (2, 2), (0, 2), (u64::MAX, 2), (3, 3), (3, 1), (3, 0)] {
+    for (src_cid, dst_cid) in [
+        (4, 2),
+        (2, 2),
+        (0, 2),
+        (u64::MAX, 2),
+        (3, 3),
+        (3, 1),
+        (3, 0),
+    ] {
         let header = Header {
             src_cid,
             dst_cid,
@@ -327,7 +352,10 @@ fn a_guest_that_sends_more_than_there_is_room_for_loses_its_connection() {
     let mut got = Vec::new();
     (&theirs).read_to_end(&mut got).unwrap();
     assert!(got.len() < sent * piece.len());
-    assert!(got.chunks(piece.len()).all(|chunk| *chunk == piece[..chunk.len()]));
+    assert!(
+        got.chunks(piece.len())
+            .all(|chunk| *chunk == piece[..chunk.len()])
+    );
     bench.send(1, 7, &piece);
     assert_eq!(bench.hear(), Some((OP_RST, 1, 7, vec![])));
     assert_eq!(bench.counted()["connections"], 0);
@@ -533,7 +561,12 @@ fn a_crowd_of_silent_clients_makes_others_wait_and_nothing_else() {
     let later = bench.host.client("CONNECT 53\n");
     bench.pass(greeting::PATIENCE);
     assert_eq!(bench.hub.greetings, 0);
-    assert!(bench.hear_all().iter().any(|(op, _, guest, _)| (*op, *guest) == (OP_REQUEST, 53)));
+    assert!(
+        bench
+            .hear_all()
+            .iter()
+            .any(|(op, _, guest, _)| (*op, *guest) == (OP_REQUEST, 53))
+    );
     drop(later);
 }
 
@@ -596,8 +629,18 @@ enum Move {
 fn moves() -> impl Strategy<Value = Move> {
     let numbers = || prop_oneof![Just(0), Just(u32::MAX), Just(1 << 31), 0..300_u32];
     let packet = (
-        (0..10_u16, prop_oneof![Just(1), Just(2), Just(FIRST_PORT)], 0..4_u32),
-        (0..200_000_u32, 0..5_u32, numbers(), numbers(), any::<bool>()),
+        (
+            0..10_u16,
+            prop_oneof![Just(1), Just(2), Just(FIRST_PORT)],
+            0..4_u32,
+        ),
+        (
+            0..200_000_u32,
+            0..5_u32,
+            numbers(),
+            numbers(),
+            any::<bool>(),
+        ),
     );
     prop_oneof![
         8 => packet.prop_map(|((op, host, guest), (len, flags, buf_alloc, fwd_cnt, there))| Move::Packet {
