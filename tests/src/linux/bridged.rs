@@ -119,7 +119,8 @@ device=$(basename "$(readlink /sys/class/net/$fast/device)")
 round() {
     until_ "nc $1 5011 < /tmp/$3"
     until_ "nc $1 5012 <> /tmp/quiet > /tmp/back && [ -s /tmp/back ]"
-    cmp /tmp/$3 /tmp/back && echo "@@ by $2: whole"
+    cmp /tmp/$3 /tmp/back && echo "@@ by $2: whole" ||
+        echo "@@ by $2: $(wc -c < /tmp/back) bytes of $(wc -c < /tmp/$3)"
 }
 echo '@@ ask for the first round'
 # Each move masks the vector and opens it again.

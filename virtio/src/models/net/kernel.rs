@@ -500,6 +500,8 @@ impl Supervisor {
             &serves.queues,
         );
         begun.map_err(failed)?;
+        // It may have gone while nobody watched it.
+        shared.check(&*notifier);
         Ok(Self {
             serves,
             control: commands,
