@@ -8,6 +8,7 @@
 use std::ffi::c_ulong;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -48,6 +49,12 @@ struct Outcome {
     result: [i64; 2],
 }
 
+/// How many contexts that nobody uses are kept.
+const SPARE: usize = 8;
+
+/// Contexts that nobody uses: the kernel takes tens of milliseconds to end one, and a guest's reset would wait for it.
+static UNUSED: Mutex<Vec<Context>> = Mutex::new(Vec::new());
+
 /// Kicks the queues of one device.
 #[derive(Default)]
 pub(super) enum Bells {
@@ -55,7 +62,7 @@ pub(super) enum Bells {
     #[default]
     Silent,
     /// By the kernel's notifications.
-    Safe(Context),
+    Safe(Loan),
     /// The host has no room for asynchronous operations: kicks are written, and a peer may hold them up.
     Plain,
 }
@@ -76,8 +83,8 @@ impl Bells {
     /// The host's, when it has no memory.
     pub fn ring(&mut self, kick: &EventFd) -> io::Result<()> {
         if matches!(self, Self::Silent) {
-            *self = match Context::new() {
-                Ok(context) => Self::Safe(context),
+            *self = match Loan::new() {
+                Ok(loan) => Self::Safe(loan),
                 Err(error) => {
                     tracing::warn!(
                         "vhost-user: a peer may hold its device up: the host has no asynchronous operations left \
@@ -88,12 +95,31 @@ impl Bells {
             };
         }
         match self {
-            Self::Safe(context) => context.ring(kick),
-            Self::Silent | Self::Plain => match kick.write(1) {
+            Self::Safe(Loan(Some(context))) => context.ring(kick),
+            Self::Silent | Self::Plain | Self::Safe(Loan(None)) => match kick.write(1) {
                 // It is readable.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
                 result => result,
             },
+        }
+    }
+}
+
+/// A context while it is used; always there but in drop.
+pub(super) struct Loan(Option<Context>);
+
+impl Loan {
+    fn new() -> io::Result<Self> {
+        let unused = UNUSED.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Ok(Self(Some(unused.map_or_else(Context::new, Ok)?)))
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        let mut unused = UNUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        if unused.len() < SPARE {
+            unused.extend(self.0.take());
         }
     }
 }
@@ -183,6 +209,15 @@ mod tests {
             bells.ring(&kick).unwrap();
         }
         assert_eq!(kick.read().unwrap(), 3 * KEPT as u64);
+    }
+
+    #[test]
+    fn what_one_device_has_used_another_may_use() {
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        for _ in 0..2 * KEPT {
+            Bells::default().ring(&kick).unwrap();
+        }
+        assert_eq!(kick.read().unwrap(), 2 * KEPT as u64);
     }
 
     #[test]
