@@ -37,6 +37,42 @@ fn begin(ram: &GuestRam, limit: Duration) -> Held {
     Still::begin(ram.parts(), &Opener::new(), limit).unwrap()
 }
 
+/// The copy that was first is whole, and of its instant.
+#[test]
+fn a_second_copy_is_refused_and_leaves_the_first_as_it_is() {
+    if !can_hold() {
+        return;
+    }
+    let ram = ram(4 * MIB, false);
+    let view = view(&ram);
+    put(&view, 0, 7);
+    let refuse = || {
+        let second = Still::begin(ram.parts(), &Opener::new(), LONG).err();
+        assert!(matches!(second, Some(StillError::Busy)), "{second:?}");
+    };
+    let held = begin(&ram, LONG);
+    refuse();
+    held.hold(&ram.parts()).unwrap();
+    refuse();
+    thread::scope(|scope| {
+        scope.spawn(|| put(&view, 0, 8));
+        wait_for_wants(held.still(), 1);
+        assert_eq!(copy(held.still(), &view, 4 * MIB / PAGE)[0], 7);
+    });
+    assert_eq!(held.still().why(), None);
+    drop(held);
+    let again = begin(&ram, LONG);
+    again.hold(&ram.parts()).unwrap();
+    assert_eq!(copy(again.still(), &view, 4 * MIB / PAGE)[0], 8);
+}
+
+/// Returns when `count` chunks are waited for, or nobody has to wait any more.
+fn wait_for_wants(still: &Still, count: usize) {
+    let inner = still.lock();
+    let waits = |inner: &mut Inner| inner.phase == Phase::Holding && inner.urgent.len() < count;
+    drop(still.changed.wait_while(inner, waits).unwrap());
+}
+
 fn view(ram: &GuestRam) -> GuestMap {
     GuestMap::clone(&ram.memory().memory())
 }
