@@ -272,7 +272,9 @@ impl Still {
         if inner.phase != Phase::Holding {
             return;
         }
-        if let Some(chunk) = inner.chunks.get_mut(index) {
+        if self.free(&mut inner, index)
+            && let Some(chunk) = inner.chunks.get_mut(index)
+        {
             *chunk = Chunk::Saved;
         }
         inner.since = if inner.urgent.is_empty() {
@@ -280,7 +282,6 @@ impl Still {
         } else {
             Some(Instant::now())
         };
-        self.free(index);
         drop(inner);
         self.changed.notify_all();
     }
@@ -350,15 +351,30 @@ impl Still {
         }
     }
 
-    /// Frees a chunk. Whoever holds the lock has said that before.
-    fn free(&self, index: usize) {
+    /// Frees a chunk. Where the host does not do that, all is free and the copy is lost, also when this was its last chunk.
+    fn free(&self, inner: &mut Inner, index: usize) -> bool {
         let Some((start, len)) = self.places.get(index) else {
-            return;
+            return true;
         };
-        if let Err(error) = self.fault.protect(*start, *len, false) {
-            tracing::error!("guest memory is given up by userfaultfd: {error}");
-            self.abandon();
+        let Err(error) = self.fault.protect(*start, *len, false) else {
+            return true;
+        };
+        tracing::error!("guest memory is given up by userfaultfd: {error}");
+        inner.phase = Phase::Released;
+        inner.why.get_or_insert("userfaultfd gave guest memory up");
+        if let Some(chunk) = inner.chunks.get_mut(index) {
+            *chunk = Chunk::Armed;
         }
+        self.abandon();
+        self.tell();
+        false
+    }
+
+    /// It has been released: nobody waits any more.
+    fn tell(&self) {
+        self.changed.notify_all();
+        // A full eventfd wakes as well as one more count would.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
     }
 
     /// The last resort: nobody waits for memory that is nobody's.
@@ -378,15 +394,13 @@ impl Still {
         }
         inner.phase = Phase::Released;
         inner.why = Some(why);
-        for (index, chunk) in inner.chunks.iter().enumerate() {
-            if *chunk != Chunk::Saved {
-                self.free(index);
+        for index in 0..self.places.len() {
+            if inner.chunks.get(index) != Some(&Chunk::Saved) && !self.free(&mut inner, index) {
+                break;
             }
         }
         drop(inner);
-        self.changed.notify_all();
-        // A full eventfd wakes as well as one more count would.
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        self.tell();
     }
 
     /// Hears of those who wait until it is released.
@@ -438,7 +452,7 @@ impl Still {
                     *chunk = Chunk::Loose;
                 }
                 // Under the lock: what is held afterwards is not freed by what was before.
-                self.free(index);
+                self.free(&mut inner, index);
             }
         }
     }

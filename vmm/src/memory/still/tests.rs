@@ -66,6 +66,29 @@ fn a_second_copy_is_refused_and_leaves_the_first_as_it_is() {
     assert_eq!(copy(again.still(), &view, 4 * MIB / PAGE)[0], 8);
 }
 
+/// With the first chunk or the last: what is not protected any more is not of the instant.
+#[test]
+fn a_copy_is_lost_when_the_host_does_not_free_a_chunk() {
+    if !can_hold() {
+        return;
+    }
+    for before in 0..2 {
+        let ram = ram(4 * MIB, false);
+        let held = begin(&ram, LONG);
+        held.hold(&ram.parts()).unwrap();
+        let still = held.still();
+        for _ in 0..before {
+            still.saved(still.next().unwrap());
+        }
+        let chunk = still.next().unwrap();
+        still.abandon();
+        still.saved(chunk);
+        assert_eq!(still.next(), None);
+        assert_eq!(still.why(), Some("userfaultfd gave guest memory up"));
+        put(&view(&ram), 0, 1);
+    }
+}
+
 /// Returns when `count` chunks are waited for, or nobody has to wait any more.
 fn wait_for_wants(still: &Still, count: usize) {
     let inner = still.lock();
