@@ -277,6 +277,8 @@ impl Still {
         {
             *chunk = Chunk::Saved;
         }
+        // Who came while it was being copied does not wait for it any more.
+        inner.urgent.retain(|other| *other != index);
         inner.since = if inner.urgent.is_empty() {
             None
         } else {

@@ -89,6 +89,26 @@ fn a_copy_is_lost_when_the_host_does_not_free_a_chunk() {
     }
 }
 
+#[test]
+fn storage_has_all_its_time_when_nobody_waits_for_what_is_not_copied() {
+    if !can_hold() {
+        return;
+    }
+    let ram = ram(4 * MIB, false);
+    let view = view(&ram);
+    let held = begin(&ram, LONG);
+    held.hold(&ram.parts()).unwrap();
+    let still = held.still();
+    let chunk = still.next().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| put(&view, chunk as u64 * CHUNK, 1));
+        wait_for_wants(still, 1);
+        assert!(still.lock().since.is_some());
+        still.saved(chunk);
+    });
+    assert_eq!(still.lock().since, None);
+}
+
 /// Returns when `count` chunks are waited for, or nobody has to wait any more.
 fn wait_for_wants(still: &Still, count: usize) {
     let inner = still.lock();
