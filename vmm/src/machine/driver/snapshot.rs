@@ -325,6 +325,7 @@ fn report(manner: Manner, begun: Instant, index: &PageIndex, bytes: u64) -> Snap
     } = manner;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     // Who is still paused goes on when this has been told.
+    let pause = pause.get().copied();
     let pause = pause.or_else(|| paused.map(|paused| paused.elapsed()));
     if let Some(why) = &why {
         tracing::warn!("the guest was paused until its snapshot was written: {why}");
