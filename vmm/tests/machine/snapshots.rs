@@ -393,10 +393,13 @@ fn a_machine_that_runs_is_saved_as_it_is_at_one_instant_or_paused_when_told_so()
     for round in ["a", "b", "c"] {
         let report = create(&machine, round, &[]);
         if let Some(reason) = report["reason"].as_str() {
+            // The host's doing; any other reason is this program's.
+            assert!(reason.contains("no userfaultfd"), "{report}");
+            assert_eq!(report["mode"], "paused", "{report}");
             skip(&format!("no snapshot while the guest runs: {reason}"));
+        } else {
+            assert_eq!(report["mode"], "live", "{report}");
         }
-        let live = report["mode"] == "live";
-        assert_eq!(live, report["reason"].is_null(), "{report}");
         let told = machine.client().jobs().unwrap().pop().unwrap();
         let told = serde_json::to_value(told.snapshot.unwrap()).unwrap();
         assert_eq!(told["pause_us"], report["pause_us"]);
