@@ -21,7 +21,7 @@ mod streams;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use api::{
@@ -191,6 +191,8 @@ pub struct Driver {
     saved: Option<(SavedState, bool)>,
     /// It is being written down as it is; the machine is paused.
     capture: Option<Capture>,
+    /// There while a snapshot is being begun, of which there is no capture yet.
+    snapshotting: Weak<()>,
     /// What has been booted is for one boot: the guest is not restarted in place.
     once: bool,
     /// Signals that came while back ends drained.
@@ -220,6 +222,7 @@ impl Driver {
             asides: Asides::default(),
             saved: None,
             capture: None,
+            snapshotting: Weak::new(),
             once: false,
             heard: VecDeque::new(),
             cut: false,

@@ -31,8 +31,7 @@ use crate::layout;
 use mapping::Mapping;
 pub use plug::PlugRegion;
 use restored::Restored;
-use still::RamParts;
-use userfault::UserFault;
+use still::{Keeper, RamParts};
 
 /// What memory a guest gets and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,7 +129,7 @@ pub struct GuestRam {
     /// How it came from a snapshot, if it did.
     restored: Option<Arc<Restored>>,
     /// What protects it against writing, once it has been wanted.
-    fault: Arc<Mutex<Option<Arc<UserFault>>>>,
+    keeper: Arc<Mutex<Keeper>>,
 }
 
 /// RAM that has been mapped and is to be added. Dropping it adds nothing.
@@ -177,7 +176,7 @@ impl GuestRam {
             reserved: 0,
             spec: spec.clone(),
             restored: None,
-            fault: Arc::default(),
+            keeper: Arc::default(),
         })
     }
 
@@ -186,7 +185,7 @@ impl GuestRam {
     pub fn parts(&self) -> RamParts {
         let guests = self.slots.iter().map(|slot| slot.guest);
         let parts = guests.zip(self.mappings.iter().cloned()).collect();
-        RamParts::new(parts, Arc::clone(&self.fault))
+        RamParts::new(parts, Arc::clone(&self.keeper))
     }
 
     /// Maps `len` bytes more, of the same kind, for the guest-physical address

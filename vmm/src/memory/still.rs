@@ -16,6 +16,7 @@
 //! * Storage that takes nothing for [`LIMIT`] while somebody waits loses the copy, not the guest: everything is freed.
 //! * So it is when the copy is cancelled, fails or is dropped, and when the thread that hears of faults dies.
 //! * Pages that are given back ([`Still::give_back`]) are copied before.
+//! * There is one copy at a time ([`StillError::Busy`]).
 
 use std::collections::VecDeque;
 use std::io;
@@ -57,6 +58,9 @@ pub enum StillError {
     /// Memory is not what it was a moment before.
     #[error("guest memory has been added or removed meanwhile")]
     Changed,
+    /// One copy at a time: what one protects, another would free.
+    #[error("guest memory is held still for another copy: wait for its end")]
+    Busy,
     /// The host has no more of something.
     #[error("guest memory could not be protected")]
     Host(#[source] io::Error),
@@ -67,26 +71,35 @@ pub enum StillError {
 pub struct RamParts {
     /// In ascending order of guest-physical addresses, which come with them.
     parts: Vec<(u64, Arc<Mapping>)>,
+    keeper: Arc<Mutex<Keeper>>,
+}
+
+/// What guest memory keeps from one copy to the next.
+#[derive(Default)]
+pub(super) struct Keeper {
     /// Made with the first copy and kept: to give memory back costs as much as to take it.
-    fault: Arc<Mutex<Option<Arc<UserFault>>>>,
+    fault: Option<Arc<UserFault>>,
+    /// There as long as somebody hears of the faults of the last copy: he frees what is not protected by that one.
+    heard: Weak<()>,
 }
 
 impl RamParts {
     /// The memory of `parts`, guest-physical addresses with what is there.
-    pub(super) fn new(
-        mut parts: Vec<(u64, Arc<Mapping>)>,
-        fault: Arc<Mutex<Option<Arc<UserFault>>>>,
-    ) -> Self {
+    pub(super) fn new(mut parts: Vec<(u64, Arc<Mapping>)>, keeper: Arc<Mutex<Keeper>>) -> Self {
         parts.sort_by_key(|(guest, _)| *guest);
-        Self { parts, fault }
+        Self { parts, keeper }
     }
 
-    fn fault(&self, opener: &Opener) -> Result<Arc<UserFault>, StillError> {
+    /// The faults of this memory, which are the caller's until what comes with them is dropped.
+    fn take(&self, opener: &Opener) -> Result<(Arc<UserFault>, Arc<()>), StillError> {
         if self.parts.iter().any(|(_, mapping)| mapping.is_of_file()) {
             return Err(StillError::OfFile);
         }
-        let mut kept = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
-        let fault = match &*kept {
+        let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+        if keeper.heard.strong_count() > 0 {
+            return Err(StillError::Busy);
+        }
+        let fault = match &keeper.fault {
             Some(fault) => Arc::clone(fault),
             None => {
                 Arc::new(UserFault::open(opener, Waits::ToWrite).map_err(StillError::Userfault)?)
@@ -96,8 +109,10 @@ impl RamParts {
             let registered = fault.register(mapping.address(), mapping.len());
             registered.map_err(StillError::Kind)?;
         }
-        *kept = Some(Arc::clone(&fault));
-        Ok(fault)
+        let hears = Arc::new(());
+        keeper.fault = Some(Arc::clone(&fault));
+        keeper.heard = Arc::downgrade(&hears);
+        Ok((fault, hears))
     }
 
     fn is(&self, other: &Self) -> bool {
@@ -168,7 +183,7 @@ impl Still {
     ///
     /// [`StillError`]; nothing is protected then.
     pub fn begin(ram: RamParts, opener: &Opener, limit: Duration) -> Result<Held, StillError> {
-        let fault = ram.fault(opener)?;
+        let (fault, hears) = ram.take(opener)?;
         let places: Vec<_> = ram
             .parts
             .iter()
@@ -204,6 +219,8 @@ impl Still {
         }
         let watcher = Arc::clone(&still);
         let run = move || {
+            // Dropped last.
+            let _hears = hears;
             let _freed = Freed(&watcher);
             watcher.hear();
         };
@@ -255,15 +272,18 @@ impl Still {
         if inner.phase != Phase::Holding {
             return;
         }
-        if let Some(chunk) = inner.chunks.get_mut(index) {
+        if self.free(&mut inner, index)
+            && let Some(chunk) = inner.chunks.get_mut(index)
+        {
             *chunk = Chunk::Saved;
         }
+        // Who came while it was being copied does not wait for it any more.
+        inner.urgent.retain(|other| *other != index);
         inner.since = if inner.urgent.is_empty() {
             None
         } else {
             Some(Instant::now())
         };
-        self.free(index);
         drop(inner);
         self.changed.notify_all();
     }
@@ -329,18 +349,34 @@ impl Still {
         {
             inner.urgent.push_back(index);
             inner.since.get_or_insert_with(Instant::now);
+            self.changed.notify_all();
         }
     }
 
-    /// Frees a chunk. Whoever holds the lock has said that before.
-    fn free(&self, index: usize) {
+    /// Frees a chunk. Where the host does not do that, all is free and the copy is lost, also when this was its last chunk.
+    fn free(&self, inner: &mut Inner, index: usize) -> bool {
         let Some((start, len)) = self.places.get(index) else {
-            return;
+            return true;
         };
-        if let Err(error) = self.fault.protect(*start, *len, false) {
-            tracing::error!("guest memory is given up by userfaultfd: {error}");
-            self.abandon();
+        let Err(error) = self.fault.protect(*start, *len, false) else {
+            return true;
+        };
+        tracing::error!("guest memory is given up by userfaultfd: {error}");
+        inner.phase = Phase::Released;
+        inner.why.get_or_insert("userfaultfd gave guest memory up");
+        if let Some(chunk) = inner.chunks.get_mut(index) {
+            *chunk = Chunk::Armed;
         }
+        self.abandon();
+        self.tell();
+        false
+    }
+
+    /// It has been released: nobody waits any more.
+    fn tell(&self) {
+        self.changed.notify_all();
+        // A full eventfd wakes as well as one more count would.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
     }
 
     /// The last resort: nobody waits for memory that is nobody's.
@@ -360,15 +396,13 @@ impl Still {
         }
         inner.phase = Phase::Released;
         inner.why = Some(why);
-        for (index, chunk) in inner.chunks.iter().enumerate() {
-            if *chunk != Chunk::Saved {
-                self.free(index);
+        for index in 0..self.places.len() {
+            if inner.chunks.get(index) != Some(&Chunk::Saved) && !self.free(&mut inner, index) {
+                break;
             }
         }
         drop(inner);
-        self.changed.notify_all();
-        // A full eventfd wakes as well as one more count would.
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        self.tell();
     }
 
     /// Hears of those who wait until it is released.
@@ -420,7 +454,7 @@ impl Still {
                     *chunk = Chunk::Loose;
                 }
                 // Under the lock: what is held afterwards is not freed by what was before.
-                self.free(index);
+                self.free(&mut inner, index);
             }
         }
     }

@@ -7,8 +7,8 @@
 //! they are closed; nothing is kept that is not of one instant.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
@@ -55,8 +55,8 @@ pub(super) struct Manner {
     pub still: Option<Arc<Still>>,
     /// When it was paused, if it ran.
     pub paused: Option<Instant>,
-    /// How long vCPUs stood, where they run again.
-    pub pause: Option<Duration>,
+    /// How long vCPUs stood, as soon as they run again.
+    pub pause: Arc<OnceLock<Duration>>,
     /// How much of it was waiting for devices.
     pub drain: Duration,
     /// Why the guest does not go on, where it could have been asked for.
@@ -112,10 +112,10 @@ impl Driver {
         if !permits(state, pause, command) {
             return Err(wrong_state(state, pause, command));
         }
-        let resume = state == VmState::Running;
+        let ran = state == VmState::Running;
         let mut manner = Manner::default();
         let mut held = std::mem::replace(&mut plan.hold, Err(None));
-        if resume {
+        if ran {
             manner.paused = Some(Instant::now());
             self.pause(plan.reason)
                 .map_err(|error| error.to_control())?;
@@ -126,7 +126,7 @@ impl Driver {
             });
         }
         let work = look(self);
-        if !resume || work.is_err() {
+        if !ran || work.is_err() {
             // Nothing is protected any more before the guest goes on.
             held = Err(None);
         }
@@ -138,14 +138,14 @@ impl Driver {
         let live = held.is_some();
         manner.why = why;
         manner.still = held.as_ref().map(|held| Arc::clone(held.still()));
-        if live {
-            self.resume_after(reason);
-            manner.pause = manner.paused.map(|paused| paused.elapsed());
-        }
-        let resume = resume && !live;
+        let (paused, pause) = (manner.paused, Arc::clone(&manner.pause));
+        let resume = ran && !live;
         let started = work.and_then(|work| self.start_capture(plan, (work, manner), resume, held));
-        if started.is_err() && resume {
+        if ran && (live || started.is_err()) {
+            // A device that starts may write guest memory, here: who copies that is there by now.
             self.resume_after(reason);
+            // It is set here alone.
+            let _ = paused.map(|paused| pause.set(paused.elapsed()));
         }
         started
     }

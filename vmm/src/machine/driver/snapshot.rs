@@ -81,7 +81,7 @@ fn new_id() -> Result<String, ControlError> {
 impl Driver {
     /// Begins to write a snapshot, which a thread of its own makes. The answer comes when it is whole.
     pub(super) fn snapshot(&mut self, request: wire::VmSnapshotConfig, answer: Answer) {
-        let begun = self.check_no_capture().and_then(|()| {
+        let begun = self.check_no_snapshot().and_then(|()| {
             let wanted = "the absolute path of a directory";
             let path = path_of(&request.destination_url, "destination_url", wanted)?;
             // Before anything is made; another look follows when it is.
@@ -114,7 +114,10 @@ impl Driver {
             Ok((files, hold))
         };
         let answer = self.asides.wait_with(answer);
+        let begins = Arc::new(());
+        self.snapshotting = Arc::downgrade(&begins);
         let started = self.beside("open", open, move |driver, opened| {
+            drop(begins);
             let place = (path, begun);
             let begun =
                 opened.and_then(|opened| driver.snapshot_into(opened, place, request, answer));
@@ -125,6 +128,16 @@ impl Driver {
         if let Err(error) = started {
             self.asides.answer(answer, Err(error));
         }
+    }
+
+    /// That no other capture is being written, nor a snapshot begun: memory is held still for one.
+    fn check_no_snapshot(&mut self) -> Result<(), ControlError> {
+        self.check_no_capture()?;
+        if self.snapshotting.strong_count() > 0 {
+            let message = "another snapshot is being begun: try again when that has been written";
+            return Err(ControlError::new(ErrorKind::Busy, message));
+        }
+        Ok(())
     }
 
     /// The second half of [`Driver::snapshot`]. Who waits with `answer` hears of the end.
@@ -312,6 +325,7 @@ fn report(manner: Manner, begun: Instant, index: &PageIndex, bytes: u64) -> Snap
     } = manner;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     // Who is still paused goes on when this has been told.
+    let pause = pause.get().copied();
     let pause = pause.or_else(|| paused.map(|paused| paused.elapsed()));
     if let Some(why) = &why {
         tracing::warn!("the guest was paused until its snapshot was written: {why}");
