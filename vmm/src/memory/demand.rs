@@ -7,6 +7,7 @@
 //! * A thread of its own serves those who wait, and reads what nobody has touched in between: what the guest needed first the last
 //!   time ([`WorkingSet`]), then all else. When everything is there, memory is as any other.
 //! * What is given back before it was read is never read.
+//! * When that thread ends early, nobody waits, and what has not been read is lost memory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -83,7 +84,7 @@ impl WorkingSetV1 {
 pub struct WorkingSet {
     path: PathBuf,
     id: String,
-    opener: Arc<Opener>,
+    pub(super) opener: Arc<Opener>,
     /// Read from the file; empty: to be recorded.
     known: Vec<u32>,
 }
@@ -161,18 +162,18 @@ pub(super) struct Piece {
 }
 
 impl Demand {
-    /// Has `pieces` of `mappings` be read from `file` as `index` says, from now on.
+    /// Has `pieces` of `mappings` be read from `file` as `index` says, once it is started ([`Demand::start`]).
     ///
     /// # Errors
     ///
     /// The host gives no userfaultfd, or none for this memory.
-    pub(super) fn begin(
+    pub(super) fn new(
         (index, file): (PageIndex, File),
         pieces: &[Piece],
         mappings: Vec<Arc<Mapping>>,
-        working: WorkingSet,
+        opener: &Opener,
     ) -> io::Result<Arc<Self>> {
-        let fault = UserFault::open(&working.opener, Waits::ForPages)?;
+        let fault = UserFault::open(opener, Waits::ForPages)?;
         for Piece { host, len, .. } in pieces {
             fault.register(*host, *len)?;
         }
@@ -186,7 +187,7 @@ impl Demand {
         all.sort_unstable_by_key(|chunk| chunk.host);
         let left = all.iter().map(|chunk| chunk.len).sum();
         let buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
-        let demand = Arc::new(Self {
+        Ok(Arc::new(Self {
             fault,
             index,
             file,
@@ -194,12 +195,20 @@ impl Demand {
             left: AtomicU64::new(left),
             reason: Mutex::new(None),
             _mappings: mappings,
-        });
-        let own = Arc::clone(&demand);
+        }))
+    }
+
+    /// Starts the thread that reads. Once.
+    ///
+    /// # Errors
+    ///
+    /// The host gives no thread.
+    pub(super) fn start(self: &Arc<Self>, working: WorkingSet) -> io::Result<()> {
+        let own = Arc::clone(self);
         thread::Builder::new()
             .name("restore".to_owned())
             .spawn(move || own.serve(working))?;
-        Ok(demand)
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Chunks> {
@@ -220,9 +229,35 @@ impl Demand {
 
     /// Nothing more is read: what is not there yet is zeros. Nobody waits any more.
     pub fn give_up(&self) {
-        let mut chunks = self.lock();
+        self.all_there(&mut self.lock());
+    }
+
+    fn all_there(&self, chunks: &mut Chunks) {
         chunks.all.iter_mut().for_each(|chunk| chunk.there = true);
-        self.settle(&mut chunks, 0);
+        self.settle(chunks, 0);
+    }
+
+    /// Memory is lost, from the host's address `host` on.
+    fn lose(&self, host: u64, reason: String) {
+        tracing::error!("memory of the guest is lost: {reason}");
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        if let Ok(address) = usize::try_from(host) {
+            lost::note(address);
+        }
+    }
+
+    /// Nobody serves any more, because of `reason`: nobody waits, and what is not there is lost where the memory is still in use.
+    fn end(self: &Arc<Self>, reason: Option<String>) {
+        let mut chunks = self.lock();
+        let first = chunks.all.iter().find(|chunk| !chunk.there);
+        let Some(host) = first.map(|chunk| chunk.host) else {
+            return;
+        };
+        if self.is_wanted() {
+            let unknown = || "the thread that reads it on demand has ended".to_owned();
+            self.lose(host, reason.unwrap_or_else(unknown));
+        }
+        self.all_there(&mut chunks);
     }
 
     /// Sees that no byte of the host's `range` comes from the file later, and gives it back by `discard`.
@@ -289,11 +324,7 @@ impl Demand {
             put.map_err(|error| format!("pages cannot be put into the guest's memory: {error}"))
         });
         if let Err(reason) = pages {
-            tracing::error!("memory of the guest is lost: {reason}");
-            *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-            if let Ok(address) = usize::try_from(host) {
-                lost::note(address);
-            }
+            self.lose(host, reason);
             // Nobody waits for ever for what does not come.
             let _ = self.fault.zero(host, len);
         }
@@ -344,6 +375,10 @@ impl Demand {
 
     /// The thread: until all is there, or nobody else has the memory any more.
     fn serve(self: Arc<Self>, mut working: WorkingSet) {
+        let mut serving = Serving {
+            demand: &self,
+            failed: None,
+        };
         let known = std::mem::take(&mut working.known);
         let mut order = self.order(&known).into_iter();
         let mut recorder = known.is_empty().then_some(working);
@@ -357,7 +392,7 @@ impl Demand {
                 }
                 Ok(None) => (),
                 Err(error) => {
-                    tracing::error!("memory of the guest cannot be read on demand: {error}");
+                    serving.failed = Some(format!("it cannot be read on demand: {error}"));
                     break;
                 }
             }
@@ -377,12 +412,10 @@ impl Demand {
                 None => break,
             }
         }
+        // Nobody waits for the working set's file.
+        drop(serving);
         if let Some(recorder) = recorder.filter(|_| !recorded.is_empty()) {
             recorder.write(recorded);
-        }
-        // Also when it ends early: nobody waits for what does not come.
-        if self.left() > 0 {
-            self.give_up();
         }
     }
 
@@ -402,8 +435,22 @@ impl Demand {
     }
 }
 
+/// Held by who serves those who wait: it ends as [`Demand::end`] says however that comes, a panic too.
+struct Serving<'a> {
+    demand: &'a Arc<Demand>,
+    failed: Option<String>,
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.demand.end(self.failed.take());
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::fd::RawFd;
+
     use migration::pages::Ram;
     use virtio::memory::{Backing, GuestMap};
     use vm_memory::GuestAddressSpace;
@@ -445,6 +492,16 @@ mod tests {
 
     /// Memory that is read on demand from a file with [`BYTES`]; `None` where the host has no userfaultfd.
     fn restored(directory: &Path) -> Option<(GuestRam, SnapshotRam, Arc<Restored>)> {
+        let (ram, view, restored, demand) = unserved()?;
+        let opener = Arc::new(Opener::new());
+        demand
+            .start(WorkingSet::of(directory, "i", &opener))
+            .unwrap();
+        Some((ram, view, restored))
+    }
+
+    /// The same, and nothing is read yet.
+    fn unserved() -> Option<(GuestRam, SnapshotRam, Arc<Restored>, Arc<Demand>)> {
         let opener = Arc::new(Opener::new());
         if let Err(error) = UserFault::open(&opener, Waits::ForPages) {
             println!("skipped: no userfaultfd: {error}");
@@ -458,11 +515,60 @@ mod tests {
         let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
         let (mut ram, view) = ram();
         let restored = ram.restorable().unwrap();
-        let working = WorkingSet::of(directory, "i", &opener);
-        restored
-            .on_demand((Path::new("/f"), file), index, working)
+        let demand = restored
+            .prepare((Path::new("/f"), file), index, &opener)
             .unwrap();
-        Some((ram, view, restored))
+        Some((ram, view, restored, demand))
+    }
+
+    /// What is wrong with the memory, which nobody may take for the guest's.
+    fn all_is_lost(view: &SnapshotRam, restored: &Restored) -> String {
+        for (address, _) in BYTES {
+            view.read(address, &mut [0]).unwrap_err();
+        }
+        assert!(restored.is_lost());
+        assert_eq!(restored.info().unwrap().left, None);
+        restored.reason()
+    }
+
+    #[test]
+    fn memory_is_lost_when_nobody_hears_who_waits_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some((_ram, view, restored, demand)) = unserved() else {
+            return;
+        };
+        let null = File::open("/dev/null").unwrap();
+        let fds: [RawFd; 2] = [null.as_raw_fd(), demand.fault.as_fd().as_raw_fd()];
+        // SAFETY: both are open; the second, which is the userfaultfd's, ends, and its owner closes what is there instead.
+        #[expect(unsafe_code, reason = "a descriptor is exchanged under its owner")]
+        let result = unsafe { libc::dup2(fds[0], fds[1]) };
+        assert_eq!(result, fds[1]);
+        let opener = Arc::new(Opener::new());
+        let working = WorkingSet::of(dir.path(), "i", &opener);
+        Arc::clone(&demand).serve(working);
+        let reason = all_is_lost(&view, &restored);
+        assert!(
+            reason.starts_with("it cannot be read on demand"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn nobody_waits_when_the_thread_that_serves_dies() {
+        let Some((_ram, view, restored, demand)) = unserved() else {
+            return;
+        };
+        let died = thread::spawn(move || {
+            let _serving = Serving {
+                demand: &demand,
+                failed: None,
+            };
+            let _held = demand.lock();
+            std::panic::resume_unwind(Box::new(()));
+        });
+        died.join().unwrap_err();
+        let reason = all_is_lost(&view, &restored);
+        assert!(reason.ends_with("has ended"), "{reason}");
     }
 
     #[test]

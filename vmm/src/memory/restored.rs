@@ -14,6 +14,7 @@ use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
 use crate::config::MemoryConfig;
+use crate::opener::Opener;
 
 /// Two things that are asked for and exclude each other.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -158,6 +159,17 @@ impl Restored {
         index: PageIndex,
         working: WorkingSet,
     ) -> io::Result<()> {
+        self.prepare((path, file), index, &working.opener)?
+            .start(working)
+    }
+
+    /// As [`Restored::on_demand`], but nobody reads yet.
+    pub(super) fn prepare(
+        &self,
+        (path, file): (&Path, File),
+        index: PageIndex,
+        opener: &Opener,
+    ) -> io::Result<Arc<Demand>> {
         let mut pieces = Vec::new();
         for ChunkPlace { number, place } in index.written() {
             let (mapping, inside) = self
@@ -173,15 +185,15 @@ impl Restored {
             mapping.watch(&self.bell)?;
         }
         let mappings: Vec<_> = self.mappings.iter().map(|(_, m)| Arc::clone(m)).collect();
-        let demand = Demand::begin((index, file), &pieces, mappings, working)?;
+        let demand = Demand::new((index, file), &pieces, mappings, opener)?;
         self.mappings.iter().for_each(|(_, m)| m.read_by(&demand));
-        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(demand);
+        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&demand));
         *self.lock() = Some(Origin {
             mode: MemoryRestoreMode::OnDemand,
             path: path.to_owned(),
             file: None,
         });
-        Ok(())
+        Ok(demand)
     }
 
     fn demand(&self) -> Option<Arc<Demand>> {
