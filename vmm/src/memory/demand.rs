@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,8 @@ use crate::error::chain;
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::Opener;
 
-/// What the guest touches in this time after it was restored is its working set.
+/// What the guest touches in this time after it first runs is its working set. One that does not run in this time after
+/// it was restored is not waited for: its memory is read ahead, and nothing is recorded.
 const RECORDED: Duration = Duration::from_secs(2);
 /// The file of the working set, beside the manifest.
 const NAME: &str = "working_set";
@@ -150,6 +151,8 @@ pub struct Demand {
     /// Bytes that are not there yet.
     left: AtomicU64,
     reason: Mutex<Option<String>>,
+    /// When the guest first ran.
+    ran: OnceLock<Instant>,
     /// They stay mapped as long as pages are put there.
     _mappings: Vec<Arc<Mapping>>,
 }
@@ -194,6 +197,7 @@ impl Demand {
             chunks: Mutex::new(Chunks { all, left, buffer }),
             left: AtomicU64::new(left),
             reason: Mutex::new(None),
+            ran: OnceLock::new(),
             _mappings: mappings,
         }))
     }
@@ -214,6 +218,11 @@ impl Demand {
     fn lock(&self) -> MutexGuard<'_, Chunks> {
         // Each step leaves it sound; a panic elsewhere does too.
         self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest runs from now on, if it has not before.
+    pub fn runs(&self) {
+        self.ran.get_or_init(Instant::now);
     }
 
     /// How many bytes are not there yet.
@@ -381,13 +390,15 @@ impl Demand {
         };
         let known = std::mem::take(&mut working.known);
         let mut order = self.order(&known).into_iter();
-        let mut recorder = known.is_empty().then_some(working);
-        let mut recorded = Vec::new();
-        let end = Instant::now() + RECORDED;
+        let mut recorder = Recorder {
+            working: known.is_empty().then_some(working),
+            chunks: Vec::new(),
+            restored: Instant::now(),
+        };
         while self.left() > 0 && self.is_wanted() {
             match self.fault.next() {
                 Ok(Some(address)) => {
-                    recorded.extend(self.answer(address));
+                    recorder.chunks.extend(self.answer(address));
                     continue;
                 }
                 Ok(None) => (),
@@ -396,17 +407,15 @@ impl Demand {
                     break;
                 }
             }
-            let rest = end.saturating_duration_since(Instant::now());
-            if recorder.is_some() && !rest.is_zero() {
+            let ran = self.ran.get().copied();
+            if let Some(rest) = recorder.rest(ran, Instant::now()) {
                 // Ended by whoever waits; looks now and then whether anybody is left.
                 let rest = rest.min(Duration::from_millis(100));
                 let mut fds = [readable(Some(self.fault.as_fd().as_raw_fd()))];
                 let _ = ppoll(&mut fds, Some(rest));
                 continue;
             }
-            if let Some(recorder) = recorder.take() {
-                recorder.write(std::mem::take(&mut recorded));
-            }
+            recorder.end(ran);
             match order.next() {
                 Some(place) => self.load(&mut self.lock(), place),
                 None => break,
@@ -414,9 +423,7 @@ impl Demand {
         }
         // Nobody waits for the working set's file.
         drop(serving);
-        if let Some(recorder) = recorder.filter(|_| !recorded.is_empty()) {
-            recorder.write(recorded);
-        }
+        recorder.end(self.ran.get().copied());
     }
 
     /// Whether anybody else has the memory.
@@ -444,6 +451,34 @@ struct Serving<'a> {
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
         self.demand.end(self.failed.take());
+    }
+}
+
+/// Takes note of what a guest needs first.
+struct Recorder {
+    /// `None`: nothing is recorded any more.
+    working: Option<WorkingSet>,
+    /// What was needed, in that order.
+    chunks: Vec<u32>,
+    /// When the memory could first be touched.
+    restored: Instant,
+}
+
+impl Recorder {
+    /// How much longer at `now` only what is touched is read, for a guest that first ran at `ran`.
+    fn rest(&self, ran: Option<Instant>, now: Instant) -> Option<Duration> {
+        self.working.as_ref()?;
+        let gone = now.saturating_duration_since(ran.unwrap_or(self.restored));
+        RECORDED.checked_sub(gone).filter(|rest| !rest.is_zero())
+    }
+
+    /// Writes the file, if the guest `ran`: what devices touch before that is no working set.
+    fn end(&mut self, ran: Option<Instant>) {
+        let chunks = std::mem::take(&mut self.chunks);
+        let working = self.working.take();
+        if let Some(working) = working.filter(|_| ran.is_some() && !chunks.is_empty()) {
+            working.write(chunks);
+        }
     }
 }
 
@@ -603,6 +638,55 @@ mod tests {
         ram.discard().unwrap();
         assert_eq!(BYTES.map(|(address, _)| at(&view, address)), [0; 5]);
         assert_eq!(restored.info(), None);
+    }
+
+    #[test]
+    fn nothing_is_recorded_of_a_guest_that_did_not_run() {
+        let dir = tempfile::tempdir().unwrap();
+        for ran in [false, true] {
+            let Some((ram, view, restored, demand)) = unserved() else {
+                return;
+            };
+            if ran {
+                restored.runs();
+            }
+            let opener = Arc::new(Opener::new());
+            let working = WorkingSet::of(dir.path(), "i", &opener);
+            assert!(working.known.is_empty());
+            let own = Arc::clone(&demand);
+            // Who touches the memory has it as long as that takes, and nobody has it then.
+            let touching = thread::spawn(move || {
+                let byte = at(&view, 4 * MIB);
+                drop((restored, demand, ram));
+                byte
+            });
+            own.serve(working);
+            assert_eq!(touching.join().unwrap(), 4);
+            let known = WorkingSet::of(dir.path(), "i", &opener).known;
+            assert_eq!(known, if ran { &[2][..] } else { &[] });
+        }
+    }
+
+    #[test]
+    fn the_time_that_is_recorded_begins_when_the_guest_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let opener = Arc::new(Opener::new());
+        let restored = Instant::now();
+        let mut recorder = Recorder {
+            working: Some(WorkingSet::of(dir.path(), "i", &opener)),
+            chunks: vec![1],
+            restored,
+        };
+        let part = RECORDED / 4;
+        assert_eq!(recorder.rest(None, restored + part), Some(RECORDED - part));
+        assert_eq!(recorder.rest(None, restored + RECORDED), None);
+        let ran = restored + part;
+        let rest = recorder.rest(Some(ran), restored + RECORDED);
+        assert_eq!(rest, Some(part));
+        assert_eq!(recorder.rest(Some(ran), ran + RECORDED), None);
+        recorder.end(Some(ran));
+        assert_eq!(recorder.rest(Some(ran), ran), None, "once");
+        assert_eq!(WorkingSet::of(dir.path(), "i", &opener).known, [1]);
     }
 
     #[test]

@@ -196,6 +196,13 @@ impl Restored {
         Ok(demand)
     }
 
+    /// The guest runs from now on.
+    pub fn runs(&self) {
+        if let Some(demand) = self.demand() {
+            demand.runs();
+        }
+    }
+
     fn demand(&self) -> Option<Arc<Demand>> {
         let demand = self.demand.lock();
         demand.unwrap_or_else(PoisonError::into_inner).clone()
