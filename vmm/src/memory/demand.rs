@@ -41,6 +41,17 @@ const LIMIT: u64 = 16 << 20;
 /// The unit of its section.
 const UNIT: &str = "memory";
 
+/// Why memory cannot be read when the guest touches it.
+#[derive(Debug, thiserror::Error)]
+pub enum DemandError {
+    /// The host gives no userfaultfd.
+    #[error("this host gives no userfaultfd for guest memory: take mmap or copy")]
+    Open(#[source] io::Error),
+    /// It gives one, and something else is missing.
+    #[error("memory cannot be read on demand")]
+    Memory(#[from] io::Error),
+}
+
 /// The chunks that a guest needed first, in that order.
 #[derive(Serialize, Deserialize)]
 pub struct WorkingSetV1 {
@@ -169,14 +180,14 @@ impl Demand {
     ///
     /// # Errors
     ///
-    /// The host gives no userfaultfd, or none for this memory.
+    /// [`DemandError`]: the host gives no userfaultfd, or none for this memory.
     pub(super) fn new(
         (index, file): (PageIndex, File),
         pieces: &[Piece],
         mappings: Vec<Arc<Mapping>>,
         opener: &Opener,
-    ) -> io::Result<Arc<Self>> {
-        let fault = UserFault::open(opener, Waits::ForPages)?;
+    ) -> Result<Arc<Self>, DemandError> {
+        let fault = UserFault::open(opener, Waits::ForPages).map_err(DemandError::Open)?;
         for Piece { host, len, .. } in pieces {
             fault.register(*host, *len)?;
         }
@@ -493,6 +504,7 @@ mod tests {
     use super::super::restored::Restored;
     use super::super::{GuestRam, RamSpec};
     use super::*;
+    use crate::machine::saved::RestoreFailure;
     use crate::machine::snapshot::SnapshotRam;
 
     const MIB: u64 = 1 << 20;
@@ -586,6 +598,27 @@ mod tests {
             reason.starts_with("it cannot be read on demand"),
             "{reason}"
         );
+    }
+
+    #[test]
+    fn memory_that_the_host_refuses_to_watch_is_not_called_a_missing_userfaultfd() {
+        let opener = Opener::new();
+        let Some((_ram, _view, restored, demand)) = unserved() else {
+            return;
+        };
+        let file = tempfile::tempfile().unwrap();
+        let (_first, view) = ram();
+        view.write(0, &[1]).unwrap();
+        let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
+        // Somebody else has it already.
+        let again = restored.prepare((Path::new("/f"), file), index, &opener);
+        let error = again.err().unwrap();
+        assert!(matches!(error, DemandError::Memory(_)), "{error}");
+        let told = chain(&RestoreFailure::Demand(error));
+        let beginning = "memory_restore_mode=ondemand: memory cannot be read on demand: ";
+        assert!(told.starts_with(beginning), "{told}");
+        assert!(told.len() > beginning.len(), "{told}");
+        drop(demand);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::wire::{MemoryRestoreMode, MemoryRestored};
 use migration::pages::{ChunkPlace, PageIndex, Placed};
 
-use super::demand::{Demand, Piece, WorkingSet};
+use super::demand::{Demand, DemandError, Piece, WorkingSet};
 use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
@@ -152,15 +152,15 @@ impl Restored {
     ///
     /// # Errors
     ///
-    /// The host gives no userfaultfd, or none for this memory.
+    /// [`DemandError`]: the host gives no userfaultfd, or none for this memory.
     pub fn on_demand(
         &self,
         (path, file): (&Path, File),
         index: PageIndex,
         working: WorkingSet,
-    ) -> io::Result<()> {
-        self.prepare((path, file), index, &working.opener)?
-            .start(working)
+    ) -> Result<(), DemandError> {
+        let demand = self.prepare((path, file), index, &working.opener)?;
+        Ok(demand.start(working)?)
     }
 
     /// As [`Restored::on_demand`], but nobody reads yet.
@@ -169,12 +169,12 @@ impl Restored {
         (path, file): (&Path, File),
         index: PageIndex,
         opener: &Opener,
-    ) -> io::Result<Arc<Demand>> {
+    ) -> Result<Arc<Demand>, DemandError> {
         let mut pieces = Vec::new();
         for ChunkPlace { number, place } in index.written() {
             let (mapping, inside) = self
                 .mapping_of(place.start)
-                .ok_or(io::ErrorKind::InvalidInput)?;
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
             pieces.push(Piece {
                 number,
                 host: mapping.address().saturating_add(inside),
