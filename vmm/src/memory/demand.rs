@@ -34,6 +34,11 @@ use crate::opener::Opener;
 /// What the guest touches in this time after it first runs is its working set. One that does not run in this time after
 /// it was restored is not waited for: its memory is read ahead, and nothing is recorded.
 const RECORDED: Duration = Duration::from_secs(2);
+/// The most runs of chunks that are registered each by itself. One, and what lies before it, cost the host a mapping each, of
+/// which a process has some ten thousand.
+pub(super) const RUNS: usize = 1024;
+/// The host's page, in bytes.
+const PAGE: u64 = 4096;
 /// The file of the working set, beside the manifest.
 const NAME: &str = "working_set";
 /// The most bytes of a working set that are read.
@@ -164,6 +169,8 @@ pub struct Demand {
     reason: Mutex<Option<String>>,
     /// When the guest first ran.
     ran: OnceLock<Instant>,
+    /// What the userfaultfd has until all is there: the host's addresses.
+    registered: Vec<Range<u64>>,
     /// They stay mapped as long as pages are put there.
     _mappings: Vec<Arc<Mapping>>,
 }
@@ -176,7 +183,8 @@ pub(super) struct Piece {
 }
 
 impl Demand {
-    /// Has `pieces` of `mappings` be read from `file` as `index` says, once it is started ([`Demand::start`]).
+    /// Has `pieces` of `mappings` be read from `file` as `index` says, once it is started ([`Demand::start`]). Where they make
+    /// more than `runs` runs, who touches what lies between them waits too.
     ///
     /// # Errors
     ///
@@ -185,12 +193,9 @@ impl Demand {
         (index, file): (PageIndex, File),
         pieces: &[Piece],
         mappings: Vec<Arc<Mapping>>,
-        opener: &Opener,
+        (opener, runs): (&Opener, usize),
     ) -> Result<Arc<Self>, DemandError> {
         let fault = UserFault::open(opener, Waits::ForPages).map_err(DemandError::Open)?;
-        for Piece { host, len, .. } in pieces {
-            fault.register(*host, *len)?;
-        }
         let wanted = |piece: &Piece| Wanted {
             number: piece.number,
             host: piece.host,
@@ -199,6 +204,10 @@ impl Demand {
         };
         let mut all: Vec<Wanted> = pieces.iter().map(wanted).collect();
         all.sort_unstable_by_key(|chunk| chunk.host);
+        let registered = to_register(&all, &mappings, runs);
+        for Range { start, end } in &registered {
+            fault.register(*start, end.saturating_sub(*start))?;
+        }
         let left = all.iter().map(|chunk| chunk.len).sum();
         let buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
         Ok(Arc::new(Self {
@@ -209,6 +218,7 @@ impl Demand {
             left: AtomicU64::new(left),
             reason: Mutex::new(None),
             ran: OnceLock::new(),
+            registered,
             _mappings: mappings,
         }))
     }
@@ -320,12 +330,13 @@ impl Demand {
     }
 
     fn settle(&self, chunks: &mut Chunks, left: u64) {
-        chunks.left = left;
+        let before = std::mem::replace(&mut chunks.left, left);
         self.left.store(left, Ordering::Relaxed);
-        if left == 0 {
-            for chunk in &chunks.all {
-                // The memory may be unmapped or mapped anew by now, which ends it too.
-                let _ = self.fault.unregister(chunk.host, chunk.len);
+        // Once: somebody else may have it afterwards.
+        if left == 0 && before > 0 {
+            for Range { start, end } in &self.registered {
+                // The memory may be mapped anew by now, which ends it too.
+                let _ = self.fault.unregister(*start, end.saturating_sub(*start));
             }
         }
     }
@@ -379,17 +390,19 @@ impl Demand {
     /// Serves who waits at `address`; the number of the chunk that was read for it.
     fn answer(&self, address: u64) -> Option<u32> {
         let mut chunks = self.lock();
-        let place = chunks
-            .all
-            .partition_point(|c| c.host <= address)
-            .checked_sub(1)?;
-        let chunk = chunks.all.get(place).copied()?;
-        if !chunk.there {
+        let below = chunks.all.partition_point(|c| c.host <= address);
+        let place = below.saturating_sub(1);
+        let holds = |c: &Wanted| {
+            let inside = address.checked_sub(c.host);
+            inside.is_some_and(|inside| inside < c.len)
+        };
+        let chunk = chunks.all.get(place).copied().filter(holds);
+        if let Some(chunk) = chunk.filter(|chunk| !chunk.there) {
             self.load(&mut chunks, place);
             return Some(chunk.number);
         }
-        // It was given back after it was there, or has come meanwhile.
-        let _ = self.fault.zero(address, 4096);
+        // It was given back after it was there, has come meanwhile, or lies between what is read.
+        let _ = self.fault.zero(address & !(PAGE - 1), PAGE);
         None
     }
 
@@ -451,6 +464,26 @@ impl Demand {
         let first = first.filter_map(|number| places.get(number).copied());
         first.chain(0..chunks.all.len()).collect()
     }
+}
+
+/// What is registered for the chunks `all`, which ascend: the runs of those that touch, or, where these are more than `most`, the
+/// `mappings` that hold any.
+fn to_register(all: &[Wanted], mappings: &[Arc<Mapping>], most: usize) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for Wanted { host, len, .. } in all {
+        let end = host.saturating_add(*len);
+        match runs.last_mut() {
+            Some(run) if run.end == *host => run.end = end,
+            _ => runs.push(*host..end),
+        }
+    }
+    if runs.len() <= most {
+        return runs;
+    }
+    let whole = |m: &Arc<Mapping>| m.address()..m.address().saturating_add(m.len());
+    let mappings = mappings.iter().map(whole);
+    let holds_any = |range: &Range<u64>| all.iter().any(|chunk| range.contains(&chunk.host));
+    mappings.filter(holds_any).collect()
 }
 
 /// Held by who serves those who wait: it ends as [`Demand::end`] says however that comes, a panic too.
@@ -528,6 +561,8 @@ mod tests {
         byte[0]
     }
 
+    type Unserved = (GuestRam, SnapshotRam, Arc<Restored>, Arc<Demand>);
+
     /// Where each byte of the file of [`restored`] is, and which.
     const BYTES: [(u64, u8); 5] = [
         (0, 1),
@@ -548,22 +583,27 @@ mod tests {
     }
 
     /// The same, and nothing is read yet.
-    fn unserved() -> Option<(GuestRam, SnapshotRam, Arc<Restored>, Arc<Demand>)> {
+    fn unserved() -> Option<Unserved> {
+        unserved_of(&BYTES, RUNS)
+    }
+
+    /// The same of a file with `bytes`, of which up to `runs` runs are registered by themselves.
+    fn unserved_of(bytes: &[(u64, u8)], runs: usize) -> Option<Unserved> {
         let opener = Arc::new(Opener::new());
         if let Err(error) = UserFault::open(&opener, Waits::ForPages) {
             println!("skipped: no userfaultfd: {error}");
             return None;
         }
         let (_first, view) = ram();
-        for (address, byte) in BYTES {
-            view.write(address, &[byte]).unwrap();
+        for (address, byte) in bytes {
+            view.write(*address, &[*byte]).unwrap();
         }
         let file = tempfile::tempfile().unwrap();
         let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
         let (mut ram, view) = ram();
         let restored = ram.restorable().unwrap();
         let demand = restored
-            .prepare((Path::new("/f"), file), index, &opener)
+            .prepare((Path::new("/f"), file), index, (&opener, runs))
             .unwrap();
         Some((ram, view, restored, demand))
     }
@@ -611,7 +651,7 @@ mod tests {
         view.write(0, &[1]).unwrap();
         let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
         // Somebody else has it already.
-        let again = restored.prepare((Path::new("/f"), file), index, &opener);
+        let again = restored.prepare((Path::new("/f"), file), index, (&opener, RUNS));
         let error = again.err().unwrap();
         assert!(matches!(error, DemandError::Memory(_)), "{error}");
         let told = chain(&RestoreFailure::Demand(error));
@@ -619,6 +659,43 @@ mod tests {
         assert!(told.starts_with(beginning), "{told}");
         assert!(told.len() > beginning.len(), "{told}");
         drop(demand);
+    }
+
+    #[test]
+    fn what_lies_between_very_many_runs_is_zeros_and_is_free_when_all_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = [(2 * MIB, 1), (6 * MIB, 2)];
+        for (most, count) in [(1, 1), (2, 2)] {
+            let Some((ram, view, _restored, demand)) = unserved_of(&bytes, most) else {
+                return;
+            };
+            assert_eq!(demand.registered.len(), count);
+            let opener = Arc::new(Opener::new());
+            let elsewhere = UserFault::open(&opener, Waits::ForPages).unwrap();
+            let (address, len) = (ram.mappings[0].address(), ram.mappings[0].len());
+            elsewhere.register(address, len).unwrap_err();
+            let working = WorkingSet::of(dir.path(), "i", &opener);
+            demand.start(working).unwrap();
+            for place in [0, 4 * MIB + 4096 + 7, 6 * MIB - 1] {
+                assert_eq!(at(&view, place), 0, "{place:#x}");
+            }
+            for (address, byte) in bytes {
+                assert_eq!(at(&view, address), byte);
+            }
+            // Until the last chunk has been settled.
+            drop(demand.lock());
+            assert_eq!(demand.left(), 0);
+            elsewhere.register(address, len).unwrap();
+        }
+    }
+
+    #[test]
+    fn chunks_that_touch_are_one_run() {
+        let Some((ram, _view, _restored, demand)) = unserved() else {
+            return;
+        };
+        let start = ram.mappings[0].address();
+        assert_eq!(demand.registered, [start..start + 8 * MIB]);
     }
 
     #[test]

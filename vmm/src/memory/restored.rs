@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::wire::{MemoryRestoreMode, MemoryRestored};
 use migration::pages::{ChunkPlace, PageIndex, Placed};
 
-use super::demand::{Demand, DemandError, Piece, WorkingSet};
+use super::demand::{Demand, DemandError, Piece, RUNS, WorkingSet};
 use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
@@ -159,16 +159,16 @@ impl Restored {
         index: PageIndex,
         working: WorkingSet,
     ) -> Result<(), DemandError> {
-        let demand = self.prepare((path, file), index, &working.opener)?;
+        let demand = self.prepare((path, file), index, (&working.opener, RUNS))?;
         Ok(demand.start(working)?)
     }
 
-    /// As [`Restored::on_demand`], but nobody reads yet.
+    /// As [`Restored::on_demand`], but nobody reads yet. Of what is read up to `runs` runs are watched by themselves.
     pub(super) fn prepare(
         &self,
         (path, file): (&Path, File),
         index: PageIndex,
-        opener: &Opener,
+        (opener, runs): (&Opener, usize),
     ) -> Result<Arc<Demand>, DemandError> {
         let mut pieces = Vec::new();
         for ChunkPlace { number, place } in index.written() {
@@ -185,7 +185,7 @@ impl Restored {
             mapping.watch(&self.bell)?;
         }
         let mappings: Vec<_> = self.mappings.iter().map(|(_, m)| Arc::clone(m)).collect();
-        let demand = Demand::new((index, file), &pieces, mappings, opener)?;
+        let demand = Demand::new((index, file), &pieces, mappings, (opener, runs))?;
         self.mappings.iter().for_each(|(_, m)| m.read_by(&demand));
         *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&demand));
         *self.lock() = Some(Origin {
