@@ -250,7 +250,10 @@ impl Mapping {
         }
         let mut at = range.start;
         let written = self.overlay.blank(self.address, &range)?;
-        for kept in written.into_iter().chain([range.end..range.end]) {
+        for kept in written
+            .into_iter()
+            .chain(std::iter::once(range.end..range.end))
+        {
             if at < kept.start {
                 let len = kept.start.saturating_sub(at);
                 self.advise_part(at, len, self.discarding())?;
