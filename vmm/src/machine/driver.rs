@@ -399,6 +399,9 @@ impl Driver {
 
     fn go(&mut self) {
         self.enter(VmState::Running, None);
+        self.machine
+            .restored_memory()
+            .inspect(|memory| memory.runs());
         self.go_on();
     }
 

@@ -18,7 +18,7 @@ use super::snapshot::{SnapshotRam, take_index};
 use crate::config::{HostLimits, VmConfig};
 use crate::error::chain;
 use crate::layout;
-use crate::memory::demand::WorkingSet;
+use crate::memory::demand::{DemandError, WorkingSet};
 use crate::memory::ram_ranges;
 use crate::memory::restored::{Excluded, Restored, choose};
 use crate::opener::{OpenError, Opener};
@@ -84,10 +84,8 @@ pub enum RestoreFailure {
     #[error("--restore")]
     Excluded(#[source] Excluded),
     /// Memory cannot be read when the guest touches it.
-    #[error(
-        "memory_restore_mode=ondemand: this host gives no userfaultfd for guest memory: take mmap or copy"
-    )]
-    Demand(#[source] std::io::Error),
+    #[error("memory_restore_mode=ondemand")]
+    Demand(#[source] DemandError),
     /// Some of its memory is in another snapshot.
     #[error("{} holds only what has changed since the snapshot in {parent}: this release restores whole ones", path.display())]
     Parent {

@@ -7,6 +7,7 @@
 //! * A thread of its own serves those who wait, and reads what nobody has touched in between: what the guest needed first the last
 //!   time ([`WorkingSet`]), then all else. When everything is there, memory is as any other.
 //! * What is given back before it was read is never read.
+//! * When that thread ends early, nobody waits, and what has not been read is lost memory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,7 +16,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,14 +31,31 @@ use crate::error::chain;
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::Opener;
 
-/// What the guest touches in this time after it was restored is its working set.
+/// What the guest touches in this time after it first runs is its working set. One that does not run in this time after
+/// it was restored is not waited for: its memory is read ahead, and nothing is recorded.
 const RECORDED: Duration = Duration::from_secs(2);
+/// The most runs of chunks that are registered each by itself. One, and what lies before it, cost the host a mapping each, of
+/// which a process has some ten thousand.
+pub(super) const RUNS: usize = 1024;
+/// The host's page, in bytes.
+const PAGE: u64 = 4096;
 /// The file of the working set, beside the manifest.
 const NAME: &str = "working_set";
 /// The most bytes of a working set that are read.
 const LIMIT: u64 = 16 << 20;
 /// The unit of its section.
 const UNIT: &str = "memory";
+
+/// Why memory cannot be read when the guest touches it.
+#[derive(Debug, thiserror::Error)]
+pub enum DemandError {
+    /// The host gives no userfaultfd.
+    #[error("this host gives no userfaultfd for guest memory: take mmap or copy")]
+    Open(#[source] io::Error),
+    /// It gives one, and something else is missing.
+    #[error("memory cannot be read on demand")]
+    Memory(#[from] io::Error),
+}
 
 /// The chunks that a guest needed first, in that order.
 #[derive(Serialize, Deserialize)]
@@ -83,7 +101,7 @@ impl WorkingSetV1 {
 pub struct WorkingSet {
     path: PathBuf,
     id: String,
-    opener: Arc<Opener>,
+    pub(super) opener: Arc<Opener>,
     /// Read from the file; empty: to be recorded.
     known: Vec<u32>,
 }
@@ -149,6 +167,10 @@ pub struct Demand {
     /// Bytes that are not there yet.
     left: AtomicU64,
     reason: Mutex<Option<String>>,
+    /// When the guest first ran.
+    ran: OnceLock<Instant>,
+    /// What the userfaultfd has until all is there: the host's addresses.
+    registered: Vec<Range<u64>>,
     /// They stay mapped as long as pages are put there.
     _mappings: Vec<Arc<Mapping>>,
 }
@@ -161,21 +183,19 @@ pub(super) struct Piece {
 }
 
 impl Demand {
-    /// Has `pieces` of `mappings` be read from `file` as `index` says, from now on.
+    /// Has `pieces` of `mappings` be read from `file` as `index` says, once it is started ([`Demand::start`]). Where they make
+    /// more than `runs` runs, who touches what lies between them waits too.
     ///
     /// # Errors
     ///
-    /// The host gives no userfaultfd, or none for this memory.
-    pub(super) fn begin(
+    /// [`DemandError`]: the host gives no userfaultfd, or none for this memory.
+    pub(super) fn new(
         (index, file): (PageIndex, File),
         pieces: &[Piece],
         mappings: Vec<Arc<Mapping>>,
-        working: WorkingSet,
-    ) -> io::Result<Arc<Self>> {
-        let fault = UserFault::open(&working.opener, Waits::ForPages)?;
-        for Piece { host, len, .. } in pieces {
-            fault.register(*host, *len)?;
-        }
+        (opener, runs): (&Opener, usize),
+    ) -> Result<Arc<Self>, DemandError> {
+        let fault = UserFault::open(opener, Waits::ForPages).map_err(DemandError::Open)?;
         let wanted = |piece: &Piece| Wanted {
             number: piece.number,
             host: piece.host,
@@ -184,27 +204,46 @@ impl Demand {
         };
         let mut all: Vec<Wanted> = pieces.iter().map(wanted).collect();
         all.sort_unstable_by_key(|chunk| chunk.host);
+        let registered = to_register(&all, &mappings, runs);
+        for Range { start, end } in &registered {
+            fault.register(*start, end.saturating_sub(*start))?;
+        }
         let left = all.iter().map(|chunk| chunk.len).sum();
         let buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
-        let demand = Arc::new(Self {
+        Ok(Arc::new(Self {
             fault,
             index,
             file,
             chunks: Mutex::new(Chunks { all, left, buffer }),
             left: AtomicU64::new(left),
             reason: Mutex::new(None),
+            ran: OnceLock::new(),
+            registered,
             _mappings: mappings,
-        });
-        let own = Arc::clone(&demand);
+        }))
+    }
+
+    /// Starts the thread that reads. Once.
+    ///
+    /// # Errors
+    ///
+    /// The host gives no thread.
+    pub(super) fn start(self: &Arc<Self>, working: WorkingSet) -> io::Result<()> {
+        let own = Arc::clone(self);
         thread::Builder::new()
             .name("restore".to_owned())
             .spawn(move || own.serve(working))?;
-        Ok(demand)
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Chunks> {
         // Each step leaves it sound; a panic elsewhere does too.
         self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest runs from now on, if it has not before.
+    pub fn runs(&self) {
+        self.ran.get_or_init(Instant::now);
     }
 
     /// How many bytes are not there yet.
@@ -220,9 +259,35 @@ impl Demand {
 
     /// Nothing more is read: what is not there yet is zeros. Nobody waits any more.
     pub fn give_up(&self) {
-        let mut chunks = self.lock();
+        self.all_there(&mut self.lock());
+    }
+
+    fn all_there(&self, chunks: &mut Chunks) {
         chunks.all.iter_mut().for_each(|chunk| chunk.there = true);
-        self.settle(&mut chunks, 0);
+        self.settle(chunks, 0);
+    }
+
+    /// Memory is lost, from the host's address `host` on.
+    fn lose(&self, host: u64, reason: String) {
+        tracing::error!("memory of the guest is lost: {reason}");
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        if let Ok(address) = usize::try_from(host) {
+            lost::note(address);
+        }
+    }
+
+    /// Nobody serves any more, because of `reason`: nobody waits, and what is not there is lost where the memory is still in use.
+    fn end(self: &Arc<Self>, reason: Option<String>) {
+        let mut chunks = self.lock();
+        let first = chunks.all.iter().find(|chunk| !chunk.there);
+        let Some(host) = first.map(|chunk| chunk.host) else {
+            return;
+        };
+        if self.is_wanted() {
+            let unknown = || "the thread that reads it on demand has ended".to_owned();
+            self.lose(host, reason.unwrap_or_else(unknown));
+        }
+        self.all_there(&mut chunks);
     }
 
     /// Sees that no byte of the host's `range` comes from the file later, and gives it back by `discard`.
@@ -265,12 +330,13 @@ impl Demand {
     }
 
     fn settle(&self, chunks: &mut Chunks, left: u64) {
-        chunks.left = left;
+        let before = std::mem::replace(&mut chunks.left, left);
         self.left.store(left, Ordering::Relaxed);
-        if left == 0 {
-            for chunk in &chunks.all {
-                // The memory may be unmapped or mapped anew by now, which ends it too.
-                let _ = self.fault.unregister(chunk.host, chunk.len);
+        // Once: somebody else may have it afterwards.
+        if left == 0 && before > 0 {
+            for Range { start, end } in &self.registered {
+                // The memory may be mapped anew by now, which ends it too.
+                let _ = self.fault.unregister(*start, end.saturating_sub(*start));
             }
         }
     }
@@ -289,11 +355,7 @@ impl Demand {
             put.map_err(|error| format!("pages cannot be put into the guest's memory: {error}"))
         });
         if let Err(reason) = pages {
-            tracing::error!("memory of the guest is lost: {reason}");
-            *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-            if let Ok(address) = usize::try_from(host) {
-                lost::note(address);
-            }
+            self.lose(host, reason);
             // Nobody waits for ever for what does not come.
             let _ = self.fault.zero(host, len);
         }
@@ -328,62 +390,64 @@ impl Demand {
     /// Serves who waits at `address`; the number of the chunk that was read for it.
     fn answer(&self, address: u64) -> Option<u32> {
         let mut chunks = self.lock();
-        let place = chunks
-            .all
-            .partition_point(|c| c.host <= address)
-            .checked_sub(1)?;
-        let chunk = chunks.all.get(place).copied()?;
-        if !chunk.there {
+        let below = chunks.all.partition_point(|c| c.host <= address);
+        let place = below.saturating_sub(1);
+        let holds = |c: &Wanted| {
+            let inside = address.checked_sub(c.host);
+            inside.is_some_and(|inside| inside < c.len)
+        };
+        let chunk = chunks.all.get(place).copied().filter(holds);
+        if let Some(chunk) = chunk.filter(|chunk| !chunk.there) {
             self.load(&mut chunks, place);
             return Some(chunk.number);
         }
-        // It was given back after it was there, or has come meanwhile.
-        let _ = self.fault.zero(address, 4096);
+        // It was given back after it was there, has come meanwhile, or lies between what is read.
+        let _ = self.fault.zero(address & !(PAGE - 1), PAGE);
         None
     }
 
     /// The thread: until all is there, or nobody else has the memory any more.
     fn serve(self: Arc<Self>, mut working: WorkingSet) {
+        let mut serving = Serving {
+            demand: &self,
+            failed: None,
+        };
         let known = std::mem::take(&mut working.known);
         let mut order = self.order(&known).into_iter();
-        let mut recorder = known.is_empty().then_some(working);
-        let mut recorded = Vec::new();
-        let end = Instant::now() + RECORDED;
+        let mut recorder = Recorder {
+            working: known.is_empty().then_some(working),
+            chunks: Vec::new(),
+            restored: Instant::now(),
+        };
         while self.left() > 0 && self.is_wanted() {
             match self.fault.next() {
                 Ok(Some(address)) => {
-                    recorded.extend(self.answer(address));
+                    recorder.chunks.extend(self.answer(address));
                     continue;
                 }
                 Ok(None) => (),
                 Err(error) => {
-                    tracing::error!("memory of the guest cannot be read on demand: {error}");
+                    serving.failed = Some(format!("it cannot be read on demand: {error}"));
                     break;
                 }
             }
-            let rest = end.saturating_duration_since(Instant::now());
-            if recorder.is_some() && !rest.is_zero() {
+            let ran = self.ran.get().copied();
+            if let Some(rest) = recorder.rest(ran, Instant::now()) {
                 // Ended by whoever waits; looks now and then whether anybody is left.
                 let rest = rest.min(Duration::from_millis(100));
                 let mut fds = [readable(Some(self.fault.as_fd().as_raw_fd()))];
                 let _ = ppoll(&mut fds, Some(rest));
                 continue;
             }
-            if let Some(recorder) = recorder.take() {
-                recorder.write(std::mem::take(&mut recorded));
-            }
+            recorder.end(ran);
             match order.next() {
                 Some(place) => self.load(&mut self.lock(), place),
                 None => break,
             }
         }
-        if let Some(recorder) = recorder.filter(|_| !recorded.is_empty()) {
-            recorder.write(recorded);
-        }
-        // Also when it ends early: nobody waits for what does not come.
-        if self.left() > 0 {
-            self.give_up();
-        }
+        // Nobody waits for the working set's file.
+        drop(serving);
+        recorder.end(self.ran.get().copied());
     }
 
     /// Whether anybody else has the memory.
@@ -402,126 +466,65 @@ impl Demand {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use migration::pages::Ram;
-    use virtio::memory::{Backing, GuestMap};
-    use vm_memory::GuestAddressSpace;
-
-    use super::super::restored::Restored;
-    use super::super::{GuestRam, RamSpec};
-    use super::*;
-    use crate::machine::snapshot::SnapshotRam;
-
-    const MIB: u64 = 1 << 20;
-
-    fn ram() -> (GuestRam, SnapshotRam) {
-        let ram = GuestRam::new(&RamSpec {
-            size: 8 * MIB,
-            shared: false,
-            huge_page: None,
-            thp: None,
-            prefault: false,
-        })
-        .unwrap();
-        let view = SnapshotRam::new(GuestMap::clone(&ram.memory().memory()), false);
-        (ram, view)
-    }
-
-    fn at(view: &SnapshotRam, address: u64) -> u8 {
-        let mut byte = [0];
-        view.read(address, &mut byte).unwrap();
-        byte[0]
-    }
-
-    /// Where each byte of the file of [`restored`] is, and which.
-    const BYTES: [(u64, u8); 5] = [
-        (0, 1),
-        (2 * MIB + 3 * 4096, 2),
-        (2 * MIB + 7 * 4096, 3),
-        (4 * MIB, 4),
-        (6 * MIB + 9, 5),
-    ];
-
-    /// Memory that is read on demand from a file with [`BYTES`]; `None` where the host has no userfaultfd.
-    fn restored(directory: &Path) -> Option<(GuestRam, SnapshotRam, Arc<Restored>)> {
-        let opener = Arc::new(Opener::new());
-        if let Err(error) = UserFault::open(&opener, Waits::ForPages) {
-            println!("skipped: no userfaultfd: {error}");
-            return None;
+/// What is registered for the chunks `all`, which ascend: the runs of those that touch, or, where these are more than `most`, the
+/// `mappings` that hold any.
+fn to_register(all: &[Wanted], mappings: &[Arc<Mapping>], most: usize) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for Wanted { host, len, .. } in all {
+        let end = host.saturating_add(*len);
+        match runs.last_mut() {
+            Some(run) if run.end == *host => run.end = end,
+            _ => runs.push(*host..end),
         }
-        let (_first, view) = ram();
-        for (address, byte) in BYTES {
-            view.write(address, &[byte]).unwrap();
-        }
-        let file = tempfile::tempfile().unwrap();
-        let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
-        let (mut ram, view) = ram();
-        let restored = ram.restorable().unwrap();
-        let working = WorkingSet::of(directory, "i", &opener);
-        restored
-            .on_demand((Path::new("/f"), file), index, working)
-            .unwrap();
-        Some((ram, view, restored))
     }
-
-    #[test]
-    fn what_is_given_back_before_it_was_read_is_never_read() {
-        let dir = tempfile::tempdir().unwrap();
-        let Some((ram, view, restored)) = restored(dir.path()) else {
-            return;
-        };
-        let mapping = &ram.mappings[0];
-        mapping.discard(2 * MIB + 3 * 4096, 4096).unwrap();
-        mapping.discard(4 * MIB, 2 * MIB).unwrap();
-        for (address, byte) in BYTES {
-            let gone = byte == 2 || byte == 4;
-            assert_eq!(
-                at(&view, address),
-                if gone { 0 } else { byte },
-                "{address:#x}"
-            );
-        }
-        mapping.discard(0, 8 * MIB).unwrap();
-        assert_eq!(restored.info().unwrap().left, None);
-        assert_eq!(BYTES.map(|(address, _)| at(&view, address)), [0; 5]);
+    if runs.len() <= most {
+        return runs;
     }
+    let whole = |m: &Arc<Mapping>| m.address()..m.address().saturating_add(m.len());
+    let mappings = mappings.iter().map(whole);
+    let holds_any = |range: &Range<u64>| all.iter().any(|chunk| range.contains(&chunk.host));
+    mappings.filter(holds_any).collect()
+}
 
-    #[test]
-    fn memory_that_is_cleared_is_not_read_any_more() {
-        let dir = tempfile::tempdir().unwrap();
-        let Some((ram, view, restored)) = restored(dir.path()) else {
-            return;
-        };
-        assert_eq!(at(&view, 0), 1);
-        ram.discard().unwrap();
-        assert_eq!(BYTES.map(|(address, _)| at(&view, address)), [0; 5]);
-        assert_eq!(restored.info(), None);
-    }
+/// Held by who serves those who wait: it ends as [`Demand::end`] says however that comes, a panic too.
+struct Serving<'a> {
+    demand: &'a Arc<Demand>,
+    failed: Option<String>,
+}
 
-    #[test]
-    fn a_working_set_is_read_again_and_one_that_is_damaged_or_foreign_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let opener = Arc::new(Opener::new());
-        let known = |id| WorkingSet::of(dir.path(), id, &opener).known;
-        assert!(known("i").is_empty());
-        let chunks = vec![3, 0, u32::MAX];
-        WorkingSet::of(dir.path(), "i", &opener).write(chunks.clone());
-        assert_eq!(known("i"), chunks);
-        assert!(known("j").is_empty());
-        let path = dir.path().join(NAME);
-        let bytes = std::fs::read(&path).unwrap();
-        for end in 0..bytes.len() {
-            WorkingSetV1::parse(&bytes[..end], "i")
-                .map(|_| ())
-                .unwrap_err();
-        }
-        for place in 0..bytes.len() {
-            let mut damaged = bytes.clone();
-            damaged[place] ^= 1;
-            WorkingSetV1::parse(&damaged, "i").map(|_| ()).unwrap_err();
-        }
-        let long = [&bytes[..], b"x"].concat();
-        WorkingSetV1::parse(&long, "i").map(|_| ()).unwrap_err();
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.demand.end(self.failed.take());
     }
 }
+
+/// Takes note of what a guest needs first.
+struct Recorder {
+    /// `None`: nothing is recorded any more.
+    working: Option<WorkingSet>,
+    /// What was needed, in that order.
+    chunks: Vec<u32>,
+    /// When the memory could first be touched.
+    restored: Instant,
+}
+
+impl Recorder {
+    /// How much longer at `now` only what is touched is read, for a guest that first ran at `ran`.
+    fn rest(&self, ran: Option<Instant>, now: Instant) -> Option<Duration> {
+        self.working.as_ref()?;
+        let gone = now.saturating_duration_since(ran.unwrap_or(self.restored));
+        RECORDED.checked_sub(gone).filter(|rest| !rest.is_zero())
+    }
+
+    /// Writes the file, if the guest `ran`: what devices touch before that is no working set.
+    fn end(&mut self, ran: Option<Instant>) {
+        let chunks = std::mem::take(&mut self.chunks);
+        let working = self.working.take();
+        if let Some(working) = working.filter(|_| ran.is_some() && !chunks.is_empty()) {
+            working.write(chunks);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,9 @@
 //! # Contract
 //!
 //! * A thread of the host that touches such a page gets SIGBUS. Where the page lies in memory that is watched, the handler puts a
-//!   page of zeros in its place, takes note and rings a bell; the thread goes on. Anywhere else the signal does what it did before.
+//!   page of zeros in its place, takes note and rings a bell; the thread goes on. Anywhere else such a fault does what it did before.
+//! * A page that the host finds broken and nobody has touched is no fault, and SIGBUS that somebody has sent is none either: the
+//!   first is passed over until it is touched, the second ends the process unless the signal was ignored before.
 //! * What is noted stays noted until [`Watch::forget`]: nothing that was read meanwhile is to be kept.
 //! * The handler calls nothing but system calls and touches nothing but atomics.
 
@@ -194,7 +196,11 @@ extern "C" fn on_bus_error(
     unsafe {
         let errno = libc::__errno_location();
         let kept = *errno;
-        if matches!((*info).si_code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR) {
+        let code = (*info).si_code;
+        if code == libc::BUS_MCEERR_AO {
+            return;
+        }
+        if matches!(code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR) {
             let address = (*info).si_addr().addr();
             let page = address - address % PAGE;
             if let Some(place) = WATCHED.iter().find(|place| place.holds(page)) {
@@ -209,12 +215,83 @@ extern "C" fn on_bus_error(
                 }
             }
         }
-        // It comes again at once, to whom it came before.
-        if let Some(Some(before)) = BEFORE.get() {
+        let before = BEFORE.get().and_then(Option::as_ref);
+        if code <= 0 {
+            // Somebody has sent it: it does not come again, and what did not end the process would leave nothing watched.
+            if before.is_none_or(|before| before.sa_sigaction != libc::SIG_IGN) {
+                libc::signal(signal, libc::SIG_DFL);
+                libc::raise(signal);
+            }
+        } else if let Some(before) = before {
+            // It comes again at once, to whom it came before.
             libc::sigaction(signal, before, std::ptr::null_mut());
         } else {
             libc::signal(signal, libc::SIG_DFL);
         }
         *errno = kept;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends SIGBUS with `code` to this thread, as the kernel would.
+    fn bus_error(code: libc::c_int) {
+        // SAFETY: all zeros are a valid description, which the call reads; the handler calls nothing but system calls.
+        #[expect(unsafe_code, reason = "the call has no wrapper")]
+        unsafe {
+            let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+            let info = info.assume_init_mut();
+            info.si_signo = libc::SIGBUS;
+            info.si_code = code;
+            let call = libc::SYS_rt_tgsigqueueinfo;
+            let (process, thread) = (libc::getpid(), libc::gettid());
+            libc::syscall(call, process, thread, libc::SIGBUS, &raw const *info);
+        }
+    }
+
+    #[test]
+    fn sigbus_that_somebody_sends_ends_the_process() {
+        install().unwrap();
+        for code in [libc::SI_USER, libc::SI_TKILL, libc::SI_QUEUE] {
+            // SAFETY: the child makes system calls alone.
+            #[expect(unsafe_code, reason = "a process is made that is to die")]
+            let child = unsafe {
+                let child = libc::fork();
+                if child == 0 {
+                    libc::prctl(libc::PR_SET_DUMPABLE, 0);
+                    bus_error(code);
+                    libc::_exit(7);
+                }
+                child
+            };
+            assert!(child > 0);
+            let mut status = 0;
+            // SAFETY: the child is this process's, and its status goes to a local.
+            #[expect(unsafe_code, reason = "the child is waited for")]
+            let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+            assert_eq!(waited, child);
+            assert!(libc::WIFSIGNALED(status), "{code}: {status:#x}");
+            assert_eq!(libc::WTERMSIG(status), libc::SIGBUS);
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_broken_and_not_touched_leaves_the_watch_as_it_is() {
+        install().unwrap();
+        let now = || {
+            let mut now = MaybeUninit::<libc::sigaction>::zeroed();
+            // SAFETY: without a new action the call writes the present one to the local.
+            #[expect(unsafe_code, reason = "sigaction is a system call with C structures")]
+            unsafe {
+                libc::sigaction(libc::SIGBUS, std::ptr::null(), now.as_mut_ptr());
+                now.assume_init().sa_sigaction
+            }
+        };
+        let installed = now();
+        bus_error(libc::BUS_MCEERR_AO);
+        assert_eq!(now(), installed);
+        assert_eq!(installed, on_bus_error as *const () as usize);
     }
 }

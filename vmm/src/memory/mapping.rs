@@ -248,10 +248,19 @@ impl Mapping {
             let range = start..start.saturating_add(len as u64);
             return demand.discard(&range, || self.advise_part(offset, len, self.discarding()));
         }
-        if !self.overlay.blank(self.address, &range)? {
-            return Ok(());
+        let mut at = range.start;
+        let written = self.overlay.blank(self.address, &range)?;
+        for kept in written
+            .into_iter()
+            .chain(std::iter::once(range.end..range.end))
+        {
+            if at < kept.start {
+                let len = kept.start.saturating_sub(at);
+                self.advise_part(at, len, self.discarding())?;
+            }
+            at = kept.end;
         }
-        self.advise_part(offset, len, self.discarding())
+        Ok(())
     }
 
     /// Has `bell` ring when a file that is mapped in the place of this memory does not give its bytes any more.

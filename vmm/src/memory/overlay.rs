@@ -2,7 +2,7 @@
 //!
 //! What is given back must not come back as the file has it, which is what the host makes of such pages when they are
 //! discarded: anonymous memory takes their place. That costs the host a mapping for each piece, of which a process has some ten
-//! thousand: past [`PIECES`] pieces zeros are written instead, and the memory is not saved.
+//! thousand: past [`PIECES`] pieces zeros are written where one more would come to be, and that memory is not saved.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -67,25 +67,29 @@ impl Overlay {
         Ok(())
     }
 
-    /// Has no byte of `range` be the file's any more; what was is zeros. `false`: some of it is zeros that had to be written,
-    /// over bytes of the file that would come back if the range was discarded.
+    /// Has no byte of `range` be the file's any more; what was is zeros. What is given are the parts of it, ascending, whose
+    /// zeros had to be written over bytes of the file, which would come back if they were discarded.
     ///
     /// # Errors
     ///
     /// The host's, when it refuses.
-    pub fn blank(&self, base: *mut libc::c_void, range: &Range<usize>) -> io::Result<bool> {
+    pub fn blank(
+        &self,
+        base: *mut libc::c_void,
+        range: &Range<usize>,
+    ) -> io::Result<Vec<Range<usize>>> {
         let mut parts = self.lock();
-        let mut gone = true;
+        let mut written = Vec::new();
         for piece in parts.within(range) {
-            if parts.pieces.len() >= PIECES {
+            if parts.pieces.len() >= PIECES && parts.is_split_by(&piece) {
                 zero(base, &piece);
-                gone = false;
+                written.push(piece);
             } else {
                 fix(base, &piece, None)?;
                 parts.cut(&piece);
             }
         }
-        Ok(gone)
+        Ok(written)
     }
 
     /// The page that was lost last, in bytes from the start of the mapping.
@@ -127,6 +131,12 @@ impl Parts {
         let cut = |(start, end): (&usize, &usize)| (*start).max(range.start)..(*end).min(range.end);
         let all = before.into_iter().chain(inside).map(cut);
         all.filter(|piece| !piece.is_empty()).collect()
+    }
+
+    /// Whether one piece becomes two when `piece`, which lies in it, is taken out.
+    fn is_split_by(&self, piece: &Range<usize>) -> bool {
+        let around = self.pieces.range(..=piece.start).next_back();
+        around.is_some_and(|(start, end)| *start < piece.start && piece.end < *end)
     }
 
     /// Takes `piece`, which lies in one piece, out.
@@ -300,10 +310,27 @@ mod tests {
             .unwrap();
         let at = |page: usize| (page * PAGE) as u64;
         assert_eq!(byte(&mapping, pages - 2).load(Ordering::Relaxed), 9);
-        for page in (0..pages).step_by(2) {
+        for page in (1..pages).step_by(2) {
             mapping.discard(at(page), PAGE as u64).unwrap();
         }
-        assert_eq!(byte(&mapping, pages - 2).load(Ordering::Relaxed), 0);
+        // Of the last pages no piece of its own could be cut.
+        assert_eq!(byte(&mapping, pages - 3).load(Ordering::Relaxed), 0);
+        assert_eq!(byte(&mapping, pages - 2).load(Ordering::Relaxed), 9);
+        for page in [0, 1, pages - 3, pages - 2] {
+            byte(&mapping, page).store(7, Ordering::Relaxed);
+        }
+        // Parts of pieces, the memory between them, and what splits the last.
+        mapping.discard(0, 3 * PAGE as u64).unwrap();
+        mapping.discard(at(pages - 4), 3 * PAGE as u64).unwrap();
+        for page in [0, 1, pages - 3, pages - 2] {
+            assert_eq!(byte(&mapping, page).load(Ordering::Relaxed), 0, "{page}");
+        }
         assert!(mapping.is_of_file());
+        byte(&mapping, 3).store(7, Ordering::Relaxed);
+        byte(&mapping, 4).store(7, Ordering::Relaxed);
+        mapping.discard_all().unwrap();
+        assert!(!mapping.is_of_file(), "all are taken out, however many");
+        assert_eq!(byte(&mapping, 3).load(Ordering::Relaxed), 0);
+        assert_eq!(byte(&mapping, 4).load(Ordering::Relaxed), 0);
     }
 }

@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use api::wire::{MemoryRestoreMode, MemoryRestored};
 use migration::pages::{ChunkPlace, PageIndex, Placed};
 
-use super::demand::{Demand, Piece, WorkingSet};
+use super::demand::{Demand, DemandError, Piece, RUNS, WorkingSet};
 use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
 use crate::config::MemoryConfig;
+use crate::opener::Opener;
 
 /// Two things that are asked for and exclude each other.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -151,18 +152,29 @@ impl Restored {
     ///
     /// # Errors
     ///
-    /// The host gives no userfaultfd, or none for this memory.
+    /// [`DemandError`]: the host gives no userfaultfd, or none for this memory.
     pub fn on_demand(
         &self,
         (path, file): (&Path, File),
         index: PageIndex,
         working: WorkingSet,
-    ) -> io::Result<()> {
+    ) -> Result<(), DemandError> {
+        let demand = self.prepare((path, file), index, (&working.opener, RUNS))?;
+        Ok(demand.start(working)?)
+    }
+
+    /// As [`Restored::on_demand`], but nobody reads yet. Of what is read up to `runs` runs are watched by themselves.
+    pub(super) fn prepare(
+        &self,
+        (path, file): (&Path, File),
+        index: PageIndex,
+        (opener, runs): (&Opener, usize),
+    ) -> Result<Arc<Demand>, DemandError> {
         let mut pieces = Vec::new();
         for ChunkPlace { number, place } in index.written() {
             let (mapping, inside) = self
                 .mapping_of(place.start)
-                .ok_or(io::ErrorKind::InvalidInput)?;
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
             pieces.push(Piece {
                 number,
                 host: mapping.address().saturating_add(inside),
@@ -173,15 +185,22 @@ impl Restored {
             mapping.watch(&self.bell)?;
         }
         let mappings: Vec<_> = self.mappings.iter().map(|(_, m)| Arc::clone(m)).collect();
-        let demand = Demand::begin((index, file), &pieces, mappings, working)?;
+        let demand = Demand::new((index, file), &pieces, mappings, (opener, runs))?;
         self.mappings.iter().for_each(|(_, m)| m.read_by(&demand));
-        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(demand);
+        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&demand));
         *self.lock() = Some(Origin {
             mode: MemoryRestoreMode::OnDemand,
             path: path.to_owned(),
             file: None,
         });
-        Ok(())
+        Ok(demand)
+    }
+
+    /// The guest runs from now on.
+    pub fn runs(&self) {
+        if let Some(demand) = self.demand() {
+            demand.runs();
+        }
     }
 
     fn demand(&self) -> Option<Arc<Demand>> {
