@@ -239,11 +239,6 @@ impl Driver {
             quiesce_error: None,
             stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
         };
-        self.show_devices();
-        for target in targets {
-            let id = target.id.clone();
-            self.ears.events.publish(EventKind::DiskUpdated { id });
-        }
         Ok(info)
     }
 
@@ -293,15 +288,26 @@ impl Driver {
         attached.keep();
     }
 
+    /// Shows and tells that disks have other images, whether or not they go on with them.
+    pub(super) fn tell_of_images<'a>(&mut self, ids: impl Iterator<Item = &'a String>) {
+        self.show_devices();
+        for id in ids.cloned() {
+            self.ears.events.publish(EventKind::DiskUpdated { id });
+        }
+    }
+
     /// Takes up overlays of disks that did not get their old images back, where not all could be switched.
     fn take_up_rest(&mut self, targets: &[Target], failed: Unswitched) -> ControlError {
         let Unswitched { mut error, stay } = failed;
+        let mut staying = Vec::new();
         for (index, attached) in stay {
             if let Some(target) = targets.get(index) {
                 self.settle(target, attached);
                 error = error.context(format!("disk {} stays on its overlay", target.id));
+                staying.push(&target.id);
             }
         }
+        self.tell_of_images(staying.into_iter());
         error
     }
 
@@ -316,6 +322,7 @@ impl Driver {
             self.settle(target, attached);
             before.push(old);
         }
+        self.tell_of_images(targets.iter().map(|target| &target.id));
         before
     }
 
