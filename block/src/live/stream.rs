@@ -15,7 +15,7 @@ use std::sync::Arc;
 use super::{Live, Top, name_of};
 use crate::disk::Disk;
 use crate::image::Image;
-use crate::open::{ImageOptions, settings};
+use crate::open::{ImageOptions, settings, unusable};
 use crate::opener::Opener;
 use crate::ops::{chain, find};
 use crate::options::Format;
@@ -36,6 +36,11 @@ pub enum StreamError {
     /// It is not written to.
     #[error("the disk is read-only: nothing can be taken into its image")]
     ReadOnly,
+    /// Its internal snapshots need what is below, which is taken in for the disk as it is now alone.
+    #[error(
+        "its image has {0} internal snapshots, which lean on what is below it: delete them first"
+    )]
+    Snapshots(u32),
     /// The base is not in the chain, or is the first one below already.
     #[error("{}: there is no image between it and the disk's: give one that lies further below", .0.display())]
     NotBelow(PathBuf),
@@ -81,6 +86,9 @@ impl Stream {
         if image.backing().is_none() {
             return Err(StreamError::NoBacking);
         }
+        let header =
+            Header::load(&*image.storages().0).map_err(|error| unusable(path, "qcow2", error))?;
+        check_no_snapshots(&header)?;
         let Some(base) = base else {
             return Ok(Self { image, base: None });
         };
@@ -150,6 +158,7 @@ impl Stream {
     ) -> Result<Qcow2Disk, Box<dyn std::error::Error + Send + Sync>> {
         let (storage, data) = self.image.storages();
         let before = Header::load(&*storage)?;
+        check_no_snapshots(&before)?;
         let mut header = before.clone();
         header.backing = self.base.as_ref().map(|(_, name, _)| name.into());
         header.backing_format = self
@@ -180,6 +189,14 @@ impl Stream {
             return Err(error.into());
         }
         Ok(disk)
+    }
+}
+
+/// Refuses an image with internal snapshots: only clusters of the disk as it is now are taken in.
+fn check_no_snapshots(header: &Header) -> Result<(), StreamError> {
+    match header.snapshots {
+        0 => Ok(()),
+        count => Err(StreamError::Snapshots(count)),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::disk::Op;
 use crate::open_disk;
 use crate::options::{Discard, DiskOptions};
 use crate::qcow2::image::Settings;
+use crate::qcow2::snapshot::NewSnapshot;
 use crate::qcow2::testing::Bench;
 use crate::qcow2::tests::crash::blank;
 use crate::testing::{AnyPath, Arena, Call, Scripted, perform};
@@ -416,4 +417,40 @@ fn a_stream_that_is_given_up_leaves_the_disk_on_its_chain_and_can_begin_again() 
         refused(&*disk, "base", None),
         StreamError::NoBacking
     ));
+}
+
+#[test]
+fn an_image_whose_snapshots_lean_on_what_is_below_is_not_cut_off_from_it() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let guest = chained(&bench, Format::Qcow2, 4);
+    let Guest { disk, options, .. } = guest;
+    drop(disk);
+    let path = bench.path("top");
+    bench.line("qemu-img snapshot -c one top");
+    let of = |disk: &dyn Disk| Stream::of(disk, &path, None, &AnyPath, &options);
+    let disk = open_disk(&path, &AnyPath, &options).unwrap();
+    let error = of(&*disk).unwrap_err();
+    assert!(matches!(error, StreamError::Snapshots(1)), "{error}");
+    drop(disk);
+    bench.line("qemu-img snapshot -d one top");
+    let disk = open_disk(&path, &AnyPath, &options).unwrap();
+    let stream = of(&*disk).unwrap();
+    // One that is made after the look.
+    let new = NewSnapshot {
+        name: "two",
+        id: None,
+        seconds: 0,
+        nanoseconds: 0,
+    };
+    let Some(Live(Top::Qcow2(image))) = disk.live() else {
+        unreachable!("it is a qcow2 image");
+    };
+    image.create_snapshot(new).unwrap();
+    drop(image);
+    let error = stream.finish(&options).unwrap_err();
+    assert!(matches!(error, StreamError::Cut(_)), "{error}");
+    drop(disk);
+    assert!(bench.line("qemu-img info top").contains("backing file"));
 }

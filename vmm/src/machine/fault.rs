@@ -143,6 +143,7 @@ fn of_stream(error: &StreamError) -> Says {
         | StreamError::NoBacking
         | StreamError::ReadOnly
         | StreamError::NotBelow(_)
+        | StreamError::Snapshots(_)
         | StreamError::Name(_) => Fault(ErrorKind::Invalid),
         StreamError::Open(error) => of_disk(error),
         StreamError::Cut(_) => Fault(ErrorKind::Failed),

@@ -23,7 +23,7 @@ use api::{
 };
 use block::{Attached, ImageOptions, Overlay};
 use devices::Unit;
-use virtio::device::DiskImage;
+use virtio::device::{DiskImage, ExchangeError};
 use virtio::transport::VirtioPci;
 
 use super::{DRAIN, Driver};
@@ -222,7 +222,9 @@ impl Driver {
         let devices: Result<Vec<_>, _> = targets.iter().map(|target| self.still(target)).collect();
         let devices = devices?;
         let (old, stall) = self.stall(&devices, |driver| {
-            exchange(&devices, overlays).map(|switched| driver.take_up(targets, switched))
+            exchange(&devices, overlays)
+                .map(|switched| driver.take_up(targets, switched))
+                .map_err(|failed| driver.take_up_rest(targets, failed))
         })?;
         // Threads of the old queues end; the images stay.
         drop(old);
@@ -237,11 +239,6 @@ impl Driver {
             quiesce_error: None,
             stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
         };
-        self.show_devices();
-        for target in targets {
-            let id = target.id.clone();
-            self.ears.events.publish(EventKind::DiskUpdated { id });
-        }
         Ok(info)
     }
 
@@ -283,6 +280,37 @@ impl Driver {
         Ok(device)
     }
 
+    /// From here on an overlay stays.
+    fn settle(&mut self, target: &Target, attached: Attached) {
+        if let Some(description) = &mut self.ears.description {
+            description.overlay(&target.id, attached.path(), attached.options());
+        }
+        attached.keep();
+    }
+
+    /// Shows and tells that disks have other images, whether or not they go on with them.
+    pub(super) fn tell_of_images<'a>(&mut self, ids: impl Iterator<Item = &'a String>) {
+        self.show_devices();
+        for id in ids.cloned() {
+            self.ears.events.publish(EventKind::DiskUpdated { id });
+        }
+    }
+
+    /// Takes up overlays of disks that did not get their old images back, where not all could be switched.
+    fn take_up_rest(&mut self, targets: &[Target], failed: Unswitched) -> ControlError {
+        let Unswitched { mut error, stay } = failed;
+        let mut staying = Vec::new();
+        for (index, attached) in stay {
+            if let Some(target) = targets.get(index) {
+                self.settle(target, attached);
+                error = error.context(format!("disk {} stays on its overlay", target.id));
+                staying.push(&target.id);
+            }
+        }
+        self.tell_of_images(staying.into_iter());
+        error
+    }
+
     /// From here on the overlays stay. What is given back closes the old queues.
     fn take_up(
         &mut self,
@@ -291,12 +319,10 @@ impl Driver {
     ) -> Vec<DiskImage> {
         let mut before = Vec::new();
         for (target, (attached, old)) in targets.iter().zip(switched) {
-            if let Some(description) = &mut self.ears.description {
-                description.overlay(&target.id, attached.path(), attached.options());
-            }
-            attached.keep();
+            self.settle(target, attached);
             before.push(old);
         }
+        self.tell_of_images(targets.iter().map(|target| &target.id));
         before
     }
 
@@ -411,18 +437,33 @@ fn freeze(agent: &AgentDesk, how: Quiesce) -> Result<Frozen, ControlError> {
     Ok(Frozen { count: None, error })
 }
 
+/// Not all disks could be switched.
+struct Unswitched {
+    error: ControlError,
+    /// The overlays of disks that did not get their old images back, and which ones these are.
+    stay: Vec<(usize, Attached)>,
+}
+
 /// Puts the overlays on all disks, or on none. The devices are stopped. Gives the images before.
 fn exchange(
     devices: &[Arc<VirtioPci>],
     overlays: Vec<Overlay>,
-) -> Result<Vec<(Attached, DiskImage)>, ControlError> {
+) -> Result<Vec<(Attached, DiskImage)>, Unswitched> {
     let mut switched = Vec::new();
     for (device, overlay) in devices.iter().zip(overlays) {
         match attach(device, overlay) {
             Ok(done) => switched.push(done),
             Err(error) => {
-                put_back(devices, switched);
-                return Err(error.context(format!("disk {}", device.id())));
+                let error = error.context(format!("disk {}", device.id()));
+                let before = devices.iter().zip(switched);
+                let stay = put_back(before, |device, old| {
+                    let done = device.exchange_disk(old);
+                    done.inspect_err(|error| {
+                        let (id, why) = (device.id(), chain(error));
+                        tracing::error!("{id} does not get its image back: {why}");
+                    })
+                });
+                return Err(Unswitched { error, stay });
             }
         }
     }
@@ -447,22 +488,24 @@ fn attach(device: &VirtioPci, overlay: Overlay) -> Result<(Attached, DiskImage),
     Ok((attached, old))
 }
 
-/// Gives devices their old images again.
-fn put_back(devices: &[Arc<VirtioPci>], switched: Vec<(Attached, DiskImage)>) {
-    for (device, (attached, old)) in devices.iter().zip(switched) {
-        match device.exchange_disk(old) {
-            // Before the old image becomes writable again.
-            Ok(overlaid) => drop(overlaid),
-            Err(error) => {
-                tracing::error!(
-                    "{} does not get its image back: {}",
-                    device.id(),
-                    chain(&error)
-                );
+/// Has `exchange` give devices their old images again. A disk that does not get its own writes to its overlay still, which
+/// must not go: those are given back.
+fn put_back<D>(
+    switched: impl Iterator<Item = (D, (Attached, DiskImage))>,
+    exchange: impl Fn(D, DiskImage) -> Result<DiskImage, ExchangeError>,
+) -> Vec<(usize, Attached)> {
+    let mut stay = Vec::new();
+    for (index, (device, (attached, old))) in switched.enumerate() {
+        match exchange(device, old) {
+            Ok(overlaid) => {
+                // Before the old image becomes writable again.
+                drop(overlaid);
+                drop(attached);
             }
+            Err(_) => stay.push((index, attached)),
         }
-        drop(attached);
     }
+    stay
 }
 
 #[cfg(test)]
@@ -526,5 +569,48 @@ mod tests {
             refused.err().map(|error| error.kind),
             Some(ErrorKind::Conflict)
         );
+    }
+
+    #[test]
+    fn an_overlay_stays_with_a_disk_that_does_not_get_its_image_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let opener = Arc::new(Opener::new()) as Arc<dyn block::Opener>;
+        let overlaid = |name: &str| {
+            let base = directory.path().join(name);
+            std::fs::write(&base, [7; 1 << 16]).unwrap();
+            let options = ImageOptions {
+                disk: block::DiskOptions {
+                    format: Some(block::Format::Raw),
+                    ..block::DiskOptions::default()
+                },
+                ..ImageOptions::default()
+            };
+            let old = block::open_disk(&base, &*opener, &options).unwrap();
+            let path = base.with_extension("over");
+            let made = Overlay::create(&*old, &base, &path, Arc::clone(&opener), &options);
+            let attached = made.unwrap().attach(&*old).unwrap();
+            let disk = attached.disk().unwrap();
+            let image = |disk| DiskImage {
+                disk,
+                path: base.clone(),
+                format: None,
+                backing: options.backing,
+            };
+            (image(disk), (attached, image(old)))
+        };
+        let stay = put_back(["a", "b"].map(overlaid).into_iter(), |overlay, old| {
+            if old.path.ends_with("a") {
+                return Err(ExchangeError::NoDisk);
+            }
+            Ok(overlay)
+        });
+        assert_eq!(stay.len(), 1);
+        let over = |name: &str| directory.path().join(name).exists();
+        assert!(over("a.over") && !over("b.over"));
+        for (index, attached) in stay {
+            assert_eq!(index, 0);
+            attached.keep();
+        }
+        assert!(over("a.over"));
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use api::wire::VmDiskStream;
-use api::{Answer, ControlError, ErrorKind, EventKind, Reply};
+use api::{Answer, ControlError, ErrorKind, Reply};
 use block::{ImageOptions, Stream};
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
@@ -122,11 +122,6 @@ impl Driver {
             return job.finish(Err("it was cancelled".to_owned()));
         }
         let done = self.cut(target, stream);
-        if done.is_ok() {
-            self.show_devices();
-            let id = target.id.clone();
-            self.ears.events.publish(EventKind::DiskUpdated { id });
-        }
         job.finish(done.map_err(|error| error.to_string()));
     }
 
@@ -136,7 +131,11 @@ impl Driver {
             return Err(no_disk(&target.id));
         }
         let devices = [device];
-        let (old, _) = self.stall(&devices, |_| exchange(&devices[0], stream, target))?;
+        let (old, _) = self.stall(&devices, |driver| {
+            let old = exchange(&devices[0], stream, target)?;
+            driver.tell_of_images(std::iter::once(&target.id));
+            Ok(old)
+        })?;
         // The images below are closed.
         drop(old);
         Ok(())
