@@ -43,16 +43,6 @@ pub enum RebaseError {
         /// The image.
         path: PathBuf,
     },
-    /// Its internal snapshots need the old backing file, of which only what the disk shows now is kept.
-    #[error(
-        "image {}: it has {count} internal snapshots, which lean on its backing file: delete them first", path.display()
-    )]
-    Snapshots {
-        /// The image.
-        path: PathBuf,
-        /// How many.
-        count: u32,
-    },
     /// The name is too long.
     #[error("the backing file's name has {0} bytes, more than the {NAME_MAX} that fit")]
     LongName(usize),
@@ -76,8 +66,8 @@ pub enum RebaseError {
     },
 }
 
-/// Changes the name of a qcow2 image's backing file, and nothing else: what the disk and its internal snapshots hold stays the
-/// same only if the new file holds the same.
+/// Changes the name of a qcow2 image's backing file, and nothing else: what the disk holds stays the same only if the
+/// new file holds the same.
 ///
 /// # Errors
 ///
@@ -113,8 +103,7 @@ pub fn set_backing(
 }
 
 /// Gives a qcow2 image another backing file, or none. Where the new one holds something else than the old one and the image
-/// says nothing, it is first copied into the image, so that the disk stays as it is. An image with internal snapshots is
-/// refused: nothing is copied for those. `options` say how the image and its present chain
+/// says nothing, it is first copied into the image, so that the disk stays as it is. `options` say how the image and its present chain
 /// are opened.
 ///
 /// # Errors
@@ -139,7 +128,6 @@ pub fn rebase(
         locks.push(guard(&image.path, opener, options, depth == 0)?);
     }
     let top = open_image(path, opener, &unlocked(options, Format::Qcow2, false))?;
-    check_no_snapshots(path, &*top)?;
     let (mut below, mut shared) = (None, None);
     if let Some(new) = backing {
         let other = resolve(path, &new.name);
@@ -173,23 +161,6 @@ pub fn rebase(
     let done = set_backing(path, opener, false, backing);
     drop(locks);
     done
-}
-
-fn check_no_snapshots(path: &Path, top: &dyn Image) -> Result<(), RebaseError> {
-    let Some(image) = top.as_qcow2() else {
-        return Ok(());
-    };
-    let header = Header::load(&*image.storages().0);
-    match header
-        .map_err(|error| unusable(path, "qcow2", error))?
-        .snapshots
-    {
-        0 => Ok(()),
-        count => Err(RebaseError::Snapshots {
-            path: path.to_owned(),
-            count,
-        }),
-    }
 }
 
 struct Job<'a> {
@@ -297,45 +268,5 @@ impl Job<'_> {
             Some(top) if is_zero(part) => top.hide(offset, part.len() as u64),
             _ => self.top.write(offset, part),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::options::DiskOptions;
-    use crate::qcow2::testing::Bench;
-    use crate::testing::AnyPath;
-
-    #[test]
-    fn an_image_whose_snapshots_lean_on_its_backing_file_keeps_it() {
-        let Some(bench) = Bench::with_qemu() else {
-            return;
-        };
-        bench.line("qemu-img create -q -f qcow2 base 1M");
-        bench.line("qemu-img create -q -f qcow2 -b base -F qcow2 top");
-        bench.line("qemu-img snapshot -c one top");
-        let options = ImageOptions {
-            disk: DiskOptions {
-                format: Some(Format::Qcow2),
-                ..DiskOptions::default()
-            },
-            ..ImageOptions::default()
-        };
-        let lose = || {
-            let path = bench.path("top");
-            rebase(&path, &AnyPath, &options, None, 1, &Control::none())
-        };
-        let error = lose().unwrap_err();
-        let refused = matches!(error, RebaseError::Snapshots { count: 1, .. });
-        assert!(refused, "{error}");
-        assert!(
-            bench
-                .line("qemu-img info top")
-                .contains("backing file: base")
-        );
-        bench.line("qemu-img snapshot -d one top");
-        lose().unwrap();
-        assert!(!bench.line("qemu-img info top").contains("backing file"));
     }
 }
