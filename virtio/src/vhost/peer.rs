@@ -131,17 +131,21 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Listens at `path`.
-    pub fn new(path: &Path, manner: Manner) -> Self {
+    fn idle(path: &Path, manner: Manner) -> Self {
         let shared = Shared {
             manner: Mutex::new(manner),
             ..Shared::default()
         };
-        let mut peer = Self {
+        Self {
             path: path.to_owned(),
             shared: Arc::new(shared),
             listening: None,
-        };
+        }
+    }
+
+    /// Listens at `path`.
+    pub fn new(path: &Path, manner: Manner) -> Self {
+        let mut peer = Self::idle(path, manner);
         peer.listen();
         peer
     }
@@ -159,15 +163,7 @@ impl Peer {
 
     /// Connects to `path` as often as it can.
     pub fn calling(path: &Path, manner: Manner) -> Self {
-        let shared = Shared {
-            manner: Mutex::new(manner),
-            ..Shared::default()
-        };
-        let mut peer = Self {
-            path: path.to_owned(),
-            shared: Arc::new(shared),
-            listening: None,
-        };
+        let mut peer = Self::idle(path, manner);
         peer.call();
         peer
     }

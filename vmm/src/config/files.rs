@@ -46,7 +46,7 @@ const MIRROR_FILE: &str = "mirror_file";
 /// What a core dump is called.
 pub const DUMP: &str = "the core dump";
 /// What a new overlay of a disk is called.
-const OVERLAY: &str = "the new overlay";
+pub const OVERLAY: &str = "the new overlay";
 
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,38 +192,22 @@ pub fn check_sink(
         .try_for_each(|path| claim(&mut used, SERIAL, path))
 }
 
-/// Checks that a core dump writes to nothing that the machine or the monitor uses or is about to make.
+/// Checks that `what`, a file at `path` that is about to be made ([`DUMP`], [`OVERLAY`]), is nothing that the machine or
+/// the monitor uses or is about to make.
 ///
 /// # Errors
 ///
 /// [`ConfigError::OutputInUse`].
-pub fn check_dump(
+pub fn check_new(
     config: &VmConfig,
     models: &[Model],
     opener: &Opener,
     own: &OwnFiles,
-    path: &Path,
+    (what, path): (&'static str, &Path),
 ) -> Result<(), ConfigError> {
     let mut used = in_use(config, models, opener);
     used.extend(own.in_use());
-    claim(&mut used, DUMP, path.to_owned())
-}
-
-/// Checks that a disk's new overlay is nothing that the machine or the monitor uses or is about to make.
-///
-/// # Errors
-///
-/// [`ConfigError::OutputInUse`].
-pub fn check_overlay(
-    config: &VmConfig,
-    models: &[Model],
-    opener: &Opener,
-    own: &OwnFiles,
-    path: &Path,
-) -> Result<(), ConfigError> {
-    let mut used = in_use(config, models, opener);
-    used.extend(own.in_use());
-    claim(&mut used, OVERLAY, path.to_owned())
+    claim(&mut used, what, path.to_owned())
 }
 
 /// Checks that files which the monitor writes for itself are none that the machine uses.

@@ -163,6 +163,18 @@ struct Case {
 }
 
 impl Case {
+    /// Adds the second disk under the case's id.
+    fn adds_its_disk(&self) {
+        let disk = json!({
+            "id": self.id,
+            "path": self.directory.path().join("second"),
+            "readonly": true,
+        });
+        let disk = AddDevice::Disk(serde_json::from_value(disk).unwrap());
+        let added = self.machine.ask(Ask::AddDevice(Box::new(disk)));
+        assert!(matches!(added, Ok(Reply::Added(_))), "{added:?}");
+    }
+
     fn boot(id: &str, guest: &str, words: &str) -> Option<Self> {
         if !can_run() {
             return None;
@@ -271,14 +283,7 @@ fn a_device_that_writes_memory_when_it_starts_goes_on_during_a_snapshot() {
     };
     case.says("hotplug=ready");
     "writes".clone_into(&mut case.id);
-    let disk = json!({
-        "id": case.id,
-        "path": case.directory.path().join("second"),
-        "readonly": true,
-    });
-    let disk = AddDevice::Disk(serde_json::from_value(disk).unwrap());
-    let added = case.machine.ask(Ask::AddDevice(Box::new(disk)));
-    assert!(matches!(added, Ok(Reply::Added(_))), "{added:?}");
+    case.adds_its_disk();
     case.says("wrote=02");
     let (_arrivals, _open) = close("writes starts");
     let path = case.directory.path().join("snapshot");
@@ -302,14 +307,7 @@ fn a_disk_that_drains_for_long_when_it_is_ejected_holds_nobody_up() {
     };
     case.says("hotplug=ready");
     "slow-eject".clone_into(&mut case.id);
-    let disk = json!({
-        "id": case.id,
-        "path": case.directory.path().join("second"),
-        "readonly": true,
-    });
-    let disk = AddDevice::Disk(serde_json::from_value(disk).unwrap());
-    let added = case.machine.ask(Ask::AddDevice(Box::new(disk)));
-    assert!(matches!(added, Ok(Reply::Added(_))), "{added:?}");
+    case.adds_its_disk();
     // The driver does not reset it, so that there is something to stop.
     case.says("wrote=02");
     let (arrivals, open) = close(&case.id);

@@ -183,6 +183,11 @@ fn ways_that_exclude_each_other_are_told_before_anything_starts() {
     }
 }
 
+fn cut_short(file: &Path) {
+    let file = File::options().write(true).open(file).unwrap();
+    file.set_len(0).unwrap();
+}
+
 #[test]
 fn a_guest_whose_file_is_cut_short_is_paused_and_can_be_started_anew() {
     if !can_run() {
@@ -191,12 +196,7 @@ fn a_guest_whose_file_is_cut_short_is_paused_and_can_be_started_anew() {
     let (dir, path) = snapshot();
     let memory = file(&path, ".memory");
     let (mut machine, mut client) = restored(dir.path(), &path, "");
-    File::options()
-        .write(true)
-        .open(&memory)
-        .unwrap()
-        .set_len(0)
-        .unwrap();
+    cut_short(&memory);
     client.resume().unwrap();
     is_lost(&mut machine, &mut client, &memory);
 }
@@ -209,12 +209,7 @@ fn a_monitor_that_reads_memory_whose_file_is_cut_short_keeps_nothing_of_it() {
     let (dir, path) = snapshot();
     let memory = file(&path, ".memory");
     let (mut machine, mut client) = restored(dir.path(), &path, "");
-    File::options()
-        .write(true)
-        .open(&memory)
-        .unwrap()
-        .set_len(0)
-        .unwrap();
+    cut_short(&memory);
     let destination_url = url(&dir.path().join("t"));
     let told = client
         .snapshot(&VmSnapshotConfig::of(destination_url))

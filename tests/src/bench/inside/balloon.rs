@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::monitors::{has_qemu, ours, qemu, vmlinux};
-use super::{Figure, Plan, Run, Scene, Watch, files, guest, measure, turns};
+use super::monitors::{ours, qemu, vmlinux};
+use super::{DEBUGFS, Figure, Run, Scene, Watch, files, guest, measure};
 use crate::bench::Settings;
 use crate::nested::Clock;
 
@@ -81,18 +81,8 @@ sleep 1
 fn scene(directory: &Path, clock: Clock, rounds: u32) -> Result<Scene> {
     let mut files = files()?;
     files.insert("l2".to_owned(), guest(directory, "l2", &[], &script())?);
-    Ok(Scene {
-        figures: &FIGURES,
-        plan: Plan {
-            limit: match clock {
-                Clock::Instructions => 15,
-                Clock::Wall => 120,
-            },
-            before: "mount -t debugfs none /sys/kernel/debug".to_owned(),
-            runs: turns(&runs(has_qemu(&files)), rounds),
-        },
-        files,
-    })
+    let turns = (clock, rounds);
+    Ok(Scene::new(&FIGURES, files, DEBUGFS, runs, turns))
 }
 
 pub(super) fn runs(with_qemu: bool) -> Vec<Run> {

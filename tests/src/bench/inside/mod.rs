@@ -143,12 +143,40 @@ impl Figure {
     }
 }
 
+/// What L1 does first, so that exits can be counted.
+const DEBUGFS: &str = "mount -t debugfs none /sys/kernel/debug";
+
 /// A group of nested measures.
 struct Scene {
     figures: &'static [Figure],
     plan: Plan,
     /// What L1 has in its kit.
     files: BTreeMap<String, PathBuf>,
+}
+
+impl Scene {
+    /// Each of `runs` in so many turns, after the script `before`.
+    fn new(
+        figures: &'static [Figure],
+        files: BTreeMap<String, PathBuf>,
+        before: &str,
+        runs: fn(bool) -> Vec<Run>,
+        (clock, rounds): (Clock, u32),
+    ) -> Self {
+        let limit = match clock {
+            Clock::Instructions => 15,
+            Clock::Wall => 120,
+        };
+        Self {
+            figures,
+            plan: Plan {
+                limit,
+                before: before.to_owned(),
+                runs: turns(&runs(monitors::has_qemu(&files)), rounds),
+            },
+            files,
+        }
+    }
 }
 
 /// The same runs in so many turns.

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::monitors::{has_qemu, ours, qemu, vmlinux};
-use super::{Figure, Plan, Run, Scene, Watch, files, guest, measure, turns};
+use super::monitors::{ours, qemu, vmlinux};
+use super::{Figure, Run, Scene, Watch, files, guest, measure};
 use crate::bench::Settings;
 use crate::kit;
 use crate::nested::Clock;
@@ -200,18 +200,8 @@ fn scene(directory: &Path, clock: Clock, rounds: u32) -> Result<Scene> {
     let tools = kit::NET_TOOLS;
     files.insert(tools.to_owned(), kit::file(tools)?);
     files.insert("l2".to_owned(), guest(directory, "l2", &[tools], SCRIPT)?);
-    Ok(Scene {
-        figures: &FIGURES,
-        plan: Plan {
-            limit: match clock {
-                Clock::Instructions => 15,
-                Clock::Wall => 120,
-            },
-            before: BEFORE.to_owned(),
-            runs: turns(&runs(has_qemu(&files)), rounds),
-        },
-        files,
-    })
+    let turns = (clock, rounds);
+    Ok(Scene::new(&FIGURES, files, BEFORE, runs, turns))
 }
 
 pub(super) fn runs(with_qemu: bool) -> Vec<Run> {

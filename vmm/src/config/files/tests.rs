@@ -192,7 +192,7 @@ fn a_dump_and_the_sinks_keep_clear_of_each_other_whatever_their_files_are_called
         case.config.serial = limited.clone().into();
         let check = |path: &Path| {
             let own = OwnFiles::default();
-            check_dump(&case.config, TEST_MODELS, &opener, &own, path)
+            check_new(&case.config, TEST_MODELS, &opener, &own, (DUMP, path))
         };
         let refused = check(&path).unwrap_err().to_string();
         assert!(refused.contains(SERIAL), "{refused}");

@@ -36,7 +36,7 @@ impl Driver {
         let config = description.map(|description| description.config.clone());
         let open = move || {
             if let Some(config) = config {
-                files::check_dump(&config, models, &opener, &own, &place)
+                files::check_new(&config, models, &opener, &own, (files::DUMP, &place))
                     .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
             opener

@@ -148,7 +148,7 @@ impl Driver {
         Ok(move || {
             let mut overlays = Vec::new();
             for (device, base, path, options) in wanted {
-                files::check_overlay(&config, models, &opener, &own, &path)
+                files::check_new(&config, models, &opener, &own, (files::OVERLAY, &path))
                     .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
                 let made = make(&device, &base, &path, &opener, &options);
                 overlays

@@ -102,8 +102,14 @@ impl Driver {
         let begun = Instant::now();
         let open = move || {
             if let Some(config) = config {
-                files::check_dump(&config, models, &opener, &own, &place.join(NAME))
-                    .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+                files::check_new(
+                    &config,
+                    models,
+                    &opener,
+                    &own,
+                    (files::DUMP, &place.join(NAME)),
+                )
+                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
             let files = Files::begin(&opener, &place, id);
             let files = files.map_err(|error| refused(&place, &error))?;
