@@ -148,6 +148,7 @@ impl Hub {
             counted: self.options.counted,
             config_len: self.options.config_len,
             features: accepted & self.offered(),
+            records: self.options.epitaph.is_none(),
         }
     }
 
@@ -334,10 +335,10 @@ impl Front {
         let offer = session
             .connected(hub.options.patience.saturating_mul(2))
             .map_err(refused)?;
-        let features = offer.features & hub.options.features;
+        let features = offer.abilities.features & hub.options.features;
         hub.offered.store(features, Ordering::Relaxed);
         hub.set_config(offer.config);
-        session.keep_features(offer.features);
+        session.keep_abilities(offer.abilities);
         session.keep_notes(offer.notes);
         *hub.idle() = Some(session);
         Ok(Self {

@@ -64,16 +64,17 @@ pub(super) struct Lane {
     /// Guest-physical address of the descriptor table.
     pub table: u64,
     pub index: u16,
-    /// The peer's side, while it has one.
-    pub peer: Option<PeerSide>,
+    /// The peer's rings, while it has some. They may outlast it.
+    pub rings: Option<PeerRing>,
+    /// While there is a connection.
+    pub events: Option<Events>,
     /// By head, of the chains that the peer has.
     requests: Vec<Option<Request>>,
     in_flight: usize,
 }
 
-/// What the peer has of a queue.
-pub(super) struct PeerSide {
-    pub ring: PeerRing,
+/// How the peer and its device have each other look up.
+pub(super) struct Events {
     pub kick: Arc<EventFd>,
     pub call: Arc<EventFd>,
 }
@@ -86,7 +87,8 @@ impl Lane {
             table: queue.queue.desc_table(),
             index: queue.index,
             ring: Ring::new(queue, features, Arc::clone(notifier)),
-            peer: None,
+            rings: None,
+            events: None,
             requests: (0..size).map(|_| None).collect(),
             in_flight: 0,
         }
@@ -104,11 +106,11 @@ impl Lane {
 
     /// Takes at most one ring full of what the peer has returned; tells how many.
     pub fn collect(&mut self, view: &GuestMap) -> (usize, Option<PeerError>) {
-        let Some(peer) = &mut self.peer else {
+        let Some(rings) = &mut self.rings else {
             return (0, None);
         };
         for count in 0..self.requests.len() {
-            let Some(returned) = peer.ring.pop() else {
+            let Some(returned) = rings.pop() else {
                 return (count, None);
             };
             let head = returned.head;
@@ -132,7 +134,7 @@ impl Lane {
     pub fn submit(&mut self, view: &GuestMap, taker: &mut Taker<'_>) -> Submitted {
         let mut given = false;
         let more = self.give(view, taker, &mut given);
-        let kick = given && self.peer.as_mut().is_some_and(|peer| peer.ring.publish());
+        let kick = given && self.rings.as_mut().is_some_and(PeerRing::publish);
         Submitted { more, kick }
     }
 
@@ -148,7 +150,7 @@ impl Lane {
             keep,
             stale,
         } = taker;
-        let Some(peer) = &mut self.peer else {
+        let Some(rings) = &mut self.rings else {
             return Ok(false);
         };
         self.ring.quiet(view)?;
@@ -175,7 +177,7 @@ impl Lane {
             });
             **number = number.wrapping_add(1);
             self.in_flight += 1;
-            peer.ring.push(head);
+            rings.push(head);
             *given = true;
         }
         Ok(true)

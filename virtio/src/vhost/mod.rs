@@ -8,6 +8,7 @@
 //! | [`Front`] | the device's side: connects, keeps configuration space, starts and stops the worker |
 //! | `door` | the socket to which peers connect, where they are to |
 //! | `session` | one connection: the messages of the protocol, on a thread of its own |
+//! | `record` | what the peer itself notes down of its requests, for its successor |
 //! | `notes` | what the peer says unasked: that configuration space has changed |
 //! | `rings` | the available and used rings that the peer sees, in memory of ours |
 //! | `relay` | the worker: passes heads between the guest's rings and the peer's; without rings it keeps the connection of a device that is not in use |
@@ -21,8 +22,21 @@
 //! the guest's: the worker passes the heads on, in both directions. So it is known at any moment
 //! which requests the peer has. They are given to its successor when it dies, whatever order it works in; they are drained before
 //! a pause; the pages that they write are marked in the guest's memory log; and a peer
-//! that returns what it was never given is found out before the guest sees it. The protocol's own record of what is
-//! in flight (`INFLIGHT_SHMFD`) would say the same, in memory that the peer can write; it is not asked for.
+//! that returns what it was never given is found out before the guest sees it.
+//!
+//! # Who makes the requests of a dead peer again
+//!
+//! The rings tell what the peer has returned. What it has done and not returned they do not: it is made twice, which
+//! the guest cannot tell and a disk bears. A peer that offers a record of what is in flight (`INFLIGHT_SHMFD`) may know
+//! better: when its connection has ended, its successor gets the same rings and the same record, and decides.
+//! The rings are given to nobody, and all that is not returned is made again from here,
+//!
+//! * when the successor keeps no record, or the guest's memory is another one meanwhile;
+//! * when the peer was sent away: it may be at work still, and has not been found reliable;
+//! * when the successor itself ends before anything has come of it: what is in the record may be the cause;
+//! * when the device is stopped: what is not returned is parked, in order.
+//!
+//! No record is asked for where requests are answered for the dead ([`PeerOptions::epitaph`]).
 //!
 //! # What a peer's mistake does
 //!
@@ -37,6 +51,7 @@ mod door;
 mod front;
 mod lane;
 mod notes;
+mod record;
 mod relay;
 mod rings;
 mod session;

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,7 +18,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 /// What buffers are filled with.
 pub const FILL: u8 = 0x5a;
@@ -42,6 +45,8 @@ pub mod request {
     pub const SET_VRING_ENABLE: u32 = 18;
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
 }
 
 const NEED_REPLY: u32 = 1 << 3;
@@ -69,6 +74,15 @@ pub struct Manner {
     pub backwards: bool,
     /// Chains are returned by this number instead of theirs.
     pub wrong_head: Option<u32>,
+    /// It does the first of what it has, notes that down in its record, and ends before it has returned it. The next one
+    /// holds what it has.
+    pub forgets: bool,
+    /// What it says of its record: length, offset, queues and their size.
+    pub describes: Option<(u64, u64, u16, u16)>,
+    /// What it has is completed before it looks at this request, although it is held, and it does not call.
+    pub hastes: Option<u32>,
+    /// It ends with what its predecessor has left.
+    pub chokes: bool,
     /// The eventfds that it gets block from then on, and the one that it is kicked by is full.
     pub obstructs: bool,
     /// By request.
@@ -79,6 +93,8 @@ pub struct Manner {
 pub const BASE_FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 26;
 /// Multiple queues, answers on request, notes and configuration space.
 pub const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9;
+/// A record of what it has.
+pub const RECORDS: u64 = 1 << 12;
 
 impl Default for Manner {
     fn default() -> Self {
@@ -90,6 +106,10 @@ impl Default for Manner {
             hold: false,
             backwards: false,
             wrong_head: None,
+            forgets: false,
+            describes: None,
+            hastes: None,
+            chokes: false,
             obstructs: false,
             lies: BTreeMap::new(),
         }
@@ -103,6 +123,8 @@ pub struct Seen {
     pub requests: Vec<u32>,
     /// Heads that were taken, in order.
     pub taken: Vec<u16>,
+    /// Heads that were found in the record of a predecessor, to be done and done.
+    pub found: (Vec<u16>, Vec<u16>),
     /// Features that were accepted.
     pub accepted: u64,
     /// How many connections there have been.
@@ -286,6 +308,8 @@ fn serve(socket: UnixStream, stopped: &UnixStream, shared: &Arc<Shared>) -> bool
         shared: Arc::clone(shared),
         regions: Vec::new(),
         queues: BTreeMap::new(),
+        record: None,
+        over: false,
     };
     let stopped = connection.run(stopped);
     *shared.sockets.lock().unwrap() = (None, None);
@@ -317,6 +341,8 @@ struct Queue {
     call: Option<File>,
     enabled: bool,
     held: Vec<u16>,
+    /// Done by a predecessor, and to be returned.
+    done: Vec<u16>,
     returned: u16,
 }
 
@@ -325,7 +351,63 @@ struct Connection {
     shared: Arc<Shared>,
     regions: Vec<Region>,
     queues: BTreeMap<u32, Queue>,
+    record: Option<Record>,
+    /// It has ended the connection.
+    over: bool,
 }
+
+/// A record of the chains that the program has, for its successor: for each head of each queue what has become of
+/// it, and when it was taken.
+struct Record {
+    file: File,
+    size: u16,
+}
+
+/// What a record says of a chain.
+const TAKEN: u8 = 1;
+const DONE: u8 = 2;
+
+impl Record {
+    fn new(queues: u16, size: u16) -> Self {
+        let memory = rustix::fs::memfd_create("record", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = File::from(memory.unwrap());
+        let record = Self { file, size };
+        record
+            .file
+            .set_len(RECORD_AT + record.place(u32::from(queues), 0))
+            .unwrap();
+        record
+    }
+
+    fn place(&self, queue: u32, head: u16) -> u64 {
+        4 * (u64::from(queue) * u64::from(self.size) + u64::from(head))
+    }
+
+    fn set(&self, queue: u32, head: u16, what: u8, order: u16) {
+        let [low, high] = order.to_le_bytes();
+        let at = RECORD_AT + self.place(queue, head);
+        self.file.write_all_at(&[what, low, high, 0], at).unwrap();
+    }
+
+    /// The chains of a queue that are in this state, in order.
+    fn all(&self, queue: u32, wanted: u8) -> Vec<u16> {
+        let mut found = Vec::new();
+        for head in 0..self.size {
+            let mut bytes = [0; 4];
+            let at = RECORD_AT + self.place(queue, head);
+            self.file.read_exact_at(&mut bytes, at).unwrap();
+            let [what, low, high, _] = bytes;
+            if what == wanted {
+                found.push((u16::from_le_bytes([low, high]), head));
+            }
+        }
+        found.sort_unstable();
+        found.into_iter().map(|(_, head)| head).collect()
+    }
+}
+
+/// Where in its file a record is.
+const RECORD_AT: u64 = 64;
 
 fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap())
@@ -363,12 +445,15 @@ impl Connection {
             if ready[0] && is_over(stopped) {
                 return true;
             }
-            if ready[1] && !self.message() {
+            if ready[1] && (!self.message() || self.over) {
                 return false;
             }
             let indexes: Vec<u32> = self.queues.keys().copied().collect();
             for index in indexes {
                 self.serve(index);
+            }
+            if self.over {
+                return false;
             }
         }
     }
@@ -386,7 +471,18 @@ impl Connection {
                 None => return false,
             }
         }
-        let lie = self.shared.manner.lock().unwrap().lies.get(&code).cloned();
+        let (lie, hastes) = {
+            let manner = self.shared.manner.lock().unwrap();
+            (manner.lies.get(&code).cloned(), manner.hastes == Some(code))
+        };
+        if hastes {
+            for (index, mut queue) in std::mem::take(&mut self.queues) {
+                let call = queue.call.take();
+                self.complete(index, &mut queue);
+                queue.call = call;
+                self.queues.insert(index, queue);
+            }
+        }
         {
             let mut seen = self.shared.seen.lock().unwrap();
             seen.requests.push(code);
@@ -397,6 +493,9 @@ impl Connection {
             Some(Lie::Bytes(bytes)) => return self.socket.write_all(&bytes).is_ok(),
             Some(Lie::HangUp) => return false,
             None => {}
+        }
+        if code == request::GET_INFLIGHT_FD {
+            return self.make_record(&body);
         }
         match self.obey(code, &body, files) {
             Some(answer) => self.reply(code, &answer),
@@ -437,6 +536,48 @@ impl Connection {
         self.socket.write_all(&bytes).is_ok()
     }
 
+    /// Makes a record and gives it to the front end.
+    fn make_record(&mut self, body: &[u8]) -> bool {
+        let number = |at| u16::from_ne_bytes([body[at], body[at + 1]]);
+        let (queues, size) = (number(16), number(18));
+        let record = Record::new(queues, size);
+        let len = record.place(u32::from(queues), 0);
+        let told = self.shared.manner.lock().unwrap().describes;
+        let (len, offset, queues, size) = told.unwrap_or((len, RECORD_AT, queues, size));
+        let mut answer: Vec<u8> = [request::GET_INFLIGHT_FD, 1 | 1 << 2, 24]
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .collect();
+        answer.extend([len, offset].iter().flat_map(|long| long.to_ne_bytes()));
+        answer.extend(
+            [queues, size, 0, 0]
+                .iter()
+                .flat_map(|short| short.to_ne_bytes()),
+        );
+        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut room);
+        let files = [record.file.as_fd()];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        let parts = [IoSlice::new(&answer)];
+        sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL).is_ok()
+    }
+
+    /// Goes on with a queue of which its predecessor may have had something.
+    fn inherit(&mut self, index: u32) {
+        let (Some(record), Some(queue)) = (&self.record, self.queues.get_mut(&index)) else {
+            return;
+        };
+        queue.held = record.all(index, TAKEN);
+        queue.done = record.all(index, DONE);
+        let count = u16::try_from(queue.held.len() + queue.done.len()).unwrap();
+        queue.next = queue.returned.wrapping_add(count);
+        let mut seen = self.shared.seen.lock().unwrap();
+        seen.found.0.extend(&queue.held);
+        seen.found.1.extend(&queue.done);
+        self.over |= count > 0 && self.shared.manner.lock().unwrap().chokes;
+        self.shared.changed.notify_all();
+    }
+
     fn obey(&mut self, code: u32, body: &[u8], files: Vec<OwnedFd>) -> Option<Vec<u8>> {
         let number = |value: u64| Some(value.to_ne_bytes().to_vec());
         let manner = self.shared.manner.lock().unwrap();
@@ -464,6 +605,13 @@ impl Connection {
                 let socket = files.into_iter().next().map(UnixStream::from);
                 self.shared.sockets.lock().unwrap().1 = socket;
                 self.shared.changed.notify_all();
+            }
+            request::SET_INFLIGHT_FD => {
+                assert_eq!(long(body, 8), RECORD_AT);
+                self.record = files.into_iter().next().map(|file| Record {
+                    file: file.into(),
+                    size: u16::from_ne_bytes([body[18], body[19]]),
+                });
             }
             request::SET_VRING_NUM
             | request::SET_VRING_BASE
@@ -502,6 +650,10 @@ impl Connection {
                 let mut seen = self.shared.seen.lock().unwrap();
                 seen.enabled.insert(word(body, 0), value == 1);
                 self.shared.changed.notify_all();
+                drop(seen);
+                if value == 1 {
+                    self.inherit(word(body, 0));
+                }
             }
             request::SET_VRING_ADDR => {
                 queue.table = long(body, 8);
@@ -568,13 +720,15 @@ impl Connection {
             return;
         };
         if queue.enabled && queue.kick.is_some() {
-            self.take(&mut queue);
-            self.complete(&mut queue);
+            self.take(index, &mut queue);
+            if !self.shared.manner.lock().unwrap().hold {
+                self.complete(index, &mut queue);
+            }
         }
         self.queues.insert(index, queue);
     }
 
-    fn take(&self, queue: &mut Queue) {
+    fn take(&self, index: u32, queue: &mut Queue) {
         if let Some(kick) = &queue.kick {
             let mut count = [0; 8];
             // It does not block, or is full.
@@ -589,31 +743,63 @@ impl Connection {
             let head = u16::from_le_bytes(self.read(entry, false));
             queue.next = queue.next.wrapping_add(1);
             queue.held.push(head);
+            if let Some(record) = &self.record {
+                record.set(index, head, TAKEN, queue.next);
+            }
             self.shared.seen.lock().unwrap().taken.push(head);
             self.shared.changed.notify_all();
         }
     }
 
-    fn complete(&self, queue: &mut Queue) {
-        let manner = self.shared.manner.lock().unwrap();
-        if manner.hold || queue.held.is_empty() {
+    fn complete(&mut self, index: u32, queue: &mut Queue) {
+        let mut manner = self.shared.manner.lock().unwrap();
+        if queue.held.is_empty() && queue.done.is_empty() {
+            return;
+        }
+        if let (true, Some(record), Some(first)) =
+            (manner.forgets, &self.record, queue.held.first())
+        {
+            self.fill(queue, *first);
+            record.set(index, *first, DONE, 0);
+            (manner.forgets, manner.hold) = (false, true);
+            drop(manner);
+            self.over = true;
             return;
         }
         if manner.backwards {
             queue.held.reverse();
         }
+        let wrong = manner.wrong_head;
+        drop(manner);
+        for head in std::mem::take(&mut queue.done) {
+            self.give_back(index, queue, head, 0, None);
+        }
         for head in std::mem::take(&mut queue.held) {
             let written = self.fill(queue, head);
-            let head = manner.wrong_head.unwrap_or(head.into());
-            let entry = queue.used + 4 + 8 * u64::from(queue.returned % queue.size);
-            self.write(entry, false, &head.to_le_bytes());
-            self.write(entry + 4, false, &written.to_le_bytes());
-            queue.returned = queue.returned.wrapping_add(1);
+            self.give_back(index, queue, head, written, wrong);
         }
-        self.write(queue.used + 2, false, &queue.returned.to_le_bytes());
-        drop(manner);
         if let Some(call) = &mut queue.call {
             call.write_all(&1_u64.to_ne_bytes()).unwrap();
+        }
+    }
+
+    /// Puts a chain into the used ring, and takes it out of the record.
+    fn give_back(
+        &self,
+        index: u32,
+        queue: &mut Queue,
+        head: u16,
+        written: u32,
+        wrong: Option<u32>,
+    ) {
+        let told = wrong.unwrap_or(head.into());
+        let entry = queue.used + 4 + 8 * u64::from(queue.returned % queue.size);
+        self.write(entry, false, &told.to_le_bytes());
+        self.write(entry + 4, false, &written.to_le_bytes());
+        queue.returned = queue.returned.wrapping_add(1);
+        self.write(queue.used + 2, false, &queue.returned.to_le_bytes());
+        if let Some(record) = &self.record {
+            record.set(index, head, 0, 0);
         }
     }
 

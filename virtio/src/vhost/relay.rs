@@ -33,9 +33,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::PeerError;
 use super::backoff::Backoff;
 use super::bells::Bells;
-use super::front::{Hub, Nature};
-use super::lane::{Lane, PeerSide, Taker};
+use super::front::{Epitaph, Hub, Nature};
+use super::lane::{Events, Lane, Taker};
 use super::notes::Notes;
+use super::record::Record;
 use super::rings::RingMemory;
 use super::session::{Answer, Offer, QueueSetup, Session, Setup};
 use crate::device::{ActivateError, Activation, Notifier, StoppedQueue};
@@ -96,6 +97,10 @@ pub(super) struct Relay {
     asked: Option<Asked>,
     /// The memory that the peer knows of, and where its rings are.
     known: Option<(Arc<GuestMap>, Arc<RingMemory>)>,
+    /// The peer's own record of what it has, where it keeps one.
+    record: Option<Arc<Record>>,
+    /// The rings and the record are its predecessor's, and nothing has come of them yet.
+    inherited: bool,
     /// Configuration space is to be asked for.
     reread: bool,
     /// How many queues the peer has been told to serve.
@@ -141,6 +146,8 @@ impl Relay {
             stage: Stage::Absent,
             asked: None,
             known: None,
+            record: None,
+            inherited: false,
             reread: false,
             served: 0,
             backoff: Backoff::new(),
@@ -227,26 +234,42 @@ impl Relay {
         }
         self.notes = None;
         self.asked = None;
-        self.known = None;
         for at in 0..self.lanes.len() {
-            if let Some(peer) = self.lanes.get_mut(at).and_then(|lane| lane.peer.take()) {
-                self.unwatch(borrow(&peer.call));
+            if let Some(old) = self.lanes.get_mut(at).and_then(|lane| lane.events.take()) {
+                self.unwatch(borrow(&old.call));
             }
         }
         Some(session)
     }
 
-    /// The peer is gone, or is sent away: its requests are to be made again.
+    /// The peer is gone, or is sent away: its requests are made again, unless its successor will know what is left to do.
     fn lose(&mut self, error: &PeerError) {
+        let view = self.memory.memory();
+        // What it has done before it went counts.
+        let last = self.collect(&view);
+        let asked = self.asked.as_ref().map(|asked| asked.what);
+        let had_rings = self.stage == Stage::Serving || asked == Some(Question::Serve);
+        // One that was sent away may be at work still; and what a successor has ended with may be the cause.
+        let leaves = !had_rings || matches!(error, PeerError::Gone) && !self.inherited;
         drop(self.release());
         self.stage = Stage::Absent;
         self.reread = false;
         self.backoff.lost(self.hub.now());
-        let view = self.memory.memory();
-        for lane in &mut self.lanes {
-            lane.take_back(&view, self.hub.options.epitaph);
+        if self.record.is_none() || last.is_err() || !leaves {
+            self.take_all_back(&view, self.hub.options.epitaph);
         }
+        let error = last.as_ref().err().unwrap_or(error);
         self.hub.lose(error, &*self.notifier);
+    }
+
+    /// Takes all requests from the peer, and what it or its successor would know of them.
+    fn take_all_back(&mut self, view: &GuestMap, epitaph: Option<Epitaph>) {
+        self.record = None;
+        self.known = None;
+        for lane in &mut self.lanes {
+            lane.take_back(view, epitaph);
+            lane.rings = None;
+        }
     }
 
     /// A question is out, which may take so many times the patience that there is with a peer.
@@ -322,54 +345,105 @@ impl Relay {
         Ok(())
     }
 
-    /// Gives the peer rings of its own, empty ones, and has it serve them.
+    /// Gives the peer rings of its own, and has it serve them: empty ones, or those of its predecessor.
     fn set_up(&mut self) -> Result<(), PeerError> {
         self.backoff.forget();
         let what = "memory for a peer's rings";
         let host = |source| PeerError::Host { what, source };
-        let sizes: Vec<u16> = self.lanes.iter().map(|lane| lane.ring.size()).collect();
-        let (rings, sides) = RingMemory::new(&sizes).map_err(host)?;
+        let map = self.memory.memory().into_inner();
+        let rings = match self.inherit(&map) {
+            Some(rings) => rings,
+            None => self.new_rings(&map).map_err(host)?,
+        };
         self.served = self.hub.served();
         let mut queues = Vec::new();
-        for (at, ring) in sides.into_iter().enumerate() {
-            let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
-            let (kick, call) = (event().map_err(host)?, event().map_err(host)?);
-            let token = QUEUES + 2 * at as u64 + 1;
-            self.watch(
-                borrow(&call),
-                EventSet::IN | EventSet::EDGE_TRIGGERED,
-                token,
-            )
-            .map_err(host)?;
-            let Some(lane) = self.lanes.get_mut(at) else {
-                continue;
-            };
-            let (avail, used) = ring.addresses();
-            queues.push(QueueSetup {
-                index: lane.index,
-                size: ring.size(),
-                table: lane.table,
-                avail,
-                used,
-                kick: Arc::clone(&kick),
-                call: Arc::clone(&call),
-                enabled: lane.index < self.served,
-            });
-            if let Some(old) = lane.peer.replace(PeerSide { ring, kick, call }) {
-                self.unwatch(borrow(&old.call));
-            }
+        for at in 0..self.lanes.len() {
+            queues.extend(self.set_up_lane(at).map_err(host)?);
         }
-        let map = self.memory.memory().into_inner();
         if let Some(session) = &self.session {
             session.serve(Setup {
                 features: self.hub.features_for_peer(self.features),
                 map: Arc::clone(&map),
                 rings: Arc::clone(&rings),
                 queues,
+                record: self.record.clone(),
             });
         }
         self.known = Some((map, rings));
         self.ask(Question::Serve, 1);
+        Ok(())
+    }
+
+    /// The rings that the last peer has left, if this one goes on with its record. Once only: a peer that ends with
+    /// them may do so because of what is in them.
+    fn inherit(&mut self, map: &Arc<GuestMap>) -> Option<Arc<RingMemory>> {
+        self.record.as_ref()?;
+        let able = self.session.as_ref()?.abilities().records;
+        let (known, rings) = self.known.as_ref()?;
+        // Chains are checked when they are given to a peer: they may lead to memory that is not there any more.
+        let fits = able && Arc::ptr_eq(known, map);
+        self.inherited = fits;
+        fits.then(|| Arc::clone(rings))
+    }
+
+    /// Makes empty rings for all queues.
+    fn new_rings(&mut self, view: &GuestMap) -> io::Result<Arc<RingMemory>> {
+        self.take_all_back(view, None);
+        self.inherited = false;
+        let sizes: Vec<u16> = self.lanes.iter().map(|lane| lane.ring.size()).collect();
+        let (rings, parts) = RingMemory::new(&sizes)?;
+        for (lane, part) in self.lanes.iter_mut().zip(parts) {
+            lane.rings = Some(part);
+        }
+        Ok(rings)
+    }
+
+    /// Makes the eventfds of a queue, and tells what the peer is to know of it.
+    fn set_up_lane(&mut self, at: usize) -> io::Result<Option<QueueSetup>> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new);
+        let (kick, call) = (event()?, event()?);
+        let token = QUEUES + 2 * at as u64 + 1;
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.watch(borrow(&call), events, token)?;
+        let Some(lane) = self.lanes.get_mut(at) else {
+            return Ok(None);
+        };
+        let (new, index, table) = (Arc::clone(&call), lane.index, lane.table);
+        let old = lane.events.replace(Events {
+            kick: Arc::clone(&kick),
+            call: new,
+        });
+        let setup = lane.rings.as_ref().map(|rings| {
+            let (avail, used) = rings.addresses();
+            QueueSetup {
+                index,
+                size: rings.size(),
+                table,
+                avail,
+                used,
+                base: rings.returned(),
+                kick,
+                call,
+                enabled: index < self.served,
+            }
+        });
+        if let Some(old) = old {
+            self.unwatch(borrow(&old.call));
+        }
+        Ok(setup)
+    }
+
+    /// The peer serves. What its predecessor has left it looks for when it is kicked.
+    fn begin(&mut self, record: Option<Arc<Record>>) -> Result<(), PeerError> {
+        self.record = record;
+        self.stage = Stage::Serving;
+        for lane in self.lanes.iter().filter(|lane| lane.in_flight() > 0) {
+            if let Some(events) = &lane.events {
+                ring(&mut self.bells, &events.kick)?;
+            }
+        }
+        self.backoff.found(self.hub.now());
+        self.hub.found(&*self.notifier);
         Ok(())
     }
 
@@ -380,14 +454,10 @@ impl Relay {
             self.asked = None;
             match answer {
                 Answer::Connected(offer) => self.welcome(offer)?,
-                Answer::Serving => {
-                    self.stage = Stage::Serving;
-                    self.backoff.found(self.hub.now());
-                    self.hub.found(&*self.notifier);
-                }
+                Answer::Serving(record) => self.begin(record)?,
                 Answer::Informed | Answer::Enabled => {}
                 Answer::Config(config) => self.show(config),
-                Answer::Stopped => self.take_all_back()?,
+                Answer::Stopped => self.halt()?,
             }
         }
         Ok(())
@@ -399,7 +469,7 @@ impl Relay {
         self.stage = Stage::Idle;
         self.watch_socket().map_err(host)?;
         if let Some(session) = &mut self.session {
-            session.keep_features(offer.features);
+            session.keep_abilities(offer.abilities);
         }
         self.show(offer.config);
         self.listen(offer.notes).map_err(host)?;
@@ -422,11 +492,12 @@ impl Relay {
     }
 
     /// The peer serves no queue any more: what it has not used is the driver's again.
-    fn take_all_back(&mut self) -> Result<(), PeerError> {
+    fn halt(&mut self) -> Result<(), PeerError> {
         self.stage = Stage::Idle;
         self.backoff.forget();
         let view = self.memory.memory();
         self.collect(&view)?;
+        self.record = None;
         for lane in &mut self.lanes {
             lane.take_back(&view, None);
         }
@@ -446,6 +517,7 @@ impl Relay {
             more |= count >= lane.round();
             if count > 0 {
                 self.backoff.serves();
+                self.inherited = false;
             }
             let count = u64::try_from(count).unwrap_or(u64::MAX);
             self.hub.completed.fetch_add(count, Ordering::Relaxed);
@@ -477,10 +549,8 @@ impl Relay {
                 stale: &stale,
             };
             let submitted = lane.submit(view, &mut taker);
-            if let Some(peer) = lane.peer.as_ref().filter(|_| submitted.kick) {
-                let what = "memory for a kick";
-                let rung = self.bells.ring(&peer.kick);
-                rung.map_err(|source| PeerError::Host { what, source })?;
+            if let Some(events) = lane.events.as_ref().filter(|_| submitted.kick) {
+                ring(&mut self.bells, &events.kick)?;
             }
             match submitted.more {
                 Ok(again) => more |= again,
@@ -587,6 +657,12 @@ impl Relay {
     }
 }
 
+fn ring(bells: &mut Bells, kick: &EventFd) -> Result<(), PeerError> {
+    let what = "memory for a kick";
+    let rung = bells.ring(kick);
+    rung.map_err(|source| PeerError::Host { what, source })
+}
+
 impl QueueWorker for Relay {
     fn turn(&mut self, serve: bool) -> Turn {
         self.draining = !serve;
@@ -599,12 +675,7 @@ impl QueueWorker for Relay {
         let timeout = if more { 0 } else { self.patience() };
         match self.sleep(timeout) {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                // What it has done before it went counts.
-                let view = self.memory.memory();
-                let last = self.collect(&view);
-                self.lose(last.as_ref().err().unwrap_or(&error));
-            }
+            Ok(Err(error)) => self.lose(&error),
             Err(error) => {
                 for lane in &mut self.lanes {
                     lane.ring.fail(&error);
@@ -626,13 +697,16 @@ impl QueueWorker for Relay {
         // Without a queue nothing is waited for.
         let idle = self.stage == Stage::Absent || self.lanes.is_empty();
         let busy = !idle && (self.stage == Stage::Serving || self.asked.is_some());
-        self.heads() + usize::from(busy)
+        // What a peer that is gone has left is not waited for.
+        if busy { self.heads() + 1 } else { 0 }
     }
 
     fn finish(mut self) -> Vec<StoppedQueue> {
         let quiet = self.stage == Stage::Idle && self.asked.is_none();
         let session = self.release();
         let view = self.memory.memory();
+        // Whoever has left its rings to a successor may have used them last.
+        let _ = self.collect(&view);
         if quiet {
             *self.hub.idle() = session;
         }

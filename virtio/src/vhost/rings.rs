@@ -125,6 +125,11 @@ impl PeerRing {
         (base + self.avail as u64, base + self.used as u64)
     }
 
+    /// How many chains have been taken out of the used ring, modulo 2^16.
+    pub fn returned(&self) -> u16 {
+        self.next_used
+    }
+
     /// Puts a head into the available ring; the peer sees it after [`PeerRing::publish`]. There are
     /// never more heads with the peer than the ring has entries.
     pub fn push(&mut self, head: u16) {

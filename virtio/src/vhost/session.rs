@@ -23,6 +23,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::record::{Extents, Record};
 use super::rings::RingMemory;
 use crate::memory::GuestMap;
 use crate::worker::borrow;
@@ -37,6 +38,7 @@ const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::BACKEND_REQ);
+const RECORDS: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
 
 /// Where the peer's rings are in its picture of the guest's memory: past all that a guest has. No
 /// descriptor of a driver leads there: chains are checked against the guest's memory first.
@@ -157,13 +159,31 @@ pub(super) struct Wanted {
     pub config_len: u32,
     /// Features that the driver has accepted already.
     pub features: u64,
+    /// It is asked for a record of its requests, if it keeps one.
+    pub records: bool,
+}
+
+impl Wanted {
+    fn protocol(&self) -> VhostUserProtocolFeatures {
+        let records = self.records.then_some(RECORDS);
+        PROTOCOL | records.unwrap_or(VhostUserProtocolFeatures::empty())
+    }
+}
+
+/// What a peer can do, of what is made use of.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Abilities {
+    /// Its features.
+    pub features: u64,
+    /// It keeps a record of its requests.
+    pub records: bool,
 }
 
 /// What a peer has.
 #[derive(Clone, Debug)]
 pub(super) struct Offer {
-    /// Its features.
-    pub features: u64,
+    /// What it can do.
+    pub abilities: Abilities,
     /// Its configuration space.
     pub config: Vec<u8>,
     /// Where it tells that this has changed.
@@ -179,6 +199,8 @@ pub(super) struct QueueSetup {
     /// Addresses in this process of the peer's rings.
     pub avail: u64,
     pub used: u64,
+    /// How many chains have been returned by these rings so far.
+    pub base: u16,
     pub kick: Arc<EventFd>,
     pub call: Arc<EventFd>,
     /// It is served from the beginning.
@@ -191,6 +213,8 @@ pub(super) struct Setup {
     pub map: Arc<GuestMap>,
     pub rings: Arc<RingMemory>,
     pub queues: Vec<QueueSetup>,
+    /// The record of what is in the rings, where there is one. Otherwise they are empty.
+    pub record: Option<Arc<Record>>,
 }
 
 /// What a session is told to do.
@@ -206,8 +230,8 @@ enum Order {
 pub(super) enum Answer {
     /// It is connected. The answer to the first order, which is not given by anybody.
     Connected(Offer),
-    /// It serves the queues.
-    Serving,
+    /// It serves the queues, and this is its record of what it has of them, if it keeps one.
+    Serving(Option<Arc<Record>>),
     /// It knows of the memory that there is now.
     Informed,
     /// This is its configuration space now.
@@ -253,8 +277,8 @@ pub(super) struct Session {
     answered: Arc<EventFd>,
     line: Arc<Line>,
     notes: Option<Arc<UnixStream>>,
-    /// What the peer has, as far as it has said.
-    features: u64,
+    /// What the peer can do, as far as it has said.
+    abilities: Abilities,
 }
 
 impl Session {
@@ -302,7 +326,7 @@ impl Session {
             answered,
             line,
             notes: None,
-            features: 0,
+            abilities: Abilities::default(),
         })
     }
 
@@ -358,14 +382,19 @@ impl Session {
         self.notes = notes;
     }
 
-    /// Keeps what the peer has.
-    pub fn keep_features(&mut self, features: u64) {
-        self.features = features;
+    /// Keeps what the peer can do.
+    pub fn keep_abilities(&mut self, abilities: Abilities) {
+        self.abilities = abilities;
+    }
+
+    /// What the peer can do.
+    pub fn abilities(&self) -> Abilities {
+        self.abilities
     }
 
     /// Whether the peer has the features that are needed of it.
     pub fn suits(&self, wanted: &Wanted) -> bool {
-        missing(wanted, self.features) == 0
+        missing(wanted, self.abilities.features) == 0
     }
 
     /// Has the peer serve queues: [`Answer::Serving`].
@@ -415,9 +444,12 @@ struct Link {
     peer: Frontend,
     /// Another descriptor of its socket.
     socket: UnixStream,
+    /// For how many queues it keeps a record of its requests, if it does.
+    records: Option<u16>,
 }
 
-fn failed(what: &'static str) -> impl FnOnce(vhost::Error) -> PeerError {
+/// What has failed, by what has come of it.
+pub(super) fn failed(what: &'static str) -> impl FnOnce(vhost::Error) -> PeerError {
     move |source| match source {
         vhost::Error::VhostUserProtocol(
             vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::SocketBroken(_),
@@ -443,6 +475,7 @@ impl Link {
         let mut link = Self {
             peer: Frontend::from_stream(socket, wanted.queues.into()),
             socket: another,
+            records: None,
         };
         let offer = link.negotiate(wanted)?;
         Ok((link, offer))
@@ -466,7 +499,8 @@ impl Link {
             return Err(PeerError::Features { missing });
         }
         let protocol = peer.get_protocol_features();
-        let protocol = protocol.map_err(failed("tell its protocol features"))? & PROTOCOL;
+        let protocol = protocol.map_err(failed("tell its protocol features"))?;
+        let protocol = protocol & wanted.protocol();
         peer.set_protocol_features(protocol)
             .map_err(failed("accept protocol features"))?;
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
@@ -484,6 +518,8 @@ impl Link {
         if offered < wanted.queues.into() {
             self.recount(wanted.queues, protocol)?;
         }
+        let records = protocol.contains(RECORDS);
+        self.records = records.then_some(wanted.queues);
         let mut notes = None;
         let mut config = Vec::new();
         if wanted.config_len > 0 {
@@ -497,7 +533,7 @@ impl Link {
             }
         }
         Ok(Offer {
-            features,
+            abilities: Abilities { features, records },
             config,
             notes,
         })
@@ -542,7 +578,7 @@ impl Link {
 
     fn follow(&mut self, order: Order) -> Result<Answer, PeerError> {
         match order {
-            Order::Serve(setup) => self.serve(&setup).map(|()| Answer::Serving),
+            Order::Serve(setup) => self.serve(&setup).map(Answer::Serving),
             Order::Memory(map, rings) => self.memory(&map, &rings).map(|()| Answer::Informed),
             Order::Config(len) => self.config(len).map(Answer::Config),
             Order::Enable(queues) => {
@@ -570,17 +606,19 @@ impl Link {
         Ok(config)
     }
 
-    fn serve(&mut self, setup: &Setup) -> Result<(), PeerError> {
+    fn serve(&mut self, setup: &Setup) -> Result<Option<Arc<Record>>, PeerError> {
         let Setup {
             features,
             map,
             rings,
             queues,
+            record,
         } = setup;
         let accepted = features | PROTOCOL_FEATURES;
         self.peer
             .set_features(accepted)
             .map_err(failed("accept the guest's features"))?;
+        let record = self.record(queues, record.as_ref())?;
         self.memory(map, rings)?;
         for queue in queues {
             self.set_up(map, queue)
@@ -591,7 +629,31 @@ impl Link {
                 .set_vring_enable(queue.index.into(), true)
                 .map_err(failed("enable a queue"))?;
         }
-        Ok(())
+        Ok(record)
+    }
+
+    /// Gives the peer the record of what is in its rings: an empty one, or its predecessor's.
+    fn record(
+        &mut self,
+        queues: &[QueueSetup],
+        left: Option<&Arc<Record>>,
+    ) -> Result<Option<Arc<Record>>, PeerError> {
+        let Some(all) = self.records else {
+            return Ok(None);
+        };
+        let record = match left {
+            Some(record) => Arc::clone(record),
+            None => {
+                let sizes = queues.iter().map(|queue| queue.size);
+                let extents = Extents {
+                    queues: all,
+                    size: sizes.max().unwrap_or(1),
+                };
+                Arc::new(Record::of(&mut self.peer, extents)?)
+            }
+        };
+        record.hand(&mut self.peer)?;
+        Ok(Some(record))
     }
 
     fn set_up(&mut self, map: &GuestMap, queue: &QueueSetup) -> vhost::Result<()> {
@@ -599,7 +661,7 @@ impl Link {
         let table = map.get_host_address(GuestAddress(queue.table));
         let table = table.map_err(|_| vhost::Error::DescriptorTableAddress)? as u64;
         self.peer.set_vring_num(index, queue.size)?;
-        self.peer.set_vring_base(index, 0)?;
+        self.peer.set_vring_base(index, queue.base)?;
         self.peer.set_vring_addr(
             index,
             &VringConfigData {

@@ -26,6 +26,7 @@ use crate::testing::{
 mod buffers;
 mod calling;
 mod idle;
+mod record;
 
 /// Bits 0 and 9: size_max and flush.
 const FEATURES: u64 = 1 << 9 | 1;
@@ -132,9 +133,13 @@ impl Bench {
 
     /// For a device with these options, but for the socket's path.
     fn of(options: PeerOptions) -> Self {
+        Self::with_peer(options, manner())
+    }
+
+    fn with_peer(options: PeerOptions, manner: Manner) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let peer = Peer::new(&path, manner());
+        let peer = Peer::new(&path, manner);
         let options = PeerOptions { path, ..options };
         let front = Front::connect("disk", &context(), options).unwrap();
         let memory = shared();
@@ -301,6 +306,35 @@ fn requests_of_a_peer_that_has_died_are_made_again_in_order() {
     bench.driver.kick();
     assert_eq!(bench.driver.wait(&notices).0, u32::from(head));
     assert_eq!(bench.peer.seen(|seen| seen.taken.len()), 11);
+}
+
+#[test]
+fn what_a_peer_has_done_before_it_is_sent_away_is_not_made_again() {
+    let mut bench = Bench::new(ANSWER);
+    let notices = bench.start();
+    bench.peer.change(|manner| manner.hold = true);
+    let head = bench.offer(0);
+    bench.driver.kick();
+    bench.peer.until(|seen| seen.taken.len() == 1);
+    let code = request::SET_MEM_TABLE;
+    bench.peer.change(|manner| {
+        manner.hastes = Some(code);
+        let refusal = Lie::Bytes(reply(code, &1_u64.to_ne_bytes()));
+        manner.lies.insert(code, refusal);
+    });
+    let more = std::sync::Arc::new(region(16 * SEAM, SEAM));
+    let map = bench.memory.memory().insert_region(more).unwrap();
+    bench.memory.replace(map);
+    bench.driver.kick();
+    assert_eq!(bench.driver.wait(&notices), (head.into(), 32));
+    bench.peer.change(|manner| {
+        manner.lies.clear();
+        manner.hold = false;
+    });
+    let next = bench.offer(1);
+    bench.driver.kick();
+    assert_eq!(bench.driver.wait(&notices).0, u32::from(next));
+    assert_eq!(bench.peer.seen(|seen| seen.taken.clone()), [head, next]);
 }
 
 #[test]
