@@ -15,7 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::backend::{Backend, Offloads, Port};
@@ -25,6 +25,7 @@ use crate::packets::Packets;
 use crate::watch::Watch;
 
 mod ioctl;
+mod queues;
 #[cfg(test)]
 mod tests;
 
@@ -240,17 +241,30 @@ impl Tap {
     }
 
     /// Takes the queues of a tap that have these numbers in this process. They stay open. The tap has to have this
-    /// MTU, where one is given, as far as that can be seen: it may be in another namespace.
+    /// MTU, where one is given, as far as that can be seen: of one in another namespace it cannot.
     ///
     /// # Errors
     ///
     /// [`TapError`]
     pub fn passed(numbers: &[RawFd], pairs: u16, mtu: Option<u16>) -> Result<Self, TapError> {
         let opened = take_passed(numbers, pairs)?;
-        if let Some(wanted) = mtu {
-            check_mtu(&opened.name, wanted)?;
+        let here = opened
+            .queues
+            .first()
+            .is_some_and(|queue| is_here(queue, &opened.name));
+        match mtu {
+            Some(wanted) if here => check_mtu(&opened.name, wanted)?,
+            Some(wanted) => {
+                tracing::debug!(interface = %opened.name, mtu = wanted, "it is in another namespace: it has to have this MTU");
+            }
+            None => {}
         }
-        Self::prepare(opened, None)
+        let mut tap = Self::prepare(opened, None)?;
+        if !here {
+            // That of another interface, which has the same name here.
+            tap.address = None;
+        }
+        Ok(tap)
     }
 
     /// Has the queues work as ports do. Those that were passed are set up already.
@@ -305,7 +319,28 @@ pub fn macvtap_address(name: &str) -> Option<MacAddress> {
     (driver.name == "macvlan").then(|| interfaces.mac(name).ok())?
 }
 
-/// Refuses an interface of another MTU. One that is not in this namespace cannot be asked.
+/// Whether the interface of a queue is the one that has this name in this process's namespace. Where the system does not
+/// tell, because this user may not know or for a macvtap, they are the same if their addresses are.
+fn is_here(queue: &OwnedFd, name: &str) -> bool {
+    let Ok(interfaces) = Interfaces::open() else {
+        return false;
+    };
+    let identity = |namespace: OwnedFd| {
+        let found = File::from(namespace).metadata().ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    let its = ioctl::namespace_of(queue.as_fd()).ok().and_then(identity);
+    let ours = interfaces.namespace().ok().and_then(identity);
+    match (its, ours) {
+        (Some(its), Some(ours)) => its == ours,
+        _ => match (ioctl::mac_of(queue.as_fd()), interfaces.mac(name)) {
+            (Ok(its), Ok(found)) => its == found,
+            _ => false,
+        },
+    }
+}
+
+/// Refuses an interface of another MTU.
 fn check_mtu(name: &str, wanted: u16) -> Result<(), TapError> {
     let found = Interfaces::open().and_then(|interfaces| interfaces.mtu(name));
     match found {
@@ -362,7 +397,7 @@ fn open_named(name: &str, pairs: u16) -> Result<Opened, TapError> {
         .map(|Driver { name, bus }| (&**name, &**bus))
     {
         // One of several queues takes further ones from anybody.
-        Some(("tun", "tap")) if interfaces.carrier(name).unwrap_or(false) => Err(TapError::Busy {
+        Some(("tun", "tap")) if is_in_use(&interfaces, name, index) => Err(TapError::Busy {
             name: name.to_owned(),
         }),
         Some(("tun", "tap")) => open_tap(name, pairs, true),
@@ -375,6 +410,16 @@ fn open_named(name: &str, pairs: u16) -> Result<Opened, TapError> {
                 None => "of another kind".to_owned(),
             },
         }),
+    }
+}
+
+/// Whether somebody takes frames from a tap that can have several queues. One with a single queue tells when it is opened.
+/// A queue that is detached takes none: services have one that the tap keeps its link (`KeepCarrier` of systemd-networkd).
+fn is_in_use(interfaces: &Interfaces, name: &str, index: i32) -> bool {
+    match queues::in_use(index) {
+        Ok(queues) => queues.unwrap_or(0) > 0,
+        // It has a link from when somebody has opened it.
+        Err(_) => interfaces.carrier(name).unwrap_or(false),
     }
 }
 

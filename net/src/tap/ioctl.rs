@@ -90,6 +90,41 @@ pub fn interface_of(queue: BorrowedFd<'_>) -> io::Result<(String, Flags)> {
     Ok((name_of(&request), Flags::from(flags.cast_unsigned())))
 }
 
+/// The network namespace in which the interface is that a queue is of. Not everybody may know, and a macvtap does not say.
+pub fn namespace_of(queue: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// Of `linux/if_tun.h`.
+    const TUNGETDEVNETNS: libc::Ioctl = 0x54e3;
+    new_descriptor(queue, TUNGETDEVNETNS)
+}
+
+#[expect(unsafe_code, reason = "ioctl")]
+fn new_descriptor(fd: BorrowedFd<'_>, code: libc::Ioctl) -> io::Result<OwnedFd> {
+    // SAFETY: every code that is used here takes nothing, and makes a descriptor.
+    let new = unsafe { libc::ioctl(fd.as_raw_fd(), code) };
+    done(new)?;
+    // SAFETY: the call has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// The address of the interface that a queue is of.
+pub fn mac_of(queue: BorrowedFd<'_>) -> io::Result<MacAddress> {
+    let mut request = request("");
+    with_request(queue, libc::SIOCGIFHWADDR, &mut request)?;
+    address_in(&request)
+}
+
+#[expect(unsafe_code, reason = "a union that the system has filled")]
+fn address_in(request: &libc::ifreq) -> io::Result<MacAddress> {
+    // SAFETY: the caller's call has set the address; any bytes are a value of it.
+    let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+    let mut octets = [0; 6];
+    for (to, from) in octets.iter_mut().zip(data) {
+        let [byte] = from.to_ne_bytes();
+        *to = byte;
+    }
+    MacAddress::new(octets).map_err(io::Error::other)
+}
+
 /// How long the header is in front of each frame.
 pub fn set_header_len(queue: BorrowedFd<'_>, len: usize) -> io::Result<()> {
     with_int(
@@ -261,19 +296,19 @@ impl Interfaces {
         Ok(link != 0)
     }
 
+    /// The namespace itself. Not everybody may know.
+    pub fn namespace(&self) -> io::Result<OwnedFd> {
+        use std::os::fd::AsFd;
+        /// Of `linux/sockios.h`.
+        const SIOCGSKNS: libc::Ioctl = 0x894c;
+        new_descriptor(self.0.as_fd(), SIOCGSKNS)
+    }
+
     /// The interface's own address.
-    #[expect(unsafe_code, reason = "a union that the system has filled")]
     pub fn mac(&self, name: &str) -> io::Result<MacAddress> {
         let mut request = request(name);
         self.call(libc::SIOCGIFHWADDR, &mut request)?;
-        // SAFETY: the call sets the address; any bytes are a value of it.
-        let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
-        let mut octets = [0; 6];
-        for (to, from) in octets.iter_mut().zip(data) {
-            let [byte] = from.to_ne_bytes();
-            *to = byte;
-        }
-        MacAddress::new(octets).map_err(io::Error::other)
+        address_in(&request)
     }
 
     /// The largest packet, in bytes, without the Ethernet header.

@@ -246,6 +246,71 @@ fn descriptors_that_are_no_tap_or_not_as_needed_are_refused() {
     }
 }
 
+#[test]
+fn a_queue_of_another_namespace_is_not_taken_for_what_has_its_name_here() {
+    if !namespace() {
+        return;
+    }
+    let there = [foreign("a", FLAGS), foreign("b", FLAGS)];
+    ip("link set dev a mtu 9000");
+    // It is kept while the queues are its.
+    let _kept = File::open("/proc/thread-self/ns/net").unwrap();
+    assert!(namespace());
+    let here = foreign("a", FLAGS);
+    let sized = |queue: &OwnedFd, mtu| {
+        let mut request = passed(&[queue.as_raw_fd()], 1);
+        request.setup.mtu = mtu;
+        open(&request)
+    };
+    for mtu in [1500, 9000] {
+        assert_eq!(sized(&there[0], Some(mtu)).unwrap().interface(), "a");
+    }
+    sized(&here, Some(1500)).unwrap();
+    assert!(matches!(
+        sized(&here, Some(9000)),
+        Err(TapError::Mtu { .. })
+    ));
+    // What passes frames for one address alone is another one's.
+    ip("tuntap add dev lower mode tap");
+    ip("link add link lower name b type macvlan");
+    assert!(macvtap_address("b").is_some());
+    assert_eq!(sized(&there[1], None).unwrap().address(), None);
+}
+
+#[test]
+fn a_queue_that_is_detached_keeps_the_link_and_nobody_out() {
+    if !namespace() {
+        return;
+    }
+    ip("tuntap add dev many mode tap multi_queue");
+    ip("link set many up");
+    let kept = foreign("many", FLAGS | libc::IFF_MULTI_QUEUE);
+    assert!(matches!(refusal(&named("many", 1)), TapError::Busy { .. }));
+    ioctl::set_attached(kept.as_fd(), false).unwrap();
+    assert!(Interfaces::open().unwrap().carrier("many").unwrap());
+    let first = open(&named("many", 2)).unwrap();
+    assert!(matches!(refusal(&named("many", 1)), TapError::Busy { .. }));
+    drop(first);
+    drop(open(&named("many", 1)).unwrap());
+}
+
+#[test]
+fn a_tap_that_is_down_and_open_is_in_use() {
+    if !namespace() {
+        return;
+    }
+    ip("tuntap add dev many mode tap multi_queue");
+    let tap = open(&named("many", 2)).unwrap();
+    // It has no link then.
+    ip("link set many down");
+    for pairs in [1, 2] {
+        let error = refusal(&named("many", pairs));
+        assert!(matches!(error, TapError::Busy { .. }), "{error}");
+    }
+    drop(tap);
+    drop(open(&named("many", 2)).unwrap());
+}
+
 /// Whether the descriptor has what is asked for just now.
 #[expect(unsafe_code, reason = "poll")]
 fn ready(fd: std::os::fd::BorrowedFd<'_>, events: i16) -> bool {
