@@ -276,6 +276,24 @@ pub struct StoppedQueue {
     pub parked: Vec<u16>,
 }
 
+/// Given back by who has not served it.
+impl From<ActiveQueue> for StoppedQueue {
+    fn from(active: ActiveQueue) -> Self {
+        let ActiveQueue {
+            index,
+            queue,
+            kick,
+            parked,
+        } = active;
+        Self {
+            index,
+            queue,
+            kick,
+            parked,
+        }
+    }
+}
+
 /// To be served again from where it was stopped.
 impl From<StoppedQueue> for ActiveQueue {
     fn from(stopped: StoppedQueue) -> Self {

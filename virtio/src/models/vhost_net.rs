@@ -1,8 +1,9 @@
 //! The network device (Virtio 1.2, section 5.1) whose frames another program moves (vhost-user-net).
 //!
 //! Offloads are that program's; address, packet size, link and the control queue are the device's own. The link is up
-//! while the program is there. When it is back, the guest is asked to announce itself: a switch that was started again
-//! does not know who is where.
+//! while the program is there. When it is back, or the machine has been restored, the guest is asked to announce itself:
+//! a switch that was started again, or is another one, does not know who is where. For a driver that does not, the
+//! program announces the address, if it can (`VHOST_USER_SEND_RARP`).
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,8 +25,10 @@ use virtio_bindings::virtio_net::{
 use zerocopy::IntoBytes;
 
 use crate::device::{
-    ActivateError, Activation, Counters, Identity, Notifier, StoppedQueue, VirtioDevice, read_space,
+    ActivateError, Activation, ActiveQueue, Counters, Identity, Notifier, StoppedQueue,
+    VirtioDevice, read_space,
 };
+use crate::memory::GuestMemory;
 use crate::models::net::random_mac;
 use crate::models::net::spec::{ConfigSpace, MIN_MTU};
 use crate::models::{BuildContext, BuildError, Model, parse};
@@ -235,6 +238,10 @@ impl VhostNetConfig {
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    Ok(Box::new(open(config, context)?))
+}
+
+fn open(config: Value, context: &BuildContext) -> Result<VhostNet, BuildError> {
     let config: VhostNetConfig = parse(MODEL.kind, config)?;
     let settings = config.settings()?;
     let features = config.features();
@@ -253,14 +260,18 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     };
     let front = Front::connect("net", context, options)?;
     front.steering().serve(ONE_PAIR);
-    Ok(Box::new(VhostNet {
+    Ok(VhostNet {
         steering: front.steering(),
         front,
         clerk: Workers::new("net", &format!("{}_ctrl", context.id)),
+        running: None,
+        aside: Vec::new(),
         accepted: 0,
         mac: settings.mac.unwrap_or_else(random_mac).octets(),
+        restored: false,
+        patience: PATIENCE,
         settings,
-    }))
+    })
 }
 
 /// A card of another program's.
@@ -269,10 +280,36 @@ pub struct VhostNet {
     steering: Steering,
     /// Serves the control queue.
     clerk: Workers,
+    /// By what the queues are served, while they are.
+    running: Option<Running>,
+    /// Queues that nobody serves: the driver has no use for them.
+    aside: Vec<ActiveQueue>,
     settings: VhostNetSettings,
     /// The features that the driver has accepted.
     accepted: u64,
     mac: [u8; 6],
+    /// The network is to be told where the guest is when it is there again.
+    restored: bool,
+    /// How long the control queue has to be given back.
+    patience: Duration,
+}
+
+/// What a start has given beside queues.
+struct Running {
+    features: u64,
+    memory: GuestMemory,
+    notifier: Arc<dyn Notifier>,
+}
+
+impl Running {
+    fn with(&self, queues: Vec<ActiveQueue>) -> Activation {
+        Activation {
+            features: self.features,
+            memory: self.memory.clone(),
+            queues,
+            notifier: Arc::clone(&self.notifier),
+        }
+    }
 }
 
 /// How many queues are used until the driver says otherwise (5.1.6.5.5).
@@ -290,6 +327,22 @@ impl VhostNet {
         let several = self.accepts(VIRTIO_NET_F_MQ);
         let last = if several { self.settings.pairs } else { 1 };
         last.saturating_mul(2)
+    }
+
+    /// Whether the driver tells the network where the guest is when it is asked to (5.1.4.2).
+    fn announces_itself(&self) -> bool {
+        self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.accepts(VIRTIO_NET_F_STATUS)
+    }
+
+    /// Serves the queues again after a stop that has come half way.
+    fn go_on(&mut self, frames: Vec<StoppedQueue>) {
+        let Some(running) = &self.running else {
+            return;
+        };
+        let queues = frames.into_iter().map(ActiveQueue::from).collect();
+        if let Err(error) = self.front.start(running.with(queues)) {
+            running.notifier.needs_reset(&error.to_string());
+        }
     }
 
     fn start_clerk(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -335,7 +388,7 @@ impl VirtioDevice for VhostNet {
         let mut status = 0;
         if self.front.is_connected() {
             status |= VIRTIO_NET_S_LINK_UP;
-            if self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.steering.has_returned() {
+            if self.announces_itself() && self.steering.has_returned() {
                 status |= VIRTIO_NET_S_ANNOUNCE;
             }
         }
@@ -367,31 +420,61 @@ impl VirtioDevice for VhostNet {
         } = activation;
         self.accepted = features;
         let last = self.control_queue();
-        let (commands, frames): (Vec<_>, Vec<_>) =
-            queues.into_iter().partition(|queue| queue.index == last);
-        let part = |queues| Activation {
+        let running = Running {
             features,
-            memory: memory.clone(),
-            queues,
+            memory,
             notifier: Arc::clone(&notifier),
         };
-        if !commands.is_empty() {
-            self.start_clerk(part(commands))?;
+        // Behind the control queue there is nothing (5.1.2): the program does not know of such a queue.
+        let (known, aside): (Vec<_>, Vec<_>) =
+            queues.into_iter().partition(|queue| queue.index <= last);
+        let (commands, frames): (Vec<_>, Vec<_>) =
+            known.into_iter().partition(|queue| queue.index == last);
+        let own = self.announces_itself();
+        self.steering.announce_by_peer((!own).then_some(self.mac));
+        let arrives = std::mem::take(&mut self.restored);
+        if arrives {
+            self.steering.arrive();
         }
-        self.front.start(part(frames)).inspect_err(|_| {
+        if !commands.is_empty() {
+            self.start_clerk(running.with(commands))?;
+        }
+        self.front.start(running.with(frames)).inspect_err(|_| {
             // The queue is of no use to a device that does not work.
-            let _ = self.clerk.stop(Instant::now() + PATIENCE);
-        })
+            let _ = self.clerk.stop(Instant::now() + self.patience);
+        })?;
+        self.running = Some(running);
+        self.aside = aside;
+        if own && arrives {
+            notifier.config_changed();
+        }
+        Ok(())
     }
 
     fn stop(&mut self, deadline: Instant) -> Result<Vec<StoppedQueue>, StopError> {
-        let mut stopped = self.front.stop(deadline)?;
-        stopped.extend(self.clerk.stop(Instant::now() + PATIENCE)?);
+        let frames = match self.front.stop(deadline) {
+            Err(error @ StopError::Deadline { .. }) => return Err(error),
+            frames => frames,
+        };
+        // It has nothing in flight, whatever the deadline is.
+        let commands = match self.clerk.stop(Instant::now() + self.patience) {
+            Err(error @ StopError::Deadline { .. }) => {
+                self.go_on(frames.unwrap_or_default());
+                return Err(error);
+            }
+            commands => commands,
+        };
+        self.running = None;
+        let aside = std::mem::take(&mut self.aside);
+        let mut stopped = frames?;
+        stopped.extend(commands?);
+        stopped.extend(aside.into_iter().map(StoppedQueue::from));
         Ok(stopped)
     }
 
     fn reset(&mut self) {
         self.accepted = 0;
+        self.restored = false;
         self.steering.serve(ONE_PAIR);
         self.steering.greet();
     }
@@ -434,6 +517,7 @@ impl Snapshot for VhostNet {
             return Err(invalid(reason));
         }
         self.mac = mac;
+        self.restored = true;
         self.steering.serve(queues);
         Ok(())
     }

@@ -130,6 +130,8 @@ pub(super) struct Hub {
     served: AtomicU16,
     /// The peer is back, and the driver has not said that it knows.
     returned: AtomicBool,
+    /// What the peer announces when it is back, where the driver does not announce itself.
+    address: Mutex<Option<[u8; 6]>>,
     /// Has the worker look up.
     wake: Mutex<Option<Wake>>,
     /// The features that the guest is offered of the peer's.
@@ -149,6 +151,7 @@ impl Hub {
             config_len: self.options.config_len,
             features: accepted & self.offered(),
             records: self.options.epitaph.is_none(),
+            announces: self.options.nature == Nature::Buffers,
         }
     }
 
@@ -163,6 +166,19 @@ impl Hub {
 
     pub fn served(&self) -> u16 {
         self.served.load(Ordering::Acquire)
+    }
+
+    /// The address that a peer is to announce, if there is one to be announced; from then on there is none.
+    pub fn take_address(&self) -> Option<[u8; 6]> {
+        if !self.returned.load(Ordering::Acquire) {
+            return None;
+        }
+        let address = *self.address();
+        address.filter(|_| self.returned.swap(false, Ordering::AcqRel))
+    }
+
+    fn address(&self) -> MutexGuard<'_, Option<[u8; 6]>> {
+        self.address.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn set_wake(&self, wake: &Wake) {
@@ -267,6 +283,16 @@ impl Steering {
         self.0.served()
     }
 
+    /// Has the peer announce this address on the network when it is back; with `None` the driver does so itself.
+    pub fn announce_by_peer(&self, address: Option<[u8; 6]>) {
+        *self.0.address() = address;
+    }
+
+    /// The device has come to another place: the network does not know where it is, as after the peer was away.
+    pub fn arrive(&self) {
+        self.0.returned.store(true, Ordering::Release);
+    }
+
     /// Whether the peer has been away and is back, and [`Steering::greet`] has not been called since.
     #[must_use]
     pub fn has_returned(&self) -> bool {
@@ -323,6 +349,7 @@ impl Front {
             lost: AtomicBool::new(false),
             served: AtomicU16::new(u16::MAX),
             returned: AtomicBool::new(false),
+            address: Mutex::default(),
             wake: Mutex::default(),
             offered: AtomicU64::new(0),
             completed: AtomicU64::new(0),

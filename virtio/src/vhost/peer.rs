@@ -43,6 +43,7 @@ pub mod request {
     pub const GET_PROTOCOL_FEATURES: u32 = 15;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SEND_RARP: u32 = 19;
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const GET_INFLIGHT_FD: u32 = 31;
@@ -93,6 +94,8 @@ pub struct Manner {
 pub const BASE_FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 26;
 /// Multiple queues, answers on request, notes and configuration space.
 pub const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9;
+/// Announcements of an address.
+pub const ANNOUNCES: u64 = 1 << 2;
 /// A record of what it has.
 pub const RECORDS: u64 = 1 << 12;
 
@@ -123,6 +126,8 @@ pub struct Seen {
     pub requests: Vec<u32>,
     /// Heads that were taken, in order.
     pub taken: Vec<u16>,
+    /// Addresses that it was to announce, as numbers.
+    pub announced: Vec<u64>,
     /// Heads that were found in the record of a predecessor, to be done and done.
     pub found: (Vec<u16>, Vec<u16>),
     /// Features that were accepted.
@@ -601,6 +606,11 @@ impl Connection {
         match code {
             request::SET_FEATURES => self.shared.seen.lock().unwrap().accepted = long(body, 0),
             request::SET_MEM_TABLE => self.map(body, files),
+            request::SEND_RARP => {
+                let mut seen = self.shared.seen.lock().unwrap();
+                seen.announced.push(long(body, 0));
+                self.shared.changed.notify_all();
+            }
             request::SET_BACKEND_REQ_FD => {
                 let socket = files.into_iter().next().map(UnixStream::from);
                 self.shared.sockets.lock().unwrap().1 = socket;

@@ -71,6 +71,7 @@ enum Question {
     Memory,
     Config,
     Enable,
+    Announce,
     Stop,
 }
 
@@ -313,7 +314,23 @@ impl Relay {
                 self.ask(Question::Config, 1);
                 Ok(())
             }
+            Stage::Serving if !self.draining => {
+                self.announce();
+                Ok(())
+            }
             Stage::Idle | Stage::Absent | Stage::Serving => Ok(()),
+        }
+    }
+
+    /// Has the peer tell the network where the guest is, where the guest does not do so itself.
+    fn announce(&mut self) {
+        let able = |session: &&Session| session.abilities().announces;
+        let Some(session) = self.session.as_ref().filter(able) else {
+            return;
+        };
+        if let Some(address) = self.hub.take_address() {
+            session.announce(address);
+            self.ask(Question::Announce, 1);
         }
     }
 
@@ -455,7 +472,7 @@ impl Relay {
             match answer {
                 Answer::Connected(offer) => self.welcome(offer)?,
                 Answer::Serving(record) => self.begin(record)?,
-                Answer::Informed | Answer::Enabled => {}
+                Answer::Informed | Answer::Enabled | Answer::Announced => {}
                 Answer::Config(config) => self.show(config),
                 Answer::Stopped => self.halt()?,
             }
@@ -584,7 +601,7 @@ impl Relay {
                 None if !known => self.inform(&map),
                 None => more |= self.submit(&map)?,
                 Some(Asked {
-                    what: Question::Config | Question::Enable,
+                    what: Question::Config | Question::Enable | Question::Announce,
                     ..
                 }) if known => {
                     more |= self.submit(&map)?;

@@ -4,7 +4,7 @@
 //! peer as long as the peer likes; whoever has given the order keeps the time, and
 //! drops the [`Session`] when it is up. That shuts the socket down, which ends the wait and the thread.
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use block::Connector;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -161,12 +161,16 @@ pub(super) struct Wanted {
     pub features: u64,
     /// It is asked for a record of its requests, if it keeps one.
     pub records: bool,
+    /// It may be asked to announce an address on the network.
+    pub announces: bool,
 }
 
 impl Wanted {
     fn protocol(&self) -> VhostUserProtocolFeatures {
-        let records = self.records.then_some(RECORDS);
-        PROTOCOL | records.unwrap_or(VhostUserProtocolFeatures::empty())
+        let mut wanted = PROTOCOL;
+        wanted.set(RECORDS, self.records);
+        wanted.set(VhostUserProtocolFeatures::RARP, self.announces);
+        wanted
     }
 }
 
@@ -177,6 +181,8 @@ pub(super) struct Abilities {
     pub features: u64,
     /// It keeps a record of its requests.
     pub records: bool,
+    /// It can announce an address on the network.
+    pub announces: bool,
 }
 
 /// What a peer has.
@@ -223,6 +229,7 @@ enum Order {
     Memory(Arc<GuestMap>, Arc<RingMemory>),
     Config(u32),
     Enable(Vec<(u16, bool)>),
+    Announce([u8; 6]),
     Stop(Vec<u16>),
 }
 
@@ -238,6 +245,8 @@ pub(super) enum Answer {
     Config(Vec<u8>),
     /// It serves the queues that it is to.
     Enabled,
+    /// It tells the network where the address is.
+    Announced,
     /// It serves no queue any more.
     Stopped,
 }
@@ -417,6 +426,11 @@ impl Session {
         self.give(Order::Enable(queues));
     }
 
+    /// Has the peer tell the network that this address is where it is: [`Answer::Announced`].
+    pub fn announce(&self, address: [u8; 6]) {
+        self.give(Order::Announce(address));
+    }
+
     /// Has the peer serve these queues no longer: [`Answer::Stopped`].
     pub fn stop(&self, queues: Vec<u16>) {
         self.give(Order::Stop(queues));
@@ -446,6 +460,8 @@ struct Link {
     socket: UnixStream,
     /// For how many queues it keeps a record of its requests, if it does.
     records: Option<u16>,
+    /// It answers every message.
+    answers: bool,
 }
 
 /// What has failed, by what has come of it.
@@ -476,6 +492,7 @@ impl Link {
             peer: Frontend::from_stream(socket, wanted.queues.into()),
             socket: another,
             records: None,
+            answers: false,
         };
         let offer = link.negotiate(wanted)?;
         Ok((link, offer))
@@ -518,6 +535,7 @@ impl Link {
         if offered < wanted.queues.into() {
             self.recount(wanted.queues, protocol)?;
         }
+        self.answers = protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
         let records = protocol.contains(RECORDS);
         self.records = records.then_some(wanted.queues);
         let mut notes = None;
@@ -533,7 +551,11 @@ impl Link {
             }
         }
         Ok(Offer {
-            abilities: Abilities { features, records },
+            abilities: Abilities {
+                features,
+                records,
+                announces: protocol.contains(VhostUserProtocolFeatures::RARP),
+            },
             config,
             notes,
         })
@@ -588,6 +610,7 @@ impl Link {
                 }
                 Ok(Answer::Enabled)
             }
+            Order::Announce(address) => self.announce(address).map(|()| Answer::Announced),
             Order::Stop(queues) => {
                 for queue in queues {
                     let base = self.peer.get_vring_base(queue.into());
@@ -604,6 +627,34 @@ impl Link {
         let config = self.peer.get_config(0, len, flags, &room);
         let (_, config) = config.map_err(failed("show its configuration space"))?;
         Ok(config)
+    }
+
+    /// Sends `VHOST_USER_SEND_RARP`, which the crate has no call for: the address in the first bytes of a number.
+    fn announce(&mut self, address: [u8; 6]) -> Result<(), PeerError> {
+        const SIZE: u32 = 8;
+        const VERSION: u32 = 1;
+        let code = FrontendReq::SEND_RARP as u32;
+        let reply = VhostUserHeaderFlag::REPLY.bits();
+        let need_reply = VhostUserHeaderFlag::NEED_REPLY.bits();
+        let flags = VERSION | if self.answers { need_reply } else { 0 };
+        let words = [code, flags, SIZE];
+        let mut message: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        message.extend(address.iter().chain(&[0; 2]));
+        let sent = (&self.socket).write_all(&message);
+        sent.map_err(|_| PeerError::Gone)?;
+        if !self.answers {
+            return Ok(());
+        }
+        let mut answer = [0; 20];
+        let heard = (&self.socket).read_exact(&mut answer);
+        heard.map_err(|_| PeerError::Gone)?;
+        let words = [code, VERSION | reply, SIZE, 0, 0];
+        let wanted = words.iter().flat_map(|word| word.to_ne_bytes());
+        if answer.into_iter().eq(wanted) {
+            return Ok(());
+        }
+        let what = "has failed to announce the guest's address".to_owned();
+        Err(PeerError::Garbage { what })
     }
 
     fn serve(&mut self, setup: &Setup) -> Result<Option<Arc<Record>>, PeerError> {

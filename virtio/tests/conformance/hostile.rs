@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use devices::Unit;
 use proptest::prelude::*;
+use serde_json::json;
+use virtio::models::MODELS;
 use virtio::transport::VirtioPciV1;
 
 use crate::driver::{
@@ -575,6 +577,37 @@ fn device_configuration_past_its_end_reads_as_zero() {
                 assert!(data[..len].iter().all(|b| *b == 0), "{}", subject.name);
                 rig.write(region + offset, &data[..len]);
             }
+        }
+    }
+}
+
+#[test]
+fn queues_that_features_leave_no_use_for_hold_nobody_up() {
+    const CTRL_VQ: u64 = 1 << 17;
+    const MQ: u64 = 1 << 22;
+    let cards = [
+        ("vhost-user-net", json!({ "num_queues": 4 })),
+        ("net", json!({})),
+    ];
+    for (kind, config) in cards {
+        let model = MODELS.iter().find(|model| model.kind == kind).unwrap();
+        let subject = Subject::configured(model, config);
+        for features in [!MQ, !(MQ | CTRL_VQ), VERSION_1] {
+            let rig = Rig::new(&subject);
+            let driver = Driver::probe(&rig);
+            let rings = driver.bring_to(Step::Running, features);
+            assert_eq!(rings.len(), 5);
+            for ring in rings.iter().rev() {
+                driver.describe(ring.desc, 0, (ring.buffers, 64), WRITE, 0);
+                driver.offer(ring, 0);
+                driver.kick(ring.index);
+            }
+            // Of what it knows it serves everything, and by one connection.
+            reach(kind, &driver, &rings[0]);
+            reach(kind, &driver, &rings[1]);
+            drains(&rig, kind);
+            rig.device.start().unwrap();
+            recovers(&rig, kind);
         }
     }
 }

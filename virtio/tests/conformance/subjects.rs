@@ -241,13 +241,21 @@ impl Subject {
     }
 
     pub fn model(model: &'static Model) -> Self {
+        Self::configured(model, json!({}))
+    }
+
+    /// A device that is configured otherwise in some.
+    pub fn configured(model: &'static Model, more: Value) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         let made = AtomicU32::new(0);
         let peers = Mutex::new(Vec::new());
         let make = move || {
             let number = made.fetch_add(1, Ordering::Relaxed);
-            let config = fixture(model.kind, &path, number);
+            let mut config = fixture(model.kind, &path, number);
+            if let (Value::Object(config), Value::Object(more)) = (&mut config, more.clone()) {
+                config.extend(more);
+            }
             let socket = config.get("socket").and_then(Value::as_str);
             if let Some(socket) = socket.filter(|_| PEERED.contains(&model.kind)) {
                 let peer = Peer::new(Path::new(socket), Manner::default());

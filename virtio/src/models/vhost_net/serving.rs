@@ -2,10 +2,14 @@
 
 use std::sync::mpsc::Receiver;
 
+use migration::DynSnapshot;
+
 use super::*;
 use crate::memory::GuestMemory;
 use crate::testing::{DATA, Driver, Notice, PATIENCE, notices};
-use crate::vhost::peer::{Manner, Peer};
+use crate::device::DiskReport;
+use crate::vhost::PeerReport;
+use crate::vhost::peer::{ANNOUNCES, Lie, Manner, PROTOCOL, Peer, request};
 use crate::vhost::tests::{context, shared};
 
 const SIZE: u16 = 16;
@@ -21,7 +25,7 @@ const ANNOUNCE: u8 = 2;
 
 struct Rig {
     peer: Peer,
-    card: Box<dyn VirtioDevice>,
+    card: VhostNet,
     memory: GuestMemory,
     drivers: Vec<Driver>,
     notices: Receiver<Notice>,
@@ -33,19 +37,23 @@ struct Rig {
 impl Rig {
     /// A card with two pairs, of which the driver has set up these queues.
     fn new(features: u64, queues: u16) -> Self {
+        Self::with(features, queues, Manner::default())
+    }
+
+    fn with(features: u64, queues: u16, manner: Manner) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let peer = Peer::new(&path, Manner::default());
+        let peer = Peer::new(&path, manner);
         let config = serde_json::json!({
             "socket": path, "num_queues": 4, "queue_size": SIZE, "mac": "52:54:00:00:00:01",
         });
-        let mut card = (MODEL.build)(config, &context()).unwrap();
+        let mut card = open(config, &context()).unwrap();
         let memory = shared();
         let drivers: Vec<_> = (0..queues)
             .map(|index| Driver::new(&memory, index, SIZE))
             .collect();
         let queues = drivers.iter().map(Driver::activate).collect();
-        let notices = start(&mut *card, features, &memory, queues);
+        let notices = start(&mut card, features, &memory, queues);
         Self {
             peer,
             card,
@@ -107,7 +115,7 @@ fn start(
     card: &mut dyn VirtioDevice,
     features: u64,
     memory: &GuestMemory,
-    queues: Vec<crate::device::ActiveQueue>,
+    queues: Vec<ActiveQueue>,
 ) -> Receiver<Notice> {
     let (notifier, heard) = notices();
     card.features_negotiated(features);
@@ -151,7 +159,7 @@ fn pairs_are_served_as_the_driver_says() {
     let mut queues: Vec<_> = stopped.into_iter().map(Driver::reactivate).collect();
     queues.sort_by_key(|queue| queue.index);
     assert_eq!(queues.len(), 5);
-    rig.notices = start(&mut *rig.card, rig.features, &rig.memory, queues);
+    rig.notices = start(&mut rig.card, rig.features, &rig.memory, queues);
     rig.offer(3);
     rig.returned(3);
     assert_eq!(rig.command(4, 0, &[1, 0]), 0);
@@ -180,6 +188,203 @@ fn a_program_that_is_back_has_the_driver_announce_itself_until_it_has() {
     assert_eq!(rig.status(), UP);
 }
 
+/// As a program gets it that announces what the driver does not.
+const ADDRESS: u64 = 0x0100_0000_5452;
+
+fn announcing() -> Manner {
+    Manner {
+        protocol: PROTOCOL | ANNOUNCES,
+        ..Manner::default()
+    }
+}
+
+#[test]
+fn a_program_that_is_back_announces_a_driver_that_does_not() {
+    for lacks in [VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS] {
+        let mut rig = Rig::with(ALL & !bit(lacks), 5, announcing());
+        rig.offer(0);
+        rig.returned(0);
+        for times in 1..3 {
+            assert_eq!(rig.peer.seen(|seen| seen.announced.len()), times - 1);
+            rig.peer.die();
+            rig.peer.listen();
+            rig.peer.until(|seen| seen.announced.len() == times);
+            rig.offer(1);
+            rig.returned(1);
+        }
+        assert_eq!(rig.peer.seen(|seen| seen.announced.clone()), [ADDRESS; 2]);
+    }
+}
+
+#[test]
+fn a_driver_that_announces_itself_is_not_announced() {
+    let mut rig = Rig::with(ALL, 5, announcing());
+    rig.offer(0);
+    rig.returned(0);
+    rig.peer.die();
+    rig.peer.listen();
+    rig.offer(1);
+    rig.returned(1);
+    assert_eq!(rig.status(), UP | ANNOUNCE);
+    assert_eq!(rig.command(3, 0, &[]), 0);
+    assert_eq!(rig.peer.seen(|seen| seen.announced.len()), 0);
+}
+
+#[test]
+fn a_program_that_cannot_announce_is_not_asked_to() {
+    let mut rig = Rig::new(ALL & !bit(VIRTIO_NET_F_GUEST_ANNOUNCE), 5);
+    rig.offer(0);
+    rig.returned(0);
+    rig.peer.die();
+    rig.peer.listen();
+    rig.offer(1);
+    rig.returned(1);
+    assert_eq!(rig.command(0, 0, &[1]), 1);
+    let asked = |seen: &crate::vhost::peer::Seen| seen.requests.contains(&request::SEND_RARP);
+    assert!(!rig.peer.seen(asked));
+}
+
+#[test]
+fn a_program_that_refuses_to_announce_is_taken_again() {
+    for lie in [
+        Lie::HangUp,
+        Lie::Bytes(vec![0xff; 20]),
+        Lie::Bytes(vec![0; 20]),
+    ] {
+        let features = ALL & !bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
+        let mut rig = Rig::with(features, 5, announcing());
+        rig.offer(0);
+        rig.returned(0);
+        rig.peer.die();
+        rig.peer
+            .change(|manner| drop(manner.lies.insert(request::SEND_RARP, lie)));
+        rig.peer.listen();
+        rig.peer.until(|seen| seen.connections >= 3);
+        rig.peer.change(|manner| manner.lies.clear());
+        rig.offer(1);
+        rig.returned(1);
+    }
+}
+
+#[test]
+fn a_restored_card_is_announced_by_its_driver_or_by_the_program() {
+    for own in [true, false] {
+        let without = if own {
+            0
+        } else {
+            bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
+        };
+        let mut rig = Rig::with(ALL & !without, 5, announcing());
+        let saved = rig.card.save_section("card").unwrap();
+        let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();
+        rig.card.reset();
+        rig.card.restore_section(&saved).unwrap();
+        let mut queues: Vec<_> = stopped.into_iter().map(Driver::reactivate).collect();
+        queues.sort_by_key(|queue| queue.index);
+        rig.notices = start(&mut rig.card, rig.features, &rig.memory, queues);
+        if own {
+            while rig.notices.recv_timeout(PATIENCE).unwrap() != Notice::Config {}
+            assert_eq!(rig.status(), UP | ANNOUNCE);
+            assert_eq!(rig.command(3, 0, &[]), 0);
+            assert_eq!(rig.status(), UP);
+        } else {
+            rig.peer.until(|seen| !seen.announced.is_empty());
+        }
+        let announced = rig.peer.seen(|seen| seen.announced.clone());
+        assert_eq!(announced, vec![ADDRESS; usize::from(!own)]);
+    }
+}
+
+/// Holds up whoever tells of the control queue, until it is opened.
+struct Gate {
+    inner: Arc<dyn Notifier>,
+    /// Whether it is shut, and whether somebody stands before it.
+    state: std::sync::Mutex<(bool, bool)>,
+    changed: std::sync::Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        self.state.lock().unwrap().0 = false;
+        self.changed.notify_all();
+    }
+
+    fn until_reached(&self) {
+        let state = self.state.lock().unwrap();
+        let waited = self.changed.wait_timeout_while(state, PATIENCE, |s| !s.1);
+        assert!(!waited.unwrap().1.timed_out());
+    }
+}
+
+impl Notifier for Gate {
+    fn queue(&self, queue: u16) {
+        if queue == 4 {
+            let mut state = self.state.lock().unwrap();
+            state.1 = true;
+            self.changed.notify_all();
+            drop(self.changed.wait_while(state, |state| state.0).unwrap());
+        }
+        self.inner.queue(queue);
+    }
+
+    fn config_changed(&self) {
+        self.inner.config_changed();
+    }
+
+    fn needs_reset(&self, reason: &str) {
+        self.inner.needs_reset(reason);
+    }
+
+    fn disk_report(&self, report: &DiskReport) {
+        self.inner.disk_report(report);
+    }
+
+    fn peer_report(&self, report: &PeerReport) {
+        self.inner.peer_report(report);
+    }
+}
+
+#[test]
+fn a_stop_that_the_control_queue_fails_leaves_everything_as_it_was() {
+    let mut rig = Rig::new(ALL, 5);
+    let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();
+    let mut queues: Vec<_> = stopped.into_iter().map(Driver::reactivate).collect();
+    queues.sort_by_key(|queue| queue.index);
+    let (inner, heard) = notices();
+    let gate = Arc::new(Gate {
+        inner,
+        state: std::sync::Mutex::new((true, false)),
+        changed: std::sync::Condvar::new(),
+    });
+    rig.notices = heard;
+    let activation = Activation {
+        features: rig.features,
+        memory: rig.memory.clone(),
+        queues,
+        notifier: Arc::clone(&gate) as Arc<dyn Notifier>,
+    };
+    rig.card.start(activation).unwrap();
+    let control = &mut rig.drivers[4];
+    control.put_bytes(COMMAND, &[4, 0, 2, 0]);
+    control.offer(&[(COMMAND, 4, false), (ANSWER_AT, 1, true)]);
+    control.kick();
+    gate.until_reached();
+    rig.card.patience = Duration::ZERO;
+    for queue in [0, 1] {
+        let stopped = rig.card.stop(Instant::now() + PATIENCE);
+        assert!(matches!(stopped, Err(StopError::Deadline { .. })));
+        rig.offer(queue);
+        rig.returned(queue);
+    }
+    gate.open();
+    rig.returned(4);
+    rig.card.patience = PATIENCE;
+    let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();
+    let mut indexes: Vec<_> = stopped.iter().map(|queue| queue.index).collect();
+    indexes.sort_unstable();
+    assert_eq!(indexes, [0, 1, 2, 3, 4]);
+}
+
 #[test]
 fn the_control_queue_of_a_driver_with_one_pair_follows_that() {
     let mut rig = Rig::new(ALL & !bit(VIRTIO_NET_F_MQ), 3);
@@ -188,6 +393,24 @@ fn the_control_queue_of_a_driver_with_one_pair_follows_that() {
     assert_eq!(rig.command(3, 0, &[]), 0);
     assert_eq!(rig.command(4, 0, &[1, 0]), 1);
     rig.serves([true, true, false, false]);
+}
+
+#[test]
+fn queues_that_the_driver_has_no_use_for_are_given_back_as_they_were() {
+    let mut rig = Rig::new(ALL & !bit(VIRTIO_NET_F_MQ), 5);
+    for queue in [3, 4] {
+        rig.offer(queue);
+    }
+    rig.offer(0);
+    rig.returned(0);
+    assert_eq!(rig.peer.seen(|seen| seen.connections), 1);
+    let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();
+    let mut places: Vec<_> = stopped
+        .iter()
+        .map(|queue| (queue.index, virtio_queue::QueueT::next_avail(&queue.queue)))
+        .collect();
+    places.sort_unstable();
+    assert_eq!(places, [(0, 1), (1, 0), (2, 0), (3, 0), (4, 0)]);
 }
 
 #[test]
