@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use devices::pci::{PciAddress, PciFunction, PciRoot, Windows};
 use devices::{Bus, MsiAllocator, MsiError, MsiMessage, MsiVector, Unit};
 use migration::SectionSet;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use virtio::memory::{GuestMap, GuestMemory};
 use virtio::transport::{DeviceEvent, DeviceEvents, Doorbells, VirtioPci};
 use vm_memory::{FileOffset, GuestAddress};
@@ -92,10 +92,69 @@ impl MsiAllocator for Vectors {
 }
 
 /// The doorbells that the "host" rings by itself.
-#[derive(Default)]
 pub struct Bells {
     pub registered: Mutex<BTreeMap<u64, File>>,
     pub refuse: AtomicBool,
+    /// Readable when a doorbell may be one that nobody hears any more: the device is broken, or it has been given up.
+    news: File,
+}
+
+impl Default for Bells {
+    fn default() -> Self {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Self {
+            registered: Mutex::default(),
+            refuse: AtomicBool::default(),
+            news: File::from(eventfd(0, flags).unwrap()),
+        }
+    }
+}
+
+/// As much as an eventfd holds: it becomes writable when it is read.
+const FULL: u64 = u64::MAX - 1;
+
+/// A doorbell that is rung so that it is seen when it is heard.
+struct Peal(File);
+
+impl Peal {
+    fn begin(bell: &File) -> Self {
+        let bell = bell.try_clone().unwrap();
+        // One that was rung before is heard with this one. Somebody may ring it in between.
+        let _ = (&bell).read(&mut [0; 8]);
+        let rung = (&bell).write(&FULL.to_ne_bytes());
+        assert!(rung.is_ok() || rung.unwrap_err().kind() == io::ErrorKind::WouldBlock);
+        Self(bell)
+    }
+
+    fn is_heard(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+        poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
+    }
+
+    /// Waits until it is heard, or there is news.
+    fn wait(&self, news: &File, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let time = Timespec::try_from(left).unwrap();
+        let mut fds = [
+            PollFd::new(&self.0, PollFlags::OUT),
+            PollFd::new(news, PollFlags::IN),
+        ];
+        assert!(
+            poll(&mut fds, Some(&time)).unwrap() > 0,
+            "a doorbell is not heard"
+        );
+        // Nothing is there to be read without news.
+        let _ = { news }.read(&mut [0; 8]);
+    }
+}
+
+impl Drop for Peal {
+    /// Who has not heard it by now may do so later. It can be rung again.
+    fn drop(&mut self) {
+        if !self.is_heard() && (&self.0).read(&mut [0; 8]).is_ok() {
+            let _ = (&self.0).write(&1_u64.to_ne_bytes());
+        }
+    }
 }
 
 impl Bells {
@@ -107,20 +166,14 @@ impl Bells {
     }
 
     /// Rings each of them.
-    fn ring_all(&self) {
-        for fd in self.registered.lock().unwrap().values() {
-            (&*fd).write_all(&1_u64.to_ne_bytes()).unwrap();
-        }
+    fn ring_all(&self) -> Vec<Peal> {
+        let registered = self.registered.lock().unwrap();
+        registered.values().map(Peal::begin).collect()
     }
 
-    /// Whether one of them has been rung and not been heard.
-    fn are_ringing(&self) -> bool {
-        let registered = self.registered.lock().unwrap();
-        let mut fds: Vec<PollFd<'_>> = registered
-            .values()
-            .map(|fd| PollFd::new(fd, PollFlags::IN))
-            .collect();
-        poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
+    /// Has who waits for a doorbell to be heard look whether it can be.
+    fn tell(&self) {
+        (&self.news).write_all(&1_u64.to_ne_bytes()).unwrap();
     }
 
     pub fn addresses(&self) -> Vec<u64> {
@@ -142,15 +195,16 @@ impl Doorbells for Bells {
     fn unregister(&self, address: u64, _fd: BorrowedFd<'_>) -> io::Result<()> {
         let old = self.registered.lock().unwrap().remove(&address);
         assert!(old.is_some(), "a doorbell was never registered");
+        self.tell();
         Ok(())
     }
 }
 
 /// What the device has reported.
-#[derive(Default)]
 pub struct Events {
     seen: Mutex<Vec<String>>,
     changed: Condvar,
+    bells: Arc<Bells>,
 }
 
 impl Events {
@@ -185,6 +239,9 @@ impl DeviceEvents for Events {
         };
         self.seen.lock().unwrap().push(text);
         self.changed.notify_all();
+        if let DeviceEvent::NeedsReset { .. } = event {
+            self.bells.tell();
+        }
     }
 }
 
@@ -210,7 +267,11 @@ impl Rig {
     pub fn stopped(subject: &Subject, memory: GuestMemory) -> Self {
         let interrupts = Arc::new(Interrupts::default());
         let bells = Arc::new(Bells::default());
-        let events = Arc::new(Events::default());
+        let events = Arc::new(Events {
+            seen: Mutex::default(),
+            changed: Condvar::new(),
+            bells: Arc::clone(&bells),
+        });
         let device = VirtioPci::new(
             "dut",
             subject.make(),
@@ -271,11 +332,10 @@ impl Rig {
     pub fn settle(&self) {
         let deadline = soon();
         for _ in 0..2 {
-            self.bells.ring_all();
-            while self.device.is_active() && !self.device.needs_reset() && self.bells.are_ringing()
-            {
-                assert!(Instant::now() < deadline, "a doorbell is not heard");
-                std::thread::yield_now();
+            for peal in self.bells.ring_all() {
+                while self.device.is_active() && !self.device.needs_reset() && !peal.is_heard() {
+                    peal.wait(&self.bells.news, deadline);
+                }
             }
         }
     }
