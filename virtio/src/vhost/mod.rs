@@ -9,6 +9,7 @@
 //! | `door` | the socket to which peers connect, where they are to |
 //! | `session` | one connection: the messages of the protocol, on a thread of its own |
 //! | `record` | what the peer itself notes down of its requests, for its successor |
+//! | `wire` | messages that the crate of the protocol does not have |
 //! | `notes` | what the peer says unasked: that configuration space has changed |
 //! | `rings` | the available and used rings that the peer sees, in memory of ours |
 //! | `relay` | the worker: passes heads between the guest's rings and the peer's; without rings it keeps the connection of a device that is not in use |
@@ -55,6 +56,7 @@ mod record;
 mod relay;
 mod rings;
 mod session;
+mod wire;
 
 #[cfg(test)]
 pub(crate) mod peer;

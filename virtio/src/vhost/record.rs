@@ -6,12 +6,13 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 
-use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::message::{FrontendReq, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
-use super::PeerError;
 use super::session::failed;
+use super::{PeerError, wire};
 
 /// What a record is to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,32 @@ pub(super) struct Extents {
     pub queues: u16,
     /// How many entries the largest of them has.
     pub size: u16,
+}
+
+/// Bytes of an "Inflight description": length and offset, how many queues of which size, and four that mean nothing.
+const DESCRIPTION: usize = 24;
+
+impl Extents {
+    /// What is asked for: it is the peer that says how long it is.
+    fn described(self) -> [u8; DESCRIPTION] {
+        let mut bytes = [0; DESCRIPTION];
+        let numbers = [self.queues.to_ne_bytes(), self.size.to_ne_bytes()];
+        let from = numbers.as_flattened();
+        for (to, from) in bytes.iter_mut().skip(16).zip(from) {
+            *to = *from;
+        }
+        bytes
+    }
+}
+
+fn number(bytes: &[u8], at: usize) -> u64 {
+    let bytes = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
+    u64::from_ne_bytes(bytes.unwrap_or_default())
+}
+
+fn short(bytes: &[u8], at: usize) -> u16 {
+    let bytes = bytes.get(at..at + 2).and_then(|b| b.try_into().ok());
+    u16::from_ne_bytes(bytes.unwrap_or_default())
 }
 
 /// The record, as the peer that made it has described it.
@@ -31,34 +58,38 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Has a peer make an empty one.
+    /// Has a peer make an empty one, by its socket.
     ///
     /// # Errors
     ///
     /// [`PeerError`], and [`PeerError::Garbage`] for one that is not what was asked for.
-    pub fn of(peer: &mut Frontend, extents: Extents) -> Result<Self, PeerError> {
-        let wanted = VhostUserInflight::new(0, 0, extents.queues, extents.size);
-        let made = peer.get_inflight_fd(&wanted);
-        let (made, file) = made.map_err(failed("make a record of its requests"))?;
-        let (len, offset) = (made.mmap_size, made.mmap_offset);
+    pub fn of(socket: &UnixStream, extents: Extents) -> Result<Self, PeerError> {
+        let code = FrontendReq::GET_INFLIGHT_FD;
+        wire::send(socket, code, false, &extents.described())?;
+        // There are programs that say nothing of the queues, which the crate does not take for an answer.
+        let mut answer = [0; DESCRIPTION];
+        let files = wire::hear(socket, code, &mut answer)?;
+        let [len, offset] = [0, 8].map(|at| number(&answer, at));
+        let [queues, size] = [16, 18].map(|at| short(&answer, at));
         let end = len.checked_add(offset);
         let sound = len > 0 && end.is_some_and(|end| i64::try_from(end).is_ok());
-        let told = Extents {
-            queues: made.num_queues,
-            size: made.queue_size,
-        };
-        if !sound || told != extents {
-            let Extents { queues, size } = told;
-            let what = format!(
-                "has made a record of its requests that cannot be: {len} bytes at {offset}, for {queues} queues of {size} entries"
-            );
-            return Err(PeerError::Garbage { what });
+        let told = Extents { queues, size };
+        let fits = told == extents || told == Extents { queues: 0, size: 0 };
+        let mut files = files.into_iter();
+        match (files.next(), files.next()) {
+            (Some(file), None) if sound && fits => Ok(Self {
+                file: file.into(),
+                place: (len, offset),
+                extents,
+            }),
+            (file, another) => {
+                let count = usize::from(file.is_some()) + usize::from(another.is_some());
+                let what = format!(
+                    "has made a record of its requests that cannot be: {len} bytes at {offset}, for {queues} queues of {size} entries, in {count} files"
+                );
+                Err(PeerError::Garbage { what })
+            }
         }
-        Ok(Self {
-            file,
-            place: (len, offset),
-            extents,
-        })
     }
 
     /// Gives it to a peer: the one that has made it, or a successor, which goes on with what is in it.

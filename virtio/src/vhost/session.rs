@@ -4,7 +4,7 @@
 //! peer as long as the peer likes; whoever has given the order keeps the time, and
 //! drops the [`Session`] when it is up. That shuts the socket down, which ends the wait and the thread.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -25,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::record::{Extents, Record};
 use super::rings::RingMemory;
+use super::wire;
 use crate::memory::GuestMap;
 use crate::worker::borrow;
 
@@ -629,28 +630,17 @@ impl Link {
         Ok(config)
     }
 
-    /// Sends `VHOST_USER_SEND_RARP`, which the crate has no call for: the address in the first bytes of a number.
+    /// Sends `VHOST_USER_SEND_RARP`: the address in the first bytes of a number.
     fn announce(&mut self, address: [u8; 6]) -> Result<(), PeerError> {
-        const SIZE: u32 = 8;
-        const VERSION: u32 = 1;
-        let code = FrontendReq::SEND_RARP as u32;
-        let reply = VhostUserHeaderFlag::REPLY.bits();
-        let need_reply = VhostUserHeaderFlag::NEED_REPLY.bits();
-        let flags = VERSION | if self.answers { need_reply } else { 0 };
-        let words = [code, flags, SIZE];
-        let mut message: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        message.extend(address.iter().chain(&[0; 2]));
-        let sent = (&self.socket).write_all(&message);
-        sent.map_err(|_| PeerError::Gone)?;
+        let [a, b, c, d, e, f] = address;
+        let code = FrontendReq::SEND_RARP;
+        wire::send(&self.socket, code, self.answers, &[a, b, c, d, e, f, 0, 0])?;
         if !self.answers {
             return Ok(());
         }
-        let mut answer = [0; 20];
-        let heard = (&self.socket).read_exact(&mut answer);
-        heard.map_err(|_| PeerError::Gone)?;
-        let words = [code, VERSION | reply, SIZE, 0, 0];
-        let wanted = words.iter().flat_map(|word| word.to_ne_bytes());
-        if answer.into_iter().eq(wanted) {
+        let mut answer = [0; 8];
+        wire::hear(&self.socket, code, &mut answer)?;
+        if answer == [0; 8] {
             return Ok(());
         }
         let what = "has failed to announce the guest's address".to_owned();
@@ -700,7 +690,7 @@ impl Link {
                     queues: all,
                     size: sizes.max().unwrap_or(1),
                 };
-                Arc::new(Record::of(&mut self.peer, extents)?)
+                Arc::new(Record::of(&self.socket, extents)?)
             }
         };
         record.hand(&mut self.peer)?;

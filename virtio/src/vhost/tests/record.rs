@@ -172,11 +172,32 @@ fn a_stop_takes_from_a_dead_peer_what_is_in_its_record() {
 }
 
 #[test]
+fn a_record_of_which_only_the_length_is_told_holds_what_was_asked_for() {
+    let manner = Manner {
+        hold: true,
+        protocol: manner().protocol | RECORDS,
+        describes: Some((64, 64, 0, 0)),
+        ..manner()
+    };
+    let mut bench = Bench::with_peer(options(Path::new(""), ANSWER), manner);
+    let notices = bench.start();
+    let heads = offer(&mut bench, 0..3);
+    bench.peer.die();
+    lost(&notices);
+    bench.peer.listen();
+    bench.peer.until(|seen| seen.found.0.len() == 3);
+    serve_on(&mut bench, &notices, &heads);
+    assert_eq!(bench.peer.seen(|seen| seen.taken.clone()), heads);
+}
+
+#[test]
 fn a_record_that_cannot_be_is_refused() {
     for described in [
         (0, 64, 1, SIZE),
         (64, 64, 2, SIZE),
         (64, 64, 0, SIZE),
+        (64, 64, 1, 0),
+        (0, 64, 0, 0),
         (64, 64, 1, SIZE + 1),
         (u64::MAX, 64, 1, SIZE),
         (64, u64::MAX, 1, SIZE),
@@ -191,7 +212,10 @@ fn a_record_that_cannot_be_is_refused() {
         let mut bench = Bench::with_peer(options, manner);
         let notices = bench.start();
         let reason = lost(&notices);
-        assert!(reason.contains("a record of its requests"), "{reason}");
+        assert!(
+            reason.contains("a record of its requests that cannot be"),
+            "{reason}"
+        );
         bench.peer.change(|manner| manner.describes = None);
         let head = bench.offer(0);
         bench.driver.kick();
