@@ -78,6 +78,8 @@ pub(super) struct Signals {
     pub log: LogLimit,
     /// For activations and resets.
     changes: LogLimit,
+    /// For what the program that serves the device can have logged about it.
+    peers: LogLimit,
     /// Whether workers that drain are waited for.
     pub patience: Patience,
 }
@@ -97,6 +99,7 @@ impl Signals {
             driver_ok: AtomicBool::new(false),
             log: LogLimit::new(),
             changes: LogLimit::new(),
+            peers: LogLimit::new(),
             patience: Patience::default(),
         }
     }
@@ -189,6 +192,17 @@ impl Notifier for Signals {
     fn peer_report(&self, report: &PeerReport) {
         let lost = matches!(report, PeerReport::Lost { .. });
         self.peer_lost.store(lost, Ordering::Release);
+        if let Some(suppressed) = self.peers.allow() {
+            let device = self.name.as_str();
+            match report {
+                PeerReport::Connected => {
+                    tracing::info!(device, suppressed, "what serves it is connected again");
+                }
+                PeerReport::Lost { reason } => {
+                    tracing::warn!(device, reason, suppressed, "what serves it is lost");
+                }
+            }
+        }
         self.event(DeviceEvent::Peer(report));
     }
 
@@ -198,5 +212,103 @@ impl Notifier for Signals {
 
     fn memory_reached(&self, plugged: u64) {
         self.event(DeviceEvent::MemoryReached { plugged });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+    use std::sync::Mutex;
+
+    use devices::{MsiAllocator, MsiError, MsiMessage, MsiVector};
+    use tracing::field::{Field, Visit};
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::subscriber::with_default;
+    use tracing::{Event, Metadata, Subscriber};
+
+    use super::*;
+
+    /// Keeps of what is logged of which device it is.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<String>>>);
+
+    impl Visit for Log {
+        fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+            if field.name() == "device" {
+                let device = format!("{value:?}").replace('"', "");
+                self.0.lock().unwrap().push(device);
+            }
+        }
+    }
+
+    impl Subscriber for Log {
+        fn enabled(&self, _metadata: &Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _span: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+
+        fn record(&self, _span: &Id, _values: &Record<'_>) {}
+
+        fn record_follows_from(&self, _span: &Id, _follows: &Id) {}
+
+        fn event(&self, event: &Event<'_>) {
+            event.record(&mut self.clone());
+        }
+
+        fn enter(&self, _span: &Id) {}
+
+        fn exit(&self, _span: &Id) {}
+    }
+
+    /// Vectors that interrupt nobody.
+    struct Mute;
+
+    impl MsiVector for Mute {
+        fn signal(&self) {}
+
+        fn route(&self, _message: Option<MsiMessage>) -> Result<(), MsiError> {
+            Ok(())
+        }
+    }
+
+    impl MsiAllocator for Mute {
+        fn allocate(&self, count: u16) -> Result<Vec<Arc<dyn MsiVector>>, MsiError> {
+            let vectors = (0..count).map(|_| Arc::new(Self) as Arc<dyn MsiVector>);
+            Ok(vectors.collect())
+        }
+    }
+
+    struct Nobody;
+
+    impl DeviceEvents for Nobody {
+        fn device_event(&self, _name: &str, _event: DeviceEvent<'_>) {}
+    }
+
+    fn signals(name: &str) -> Signals {
+        let msix = Msix::new(&Mute, 1).unwrap();
+        Signals::new(name.to_owned(), msix, 0, Arc::new(Nobody))
+    }
+
+    #[test]
+    fn a_program_that_comes_and_goes_silences_no_other() {
+        let log = Log::default();
+        let (noisy, quiet) = (signals("noisy"), signals("quiet"));
+        with_default(log.clone(), || {
+            let reason = String::new();
+            for _ in 0..2 * LogLimit::BURST {
+                noisy.peer_report(&PeerReport::Lost {
+                    reason: reason.clone(),
+                });
+                noisy.peer_report(&PeerReport::Connected);
+            }
+            quiet.peer_report(&PeerReport::Lost { reason });
+        });
+        let lines = log.0.lock().unwrap();
+        let of = |name: &str| lines.iter().filter(|line| *line == name).count();
+        let burst = usize::try_from(LogLimit::BURST).unwrap();
+        assert_eq!((of("noisy"), of("quiet")), (burst, 1));
     }
 }

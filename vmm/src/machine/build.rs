@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use api::{DiskErrorAction, EventLog};
 use devices::display::Adapter;
 use devices::pci::{PciRoot, Windows};
-use devices::{Bus, LogLimit, Unit};
+use devices::{Bus, Unit};
 use kvm_bindings::CpuId;
 use virtio::device::{DiskReport, ErrorAction};
 use virtio::limit::RateGroups;
@@ -354,7 +354,6 @@ impl Pieces<'_> {
                 events: self.events.clone(),
                 mailbox: self.mailbox.clone(),
                 memory: self.ram.size(),
-                peers: LogLimit::new(),
             }),
             memory: self.ram.memory().clone(),
             groups: self.groups.clone(),
@@ -413,8 +412,6 @@ struct Reporter {
     mailbox: Mailbox,
     /// What the guest has besides what it plugs, in bytes.
     memory: u64,
-    /// For what a program outside can have logged.
-    peers: LogLimit,
 }
 
 impl Reporter {
@@ -469,16 +466,8 @@ impl Reporter {
     fn peer(&self, id: &str, report: &PeerReport) {
         let id = id.to_owned();
         self.events.publish(match report {
-            PeerReport::Connected => {
-                if let Some(suppressed) = self.peers.allow() {
-                    tracing::info!(device = id, suppressed, "what serves it is connected again");
-                }
-                api::EventKind::DevicePeerConnected { id }
-            }
+            PeerReport::Connected => api::EventKind::DevicePeerConnected { id },
             PeerReport::Lost { reason } => {
-                if let Some(suppressed) = self.peers.allow() {
-                    tracing::warn!(device = id, reason, suppressed, "what serves it is lost");
-                }
                 let reason = reason.clone();
                 api::EventKind::DevicePeerLost { id, reason }
             }
