@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,10 +18,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+// In two crates this file lies at different places.
+#[path = "peer/record.rs"]
+mod record;
+
+use self::record::{DONE, RECORD_AT, Record, TAKEN};
 
 /// What buffers are filled with.
 pub const FILL: u8 = 0x5a;
@@ -361,59 +364,6 @@ struct Connection {
     over: bool,
 }
 
-/// A record of the chains that the program has, for its successor: for each head of each queue what has become of
-/// it, and when it was taken.
-struct Record {
-    file: File,
-    size: u16,
-}
-
-/// What a record says of a chain.
-const TAKEN: u8 = 1;
-const DONE: u8 = 2;
-
-impl Record {
-    fn new(queues: u16, size: u16) -> Self {
-        let memory = rustix::fs::memfd_create("record", rustix::fs::MemfdFlags::CLOEXEC);
-        let file = File::from(memory.unwrap());
-        let record = Self { file, size };
-        record
-            .file
-            .set_len(RECORD_AT + record.place(u32::from(queues), 0))
-            .unwrap();
-        record
-    }
-
-    fn place(&self, queue: u32, head: u16) -> u64 {
-        4 * (u64::from(queue) * u64::from(self.size) + u64::from(head))
-    }
-
-    fn set(&self, queue: u32, head: u16, what: u8, order: u16) {
-        let [low, high] = order.to_le_bytes();
-        let at = RECORD_AT + self.place(queue, head);
-        self.file.write_all_at(&[what, low, high, 0], at).unwrap();
-    }
-
-    /// The chains of a queue that are in this state, in order.
-    fn all(&self, queue: u32, wanted: u8) -> Vec<u16> {
-        let mut found = Vec::new();
-        for head in 0..self.size {
-            let mut bytes = [0; 4];
-            let at = RECORD_AT + self.place(queue, head);
-            self.file.read_exact_at(&mut bytes, at).unwrap();
-            let [what, low, high, _] = bytes;
-            if what == wanted {
-                found.push((u16::from_le_bytes([low, high]), head));
-            }
-        }
-        found.sort_unstable();
-        found.into_iter().map(|(_, head)| head).collect()
-    }
-}
-
-/// Where in its file a record is.
-const RECORD_AT: u64 = 64;
-
 fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap())
 }
@@ -544,27 +494,8 @@ impl Connection {
     /// Makes a record and gives it to the front end.
     fn make_record(&mut self, body: &[u8]) -> bool {
         let number = |at| u16::from_ne_bytes([body[at], body[at + 1]]);
-        let (queues, size) = (number(16), number(18));
-        let record = Record::new(queues, size);
-        let len = record.place(u32::from(queues), 0);
         let told = self.shared.manner.lock().unwrap().describes;
-        let (len, offset, queues, size) = told.unwrap_or((len, RECORD_AT, queues, size));
-        let mut answer: Vec<u8> = [request::GET_INFLIGHT_FD, 1 | 1 << 2, 24]
-            .iter()
-            .flat_map(|word| word.to_ne_bytes())
-            .collect();
-        answer.extend([len, offset].iter().flat_map(|long| long.to_ne_bytes()));
-        answer.extend(
-            [queues, size, 0, 0]
-                .iter()
-                .flat_map(|short| short.to_ne_bytes()),
-        );
-        let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut room);
-        let files = [record.file.as_fd()];
-        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
-        let parts = [IoSlice::new(&answer)];
-        sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL).is_ok()
+        Record::new(number(16), number(18)).give(&self.socket, told)
     }
 
     /// Goes on with a queue of which its predecessor may have had something.
@@ -618,10 +549,9 @@ impl Connection {
             }
             request::SET_INFLIGHT_FD => {
                 assert_eq!(long(body, 8), RECORD_AT);
-                self.record = files.into_iter().next().map(|file| Record {
-                    file: file.into(),
-                    size: u16::from_ne_bytes([body[18], body[19]]),
-                });
+                let size = u16::from_ne_bytes([body[18], body[19]]);
+                let file = files.into_iter().next();
+                self.record = file.map(|file| Record::in_file(file.into(), size));
             }
             request::SET_VRING_NUM
             | request::SET_VRING_BASE
