@@ -9,7 +9,7 @@
 //! * `shared`: what the workers and the device share; `filter`: which frames the driver
 //!   wants; `control`: the control queue.
 //! * `worker`: one for each pair of queues; `receive` and `transmit`: its halves;
-//!   `pieces`: chains as memory; `tally`: what it counts; `spec`: the layouts.
+//!   `reach`: how much room a call offers; `pieces`: chains as memory; `tally`: what it counts; `spec`: the layouts.
 //!
 //! # Queues
 //!
@@ -62,6 +62,7 @@ mod kernel;
 mod launch;
 mod mirror;
 mod pieces;
+mod reach;
 mod receive;
 mod saved;
 mod shared;

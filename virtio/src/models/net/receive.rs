@@ -10,6 +10,8 @@
 //!   to the driver:    b0, b1, with num_buffers = 2, together
 //! ```
 //!
+//! While short frames come ([`Reach`]) a call lends the first buffers and the spare room alone.
+//!
 //! A frame that is longer than what the driver has posted ends in the spare
 //! room. It is held until there are more buffers and the rest is copied. A frame that
 //! a limit does not let through yet is held where it is. One that can never fit is dropped.
@@ -21,6 +23,7 @@ use std::time::Duration;
 use net::{HEADER_LEN, IoVec, MAX_PIECES, Port};
 
 use super::pieces::{lend, mark_dirty, read_at, resolve, write_at};
+use super::reach::Reach;
 use super::spec::{MAX_FRAME, MIN_FRAME, NUM_BUFFERS_OFFSET, TAGGED_LEN};
 use super::worker::{Pair, Served};
 use crate::limit::Throttle;
@@ -32,6 +35,10 @@ const BATCH: usize = 64;
 
 /// Cursors are moved back to the start of their lists when they have come so far.
 const COMPACT: usize = 512;
+
+/// The most pieces that a call lends for a short frame, the spare room among them. The host has room for as many without
+/// asking its allocator (`UIO_FASTIOV`).
+const FEW: usize = 8;
 
 /// A buffer that the driver has posted.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +84,8 @@ pub struct Receiver {
     pieces: Vec<IoVec>,
     first_piece: usize,
     spare: Box<[u8]>,
+    /// What frame is expected.
+    reach: Reach,
     held: Option<Held>,
     used: Vec<(u16, u32)>,
     /// Nothing but the driver can bring more work: it is to kick before the worker sleeps.
@@ -101,6 +110,7 @@ impl Receiver {
             first_piece: 0,
             // Zeros that nobody has written take no memory.
             spare: vec![0; MAX_FRAME + 1].into_boxed_slice(),
+            reach: Reach::default(),
             held: None,
             used: Vec::new(),
             listens: false,
@@ -193,21 +203,32 @@ impl Receiver {
 
     /// Receives a frame into the posted buffers, if there is one.
     fn receive(&mut self, view: &GuestMap, pair: &Pair, port: &mut dyn Port) -> Option<Held> {
+        let spare = IoVec {
+            base: self.spare.as_mut_ptr(),
+            len: self.spare.len(),
+        };
+        let mut few = [spare; FEW];
         loop {
-            self.pieces.push(IoVec {
-                base: self.spare.as_mut_ptr(),
-                len: self.spare.len(),
-            });
-            let list = self.pieces.get(self.first_piece..).unwrap_or_default();
-            let received = port.receive(lend(view, list));
-            self.pieces.pop();
+            let lent = self.first_pieces(&mut few);
+            let (received, room) =
+                match lent.and_then(|(count, room)| Some((few.get(..=count)?, room))) {
+                    Some((list, room)) => (port.receive(lend(view, list)), room),
+                    None => {
+                        self.pieces.push(spare);
+                        let list = self.pieces.get(self.first_piece..).unwrap_or_default();
+                        let received = port.receive(lend(view, list));
+                        self.pieces.pop();
+                        (received, self.room)
+                    }
+                };
             match received {
                 Ok(0) => {
                     pair.refused(&io::ErrorKind::UnexpectedEof.into());
                     return None;
                 }
                 Ok(len) => {
-                    let placed = len.min(self.room);
+                    self.reach.came(len);
+                    let placed = len.min(room);
                     mark_dirty(view, self.live_extents(), placed);
                     return Some(Held { len, placed });
                 }
@@ -220,6 +241,23 @@ impl Receiver {
                 }
             }
         }
+    }
+
+    /// Copies those of the pieces to `few` that are to be lent, of which it keeps its last one; how many they are and how many
+    /// bytes they have. `None`: all are to be lent.
+    fn first_pieces(&self, few: &mut [IoVec; FEW]) -> Option<(usize, usize)> {
+        let wanted = self.reach.room()?;
+        let pieces = self.pieces.get(self.first_piece..)?;
+        let mut room = 0_usize;
+        let places = few.iter_mut().take(FEW - 1);
+        for (count, (place, piece)) in places.zip(pieces).enumerate() {
+            *place = *piece;
+            room = room.saturating_add(piece.len);
+            if room >= wanted {
+                return Some((count + 1, room));
+            }
+        }
+        None
     }
 
     fn live_extents(&self) -> &[Extent] {

@@ -146,6 +146,8 @@ pub struct Worker {
     receiver: Option<Receiver>,
     transmitter: Option<Transmitter>,
     control: Option<Control>,
+    /// There may be a command. The driver kicks for the next one.
+    commanded: bool,
     /// There may be a frame.
     readable: bool,
     /// There may be room for one.
@@ -231,6 +233,7 @@ impl Worker {
             receiver,
             transmitter,
             control,
+            commanded: true,
             readable: true,
             writable: true,
             window: Window::new(),
@@ -251,20 +254,7 @@ impl Worker {
             }
             self.view = view;
         }
-        let mut wait = None;
-        if let Some(control) = self
-            .control
-            .as_mut()
-            .filter(|control| !control.ring.failed())
-        {
-            let served = control.serve(&self.view);
-            let served = served.and_then(|more| control.ring.notify(&self.view).map(|()| more));
-            match served {
-                Ok(true) => wait = Some(Duration::ZERO),
-                Ok(false) => {}
-                Err(error) => control.ring.fail(&error),
-            }
-        }
+        let wait = self.obey();
         if !self.pair.shared.uses(self.pair.index) {
             return wait;
         }
@@ -273,6 +263,27 @@ impl Worker {
         let received = self.receive();
         let renewed = self.renew();
         sooner(sooner(wait, renewed), sooner(sent, received))
+    }
+
+    /// Carries out commands, if there may be any. Frames do not have the control queue looked at.
+    fn obey(&mut self) -> Option<Duration> {
+        let control = self.control.as_mut()?;
+        if control.ring.failed() || !self.commanded {
+            return None;
+        }
+        let served = control.serve(&self.view);
+        let served = served.and_then(|more| control.ring.notify(&self.view).map(|()| more));
+        match served {
+            Ok(true) => Some(Duration::ZERO),
+            Ok(false) => {
+                self.commanded = false;
+                None
+            }
+            Err(error) => {
+                control.ring.fail(&error);
+                None
+            }
+        }
     }
 
     /// Asks for a network that has ended; how long until it is asked for the next time.
@@ -423,7 +434,10 @@ impl Worker {
             let ring = match event.data() {
                 RECEIVE => self.receiver.as_mut().map(|half| &mut half.ring),
                 TRANSMIT => self.transmitter.as_mut().map(|half| &mut half.ring),
-                CONTROL => self.control.as_mut().map(|control| &mut control.ring),
+                CONTROL => {
+                    self.commanded = true;
+                    self.control.as_mut().map(|control| &mut control.ring)
+                }
                 PORT => {
                     let told = event.event_set();
                     let broken = EventSet::ERROR | EventSet::HANG_UP;

@@ -94,6 +94,36 @@ fn a_frame_of_the_greatest_length_fills_many_buffers() {
 }
 
 #[test]
+fn a_long_frame_after_many_short_ones_comes_whole() {
+    let mut rig = Rig::new();
+    for number in 0..100 {
+        rig.post(DATA, 0x1000);
+        rig.peer.send(&frame(MAC, 60)).unwrap();
+        let head = u32::from(number % SIZE);
+        assert_eq!(returned(&mut rig.rx, &rig.notices), (head, 72));
+    }
+    for buffer in 0..12_u64 {
+        rig.rx.offer(&[(DATA + buffer * 0x1000, 0x1000, true)]);
+    }
+    let sent = frame(MAC, 40_000);
+    rig.peer.send(&sent).unwrap();
+    rig.rx.kick();
+    let lens: Vec<_> = (0..10)
+        .map(|_| returned(&mut rig.rx, &rig.notices).1)
+        .collect();
+    assert_eq!(lens.iter().sum::<u32>(), 40_012);
+    let got = rig.rx.bytes(DATA, sent.len());
+    assert_eq!(got[10..12], [10, 0]);
+    assert!(got[12..] == sent[12..]);
+    // The next one is expected to be as long, and the one after is not held up by that.
+    let sent = frame(MAC, 5000);
+    rig.peer.send(&sent).unwrap();
+    assert_eq!(returned(&mut rig.rx, &rig.notices).1, 4096);
+    assert_eq!(returned(&mut rig.rx, &rig.notices).1, 916);
+    assert!(rig.rx.bytes(DATA + 0xa000, sent.len())[12..] == sent[12..]);
+}
+
+#[test]
 fn a_frame_goes_out_wherever_its_chain_is_cut() {
     let mut rig = Rig::new();
     let sent = frame(OTHER, 200);
