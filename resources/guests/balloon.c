@@ -4,6 +4,8 @@
  * zero=PAGES` whenever it is there, with how many of those it ever got back were zeros.
  * Pages come in order, and with `scattered` every other one first. With `bench` it gives
  * all up and takes all back, without being asked: the ticks of both.
+ * Asked for hints it tells of all those pages as free, and writes one of them (`rewrite`: all) before it has told of the last:
+ * `hinted round=ID`. When it may use them again: `hints-done zero=PAGES`, with how many hold zeros and no pattern any more.
  */
 #include "runtime/virtio.h"
 
@@ -13,6 +15,9 @@
 #define PATTERN 0x5a5a5a5a5a5a5a5aull
 #define NUM_PAGES 0
 #define ACTUAL 4
+#define HINT_COMMAND 8
+#define HINT_DONE 1
+#define HINT_FIRST 2
 #define FREE_MEMORY 4
 #define TOTAL_MEMORY 5
 
@@ -26,7 +31,7 @@ struct statistic {
 static struct virtio_device device;
 static struct virtq queues[QUEUES];
 static uint8_t *area;
-static uint32_t pages, have, zero;
+static uint32_t pages, have, zero, command, round_id;
 static uint32_t *numbers;
 static struct statistic *statistics;
 static bool scattered;
@@ -95,6 +100,52 @@ static void tell_statistics(void)
     virtq_kick(&queues[STATISTICS]);
 }
 
+/* As a guest that takes pages back in a round, for it needs memory: it has told of them, and writes them nevertheless. */
+static void tell_hints(void)
+{
+    uint32_t first = has_word("rewrite") ? 0 : 1500, count = has_word("rewrite") ? pages : 1;
+
+    if (command == round_id)
+        fail("a round has the id of the last one");
+    round_id = command;
+    numbers[0] = round_id;
+    send(&queues[HINTS], numbers, sizeof *numbers, 0);
+    send(&queues[HINTS], area, pages / 2 * PAGE, DESC_WRITE);
+    send(&queues[HINTS], area + (uint64_t)pages / 2 * PAGE, pages / 2 * PAGE, DESC_WRITE);
+    for (uint32_t i = first; i < first + count; i++)
+        *(volatile uint64_t *)page(i) = PATTERN;
+    numbers[0] = 0;
+    send(&queues[HINTS], numbers, sizeof *numbers, 0);
+    print("hinted round=%u\n", round_id);
+}
+
+static void count_hinted(void)
+{
+    uint32_t zeros = 0;
+
+    for (uint32_t i = 0; i < pages; i++) {
+        if (*page(i) == 0)
+            zeros++;
+        else if (*page(i) != PATTERN)
+            fail("a page is neither what it was nor zero");
+        *page(i) = PATTERN;
+    }
+    print("hints-done zero=%u\n", zeros);
+}
+
+static void heed_hints(void)
+{
+    uint32_t wanted = read32(device.config + HINT_COMMAND);
+
+    if (wanted == command)
+        return;
+    command = wanted;
+    if (command >= HINT_FIRST)
+        tell_hints();
+    else if (command == HINT_DONE)
+        count_hinted();
+}
+
 /* A monitor may give pages to the host after it has said so, but not after it has given one back. */
 static void bench(void)
 {
@@ -131,6 +182,7 @@ static void work(void)
     for (;;) {
         uint32_t target = least(read32(device.config + NUM_PAGES), pages);
 
+        heed_hints();
         if (virtq_poll(&queues[STATISTICS], &id, &length))
             tell_statistics();
         if (target != have) {

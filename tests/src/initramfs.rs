@@ -198,7 +198,7 @@ pub fn net_tools(tools: &Path, kernel: &Path, output: &Path) -> Result<()> {
     write(output, |archive| {
         let mut directories = vec![String::new(), "bin".to_owned(), "modules".to_owned()];
         let mut libraries = BTreeMap::new();
-        for program in ["iperf3", "passt", "tcpdump"] {
+        for program in ["iperf3", "passt", "socat", "tcpdump"] {
             let path = tools.join("usr/bin").join(program);
             copy(archive, &format!("bin/{program}"), &path)?;
             libraries.extend(libraries_in(&path, Some(tools))?);

@@ -12,6 +12,7 @@ mod network;
 mod saved;
 mod screen;
 mod shared;
+mod socketed;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
@@ -221,6 +222,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(saved::goes_on(kernel));
         // The nested machine has its modules too.
         cases.push(bridged::share_a_bridge(kernel));
+        cases.push(socketed::talks_with_socat(kernel));
     }
     // The others have their file systems as modules.
     if kernel.ends_with("cloud") {

@@ -255,8 +255,14 @@ pub struct SnapshotReport {
     pub total_us: u64,
     /// How many bytes of memory and state were written.
     pub bytes: u64,
-    /// How many pages of memory hold zeros and were not written.
+    /// How many pages of memory hold zeros and were not written, or were left out.
     pub zero_pages: u64,
+    /// How many pages were left out because the guest does not use them. Absent where that was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_pages: Option<u64>,
+    /// Why none were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_pages_reason: Option<String>,
 }
 
 /// Whether the guest runs while its memory is written.

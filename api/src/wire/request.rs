@@ -79,6 +79,9 @@ pub struct VmSnapshotConfig {
     /// Whether a guest that runs is paused until all is written.
     #[serde(default, skip_serializing_if = "super::device::is_false")]
     pub pause: bool,
+    /// Whether what the guest says it does not use is left out, where it runs meanwhile and has a balloon.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub skip_free_pages: bool,
 }
 
 impl VmSnapshotConfig {
@@ -88,6 +91,7 @@ impl VmSnapshotConfig {
         Self {
             destination_url,
             pause: false,
+            skip_free_pages: false,
         }
     }
 }

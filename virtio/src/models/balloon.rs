@@ -129,6 +129,8 @@ pub struct Balloon {
     features: u64,
     /// That the target was reached has been told: once, so that it is not for the guest to repeat.
     told: bool,
+    /// It was restored with a round of hints under way, of which its driver is to hear that it has ended.
+    cut: bool,
     /// While the device is active.
     notifier: Option<Arc<dyn Notifier>>,
     workers: Workers,
@@ -166,6 +168,7 @@ impl Balloon {
             view: Arc::new(view),
             features: 0,
             told: pages == 0,
+            cut: false,
             notifier: None,
             workers: Workers::new("balloon", id),
         }
@@ -277,6 +280,11 @@ impl VirtioDevice for Balloon {
                     }
                 })
             })?;
+        self.view
+            .hints_heard(features & feature::FREE_PAGE_HINT != 0);
+        if std::mem::take(&mut self.cut) {
+            notifier.config_changed();
+        }
         self.notifier = Some(notifier);
         Ok(())
     }
@@ -285,6 +293,7 @@ impl VirtioDevice for Balloon {
         let stopped = self.workers.stop(deadline);
         if !matches!(stopped, Err(StopError::Deadline { .. })) {
             self.notifier = None;
+            self.view.hints_heard(false);
             *lock(&self.view.wake) = None;
         }
         stopped
@@ -292,6 +301,7 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.features = 0;
+        self.cut = false;
         self.view.reset();
     }
 }
@@ -307,6 +317,8 @@ pub struct BalloonV1 {
     pub poison_val: u32,
     /// What the driver is to do about hints.
     pub hint_command: u32,
+    /// How many rounds of hints there have been.
+    pub hint_rounds: u32,
     /// That the target was reached has been told.
     pub told: bool,
     /// What has begun of the host's pages that are larger than the balloon's.
@@ -315,7 +327,7 @@ pub struct BalloonV1 {
 
 impl SavedState for BalloonV1 {
     const SCHEMA: &'static str = "virtio-balloon";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 }
 
 impl Snapshot for Balloon {
@@ -333,6 +345,7 @@ impl Snapshot for Balloon {
             actual: actual.get(),
             poison_val: poison_val.get(),
             hint_command: free_page_hint_cmd_id.get(),
+            hint_rounds: self.view.rounds(),
             told: self.told,
             large: lock(&self.view.partial).save(),
         })
@@ -344,6 +357,7 @@ impl Snapshot for Balloon {
             actual,
             poison_val,
             hint_command,
+            hint_rounds,
             told,
             large,
         } = state;
@@ -358,13 +372,11 @@ impl Snapshot for Balloon {
         view.target.store(num_pages, Ordering::Release);
         view.actual.store(actual, Ordering::Release);
         view.poison.store(poison_val, Ordering::Release);
-        // Who asked for hints was the other machine, and what it was told is gone.
-        let command = if hint_command >= HINT_FIRST {
-            HINT_DONE
-        } else {
-            hint_command
-        };
+        // Who asked for hints was the other machine, and what it was told is gone. The driver waits to hear so.
+        self.cut = hint_command >= HINT_FIRST;
+        let command = if self.cut { HINT_DONE } else { hint_command };
         view.hint_command.store(command, Ordering::Release);
+        view.set_rounds(hint_rounds);
         self.told = told;
         Ok(())
     }

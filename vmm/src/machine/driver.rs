@@ -11,6 +11,7 @@ mod commands;
 mod coredump;
 mod drain;
 mod guest;
+mod hints;
 mod lost;
 mod overlays;
 mod ports;

@@ -9,9 +9,10 @@
 //! * What is restored is not trusted.
 
 use std::io;
+use std::ops::Range;
 
 use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
-use migration::pages::{PageIndex, Ram};
+use migration::pages::{PAGE, PageIndex, Ram};
 use migration::{RestoreError, SaveError, SavedState, Section, SectionSet};
 use serde::{Deserialize, Serialize};
 use virtio::memory::GuestMap;
@@ -58,13 +59,25 @@ pub struct SnapshotRam {
     map: GuestMap,
     /// The host swaps nothing out.
     swapless: bool,
+    /// What is left out, in ascending order.
+    left_out: Vec<Range<u64>>,
 }
 
 impl SnapshotRam {
     /// The memory of `map`. `swapless`: the host swaps nothing out for as long as this is used, so that what it has not got is zeros.
     #[must_use]
     pub fn new(map: GuestMap, swapless: bool) -> Self {
-        Self { map, swapless }
+        Self {
+            map,
+            swapless,
+            left_out: Vec::new(),
+        }
+    }
+
+    /// Leaves pages out, as if they held zeros: ranges of guest-physical bytes in ascending order, that are whole pages.
+    #[must_use]
+    pub fn without(self, left_out: Vec<Range<u64>>) -> Self {
+        Self { left_out, ..self }
     }
 }
 
@@ -91,6 +104,16 @@ impl Ram for SnapshotRam {
             && let Some(backing) = region.bitmap().backing()
         {
             backing.absent(offset.0, pages);
+        }
+        let first = self.left_out.partition_point(|range| range.end <= address);
+        let from_here = self.left_out.get(first..).unwrap_or_default();
+        let end = address.saturating_add(PAGE.saturating_mul(pages.len() as u64));
+        for range in from_here.iter().take_while(|range| range.start < end) {
+            let page = |at: u64| usize::try_from(at.saturating_sub(address) / PAGE);
+            let (Ok(from), Ok(to)) = (page(range.start), page(range.end.min(end))) else {
+                continue;
+            };
+            pages.get_mut(from..to).unwrap_or_default().fill(true);
         }
     }
 

@@ -20,6 +20,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
@@ -154,6 +155,8 @@ struct Inner {
     next: usize,
     /// Why it was released early.
     why: Option<&'static str>,
+    /// Of each chunk, whether nobody had written it at the instant since it was protected.
+    untouched: Vec<bool>,
 }
 
 /// Memory that is held still. Shared by those who copy it and those who hear of faults.
@@ -202,6 +205,7 @@ impl Still {
             since: None,
             next: 0,
             why: None,
+            untouched: Vec::new(),
         };
         let stop = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
         let still = Arc::new(Self {
@@ -296,6 +300,20 @@ impl Still {
             Phase::Released if !copied => Some(inner.why.unwrap_or("it was given up")),
             _ => None,
         }
+    }
+
+    /// What nobody wrote from [`Still::begin`] until the instant, as ranges of guest-physical bytes in ascending order; nothing before
+    /// the instant. What has been given back to the host counts as written.
+    pub fn untouched(&self) -> Vec<Range<u64>> {
+        let starts = self.ram.parts.iter().flat_map(|(guest, mapping)| {
+            let chunks = 0..mapping.len().div_ceil(CHUNK);
+            chunks.map(move |index| guest.saturating_add(index.saturating_mul(CHUNK)))
+        });
+        let inner = self.lock();
+        let all = starts.zip(&self.places).zip(&inner.untouched);
+        all.filter(|(_, untouched)| **untouched)
+            .map(|((start, (_, len)), _)| start..start.saturating_add(*len))
+            .collect()
     }
 
     /// Has it be released as soon as `wanted` says so. Once, before the guest goes on.
@@ -496,6 +514,8 @@ impl Held {
             let gone = io::Error::from(io::ErrorKind::BrokenPipe);
             return Err(StillError::Host(gone));
         }
+        let untouched = inner.chunks.iter().map(|chunk| *chunk == Chunk::Armed);
+        inner.untouched = untouched.collect();
         for (chunk, (start, len)) in inner.chunks.iter_mut().zip(&still.places) {
             if *chunk == Chunk::Loose {
                 let armed = still.fault.protect(*start, *len, true);

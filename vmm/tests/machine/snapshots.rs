@@ -360,6 +360,115 @@ fn what_a_snapshot_cannot_hold_yet_is_told_and_the_machine_goes_on() {
     assert!(!machine.path("s").exists());
 }
 
+/// A machine that tells of 16 MiB as free when it is asked, which hold something; its memory is 64 MiB.
+fn hinting(words: &str) -> Served {
+    let flags = ["--serial", "tty", "--balloon", "size=0"];
+    let mut machine = Served::start("balloon", words, &flags);
+    machine.vireo.stdout.wait_for("actual=0 zero=0\n");
+    machine
+}
+
+/// What was said of a snapshot that leaves free pages out; `None` where the host has no userfaultfd.
+fn leaves_out(machine: &Served, name: &str) -> Option<Value> {
+    let report = create(machine, name, &["--skip-free-pages"]);
+    if let Some(reason) = report["reason"].as_str() {
+        assert!(reason.contains("no userfaultfd"), "{reason}");
+        assert_eq!(report["free_pages"], 0, "{report}");
+        skip(reason);
+        return None;
+    }
+    Some(report)
+}
+
+/// The guest writes one of the pages that it has told of: it comes back, with the 2 MiB about it.
+#[test]
+fn free_pages_are_left_out_of_a_snapshot_but_for_what_was_written_since() {
+    if !can_run() {
+        return;
+    }
+    let mut machine = hinting("");
+    let Some(report) = leaves_out(&machine, "s") else {
+        return;
+    };
+    let free = 4096 - 512;
+    assert_eq!(report["free_pages"], free, "{report}");
+    assert!(report.get("free_pages_reason").is_none(), "{report}");
+    assert!(report["bytes"].as_u64().unwrap() < 4 << 20, "{report}");
+    // To the guest that goes on nothing has happened.
+    machine.vireo.stdout.wait_for("hinted round=2\n");
+    machine.vireo.stdout.wait_for("hints-done zero=0\n");
+    let path = machine.path("s");
+    let mut ends = vireo(&[
+        "destroy",
+        "--api-socket",
+        machine.socket().to_str().unwrap(),
+    ]);
+    ends.ends_with(0);
+    let socket = machine.path("again.sock");
+    let flags = ["--api-socket", socket.to_str().unwrap()];
+    // What is mapped from a file cannot be held still.
+    let from = format!("source_url={},memory_restore_mode=copy", path.display());
+    let restore = ["run", "--restore", &from];
+    let mut again = vireo(&[restore.as_slice(), &flags].concat());
+    // It was waiting to hear that it may use them again.
+    again.stdout.wait_for(&format!("hints-done zero={free}\n"));
+    // Its driver takes no round that has the id of the last one for a new one.
+    let request = VmSnapshotConfig {
+        skip_free_pages: true,
+        ..VmSnapshotConfig::of(url(&machine.path("t")))
+    };
+    let mut client = until("the restored machine", || Client::connect(&socket).ok());
+    client.snapshot(&request).unwrap();
+    again.stdout.wait_for("hinted round=3\n");
+    again.stdout.wait_for("hints-done zero=0\n");
+}
+
+#[test]
+fn a_guest_that_writes_its_free_pages_has_them_saved() {
+    if !can_run() {
+        return;
+    }
+    let machine = hinting("rewrite");
+    let Some(report) = leaves_out(&machine, "s") else {
+        return;
+    };
+    assert_eq!(report["free_pages"], 0, "{report}");
+    let reason = report["free_pages_reason"].as_str().unwrap();
+    assert!(reason.contains("written all of them"), "{reason}");
+    assert!(report["bytes"].as_u64().unwrap() > 16 << 20, "{report}");
+}
+
+/// It is taken in full, and says why.
+#[test]
+fn nothing_is_left_out_where_the_guest_cannot_tell_or_stands() {
+    if !can_run() {
+        return;
+    }
+    let machine = counting();
+    let Some(report) = leaves_out(&machine, "none") else {
+        return;
+    };
+    let told = |report: &Value, words: &str| {
+        assert_eq!(report["free_pages"], 0, "{report}");
+        let reason = report["free_pages_reason"].as_str().unwrap();
+        assert!(reason.contains(words), "{reason}");
+    };
+    told(&report, "no balloon");
+    let deaf = Served::start("poke", "outs halt", &["--balloon", "size=0"]);
+    told(&leaves_out(&deaf, "deaf").unwrap(), "uses no balloon");
+    let machine = hinting("");
+    let mut client = machine.client();
+    let request = VmSnapshotConfig {
+        pause: true,
+        skip_free_pages: true,
+        ..VmSnapshotConfig::of(url(&machine.path("s")))
+    };
+    client.snapshot(&request).unwrap();
+    let job = client.jobs().unwrap().pop().unwrap();
+    let report = serde_json::to_value(job.snapshot.unwrap()).unwrap();
+    told(&report, "the guest stands");
+}
+
 /// What `vireo snapshot create --json` says of a snapshot of `machine` in its directory `name`.
 fn create(machine: &Served, name: &str, flags: &[&str]) -> Value {
     let (socket, path) = (machine.socket(), machine.path(name));

@@ -465,6 +465,52 @@ fn hints_count_in_the_round_that_was_asked_for() {
     assert_eq!(command(&used), 0);
 }
 
+/// The driver's word, not time, ends the waiting; where none will come there is none.
+#[test]
+fn who_waits_for_hints_hears_of_the_rounds_end_and_of_whatever_else_ends_it() {
+    let mut used = used(PAGE, ALL);
+    let view = Arc::clone(&used.balloon.view);
+    assert!(view.hears_hints() && !view.hints_wanted());
+    let start = BalloonChange::Hints(HintChange::Start);
+    used.balloon.change_balloon(start).unwrap();
+    assert!(view.hints_wanted());
+    let waits = |view: &Arc<BalloonView>| {
+        let view = Arc::clone(view);
+        std::thread::spawn(move || view.wait_for_hints(Duration::MAX))
+    };
+    let waiting = waits(&view);
+    // The end of an older round.
+    used.drivers[HINTS].put(DATA, 0_u32);
+    used.send(HINTS, &[(DATA, 4, false)]);
+    used.drivers[HINTS].put(DATA, 2_u32);
+    used.send(HINTS, &[(DATA, 4, false), (HIGH, 0x1000, true)]);
+    assert!(!waiting.is_finished());
+    used.drivers[HINTS].put(DATA, 0_u32);
+    used.send(HINTS, &[(DATA, 4, false)]);
+    assert!(waiting.join().unwrap());
+    // They are still the guest's to leave alone.
+    assert!(view.hints_wanted());
+    let done = BalloonChange::Hints(HintChange::Done);
+    used.balloon.change_balloon(done).unwrap();
+    assert!(!view.hints_wanted());
+
+    used.balloon.change_balloon(start).unwrap();
+    let waiting = waits(&view);
+    used.balloon.stop(soon()).unwrap();
+    assert!(!waiting.join().unwrap() && !view.hears_hints());
+    used.balloon.reset();
+    assert!(!view.hints_wanted());
+    assert!(!view.wait_for_hints(Duration::MAX));
+}
+
+#[test]
+fn a_driver_that_knows_no_hints_is_not_waited_for() {
+    let mut used = used(PAGE, ALL & !feature::FREE_PAGE_HINT);
+    let start = BalloonChange::Hints(HintChange::Start);
+    used.balloon.change_balloon(start).unwrap();
+    assert!(!used.balloon.view.wait_for_hints(Duration::MAX));
+}
+
 #[test]
 fn with_pages_that_are_filled_with_something_hints_are_not_kept() {
     let mut used = used(PAGE, ALL);
@@ -647,6 +693,19 @@ fn state_survives_and_a_round_of_hints_does_not() {
     assert_eq!(words(&new), [1, 5, 1, 6]);
     assert_eq!(new.save().unwrap().told, old.save().unwrap().told);
     assert_eq!(new.view.actual(), 5 * PAGE);
+    // The driver hears so once, and the next round has an id of its own.
+    let (memory, _) = memory(PAGE);
+    let mut config_changes = || {
+        let drivers = drivers(&memory);
+        let queues = drivers.iter().map(Driver::activate).collect();
+        let notices = start(&mut new, ALL, &memory, queues);
+        new.stop(soon()).unwrap();
+        notices.try_iter().filter(|n| *n == Notice::Config).count()
+    };
+    assert_eq!([config_changes(), config_changes()], [1, 0]);
+    new.change_balloon(BalloonChange::Hints(HintChange::Start))
+        .unwrap();
+    assert_eq!(words(&new), [1, 5, 3, 6]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::pages::{Outcome, Partial};
@@ -12,6 +12,9 @@ use crate::worker::Wake;
 
 /// How many pieces of free memory are kept of one round of hints. Guests tell in pieces of 4 MiB, so this is 256 GiB.
 const MAX_HINTS: usize = 1 << 16;
+
+/// How many rounds of hints have an id of their own, before the first comes again.
+const ROUNDS: u32 = u32::MAX - HINT_FIRST;
 
 /// For how long statistics are as good as new.
 const FRESH: Duration = Duration::from_secs(1);
@@ -58,12 +61,27 @@ struct Statistics {
     wanted: bool,
 }
 
+/// How far a round of hints is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Round {
+    /// There is none.
+    #[default]
+    None,
+    /// The driver has been asked.
+    Asked,
+    /// It has begun, and tells of pages.
+    Begun,
+    /// It has told of all, and still leaves them alone.
+    Told,
+}
+
 #[derive(Default)]
 struct Hints {
-    /// The id that the next round is to have, less [`HINT_FIRST`].
+    /// The id that the next round is to have, less [`HINT_FIRST`]. Linux takes no round for a new one whose id is that of the last.
     next: u32,
-    /// The driver has begun the round that it was asked for.
-    collecting: bool,
+    round: Round,
+    /// The driver uses the device and has accepted hints.
+    heard: bool,
     /// In guest-physical bytes.
     free: Vec<Range<u64>>,
 }
@@ -77,6 +95,8 @@ pub struct BalloonView {
     pub(super) hint_command: AtomicU32,
     statistics: Mutex<Statistics>,
     hints: Mutex<Hints>,
+    /// A round has gone on.
+    hints_changed: Condvar,
     /// What the queues' thread has of the balloon's pages, kept while it is stopped.
     pub(super) partial: Mutex<Partial>,
     pub(super) wake: Mutex<Option<Wake>>,
@@ -166,8 +186,8 @@ impl BalloonView {
 
     /// Takes the free pages that the guest has told of since the last call, in guest-physical bytes.
     ///
-    /// The guest may use any of them again before it is told [`HintChange::Done`], when it needs memory: a consumer
-    /// may leave them out only as long as it hears of writes to them.
+    /// They come as the guest has told them, in any order and any that it has. The guest may use any of them again before it is told [`HintChange::Done`], when it needs
+    /// memory: a consumer may leave out only those that have not been written since before [`HintChange::Start`].
     #[must_use]
     pub fn take_hints(&self) -> Vec<Range<u64>> {
         std::mem::take(&mut lock(&self.hints).free)
@@ -194,33 +214,84 @@ impl BalloonView {
         std::mem::take(&mut lock(&self.statistics).wanted)
     }
 
+    /// Whether the guest has been asked for hints and not been told since that it may use those pages again.
+    #[must_use]
+    pub fn hints_wanted(&self) -> bool {
+        lock(&self.hints).round != Round::None
+    }
+
+    /// Whether the device works, for a driver that has accepted hints.
+    #[must_use]
+    pub fn hears_hints(&self) -> bool {
+        lock(&self.hints).heard
+    }
+
+    /// Waits until the guest has told of all its free pages in the round that was asked for, and returns whether it has. It gives
+    /// up after `patience`, and when the device is stopped or reset or its driver knows no hints.
+    #[must_use]
+    pub fn wait_for_hints(&self, patience: Duration) -> bool {
+        let waits =
+            |hints: &mut Hints| hints.heard && matches!(hints.round, Round::Asked | Round::Begun);
+        let hints = lock(&self.hints);
+        let waited = self
+            .hints_changed
+            .wait_timeout_while(hints, patience, waits);
+        let (hints, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        hints.round == Round::Told
+    }
+
+    /// How many rounds of hints there have been, or what was restored of that.
+    pub(super) fn rounds(&self) -> u32 {
+        lock(&self.hints).next
+    }
+
+    pub(super) fn set_rounds(&self, rounds: u32) {
+        lock(&self.hints).next = rounds % ROUNDS;
+    }
+
+    /// The device works on its queues, or stops; `heard`: and its driver has accepted hints.
+    pub(super) fn hints_heard(&self, heard: bool) {
+        lock(&self.hints).heard = heard;
+        self.hints_changed.notify_all();
+    }
+
     /// Sets the command that the driver finds.
     pub(super) fn change_hints(&self, change: HintChange) {
         let mut hints = lock(&self.hints);
-        let command = match change {
-            HintChange::Stop => HINT_STOP,
-            HintChange::Done => HINT_DONE,
+        let (command, round) = match change {
+            HintChange::Stop => (HINT_STOP, Round::None),
+            HintChange::Done => (HINT_DONE, Round::None),
             HintChange::Start => {
                 hints.free.clear();
                 let id = HINT_FIRST.saturating_add(hints.next);
-                hints.next = (hints.next + 1) % (u32::MAX - HINT_FIRST);
-                id
+                hints.next = hints.next.saturating_add(1) % ROUNDS;
+                (id, Round::Asked)
             }
         };
-        hints.collecting = false;
+        hints.round = round;
         self.hint_command.store(command, Ordering::Release);
+        drop(hints);
+        self.hints_changed.notify_all();
     }
 
     /// The driver begins a round, or ends it.
     pub(super) fn hint_command(&self, id: u32) {
+        let mut hints = lock(&self.hints);
         let wanted = self.hint_command.load(Ordering::Acquire);
-        lock(&self.hints).collecting = id >= HINT_FIRST && id == wanted;
+        hints.round = match hints.round {
+            Round::None => Round::None,
+            _ if id >= HINT_FIRST && id == wanted => Round::Begun,
+            Round::Asked => Round::Asked,
+            Round::Begun | Round::Told => Round::Told,
+        };
+        drop(hints);
+        self.hints_changed.notify_all();
     }
 
     /// The driver tells of free pages: a range of guest-physical bytes.
     pub(super) fn hint(&self, range: Range<u64>) {
         let mut hints = lock(&self.hints);
-        if !hints.collecting || range.is_empty() {
+        if hints.round != Round::Begun || range.is_empty() {
             return;
         }
         count(&self.tally.hinted, range.end - range.start);
@@ -239,9 +310,12 @@ impl BalloonView {
         self.poison.store(0, Ordering::Release);
         self.hint_command.store(HINT_STOP, Ordering::Release);
         *lock(&self.statistics) = Statistics::default();
-        let mut hints = lock(&self.hints);
-        hints.collecting = false;
-        hints.free.clear();
+        {
+            let mut hints = lock(&self.hints);
+            hints.round = Round::None;
+            hints.free.clear();
+        }
+        self.hints_changed.notify_all();
         lock(&self.partial).clear();
     }
 }

@@ -73,6 +73,12 @@ pub(in crate::cli) struct CreateArgs {
     /// Pause a machine that runs until all is written
     #[arg(long)]
     pause: bool,
+    /// Leave out what the guest says it does not use: it takes a balloon
+    ///
+    /// The machine that is restored finds zeros there, which its guest does not look at. A guest that fills pages
+    /// with zeros when it takes them, as Linux does with init_on_alloc, leaves nothing to be left out.
+    #[arg(long, conflicts_with = "pause")]
+    skip_free_pages: bool,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -102,6 +108,7 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
     let mut asking = asking.map_err(|error| remote.failed(error))?;
     let request = VmSnapshotConfig {
         pause: arguments.pause,
+        skip_free_pages: arguments.skip_free_pages,
         ..VmSnapshotConfig::of(destination_url)
     };
     let client = &mut remote.client;
@@ -153,6 +160,15 @@ fn told(report: &SnapshotReport) -> String {
         report.zero_pages,
         millis(report.total_us),
     );
+    if let Some(free) = report.free_pages {
+        text.push_str(&format!(
+            "; {free} pages that the guest does not use were left out"
+        ));
+    }
+    if let Some(reason) = &report.free_pages_reason {
+        text.push_str(": ");
+        text.push_str(reason);
+    }
     if let Some(reason) = &report.reason {
         text.push_str(
             "\nIt was paused until all was written, because it could not go on meanwhile: ",

@@ -17,6 +17,7 @@ use virtio::memory::GuestMap;
 
 use super::Driver;
 use super::capture::{Hold, Manner, Plan, path_of};
+use super::hints::{self, Free, Round};
 use crate::config::{DeviceConfig, files};
 use crate::error::chain;
 use crate::machine::coredump::total;
@@ -122,14 +123,18 @@ impl Driver {
         let answer = self.asides.wait_with(answer);
         let begins = Arc::new(());
         self.snapshotting = Arc::downgrade(&begins);
-        let started = self.beside("open", open, move |driver, opened| {
-            drop(begins);
-            let place = (path, begun);
-            let begun =
-                opened.and_then(|opened| driver.snapshot_into(opened, place, request, answer));
-            if let Err(error) = begun {
-                driver.asides.answer(answer, Err(error));
-            }
+        let started = self.beside("open", open, move |driver, opened| match opened {
+            Ok((files, hold)) => driver.ask_first(Begun {
+                files,
+                hold,
+                free: None,
+                path,
+                begun,
+                request,
+                answer,
+                begins,
+            }),
+            Err(error) => driver.asides.answer(answer, Err(error)),
         });
         if let Err(error) = started {
             self.asides.answer(answer, Err(error));
@@ -146,16 +151,56 @@ impl Driver {
         Ok(())
     }
 
+    /// Asks the guest for free pages where they are wanted, and goes on when it has told of them.
+    fn ask_first(&mut self, mut begun: Begun) {
+        let wanted = begun.request.skip_free_pages;
+        begun.free = wanted.then(|| match &begun.hold {
+            Ok(_) => self.ask_for_free_pages(),
+            Err(_) => Err("the guest stands while its memory is written".to_owned()),
+        });
+        let Some(Ok(round)) = &begun.free else {
+            return self.go_into(begun);
+        };
+        let (view, answer) = (round.view(), begun.answer);
+        let wait = move || view.wait_for_hints(hints::PATIENCE);
+        let started = self.beside("hints", wait, move |driver, told| {
+            if !told {
+                tracing::info!("the guest has not told of all its free pages in time");
+            }
+            driver.go_into(begun);
+        });
+        if let Err(error) = started {
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
+    fn go_into(&mut self, begun: Begun) {
+        let answer = begun.answer;
+        if let Err(error) = self.snapshot_into(begun) {
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
     /// The second half of [`Driver::snapshot`]. Who waits with `answer` hears of the end.
-    fn snapshot_into(
-        &mut self,
-        (files, hold): (Files, Hold),
-        (path, begun): (PathBuf, Instant),
-        request: wire::VmSnapshotConfig,
-        answer: u64,
-    ) -> Result<Reply, ControlError> {
+    fn snapshot_into(&mut self, begun: Begun) -> Result<Reply, ControlError> {
+        let Begun {
+            files,
+            hold,
+            free,
+            path,
+            begun,
+            request,
+            answer,
+            begins,
+        } = begun;
+        drop(begins);
         self.check_settled()?;
         self.check_form()?;
+        let told = match &free {
+            None => Free::default(),
+            Some(Ok(round)) => Free::of(round),
+            Some(Err(why)) => Free::none(why),
+        };
         let memory = self.machine.memory_map();
         let plan = Plan {
             kind: "snapshot",
@@ -165,7 +210,10 @@ impl Driver {
             answer: Some(answer),
             hold,
         };
+        // The guest's round ends when this returns, and memory has been held still.
+        let _round = free;
         self.capture(&Command::Snapshot(request), plan, move |driver| {
+            let free = told.at_the_instant();
             let set = driver.machine.save();
             let set = set.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
             let config = driver.described()?;
@@ -177,6 +225,7 @@ impl Driver {
                     set,
                     config,
                     begun,
+                    free,
                 };
                 let written = snapshot.write(job, &opener, manner);
                 written.map_err(|error| format!("{}: {error}", path.display()))
@@ -227,6 +276,20 @@ fn is_served(device: &DeviceConfig) -> bool {
     device.kind == fs || device.kind.starts_with("vhost-user-")
 }
 
+/// A snapshot that is being begun: its files are there, and memory is protected where the guest goes on.
+struct Begun {
+    files: Files,
+    hold: Hold,
+    /// Of whom free pages have been asked, or why of nobody; `None`: they are not wanted.
+    free: Option<Result<Round, String>>,
+    path: PathBuf,
+    begun: Instant,
+    request: wire::VmSnapshotConfig,
+    answer: u64,
+    /// There as long as no other may begin.
+    begins: Arc<()>,
+}
+
 /// What becomes a snapshot.
 struct Snapshot {
     files: Files,
@@ -235,6 +298,7 @@ struct Snapshot {
     config: Value,
     /// When it was asked for.
     begun: Instant,
+    free: Free,
 }
 
 impl Snapshot {
@@ -246,6 +310,7 @@ impl Snapshot {
             mut set,
             config,
             begun,
+            free,
         } = self;
         let Files {
             id,
@@ -254,7 +319,8 @@ impl Snapshot {
             manifest,
         } = files;
         let swaps = Swaps::look(opener);
-        let ram = SnapshotRam::new(memory, swaps.none);
+        let free = free.left_out(manner.still.as_deref());
+        let ram = SnapshotRam::new(memory, swaps.none).without(free.ranges.clone());
         let index = write_memory(job, pages.file(), &ram, manner.still.as_deref())?;
         swaps.check(opener)?;
         set.push(index_section(&index).map_err(|error| chain(&error))?);
@@ -280,7 +346,7 @@ impl Snapshot {
         }
         name(opener, [pages, state], manifest).map_err(|error| chain(&error))?;
         let written = index.data().saturating_add(bytes.len() as u64);
-        job.report(report(manner, begun, &index, written));
+        job.report(free.report(report(manner, begun, &index, written)));
         Ok(())
     }
 }
@@ -347,6 +413,8 @@ fn report(manner: Manner, begun: Instant, index: &PageIndex, bytes: u64) -> Snap
         total_us: micros(begun.elapsed()),
         bytes,
         zero_pages: index.total().saturating_sub(index.data()) / PAGE,
+        free_pages: None,
+        free_pages_reason: None,
     }
 }
 
