@@ -478,6 +478,15 @@ impl Client {
         read("vm.disk-stream", &answer)
     }
 
+    /// Merges images of a disk into one below them; the job that does it.
+    pub fn disk_commit(
+        &mut self,
+        request: &wire::VmDiskCommit,
+    ) -> Result<wire::JobInfo, ClientError> {
+        let answer = self.put("vm.disk-commit", Some(request), &[])?;
+        read("vm.disk-commit", &answer)
+    }
+
     /// Builds the machine that a snapshot holds, as it was.
     pub fn restore(&mut self, request: &wire::RestoreConfig) -> Result<(), ClientError> {
         self.ask("vm.restore", request)

@@ -146,6 +146,8 @@ pub enum Command {
     DiskSnapshot(wire::VmDiskSnapshot),
     /// Take what lies below a disk's image into it.
     DiskStream(wire::VmDiskStream),
+    /// Merge images of a disk into one below them.
+    DiskCommit(wire::VmDiskCommit),
     /// Build the machine that a snapshot holds, as it was.
     Restore(wire::RestoreConfig),
     /// Ask the guest agent.

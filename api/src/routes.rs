@@ -105,6 +105,8 @@ pub enum Endpoint {
     VmDiskSnapshot,
     /// PUT vm.disk-stream
     VmDiskStream,
+    /// PUT vm.disk-commit
+    VmDiskCommit,
     /// PUT vm.restore
     VmRestore,
     /// PUT vm.agent-ping
@@ -588,6 +590,16 @@ pub const ROUTES: &[Route] = &[
     .added()
     .about("Takes what lies below a disk's image into it, as a job, so that images of its chain are needed no more.")
     .takes::<wire::VmDiskStream>()
+    .gives::<wire::JobInfo>()
+    .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskCommit,
+        "vm.disk-commit",
+        "The disk's images could not be merged",
+    )
+    .added()
+    .about("Merges images of a disk's chain into one below them, as a job, so that they are needed no more.")
+    .takes::<wire::VmDiskCommit>()
     .gives::<wire::JobInfo>()
     .fails(&[400, 404, 409, 429]),
     put(

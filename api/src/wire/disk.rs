@@ -78,3 +78,20 @@ pub struct VmDiskStream {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed: Option<u64>,
 }
+
+/// `vm.disk-commit`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskCommit {
+    /// The disk's id.
+    pub id: String,
+    /// The topmost image of its chain that is merged; absent: the disk's own one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top: Option<PathBuf>,
+    /// The image that takes all between, and stays; absent: the one right below `top`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+    /// The most bytes to be copied in a second; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<u64>,
+}

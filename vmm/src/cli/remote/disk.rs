@@ -16,7 +16,7 @@ use super::super::table::table;
 use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
 use super::show::ShowArgs;
-use super::{overlay, print, print_json, removal, stream, word};
+use super::{commit, overlay, print, print_json, removal, stream, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -111,6 +111,11 @@ pub(in crate::cli) enum Verb {
     /// Ctrl-C cancels it; what has been copied stays, and the next time begins with it.
     #[command(after_help = stream::EXAMPLES)]
     Stream(stream::StreamArgs),
+    /// Merge images of a disk into one below them, while the guest works on
+    ///
+    /// Ctrl-C cancels it; the disk is on its chain as before then.
+    #[command(after_help = commit::EXAMPLES)]
+    Commit(commit::CommitArgs),
 }
 
 #[derive(Debug, Args)]
@@ -163,6 +168,7 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
         Verb::Update(arguments) => update(arguments),
         Verb::Resize(arguments) => resize(arguments),
         Verb::Stream(arguments) => stream::stream(arguments),
+        Verb::Commit(arguments) => commit::commit(arguments),
         Verb::Snapshot(arguments) => overlay::snapshot(&arguments),
     }
 }

@@ -37,15 +37,25 @@ pub(in crate::cli) struct StreamArgs {
     json: bool,
 }
 
-pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
-    let speed = arguments.speed.map(|text| {
+/// What `--speed` says, in bytes.
+pub(super) fn speed(text: Option<String>) -> anyhow::Result<Option<u64>> {
+    let speed = text.map(|text| {
         flag::parse_bytes(&text).map_err(|error| Misuse(format!("--speed {text}: {error}")))
     });
-    let speed = speed.transpose()?;
-    let base = arguments.base.map(|base| {
-        std::path::absolute(&base).with_context(|| format!("--base {}", base.display()))
-    });
-    let base = base.transpose()?;
+    Ok(speed.transpose()?)
+}
+
+/// The image of a chain that `flag` names.
+pub(super) fn layer(flag: &str, path: Option<PathBuf>) -> anyhow::Result<Option<PathBuf>> {
+    let absolute = |path: PathBuf| {
+        std::path::absolute(&path).with_context(|| format!("{flag} {}", path.display()))
+    };
+    path.map(absolute).transpose()
+}
+
+pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
+    let speed = speed(arguments.speed)?;
+    let base = layer("--base", arguments.base)?;
     let (mut remote, [id]) = arguments
         .socket
         .connect_and_split(arguments.words, ["DISK"])?;

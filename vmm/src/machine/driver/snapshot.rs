@@ -130,9 +130,11 @@ impl Driver {
             if let Err(error) = begun {
                 driver.asides.answer(answer, Err(error));
             }
+            driver.do_later();
         });
         if let Err(error) = started {
             self.asides.answer(answer, Err(error));
+            self.do_later();
         }
     }
 
