@@ -62,8 +62,8 @@ pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
-    Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Overlay, OverlayError,
-    Stream, StreamError,
+    Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
+    MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, revert,
 };
 pub use lock::lock_output;
 pub use nbd::NbdDisk;

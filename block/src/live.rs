@@ -415,9 +415,13 @@ mod changes;
 mod copy;
 mod layers;
 mod merge;
+mod mirror;
+mod revert;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 pub use merge::{Emptied, Merge, MergeError, Merged};
+pub use mirror::{Mirror, MirrorError, MirrorTarget};
+pub use revert::{Revert, RevertError, revert};
 pub use stream::{Cut, Stream, StreamError};

@@ -423,6 +423,10 @@ pub struct Emptied {
 }
 
 impl Emptied {
+    pub(super) fn new(image: Arc<Qcow2>, before: Vec<u64>) -> Self {
+        Self { image, before }
+    }
+
     /// Gives its space back and closes it. It holds nothing whether or not this succeeds.
     pub fn free(self) {
         self.image.free_all(&self.before);
@@ -431,7 +435,7 @@ impl Emptied {
 
 impl Layer {
     /// As the target of copies.
-    fn image(&self, options: &ImageOptions) -> Arc<dyn Image> {
+    pub(super) fn image(&self, options: &ImageOptions) -> Arc<dyn Image> {
         match self {
             Self::Raw(file) => {
                 let storage = Arc::new(FileStorage::new(Arc::clone(file)));
@@ -482,7 +486,7 @@ fn check_snapshots(image: &Qcow2, path: &Path) -> Result<(), MergeError> {
 }
 
 /// A disk of the base alone, which is to take the place of `disk` if its own image is merged.
-fn alone(
+pub(super) fn alone(
     base: &Layer,
     options: &ImageOptions,
     disk: &dyn Disk,

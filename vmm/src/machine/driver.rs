@@ -16,6 +16,7 @@ mod lost;
 mod overlays;
 mod ports;
 mod resize;
+mod reverts;
 mod snapshot;
 mod streams;
 

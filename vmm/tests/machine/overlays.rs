@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use api::wire::{
-    DiskOverlay, DiskSnapshotInfo, ImageType, JobState, Quiesce, RateLimiterConfig, VmDiskCommit,
-    VmDiskSnapshot, VmDiskStream, VmSnapshotConfig, VmUpdateDisk,
+    DiskOverlay, DiskSnapshotInfo, ImageType, JobState, MirrorFormat, Quiesce, RateLimiterConfig,
+    VmDiskCommit, VmDiskMirror, VmDiskRevert, VmDiskSnapshot, VmDiskStream, VmSnapshotConfig,
+    VmUpdateDisk,
 };
-use api::{Command as Ask, Control, ErrorKind, EventKind, ExitReason, Reply, VmState};
+use api::{AddDevice, Command as Ask, Control, ErrorKind, EventKind, ExitReason, Reply, VmState};
 use block::ops::{NewImage, create};
 use block::{CreateOptions, Format};
 use serde_json::{Value, json};
@@ -337,4 +338,127 @@ fn images_are_merged_down_while_their_guest_writes_and_a_snapshot_can_be_taken_m
     });
     let mut next = Local::boot(&config("blk", "verify keep reread", more));
     succeeded(&mut next, &serial);
+}
+
+#[test]
+fn a_disk_is_copied_while_its_guest_writes_and_goes_on_there() {
+    if !can_run() {
+        return;
+    }
+    let mut writer = Writer::boot();
+    let mirror = |id: &str, name: &str, format, existing, switch| {
+        let request = VmDiskMirror {
+            id: id.to_owned(),
+            path: writer.path(name),
+            format,
+            existing,
+            switch,
+            speed: None,
+        };
+        match writer.machine.ask(Ask::DiskMirror(request)) {
+            Ok(Reply::Started(job)) => Ok(job.id),
+            Err(error) => Err((error.kind, error.to_string())),
+            other => panic!("{other:?}"),
+        }
+    };
+    let (raw, qcow2) = (MirrorFormat::Raw, MirrorFormat::Qcow2);
+    for (id, name, existing, kind, said) in [
+        ("a", "b.qcow2", false, ErrorKind::Conflict, "b.qcow2"),
+        ("a", "b.qcow2", true, ErrorKind::Conflict, "b.qcow2"),
+        ("a", "absent/x", false, ErrorKind::Invalid, "absent"),
+        ("nothing", "x", false, ErrorKind::NotFound, "nothing"),
+    ] {
+        let (found, text) = mirror(id, name, raw, existing, false).unwrap_err();
+        assert!(found == kind && text.contains(said), "{found:?}: {text}");
+    }
+    // A copy, and the two places where the disk is then.
+    writer.ends_well(&mirror("a", "copy.img", raw, false, false).unwrap());
+    assert_eq!(
+        writer.image_of("a"),
+        (writer.path("a.img"), ImageType::Unknown)
+    );
+    assert_eq!(fs::metadata(writer.path("copy.img")).unwrap().len(), SIZE);
+    writer.ends_well(&mirror("a", "there.qcow2", qcow2, false, true).unwrap());
+    assert_eq!(
+        writer.image_of("a"),
+        (writer.path("there.qcow2"), ImageType::Qcow2)
+    );
+    fs::remove_file(writer.path("a.img")).unwrap();
+    writer.ends_well(&mirror("a", "copy.img", raw, true, true).unwrap());
+    assert_eq!(
+        writer.image_of("a"),
+        (writer.path("copy.img"), ImageType::Raw)
+    );
+    writer.let_go();
+    succeeded(&mut writer.machine, &writer.serial);
+    let serial = writer.path("serial2");
+    let more: Value = json!({
+        "devices": [{ "kind": "blk", "config": { "path": writer.path("copy.img"), "format": Format::Raw } }],
+        "serial": { "file": serial },
+    });
+    let mut next = Local::boot(&config("blk", "verify keep reread", more));
+    succeeded(&mut next, &serial);
+}
+
+#[test]
+fn a_disk_goes_back_and_its_guest_begins_anew() {
+    if !can_run() {
+        return;
+    }
+    let mut writer = Writer::boot();
+    writer.snapshot("1", Quiesce::Off);
+    writer.snapshot("2", Quiesce::Off);
+    let Ok(Reply::Layers(chains)) = writer.machine.ask(Ask::DiskLayers) else {
+        panic!("no chains");
+    };
+    let paths = |id: &str| {
+        let chain = chains.iter().find(|chain| chain.id == id).unwrap();
+        let paths = chain.layers.iter().map(|layer| layer.path.clone());
+        paths.collect::<Vec<_>>()
+    };
+    assert_eq!(
+        paths("a"),
+        ["a.2", "a.1", "a.img"].map(|name| writer.path(name))
+    );
+    assert_eq!(paths("b").len(), 3);
+    // What an image below holds can be shown to the guest meanwhile.
+    let preview = json!({
+        "kind": "blk", "id": "p",
+        "config": { "path": writer.path("a.1"), "format": "qcow2", "readonly": true },
+    });
+    let preview = AddDevice::Virtio(serde_json::from_value(preview).unwrap());
+    let added = writer.machine.ask(Ask::AddDevice(Box::new(preview)));
+    assert!(matches!(added, Ok(Reply::Added(_))), "{added:?}");
+    let revert = |id: &str, layer: Option<&str>, reset| {
+        writer.machine.ask(Ask::DiskRevert(VmDiskRevert {
+            id: id.to_owned(),
+            layer: layer.map(|name| writer.path(name)),
+            reset,
+        }))
+    };
+    for (id, layer, reset, said) in [
+        ("a", None, false, "reset"),
+        ("a", Some("a.2"), true, "does not lie below"),
+        ("c", None, true, "not of format qcow2"),
+        ("nothing", None, true, "nothing"),
+    ] {
+        let error = revert(id, layer, reset).unwrap_err().to_string();
+        assert!(error.contains(said), "{id}: {error}");
+    }
+    assert_eq!(revert("a", Some("a.img"), true), Ok(Reply::Done));
+    assert_eq!(writer.machine.state().0, VmState::Running);
+    // The guest begins anew, and ends as it would have.
+    writer.let_go();
+    succeeded(&mut writer.machine, &writer.serial);
+    let told = writer.machine.events();
+    assert!(told.iter().any(|event| event.kind == EventKind::Reset));
+    fs::remove_file(writer.path("a.1")).unwrap();
+    let chain = block::ops::chain(
+        &writer.path("a.2"),
+        &Opener::new(),
+        Format::Qcow2,
+        block::BackingPolicy::Directory,
+        true,
+    );
+    assert_eq!(chain.unwrap().len(), 2);
 }

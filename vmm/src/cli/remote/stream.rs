@@ -19,6 +19,11 @@ Examples:
       All that lies below is taken into the disk's image, which then needs no other.
   vireo disk stream web data --base /srv/golden.qcow2 --speed 100M";
 
+pub(super) const CANCELLED: Cancelled = Cancelled {
+    by_request: "what was copied stays in the disk's image",
+    by_end: "what was copied by then stays in the disk's image",
+};
+
 #[derive(Debug, Args)]
 pub(in crate::cli) struct StreamArgs {
     /// Name of the machine, and id of the disk
@@ -68,15 +73,11 @@ pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
     };
     let started = remote.client.disk_stream(&request);
     let mut job = started.map_err(|error| remote.failed(error))?;
-    let cancelled = Cancelled {
-        by_request: "what was copied stays in the disk's image",
-        by_end: "what was copied by then stays in the disk's image",
-    };
     follow(
         &mut job,
         &mut remote,
         &mut watch,
-        (arguments.json, &cancelled),
+        (arguments.json, &CANCELLED),
     )?;
     if arguments.json {
         return print_json(&job);

@@ -14,18 +14,22 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use api::wire::VmDiskCommit;
+use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
 use api::{Answer, ControlError, ErrorKind, Reply};
-use block::{Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged};
+use block::{
+    Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError, MirrorTarget,
+};
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
 use super::Driver;
 use super::streams::{REST, no_disk};
+use crate::config::files;
 use crate::error::chain;
 use crate::machine::fault;
 use crate::machine::inbox::ended;
 use crate::monitor::JobHandle;
+use crate::opener::Opener;
 
 /// With so little left to be copied the guest may stand still for it, in bytes.
 const ENOUGH: u64 = 8 << 20;
@@ -59,18 +63,138 @@ impl Drop for Ending {
     }
 }
 
-/// What the disk goes on with at the end.
+/// What a job does.
+enum Work {
+    /// Images of the disk's chain are merged.
+    Merge(Merge),
+    /// It is copied to another place, where it then goes on or not.
+    Mirror(Mirror, bool),
+}
+
+/// What the disk goes on with.
 enum Next {
-    Shorter(Cut),
-    Base(Arc<dyn Disk>, Emptied),
+    /// Its own image, on another chain.
+    Chain(Cut),
+    /// Another image, where that is and what it is. The one before is empty, or needed no more.
+    Other(Arc<dyn Disk>, PathBuf, Format, Option<Emptied>),
+    /// What it is on.
+    Same(Arc<dyn Disk>),
 }
 
 /// What a thread closes at the end.
 enum Rest {
-    /// What was copied lies below the disk.
-    Below(Merge),
-    /// It was the disk's image.
+    Work(Work),
+    /// The disk's image before.
     Emptied(Emptied),
+}
+
+impl Work {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Merge(_) => "commit",
+            Self::Mirror(..) => "mirror",
+        }
+    }
+
+    /// Begins. The disk's queues have ended.
+    fn begin(&mut self, go: &dyn Fn() -> bool) -> Result<Next, ControlError> {
+        match self {
+            Self::Merge(merge) => {
+                let cut = merge.begin(go).map_err(|error| failed(&error))?;
+                Ok(Next::Chain(cut))
+            }
+            Self::Mirror(mirror, _) => Ok(Next::Same(mirror.begin())),
+        }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Self::Merge(merge) => merge.size(),
+            Self::Mirror(mirror, _) => mirror.size(),
+        }
+    }
+
+    fn step(&self, at: u64) -> std::io::Result<(u64, u64)> {
+        match self {
+            Self::Merge(merge) => merge.step(at),
+            Self::Mirror(mirror, _) => mirror.step(at),
+        }
+    }
+
+    fn catch_up(&self, at: u64) -> std::io::Result<Option<(u64, u64)>> {
+        match self {
+            Self::Merge(merge) => merge.catch_up(at),
+            Self::Mirror(mirror, _) => mirror.catch_up(at),
+        }
+    }
+
+    fn left(&self) -> u64 {
+        match self {
+            Self::Merge(merge) => merge.left(),
+            Self::Mirror(mirror, _) => mirror.left(),
+        }
+    }
+
+    fn hold_up(&self, bytes: u64) {
+        match self {
+            Self::Merge(merge) => merge.hold_up(bytes),
+            Self::Mirror(mirror, _) => mirror.hold_up(bytes),
+        }
+    }
+
+    /// All but a little has been copied: what can be done before the guest stands still.
+    fn prepare(&mut self) -> Result<(), String> {
+        match self {
+            Self::Merge(merge) => merge.name().map_err(|error| chain(&error)),
+            Self::Mirror(mirror, _) => mirror
+                .flush()
+                .map_err(|error| chain(&MirrorError::Copy(error))),
+        }
+    }
+
+    /// Ends. The disk's queues have ended.
+    fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<Next, ControlError> {
+        match self {
+            Self::Merge(merge) => {
+                let merged = merge.finish(go).map_err(|error| failed(&error))?;
+                match merged {
+                    Merged::Shorter(cut) => Ok(Next::Chain(cut)),
+                    Merged::Base(disk, emptied) => {
+                        let (path, format) = merge.moves_to().ok_or_else(ended)?;
+                        Ok(Next::Other(disk, path.to_owned(), format, Some(emptied)))
+                    }
+                }
+            }
+            Self::Mirror(mirror, switch) => {
+                let there = mirror.finish(go).map_err(|error| failed(&error))?;
+                let MirrorTarget { path, format, .. } = mirror.target().clone();
+                Ok(if *switch {
+                    Next::Other(there, path, format, None)
+                } else {
+                    Next::Same(mirror.given_up())
+                })
+            }
+        }
+    }
+
+    /// The disk as it is without the job.
+    fn given_up(&self) -> Option<Arc<dyn Disk>> {
+        match self {
+            Self::Merge(merge) => merge.given_up(),
+            Self::Mirror(mirror, _) => Some(mirror.given_up()),
+        }
+    }
+
+    /// Closes what is needed no more, and lets others have it.
+    fn settle(self) -> Result<(), String> {
+        match self {
+            Self::Merge(merge) => merge.settle().map_err(|error| chain(&error)),
+            Self::Mirror(mirror, _) => {
+                drop(mirror);
+                Ok(())
+            }
+        }
+    }
 }
 
 fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
@@ -80,24 +204,69 @@ fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
 impl Driver {
     /// Begins to merge images of a disk down. The answer is the job.
     pub(super) fn commit_disk(&mut self, request: VmDiskCommit, answer: Answer) {
-        let begun = self.begin_commit(&request);
-        let (target, device) = match begun {
+        let look = move |disk: Arc<dyn Disk>, target: &Target, opener: Arc<Opener>| {
+            let which = (request.top.as_deref(), request.base.as_deref());
+            let merge = Merge::of(&*disk, &target.path, which, opener, &target.options);
+            Ok(Work::Merge(merge.map_err(|error| failed(&error))?))
+        };
+        self.copy_disk((request.id, request.speed), look, answer);
+    }
+
+    /// Begins to copy a disk to another place. The answer is the job.
+    pub(super) fn mirror_disk(&mut self, request: VmDiskMirror, answer: Answer) {
+        let Some(description) = &self.ears.description else {
+            return answer(Err(ended()));
+        };
+        if !request.path.is_absolute() || request.path.file_name().is_none() {
+            let message = format!("{}: give an absolute path", request.path.display());
+            return answer(Err(ControlError::new(ErrorKind::Invalid, message)));
+        }
+        let (config, models) = (description.config.clone(), self.tools.models);
+        let own = self.ears.consoles.reserved().clone();
+        let target = MirrorTarget {
+            path: request.path,
+            format: match request.format {
+                MirrorFormat::Raw => Format::Raw,
+                MirrorFormat::Qcow2 => Format::Qcow2,
+            },
+            existing: request.existing,
+        };
+        let look = move |disk: Arc<dyn Disk>, wanted: &Target, opener: Arc<Opener>| {
+            let place = (files::COPY, target.path.as_path());
+            files::check_new(&config, models, &opener, &own, place)
+                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+            let mirror = Mirror::of(disk, target, opener, &wanted.options);
+            let mirror = mirror.map_err(|error| failed(&error))?;
+            Ok(Work::Mirror(mirror, request.switch))
+        };
+        self.copy_disk((request.id, request.speed), look, answer);
+    }
+
+    /// Begins a job on the disk `id`, for which `look` opens what it needs.
+    fn copy_disk(
+        &mut self,
+        (id, speed): (String, Option<u64>),
+        look: impl FnOnce(Arc<dyn Disk>, &Target, Arc<Opener>) -> Result<Work, ControlError>
+        + Send
+        + 'static,
+        answer: Answer,
+    ) {
+        let (target, device) = match self.begin_copy(&id, speed) {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
         };
         let answer = self.asides.wait_with(answer);
         let (opener, wanted) = (Arc::clone(&self.tools.opener), target.clone());
-        let look = move || {
+        let open = move || {
             let disk = device.disk().ok_or_else(|| no_disk(&wanted.id))?;
-            let which = (request.top.as_deref(), request.base.as_deref());
-            Merge::of(&*disk, &wanted.path, which, opener, &wanted.options)
-                .map_err(|error| failed(&error).context(format!("disk {}", wanted.id)))
+            let opened = look(disk, &wanted, opener);
+            opened.map_err(|error| error.context(format!("disk {}", wanted.id)))
         };
         let mark = target.clone();
-        let started = self.holding("commit", look, move |driver, looked| {
+        let started = self.holding("copy", open, move |driver, opened| {
             driver.when_free(move |driver| {
                 let (id, device) = (target.id.clone(), Weak::clone(&target.device));
-                let begun = looked.and_then(|merge| driver.start_commit(target, merge));
+                let begun = opened.and_then(|work| driver.start_copy(target, work));
                 if begun.is_err() {
                     driver.asides.finish(&id, &device);
                 }
@@ -110,12 +279,12 @@ impl Driver {
         }
     }
 
-    fn begin_commit(
+    fn begin_copy(
         &mut self,
-        request: &VmDiskCommit,
+        id: &str,
+        speed: Option<u64>,
     ) -> Result<(Target, Arc<VirtioPci>), ControlError> {
-        let id = &request.id;
-        if request.speed == Some(0) {
+        if speed == Some(0) {
             let message = "speed: 0 bytes in a second: leave it out for no limit";
             return Err(ControlError::new(ErrorKind::Invalid, message));
         }
@@ -124,43 +293,41 @@ impl Driver {
         let config = description.config.disk(id).ok_or_else(|| no_disk(id))?;
         self.asides.begin_job(&device)?;
         let target = Target {
-            id: id.clone(),
+            id: id.to_owned(),
             device: Arc::downgrade(&device),
             options: config.image_options(),
             path: config.path,
-            speed: request.speed,
+            speed,
         };
         Ok((target, device))
     }
 
-    /// Puts the disk on a chain that can be merged, and has a thread do that.
-    fn start_commit(&mut self, target: Target, mut merge: Merge) -> Result<Reply, ControlError> {
-        let device = self.same(&target)?;
-        let devices = [device];
+    /// Puts the disk on what can be copied from, and has a thread do that.
+    fn start_copy(&mut self, target: Target, mut work: Work) -> Result<Reply, ControlError> {
+        let devices = [self.same(&target)?];
         let begin = move |go: &dyn Fn() -> bool| {
-            let cut = merge.begin(go).map_err(|error| failed(&error))?;
-            Ok((merge, cut))
+            let next = work.begin(go)?;
+            Ok((work, next))
         };
-        let ((old, merge), _) = self.stall(&devices, |driver| {
-            let (merge, cut) = driver.while_still(begin)?;
-            let old = exchange(&devices[0], cut.disk(), &target)?;
-            cut.keep();
-            Ok((old, merge))
+        let ((old, work), _) = self.stall(&devices, |driver| {
+            let (work, next) = driver.while_still(begin)?;
+            let (old, _) = driver.go_on_with(&devices[0], next, &target)?;
+            Ok((old, work))
         })?;
         drop(old);
-        let mut job = self.tools.jobs.begin("commit", merge.size());
+        let mut job = self.tools.jobs.begin(work.kind(), work.size());
         let info = job.info();
         let copied = target.clone();
-        let work = move || {
-            let mut merge = merge;
-            let result = copy(&mut job, &mut merge, &copied);
+        let copying = move || {
+            let mut work = work;
+            let result = copy(&mut job, &mut work, &copied);
             let job = Some(job);
-            (merge, Ending { job, result })
+            (work, Ending { job, result })
         };
         let id = info.id.clone();
-        self.holding("commit", work, move |driver, (merge, ending)| {
+        self.holding("copy", copying, move |driver, (work, ending)| {
             driver.asides.jobs.retain(|other| *other != id);
-            driver.when_free(move |driver| driver.finish_commit(&target, merge, ending));
+            driver.when_free(move |driver| driver.finish_copy(&target, work, ending));
         })?;
         self.asides.jobs.push(info.id.clone());
         Ok(Reply::Started(info))
@@ -173,22 +340,22 @@ impl Driver {
         same.then_some(device).ok_or_else(|| no_disk(&target.id))
     }
 
-    fn finish_commit(&mut self, target: &Target, merge: Merge, mut ending: Ending) {
-        let plain = merge.given_up();
+    fn finish_copy(&mut self, target: &Target, work: Work, mut ending: Ending) {
+        let plain = work.given_up();
         let committed = ending.job.as_ref().is_some_and(JobHandle::commit);
         if ending.result.is_ok() && !committed {
             ending.result = Err("it was cancelled".to_owned());
         }
         let rest = if ending.result.is_ok() {
-            match self.go_elsewhere(target, merge) {
-                Ok(done) => Some(done),
-                Err((merge, error)) => {
+            match self.go_elsewhere(target, work) {
+                Ok(rest) => Some(rest),
+                Err((work, error)) => {
                     ending.result = Err(error.to_string());
-                    merge.map(Rest::Below)
+                    work.map(Rest::Work)
                 }
             }
         } else {
-            Some(Rest::Below(merge))
+            Some(Rest::Work(work))
         };
         if ending.result.is_err()
             && let Some(plain) = plain
@@ -197,7 +364,7 @@ impl Driver {
             tracing::warn!("disk {} still notes its changes: {error}", target.id);
         }
         let close = move || match rest {
-            Some(Rest::Below(merge)) => merge.settle().map_err(|error| chain(&error)),
+            Some(Rest::Work(work)) => work.settle(),
             Some(Rest::Emptied(emptied)) => {
                 emptied.free();
                 Ok(())
@@ -217,53 +384,34 @@ impl Driver {
         }
     }
 
-    /// Has the disk go on with what has been merged.
+    /// Has the disk go on where the job has brought it.
     fn go_elsewhere(
         &mut self,
         target: &Target,
-        mut merge: Merge,
-    ) -> Result<Rest, (Option<Merge>, ControlError)> {
-        let device = match self.same(target) {
-            Ok(device) => device,
-            Err(error) => return Err((Some(merge), error)),
+        mut work: Work,
+    ) -> Result<Rest, (Option<Work>, ControlError)> {
+        let devices = match self.same(target) {
+            Ok(device) => [device],
+            Err(error) => return Err((Some(work), error)),
         };
-        let devices = [device];
         let finish = move |go: &dyn Fn() -> bool| {
-            let finished = merge.finish(go).map_err(|error| failed(&error));
-            let next = finished.map(|merged| match merged {
-                Merged::Shorter(cut) => Next::Shorter(cut),
-                Merged::Base(disk, emptied) => Next::Base(disk, emptied),
-            });
-            Ok((merge, next))
+            let next = work.finish(go);
+            Ok((work, next))
         };
         let mut kept = None;
         let done = self.stall(&devices, |driver| {
-            let (merge, next) = driver.while_still(finish)?;
-            let next = match next {
-                Ok(next) => next,
+            let (work, next) = driver.while_still(finish)?;
+            let gone_on = next.and_then(|next| driver.go_on_with(&devices[0], next, target));
+            match gone_on {
+                Ok((old, emptied)) => {
+                    driver.tell_of_images(std::iter::once(&target.id));
+                    Ok((old, emptied.map_or(Rest::Work(work), Rest::Emptied)))
+                }
                 Err(error) => {
-                    kept = Some(merge);
-                    return Err(error);
+                    kept = Some(work);
+                    Err(error)
                 }
-            };
-            let (old, rest) = match next {
-                Next::Shorter(cut) => {
-                    let old = exchange(&devices[0], cut.disk(), target)?;
-                    cut.keep();
-                    (old, Rest::Below(merge))
-                }
-                Next::Base(disk, emptied) => {
-                    let (path, format) = merge.moves_to().ok_or_else(ended)?;
-                    let there = target.at(path.to_owned(), format);
-                    let old = exchange(&devices[0], disk, &there)?;
-                    if let Some(description) = &mut driver.ears.description {
-                        description.overlay(&there.id, &there.path, &there.options);
-                    }
-                    (old, Rest::Emptied(emptied))
-                }
-            };
-            driver.tell_of_images(std::iter::once(&target.id));
-            Ok((old, rest))
+            }
         });
         match done {
             Ok(((old, rest), _)) => {
@@ -271,6 +419,31 @@ impl Driver {
                 Ok(rest)
             }
             Err(error) => Err((kept, error)),
+        }
+    }
+
+    /// Has the stopped device go on with `next`. What it was on, and what is to be freed.
+    fn go_on_with(
+        &mut self,
+        device: &VirtioPci,
+        next: Next,
+        target: &Target,
+    ) -> Result<(DiskImage, Option<Emptied>), ControlError> {
+        match next {
+            Next::Chain(cut) => {
+                let old = exchange(device, cut.disk(), target)?;
+                cut.keep();
+                Ok((old, None))
+            }
+            Next::Same(disk) => Ok((exchange(device, disk, target)?, None)),
+            Next::Other(disk, path, format, emptied) => {
+                let there = target.at(path, format);
+                let old = exchange(device, disk, &there)?;
+                if let Some(description) = &mut self.ears.description {
+                    description.overlay(&there.id, &there.path, &there.options);
+                }
+                Ok((old, emptied))
+            }
         }
     }
 
@@ -351,8 +524,8 @@ impl Pace<'_> {
 }
 
 /// Copies all, and then what the guest has changed meanwhile until little of that is left.
-fn copy(job: &mut JobHandle, merge: &mut Merge, target: &Target) -> Result<(), String> {
-    let (size, mut at) = (merge.size(), 0);
+fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), String> {
+    let (size, mut at) = (work.size(), 0);
     let (began, mut copied) = (Instant::now(), 0);
     let told = |error: std::io::Error| move |at: u64| format!("at byte {at}: {}", chain(&error));
     while at < size {
@@ -363,16 +536,16 @@ fn copy(job: &mut JobHandle, merge: &mut Merge, target: &Target) -> Result<(), S
             copied,
         };
         pace.wait()?;
-        let (done, more) = merge.step(at).map_err(|error| told(error)(at))?;
+        let (done, more) = work.step(at).map_err(|error| told(error)(at))?;
         at += done;
         copied += more;
         job.progress(at, size);
     }
     let mut times = 0_u32;
-    while merge.left() > ENOUGH {
+    while work.left() > ENOUGH {
         times = times.saturating_add(1);
         if times > TIMES {
-            merge.hold_up(ENOUGH / 2);
+            work.hold_up(ENOUGH / 2);
         }
         let mut at = 0;
         loop {
@@ -383,12 +556,11 @@ fn copy(job: &mut JobHandle, merge: &mut Merge, target: &Target) -> Result<(), S
                 copied,
             };
             pace.wait()?;
-            let again = merge.catch_up(at).map_err(|error| told(error)(at))?;
+            let again = work.catch_up(at).map_err(|error| told(error)(at))?;
             let Some((more, end)) = again else { break };
             copied += more;
             at = end;
         }
     }
-    // In its own chain it may be named from here on.
-    merge.name().map_err(|error| chain(&error))
+    work.prepare()
 }
