@@ -478,6 +478,34 @@ impl Client {
         read("vm.disk-stream", &answer)
     }
 
+    /// Merges images of a disk into one below them; the job that does it.
+    pub fn disk_commit(
+        &mut self,
+        request: &wire::VmDiskCommit,
+    ) -> Result<wire::JobInfo, ClientError> {
+        let answer = self.put("vm.disk-commit", Some(request), &[])?;
+        read("vm.disk-commit", &answer)
+    }
+
+    /// Copies a disk to another place; the job that does it.
+    pub fn disk_mirror(
+        &mut self,
+        request: &wire::VmDiskMirror,
+    ) -> Result<wire::JobInfo, ClientError> {
+        let answer = self.put("vm.disk-mirror", Some(request), &[])?;
+        read("vm.disk-mirror", &answer)
+    }
+
+    /// Has a disk hold again what an image below its own does.
+    pub fn disk_revert(&mut self, request: &wire::VmDiskRevert) -> Result<(), ClientError> {
+        self.ask("vm.disk-revert", request)
+    }
+
+    /// What the chains of the disks consist of.
+    pub fn disk_layers(&mut self) -> Result<Vec<wire::DiskChain>, ClientError> {
+        self.object("vm.disk-layers")
+    }
+
     /// Builds the machine that a snapshot holds, as it was.
     pub fn restore(&mut self, request: &wire::RestoreConfig) -> Result<(), ClientError> {
         self.ask("vm.restore", request)

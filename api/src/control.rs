@@ -146,6 +146,14 @@ pub enum Command {
     DiskSnapshot(wire::VmDiskSnapshot),
     /// Take what lies below a disk's image into it.
     DiskStream(wire::VmDiskStream),
+    /// Merge images of a disk into one below them.
+    DiskCommit(wire::VmDiskCommit),
+    /// Copy a disk to another place.
+    DiskMirror(wire::VmDiskMirror),
+    /// Have a disk hold again what an image below its own does.
+    DiskRevert(wire::VmDiskRevert),
+    /// Tell what the chains of all disks consist of.
+    DiskLayers,
     /// Build the machine that a snapshot holds, as it was.
     Restore(wire::RestoreConfig),
     /// Ask the guest agent.
@@ -222,6 +230,8 @@ pub enum Reply {
     Started(wire::JobInfo),
     /// Disks have new overlays.
     Overlaid(wire::DiskSnapshotInfo),
+    /// What the chains of disks consist of.
+    Layers(Vec<wire::DiskChain>),
     /// The guest agent has answered.
     Agent(AgentReply),
     /// A picture: a PNG file.

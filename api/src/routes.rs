@@ -105,6 +105,14 @@ pub enum Endpoint {
     VmDiskSnapshot,
     /// PUT vm.disk-stream
     VmDiskStream,
+    /// PUT vm.disk-commit
+    VmDiskCommit,
+    /// PUT vm.disk-mirror
+    VmDiskMirror,
+    /// PUT vm.disk-revert
+    VmDiskRevert,
+    /// GET vm.disk-layers
+    VmDiskLayers,
     /// PUT vm.restore
     VmRestore,
     /// PUT vm.agent-ping
@@ -590,6 +598,40 @@ pub const ROUTES: &[Route] = &[
     .takes::<wire::VmDiskStream>()
     .gives::<wire::JobInfo>()
     .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskCommit,
+        "vm.disk-commit",
+        "The disk's images could not be merged",
+    )
+    .added()
+    .about("Merges images of a disk's chain into one below them, as a job, so that they are needed no more.")
+    .takes::<wire::VmDiskCommit>()
+    .gives::<wire::JobInfo>()
+    .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskMirror,
+        "vm.disk-mirror",
+        "The disk could not be copied",
+    )
+    .added()
+    .about("Copies a disk in use to another place, as a job, and has it go on there if that is asked for.")
+    .takes::<wire::VmDiskMirror>()
+    .gives::<wire::JobInfo>()
+    .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskRevert,
+        "vm.disk-revert",
+        "The disk could not be reverted",
+    )
+    .added()
+    .about("Has a disk hold again what an image below its own does, and restarts the guest in place.")
+    .takes::<wire::VmDiskRevert>()
+    .fails(&[400, 404, 409, 429]),
+    get(Endpoint::VmDiskLayers, "vm.disk-layers")
+        .added()
+        .about("Tells what the chains of the disks consist of, the topmost image first.")
+        .gives::<Vec<wire::DiskChain>>()
+        .fails(&[404, 409, 429]),
     put(
         Endpoint::VmRestore,
         "vm.restore",

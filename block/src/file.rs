@@ -155,6 +155,20 @@ impl HostFile {
         lock::keep_reading(&self.file);
     }
 
+    /// Takes the locks of a writer for this file, of which `reader` is another opening with those of a reader.
+    pub(crate) fn begin_writing(&self, reader: &Self) -> Result<(), lock::LockError> {
+        lock::begin_writing(&reader.file, &self.file)
+    }
+
+    /// Whether another one is the same file or device.
+    pub(crate) fn is_same(&self, other: &Self) -> io::Result<bool> {
+        let [a, b] = [self.file.metadata()?, other.file.metadata()?];
+        Ok(match self.abilities.kind {
+            Kind::Regular => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+            Kind::Device => a.rdev() == b.rdev(),
+        })
+    }
+
     /// The opened file.
     pub(crate) fn file(&self) -> &File {
         &self.file

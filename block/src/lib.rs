@@ -61,7 +61,10 @@ pub use disk::{
 pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
-pub use live::{Attached, Cut, Live, Overlay, OverlayError, Stream, StreamError};
+pub use live::{
+    Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
+    MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, revert,
+};
 pub use lock::lock_output;
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};

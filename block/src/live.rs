@@ -5,11 +5,12 @@
 //! 1. [`Overlay::create`] makes an empty image that names the disk's present one as its backing file, complete and durable,
 //!    and opens it. The disk is worked on meanwhile.
 //! 2. Its user ends all queues of the disk.
-//! 3. [`Overlay::attach`] writes out what the present image has in memory and puts the overlay on top of it. The present
-//!    image refuses changes from then on.
-//! 4. Queues of [`Attached::disk`] take the place of the old ones. [`Attached::keep`] ends it: the present image becomes one
-//!    that is read, and other readers may come. It is the same opened file under the same locks, less those of a writer, so there
-//!    is no instant in which another writer could get it.
+//! 3. [`Overlay::attach`] puts the overlay on top of the present image. Storage is not touched: what the present image has
+//!    in memory the overlay owes, and its flushes, from the first one on, make that durable too.
+//! 4. Queues of [`Attached::disk`] take the place of the old ones. [`Attached::keep`] stays with them, and [`Covered::settle`]
+//!    pays, while the disk is worked on: the present image is written out, refuses changes, and becomes one that is read, so
+//!    that other readers may come. It is the same opened file under the same locks, less those of a writer, so there is no
+//!    instant in which another writer could get it.
 //!
 //! Whoever drops an [`Attached`] without keeping it has the old disk as it was, writable. So several disks can be
 //! switched together: keep all, or none.
@@ -87,6 +88,9 @@ pub enum OverlayError {
         /// What it was.
         then: u64,
     },
+    /// The disk has got another image in between.
+    #[error("the disk has another image now than when its overlay was made: try again")]
+    Replaced,
     /// What the present image has in memory cannot be written out.
     #[error("what the disk holds cannot be made durable")]
     Flush(#[source] io::Error),
@@ -138,9 +142,12 @@ impl Live {
         }
     }
 
-    fn unseal(&self) {
-        if let Top::Qcow2(image) = &self.0 {
-            image.unseal();
+    /// Whether it is the same opened image.
+    fn is(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Top::Raw(a), Top::Raw(b)) => Arc::ptr_eq(a, b),
+            (Top::Qcow2(a), Top::Qcow2(b)) => Arc::ptr_eq(a, b),
+            _ => false,
         }
     }
 
@@ -182,19 +189,34 @@ fn policy_for(policy: BackingPolicy, base: &Path, path: &Path) -> Option<Backing
 
 /// An empty image that is to be put on top of a disk's present one. Unless it is attached and kept, its file is removed.
 pub struct Overlay {
-    opener: Arc<dyn Opener>,
-    path: PathBuf,
+    // Closed before its file is removed.
+    disk: Arc<Qcow2Disk>,
+    file: Made,
     /// How it is opened.
     options: ImageOptions,
-    storage: Arc<dyn Storage>,
+    below: Live,
     size: u64,
+}
+
+/// A file that has been made. Unless it is kept, it is removed.
+struct Made {
+    opener: Arc<dyn Opener>,
+    path: PathBuf,
     kept: bool,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        if !self.kept {
+            remove(&*self.opener, &self.path);
+        }
+    }
 }
 
 impl std::fmt::Debug for Overlay {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Overlay")
-            .field("path", &self.path)
+            .field("path", &self.file.path)
             .finish_non_exhaustive()
     }
 }
@@ -230,6 +252,11 @@ impl Overlay {
         };
         check_absent(path, &*opener)?;
         NewFile::begin(path, &*opener, &NewImage::Qcow2(Box::new(create)))?.finish()?;
+        let file = Made {
+            opener,
+            path: path.to_owned(),
+            kept: false,
+        };
         let mut options = options.clone();
         options.disk.format = Some(Format::Qcow2);
         options.backing = policy;
@@ -237,28 +264,25 @@ impl Overlay {
             write: true,
             direct: options.disk.access().direct,
         };
-        let opened = open_file(path, &*opener, access, options.disk.keep());
-        let storage = match opened {
-            Ok(file) => Arc::new(FileStorage::new(Arc::new(file))) as Arc<dyn Storage>,
-            Err(error) => {
-                remove(&*opener, path);
-                return Err(error.into());
-            }
-        };
-        Ok(Self {
-            opener,
+        let opened = open_file(path, &*file.opener, access, options.disk.keep())?;
+        let storage = Arc::new(FileStorage::new(Arc::new(opened)));
+        let disk = above(storage, &live, &options).map_err(|source| OverlayError::Attach {
             path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            disk: Arc::new(disk),
+            file,
             options,
-            storage,
+            below: live,
             size: info.size,
-            kept: false,
         })
     }
 
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.file.path
     }
 
     /// How the disk is opened from now on.
@@ -267,94 +291,87 @@ impl Overlay {
         &self.options
     }
 
-    /// Puts it on top of `below`, of which there is no queue any more.
+    /// Puts it on top of `below`, of which there is no queue any more. Does no I/O.
     ///
     /// # Errors
     ///
     /// [`OverlayError`]; `below` is as it was then, and the overlay is gone.
     pub fn attach(self, below: &dyn Disk) -> Result<Attached, OverlayError> {
         let live = below.live().ok_or(OverlayError::Fixed)?;
+        if !live.is(&self.below) {
+            return Err(OverlayError::Replaced);
+        }
         let (now, then) = (below.info().size, self.size);
         if now != then {
             return Err(OverlayError::Resized { now, then });
         }
-        live.seal().map_err(OverlayError::Flush)?;
-        match self.disk(&live) {
-            Ok(disk) => Ok(Attached {
-                disk: Some(Arc::new(disk)),
-                below: live,
-                overlay: self,
-            }),
-            Err(source) => {
-                live.unseal();
-                Err(OverlayError::Attach {
-                    path: self.path.clone(),
-                    source,
-                })
-            }
-        }
-    }
-
-    fn disk(&self, below: &Live) -> Result<Qcow2Disk, Box<dyn std::error::Error + Send + Sync>> {
-        let header = Header::load(&*self.storage)?;
-        let settings = settings(&self.options, true);
-        let backing = Some(below.as_backing(settings.sync));
-        let image = Qcow2::open(header, Arc::clone(&self.storage), None, backing, settings)?;
-        Ok(Qcow2Disk::new(Arc::new(image), &self.options.disk)?)
+        self.disk.image().owe(live);
+        Ok(Attached(self))
     }
 }
 
-impl Drop for Overlay {
-    fn drop(&mut self) {
-        if !self.kept {
-            remove(&*self.opener, &self.path);
-        }
-    }
+/// The disk of the image in `storage`, which is on top of `below`.
+fn above(
+    storage: Arc<dyn Storage>,
+    below: &Live,
+    options: &ImageOptions,
+) -> Result<Qcow2Disk, Box<dyn std::error::Error + Send + Sync>> {
+    let header = Header::load(&*storage)?;
+    let settings = settings(options, true);
+    let backing = Some(below.as_backing(settings.sync));
+    let image = Qcow2::open(header, storage, None, backing, settings)?;
+    Ok(Qcow2Disk::new(Arc::new(image), &options.disk)?)
 }
 
 /// A disk with a new overlay. Unless it is kept, the disk before is as it was, and the overlay is removed; all queues
 /// and other users of [`Attached::disk`] have gone before.
 #[derive(Debug)]
-pub struct Attached {
-    /// Always there, but at the end.
-    disk: Option<Arc<Qcow2Disk>>,
-    below: Live,
-    overlay: Overlay,
-}
+pub struct Attached(Overlay);
 
 impl Attached {
     /// The disk, whose changes go to the overlay.
     #[must_use]
-    pub fn disk(&self) -> Option<Arc<dyn Disk>> {
-        self.disk.clone().map(|disk| disk as Arc<dyn Disk>)
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.0.disk) as Arc<dyn Disk>
     }
 
     /// Where the overlay is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.overlay.path()
+        self.0.path()
     }
 
     /// How the disk is opened from now on.
     #[must_use]
     pub fn options(&self) -> &ImageOptions {
-        self.overlay.options()
+        self.0.options()
     }
 
-    /// Stays with the overlay. What is below is read from now on, which others may do too.
-    pub fn keep(mut self) {
-        self.overlay.kept = true;
-        self.below.keep_reading();
+    /// Stays with the overlay.
+    #[must_use = "what is below is to be written out"]
+    pub fn keep(self) -> Covered {
+        let Overlay {
+            mut file, below, ..
+        } = self.0;
+        file.kept = true;
+        Covered(below)
     }
 }
 
-impl Drop for Attached {
-    fn drop(&mut self) {
-        // Before anything is written to what is below.
-        self.disk = None;
-        if !self.overlay.kept {
-            self.below.unseal();
-        }
+/// An image that is only read from now on, and has not been written out yet.
+#[derive(Debug)]
+pub struct Covered(Live);
+
+impl Covered {
+    /// Writes it out, and lets others read it. The disk may be worked on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`OverlayError::Flush`]: flushes of the disk fail then as well, and nobody else gets the image before it is closed.
+    pub fn settle(self) -> Result<(), OverlayError> {
+        self.0.seal().map_err(OverlayError::Flush)?;
+        self.0.keep_reading();
+        Ok(())
     }
 }
 
@@ -394,8 +411,17 @@ fn remove(opener: &dyn Opener, path: &Path) {
     }
 }
 
+mod changes;
+mod copy;
+mod layers;
+mod merge;
+mod mirror;
+mod revert;
 mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use merge::{Emptied, Merge, MergeError, Merged};
+pub use mirror::{Mirror, MirrorError, MirrorTarget};
+pub use revert::{Revert, RevertError, revert};
 pub use stream::{Cut, Stream, StreamError};

@@ -167,6 +167,20 @@ pub(crate) fn keep_reading(file: &File) {
     }
 }
 
+/// Makes `writer` of `reader`, which has [`Intent::Read`]; both are openings of one file, and `reader` may be closed afterwards. Nobody
+/// else may use the file; if somebody does, both are as they were.
+pub(crate) fn begin_writing(reader: &File, writer: &File) -> Result<(), LockError> {
+    // A lock of the same opening is no conflict, and the other one has none yet.
+    if let Err(error) = take(reader, Intent::Write).and_then(|()| look(reader, Intent::Write)) {
+        keep_reading(reader);
+        return Err(error);
+    }
+    // Nobody else can come by now.
+    let taken = take(writer, Intent::Write);
+    keep_reading(reader);
+    taken.inspect_err(|_| release(writer))
+}
+
 fn take(file: &File, intent: Intent) -> Result<(), LockError> {
     let used = intent.uses().iter().map(|p| USED + p);
     let refused = intent.refuses().iter().map(|p| UNSHARED + p);
@@ -283,6 +297,25 @@ mod tests {
         assert!(acquire(&c, Intent::Write).is_err());
         release(&a);
         acquire(&c, Intent::Write).unwrap();
+    }
+
+    #[test]
+    fn a_reader_becomes_a_writer_only_where_nobody_else_reads() {
+        let (_image, open) = image();
+        let (reader, writer, other) = (open(), open(), open());
+        acquire(&reader, Intent::Read).unwrap();
+        acquire(&other, Intent::Read).unwrap();
+        assert!(begin_writing(&reader, &writer).is_err());
+        // Both are as they were: another reader may come.
+        acquire(&open(), Intent::Read).unwrap();
+        release(&other);
+        begin_writing(&reader, &writer).unwrap();
+        release(&reader);
+        for intent in [Intent::Read, Intent::Write] {
+            assert!(acquire(&other, intent).is_err(), "{intent:?}");
+        }
+        keep_reading(&writer);
+        acquire(&other, Intent::Read).unwrap();
     }
 
     #[test]

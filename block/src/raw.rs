@@ -257,12 +257,17 @@ impl RawDisk {
         let file = open_file(path, opener, options.access(), options.keep())?;
         let path = Named(path);
         path.check(&file, options.format.is_some())?;
-        Ok(Self {
-            file: Arc::new(file),
+        Ok(Self::of(Arc::new(file), options))
+    }
+
+    /// The disk of an opened and locked file.
+    pub(crate) fn of(file: Arc<HostFile>, options: &DiskOptions) -> Self {
+        Self {
+            file,
             policy: Policy::new(options),
             events: Arc::default(),
             aio: options.aio,
-        })
+        }
     }
 
     /// The opened file.

@@ -4,6 +4,7 @@
 pub mod acpi;
 pub mod agent;
 mod boot;
+mod chains;
 pub mod cli;
 pub mod config;
 pub mod console;

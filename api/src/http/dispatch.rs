@@ -213,6 +213,7 @@ impl Dispatcher {
             Endpoint::VmAgentFsStatus => Command::Agent(AgentCommand::FsStatus),
             Endpoint::VmAgentNetwork => Command::Agent(AgentCommand::Network),
             Endpoint::VmScreenshot => Command::Screenshot,
+            Endpoint::VmDiskLayers => Command::DiskLayers,
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);
@@ -247,6 +248,9 @@ impl Dispatcher {
             Endpoint::VmSnapshot => Command::Snapshot(self.body(route, &request)?),
             Endpoint::VmDiskSnapshot => Command::DiskSnapshot(self.body(route, &request)?),
             Endpoint::VmDiskStream => Command::DiskStream(self.body(route, &request)?),
+            Endpoint::VmDiskCommit => Command::DiskCommit(self.body(route, &request)?),
+            Endpoint::VmDiskMirror => Command::DiskMirror(self.body(route, &request)?),
+            Endpoint::VmDiskRevert => Command::DiskRevert(self.body(route, &request)?),
             Endpoint::VmRestore => Command::Restore(self.body(route, &request)?),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
@@ -286,7 +290,7 @@ impl Dispatcher {
     }
 }
 
-/// Whether what is read takes a while: it is the guest agent's, or a picture.
+/// Whether what is read takes a while: it is the guest agent's, a picture, or in files of disks.
 fn takes_a_while(endpoint: Endpoint) -> bool {
     matches!(
         endpoint,
@@ -294,6 +298,7 @@ fn takes_a_while(endpoint: Endpoint) -> bool {
             | Endpoint::VmAgentFsStatus
             | Endpoint::VmAgentNetwork
             | Endpoint::VmScreenshot
+            | Endpoint::VmDiskLayers
     )
 }
 
@@ -318,6 +323,7 @@ pub(super) fn completed(
         (Ok(Reply::Port(port)), _) => Answer::json(port),
         (Ok(Reply::Started(job)), _) => Answer::json(job),
         (Ok(Reply::Overlaid(disks)), _) => Answer::json(disks),
+        (Ok(Reply::Layers(chains)), _) => Answer::json(chains),
         (Ok(Reply::Agent(reply)), _) => Answer::json(reply),
         (Ok(Reply::Picture(file)), Success::File(kind)) => Answer::content(kind, file.clone()),
         (Ok(Reply::Picture(_)), _) => Answer::empty(),

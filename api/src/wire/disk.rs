@@ -78,3 +78,96 @@ pub struct VmDiskStream {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed: Option<u64>,
 }
+
+/// `vm.disk-commit`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskCommit {
+    /// The disk's id.
+    pub id: String,
+    /// The topmost image of its chain that is merged; absent: the disk's own one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top: Option<PathBuf>,
+    /// The image that takes all between, and stays; absent: the one right below `top`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+    /// The most bytes to be copied in a second; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<u64>,
+}
+
+/// `vm.disk-mirror`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskMirror {
+    /// The disk's id.
+    pub id: String,
+    /// Where the copy is made: an absolute path.
+    pub path: PathBuf,
+    /// What the copy is.
+    #[serde(default)]
+    pub format: MirrorFormat,
+    /// There is a file or block device of the disk's size already, which is overwritten.
+    #[serde(default)]
+    pub existing: bool,
+    /// The disk goes on there at the end. Otherwise the copy holds what the disk held then.
+    #[serde(default)]
+    pub switch: bool,
+    /// The most bytes to be copied in a second; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<u64>,
+}
+
+/// What a copy of a disk is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum MirrorFormat {
+    /// Its bytes are the disk's.
+    #[default]
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// `vm.disk-revert`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskRevert {
+    /// The disk's id.
+    pub id: String,
+    /// The image of its chain that holds what the disk is to hold; absent: the one right below the disk's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<PathBuf>,
+    /// The guest may be restarted in place, as by a reset: without, the request is refused.
+    #[serde(default)]
+    pub reset: bool,
+}
+
+/// What the chain of a disk consists of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskChain {
+    /// The disk's id.
+    pub id: String,
+    /// Its images, the disk's own one first. Each one below holds what the disk held when it was covered.
+    pub layers: Vec<ChainLayer>,
+    /// Why they cannot be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// An image of a chain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ChainLayer {
+    /// Where it is.
+    pub path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub format: String,
+    /// The size of the disk in it, in bytes.
+    pub size: u64,
+    /// How much space its file takes, in bytes.
+    pub used: u64,
+    /// When it was last written to, in seconds since 1970.
+    pub changed: i64,
+    /// How many internal snapshots it has.
+    pub internal_snapshots: u64,
+}

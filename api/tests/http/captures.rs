@@ -235,9 +235,12 @@ fn added_endpoints_answer_in_the_same_style() {
 }
 
 /// What answers with something that the fake has not.
-const NO_OBJECT: [&str; 4] = [
+const NO_OBJECT: [&str; 7] = [
     "vm.add-port",
     "vm.disk-snapshot",
+    "vm.disk-commit",
+    "vm.disk-layers",
+    "vm.disk-mirror",
     "vm.disk-stream",
     "vm.screenshot",
 ];
@@ -268,6 +271,9 @@ fn every_route_is_served() {
         ("vm.snapshot", r#"{"destination_url":"file://s"}"#),
         ("vm.disk-snapshot", r#"{"disks":[]}"#),
         ("vm.disk-stream", r#"{"id":"d"}"#),
+        ("vm.disk-commit", r#"{"id":"d"}"#),
+        ("vm.disk-mirror", r#"{"id":"d","path":"/p"}"#),
+        ("vm.disk-revert", r#"{"id":"d","reset":true}"#),
         ("vm.restore", r#"{"source_url":"file://s"}"#),
         ("vm.console", r#"{"remove":"1"}"#),
         ("vm.console-size", r#"{"columns":80,"rows":24}"#),

@@ -1,12 +1,13 @@
 //! Taking what lies below a disk in use into its own image, so that images of the chain are needed no more.
 //!
 //! 1. [`Stream::step`], over the whole disk, has the image hold itself what images below it hold. The disk is worked on meanwhile.
-//! 2. Its user ends all queues of the disk.
-//! 3. [`Stream::finish`] makes that durable and then has the header name another backing file, or none, in one write. [`Cut::disk`]
-//!    is the disk on the shorter chain.
+//! 2. [`Stream::name`] makes that durable and then has the header name another backing file, or none, in one write.
+//! 3. Its user ends all queues of the disk.
+//! 4. [`Stream::finish`] opens the image anew, without the images that it needs no more. [`Cut::disk`] is the disk on the shorter
+//!    chain.
 //!
-//! At every instant the file alone says what the disk holds: before the header changes it merely holds more than it need. So
-//! whoever is killed in between can begin again.
+//! At every instant the file alone says what the disk holds: with either header it holds the same. So whoever is killed in
+//! between can begin again.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -120,75 +121,71 @@ impl Stream {
         self.image.populate(offset, CHUNK, depth)
     }
 
-    /// Makes what has been taken in durable.
+    /// Has the header name what stays below. All of the disk has been gone through; it may be worked on meanwhile.
     ///
     /// # Errors
     ///
-    /// The host's.
-    pub fn flush(&self) -> io::Result<()> {
-        self.image.flush()
+    /// [`StreamError`]; the disk is as it was then.
+    pub fn name(&self) -> Result<(), StreamError> {
+        let cut = |error: io::Error| StreamError::Cut(error.into());
+        self.image.flush().map_err(cut)?;
+        check_no_snapshots(&self.image.lock().header)?;
+        let base = self.base.as_ref();
+        self.image
+            .name_backing(base.map(|(_, name, format)| (name.as_str(), *format)))
+            .map_err(|error| StreamError::Cut(error.into()))?;
+        // So that little is left to be written when queues are stopped.
+        self.image.flush().map_err(cut)
     }
 
-    /// Cuts the chain. All of the disk has been gone through, and there is no queue of it any more. `options` are those
-    /// that the disk was opened with.
+    /// Lets go of what is needed no more. The header has been changed, and there is no queue of the disk any more. `options` are
+    /// those that the disk was opened with. `go` is asked once, when all has been written out and before anything is changed: where it
+    /// is `false`, nobody waits for the end any more, and the disk may be in use again.
     ///
     /// # Errors
     ///
     /// [`StreamError::Cut`]; the disk is as it was then.
-    pub fn finish(self, options: &ImageOptions) -> Result<Cut, StreamError> {
-        self.image
-            .seal()
-            .map_err(|error| StreamError::Cut(error.into()))?;
-        match self.cut(options) {
-            Ok(disk) => Ok(Cut {
-                disk: Some(Arc::new(disk)),
-                before: self.image,
-                kept: false,
-            }),
-            Err(error) => {
-                self.image.unseal();
-                Err(StreamError::Cut(error))
-            }
-        }
-    }
-
-    fn cut(
-        &self,
-        options: &ImageOptions,
-    ) -> Result<Qcow2Disk, Box<dyn std::error::Error + Send + Sync>> {
-        let (storage, data) = self.image.storages();
-        let before = Header::load(&*storage)?;
-        check_no_snapshots(&before)?;
-        let mut header = before.clone();
-        header.backing = self.base.as_ref().map(|(_, name, _)| name.into());
-        header.backing_format = self
-            .base
-            .as_ref()
-            .map(|(.., format)| format.name().to_owned());
+    pub fn finish(self, options: &ImageOptions, go: &dyn Fn() -> bool) -> Result<Cut, StreamError> {
         let settings = settings(options, true);
         let backing = match &self.base {
             Some((depth, ..)) => {
-                Some(below(&self.image, *depth, settings.sync).ok_or("the base is gone")?)
+                let found = below(&self.image, *depth, settings.sync);
+                Some(found.ok_or_else(|| StreamError::Cut("the base is gone".into()))?)
             }
             None => None,
         };
-        let image = Qcow2::open(
-            header.clone(),
-            Arc::clone(&storage),
-            data,
-            backing,
-            settings,
-        )?;
-        let disk = Qcow2Disk::new(Arc::new(image), &options.disk)?;
-        let stored = header.store(&*storage).and_then(|()| storage.sync());
-        if let Err(error) = stored {
-            // With either header the disk holds the same.
-            if let Err(error) = before.store(&*storage) {
-                tracing::warn!(%error, "the header of an image was not put back");
-            }
-            return Err(error.into());
+        reopen(&self.image, backing, options, go).map_err(StreamError::Cut)
+    }
+}
+
+/// Opens a disk's image anew, on top of `backing`; its header names that already.
+pub(super) fn reopen(
+    image: &Arc<Qcow2>,
+    backing: Option<Backing>,
+    options: &ImageOptions,
+    go: &dyn Fn() -> bool,
+) -> Result<Cut, Box<dyn std::error::Error + Send + Sync>> {
+    image.bring_out()?;
+    if !go() {
+        return Err("nobody waits for it any more".into());
+    }
+    image.refuse_changes()?;
+    let opened = || -> Result<Qcow2Disk, Box<dyn std::error::Error + Send + Sync>> {
+        let (storage, data) = image.storages();
+        let header = Header::load(&*storage)?;
+        let new = Qcow2::open(header, storage, data, backing, settings(options, true))?;
+        Ok(Qcow2Disk::new(Arc::new(new), &options.disk)?)
+    };
+    match opened() {
+        Ok(disk) => Ok(Cut {
+            image: Arc::clone(disk.image()),
+            disk: Arc::new(disk),
+            before: Before(Some(Arc::clone(image))),
+        }),
+        Err(error) => {
+            image.unseal();
+            Err(error)
         }
-        Ok(disk)
     }
 }
 
@@ -201,7 +198,7 @@ fn check_no_snapshots(header: &Header) -> Result<(), StreamError> {
 }
 
 /// What is at a depth of the chain.
-fn below(image: &Qcow2, depth: usize, sync: bool) -> Option<Backing> {
+pub(super) fn below(image: &Qcow2, depth: usize, sync: bool) -> Option<Backing> {
     let mut image = image;
     for _ in 1..depth {
         match image.below()? {
@@ -223,34 +220,47 @@ fn below(image: &Qcow2, depth: usize, sync: bool) -> Option<Backing> {
     })
 }
 
-/// A disk on a shorter chain. Unless it is kept, the disk before is as it was; all queues and other users of
+/// A disk on another chain. Unless it is kept, the disk before is as it was; all queues and other users of
 /// [`Cut::disk`] have gone before.
-#[derive(Debug)]
 pub struct Cut {
-    /// Always there, but at the end.
-    disk: Option<Arc<Qcow2Disk>>,
-    before: Arc<Qcow2>,
-    kept: bool,
+    // Closed before the image before is written to again.
+    disk: Arc<dyn Disk>,
+    image: Arc<Qcow2>,
+    before: Before,
+}
+
+/// The image before, which is written to again unless it is taken away.
+#[derive(Debug)]
+struct Before(Option<Arc<Qcow2>>);
+
+impl Drop for Before {
+    fn drop(&mut self) {
+        if let Some(image) = &self.0 {
+            image.unseal();
+        }
+    }
 }
 
 impl Cut {
     /// The disk.
     #[must_use]
-    pub fn disk(&self) -> Option<Arc<dyn Disk>> {
-        self.disk.clone().map(|disk| disk as Arc<dyn Disk>)
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.disk)
+    }
+
+    /// Its image.
+    pub(super) fn image(&self) -> &Arc<Qcow2> {
+        &self.image
+    }
+
+    /// With another disk in front of the image.
+    pub(super) fn with(mut self, disk: Arc<dyn Disk>) -> Self {
+        self.disk = disk;
+        self
     }
 
     /// Stays with it. The images that are needed no more are closed with the disk before.
     pub fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for Cut {
-    fn drop(&mut self) {
-        self.disk = None;
-        if !self.kept {
-            self.before.unseal();
-        }
+        self.before.0 = None;
     }
 }

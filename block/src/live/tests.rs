@@ -117,15 +117,19 @@ impl Guest {
         Overlay::create(&*self.disk, &self.path, path, opener(), &self.options)
     }
 
-    /// Gets an overlay, with work between its making and the switch.
-    fn snapshot(&mut self, path: &Path) {
+    /// Gets an overlay, with work between its making and the switch, and after that. What it then held.
+    fn snapshot(&mut self, path: &Path) -> Vec<u8> {
         let overlay = self.overlay(path).unwrap();
         self.work(3);
         let attached = overlay.attach(&*self.disk).unwrap();
-        self.disk = attached.disk().unwrap();
+        self.disk = attached.disk();
         self.options = attached.options().clone();
         path.clone_into(&mut self.path);
-        attached.keep();
+        let (covered, held) = (attached.keep(), self.model.clone());
+        // What is below is written out while the disk is worked on.
+        self.work(3);
+        covered.settle().unwrap();
+        held
     }
 }
 
@@ -155,9 +159,9 @@ fn layers_hold_what_the_guest_had_written_when_they_were_covered() {
             guest.work(40);
             for round in 0..4 {
                 let name = format!("layer{round}");
-                guest.snapshot(&bench.path(&name));
+                let held = guest.snapshot(&bench.path(&name));
                 if let Some((_, _, model)) = covered.last_mut() {
-                    model.clone_from(&guest.model);
+                    *model = held;
                 }
                 covered.push((name, Format::Qcow2, Vec::new()));
                 guest.work(25);
@@ -192,9 +196,10 @@ fn is_locked_throughout(format: Format) {
     };
     let overlay = guest.overlay(&bench.path("over")).unwrap();
     let attached = overlay.attach(&*guest.disk).unwrap();
+    let disk = attached.disk();
+    let covered = attached.keep();
     assert!(!may(true));
-    let disk = attached.disk().unwrap();
-    attached.keep();
+    covered.settle().unwrap();
     assert!(may(true) && !may(false));
     assert_eq!(disk.info().size, SIZE as u64);
 }
@@ -219,7 +224,7 @@ fn an_overlay_that_is_not_kept_leaves_the_disk_as_it_was() {
         guest.work(20);
         let overlay = guest.overlay(&bench.path("over")).unwrap();
         let attached = overlay.attach(&*guest.disk).unwrap();
-        let disk = attached.disk().unwrap();
+        let disk = attached.disk();
         assert_eq!(disk.info().size, SIZE as u64);
         drop(disk);
         drop(attached);
@@ -275,7 +280,7 @@ fn what_cannot_have_an_overlay_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_made_durable_keeps_its_image_and_goes_on() {
+fn a_flush_after_the_switch_makes_durable_what_was_written_before_it() {
     let Some(image) = blank("cluster_size=64k", SIZE as u64) else {
         return;
     };
@@ -294,22 +299,44 @@ fn a_disk_that_cannot_be_made_durable_keeps_its_image_and_goes_on() {
         cache: 1 << 20,
     };
     let header = Header::load(&*storage).unwrap();
-    let image = Qcow2::open(header, storage, None, None, settings).unwrap();
+    let scripted = Arc::clone(&storage) as Arc<dyn Storage>;
+    let image = Qcow2::open(header, scripted, None, None, settings).unwrap();
     let disk = Qcow2Disk::new(Arc::new(image), &qcow2().disk).unwrap();
-    let live = disk.live().unwrap();
-    let Top::Qcow2(image) = &live.0 else {
-        unreachable!("it is a qcow2 image");
-    };
-    image.write(0, &[7; 512]).unwrap();
     let path = bench.path("over");
     let overlay = Overlay::create(&disk, &bench.path("base"), &path, opener(), &qcow2()).unwrap();
+    disk.image().write(0, &[7; 512]).unwrap();
     fail.store(true, std::sync::atomic::Ordering::SeqCst);
-    let error = overlay.attach(&disk).unwrap_err();
+    // The switch itself touches no storage.
+    let calls = storage.calls().len();
+    let attached = overlay.attach(&disk).unwrap();
+    let (over, covered) = (attached.disk(), attached.keep());
+    let mut queue = over.queue(1).unwrap();
+    assert_eq!(storage.calls().len(), calls);
+    let mut flush = || perform(&mut *queue, Op::Flush, 0, Buffers::none());
+    assert!(flush().is_err());
+    let error = covered.settle().unwrap_err();
     assert!(matches!(error, OverlayError::Flush(_)), "{error}");
-    assert!(!path.exists());
+    assert!(flush().is_err() && path.exists());
     fail.store(false, std::sync::atomic::Ordering::SeqCst);
-    image.write(512, &[8; 512]).unwrap();
-    image.flush().unwrap();
+    flush().unwrap();
+    assert!(!disk.image().is_dirty());
+    // That has been paid once for all.
+    let syncs = storage.calls().len();
+    flush().unwrap();
+    assert_eq!(storage.calls().len(), syncs);
+}
+
+#[test]
+fn an_overlay_goes_on_the_image_that_it_was_made_for_alone() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = Guest::on(&bench, Format::Qcow2, 9);
+    let overlay = guest.overlay(&bench.path("late")).unwrap();
+    guest.snapshot(&bench.path("first"));
+    let error = overlay.attach(&*guest.disk).unwrap_err();
+    assert!(matches!(error, OverlayError::Replaced), "{error}");
+    assert!(!bench.path("late").exists());
 }
 
 /// A chain of a base and two overlays, and the guest on top of it.
@@ -363,8 +390,10 @@ fn a_stream_keeps_what_the_guest_writes_meanwhile_and_frees_the_images_below() {
             };
             let mut guest = chained(&bench, format, seed);
             let stream = stream(&mut guest, &bench, base);
-            let cut = stream.finish(&guest.options).unwrap();
-            guest.disk = cut.disk().unwrap();
+            stream.name().unwrap();
+            guest.work(5);
+            let cut = stream.finish(&guest.options, &|| true).unwrap();
+            guest.disk = cut.disk();
             cut.keep();
             // What is needed no more may be anybody's, and gone.
             fs::remove_file(bench.path("middle")).unwrap();
@@ -394,7 +423,13 @@ fn a_stream_that_is_given_up_leaves_the_disk_on_its_chain_and_can_begin_again() 
     guest.holds_its_model();
     let before = stream(&mut guest, &bench, None);
     // The chain has been cut, but the disk before goes on.
-    drop(before.finish(&guest.options).unwrap());
+    before.name().unwrap();
+    drop(before.finish(&guest.options, &|| true).unwrap());
+    guest.work(20);
+    guest.holds_its_model();
+    // Nobody waits any more for what is written out.
+    let late = Stream::of(&*guest.disk, &guest.path, None, &AnyPath, &guest.options);
+    assert!(late.unwrap().finish(&guest.options, &|| false).is_err());
     guest.work(20);
     guest.holds_its_model();
     let options = guest.options.clone();
@@ -449,8 +484,13 @@ fn an_image_whose_snapshots_lean_on_what_is_below_is_not_cut_off_from_it() {
     };
     image.create_snapshot(new).unwrap();
     drop(image);
-    let error = stream.finish(&options).unwrap_err();
-    assert!(matches!(error, StreamError::Cut(_)), "{error}");
+    let error = stream.name().unwrap_err();
+    assert!(matches!(error, StreamError::Snapshots(1)), "{error}");
+    drop(stream);
     drop(disk);
     assert!(bench.line("qemu-img info top").contains("backing file"));
 }
+
+mod merging;
+mod mirroring;
+mod reverting;

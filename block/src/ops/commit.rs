@@ -159,7 +159,8 @@ fn copy_down(
 }
 
 /// Which of some paths leads to the same file.
-pub(crate) fn find<'a>(wanted: &Path, mut paths: impl Iterator<Item = &'a Path>) -> Option<usize> {
+#[must_use]
+pub fn find<'a>(wanted: &Path, mut paths: impl Iterator<Item = &'a Path>) -> Option<usize> {
     let wanted_real = wanted.canonicalize();
     paths.position(|path| {
         path == wanted || matches!((&wanted_real, path.canonicalize()), (Ok(a), Ok(b)) if *a == b)

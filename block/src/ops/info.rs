@@ -31,6 +31,8 @@ pub struct ImageInfo {
     pub actual_size: u64,
     /// The file's length in bytes.
     pub file_length: u64,
+    /// When the file was last written to, in seconds since 1970.
+    pub modified: i64,
     /// It is a block device.
     pub device: bool,
     /// What only qcow2 images have.
@@ -240,6 +242,7 @@ fn look(
         virtual_size: file.size().next_multiple_of(SECTOR),
         actual_size: facts.blocks().saturating_mul(SECTOR),
         file_length: file.size(),
+        modified: facts.mtime(),
         device: file.abilities().kind == Kind::Device,
         qcow2: None,
     };

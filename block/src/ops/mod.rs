@@ -30,6 +30,7 @@ pub use bench::{Bench, bench};
 pub use bitmap::{BitmapChange, BitmapCopy, BitmapOpError, bitmaps, change_bitmap};
 pub use check::{CheckImageError, check};
 pub(crate) use commit::find;
+pub use commit::find as find_layer;
 pub use commit::{Commit, CommitError, commit};
 pub use compare::{CompareError, Difference, compare};
 pub use convert::{Convert, convert};

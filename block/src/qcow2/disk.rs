@@ -82,6 +82,11 @@ impl Qcow2Disk {
             aio: options.aio,
         })
     }
+
+    /// The image.
+    pub(crate) fn image(&self) -> &Arc<Qcow2> {
+        &self.core.image
+    }
 }
 
 impl Disk for Qcow2Disk {

@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::checkpoint::Gate;
 use super::compress;
+use super::debt::Debt;
 use super::entry::Compressed;
 use super::epoch::Pins;
 use super::geometry::Geometry;
@@ -75,7 +76,7 @@ pub struct Qcow2 {
     meta: Mutex<Meta>,
     /// Clusters that were in flight are not any more.
     released: Condvar,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     geometry: Geometry,
     compression: Compression,
     size: AtomicU64,
@@ -90,6 +91,7 @@ pub struct Qcow2 {
     pub(super) resizing: Mutex<()>,
     /// Whether the file takes clearly less space than it is long.
     pub(super) sparse: OnceLock<bool>,
+    pub(super) debt: Debt,
 }
 
 impl Qcow2 {
@@ -131,6 +133,7 @@ impl Qcow2 {
             gate: Gate::default(),
             resizing: Mutex::default(),
             sparse: OnceLock::new(),
+            debt: Debt::default(),
         })
     }
 
@@ -217,9 +220,9 @@ impl Qcow2 {
         self.shared.high_water.load(Ordering::Relaxed)
     }
 
-    /// Whether a flush has tables to write.
+    /// Whether a flush has more to do than to sync the file with the data.
     pub(crate) fn is_dirty(&self) -> bool {
-        self.shared.dirty.load(Ordering::Acquire)
+        self.shared.dirty.load(Ordering::Acquire) || self.debt.is_due()
     }
 
     /// Whether it was found corrupt, so that nothing may be written.
@@ -622,41 +625,6 @@ impl Qcow2 {
         }
         Ok(())
     }
-
-    /// Writes all that is in memory and gives up what is to be freed. The image may be used again afterwards.
-    ///
-    /// # Errors
-    ///
-    /// The host's; `ResourceBusy` when requests are under way and bitmaps are to be written.
-    pub fn close(&self) -> io::Result<()> {
-        if self.read_only() || self.shared.corrupt.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        // What the first one takes out of the mapping the second one frees. And what somebody still used when
-        // the last one freed others is free now.
-        for _ in 0..3 {
-            if !self.is_dirty() && self.lock().released.is_empty() {
-                break;
-            }
-            self.checkpoint()?;
-        }
-        if self.shared.recorder.is_armed() {
-            let mut session = self.exclusive()?;
-            session.store_bitmaps()?;
-            session.finish();
-        } else if self.lock().marked {
-            self.session()?.finish();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Qcow2 {
-    fn drop(&mut self) {
-        if let Err(error) = self.close() {
-            tracing::error!(%error, "an image could not be brought up to date when it was closed");
-        }
-    }
 }
 
 /// Pins in all images of a chain.
@@ -751,6 +719,7 @@ impl Image for Qcow2 {
             return Ok(());
         }
         self.lock().writable()?;
+        self.debt.pay()?;
         if self.is_dirty() {
             self.checkpoint()
         } else {

@@ -1,22 +1,74 @@
-//! Taking the right to write from an opened image, because another one is put on top of it.
+//! Closing an image, and taking the right to write from an opened one, because another is put on top of it.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::image::Qcow2;
+use super::session::{ChangeError, Session};
 use crate::image::Image;
 use crate::storage::Storage;
 
 impl Qcow2 {
-    /// Writes everything out, durably, and refuses changes from now on. No request is under way.
+    /// Writes all that is in memory and gives up what is to be freed. The image may be used again afterwards.
+    ///
+    /// # Errors
+    ///
+    /// The host's; `ResourceBusy` when requests are under way and bitmaps are to be written.
+    pub fn close(&self) -> io::Result<()> {
+        self.close_in(Self::exclusive)
+    }
+
+    /// As [`Qcow2::close`]; a change that writes bitmaps begins with `begin`.
+    pub(super) fn close_in(
+        &self,
+        begin: impl FnOnce(&Self) -> Result<Session<'_>, ChangeError>,
+    ) -> io::Result<()> {
+        if self.read_only() || self.shared.corrupt.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        // What the first one takes out of the mapping the second one frees. And what somebody still used when
+        // the last one freed others is free now.
+        for _ in 0..3 {
+            if !self.shared.dirty.load(Ordering::Acquire) && self.lock().released.is_empty() {
+                break;
+            }
+            self.checkpoint()?;
+        }
+        if self.shared.recorder.is_armed() {
+            let mut session = begin(self)?;
+            session.store_bitmaps()?;
+            session.finish();
+        } else if self.lock().marked {
+            self.session()?.finish();
+        }
+        Ok(())
+    }
+
+    /// Writes everything out, durably, and leaves nothing to be done when it is closed. It may be used again afterwards.
+    /// Nobody changes it meanwhile; it may be read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Qcow2::seal`].
+    pub(crate) fn bring_out(&self) -> io::Result<()> {
+        self.flush()?;
+        // Readers pin what they look at, and do not mind.
+        self.close_in(Self::session)
+    }
+
+    /// As [`Qcow2::bring_out`], and refuses changes from now on.
     ///
     /// # Errors
     ///
     /// The host's; `EROFS` and `EIO` when it could not be written to before either. It is as it was then.
     pub(crate) fn seal(&self) -> io::Result<()> {
-        self.flush()?;
-        self.close()?;
+        self.bring_out()?;
+        self.refuse_changes()
+    }
+
+    /// The last part of [`Qcow2::seal`], which does no I/O.
+    pub(crate) fn refuse_changes(&self) -> io::Result<()> {
         let mut meta = self.lock();
         meta.writable()?;
         meta.read_only = true;
@@ -25,7 +77,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Takes [`Qcow2::seal`] back.
+    /// Takes [`Qcow2::refuse_changes`] back.
     pub(crate) fn unseal(&self) {
         self.lock().read_only = false;
         self.read_only.store(false, Ordering::Release);
@@ -47,6 +99,14 @@ impl Qcow2 {
             if let Some(file) = storage.host_file() {
                 file.keep_reading();
             }
+        }
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "an image could not be brought up to date when it was closed");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The verbs for machines that run: each asks a monitor over its control socket.
 
 mod agent;
+mod commit;
 mod console;
 mod coredump;
 mod device;
@@ -9,7 +10,9 @@ mod events;
 mod fs;
 mod jobs;
 mod keys;
+mod layers;
 mod lifecycle;
+mod mirror;
 mod net;
 mod overlay;
 mod port;

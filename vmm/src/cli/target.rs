@@ -71,6 +71,14 @@ pub(super) struct Remote {
 }
 
 impl Target {
+    /// The machine of this name.
+    pub fn of_name(name: &str) -> Self {
+        Self {
+            name: Some(name.to_owned()),
+            socket: SocketFlag { api_socket: None },
+        }
+    }
+
     /// The machine's name, where one is given.
     pub fn name(&self) -> Option<&str> {
         self.name.as_deref()

@@ -47,6 +47,8 @@ const MIRROR_FILE: &str = "mirror_file";
 pub const DUMP: &str = "the core dump";
 /// What a new overlay of a disk is called.
 pub const OVERLAY: &str = "the new overlay";
+/// What another place for a disk is called.
+pub const COPY: &str = "the copy";
 
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,7 +194,7 @@ pub fn check_sink(
         .try_for_each(|path| claim(&mut used, SERIAL, path))
 }
 
-/// Checks that `what`, a file at `path` that is about to be made ([`DUMP`], [`OVERLAY`]), is nothing that the machine or
+/// Checks that `what`, a file at `path` that is about to be made ([`DUMP`], [`OVERLAY`], [`COPY`]), is nothing that the machine or
 /// the monitor uses or is about to make.
 ///
 /// # Errors

@@ -8,6 +8,7 @@
 mod aside;
 mod capture;
 mod commands;
+mod copies;
 mod coredump;
 mod drain;
 mod guest;
@@ -16,6 +17,7 @@ mod lost;
 mod overlays;
 mod ports;
 mod resize;
+mod reverts;
 mod snapshot;
 mod streams;
 
@@ -49,6 +51,10 @@ pub(crate) use capture::path_of;
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
+
+/// How long requests of a disk that is to be changed have to come to their end, and then its storage to answer. The guest
+/// stands still meanwhile.
+const SWITCH: Duration = Duration::from_secs(5);
 
 /// How long a slow reader of the guest's last output is waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -426,6 +432,7 @@ impl Driver {
         self.machine.vcpus().pause();
         self.give_up_capture();
         self.give_up_jobs();
+        self.asides.forget_later();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }

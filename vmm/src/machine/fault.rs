@@ -9,7 +9,9 @@ use std::io;
 use api::ErrorKind;
 use block::nbd::{HandshakeError, NbdError};
 use block::ops::CreateImageError;
-use block::{OpenError as DiskError, OverlayError, StreamError};
+use block::{
+    MergeError, MirrorError, OpenError as DiskError, OverlayError, RevertError, StreamError,
+};
 use devices::display::rfb::PasswordError;
 use virtio::device::{ReconfigureError, ResizeError};
 use virtio::models::BuildError;
@@ -48,6 +50,9 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_disk))
         .or_else(|| error.downcast_ref().map(of_overlay))
         .or_else(|| error.downcast_ref().map(of_stream))
+        .or_else(|| error.downcast_ref().map(of_merge))
+        .or_else(|| error.downcast_ref().map(of_mirror))
+        .or_else(|| error.downcast_ref().map(of_revert))
         .or_else(|| error.downcast_ref().map(of_file))
         .or_else(|| error.downcast_ref().map(of_password))
         .or_else(|| error.downcast_ref().map(of_tls))
@@ -127,7 +132,9 @@ fn of_overlay(error: &OverlayError) -> Says {
         | OverlayError::ReadOnly
         | OverlayError::Elsewhere { .. }
         | OverlayError::Name(_) => Fault(ErrorKind::Invalid),
-        OverlayError::Exists { .. } | OverlayError::Resized { .. } => Fault(ErrorKind::Conflict),
+        OverlayError::Exists { .. } | OverlayError::Resized { .. } | OverlayError::Replaced => {
+            Fault(ErrorKind::Conflict)
+        }
         OverlayError::Open(error) => of_disk(error),
         OverlayError::Create(CreateImageError::Open(error)) => of_disk(error),
         // The host's reason, which is behind these, decides.
@@ -147,6 +154,49 @@ fn of_stream(error: &StreamError) -> Says {
         | StreamError::Name(_) => Fault(ErrorKind::Invalid),
         StreamError::Open(error) => of_disk(error),
         StreamError::Cut(_) => Fault(ErrorKind::Failed),
+    }
+}
+
+fn of_merge(error: &MergeError) -> Says {
+    match error {
+        MergeError::NotQcow2
+        | MergeError::NoBacking(_)
+        | MergeError::ReadOnly
+        | MergeError::NotInChain(_)
+        | MergeError::NotBelow { .. }
+        | MergeError::Snapshots { .. }
+        | MergeError::Larger { .. }
+        | MergeError::Blocks { .. }
+        | MergeError::Name(_) => Fault(ErrorKind::Invalid),
+        MergeError::Open(error) => of_disk(error),
+        MergeError::Exchange(_) | MergeError::Copy(_) => Fault(ErrorKind::Failed),
+    }
+}
+
+fn of_mirror(error: &MirrorError) -> Says {
+    match error {
+        MirrorError::Fixed | MirrorError::Shape { .. } | MirrorError::Blocks { .. } => {
+            Fault(ErrorKind::Invalid)
+        }
+        MirrorError::Exists(_) => Fault(ErrorKind::Conflict),
+        MirrorError::Open(error) | MirrorError::Create(CreateImageError::Open(error)) => {
+            of_disk(error)
+        }
+        // The host's reason, which is behind these, decides.
+        MirrorError::Create(_) | MirrorError::Copy(_) => Behind(ErrorKind::Failed),
+    }
+}
+
+fn of_revert(error: &RevertError) -> Says {
+    match error {
+        RevertError::NotQcow2
+        | RevertError::NoBacking
+        | RevertError::ReadOnly
+        | RevertError::NotBelow(_)
+        | RevertError::Snapshots(_)
+        | RevertError::Name(_) => Fault(ErrorKind::Invalid),
+        RevertError::Open(error) => of_disk(error),
+        RevertError::Empty(_) => Fault(ErrorKind::Failed),
     }
 }
 

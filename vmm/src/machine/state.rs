@@ -34,7 +34,11 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::RemovePort(_)
         | Command::Coredump(_)
         | Command::DiskSnapshot(_)
-        | Command::DiskStream(_) => alive,
+        | Command::DiskStream(_)
+        | Command::DiskCommit(_)
+        | Command::DiskMirror(_)
+        | Command::DiskRevert(_)
+        | Command::DiskLayers => alive,
         Command::Snapshot(_) => alive && pause != Some(PauseReason::MemoryLost),
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),

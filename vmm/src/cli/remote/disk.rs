@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::Value;
 use virtio::limit::{self, RateLimits};
-use virtio::models::blk::MODEL;
+use virtio::models::blk::{BlkConfig, MODEL};
 use virtio::schema::{Field, FieldKind};
 
 use super::super::Misuse;
@@ -16,7 +16,7 @@ use super::super::table::table;
 use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
 use super::show::ShowArgs;
-use super::{overlay, print, print_json, removal, stream, word};
+use super::{commit, layers, mirror, overlay, print, print_json, removal, stream, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -86,7 +86,7 @@ const UPDATE_FIELDS: &[Field] = &[
 pub(in crate::cli) enum Verb {
     /// List the disks of a machine
     #[command(after_help = LIST_EXAMPLES)]
-    List(ShowArgs),
+    List(ListArgs),
     /// Add a disk
     ///
     /// The path is that of this machine's files, and is made absolute; the monitor opens it.
@@ -111,6 +111,38 @@ pub(in crate::cli) enum Verb {
     /// Ctrl-C cancels it; what has been copied stays, and the next time begins with it.
     #[command(after_help = stream::EXAMPLES)]
     Stream(stream::StreamArgs),
+    /// Merge images of a disk into one below them, while the guest works on
+    ///
+    /// Ctrl-C cancels it; the disk is on its chain as before then.
+    #[command(after_help = commit::EXAMPLES)]
+    Commit(commit::CommitArgs),
+    /// Copy a disk to another place, while the guest works on, and have it go on there if wanted
+    ///
+    /// Ctrl-C cancels it; the disk is as before then.
+    #[command(after_help = mirror::EXAMPLES)]
+    Mirror(mirror::MirrorArgs),
+    /// Have a disk hold again what an image below its own does
+    ///
+    /// What the disk's image holds is thrown away. The machine does not run, or its guest is restarted in place.
+    #[command(after_help = layers::REVERT_EXAMPLES)]
+    Revert(layers::RevertArgs),
+    /// Have an image of a disk's chain go, while the guest works on
+    ///
+    /// The disk holds what it held: the image is merged into the one below, or taken into the disk's own, by where it is.
+    #[command(after_help = layers::DELETE_EXAMPLES)]
+    Delete(layers::DeleteArgs),
+    /// Show the guest what an image below a disk's own holds, as another disk
+    #[command(after_help = layers::PREVIEW_EXAMPLES)]
+    Preview(layers::PreviewArgs),
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ListArgs {
+    #[command(flatten)]
+    show: ShowArgs,
+    /// List the images of each disk's chain: what it holds now, and what it held when each was covered
+    #[arg(long)]
+    snapshots: bool,
 }
 
 #[derive(Debug, Args)]
@@ -157,12 +189,20 @@ pub(in crate::cli) struct DiskResizeArgs {
 
 pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
     match verb {
-        Verb::List(arguments) => list(&arguments),
+        Verb::List(arguments) if arguments.snapshots => {
+            layers::list(&arguments.show.target, arguments.show.json)
+        }
+        Verb::List(arguments) => list(&arguments.show),
+        Verb::Mirror(arguments) => mirror::mirror(arguments),
+        Verb::Revert(arguments) => layers::revert(arguments),
+        Verb::Delete(arguments) => layers::delete(arguments),
+        Verb::Preview(arguments) => layers::preview(arguments),
         Verb::Add(arguments) => add(arguments),
         Verb::Remove(arguments) => remove(arguments),
         Verb::Update(arguments) => update(arguments),
         Verb::Resize(arguments) => resize(arguments),
         Verb::Stream(arguments) => stream::stream(arguments),
+        Verb::Commit(arguments) => commit::commit(arguments),
         Verb::Snapshot(arguments) => overlay::snapshot(&arguments),
     }
 }
@@ -249,8 +289,27 @@ fn add(arguments: AddArgs) -> anyhow::Result<()> {
     let (mut remote, [text]) = arguments
         .socket
         .connect_and_split(arguments.words, ["path=PATH,…"])?;
+    attach(&mut remote, &text, arguments.json)
+}
+
+/// Adds what the text of `--disk` describes.
+pub(super) fn attach(remote: &mut Remote, text: &str, json: bool) -> anyhow::Result<()> {
     let last = |config: wire::VmConfig| config.disks?.pop()?.id;
-    device::add(&mut remote, &described(&text)?, arguments.json, &NOUN, last)
+    device::add(remote, &described(text)?, json, &NOUN, last)
+}
+
+/// The configuration of a disk that a monitor describes.
+pub(super) fn described_by(disk: &wire::DiskConfig) -> anyhow::Result<BlkConfig> {
+    let path = disk.path.as_ref().context("it has no image of its own")?;
+    let format = match disk.image_type {
+        ImageType::Qcow2 => "qcow2",
+        _ => "raw",
+    };
+    let config = serde_json::json!({
+        "path": path, "format": format, "readonly": disk.readonly,
+        "backing": if disk.backing_files { "directory" } else { "deny" },
+    });
+    Ok(serde_json::from_value(config)?)
 }
 
 fn remove(arguments: RemoveArgs) -> anyhow::Result<()> {

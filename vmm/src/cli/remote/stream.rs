@@ -19,6 +19,11 @@ Examples:
       All that lies below is taken into the disk's image, which then needs no other.
   vireo disk stream web data --base /srv/golden.qcow2 --speed 100M";
 
+pub(super) const CANCELLED: Cancelled = Cancelled {
+    by_request: "what was copied stays in the disk's image",
+    by_end: "what was copied by then stays in the disk's image",
+};
+
 #[derive(Debug, Args)]
 pub(in crate::cli) struct StreamArgs {
     /// Name of the machine, and id of the disk
@@ -37,15 +42,25 @@ pub(in crate::cli) struct StreamArgs {
     json: bool,
 }
 
-pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
-    let speed = arguments.speed.map(|text| {
+/// What `--speed` says, in bytes.
+pub(super) fn speed(text: Option<String>) -> anyhow::Result<Option<u64>> {
+    let speed = text.map(|text| {
         flag::parse_bytes(&text).map_err(|error| Misuse(format!("--speed {text}: {error}")))
     });
-    let speed = speed.transpose()?;
-    let base = arguments.base.map(|base| {
-        std::path::absolute(&base).with_context(|| format!("--base {}", base.display()))
-    });
-    let base = base.transpose()?;
+    Ok(speed.transpose()?)
+}
+
+/// The image of a chain that `flag` names.
+pub(super) fn layer(flag: &str, path: Option<PathBuf>) -> anyhow::Result<Option<PathBuf>> {
+    let absolute = |path: PathBuf| {
+        std::path::absolute(&path).with_context(|| format!("{flag} {}", path.display()))
+    };
+    path.map(absolute).transpose()
+}
+
+pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
+    let speed = speed(arguments.speed)?;
+    let base = layer("--base", arguments.base)?;
     let (mut remote, [id]) = arguments
         .socket
         .connect_and_split(arguments.words, ["DISK"])?;
@@ -58,15 +73,11 @@ pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
     };
     let started = remote.client.disk_stream(&request);
     let mut job = started.map_err(|error| remote.failed(error))?;
-    let cancelled = Cancelled {
-        by_request: "what was copied stays in the disk's image",
-        by_end: "what was copied by then stays in the disk's image",
-    };
     follow(
         &mut job,
         &mut remote,
         &mut watch,
-        (arguments.json, &cancelled),
+        (arguments.json, &CANCELLED),
     )?;
     if arguments.json {
         return print_json(&job);

@@ -59,13 +59,25 @@ impl Drop for Hold {
     }
 }
 
+/// What is done about a device.
+struct Change {
+    device: Weak<VirtioPci>,
+    /// A job works on what its disk is kept in. Until that ends, the machine is as it is described.
+    job: bool,
+}
+
+/// What is done on the control thread once nothing is being captured.
+type Later = Box<dyn FnOnce(&mut Driver) + Send>;
+
 /// What is done beside the control thread.
 #[derive(Default)]
 pub(super) struct Asides {
     held: Arc<Held>,
     /// Devices that are being changed, by their ids: one change at a time. A device that
     /// has the id of one that is gone is another.
-    changing: BTreeMap<String, Weak<VirtioPci>>,
+    changing: BTreeMap<String, Change>,
+    /// The ends of jobs, which wait for the end of a capture.
+    later: Vec<Later>,
     /// Slots that are being emptied.
     ejecting: Vec<PciAddress>,
     /// The jobs that hold devices, by their ids.
@@ -119,26 +131,48 @@ impl Asides {
 
     /// Whether a device is being changed or taken out: the machine is not as it is described.
     pub(super) fn is_changing(&mut self) -> bool {
-        self.changing.retain(|_, device| device.strong_count() > 0);
-        !self.changing.is_empty() || !self.ejecting.is_empty()
+        self.changing
+            .retain(|_, change| change.device.strong_count() > 0);
+        self.changing.values().any(|change| !change.job) || !self.ejecting.is_empty()
     }
 
     /// Takes note of a change of `device`, or refuses it.
     pub(super) fn begin(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
+        self.take_note(device, false)
+    }
+
+    /// As [`Asides::begin`], for a job that leaves the machine as it is described until its end.
+    pub(super) fn begin_job(&mut self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
+        self.take_note(device, true)
+    }
+
+    fn take_note(&mut self, device: &Arc<VirtioPci>, job: bool) -> Result<(), ControlError> {
         let weak = Arc::downgrade(device);
         let id = device.id();
-        if self.changing.get(id).is_some_and(|old| old.ptr_eq(&weak)) {
-            let message = format!("{id} is being changed: try again when that has ended");
+        let same = |old: &&Change| old.device.ptr_eq(&weak);
+        if let Some(old) = self.changing.get(id).filter(same) {
+            let message = if old.job {
+                format!("{id}: a job works on it: wait for its end or cancel it")
+            } else {
+                format!("{id} is being changed: try again when that has ended")
+            };
             return Err(ControlError::new(ErrorKind::Busy, message));
         }
-        self.changing.insert(id.to_owned(), weak);
+        self.changing
+            .insert(id.to_owned(), Change { device: weak, job });
         Ok(())
     }
 
     pub(super) fn finish(&mut self, id: &str, device: &Weak<VirtioPci>) {
-        if self.changing.get(id).is_some_and(|old| old.ptr_eq(device)) {
+        let same = |old: &Change| old.device.ptr_eq(device);
+        if self.changing.get(id).is_some_and(same) {
             self.changing.remove(id);
         }
+    }
+
+    /// Drops what waits for the end of a capture: the machine ends.
+    pub(super) fn forget_later(&mut self) {
+        self.later.clear();
     }
 }
 
@@ -207,6 +241,21 @@ impl Driver {
             done
         };
         self.start(name, held, then)
+    }
+
+    /// Has `then` done as soon as nothing is being captured: what is written down of the machine is of one instant.
+    pub(super) fn when_free(&mut self, then: impl FnOnce(&mut Self) + Send + 'static) {
+        self.asides.later.push(Box::new(then));
+        self.settle_capture();
+    }
+
+    /// Does what has waited for the end of a capture, if there is none any more.
+    pub(super) fn do_later(&mut self) {
+        while !self.is_capturing()
+            && let Some(then) = self.asides.later.pop()
+        {
+            then(self);
+        }
     }
 
     /// The device `id`, if it is there to stay.

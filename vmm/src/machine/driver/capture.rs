@@ -199,6 +199,11 @@ impl Driver {
         Ok(Reply::Started(info))
     }
 
+    /// Whether a capture is being written, or a snapshot begun.
+    pub(super) fn is_capturing(&self) -> bool {
+        self.capture.is_some() || self.snapshotting.strong_count() > 0
+    }
+
     /// The file that is being written.
     pub(super) fn capturing(&self) -> Option<&Path> {
         self.capture.as_ref().map(|capture| capture.path.as_path())
@@ -255,8 +260,14 @@ impl Driver {
         capture.is_some_and(|capture| !capture.said.is_empty())
     }
 
-    /// Lets the machine go on when a capture has ended or been cancelled, after what the guest had asked for has been done.
+    /// Lets the machine go on when a capture has ended or been cancelled, after what the guest had asked for has been done;
+    /// then comes what others have waited with.
     pub(crate) fn settle_capture(&mut self) {
+        self.end_capture();
+        self.do_later();
+    }
+
+    fn end_capture(&mut self) {
         let jobs = &self.tools.jobs;
         let ended = |capture: &mut Capture| {
             let over = capture.ended.try_recv() == Err(TryRecvError::Disconnected);

@@ -52,6 +52,10 @@ impl Driver {
             Command::Snapshot(request) => self.snapshot(request, answer),
             Command::DiskSnapshot(request) => self.snapshot_disks(request, answer),
             Command::DiskStream(request) => self.stream_disk(request, answer),
+            Command::DiskCommit(request) => self.commit_disk(request, answer),
+            Command::DiskMirror(request) => self.mirror_disk(request, answer),
+            Command::DiskRevert(request) => self.revert_disk(request, answer),
+            Command::DiskLayers => self.disk_layers(answer),
             Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
             Command::Create(_) | Command::Restore(_) | Command::Boot | Command::BootOnce(_) => {

@@ -5,15 +5,16 @@
 //! for the end of the monitor while the machine ends cuts that short.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use api::{Command, ExitReason, VmState};
+use api::{Command, ControlError, ErrorKind, ExitReason, VmState};
 use devices::Unit;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Driver, PATIENCE, ppoll, readable};
+use super::{Driver, PATIENCE, SWITCH, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::signals::{Signal, Signals};
 use crate::machine::{MachineError, stop_all};
@@ -149,9 +150,58 @@ impl Driver {
         }
     }
 
+    /// Has `work` done while the guest waits for it, which is given a question: it asks that once, when it has done all
+    /// that changes nothing. If it is not so far in time, it gets a `false` then, and all goes on without it.
+    ///
+    /// # Errors
+    ///
+    /// What `work` fails with, and [`ErrorKind::Failed`] when it is not waited for any more.
+    pub(super) fn while_still<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&dyn Fn() -> bool) -> Result<T, ControlError> + Send + 'static,
+    ) -> Result<T, ControlError> {
+        let failed = |message: &str| ControlError::new(ErrorKind::Failed, message);
+        let first = Arc::new(AtomicBool::new(true));
+        let asked = Arc::clone(&first);
+        let begun = Work::begin("switch", move || {
+            work(&|| asked.swap(false, Ordering::AcqRel))
+        });
+        let begun = begun.map_err(|error| {
+            tracing::warn!("no thread to change a disk: {error}");
+            failed("the host has no more threads")
+        })?;
+        // What was given up before is over.
+        self.cut = false;
+        let lost = |_| Err(failed("what changes the disk has been lost"));
+        if self.attend_until(&begun, Some(Instant::now() + SWITCH)) {
+            return begun.result.recv().unwrap_or_else(lost);
+        }
+        if first.swap(false, Ordering::AcqRel) {
+            return Err(failed(
+                "the storage does not answer in time: the disk is as before",
+            ));
+        }
+        // It changes something by now: its end is to be known.
+        if !self.cut && self.attend(&begun) {
+            return begun.result.recv().unwrap_or_else(lost);
+        }
+        begun.result.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+            let error = MachineError::Host {
+                what: "the storage of a disk that is being changed",
+                source: std::io::ErrorKind::TimedOut.into(),
+            };
+            self.fail("the machine cannot go on", &error);
+            Err(error.to_control())
+        })
+    }
+
     /// Waits for `work`; `false` when it is waited for no more.
     fn attend<T>(&mut self, work: &Work<T>) -> bool {
-        let mut limit = None;
+        self.attend_until(work, None)
+    }
+
+    /// As [`Driver::attend`], for so long at most.
+    fn attend_until<T>(&mut self, work: &Work<T>, mut limit: Option<Instant>) -> bool {
         let attended = loop {
             limit = self.hear(limit);
             let now = Instant::now();
@@ -211,6 +261,6 @@ impl Driver {
             .deadline()
             .is_some_and(|deadline| deadline <= now);
         self.cut |= cut;
-        limit.or(cut.then_some(now))
+        if cut { Some(now) } else { limit }
     }
 }

@@ -2,17 +2,17 @@
 //!
 //! ```text
 //!   beside, while the guest runs      on the control thread                       beside
-//!   overlays made and synced ───►  vCPUs stop, the disks' queues stop   ───►  the guest thaws
-//!   what is unwritten written      every disk: written out, switched
-//!   the guest's agent freezes      queues and vCPUs go on
+//!   overlays made and opened ───►  vCPUs stop, the disks' queues stop   ───►  the guest thaws
+//!   what is unwritten written      every disk: switched                       old images written out
+//!   the guest's agent freezes      queues and vCPUs go on                     and closed to writers
 //! ```
 //!
-//! Until the last disk is switched every failure puts the old images back, and removes the overlays. What was unwritten
-//! has been written before, so little is left to be made durable while the guest stands still. A machine that is paused
-//! has its disks switched as well.
+//! Until the last disk is switched every failure puts the old images back, and removes the overlays. Nothing waits for storage
+//! while the guest stands still: what an old image has in memory then, the flushes of its overlay write too. A machine that is
+//! paused has its disks switched as well.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -21,12 +21,12 @@ use api::{
     AgentCommand, AgentReply, Answer, Command, ControlError, ErrorKind, EventKind, PauseReason,
     Reply, VmState,
 };
-use block::{Attached, ImageOptions, Overlay};
+use block::{Attached, Covered, ImageOptions, Overlay};
 use devices::Unit;
 use virtio::device::{DiskImage, ExchangeError};
 use virtio::transport::VirtioPci;
 
-use super::{DRAIN, Driver};
+use super::{DRAIN, Driver, SWITCH};
 use crate::agent::AgentDesk;
 use crate::config::files;
 use crate::error::chain;
@@ -34,9 +34,6 @@ use crate::machine::fault;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
 use crate::opener::Opener;
-
-/// How long requests that are under way have to come to their end. The guest stands still meanwhile.
-const SWITCH: Duration = Duration::from_secs(5);
 
 /// A disk that is to get an overlay.
 struct Target {
@@ -83,10 +80,7 @@ impl Driver {
                 Err(error) => (Err(error), Frozen::default()),
             };
             let switched = overlays.and_then(|overlays| driver.switch(&targets, overlays));
-            for (id, device) in targets.iter().map(Target::mark) {
-                driver.asides.finish(&id, &device);
-            }
-            driver.thaw_and_answer(frozen, switched, answer);
+            driver.settle_and_answer(&targets, frozen, switched, answer);
         });
         if let Err(error) = started {
             for (id, device) in taken {
@@ -209,7 +203,7 @@ impl Driver {
         &mut self,
         targets: &[Target],
         overlays: Vec<Overlay>,
-    ) -> Result<DiskSnapshotInfo, ControlError> {
+    ) -> Result<(DiskSnapshotInfo, Vec<Covered>), ControlError> {
         self.check_no_capture()?;
         let (state, pause) = self.state();
         let command = Command::DiskSnapshot(VmDiskSnapshot {
@@ -221,7 +215,7 @@ impl Driver {
         }
         let devices: Result<Vec<_>, _> = targets.iter().map(|target| self.still(target)).collect();
         let devices = devices?;
-        let (old, stall) = self.stall(&devices, |driver| {
+        let ((old, covered), stall) = self.stall(&devices, |driver| {
             exchange(&devices, overlays)
                 .map(|switched| driver.take_up(targets, switched))
                 .map_err(|failed| driver.take_up_rest(targets, failed))
@@ -239,7 +233,7 @@ impl Driver {
             quiesce_error: None,
             stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
         };
-        Ok(info)
+        Ok((info, covered))
     }
 
     /// Has `change` exchange the images of devices while neither they nor the guest work. Gives for how long the guest stood
@@ -266,7 +260,9 @@ impl Driver {
             return Err(error.to_control());
         }
         let changed = change(self);
-        self.go_on_after_switch(changed.is_ok())?;
+        if self.outcome.is_none() {
+            self.go_on_after_switch(changed.is_ok())?;
+        }
         Ok((changed?, began.elapsed()))
     }
 
@@ -281,11 +277,11 @@ impl Driver {
     }
 
     /// From here on an overlay stays.
-    fn settle(&mut self, target: &Target, attached: Attached) {
+    fn stay(&mut self, target: &Target, attached: Attached) -> Covered {
         if let Some(description) = &mut self.ears.description {
             description.overlay(&target.id, attached.path(), attached.options());
         }
-        attached.keep();
+        attached.keep()
     }
 
     /// Shows and tells that disks have other images, whether or not they go on with them.
@@ -302,7 +298,8 @@ impl Driver {
         let mut staying = Vec::new();
         for (index, attached) in stay {
             if let Some(target) = targets.get(index) {
-                self.settle(target, attached);
+                // Flushes write it out.
+                drop(self.stay(target, attached));
                 error = error.context(format!("disk {} stays on its overlay", target.id));
                 staying.push(&target.id);
             }
@@ -311,19 +308,19 @@ impl Driver {
         error
     }
 
-    /// From here on the overlays stay. What is given back closes the old queues.
+    /// From here on the overlays stay. What is given back first closes the old queues.
     fn take_up(
         &mut self,
         targets: &[Target],
         switched: Vec<(Attached, DiskImage)>,
-    ) -> Vec<DiskImage> {
-        let mut before = Vec::new();
+    ) -> (Vec<DiskImage>, Vec<Covered>) {
+        let (mut before, mut covered) = (Vec::new(), Vec::new());
         for (target, (attached, old)) in targets.iter().zip(switched) {
-            self.settle(target, attached);
+            covered.push(self.stay(target, attached));
             before.push(old);
         }
         self.tell_of_images(targets.iter().map(|target| &target.id));
-        before
+        (before, covered)
     }
 
     /// Lets the disks and the guest go on, with the old images or the new ones.
@@ -345,36 +342,68 @@ impl Driver {
         Err(error.to_control().context(how))
     }
 
-    /// Answers, once the guest has thawed.
-    fn thaw_and_answer(
+    /// Answers, once the guest has thawed and what is below the overlays has been written out.
+    fn settle_and_answer(
         &mut self,
+        targets: &[Target],
         frozen: Frozen,
-        switched: Result<DiskSnapshotInfo, ControlError>,
+        switched: Result<(DiskSnapshotInfo, Vec<Covered>), ControlError>,
         answer: u64,
     ) {
         let Frozen { count, error } = frozen;
-        let switched = switched.map(|info| DiskSnapshotInfo {
-            frozen: count,
-            quiesce_error: error,
-            ..info
+        let (info, covered) = match switched {
+            Ok((info, covered)) => (Ok(info), covered),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        let thawed = count.map(|_| thaw(self.ears.consoles.agent()));
+        let ids = targets.iter().map(|target| target.id.clone());
+        let covered: Vec<_> = ids.zip(covered).collect();
+        let settle = move || {
+            let settled: Vec<_> = covered.into_iter().map(written_out).collect();
+            (settled, thawed.and_then(|thawed| thawed.recv().ok()))
+        };
+        let marks: Vec<_> = targets.iter().map(Target::mark).collect();
+        let taken = marks.clone();
+        let started = self.holding("settle", settle, move |driver, (settled, thawed)| {
+            for (id, device) in marks {
+                driver.asides.finish(&id, &device);
+            }
+            let told = info.and_then(|mut info| {
+                settled.into_iter().collect::<Result<Vec<()>, _>>()?;
+                (info.frozen, info.quiesce_error) = (count, error);
+                if let Some(Err(error)) = thawed {
+                    info.quiesce_error = Some(format!("not thawed: {error}"));
+                }
+                Ok(Reply::Overlaid(info))
+            });
+            driver.asides.answer(answer, told);
         });
-        if count.is_none() {
-            return self.asides.answer(answer, switched.map(Reply::Overlaid));
+        if let Err(error) = started {
+            for (id, device) in taken {
+                self.asides.finish(&id, &device);
+            }
+            self.asides.answer(answer, Err(error));
         }
-        let then = self.errand(
-            move |driver: &mut Self, thawed: Result<Reply, ControlError>| {
-                let told = switched.map(|mut info| {
-                    if let Err(error) = thawed {
-                        info.quiesce_error = Some(format!("not thawed: {error}"));
-                    }
-                    Reply::Overlaid(info)
-                });
-                driver.asides.answer(answer, told);
-            },
-        );
-        let agent = self.ears.consoles.agent();
-        agent.submit(AgentCommand::FsThaw, Box::new(then));
     }
+}
+
+/// Has the guest thaw; what it says.
+fn thaw(agent: &AgentDesk) -> Receiver<Result<Reply, ControlError>> {
+    let (sender, answer) = channel();
+    let told = Box::new(move |told| {
+        // Who has asked waits.
+        let _ = sender.send(told);
+    });
+    agent.submit(AgentCommand::FsThaw, told);
+    answer
+}
+
+/// Writes out what is below the overlay of a disk.
+fn written_out((id, covered): (String, Covered)) -> Result<(), ControlError> {
+    covered.settle().map_err(|error| {
+        let error = ControlError::from_error(fault::of(&error), &error);
+        error.context(format!("disk {id} has its new image"))
+    })
 }
 
 impl Target {
@@ -477,7 +506,7 @@ fn attach(device: &VirtioPci, overlay: Overlay) -> Result<(Attached, DiskImage),
         .attach(&*below)
         .map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
     let image = DiskImage {
-        disk: attached.disk().ok_or_else(gone)?,
+        disk: attached.disk(),
         path: attached.path().to_owned(),
         format: attached.options().disk.format,
         backing: attached.options().backing,
@@ -510,8 +539,6 @@ fn put_back<D>(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::Receiver;
-
     use super::*;
     use crate::agent::tests::{Bench, agreed};
 
@@ -589,7 +616,7 @@ mod tests {
             let path = base.with_extension("over");
             let made = Overlay::create(&*old, &base, &path, Arc::clone(&opener), &options);
             let attached = made.unwrap().attach(&*old).unwrap();
-            let disk = attached.disk().unwrap();
+            let disk = attached.disk();
             let image = |disk| DiskImage {
                 disk,
                 path: base.clone(),
@@ -609,7 +636,7 @@ mod tests {
         assert!(over("a.over") && !over("b.over"));
         for (index, attached) in stay {
             assert_eq!(index, 0);
-            attached.keep();
+            attached.keep().settle().unwrap();
         }
         assert!(over("a.over"));
     }

@@ -134,10 +134,15 @@ impl Driver {
                 answer,
                 begins,
             }),
-            Err(error) => driver.asides.answer(answer, Err(error)),
+            Err(error) => {
+                drop(begins);
+                driver.asides.answer(answer, Err(error));
+                driver.do_later();
+            }
         });
         if let Err(error) = started {
             self.asides.answer(answer, Err(error));
+            self.do_later();
         }
     }
 
@@ -171,6 +176,7 @@ impl Driver {
         });
         if let Err(error) = started {
             self.asides.answer(answer, Err(error));
+            self.do_later();
         }
     }
 
@@ -179,6 +185,7 @@ impl Driver {
         if let Err(error) = self.snapshot_into(begun) {
             self.asides.answer(answer, Err(error));
         }
+        self.do_later();
     }
 
     /// The second half of [`Driver::snapshot`]. Who waits with `answer` hears of the end.

@@ -1,7 +1,8 @@
 //! The command `vm.disk-stream`: a job that takes what lies below a disk's image into it, and then cuts the chain.
 //!
-//! A thread of the job's own copies while the guest works on. What it needs of the image it has by itself, and the image keeps it and
-//! the guest apart. For the end the guest stands still for an instant, as when a disk gets an overlay. The machine's end, and
+//! A thread of the job's own copies while the guest works on, and cuts the chain. What it needs of the image it has by itself, and
+//! the image keeps it and the guest apart. Then the guest stands still for an instant, for the disk to let go of what it
+//! needs no more; that waits for the end of a snapshot of the machine. The machine's end, and
 //! the disk's removal, end the job; what has been copied by then stays in the image, and the next job begins with it.
 
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use api::wire::VmDiskStream;
 use api::{Answer, ControlError, ErrorKind, Reply};
-use block::{ImageOptions, Stream};
+use block::{Cut, ImageOptions, Stream};
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
@@ -21,7 +22,7 @@ use crate::machine::inbox::ended;
 use crate::monitor::JobHandle;
 
 /// How long a job that is ahead of its speed rests before it looks around.
-const REST: Duration = Duration::from_millis(50);
+pub(super) const REST: Duration = Duration::from_millis(50);
 
 /// The disk.
 #[derive(Clone)]
@@ -80,7 +81,7 @@ impl Driver {
         let description = self.ears.description.as_ref().ok_or_else(ended)?;
         let device = self.settled_device(id)?;
         let config = description.config.disk(id).ok_or_else(|| no_disk(id))?;
-        self.asides.begin(&device)?;
+        self.asides.begin_job(&device)?;
         let target = Target {
             id: id.clone(),
             device: Arc::downgrade(&device),
@@ -96,7 +97,10 @@ impl Driver {
         let info = job.info();
         let copied = target.clone();
         let copy = move || match copy(&mut job, &stream, &copied) {
-            Ok(()) => Some((job, stream)),
+            Ok(()) => Some(Done {
+                stream: Some(stream),
+                job: Some(job),
+            }),
             Err(error) => {
                 // Who knows of the end can begin another.
                 drop(stream);
@@ -105,34 +109,45 @@ impl Driver {
             }
         };
         let id = info.id.clone();
-        self.holding("stream", copy, move |driver, copied| {
+        self.holding("stream", copy, move |driver, done| {
             driver.asides.jobs.retain(|other| *other != id);
-            driver.finish_stream(&target, copied);
+            match done {
+                Some(done) => driver.when_free(move |driver| driver.finish_stream(&target, done)),
+                None => driver.asides.finish(&target.id, &target.device),
+            }
         })?;
         self.asides.jobs.push(info.id.clone());
         Ok(Reply::Started(info))
     }
 
-    fn finish_stream(&mut self, target: &Target, copied: Option<(JobHandle, Stream)>) {
+    fn finish_stream(&mut self, target: &Target, mut done: Done) {
         self.asides.finish(&target.id, &target.device);
-        let Some((job, stream)) = copied else {
-            return;
-        };
-        if !job.commit() {
-            return job.finish(Err("it was cancelled".to_owned()));
+        if let Some(stream) = done.stream.take()
+            && let Err(error) = self.let_go(target, stream)
+        {
+            let error =
+                error.context("the image needs them no more, but images below it stay open");
+            if let Some(job) = done.job.take() {
+                job.finish(Err(error.to_string()));
+            }
         }
-        let done = self.cut(target, stream);
-        job.finish(done.map_err(|error| error.to_string()));
     }
 
-    fn cut(&mut self, target: &Target, stream: Stream) -> Result<(), ControlError> {
+    fn let_go(&mut self, target: &Target, stream: Stream) -> Result<(), ControlError> {
         let device = self.settled_device(&target.id)?;
         if !target.device.ptr_eq(&Arc::downgrade(&device)) {
             return Err(no_disk(&target.id));
         }
         let devices = [device];
+        let wanted = target.clone();
+        let finish = move |go: &dyn Fn() -> bool| {
+            stream
+                .finish(&wanted.options, go)
+                .map_err(|error| ControlError::from_error(fault::of(&error), &error))
+        };
         let (old, _) = self.stall(&devices, |driver| {
-            let old = exchange(&devices[0], stream, target)?;
+            let cut = driver.while_still(finish)?;
+            let old = exchange(&devices[0], cut, target)?;
             driver.tell_of_images(std::iter::once(&target.id));
             Ok(old)
         })?;
@@ -150,12 +165,28 @@ impl Driver {
     }
 }
 
-fn no_disk(id: &str) -> ControlError {
+pub(super) fn no_disk(id: &str) -> ControlError {
     let message = format!("{id}: it is no disk with an image of its own");
     ControlError::new(ErrorKind::Invalid, message)
 }
 
-/// Goes through the disk, no faster than it may.
+/// A job that has cut the chain, and the disk which still has the images open that it needs no more. However it goes on, the
+/// job has done its work.
+struct Done {
+    stream: Option<Stream>,
+    job: Option<JobHandle>,
+}
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.stream = None;
+        if let Some(job) = self.job.take() {
+            job.finish(Ok(()));
+        }
+    }
+}
+
+/// Goes through the disk, no faster than it may, and cuts the chain.
 fn copy(job: &mut JobHandle, stream: &Stream, target: &Target) -> Result<(), String> {
     let (size, began) = (stream.size(), Instant::now());
     let (mut at, mut copied) = (0, 0_u64);
@@ -184,22 +215,16 @@ fn copy(job: &mut JobHandle, stream: &Stream, target: &Target) -> Result<(), Str
         copied += more;
         job.progress(at, size);
     }
-    stream
-        .flush()
-        .map_err(|error| format!("what was copied cannot be made durable: {}", chain(&error)))
+    if !job.commit() {
+        return Err("it was cancelled".to_owned());
+    }
+    stream.name().map_err(|error| chain(&error))
 }
 
 /// Has the disk go on with the shorter chain. The device is stopped.
-fn exchange(
-    device: &VirtioPci,
-    stream: Stream,
-    target: &Target,
-) -> Result<DiskImage, ControlError> {
-    let cut = stream
-        .finish(&target.options)
-        .map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
+fn exchange(device: &VirtioPci, cut: Cut, target: &Target) -> Result<DiskImage, ControlError> {
     let image = DiskImage {
-        disk: cut.disk().ok_or_else(|| no_disk(&target.id))?,
+        disk: cut.disk(),
         path: target.path.clone(),
         format: target.options.disk.format,
         backing: target.options.backing,

@@ -1,0 +1,566 @@
+//! Jobs that copy what a disk holds while its guest works on, and then have the disk go on elsewhere.
+//!
+//! ```text
+//!   beside          control thread        a thread of the job              control thread         beside
+//!   images opened   disk on what can ───► all is copied, then what    ───► disk on its new   ───► what is needed no
+//!                   be copied from        the guest has changed            image or chain         more is closed
+//! ```
+//!
+//! For both steps on the control thread the guest stands still for an instant; they wait for the end of a snapshot of the machine.
+//! Where anything fails before the second step, the disk goes on as it was before the job. The machine's end, and the
+//! disk's removal, end the job.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
+use api::{Answer, ControlError, ErrorKind, Reply};
+use block::{
+    Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError, MirrorTarget,
+};
+use virtio::device::DiskImage;
+use virtio::transport::VirtioPci;
+
+use super::Driver;
+use super::streams::{REST, no_disk};
+use crate::config::files;
+use crate::error::chain;
+use crate::machine::fault;
+use crate::machine::inbox::ended;
+use crate::monitor::JobHandle;
+use crate::opener::Opener;
+
+/// With so little left to be copied the guest may stand still for it, in bytes.
+const ENOUGH: u64 = 8 << 20;
+
+/// After so many times through all that has been changed meanwhile, the guest is held up.
+const TIMES: u32 = 3;
+
+/// The disk.
+#[derive(Clone)]
+struct Target {
+    id: String,
+    device: Weak<VirtioPci>,
+    path: PathBuf,
+    options: ImageOptions,
+    /// The most bytes to be copied in a second.
+    speed: Option<u64>,
+}
+
+/// A job whose end is to be told when it is left, whatever happens.
+struct Ending {
+    job: Option<JobHandle>,
+    result: Result<(), String>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if let Some(job) = self.job.take() {
+            let result = std::mem::replace(&mut self.result, Ok(()));
+            job.finish(result);
+        }
+    }
+}
+
+/// What a job does.
+enum Work {
+    /// Images of the disk's chain are merged.
+    Merge(Merge),
+    /// It is copied to another place, where it then goes on or not.
+    Mirror(Mirror, bool),
+}
+
+/// What the disk goes on with.
+enum Next {
+    /// Its own image, on another chain.
+    Chain(Cut),
+    /// Another image, where that is and what it is. The one before is empty, or needed no more.
+    Other(Arc<dyn Disk>, PathBuf, Format, Option<Emptied>),
+    /// What it is on.
+    Same(Arc<dyn Disk>),
+}
+
+/// What a thread closes at the end.
+enum Rest {
+    Work(Work),
+    /// The disk's image before.
+    Emptied(Emptied),
+}
+
+impl Work {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Merge(_) => "commit",
+            Self::Mirror(..) => "mirror",
+        }
+    }
+
+    /// Begins. The disk's queues have ended.
+    fn begin(&mut self, go: &dyn Fn() -> bool) -> Result<Next, ControlError> {
+        match self {
+            Self::Merge(merge) => {
+                let cut = merge.begin(go).map_err(|error| failed(&error))?;
+                Ok(Next::Chain(cut))
+            }
+            Self::Mirror(mirror, _) => Ok(Next::Same(mirror.begin())),
+        }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Self::Merge(merge) => merge.size(),
+            Self::Mirror(mirror, _) => mirror.size(),
+        }
+    }
+
+    fn step(&self, at: u64) -> std::io::Result<(u64, u64)> {
+        match self {
+            Self::Merge(merge) => merge.step(at),
+            Self::Mirror(mirror, _) => mirror.step(at),
+        }
+    }
+
+    fn catch_up(&self, at: u64) -> std::io::Result<Option<(u64, u64)>> {
+        match self {
+            Self::Merge(merge) => merge.catch_up(at),
+            Self::Mirror(mirror, _) => mirror.catch_up(at),
+        }
+    }
+
+    fn left(&self) -> u64 {
+        match self {
+            Self::Merge(merge) => merge.left(),
+            Self::Mirror(mirror, _) => mirror.left(),
+        }
+    }
+
+    fn hold_up(&self, bytes: u64) {
+        match self {
+            Self::Merge(merge) => merge.hold_up(bytes),
+            Self::Mirror(mirror, _) => mirror.hold_up(bytes),
+        }
+    }
+
+    /// All but a little has been copied: what can be done before the guest stands still.
+    fn prepare(&mut self) -> Result<(), String> {
+        match self {
+            Self::Merge(merge) => merge.name().map_err(|error| chain(&error)),
+            Self::Mirror(mirror, _) => mirror
+                .flush()
+                .map_err(|error| chain(&MirrorError::Copy(error))),
+        }
+    }
+
+    /// Ends. The disk's queues have ended.
+    fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<Next, ControlError> {
+        match self {
+            Self::Merge(merge) => {
+                let merged = merge.finish(go).map_err(|error| failed(&error))?;
+                match merged {
+                    Merged::Shorter(cut) => Ok(Next::Chain(cut)),
+                    Merged::Base(disk, emptied) => {
+                        let (path, format) = merge.moves_to().ok_or_else(ended)?;
+                        Ok(Next::Other(disk, path.to_owned(), format, Some(emptied)))
+                    }
+                }
+            }
+            Self::Mirror(mirror, switch) => {
+                let there = mirror.finish(go).map_err(|error| failed(&error))?;
+                let MirrorTarget { path, format, .. } = mirror.target().clone();
+                Ok(if *switch {
+                    Next::Other(there, path, format, None)
+                } else {
+                    Next::Same(mirror.given_up())
+                })
+            }
+        }
+    }
+
+    /// The disk as it is without the job.
+    fn given_up(&self) -> Option<Arc<dyn Disk>> {
+        match self {
+            Self::Merge(merge) => merge.given_up(),
+            Self::Mirror(mirror, _) => Some(mirror.given_up()),
+        }
+    }
+
+    /// Closes what is needed no more, and lets others have it.
+    fn settle(self) -> Result<(), String> {
+        match self {
+            Self::Merge(merge) => merge.settle().map_err(|error| chain(&error)),
+            Self::Mirror(mirror, _) => {
+                drop(mirror);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
+    ControlError::from_error(fault::of(error), error)
+}
+
+impl Driver {
+    /// Begins to merge images of a disk down. The answer is the job.
+    pub(super) fn commit_disk(&mut self, request: VmDiskCommit, answer: Answer) {
+        let look = move |disk: Arc<dyn Disk>, target: &Target, opener: Arc<Opener>| {
+            let which = (request.top.as_deref(), request.base.as_deref());
+            let merge = Merge::of(&*disk, &target.path, which, opener, &target.options);
+            Ok(Work::Merge(merge.map_err(|error| failed(&error))?))
+        };
+        self.copy_disk((request.id, request.speed), look, answer);
+    }
+
+    /// Begins to copy a disk to another place. The answer is the job.
+    pub(super) fn mirror_disk(&mut self, request: VmDiskMirror, answer: Answer) {
+        let Some(description) = &self.ears.description else {
+            return answer(Err(ended()));
+        };
+        if !request.path.is_absolute() || request.path.file_name().is_none() {
+            let message = format!("{}: give an absolute path", request.path.display());
+            return answer(Err(ControlError::new(ErrorKind::Invalid, message)));
+        }
+        let (config, models) = (description.config.clone(), self.tools.models);
+        let own = self.ears.consoles.reserved().clone();
+        let target = MirrorTarget {
+            path: request.path,
+            format: match request.format {
+                MirrorFormat::Raw => Format::Raw,
+                MirrorFormat::Qcow2 => Format::Qcow2,
+            },
+            existing: request.existing,
+        };
+        let look = move |disk: Arc<dyn Disk>, wanted: &Target, opener: Arc<Opener>| {
+            let place = (files::COPY, target.path.as_path());
+            files::check_new(&config, models, &opener, &own, place)
+                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+            let mirror = Mirror::of(disk, target, opener, &wanted.options);
+            let mirror = mirror.map_err(|error| failed(&error))?;
+            Ok(Work::Mirror(mirror, request.switch))
+        };
+        self.copy_disk((request.id, request.speed), look, answer);
+    }
+
+    /// Begins a job on the disk `id`, for which `look` opens what it needs.
+    fn copy_disk(
+        &mut self,
+        (id, speed): (String, Option<u64>),
+        look: impl FnOnce(Arc<dyn Disk>, &Target, Arc<Opener>) -> Result<Work, ControlError>
+        + Send
+        + 'static,
+        answer: Answer,
+    ) {
+        let (target, device) = match self.begin_copy(&id, speed) {
+            Ok(begun) => begun,
+            Err(error) => return answer(Err(error)),
+        };
+        let answer = self.asides.wait_with(answer);
+        let (opener, wanted) = (Arc::clone(&self.tools.opener), target.clone());
+        let open = move || {
+            let disk = device.disk().ok_or_else(|| no_disk(&wanted.id))?;
+            let opened = look(disk, &wanted, opener);
+            opened.map_err(|error| error.context(format!("disk {}", wanted.id)))
+        };
+        let mark = target.clone();
+        let started = self.holding("copy", open, move |driver, opened| {
+            driver.when_free(move |driver| {
+                let (id, device) = (target.id.clone(), Weak::clone(&target.device));
+                let begun = opened.and_then(|work| driver.start_copy(target, work));
+                if begun.is_err() {
+                    driver.asides.finish(&id, &device);
+                }
+                driver.asides.answer(answer, begun);
+            });
+        });
+        if let Err(error) = started {
+            self.asides.finish(&mark.id, &mark.device);
+            self.asides.answer(answer, Err(error));
+        }
+    }
+
+    fn begin_copy(
+        &mut self,
+        id: &str,
+        speed: Option<u64>,
+    ) -> Result<(Target, Arc<VirtioPci>), ControlError> {
+        if speed == Some(0) {
+            let message = "speed: 0 bytes in a second: leave it out for no limit";
+            return Err(ControlError::new(ErrorKind::Invalid, message));
+        }
+        let description = self.ears.description.as_ref().ok_or_else(ended)?;
+        let device = self.settled_device(id)?;
+        let config = description.config.disk(id).ok_or_else(|| no_disk(id))?;
+        self.asides.begin_job(&device)?;
+        let target = Target {
+            id: id.to_owned(),
+            device: Arc::downgrade(&device),
+            options: config.image_options(),
+            path: config.path,
+            speed,
+        };
+        Ok((target, device))
+    }
+
+    /// Puts the disk on what can be copied from, and has a thread do that.
+    fn start_copy(&mut self, target: Target, mut work: Work) -> Result<Reply, ControlError> {
+        let devices = [self.same(&target)?];
+        let begin = move |go: &dyn Fn() -> bool| {
+            let next = work.begin(go)?;
+            Ok((work, next))
+        };
+        let ((old, work), _) = self.stall(&devices, |driver| {
+            let (work, next) = driver.while_still(begin)?;
+            let (old, _) = driver.go_on_with(&devices[0], next, &target)?;
+            Ok((old, work))
+        })?;
+        drop(old);
+        let mut job = self.tools.jobs.begin(work.kind(), work.size());
+        let info = job.info();
+        let copied = target.clone();
+        let copying = move || {
+            let mut work = work;
+            let result = copy(&mut job, &mut work, &copied);
+            let job = Some(job);
+            (work, Ending { job, result })
+        };
+        let id = info.id.clone();
+        self.holding("copy", copying, move |driver, (work, ending)| {
+            driver.asides.jobs.retain(|other| *other != id);
+            driver.when_free(move |driver| driver.finish_copy(&target, work, ending));
+        })?;
+        self.asides.jobs.push(info.id.clone());
+        Ok(Reply::Started(info))
+    }
+
+    /// The device of a job's disk, if it is the same as before.
+    fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
+        let device = self.settled_device(&target.id)?;
+        let same = target.device.ptr_eq(&Arc::downgrade(&device));
+        same.then_some(device).ok_or_else(|| no_disk(&target.id))
+    }
+
+    fn finish_copy(&mut self, target: &Target, work: Work, mut ending: Ending) {
+        let plain = work.given_up();
+        let committed = ending.job.as_ref().is_some_and(JobHandle::commit);
+        if ending.result.is_ok() && !committed {
+            ending.result = Err("it was cancelled".to_owned());
+        }
+        let rest = if ending.result.is_ok() {
+            match self.go_elsewhere(target, work) {
+                Ok(rest) => Some(rest),
+                Err((work, error)) => {
+                    ending.result = Err(error.to_string());
+                    work.map(Rest::Work)
+                }
+            }
+        } else {
+            Some(Rest::Work(work))
+        };
+        if ending.result.is_err()
+            && let Some(plain) = plain
+            && let Err(error) = self.go_back(target, plain)
+        {
+            tracing::warn!("disk {} still notes its changes: {error}", target.id);
+        }
+        let close = move || match rest {
+            Some(Rest::Work(work)) => work.settle(),
+            Some(Rest::Emptied(emptied)) => {
+                emptied.free();
+                Ok(())
+            }
+            None => Ok(()),
+        };
+        let mark = target.clone();
+        let started = self.holding("settle", close, move |driver, closed| {
+            driver.asides.finish(&mark.id, &mark.device);
+            if ending.result.is_ok() {
+                ending.result = closed;
+            }
+            drop(ending);
+        });
+        if started.is_err() {
+            self.asides.finish(&target.id, &target.device);
+        }
+    }
+
+    /// Has the disk go on where the job has brought it.
+    fn go_elsewhere(
+        &mut self,
+        target: &Target,
+        mut work: Work,
+    ) -> Result<Rest, (Option<Work>, ControlError)> {
+        let devices = match self.same(target) {
+            Ok(device) => [device],
+            Err(error) => return Err((Some(work), error)),
+        };
+        let finish = move |go: &dyn Fn() -> bool| {
+            let next = work.finish(go);
+            Ok((work, next))
+        };
+        let mut kept = None;
+        let done = self.stall(&devices, |driver| {
+            let (work, next) = driver.while_still(finish)?;
+            let gone_on = next.and_then(|next| driver.go_on_with(&devices[0], next, target));
+            match gone_on {
+                Ok((old, emptied)) => {
+                    driver.tell_of_images(std::iter::once(&target.id));
+                    Ok((old, emptied.map_or(Rest::Work(work), Rest::Emptied)))
+                }
+                Err(error) => {
+                    kept = Some(work);
+                    Err(error)
+                }
+            }
+        });
+        match done {
+            Ok(((old, rest), _)) => {
+                drop(old);
+                Ok(rest)
+            }
+            Err(error) => Err((kept, error)),
+        }
+    }
+
+    /// Has the stopped device go on with `next`. What it was on, and what is to be freed.
+    fn go_on_with(
+        &mut self,
+        device: &VirtioPci,
+        next: Next,
+        target: &Target,
+    ) -> Result<(DiskImage, Option<Emptied>), ControlError> {
+        match next {
+            Next::Chain(cut) => {
+                let old = exchange(device, cut.disk(), target)?;
+                cut.keep();
+                Ok((old, None))
+            }
+            Next::Same(disk) => Ok((exchange(device, disk, target)?, None)),
+            Next::Other(disk, path, format, emptied) => {
+                let there = target.at(path, format);
+                let old = exchange(device, disk, &there)?;
+                if let Some(description) = &mut self.ears.description {
+                    description.overlay(&there.id, &there.path, &there.options);
+                }
+                Ok((old, emptied))
+            }
+        }
+    }
+
+    /// Has the disk go on as before the job.
+    fn go_back(&mut self, target: &Target, plain: Arc<dyn Disk>) -> Result<(), ControlError> {
+        let devices = [self.same(target)?];
+        let (old, _) = self.stall(&devices, |_| exchange(&devices[0], plain, target))?;
+        drop(old);
+        Ok(())
+    }
+}
+
+impl Target {
+    /// The same disk, with another image.
+    fn at(&self, path: PathBuf, format: Format) -> Self {
+        let mut other = Self {
+            path,
+            ..self.clone()
+        };
+        other.options.disk.format = Some(format);
+        other
+    }
+
+    /// How long the job waits that has copied so much since it began.
+    fn ahead(&self, copied: u64, began: Instant) -> Duration {
+        self.speed.map_or(Duration::ZERO, |speed| {
+            let part = u128::from(copied % speed) * 1_000_000_000 / u128::from(speed);
+            let due = Duration::from_secs(copied / speed)
+                + Duration::from_nanos(u64::try_from(part).unwrap_or(0));
+            due.saturating_sub(began.elapsed())
+        })
+    }
+}
+
+/// Has the device's requests go to `disk`. It is stopped.
+fn exchange(
+    device: &VirtioPci,
+    disk: Arc<dyn Disk>,
+    target: &Target,
+) -> Result<DiskImage, ControlError> {
+    let image = DiskImage {
+        disk,
+        path: target.path.clone(),
+        format: target.options.disk.format,
+        backing: target.options.backing,
+    };
+    device
+        .exchange_disk(image)
+        .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
+}
+
+/// A job under way: it heeds who cancels it, the disk's removal, and its speed.
+struct Pace<'a> {
+    job: &'a JobHandle,
+    target: &'a Target,
+    began: Instant,
+    copied: u64,
+}
+
+impl Pace<'_> {
+    /// Waits until more may be copied.
+    fn wait(&self) -> Result<(), String> {
+        loop {
+            if self.job.is_cancelled() {
+                return Err("it was cancelled".to_owned());
+            }
+            let device = self.target.device.upgrade();
+            if device.is_none_or(|device| device.disk().is_none()) {
+                return Err(format!("disk {} has been removed", self.target.id));
+            }
+            let ahead = self.target.ahead(self.copied, self.began);
+            if ahead.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(ahead.min(REST));
+        }
+    }
+}
+
+/// Copies all, and then what the guest has changed meanwhile until little of that is left.
+fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), String> {
+    let (size, mut at) = (work.size(), 0);
+    let (began, mut copied) = (Instant::now(), 0);
+    let told = |error: std::io::Error| move |at: u64| format!("at byte {at}: {}", chain(&error));
+    while at < size {
+        let pace = Pace {
+            job,
+            target,
+            began,
+            copied,
+        };
+        pace.wait()?;
+        let (done, more) = work.step(at).map_err(|error| told(error)(at))?;
+        at += done;
+        copied += more;
+        job.progress(at, size);
+    }
+    let mut times = 0_u32;
+    while work.left() > ENOUGH {
+        times = times.saturating_add(1);
+        if times > TIMES {
+            work.hold_up(ENOUGH / 2);
+        }
+        let mut at = 0;
+        loop {
+            let pace = Pace {
+                job,
+                target,
+                began,
+                copied,
+            };
+            pace.wait()?;
+            let again = work.catch_up(at).map_err(|error| told(error)(at))?;
+            let Some((more, end)) = again else { break };
+            copied += more;
+            at = end;
+        }
+    }
+    work.prepare()
+}
