@@ -146,8 +146,8 @@ pub enum Command {
     DiskSnapshot(wire::VmDiskSnapshot),
     /// Take what lies below a disk's image into it.
     DiskStream(wire::VmDiskStream),
-    /// Build the machine that a snapshot holds, as it was.
-    Restore(wire::RestoreConfig),
+    /// Build the machine that a snapshot holds, with the descriptors that came along.
+    Restore(Box<wire::RestoreConfig>, Vec<OwnedFd>),
     /// Ask the guest agent.
     Agent(AgentCommand),
     /// Take a picture of the screen.

@@ -247,7 +247,7 @@ impl Dispatcher {
             Endpoint::VmSnapshot => Command::Snapshot(self.body(route, &request)?),
             Endpoint::VmDiskSnapshot => Command::DiskSnapshot(self.body(route, &request)?),
             Endpoint::VmDiskStream => Command::DiskStream(self.body(route, &request)?),
-            Endpoint::VmRestore => Command::Restore(self.body(route, &request)?),
+            Endpoint::VmRestore => Command::Restore(self.body(route, &request)?, descriptors),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {

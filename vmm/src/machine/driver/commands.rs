@@ -54,7 +54,7 @@ impl Driver {
             Command::DiskStream(request) => self.stream_disk(request, answer),
             Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
-            Command::Create(_) | Command::Restore(_) | Command::Boot | Command::BootOnce(_) => {
+            Command::Create(_) | Command::Restore(..) | Command::Boot | Command::BootOnce(_) => {
                 answer(Err(wrong_state(state, pause, &command)));
             }
             command => answer(self.carry_out(command)),
