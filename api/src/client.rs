@@ -506,9 +506,13 @@ impl Client {
         self.object("vm.disk-layers")
     }
 
-    /// Builds the machine that a snapshot holds, as it was.
-    pub fn restore(&mut self, request: &wire::RestoreConfig) -> Result<(), ClientError> {
-        self.ask("vm.restore", request)
+    /// Builds the machine that a snapshot holds, with descriptors of taps for the cards that the request names.
+    pub fn restore(
+        &mut self,
+        request: &wire::RestoreConfig,
+        taps: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
+        self.put("vm.restore", Some(request), taps).map(drop)
     }
 
     /// Types on the guest's keyboard.

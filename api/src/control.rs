@@ -154,8 +154,8 @@ pub enum Command {
     DiskRevert(wire::VmDiskRevert),
     /// Tell what the chains of all disks consist of.
     DiskLayers,
-    /// Build the machine that a snapshot holds, as it was.
-    Restore(wire::RestoreConfig),
+    /// Build the machine that a snapshot holds, with the descriptors that came along.
+    Restore(Box<wire::RestoreConfig>, Vec<OwnedFd>),
     /// Ask the guest agent.
     Agent(AgentCommand),
     /// Take a picture of the screen.

@@ -162,6 +162,10 @@ pub enum EventKind {
     Deleted,
     /// The machine is booted again from its description.
     Rebooting,
+    /// A machine is built as a snapshot says.
+    Restoring,
+    /// It is as the snapshot says; it stays paused or goes on now.
+    Restored,
     /// A device is on the bus of a machine that has been built.
     DeviceAdded {
         /// The device's id.

@@ -68,6 +68,7 @@ enum Stage {
 struct Teller {
     stage: Stage,
     rebooting: bool,
+    restoring: bool,
 }
 
 impl Teller {
@@ -75,6 +76,7 @@ impl Teller {
         Self {
             stage: Stage::Off,
             rebooting: false,
+            restoring: false,
         }
     }
 
@@ -86,6 +88,11 @@ impl Teller {
                 self.rebooting = true;
                 &["rebooting"]
             }
+            EventKind::Restoring => {
+                self.restoring = true;
+                &["restoring"]
+            }
+            EventKind::Restored => &["restored"],
             EventKind::GuestPanic => return ("guest", &["panic"]),
             EventKind::DeviceActivated { .. } => return ("virtio-device", &["activated"]),
             EventKind::DeviceReset { .. } => return ("virtio-device", &["reset"]),
@@ -104,7 +111,13 @@ impl Teller {
 
     fn enter(&mut self, state: VmState) -> &'static [&'static str] {
         let before = self.stage;
+        let restoring = self.restoring && state != VmState::Booting;
+        self.restoring &= !restoring;
         let (stage, words): (_, &[_]) = match (state, before) {
+            // What is restored is paused, without having been told to be.
+            (VmState::Booting, _) if self.restoring => (Stage::Booting, &[]),
+            (VmState::Running, _) if restoring => (Stage::Running, &["resuming", "resumed"]),
+            (VmState::Paused, _) if restoring => (Stage::Paused, &[]),
             (VmState::Booting, _) => (Stage::Booting, &["booting"]),
             (VmState::Running, Stage::Paused) => (Stage::Running, &["resuming", "resumed"]),
             (VmState::Running, Stage::Running) => (Stage::Running, &[]),

@@ -637,7 +637,7 @@ pub const ROUTES: &[Route] = &[
         "vm.restore",
         "The VM could not be restored",
     )
-    .about("Builds the machine that a snapshot holds, as it was.")
+    .about("Builds the machine that a snapshot holds, as it was or with changes; descriptors of taps may come along.")
     .takes::<wire::RestoreConfig>()
     .fails(&[400, 404, 409, 429, 501]),
     agent(put(

@@ -478,6 +478,10 @@ pub trait VirtioDevice: Send + DynSnapshot {
         Err(ReconfigureError::Fixed)
     }
 
+    /// The machine is a copy of the one whose state has just been restored, or its network is another: what tells the
+    /// device from that one's is as it was configured, and its driver is to notice when it has been started.
+    fn renew(&mut self) {}
+
     /// Puts the registers back to their power-on values. The device is inactive.
     fn reset(&mut self);
 }

@@ -166,6 +166,30 @@ fn a_machine_that_comes_back_is_not_told_as_shut_down() {
 }
 
 #[test]
+fn what_is_restored_is_told_as_such_and_not_as_booted() {
+    let paused = || EventKind::State {
+        state: VmState::Paused,
+        pause: Some(PauseReason::Command),
+    };
+    let begun = [
+        EventKind::Restoring,
+        state(VmState::Booting),
+        EventKind::Restored,
+    ];
+    let stays = [&begun[..], &[paused(), state(VmState::Running)]].concat();
+    let resumed = ["vm:restoring", "vm:restored", "vm:resuming", "vm:resumed"];
+    assert_eq!(told(&stays), resumed);
+    let goes_on = [&begun[..], &[state(VmState::Running), paused()]].concat();
+    let paused_later = [&resumed[..], &["vm:pausing", "vm:paused"]].concat();
+    assert_eq!(told(&goes_on), paused_later);
+    // One that could not be restored is no hindrance to the next boot.
+    let failed = [&begun[..2], &[state(VmState::Stopped)]].concat();
+    let boot = [state(VmState::Booting), state(VmState::Running)];
+    let after = [&failed[..], &boot[..]].concat();
+    assert_eq!(told(&after), ["vm:restoring", "vm:booting", "vm:booted"]);
+}
+
+#[test]
 fn what_drivers_do_with_devices_is_told_with_the_devices_id() {
     let id = || "disk0".to_owned();
     let device = [

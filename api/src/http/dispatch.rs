@@ -251,7 +251,7 @@ impl Dispatcher {
             Endpoint::VmDiskCommit => Command::DiskCommit(self.body(route, &request)?),
             Endpoint::VmDiskMirror => Command::DiskMirror(self.body(route, &request)?),
             Endpoint::VmDiskRevert => Command::DiskRevert(self.body(route, &request)?),
-            Endpoint::VmRestore => Command::Restore(self.body(route, &request)?),
+            Endpoint::VmRestore => Command::Restore(self.body(route, &request)?, descriptors),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {

@@ -3,6 +3,7 @@
 //! * [`config`]: the description of a machine, as Cloud Hypervisor's v1 API has it.
 //! * [`device`]: the devices in it.
 //! * [`request`]: what the other endpoints take.
+//! * [`restore`]: what becomes of a snapshot.
 //! * [`answer`]: what is given back.
 //! * [`agent`]: what the guest agent is asked and answers.
 //! * [`disk`]: what is done to the images of disks in use.
@@ -18,6 +19,7 @@ pub mod device;
 pub mod disk;
 pub mod input;
 pub mod request;
+pub mod restore;
 #[cfg(test)]
 mod tests;
 
@@ -28,3 +30,4 @@ pub use device::*;
 pub use disk::*;
 pub use input::*;
 pub use request::*;
+pub use restore::*;

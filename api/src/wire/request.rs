@@ -96,51 +96,6 @@ impl VmSnapshotConfig {
     }
 }
 
-/// `vm.restore`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct RestoreConfig {
-    /// `file://` and the path of the snapshot's directory.
-    pub source_url: String,
-    /// Whether the guest goes on at once; it stays paused otherwise.
-    #[serde(default, skip_serializing_if = "super::device::is_false")]
-    pub resume: bool,
-    /// How memory comes back.
-    #[serde(default)]
-    pub memory_restore_mode: MemoryRestoreMode,
-    /// Memory that is copied is all there.
-    #[serde(default, skip_serializing_if = "super::device::is_false")]
-    pub prefault: bool,
-    /// Descriptors of taps by the ids of cards.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub net_fds: Option<Vec<Value>>,
-}
-
-/// How a restored machine gets its memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum MemoryRestoreMode {
-    /// All of it is read before the guest goes on.
-    #[default]
-    Copy,
-    /// It is read when the guest needs it.
-    OnDemand,
-    /// The file is mapped in its place. Not in v1.
-    Mmap,
-}
-
-impl RestoreConfig {
-    /// All of a snapshot is read, and the machine stays paused.
-    #[must_use]
-    pub fn of(source_url: String) -> Self {
-        Self {
-            source_url,
-            resume: false,
-            memory_restore_mode: MemoryRestoreMode::Copy,
-            prefault: false,
-            net_fds: None,
-        }
-    }
-}
-
 /// `vm.update-disk`: what is absent stays.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -43,7 +43,7 @@ use self::control::{guest_offload_bits, guest_offloads};
 use self::kernel::Engines;
 use self::receive::Shape;
 use self::shared::Shared;
-use self::spec::{ConfigSpace, MAX_FRAME, TAGGED_LEN, USUAL_MTU};
+use self::spec::{ConfigSpace, LINK_AT, MAX_FRAME, TAGGED_LEN, USUAL_MTU};
 use self::tally::Tallies;
 use crate::device::{
     ActivateError, Activation, Counters, Identity, Notifier, Preparation, Prepared,
@@ -115,6 +115,8 @@ pub struct Net {
     accepted: u64,
     /// The driver is to be asked to announce itself when it is there again.
     restored: bool,
+    /// It is to see the link go down and up then.
+    renewed: bool,
     clock: Clock,
 }
 
@@ -189,6 +191,7 @@ impl Net {
             running: None,
             accepted: 0,
             restored: false,
+            renewed: false,
             clock: Arc::new(Instant::now),
             settings,
         }
@@ -229,7 +232,8 @@ impl Net {
                 0
             }
         };
-        let up = status(self.shared.link(), VIRTIO_NET_S_LINK_UP);
+        let up = self.shared.link() && !self.shared.blinks();
+        let up = status(up, VIRTIO_NET_S_LINK_UP);
         let announce = status(self.shared.announce(), VIRTIO_NET_S_ANNOUNCE);
         ConfigSpace {
             mac: self.shared.filter().mac,
@@ -284,6 +288,15 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_space(self.config_space().as_bytes(), offset, data);
+        let seen = offset.checked_add(data.len() as u64);
+        let looked = offset <= LINK_AT && seen.is_some_and(|end| end > LINK_AT);
+        // Once it has seen the link down, it is told to look again.
+        if looked
+            && self.shared.set_blinks(false)
+            && let Some(running) = &self.running
+        {
+            running.notifier.config_changed();
+        }
     }
 
     /// Nothing of it can be written: the address is set by the control queue (5.1.4.1).
@@ -309,8 +322,16 @@ impl VirtioDevice for Net {
             notifier: Arc::clone(&notifier),
         };
         self.launch(running, queues)?;
-        if std::mem::take(&mut self.restored) && self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE) {
+        let announces =
+            std::mem::take(&mut self.restored) && self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE);
+        let blinks = std::mem::take(&mut self.renewed) && self.accepts(VIRTIO_NET_F_STATUS);
+        if announces {
             self.shared.set_announce(true);
+        }
+        if blinks {
+            self.shared.set_blinks(true);
+        }
+        if announces || blinks {
             notifier.config_changed();
         }
         Ok(())
@@ -324,6 +345,19 @@ impl VirtioDevice for Net {
             self.by_kernel = false;
         }
         stopped
+    }
+
+    fn renew(&mut self) {
+        let own = self.settings.mac.octets();
+        self.shared.change_filter(|filter| {
+            let before = std::mem::replace(&mut filter.mac, own);
+            // A driver that runs goes on with the address that it has read.
+            if before != own {
+                filter.unicast.add(before);
+            }
+            before != own
+        });
+        self.renewed = true;
     }
 
     fn vector_changed(&mut self, queue: u16) {
@@ -347,6 +381,8 @@ impl VirtioDevice for Net {
     fn reset(&mut self) {
         self.accepted = 0;
         self.restored = false;
+        self.renewed = false;
+        self.shared.set_blinks(false);
         self.shared.set_announce(false);
         self.shared.set_guest_bits(0);
         self.shared.change_filter(|filter| {

@@ -549,6 +549,11 @@ impl Core {
         Ok(())
     }
 
+    /// See [`VirtioDevice::renew`].
+    pub fn renew(&mut self) {
+        self.device.renew();
+    }
+
     /// The doorbells begin at `base` now, or are not mapped.
     pub fn set_notify_base(&mut self, base: Option<u64>) {
         self.notify_base = base;

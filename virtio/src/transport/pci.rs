@@ -333,6 +333,11 @@ impl VirtioPci {
         self.core().reconfigure(prepared)
     }
 
+    /// See [`VirtioDevice::renew`]. The device has been restored and not been started.
+    pub fn renew(&self) {
+        self.core().renew();
+    }
+
     fn core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use api::wire::MemoryRestoreMode;
+use api::wire::{MemoryRestoreMode, RestoreIdentity};
 use serde::Deserialize;
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
+use crate::config::VmConfig;
 use crate::config::flag::{self, FlagTable};
-use crate::config::{MemoryConfig, VmConfig};
 use crate::machine::saved::{RestoreWay, Saved};
 use crate::opener::Opener;
 
@@ -39,6 +39,12 @@ pub(super) const FIELDS: &[Field] = &[
         required: false,
         help: "on: all of memory is there before the guest goes on; default off",
     },
+    Field {
+        name: "identity",
+        kind: FieldKind::Choice(&["same", "new"]),
+        required: false,
+        help: "new: a copy with a UUID and MACs of its own, where no flag gives them, and the time of now; default same",
+    },
 ];
 
 /// What the flag says.
@@ -51,6 +57,8 @@ struct RestoreFlag {
     memory_restore_mode: Option<Mode>,
     #[serde(default)]
     prefault: bool,
+    #[serde(default)]
+    identity: RestoreIdentity,
 }
 
 /// The words of `memory_restore_mode`.
@@ -80,6 +88,8 @@ pub(super) struct Restored {
     pub config: VmConfig,
     /// The rest.
     pub saved: (Saved, bool),
+    /// Whether it is to be another machine.
+    pub identity: RestoreIdentity,
 }
 
 /// Opens what `text` names.
@@ -100,6 +110,7 @@ pub(super) fn open(text: &str, opener: &Arc<Opener>) -> Result<Restored, Refused
         resume,
         memory_restore_mode,
         prefault,
+        identity,
     } = read.map_err(|error| Refused::Flag(error.into()))?;
     let path = source_url.strip_prefix("file://").unwrap_or(&source_url);
     let directory = std::path::absolute(Path::new(path));
@@ -113,150 +124,11 @@ pub(super) fn open(text: &str, opener: &Arc<Opener>) -> Result<Restored, Refused
             Mode::Copy => MemoryRestoreMode::Copy,
         }),
         prefault,
+        ..RestoreWay::default()
     });
     Ok(Restored {
         config: saved.config.clone(),
         saved: (saved, resume),
+        identity,
     })
-}
-
-/// Sees that `config`, which flags have changed, is still of the machine that was `saved`: what is replaced of it keeps its place.
-///
-/// # Errors
-///
-/// Names the flag that changes what the guest has seen.
-pub(super) fn keep(saved: &VmConfig, config: &mut VmConfig) -> anyhow::Result<()> {
-    let keeps = |flag: &str, what: &str| {
-        anyhow::anyhow!("{flag}: a machine that is restored keeps its {what}: leave the flag out")
-    };
-    let of_memory = |m: &MemoryConfig| (m.size, m.hotplug_size, m.hotplug_method);
-    let mut passed = saved.passed_cards();
-    // What a flag describes anew has no slot yet.
-    if let Some((card, descriptors)) = passed.find(|(card, _)| config.devices.contains(card)) {
-        let id = &card.id;
-        anyhow::bail!(
-            "--restore: card {id:?} had descriptors that were passed to another process (fd={descriptors}): \
-             give --net id={id},… with some of this one, or with a tap"
-        );
-    }
-    if of_memory(&saved.memory) != of_memory(&config.memory) {
-        return Err(keeps("--memory", &format!("{} bytes", saved.memory.size)));
-    }
-    if saved.cpus != config.cpus {
-        return Err(keeps("--cpus", "processors"));
-    }
-    let fixed = |config: &VmConfig| (config.pvpanic, config.watchdog, config.display.is_some());
-    if fixed(saved) != fixed(config) {
-        return Err(keeps("--pvpanic, --watchdog, --display", "devices"));
-    }
-    for device in &mut config.devices {
-        let flag = format!("--{} (id {:?})", device.kind, device.id);
-        let Some(before) = saved.devices.iter().find(|other| other.id == device.id) else {
-            let ids: Vec<&str> = saved.devices.iter().map(|d| d.id.as_str()).collect();
-            anyhow::bail!(
-                "{flag}: the snapshot has no such device, but {}: give id= of the one to replace",
-                ids.join(", ")
-            );
-        };
-        if before.kind != device.kind {
-            anyhow::bail!("{flag}: the snapshot's is of kind {}", before.kind);
-        }
-        match (device.address, before.address) {
-            (Some(wanted), Some(slot)) if wanted != slot => {
-                anyhow::bail!(
-                    "{flag}: addr={wanted}: the snapshot has it in slot {slot}: leave addr out"
-                );
-            }
-            (_, slot) => device.address = slot,
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-    use virtio::models::MODELS;
-
-    use super::*;
-
-    fn machine() -> VmConfig {
-        let mut config: VmConfig = serde_json::from_value(json!({
-            "payload": { "kernel": "/k" },
-            "devices": [
-                { "kind": "blk", "id": "d", "address": 4, "config": { "path": "/d" } },
-                { "kind": "rng", "id": "r", "address": 2 },
-            ],
-        }))
-        .unwrap();
-        config.complete(MODELS);
-        config
-    }
-
-    #[test]
-    fn a_device_that_replaces_another_keeps_its_place() {
-        let saved = machine();
-        let mut config = machine();
-        config.devices[0].address = None;
-        config.devices[0].config = json!({ "path": "/copy" });
-        keep(&saved, &mut config).unwrap();
-        assert_eq!(config.devices[0].address, Some(4));
-    }
-
-    #[test]
-    fn a_card_of_another_process_s_descriptors_has_to_be_described_anew() {
-        let machine = || {
-            let mut config = machine();
-            let cards = ["a", "b"].map(|id| {
-                let card = json!({ "kind": "net", "id": id, "config": { "fd": "12" } });
-                serde_json::from_value(card).unwrap()
-            });
-            config.devices.extend(cards);
-            config.complete(MODELS);
-            config
-        };
-        let described = |id: &str| {
-            let card = json!({ "kind": "net", "id": id, "config": { "fd": "12" } });
-            serde_json::from_value(card).unwrap()
-        };
-        let saved = machine();
-        let mut config = saved.clone();
-        for (place, id) in [(2, "a"), (3, "b")] {
-            let told = keep(&saved, &mut config).unwrap_err().to_string();
-            for part in [
-                format!("card {id:?}"),
-                "fd=12".to_owned(),
-                format!("--net id={id}"),
-            ] {
-                assert!(told.contains(&part), "{told}");
-            }
-            config.devices[place] = described(id);
-        }
-        keep(&saved, &mut config).unwrap();
-    }
-
-    #[test]
-    fn what_the_guest_has_seen_is_kept_and_the_flag_that_changes_it_named() {
-        type Change = fn(&mut VmConfig);
-        let changes: [(Change, &str); 6] = [
-            (
-                |c| c.memory.size *= 2,
-                "--memory: a machine that is restored keeps",
-            ),
-            (|c| c.cpus.boot = 2, "--cpus: a machine"),
-            (|c| c.watchdog = true, "--watchdog"),
-            (|c| c.devices[0].address = Some(9), "slot 4: leave addr out"),
-            (
-                |c| c.devices[0].id = "e".to_owned(),
-                "no such device, but d, r",
-            ),
-            (|c| c.devices[1].kind = "blk".to_owned(), "of kind rng"),
-        ];
-        for (change, words) in changes {
-            let mut config = machine();
-            change(&mut config);
-            let told = keep(&machine(), &mut config).unwrap_err().to_string();
-            assert!(told.contains(words), "{told}");
-        }
-    }
 }

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use api::wire::RestoreIdentity;
 use clap::builder::StyledStr;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command};
@@ -20,6 +21,7 @@ use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
 use crate::config::display::{self, DISPLAY_FIELDS};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::port::{self, PORT_FIELDS};
+use crate::config::restored::{self, Renewal};
 use crate::config::smbios::SMBIOS_FIELDS;
 use crate::config::{
     BootProtocol, CONSOLE_FLAGS, CPUS_FIELDS, ConfigError, CpusError, DEFAULT_CMDLINE,
@@ -395,17 +397,18 @@ pub(super) fn execute(
         restore::Refused::Flag(error) => Failure::Usage(error.context("--restore")),
         restore::Refused::Snapshot(error) => Failure::Failed(error),
     })?;
-    let (base, saved) = match (&arguments.config, restored) {
+    let identity = restored.as_ref().map(|restored| restored.identity);
+    let (base, mut saved) = match (&arguments.config, restored) {
         (_, Some(restored)) => (restored.config, Some(restored.saved)),
         (Some(text), None) => (definition::load(text, &opener)?, None),
         (None, None) => (VmConfig::default(), None),
     };
     let detached = arguments.detach;
-    let keeps = saved.is_some();
-    let configured = configure(arguments, matches, (base, keeps), MODELS, &opener);
-    let (config, socket) = configured.map_err(Failure::Usage)?;
+    let configured = configure(arguments, matches, (base, identity), MODELS, &opener);
+    let (config, socket, renewal) = configured.map_err(Failure::Usage)?;
     let config = from_anywhere(config, MODELS);
-    if let Some((saved, _)) = &saved {
+    if let Some((saved, _)) = &mut saved {
+        saved.renew(renewal);
         let mode = saved.memory_mode(&config);
         mode.map_err(|error| Failure::Usage(error.into()))?;
     }
@@ -492,20 +495,22 @@ fn from_anywhere(config: VmConfig, models: &'static [Model]) -> VmConfig {
     }
 }
 
-/// Makes the configuration, from `base` on, and checks it, files included. It `keeps` what a guest has seen of `base`.
+/// Makes the configuration, from `base` on, and checks it, files included. Where it is of a snapshot, what a guest has seen of `base`
+/// is kept, and what makes its machine another one renewed.
 fn configure(
     arguments: RunArgs,
     matches: &ArgMatches,
-    (base, keeps): (VmConfig, bool),
+    (base, restored): (VmConfig, Option<RestoreIdentity>),
     models: &'static [Model],
     opener: &Opener,
-) -> anyhow::Result<(VmConfig, SocketArgs)> {
-    let saved = keeps.then(|| base.clone());
+) -> anyhow::Result<(VmConfig, SocketArgs, Renewal)> {
+    let saved = restored.map(|identity| (base.clone(), identity));
     let mut config = base;
     let flags = Flags { matches, models };
     flags.apply(&arguments, &mut config)?;
-    if let Some(saved) = saved {
-        restore::keep(&saved, &mut config)?;
+    let mut renewal = Renewal::default();
+    if let Some((saved, identity)) = saved {
+        renewal = restored::settle(&saved, &mut config, identity)?;
     }
     if arguments.detach {
         flags.detach(&mut config)?;
@@ -520,7 +525,7 @@ fn configure(
     }
     files::check(&config, models, opener).map_err(|error| flags.name(error))?;
     files::check_own(&config, models, opener, arguments.socket.outputs())?;
-    Ok((config, arguments.socket))
+    Ok((config, arguments.socket, renewal))
 }
 
 /// How a machine gets a kernel that is made from what `--config` names, if anything.

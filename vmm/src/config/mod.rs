@@ -24,6 +24,7 @@ pub mod host;
 pub mod memory;
 pub mod network;
 pub mod port;
+pub mod restored;
 pub mod serial;
 pub mod smbios;
 mod validate;

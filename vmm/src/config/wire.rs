@@ -23,6 +23,7 @@ mod inputs;
 mod missing;
 pub(super) mod names;
 mod networks;
+mod restored;
 mod rng;
 #[cfg(test)]
 mod tests;

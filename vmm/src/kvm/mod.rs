@@ -11,6 +11,7 @@ pub mod vcpu;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_CAP_X2APIC_API, KVM_CLOCK_TSC_STABLE,
@@ -333,13 +334,18 @@ impl Vm {
         Ok(())
     }
 
-    /// Reads kvmclock, so that a pause does not look like lost time to the guest.
+    /// Reads kvmclock, so that a pause does not look like lost time to the guest, and what the host's clock says with it.
     ///
     /// # Errors
     ///
     /// [`KvmError::Call`].
     pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
-        self.fd.get_clock().map_err(KvmError::call("KVM_GET_CLOCK"))
+        let clock = self.fd.get_clock();
+        let mut clock = clock.map_err(KvmError::call("KVM_GET_CLOCK"))?;
+        if clock.flags & KVM_CLOCK_REALTIME == 0 {
+            clock.realtime = realtime();
+        }
+        Ok(clock)
     }
 
     /// Sets kvmclock to what [`Vm::clock`] read.
@@ -360,8 +366,18 @@ impl Vm {
     }
 }
 
-/// `KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC`: would step the clock over the pause.
-const REALTIME_FLAGS: u32 = 1 << 2 | 1 << 3;
+/// The host's clock was read together with the guest's.
+const KVM_CLOCK_REALTIME: u32 = 1 << 2;
+/// And `KVM_CLOCK_HOST_TSC`: would step the clock over the pause.
+const REALTIME_FLAGS: u32 = KVM_CLOCK_REALTIME | 1 << 3;
+
+/// The host's clock, in nanoseconds since 1970.
+#[must_use]
+pub fn realtime() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let now = Duration::try_from(now).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
 
 /// Records a set-up call, so that a test can check their order.
 pub(crate) fn trace(call: &'static str) {

@@ -228,6 +228,7 @@ pub fn finish(
         acpi,
         power_on,
         clock: None,
+        late_since: None,
         debug: None,
         plugged,
     };

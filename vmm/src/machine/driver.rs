@@ -390,10 +390,11 @@ impl Driver {
     }
 
     fn go_on_as(&mut self, saved: SavedState, resume: bool) -> Result<(), MachineError> {
-        let (directory, set) = saved.into_parts();
+        let (directory, set, renewal) = saved.into_parts();
         self.machine
-            .restore(set)
+            .restore(set, &renewal)
             .map_err(|source| MachineError::Restore(SavedState::failed(directory, source)))?;
+        self.ears.events.publish(EventKind::Restored);
         if resume {
             self.machine.start_units()?;
             self.machine.start_clock()?;

@@ -90,7 +90,8 @@ impl Loading {
             Some(revival) => {
                 let ram = (&memory, &*revival.memory);
                 let saved = revival.saved;
-                let filled = saved.fill(ram, revival.mode, payload.generation, (&opener, needed));
+                let own = payload.identity(&saved.config);
+                let filled = saved.fill(ram, revival.mode, &own, (&opener, needed));
                 Start::Saved(filled.map_err(MachineError::Restore)?)
             }
             None => Start::Kernel(payload.load(&memory, &acpi)?),

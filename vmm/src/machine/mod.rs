@@ -298,6 +298,8 @@ pub struct Machine {
     resizable: Resizable,
     power_on: PowerOn,
     clock: Option<kvm_clock_data>,
+    /// The clock that is stopped is to be set by the time since then, in nanoseconds since 1970.
+    late_since: Option<u64>,
     /// How vCPUs that come are debugged.
     debug: Option<kvm_guest_debug>,
     /// Memory that comes and goes.
@@ -462,6 +464,7 @@ impl Machine {
             self.power_up(index)?;
         }
         self.clock = None;
+        self.late_since = None;
         Ok(resized)
     }
 
@@ -473,10 +476,15 @@ impl Machine {
 
     /// Lets the guest's clock go on; it stays stopped on failure.
     fn start_clock(&mut self) -> Result<(), MachineError> {
-        if let Some(clock) = &self.clock {
-            self.vm.set_clock(clock)?;
+        if let Some(mut clock) = self.clock {
+            if let Some(then) = self.late_since {
+                let late = crate::kvm::realtime().saturating_sub(then);
+                clock.clock = clock.clock.saturating_add(late);
+            }
+            self.vm.set_clock(&clock)?;
         }
         self.clock = None;
+        self.late_since = None;
         for index in 0..self.vcpus.count() {
             self.vcpus.ask(index, |vcpu| vcpu.announce_pause());
         }

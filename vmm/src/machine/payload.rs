@@ -84,6 +84,20 @@ impl Payload {
         boot::load(memory, source, acpi.address).map_err(|source| self.failed(source))
     }
 
+    /// What of guest memory, at which guest-physical address, tells this machine from the one that was `saved`: the generation id, and the
+    /// SMBIOS tables where their texts are as long as they were. Others are there after the guest's next reset.
+    #[must_use]
+    pub fn identity(&self, saved: &VmConfig) -> Vec<(u64, &[u8])> {
+        let mut own = vec![(memory::GENERATION_ID, &self.generation[..])];
+        let SmbiosImage { bytes, address } = &self.smbios;
+        let before = smbios::build(saved).ok();
+        let fits = |before: SmbiosImage| before.bytes.len() == bytes.len() && before != self.smbios;
+        if before.is_some_and(fits) {
+            own.push((*address, bytes));
+        }
+        own
+    }
+
     /// Names the flag and the file that `source` is about.
     #[must_use]
     pub fn failed(&self, source: BootError) -> MachineError {

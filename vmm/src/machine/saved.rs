@@ -15,9 +15,9 @@ use virtio::models::MODELS;
 
 use super::fault;
 use super::snapshot::{SnapshotRam, take_index};
+use crate::config::restored::Renewal;
 use crate::config::{HostLimits, VmConfig};
 use crate::error::chain;
-use crate::layout;
 use crate::memory::demand::{DemandError, WorkingSet};
 use crate::memory::ram_ranges;
 use crate::memory::restored::{Excluded, Restored, choose};
@@ -175,6 +175,8 @@ pub struct RestoreWay {
     pub memory: Option<MemoryRestoreMode>,
     /// All of memory is to be there before the guest goes on.
     pub prefault: bool,
+    /// What it has to be told of itself.
+    pub renewal: Renewal,
 }
 
 /// The most pieces that the file is mapped in: a process has some ten thousand mappings.
@@ -209,13 +211,20 @@ impl Saved {
         self.way = way;
     }
 
+    /// The machine is to be told this of itself.
+    pub fn renew(&mut self, renewal: Renewal) {
+        self.way.renewal = renewal;
+    }
+
     /// How memory comes back, for a machine of this `config`.
     ///
     /// # Errors
     ///
     /// [`RestoreFailure::Excluded`].
     pub fn memory_mode(&self, config: &VmConfig) -> Result<MemoryRestoreMode, RestoreFailure> {
-        let RestoreWay { memory, prefault } = self.way;
+        let RestoreWay {
+            memory, prefault, ..
+        } = self.way;
         choose(memory, &config.memory, prefault).map_err(RestoreFailure::Excluded)
     }
 
@@ -268,7 +277,7 @@ impl Saved {
         })
     }
 
-    /// Fills `ram`, which reads as zeros, in the `mode` that [`Saved::memory_mode`] has given, and gives the guest the new `generation` id. What is left is the state of all else.
+    /// Fills `ram`, which reads as zeros, in the `mode` that [`Saved::memory_mode`] has given, and puts what is `own` to this machine in its places: guest-physical addresses and bytes. What is left is the state of all else.
     /// `needed` says whether to go on.
     ///
     /// # Errors
@@ -278,7 +287,7 @@ impl Saved {
         self,
         (ram, restored): (&GuestMap, &Restored),
         mode: MemoryRestoreMode,
-        generation: [u8; 16],
+        own: &[(u64, &[u8])],
         (opener, needed): (&Arc<Opener>, &dyn Fn() -> bool),
     ) -> Result<SavedState, RestoreFailure> {
         let Self {
@@ -318,14 +327,20 @@ impl Saved {
                 read.inspect(|()| restored.copied(&path))
             }
         };
-        let address = layout::memory::GENERATION_ID;
         filled
             .and_then(|()| {
-                ram.write(address, &generation)
-                    .map_err(|source| PagesError::Memory { address, source })
+                own.iter().try_for_each(|&(address, bytes)| {
+                    let written = ram.write(address, bytes);
+                    written.map_err(|source| PagesError::Memory { address, source })
+                })
             })
             .map_err(|source| RestoreFailure::Memory { path, source })?;
-        Ok(SavedState { directory, set })
+        let renewal = way.renewal;
+        Ok(SavedState {
+            directory,
+            set,
+            renewal,
+        })
     }
 }
 
@@ -333,6 +348,7 @@ impl Saved {
 pub struct SavedState {
     directory: PathBuf,
     set: SectionSet,
+    renewal: Renewal,
 }
 
 impl SavedState {
@@ -345,10 +361,10 @@ impl SavedState {
         }
     }
 
-    /// The state, and where it comes from.
+    /// The state, where it comes from, and what the machine is to be told besides.
     #[must_use]
-    pub fn into_parts(self) -> (PathBuf, SectionSet) {
-        (self.directory, self.set)
+    pub fn into_parts(self) -> (PathBuf, SectionSet, Renewal) {
+        (self.directory, self.set, self.renewal)
     }
 }
 

@@ -19,6 +19,7 @@ use virtio::memory::GuestMap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Machine, MachineError};
+use crate::config::restored::Renewal;
 use crate::error::chain;
 use crate::kvm::IrqchipState;
 use crate::kvm::vcpu::VcpuV1;
@@ -44,14 +45,16 @@ impl SavedState for ProcessorsV1 {
 
 /// The guest's clock.
 #[derive(Serialize, Deserialize)]
-struct ClockV1 {
+struct ClockV2 {
     /// kvmclock, in nanoseconds.
     nanoseconds: u64,
+    /// What the host's clock said at that moment, in nanoseconds since 1970.
+    realtime: u64,
 }
 
-impl SavedState for ClockV1 {
+impl SavedState for ClockV2 {
     const SCHEMA: &'static str = "kvm-clock";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 }
 
 /// Guest memory as a snapshot sees it.
@@ -204,21 +207,29 @@ impl Machine {
         set.push(Section::encode(MACHINE, &irqchip)?);
         let clock = self.clock.map_or_else(|| self.vm.clock(), Ok);
         let clock = clock.map_err(|error| unreadable("clock", chain(&error)))?;
-        let nanoseconds = clock.clock;
-        set.push(Section::encode(MACHINE, &ClockV1 { nanoseconds })?);
+        set.push(Section::encode(
+            MACHINE,
+            &ClockV2 {
+                nanoseconds: clock.clock,
+                realtime: clock.realtime,
+            },
+        )?);
         Ok(set)
     }
 
-    /// Puts state into the machine, whose memory has been restored. It is dropped on failure.
+    /// Puts state into the machine, whose memory has been restored, and tells it what of it is new. It is dropped on failure.
     ///
     /// # Errors
     ///
     /// [`RestoreError`], also when a section is left over.
-    pub fn restore(&mut self, mut set: SectionSet) -> Result<(), RestoreError> {
+    pub fn restore(&mut self, mut set: SectionSet, renewal: &Renewal) -> Result<(), RestoreError> {
         self.check_processors(&take(&mut set)?)?;
         let irqchip: IrqchipState = take(&mut set)?;
         irqchip.check()?;
-        let ClockV1 { nanoseconds } = take(&mut set)?;
+        let ClockV2 {
+            nanoseconds,
+            realtime,
+        } = take(&mut set)?;
         let mut vcpus = Vec::new();
         for index in 0..self.vcpus.count() {
             let section = set.take(&vcpu_unit(index), VcpuV1::SCHEMA)?;
@@ -242,6 +253,12 @@ impl Machine {
             clock: nanoseconds,
             ..kvm_clock_data::default()
         });
+        self.late_since = renewal.clock.then_some(realtime);
+        let cards = self
+            .virtio
+            .iter()
+            .filter(|item| renewal.cards.contains(item.device.id()));
+        cards.for_each(|card| card.device.renew());
         Ok(())
     }
 
@@ -332,14 +349,23 @@ mod tests {
     fn clock_and_processors_are_restored_from_their_bytes() {
         let mut set = SectionSet::default();
         let nanoseconds = u64::MAX - 1;
-        set.push(Section::encode(MACHINE, &ClockV1 { nanoseconds }).unwrap());
+        set.push(
+            Section::encode(
+                MACHINE,
+                &ClockV2 {
+                    nanoseconds,
+                    realtime: 7,
+                },
+            )
+            .unwrap(),
+        );
         let saved = ProcessorsV1 {
             count: 3,
             cpuid: vec![leaf(1, 0, 5), leaf(0x8000_0001, 0, 7)],
         };
         set.push(Section::encode(MACHINE, &saved).unwrap());
         let mut read = SectionSet::from_bytes(&set.to_bytes()).unwrap();
-        let clock: ClockV1 = take(&mut read).unwrap();
+        let clock: ClockV2 = take(&mut read).unwrap();
         let processors: ProcessorsV1 = take(&mut read).unwrap();
         read.finish().unwrap();
         assert_eq!((clock.nanoseconds, processors.count), (nanoseconds, 3));

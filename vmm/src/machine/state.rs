@@ -43,7 +43,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
         Command::Console(_) | Command::ConsoleSize(_) | Command::Screenshot => true,
-        Command::Create(_) | Command::Restore(_) => false,
+        Command::Create(_) | Command::Restore(..) => false,
         Command::Boot | Command::BootOnce(_) => matches!(state, Created | Stopped),
     }
 }
@@ -52,7 +52,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
 #[must_use]
 pub fn wrong_state(state: VmState, pause: Option<PauseReason>, command: &Command) -> ControlError {
     let reason = match (command, state) {
-        (Command::Create(_) | Command::Restore(_), _) => Reason::AlreadyCreated,
+        (Command::Create(_) | Command::Restore(..), _) => Reason::AlreadyCreated,
         (Command::Boot | Command::BootOnce(_), _) => Reason::AlreadyRunning,
         (Command::Pause, VmState::Paused) => Reason::AlreadyPaused,
         (Command::Resume, VmState::Running) => Reason::NotPaused,

@@ -6,6 +6,7 @@
 //! reboot, end the waiting for a change. Other commands wait their turn, and one of those that came after them does so too,
 //! unless that takes [`GRACE`] or ends the monitor.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -161,19 +162,21 @@ impl Monitor {
         self.leave_unchanged(cut, answer)
     }
 
-    /// Opens the snapshot that `request` names, beside this thread, takes up its description, and has its machine built.
+    /// Opens the snapshot that `request` names, beside this thread, takes up its description with what is another, and has its
+    /// machine built. The descriptors that came along are `passed`.
     ///
     /// # Errors
     ///
     /// [`MachineError::Wait`] when the host lets it wait no more.
     pub(super) fn restore(
         &mut self,
-        request: &RestoreConfig,
+        request: Box<RestoreConfig>,
+        passed: Vec<OwnedFd>,
         answer: Answer,
     ) -> Result<Option<After>, MachineError> {
         let wanted = "the absolute path of a snapshot's directory";
         let path = path_of(&request.source_url, "source_url", wanted);
-        let path = match path.and_then(|path| check_way(request).map(|()| path)) {
+        let path = match path {
             Ok(path) => path,
             Err(error) => {
                 answer(Err(error));
@@ -181,24 +184,25 @@ impl Monitor {
             }
         };
         let opener = Arc::clone(&self.opener);
-        let way = RestoreWay {
-            memory: Some(request.memory_restore_mode),
-            prefault: request.prefault,
-        };
+        let resume = request.resume;
         let open = move || {
             let mut saved = Saved::open(&path, &opener).map_err(|error| error.to_control())?;
-            saved.ask(way);
-            check_cards(&saved.config)?;
+            let restored = Description::restored(&saved.config, &request, passed);
+            let (description, renewal) = restored?;
+            saved.ask(RestoreWay {
+                memory: Some(request.memory_restore_mode),
+                prefault: request.prefault,
+                renewal,
+            });
             // What excludes what is told while nothing has changed.
-            let mode = saved.memory_mode(&saved.config);
+            let mode = saved.memory_mode(&description.config);
             mode.map_err(|error| error.to_control())?;
-            let description = Description::of(saved.config.clone());
             Ok((saved, description))
         };
         match self.look(open)? {
             Ok(Ok((saved, description))) => {
                 self.describe(description);
-                self.restored = Some((saved, request.resume));
+                self.restored = Some((saved, resume));
                 self.unchecked = true;
                 Ok(Some(After::Boot(Some(answer))))
             }
@@ -275,31 +279,6 @@ impl Monitor {
     }
 }
 
-/// That no card has descriptors of the process that wrote the snapshot.
-fn check_cards(saved: &VmConfig) -> Result<(), ControlError> {
-    match saved.passed_cards().next() {
-        None => Ok(()),
-        Some((card, descriptors)) => {
-            let id = &card.id;
-            let message = format!(
-                "card {id:?} of the snapshot had descriptors that were passed to another process (fd={descriptors}): \
-                 restore it by vireo run --restore … --net id={id},… with others, or with a tap"
-            );
-            Err(ControlError::new(ErrorKind::Conflict, message))
-        }
-    }
-}
-
-/// That memory and cards come back in a way that there is.
-fn check_way(request: &RestoreConfig) -> Result<(), ControlError> {
-    let fds = request.net_fds.as_ref().is_some_and(|fds| !fds.is_empty());
-    if !fds {
-        return Ok(());
-    }
-    let message = "Vireo has no net_fds at a restore yet";
-    Err(ControlError::new(ErrorKind::Unimplemented, message))
-}
-
 /// Waits until `ready` has something, and listens meanwhile.
 ///
 /// # Errors
@@ -343,7 +322,10 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
             Message::ConsoleEnd => boots,
             Message::Command(command, _) => match command {
                 Command::Quit => true,
-                Command::Boot | Command::BootOnce(_) | Command::Create(_) | Command::Restore(_)
+                Command::Boot
+                | Command::BootOnce(_)
+                | Command::Create(_)
+                | Command::Restore(..)
                     if boots =>
                 {
                     true
@@ -365,7 +347,7 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
                 command @ (Command::Boot
                 | Command::BootOnce(_)
                 | Command::Create(_)
-                | Command::Restore(_)),
+                | Command::Restore(..)),
                 answer,
             ) => answer(Err(wrong_state(VmState::Booting, None, &command))),
             Message::Command(command, answer) => return Some(Cut::Command(command, answer)),

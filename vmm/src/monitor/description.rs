@@ -14,6 +14,7 @@ use super::ports::PortChange;
 use crate::config::balloon::BalloonError;
 use crate::config::files::{self, OwnFiles};
 use crate::config::network::{interface_address, is_card};
+use crate::config::restored::Renewal;
 use crate::config::wire::{
     DiskUpdate, NetUpdate, address_nets, name_devices, shown_fs, shown_input, update_disk,
     update_net, update_rng,
@@ -124,6 +125,33 @@ impl Description {
             config,
             passed: BTreeMap::new(),
         }
+    }
+
+    /// The description of a machine that is restored, and what it has to be told of itself: that of its snapshot with what
+    /// `request` changes, and the descriptors that came along.
+    ///
+    /// # Errors
+    ///
+    /// As for [`VmConfig::restored`].
+    pub fn restored(
+        saved: &VmConfig,
+        request: &wire::RestoreConfig,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(Self, Renewal), ControlError> {
+        let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let (config, renewal) = saved.restored(request, &numbers)?;
+        let mut description = Self::of(config);
+        let mut descriptors = descriptors.into_iter();
+        for card in request
+            .net_fds
+            .iter()
+            .flatten()
+            .filter(|card| card.num_fds > 0)
+        {
+            let own = descriptors.by_ref().take(card.num_fds).collect();
+            description.passed.insert(card.id.clone(), Arc::new(own));
+        }
+        Ok((description, renewal))
     }
 
     /// The description that a client has given.

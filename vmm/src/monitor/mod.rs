@@ -273,9 +273,12 @@ impl Monitor {
         let unchecked = std::mem::take(&mut self.unchecked);
         let config = once.as_ref().unwrap_or(&description.config);
         let before = ears.life.state();
-        ears.life.enter(VmState::Booting, None);
         let (saved, resume) = self.restored.take().unzip();
         let restores = saved.is_some();
+        if restores {
+            ears.events.publish(EventKind::Restoring);
+        }
+        ears.life.enter(VmState::Booting, None);
         let error = match self.build(&mut ears, config, unchecked, saved) {
             Ok(Made::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
             Ok(Made::All(built)) => {
@@ -484,11 +487,11 @@ impl Monitor {
                 self.forget();
                 answer(Ok(Reply::Done));
             }
-            Command::Create(_) | Command::Restore(_) if described => {
+            Command::Create(_) | Command::Restore(..) if described => {
                 answer(Err(wrong_state(VmState::Created, None, &command)));
             }
             Command::Create(wire) => answer(self.create(*wire).map(|()| Reply::Done)),
-            Command::Restore(request) => return self.restore(&request, answer),
+            Command::Restore(request, passed) => return self.restore(request, passed, answer),
             _ if !described => answer(Err(view::not_created())),
             Command::Boot => match self.check() {
                 Ok(()) => {

@@ -1,12 +1,16 @@
 //! The ways in which memory comes out of a snapshot, and what becomes of a machine whose snapshot's file is damaged under it.
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use api::client::Client;
-use api::wire::{MemoryRestoreMode, MemoryRestored, VmInfoState, VmSnapshotConfig};
-use api::{PauseReason, Reason};
-use serde_json::Value;
+use api::wire::{
+    MemoryRestoreMode, MemoryRestored, RestoreConfig, RestoreIdentity, VmInfoState,
+    VmSnapshotConfig,
+};
+use api::{EventKind, PauseReason, Reason};
+use serde_json::{Value, json};
 
 use crate::snapshots::{ask, file, snapshot, tell, url, vireo};
 use crate::support::{Vireo, can_run, until};
@@ -40,6 +44,116 @@ fn is_lost(machine: &mut Vireo, client: &mut Client, memory: &Path) {
     client.resume().unwrap();
     machine.stdout.wait_for("pages=4096\n");
     ask(machine, 1);
+}
+
+/// The UUID of the machine, as clients are told it.
+fn uuid(client: &mut Client) -> Option<String> {
+    let config = client.info().unwrap().config;
+    config.platform.and_then(|platform| platform.system_uuid)
+}
+
+#[test]
+fn clients_say_what_is_another_of_a_machine_that_they_restore() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let copy = dir.path().join("copy");
+    fs::copy(dir.path().join("disk"), &copy).unwrap();
+    let socket = dir.path().join("other.sock");
+    let mut other = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
+    let mut client = until("the socket", || Client::connect(&socket).ok());
+    let mut events = client.events(None).unwrap();
+    let request = |overrides: Value| RestoreConfig {
+        overrides: Some(serde_json::from_value(overrides).unwrap()),
+        ..RestoreConfig::of(url(&path))
+    };
+    let device = |id: &str, path: &Path| {
+        let config = json!({ "path": path });
+        json!({ "devices": [{ "id": id, "config": config }] })
+    };
+    for (overrides, words) in [
+        (device("x", &copy), "has no \"x\", but d"),
+        (device("d", Path::new("/no/such")), "/no/such"),
+    ] {
+        let told = client
+            .restore(&request(overrides), &[])
+            .unwrap_err()
+            .to_string();
+        assert!(told.contains(words), "{told}");
+        assert_eq!(
+            client.info().unwrap_err().reason(),
+            Some(Reason::NotCreated)
+        );
+    }
+    let spare = File::open(&copy).unwrap();
+    let plain = RestoreConfig::of(url(&path));
+    let told = client
+        .restore(&plain, &[spare.as_fd()])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        told.contains("net_fds wants 0 descriptors, and 1 came along"),
+        "{told}"
+    );
+
+    let fine = RestoreConfig {
+        identity: RestoreIdentity::New,
+        resume: true,
+        ..request(device("d", &copy))
+    };
+    client.restore(&fine, &[]).unwrap();
+    assert!(uuid(&mut client).is_some());
+    let disks = client.info().unwrap().config.disks.unwrap();
+    assert_eq!(disks[0].path.as_deref(), Some(copy.as_path()));
+    let mut next = || events.next().unwrap().unwrap().event().unwrap().kind;
+    while next() != EventKind::Restoring {}
+    while next() != EventKind::Restored {}
+    ask(&mut other, 2);
+    // The disk of the first is free.
+    let mut again = vireo(&["run", "--restore", path.to_str().unwrap()]);
+    ask(&mut again, 2);
+    tell(&mut again, b"q");
+    again.ends_with(0);
+    client.delete().unwrap();
+}
+
+#[test]
+fn a_copy_has_a_uuid_of_its_own_and_the_same_machine_the_one_that_it_had() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let given = "00112233-4455-6677-8899-aabbccddeeff";
+    let mut seen = Vec::new();
+    for (keys, flags) in [
+        ("", &[][..]),
+        (",identity=same", &[]),
+        (",identity=new", &[]),
+        (",identity=new", &[]),
+        (",identity=new", &["--smbios", &format!("uuid={given}")]),
+    ] {
+        let socket = dir.path().join("copy.sock");
+        let place = format!("{}{keys}", path.display());
+        let words = [
+            "run",
+            "--restore",
+            &place,
+            "--api-socket",
+            socket.to_str().unwrap(),
+        ];
+        let mut machine = vireo(&[&words[..], flags].concat());
+        ask(&mut machine, 2);
+        seen.push(uuid(&mut Client::connect(&socket).unwrap()));
+        tell(&mut machine, b"q");
+        machine.ends_with(0);
+    }
+    assert_eq!(seen[..2], [None, None]);
+    assert!(
+        seen[2].is_some() && seen[3].is_some() && seen[2] != seen[3],
+        "{seen:?}"
+    );
+    assert_eq!(seen[4].as_deref(), Some(given));
 }
 
 #[test]

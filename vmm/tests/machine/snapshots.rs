@@ -135,9 +135,9 @@ fn clients_of_v1_save_a_paused_machine_and_restore_it_paused() {
     let mut other = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
     let mut client = until("the socket", || Client::connect(&socket).ok());
     let request = RestoreConfig::of(url(&path));
-    client.restore(&request).unwrap();
+    client.restore(&request, &[]).unwrap();
     assert_eq!(client.info().unwrap().state, VmInfoState::Paused);
-    let refused = client.restore(&request).unwrap_err();
+    let refused = client.restore(&request, &[]).unwrap_err();
     assert!(refused.to_string().contains("already created"), "{refused}");
     // It is saved again as it is.
     let second = dir.path().join("t");
@@ -158,7 +158,7 @@ fn refused(directory: &Path) -> String {
     let mut other = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
     let mut client = until("the socket", || Client::connect(&socket).ok());
     let request = RestoreConfig::of(url(&directory.join("s")));
-    let told = client.restore(&request).unwrap_err().to_string();
+    let told = client.restore(&request, &[]).unwrap_err().to_string();
     let info = client.info().unwrap_err();
     assert_eq!(info.reason(), Some(Reason::NotCreated), "{info}");
     other.signal("TERM");

@@ -47,6 +47,14 @@ impl Table {
         (!self.overflowed).then_some(&self.addresses)
     }
 
+    /// Adds an address.
+    pub fn add(&mut self, address: [u8; 6]) {
+        if !self.has(&address) {
+            self.addresses.push(address);
+            self.overflowed = self.addresses.len() > MAX_TABLE;
+        }
+    }
+
     fn has(&self, address: &[u8; 6]) -> bool {
         self.overflowed || self.addresses.contains(address)
     }

@@ -25,6 +25,8 @@ pub struct Shared {
     gone: AtomicBool,
     /// It can come back.
     pub renews: bool,
+    /// The driver is to see the link go down: it is shown so until it has looked.
+    blinks: AtomicBool,
     /// The driver has been asked to announce itself and has not said that it has.
     announce: AtomicBool,
     /// How many pairs the driver uses.
@@ -55,6 +57,7 @@ impl Shared {
             up: AtomicBool::new(true),
             gone: AtomicBool::new(false),
             renews: backend.renews(),
+            blinks: AtomicBool::new(false),
             announce: AtomicBool::new(false),
             pairs: AtomicU16::new(1),
             guest_bits: AtomicU64::new(0),
@@ -165,6 +168,16 @@ impl Shared {
             notifier.peer_report(&PeerReport::Connected);
             notifier.config_changed();
         }
+    }
+
+    /// Whether the link is shown as down although frames go through.
+    pub fn blinks(&self) -> bool {
+        self.blinks.load(Ordering::Acquire)
+    }
+
+    /// Shows the link as down, or no more. What was so before.
+    pub fn set_blinks(&self, wanted: bool) -> bool {
+        self.blinks.swap(wanted, Ordering::AcqRel)
     }
 
     /// Whether the driver is to announce itself.

@@ -42,6 +42,9 @@ pub const MIN_MTU: u16 = 1280;
 /// The packets of an Ethernet that says nothing else, in bytes.
 pub const USUAL_MTU: u16 = 1500;
 
+/// Where in configuration space the byte is that says whether the link is up.
+pub const LINK_AT: u64 = 6;
+
 /// A command was carried out (5.1.6.5).
 pub const CONTROL_OK: u8 = 0;
 

@@ -24,7 +24,7 @@ fn configured_from(base: VmConfig, arguments: &[&str]) -> anyhow::Result<VmConfi
         panic!("not run");
     };
     let matches = matches.subcommand_matches("run").unwrap();
-    let (config, _) = configure(*parsed, matches, (base, false), TEST_MODELS, &Opener::new())?;
+    let (config, _, _) = configure(*parsed, matches, (base, None), TEST_MODELS, &Opener::new())?;
     Ok(config)
 }
 

@@ -58,7 +58,7 @@ impl Driver {
             Command::DiskLayers => self.disk_layers(answer),
             Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
-            Command::Create(_) | Command::Restore(_) | Command::Boot | Command::BootOnce(_) => {
+            Command::Create(_) | Command::Restore(..) | Command::Boot | Command::BootOnce(_) => {
                 answer(Err(wrong_state(state, pause, &command)));
             }
             command => answer(self.carry_out(command)),

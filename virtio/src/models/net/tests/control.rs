@@ -221,6 +221,47 @@ fn what_the_driver_has_said_goes_on_elsewhere_and_is_announced() {
     assert_eq!(rig.status(), 0);
 }
 
+#[test]
+fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
+    let mut rig = Rig::new();
+    // The driver wants its own frames alone.
+    assert_eq!(command(&mut rig, 0, 0, &[0]), OK);
+    let queues = rig.stop();
+    let mut saved = rig.net.save().unwrap();
+    saved.mac = OTHER;
+    let (mut other, _peer, _) = device(1);
+    other.restore(saved).unwrap();
+    other.renew();
+    let filter = other.shared.filter();
+    assert_eq!(filter.mac, MAC, "as it is configured");
+    // The driver that runs does not know it yet.
+    assert_eq!(filter.unicast.addresses(), Some(&[OTHER][..]));
+    let features = rig.net.features();
+    let (notifier, notices) = crate::testing::notices();
+    other
+        .start(Activation {
+            features,
+            memory: rig.memory.clone(),
+            queues,
+            notifier,
+        })
+        .unwrap();
+    (rig.net, rig.notices) = (other, notices);
+    let config = |rig: &Rig| rig.notices.recv_timeout(PATIENCE).unwrap() == Notice::Config;
+    assert!(config(&rig));
+    // What does not look at the link changes nothing.
+    rig.net.read_config(0, &mut [0; 6]);
+    rig.net.read_config(7, &mut [0; 1]);
+    rig.net.read_config(u64::MAX, &mut [0; 1]);
+    assert!(rig.notices.try_recv().is_err());
+    assert_eq!(rig.status(), 2, "down, and to be announced");
+    assert!(config(&rig), "it is told to look again");
+    assert_eq!(rig.status(), 3);
+    assert!(rig.notices.try_recv().is_err());
+    // Frames pass all the while.
+    assert!(rig.net.shared.link());
+}
+
 /// Something impossible in a saved state.
 type Edit = fn(&mut NetV1);
 
