@@ -42,6 +42,7 @@ mod resize;
 mod restores;
 mod rng;
 mod screen;
+mod screen_crowds;
 mod screen_packaged;
 mod screen_storms;
 mod screen_tls;
