@@ -55,3 +55,4 @@ mod stuck;
 mod support;
 mod switch;
 mod verbs;
+mod verbs_devices;
