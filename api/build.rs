@@ -12,6 +12,9 @@ use flate2::write::GzEncoder;
 /// The page itself, which is not compressed: a word in it is replaced for each who asks.
 const PAGE: &str = "index.html";
 
+/// What tells which version of which package is here, and is for those who refresh it.
+const NOT_SERVED: [&str; 4] = ["README.md", "checksums.txt", "packages.txt", "refresh"];
+
 /// Content types by what is behind the last dot of a name; the rest is text.
 const KINDS: [(&str, &str); 4] = [
     ("js", "text/javascript"),
@@ -33,8 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     );
     for (number, file) in files.iter().enumerate() {
         let name = file.strip_prefix(&root)?.display().to_string();
-        // What tells which version of which package is here is for those who refresh it.
-        if name == PAGE || name == "packages.txt" || name == "refresh" || name == "README.md" {
+        if name == PAGE || NOT_SERVED.contains(&name.as_str()) {
             continue;
         }
         let mut encoder = GzEncoder::new(Vec::new(), Compression::best());

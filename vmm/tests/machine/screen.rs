@@ -253,8 +253,13 @@ impl Viewer {
         stream
             .set_read_timeout(Some(crate::support::LIMIT))
             .unwrap();
+        Self::over(Box::new(stream))
+    }
+
+    /// The same by another way.
+    pub fn over(stream: Box<dyn Wire>) -> Self {
         Self {
-            stream: Box::new(stream),
+            stream,
             width: 0,
             height: 0,
         }

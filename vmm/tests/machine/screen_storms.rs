@@ -7,7 +7,7 @@ use crate::screen::{Drawing, Viewer, assert_same, drawn};
 use crate::support::can_run;
 
 /// KiB of memory that a process has for itself.
-fn private(process: u32) -> u64 {
+pub fn private(process: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("RssAnon:"));
     let number = line.and_then(|line| line.split_whitespace().nth(1));

@@ -15,13 +15,13 @@ use serde_json::Value;
 use crate::support::{Vireo, can_run, guest, run_arguments, until};
 
 /// A user with directories of their own, unless that is root, whose sockets are in one place.
-struct User {
+pub struct User {
     directory: tempfile::TempDir,
     names: RefCell<Vec<String>>,
 }
 
 impl User {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             directory: tempfile::tempdir().unwrap(),
             names: RefCell::default(),
@@ -29,7 +29,7 @@ impl User {
     }
 
     /// A name that no other test has.
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let name = format!("test-{}-{number}", std::process::id());
@@ -37,15 +37,20 @@ impl User {
         name
     }
 
-    fn command(&self, arguments: &[impl AsRef<str>]) -> Command {
+    pub fn command(&self, arguments: &[impl AsRef<str>]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+        command.args(arguments.iter().map(AsRef::as_ref));
+        self.within(&mut command);
         command
-            .args(arguments.iter().map(AsRef::as_ref))
+    }
+
+    /// In the user's directories.
+    pub fn within<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        command
             .current_dir(self.directory.path())
             .env("XDG_RUNTIME_DIR", self.directory.path())
             .env("XDG_CONFIG_HOME", self.directory.path())
-            .env_remove("VIREO_LOG");
-        command
+            .env_remove("VIREO_LOG")
     }
 
     fn sockets(&self) -> PathBuf {
@@ -62,7 +67,7 @@ impl User {
         self.sockets().join(format!("{name}.sock"))
     }
 
-    fn start(&self, name: &str, guest: &str, cmdline: &str, flags: &[&str]) -> Vireo {
+    pub fn start(&self, name: &str, guest: &str, cmdline: &str, flags: &[&str]) -> Vireo {
         let mut flags = flags.to_vec();
         flags.extend(["--name", name, "--shutdown-timeout", "1000"]);
         Vireo::spawn(&mut self.command(&run_arguments(guest, cmdline, &flags)))
@@ -74,19 +79,19 @@ impl User {
     }
 
     /// What a verb prints that does its work.
-    fn done(&self, arguments: &[&str]) -> String {
+    pub fn done(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments);
         let errors = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {errors}");
         String::from_utf8(output.stdout).unwrap()
     }
 
-    fn json(&self, arguments: &[&str]) -> Value {
+    pub fn json(&self, arguments: &[&str]) -> Value {
         serde_json::from_str(&self.done(arguments)).unwrap()
     }
 
     /// The one line that says why a verb did not.
-    fn refused(&self, code: i32, arguments: &[&str]) -> String {
+    pub fn refused(&self, code: i32, arguments: &[&str]) -> String {
         let output = self.output(arguments);
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");

@@ -1,5 +1,6 @@
 //! The thread that serves a screen.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +14,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::super::input::InputSink;
 use super::super::screen::Screen;
 use super::auth::{CHALLENGE, Security};
-use super::service::{Options, Service};
+use super::service::{MAX_GREETINGS, Options, Service};
 use super::stream::Stream;
 use crate::time::Clock;
 
@@ -37,7 +38,8 @@ struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    arrivals: Vec<Arrival>,
+    /// At most [`MAX_GREETINGS`].
+    arrivals: VecDeque<Arrival>,
     ends: bool,
 }
 
@@ -78,7 +80,7 @@ impl Server {
 
     /// Serves a client that has connected: `stream` does not block, and `peer` names it in the log. May be called
     /// by any thread; returns at once. Streams past what is served ([`super::MAX_GREETINGS`],
-    /// [`super::MAX_VIEWERS`]) are closed.
+    /// [`super::MAX_VIEWERS`]) are closed, also while the thread is at other work.
     ///
     /// # Errors
     ///
@@ -93,7 +95,11 @@ impl Server {
         // So few bytes are never given in parts.
         getrandom(&mut challenge, GetRandomFlags::empty())?;
         self.shared.tell(|inbox| {
-            inbox.arrivals.push(Arrival {
+            // For one more the thread would send the oldest away.
+            if inbox.arrivals.len() >= MAX_GREETINGS {
+                inbox.arrivals.pop_front();
+            }
+            inbox.arrivals.push_back(Arrival {
                 stream,
                 security: security.clone(),
                 challenge,
