@@ -66,9 +66,9 @@ impl Drop for Ending {
 /// What a job does.
 enum Work {
     /// Images of the disk's chain are merged.
-    Merge(Merge),
+    Merge(Box<Merge>),
     /// It is copied to another place, where it then goes on or not.
-    Mirror(Mirror, bool),
+    Mirror(Box<Mirror>, bool),
 }
 
 /// What the disk goes on with.
@@ -207,7 +207,9 @@ impl Driver {
         let look = move |disk: Arc<dyn Disk>, target: &Target, opener: Arc<Opener>| {
             let which = (request.top.as_deref(), request.base.as_deref());
             let merge = Merge::of(&*disk, &target.path, which, opener, &target.options);
-            Ok(Work::Merge(merge.map_err(|error| failed(&error))?))
+            Ok(Work::Merge(Box::new(
+                merge.map_err(|error| failed(&error))?,
+            )))
         };
         self.copy_disk((request.id, request.speed), look, answer);
     }
@@ -237,7 +239,7 @@ impl Driver {
                 .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             let mirror = Mirror::of(disk, target, opener, &wanted.options);
             let mirror = mirror.map_err(|error| failed(&error))?;
-            Ok(Work::Mirror(mirror, request.switch))
+            Ok(Work::Mirror(Box::new(mirror), request.switch))
         };
         self.copy_disk((request.id, request.speed), look, answer);
     }
