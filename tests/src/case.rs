@@ -165,6 +165,9 @@ pub enum Action {
     /// Looks whether the output stands still: the guest writes all the time, but now it
     /// must be silent for so many milliseconds.
     Still(u64),
+    /// Waits until the monitor has ended with 0, and starts another with these arguments, whose braces are as in an [`Ask`]:
+    /// what follows is that one's, and its output goes on behind the first one's.
+    Succeed(Vec<String>),
 }
 
 /// What is said over a socket, and what must be heard.

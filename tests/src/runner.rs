@@ -33,6 +33,8 @@ const SOCKET: &str = "api.sock";
 const ANSWER: Duration = Duration::from_secs(30);
 /// How often a request is sent until the answer is as wanted.
 const AGAIN: Duration = Duration::from_millis(50);
+/// A monitor's streams from which something may come.
+const STREAMS: u32 = 2;
 /// How often the output may move before it has to stand still.
 const MOVES: u32 = 3;
 
@@ -77,12 +79,9 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
     let words = Words::prepare(case, locate, directory)?;
     let mut command = words.command(case, locate)?;
     fs::write(directory.join("again"), shell_line(&command))?;
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
     let begin = Instant::now();
-    let child = command.spawn().context("the monitor does not start")?;
+    let child = piped(&mut command).spawn();
+    let child = child.context("the monitor does not start")?;
     let ended = Monitor::attach(child, words)?.watch(case, outcome)?;
     outcome.millis = u64::try_from(begin.elapsed().as_millis())?;
     let Some(End { status, left }) = ended else {
@@ -319,6 +318,8 @@ struct End {
 struct Monitor {
     id: u32,
     stdin: ChildStdin,
+    /// What the threads of the next monitor are given.
+    sender: Sender<Event>,
     events: Receiver<Event>,
     words: Words,
     output: Vec<u8>,
@@ -334,24 +335,13 @@ struct Monitor {
 }
 
 impl Monitor {
-    fn attach(mut child: Child, words: Words) -> Result<Self> {
-        let id = child.id();
-        let stdin = child.stdin.take().context("no pipe")?;
-        let stdout = child.stdout.take().context("no pipe")?;
-        let stderr = child.stderr.take().context("no pipe")?;
+    fn attach(child: Child, words: Words) -> Result<Self> {
         let (sender, events) = channel();
-        let (out, err) = (sender.clone(), sender.clone());
-        thread::spawn(move || forward(stdout, &out, Event::Output));
-        thread::spawn(move || forward(stderr, &err, Event::Errors));
-        thread::spawn(move || {
-            if let Ok(status) = child.wait() {
-                // The receiver is gone when nobody waits for this any more.
-                let _ = sender.send(Event::Exit(status));
-            }
-        });
+        let id = child.id();
         Ok(Self {
             id,
-            stdin,
+            stdin: follow(child, &sender)?,
+            sender,
             events,
             words,
             output: Vec::new(),
@@ -359,7 +349,7 @@ impl Monitor {
             errors: Vec::new(),
             seen: 0,
             status: None,
-            open: 2,
+            open: STREAMS,
             deadline: Instant::now(),
         })
     }
@@ -450,7 +440,29 @@ impl Monitor {
                 look.take(&self.words.directory, &self.words.socket(), deadline)
             }
             Action::Still(millis) => self.stand_still(Duration::from_millis(*millis)),
+            Action::Succeed(args) => self.succeed(args),
         }
+    }
+
+    /// Waits for the end of the monitor and has another one go on in its place.
+    fn succeed(&mut self, args: &[String]) -> Result<()> {
+        let deadline = self.deadline;
+        let end = deadline.min(Instant::now() + ANSWER);
+        while self.status.is_none() || self.open > 0 {
+            ensure!(self.pull(end), "the monitor before does not end");
+        }
+        self.deadline = deadline;
+        let status = self.status.context("no end")?;
+        ensure!(status.success(), "the monitor before ended with {status}");
+        let mut command = Command::new(&self.words.vireo);
+        command.args(args.iter().map(|arg| self.words.fill(arg)));
+        command.current_dir(&self.words.directory);
+        let child = piped(&mut command).spawn()?;
+        self.id = child.id();
+        self.stdin = follow(child, &self.sender)?;
+        self.status = None;
+        self.open = STREAMS;
+        Ok(())
     }
 
     fn run(&mut self, text: &str) -> Result<()> {
@@ -533,6 +545,29 @@ impl Monitor {
         ensure!(status.success(), "kill -s {name} {id} failed");
         Ok(())
     }
+}
+
+/// With pipes for its three streams.
+fn piped(command: &mut Command) -> &mut Command {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.stderr(Stdio::piped())
+}
+
+/// Has threads tell what comes of a monitor. What is typed goes to what this gives.
+fn follow(mut child: Child, events: &Sender<Event>) -> Result<ChildStdin> {
+    let stdin = child.stdin.take().context("no pipe")?;
+    let stdout = child.stdout.take().context("no pipe")?;
+    let stderr = child.stderr.take().context("no pipe")?;
+    let [out, err, end] = [(); 3].map(|()| events.clone());
+    thread::spawn(move || forward(stdout, &out, Event::Output));
+    thread::spawn(move || forward(stderr, &err, Event::Errors));
+    thread::spawn(move || {
+        if let Ok(status) = child.wait() {
+            // The receiver is gone when nobody waits for this any more.
+            let _ = end.send(Event::Exit(status));
+        }
+    });
+    Ok(stdin)
 }
 
 fn forward(mut stream: impl Read, events: &Sender<Event>, event: fn(Vec<u8>) -> Event) {

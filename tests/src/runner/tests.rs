@@ -209,3 +209,28 @@ fn output_that_goes_on_does_not_stand_still() {
         "{complaints:?}"
     );
 }
+
+#[test]
+fn another_monitor_goes_on_with_the_steps_and_the_output_once_the_first_has_done_its_work() {
+    let case = |end: &str| {
+        let again = ["again", "{dir}"].map(str::to_owned).to_vec();
+        guest()
+            .step("name?", Action::Type(format!("{end}\n")))
+            .step("", Action::Succeed(again))
+            .step("name again?", Action::Type("me\n".to_owned()))
+            .lines(["first", "you are me"])
+            .want(Want::Message("second".to_owned()))
+    };
+    let monitor = "if [ $1 = again ]; then cd $2; echo second >&2; echo name again?; read x; echo you are $x; exit; fi
+                   echo name?; read x; echo first; exit $x";
+    let outcome = run_with(monitor, &case("0"));
+    assert_eq!(outcome.verdict, Verdict::Pass, "{outcome:?}");
+    assert_eq!(outcome.output, "name?\nfirst\nname again?\nyou are me\n");
+    let Verdict::Fail(complaints) = run_with(monitor, &case("3")).verdict else {
+        panic!("passed");
+    };
+    assert!(
+        complaints[0].contains("ended with exit status: 3"),
+        "{complaints:?}"
+    );
+}
