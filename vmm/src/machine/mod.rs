@@ -24,7 +24,6 @@ pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
 pub mod loading;
-pub mod manifest;
 pub mod parts;
 pub mod payload;
 mod platform;
@@ -71,6 +70,7 @@ use platform::Platform;
 use resize::{Resizable, Resized};
 use vcpus::Vcpus;
 
+pub use migration::manifest;
 pub use signals::Signals;
 
 /// Why a machine could not be built or driven.
