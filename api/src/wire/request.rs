@@ -79,6 +79,12 @@ pub struct VmSnapshotConfig {
     /// Whether a guest that runs is paused until all is written.
     #[serde(default, skip_serializing_if = "super::device::is_false")]
     pub pause: bool,
+    /// Whether what the guest writes from its instant on is logged, so that it can be a parent.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub track: bool,
+    /// The directory of the snapshot that was tracked last, as `file://` and its path, or as its absolute path: only what has changed since is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
 }
 
 impl VmSnapshotConfig {
@@ -88,6 +94,8 @@ impl VmSnapshotConfig {
         Self {
             destination_url,
             pause: false,
+            track: false,
+            parent: None,
         }
     }
 }

@@ -14,11 +14,13 @@ pub(crate) mod alarm;
 pub mod bay;
 pub(crate) mod beside;
 pub mod build;
+pub mod chain;
 pub mod coredump;
 mod doorbells;
 pub mod driver;
 pub(crate) mod fault;
 pub mod fixtures;
+pub mod flatten;
 mod hosts;
 pub mod hotplug;
 pub mod inbox;
@@ -29,10 +31,12 @@ pub mod payload;
 mod platform;
 pub mod resize;
 pub mod saved;
+pub mod saving;
 mod secrets;
 pub mod signals;
 pub mod snapshot;
 pub mod state;
+pub mod tracking;
 pub mod vcpus;
 
 use std::io;
@@ -68,6 +72,7 @@ use inventory::{Inventory, Item};
 use payload::Payload;
 use platform::Platform;
 use resize::{Resizable, Resized};
+use tracking::Tracking;
 use vcpus::Vcpus;
 
 pub use migration::manifest;
@@ -302,6 +307,8 @@ pub struct Machine {
     debug: Option<kvm_guest_debug>,
     /// Memory that comes and goes.
     plugged: Option<Arc<MemoryView>>,
+    /// What is known of writes to RAM.
+    tracking: Arc<Tracking>,
 }
 
 /// What was to be loaded, and where it is to be entered.
@@ -527,6 +534,11 @@ impl Machine {
     /// RAM as it is now. It stays mapped as long as this is held; what is added later is not in it.
     fn memory_map(&self) -> GuestMap {
         GuestMap::clone(&self.ram.memory().memory())
+    }
+
+    /// What of RAM has been written since a snapshot.
+    fn tracking(&self) -> &Arc<Tracking> {
+        &self.tracking
     }
 
     /// RAM as it can be held still.
