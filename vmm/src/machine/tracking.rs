@@ -46,9 +46,9 @@ pub enum TrackError {
     )]
     Other {
         /// What was to be the parent.
-        asked: Base,
+        asked: Box<Base>,
         /// What there is.
-        is: Base,
+        is: Box<Base>,
     },
     /// It is not what it was.
     #[error("{} cannot be the parent: its manifest has been altered since it was made", asked.directory.display())]
@@ -185,8 +185,8 @@ impl Inner {
         match &self.base {
             None => Err(TrackError::None { asked: asked() }),
             Some(is) if is.id != asked().id => Err(TrackError::Other {
-                asked: asked(),
-                is: is.clone(),
+                asked: Box::new(asked()),
+                is: Box::new(is.clone()),
             }),
             Some(is) if is.checksum != asked().checksum => {
                 Err(TrackError::Altered { asked: asked() })
