@@ -24,6 +24,7 @@
 //! stable. It is not self-describing: the version in the section header is
 //! what tells a reader how to read it.
 
+pub mod manifest;
 pub mod pages;
 mod section;
 mod state;

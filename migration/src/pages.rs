@@ -10,7 +10,9 @@
 //! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, and a
 //!   chunk is the most that is read at once.
 
-mod chunks;
+mod layers;
+mod set;
+mod write;
 
 use std::fs::File;
 use std::io;
@@ -19,10 +21,8 @@ use std::os::unix::fs::FileExt;
 use serde::{Deserialize, Serialize};
 
 use crate::state::{RestoreError, SavedState};
-pub use chunks::ChunkPlace;
-
-mod write;
-
+pub use layers::{ChunkPlace, Layer, LayerError, Layers, Painting};
+pub use set::PageSet;
 pub use write::PageWriter;
 
 /// The page that runs are counted in, in bytes.
@@ -189,7 +189,21 @@ impl PageIndex {
         ram: &dyn Ram,
         step: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Self, PagesError> {
-        let mut writer = PageWriter::new(&ram.ranges());
+        Self::write_since(file, ram, None, step)
+    }
+
+    /// As [`PageIndex::write`], of the pages of `changed` alone, if it is given: a parent has all others.
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`]; the file is then of no use.
+    pub fn write_since(
+        file: &File,
+        ram: &dyn Ram,
+        changed: Option<PageSet>,
+        step: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Self, PagesError> {
+        let mut writer = PageWriter::new(&ram.ranges()).since(changed);
         let mut done = 0_u64;
         for index in 0..writer.count() {
             if !step(done) {
@@ -313,8 +327,18 @@ impl PageIndex {
     /// How many bytes have been written.
     #[must_use]
     pub fn data(&self) -> u64 {
+        self.sum(|chunk| &chunk.runs)
+    }
+
+    /// How many bytes are left to the parent.
+    #[must_use]
+    pub fn kept(&self) -> u64 {
+        self.sum(|chunk| &chunk.kept)
+    }
+
+    fn sum(&self, runs: impl Fn(&Chunk) -> &Vec<Run>) -> u64 {
         let chunks = self.regions.iter().flat_map(|region| &region.chunks);
-        let runs = chunks.flat_map(|chunk| &chunk.runs);
+        let runs = chunks.flat_map(runs);
         runs.map(|run| u64::from(run.count).saturating_mul(PAGE))
             .sum()
     }

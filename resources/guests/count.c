@@ -2,6 +2,9 @@
  * count: counts in memory for ever, at CPL 3, and tells on request how far it
  * is and whether all of its memory says so. For snapshots and migrations: what
  * it tells after one is right only if every page has come along.
+ *
+ * 'c' asks how far it is, 't' the same without a look at memory. 'h' has it hold, or count on; while it holds, each 's'
+ * is STEPS more. 'q' ends it.
  */
 #include "runtime.h"
 
@@ -10,6 +13,8 @@
 #define LSR_DATA 1
 /* Rounds between looks at the serial port, which are dear at CPL 3. */
 #define LOOK 50000
+/* How far a step goes. */
+#define STEPS 100
 
 static uint64_t pages;
 static uint8_t *memory;
@@ -37,20 +42,37 @@ static uint64_t wrong_pages(void)
     return wrong;
 }
 
+static void step(unsigned rounds)
+{
+    for (unsigned round = 0; round < rounds; round++) {
+        uint64_t next = counter + 1;
+
+        *word_of(next % pages) = next;
+        counter = next;
+    }
+}
+
 static void count(void)
 {
-    for (;;) {
-        for (unsigned round = 0; round < LOOK; round++) {
-            uint64_t next = counter + 1;
+    bool held = false;
 
-            *word_of(next % pages) = next;
-            counter = next;
-        }
+    for (;;) {
+        if (!held)
+            step(LOOK);
         if (!(inb(COM1 + 5) & LSR_DATA))
             continue;
         switch (inb(COM1)) {
         case 'c':
             print("count=%lu wrong=%lu answer=%u\n", counter, wrong_pages(), ++answers);
+            break;
+        case 't':
+            print("at=%lu\n", counter);
+            break;
+        case 'h':
+            held = !held;
+            break;
+        case 's':
+            step(STEPS);
             break;
         case 'q':
             return;

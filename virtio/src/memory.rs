@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard,
+    GuestMemoryMmap, GuestMemoryRegion,
+};
 
 /// One consistent view of the guest's memory.
 pub type GuestMap = GuestMemoryMmap<DirtyLog>;
@@ -185,6 +188,13 @@ impl DirtyLog {
         let page = offset >> PAGE_SHIFT;
         let word = self.0.words.get().and_then(|w| w.get(page / 64));
         word.is_some_and(|w| w.load(Ordering::SeqCst) >> (page % 64) & 1 == 1)
+    }
+}
+
+/// Has all of memory count as written by a device, for those that do not tell what they write.
+pub fn mark_all(view: &GuestMap) {
+    for region in view.iter() {
+        region.bitmap().mark_dirty(0, region.size());
     }
 }
 

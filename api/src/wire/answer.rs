@@ -255,6 +255,9 @@ pub struct SnapshotReport {
     pub total_us: u64,
     /// How many bytes of memory and state were written.
     pub bytes: u64,
+    /// How many pages of memory were written.
+    #[serde(default)]
+    pub pages: u64,
     /// How many pages of memory hold zeros and were not written, or were left out.
     pub zero_pages: u64,
     /// How many pages were left out because the guest does not use them. Absent where that was not asked for.
@@ -263,6 +266,9 @@ pub struct SnapshotReport {
     /// Why none were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub free_pages_reason: Option<String>,
+    /// The id of the snapshot that has all other pages, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
 }
 
 /// Whether the guest runs while its memory is written.

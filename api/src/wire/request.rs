@@ -82,6 +82,12 @@ pub struct VmSnapshotConfig {
     /// Whether what the guest says it does not use is left out, where it runs meanwhile and has a balloon.
     #[serde(default, skip_serializing_if = "super::device::is_false")]
     pub skip_free_pages: bool,
+    /// Whether what the guest writes from its instant on is logged, so that it can be a parent.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub track: bool,
+    /// The directory of the snapshot that was tracked last, as `file://` and its path, or as its absolute path: only what has changed since is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
 }
 
 impl VmSnapshotConfig {
@@ -92,6 +98,8 @@ impl VmSnapshotConfig {
             destination_url,
             pause: false,
             skip_free_pages: false,
+            track: false,
+            parent: None,
         }
     }
 }

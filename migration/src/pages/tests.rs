@@ -4,18 +4,18 @@ use proptest::prelude::*;
 
 use super::*;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
 /// Two ranges of RAM with a hole between them; the second ends within a chunk.
-struct Memory {
-    low: RefCell<Vec<u8>>,
-    high: RefCell<Vec<u8>>,
+pub(super) struct Memory {
+    pub low: RefCell<Vec<u8>>,
+    pub high: RefCell<Vec<u8>>,
 }
 
-const HIGH: u64 = 1 << 32;
+pub(super) const HIGH: u64 = 1 << 32;
 
 impl Memory {
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             low: RefCell::new(vec![0; 4 << 20]),
             high: RefCell::new(vec![0; 3 << 20]),
@@ -224,45 +224,4 @@ proptest! {
         let back = restored(&file, &decoded).unwrap();
         prop_assert!(back.low == memory.low && back.high == memory.high);
     }
-}
-
-#[test]
-fn chunks_are_loaded_in_any_order_and_mapped_pieces_hold_all_that_was_written() {
-    let memory = Memory::new();
-    for (address, byte) in [
-        (0, 1),
-        (5 * PAGE, 2),
-        (HIGH + 2 * MIB, 3),
-        (HIGH + 3 * MIB - 1, 4),
-    ] {
-        memory.write(address, &[byte]).unwrap();
-    }
-    let (file, index) = saved(&memory);
-    let written = index.written();
-    let numbers: Vec<_> = written.iter().map(|chunk| chunk.number).collect();
-    assert_eq!(numbers, [0, 3]);
-    let last = written[1].place;
-    assert_eq!((last.start, last.len), (HIGH + 2 * MIB, MIB));
-    let mut buffer = vec![0; CHUNK_LEN];
-    assert_eq!(
-        index.load(3, &file, &mut buffer).unwrap(),
-        [0..4096, 255 * 4096..256 * 4096]
-    );
-    assert_eq!((buffer[0], buffer[(1 << 20) - 1]), (3, 4));
-    let pages = index.load(0, &file, &mut buffer).unwrap();
-    assert_eq!(pages, [0..4096, 5 * 4096..6 * 4096]);
-    let pieces = index.filled(9);
-    assert_eq!(
-        pieces,
-        written.iter().map(|chunk| chunk.place).collect::<Vec<_>>()
-    );
-    assert_eq!(index.filled(1), index.placed().collect::<Vec<_>>());
-    file.write_all_at(&[9], written[1].place.offset).unwrap();
-    let error = index.load(3, &file, &mut buffer).unwrap_err();
-    assert!(matches!(error, PagesError::Checksum { address, .. } if address == last.start));
-    file.set_len(PAGE).unwrap();
-    assert!(matches!(
-        index.load(0, &file, &mut buffer),
-        Err(PagesError::Read { .. })
-    ));
 }

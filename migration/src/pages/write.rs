@@ -1,8 +1,10 @@
 //! Writing guest memory to a file, chunk by chunk in any order.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use super::set::{Mask, PageSet};
 use super::{
     CHUNK_PAGES, Chunk, PAGE_LEN, PageIndex, PagesError, Placed, Ram, Region, Run, chunks_of, place,
 };
@@ -19,6 +21,8 @@ pub struct PageWriter {
     places: Vec<(u64, u64, usize)>,
     chunks: Vec<Option<Chunk>>,
     buffer: Vec<u8>,
+    /// What has changed since the parent was taken, where there is one.
+    since: Option<PageSet>,
 }
 
 impl PageWriter {
@@ -40,13 +44,38 @@ impl PageWriter {
             chunks: vec![None; places.len()],
             places,
             buffer: vec![0; BATCH * PAGE_LEN],
+            since: None,
         }
+    }
+
+    /// Only the pages of `changed` are written, if it is given: all others are as a parent has them. What need not be written at all is
+    /// done.
+    #[must_use]
+    pub fn since(mut self, changed: Option<PageSet>) -> Self {
+        let Some(changed) = changed else {
+            return self;
+        };
+        for (index, (to, (.., len))) in self.chunks.iter_mut().zip(&self.places).enumerate() {
+            if changed.of_chunk(index).is_empty() {
+                *to = Some(kept(*len));
+            }
+        }
+        self.since = Some(changed);
+        self
     }
 
     /// How many chunks there are.
     #[must_use]
     pub fn count(&self) -> usize {
         self.places.len()
+    }
+
+    /// How many bytes of RAM need not be written, or have been.
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        let chunks = self.chunks.iter().zip(&self.places);
+        let done = chunks.filter(|(chunk, _)| chunk.is_some());
+        done.map(|(_, (.., len))| *len as u64).sum()
     }
 
     /// Writes the pages of a chunk of `ram` that are not zeros: how many bytes of RAM that is. The chunk does not change meanwhile.
@@ -64,8 +93,48 @@ impl PageWriter {
         let (Some(place), Some(to)) = (self.places.get(index), self.chunks.get_mut(index)) else {
             return Ok(None);
         };
-        *to = Some(write_chunk(file, ram, *place, &mut self.buffer)?);
+        let since = self.since.as_ref().map(|pages| pages.of_chunk(index));
+        *to = Some(write_chunk(file, ram, (*place, since), &mut self.buffer)?);
         Ok(Some(place.2 as u64))
+    }
+
+    /// Writes the pages of a chunk that are not zeros from `content`, which is as long as a chunk: those that lie in `there`, ranges of whole pages. All others are
+    /// zeros. Nothing happens when there is no such chunk.
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`]; the file is then of no use.
+    pub fn put(
+        &mut self,
+        index: usize,
+        file: &File,
+        content: &[u8],
+        there: &[Range<usize>],
+    ) -> Result<(), PagesError> {
+        let (Some((_, offset, _)), Some(to)) = (self.places.get(index), self.chunks.get_mut(index))
+        else {
+            return Ok(());
+        };
+        let mut chunk = Chunk::default();
+        for (page, bytes) in (0_u16..).zip(content.chunks(PAGE_LEN)) {
+            let at = usize::from(page).saturating_mul(PAGE_LEN);
+            let is_there = there.iter().any(|range| range.contains(&at));
+            if is_there && ZEROS.get(..bytes.len()) != Some(bytes) {
+                add(&mut chunk.runs, page);
+            }
+        }
+        let mut hasher = crc32fast::Hasher::new();
+        for run in &chunk.runs {
+            let range = run.bytes();
+            let offset = offset.saturating_add(range.start as u64);
+            let bytes = content.get(range).unwrap_or_default();
+            file.write_all_at(bytes, offset)
+                .map_err(|source| PagesError::Write { offset, source })?;
+            hasher.update(bytes);
+        }
+        chunk.crc = hasher.finalize();
+        *to = Some(chunk);
+        Ok(())
     }
 
     /// What `file` holds, when every chunk has been written; `None` when one has not. The file is not synced.
@@ -95,8 +164,17 @@ impl PageWriter {
     }
 }
 
+/// A chunk of `len` bytes that is as the parent has it.
+fn kept(len: usize) -> Chunk {
+    let count = u16::try_from(len.div_ceil(PAGE_LEN)).unwrap_or(CHUNK_PAGES);
+    Chunk {
+        kept: vec![Run { first: 0, count }],
+        ..Chunk::default()
+    }
+}
+
 /// Adds a page to runs, after all that are there.
-fn add(runs: &mut Vec<Run>, page: u16) {
+pub(super) fn add(runs: &mut Vec<Run>, page: u16) {
     match runs.last_mut() {
         Some(run) if run.first.saturating_add(run.count) == page => run.count += 1,
         _ => runs.push(Run {
@@ -106,11 +184,11 @@ fn add(runs: &mut Vec<Run>, page: u16) {
     }
 }
 
-/// Writes the pages of a chunk that are not zeros.
+/// Writes the pages of a chunk that are not zeros: all, or those of `since` alone.
 fn write_chunk(
     file: &File,
     ram: &dyn Ram,
-    (address, offset, len): (u64, u64, usize),
+    ((address, offset, len), since): ((u64, u64, usize), Option<Mask>),
     buffer: &mut [u8],
 ) -> Result<Chunk, PagesError> {
     let mut chunk = Chunk::default();
@@ -119,6 +197,12 @@ fn write_chunk(
     let pages = len.div_ceil(PAGE_LEN);
     let known = absent.get_mut(..pages).unwrap_or_default();
     ram.absent(address, known);
+    if let Some(since) = since {
+        chunk.kept = Mask::first(pages).without(&since).runs();
+        for (page, absent) in (0..).zip(known.iter_mut()) {
+            *absent |= !since.holds(page);
+        }
+    }
     for (batch, known) in known.chunks(BATCH).enumerate() {
         if known.iter().all(|absent| *absent) {
             continue;

@@ -6,6 +6,7 @@
 pub mod baseline;
 pub mod cpuid;
 pub mod irq;
+pub mod log;
 pub mod stats;
 pub mod vcpu;
 
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::capability::{CAPABILITIES, Capability};
 use crate::layout;
 use crate::memory::RamSlot;
+use log::KvmLog;
 
 /// Why KVM did not do what the machine needs.
 #[derive(Debug, thiserror::Error)]
@@ -152,7 +154,9 @@ impl Hypervisor {
                 other => break other.map_err(KvmError::call("KVM_CREATE_VM"))?,
             }
         };
-        Ok(Vm { fd: Arc::new(fd) })
+        let fd = Arc::new(fd);
+        let log = KvmLog::new(&fd);
+        Ok(Vm { fd, log })
     }
 }
 
@@ -160,6 +164,7 @@ impl Hypervisor {
 /// are called in the order in which they stand here.
 pub struct Vm {
     fd: Arc<VmFd>,
+    log: KvmLog,
 }
 
 /// The state of the in-kernel interrupt controllers outside the vCPUs.
@@ -221,6 +226,12 @@ impl Vm {
     #[must_use]
     pub fn fd(&self) -> &Arc<VmFd> {
         &self.fd
+    }
+
+    /// The log of pages that are written.
+    #[must_use]
+    pub fn log(&self) -> &KvmLog {
+        &self.log
     }
 
     /// What `KVM_SET_GUEST_DEBUG` offers, as `KVM_GUESTDBG_*` bits. Kernels

@@ -31,6 +31,7 @@ use super::parts::{Parts, ReadFiles};
 use super::platform::{Platform, Wiring};
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::saved::{Saved, SavedState};
+use super::tracking::Tracking;
 use super::vcpus::{OnStop, StopFlag, Vcpus};
 use super::{Machine, MachineError, PowerOn};
 use crate::acpi::{AcpiConfig, AcpiImage, Processor, Window};
@@ -213,6 +214,7 @@ pub fn finish(
     show(&devices.platform, &devices.virtio, consoles);
     let (entry, saved) = start.split();
     let machine = Machine {
+        tracking: Tracking::new(ram.tracker(Box::new(vm.log().clone()))),
         vcpus,
         vm,
         ram,

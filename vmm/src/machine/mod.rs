@@ -14,26 +14,29 @@ pub(crate) mod alarm;
 pub mod bay;
 pub(crate) mod beside;
 pub mod build;
+pub mod chain;
 pub mod coredump;
 mod doorbells;
 pub mod driver;
 pub(crate) mod fault;
 pub mod fixtures;
+pub mod flatten;
 mod hosts;
 pub mod hotplug;
 pub mod inbox;
 pub mod inventory;
 pub mod loading;
-pub mod manifest;
 pub mod parts;
 pub mod payload;
 mod platform;
 pub mod resize;
 pub mod saved;
+pub mod saving;
 mod secrets;
 pub mod signals;
 pub mod snapshot;
 pub mod state;
+pub mod tracking;
 pub mod vcpus;
 
 use std::io;
@@ -69,8 +72,10 @@ use inventory::{Inventory, Item};
 use payload::Payload;
 use platform::Platform;
 use resize::{Resizable, Resized};
+use tracking::Tracking;
 use vcpus::Vcpus;
 
+pub use migration::manifest;
 pub use signals::Signals;
 
 /// Why a machine could not be built or driven.
@@ -304,6 +309,8 @@ pub struct Machine {
     debug: Option<kvm_guest_debug>,
     /// Memory that comes and goes.
     plugged: Option<Arc<MemoryView>>,
+    /// What is known of writes to RAM.
+    tracking: Arc<Tracking>,
 }
 
 /// What was to be loaded, and where it is to be entered.
@@ -535,6 +542,11 @@ impl Machine {
     /// RAM as it is now. It stays mapped as long as this is held; what is added later is not in it.
     fn memory_map(&self) -> GuestMap {
         GuestMap::clone(&self.ram.memory().memory())
+    }
+
+    /// What of RAM has been written since a snapshot.
+    fn tracking(&self) -> &Arc<Tracking> {
+        &self.tracking
     }
 
     /// RAM as it can be held still.

@@ -371,7 +371,7 @@ impl Placed<'_> {
             device: "--display".to_owned(),
             source,
         };
-        let memory = VideoRam::new(self.wiring.vm.fd(), config.memory);
+        let memory = VideoRam::new(self.wiring.vm, config.memory);
         let memory = memory.map_err(|error| failed(error.into()))?;
         let adapter = Adapter::new(Arc::new(memory), config.width, config.height)
             .map_err(|error| failed(error.into()))?;

@@ -1,20 +1,21 @@
 //! A snapshot that is opened, to build its machine from it.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
 use api::wire::MemoryRestoreMode;
 use api::{ControlError, ErrorKind};
-use migration::pages::{PagesError, Ram};
-use migration::{RestoreError, SectionSet};
+use migration::pages::{LayerError, Layers, PageIndex, PagesError, Ram};
+use migration::{RestoreError, SavedState as _, SectionSet};
 use serde::Serialize;
+use serde_json::Value;
 use virtio::memory::GuestMap;
 use virtio::models::MODELS;
 
+use super::chain::{self, ChainError, Link};
 use super::fault;
-use super::snapshot::{SnapshotRam, take_index};
+use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
+use super::snapshot::SnapshotRam;
 use crate::config::restored::Renewal;
 use crate::config::{HostLimits, VmConfig};
 use crate::error::chain;
@@ -24,7 +25,7 @@ use crate::memory::restored::{Excluded, Restored, choose};
 use crate::opener::{OpenError, Opener};
 
 /// The most bytes of state that are read. A vCPU's is 8 KiB, a device's less, but for the screen's memory.
-const STATE: u64 = 512 << 20;
+pub(super) const STATE: u64 = 512 << 20;
 
 /// Why a machine is not as its snapshot says.
 #[derive(Debug, thiserror::Error)]
@@ -86,14 +87,9 @@ pub enum RestoreFailure {
     /// Memory cannot be read when the guest touches it.
     #[error("memory_restore_mode=ondemand")]
     Demand(#[source] DemandError),
-    /// Some of its memory is in another snapshot.
-    #[error("{} holds only what has changed since the snapshot in {parent}: this release restores whole ones", path.display())]
-    Parent {
-        /// The manifest.
-        path: PathBuf,
-        /// The parent's directory, as the manifest has it.
-        parent: String,
-    },
+    /// The snapshots that it needs are not there.
+    #[error(transparent)]
+    Chain(ChainError),
     /// Memory is refused.
     #[error("{}", path.display())]
     Memory {
@@ -106,12 +102,21 @@ pub enum RestoreFailure {
 }
 
 impl RestoreFailure {
+    /// Memory is refused.
+    #[must_use]
+    pub fn memory(LayerError { path, source }: LayerError) -> Self {
+        Self::Memory { path, source }
+    }
+
     /// The same for those who asked over the control interface.
     #[must_use]
     pub fn to_control(&self) -> ControlError {
         let kind = match self {
             Self::Open { source, .. } => fault::of(source),
             Self::Nothing { .. } => ErrorKind::NotFound,
+            Self::Chain(ChainError::Missing { source, .. }) => {
+                return ControlError::from_error(source.to_control().kind, self);
+            }
             _ => ErrorKind::Invalid,
         };
         ControlError::from_error(kind, self)
@@ -130,29 +135,46 @@ pub struct Saved {
     id: String,
     /// The description of its machine.
     pub config: VmConfig,
+    /// The same as its manifest has it.
+    described: Value,
     set: SectionSet,
-    memory: (PathBuf, File, u64),
+    memory: Layers,
     /// How it is asked to come back.
     way: RestoreWay,
+}
+
+/// All that a snapshot, with those that it needs, is made of.
+pub struct Whole {
+    /// The machine's description, as a manifest has it.
+    pub config: Value,
+    /// Memory.
+    pub memory: Layers,
+    /// All else, in sections.
+    pub set: SectionSet,
 }
 
 /// What has been compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Verified {
+    /// How many snapshots it is made of: itself, and those that it needs.
+    pub snapshots: usize,
     /// Sections of state.
     pub sections: usize,
     /// Bytes of guest memory.
     pub memory: u64,
-    /// Bytes of it that are not zeros, which have been read.
+    /// Bytes that are not zeros, which have been read: of all the snapshots together.
     pub data: u64,
 }
 
-/// Reads the manifest in `directory`. It is not trusted.
+/// Reads the manifest in `directory`, and gives its bytes, too. It is not trusted.
 ///
 /// # Errors
 ///
 /// [`RestoreFailure`].
-pub fn read_manifest(directory: &Path, opener: &Opener) -> Result<Manifest, RestoreFailure> {
+pub fn read_manifest(
+    directory: &Path,
+    opener: &Opener,
+) -> Result<(Manifest, Vec<u8>), RestoreFailure> {
     let path = directory.join(NAME);
     let bytes = match opener.read_document(&path, LIMIT) {
         Err(OpenError::System { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
@@ -164,8 +186,10 @@ pub fn read_manifest(directory: &Path, opener: &Opener) -> Result<Manifest, Rest
             source,
         })?,
     };
-    Manifest::parse(&bytes, machine_type())
-        .map_err(|source| RestoreFailure::Manifest { path, source })
+    match Manifest::parse(&bytes, machine_type()) {
+        Ok(manifest) => Ok((manifest, bytes)),
+        Err(source) => Err(RestoreFailure::Manifest { path, source }),
+    }
 }
 
 /// How a machine is to come out of its snapshot.
@@ -183,27 +207,38 @@ pub struct RestoreWay {
 const PIECES: usize = 1024;
 
 impl Saved {
-    /// Compares every checksum of the snapshot's memory with its pages; those of its state have been compared. `step` hears how
-    /// many bytes of memory have been gone through, and says whether to go on.
+    /// Compares every checksum of the snapshot's memory with its pages, and those of the snapshots that it needs; those of their state have been
+    /// compared. `step` hears how many bytes of memory have been gone through, of [`Saved::all_memory`], and says whether to go on.
     ///
     /// # Errors
     ///
     /// [`RestoreFailure`].
-    pub fn verify(mut self, step: &mut dyn FnMut(u64) -> bool) -> Result<Verified, RestoreFailure> {
-        let (path, file, len) = self.memory;
-        let ranges = ram_ranges(self.config.memory.size);
-        let index = take_index(&mut self.set, &ranges, len).map_err(|source| {
-            let path = self.directory;
-            RestoreFailure::State { path, source }
-        })?;
-        index
-            .read(&file, &mut |_, _| Ok(()), step)
-            .map_err(|source| RestoreFailure::Memory { path, source })?;
+    pub fn verify(self, step: &mut dyn FnMut(u64) -> bool) -> Result<Verified, RestoreFailure> {
+        self.memory.verify(step).map_err(RestoreFailure::memory)?;
+        let layers = self.memory.layers();
         Ok(Verified {
+            snapshots: layers.len(),
             sections: self.set.sections().len().saturating_add(1),
-            memory: index.total(),
-            data: index.data(),
+            memory: self.memory.total(),
+            data: layers.iter().map(|layer| layer.index.data()).sum(),
         })
+    }
+
+    /// The bytes of memory as often as there are snapshots of it.
+    #[must_use]
+    pub fn all_memory(&self) -> u64 {
+        let count = self.memory.layers().len() as u64;
+        self.memory.total().saturating_mul(count)
+    }
+
+    /// All that it is made of.
+    #[must_use]
+    pub fn into_whole(self) -> Whole {
+        Whole {
+            config: self.described,
+            memory: self.memory,
+            set: self.set,
+        }
     }
 
     /// The machine is to come back so, and not as is best.
@@ -234,18 +269,14 @@ impl Saved {
     ///
     /// [`RestoreFailure`].
     pub fn open(directory: &Path, opener: &Opener) -> Result<Self, RestoreFailure> {
-        let failed = |source| RestoreFailure::Open {
-            directory: directory.to_owned(),
-            source,
-        };
         let path = directory.join(NAME);
-        let manifest = read_manifest(directory, opener)?;
-        if let Some(parent) = manifest.parent {
-            let parent = parent.directory;
-            return Err(RestoreFailure::Parent { path, parent });
-        }
+        let links = chain::follow(directory, opener)?;
+        let Some(Link { manifest, .. }) = links.first() else {
+            let directory = directory.to_owned();
+            return Err(RestoreFailure::Nothing { directory });
+        };
         let refused = |reason: String| RestoreFailure::Config { path, reason };
-        let config: Result<VmConfig, _> = serde_json::from_value(manifest.config);
+        let config: Result<VmConfig, _> = serde_json::from_value(manifest.config.clone());
         let config = config.map_err(|error| error.to_string());
         let config = config.and_then(|mut config| {
             config.complete(MODELS);
@@ -253,26 +284,20 @@ impl Saved {
             valid.map(|()| config).map_err(|error| chain(&error))
         });
         let config = config.map_err(refused)?;
-        let state = directory.join(&manifest.state.file);
-        let bytes = opener.read_document(&state, STATE).map_err(failed)?;
-        check_length(&state, bytes.len() as u64, manifest.state.bytes)?;
-        let set = SectionSet::from_bytes(&bytes).map_err(|source| RestoreFailure::State {
-            path: state,
-            source,
-        })?;
-        let memory = directory.join(&manifest.memory.file);
-        let file = opener.open_input(&memory).map_err(failed)?;
-        let facts = file.metadata().map_err(|source| RestoreFailure::Memory {
-            path: memory.clone(),
-            source: PagesError::Read { offset: 0, source },
-        })?;
-        check_length(&memory, facts.len(), manifest.memory.bytes)?;
+        let (id, described) = (manifest.id.clone(), manifest.config.clone());
+        let mut set = match links.first() {
+            Some(link) => chain::read_state(link, opener)?,
+            None => SectionSet::default(),
+        };
+        let ranges = ram_ranges(config.memory.size);
+        let memory = chain::open_memory(&links, &mut set, &ranges, opener)?;
         Ok(Self {
             directory: directory.to_owned(),
-            id: manifest.id,
+            id,
             config,
+            described,
             set,
-            memory: (memory, file, facts.len()),
+            memory,
             way: RestoreWay::default(),
         })
     }
@@ -292,49 +317,50 @@ impl Saved {
     ) -> Result<SavedState, RestoreFailure> {
         let Self {
             directory,
-            mut set,
-            memory: (path, file, len),
+            set,
+            memory,
             id,
             way,
             ..
         } = self;
         let ram = SnapshotRam::new(GuestMap::clone(ram), false);
-        let index = take_index(&mut set, &ram.ranges(), len).map_err(|source| {
-            let path = directory.clone();
-            RestoreFailure::State { path, source }
+        check_ranges(&memory, &ram.ranges()).map_err(|source| RestoreFailure::State {
+            path: directory.clone(),
+            source,
         })?;
-        let filled = match mode {
-            MemoryRestoreMode::Mmap => restored
-                .map((&path, file, len), &index.filled(PIECES))
-                .map_err(|(address, source)| PagesError::Memory { address, source }),
+        let newest = memory.layers().first().map(|layer| layer.path.clone());
+        let path = newest.unwrap_or_default();
+        let mut take = |address, bytes: &[u8]| ram.write(address, bytes);
+        let refused = |(address, source)| RestoreFailure::Memory {
+            path: path.clone(),
+            source: PagesError::Memory { address, source },
+        };
+        match mode {
+            MemoryRestoreMode::Mmap => {
+                let painting = memory.paint(PIECES);
+                let mapped = restored.map(&memory, &painting.mapped);
+                mapped.map_err(refused)?;
+                let copied = memory.copy(&painting, &mut take, &mut || needed());
+                copied.map_err(RestoreFailure::memory)?;
+            }
             MemoryRestoreMode::OnDemand => {
                 let working = WorkingSet::of(&directory, &id, opener);
-                let begun = restored.on_demand((&path, file), index, working);
+                let begun = restored.on_demand(memory, working);
                 begun.map_err(RestoreFailure::Demand)?;
-                Ok(())
             }
             MemoryRestoreMode::Copy => {
-                let mut take = |address, bytes: &[u8]| ram.write(address, bytes);
-                let read = index.read(&file, &mut take, &mut |_| needed());
-                let read = read.and_then(|()| {
-                    let there = if way.prefault {
-                        restored.populate()
-                    } else {
-                        Ok(())
-                    };
-                    there.map_err(|(address, source)| PagesError::Memory { address, source })
-                });
-                read.inspect(|()| restored.copied(&path))
+                let read = memory.read(&mut take, &mut |_| needed());
+                read.map_err(RestoreFailure::memory)?;
+                if way.prefault {
+                    restored.populate().map_err(refused)?;
+                }
+                restored.copied(&path);
             }
-        };
-        filled
-            .and_then(|()| {
-                own.iter().try_for_each(|&(address, bytes)| {
-                    let written = ram.write(address, bytes);
-                    written.map_err(|source| PagesError::Memory { address, source })
-                })
-            })
-            .map_err(|source| RestoreFailure::Memory { path, source })?;
+        }
+        for &(address, bytes) in own {
+            let written = ram.write(address, bytes);
+            written.map_err(|source| refused((address, source)))?;
+        }
         let renewal = way.renewal;
         Ok(SavedState {
             directory,
@@ -342,6 +368,17 @@ impl Saved {
             renewal,
         })
     }
+}
+
+/// That the machine has the memory that its snapshot is of.
+fn check_ranges(memory: &Layers, ranges: &[(u64, u64)]) -> Result<(), RestoreError> {
+    if memory.ranges() == ranges {
+        return Ok(());
+    }
+    Err(RestoreError::Invalid {
+        schema: PageIndex::SCHEMA,
+        reason: "the machine has other memory".to_owned(),
+    })
 }
 
 /// What of a snapshot is not memory.
@@ -366,15 +403,4 @@ impl SavedState {
     pub fn into_parts(self) -> (PathBuf, SectionSet, Renewal) {
         (self.directory, self.set, self.renewal)
     }
-}
-
-fn check_length(path: &Path, found: u64, stated: u64) -> Result<(), RestoreFailure> {
-    if found == stated {
-        return Ok(());
-    }
-    Err(RestoreFailure::Length {
-        path: path.to_owned(),
-        found,
-        stated,
-    })
 }

@@ -155,12 +155,6 @@ pub fn take_index(
     }
     let index: PageIndex = section.decode()?;
     index.check(ranges, file_len)?;
-    if !index.is_whole() {
-        return Err(RestoreError::Invalid {
-            schema: PageIndex::SCHEMA,
-            reason: "it leaves pages to a parent, and there is none".to_owned(),
-        });
-    }
     Ok(index)
 }
 

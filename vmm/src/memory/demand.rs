@@ -10,7 +10,6 @@
 //! * When that thread ends early, nobody waits, and what has not been read is lost memory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
@@ -20,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::pages::{CHUNK, PageIndex};
+use migration::pages::{CHUNK, Layers};
 use migration::{RestoreError, SavedState, Section, SectionSet};
 use serde::{Deserialize, Serialize};
 
@@ -161,8 +160,7 @@ struct Chunks {
 /// Memory that is being read. Dropped when nobody has the memory any more.
 pub struct Demand {
     fault: UserFault,
-    index: PageIndex,
-    file: File,
+    layers: Layers,
     chunks: Mutex<Chunks>,
     /// Bytes that are not there yet.
     left: AtomicU64,
@@ -183,14 +181,14 @@ pub(super) struct Piece {
 }
 
 impl Demand {
-    /// Has `pieces` of `mappings` be read from `file` as `index` says, once it is started ([`Demand::start`]). Where they make
+    /// Has `pieces` of `mappings` be read from `layers`, once it is started ([`Demand::start`]). Where they make
     /// more than `runs` runs, who touches what lies between them waits too.
     ///
     /// # Errors
     ///
     /// [`DemandError`]: the host gives no userfaultfd, or none for this memory.
     pub(super) fn new(
-        (index, file): (PageIndex, File),
+        layers: Layers,
         pieces: &[Piece],
         mappings: Vec<Arc<Mapping>>,
         (opener, runs): (&Opener, usize),
@@ -212,8 +210,7 @@ impl Demand {
         let buffer = vec![0; usize::try_from(CHUNK).unwrap_or(0)];
         Ok(Arc::new(Self {
             fault,
-            index,
-            file,
+            layers,
             chunks: Mutex::new(Chunks { all, left, buffer }),
             left: AtomicU64::new(left),
             reason: Mutex::new(None),
@@ -349,7 +346,7 @@ impl Demand {
         let Wanted {
             number, host, len, ..
         } = chunk;
-        let read = self.index.load(number, &self.file, &mut chunks.buffer);
+        let read = self.layers.load(number, &mut chunks.buffer);
         let pages = read.map_err(|error| chain(&error)).and_then(|pages| {
             let put = self.put(&chunks.buffer, pages, (host, len));
             put.map_err(|error| format!("pages cannot be put into the guest's memory: {error}"))

@@ -10,6 +10,7 @@ use super::still::{Still, Watcher};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::MmapRegion;
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 
 use super::demand::Demand;
@@ -33,6 +34,8 @@ pub struct Mapping {
     overlay: Overlay,
     /// Who holds it still.
     watcher: Watcher,
+    /// What has been given back, while somebody wants to know.
+    given_back: DirtyLog,
 }
 
 #[expect(unsafe_code, reason = "raw addresses are not Send; see the proof")]
@@ -119,6 +122,7 @@ impl Mapping {
                     huge_page,
                     overlay: Overlay::default(),
                     watcher: Watcher::default(),
+                    given_back: DirtyLog::with_len(len),
                 })
             }
             Err(error) => {
@@ -143,6 +147,11 @@ impl Mapping {
         self.watcher.set(still);
     }
 
+    /// Which pages have been given back.
+    pub(super) fn given_back_log(&self) -> &DirtyLog {
+        &self.given_back
+    }
+
     /// Gives `len` bytes from `offset` back to the host, of which there is a copy first where one is made.
     fn give_back(&self, offset: usize, len: usize) -> io::Result<()> {
         let still = self.watcher.get();
@@ -154,6 +163,8 @@ impl Mapping {
         if let Some(still) = &still {
             still.given_back(start, len as u64);
         }
+        // Also where some of it could not be.
+        self.given_back.mark_dirty(offset, len);
         given
     }
 

@@ -3,13 +3,14 @@
 //! [`GuestRam`] maps the guest's RAM, says which KVM slots describe it, and
 //! hands out the [`GuestMemory`] that devices and loaders work through. Each of its regions
 //! knows its [`virtio::memory::Backing`], by which the balloon gives parts of it back. [`still`] holds
-//! it as it is at one instant. Later consumers (dirty tracking, post-copy) belong here as
+//! it as it is at one instant, [`dirty`] knows what has been written. Later consumers (post-copy) belong here as
 //! well, because each of them excludes some of the others.
 //!
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
 //! the host can use huge pages in its nested page tables.
 
 pub mod demand;
+pub mod dirty;
 mod lost;
 mod mapping;
 mod overlay;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::wire::{MemoryRestoreMode, MemoryRestored};
-use migration::pages::{ChunkPlace, PageIndex, Placed};
+use migration::pages::{ChunkPlace, Layers, Placed};
 
 use super::demand::{Demand, DemandError, Piece, RUNS, WorkingSet};
 use super::lost::Bell;
@@ -80,8 +80,30 @@ pub fn choose(
 struct Origin {
     mode: MemoryRestoreMode,
     path: PathBuf,
-    /// The file, and its length in bytes when it was opened, where it still gives bytes.
-    file: Option<(File, u64)>,
+    /// The files that still give bytes, and what they were.
+    files: Vec<Source>,
+}
+
+/// A file that gives bytes.
+struct Source {
+    path: PathBuf,
+    file: File,
+    /// Its length in bytes when it was opened.
+    len: u64,
+}
+
+impl Source {
+    /// The length that it has now, if that is another one.
+    fn cut(&self) -> Option<u64> {
+        let facts = self.file.metadata().ok()?;
+        (facts.len() != self.len).then_some(facts.len())
+    }
+}
+
+/// What memory is said to be of, where it is of several files.
+fn newest(layers: &Layers) -> PathBuf {
+    let newest = layers.layers().first();
+    newest.map(|layer| layer.path.clone()).unwrap_or_default()
 }
 
 /// How memory came from a snapshot. It keeps the mappings that are of the file.
@@ -115,63 +137,63 @@ impl Restored {
         *self.lock() = Some(Origin {
             mode: MemoryRestoreMode::Copy,
             path: path.to_owned(),
-            file: None,
+            files: Vec::new(),
         });
     }
 
-    /// Maps each of `pieces` of `file`, which is at `path` and has `len` bytes, privately in the place of memory.
+    /// Maps `pieces`, each of one of the files of `layers`, privately in the place of memory.
     ///
     /// # Errors
     ///
     /// The guest-physical address of the piece that the host refuses, and why.
-    pub fn map(
-        &self,
-        (path, file, len): (&Path, File, u64),
-        pieces: &[Placed],
-    ) -> Result<(), (u64, io::Error)> {
+    pub fn map(&self, layers: &Layers, pieces: &[(usize, Placed)]) -> Result<(), (u64, io::Error)> {
         for (start, mapping) in &self.mappings {
             let watched = mapping.watch(&self.bell);
             watched.map_err(|error| (*start, error))?;
         }
-        for Placed { start, len, offset } in pieces {
-            let mapped = self.mapping_of(*start).map_or_else(
+        for (layer, Placed { start, len, offset }) in pieces {
+            let found = layers.layers().get(*layer).zip(self.mapping_of(*start));
+            let mapped = found.map_or_else(
                 || Err(io::ErrorKind::InvalidInput.into()),
-                |(mapping, inside)| mapping.map_file(inside, *len, &file, *offset),
+                |(layer, (mapping, inside))| mapping.map_file(inside, *len, &layer.file, *offset),
             );
             mapped.map_err(|error| (*start, error))?;
         }
+        let files = layers.layers().iter().enumerate();
+        let files = files.filter(|(layer, _)| pieces.iter().any(|(of, _)| of == layer));
+        let files = files.map(|(_, layer)| {
+            let file = layer.file.try_clone()?;
+            let len = file.metadata()?.len();
+            let path = layer.path.clone();
+            Ok(Source { path, file, len })
+        });
+        let files: io::Result<Vec<Source>> = files.collect();
         *self.lock() = Some(Origin {
             mode: MemoryRestoreMode::Mmap,
-            path: path.to_owned(),
-            file: Some((file, len)),
+            path: newest(layers),
+            files: files.map_err(|error| (0, error))?,
         });
         Ok(())
     }
 
-    /// Has memory be read from `file`, which is at `path`, as `index` says, when somebody touches it.
+    /// Has memory be read from `layers` when somebody touches it.
     ///
     /// # Errors
     ///
     /// [`DemandError`]: the host gives no userfaultfd, or none for this memory.
-    pub fn on_demand(
-        &self,
-        (path, file): (&Path, File),
-        index: PageIndex,
-        working: WorkingSet,
-    ) -> Result<(), DemandError> {
-        let demand = self.prepare((path, file), index, (&working.opener, RUNS))?;
+    pub fn on_demand(&self, layers: Layers, working: WorkingSet) -> Result<(), DemandError> {
+        let demand = self.prepare(layers, (&working.opener, RUNS))?;
         Ok(demand.start(working)?)
     }
 
     /// As [`Restored::on_demand`], but nobody reads yet. Of what is read up to `runs` runs are watched by themselves.
     pub(super) fn prepare(
         &self,
-        (path, file): (&Path, File),
-        index: PageIndex,
+        layers: Layers,
         (opener, runs): (&Opener, usize),
     ) -> Result<Arc<Demand>, DemandError> {
         let mut pieces = Vec::new();
-        for ChunkPlace { number, place } in index.written() {
+        for ChunkPlace { number, place } in layers.written() {
             let (mapping, inside) = self
                 .mapping_of(place.start)
                 .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -185,13 +207,14 @@ impl Restored {
             mapping.watch(&self.bell)?;
         }
         let mappings: Vec<_> = self.mappings.iter().map(|(_, m)| Arc::clone(m)).collect();
-        let demand = Demand::new((index, file), &pieces, mappings, (opener, runs))?;
+        let path = newest(&layers);
+        let demand = Demand::new(layers, &pieces, mappings, (opener, runs))?;
         self.mappings.iter().for_each(|(_, m)| m.read_by(&demand));
         *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&demand));
         *self.lock() = Some(Origin {
             mode: MemoryRestoreMode::OnDemand,
-            path: path.to_owned(),
-            file: None,
+            path,
+            files: Vec::new(),
         });
         Ok(demand)
     }
@@ -247,12 +270,12 @@ impl Restored {
             .any(|(_, mapping)| mapping.lost().is_some())
     }
 
-    /// Whether the file that still gives bytes has not the length that it had.
+    /// Whether a file that still gives bytes has not the length that it had.
     #[must_use]
     pub fn is_cut(&self) -> bool {
         let origin = self.lock();
-        let file = origin.as_ref().and_then(|origin| origin.file.as_ref());
-        file.is_some_and(|(file, len)| file.metadata().is_ok_and(|facts| facts.len() != *len))
+        let mut files = origin.iter().flat_map(|origin| &origin.files);
+        files.any(|file| file.cut().is_some())
     }
 
     /// What is wrong with the file.
@@ -262,18 +285,26 @@ impl Restored {
             return reason;
         }
         let origin = self.lock();
-        let Some(Origin { path, file, .. }) = origin.as_ref() else {
+        let Some(Origin { path, files, .. }) = origin.as_ref() else {
             return "the host does not give the guest's memory".to_owned();
         };
-        let path = path.display();
-        let now = file.as_ref().map(|(file, len)| (file.metadata(), *len));
-        match now {
-            Some((Ok(facts), len)) if facts.len() != len => {
-                format!("{path} has {} bytes, not {len} as before", facts.len())
+        for Source { path, file, len } in files {
+            let path = path.display();
+            match file.metadata() {
+                Ok(facts) if facts.len() != *len => {
+                    return format!("{path} has {} bytes, not {len} as before", facts.len());
+                }
+                Err(error) => return format!("{path}: {error}"),
+                Ok(_) => (),
             }
-            Some((Err(error), _)) => format!("{path}: {error}"),
-            _ => format!("the storage of {path} does not give its bytes any more"),
         }
+        let path = path.display();
+        let others = if files.len() > 1 {
+            " or of those that it needs"
+        } else {
+            ""
+        };
+        format!("the storage of {path}{others} does not give its bytes any more")
     }
 
     /// Memory has been cleared: nothing is of the snapshot any more.

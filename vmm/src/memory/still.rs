@@ -186,6 +186,21 @@ impl Still {
     ///
     /// [`StillError`]; nothing is protected then.
     pub fn begin(ram: RamParts, opener: &Opener, limit: Duration) -> Result<Held, StillError> {
+        Self::begin_some(ram, None, opener, limit)
+    }
+
+    /// The same of the chunks that `only` says alone, in the order in which a file of memory counts them. More may be added at the
+    /// instant ([`Held::hold_some`]).
+    ///
+    /// # Errors
+    ///
+    /// [`StillError`]; nothing is protected then.
+    pub fn begin_some(
+        ram: RamParts,
+        only: Option<&[bool]>,
+        opener: &Opener,
+        limit: Duration,
+    ) -> Result<Held, StillError> {
         let (fault, hears) = ram.take(opener)?;
         let places: Vec<_> = ram
             .parts
@@ -234,6 +249,9 @@ impl Still {
             thread: Some(thread.map_err(StillError::Host)?),
         };
         for (index, (start, len)) in still.places.iter().enumerate() {
+            if !is_wanted(only, index) {
+                continue;
+            }
             let mut inner = still.lock();
             // First: a fault tells of a chunk that is armed.
             if let Some(chunk) = inner.chunks.get_mut(index) {
@@ -488,6 +506,11 @@ impl Still {
     }
 }
 
+/// Whether the chunk `index` is among those of `only`, if there are such.
+fn is_wanted(only: Option<&[bool]>, index: usize) -> bool {
+    only.is_none_or(|only| only.get(index) == Some(&true))
+}
+
 /// Frees memory whose faults nobody hears of any more.
 struct Freed<'a>(&'a Still);
 
@@ -505,6 +528,15 @@ impl Held {
     ///
     /// [`StillError`]; it is to be dropped then.
     pub fn hold(&self, ram: &RamParts) -> Result<(), StillError> {
+        self.hold_some(ram, None)
+    }
+
+    /// The same of the chunks that `only` says alone. Of all others nobody wants a copy.
+    ///
+    /// # Errors
+    ///
+    /// [`StillError`]; it is to be dropped then.
+    pub fn hold_some(&self, ram: &RamParts, only: Option<&[bool]>) -> Result<(), StillError> {
         let still = &self.still;
         if !still.ram.is(ram) {
             return Err(StillError::Changed);
@@ -516,12 +548,14 @@ impl Held {
         }
         let untouched = inner.chunks.iter().map(|chunk| *chunk == Chunk::Armed);
         inner.untouched = untouched.collect();
-        for (chunk, (start, len)) in inner.chunks.iter_mut().zip(&still.places) {
-            if *chunk == Chunk::Loose {
-                let armed = still.fault.protect(*start, *len, true);
-                armed.map_err(StillError::Host)?;
-                *chunk = Chunk::Armed;
+        let places = still.places.iter().enumerate();
+        for (chunk, (index, (start, len))) in inner.chunks.iter_mut().zip(places) {
+            let wanted = is_wanted(only, index);
+            if wanted == (*chunk == Chunk::Loose) {
+                let changed = still.fault.protect(*start, *len, wanted);
+                changed.map_err(StillError::Host)?;
             }
+            *chunk = if wanted { Chunk::Armed } else { Chunk::Saved };
         }
         inner.phase = Phase::Holding;
         Ok(())

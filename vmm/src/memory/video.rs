@@ -9,13 +9,17 @@ use kvm_ioctls::VmFd;
 use virtio::memory::DirtyLog;
 use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
+use super::dirty::WriteLog;
 use super::mapping::Mapping;
-use super::{RamError, RamSpec, map_region};
+use super::{RamError, RamSlot, RamSpec, map_region};
+use crate::kvm::Vm;
+use crate::kvm::log::KvmLog;
 use crate::layout::VIDEO_SLOT;
 
 /// The adapter's memory. It costs the host what the guest has touched.
 pub struct VideoRam {
     vm: Arc<VmFd>,
+    log: KvmLog,
     region: GuestRegionMmap<DirtyLog>,
     mapping: Arc<Mapping>,
     place: Mutex<Place>,
@@ -34,7 +38,7 @@ impl VideoRam {
     /// # Errors
     ///
     /// [`RamError`] when the host has not got them.
-    pub fn new(vm: &Arc<VmFd>, size: u64) -> Result<Self, RamError> {
+    pub fn new(vm: &Vm, size: u64) -> Result<Self, RamError> {
         let spec = RamSpec {
             size,
             shared: false,
@@ -44,7 +48,8 @@ impl VideoRam {
         };
         let (region, mapping) = map_region(&spec, 0, size, None)?;
         Ok(Self {
-            vm: Arc::clone(vm),
+            vm: Arc::clone(vm.fd()),
+            log: vm.log().clone(),
             region,
             mapping,
             place: Mutex::default(),
@@ -102,10 +107,16 @@ impl VideoMemory for VideoRam {
 
     fn changed(&self, pages: &mut [u64]) {
         let place = self.lock();
-        if place.base.is_none() || !place.tracked {
+        let Some(base) = place.base.filter(|_| place.tracked) else {
             return;
-        }
-        match self.vm.get_dirty_log(VIDEO_SLOT, self.region.size()) {
+        };
+        let slot = RamSlot {
+            slot: VIDEO_SLOT,
+            guest: base,
+            len: self.region.len(),
+            host: self.mapping.address(),
+        };
+        match self.log.fetch(&slot) {
             Ok(log) => {
                 for (to, from) in pages.iter_mut().zip(log) {
                     *to |= from;

@@ -110,6 +110,15 @@ impl Opener {
         made.map_err(system("create", path))
     }
 
+    /// The path of what is there, without symbolic links in it.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]: there is nothing.
+    pub fn canonical(&self, path: &Path) -> Result<PathBuf, OpenError> {
+        fs::canonicalize(path).map_err(system("find", path))
+    }
+
     /// The names in a directory that are UTF-8, in no order.
     ///
     /// # Errors

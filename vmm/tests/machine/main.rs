@@ -17,6 +17,7 @@ mod attach;
 mod balloon;
 mod baseline;
 mod cards;
+mod chains;
 mod consoles;
 mod coredump;
 mod definitions;

@@ -102,7 +102,7 @@ fn a_removal_stays_asked_for_until_the_function_is_gone() {
     // Asked once more, the guest hears once more.
     rig.hotplug.request_removal(slot(3));
     assert!(rig.line.is_high());
-    assert_eq!(rig.ejected.take(), []);
+    assert!(rig.ejected.take().is_empty());
 
     rig.eject(1 << 3);
     rig.eject(1 << 3);
@@ -115,7 +115,7 @@ fn a_removal_stays_asked_for_until_the_function_is_gone() {
     assert_eq!(read(&rig.hotplug, 8), 0);
     assert!(!rig.hotplug.is_ejecting(slot(3)));
     rig.eject(1 << 3);
-    assert_eq!(rig.ejected.take(), [], "the slot is empty");
+    assert!(rig.ejected.take().is_empty(), "the slot is empty");
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn a_guest_may_give_up_what_nobody_asked_for_but_no_empty_slot_nor_the_bridge() 
     assert_eq!(rig.ejected.take(), [30]);
     // Other registers are read-only, and a wide write may begin before.
     rig.hotplug.write(0, &[0xff; 8]);
-    assert_eq!(rig.ejected.take(), []);
+    assert!(rig.ejected.take().is_empty());
     rig.hotplug.write(4, &[0xff; 8]);
     assert_eq!(rig.ejected.take(), [3]);
 }
@@ -172,7 +172,7 @@ fn an_ejection_under_way_is_told_again_after_restoring() {
     rig.eject(1 << 2);
     let copy = self::rig(&[2, 7]);
     copy.hotplug.restore(&mut rig.saved()).unwrap();
-    assert_eq!(copy.ejected.take(), []);
+    assert!(copy.ejected.take().is_empty());
     copy.hotplug.start().unwrap();
     assert_eq!(copy.ejected.take(), [2]);
     assert_eq!(read(&copy.hotplug, 0), 1 << 7);

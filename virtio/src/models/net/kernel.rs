@@ -39,7 +39,7 @@ use super::config::Vhost;
 use super::control::Control;
 use super::shared::Shared;
 use crate::device::{ActivateError, Activation, ActiveQueue, Notifier, StoppedQueue};
-use crate::memory::{GuestMap, GuestMemory, MapWatcher};
+use crate::memory::{GuestMap, GuestMemory, MapWatcher, mark_all};
 use crate::models::{BuildContext, BuildError};
 use crate::ring::Ring;
 use crate::worker::{QueueWorker, Turn, Wake, borrow};
@@ -320,7 +320,10 @@ impl Engines {
                 }
             }
         }
-        inner.serving = None;
+        if let Some(serving) = inner.serving.take() {
+            // The kernel does not tell what it has written.
+            mark_all(&serving.view);
+        }
     }
 }
 

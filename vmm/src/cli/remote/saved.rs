@@ -13,6 +13,9 @@ use super::super::image::progress::Progress;
 use super::super::table::{facts, table};
 use super::{print, print_json, size};
 use crate::error::chain;
+use crate::machine;
+use crate::machine::chain::{follow, parent_directory};
+use crate::machine::flatten::Flattened;
 use crate::machine::manifest::{Manifest, NAME};
 use crate::machine::saved::{Saved, Verified, read_manifest};
 use crate::opener::Opener;
@@ -24,6 +27,9 @@ Examples:
 pub(super) const VERIFY_EXAMPLES: &str = "\
 Examples:
   vireo snapshot verify /srv/snapshots/web-1";
+pub(super) const FLATTEN_EXAMPLES: &str = "\
+Examples:
+  vireo snapshot flatten /srv/snapshots/web-3 /srv/snapshots/web-whole";
 pub(super) const LIST_EXAMPLES: &str = "\
 Examples:
   vireo snapshot list /srv/snapshots
@@ -49,6 +55,9 @@ struct Facts {
     /// The id of the snapshot that it needs.
     #[serde(skip_serializing_if = "Option::is_none")]
     parent: Option<String>,
+    /// Where that is said to lie.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent_directory: Option<PathBuf>,
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
     /// vCPUs.
@@ -64,7 +73,7 @@ struct Facts {
 }
 
 impl Facts {
-    fn of(directory: &Path, manifest: Manifest) -> Self {
+    fn of(directory: &Path, manifest: Manifest, opener: &Opener) -> Self {
         let number = |path: &str| manifest.config.pointer(path).and_then(Value::as_u64);
         let name = manifest.config.get("name").and_then(Value::as_str);
         Self {
@@ -72,6 +81,10 @@ impl Facts {
             memory: number("/memory/size"),
             name: name.map(str::to_owned),
             directory: directory.to_owned(),
+            parent_directory: manifest
+                .parent
+                .as_ref()
+                .map(|parent| parent_directory(directory, parent, opener)),
             parent: manifest.parent.map(|parent| parent.id),
             state_bytes: manifest.state.bytes,
             memory_bytes: manifest.memory.bytes,
@@ -82,15 +95,60 @@ impl Facts {
     }
 }
 
+/// The snapshots that one needs.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Needs {
+    /// They are there. From the next one on.
+    Needs(Vec<PathBuf>),
+    /// They are not.
+    Broken(String),
+}
+
+impl Needs {
+    fn of(directory: &Path, opener: &Opener) -> Self {
+        match follow(directory, opener) {
+            Ok(links) => {
+                let others = links.into_iter().skip(1);
+                Self::Needs(others.map(|link| link.directory).collect())
+            }
+            Err(error) => Self::Broken(chain(&error)),
+        }
+    }
+
+    fn to_text(&self) -> String {
+        match self {
+            Self::Needs(all) => {
+                let all = all.iter().map(|place| place.display().to_string());
+                all.collect::<Vec<_>>().join(", ")
+            }
+            Self::Broken(why) => format!("what is not there: {why}"),
+        }
+    }
+}
+
+/// What programs hear of one.
+#[derive(Debug, Serialize)]
+struct Told {
+    #[serde(flatten)]
+    found: Facts,
+    #[serde(flatten)]
+    needs: Option<Needs>,
+}
+
 pub(super) fn info(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<()> {
     let directory = &arguments.directory;
-    let found = Facts::of(directory, read_manifest(directory, opener)?);
+    let found = Facts::of(directory, read_manifest(directory, opener)?.0, opener);
+    let needs = found.parent.is_some().then(|| Needs::of(directory, opener));
     if arguments.json {
-        return print_json(&found);
+        return print_json(&Told { found, needs });
     }
     let mut told = vec![("Id", found.id), ("Format", found.format)];
     told.push(("Machine type", found.machine));
     told.extend(found.parent.map(|parent| ("Parent", parent)));
+    let place = found.parent_directory.as_deref();
+    told.extend(place.map(|place| ("Parent in", place.display().to_string())));
+    told.extend(needs.map(|needs| ("Needs", needs.to_text())));
     told.extend(found.name.map(|name| ("Name", name)));
     told.extend(found.cpus.map(|cpus| ("CPUs", cpus.to_string())));
     told.extend(found.memory.map(|memory| ("Memory", size(memory))));
@@ -100,7 +158,7 @@ pub(super) fn info(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<()>
 
 pub(super) fn verify(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<()> {
     let saved = Saved::open(&arguments.directory, opener)?;
-    let total = saved.config.memory.size;
+    let total = saved.all_memory();
     let interrupted = interrupt::flag()?;
     let progress = Progress::new(false, arguments.json);
     let mut step = |done| {
@@ -114,14 +172,57 @@ pub(super) fn verify(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<(
         return print_json(&verified);
     }
     let Verified {
+        snapshots,
         sections,
         memory,
         data,
     } = verified;
     let (memory, data) = (size(memory), size(data));
+    let needed = match snapshots {
+        1 => String::new(),
+        all => format!(", with the {} that it needs", all.saturating_sub(1)),
+    };
     print(&format!(
-        "{} is whole: {sections} sections of state, {memory} of memory, of which {data} are not zeros\n",
+        "{}{needed} is whole: {sections} sections of state, {memory} of memory, of which {data} are not zeros\n",
         arguments.directory.display()
+    ))
+}
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct FlattenArgs {
+    /// The directory of the snapshot
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// The directory to write, which holds no snapshot
+    #[arg(value_name = "DEST")]
+    to: PathBuf,
+    /// Print JSON, for programs, and no progress
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn flatten(arguments: &FlattenArgs, opener: &Opener) -> anyhow::Result<()> {
+    let saved = Saved::open(&arguments.directory, opener)?;
+    let total = saved.config.memory.size;
+    let interrupted = interrupt::flag()?;
+    let progress = Progress::new(false, arguments.json);
+    let mut step = |done| {
+        progress.advance(done, total);
+        !interrupted.load(Ordering::Relaxed)
+    };
+    let made = machine::flatten::flatten(saved, &arguments.to, opener, &mut step);
+    progress.finish();
+    let made = made?;
+    if arguments.json {
+        return print_json(&made);
+    }
+    let Flattened {
+        snapshots, data, ..
+    } = made;
+    print(&format!(
+        "{} is written: {} that are not zeros, of {snapshots} snapshots\n",
+        arguments.to.display(),
+        size(data)
     ))
 }
 
@@ -147,7 +248,7 @@ pub(super) fn list(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<()>
             continue;
         }
         all.push(match read_manifest(&directory, opener) {
-            Ok(manifest) => Listed::Snapshot(Facts::of(&directory, manifest)),
+            Ok((manifest, _)) => Listed::Snapshot(Facts::of(&directory, manifest, opener)),
             Err(error) => Listed::Refused {
                 directory,
                 error: chain(&error),
@@ -242,6 +343,7 @@ mod tests {
             format: "0".to_owned(),
             machine: "m".to_owned(),
             parent: parent.map(str::to_owned),
+            parent_directory: None,
             name: None,
             cpus: Some(2),
             memory: Some(1 << 30),

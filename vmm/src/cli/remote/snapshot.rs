@@ -14,7 +14,7 @@ use super::super::Misuse;
 use super::super::image::interrupt;
 use super::super::image::progress::Progress;
 use super::super::target::SocketFlag;
-use super::saved::{self, SavedArgs};
+use super::saved::{self, FlattenArgs, SavedArgs};
 use super::watch::Watch;
 use super::{print, print_json};
 use crate::opener::Opener;
@@ -56,6 +56,11 @@ pub(in crate::cli) enum SnapshotVerb {
     /// Reads all of it. Ctrl-C ends it.
     #[command(after_help = saved::VERIFY_EXAMPLES)]
     Verify(SavedArgs),
+    /// Make a snapshot that needs no other
+    ///
+    /// Of one and those that it needs, which stay as they are. Every checksum is compared. Ctrl-C ends it, and leaves nothing.
+    #[command(after_help = saved::FLATTEN_EXAMPLES)]
+    Flatten(FlattenArgs),
     /// List the snapshots in the directories of a directory
     ///
     /// Each under the one that it needs.
@@ -79,6 +84,12 @@ pub(in crate::cli) struct CreateArgs {
     /// with zeros when it takes them, as Linux does with init_on_alloc, leaves nothing to be left out.
     #[arg(long, conflicts_with = "pause")]
     skip_free_pages: bool,
+    /// Log what the guest writes from now on, so that this one can be a parent
+    #[arg(long)]
+    track: bool,
+    /// Write only what has changed since the snapshot in DIR, which was tracked
+    #[arg(long, value_name = "DIR")]
+    parent: Option<String>,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -89,6 +100,7 @@ pub(super) fn run(verb: SnapshotVerb, opener: &Opener) -> anyhow::Result<()> {
         SnapshotVerb::Create(arguments) => create(arguments),
         SnapshotVerb::Info(arguments) => saved::info(&arguments, opener),
         SnapshotVerb::Verify(arguments) => saved::verify(&arguments, opener),
+        SnapshotVerb::Flatten(arguments) => saved::flatten(&arguments, opener),
         SnapshotVerb::List(arguments) => saved::list(&arguments, opener),
     }
 }
@@ -97,11 +109,11 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
     let (mut remote, [directory]) = arguments
         .socket
         .connect_and_split(arguments.words, ["DIR"])?;
-    let path = std::path::absolute(&directory).with_context(|| format!("DIR {directory}"))?;
-    let Some(name) = path.to_str() else {
-        return Err(Misuse(format!("DIR {directory}: its path is no UTF-8")).into());
-    };
+    let name = absolute(&directory, "DIR")?;
     let destination_url = format!("file://{name}");
+    let parent = arguments.parent.as_deref();
+    let parent = parent.map(|parent| absolute(parent, "--parent"));
+    let parent = parent.transpose()?;
     // Before the job begins: what becomes of it is not missed.
     let watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let asking = remote.connect_further(|client| Client::connect_within(client.path(), PATIENCE));
@@ -109,6 +121,8 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
     let request = VmSnapshotConfig {
         pause: arguments.pause,
         skip_free_pages: arguments.skip_free_pages,
+        track: arguments.track,
+        parent,
         ..VmSnapshotConfig::of(destination_url)
     };
     let client = &mut remote.client;
@@ -125,17 +139,24 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
     let report = job.and_then(|job| job.snapshot);
     if arguments.json {
         return print_json(&Written {
-            directory: name,
+            directory: &name,
             report,
         });
     }
-    let mut text = format!("{} is written", path.display());
+    let mut text = format!("{name} is written");
     if let Some(report) = report {
         text.push_str(": ");
         text.push_str(&told(&report));
     }
     text.push('\n');
     print(&text)
+}
+
+/// The absolute form of what `word` names.
+fn absolute(directory: &str, word: &str) -> anyhow::Result<String> {
+    let path = std::path::absolute(directory).with_context(|| format!("{word} {directory}"))?;
+    let name = path.to_str().map(str::to_owned);
+    name.ok_or_else(|| Misuse(format!("{word} {directory}: its path is no UTF-8")).into())
 }
 
 /// What programs hear.
@@ -168,6 +189,10 @@ fn told(report: &SnapshotReport) -> String {
     if let Some(reason) = &report.free_pages_reason {
         text.push_str(": ");
         text.push_str(reason);
+    }
+    if let Some(parent) = &report.parent {
+        let pages = report.pages;
+        text.push_str(&format!("; {pages} pages have changed since {parent}"));
     }
     if let Some(reason) = &report.reason {
         text.push_str(

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use devices::GuestRequest;
 
 use api::{Command, ControlError, ErrorKind, PauseReason, Reply, VmState};
+use migration::pages::PageSet;
 
 use super::{Driver, PATIENCE};
 use crate::error::chain;
@@ -22,6 +23,7 @@ use crate::kvm::vcpu::Stop;
 use crate::machine::MachineError;
 use crate::machine::inbox::Message;
 use crate::machine::state::{permits, wrong_state};
+use crate::machine::tracking::Moment;
 use crate::memory::still::{Held, Still};
 use crate::monitor::JobHandle;
 
@@ -80,7 +82,12 @@ pub(super) struct Plan {
     pub answer: Option<u64>,
     /// What holds memory still, so that the guest goes on.
     pub hold: Hold,
+    /// What is to be known of memory at the instant.
+    pub look: Option<Look>,
 }
+
+/// Looks at memory while vCPUs and devices stand.
+pub(super) type Look = Box<dyn FnOnce() -> Result<Moment, ControlError>>;
 
 /// Why a capture is given up.
 const ENDED: &str = "the machine has ended";
@@ -104,7 +111,7 @@ impl Driver {
         &mut self,
         command: &Command,
         mut plan: Plan,
-        look: impl FnOnce(&Self) -> Result<Work, ControlError>,
+        look: impl FnOnce(&Self, Moment) -> Result<Work, ControlError>,
     ) -> Result<Reply, ControlError> {
         self.check_no_capture()?;
         // Something else may have been done meanwhile.
@@ -120,12 +127,20 @@ impl Driver {
             self.pause(plan.reason)
                 .map_err(|error| error.to_control())?;
             manner.drain = self.drained;
-            held = held.and_then(|held| match held.hold(&self.machine.ram_parts()) {
+        }
+        let moment = plan
+            .look
+            .take()
+            .map_or_else(|| Ok(Moment::default()), |look| look());
+        if let (true, Ok(moment)) = (ran, &moment) {
+            let chunks = moment.changed.as_ref().map(PageSet::chunks);
+            let parts = self.machine.ram_parts();
+            held = held.and_then(|held| match held.hold_some(&parts, chunks.as_deref()) {
                 Ok(()) => Ok(held),
                 Err(error) => Err(Some(chain(&error))),
             });
         }
-        let work = look(self);
+        let work = moment.and_then(|moment| look(self, moment));
         if !ran || work.is_err() {
             // Nothing is protected any more before the guest goes on.
             held = Err(None);

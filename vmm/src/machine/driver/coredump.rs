@@ -68,8 +68,9 @@ impl Driver {
             total: total(&memory),
             answer: None,
             hold: Err(None),
+            look: None,
         };
-        self.capture(&Command::Coredump(request), plan, move |driver| {
+        self.capture(&Command::Coredump(request), plan, move |driver, _| {
             let cpus = driver.machine.cpu_registers();
             let cpus = cpus.map_err(|error| error.to_control())?;
             Ok(Box::new(move |job, _| {

@@ -5,13 +5,13 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use api::wire::{SnapshotMode, SnapshotReport};
 use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 use migration::SectionSet;
-use migration::pages::{PAGE, PageIndex, PageWriter, PagesError, Ram};
+use migration::pages::{PAGE, PageIndex, PageSet, PageWriter, PagesError, Ram};
 use serde_json::Value;
 use virtio::memory::GuestMap;
 
@@ -20,44 +20,17 @@ use super::capture::{Hold, Manner, Plan, path_of};
 use super::hints::{self, Free, Round};
 use crate::config::{DeviceConfig, files};
 use crate::error::chain;
+use crate::machine::chain::{DEEPEST, Link, follow};
 use crate::machine::coredump::total;
-use crate::machine::manifest::{FileEntry, Manifest, NAME, VERSION};
-use crate::machine::saved::machine_type;
+use crate::machine::inbox::ended;
+use crate::machine::manifest::{NAME, Parent, is_parent_place};
+use crate::machine::saving::{Files, new_id};
 use crate::machine::snapshot::{SnapshotRam, index_section};
+use crate::machine::tracking::{Base, Moment, Ready, TrackError, Tracking};
 use crate::machine::{MachineError, fault};
-use crate::memory::still::{LIMIT, Still};
+use crate::memory::still::{LIMIT, RamParts, Still};
 use crate::monitor::JobHandle;
-use crate::opener::{NewFile, OpenError, Opener};
-
-/// The files of a snapshot that is being written. What is dropped leaves nothing.
-struct Files {
-    /// What tells it from other snapshots.
-    id: String,
-    memory: NewFile,
-    state: NewFile,
-    manifest: NewFile,
-}
-
-impl Files {
-    fn begin(opener: &Opener, directory: &Path, id: String) -> Result<Self, OpenError> {
-        opener.directory(directory)?;
-        let begin = |name: &str| opener.begin_file(&directory.join(name));
-        Ok(Self {
-            manifest: begin(NAME)?,
-            memory: begin(&memory_name(&id))?,
-            state: begin(&state_name(&id))?,
-            id,
-        })
-    }
-}
-
-fn memory_name(id: &str) -> String {
-    format!("{id}.memory")
-}
-
-fn state_name(id: &str) -> String {
-    format!("{id}.state")
-}
+use crate::opener::{OpenError, Opener};
 
 /// Why nothing is begun in `directory`.
 fn refused(directory: &Path, error: &OpenError) -> ControlError {
@@ -72,11 +45,130 @@ fn refused(directory: &Path, error: &OpenError) -> ControlError {
     }
 }
 
-/// 32 hexadecimal digits that no other snapshot has.
-fn new_id() -> Result<String, ControlError> {
-    let bytes: Result<[u8; 16], _> = crate::machine::payload::random();
-    let bytes = bytes.map_err(|error| error.to_control())?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+/// What a snapshot is to others.
+struct Kin {
+    /// Its parent, and how its manifest names that.
+    parent: Option<(Base, Parent)>,
+    /// It is compared with from its instant on.
+    ready: Option<Arc<Ready>>,
+}
+
+/// What has been opened for one, and is held still.
+type Opened = (Files, Kin, Hold);
+
+/// What is begun beside the control thread.
+struct Beginning {
+    place: PathBuf,
+    id: String,
+    /// The parent's directory.
+    parent: Option<PathBuf>,
+    track: bool,
+    /// The machine's, while it is there.
+    tracking: Weak<Tracking>,
+    /// What is held still.
+    ram: Option<RamParts>,
+}
+
+impl Beginning {
+    fn run(self, opener: &Opener) -> Result<Opened, ControlError> {
+        let Self {
+            place,
+            id,
+            parent,
+            track,
+            tracking,
+            ram,
+        } = self;
+        let tracking = || tracking.upgrade().ok_or_else(ended);
+        let parent = parent.map(|directory| -> Result<_, ControlError> {
+            let base = parent_of(&directory, opener)?;
+            let changed = tracking()?.look(&base);
+            Ok((base, changed.map_err(|error| refused_parent(&error))?))
+        });
+        let parent = parent.transpose()?;
+        let files = Files::begin(opener, &place, id);
+        let files = files.map_err(|error| refused(&place, &error))?;
+        let ready = if track {
+            let begun = tracking()?.begin();
+            Some(begun.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?)
+        } else {
+            None
+        };
+        let (parent, changed) = parent.unzip();
+        let hold = ram.ok_or(None).and_then(|ram| {
+            let held = Still::begin_some(ram, changed.as_deref(), opener, LIMIT);
+            held.map_err(|error| Some(chain(&error)))
+        });
+        let parent = parent.map(|base| -> Result<_, ControlError> {
+            let entry = entry_of(&base, &place, opener)?;
+            Ok((base, entry))
+        });
+        let parent = parent.transpose()?;
+        Ok((files, Kin { parent, ready }, hold))
+    }
+}
+
+/// What is to be the parent: the snapshot in `directory`, all of whose own parents are there.
+fn parent_of(directory: &Path, opener: &Opener) -> Result<Base, ControlError> {
+    let links = follow(directory, opener).map_err(|error| error.to_control())?;
+    if links.len() >= DEEPEST {
+        let message = format!(
+            "{} needs {DEEPEST} snapshots with itself, which is the most: take a whole one",
+            directory.display()
+        );
+        return Err(ControlError::new(ErrorKind::Conflict, message));
+    }
+    let mut links = links.into_iter();
+    let Link {
+        manifest, checksum, ..
+    } = links.next().ok_or_else(ended)?;
+    Ok(Base {
+        id: manifest.id,
+        checksum,
+        directory: directory.to_owned(),
+    })
+}
+
+fn refused_parent(error: &TrackError) -> ControlError {
+    let kind = match error {
+        TrackError::Dirty(_) => ErrorKind::Failed,
+        _ => ErrorKind::Conflict,
+    };
+    ControlError::from_error(kind, error)
+}
+
+/// How the manifest of the snapshot in `place` names its parent: by its name, where both lie in one directory.
+fn entry_of(base: &Base, place: &Path, opener: &Opener) -> Result<Parent, ControlError> {
+    let canonical = |path: &Path| {
+        let path = opener.canonical(path);
+        path.map_err(|error| ControlError::from_error(fault::of(&error), &error))
+    };
+    let (parent, own) = (canonical(&base.directory)?, canonical(place)?);
+    let beside = parent.parent() == own.parent();
+    let text = match (parent.file_name().and_then(|name| name.to_str()), beside) {
+        (Some(name), true) => Some(format!("../{name}")),
+        _ => parent.to_str().map(str::to_owned),
+    };
+    let text = text.filter(|text| is_parent_place(text));
+    let Some(directory) = text else {
+        let message = format!("parent: {}: a manifest cannot name it", parent.display());
+        return Err(ControlError::new(ErrorKind::Invalid, message));
+    };
+    Ok(Parent {
+        id: base.id.clone(),
+        directory,
+        checksum: base.checksum.clone(),
+    })
+}
+
+/// The directory that a request names as the parent.
+fn parent_path(parent: &str) -> Result<PathBuf, ControlError> {
+    let wanted = "the absolute path of a snapshot's directory";
+    if parent.starts_with('/') {
+        path_of(&format!("file://{parent}"), "parent", wanted)
+    } else {
+        path_of(parent, "parent", wanted)
+    }
 }
 
 impl Driver {
@@ -85,11 +177,13 @@ impl Driver {
         let begun = self.check_no_snapshot().and_then(|()| {
             let wanted = "the absolute path of a directory";
             let path = path_of(&request.destination_url, "destination_url", wanted)?;
+            let parent = request.parent.as_deref().map(parent_path).transpose()?;
             // Before anything is made; another look follows when it is.
             self.check_form()?;
-            Ok((path, new_id()?))
+            let id = new_id().map_err(|error| error.to_control())?;
+            Ok((path, parent, id))
         });
-        let (path, id) = match begun {
+        let (path, parent, id) = match begun {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
         };
@@ -99,33 +193,30 @@ impl Driver {
         let config = description.map(|description| description.config.clone());
         // A machine that is paused is what its client has made it.
         let goes_on = self.state().0 == VmState::Running && !request.pause;
-        let ram = goes_on.then(|| self.machine.ram_parts());
+        let beginning = Beginning {
+            place: path.clone(),
+            id,
+            parent,
+            track: request.track,
+            tracking: Arc::downgrade(self.machine.tracking()),
+            ram: goes_on.then(|| self.machine.ram_parts()),
+        };
         let begun = Instant::now();
         let open = move || {
             if let Some(config) = config {
-                files::check_new(
-                    &config,
-                    models,
-                    &opener,
-                    &own,
-                    (files::DUMP, &place.join(NAME)),
-                )
-                .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
+                let new = (files::DUMP, place.join(NAME));
+                files::check_new(&config, models, &opener, &own, (new.0, &new.1))
+                    .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
-            let files = Files::begin(&opener, &place, id);
-            let files = files.map_err(|error| refused(&place, &error))?;
-            let hold = ram.ok_or(None).and_then(|ram| {
-                let held = Still::begin(ram, &opener, LIMIT);
-                held.map_err(|error| Some(chain(&error)))
-            });
-            Ok((files, hold))
+            beginning.run(&opener)
         };
         let answer = self.asides.wait_with(answer);
         let begins = Arc::new(());
         self.snapshotting = Arc::downgrade(&begins);
         let started = self.beside("open", open, move |driver, opened| match opened {
-            Ok((files, hold)) => driver.ask_first(Begun {
+            Ok((files, kin, hold)) => driver.ask_first(Begun {
                 files,
+                kin,
                 hold,
                 free: None,
                 path,
@@ -192,6 +283,7 @@ impl Driver {
     fn snapshot_into(&mut self, begun: Begun) -> Result<Reply, ControlError> {
         let Begun {
             files,
+            kin,
             hold,
             free,
             path,
@@ -209,6 +301,13 @@ impl Driver {
             Some(Err(why)) => Free::none(why),
         };
         let memory = self.machine.memory_map();
+        let Kin { parent, ready } = kin;
+        let (base, parent) = parent.unzip();
+        let tracking = Arc::clone(self.machine.tracking());
+        let look = move || {
+            let moment = tracking.instant(base.as_ref(), ready);
+            moment.map_err(|error| refused_parent(&error))
+        };
         let plan = Plan {
             kind: "snapshot",
             reason: PauseReason::Snapshot,
@@ -216,10 +315,11 @@ impl Driver {
             total: total(&memory),
             answer: Some(answer),
             hold,
+            look: Some(Box::new(look)),
         };
         // The guest's round ends when this returns, and memory has been held still.
         let _round = free;
-        self.capture(&Command::Snapshot(request), plan, move |driver| {
+        self.capture(&Command::Snapshot(request), plan, move |driver, moment| {
             let free = told.at_the_instant();
             let set = driver.machine.save();
             let set = set.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
@@ -228,9 +328,12 @@ impl Driver {
             Ok(Box::new(move |job, manner| {
                 let snapshot = Snapshot {
                     files,
+                    place: path.clone(),
                     memory,
+                    moment,
                     set,
                     config,
+                    parent,
                     begun,
                     free,
                 };
@@ -271,7 +374,7 @@ impl Driver {
     /// The description, from which the machine is built again.
     fn described(&self) -> Result<Value, ControlError> {
         let description = self.ears.description.as_ref();
-        let description = description.ok_or_else(crate::machine::inbox::ended)?;
+        let description = description.ok_or_else(ended)?;
         serde_json::to_value(&description.config)
             .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
     }
@@ -286,6 +389,7 @@ fn is_served(device: &DeviceConfig) -> bool {
 /// A snapshot that is being begun: its files are there, and memory is protected where the guest goes on.
 struct Begun {
     files: Files,
+    kin: Kin,
     hold: Hold,
     /// Of whom free pages have been asked, or why of nobody; `None`: they are not wanted.
     free: Option<Result<Round, String>>,
@@ -300,9 +404,14 @@ struct Begun {
 /// What becomes a snapshot.
 struct Snapshot {
     files: Files,
+    /// Its directory.
+    place: PathBuf,
     memory: GuestMap,
+    /// What is known of that.
+    moment: Moment,
     set: SectionSet,
     config: Value,
+    parent: Option<Parent>,
     /// When it was asked for.
     begun: Instant,
     free: Free,
@@ -313,56 +422,47 @@ impl Snapshot {
     fn write(self, job: &mut JobHandle, opener: &Opener, manner: Manner) -> Result<(), String> {
         let Self {
             files,
+            place,
             memory,
+            moment: Moment { changed, taken },
             mut set,
             config,
+            parent,
             begun,
             free,
         } = self;
-        let Files {
-            id,
-            memory: pages,
-            state,
-            manifest,
-        } = files;
         let swaps = Swaps::look(opener);
-        let free = free.left_out(manner.still.as_deref());
+        let still = manner.still.as_deref();
+        let free = free.left_out(still);
         let ram = SnapshotRam::new(memory, swaps.none).without(free.ranges.clone());
-        let index = write_memory(job, pages.file(), &ram, manner.still.as_deref())?;
+        let index = write_memory(job, files.memory(), (&ram, changed), still)?;
         swaps.check(opener)?;
         set.push(index_section(&index).map_err(|error| chain(&error))?);
-        let bytes = set.to_bytes();
-        let entry = |file: String, bytes: u64| FileEntry { file, bytes };
-        let text = Manifest {
-            vireo_snapshot: VERSION.to_owned(),
-            machine: machine_type().to_owned(),
-            config,
-            state: entry(state_name(&id), bytes.len() as u64),
-            memory: entry(memory_name(&id), length(&pages)?),
-            parent: None,
-            id,
-        }
-        .to_bytes();
-        put(&state, &bytes)?;
-        put(&manifest, &text)?;
-        for file in [&pages, &state, &manifest] {
-            file.sync().map_err(|error| chain(&error))?;
-        }
+        let needs = parent.as_ref().map(|parent| parent.id.clone());
+        let filled = files.fill(&set, config, parent)?;
         if !job.commit() {
             return Err("it was cancelled".to_owned());
         }
-        name(opener, [pages, state], manifest).map_err(|error| chain(&error))?;
-        let written = index.data().saturating_add(bytes.len() as u64);
-        job.report(free.report(report(manner, begun, &index, written)));
+        let base = Base {
+            id: files.id().to_owned(),
+            checksum: filled.checksum,
+            directory: place,
+        };
+        files.keep(opener).map_err(|error| chain(&error))?;
+        if let Some(taken) = taken {
+            taken.keep(base);
+        }
+        let written = index.data().saturating_add(filled.state);
+        job.report(free.report(report(manner, begun, (&index, needs), written)));
         Ok(())
     }
 }
 
-/// Writes memory into `file`: `still`, while the guest goes on.
+/// Writes memory into `file`, or what of it has changed: `still`, while the guest goes on.
 fn write_memory(
     job: &mut JobHandle,
     file: &File,
-    ram: &SnapshotRam,
+    (ram, changed): (&SnapshotRam, Option<PageSet>),
     still: Option<&Still>,
 ) -> Result<PageIndex, String> {
     let total = job.info().total;
@@ -371,12 +471,12 @@ fn write_memory(
         !job.is_cancelled()
     };
     let Some(still) = still else {
-        let index = PageIndex::write(file, ram, &mut step);
+        let index = PageIndex::write_since(file, ram, changed, &mut step);
         return index.map_err(|error| chain(&error));
     };
     let cancelled = || chain(&PagesError::Cancelled);
-    let mut writer = PageWriter::new(&ram.ranges());
-    let mut done = 0_u64;
+    let mut writer = PageWriter::new(&ram.ranges()).since(changed);
+    let mut done = writer.done();
     while let Some(chunk) = still.next() {
         let written = writer.write(chunk, file, ram);
         let written = written.map_err(|error| chain(&error))?;
@@ -394,7 +494,12 @@ fn write_memory(
 }
 
 /// What is told of a snapshot that has been made.
-fn report(manner: Manner, begun: Instant, index: &PageIndex, bytes: u64) -> SnapshotReport {
+fn report(
+    manner: Manner,
+    begun: Instant,
+    (index, parent): (&PageIndex, Option<String>),
+    bytes: u64,
+) -> SnapshotReport {
     let Manner {
         still,
         paused,
@@ -419,9 +524,15 @@ fn report(manner: Manner, begun: Instant, index: &PageIndex, bytes: u64) -> Snap
         drain_us: micros(drain),
         total_us: micros(begun.elapsed()),
         bytes,
-        zero_pages: index.total().saturating_sub(index.data()) / PAGE,
+        pages: index.data() / PAGE,
+        zero_pages: index
+            .total()
+            .saturating_sub(index.data())
+            .saturating_sub(index.kept())
+            / PAGE,
         free_pages: None,
         free_pages_reason: None,
+        parent,
     }
 }
 
@@ -445,73 +556,5 @@ impl Swaps {
             return Err("the host has begun to swap meanwhile: try again".to_owned());
         }
         Ok(())
-    }
-}
-
-/// Gives the files their names. What has no manifest is no snapshot, and leaves nothing.
-fn name(opener: &Opener, data: [NewFile; 2], manifest: NewFile) -> Result<(), OpenError> {
-    let mut named = Vec::new();
-    let mut result = Ok(());
-    for file in data {
-        let path = file.path().to_owned();
-        result = result.and_then(|()| file.keep());
-        if result.is_ok() {
-            named.push(path);
-        }
-    }
-    result = result.and_then(|()| manifest.keep());
-    if result.is_err() {
-        // Nobody else has these names, of which the id is part. The reason that is told is the first one.
-        named.iter().for_each(|path| drop(opener.remove_file(path)));
-    }
-    result
-}
-
-fn put(file: &NewFile, bytes: &[u8]) -> Result<(), String> {
-    std::io::Write::write_all(&mut file.file(), bytes).map_err(|error| error.to_string())
-}
-
-fn length(file: &NewFile) -> Result<u64, String> {
-    let facts = file.file().metadata();
-    facts.map(|facts| facts.len()).map_err(|e| e.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(directory: &Path) -> Vec<String> {
-        Opener::new().names_in(directory).unwrap()
-    }
-
-    fn begun(directory: &Path) -> Files {
-        let files = Files::begin(&Opener::new(), directory, "0".repeat(32)).unwrap();
-        put(&files.memory, b"memory").unwrap();
-        files
-    }
-
-    #[test]
-    fn what_loses_the_race_for_the_manifest_leaves_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let (first, second) = (begun(dir.path()), begun(dir.path()));
-        let opener = Opener::new();
-        name(&opener, [first.memory, first.state], first.manifest).unwrap();
-        let mut before = names(dir.path());
-        before.sort();
-        assert_eq!(before.len(), 3, "{before:?}");
-        let Files {
-            memory,
-            state,
-            manifest,
-            ..
-        } = second;
-        drop((memory, state));
-        let begin = |name: &str| opener.begin_file(&dir.path().join(name)).unwrap();
-        let data = [begin("1.memory"), begin("1.state")];
-        let error = name(&opener, data, manifest).unwrap_err();
-        assert!(matches!(error, OpenError::Exists { .. }), "{error}");
-        let mut after = names(dir.path());
-        after.sort();
-        assert_eq!(after, before);
     }
 }

@@ -1,6 +1,7 @@
+use std::fs::File;
 use std::os::fd::RawFd;
 
-use migration::pages::Ram;
+use migration::pages::{Layer, PageIndex, Ram};
 use virtio::memory::{Backing, GuestMap};
 use vm_memory::GuestAddressSpace;
 
@@ -57,6 +58,11 @@ fn unserved() -> Option<Unserved> {
     unserved_of(&BYTES, RUNS)
 }
 
+fn layers(file: File, index: PageIndex) -> Layers {
+    let path = PathBuf::from("/f");
+    Layers::new(vec![Layer { path, index, file }]).unwrap()
+}
+
 /// The same of a file with `bytes`, of which up to `runs` runs are registered by themselves.
 fn unserved_of(bytes: &[(u64, u8)], runs: usize) -> Option<Unserved> {
     let opener = Arc::new(Opener::new());
@@ -73,7 +79,7 @@ fn unserved_of(bytes: &[(u64, u8)], runs: usize) -> Option<Unserved> {
     let (mut ram, view) = ram();
     let restored = ram.restorable().unwrap();
     let demand = restored
-        .prepare((Path::new("/f"), file), index, (&opener, runs))
+        .prepare(layers(file, index), (&opener, runs))
         .unwrap();
     Some((ram, view, restored, demand))
 }
@@ -121,7 +127,7 @@ fn memory_that_the_host_refuses_to_watch_is_not_called_a_missing_userfaultfd() {
     view.write(0, &[1]).unwrap();
     let index = PageIndex::write(&file, &view, &mut |_| true).unwrap();
     // Somebody else has it already.
-    let again = restored.prepare((Path::new("/f"), file), index, (&opener, RUNS));
+    let again = restored.prepare(layers(file, index), (&opener, RUNS));
     let error = again.err().unwrap();
     assert!(matches!(error, DemandError::Memory(_)), "{error}");
     let told = chain(&RestoreFailure::Demand(error));

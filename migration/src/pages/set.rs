@@ -1,0 +1,199 @@
+//! Sets of pages: of one chunk, and of all memory.
+
+use super::{CHUNK_PAGES, PAGE_LEN, Run, chunks_of};
+use std::ops::Range;
+
+/// How many words of 64 pages a chunk has.
+const WORDS: usize = 8;
+/// How many pages a word has.
+const WORD_PAGES: u16 = 64;
+
+/// Pages of one chunk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mask([u64; WORDS]);
+
+impl Mask {
+    /// The first `pages` of a chunk.
+    pub fn first(pages: usize) -> Self {
+        let mut all = Self::default();
+        for page in 0..u16::try_from(pages).unwrap_or(CHUNK_PAGES) {
+            all.insert(page);
+        }
+        all
+    }
+
+    pub fn of(runs: &[Run]) -> Self {
+        let mut all = Self::default();
+        for run in runs {
+            let end = run.first.saturating_add(run.count);
+            (run.first..end).for_each(|page| all.insert(page));
+        }
+        all
+    }
+
+    fn insert(&mut self, page: u16) {
+        if let Some(word) = self.0.get_mut(usize::from(page / WORD_PAGES)) {
+            *word |= 1 << (page % WORD_PAGES);
+        }
+    }
+
+    pub fn holds(&self, page: u16) -> bool {
+        let word = self.0.get(usize::from(page / WORD_PAGES));
+        word.is_some_and(|word| word >> (page % WORD_PAGES) & 1 == 1)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+
+    pub fn count(&self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
+    }
+
+    pub fn and(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a & b)
+    }
+
+    pub fn or(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a | b)
+    }
+
+    pub fn without(&self, other: &Self) -> Self {
+        self.with(other, |a, b| a & !b)
+    }
+
+    fn with(&self, other: &Self, act: impl Fn(u64, u64) -> u64) -> Self {
+        let mut all = *self;
+        for (to, from) in all.0.iter_mut().zip(other.0) {
+            *to = act(*to, from);
+        }
+        all
+    }
+
+    /// Pages that follow each other, as few runs as there can be.
+    pub fn runs(&self) -> Vec<Run> {
+        let mut runs = Vec::new();
+        for page in (0..CHUNK_PAGES).filter(|page| self.holds(*page)) {
+            super::write::add(&mut runs, page);
+        }
+        runs
+    }
+
+    /// The same as ranges of bytes from the chunk's start.
+    pub fn bytes(&self) -> Vec<Range<usize>> {
+        self.runs().into_iter().map(Run::bytes).collect()
+    }
+}
+
+/// Pages of guest memory: of each range of RAM, in the order of [`super::Ram::ranges`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageSet {
+    /// Chunk after chunk, as a file of memory counts them.
+    chunks: Vec<Mask>,
+    /// Of each range its first chunk and how many pages it has.
+    ranges: Vec<(usize, u64)>,
+}
+
+impl PageSet {
+    /// No page of memory with `ranges`.
+    #[must_use]
+    pub fn new(ranges: &[(u64, u64)]) -> Self {
+        let mut all = 0_usize;
+        let place = |&(_, len): &(u64, u64)| {
+            let first = all;
+            all = all.saturating_add(chunks_of(len).count());
+            (first, len.div_ceil(PAGE_LEN as u64))
+        };
+        let ranges = ranges.iter().map(place).collect();
+        Self {
+            chunks: vec![Mask::default(); all],
+            ranges,
+        }
+    }
+
+    /// Adds those of the 64 pages from page 64 × `word` of a range on whose bits are set in `pages`. What is not in the range
+    /// is passed over.
+    pub fn add_word(&mut self, range: usize, word: usize, pages: u64) {
+        let Some((first, count)) = self.ranges.get(range).copied() else {
+            return;
+        };
+        let before = (word as u64).saturating_mul(u64::from(WORD_PAGES));
+        let here = count.saturating_sub(before).min(u64::from(WORD_PAGES));
+        let inside = match u32::try_from(here) {
+            Ok(0) | Err(_) => return,
+            Ok(here) => u64::MAX >> (u32::from(WORD_PAGES) - here),
+        };
+        let chunk = self.chunks.get_mut(first.saturating_add(word / WORDS));
+        if let Some(word) = chunk.and_then(|chunk| chunk.0.get_mut(word % WORDS)) {
+            *word |= pages & inside;
+        }
+    }
+
+    /// Adds all pages of the other, which is of the same memory.
+    pub fn add(&mut self, other: &Self) {
+        for (to, from) in self.chunks.iter_mut().zip(&other.chunks) {
+            *to = to.or(from);
+        }
+    }
+
+    /// Takes all pages out.
+    pub fn clear(&mut self) {
+        self.chunks.fill(Mask::default());
+    }
+
+    /// How many pages there are.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.chunks.iter().map(|mask| u64::from(mask.count())).sum()
+    }
+
+    /// Whether any page of a chunk is there, for each chunk.
+    #[must_use]
+    pub fn chunks(&self) -> Vec<bool> {
+        self.chunks.iter().map(|mask| !mask.is_empty()).collect()
+    }
+
+    /// Those of a chunk.
+    pub(super) fn of_chunk(&self, index: usize) -> Mask {
+        self.chunks.get(index).copied().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_counted_by_range_and_those_past_its_end_are_none() {
+        let ranges = [(0, 3 << 20), (1 << 32, 65 << 12)];
+        let mut set = PageSet::new(&ranges);
+        set.add_word(0, 0, 0b101);
+        set.add_word(0, 11, 1 << 63);
+        set.add_word(0, 12, u64::MAX);
+        set.add_word(1, 1, u64::MAX);
+        set.add_word(1, 2, u64::MAX);
+        set.add_word(2, 0, u64::MAX);
+        assert_eq!((set.count(), set.chunks()), (4, vec![true, true, true]));
+        let last = set.of_chunk(2);
+        assert!(last.holds(64) && last.count() == 1);
+        assert_eq!(
+            set.of_chunk(1).runs(),
+            [Run {
+                first: 255,
+                count: 1
+            }]
+        );
+        let mut other = PageSet::new(&ranges);
+        other.add_word(0, 0, 0b110);
+        other.add(&set);
+        assert_eq!(
+            other.of_chunk(0).bytes(),
+            [Range {
+                start: 0,
+                end: 3 * PAGE_LEN
+            }]
+        );
+        other.clear();
+        assert_eq!(other, PageSet::new(&ranges));
+    }
+}
