@@ -22,7 +22,7 @@ SECONDS ?= 60
 FUZZED := block/image block/check virtio/pci virtio/ring \
 	virtio/balloon virtio/blk virtio/console virtio/fs virtio/input virtio/mem virtio/net \
 	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
-	devices/rfb api/websocket
+	devices/rfb api/websocket migration/snapshot
 
 .PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \
 	web-packages clean
@@ -97,6 +97,7 @@ lint: setup
 	$(CARGO) fmt --manifest-path virtio/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path devices/fuzz/Cargo.toml -- --check
 	$(CARGO) fmt --manifest-path api/fuzz/Cargo.toml -- --check
+	$(CARGO) fmt --manifest-path migration/fuzz/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 		$(CARGO) deny --offline check licenses bans sources; \
