@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
 use migration::pages::{PAGE, PageIndex, Ram};
-use migration::{RestoreError, SaveError, SavedState, Section, SectionSet};
+use migration::{RestoreError, SaveError, SavedState, Section, SectionSet, decode_exact};
 use serde::{Deserialize, Serialize};
 use virtio::memory::GuestMap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -45,16 +45,41 @@ impl SavedState for ProcessorsV1 {
 
 /// The guest's clock.
 #[derive(Serialize, Deserialize)]
+struct ClockV1 {
+    /// kvmclock, in nanoseconds.
+    nanoseconds: u64,
+}
+
+/// The guest's clock.
+#[derive(Serialize, Deserialize)]
 struct ClockV2 {
     /// kvmclock, in nanoseconds.
     nanoseconds: u64,
-    /// What the host's clock said at that moment, in nanoseconds since 1970.
-    realtime: u64,
+    /// What the host's clock said at that moment, in nanoseconds since 1970, where that is known.
+    realtime: Option<u64>,
 }
 
 impl SavedState for ClockV2 {
     const SCHEMA: &'static str = "kvm-clock";
     const VERSION: u16 = 2;
+
+    fn upgrade(found: u16, body: &[u8]) -> Result<Self, RestoreError> {
+        match found {
+            1 => {
+                let ClockV1 { nanoseconds } = decode_exact(Self::SCHEMA, found, body)?;
+                Ok(Self {
+                    nanoseconds,
+                    realtime: None,
+                })
+            }
+            Self::VERSION => decode_exact(Self::SCHEMA, found, body),
+            _ => Err(RestoreError::Version {
+                schema: Self::SCHEMA,
+                found,
+                newest: Self::VERSION,
+            }),
+        }
+    }
 }
 
 /// Guest memory as a snapshot sees it.
@@ -205,7 +230,7 @@ impl Machine {
             MACHINE,
             &ClockV2 {
                 nanoseconds: clock.clock,
-                realtime: clock.realtime,
+                realtime: Some(clock.realtime),
             },
         )?);
         Ok(set)
@@ -247,7 +272,7 @@ impl Machine {
             clock: nanoseconds,
             ..kvm_clock_data::default()
         });
-        self.late_since = renewal.clock.then_some(realtime);
+        self.late_since = realtime.filter(|_| renewal.clock);
         let cards = self
             .virtio
             .iter()
@@ -348,7 +373,7 @@ mod tests {
                 MACHINE,
                 &ClockV2 {
                     nanoseconds,
-                    realtime: 7,
+                    realtime: Some(7),
                 },
             )
             .unwrap(),
@@ -364,6 +389,29 @@ mod tests {
         read.finish().unwrap();
         assert_eq!((clock.nanoseconds, processors.count), (nanoseconds, 3));
         assert_eq!(difference(&processors.cpuid, &saved.cpuid), None);
+    }
+
+    #[test]
+    fn a_clock_that_was_saved_alone_is_not_set() {
+        let section = Section {
+            unit: MACHINE.to_owned(),
+            schema: ClockV2::SCHEMA.to_owned(),
+            version: 1,
+            body: postcard_of(300),
+        };
+        let clock: ClockV2 = section.decode().unwrap();
+        assert_eq!((clock.nanoseconds, clock.realtime), (300, None));
+        let newer = Section {
+            version: 3,
+            ..section
+        };
+        assert!(newer.decode::<ClockV2>().is_err());
+    }
+
+    /// A number as sections have it.
+    fn postcard_of(number: u16) -> Vec<u8> {
+        let [low, high] = [number & 0x7F | 0x80, number >> 7].map(|part| part.to_le_bytes()[0]);
+        vec![low, high]
     }
 
     #[test]
