@@ -9,6 +9,7 @@ mod consoles;
 mod driven;
 mod handled;
 mod network;
+mod restored;
 mod saved;
 mod screen;
 mod shared;
@@ -220,6 +221,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(shared::has_directories(kernel));
         cases.push(saved::goes_on(kernel));
         // The nested machine has its modules too.
+        cases.push(restored::devices_go_on(kernel));
         cases.push(bridged::share_a_bridge(kernel));
     }
     // The others have their file systems as modules.
