@@ -9,6 +9,7 @@ mod consoles;
 mod driven;
 mod handled;
 mod network;
+mod ps2;
 mod restored;
 mod saved;
 mod screen;
@@ -234,6 +235,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // One generic kernel's driver of the screen is enough.
     if kernel.ends_with("cloud") || kernel == "6.12-generic" {
         cases.push(screen::first_message(kernel));
+        cases.push(ps2::keyboard_and_mouse(kernel));
     }
     cases
 }
