@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::stream::below;
 use crate::file::HostFile;
+use crate::image::Image;
 use crate::open::{ImageOptions, allowed, prepare, settings, unusable};
 use crate::opener::{Access, Opener};
 use crate::options::Format;
@@ -67,6 +68,12 @@ impl Opening<'_> {
 
     /// Opens the files of a qcow2 image for writing, and does what comes before its first change. Gives its header.
     pub(super) fn qcow2(&self, path: &Path, image: &Qcow2) -> Result<(Header, Files), OpenError> {
+        if !image.read_only() {
+            return Err(OpenError::InUse {
+                path: path.to_owned(),
+                mend: "the job before has not let go of it: try again when it has, or when the disk has been closed",
+            });
+        }
         let (tables, data) = image.storages();
         let direct = self.options.disk.access().direct;
         let storage: Arc<dyn Storage> =

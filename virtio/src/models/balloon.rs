@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use devices::StopError;
-use migration::{RestoreError, SaveError, SavedState, Snapshot};
+use migration::{RestoreError, SaveError, SavedState, Snapshot, decode_exact};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use zerocopy::IntoBytes;
@@ -317,6 +317,23 @@ pub struct BalloonV1 {
     pub poison_val: u32,
     /// What the driver is to do about hints.
     pub hint_command: u32,
+    /// That the target was reached has been told.
+    pub told: bool,
+    /// What has begun of the host's pages that are larger than the balloon's.
+    pub large: LargePagesV1,
+}
+
+/// The saved state of a balloon that counts its rounds of hints.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonV2 {
+    /// How many pages it is to have.
+    pub num_pages: u32,
+    /// How many the driver says it has.
+    pub actual: u32,
+    /// What the driver fills free pages with.
+    pub poison_val: u32,
+    /// What the driver is to do about hints.
+    pub hint_command: u32,
     /// How many rounds of hints there have been.
     pub hint_rounds: u32,
     /// That the target was reached has been told.
@@ -325,34 +342,75 @@ pub struct BalloonV1 {
     pub large: LargePagesV1,
 }
 
-impl SavedState for BalloonV1 {
+impl From<BalloonV1> for BalloonV2 {
+    fn from(saved: BalloonV1) -> Self {
+        let BalloonV1 {
+            num_pages,
+            actual,
+            poison_val,
+            hint_command,
+            told,
+            large,
+        } = saved;
+        let rounds = hint_command.checked_sub(HINT_FIRST);
+        Self {
+            num_pages,
+            actual,
+            poison_val,
+            hint_command,
+            hint_rounds: rounds.map_or(0, |last| last.saturating_add(1)),
+            told,
+            large,
+        }
+    }
+}
+
+impl SavedState for BalloonV2 {
     const SCHEMA: &'static str = "virtio-balloon";
     const VERSION: u16 = 2;
+
+    fn upgrade(found: u16, body: &[u8]) -> Result<Self, RestoreError> {
+        match found {
+            1 => decode_exact::<BalloonV1>(Self::SCHEMA, found, body).map(Self::from),
+            Self::VERSION => decode_exact(Self::SCHEMA, found, body),
+            _ => Err(RestoreError::Version {
+                schema: Self::SCHEMA,
+                found,
+                newest: Self::VERSION,
+            }),
+        }
+    }
 }
 
 impl Snapshot for Balloon {
-    type State = BalloonV1;
+    type State = BalloonV2;
 
-    fn save(&self) -> Result<BalloonV1, SaveError> {
+    fn save(&self) -> Result<BalloonV2, SaveError> {
         let ConfigSpace {
             num_pages,
             actual,
             free_page_hint_cmd_id,
             poison_val,
         } = self.config_space();
-        Ok(BalloonV1 {
+        // What the driver has not been told yet it is to be told by the next.
+        let hint_command = if self.cut {
+            HINT_FIRST
+        } else {
+            free_page_hint_cmd_id.get()
+        };
+        Ok(BalloonV2 {
             num_pages: num_pages.get(),
             actual: actual.get(),
             poison_val: poison_val.get(),
-            hint_command: free_page_hint_cmd_id.get(),
+            hint_command,
             hint_rounds: self.view.rounds(),
             told: self.told,
             large: lock(&self.view.partial).save(),
         })
     }
 
-    fn restore(&mut self, state: BalloonV1) -> Result<(), RestoreError> {
-        let BalloonV1 {
+    fn restore(&mut self, state: BalloonV2) -> Result<(), RestoreError> {
+        let BalloonV2 {
             num_pages,
             actual,
             poison_val,
@@ -364,7 +422,7 @@ impl Snapshot for Balloon {
         let view = &self.view;
         let Some(partial) = Partial::restored(large) else {
             return Err(RestoreError::Invalid {
-                schema: BalloonV1::SCHEMA,
+                schema: BalloonV2::SCHEMA,
                 reason: "its larger pages are in no order".to_owned(),
             });
         };

@@ -353,7 +353,7 @@ impl VirtioDevice for Net {
             let before = std::mem::replace(&mut filter.mac, own);
             // A driver that runs goes on with the address that it has read.
             if before != own {
-                filter.unicast.add(before);
+                filter.former.get_or_insert(before);
             }
             before != own
         });

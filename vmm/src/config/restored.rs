@@ -8,7 +8,7 @@ use api::wire::RestoreIdentity;
 use serde_json::{Map, Value};
 use virtio::models::net::random_mac;
 
-use super::network::is_card;
+use super::network::{interface_address, is_card};
 use super::{MemoryConfig, VmConfig};
 
 const MAC: &str = "mac";
@@ -153,7 +153,10 @@ pub fn keep(saved: &VmConfig, config: &mut VmConfig) -> Result<(), KeepError> {
 
 /// Keys of which one that is given is instead of others: what a device is on the host, or the same by another name.
 const INSTEAD: [(&[&str], &[&str]); 3] = [
-    (&["path"], &["format", "lease", "write_threshold"]),
+    (
+        &["path"],
+        &["format", "lease", "write_threshold", "lock", "backing"],
+    ),
     (
         &["tap", "fd", "socket"],
         &["tap", "fd", "socket", "ip", "mask", "host_mac", "owner"],
@@ -175,7 +178,9 @@ fn complete(config: &mut Map<String, Value>, before: &Map<String, Value>) {
         .flat_map(|(_, others)| others.iter().copied())
         .collect();
     for (key, value) in before {
-        if !replaced.contains(key.as_str()) {
+        // What an image may refer to and who else may use it was said of that image; but none stays none.
+        let stays = key == "backing" && value == "deny";
+        if stays || !replaced.contains(key.as_str()) {
             config.entry(key).or_insert_with(|| value.clone());
         }
     }
@@ -238,7 +243,8 @@ pub fn renew(saved: &VmConfig, config: &mut VmConfig, uuid: [u8; 16]) -> Renewal
         if let Value::Object(config) = &mut device.config
             && config.get(MAC) == before
         {
-            config.insert(MAC.to_owned(), Value::String(random_mac().to_string()));
+            let own = interface_address(config).unwrap_or_else(random_mac);
+            config.insert(MAC.to_owned(), Value::String(own.to_string()));
         }
     }
     Renewal { cards, clock: true }
@@ -324,6 +330,14 @@ mod tests {
             complete(&mut given, &before);
             Value::Object(given)
         };
+        let trusted = json!({ "path": "/d", "lock": false, "backing": "any" });
+        assert_eq!(
+            completed(json!({ "path": "/c" }), trusted),
+            json!({ "path": "/c" })
+        );
+        let alone = json!({ "path": "/d", "backing": "deny" });
+        let expected = json!({ "path": "/c", "backing": "deny" });
+        assert_eq!(completed(json!({ "path": "/c" }), alone), expected);
         let disk = json!({ "path": "/d", "format": "raw", "readonly": true, "num_queues": 2 });
         // Another image may be of another format, which taking it for the first one's would harm.
         assert_eq!(

@@ -230,7 +230,7 @@ impl Machine {
             MACHINE,
             &ClockV2 {
                 nanoseconds: clock.clock,
-                realtime: Some(clock.realtime),
+                realtime: Some(clock.realtime).filter(|realtime| *realtime != 0),
             },
         )?);
         Ok(set)
@@ -270,6 +270,7 @@ impl Machine {
         self.platform.raise(ged_event::GENERATION_ID);
         self.clock = Some(kvm_clock_data {
             clock: nanoseconds,
+            realtime: realtime.unwrap_or(0),
             ..kvm_clock_data::default()
         });
         self.late_since = realtime.filter(|_| renewal.clock);

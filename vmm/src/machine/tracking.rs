@@ -154,6 +154,8 @@ impl Tracking {
         parent: Option<&Base>,
         ready: Option<Arc<Ready>>,
     ) -> Result<Moment, TrackError> {
+        // The last one takes the lock when it is dropped.
+        let _kept = ready.clone();
         let mut inner = self.lock();
         parent.map_or(Ok(()), |parent| inner.check(parent))?;
         inner.fold();

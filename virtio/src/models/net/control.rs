@@ -218,6 +218,7 @@ impl Card {
                 mac.is_some_and(|mac| {
                     self.shared.change_filter(|filter| {
                         filter.mac = mac.octets();
+                        filter.former = None;
                         true
                     })
                 })

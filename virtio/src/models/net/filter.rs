@@ -47,14 +47,6 @@ impl Table {
         (!self.overflowed).then_some(&self.addresses)
     }
 
-    /// Adds an address.
-    pub fn add(&mut self, address: [u8; 6]) {
-        if !self.has(&address) {
-            self.addresses.push(address);
-            self.overflowed = self.addresses.len() > MAX_TABLE;
-        }
-    }
-
     fn has(&self, address: &[u8; 6]) -> bool {
         self.overflowed || self.addresses.contains(address)
     }
@@ -65,6 +57,8 @@ impl Table {
 pub struct Filter {
     /// The device's address as the driver has set it.
     pub mac: [u8; 6],
+    /// The address that the driver has read, where that was another, until it is begun anew or sets one.
+    pub former: Option<[u8; 6]>,
     /// All frames.
     pub promiscuous: bool,
     /// All that are for many.
@@ -90,6 +84,7 @@ impl Filter {
     pub fn open(mac: MacAddress) -> Self {
         Self {
             mac: mac.octets(),
+            former: None,
             promiscuous: true,
             all_multicast: false,
             all_unicast: false,
@@ -122,7 +117,11 @@ impl Filter {
         } else if a & 1 != 0 {
             !self.no_multicast && (self.all_multicast || self.multicast.has(&to))
         } else {
-            !self.no_unicast && (self.all_unicast || to == self.mac || self.unicast.has(&to))
+            !self.no_unicast
+                && (self.all_unicast
+                    || to == self.mac
+                    || Some(to) == self.former
+                    || self.unicast.has(&to))
         }
     }
 

@@ -68,6 +68,7 @@ impl Snapshot for Net {
     fn save(&self) -> Result<NetV1, SaveError> {
         let Filter {
             mac,
+            former,
             promiscuous,
             all_multicast,
             all_unicast,
@@ -78,6 +79,12 @@ impl Snapshot for Net {
             multicast,
             vlans,
         } = &*self.shared.filter();
+        let unicast = unicast.addresses().map(<[_]>::to_vec);
+        // Where there is room. It goes when the driver says its addresses again.
+        let unicast = unicast.map(|mut all| {
+            all.extend(former.filter(|_| all.len() < MAX_TABLE));
+            all
+        });
         Ok(NetV1 {
             mac: *mac,
             pairs: self.shared.pairs(),
@@ -89,7 +96,7 @@ impl Snapshot for Net {
             no_multicast: *no_multicast,
             no_unicast: *no_unicast,
             no_broadcast: *no_broadcast,
-            unicast: unicast.addresses().map(<[_]>::to_vec),
+            unicast,
             multicast: multicast.addresses().map(<[_]>::to_vec),
             vlans: vlans.as_ref().map(|vlans| vlans.to_vec()),
         })
@@ -129,6 +136,7 @@ impl Snapshot for Net {
         let vlans = vlans.map_err(|vlans| invalid(format!("{} words of VLANs", vlans.len())))?;
         let filter = Filter {
             mac,
+            former: None,
             promiscuous,
             all_multicast,
             all_unicast,

@@ -5,9 +5,9 @@ use std::sync::mpsc::Receiver;
 use migration::DynSnapshot;
 
 use super::*;
+use crate::device::DiskReport;
 use crate::memory::GuestMemory;
 use crate::testing::{DATA, Driver, Notice, PATIENCE, notices};
-use crate::device::DiskReport;
 use crate::vhost::PeerReport;
 use crate::vhost::peer::{ANNOUNCES, Lie, Manner, PROTOCOL, Peer, request};
 use crate::vhost::tests::{context, shared};

@@ -11,6 +11,9 @@ use super::super::restored::{KeepError, Renewal, settle};
 use super::super::{HostLimits, Thp, VmConfig};
 use super::{console, invalid, more_serial, serial};
 
+/// What a card has that gets no descriptors.
+const OF_NETWORKS: [&str; 6] = ["tap", "socket", "ip", "mask", "host_mac", "owner"];
+
 impl KeepError {
     /// The same for those who asked over the control interface.
     #[must_use]
@@ -125,7 +128,11 @@ impl VmConfig {
             };
             known.clone_from(port);
         }
-        if display.is_some() {
+        // The guest keeps the screen that it has.
+        if let (Some(display), Some(known)) = (display, &mut self.display) {
+            known.vnc.clone_from(&display.vnc);
+            known.web.clone_from(&display.web);
+        } else if display.is_some() {
             self.display.clone_from(display);
         }
         Ok(())
@@ -208,8 +215,7 @@ impl VmConfig {
                 );
                 return Err(ControlError::new(ErrorKind::NotFound, message));
             };
-            // The rest of the network is of what there was before, if it has not been given anew.
-            config.remove("tap");
+            config.retain(|key, _| !OF_NETWORKS.contains(&key.as_str()));
             config.insert("fd".to_owned(), Value::String(numbers.join(":")));
         }
         Ok(())
@@ -301,6 +307,13 @@ mod tests {
             assert_eq!(told.kind, ErrorKind::Invalid);
             assert!(told.to_string().contains(words), "{told}");
         }
+        let mut made = machine();
+        made.devices[1].config = json!({ "tap": "t", "ip": "10.0.0.1", "mask": "255.0.0.0" });
+        let request: RestoreConfig = serde_json::from_value(
+            json!({ "source_url": "/s", "net_fds": [{ "id": "n", "num_fds": 1 }] }),
+        )
+        .unwrap();
+        assert!(made.restored(&request, &[7]).is_ok());
         // Numbers may be what they were in the other process.
         let mut before = machine();
         before.devices[1].config = json!({ "fd": "7" });

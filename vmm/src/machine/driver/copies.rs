@@ -54,6 +54,16 @@ struct Ending {
     result: Result<(), String>,
 }
 
+impl Ending {
+    /// What is dropped before the disk has gone on is not done.
+    fn of(job: JobHandle) -> Self {
+        Self {
+            job: Some(job),
+            result: Err("the machine has ended".to_owned()),
+        }
+    }
+}
+
 impl Drop for Ending {
     fn drop(&mut self) {
         if let Some(job) = self.job.take() {
@@ -311,28 +321,82 @@ impl Driver {
             let next = work.begin(go)?;
             Ok((work, next))
         };
-        let ((old, work), _) = self.stall(&devices, |driver| {
+        let mut begun = None;
+        let stalled = self.stall(&devices, |driver| {
             let (work, next) = driver.while_still(begin)?;
             let (old, _) = driver.go_on_with(&devices[0], next, &target)?;
-            Ok((old, work))
-        })?;
-        drop(old);
+            begun = Some(work);
+            Ok(old)
+        });
+        let work = match (stalled, begun) {
+            (Ok(_), Some(work)) => work,
+            (stalled, begun) => {
+                // The disk is where nothing comes of it.
+                self.call_off(&target, begun);
+                return Err(stalled.err().unwrap_or_else(ended));
+            }
+        };
         let mut job = self.tools.jobs.begin(work.kind(), work.size());
         let info = job.info();
         let copied = target.clone();
         let copying = move || {
             let mut work = work;
-            let result = copy(&mut job, &mut work, &copied);
-            let job = Some(job);
-            (work, Ending { job, result })
+            let copied = copy(&mut job, &mut work, &copied);
+            (work, copied, Ending::of(job))
         };
         let id = info.id.clone();
-        self.holding("copy", copying, move |driver, (work, ending)| {
-            driver.asides.jobs.retain(|other| *other != id);
-            driver.when_free(move |driver| driver.finish_copy(&target, work, ending));
+        self.holding("copy", copying, move |driver, (work, copied, ending)| {
+            driver.when_free(move |driver| driver.copied(target, id, (work, copied, ending)));
         })?;
         self.asides.jobs.push(info.id.clone());
         Ok(Reply::Started(info))
+    }
+
+    /// Nothing is being captured, and all has been copied but what the guest has changed while that was waited for.
+    fn copied(
+        &mut self,
+        target: Target,
+        id: String,
+        (work, copied, mut ending): (Work, Result<(), String>, Ending),
+    ) {
+        if copied.is_err() || work.left() <= ENOUGH {
+            self.asides.jobs.retain(|other| *other != id);
+            ending.result = copied;
+            return self.finish_copy(&target, work, ending);
+        }
+        let disk = target.clone();
+        let copying = move || {
+            let (mut work, mut ending) = (work, ending);
+            let copied = match &mut ending.job {
+                Some(job) => catch_up(job, &mut work, (&disk, Instant::now(), 0)),
+                None => Ok(()),
+            };
+            (work, copied, ending)
+        };
+        let mark = target.clone();
+        let started = self.holding("copy", copying, move |driver, (work, copied, ending)| {
+            driver.when_free(move |driver| driver.copied(target, id, (work, copied, ending)));
+        });
+        if let Err(error) = started {
+            tracing::warn!("disk {}: {error}", mark.id);
+            self.asides.finish(&mark.id, &mark.device);
+        }
+    }
+
+    /// Has the disk go on as before a job that could not begin, and closes what there is of it.
+    fn call_off(&mut self, target: &Target, work: Option<Work>) {
+        let Some(work) = work else {
+            return;
+        };
+        if let Some(plain) = work.given_up()
+            && let Err(error) = self.go_back(target, plain)
+        {
+            tracing::warn!("disk {} still notes its changes: {error}", target.id);
+        }
+        let started = self.holding("settle", move || work.settle(), |_, _| {});
+        if let Err(error) = started {
+            tracing::warn!("disk {}: {error}", target.id);
+        }
     }
 
     /// The device of a job's disk, if it is the same as before.
@@ -401,13 +465,15 @@ impl Driver {
             Ok((work, next))
         };
         let mut kept = None;
+        let mut gone = None;
         let done = self.stall(&devices, |driver| {
             let (work, next) = driver.while_still(finish)?;
             let gone_on = next.and_then(|next| driver.go_on_with(&devices[0], next, target));
             match gone_on {
                 Ok((old, emptied)) => {
                     driver.tell_of_images(std::iter::once(&target.id));
-                    Ok((old, emptied.map_or(Rest::Work(work), Rest::Emptied)))
+                    gone = Some(emptied.map_or(Rest::Work(work), Rest::Emptied));
+                    Ok(old)
                 }
                 Err(error) => {
                     kept = Some(work);
@@ -415,12 +481,14 @@ impl Driver {
                 }
             }
         });
-        match done {
-            Ok(((old, rest), _)) => {
-                drop(old);
+        match (done, gone) {
+            (Ok(_), Some(rest)) => Ok(rest),
+            // It is there, whatever keeps the machine from going on: nothing may be written to where it was.
+            (Err(error), Some(rest)) => {
+                tracing::warn!("disk {} has gone on: {error}", target.id);
                 Ok(rest)
             }
-            Err(error) => Err((kept, error)),
+            (done, None) => Err((kept, done.err().unwrap_or_else(ended))),
         }
     }
 
@@ -543,6 +611,16 @@ fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), Str
         copied += more;
         job.progress(at, size);
     }
+    catch_up(job, work, (target, began, copied))
+}
+
+/// Copies what the guest has changed since it was copied, until little of that is left.
+fn catch_up(
+    job: &mut JobHandle,
+    work: &mut Work,
+    (target, began, mut copied): (&Target, Instant, u64),
+) -> Result<(), String> {
+    let told = |error: std::io::Error| move |at: u64| format!("at byte {at}: {}", chain(&error));
     let mut times = 0_u32;
     while work.left() > ENOUGH {
         times = times.saturating_add(1);
@@ -564,5 +642,7 @@ fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), Str
             at = end;
         }
     }
+    // The end may have to wait, and the guest is not to wait with it.
+    work.hold_up(u64::MAX);
     work.prepare()
 }

@@ -1,6 +1,7 @@
 //! The control queue and what it changes.
 
 use super::*;
+use crate::models::net::spec::TAGGED_LEN;
 
 const COMMAND: u64 = DATA + 0x10_000;
 const ANSWER: u64 = DATA + 0x18_000;
@@ -235,7 +236,14 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
     let filter = other.shared.filter();
     assert_eq!(filter.mac, MAC, "as it is configured");
     // The driver that runs does not know it yet.
-    assert_eq!(filter.unicast.addresses(), Some(&[OTHER][..]));
+    assert_eq!(filter.former, Some(OTHER));
+    let to = |address: [u8; 6]| {
+        let mut start = [0; TAGGED_LEN];
+        start[..6].copy_from_slice(&address);
+        start
+    };
+    assert!(filter.wants(&to(OTHER)) && filter.wants(&to(MAC)));
+    assert_eq!(other.save().unwrap().unicast, Some(vec![OTHER]));
     let features = rig.net.features();
     let (notifier, notices) = crate::testing::notices();
     other
@@ -258,8 +266,13 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
     assert!(config(&rig), "it is told to look again");
     assert_eq!(rig.status(), 3);
     assert!(rig.notices.try_recv().is_err());
-    // Frames pass all the while.
+    // Frames pass all the while, also to its address when it says that it has no others.
     assert!(rig.net.shared.link());
+    assert_eq!(command(&mut rig, 1, 0, &table(&[], &[])), OK);
+    assert!(rig.net.shared.filter().wants(&to(OTHER)));
+    rig.stop();
+    rig.net.reset();
+    assert_eq!(rig.net.shared.filter().former, None);
 }
 
 /// Something impossible in a saved state.
