@@ -9,8 +9,6 @@ mod consoles;
 mod driven;
 mod handled;
 mod network;
-mod ps2;
-mod restored;
 mod saved;
 mod screen;
 mod shared;
@@ -223,7 +221,6 @@ pub fn cases(kernel: &str) -> Vec<Case> {
         cases.push(shared::has_directories(kernel));
         cases.push(saved::goes_on(kernel));
         // The nested machine has its modules too.
-        cases.push(restored::devices_go_on(kernel));
         cases.push(bridged::share_a_bridge(kernel));
         cases.push(socketed::talks_with_socat(kernel));
     }
@@ -237,7 +234,6 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // One generic kernel's driver of the screen is enough.
     if kernel.ends_with("cloud") || kernel == "6.12-generic" {
         cases.push(screen::first_message(kernel));
-        cases.push(ps2::keyboard_and_mouse(kernel));
     }
     cases
 }
