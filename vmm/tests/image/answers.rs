@@ -26,6 +26,8 @@ fn info_tells_the_same() {
             let arguments = [&["info", "--output=json"], chain, &[name]].concat();
             let ours = place.vireo(&arguments).json();
             let theirs = place.qemu(&arguments).json();
+            // The installed one may be newer.
+            let theirs = without(theirs, "children");
             assert_eq!(without(ours.clone(), "children"), theirs, "{name}");
             if let Some(newer) = place.qemu10(&arguments) {
                 assert_eq!(ours, newer.json(), "{name}");
@@ -49,11 +51,8 @@ fn map_tells_the_same() {
         for part in [&["--start-offset=70k", "--max-length=3M"][..], &[]] {
             let arguments = [&["map", "--output=json"], part, &[name]].concat();
             let ours = place.vireo(&arguments);
-            assert_eq!(
-                without(ours.json(), "compressed"),
-                place.qemu(&arguments).json(),
-                "{name}"
-            );
+            let theirs = without(place.qemu(&arguments).json(), "compressed");
+            assert_eq!(without(ours.json(), "compressed"), theirs, "{name}");
             if let Some(newer) = place.qemu10(&arguments) {
                 assert_eq!(ours.out, newer.out, "{name}");
             }

@@ -174,7 +174,10 @@ fn creation_makes_what_was_asked_for_and_says_so() {
         let seen = |said: crate::place::Said| {
             let line = said.done();
             let mut info = place.qemu(&["info", "--output=json", "a"]).json();
-            info.as_object_mut().unwrap().remove("actual-size");
+            // Newer ones tell the size of the file within, too.
+            for key in ["actual-size", "children"] {
+                info.as_object_mut().unwrap().remove(key);
+            }
             if info["format"] == "qcow2" && !arguments.contains(&"nothing") {
                 place.qemu(&["check", "a"]).done();
             }

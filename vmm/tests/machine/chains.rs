@@ -252,6 +252,12 @@ fn changed(directory: &Path, file: &Path, change: impl FnOnce(&str) -> String) -
     verified
 }
 
+fn says(words: &[&str], told: String) {
+    for word in words {
+        assert!(told.contains(word), "{word}: {told}");
+    }
+}
+
 #[test]
 fn a_chain_whose_parent_is_missing_altered_or_another_is_refused_by_name() {
     if !can_run() {
@@ -270,11 +276,6 @@ fn a_chain_whose_parent_is_missing_altered_or_another_is_refused_by_name() {
     let directory = |all: &Path| all.to_str().unwrap().to_owned();
     told(&["verify", &directory(&c)], 0);
 
-    let says = |words: &[&str], told: String| {
-        for word in words {
-            assert!(told.contains(word), "{word}: {told}");
-        }
-    };
     // Altered in a way that its own rules allow.
     let spaced = changed(&c, &text("a"), |text| format!("{text}\n"));
     says(
