@@ -23,7 +23,7 @@ use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
 use super::Driver;
-use super::streams::{REST, no_disk};
+use super::streams::no_disk;
 use crate::config::files;
 use crate::error::chain;
 use crate::machine::fault;
@@ -34,16 +34,19 @@ use crate::opener::Opener;
 /// With so little left to be copied the guest may stand still for it, in bytes.
 const ENOUGH: u64 = 8 << 20;
 
+/// How long a job that is ahead of its speed rests before it looks around.
+const REST: Duration = Duration::from_millis(50);
+
 /// After so many times through all that has been changed meanwhile, the guest is held up.
 const TIMES: u32 = 3;
 
-/// The disk.
+/// The disk of a job.
 #[derive(Clone)]
-struct Target {
-    id: String,
-    device: Weak<VirtioPci>,
-    path: PathBuf,
-    options: ImageOptions,
+pub(super) struct Target {
+    pub id: String,
+    pub device: Weak<VirtioPci>,
+    pub path: PathBuf,
+    pub options: ImageOptions,
     /// The most bytes to be copied in a second.
     speed: Option<u64>,
 }
@@ -291,7 +294,8 @@ impl Driver {
         }
     }
 
-    fn begin_copy(
+    /// What a job on the disk `id` works on, which is the job's from now on.
+    pub(super) fn begin_copy(
         &mut self,
         id: &str,
         speed: Option<u64>,
@@ -566,16 +570,17 @@ fn exchange(
 }
 
 /// A job under way: it heeds who cancels it, the disk's removal, and its speed.
-struct Pace<'a> {
-    job: &'a JobHandle,
-    target: &'a Target,
-    began: Instant,
-    copied: u64,
+pub(super) struct Pace<'a> {
+    pub job: &'a JobHandle,
+    pub target: &'a Target,
+    pub began: Instant,
+    /// In bytes.
+    pub copied: u64,
 }
 
 impl Pace<'_> {
     /// Waits until more may be copied.
-    fn wait(&self) -> Result<(), String> {
+    pub fn wait(&self) -> Result<(), String> {
         loop {
             if self.job.is_cancelled() {
                 return Err("it was cancelled".to_owned());

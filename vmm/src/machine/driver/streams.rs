@@ -5,40 +5,25 @@
 //! needs no more; that waits for the end of a snapshot of the machine. The machine's end, and
 //! the disk's removal, end the job; what has been copied by then stays in the image, and the next job begins with it.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use api::wire::VmDiskStream;
 use api::{Answer, ControlError, ErrorKind, Reply};
-use block::{Cut, ImageOptions, Stream};
+use block::{Cut, Stream};
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
 use super::Driver;
+use super::copies::{Pace, Target};
 use crate::error::chain;
 use crate::machine::fault;
-use crate::machine::inbox::ended;
 use crate::monitor::JobHandle;
-
-/// How long a job that is ahead of its speed rests before it looks around.
-pub(super) const REST: Duration = Duration::from_millis(50);
-
-/// The disk.
-#[derive(Clone)]
-struct Target {
-    id: String,
-    device: Weak<VirtioPci>,
-    path: PathBuf,
-    options: ImageOptions,
-    /// The most bytes to be copied in a second.
-    speed: Option<u64>,
-}
 
 impl Driver {
     /// Begins to take what lies below a disk's image into it. The answer is the job.
     pub(super) fn stream_disk(&mut self, request: VmDiskStream, answer: Answer) {
-        let begun = self.begin_stream(&request);
+        let begun = self.begin_copy(&request.id, request.speed);
         let (target, device) = match begun {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
@@ -67,29 +52,6 @@ impl Driver {
             self.asides.finish(&mark.id, &mark.device);
             self.asides.answer(answer, Err(error));
         }
-    }
-
-    fn begin_stream(
-        &mut self,
-        request: &VmDiskStream,
-    ) -> Result<(Target, Arc<VirtioPci>), ControlError> {
-        let id = &request.id;
-        if request.speed == Some(0) {
-            let message = "speed: 0 bytes in a second: leave it out for no limit";
-            return Err(ControlError::new(ErrorKind::Invalid, message));
-        }
-        let description = self.ears.description.as_ref().ok_or_else(ended)?;
-        let device = self.settled_device(id)?;
-        let config = description.config.disk(id).ok_or_else(|| no_disk(id))?;
-        self.asides.begin_job(&device)?;
-        let target = Target {
-            id: id.clone(),
-            device: Arc::downgrade(&device),
-            options: config.image_options(),
-            path: config.path,
-            speed: request.speed,
-        };
-        Ok((target, device))
     }
 
     fn start_stream(&mut self, target: Target, stream: Stream) -> Result<Reply, ControlError> {
@@ -191,23 +153,13 @@ fn copy(job: &mut JobHandle, stream: &Stream, target: &Target) -> Result<(), Str
     let (size, began) = (stream.size(), Instant::now());
     let (mut at, mut copied) = (0, 0_u64);
     while at < size {
-        if job.is_cancelled() {
-            return Err("it was cancelled".to_owned());
-        }
-        let device = target.device.upgrade();
-        if device.is_none_or(|device| device.disk().is_none()) {
-            return Err(format!("disk {} has been removed", target.id));
-        }
-        let ahead = target.speed.map_or(Duration::ZERO, |speed| {
-            let part = u128::from(copied % speed) * 1_000_000_000 / u128::from(speed);
-            let due = Duration::from_secs(copied / speed)
-                + Duration::from_nanos(u64::try_from(part).unwrap_or(0));
-            due.saturating_sub(began.elapsed())
-        });
-        if !ahead.is_zero() {
-            std::thread::sleep(ahead.min(REST));
-            continue;
-        }
+        let pace = Pace {
+            job,
+            target,
+            began,
+            copied,
+        };
+        pace.wait()?;
         let (done, more) = stream
             .step(at)
             .map_err(|error| format!("at byte {at}: {}", chain(&error)))?;
