@@ -10,9 +10,11 @@ NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 # One run of everything, whose closing summary is the result.
 ifeq ($(NEXTEST),yes)
 TEST := $(CARGO) nextest run --workspace --locked --no-fail-fast
+BUILD_TESTS := $(CARGO) nextest run --workspace --locked --no-run
 IGNORED := --run-ignored only
 else
 TEST := $(CARGO) test --workspace --locked --no-fail-fast
+BUILD_TESTS := $(CARGO) test --workspace --locked --no-run
 IGNORED := -- --ignored
 endif
 CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
@@ -24,8 +26,8 @@ FUZZED := block/image block/check virtio/pci virtio/ring \
 	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
 	devices/rfb api/websocket migration/snapshot
 
-.PHONY: fuzz help run build guests setup setup-full test test-full test-openapi openapi bench lint \
-	web-packages clean
+.PHONY: fuzz fuzz-programs help run build guests setup setup-full test test-programs test-full test-openapi \
+	openapi bench lint web-packages clean
 
 help:
 	@echo 'make run        boot a Debian kernel to a shell; without a terminal, show the guest and power off'
@@ -46,9 +48,12 @@ help:
 	@echo 'TESTBED_GROUND=nested          not on the own /dev/kvm; or direct'
 	@echo 'VIREO=PATH                     another build of the program'
 
-fuzz:
-	@tests/setup --fuzz
+fuzz: fuzz-programs
 	@tests/fuzz $(SECONDS) $(FUZZED)
+
+fuzz-programs:
+	@tests/setup --fuzz
+	@tests/fuzz --build $(FUZZED)
 
 setup:
 	@tests/setup
@@ -67,9 +72,15 @@ run: build
 	@$(CARGO) build --quiet --locked -p tests --bins
 	@$(CARGO) run --quiet --locked -p tests --bin nested-run
 
-# A class of tests that ran nowhere is a failure too.
-test: build guests
+# What the tests consist of.
+test-programs: setup
+	@$(BUILD_TESTS)
 	@$(CARGO) build --quiet --locked -p tests --bins
+
+# A class of tests that ran nowhere is a failure too. The last step of the optimized program keeps one
+# processor busy for minutes, so the others build the tests meanwhile.
+test: setup guests
+	@$(MAKE) --no-print-directory -j2 build test-programs
 	@$(CLASSES) forget
 	@result=0; $(TEST) || result=1; $(CLASSES) check || result=1; exit $$result
 

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -75,7 +75,8 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
         make(file, directory)?;
     }
     let vireo = locate("vireo")?;
-    script("before", &case.before, directory, &vireo)?;
+    let limit = Duration::from_secs(case.limit);
+    script("before", &case.before, directory, &vireo, later(limit))?;
     let words = Words::prepare(case, locate, directory)?;
     let mut command = words.command(case, locate)?;
     fs::write(directory.join("again"), shell_line(&command))?;
@@ -96,7 +97,7 @@ fn attempt(case: &Case, locate: Locate<'_>, directory: &Path, outcome: &mut Outc
         complaints.push(format!("exit code {code}, not {}: {last}", case.exit));
     }
     let mut shut_down = code == TRIPLE_FAULT && case.exit != code;
-    match script("after", &case.after, directory, &vireo) {
+    match script("after", &case.after, directory, &vireo, later(limit)) {
         Ok(output) => outcome.output.push_str(&output),
         Err(error) => {
             // The script may have run the monitor again and ended as that did.
@@ -261,33 +262,67 @@ pub fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
-/// Runs a case's script; it finds the monitor as `$VIREO`, and the command of this case as the script `again`.
-fn script(which: &str, text: &str, directory: &Path, vireo: &Path) -> Result<String> {
+fn later(time: Duration) -> Instant {
+    Instant::now() + time
+}
+
+/// Runs a case's script; it finds the monitor as `$VIREO`, and the command of this case as the script `again`. What it
+/// leaves running in the background is not waited for. One that does not end by `deadline` is killed with all that it has started.
+fn script(
+    which: &str,
+    text: &str,
+    directory: &Path,
+    vireo: &Path,
+    deadline: Instant,
+) -> Result<String> {
     if text.is_empty() {
         return Ok(String::new());
     }
-    let output = Command::new("sh")
+    // Not pipes, whose ends those in the background would keep open.
+    let [out, err] = ["out", "err"].map(|end| directory.join(format!(".{which}.{end}")));
+    let mut child = Command::new("sh")
         .args(["-ec", &in_directory(text, directory)])
         .env("VIREO", vireo)
         .current_dir(directory)
-        .output()?;
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    if !output.status.success() {
-        return Err(ScriptFailed {
-            which: which.to_owned(),
-            code: output.status.code(),
-            said: stdout + &String::from_utf8_lossy(&output.stderr),
+        .stdin(Stdio::null())
+        .stdout(File::create(&out)?)
+        .stderr(File::create(&err)?)
+        .process_group(0)
+        .spawn()?;
+    let group = format!("-{}", child.id());
+    let (sender, ended) = channel();
+    thread::spawn(move || sender.send(child.wait()));
+    let rest = deadline.saturating_duration_since(Instant::now());
+    let status = match ended.recv_timeout(rest) {
+        Ok(status) => Some(status?),
+        Err(_) => {
+            let _ = Command::new("kill")
+                .args(["-s", "KILL", "--", &group])
+                .status();
+            None
         }
-        .into());
+    };
+    let [out, err] = [out, err].map(|path| fs::read(path).unwrap_or_default());
+    let stdout = String::from_utf8_lossy(&out).into_owned();
+    if status.is_some_and(|status| status.success()) {
+        return Ok(stdout);
     }
-    Ok(stdout)
+    let failed = ScriptFailed {
+        which: which.to_owned(),
+        hung: status.is_none(),
+        code: status.and_then(|status| status.code()),
+        said: stdout + &String::from_utf8_lossy(&err),
+    };
+    Err(failed.into())
 }
 
 /// A script of a case did not succeed.
 #[derive(Debug, thiserror::Error)]
-#[error("the script `{which}` failed: {said}")]
+#[error("the script `{which}` {}: {said}", if *hung { "did not end in time" } else { "failed" })]
 struct ScriptFailed {
     which: String,
+    /// It was killed when its time was over.
+    hung: bool,
     code: Option<i32>,
     /// What came on both its output streams.
     said: String,
@@ -386,7 +421,14 @@ impl Monitor {
         outcome.output = tail(&self.output);
         outcome.errors = tail(&self.errors);
         if let Some(error) = broken {
-            return Err(error);
+            if !error
+                .downcast_ref()
+                .is_some_and(|failed: &ScriptFailed| failed.hung)
+            {
+                return Err(error);
+            }
+            outcome.verdict = Verdict::Hung(format!("{error:#}"));
+            return Ok(None);
         }
         let left = steps.first();
         let left = left.map(|step| format!("it ended before \"{}\"", step.when));
@@ -420,6 +462,8 @@ impl Monitor {
             };
             let Some(at) = at else { break };
             self.seen += at + text.len();
+            // How far it came, should the machine that runs it be lost.
+            eprintln!("step: \"{}\"", step.when);
             self.act(&step.then)
                 .with_context(|| format!("the step after \"{}\"", step.when))?;
             steps = later;
@@ -467,7 +511,8 @@ impl Monitor {
 
     fn run(&mut self, text: &str) -> Result<()> {
         let directory = &self.words.directory;
-        let printed = script("run", &self.words.fill(text), directory, &self.words.vireo)?;
+        let text = self.words.fill(text);
+        let printed = script("run", &text, directory, &self.words.vireo, self.deadline)?;
         self.printed.extend(printed.into_bytes());
         Ok(())
     }

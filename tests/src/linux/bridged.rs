@@ -418,7 +418,7 @@ pub(super) fn share_a_bridge(kernel: &str) -> Case {
         .want(Want::Text("@@ iperf down: ".to_owned()))
         .after("ip link del br0; ip link del vm0; cat neighbour | grep '@@ end' || cat neighbour")
         .want(Want::Times("@@ end".to_owned(), 2))
-        .limit(480);
+        .limit(300);
     case.nested_only = true;
     case.net_tools = true;
     case

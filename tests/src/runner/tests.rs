@@ -234,3 +234,23 @@ fn another_monitor_goes_on_with_the_steps_and_the_output_once_the_first_has_done
         "{complaints:?}"
     );
 }
+
+#[test]
+fn a_script_that_does_not_end_is_killed_with_what_it_started_and_takes_no_case_along() {
+    let pipe = "mkfifo pipe; (exec < pipe) & echo $! > started; read -r word < pipe";
+    let case = guest().step("hello", Action::Run(pipe.to_owned())).limit(1);
+    let outcome = run_with("echo hello; read -r line", &case);
+    let Verdict::Hung(why) = outcome.verdict else {
+        panic!("{outcome:?}");
+    };
+    assert!(why.contains("`run` did not end in time"), "{why}");
+}
+
+#[test]
+fn a_script_does_not_wait_for_what_it_leaves_in_the_background() {
+    let case = guest().before("mkfifo pipe; (read -r word < pipe; echo late) &");
+    let case = case.after("echo word > pipe; echo after");
+    let outcome = run_with("echo hello", &case);
+    assert_eq!(outcome.verdict, Verdict::Pass, "{outcome:?}");
+    assert_eq!(outcome.output, "hello\nafter\n");
+}
