@@ -33,6 +33,9 @@ const GUEST_MODULES: &[&str] = &[
 /// What a script loads by itself, in the order of `/modules/screen`, where the kernel has it.
 const SCREEN_MODULES: &[&str] = &["bochs"];
 
+/// The same for the PS/2 mouse, by `/modules/ps2`.
+const PS2_MODULES: &[&str] = &["psmouse"];
+
 /// What the nested machine loads to have `/dev/kvm`.
 const NESTED_MODULES: &[&str] = &[
     "virtio_pci",
@@ -111,7 +114,8 @@ pub fn guest(package: &Path, busybox: &Path, output: &Path) -> Result<()> {
     write(output, |archive| {
         skeleton(archive, busybox, GUEST_INIT)?;
         modules(archive, package, GUEST_MODULES, "order")?;
-        modules(archive, package, SCREEN_MODULES, "screen")
+        modules(archive, package, SCREEN_MODULES, "screen")?;
+        modules(archive, package, PS2_MODULES, "ps2")
     })
 }
 

@@ -43,6 +43,8 @@ const ENTRY: &str = "__svm_vcpu_run";
 const ENTRY_IS: &str = "L1's VMRUN is in ";
 /// What stands before the number of an interrupt that no longer could be taken.
 const NOT_TAKEN: &str = "no device acted since the vCPU last took the interrupt it shut down in, ";
+/// What stands before the exit of a vCPU that is lost without having shut down.
+const STRAYED: &str = "a vCPU fetches its instructions where L1 enters guests, ";
 /// The first vector of Linux's own timer and inter-processor interrupts; those of devices are below.
 const LOCAL_VECTORS: u64 = 0xEC;
 /// Exits of a guest that computes, waits and sets its timer: nothing else sees them.
@@ -77,13 +79,43 @@ pub fn clear() -> io::Result<()> {
 /// [`start`] has not been called.
 pub fn last() -> io::Result<String> {
     let text = fs::read_to_string(Path::new(TRACING).join("trace"))?;
-    let entry = function_in(&fs::read_to_string(SYMBOLS)?, ENTRY)
+    let range = function_in(&fs::read_to_string(SYMBOLS)?, ENTRY);
+    let strayed = range
+        .as_ref()
+        .and_then(|range| strayed(&text, range))
+        .map(|line| format!("{STRAYED}{line}\n"))
+        .unwrap_or_default();
+    let entry = range
         .map(|range| format!("{ENTRY_IS}{:#x}..{:#x}\n", range.start, range.end))
         .unwrap_or_default();
     let not_taken = not_taken(&text)
         .map(|vector| format!("{NOT_TAKEN}{vector:#x}\n"))
         .unwrap_or_default();
-    Ok(entry + &not_taken + &end_of(&text, TOLD))
+    Ok(entry + &strayed + &not_taken + &end_of(&text, TOLD))
+}
+
+/// The exit of a vCPU, by `text`, that is to run the instructions of L1's own `entry` and cannot have them: the memory there is not the
+/// guest's. It goes round in page faults for ever while the other vCPUs wait for it.
+fn strayed<'a>(text: &'a str, entry: &Range<u64>) -> Option<&'a str> {
+    let mut exits = text.lines().filter(|line| line.contains(": kvm_exit: "));
+    exits
+        .find(|line| {
+            field(line, " rip ").is_some_and(|at| entry.contains(&at)) && is_failed_fetch(line)
+        })
+        .map(str::trim)
+}
+
+/// Whether, in the exit of `line`, a page fault was being delivered (AMD APM volume 2, 15.7.2) that an instruction's fetch had caused.
+fn is_failed_fetch(line: &str) -> bool {
+    field(line, " intr_info ") == Some(PAGE_FAULT)
+        && field(line, " error_code ").is_some_and(|code| code & FETCH != 0)
+}
+
+/// Whether `trace`, from [`last`], proves that the emulated processor has lost a vCPU of a guest that did not shut down: what waits
+/// for that vCPU is never done.
+#[must_use]
+pub fn lost_a_processor(trace: &str) -> bool {
+    trace.contains(STRAYED)
 }
 
 /// The vector of a local interrupt in whose delivery the guest shut down by `text`,
@@ -172,10 +204,7 @@ pub fn lost_to_the_emulator(trace: &str) -> bool {
     let has_its_pointer = entry
         .zip(field(exit, " rip "))
         .is_some_and(|(entry, at)| entry.contains(&at));
-    // What was being delivered (AMD APM volume 2, 15.7.2), and its error code.
-    let has_its_page_tables = field(exit, " intr_info ") == Some(PAGE_FAULT)
-        && field(exit, " error_code ").is_some_and(|code| code & FETCH != 0);
-    has_its_pointer || has_its_page_tables || trace.contains(NOT_TAKEN)
+    has_its_pointer || is_failed_fetch(exit) || trace.contains(NOT_TAKEN)
 }
 
 /// A hexadecimal number.
@@ -254,6 +283,31 @@ mod tests {
         assert!(lost_to_the_emulator(&trace(&head, "0xffffffffc06a55b0")));
         assert!(!lost_to_the_emulator(&trace(&head, "0xffffffffc06a5640")));
         assert!(!lost_to_the_emulator(&trace("", "0xffffffffc06a55b0")));
+    }
+
+    #[test]
+    fn a_vcpu_that_fetches_in_l1s_own_code_is_lost_and_one_that_runs_its_own_there_is_not() {
+        let entry = 0xC056_9510..0xC056_B900;
+        let trace = |rip: &str, delivered: &str, code: &str| {
+            format!(
+                "v1-5 [0] d.. 0.1: kvm_exit: vcpu 1 reason npf rip {rip} info1 0x2 info2 0x1 \
+                 intr_info {delivered} error_code {code}\n\
+                 v0-4 [0] d.. 0.2: kvm_exit: vcpu 0 reason hlt rip 0x8f info1 0x0 info2 0x0 \
+                 intr_info 0x0 error_code 0x0\n"
+            )
+        };
+        let judge = |rip, delivered, code| strayed(&trace(rip, delivered, code), &entry).is_some();
+        assert!(judge("0xc05695b0", "0x80000b0e", "0x00000010"));
+        // A module of the guest's may lie there, and read what is not there yet.
+        assert!(!judge("0xc05695b0", "0x80000b0e", "0x00000000"));
+        assert!(!judge("0xc05695b0", "0x00000000", "0x00000010"));
+        assert!(!judge("0xc056b900", "0x80000b0e", "0x00000010"));
+        assert!(!lost_a_processor(&trace(
+            "0xc05695b0",
+            "0x80000b0e",
+            "0x10"
+        )));
+        assert!(lost_a_processor(&format!("{STRAYED}v1-5 [0] d.. 0.1\n")));
     }
 
     #[test]

@@ -9,6 +9,8 @@ mod consoles;
 mod driven;
 mod handled;
 mod network;
+mod ps2;
+mod restored;
 mod saved;
 mod screen;
 mod shared;
@@ -234,6 +236,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // One generic kernel's driver of the screen is enough.
     if kernel.ends_with("cloud") || kernel == "6.12-generic" {
         cases.push(screen::first_message(kernel));
+        cases.push(ps2::keyboard_and_mouse(kernel));
     }
     cases
 }
@@ -274,6 +277,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(ballooned::gives(kernel));
     cases.push(ballooned::takes(kernel));
     cases.push(ballooned::huge(kernel));
+    cases.push(restored::devices_go_on(kernel));
     cases
 }
 

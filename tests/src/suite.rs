@@ -5,7 +5,8 @@
 //!   boot, at most twice; how often is printed at the end. So is a case
 //!   whose guest shuts down unasked, when KVM's trace proves the emulator to have
 //!   done it ([`kvm_trace::lost_to_the_emulator`]); it is so rare that a third one
-//!   in a class is a failure. Where the trace proves nothing, one such case of a class
+//!   in a class is a failure. And so is a failed one of whose vCPUs the trace proves that the
+//!   emulator lost it ([`kvm_trace::lost_a_processor`]). Where the trace proves nothing, one such case of a class
 //!   has to pass three times more, and any other is a failure.
 //!   What was seen of a lost case stays in its own log. Direct runs
 //!   are never repeated.
@@ -14,7 +15,7 @@
 //!
 //! `TESTBED_GROUND=direct|nested` overrules the choice of ground,
 //! `TESTBED_CLOCK=instructions` the nested machine's clock, and
-//! `TESTBED_ONLY=TEXT` runs the cases alone whose names hold the text.
+//! `TESTBED_ONLY=TEXT,TEXT` runs the cases alone whose names hold one of the texts.
 
 use std::fmt::{self, Write as _};
 use std::fs::{self, File};
@@ -98,7 +99,7 @@ impl fmt::Debug for Failed {
 
 fn attempt(class: &str, mut cases: Vec<Case>) -> Result<()> {
     if let Ok(only) = std::env::var("TESTBED_ONLY") {
-        cases.retain(|case| case.name.contains(&only));
+        cases.retain(|case| only.split(',').any(|text| case.name.contains(text)));
     }
     let mut suite = Suite::new(class)?;
     let ground = Ground::pick(&cases);
@@ -380,6 +381,12 @@ fn loss(outcome: &Outcome, oops: Option<&str>, shut_downs: u32) -> Option<String
         {
             Some(complaints.join("; "))
         }
+        Verdict::Fail(complaints) | Verdict::ShutDown(complaints)
+            if kvm_trace::lost_a_processor(&outcome.errors) =>
+        {
+            let complaints = complaints.join("; ");
+            Some(format!("{complaints}; the emulator lost one of its vCPUs"))
+        }
         Verdict::Fail(complaints) | Verdict::ShutDown(complaints) => {
             oops.map(|line| format!("{}; L1's kernel failed: {line}", complaints.join("; ")))
         }
@@ -495,9 +502,12 @@ mod tests {
         let hung = outcome(Verdict::Hung("why".to_owned()), "");
         let failed = outcome(Verdict::Fail(complaints.clone()), FETCHLESS);
         let shut_down = outcome(Verdict::ShutDown(complaints.clone()), FETCHLESS);
-        let unexplained = outcome(Verdict::ShutDown(complaints), "vCPU 0 shut down");
+        let unexplained = outcome(Verdict::ShutDown(complaints.clone()), "vCPU 0 shut down");
         assert_eq!(loss(&outcome(Verdict::Pass, ""), Some("Oops"), 0), None);
         assert_eq!(loss(&failed, None, 0), None);
+        let strayed = "a vCPU fetches its instructions where L1 enters guests, vcpu1";
+        let one_lost = outcome(Verdict::Fail(complaints), strayed);
+        assert!(loss(&one_lost, None, 0).is_some());
         assert!(loss(&failed, Some("Oops"), 0).is_some());
         assert!(loss(&hung, None, 9).is_some());
         assert!(loss(&shut_down, None, 0).is_some());

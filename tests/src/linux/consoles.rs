@@ -77,6 +77,26 @@ echo '@@ the agent ends the guest'
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|rcu:.*stall' | sed 's/^/@@ bad: /'
 "#;
 
+/// The same by the command line, to the guest's end. A verb that fails ends the script.
+const AGENT: &str = r#"
+agent() { "$VIREO" agent "$@" --api-socket {dir}/api.sock; }
+is() { said=$(agent $2); [ "$said" = "$1" ] || { echo "agent $2: $said"; exit 1; }; }
+agent ping
+agent info > info
+grep -q 'Version  *[0-9]' info && grep -q guest-fsfreeze-freeze info
+agent info --json | grep -q '"guest-shutdown"'
+agent network > network
+grep '^lo ' network | grep -q '127.0.0.1/8'
+agent network --json | grep -q '"127.0.0.1"'
+is '1 file systems are frozen' fsfreeze
+is frozen fsstatus
+agent fsstatus --json | grep -q '"frozen"'
+is '1 file systems are thawed' fsthaw
+is thawed fsstatus
+agent shutdown --mode powerdown
+echo '@@ asked by the command line'
+"#;
+
 fn description() -> String {
     r#"{"payload":{"kernel":"{kernel}","initramfs":"{initramfs}","cmdline":"{cmdline}"},
 "disks":[{"path":"{dir}/disk","image_type":"Raw"}],
@@ -171,7 +191,6 @@ pub(super) fn all(kernel: &str) -> Case {
             .want(filesystems("1")),
         Ask::get("vm.agent-fsstatus", &["thawed"]),
         Ask::get("vm.counters", &["tx_bytes", "control_messages"]),
-        Ask::put("vm.agent-shutdown", "{}"),
     ];
     let mut case = case(kernel, Form::BzImage, "consoles-and-the-agent", SCRIPT)
         .served()
@@ -182,18 +201,20 @@ pub(super) fn all(kernel: &str) -> Case {
         .step("@@ ask the port", talk("echo", "one\ntwo\n", "echo of two"));
     case = sockets(late(case))
         .asks("@@ ask the agent", agent)
+        .step("", Action::Run(AGENT.to_owned()))
         .lines([
             "@@ ports: echo org.qemu.guest_agent.0",
             "@@ wrote to COM2",
             "@@ hvc0 was asked",
             "@@ hvc0 is as large as its window",
             "@@ a file system to freeze",
+            "@@ asked by the command line",
             "@@ the agent ends the guest",
             "@@ the socket is gone",
             "over COM2",
         ])
         .after("cat com2; [ -e v ] || echo '@@ the socket is gone'")
-        .limit(120);
+        .limit(240);
     case.guest_agent = true;
     case
 }

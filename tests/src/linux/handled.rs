@@ -38,6 +38,20 @@ events() {
         [ "$event" = "$2" ] && break
     done
 }
+# The same on one line, up to a button, with a stroke behind what was told at one time.
+path() {
+    told=
+    while :; do
+        event=$(dd bs=24 count=1 2>/dev/null | hexdump -v -e '24/1 "%02x"' | cut -c33-)
+        case "$event" in
+            '') echo '@@ bad: no event'; break;;
+            0000*) told="$told |";;
+            0100*) break;;
+            *) told="$told $event";;
+        esac
+    done
+    echo "@@ $1:$told"
+}
 sed -n 's/^N: Name="\(Vireo.*\)"/@@ found \1/p' /proc/bus/input/devices
 exec 3< "/dev/input/$(node keyboard)" 4< "/dev/input/$(node tablet)" 5< "/dev/input/$(node mouse)"
 echo '@@ ask for input'
@@ -45,6 +59,9 @@ events key 01002a0000000000 <&3
 events text 01000b0000000000 <&3
 events tablet 0100100101000000 <&4
 events mouse 0100110101000000 <&5
+echo '@@ ask for ways'
+path places <&4
+path moves <&5
 for light in /sys/class/leds/input*::capslock; do
     echo 1 > "$light/brightness"
 done
@@ -108,8 +125,44 @@ fn input() -> Vec<Ask> {
     ]
 }
 
-/// What comes of it in the guest.
-const FELT: [&str; 14] = [
+/// All over the tablet, to its edges, and as far as a mouse goes in each direction; a button at the end of each way.
+fn ways() -> Vec<Ask> {
+    let place = |axis, at: u32| format!(r#"{{"place":{{"axis":"{axis}","at":{at}}}}}"#);
+    let step = |axis, by: i32| format!(r#"{{"move":{{"axis":"{axis}","by":{by}}}}}"#);
+    // With a place or a move: alone it would be that of whichever has buttons.
+    let release = |button| format!(r#"{{"button":{{"button":"{button}","down":false}}}}"#);
+    let at = |x, y| [place("x", x), place("y", y)].join(",");
+    let by = |x, y| [step("x", x), step("y", y)].join(",");
+    let events = |events: String| format!(r#"{{"events":[{events}]}}"#);
+    let bodies = [
+        events(at(32767, 0)),
+        events(at(0, 32767)),
+        events(at(1, 32766)),
+        // On the axis that it leaves out it stays.
+        events([place("y", 12345), release("left")].join(",")),
+        events(by(32767, -32767)),
+        events(by(1, -1)),
+        events(
+            [
+                by(2, 3),
+                step("wheel", -3),
+                step("hwheel", 2),
+                release("right"),
+            ]
+            .join(","),
+        ),
+    ];
+    let too_far = [events(place("x", 32768)), events(step("y", -32768))];
+    let told = bodies.iter().map(|body| Ask::put("vm.input", body));
+    let refused = too_far.iter();
+    let refused = refused.map(|body| Ask::put("vm.input", body).answered(400));
+    refused.chain(told).collect()
+}
+
+/// What comes of it in the guest: type, code and value of each, in the order in which they were sent.
+const FELT: [&str; 16] = [
+    "@@ places: | 03000000ff7f0000 0300010000000000 | 0300000000000000 03000100ff7f0000 | 0300000001000000 03000100fe7f0000 | 0300010039300000",
+    "@@ moves: | 02000000ff7f0000 020001000180ffff | 0200000001000000 02000100ffffffff | 0200000002000000 0200010003000000 02000800fdffffff 0200060002000000",
     "@@ found Vireo keyboard",
     "@@ found Vireo tablet",
     "@@ found Vireo mouse",
@@ -164,6 +217,7 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
         .served()
         .asks("", create)
         .asks("@@ ask for input", input())
+        .asks("@@ ask for ways", ways())
         .asks("@@ ask for more memory", more)
         .asks("@@ ask what it costs", costs)
         .step("@@ ask for less", shrink)
@@ -174,5 +228,5 @@ pub(super) fn typed_at_and_resized(kernel: &str) -> Case {
             "@@ wrote to all of it",
             "@@ total is as before",
         ])
-        .limit(120)
+        .limit(240)
 }

@@ -1,22 +1,22 @@
 //! A guest works in directories of its host, which another program serves.
 
 use super::{MIB, case};
-use crate::case::{Ask, Case, Fill, Form, Want};
+use crate::case::{Action, Ask, Case, Fill, Form, Want};
 
 /// What is copied each way, more than one request takes.
 const DATA: u64 = 3 * MIB;
 
-/// Two programs for the same directory: they end with their device.
+/// Three programs for the same directory: they end with their device.
 const HOST: &str = r#"
 mkdir work
 cp noise work/noise
-for name in first second; do
+for name in first second third; do
     virtiofsd --socket-path="$PWD/$name" -o source="$PWD/work" -o sandbox=chroot > $name.log 2>&1 &
 done
 n=0
-until [ -S first ] && [ -S second ]; do
+until [ -S first ] && [ -S second ] && [ -S third ]; do
     n=$((n + 1))
-    [ $n -gt 300 ] && cat first.log second.log && exit 1
+    [ $n -gt 300 ] && cat first.log second.log third.log && exit 1
     sleep 0.05
 done
 "#;
@@ -48,9 +48,36 @@ cp /tmp/noise /second/made/second
 umount /second
 echo '@@ ask for its removal'
 until_ '[ $(ls /sys/bus/virtio/drivers/virtiofs | grep -c ^virtio) = 1 ]' && echo '@@ the other one is gone'
+echo '@@ ask for one by its name'
+until_ 'mount -t virtiofs typed /second'
+cmp /second/made/second /tmp/noise && echo '@@ the typed one has the same'
+umount /second
+echo '@@ ask for the removal of that'
+until_ '[ $(ls /sys/bus/virtio/drivers/virtiofs | grep -c ^virtio) = 1 ]' && echo '@@ the typed one is gone'
 cat /first/link | sed 's/^/@@ link: /'
 umount /first && echo '@@ unmounted'
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|soft lockup' | sed 's/^/@@ bad: /'
+"#;
+
+/// By the command line, which finds sockets in its own directory.
+const ADD: &str = r#"
+fs() { "$VIREO" fs "$@" --api-socket {dir}/api.sock; }
+fs add typed,socket=third,id=typed | grep -q '^typed is at 0000:00:'
+fs list > list
+grep '^typed ' list | grep -q ' typed  *{dir}/third$'
+fs list --json | grep -q '"tag": *"work"'
+fs add tag=typed,socket=third 2> taken && exit 1
+grep -q typed taken
+"#;
+
+/// It comes back when the guest has given the directory up.
+const REMOVE: &str = r#"
+fs() { "$VIREO" fs "$@" --api-socket {dir}/api.sock; }
+fs remove typde 2> unknown && exit 1
+grep -q 'its .* are .*typed' unknown
+fs remove typed
+[ "$(fs list --json | grep -c typed)" = 0 ]
+echo '@@ removed by the command line'
 "#;
 
 const AFTER: &str = r#"
@@ -67,7 +94,7 @@ fn description() -> String {
         .to_owned()
 }
 
-/// A directory from the boot on, and one that comes and goes.
+/// A directory from the boot on, and two that come and go.
 pub(super) fn has_directories(kernel: &str) -> Case {
     let hot = r#"{"tag":"again","socket":"{dir}/second","id":"hot"}"#;
     let place = Want::Text(r#"{"id":"hot","bdf":"0000:00:"#.to_owned());
@@ -101,11 +128,19 @@ pub(super) fn has_directories(kernel: &str) -> Case {
                 Ask::get("vm.devices", &["_fs0"]).want(gone).until(),
             ],
         )
+        .step("@@ ask for one by its name", Action::Run(ADD.to_owned()))
+        .step(
+            "@@ ask for the removal of that",
+            Action::Run(REMOVE.to_owned()),
+        )
         .lines([
             "@@ mounted",
             "@@ what is not there is not there",
             "@@ the other one has the same",
             "@@ the other one is gone",
+            "@@ the typed one has the same",
+            "@@ removed by the command line",
+            "@@ the typed one is gone",
             "@@ link: said by the guest",
             "@@ link: more",
             "@@ unmounted",
@@ -115,7 +150,7 @@ pub(super) fn has_directories(kernel: &str) -> Case {
             "nothing is left",
         ])
         .after(AFTER)
-        .limit(90);
+        .limit(240);
     // The program is in that machine alone.
     case.nested_only = true;
     case.virtiofsd = true;
