@@ -6,6 +6,7 @@
 mod ballooned;
 mod bridged;
 mod consoles;
+mod cycles;
 mod driven;
 mod handled;
 mod network;
@@ -278,6 +279,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(ballooned::takes(kernel));
     cases.push(ballooned::huge(kernel));
     cases.push(restored::devices_go_on(kernel));
+    cases.push(cycles::again_and_again(kernel));
     cases
 }
 
