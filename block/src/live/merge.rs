@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use super::changes::{Changes, Tracked};
 use super::copy::Copier;
-use super::layers::{Files, Layer, Opening, stack};
+use super::layers::{Files, Layer, Opening, Unlike, check_alike, stack};
 use super::stream::{Cut, reopen};
 use super::{Covered, Live, Top, name_of};
 use crate::disk::Disk;
@@ -30,7 +30,6 @@ use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Backing, Qcow2};
 use crate::raw::{OpenError, RawDisk, RawImage};
-use crate::size::Size;
 use crate::storage::FileStorage;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -66,26 +65,9 @@ pub enum MergeError {
         /// How many it has.
         count: u32,
     },
-    /// The disk would have another size.
-    #[error("{}: it has {}, more than the disk's {}: the disk would grow", path.display(), Size(*has), Size(*disk))]
-    Larger {
-        /// The base.
-        path: PathBuf,
-        /// Its size in bytes.
-        has: u64,
-        /// The disk's.
-        disk: u64,
-    },
-    /// The guest would see a disk that it does not know.
-    #[error("{}: it needs requests of {needs} bytes at least, and the guest has a disk of {shown}", path.display())]
-    Blocks {
-        /// The base.
-        path: PathBuf,
-        /// What it needs, in bytes.
-        needs: u32,
-        /// What the guest has been told, in bytes.
-        shown: u32,
-    },
+    /// The guest would see another disk.
+    #[error(transparent)]
+    Unlike(#[from] Unlike),
     /// The base cannot be named.
     #[error("{}: its name is no UTF-8, so that an image cannot name it", .0.display())]
     Name(PathBuf),
@@ -186,11 +168,12 @@ impl Merge {
             options: &options,
         };
         let opened = opening.writable(&image, base, &named(base), merged.size())?;
-        let alone = alone(&opened, &options, disk, (top, &named(base)))?;
-        let files = (1..base)
-            .map(|depth| layer(&image, depth).map(Qcow2::storages))
-            .collect::<Option<Vec<Files>>>()
-            .ok_or_else(|| gone(&named(0)))?;
+        let alone = opened.disk(&options, &named(base))?;
+        if top == 0 {
+            // It takes the disk's place.
+            check_alike(&*alone, disk, &named(base))?;
+        }
+        let files = between(&image, base).ok_or_else(|| gone(&named(0)))?;
         let on = stack(files, opened.backing(&options), &options).map_err(MergeError::Exchange)?;
         Ok(Self {
             _pinned: opened.pin(),
@@ -434,6 +417,21 @@ impl Emptied {
 }
 
 impl Layer {
+    /// As a disk of its own.
+    pub(super) fn disk(
+        &self,
+        options: &ImageOptions,
+        path: &Path,
+    ) -> Result<Arc<dyn Disk>, OpenError> {
+        Ok(match self {
+            Self::Raw(file) => Arc::new(RawDisk::of(Arc::clone(file), &options.disk)),
+            Self::Qcow2(image) => {
+                let disk = Qcow2Disk::new(Arc::clone(image), &options.disk);
+                Arc::new(disk.map_err(|error| unusable(path, "qcow2", error))?)
+            }
+        })
+    }
+
     /// As the target of copies.
     pub(super) fn image(&self, options: &ImageOptions) -> Arc<dyn Image> {
         match self {
@@ -469,6 +467,12 @@ fn layer(top: &Qcow2, depth: usize) -> Option<&Qcow2> {
     image.as_qcow2()
 }
 
+/// The files of the images between a disk's own and the one at `base`, the topmost first.
+pub(super) fn between(top: &Qcow2, base: usize) -> Option<Vec<Files>> {
+    let files = (1..base).map(|depth| layer(top, depth).map(Qcow2::storages));
+    files.collect()
+}
+
 fn gone(path: &Path) -> MergeError {
     unusable(path, "qcow2", "it is not below the disk any more").into()
 }
@@ -483,36 +487,4 @@ fn check_snapshots(image: &Qcow2, path: &Path) -> Result<(), MergeError> {
             count,
         }),
     }
-}
-
-/// A disk of the base alone, which is to take the place of `disk` if its own image is merged.
-pub(super) fn alone(
-    base: &Layer,
-    options: &ImageOptions,
-    disk: &dyn Disk,
-    (top, path): (usize, &Path),
-) -> Result<Arc<dyn Disk>, MergeError> {
-    let alone: Arc<dyn Disk> = match base {
-        Layer::Raw(file) => Arc::new(RawDisk::of(Arc::clone(file), &options.disk)),
-        Layer::Qcow2(image) => {
-            let disk = Qcow2Disk::new(Arc::clone(image), &options.disk);
-            Arc::new(disk.map_err(|error| unusable(path, "qcow2", error))?)
-        }
-    };
-    let (new, seen) = (alone.info(), disk.info());
-    if top == 0 && new.size != seen.size {
-        return Err(MergeError::Larger {
-            path: path.to_owned(),
-            has: new.size,
-            disk: seen.size,
-        });
-    }
-    if top == 0 && new.logical_block > seen.logical_block {
-        return Err(MergeError::Blocks {
-            path: path.to_owned(),
-            needs: new.logical_block,
-            shown: seen.logical_block,
-        });
-    }
-    Ok(alone)
 }

@@ -302,7 +302,10 @@ fn a_base_that_is_smaller_grows_and_one_that_is_larger_is_refused() {
         let path = bench.path("small");
         let disk = open_disk(&path, &AnyPath, &options).unwrap();
         let error = Merge::of(&*disk, &path, (None, None), opener(), &options).unwrap_err();
-        assert!(matches!(error, MergeError::Larger { .. }), "{error}");
+        assert!(
+            matches!(error, MergeError::Unlike(Unlike::Size { .. })),
+            "{error}"
+        );
     }
 }
 
