@@ -53,6 +53,7 @@ mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
+mod unfinished;
 
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{
@@ -77,3 +78,4 @@ pub use qcow2::{
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};
 pub use size::Size;
+pub use unfinished::unfinished_in;

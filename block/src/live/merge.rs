@@ -7,6 +7,8 @@
 //!    changed meanwhile. [`Merge::name`] has the image above name the base as its backing file, where there is one above.
 //! 4. The queues are ended once more, and [`Merge::finish`] lets go of what is needed no more: the disk is on a shorter chain.
 //!
+//! The base is marked from its first change until it holds all: by itself it shows nothing that the disk ever was in between.
+//!
 //! The base is changed only where images above it hide it. So at every instant the chain holds the disk, whoever is killed: what is
 //! not finished is as it was, and can begin again. When the disk's own image has been merged that image is emptied, by one
 //! write, before anybody writes to the base: who opens it afterwards sees the base.
@@ -14,6 +16,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::changes::{Changes, Tracked};
 use super::copy::Copier;
@@ -31,6 +34,7 @@ use crate::qcow2::header::Header;
 use crate::qcow2::image::{Backing, Qcow2};
 use crate::raw::{OpenError, RawDisk, RawImage};
 use crate::storage::FileStorage;
+use crate::unfinished;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -95,6 +99,10 @@ pub struct Merge {
     /// What takes them.
     base: Layer,
     format: Format,
+    /// The mark of the base until it holds all.
+    mark: Option<String>,
+    /// The base has it.
+    marked: AtomicBool,
     /// A disk of the base alone, for the end.
     alone: Arc<dyn Disk>,
     /// What the disk is put on at the beginning.
@@ -157,6 +165,7 @@ impl Merge {
                 base: named(base),
             });
         }
+        let mark = unfinished::of_merge(&images, (top, base))?;
         let (options, format) = (options.clone(), below.format);
         let merged = layer(&image, top).ok_or_else(|| gone(&named(top)))?;
         for depth in top..base {
@@ -184,6 +193,8 @@ impl Merge {
             top,
             base: opened,
             format,
+            mark,
+            marked: AtomicBool::new(false),
             alone,
             chain: Some(on),
             shorter: None,
@@ -247,6 +258,7 @@ impl Merge {
     ///
     /// The host's, and `EIO` for an image that contradicts itself; the disk is as it was.
     pub fn step(&self, offset: u64) -> io::Result<(u64, u64)> {
+        self.mark()?;
         self.copier()?.step(offset)
     }
 
@@ -256,7 +268,31 @@ impl Merge {
     ///
     /// As [`Merge::step`].
     pub fn catch_up(&self, at: u64) -> io::Result<Option<(u64, u64)>> {
+        self.mark()?;
         self.copier()?.catch_up(at)
+    }
+
+    /// Marks the base, which is about to be changed.
+    fn mark(&self) -> io::Result<()> {
+        if let (Layer::Qcow2(base), Some(mark)) = (&self.base, &self.mark)
+            && !self.marked.load(Ordering::Acquire)
+        {
+            base.mark_unfinished(Some(mark))?;
+            self.marked.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The base holds all, durably.
+    fn unmark(&self) -> Result<(), MergeError> {
+        if let Layer::Qcow2(base) = &self.base
+            && self.marked.load(Ordering::Acquire)
+        {
+            let unmarked = base.mark_unfinished(None);
+            unmarked.map_err(|error| MergeError::Copy(error.into()))?;
+            self.marked.store(false, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// How much is to be copied once more, in bytes, at most.
@@ -290,6 +326,7 @@ impl Merge {
         let Some(above) = self.top.checked_sub(1) else {
             return Ok(());
         };
+        self.unmark()?;
         let (path, base) = match (self.paths.get(above), self.paths.last()) {
             (Some(path), Some(base)) => (path, base),
             _ => return Err(gone(Path::new(""))),
@@ -335,9 +372,10 @@ impl Merge {
             let cut = reopen(&self.image, shorter, &self.options, go);
             return Ok(Merged::Shorter(cut.map_err(MergeError::Exchange)?));
         }
-        self.copier()
-            .and_then(Copier::complete)
+        self.mark()
+            .and_then(|()| self.copier()?.complete())
             .map_err(MergeError::Copy)?;
+        self.unmark()?;
         if !go() {
             return Err(MergeError::Exchange("nobody waits for it any more".into()));
         }

@@ -199,6 +199,11 @@ impl Mirror {
     /// [`MirrorError::Copy`]; the disk is as it was.
     pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<Arc<dyn Disk>, MirrorError> {
         self.copier.complete().map_err(MirrorError::Copy)?;
+        if let Some(target) = self.copier.target.as_qcow2() {
+            // Whatever was merged into it before, it holds one disk now.
+            let unmarked = target.mark_unfinished(None);
+            unmarked.map_err(|error| MirrorError::Copy(error.into()))?;
+        }
         if !go() {
             return Err(MirrorError::Copy(io::ErrorKind::TimedOut.into()));
         }

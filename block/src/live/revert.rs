@@ -13,6 +13,7 @@ use crate::ops::{Chain, chain, find};
 use crate::options::Format;
 use crate::qcow2::Qcow2;
 use crate::raw::OpenError;
+use crate::unfinished;
 
 /// Why a disk stays as it is.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +65,7 @@ impl Place {
                 .filter(|&depth| depth > 0)
                 .ok_or_else(|| not_below(layer))?,
         };
+        unfinished::check(images.iter().skip(depth))?;
         if depth == 1 {
             return Ok(Self { depth, name: None });
         }

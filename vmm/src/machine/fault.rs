@@ -95,7 +95,7 @@ fn of_resize(error: &ResizeError) -> Says {
 
 fn of_disk(error: &DiskError) -> Says {
     match error {
-        DiskError::InUse { .. } => Fault(ErrorKind::Conflict),
+        DiskError::InUse { .. } | DiskError::Unfinished { .. } => Fault(ErrorKind::Conflict),
         DiskError::NotWritable { .. }
         | DiskError::Unopenable { .. }
         | DiskError::Unreadable { .. }
