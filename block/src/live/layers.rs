@@ -185,6 +185,38 @@ impl Opening<'_> {
     }
 }
 
+/// Sees that what is opened at this depth of the chain of `top` is the file at `path`. The header of `top` may name another chain than
+/// the one that is opened: a job that has ended with its last step undone leaves it so.
+///
+/// # Errors
+///
+/// [`OpenError::Unusable`]: it is another one.
+pub(super) fn check_same(
+    top: &Qcow2,
+    depth: usize,
+    path: &Path,
+    opener: &dyn Opener,
+) -> Result<(), OpenError> {
+    let storage = match below(top, depth, false) {
+        Some(Backing::Qcow2(image)) => Some(image.storages().0),
+        Some(Backing::Raw(raw)) => Some(raw.storage),
+        None => None,
+    };
+    let file = open_file(path, opener, Access::default(), false)?;
+    let same = match storage.as_ref().and_then(|storage| storage.host_file()) {
+        Some(opened) => file
+            .is_same(opened)
+            .map_err(|error| unusable(path, "backing", error))?,
+        None => false,
+    };
+    if same {
+        return Ok(());
+    }
+    let why = "the disk has another image opened at its place, as a job before has not let go of it: it can be done when the machine has been \
+               booted anew";
+    Err(unusable(path, "backing", why))
+}
+
 /// An image of a chain that is open for writing.
 #[derive(Clone, Debug)]
 pub(super) enum Layer {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::layers::check_same;
 use super::merge::Emptied;
 use super::stream::{Cut, below, reopen};
 use super::{Live, Top, name_of};
@@ -122,6 +123,9 @@ impl Revert {
         // They are locked, by this disk.
         let images = chain(path, opener, Format::Qcow2, options.backing, false)?;
         let place = Place::of(&images, layer)?;
+        if let Some(layer) = images.get(place.depth) {
+            check_same(&image, place.depth, &layer.path, opener)?;
+        }
         Ok(Self { image, place })
     }
 

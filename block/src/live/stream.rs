@@ -13,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::layers::check_same;
 use super::{Live, Top, name_of};
 use crate::disk::Disk;
 use crate::image::Image;
@@ -102,6 +103,7 @@ impl Stream {
         let found = images.get(depth).ok_or_else(not_below)?;
         // What goes may be what makes an image whole that stays.
         unfinished::check(images.iter().take(1).chain(images.iter().skip(depth)))?;
+        check_same(&image, depth, &found.path, opener)?;
         let name = name_of(&found.path, path).map_err(|_| StreamError::Name(base.to_owned()))?;
         let base = Some((depth, name, found.format));
         Ok(Self { image, base })
