@@ -53,6 +53,7 @@ mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
+mod unfinished;
 
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{
@@ -63,7 +64,7 @@ pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
     Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
-    MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, revert,
+    MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, Unlike, revert,
 };
 pub use lock::lock_output;
 pub use nbd::NbdDisk;
@@ -77,3 +78,4 @@ pub use qcow2::{
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};
 pub use size::Size;
+pub use unfinished::unfinished_in;

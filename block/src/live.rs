@@ -421,6 +421,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use layers::Unlike;
 pub use merge::{Emptied, Merge, MergeError, Merged};
 pub use mirror::{Mirror, MirrorError, MirrorTarget};
 pub use revert::{Revert, RevertError, revert};

@@ -29,6 +29,7 @@ mod networks;
 mod outputs;
 
 pub use documents::NewFile;
+pub(crate) use documents::{SyncNames, sync_directory};
 pub use outputs::unmarked;
 
 /// Where KVM is.

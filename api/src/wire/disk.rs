@@ -170,4 +170,8 @@ pub struct ChainLayer {
     pub changed: i64,
     /// How many internal snapshots it has.
     pub internal_snapshots: u64,
+    /// The image from which a merge into this one, or into one below it, has not ended: by itself this one holds a mixture of two
+    /// times until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unfinished: Option<String>,
 }

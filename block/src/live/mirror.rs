@@ -13,8 +13,7 @@ use std::sync::Arc;
 
 use super::changes::{Changes, Tracked};
 use super::copy::Copier;
-use super::layers::Layer;
-use super::merge::{MergeError, alone};
+use super::layers::{Layer, Unlike, check_alike};
 use super::{Made, Top};
 use crate::disk::Disk;
 use crate::image::Image;
@@ -23,7 +22,6 @@ use crate::opener::{Access, Opener};
 use crate::ops::{CreateImageError, NewFile, NewImage};
 use crate::options::Format;
 use crate::raw::{OpenError, RawImage, open_file};
-use crate::size::Size;
 use crate::storage::FileStorage;
 use crate::{CreateOptions, Preallocation};
 
@@ -49,26 +47,9 @@ pub enum MirrorError {
     /// There is something of that name.
     #[error("{}: there is a file of that name: give one that does not exist yet, or say that it may be overwritten", .0.display())]
     Exists(PathBuf),
-    /// The target has another size.
-    #[error("{}: it has {}, and the disk {}", path.display(), Size(*has), Size(*disk))]
-    Shape {
-        /// The target.
-        path: PathBuf,
-        /// Its size in bytes.
-        has: u64,
-        /// The disk's.
-        disk: u64,
-    },
-    /// The guest would see a disk that it does not know.
-    #[error("{}: it needs requests of {needs} bytes at least, and the guest has a disk of {shown}", path.display())]
-    Blocks {
-        /// The target.
-        path: PathBuf,
-        /// What it needs, in bytes.
-        needs: u32,
-        /// What the guest has been told, in bytes.
-        shown: u32,
-    },
+    /// The guest would see another disk.
+    #[error(transparent)]
+    Unlike(#[from] Unlike),
     /// The target cannot be made.
     #[error(transparent)]
     Create(#[from] CreateImageError),
@@ -127,7 +108,8 @@ impl Mirror {
             })
         };
         let layer = open(&target, &*opener, &options)?;
-        let alone = alone(&layer, &options, &*disk, (0, &target.path)).map_err(shape)?;
+        let alone = layer.disk(&options, &target.path)?;
+        check_alike(&*alone, &*disk, &target.path)?;
         let changes = Arc::new(Changes::new(size));
         let noting = Tracked::new(Arc::clone(&disk), Arc::clone(&changes));
         Ok(Self {
@@ -217,6 +199,11 @@ impl Mirror {
     /// [`MirrorError::Copy`]; the disk is as it was.
     pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<Arc<dyn Disk>, MirrorError> {
         self.copier.complete().map_err(MirrorError::Copy)?;
+        if let Some(target) = self.copier.target.as_qcow2() {
+            // Whatever was merged into it before, it holds one disk now.
+            let unmarked = target.mark_unfinished(None);
+            unmarked.map_err(|error| MirrorError::Copy(error.into()))?;
+        }
         if !go() {
             return Err(MirrorError::Copy(io::ErrorKind::TimedOut.into()));
         }
@@ -275,13 +262,4 @@ fn open(
     let disk = &options.disk;
     let file = open_file(&target.path, opener, disk.access(), disk.keep())?;
     Ok(Layer::Raw(Arc::new(file)))
-}
-
-fn shape(error: MergeError) -> MirrorError {
-    match error {
-        MergeError::Larger { path, has, disk } => MirrorError::Shape { path, has, disk },
-        MergeError::Blocks { path, needs, shown } => MirrorError::Blocks { path, needs, shown },
-        MergeError::Open(error) => MirrorError::Open(error),
-        _ => MirrorError::Fixed,
-    }
 }

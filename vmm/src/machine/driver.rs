@@ -433,7 +433,7 @@ impl Driver {
         self.machine.vcpus().pause();
         self.give_up_capture();
         self.give_up_jobs();
-        self.asides.forget_later();
+        self.forget_later();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }

@@ -95,7 +95,7 @@ fn of_resize(error: &ResizeError) -> Says {
 
 fn of_disk(error: &DiskError) -> Says {
     match error {
-        DiskError::InUse { .. } => Fault(ErrorKind::Conflict),
+        DiskError::InUse { .. } | DiskError::Unfinished { .. } => Fault(ErrorKind::Conflict),
         DiskError::NotWritable { .. }
         | DiskError::Unopenable { .. }
         | DiskError::Unreadable { .. }
@@ -165,8 +165,7 @@ fn of_merge(error: &MergeError) -> Says {
         | MergeError::NotInChain(_)
         | MergeError::NotBelow { .. }
         | MergeError::Snapshots { .. }
-        | MergeError::Larger { .. }
-        | MergeError::Blocks { .. }
+        | MergeError::Unlike(_)
         | MergeError::Name(_) => Fault(ErrorKind::Invalid),
         MergeError::Open(error) => of_disk(error),
         MergeError::Exchange(_) | MergeError::Copy(_) => Fault(ErrorKind::Failed),
@@ -175,9 +174,7 @@ fn of_merge(error: &MergeError) -> Says {
 
 fn of_mirror(error: &MirrorError) -> Says {
     match error {
-        MirrorError::Fixed | MirrorError::Shape { .. } | MirrorError::Blocks { .. } => {
-            Fault(ErrorKind::Invalid)
-        }
+        MirrorError::Fixed | MirrorError::Unlike(_) => Fault(ErrorKind::Invalid),
         MirrorError::Exists(_) => Fault(ErrorKind::Conflict),
         MirrorError::Open(error) | MirrorError::Create(CreateImageError::Open(error)) => {
             of_disk(error)

@@ -14,7 +14,7 @@ use super::MachineError;
 use super::manifest::{FileEntry, Manifest, NAME, Parent, VERSION, checksum};
 use super::saved::machine_type;
 use crate::error::chain;
-use crate::opener::{NewFile, OpenError, Opener};
+use crate::opener::{NewFile, OpenError, Opener, SyncNames, sync_directory};
 
 /// The files of a snapshot that is being written. What is dropped leaves nothing.
 pub struct Files {
@@ -103,16 +103,22 @@ impl Files {
     ///
     /// [`OpenError`]: [`OpenError::Exists`] where another one has come to be meanwhile.
     pub fn keep(self, opener: &Opener) -> Result<(), OpenError> {
+        self.keep_synced(opener, &sync_directory)
+    }
+
+    /// As [`Files::keep`]; `sync` makes names durable. The manifest gets its name when those of the others are durable, and loses it
+    /// before they do.
+    fn keep_synced(self, opener: &Opener, sync: SyncNames<'_>) -> Result<(), OpenError> {
         let mut named = Vec::new();
         let mut result = Ok(());
         for file in [self.memory, self.state] {
             let path = file.path().to_owned();
-            result = result.and_then(|()| file.keep());
+            result = result.and_then(|()| file.keep_synced(sync));
             if result.is_ok() {
                 named.push(path);
             }
         }
-        result = result.and_then(|()| self.manifest.keep());
+        result = result.and_then(|()| self.manifest.keep_synced(sync));
         if result.is_err() {
             // Nobody else has these names, of which the id is part. The reason that is told is the first one.
             named.iter().for_each(|path| drop(opener.remove_file(path)));
@@ -176,5 +182,27 @@ mod tests {
         let error = second.keep(&opener).unwrap_err();
         assert!(matches!(error, OpenError::Exists { .. }), "{error}");
         assert_eq!(names(dir.path()), before);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_synced_has_all_of_a_snapshot_or_nothing() {
+        let opener = Opener::new();
+        for fails in 0..4 {
+            let dir = tempfile::tempdir().unwrap();
+            let files = begun(dir.path(), "0");
+            let count = std::cell::Cell::new(0);
+            let sync = |path: &Path| {
+                count.set(count.get() + 1);
+                if count.get() == fails + 1 {
+                    return Err(OpenError::Exists {
+                        path: path.to_owned(),
+                    });
+                }
+                Ok(())
+            };
+            let kept = files.keep_synced(&opener, &sync);
+            assert_eq!(kept.is_ok(), fails == 3, "{kept:?}");
+            assert_eq!(names(dir.path()).len(), if fails == 3 { 3 } else { 0 });
+        }
     }
 }

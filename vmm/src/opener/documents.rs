@@ -99,15 +99,13 @@ impl Opener {
         sync_directory(path)
     }
 
-    /// Makes a directory for its owner alone, and those above it, where they are not there.
+    /// Makes a directory for its owner alone, and those above it, where they are not there. They stay so after a crash.
     ///
     /// # Errors
     ///
-    /// [`OpenError`].
+    /// [`OpenError`]; none has been made then.
     pub fn directory(&self, path: &Path) -> Result<(), OpenError> {
-        let mut builder = fs::DirBuilder::new();
-        let made = builder.recursive(true).mode(0o700).create(path);
-        made.map_err(system("create", path))
+        make_directories(path, &sync_directory)
     }
 
     /// The path of what is there, without symbolic links in it.
@@ -188,10 +186,25 @@ impl NewFile {
     ///
     /// [`OpenError::Exists`] when something has got the name first, [`OpenError`] otherwise; the file is removed.
     pub fn keep(self) -> Result<(), OpenError> {
+        self.keep_synced(&sync_directory)
+    }
+
+    /// As [`NewFile::keep`], where `sync` makes the names in the directory of a path durable.
+    ///
+    /// # Errors
+    ///
+    /// As [`NewFile::keep`].
+    pub(crate) fn keep_synced(self, sync: SyncNames<'_>) -> Result<(), OpenError> {
+        let path = self.path.clone();
         if self.temporary.is_none() {
-            return self.name();
+            self.name()?;
+        } else {
+            self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))?;
         }
-        self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))
+        sync(&path).inspect_err(|_| {
+            // The reason that is told is the first one.
+            let _ = fs::remove_file(&path);
+        })
     }
 
     /// Gives a file its first name.
@@ -205,8 +218,7 @@ impl NewFile {
             path,
             AtFlags::SYMLINK_FOLLOW,
         );
-        named.map_err(|errno| not_named(path, errno.into()))?;
-        sync_directory(path)
+        named.map_err(|errno| not_named(path, errno.into()))
     }
 
     fn keep_by(
@@ -227,10 +239,8 @@ impl NewFile {
             // Others may have that name by now.
             self.temporary = None;
         }
-        named.map_err(|error| not_named(&path, error))?;
-        // One name is left when the directory is on the disk.
-        drop(self);
-        sync_directory(&path)
+        named.map_err(|error| not_named(&path, error))
+        // One name is left when the directory is on the disk: the other one goes with this.
     }
 }
 
@@ -311,8 +321,37 @@ pub(super) fn directory_of(path: &Path) -> &Path {
     }
 }
 
+/// What makes the names in the directory of a path durable.
+pub(crate) type SyncNames<'a> = &'a dyn Fn(&Path) -> Result<(), OpenError>;
+
+/// Makes the directories that are missing, the uppermost first, and syncs those that they are in.
+fn make_directories(path: &Path, sync: SyncNames<'_>) -> Result<(), OpenError> {
+    let mut missing: Vec<&Path> = path
+        .ancestors()
+        .take_while(|path| !path.as_os_str().is_empty() && !path.is_dir())
+        .collect();
+    let mut made = Vec::new();
+    let mut result = Ok(());
+    while let Some(next) = missing.pop().filter(|_| result.is_ok()) {
+        match fs::DirBuilder::new().mode(0o700).create(next) {
+            Ok(()) => made.push(next),
+            // Somebody else has been faster, and syncs it perhaps later.
+            Err(_) if next.is_dir() => {}
+            Err(error) => result = Err(system("create", next)(error)),
+        }
+        result = result.and_then(|()| sync(next));
+    }
+    if result.is_err() {
+        // One in which somebody has made something by now stays. The reason that is told is the first one.
+        made.iter()
+            .rev()
+            .for_each(|path| drop(fs::remove_dir(path)));
+    }
+    result
+}
+
 /// What has been renamed or removed in the directory of `path` stays so after a crash.
-fn sync_directory(path: &Path) -> Result<(), OpenError> {
+pub(crate) fn sync_directory(path: &Path) -> Result<(), OpenError> {
     let directory = directory_of(path);
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
     synced.map_err(system("sync", directory))
@@ -419,5 +458,50 @@ mod tests {
             assert_eq!(names(directory.path()), ["new"]);
             fs::remove_file(&path).unwrap();
         }
+    }
+
+    #[test]
+    fn a_name_that_is_not_durable_goes_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        let failing = |path: &Path| Err(system("sync", path)(Errno::IO.into()));
+        for named in [false, true] {
+            let begun = match named {
+                true => begin_named(&path),
+                false => Opener::new().begin_file(&path),
+            };
+            let kept = begun.unwrap().keep_synced(&failing);
+            assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
+            assert!(names(directory.path()).is_empty());
+        }
+    }
+
+    #[test]
+    fn directories_are_made_durable_one_by_one_or_none_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b/c");
+        let synced = std::cell::RefCell::new(Vec::new());
+        let sync = |path: &Path| {
+            assert!(path.is_dir());
+            synced.borrow_mut().push(path.to_owned());
+            Ok(())
+        };
+        make_directories(&path, &sync).unwrap();
+        make_directories(&path, &sync).unwrap();
+        let all = ["a", "a/b", "a/b/c"].map(|name| directory.path().join(name));
+        assert_eq!(*synced.borrow(), all);
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&path).unwrap());
+        assert_eq!(mode & 0o777, 0o700);
+        let other = directory.path().join("d/e/f");
+        let failing = |path: &Path| match path.ends_with("e") {
+            true => Err(system("sync", path)(Errno::IO.into())),
+            false => Ok(()),
+        };
+        make_directories(&other, &failing).unwrap_err();
+        assert_eq!(names(directory.path()), ["a"]);
+        // A file in the way.
+        fs::write(directory.path().join("g"), "").unwrap();
+        let error = make_directories(&directory.path().join("g/h"), &sync).unwrap_err();
+        assert!(matches!(error, OpenError::System { .. }), "{error}");
     }
 }

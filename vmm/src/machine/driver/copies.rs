@@ -95,10 +95,35 @@ enum Next {
 }
 
 /// What a thread closes at the end.
-enum Rest {
-    Work(Work),
+struct Rest {
+    /// What the disk was on.
+    before: Option<DiskImage>,
+    work: Work,
     /// The disk's image before.
-    Emptied(Emptied),
+    emptied: Option<Emptied>,
+}
+
+impl Rest {
+    /// Of a job after which the disk is on what it was on.
+    fn of(work: Work) -> Self {
+        Self {
+            before: None,
+            work,
+            emptied: None,
+        }
+    }
+
+    fn close(self) -> Result<(), String> {
+        drop(self.before);
+        match self.emptied {
+            Some(emptied) => {
+                drop(self.work);
+                emptied.free();
+                Ok(())
+            }
+            None => self.work.settle(),
+        }
+    }
 }
 
 impl Work {
@@ -333,7 +358,10 @@ impl Driver {
             Ok(old)
         });
         let work = match (stalled, begun) {
-            (Ok(_), Some(work)) => work,
+            (Ok((old, _)), Some(work)) => {
+                self.close_beside(old);
+                work
+            }
             (stalled, begun) => {
                 // The disk is where nothing comes of it.
                 self.call_off(&target, begun);
@@ -421,11 +449,11 @@ impl Driver {
                 Ok(rest) => Some(rest),
                 Err((work, error)) => {
                     ending.result = Err(error.to_string());
-                    work.map(Rest::Work)
+                    work.map(Rest::of)
                 }
             }
         } else {
-            Some(Rest::Work(work))
+            Some(Rest::of(work))
         };
         if ending.result.is_err()
             && let Some(plain) = plain
@@ -433,14 +461,7 @@ impl Driver {
         {
             tracing::warn!("disk {} still notes its changes: {error}", target.id);
         }
-        let close = move || match rest {
-            Some(Rest::Work(work)) => work.settle(),
-            Some(Rest::Emptied(emptied)) => {
-                emptied.free();
-                Ok(())
-            }
-            None => Ok(()),
-        };
+        let close = move || rest.map_or(Ok(()), Rest::close);
         let mark = target.clone();
         let started = self.holding("settle", close, move |driver, closed| {
             driver.asides.finish(&mark.id, &mark.device);
@@ -474,10 +495,14 @@ impl Driver {
             let (work, next) = driver.while_still(finish)?;
             let gone_on = next.and_then(|next| driver.go_on_with(&devices[0], next, target));
             match gone_on {
-                Ok((old, emptied)) => {
+                Ok((before, emptied)) => {
                     driver.tell_of_images(std::iter::once(&target.id));
-                    gone = Some(emptied.map_or(Rest::Work(work), Rest::Emptied));
-                    Ok(old)
+                    gone = Some(Rest {
+                        before: Some(before),
+                        work,
+                        emptied,
+                    });
+                    Ok(())
                 }
                 Err(error) => {
                     kept = Some(work);
@@ -525,7 +550,7 @@ impl Driver {
     fn go_back(&mut self, target: &Target, plain: Arc<dyn Disk>) -> Result<(), ControlError> {
         let devices = [self.same(target)?];
         let (old, _) = self.stall(&devices, |_| exchange(&devices[0], plain, target))?;
-        drop(old);
+        self.close_beside(old);
         Ok(())
     }
 }

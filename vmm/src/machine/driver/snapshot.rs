@@ -204,7 +204,7 @@ impl Driver {
         let begun = Instant::now();
         let open = move || {
             if let Some(config) = config {
-                let new = (files::DUMP, place.join(NAME));
+                let new = (files::SNAPSHOT, place.join(NAME));
                 files::check_new(&config, models, &opener, &own, (new.0, &new.1))
                     .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
