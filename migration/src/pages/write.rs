@@ -78,6 +78,23 @@ impl PageWriter {
         done.map(|(_, (.., len))| *len as u64).sum()
     }
 
+    /// All pages of a chunk are zeros, but for those that a parent has.
+    pub fn leave_zeros(&mut self, index: usize) {
+        let (Some((.., len)), Some(to)) = (self.places.get(index), self.chunks.get_mut(index))
+        else {
+            return;
+        };
+        let all = Mask::first(len.div_ceil(PAGE_LEN));
+        let kept = self
+            .since
+            .as_ref()
+            .map(|pages| all.without(&pages.of_chunk(index)).runs());
+        *to = Some(Chunk {
+            kept: kept.unwrap_or_default(),
+            ..Chunk::default()
+        });
+    }
+
     /// Writes the pages of a chunk of `ram` that are not zeros: how many bytes of RAM that is. The chunk does not change meanwhile.
     /// `None` when there is no such chunk.
     ///

@@ -107,12 +107,20 @@ impl Files {
         let mut result = Ok(());
         for file in [self.memory, self.state] {
             let path = file.path().to_owned();
-            result = result.and_then(|()| file.keep());
+            result = result.and_then(|()| file.name());
             if result.is_ok() {
                 named.push(path);
             }
         }
-        result = result.and_then(|()| self.manifest.keep());
+        // They have their names, also after a crash, before there is a manifest, and all three were synced when they were filled.
+        let path = self.manifest.path().to_owned();
+        result = result.and_then(|()| opener.sync_names(&path));
+        result = result.and_then(|()| self.manifest.name());
+        if result.is_ok() {
+            // It is the first to go.
+            named.insert(0, path.clone());
+            result = opener.sync_names(&path);
+        }
         if result.is_err() {
             // Nobody else has these names, of which the id is part. The reason that is told is the first one.
             named.iter().for_each(|path| drop(opener.remove_file(path)));

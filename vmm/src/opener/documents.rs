@@ -89,6 +89,15 @@ impl Opener {
         }
     }
 
+    /// Sees that the names that files have got beside `path` are on the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn sync_names(&self, path: &Path) -> Result<(), OpenError> {
+        sync_directory(path)
+    }
+
     /// Removes a file for good.
     ///
     /// # Errors
@@ -167,7 +176,7 @@ impl NewFile {
         &self.file
     }
 
-    /// Sees that what has been written is on the disk, which [`NewFile::keep`] then does not wait for.
+    /// Sees that what has been written is on the disk.
     ///
     /// # Errors
     ///
@@ -188,16 +197,24 @@ impl NewFile {
     ///
     /// [`OpenError::Exists`] when something has got the name first, [`OpenError`] otherwise; the file is removed.
     pub fn keep(self) -> Result<(), OpenError> {
-        if self.temporary.is_none() {
-            return self.name();
-        }
-        self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))
+        let path = self.path.clone();
+        self.sync()?;
+        self.name()?;
+        sync_directory(&path)
     }
 
-    /// Gives a file its first name.
-    fn name(self) -> Result<(), OpenError> {
+    /// Gives the file its name. Neither what has been written nor the name is waited for to be on the disk: see [`NewFile::sync`] and
+    /// [`Opener::sync_names`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`NewFile::keep`].
+    pub fn name(self) -> Result<(), OpenError> {
+        if self.temporary.is_some() {
+            return self
+                .name_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE));
+        }
         let path = &self.path;
-        self.file.sync_all().map_err(system("write", path))?;
         let named = linkat(
             CWD,
             place_of(&self.file),
@@ -205,15 +222,13 @@ impl NewFile {
             path,
             AtFlags::SYMLINK_FOLLOW,
         );
-        named.map_err(|errno| not_named(path, errno.into()))?;
-        sync_directory(path)
+        named.map_err(|errno| not_named(path, errno.into()))
     }
 
-    fn keep_by(
+    fn name_by(
         mut self,
         rename: impl FnOnce(&Path, &Path) -> Result<(), Errno>,
     ) -> Result<(), OpenError> {
-        self.file.sync_all().map_err(system("write", &self.path))?;
         let path = self.path.clone();
         let temporary = self.temporary.as_deref().unwrap_or(&path);
         let renamed = rename(temporary, &path);
@@ -227,10 +242,8 @@ impl NewFile {
             // Others may have that name by now.
             self.temporary = None;
         }
-        named.map_err(|error| not_named(&path, error))?;
-        // One name is left when the directory is on the disk.
-        drop(self);
-        sync_directory(&path)
+        // One name is left when this is dropped.
+        named.map_err(|error| not_named(&path, error))
     }
 }
 
@@ -336,7 +349,7 @@ mod tests {
         for errno in [Errno::INVAL, Errno::NOSYS, Errno::NOTSUP] {
             let new = begin_named(&path).unwrap();
             new.file().write_all(b"text").unwrap();
-            new.keep_by(|_, _| Err(errno)).unwrap();
+            new.name_by(|_, _| Err(errno)).unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"text");
             assert_eq!(names(directory.path()), ["new"]);
             fs::remove_file(&path).unwrap();
@@ -352,7 +365,7 @@ mod tests {
             fs::write(&path, "another").unwrap();
             let kept = match errno {
                 None => new.keep(),
-                Some(errno) => new.keep_by(|_, _| Err(errno)),
+                Some(errno) => new.name_by(|_, _| Err(errno)),
             };
             assert!(matches!(kept, Err(OpenError::Exists { .. })), "{kept:?}");
             assert_eq!(fs::read(&path).unwrap(), b"another");
@@ -391,7 +404,7 @@ mod tests {
     fn what_the_host_refuses_otherwise_is_told_and_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let new = begin_named(&directory.path().join("new"));
-        let kept = new.unwrap().keep_by(|_, _| Err(Errno::NOSPC));
+        let kept = new.unwrap().name_by(|_, _| Err(Errno::NOSPC));
         assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
         assert!(names(directory.path()).is_empty());
     }

@@ -476,6 +476,7 @@ fn write_memory(
     };
     let cancelled = || chain(&PagesError::Cancelled);
     let mut writer = PageWriter::new(&ram.ranges()).since(changed);
+    still.zeros().into_iter().for_each(|chunk| writer.leave_zeros(chunk));
     let mut done = writer.done();
     while let Some(chunk) = still.next() {
         let written = writer.write(chunk, file, ram);
