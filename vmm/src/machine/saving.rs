@@ -62,6 +62,12 @@ impl Files {
         self.memory.file()
     }
 
+    /// The same for writes past the page cache, where the file system has such.
+    #[must_use]
+    pub fn memory_direct(&self) -> Option<File> {
+        self.memory.direct()
+    }
+
     /// Writes all else, when memory has been written, and syncs all of it: `set`, and what is said of the machine, `config`, and of
     /// the `parent`.
     ///

@@ -176,6 +176,15 @@ impl NewFile {
         &self.file
     }
 
+    /// The file once more, for writes past the page cache, which begin and end at whole blocks in the file and in memory; `None` where
+    /// its file system has none.
+    #[must_use]
+    pub fn direct(&self) -> Option<File> {
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_DIRECT);
+        options.open(place_of(&self.file)).ok()
+    }
+
     /// Sees that what has been written is on the disk.
     ///
     /// # Errors
