@@ -26,6 +26,7 @@ mod process;
 mod qmp;
 mod report;
 mod samples;
+mod snapshot;
 mod start;
 mod targets;
 
@@ -46,7 +47,7 @@ use self::targets::Target;
 use crate::{kit, nested, places, probe};
 
 /// The groups of measures.
-pub const GROUPS: [&str; 14] = [
+pub const GROUPS: [&str; 16] = [
     "size",
     "start",
     "api",
@@ -56,6 +57,8 @@ pub const GROUPS: [&str; 14] = [
     "net",
     "display",
     "disk",
+    "snapshot",
+    "restore",
     "image",
     "boot",
     "nested-balloon",
@@ -204,7 +207,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, port, balloon, net, display, disk: cannot open /dev/kvm: {error}"
+                "start, api, memory, port, balloon, net, display, disk, snapshot, restore: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -244,6 +247,17 @@ impl Bench<'_> {
         }
         if settings.wants("disk") {
             disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;
+        }
+        self.snapshots(clock, &monitors)
+    }
+
+    fn snapshots(&mut self, clock: GuestClock, monitors: &[Monitor]) -> Result<()> {
+        let settings = self.settings;
+        if settings.wants("snapshot") {
+            snapshot::taken(settings, clock, monitors, &mut |measure| self.add(measure))?;
+        }
+        if settings.wants("restore") {
+            snapshot::restored(settings, clock, monitors, &mut |measure| self.add(measure))?;
         }
         Ok(())
     }

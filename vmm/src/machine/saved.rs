@@ -260,7 +260,8 @@ impl Saved {
         let RestoreWay {
             memory, prefault, ..
         } = self.way;
-        choose(memory, &config.memory, prefault).map_err(RestoreFailure::Excluded)
+        let chosen = choose(memory, &config.memory, prefault, self.memory.is_packed());
+        chosen.map_err(RestoreFailure::Excluded)
     }
 
     /// Opens the snapshot in `directory`. It is not trusted.
@@ -336,6 +337,9 @@ impl Saved {
             source: PagesError::Memory { address, source },
         };
         match mode {
+            MemoryRestoreMode::Mmap if memory.is_packed() => {
+                return Err(RestoreFailure::Excluded(Excluded::PACKED));
+            }
             MemoryRestoreMode::Mmap => {
                 let painting = memory.paint(PIECES);
                 let mapped = restored.map(&memory, &painting.mapped);

@@ -62,6 +62,12 @@ impl Files {
         self.memory.file()
     }
 
+    /// The same for writes past the page cache, where the file system has such.
+    #[must_use]
+    pub fn memory_direct(&self) -> Option<File> {
+        self.memory.direct()
+    }
+
     /// Writes all else, when memory has been written, and syncs all of it: `set`, and what is said of the machine, `config`, and of
     /// the `parent`.
     ///
@@ -113,12 +119,20 @@ impl Files {
         let mut result = Ok(());
         for file in [self.memory, self.state] {
             let path = file.path().to_owned();
-            result = result.and_then(|()| file.keep_synced(sync));
+            result = result.and_then(|()| file.name());
             if result.is_ok() {
                 named.push(path);
             }
         }
-        result = result.and_then(|()| self.manifest.keep_synced(sync));
+        // They have their names, also after a crash, before there is a manifest, and all three were synced when they were filled.
+        let path = self.manifest.path().to_owned();
+        result = result.and_then(|()| sync(&path));
+        result = result.and_then(|()| self.manifest.name());
+        if result.is_ok() {
+            // It is the first to go.
+            named.insert(0, path.clone());
+            result = sync(&path);
+        }
         if result.is_err() {
             // Nobody else has these names, of which the id is part. The reason that is told is the first one.
             named.iter().for_each(|path| drop(opener.remove_file(path)));

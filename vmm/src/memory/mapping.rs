@@ -197,6 +197,12 @@ impl Mapping {
         }
     }
 
+    /// Whether nobody else has any of it: private, and of no file.
+    pub fn is_private(&self) -> bool {
+        let wanted = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+        self.flags & wanted == wanted && !self.is_of_file()
+    }
+
     /// The protection flags of the mapping.
     pub fn protection(&self) -> i32 {
         libc::PROT_READ | libc::PROT_WRITE

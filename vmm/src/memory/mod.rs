@@ -15,6 +15,7 @@ mod lost;
 mod mapping;
 mod overlay;
 mod plug;
+mod presence;
 pub mod restored;
 pub mod still;
 mod userfault;

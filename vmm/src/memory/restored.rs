@@ -18,7 +18,7 @@ use crate::opener::Opener;
 
 /// Two things that are asked for and exclude each other.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("memory_restore_mode={mode} and {other} exclude each other: {why}: leave one of them out")]
+#[error("memory_restore_mode={mode} and {other} exclude each other: {why}: {mend}")]
 pub struct Excluded {
     /// The mode, as the flag has it.
     pub mode: &'static str,
@@ -26,10 +26,22 @@ pub struct Excluded {
     pub other: &'static str,
     /// What it is about.
     pub why: &'static str,
+    /// What can be done.
+    pub mend: &'static str,
+}
+
+impl Excluded {
+    /// A file that is to be mapped, and is compressed.
+    pub const PACKED: Self = Self {
+        mode: "mmap",
+        other: "a snapshot that is compressed",
+        why: "its file is not as memory is",
+        mend: "take ondemand or copy, or map what 'vireo snapshot flatten' makes of it",
+    };
 }
 
 /// How memory of this kind comes from a snapshot: as `asked`, or as is best. With `prefault` all of it is to be there before
-/// the guest goes on.
+/// the guest goes on. The snapshot's own, or one that it needs, is `packed`: what is compressed cannot be mapped.
 ///
 /// # Errors
 ///
@@ -38,8 +50,12 @@ pub fn choose(
     asked: Option<MemoryRestoreMode>,
     memory: &MemoryConfig,
     prefault: bool,
+    packed: bool,
 ) -> Result<MemoryRestoreMode, Excluded> {
     use MemoryRestoreMode::{Copy, Mmap, OnDemand};
+    if packed && asked == Some(Mmap) {
+        return Err(Excluded::PACKED);
+    }
     let other = [
         (
             prefault,
@@ -64,7 +80,7 @@ pub fn choose(
     ];
     let against = other.into_iter().find(|(is, ..)| *is);
     let mode = match asked {
-        None if against.is_some() => return Ok(Copy),
+        None if against.is_some() || packed => return Ok(Copy),
         None => return Ok(Mmap),
         Some(Copy) => return Ok(Copy),
         Some(Mmap) => "mmap",
@@ -72,7 +88,12 @@ pub fn choose(
     };
     match against {
         None => Ok(asked.unwrap_or(Mmap)),
-        Some((_, other, why)) => Err(Excluded { mode, other, why }),
+        Some((_, other, why)) => Err(Excluded {
+            mode,
+            other,
+            why,
+            mend: "leave one of them out",
+        }),
     }
 }
 

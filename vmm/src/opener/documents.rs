@@ -165,7 +165,16 @@ impl NewFile {
         &self.file
     }
 
-    /// Sees that what has been written is on the disk, which [`NewFile::keep`] then does not wait for.
+    /// The file once more, for writes past the page cache, which begin and end at whole blocks in the file and in memory; `None` where
+    /// its file system has none.
+    #[must_use]
+    pub fn direct(&self) -> Option<File> {
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_DIRECT);
+        options.open(place_of(&self.file)).ok()
+    }
+
+    /// Sees that what has been written is on the disk.
     ///
     /// # Errors
     ///
@@ -196,21 +205,26 @@ impl NewFile {
     /// As [`NewFile::keep`].
     pub(crate) fn keep_synced(self, sync: SyncNames<'_>) -> Result<(), OpenError> {
         let path = self.path.clone();
-        if self.temporary.is_none() {
-            self.name()?;
-        } else {
-            self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))?;
-        }
+        self.sync()?;
+        self.name()?;
         sync(&path).inspect_err(|_| {
             // The reason that is told is the first one.
             let _ = fs::remove_file(&path);
         })
     }
 
-    /// Gives a file its first name.
-    fn name(self) -> Result<(), OpenError> {
+    /// Gives the file its name. Neither what has been written nor the name is waited for to be on the disk: see [`NewFile::sync`] and
+    /// [`sync_directory`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`NewFile::keep`].
+    pub fn name(self) -> Result<(), OpenError> {
+        if self.temporary.is_some() {
+            return self
+                .name_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE));
+        }
         let path = &self.path;
-        self.file.sync_all().map_err(system("write", path))?;
         let named = linkat(
             CWD,
             place_of(&self.file),
@@ -221,11 +235,10 @@ impl NewFile {
         named.map_err(|errno| not_named(path, errno.into()))
     }
 
-    fn keep_by(
+    fn name_by(
         mut self,
         rename: impl FnOnce(&Path, &Path) -> Result<(), Errno>,
     ) -> Result<(), OpenError> {
-        self.file.sync_all().map_err(system("write", &self.path))?;
         let path = self.path.clone();
         let temporary = self.temporary.as_deref().unwrap_or(&path);
         let renamed = rename(temporary, &path);
@@ -239,8 +252,8 @@ impl NewFile {
             // Others may have that name by now.
             self.temporary = None;
         }
+        // One name is left when this is dropped.
         named.map_err(|error| not_named(&path, error))
-        // One name is left when the directory is on the disk: the other one goes with this.
     }
 }
 
@@ -375,7 +388,7 @@ mod tests {
         for errno in [Errno::INVAL, Errno::NOSYS, Errno::NOTSUP] {
             let new = begin_named(&path).unwrap();
             new.file().write_all(b"text").unwrap();
-            new.keep_by(|_, _| Err(errno)).unwrap();
+            new.name_by(|_, _| Err(errno)).unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"text");
             assert_eq!(names(directory.path()), ["new"]);
             fs::remove_file(&path).unwrap();
@@ -391,7 +404,7 @@ mod tests {
             fs::write(&path, "another").unwrap();
             let kept = match errno {
                 None => new.keep(),
-                Some(errno) => new.keep_by(|_, _| Err(errno)),
+                Some(errno) => new.name_by(|_, _| Err(errno)),
             };
             assert!(matches!(kept, Err(OpenError::Exists { .. })), "{kept:?}");
             assert_eq!(fs::read(&path).unwrap(), b"another");
@@ -430,7 +443,7 @@ mod tests {
     fn what_the_host_refuses_otherwise_is_told_and_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let new = begin_named(&directory.path().join("new"));
-        let kept = new.unwrap().keep_by(|_, _| Err(Errno::NOSPC));
+        let kept = new.unwrap().name_by(|_, _| Err(Errno::NOSPC));
         assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
         assert!(names(directory.path()).is_empty());
     }

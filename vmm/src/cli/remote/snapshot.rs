@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use api::EventKind;
 use api::client::{Client, ClientError};
-use api::wire::{SnapshotReport, VmSnapshotConfig};
-use clap::{Args, Subcommand};
+use api::wire::{SnapshotCompression, SnapshotReport, VmSnapshotConfig};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::super::Misuse;
 use super::super::image::interrupt;
@@ -90,9 +90,17 @@ pub(in crate::cli) struct CreateArgs {
     /// Write only what has changed since the snapshot in DIR, which was tracked
     #[arg(long, value_name = "DIR")]
     parent: Option<String>,
+    /// Compress memory: the file is smaller, takes longer, and cannot be mapped
+    #[arg(long, value_name = "HOW")]
+    compress: Option<Compress>,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Compress {
+    Zstd,
 }
 
 pub(super) fn run(verb: SnapshotVerb, opener: &Opener) -> anyhow::Result<()> {
@@ -123,6 +131,9 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
         skip_free_pages: arguments.skip_free_pages,
         track: arguments.track,
         parent,
+        compress: arguments.compress.map(|how| match how {
+            Compress::Zstd => SnapshotCompression::Zstd,
+        }),
         ..VmSnapshotConfig::of(destination_url)
     };
     let client = &mut remote.client;

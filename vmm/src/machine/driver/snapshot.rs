@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use api::wire::{SnapshotMode, SnapshotReport};
+use api::wire::{SnapshotCompression, SnapshotMode, SnapshotReport};
 use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 use migration::SectionSet;
-use migration::pages::{PAGE, PageIndex, PageSet, PageWriter, PagesError, Ram};
+use migration::pages::{PAGE, PageIndex, PageWriter, PagesError, Ram};
 use serde_json::Value;
 use virtio::memory::GuestMap;
 
@@ -317,6 +317,7 @@ impl Driver {
             hold,
             look: Some(Box::new(look)),
         };
+        let compress = request.compress;
         // The guest's round ends when this returns, and memory has been held still.
         let _round = free;
         self.capture(&Command::Snapshot(request), plan, move |driver, moment| {
@@ -336,6 +337,7 @@ impl Driver {
                     parent,
                     begun,
                     free,
+                    compress,
                 };
                 let written = snapshot.write(job, &opener, manner);
                 written.map_err(|error| format!("{}: {error}", path.display()))
@@ -415,6 +417,7 @@ struct Snapshot {
     /// When it was asked for.
     begun: Instant,
     free: Free,
+    compress: Option<SnapshotCompression>,
 }
 
 impl Snapshot {
@@ -430,12 +433,19 @@ impl Snapshot {
             parent,
             begun,
             free,
+            compress,
         } = self;
         let swaps = Swaps::look(opener);
         let still = manner.still.as_deref();
         let free = free.left_out(still);
         let ram = SnapshotRam::new(memory, swaps.none).without(free.ranges.clone());
-        let index = write_memory(job, files.memory(), (&ram, changed), still)?;
+        let writer = PageWriter::new(&ram.ranges()).since(changed);
+        let writer = match compress {
+            None => Ok(writer.past_the_cache(files.memory_direct())),
+            Some(SnapshotCompression::Zstd) => writer.packed(),
+        };
+        let writer = writer.map_err(|error| chain(&error))?;
+        let index = write_memory(job, files.memory(), (&ram, writer), still)?;
         swaps.check(opener)?;
         set.push(index_section(&index).map_err(|error| chain(&error))?);
         let needs = parent.as_ref().map(|parent| parent.id.clone());
@@ -452,17 +462,17 @@ impl Snapshot {
         if let Some(taken) = taken {
             taken.keep(base);
         }
-        let written = index.data().saturating_add(filled.state);
+        let written = index.stored().saturating_add(filled.state);
         job.report(free.report(report(manner, begun, (&index, needs), written)));
         Ok(())
     }
 }
 
-/// Writes memory into `file`, or what of it has changed: `still`, while the guest goes on.
+/// Writes memory into `file`: `still`, while the guest goes on.
 fn write_memory(
     job: &mut JobHandle,
     file: &File,
-    (ram, changed): (&SnapshotRam, Option<PageSet>),
+    (ram, mut writer): (&SnapshotRam, PageWriter),
     still: Option<&Still>,
 ) -> Result<PageIndex, String> {
     let total = job.info().total;
@@ -470,27 +480,35 @@ fn write_memory(
         job.progress(done, total);
         !job.is_cancelled()
     };
-    let Some(still) = still else {
-        let index = PageIndex::write_since(file, ram, changed, &mut step);
-        return index.map_err(|error| chain(&error));
-    };
-    let cancelled = || chain(&PagesError::Cancelled);
-    let mut writer = PageWriter::new(&ram.ranges()).since(changed);
-    let mut done = writer.done();
-    while let Some(chunk) = still.next() {
-        let written = writer.write(chunk, file, ram);
-        let written = written.map_err(|error| chain(&error))?;
-        still.saved(chunk);
-        done = done.saturating_add(written.unwrap_or(0));
-        if !step(done) {
-            return Err(cancelled());
-        }
+    let cancelled = || PagesError::Cancelled;
+    for chunk in still.iter().flat_map(|still| still.zeros()) {
+        writer.leave_zeros(chunk);
     }
-    if let Some(why) = still.why() {
+    // Of one that stands all are gone through.
+    let mut done = still.map_or(0, |_| writer.done());
+    let mut all = 0..writer.count();
+    let written = writer.beside(file, ram, |feeder| {
+        while let Some(chunk) = still.map_or_else(|| all.next(), Still::next) {
+            let copied = feeder.copy(chunk)?;
+            if let Some(still) = still {
+                still.saved(chunk);
+            }
+            done = done.saturating_add(copied.unwrap_or(0));
+            if !step(done) {
+                return Err(cancelled());
+            }
+        }
+        Ok(())
+    });
+    let index = written.and_then(|written| {
+        written?;
+        writer.finish(file)
+    });
+    if let Some(why) = still.and_then(Still::why) {
         return Err(why.to_owned());
     }
-    let index = writer.finish(file).map_err(|error| chain(&error))?;
-    index.ok_or_else(cancelled)
+    let index = index.and_then(|index| index.ok_or_else(cancelled));
+    index.map_err(|error| chain(&error))
 }
 
 /// What is told of a snapshot that has been made.
