@@ -88,6 +88,9 @@ pub struct VmSnapshotConfig {
     /// The directory of the snapshot that was tracked last, as `file://` and its path, or as its absolute path: only what has changed since is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
+    /// Whether it becomes a template: machines are cloned of it, and nothing of it is written to any more, its disks' images included.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub template: bool,
 }
 
 impl VmSnapshotConfig {
@@ -100,6 +103,7 @@ impl VmSnapshotConfig {
             skip_free_pages: false,
             track: false,
             parent: None,
+            template: false,
         }
     }
 }

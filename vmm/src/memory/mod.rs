@@ -17,6 +17,7 @@ mod overlay;
 mod plug;
 pub mod restored;
 pub mod still;
+pub mod template;
 mod userfault;
 pub mod video;
 

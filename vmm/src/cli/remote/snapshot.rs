@@ -90,6 +90,11 @@ pub(in crate::cli) struct CreateArgs {
     /// Write only what has changed since the snapshot in DIR, which was tracked
     #[arg(long, value_name = "DIR")]
     parent: Option<String>,
+    /// Make a template, of which 'vireo clone' starts machines: nobody writes to it any more, nor to its disks' images
+    ///
+    /// A machine with disks that its guest can write to has to be paused before, and ended afterwards.
+    #[arg(long, conflicts_with_all = ["parent", "track"])]
+    template: bool,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -123,6 +128,7 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
         skip_free_pages: arguments.skip_free_pages,
         track: arguments.track,
         parent,
+        template: arguments.template,
         ..VmSnapshotConfig::of(destination_url)
     };
     let client = &mut remote.client;
