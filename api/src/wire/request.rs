@@ -91,6 +91,9 @@ pub struct VmSnapshotConfig {
     /// How the file of memory is compressed, which can then not be mapped; not at all when it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compress: Option<SnapshotCompression>,
+    /// Whether it becomes a template: machines are cloned of it, and nothing of it is written to any more, its disks' images included.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub template: bool,
 }
 
 /// How a snapshot's memory is compressed.
@@ -112,6 +115,7 @@ impl VmSnapshotConfig {
             track: false,
             parent: None,
             compress: None,
+            template: false,
         }
     }
 }

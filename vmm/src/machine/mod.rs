@@ -32,6 +32,7 @@ mod platform;
 pub mod resize;
 pub mod saved;
 pub mod saving;
+pub mod sealed;
 mod secrets;
 pub mod signals;
 pub mod snapshot;

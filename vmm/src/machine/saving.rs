@@ -3,15 +3,16 @@
 //! Memory and state are written and synced first, under names that no other snapshot has; the manifest that names them comes
 //! last. What is dropped before leaves nothing.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use migration::SectionSet;
 use serde_json::Value;
 
 use super::MachineError;
-use super::manifest::{FileEntry, Manifest, NAME, Parent, VERSION, checksum};
+use super::manifest::{FileEntry, Manifest, NAME, Parent, Sealed, VERSION, checksum};
 use super::saved::machine_type;
 use crate::error::chain;
 use crate::opener::{NewFile, OpenError, Opener, SyncNames, sync_directory};
@@ -23,6 +24,8 @@ pub struct Files {
     memory: NewFile,
     state: NewFile,
     manifest: NewFile,
+    /// What it says of a template.
+    sealed: Option<Sealed>,
 }
 
 /// What has been written besides memory.
@@ -47,7 +50,22 @@ impl Files {
             memory: begin(&memory_name(&id))?,
             state: begin(&state_name(&id))?,
             id,
+            sealed: None,
         })
+    }
+
+    /// Has it be a template, whose files nobody writes to from now on.
+    pub fn seal(&mut self, sealed: Sealed) {
+        self.sealed = Some(sealed);
+    }
+
+    /// The images that disks of a template have for themselves: of each disk the first that is named.
+    #[must_use]
+    pub fn sealed_images(&self) -> Vec<PathBuf> {
+        let disks = self.sealed.iter().flat_map(|sealed| &sealed.disks);
+        let mut seen = BTreeSet::new();
+        let first = disks.filter(|disk| seen.insert(&disk.id));
+        first.map(|disk| PathBuf::from(&disk.path)).collect()
     }
 
     /// What tells it from other snapshots.
@@ -89,12 +107,16 @@ impl Files {
             state: entry(state_name(&self.id), bytes.len() as u64),
             memory: entry(memory_name(&self.id), length(&self.memory)?),
             parent,
+            template: self.sealed.clone(),
             id: self.id.clone(),
         }
         .to_bytes();
         put(&self.state, &bytes)?;
         put(&self.manifest, &text)?;
         for file in [&self.memory, &self.state, &self.manifest] {
+            if self.sealed.is_some() {
+                file.seal().map_err(|error| chain(&error))?;
+            }
             file.sync().map_err(|error| chain(&error))?;
         }
         Ok(Filled {

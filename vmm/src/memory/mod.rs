@@ -18,6 +18,7 @@ mod plug;
 mod presence;
 pub mod restored;
 pub mod still;
+pub mod template;
 mod userfault;
 pub mod video;
 

@@ -13,6 +13,7 @@ use super::demand::{Demand, DemandError, Piece, RUNS, WorkingSet};
 use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
+use super::template::Template;
 use crate::config::MemoryConfig;
 use crate::opener::Opener;
 
@@ -193,6 +194,29 @@ impl Restored {
             mode: MemoryRestoreMode::Mmap,
             path: newest(layers),
             files: files.map_err(|error| (0, error))?,
+        });
+        Ok(())
+    }
+
+    /// Maps the memory of `template` privately in the place of memory.
+    ///
+    /// # Errors
+    ///
+    /// The guest-physical address of the piece that the host refuses, and why.
+    pub fn map_template(&self, template: &Template) -> Result<(), (u64, io::Error)> {
+        for Placed { start, len, offset } in template.pieces() {
+            let found = self.mapping_of(*start);
+            let mapped = found.map_or_else(
+                || Err(io::ErrorKind::InvalidInput.into()),
+                |(mapping, inside)| mapping.map_file(inside, *len, template.file(), *offset),
+            );
+            mapped.map_err(|error| (*start, error))?;
+        }
+        *self.lock() = Some(Origin {
+            mode: MemoryRestoreMode::Mmap,
+            path: template.path().to_owned(),
+            // It cannot be cut short, nor fail.
+            files: Vec::new(),
         });
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
@@ -181,6 +181,17 @@ impl NewFile {
     /// [`OpenError`].
     pub fn sync(&self) -> Result<(), OpenError> {
         self.file.sync_all().map_err(system("write", &self.path))
+    }
+
+    /// Has nobody write to it who opens it from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn seal(&self) -> Result<(), OpenError> {
+        let mode = fs::Permissions::from_mode(0o400);
+        let sealed = self.file.set_permissions(mode);
+        sealed.map_err(system("seal", &self.path))
     }
 
     /// Where it gets its name.

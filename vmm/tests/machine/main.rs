@@ -18,6 +18,7 @@ mod balloon;
 mod baseline;
 mod cards;
 mod chains;
+mod clones;
 mod consoles;
 mod coredump;
 mod definitions;

@@ -93,6 +93,11 @@ pub(in crate::cli) struct CreateArgs {
     /// Compress memory: the file is smaller, takes longer, and cannot be mapped
     #[arg(long, value_name = "HOW")]
     compress: Option<Compress>,
+    /// Make a template, of which 'vireo clone' starts machines: nobody writes to it any more, nor to its disks' images
+    ///
+    /// A machine with disks that its guest can write to has to be paused before, and ended afterwards.
+    #[arg(long, conflicts_with_all = ["parent", "track"])]
+    template: bool,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -134,6 +139,7 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
         compress: arguments.compress.map(|how| match how {
             Compress::Zstd => SnapshotCompression::Zstd,
         }),
+        template: arguments.template,
         ..VmSnapshotConfig::of(destination_url)
     };
     let client = &mut remote.client;

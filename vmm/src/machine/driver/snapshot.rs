@@ -23,11 +23,11 @@ use crate::error::chain;
 use crate::machine::chain::{DEEPEST, Link, follow};
 use crate::machine::coredump::total;
 use crate::machine::inbox::ended;
-use crate::machine::manifest::{NAME, Parent, is_parent_place};
+use crate::machine::manifest::{NAME, Parent, Sealed, is_parent_place};
 use crate::machine::saving::{Files, new_id};
 use crate::machine::snapshot::{SnapshotRam, index_section};
 use crate::machine::tracking::{Base, Moment, Ready, TrackError, Tracking};
-use crate::machine::{MachineError, fault};
+use crate::machine::{MachineError, fault, sealed};
 use crate::memory::still::{LIMIT, RamParts, Still};
 use crate::monitor::JobHandle;
 use crate::opener::{OpenError, Opener};
@@ -67,6 +67,8 @@ struct Beginning {
     tracking: Weak<Tracking>,
     /// What is held still.
     ram: Option<RamParts>,
+    /// It becomes a template, with these disks.
+    template: Option<Vec<sealed::Disk>>,
 }
 
 impl Beginning {
@@ -78,6 +80,7 @@ impl Beginning {
             track,
             tracking,
             ram,
+            template,
         } = self;
         let tracking = || tracking.upgrade().ok_or_else(ended);
         let parent = parent.map(|directory| -> Result<_, ControlError> {
@@ -87,7 +90,14 @@ impl Beginning {
         });
         let parent = parent.transpose()?;
         let files = Files::begin(opener, &place, id);
-        let files = files.map_err(|error| refused(&place, &error))?;
+        let mut files = files.map_err(|error| refused(&place, &error))?;
+        if let Some(disks) = template {
+            let looked = disks.iter().map(|disk| disk.look(opener));
+            let looked: Result<Vec<_>, ControlError> = looked.collect();
+            files.seal(Sealed {
+                disks: looked?.concat(),
+            });
+        }
         let ready = if track {
             let begun = tracking()?.begin();
             Some(begun.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?)
@@ -180,10 +190,11 @@ impl Driver {
             let parent = request.parent.as_deref().map(parent_path).transpose()?;
             // Before anything is made; another look follows when it is.
             self.check_form()?;
+            let template = request.template.then(|| self.template_disks(&request));
             let id = new_id().map_err(|error| error.to_control())?;
-            Ok((path, parent, id))
+            Ok((path, parent, template.transpose()?, id))
         });
-        let (path, parent, id) = match begun {
+        let (path, parent, template, id) = match begun {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
         };
@@ -200,6 +211,7 @@ impl Driver {
             track: request.track,
             tracking: Arc::downgrade(self.machine.tracking()),
             ram: goes_on.then(|| self.machine.ram_parts()),
+            template,
         };
         let begun = Instant::now();
         let open = move || {
@@ -235,6 +247,37 @@ impl Driver {
             self.asides.answer(answer, Err(error));
             self.do_later();
         }
+    }
+
+    /// The disks of a machine that becomes a template, which its guest could write to.
+    fn template_disks(
+        &self,
+        request: &wire::VmSnapshotConfig,
+    ) -> Result<Vec<sealed::Disk>, ControlError> {
+        if request.parent.is_some() {
+            let message =
+                "template and parent exclude each other: a template needs no other snapshot";
+            return Err(ControlError::new(ErrorKind::Invalid, message));
+        }
+        let description = self.ears.description.as_ref().ok_or_else(ended)?;
+        let mut disks = Vec::new();
+        for (id, config) in crate::chains::disks(&description.config) {
+            if config.readonly {
+                continue;
+            }
+            if self.state().0 == VmState::Running {
+                let message = format!(
+                    "the guest can write to disk {id:?} while it runs, and the disks of a template stay as they are: pause the machine \
+                     first ('vireo pause'), and end it when the template is there"
+                );
+                return Err(ControlError::new(ErrorKind::Conflict, message));
+            }
+            let device = Arc::downgrade(&self.settled_device(&id)?);
+            let disk = sealed::Disk { id, config, device };
+            disk.check()?;
+            disks.push(disk);
+        }
+        Ok(disks)
     }
 
     /// That no other capture is being written, nor a snapshot begun: memory is held still for one.
@@ -458,7 +501,10 @@ impl Snapshot {
             checksum: filled.checksum,
             directory: place,
         };
+        let images = opener.seal_images(&files.sealed_images());
+        let images = images.map_err(|error| chain(&error))?;
         files.keep(opener).map_err(|error| chain(&error))?;
+        images.keep();
         if let Some(taken) = taken {
             taken.keep(base);
         }
