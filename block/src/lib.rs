@@ -53,6 +53,7 @@ mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
+mod track;
 
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{
@@ -62,8 +63,9 @@ pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
-    Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
-    MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, revert,
+    Attached, Backup, BackupError, BackupRequest, Covered, Cut, Emptied, Live, Merge, MergeError,
+    Merged, Mirror, MirrorError, MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream,
+    StreamError, revert,
 };
 pub use lock::lock_output;
 pub use nbd::NbdDisk;
@@ -77,3 +79,4 @@ pub use qcow2::{
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};
 pub use size::Size;
+pub use track::{LiveBitmap, LiveBitmapChange};
