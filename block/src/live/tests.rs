@@ -494,4 +494,5 @@ fn an_image_whose_snapshots_lean_on_what_is_below_is_not_cut_off_from_it() {
 mod backing_up;
 mod merging;
 mod mirroring;
+mod random;
 mod reverting;
