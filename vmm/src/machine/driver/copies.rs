@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
 use api::{Answer, ControlError, ErrorKind, Reply};
 use block::{
-    Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError, MirrorTarget,
+    Backup, BackupError, Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror,
+    MirrorError, MirrorTarget,
 };
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
@@ -77,11 +78,13 @@ impl Drop for Ending {
 }
 
 /// What a job does.
-enum Work {
+pub(super) enum Work {
     /// Images of the disk's chain are merged.
     Merge(Box<Merge>),
     /// It is copied to another place, where it then goes on or not.
     Mirror(Box<Mirror>, bool),
+    /// What it holds at the beginning is copied.
+    Backup(Box<Backup>),
 }
 
 /// What the disk goes on with.
@@ -106,6 +109,7 @@ impl Work {
         match self {
             Self::Merge(_) => "commit",
             Self::Mirror(..) => "mirror",
+            Self::Backup(_) => "backup",
         }
     }
 
@@ -117,6 +121,10 @@ impl Work {
                 Ok(Next::Chain(cut))
             }
             Self::Mirror(mirror, _) => Ok(Next::Same(mirror.begin())),
+            Self::Backup(backup) => {
+                let guarded = backup.begin().map_err(|error| failed(&error))?;
+                Ok(Next::Same(guarded))
+            }
         }
     }
 
@@ -124,6 +132,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.size(),
             Self::Mirror(mirror, _) => mirror.size(),
+            Self::Backup(backup) => backup.size(),
         }
     }
 
@@ -131,6 +140,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.step(at),
             Self::Mirror(mirror, _) => mirror.step(at),
+            Self::Backup(backup) => backup.step(at),
         }
     }
 
@@ -138,6 +148,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.catch_up(at),
             Self::Mirror(mirror, _) => mirror.catch_up(at),
+            Self::Backup(_) => Ok(None),
         }
     }
 
@@ -145,6 +156,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.left(),
             Self::Mirror(mirror, _) => mirror.left(),
+            Self::Backup(_) => 0,
         }
     }
 
@@ -152,6 +164,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.hold_up(bytes),
             Self::Mirror(mirror, _) => mirror.hold_up(bytes),
+            Self::Backup(_) => (),
         }
     }
 
@@ -162,6 +175,9 @@ impl Work {
             Self::Mirror(mirror, _) => mirror
                 .flush()
                 .map_err(|error| chain(&MirrorError::Copy(error))),
+            Self::Backup(backup) => backup
+                .prepare()
+                .map_err(|error| chain(&BackupError::Copy(error))),
         }
     }
 
@@ -187,6 +203,10 @@ impl Work {
                     Next::Same(mirror.given_up())
                 })
             }
+            Self::Backup(backup) => {
+                backup.finish(go).map_err(|error| failed(&error))?;
+                Ok(Next::Same(backup.given_up()))
+            }
         }
     }
 
@@ -195,6 +215,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.given_up(),
             Self::Mirror(mirror, _) => Some(mirror.given_up()),
+            Self::Backup(backup) => Some(backup.given_up()),
         }
     }
 
@@ -206,12 +227,24 @@ impl Work {
                 drop(mirror);
                 Ok(())
             }
+            Self::Backup(backup) => {
+                drop(backup);
+                Ok(())
+            }
         }
     }
 }
 
-fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
+pub(super) fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
     ControlError::from_error(fault::of(error), error)
+}
+
+/// What a client means.
+pub(super) fn format(asked: MirrorFormat) -> Format {
+    match asked {
+        MirrorFormat::Raw => Format::Raw,
+        MirrorFormat::Qcow2 => Format::Qcow2,
+    }
 }
 
 impl Driver {
@@ -240,10 +273,7 @@ impl Driver {
         let own = self.ears.consoles.reserved().clone();
         let target = MirrorTarget {
             path: request.path,
-            format: match request.format {
-                MirrorFormat::Raw => Format::Raw,
-                MirrorFormat::Qcow2 => Format::Qcow2,
-            },
+            format: format(request.format),
             existing: request.existing,
         };
         let look = move |disk: Arc<dyn Disk>, wanted: &Target, opener: Arc<Opener>| {
@@ -258,7 +288,7 @@ impl Driver {
     }
 
     /// Begins a job on the disk `id`, for which `look` opens what it needs.
-    fn copy_disk(
+    pub(super) fn copy_disk(
         &mut self,
         (id, speed): (String, Option<u64>),
         look: impl FnOnce(Arc<dyn Disk>, &Target, Arc<Opener>) -> Result<Work, ControlError>
@@ -404,7 +434,7 @@ impl Driver {
     }
 
     /// The device of a job's disk, if it is the same as before.
-    fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
+    pub(super) fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
         let device = self.settled_device(&target.id)?;
         let same = target.device.ptr_eq(&Arc::downgrade(&device));
         same.then_some(device).ok_or_else(|| no_disk(&target.id))
