@@ -365,7 +365,9 @@ impl Disk for RawDisk {
         if !size.is_multiple_of(unit) {
             return Err(ResizeError::Unit { size, unit }.into());
         }
-        self.file.grow(size)
+        self.file.grow(size)?;
+        self.file.tracks().resize(self.file.size());
+        Ok(())
     }
 
     fn observe(&self, observer: Arc<dyn Observer>) {

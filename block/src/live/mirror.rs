@@ -11,18 +11,16 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::Made;
 use super::changes::{Changes, Tracked};
 use super::copy::Copier;
 use super::layers::{Layer, Unlike, check_alike};
-use super::{Made, Top};
 use crate::disk::Disk;
-use crate::image::Image;
 use crate::open::{ImageOptions, Opened, open_chain};
 use crate::opener::{Access, Opener};
 use crate::ops::{CreateImageError, NewFile, NewImage};
 use crate::options::Format;
-use crate::raw::{OpenError, RawImage, open_file};
-use crate::storage::FileStorage;
+use crate::raw::{OpenError, open_file};
 use crate::{CreateOptions, Preallocation};
 
 /// Where a disk is copied to.
@@ -92,7 +90,7 @@ impl Mirror {
         opener: Arc<dyn Opener>,
         options: &ImageOptions,
     ) -> Result<Self, MirrorError> {
-        let source = source(&*disk)?;
+        let source = disk.live().ok_or(MirrorError::Fixed)?.source();
         let size = disk.info().size;
         let mut options = options.clone();
         options.disk.format = Some(target.format);
@@ -212,22 +210,6 @@ impl Mirror {
         }
         Ok(Arc::clone(&self.alone))
     }
-}
-
-/// What the disk holds, to be read beside its queues.
-fn source(disk: &dyn Disk) -> Result<Arc<dyn Image>, MirrorError> {
-    Ok(match disk.live().ok_or(MirrorError::Fixed)?.0 {
-        Top::Raw(file) => {
-            let size = file.size();
-            Arc::new(RawImage::new(
-                Arc::new(FileStorage::new(file)),
-                size,
-                true,
-                true,
-            ))
-        }
-        Top::Qcow2(image) => image,
-    })
 }
 
 fn make(target: &MirrorTarget, size: u64, opener: &dyn Opener) -> Result<(), MirrorError> {

@@ -6,6 +6,7 @@
 //! cannot go on before it is done, the thread listens meanwhile ([`drain`]).
 
 mod aside;
+mod backups;
 mod capture;
 mod commands;
 mod copies;

@@ -14,6 +14,7 @@ mod actions;
 mod again;
 mod aside;
 mod attach;
+mod backups;
 mod balloon;
 mod baseline;
 mod cards;

@@ -10,7 +10,7 @@ use crate::live::revert::{Revert, RevertError};
 use crate::live::stream::{Stream, StreamError};
 
 impl Guest {
-    fn merge(&self, top: Option<&str>, base: Option<&str>) -> Result<Merge, MergeError> {
+    pub(super) fn merge(&self, top: Option<&str>, base: Option<&str>) -> Result<Merge, MergeError> {
         let directory = self.path.parent().unwrap();
         let [top, base] = [top, base].map(|name| name.map(|name| directory.join(name)));
         let which = (top.as_deref(), base.as_deref());
@@ -18,14 +18,14 @@ impl Guest {
     }
 
     /// Puts the disk on the chain that can be merged.
-    fn begin(&mut self, merge: &mut Merge) {
+    pub(super) fn begin(&mut self, merge: &mut Merge) {
         let cut = merge.begin(&|| true).unwrap();
         self.disk = cut.disk();
         cut.keep();
     }
 
     /// Lets go of what has been merged.
-    fn finish(&mut self, mut merge: Merge) {
+    pub(super) fn finish(&mut self, mut merge: Merge) {
         match merge.finish(&|| true).unwrap() {
             Merged::Shorter(cut) => {
                 self.disk = cut.disk();
@@ -53,7 +53,7 @@ impl Guest {
 }
 
 /// Copies all, while another queue works, and what that has changed.
-fn copy(guest: &mut Guest, merge: &Merge) {
+pub(super) fn copy(guest: &mut Guest, merge: &Merge) {
     std::thread::scope(|scope| {
         let copying = scope.spawn(|| {
             let mut at = 0;

@@ -17,7 +17,7 @@ impl Guest {
 }
 
 /// Copies all while the guest works, and what that has changed.
-fn copy(guest: &mut Guest, mirror: &Mirror) {
+pub(super) fn copy(guest: &mut Guest, mirror: &Mirror) {
     guest.disk = mirror.begin();
     std::thread::scope(|scope| {
         let copying = scope.spawn(|| {

@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
 use api::{Answer, ControlError, ErrorKind, Reply};
 use block::{
-    Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError, MirrorTarget,
+    Backup, BackupError, Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror,
+    MirrorError, MirrorTarget,
 };
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
@@ -77,11 +78,13 @@ impl Drop for Ending {
 }
 
 /// What a job does.
-enum Work {
+pub(super) enum Work {
     /// Images of the disk's chain are merged.
     Merge(Box<Merge>),
     /// It is copied to another place, where it then goes on or not.
     Mirror(Box<Mirror>, bool),
+    /// What it holds at the beginning is copied.
+    Backup(Box<Backup>),
 }
 
 /// What the disk goes on with.
@@ -131,6 +134,7 @@ impl Work {
         match self {
             Self::Merge(_) => "commit",
             Self::Mirror(..) => "mirror",
+            Self::Backup(_) => "backup",
         }
     }
 
@@ -142,6 +146,10 @@ impl Work {
                 Ok(Next::Chain(cut))
             }
             Self::Mirror(mirror, _) => Ok(Next::Same(mirror.begin())),
+            Self::Backup(backup) => {
+                let guarded = backup.begin().map_err(|error| failed(&error))?;
+                Ok(Next::Same(guarded))
+            }
         }
     }
 
@@ -149,6 +157,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.size(),
             Self::Mirror(mirror, _) => mirror.size(),
+            Self::Backup(backup) => backup.size(),
         }
     }
 
@@ -156,6 +165,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.step(at),
             Self::Mirror(mirror, _) => mirror.step(at),
+            Self::Backup(backup) => backup.step(at),
         }
     }
 
@@ -163,6 +173,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.catch_up(at),
             Self::Mirror(mirror, _) => mirror.catch_up(at),
+            Self::Backup(_) => Ok(None),
         }
     }
 
@@ -170,6 +181,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.left(),
             Self::Mirror(mirror, _) => mirror.left(),
+            Self::Backup(_) => 0,
         }
     }
 
@@ -177,6 +189,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.hold_up(bytes),
             Self::Mirror(mirror, _) => mirror.hold_up(bytes),
+            Self::Backup(_) => (),
         }
     }
 
@@ -187,6 +200,9 @@ impl Work {
             Self::Mirror(mirror, _) => mirror
                 .flush()
                 .map_err(|error| chain(&MirrorError::Copy(error))),
+            Self::Backup(backup) => backup
+                .prepare()
+                .map_err(|error| chain(&BackupError::Copy(error))),
         }
     }
 
@@ -212,6 +228,10 @@ impl Work {
                     Next::Same(mirror.given_up())
                 })
             }
+            Self::Backup(backup) => {
+                backup.finish(go).map_err(|error| failed(&error))?;
+                Ok(Next::Same(backup.given_up()))
+            }
         }
     }
 
@@ -220,6 +240,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.given_up(),
             Self::Mirror(mirror, _) => Some(mirror.given_up()),
+            Self::Backup(backup) => Some(backup.given_up()),
         }
     }
 
@@ -231,12 +252,24 @@ impl Work {
                 drop(mirror);
                 Ok(())
             }
+            Self::Backup(backup) => {
+                drop(backup);
+                Ok(())
+            }
         }
     }
 }
 
-fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
+pub(super) fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
     ControlError::from_error(fault::of(error), error)
+}
+
+/// What a client means.
+pub(super) fn format(asked: MirrorFormat) -> Format {
+    match asked {
+        MirrorFormat::Raw => Format::Raw,
+        MirrorFormat::Qcow2 => Format::Qcow2,
+    }
 }
 
 impl Driver {
@@ -265,10 +298,7 @@ impl Driver {
         let own = self.ears.consoles.reserved().clone();
         let target = MirrorTarget {
             path: request.path,
-            format: match request.format {
-                MirrorFormat::Raw => Format::Raw,
-                MirrorFormat::Qcow2 => Format::Qcow2,
-            },
+            format: format(request.format),
             existing: request.existing,
         };
         let look = move |disk: Arc<dyn Disk>, wanted: &Target, opener: Arc<Opener>| {
@@ -283,7 +313,7 @@ impl Driver {
     }
 
     /// Begins a job on the disk `id`, for which `look` opens what it needs.
-    fn copy_disk(
+    pub(super) fn copy_disk(
         &mut self,
         (id, speed): (String, Option<u64>),
         look: impl FnOnce(Arc<dyn Disk>, &Target, Arc<Opener>) -> Result<Work, ControlError>
@@ -432,7 +462,7 @@ impl Driver {
     }
 
     /// The device of a job's disk, if it is the same as before.
-    fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
+    pub(super) fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
         let device = self.settled_device(&target.id)?;
         let same = target.device.ptr_eq(&Arc::downgrade(&device));
         same.then_some(device).ok_or_else(|| no_disk(&target.id))
