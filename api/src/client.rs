@@ -496,6 +496,25 @@ impl Client {
         read("vm.disk-mirror", &answer)
     }
 
+    /// Copies what a disk holds now; the job that does it.
+    pub fn disk_backup(
+        &mut self,
+        request: &wire::VmDiskBackup,
+    ) -> Result<wire::JobInfo, ClientError> {
+        let answer = self.put("vm.disk-backup", Some(request), &[])?;
+        read("vm.disk-backup", &answer)
+    }
+
+    /// Changes a bitmap of a disk.
+    pub fn disk_bitmap(&mut self, request: &wire::VmDiskBitmap) -> Result<(), ClientError> {
+        self.ask("vm.disk-bitmap", request)
+    }
+
+    /// Which bitmaps the disks have.
+    pub fn disk_bitmaps(&mut self) -> Result<Vec<wire::DiskBitmaps>, ClientError> {
+        self.object("vm.disk-bitmaps")
+    }
+
     /// Has a disk hold again what an image below its own does.
     pub fn disk_revert(&mut self, request: &wire::VmDiskRevert) -> Result<(), ClientError> {
         self.ask("vm.disk-revert", request)

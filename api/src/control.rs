@@ -150,6 +150,12 @@ pub enum Command {
     DiskCommit(wire::VmDiskCommit),
     /// Copy a disk to another place.
     DiskMirror(wire::VmDiskMirror),
+    /// Copy what a disk holds at this instant.
+    DiskBackup(wire::VmDiskBackup),
+    /// Change a bitmap of a disk.
+    DiskBitmap(wire::VmDiskBitmap),
+    /// Tell which bitmaps all disks have.
+    DiskBitmaps,
     /// Have a disk hold again what an image below its own does.
     DiskRevert(wire::VmDiskRevert),
     /// Tell what the chains of all disks consist of.
@@ -232,6 +238,8 @@ pub enum Reply {
     Overlaid(wire::DiskSnapshotInfo),
     /// What the chains of disks consist of.
     Layers(Vec<wire::DiskChain>),
+    /// Which bitmaps disks have.
+    Bitmaps(Vec<wire::DiskBitmaps>),
     /// The guest agent has answered.
     Agent(AgentReply),
     /// A picture: a PNG file.

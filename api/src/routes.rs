@@ -109,6 +109,12 @@ pub enum Endpoint {
     VmDiskCommit,
     /// PUT vm.disk-mirror
     VmDiskMirror,
+    /// PUT vm.disk-backup
+    VmDiskBackup,
+    /// PUT vm.disk-bitmap
+    VmDiskBitmap,
+    /// GET vm.disk-bitmaps
+    VmDiskBitmaps,
     /// PUT vm.disk-revert
     VmDiskRevert,
     /// GET vm.disk-layers
@@ -618,6 +624,30 @@ pub const ROUTES: &[Route] = &[
     .takes::<wire::VmDiskMirror>()
     .gives::<wire::JobInfo>()
     .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskBackup,
+        "vm.disk-backup",
+        "The disk could not be backed up",
+    )
+    .added()
+    .about("Copies what a disk holds at this instant, or what a bitmap marks of it, as a job, while the guest writes.")
+    .takes::<wire::VmDiskBackup>()
+    .gives::<wire::JobInfo>()
+    .fails(&[400, 404, 409, 429]),
+    put(
+        Endpoint::VmDiskBitmap,
+        "vm.disk-bitmap",
+        "The bitmap could not be changed",
+    )
+    .added()
+    .about("Adds, removes or changes a bitmap, which tells what has been written to a disk.")
+    .takes::<wire::VmDiskBitmap>()
+    .fails(&[400, 404, 409, 429]),
+    get(Endpoint::VmDiskBitmaps, "vm.disk-bitmaps")
+        .added()
+        .about("Lists the bitmaps of the disks.")
+        .gives::<Vec<wire::DiskBitmaps>>()
+        .fails(&[404, 409, 429]),
     put(
         Endpoint::VmDiskRevert,
         "vm.disk-revert",

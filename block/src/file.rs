@@ -14,6 +14,7 @@ use crate::disk::ResizeError;
 use crate::engine::bounce::AlignedBuf;
 use crate::lease::Lease;
 use crate::lock;
+use crate::track::Tracks;
 
 /// `BLKGETSIZE64`, `_IOR(0x12, 114, size_t)` of `linux/fs.h`: a device's size in bytes.
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
@@ -106,6 +107,8 @@ pub(crate) struct HostFile {
     physical: u32,
     logical: u32,
     abilities: Abilities,
+    /// The bitmaps of the raw disk that it is, if it is one.
+    tracks: Tracks,
     /// Given up after the locks.
     lease: Option<Box<dyn Lease>>,
 }
@@ -141,6 +144,7 @@ impl HostFile {
             physical: plausible(physical).unwrap_or(4096).max(logical),
             logical,
             abilities: Abilities::new(kind, direct, align),
+            tracks: Tracks::default(),
             lease: None,
         })
     }
@@ -229,6 +233,11 @@ impl HostFile {
     /// What can be done with it.
     pub(crate) fn abilities(&self) -> &Abilities {
         &self.abilities
+    }
+
+    /// The bitmaps of the raw disk that it is. Only that disk's queues record in them.
+    pub(crate) fn tracks(&self) -> &Tracks {
+        &self.tracks
     }
 
     /// Reads the first bytes into a buffer that suits direct I/O; fewer than

@@ -53,6 +53,8 @@ mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
+mod track;
+mod unfinished;
 
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{
@@ -62,8 +64,9 @@ pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
-    Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
-    MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, revert,
+    Attached, Backup, BackupError, BackupRequest, Covered, Cut, Emptied, Live, Merge, MergeError,
+    Merged, Mirror, MirrorError, MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream,
+    StreamError, Unlike, revert,
 };
 pub use lock::lock_output;
 pub use nbd::NbdDisk;
@@ -77,3 +80,5 @@ pub use qcow2::{
 pub use queued::open_queued;
 pub use raw::{OpenError, RawDisk, RawImage};
 pub use size::Size;
+pub use track::{LiveBitmap, LiveBitmapChange};
+pub use unfinished::unfinished_in;

@@ -26,11 +26,13 @@ use crate::open::{BackingPolicy, ImageOptions, settings};
 use crate::opener::{Access, Opener};
 use crate::ops::{CreateImageError, NewFile, NewImage};
 use crate::options::Format;
+use crate::qcow2::ChangeError;
 use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Backing, Qcow2, RawBacking};
 use crate::raw::{OpenError, RawImage, open_file};
 use crate::storage::{FileStorage, Storage};
+use crate::track::{LiveBitmap, LiveBitmapChange};
 use crate::{CreateOptions, size::Size};
 
 /// The image behind a disk in use.
@@ -132,6 +134,87 @@ impl Live {
         match &self.0 {
             Top::Raw(file) => FileStorage::new(Arc::clone(file)).sync(),
             Top::Qcow2(image) => image.flush(),
+        }
+    }
+
+    /// The bitmaps that tell what has been written to the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`], where the image's directory of them cannot be read.
+    pub fn bitmaps(&self) -> Result<Vec<LiveBitmap>, ChangeError> {
+        match &self.0 {
+            Top::Raw(file) => Ok(file.tracks().list()),
+            Top::Qcow2(image) => image.live_bitmaps(),
+        }
+    }
+
+    /// Changes bitmap `name`. The disk's queues have ended, and none is made meanwhile. What is kept in an image is durable when
+    /// this returns.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; the bitmaps are as they were then. [`ChangeError::Busy`] where requests are under way.
+    pub fn change_bitmap(&self, name: &str, change: LiveBitmapChange) -> Result<(), ChangeError> {
+        let image = match &self.0 {
+            Top::Raw(file) => return file.tracks().change(name, change, file.size()),
+            Top::Qcow2(image) => image,
+        };
+        match change {
+            LiveBitmapChange::Add {
+                granularity,
+                enabled,
+            } => image.add_bitmap(name, granularity, enabled),
+            LiveBitmapChange::Remove => image.remove_bitmap(name),
+            LiveBitmapChange::Clear => image.clear_bitmap(name),
+            LiveBitmapChange::Enable => image.enable_bitmap(name, true),
+            LiveBitmapChange::Disable => image.enable_bitmap(name, false),
+        }
+    }
+
+    /// Begins to record anew beside bitmap `name`, which is made if it is not there and `fresh`. The disk's queues have ended.
+    /// `each` is called with what it marks.
+    fn begin_next(
+        &self,
+        name: &str,
+        fresh: bool,
+        each: impl FnMut(u64, u64),
+    ) -> Result<(), ChangeError> {
+        match &self.0 {
+            Top::Raw(file) => file.tracks().begin_next(name, (fresh, file.size()), each),
+            Top::Qcow2(image) => image.begin_next(name, fresh, each),
+        }
+    }
+
+    /// Bitmap `name` tells what has been written since then alone.
+    fn adopt_next(&self, name: &str) -> Result<(), ChangeError> {
+        match &self.0 {
+            Top::Raw(file) => file.tracks().adopt_next(name),
+            Top::Qcow2(image) => image.adopt_next(name),
+        }
+    }
+
+    /// The bitmap goes on as if nothing had begun.
+    fn forget_next(&self) {
+        match &self.0 {
+            Top::Raw(file) => file.tracks().forget_next(),
+            Top::Qcow2(image) => image.forget_next(),
+        }
+    }
+
+    /// What the disk holds, to be read beside its queues.
+    fn source(&self) -> Arc<dyn Image> {
+        match &self.0 {
+            Top::Raw(file) => {
+                let (file, size) = (Arc::clone(file), file.size());
+                Arc::new(RawImage::new(
+                    Arc::new(FileStorage::new(file)),
+                    size,
+                    true,
+                    true,
+                ))
+            }
+            Top::Qcow2(image) => Arc::clone(image) as Arc<dyn Image>,
         }
     }
 
@@ -407,10 +490,12 @@ fn check_absent(path: &Path, opener: &dyn Opener) -> Result<(), OverlayError> {
 
 fn remove(opener: &dyn Opener, path: &Path) {
     if let Err(error) = opener.remove(path) {
-        tracing::warn!(%error, path = %path.display(), "an overlay that is not used stays behind");
+        tracing::warn!(%error, path = %path.display(), "an image that is not used stays behind");
     }
 }
 
+mod backup;
+mod before;
 mod changes;
 mod copy;
 mod layers;
@@ -421,6 +506,8 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use backup::{Backup, BackupError, BackupRequest};
+pub use layers::Unlike;
 pub use merge::{Emptied, Merge, MergeError, Merged};
 pub use mirror::{Mirror, MirrorError, MirrorTarget};
 pub use revert::{Revert, RevertError, revert};

@@ -4,6 +4,7 @@
 //! by its magic, because a guest writes the bytes of its raw disk itself. And an image names other
 //! files, so whoever may write an image could name any file of the host: a [`BackingPolicy`] decides.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use crate::qcow2::snapshot::look_at;
 use crate::qcow2::{Finding, Repair};
 use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
+use crate::unfinished::Seen;
 
 /// How deep a backing chain may be.
 pub(crate) const MAX_DEPTH: usize = 200;
@@ -106,7 +108,11 @@ pub fn open_disk(
     if options.disk.format != Some(Format::Qcow2) {
         return Ok(Arc::new(RawDisk::open(path, opener, &options.disk)?));
     }
-    let chain = Chain { opener, options };
+    let chain = Chain {
+        opener,
+        options,
+        seen: Some(RefCell::default()),
+    };
     let image = chain.qcow2(path, !options.disk.read_only, 0)?;
     let disk =
         Qcow2Disk::new(image, &options.disk).map_err(|error| unusable(path, "qcow2", error))?;
@@ -124,13 +130,19 @@ pub(crate) fn open_chain(
     opener: &dyn Opener,
     options: &ImageOptions,
 ) -> Result<Opened, OpenError> {
-    let chain = Chain { opener, options };
+    let chain = Chain {
+        opener,
+        options,
+        seen: None,
+    };
     chain.open(path, options.disk.format, !options.disk.read_only, 0)
 }
 
 struct Chain<'a> {
     opener: &'a dyn Opener,
     options: &'a ImageOptions,
+    /// The images so far, where all together are to show one instant.
+    seen: Option<RefCell<Seen>>,
 }
 
 impl Chain<'_> {
@@ -198,6 +210,9 @@ impl Chain<'_> {
         let write = write && snapshot.is_none();
         let storage = self.storage(path, write)?;
         let mut header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
+        if let Some(seen) = &self.seen {
+            seen.borrow_mut().next(path, header.unfinished())?;
+        }
         if let Some(snapshot) = snapshot {
             look_at(&mut header, &*storage, snapshot)
                 .map_err(|error| unusable(path, "qcow2", error))?;

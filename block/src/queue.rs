@@ -68,12 +68,16 @@ impl RawQueue {
             Op::Flush => (Op::Flush, 0),
             op => (op, request.offset),
         };
-        if let Op::Write | Op::WriteZeroes { .. } = op {
-            let len = match op {
-                Op::WriteZeroes { len, .. } => len,
-                _ => request.buffers.len(),
-            };
-            self.events.writes_to(offset.saturating_add(len));
+        let changed = match op {
+            Op::Read | Op::Flush => None,
+            Op::Write => Some(request.buffers.len()),
+            Op::WriteZeroes { len, .. } | Op::Discard { len } => Some(len),
+        };
+        if let Some(len) = changed {
+            self.file.tracks().note(offset, len);
+            if !matches!(op, Op::Discard { .. }) {
+                self.events.writes_to(offset.saturating_add(len));
+            }
         }
         let buffers = match op {
             Op::Read | Op::Write => request.buffers,

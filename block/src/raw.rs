@@ -164,6 +164,18 @@ pub enum OpenError {
         /// The file.
         path: PathBuf,
     },
+    /// What lies on it was being merged into it, and does not lie on it here.
+    #[error(
+        "disk {}: {top} was being merged into it, and that has not ended: by itself it holds a mixture of two times; have the merge end \
+         first: 'vireo disk commit', or 'vireo image commit -b {} {top}'",
+        path.display(), path.display()
+    )]
+    Unfinished {
+        /// The file.
+        path: PathBuf,
+        /// The name of the topmost image that was being merged.
+        top: String,
+    },
     /// It refers to a file that the policy does not allow.
     #[error(
         "disk {}: it refers to {}, which is not allowed; {mend}",
@@ -353,7 +365,9 @@ impl Disk for RawDisk {
         if !size.is_multiple_of(unit) {
             return Err(ResizeError::Unit { size, unit }.into());
         }
-        self.file.grow(size)
+        self.file.grow(size)?;
+        self.file.tracks().resize(self.file.size());
+        Ok(())
     }
 
     fn observe(&self, observer: Arc<dyn Observer>) {

@@ -87,6 +87,28 @@ pub struct Parent {
     pub checksum: String,
 }
 
+/// A disk that a template was made with, whose image stays as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SealedDisk {
+    /// Its id.
+    pub id: String,
+    /// Its image, as an absolute path.
+    pub path: String,
+    /// The length of the image's file; 0 for a block device.
+    pub bytes: u64,
+    /// When the file was last written to, in nanoseconds since 1970; 0 for a block device.
+    pub modified: i64,
+}
+
+/// What makes a snapshot a template: machines are cloned of it, and nothing of it is written to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sealed {
+    /// The disks that the guest could write to.
+    pub disks: Vec<SealedDisk>,
+}
+
 /// The CRC-32 of a manifest's bytes as 8 hexadecimal digits, by which a child knows its parent again.
 #[must_use]
 pub fn checksum(manifest: &[u8]) -> String {
@@ -112,6 +134,9 @@ pub struct Manifest {
     /// What else has to be there; absent where this snapshot holds everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Parent>,
+    /// Whether it is a template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<Sealed>,
 }
 
 impl Manifest {
@@ -216,6 +241,14 @@ mod tests {
                 id: "1".repeat(32),
                 directory: "../first".to_owned(),
                 checksum: checksum(b"{}"),
+            }),
+            template: Some(Sealed {
+                disks: vec![SealedDisk {
+                    id: "d".to_owned(),
+                    path: "/disk".to_owned(),
+                    bytes: 512,
+                    modified: -1,
+                }],
             }),
         }
     }

@@ -7,10 +7,14 @@
 //! * The index says of each chunk of [`CHUNK`] bytes which pages have been written, as runs, and the CRC-32 of
 //!   their bytes in order; and which are as they were when the parent was taken, where there is a parent. All others are
 //!   zeros. What it says is not trusted: [`PageIndex::check`] holds it against the memory that there is.
+//! * A file may be compressed instead ([`PageWriter::packed`]): the pages of each chunk lie in a frame of their own, one behind the other. It
+//!   cannot be mapped.
 //! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, and a
 //!   chunk is the most that is read at once.
 
+mod beside;
 mod layers;
+mod packed;
 mod set;
 mod write;
 
@@ -20,7 +24,10 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::state::{RestoreError, SavedState};
+use crate::state::{RestoreError, SavedState, decode_exact};
+use packed::Frame;
+
+pub use beside::Feeder;
 pub use layers::{ChunkPlace, Layer, LayerError, Layers, Painting};
 pub use set::PageSet;
 pub use write::PageWriter;
@@ -102,6 +109,14 @@ pub enum PagesError {
         /// The checksum of the bytes.
         found: u32,
     },
+    /// What is compressed does not become what was written.
+    #[error("the memory at {address:#x} is damaged: its 2 MiB do not decompress: {reason}")]
+    Frame {
+        /// The guest-physical address of the chunk.
+        address: u64,
+        /// What is wrong.
+        reason: String,
+    },
     /// Nobody wants it any more.
     #[error("it was cancelled")]
     Cancelled,
@@ -131,6 +146,8 @@ struct Chunk {
     /// Pages that are as the parent has them, whose places in the file are holes.
     kept: Vec<Run>,
     crc: u32,
+    /// Where the pages are, in a file that is compressed.
+    frame: Option<Frame>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,11 +165,75 @@ struct Region {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageIndex {
     regions: Vec<Region>,
+    /// The file is compressed.
+    packed: bool,
+}
+
+#[derive(Deserialize)]
+struct ChunkV2 {
+    runs: Vec<Run>,
+    kept: Vec<Run>,
+    crc: u32,
+}
+
+#[derive(Deserialize)]
+struct RegionV2 {
+    start: u64,
+    len: u64,
+    offset: u64,
+    chunks: Vec<ChunkV2>,
+}
+
+/// Before files were compressed.
+#[derive(Deserialize)]
+struct PageIndexV2 {
+    regions: Vec<RegionV2>,
+}
+
+impl From<PageIndexV2> for PageIndex {
+    fn from(PageIndexV2 { regions }: PageIndexV2) -> Self {
+        let chunk = |ChunkV2 { runs, kept, crc }: ChunkV2| Chunk {
+            runs,
+            kept,
+            crc,
+            frame: None,
+        };
+        let region = |region: RegionV2| {
+            let RegionV2 {
+                start,
+                len,
+                offset,
+                chunks,
+            } = region;
+            Region {
+                start,
+                len,
+                offset,
+                chunks: chunks.into_iter().map(chunk).collect(),
+            }
+        };
+        Self {
+            regions: regions.into_iter().map(region).collect(),
+            packed: false,
+        }
+    }
 }
 
 impl SavedState for PageIndex {
     const SCHEMA: &'static str = "memory-pages";
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
+
+    fn upgrade(found: u16, body: &[u8]) -> Result<Self, RestoreError> {
+        match found {
+            2 => decode_exact::<PageIndexV2>(Self::SCHEMA, found, body).map(Self::from),
+            Self::VERSION => decode_exact(Self::SCHEMA, found, body),
+            _ => Err(RestoreError::Version {
+                schema: Self::SCHEMA,
+                found,
+                newest: Self::VERSION,
+            }),
+        }
+    }
 }
 
 /// One range of RAM and where it lies in the file, all in bytes.
@@ -203,19 +284,8 @@ impl PageIndex {
         changed: Option<PageSet>,
         step: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Self, PagesError> {
-        let mut writer = PageWriter::new(&ram.ranges()).since(changed);
-        let mut done = 0_u64;
-        for index in 0..writer.count() {
-            if !step(done) {
-                return Err(PagesError::Cancelled);
-            }
-            let written = writer.write(index, file, ram)?;
-            done = done.saturating_add(written.unwrap_or(0));
-        }
-        match writer.finish(file)? {
-            Some(index) if step(done) => Ok(index),
-            _ => Err(PagesError::Cancelled),
-        }
+        let writer = PageWriter::new(&ram.ranges()).since(changed);
+        writer.write_all(file, ram, step)
     }
 
     /// The most bytes that the index of memory with `ranges` is encoded in.
@@ -223,8 +293,9 @@ impl PageIndex {
     pub fn longest(ranges: &[(u64, u64)]) -> u64 {
         // Numbers of 64 bits take 10 bytes, of 32 bits 5 and of 16 bits 3; every page may be a run, of one kind or the other.
         const REGION: u64 = 4 * 10;
-        const CHUNK_LONGEST: u64 = 3 + 3 + 5 + CHUNK_PAGES as u64 * 6;
-        ranges.iter().fold(10, |sum, (_, len)| {
+        const FRAME: u64 = 1 + 10 + 5;
+        const CHUNK_LONGEST: u64 = 3 + 3 + 5 + FRAME + CHUNK_PAGES as u64 * 6;
+        ranges.iter().fold(10 + 1, |sum, (_, len)| {
             let chunks = len.div_ceil(CHUNK).saturating_mul(CHUNK_LONGEST);
             sum.saturating_add(REGION).saturating_add(chunks)
         })
@@ -249,7 +320,7 @@ impl PageIndex {
             return Err(invalid(format!("it has {found}; the machine has {wanted}")));
         }
         let end = placed.last().map_or(0, |p| p.offset.saturating_add(p.len));
-        if file_len != end {
+        if !self.packed && file_len != end {
             let text = format!("the file has {file_len} bytes, not {end}");
             return Err(invalid(text));
         }
@@ -262,6 +333,14 @@ impl PageIndex {
             let fits = |(chunk, here): (&Chunk, &usize)| chunk.is_within(*here);
             if !region.chunks.iter().zip(&lens).all(fits) {
                 let text = format!("runs at {:#x} overlap or end too late", region.start);
+                return Err(invalid(text));
+            }
+            let framed = |chunk: &Chunk| match chunk.frame {
+                Some(frame) => self.packed && !chunk.runs.is_empty() && frame.is_within(file_len),
+                None => !self.packed || chunk.runs.is_empty(),
+            };
+            if !region.chunks.iter().all(framed) {
+                let text = format!("frames at {:#x} are missing or lie elsewhere", region.start);
                 return Err(invalid(text));
             }
         }
@@ -328,6 +407,22 @@ impl PageIndex {
     #[must_use]
     pub fn data(&self) -> u64 {
         self.sum(|chunk| &chunk.runs)
+    }
+
+    /// Whether the file is compressed, so that it cannot be mapped.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        self.packed
+    }
+
+    /// How many bytes the file has for [`PageIndex::data`].
+    #[must_use]
+    pub fn stored(&self) -> u64 {
+        if !self.packed {
+            return self.data();
+        }
+        let chunks = self.regions.iter().flat_map(|region| &region.chunks);
+        chunks.filter_map(|chunk| Some(chunk.frame?.bytes())).sum()
     }
 
     /// How many bytes are left to the parent.
@@ -413,12 +508,26 @@ impl Chunk {
         buffer: &mut [u8],
     ) -> Result<(), PagesError> {
         let mut hasher = crc32fast::Hasher::new();
+        let lens = self.runs.iter().map(|run| run.bytes().len());
+        let frame = self
+            .frame
+            .map(|frame| frame.read(file, address, lens.sum()));
+        let packed = frame.transpose()?;
+        let mut rest = packed.as_deref().unwrap_or_default();
         for run in &self.runs {
             let range = run.bytes();
             let offset = offset.saturating_add(range.start as u64);
             let bytes = buffer.get_mut(range).unwrap_or_default();
-            file.read_exact_at(bytes, offset)
-                .map_err(|source| PagesError::Read { offset, source })?;
+            if packed.is_some() {
+                let Some((pages, others)) = rest.split_at_checked(bytes.len()) else {
+                    break;
+                };
+                bytes.copy_from_slice(pages);
+                rest = others;
+            } else {
+                file.read_exact_at(bytes, offset)
+                    .map_err(|source| PagesError::Read { offset, source })?;
+            }
             hasher.update(bytes);
         }
         let (stated, found) = (self.crc, hasher.finalize());

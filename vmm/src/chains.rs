@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use api::wire::{ChainLayer, DiskChain};
-use block::{BackingPolicy, Format, Opener, ops};
+use block::{BackingPolicy, Format, Opener, ops, unfinished_in};
 use virtio::models::blk::BlkConfig;
 
 use crate::config::VmConfig;
@@ -42,7 +42,11 @@ fn layers(
     opener: &dyn Opener,
 ) -> Result<Vec<ChainLayer>, block::OpenError> {
     let images = ops::chain(path, opener, format, policy, false)?;
-    let layer = |image: ops::ImageInfo| ChainLayer {
+    let unfinished: Vec<_> = (0..images.len())
+        .map(|depth| unfinished_in(images.get(depth..).unwrap_or_default()))
+        .collect();
+    let layer = |(image, unfinished): (ops::ImageInfo, Option<String>)| ChainLayer {
+        unfinished,
         format: image.format.name().to_owned(),
         size: image.virtual_size,
         used: image.actual_size,
@@ -50,5 +54,5 @@ fn layers(
         internal_snapshots: image.qcow2.as_ref().map_or(0, |own| own.snapshots.len()) as u64,
         path: image.path,
     };
-    Ok(images.into_iter().map(layer).collect())
+    Ok(images.into_iter().zip(unfinished).map(layer).collect())
 }

@@ -20,6 +20,7 @@
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
+mod clone;
 mod definition;
 mod detach;
 mod documents;
@@ -106,6 +107,12 @@ enum Verb {
     Serve(serve::ServeArgs),
     #[command(flatten)]
     Remote(remote::Verb),
+    /// Start machines of a template, which share its memory and begin with its disks
+    ///
+    /// Each runs in a process of its own, has a name, a UUID and MAC addresses of its own, and what it writes to its disks apart. The
+    /// command returns when all run; if one does not, none does, and nothing of them is left. Ctrl-C does the same.
+    #[command(after_help = clone::EXAMPLES)]
+    Clone(clone::CloneArgs),
     /// Keep a machine that a file describes, under a name
     #[command(after_help = definition::DEFINE_EXAMPLES)]
     Define(definition::DefineArgs),
@@ -317,6 +324,7 @@ fn dispatch(
             arguments.inherit(inherited);
             arguments.execute(opener)
         }
+        Verb::Clone(arguments) => clone::execute(arguments, opener),
         Verb::Define(arguments) => definition::define(arguments, &opener),
         Verb::Edit(arguments) => definition::edit(&arguments, &opener),
         Verb::Validate(arguments) => definition::validate(&arguments, &opener),

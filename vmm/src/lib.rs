@@ -22,6 +22,7 @@ pub mod notice;
 pub mod opener;
 pub mod places;
 pub mod process;
+mod random;
 pub mod run;
 pub mod smbios;
 pub mod tls;

@@ -27,9 +27,12 @@ mod documents;
 mod lease;
 mod networks;
 mod outputs;
+mod sealed;
 
 pub use documents::NewFile;
+pub(crate) use documents::{SyncNames, sync_directory};
 pub use outputs::unmarked;
+pub use sealed::SealedImages;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";
@@ -464,7 +467,14 @@ impl block::Opener for Opener {
     /// `InvalidInput` or, for a directory, `IsADirectory`.
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
         // Looked at first: merely opening a pipe would wait for its writer.
-        check_kind(fs::metadata(path)?.file_type())?;
+        let facts = fs::metadata(path)?;
+        check_kind(facts.file_type())?;
+        if access.write && sealed::is_sealed(&facts) {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "nobody may write to it, as to the disk of a template",
+            ));
+        }
         let direct = if access.direct { libc::O_DIRECT } else { 0 };
         let flags = direct | libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = OpenOptions::new()

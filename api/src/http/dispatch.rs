@@ -214,6 +214,7 @@ impl Dispatcher {
             Endpoint::VmAgentNetwork => Command::Agent(AgentCommand::Network),
             Endpoint::VmScreenshot => Command::Screenshot,
             Endpoint::VmDiskLayers => Command::DiskLayers,
+            Endpoint::VmDiskBitmaps => Command::DiskBitmaps,
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);
@@ -250,6 +251,8 @@ impl Dispatcher {
             Endpoint::VmDiskStream => Command::DiskStream(self.body(route, &request)?),
             Endpoint::VmDiskCommit => Command::DiskCommit(self.body(route, &request)?),
             Endpoint::VmDiskMirror => Command::DiskMirror(self.body(route, &request)?),
+            Endpoint::VmDiskBackup => Command::DiskBackup(self.body(route, &request)?),
+            Endpoint::VmDiskBitmap => Command::DiskBitmap(self.body(route, &request)?),
             Endpoint::VmDiskRevert => Command::DiskRevert(self.body(route, &request)?),
             Endpoint::VmRestore => Command::Restore(self.body(route, &request)?, descriptors),
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
@@ -299,6 +302,7 @@ fn takes_a_while(endpoint: Endpoint) -> bool {
             | Endpoint::VmAgentNetwork
             | Endpoint::VmScreenshot
             | Endpoint::VmDiskLayers
+            | Endpoint::VmDiskBitmaps
     )
 }
 
@@ -324,6 +328,7 @@ pub(super) fn completed(
         (Ok(Reply::Started(job)), _) => Answer::json(job),
         (Ok(Reply::Overlaid(disks)), _) => Answer::json(disks),
         (Ok(Reply::Layers(chains)), _) => Answer::json(chains),
+        (Ok(Reply::Bitmaps(disks)), _) => Answer::json(disks),
         (Ok(Reply::Agent(reply)), _) => Answer::json(reply),
         (Ok(Reply::Picture(file)), Success::File(kind)) => Answer::content(kind, file.clone()),
         (Ok(Reply::Picture(_)), _) => Answer::empty(),

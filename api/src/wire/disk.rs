@@ -129,6 +129,102 @@ pub enum MirrorFormat {
     Qcow2,
 }
 
+/// `vm.disk-backup`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskBackup {
+    /// The disk's id.
+    pub id: String,
+    /// Where the backup is made, where nothing is yet: an absolute path. It appears there when it is complete.
+    pub path: PathBuf,
+    /// What the backup is.
+    #[serde(default = "qcow2")]
+    pub format: MirrorFormat,
+    /// The bitmap of the disk that tells what has been written since. After the backup it marks what was written since the instant
+    /// of the backup alone. A full backup makes it where it is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bitmap: Option<String>,
+    /// Only what the bitmap marks is copied, into a qcow2 image.
+    #[serde(default)]
+    pub incremental: bool,
+    /// The backup before, which becomes the backing file of an incremental one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+    /// What `base` is.
+    #[serde(default = "qcow2")]
+    pub base_format: MirrorFormat,
+    /// The most bytes to be copied in a second; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<u64>,
+}
+
+fn qcow2() -> MirrorFormat {
+    MirrorFormat::Qcow2
+}
+
+/// `vm.disk-bitmap`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmDiskBitmap {
+    /// The disk's id.
+    pub id: String,
+    /// The bitmap's name.
+    pub name: String,
+    /// What is done to it.
+    pub action: BitmapAction,
+    /// How many bytes a new one marks together: a power of two from 512 to 2147483648; absent: the cluster size of the disk's
+    /// image, within 4096 and 65536, or 65536 where that is raw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granularity: Option<u64>,
+}
+
+/// What is done to a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BitmapAction {
+    /// It is made, and marks what is written from now on.
+    Add,
+    /// It goes.
+    Remove,
+    /// It marks nothing any more.
+    Clear,
+    /// It marks what is written from now on.
+    Enable,
+    /// It stays as it is.
+    Disable,
+}
+
+/// The bitmaps of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskBitmaps {
+    /// The disk's id.
+    pub id: String,
+    /// Its bitmaps.
+    pub bitmaps: Vec<DiskBitmap>,
+    /// Why they cannot be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A bitmap: which parts of a disk have been written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskBitmap {
+    /// Its name.
+    pub name: String,
+    /// How many bytes of the disk are marked together.
+    pub granularity: u64,
+    /// It marks what is written.
+    pub enabled: bool,
+    /// It can only be removed: it was not saved after its last use, as after a crash, so that it does not tell of all that was
+    /// written.
+    pub broken: bool,
+    /// It is kept in the disk's image; otherwise it ends with the machine.
+    pub persistent: bool,
+    /// How many bytes of the disk it marks; absent: that is not known without reading it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub marked: Option<u64>,
+}
+
 /// `vm.disk-revert`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -170,4 +266,8 @@ pub struct ChainLayer {
     pub changed: i64,
     /// How many internal snapshots it has.
     pub internal_snapshots: u64,
+    /// The image from which a merge into this one, or into one below it, has not ended: by itself this one holds a mixture of two
+    /// times until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unfinished: Option<String>,
 }

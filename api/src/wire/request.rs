@@ -88,6 +88,20 @@ pub struct VmSnapshotConfig {
     /// The directory of the snapshot that was tracked last, as `file://` and its path, or as its absolute path: only what has changed since is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
+    /// How the file of memory is compressed, which can then not be mapped; not at all when it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compress: Option<SnapshotCompression>,
+    /// Whether it becomes a template: machines are cloned of it, and nothing of it is written to any more, its disks' images included.
+    #[serde(default, skip_serializing_if = "super::device::is_false")]
+    pub template: bool,
+}
+
+/// How a snapshot's memory is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SnapshotCompression {
+    /// By zstd, each 2 MiB by themselves.
+    Zstd,
 }
 
 impl VmSnapshotConfig {
@@ -100,6 +114,8 @@ impl VmSnapshotConfig {
             skip_free_pages: false,
             track: false,
             parent: None,
+            compress: None,
+            template: false,
         }
     }
 }

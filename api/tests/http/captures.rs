@@ -235,8 +235,10 @@ fn added_endpoints_answer_in_the_same_style() {
 }
 
 /// What answers with something that the fake has not.
-const NO_OBJECT: [&str; 7] = [
+const NO_OBJECT: [&str; 9] = [
     "vm.add-port",
+    "vm.disk-backup",
+    "vm.disk-bitmaps",
     "vm.disk-snapshot",
     "vm.disk-commit",
     "vm.disk-layers",
@@ -273,6 +275,8 @@ fn every_route_is_served() {
         ("vm.disk-stream", r#"{"id":"d"}"#),
         ("vm.disk-commit", r#"{"id":"d"}"#),
         ("vm.disk-mirror", r#"{"id":"d","path":"/p"}"#),
+        ("vm.disk-backup", r#"{"id":"d","path":"/p"}"#),
+        ("vm.disk-bitmap", r#"{"id":"d","name":"b","action":"add"}"#),
         ("vm.disk-revert", r#"{"id":"d","reset":true}"#),
         ("vm.restore", r#"{"source_url":"file://s"}"#),
         ("vm.console", r#"{"remove":"1"}"#),

@@ -50,7 +50,7 @@ impl Copier {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         if offset >= source.size() {
-            self.clear(offset, max)?;
+            clear(&*self.target, offset, max)?;
             return Ok((max, 0));
         }
         let found = status(source, offset, max.min(source.size() - offset))?;
@@ -59,26 +59,13 @@ impl Copier {
             return Ok((found.len, 0));
         }
         if found.zero || !found.present {
-            self.clear(offset, found.len)?;
+            clear(&*self.target, offset, found.len)?;
             return Ok((found.len, 0));
         }
         let mut data = vec![0; usize::try_from(found.len).unwrap_or(0)];
         source.read(offset, &mut data)?;
         self.target.write(offset, &data)?;
         Ok((found.len, found.len))
-    }
-
-    /// Makes a part of the target zeros, where it is not.
-    fn clear(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut done = 0;
-        while done < len {
-            let found = status(&*self.target, offset + done, len - done)?;
-            if !found.zero {
-                self.target.write_zeroes(offset + done, found.len, true)?;
-            }
-            done += found.len;
-        }
-        Ok(())
     }
 
     /// Copies once more a part that has been changed, the next one from `at` on; how many bytes it has, and where it ends. `None`: there is none
@@ -130,4 +117,17 @@ impl Drop for Copier {
         // Nobody waits for copies that will not be made.
         self.hold_up(u64::MAX);
     }
+}
+
+/// Makes a part of an image zeros, where it is not.
+pub(super) fn clear(target: &dyn Image, offset: u64, len: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        let found = status(target, offset + done, len - done)?;
+        if !found.zero {
+            target.write_zeroes(offset + done, found.len, true)?;
+        }
+        done += found.len;
+    }
+    Ok(())
 }

@@ -1,9 +1,10 @@
 //! The images below a disk in use, opened anew: one that is to be written to, and those above it, which are to see that.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::stream::below;
+use crate::disk::Disk;
 use crate::file::HostFile;
 use crate::image::Image;
 use crate::open::{ImageOptions, allowed, prepare, settings, unusable};
@@ -12,7 +13,57 @@ use crate::options::Format;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Backing, Qcow2, RawBacking};
 use crate::raw::{OpenError, RawImage, open_file};
+use crate::size::Size;
 use crate::storage::{FileStorage, Storage};
+
+/// Why an image does not take the place of a disk's.
+#[derive(Debug, thiserror::Error)]
+pub enum Unlike {
+    /// The disk would have another size.
+    #[error("{}: it has {}, and the disk {}", path.display(), Size(*has), Size(*disk))]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        has: u64,
+        /// The disk's.
+        disk: u64,
+    },
+    /// The guest would see a disk that it does not know.
+    #[error("{}: it needs requests of {needs} bytes at least, and the guest has a disk of {shown}", path.display())]
+    Blocks {
+        /// The image.
+        path: PathBuf,
+        /// What it needs, in bytes.
+        needs: u32,
+        /// What the guest has been told, in bytes.
+        shown: u32,
+    },
+}
+
+/// Sees that the guest of `disk` can go on with `other`, whose image is at `path`.
+///
+/// # Errors
+///
+/// [`Unlike`].
+pub(super) fn check_alike(other: &dyn Disk, disk: &dyn Disk, path: &Path) -> Result<(), Unlike> {
+    let (new, seen) = (other.info(), disk.info());
+    if new.size != seen.size {
+        return Err(Unlike::Size {
+            path: path.to_owned(),
+            has: new.size,
+            disk: seen.size,
+        });
+    }
+    if new.logical_block > seen.logical_block {
+        return Err(Unlike::Blocks {
+            path: path.to_owned(),
+            needs: new.logical_block,
+            shown: seen.logical_block,
+        });
+    }
+    Ok(())
+}
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -132,6 +183,38 @@ impl Opening<'_> {
             }
         }
     }
+}
+
+/// Sees that what is opened at this depth of the chain of `top` is the file at `path`. The header of `top` may name another chain than
+/// the one that is opened: a job that has ended with its last step undone leaves it so.
+///
+/// # Errors
+///
+/// [`OpenError::Unusable`]: it is another one.
+pub(super) fn check_same(
+    top: &Qcow2,
+    depth: usize,
+    path: &Path,
+    opener: &dyn Opener,
+) -> Result<(), OpenError> {
+    let storage = match below(top, depth, false) {
+        Some(Backing::Qcow2(image)) => Some(image.storages().0),
+        Some(Backing::Raw(raw)) => Some(raw.storage),
+        None => None,
+    };
+    let file = open_file(path, opener, Access::default(), false)?;
+    let same = match storage.as_ref().and_then(|storage| storage.host_file()) {
+        Some(opened) => file
+            .is_same(opened)
+            .map_err(|error| unusable(path, "backing", error))?,
+        None => false,
+    };
+    if same {
+        return Ok(());
+    }
+    let why = "the disk has another image opened at its place, as a job before has not let go of it: it can be done when the machine has been \
+               booted anew";
+    Err(unusable(path, "backing", why))
 }
 
 /// An image of a chain that is open for writing.

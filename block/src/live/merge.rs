@@ -7,6 +7,8 @@
 //!    changed meanwhile. [`Merge::name`] has the image above name the base as its backing file, where there is one above.
 //! 4. The queues are ended once more, and [`Merge::finish`] lets go of what is needed no more: the disk is on a shorter chain.
 //!
+//! The base is marked from its first change until it holds all: by itself it shows nothing that the disk ever was in between.
+//!
 //! The base is changed only where images above it hide it. So at every instant the chain holds the disk, whoever is killed: what is
 //! not finished is as it was, and can begin again. When the disk's own image has been merged that image is emptied, by one
 //! write, before anybody writes to the base: who opens it afterwards sees the base.
@@ -14,10 +16,11 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::changes::{Changes, Tracked};
 use super::copy::Copier;
-use super::layers::{Files, Layer, Opening, stack};
+use super::layers::{Files, Layer, Opening, Unlike, check_alike, stack};
 use super::stream::{Cut, reopen};
 use super::{Covered, Live, Top, name_of};
 use crate::disk::Disk;
@@ -30,8 +33,8 @@ use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Backing, Qcow2};
 use crate::raw::{OpenError, RawDisk, RawImage};
-use crate::size::Size;
 use crate::storage::FileStorage;
+use crate::unfinished;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -66,26 +69,9 @@ pub enum MergeError {
         /// How many it has.
         count: u32,
     },
-    /// The disk would have another size.
-    #[error("{}: it has {}, more than the disk's {}: the disk would grow", path.display(), Size(*has), Size(*disk))]
-    Larger {
-        /// The base.
-        path: PathBuf,
-        /// Its size in bytes.
-        has: u64,
-        /// The disk's.
-        disk: u64,
-    },
-    /// The guest would see a disk that it does not know.
-    #[error("{}: it needs requests of {needs} bytes at least, and the guest has a disk of {shown}", path.display())]
-    Blocks {
-        /// The base.
-        path: PathBuf,
-        /// What it needs, in bytes.
-        needs: u32,
-        /// What the guest has been told, in bytes.
-        shown: u32,
-    },
+    /// The guest would see another disk.
+    #[error(transparent)]
+    Unlike(#[from] Unlike),
     /// The base cannot be named.
     #[error("{}: its name is no UTF-8, so that an image cannot name it", .0.display())]
     Name(PathBuf),
@@ -113,6 +99,10 @@ pub struct Merge {
     /// What takes them.
     base: Layer,
     format: Format,
+    /// The mark of the base until it holds all.
+    mark: Option<String>,
+    /// The base has it.
+    marked: AtomicBool,
     /// A disk of the base alone, for the end.
     alone: Arc<dyn Disk>,
     /// What the disk is put on at the beginning.
@@ -175,6 +165,7 @@ impl Merge {
                 base: named(base),
             });
         }
+        let mark = unfinished::of_merge(&images, (top, base))?;
         let (options, format) = (options.clone(), below.format);
         let merged = layer(&image, top).ok_or_else(|| gone(&named(top)))?;
         for depth in top..base {
@@ -186,11 +177,12 @@ impl Merge {
             options: &options,
         };
         let opened = opening.writable(&image, base, &named(base), merged.size())?;
-        let alone = alone(&opened, &options, disk, (top, &named(base)))?;
-        let files = (1..base)
-            .map(|depth| layer(&image, depth).map(Qcow2::storages))
-            .collect::<Option<Vec<Files>>>()
-            .ok_or_else(|| gone(&named(0)))?;
+        let alone = opened.disk(&options, &named(base))?;
+        if top == 0 {
+            // It takes the disk's place.
+            check_alike(&*alone, disk, &named(base))?;
+        }
+        let files = between(&image, base).ok_or_else(|| gone(&named(0)))?;
         let on = stack(files, opened.backing(&options), &options).map_err(MergeError::Exchange)?;
         Ok(Self {
             _pinned: opened.pin(),
@@ -201,6 +193,8 @@ impl Merge {
             top,
             base: opened,
             format,
+            mark,
+            marked: AtomicBool::new(false),
             alone,
             chain: Some(on),
             shorter: None,
@@ -264,6 +258,7 @@ impl Merge {
     ///
     /// The host's, and `EIO` for an image that contradicts itself; the disk is as it was.
     pub fn step(&self, offset: u64) -> io::Result<(u64, u64)> {
+        self.mark()?;
         self.copier()?.step(offset)
     }
 
@@ -273,7 +268,31 @@ impl Merge {
     ///
     /// As [`Merge::step`].
     pub fn catch_up(&self, at: u64) -> io::Result<Option<(u64, u64)>> {
+        self.mark()?;
         self.copier()?.catch_up(at)
+    }
+
+    /// Marks the base, which is about to be changed.
+    fn mark(&self) -> io::Result<()> {
+        if let (Layer::Qcow2(base), Some(mark)) = (&self.base, &self.mark)
+            && !self.marked.load(Ordering::Acquire)
+        {
+            base.mark_unfinished(Some(mark))?;
+            self.marked.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// The base holds all, durably.
+    fn unmark(&self) -> Result<(), MergeError> {
+        if let Layer::Qcow2(base) = &self.base
+            && self.marked.load(Ordering::Acquire)
+        {
+            let unmarked = base.mark_unfinished(None);
+            unmarked.map_err(|error| MergeError::Copy(error.into()))?;
+            self.marked.store(false, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// How much is to be copied once more, in bytes, at most.
@@ -307,6 +326,7 @@ impl Merge {
         let Some(above) = self.top.checked_sub(1) else {
             return Ok(());
         };
+        self.unmark()?;
         let (path, base) = match (self.paths.get(above), self.paths.last()) {
             (Some(path), Some(base)) => (path, base),
             _ => return Err(gone(Path::new(""))),
@@ -352,9 +372,10 @@ impl Merge {
             let cut = reopen(&self.image, shorter, &self.options, go);
             return Ok(Merged::Shorter(cut.map_err(MergeError::Exchange)?));
         }
-        self.copier()
-            .and_then(Copier::complete)
+        self.mark()
+            .and_then(|()| self.copier()?.complete())
             .map_err(MergeError::Copy)?;
+        self.unmark()?;
         if !go() {
             return Err(MergeError::Exchange("nobody waits for it any more".into()));
         }
@@ -434,6 +455,21 @@ impl Emptied {
 }
 
 impl Layer {
+    /// As a disk of its own.
+    pub(super) fn disk(
+        &self,
+        options: &ImageOptions,
+        path: &Path,
+    ) -> Result<Arc<dyn Disk>, OpenError> {
+        Ok(match self {
+            Self::Raw(file) => Arc::new(RawDisk::of(Arc::clone(file), &options.disk)),
+            Self::Qcow2(image) => {
+                let disk = Qcow2Disk::new(Arc::clone(image), &options.disk);
+                Arc::new(disk.map_err(|error| unusable(path, "qcow2", error))?)
+            }
+        })
+    }
+
     /// As the target of copies.
     pub(super) fn image(&self, options: &ImageOptions) -> Arc<dyn Image> {
         match self {
@@ -469,6 +505,12 @@ fn layer(top: &Qcow2, depth: usize) -> Option<&Qcow2> {
     image.as_qcow2()
 }
 
+/// The files of the images between a disk's own and the one at `base`, the topmost first.
+pub(super) fn between(top: &Qcow2, base: usize) -> Option<Vec<Files>> {
+    let files = (1..base).map(|depth| layer(top, depth).map(Qcow2::storages));
+    files.collect()
+}
+
 fn gone(path: &Path) -> MergeError {
     unusable(path, "qcow2", "it is not below the disk any more").into()
 }
@@ -483,36 +525,4 @@ fn check_snapshots(image: &Qcow2, path: &Path) -> Result<(), MergeError> {
             count,
         }),
     }
-}
-
-/// A disk of the base alone, which is to take the place of `disk` if its own image is merged.
-pub(super) fn alone(
-    base: &Layer,
-    options: &ImageOptions,
-    disk: &dyn Disk,
-    (top, path): (usize, &Path),
-) -> Result<Arc<dyn Disk>, MergeError> {
-    let alone: Arc<dyn Disk> = match base {
-        Layer::Raw(file) => Arc::new(RawDisk::of(Arc::clone(file), &options.disk)),
-        Layer::Qcow2(image) => {
-            let disk = Qcow2Disk::new(Arc::clone(image), &options.disk);
-            Arc::new(disk.map_err(|error| unusable(path, "qcow2", error))?)
-        }
-    };
-    let (new, seen) = (alone.info(), disk.info());
-    if top == 0 && new.size != seen.size {
-        return Err(MergeError::Larger {
-            path: path.to_owned(),
-            has: new.size,
-            disk: seen.size,
-        });
-    }
-    if top == 0 && new.logical_block > seen.logical_block {
-        return Err(MergeError::Blocks {
-            path: path.to_owned(),
-            needs: new.logical_block,
-            shown: seen.logical_block,
-        });
-    }
-    Ok(alone)
 }

@@ -11,20 +11,16 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::Made;
 use super::changes::{Changes, Tracked};
 use super::copy::Copier;
-use super::layers::Layer;
-use super::merge::{MergeError, alone};
-use super::{Made, Top};
+use super::layers::{Layer, Unlike, check_alike};
 use crate::disk::Disk;
-use crate::image::Image;
 use crate::open::{ImageOptions, Opened, open_chain};
 use crate::opener::{Access, Opener};
 use crate::ops::{CreateImageError, NewFile, NewImage};
 use crate::options::Format;
-use crate::raw::{OpenError, RawImage, open_file};
-use crate::size::Size;
-use crate::storage::FileStorage;
+use crate::raw::{OpenError, open_file};
 use crate::{CreateOptions, Preallocation};
 
 /// Where a disk is copied to.
@@ -49,26 +45,9 @@ pub enum MirrorError {
     /// There is something of that name.
     #[error("{}: there is a file of that name: give one that does not exist yet, or say that it may be overwritten", .0.display())]
     Exists(PathBuf),
-    /// The target has another size.
-    #[error("{}: it has {}, and the disk {}", path.display(), Size(*has), Size(*disk))]
-    Shape {
-        /// The target.
-        path: PathBuf,
-        /// Its size in bytes.
-        has: u64,
-        /// The disk's.
-        disk: u64,
-    },
-    /// The guest would see a disk that it does not know.
-    #[error("{}: it needs requests of {needs} bytes at least, and the guest has a disk of {shown}", path.display())]
-    Blocks {
-        /// The target.
-        path: PathBuf,
-        /// What it needs, in bytes.
-        needs: u32,
-        /// What the guest has been told, in bytes.
-        shown: u32,
-    },
+    /// The guest would see another disk.
+    #[error(transparent)]
+    Unlike(#[from] Unlike),
     /// The target cannot be made.
     #[error(transparent)]
     Create(#[from] CreateImageError),
@@ -111,7 +90,7 @@ impl Mirror {
         opener: Arc<dyn Opener>,
         options: &ImageOptions,
     ) -> Result<Self, MirrorError> {
-        let source = source(&*disk)?;
+        let source = disk.live().ok_or(MirrorError::Fixed)?.source();
         let size = disk.info().size;
         let mut options = options.clone();
         options.disk.format = Some(target.format);
@@ -127,7 +106,8 @@ impl Mirror {
             })
         };
         let layer = open(&target, &*opener, &options)?;
-        let alone = alone(&layer, &options, &*disk, (0, &target.path)).map_err(shape)?;
+        let alone = layer.disk(&options, &target.path)?;
+        check_alike(&*alone, &*disk, &target.path)?;
         let changes = Arc::new(Changes::new(size));
         let noting = Tracked::new(Arc::clone(&disk), Arc::clone(&changes));
         Ok(Self {
@@ -217,6 +197,11 @@ impl Mirror {
     /// [`MirrorError::Copy`]; the disk is as it was.
     pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<Arc<dyn Disk>, MirrorError> {
         self.copier.complete().map_err(MirrorError::Copy)?;
+        if let Some(target) = self.copier.target.as_qcow2() {
+            // Whatever was merged into it before, it holds one disk now.
+            let unmarked = target.mark_unfinished(None);
+            unmarked.map_err(|error| MirrorError::Copy(error.into()))?;
+        }
         if !go() {
             return Err(MirrorError::Copy(io::ErrorKind::TimedOut.into()));
         }
@@ -225,22 +210,6 @@ impl Mirror {
         }
         Ok(Arc::clone(&self.alone))
     }
-}
-
-/// What the disk holds, to be read beside its queues.
-fn source(disk: &dyn Disk) -> Result<Arc<dyn Image>, MirrorError> {
-    Ok(match disk.live().ok_or(MirrorError::Fixed)?.0 {
-        Top::Raw(file) => {
-            let size = file.size();
-            Arc::new(RawImage::new(
-                Arc::new(FileStorage::new(file)),
-                size,
-                true,
-                true,
-            ))
-        }
-        Top::Qcow2(image) => image,
-    })
 }
 
 fn make(target: &MirrorTarget, size: u64, opener: &dyn Opener) -> Result<(), MirrorError> {
@@ -275,13 +244,4 @@ fn open(
     let disk = &options.disk;
     let file = open_file(&target.path, opener, disk.access(), disk.keep())?;
     Ok(Layer::Raw(Arc::new(file)))
-}
-
-fn shape(error: MergeError) -> MirrorError {
-    match error {
-        MergeError::Larger { path, has, disk } => MirrorError::Shape { path, has, disk },
-        MergeError::Blocks { path, needs, shown } => MirrorError::Blocks { path, needs, shown },
-        MergeError::Open(error) => MirrorError::Open(error),
-        _ => MirrorError::Fixed,
-    }
 }

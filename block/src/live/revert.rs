@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::layers::check_same;
 use super::merge::Emptied;
 use super::stream::{Cut, below, reopen};
 use super::{Live, Top, name_of};
@@ -13,6 +14,7 @@ use crate::ops::{Chain, chain, find};
 use crate::options::Format;
 use crate::qcow2::Qcow2;
 use crate::raw::OpenError;
+use crate::unfinished;
 
 /// Why a disk stays as it is.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,7 @@ impl Place {
                 .filter(|&depth| depth > 0)
                 .ok_or_else(|| not_below(layer))?,
         };
+        unfinished::check(images.iter().skip(depth))?;
         if depth == 1 {
             return Ok(Self { depth, name: None });
         }
@@ -120,6 +123,9 @@ impl Revert {
         // They are locked, by this disk.
         let images = chain(path, opener, Format::Qcow2, options.backing, false)?;
         let place = Place::of(&images, layer)?;
+        if let Some(layer) = images.get(place.depth) {
+            check_same(&image, place.depth, &layer.path, opener)?;
+        }
         Ok(Self { image, place })
     }
 

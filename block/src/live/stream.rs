@@ -13,6 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::layers::check_same;
 use super::{Live, Top, name_of};
 use crate::disk::Disk;
 use crate::image::Image;
@@ -24,6 +25,7 @@ use crate::qcow2::disk::Qcow2Disk;
 use crate::qcow2::header::Header;
 use crate::qcow2::image::{Backing, CHUNK, Qcow2, RawBacking};
 use crate::raw::{OpenError, RawImage};
+use crate::unfinished;
 
 /// Why a chain stays as long as it is.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +101,9 @@ impl Stream {
         let not_below = || StreamError::NotBelow(base.to_owned());
         let depth = depth.filter(|&depth| depth > 1).ok_or_else(not_below)?;
         let found = images.get(depth).ok_or_else(not_below)?;
+        // What goes may be what makes an image whole that stays.
+        unfinished::check(images.iter().take(1).chain(images.iter().skip(depth)))?;
+        check_same(&image, depth, &found.path, opener)?;
         let name = name_of(&found.path, path).map_err(|_| StreamError::Name(base.to_owned()))?;
         let base = Some((depth, name, found.format));
         Ok(Self { image, base })

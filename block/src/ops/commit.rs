@@ -11,6 +11,7 @@ use crate::open::{ImageOptions, open_image};
 use crate::opener::{Access, Opener};
 use crate::options::{DiskOptions, Format};
 use crate::raw::{OpenError, open_file};
+use crate::unfinished;
 
 /// What is to be committed, and how.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +103,7 @@ pub fn commit(
             path: how.path.to_owned(),
         });
     };
+    let mark = unfinished::of_merge(&images, (0, layers))?;
     let locks = images
         .iter()
         .enumerate()
@@ -110,7 +112,15 @@ pub fn commit(
     // From here on nobody else has them, so the same file may be opened twice.
     let top = open_image(how.path, opener, &unlocked(options, format, false))?;
     let base = open_image(&below.path, opener, &unlocked(options, below.format, false))?;
-    let copied = copy_down(&top, layers, &base, how, control);
+    let marked = |mark: Option<&str>| match base.as_qcow2() {
+        Some(base) => base
+            .mark_unfinished(mark)
+            .map_err(|e| OpError::Flush(e.into())),
+        None => Ok(()),
+    };
+    let copied = marked(mark.as_deref())
+        .and_then(|()| copy_down(&top, layers, &base, how, control))
+        .and_then(|()| marked(None));
     copied.map_err(|source| CommitError::Copy {
         base: below.path.clone(),
         source,

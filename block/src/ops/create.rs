@@ -148,6 +148,13 @@ impl<'a> NewFile<'a> {
         self.zeroed
     }
 
+    /// Leaves the image where it is, and to whoever gives it its name later or removes it. `None`: it is no new file and has its
+    /// name.
+    pub(crate) fn leave(mut self) -> Option<PathBuf> {
+        self.data = None;
+        self.hidden.take()
+    }
+
     /// Gives the image its name. Its users have closed it before.
     ///
     /// # Errors

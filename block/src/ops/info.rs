@@ -35,6 +35,8 @@ pub struct ImageInfo {
     pub modified: i64,
     /// It is a block device.
     pub device: bool,
+    /// The name of the topmost image of a merge into this one that has not ended: by itself it holds a mixture of two times.
+    pub unfinished: Option<String>,
     /// What only qcow2 images have.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -244,6 +246,7 @@ fn look(
         file_length: file.size(),
         modified: facts.mtime(),
         device: file.abilities().kind == Kind::Device,
+        unfinished: None,
         qcow2: None,
     };
     if format == Format::Raw {
@@ -252,6 +255,7 @@ fn look(
     }
     let header = Header::load(storage).map_err(|error| unusable(path, "qcow2", error))?;
     info.virtual_size = header.size;
+    info.unfinished = header.unfinished();
     info.qcow2 = Some(describe(path, storage, &header)?);
     Ok((info, Some(header)))
 }

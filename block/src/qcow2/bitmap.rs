@@ -27,9 +27,9 @@ use super::write::Refusal;
 use crate::storage::Storage;
 
 /// The most bytes that the bits of one bitmap may have: QEMU's limit.
-const BITS_MAX: u64 = 512 << 20;
+pub(crate) const BITS_MAX: u64 = 512 << 20;
 /// The most bytes that the bits of all loaded bitmaps may have, if all of them were set. Clear ones cost a hundredth.
-const ALL_BITS_MAX: u64 = 8 << 30;
+pub(crate) const ALL_BITS_MAX: u64 = 8 << 30;
 
 /// A bitmap directory that is to take the place of the present one. It is written, but not referred to.
 #[derive(Debug)]

@@ -75,6 +75,21 @@ impl Bits {
         self.size
     }
 
+    /// What a bit stands for, in bytes of the disk.
+    pub(crate) fn granularity(&self) -> u64 {
+        1_u64.checked_shl(self.granularity_bits).unwrap_or(u64::MAX)
+    }
+
+    /// How many bytes of the disk are marked.
+    pub(crate) fn marked(&self) -> u64 {
+        let mut sum = 0_u64;
+        self.each_range(|offset, len| {
+            let within = len.min(self.size.saturating_sub(offset));
+            sum = sum.saturating_add(within);
+        });
+        sum
+    }
+
     /// The number of bits.
     fn count(&self) -> u64 {
         self.size.div_ceil(1 << self.granularity_bits)
@@ -220,6 +235,10 @@ const IDLE: u8 = 1;
 /// The bitmaps on disk say that they are not up to date.
 const ARMED: u8 = 2;
 
+/// The name of the bitmap that records for the time after a backup that is under way. No bitmap of an image can have it, so
+/// that it is never written to one.
+const NEXT: &[u8] = b"";
+
 /// A bitmap that records, with its name.
 pub(crate) type Recorded = (Vec<u8>, Bits);
 
@@ -271,6 +290,54 @@ impl Recorder {
         self.write()
             .iter_mut()
             .for_each(|(_, bits)| bits.resize(size));
+    }
+
+    /// Looks at the bitmap `name`; `None` when there is none that records.
+    pub(crate) fn look<T>(&self, name: &[u8], look: impl FnOnce(&Bits) -> T) -> Option<T> {
+        let bitmaps = self.read();
+        let found = bitmaps.iter().find(|(other, _)| other == name);
+        found.map(|(_, bits)| look(bits))
+    }
+
+    /// Records in a second bitmap beside `name` from now on, in which nothing is marked yet. Both record until
+    /// [`Recorder::adopt_next`] or [`Recorder::forget_next`]. `false`: `name` does not record.
+    pub(crate) fn begin_next(&self, name: &[u8]) -> bool {
+        let mut bitmaps = self.write();
+        bitmaps.retain(|(other, _)| other != NEXT);
+        let Some((_, bits)) = bitmaps.iter().find(|(other, _)| other == name) else {
+            return false;
+        };
+        let next = Bits::new(bits.granularity_bits, bits.size);
+        bitmaps.push((NEXT.to_vec(), next));
+        true
+    }
+
+    /// Has the second bitmap take the place of `name`. `false`: there is none of them any more, and nothing is changed.
+    pub(crate) fn adopt_next(&self, name: &[u8]) -> bool {
+        let mut bitmaps = self.write();
+        let place = |wanted: &[u8]| bitmaps.iter().position(|(other, _)| other == wanted);
+        let (Some(old), Some(next)) = (place(name), place(NEXT)) else {
+            return false;
+        };
+        bitmaps.swap(old, next);
+        if let Some((renamed, _)) = bitmaps.get_mut(old) {
+            *renamed = name.to_vec();
+        }
+        // What is there now is the old one.
+        bitmaps.remove(next);
+        true
+    }
+
+    /// Drops the second bitmap: `name` has recorded all along.
+    pub(crate) fn forget_next(&self) {
+        self.write().retain(|(other, _)| other != NEXT);
+    }
+
+    /// Changes which bitmaps there are, where none of them are on disk.
+    pub(crate) fn edit<T>(&self, change: impl FnOnce(&mut Vec<Recorded>) -> T) -> T {
+        let changed = change(&mut self.write());
+        self.set_armed(true);
+        changed
     }
 
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, Vec<Recorded>> {
@@ -339,6 +406,32 @@ mod tests {
         bits.resize(0);
         bits.resize(1 << 20);
         assert_eq!(ranges(&bits), []);
+    }
+
+    #[test]
+    fn the_second_bitmap_takes_the_place_of_the_first_or_leaves_it_as_it_is() {
+        let recorder = Recorder::default();
+        recorder.edit(|bitmaps| {
+            for name in [b"a", b"b"] {
+                bitmaps.push((name.to_vec(), Bits::new(16, 1 << 20)));
+            }
+        });
+        recorder.note(0, 1);
+        assert!(recorder.begin_next(b"a") && !recorder.begin_next(b"c"));
+        assert!(!recorder.adopt_next(b"a"), "it went with the second try");
+        assert!(recorder.begin_next(b"a"));
+        recorder.note(1 << 17, 1);
+        let marked = |name: &[u8]| recorder.look(name, ranges).unwrap();
+        let both = [(0, 65536), (1 << 17, 65536)];
+        assert_eq!(marked(b"a"), both);
+        assert!(recorder.adopt_next(b"a"));
+        assert_eq!((marked(b"a"), marked(b"b")), (vec![both[1]], both.to_vec()));
+        assert_eq!(recorder.read().len(), 2);
+        assert!(recorder.begin_next(b"b"));
+        recorder.note(1 << 18, 1);
+        recorder.forget_next();
+        assert_eq!((marked(b"b").len(), recorder.read().len()), (3, 2));
+        assert_eq!(recorder.look(b"b", Bits::marked), Some(3 << 16));
     }
 
     #[test]

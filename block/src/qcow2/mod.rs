@@ -12,7 +12,7 @@ mod clusters;
 mod compress;
 pub(crate) mod create;
 mod debt;
-mod dirty;
+pub(crate) mod dirty;
 pub(crate) mod disk;
 pub(crate) mod entry;
 pub(crate) mod epoch;
@@ -40,6 +40,7 @@ pub(crate) mod snapshot;
 pub(crate) mod snapshot_table;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tracking;
 mod tree;
 mod vacate;
 mod words;

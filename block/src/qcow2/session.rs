@@ -56,7 +56,9 @@ pub enum ChangeError {
     #[error("the bitmaps cannot be changed")]
     Bitmaps(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// There is no such bitmap.
-    #[error("there is no bitmap {0:?}: 'vireo image info' lists them")]
+    #[error(
+        "there is no bitmap {0:?}: 'vireo image info' lists those of an image, 'vireo disk bitmap list' those of a machine that runs"
+    )]
     NoBitmap(String),
     /// The name is taken.
     #[error("there is a bitmap {0:?} already")]
@@ -64,6 +66,12 @@ pub enum ChangeError {
     /// A bitmap was not saved after its last use.
     #[error("bitmap {0:?} was not saved after its last use: it can only be removed")]
     Inconsistent(String),
+    /// A bitmap does not record, so that it does not tell of all changes.
+    #[error("bitmap {0:?} is disabled: it does not tell what has been written meanwhile")]
+    Disabled(String),
+    /// More bitmaps than are kept in memory.
+    #[error("the disk has {0} bitmaps already: remove one first")]
+    ManyBitmaps(usize),
     /// A bitmap has data that only its maker understands.
     #[error("bitmap {0:?} has extra data of an unknown kind: it can only be removed")]
     ForeignBitmap(String),

@@ -2,7 +2,7 @@
 //!
 //! What is taken is whole: a manifest and a set of sections are the same when they are written and read again. Whatever indexes say of
 //! memory that there is, nothing outside it is read or given; what is mapped lies in it and in the file, in no more pieces than asked for; and what a
-//! chain holds is the same when it has been written to one file.
+//! chain holds is the same when it has been written to one file, compressed or not.
 //!
 //! The first byte of an input says how many snapshots there are, the second the most pieces. Then comes of each, the newest first, the length of its index
 //! in two bytes, and the index; what is left is a manifest and a set of sections.
@@ -108,6 +108,21 @@ fn chain(indexes: Vec<PageIndex>, most: usize) {
     let Ok(layers) = Layers::new(all) else {
         return;
     };
+    if !layers.is_packed() {
+        painted(&layers, most);
+    }
+    let _ = layers.verify(&mut |_| true);
+    let Some(ram) = Ram::of(&layers) else {
+        return;
+    };
+    // It is the same in a file that is compressed and in one that is not.
+    for packed in [false, true] {
+        assert!(Ram::of(&flat(&layers, packed)).is_some_and(|other| other == ram));
+    }
+}
+
+/// What is mapped lies in memory and in the file.
+fn painted(layers: &Layers, most: usize) {
     let painting = layers.paint(most);
     assert!(painting.mapped.len() <= most.max(RANGES.len()));
     for (layer, place) in &painting.mapped {
@@ -121,12 +136,16 @@ fn chain(indexes: Vec<PageIndex>, most: usize) {
     layers
         .copy(&painting, &mut take, &mut || true)
         .expect("files give their bytes");
-    let _ = layers.verify(&mut |_| true);
-    let Some(ram) = Ram::of(&layers) else {
-        return;
-    };
+}
+
+/// All of `layers` in one file.
+fn flat(layers: &Layers, packed: bool) -> Layers {
     let flat = FLAT.with(|flat| flat.get_or_init(file).try_clone().expect("a descriptor"));
+    flat.set_len(0).expect("room");
     let mut writer = PageWriter::new(&RANGES);
+    if packed {
+        writer = writer.packed().expect("memory");
+    }
     let mut buffer = vec![0xaa; CHUNK as usize];
     for number in 0..writer.count() {
         let there = layers
@@ -136,7 +155,7 @@ fn chain(indexes: Vec<PageIndex>, most: usize) {
     }
     let index = writer.finish(&flat).expect("room").expect("all chunks");
     index
-        .check(&RANGES, FILE)
+        .check(&RANGES, flat.metadata().expect("a file").len())
         .expect("what is written is right");
     let path = PathBuf::from("flat");
     let layer = Layer {
@@ -144,8 +163,7 @@ fn chain(indexes: Vec<PageIndex>, most: usize) {
         index,
         file: flat,
     };
-    let whole = Layers::new(vec![layer]).expect("it needs no other");
-    assert!(Ram::of(&whole).is_some_and(|other| other == ram));
+    Layers::new(vec![layer]).expect("it needs no other")
 }
 
 fuzz_target!(|input: &[u8]| {

@@ -107,6 +107,12 @@ impl Layers {
         &self.all
     }
 
+    /// Whether any of the files is compressed, so that they cannot be mapped.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        self.all.iter().any(|layer| layer.index.is_packed())
+    }
+
     fn regions(&self) -> &[Region] {
         let newest = self.all.first();
         newest.map_or(&[], |layer| &layer.index.regions)
@@ -264,7 +270,7 @@ impl Layers {
         Ok(())
     }
 
-    /// How the files are mapped for memory that reads as zeros to be what was written: each chunk is of the file that has most of it, and
+    /// How the files, none of which is compressed, are mapped for memory that reads as zeros to be what was written: each chunk is of the file that has most of it, and
     /// what others have is copied over that. There are no more than `most` pieces, unless one file has more ranges of RAM than that;
     /// what lies in the smallest is copied otherwise.
     #[must_use]

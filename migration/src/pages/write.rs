@@ -4,25 +4,42 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use super::beside::Buffer;
+use super::packed::{Frame, Packer};
 use super::set::{Mask, PageSet};
 use super::{
     CHUNK_PAGES, Chunk, PAGE_LEN, PageIndex, PagesError, Placed, Ram, Region, Run, chunks_of, place,
 };
 
-/// How many pages are read and written at once: what a processor's cache holds besides other things.
+/// How many pages are copied, and then looked at, at once: what a processor's cache holds besides other things.
 const BATCH: usize = 64;
+
+/// With runs that are as long as this on an average, in bytes, a chunk is written past the page cache.
+const LONG: usize = 16 * PAGE_LEN;
+
+/// Of a chunk its guest-physical address, its offset in the file and its length.
+pub(super) type Place = (u64, u64, usize);
 
 static ZEROS: [u8; PAGE_LEN] = [0; PAGE_LEN];
 
 /// Guest memory on its way into a file. Chunks are counted through all ranges, from 0.
 pub struct PageWriter {
     placed: Vec<Placed>,
-    /// Of each chunk its guest-physical address, its offset in the file and its length.
-    places: Vec<(u64, u64, usize)>,
-    chunks: Vec<Option<Chunk>>,
-    buffer: Vec<u8>,
+    pub(super) places: Vec<Place>,
+    pub(super) chunks: Vec<Option<Chunk>>,
+    buffer: Option<Buffer>,
     /// What has changed since the parent was taken, where there is one.
-    since: Option<PageSet>,
+    pub(super) since: Option<PageSet>,
+    pub(super) store: Store,
+}
+
+/// How pages are put into the file.
+#[derive(Default)]
+pub(super) struct Store {
+    /// Where it is compressed.
+    packer: Option<Packer>,
+    /// The same file, for writes past the page cache.
+    direct: Option<File>,
 }
 
 impl PageWriter {
@@ -43,8 +60,53 @@ impl PageWriter {
             placed,
             chunks: vec![None; places.len()],
             places,
-            buffer: vec![0; BATCH * PAGE_LEN],
+            buffer: None,
             since: None,
+            store: Store::default(),
+        }
+    }
+
+    /// Long runs of pages are written to `direct`, which is the same file opened with `O_DIRECT`: they cost no memory of the host and less of
+    /// its time. What it refuses is written through the page cache, and so is all that is compressed.
+    #[must_use]
+    pub fn past_the_cache(mut self, direct: Option<File>) -> Self {
+        self.store.direct = direct;
+        self
+    }
+
+    /// The file is compressed: it is smaller, cannot be mapped, and takes the processor longer.
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError::Write`]: there is no memory for that.
+    pub fn packed(mut self) -> Result<Self, PagesError> {
+        let packer = Packer::new().map_err(|source| PagesError::Write { offset: 0, source })?;
+        self.store.packer = Some(packer);
+        Ok(self)
+    }
+
+    /// Writes all of `ram`, which does not change meanwhile. `step` is as for [`PageIndex::write`].
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`]; the file is then of no use.
+    pub fn write_all(
+        mut self,
+        file: &File,
+        ram: &dyn Ram,
+        step: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<PageIndex, PagesError> {
+        let mut done = 0_u64;
+        for index in 0..self.count() {
+            if !step(done) {
+                return Err(PagesError::Cancelled);
+            }
+            let written = self.write(index, file, ram)?;
+            done = done.saturating_add(written.unwrap_or(0));
+        }
+        match self.finish(file)? {
+            Some(index) if step(done) => Ok(index),
+            _ => Err(PagesError::Cancelled),
         }
     }
 
@@ -78,6 +140,23 @@ impl PageWriter {
         done.map(|(_, (.., len))| *len as u64).sum()
     }
 
+    /// All pages of a chunk are zeros, but for those that a parent has.
+    pub fn leave_zeros(&mut self, index: usize) {
+        let (Some((.., len)), Some(to)) = (self.places.get(index), self.chunks.get_mut(index))
+        else {
+            return;
+        };
+        let all = Mask::first(len.div_ceil(PAGE_LEN));
+        let kept = self
+            .since
+            .as_ref()
+            .map(|pages| all.without(&pages.of_chunk(index)).runs());
+        *to = Some(Chunk {
+            kept: kept.unwrap_or_default(),
+            ..Chunk::default()
+        });
+    }
+
     /// Writes the pages of a chunk of `ram` that are not zeros: how many bytes of RAM that is. The chunk does not change meanwhile.
     /// `None` when there is no such chunk.
     ///
@@ -94,7 +173,12 @@ impl PageWriter {
             return Ok(None);
         };
         let since = self.since.as_ref().map(|pages| pages.of_chunk(index));
-        *to = Some(write_chunk(file, ram, (*place, since), &mut self.buffer)?);
+        let buffer = self.buffer.get_or_insert_with(Buffer::new);
+        let chunk = scan(ram, (*place, since), buffer.bytes_mut())?;
+        let frame = self
+            .store
+            .put((file, place.1), &chunk.runs, buffer.bytes())?;
+        *to = Some(Chunk { frame, ..chunk });
         Ok(Some(place.2 as u64))
     }
 
@@ -125,14 +209,10 @@ impl PageWriter {
         }
         let mut hasher = crc32fast::Hasher::new();
         for run in &chunk.runs {
-            let range = run.bytes();
-            let offset = offset.saturating_add(range.start as u64);
-            let bytes = content.get(range).unwrap_or_default();
-            file.write_all_at(bytes, offset)
-                .map_err(|source| PagesError::Write { offset, source })?;
-            hasher.update(bytes);
+            hasher.update(content.get(run.bytes()).unwrap_or_default());
         }
         chunk.crc = hasher.finalize();
+        chunk.frame = self.store.put((file, *offset), &chunk.runs, content)?;
         *to = Some(chunk);
         Ok(())
     }
@@ -143,12 +223,15 @@ impl PageWriter {
     ///
     /// [`PagesError::Write`].
     pub fn finish(self, file: &File) -> Result<Option<PageIndex>, PagesError> {
-        let end = self.placed.last();
-        let end = end.map_or(0, |part| part.offset.saturating_add(part.len));
-        file.set_len(end).map_err(|source| PagesError::Write {
-            offset: end,
-            source,
-        })?;
+        let packed = self.store.packer.is_some();
+        if !packed {
+            let end = self.placed.last();
+            let end = end.map_or(0, |part| part.offset.saturating_add(part.len));
+            file.set_len(end).map_err(|source| PagesError::Write {
+                offset: end,
+                source,
+            })?;
+        }
         let chunks: Option<Vec<Chunk>> = self.chunks.into_iter().collect();
         let Some(mut chunks) = chunks.map(Vec::into_iter) else {
             return Ok(None);
@@ -160,7 +243,37 @@ impl PageWriter {
             chunks: chunks.by_ref().take(chunks_of(part.len).count()).collect(),
         };
         let regions = self.placed.into_iter().map(region).collect();
-        Ok(Some(PageIndex { regions }))
+        Ok(Some(PageIndex { regions, packed }))
+    }
+}
+
+impl Store {
+    /// Writes `runs` of `content`, a chunk that lies in the file at an offset: where they are, when they are compressed.
+    pub fn put(
+        &mut self,
+        (file, offset): (&File, u64),
+        runs: &[Run],
+        content: &[u8],
+    ) -> Result<Option<Frame>, PagesError> {
+        let pages = |run: &Run| content.get(run.bytes()).unwrap_or_default();
+        if let Some(packer) = &mut self.packer {
+            runs.iter().for_each(|run| packer.take(pages(run)));
+            return packer.write(file);
+        }
+        let all: usize = runs.iter().map(|run| run.bytes().len()).sum();
+        let long = all >= runs.len().saturating_mul(LONG);
+        for run in runs {
+            let offset = offset.saturating_add(run.bytes().start as u64);
+            let direct = self.direct.as_ref().filter(|_| long);
+            match direct.map(|direct| direct.write_all_at(pages(run), offset)) {
+                Some(Ok(())) => continue,
+                Some(Err(_)) => self.direct = None,
+                None => (),
+            }
+            file.write_all_at(pages(run), offset)
+                .map_err(|source| PagesError::Write { offset, source })?;
+        }
+        Ok(None)
     }
 }
 
@@ -184,11 +297,11 @@ pub(super) fn add(runs: &mut Vec<Run>, page: u16) {
     }
 }
 
-/// Writes the pages of a chunk that are not zeros: all, or those of `since` alone.
-fn write_chunk(
-    file: &File,
+/// Copies the pages of a chunk into their places in `buffer`, which is as long as a chunk, and tells which are not zeros: of all, or of those of
+/// `since` alone. All others have any bytes.
+pub(super) fn scan(
     ram: &dyn Ram,
-    ((address, offset, len), since): ((u64, u64, usize), Option<Mask>),
+    ((address, _, len), since): (Place, Option<Mask>),
     buffer: &mut [u8],
 ) -> Result<Chunk, PagesError> {
     let mut chunk = Chunk::default();
@@ -203,33 +316,18 @@ fn write_chunk(
             *absent |= !since.holds(page);
         }
     }
-    for (batch, known) in known.chunks(BATCH).enumerate() {
-        if known.iter().all(|absent| *absent) {
-            continue;
-        }
-        let first = batch.saturating_mul(BATCH);
-        let at = first.saturating_mul(PAGE_LEN);
-        let here = len.saturating_sub(at).min(buffer.len());
-        let bytes = buffer.get_mut(..here).unwrap_or_default();
-        let address = address.saturating_add(at as u64);
-        read(ram, address, known, bytes)?;
-        let mut runs = Vec::new();
-        let contents = bytes.chunks(PAGE_LEN).zip(known);
-        for (page, (content, absent)) in (0..).zip(contents) {
+    let places = buffer.get_mut(..len).unwrap_or_default();
+    let batches = places.chunks_mut(BATCH * PAGE_LEN).zip(known.chunks(BATCH));
+    let mut page = 0_u16;
+    for (bytes, known) in batches {
+        let at = u64::from(page).saturating_mul(PAGE_LEN as u64);
+        read(ram, address.saturating_add(at), known, bytes)?;
+        for (content, absent) in bytes.chunks(PAGE_LEN).zip(known) {
             if !absent && ZEROS.get(..content.len()) != Some(content) {
-                add(&mut runs, page);
+                add(&mut chunk.runs, page);
+                hasher.update(content);
             }
-        }
-        for run in runs {
-            let range = run.bytes();
-            let offset = offset.saturating_add((at.saturating_add(range.start)) as u64);
-            let bytes = bytes.get(range).unwrap_or_default();
-            file.write_all_at(bytes, offset)
-                .map_err(|source| PagesError::Write { offset, source })?;
-            hasher.update(bytes);
-            let first = u16::try_from(first).unwrap_or(CHUNK_PAGES);
-            let all = run.first..run.first.saturating_add(run.count);
-            all.for_each(|page| add(&mut chunk.runs, first.saturating_add(page)));
+            page = page.saturating_add(1);
         }
     }
     chunk.crc = hasher.finalize();

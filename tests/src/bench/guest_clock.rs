@@ -25,6 +25,17 @@ impl GuestClock {
         }
     }
 
+    /// By how much the counter advances in `seconds`.
+    #[must_use]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "some 10^9 ticks, and no time is negative"
+    )]
+    pub fn ticks(self, seconds: f64) -> u64 {
+        (seconds * self.ticks_per_second) as u64
+    }
+
     /// The seconds in which the counter advances by `ticks`.
     #[must_use]
     pub fn seconds(self, ticks: f64) -> f64 {

@@ -9,6 +9,7 @@
 
 mod api;
 mod balloon;
+mod clone;
 mod disk;
 mod display;
 mod elf;
@@ -26,6 +27,7 @@ mod process;
 mod qmp;
 mod report;
 mod samples;
+mod snapshot;
 mod start;
 mod targets;
 
@@ -46,16 +48,19 @@ use self::targets::Target;
 use crate::{kit, nested, places, probe};
 
 /// The groups of measures.
-pub const GROUPS: [&str; 14] = [
+pub const GROUPS: [&str; 17] = [
     "size",
     "start",
     "api",
     "memory",
+    "clone",
     "port",
     "balloon",
     "net",
     "display",
     "disk",
+    "snapshot",
+    "restore",
     "image",
     "boot",
     "nested-balloon",
@@ -70,6 +75,8 @@ pub struct Settings {
     pub runs: usize,
     /// The same for the nested measure by the real clock.
     pub nested_runs: u32,
+    /// How many machines are cloned together.
+    pub clones: u32,
     /// The nested groups that are measured by instructions are measured by the real clock too.
     pub wall: bool,
     /// A check that everything works: short disk runs, nothing nested.
@@ -204,7 +211,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, port, balloon, net, display, disk: cannot open /dev/kvm: {error}"
+                "start, api, memory, clone, port, balloon, net, display, disk, snapshot, restore: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -220,6 +227,10 @@ impl Bench<'_> {
         }
         if settings.wants("memory") {
             let measures = memory::idle(settings, &monitors)?;
+            self.add_all(measures);
+        }
+        if settings.wants("clone") {
+            let measures = clone::pools(settings)?;
             self.add_all(measures);
         }
         let clock = GuestClock::calibrate();
@@ -244,6 +255,17 @@ impl Bench<'_> {
         }
         if settings.wants("disk") {
             disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;
+        }
+        self.snapshots(clock, &monitors)
+    }
+
+    fn snapshots(&mut self, clock: GuestClock, monitors: &[Monitor]) -> Result<()> {
+        let settings = self.settings;
+        if settings.wants("snapshot") {
+            snapshot::taken(settings, clock, monitors, &mut |measure| self.add(measure))?;
+        }
+        if settings.wants("restore") {
+            snapshot::restored(settings, clock, monitors, &mut |measure| self.add(measure))?;
         }
         Ok(())
     }
@@ -346,6 +368,7 @@ mod tests {
         let settings = Settings {
             runs: 1,
             nested_runs: 1,
+            clones: 1,
             wall: false,
             quick,
             only: only.iter().map(|only| (*only).to_owned()).collect(),

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use crate::{kit, nested};
 
-/// Guest RAM of the native measures, in MiB.
+/// Guest RAM of most native measures, in MiB.
 pub const MEMORY: u64 = 128;
 
 /// A monitor with the machine type that it is compared by.
@@ -39,6 +39,8 @@ pub struct Job {
     pub kernel: PathBuf,
     /// Its words.
     pub words: String,
+    /// Its RAM, in MiB.
+    pub memory: u64,
     /// Its disk.
     pub disk: Option<Disk>,
     /// It has a balloon.
@@ -69,6 +71,7 @@ impl Job {
         Ok(Self {
             kernel: kit::file(&format!("guests/{name}"))?,
             words: words.to_owned(),
+            memory: MEMORY,
             disk: None,
             balloon: false,
             tap: None,
@@ -101,7 +104,7 @@ impl Monitor {
         }
         let mut command = nested::qemu();
         command.args(["-accel", "kvm", "-cpu", "host,arch-capabilities=off"]);
-        command.arg("-m").arg(MEMORY.to_string());
+        command.arg("-m").arg(job.memory.to_string());
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         command.args(["-serial", "stdio", "-no-reboot"]);
         // The guests end by it; and port 0x505 for those that read it.
@@ -153,12 +156,25 @@ impl Monitor {
         command.arg("-append").arg(&job.words);
         Ok(command)
     }
+
+    /// The command by which ours restores the snapshot in `directory`, with memory in the way `mode`.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn restore(directory: &Path, mode: &str) -> Result<Command> {
+        let mut command = Command::new(kit::vireo()?);
+        command.args(["run", "--restore"]).arg(format!(
+            "source_url={},memory_restore_mode={mode}",
+            directory.display()
+        ));
+        Ok(command)
+    }
 }
 
 fn vireo(job: &Job) -> Result<Command> {
     let mut command = Command::new(kit::vireo()?);
     command.args(["run", "--serial", "tty", "--memory"]);
-    command.arg(format!("size={MEMORY}M"));
+    command.arg(format!("size={}M", job.memory));
     command.arg("--kernel").arg(&job.kernel);
     command.arg("--cmdline").arg(&job.words);
     if let Some(disk) = &job.disk {

@@ -1,7 +1,7 @@
 //! A started program, its output, and when each part of it came.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// A running program with an empty standard input. It is killed when dropped.
+/// A running program. It is killed when dropped.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -31,14 +31,26 @@ pub struct Line {
 }
 
 impl Process {
-    /// Starts `command`. Time counts from just before the process is made.
+    /// Starts `command` with an empty standard input. Time counts from just before the process is made.
     ///
     /// # Errors
     /// It does not start.
-    pub fn start(mut command: Command) -> Result<Self> {
+    pub fn start(command: Command) -> Result<Self> {
+        Self::start_with(command, Stdio::null())
+    }
+
+    /// As [`Process::start`], with an input for [`Process::say`].
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_with_input(command: Command) -> Result<Self> {
+        Self::start_with(command, Stdio::piped())
+    }
+
+    fn start_with(mut command: Command, input: Stdio) -> Result<Self> {
         let errors = tempfile::tempfile()?;
         command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(errors.try_clone()?);
         let begin = Instant::now();
@@ -66,6 +78,15 @@ impl Process {
             text: Vec::new(),
             errors,
         })
+    }
+
+    /// Writes `text` to the input that it was started with.
+    ///
+    /// # Errors
+    /// It has none, or has closed it.
+    pub fn say(&mut self, text: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("no input")?;
+        Ok(input.write_all(text.as_bytes())?)
     }
 
     /// The process's number.
@@ -184,6 +205,16 @@ mod tests {
         let mut process = shell("printf on; read x; printf 'e two'");
         process.until("one t", LIMIT).unwrap();
         assert_eq!(process.finish(LIMIT).unwrap(), "one two");
+    }
+
+    #[test]
+    fn what_is_said_comes_in() {
+        let mut command = Command::new("head");
+        command.args(["-c", "3"]);
+        let mut process = Process::start_with_input(command).unwrap();
+        process.say("one").unwrap();
+        assert_eq!(process.finish(LIMIT).unwrap(), "one");
+        assert!(shell("").say("one").is_err());
     }
 
     #[test]

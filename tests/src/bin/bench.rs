@@ -24,6 +24,9 @@ struct Args {
     /// The same in the nested machine, by the real clock
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     nested_runs: u32,
+    /// How many machines are cloned of one template; 100, or 4 with --quick
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    clones: Option<u32>,
     /// Measure the network, the balloon and the consoles in the nested machine by the real clock too, not only by
     /// instructions; it takes half an hour
     #[arg(long)]
@@ -69,6 +72,7 @@ fn work() -> Result<()> {
     bench::run(&Settings {
         runs: usize::from(args.runs.unwrap_or(if args.quick { 3 } else { 7 })),
         nested_runs: args.nested_runs,
+        clones: args.clones.unwrap_or(if args.quick { 4 } else { 100 }),
         wall: args.wall,
         quick: args.quick,
         only: args.only,

@@ -74,7 +74,7 @@ mod transmit;
 mod worker;
 
 pub use self::config::{MODEL, NetConfig, NetLimits, RX_KEYS, TX_KEYS, Vhost, random_mac};
-pub use self::saved::NetV1;
+pub use self::saved::{NetV1, NetV2};
 
 /// What the guest sees of a network device, beside its network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

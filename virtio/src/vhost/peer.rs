@@ -83,6 +83,10 @@ pub struct Manner {
     pub forgets: bool,
     /// What it says of its record: length, offset, queues and their size.
     pub describes: Option<(u64, u64, u16, u16)>,
+    /// Its record is in a file that is no memory.
+    pub on_disk: bool,
+    /// The last that it does is to write this into its rings: whether into the used one, where there, and what.
+    pub scribbles: Option<(bool, u64, u16)>,
     /// What it has is completed before it looks at this request, although it is held, and it does not call.
     pub hastes: Option<u32>,
     /// It ends with what its predecessor has left.
@@ -114,6 +118,8 @@ impl Default for Manner {
             wrong_head: None,
             forgets: false,
             describes: None,
+            on_disk: false,
+            scribbles: None,
             hastes: None,
             chokes: false,
             obstructs: false,
@@ -398,6 +404,13 @@ impl Connection {
                 fds.iter().map(|fd| !fd.revents().is_empty()).collect()
             };
             if ready[0] && is_over(stopped) {
+                let scribbles = self.shared.manner.lock().unwrap().scribbles;
+                for queue in self.queues.values() {
+                    if let Some((used, at, what)) = scribbles {
+                        let ring = if used { queue.used } else { queue.avail };
+                        self.write(ring + at, false, &what.to_le_bytes());
+                    }
+                }
                 return true;
             }
             if ready[1] && (!self.message() || self.over) {
@@ -494,8 +507,14 @@ impl Connection {
     /// Makes a record and gives it to the front end.
     fn make_record(&mut self, body: &[u8]) -> bool {
         let number = |at| u16::from_ne_bytes([body[at], body[at + 1]]);
-        let told = self.shared.manner.lock().unwrap().describes;
-        Record::new(number(16), number(18)).give(&self.socket, told)
+        let manner = self.shared.manner.lock().unwrap();
+        let (told, on_disk) = (manner.describes, manner.on_disk);
+        drop(manner);
+        let record = match on_disk {
+            true => Record::on_disk(number(18)),
+            false => Record::new(number(16), number(18)),
+        };
+        record.give(&self.socket, told)
     }
 
     /// Goes on with a queue of which its predecessor may have had something.

@@ -2,12 +2,14 @@
 //!
 //! It lies in memory of the peer's, which outlasts it here and goes to its successor. What is in it is between the two:
 //! it is not mapped and not read by this process, so that nothing which a peer does to its file can do harm here. What
-//! is checked is that the numbers can be meant.
+//! is checked is that the numbers can be meant, and that it is memory: closing a file of another kind may take as long as the
+//! peer likes, and it is closed by who serves the device.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use rustix::fs::{fcntl_get_seals, fstat};
 use vhost::vhost_user::message::{FrontendReq, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
@@ -26,7 +28,16 @@ pub(super) struct Extents {
 /// Bytes of an "Inflight description": length and offset, how many queues of which size, and four that mean nothing.
 const DESCRIPTION: usize = 24;
 
+/// What a record has of each queue besides its entries, and of each entry, at most, in bytes.
+const QUEUE_MAX: u64 = 64 << 10;
+const ENTRY_MAX: u64 = 128;
+
 impl Extents {
+    /// The most that a record of it takes, in bytes.
+    fn most(self) -> u64 {
+        u64::from(self.queues) * (QUEUE_MAX + ENTRY_MAX * u64::from(self.size))
+    }
+
     /// What is asked for: it is the peer that says how long it is.
     fn described(self) -> [u8; DESCRIPTION] {
         let mut bytes = [0; DESCRIPTION];
@@ -47,6 +58,12 @@ fn number(bytes: &[u8], at: usize) -> u64 {
 fn short(bytes: &[u8], at: usize) -> u16 {
     let bytes = bytes.get(at..at + 2).and_then(|b| b.try_into().ok());
     u16::from_ne_bytes(bytes.unwrap_or_default())
+}
+
+/// Whether a file is memory, of so many bytes at least. Only such has seals, set or not.
+fn is_memory(file: &OwnedFd, len: u64) -> bool {
+    let bytes = fstat(file).map(|facts| u64::try_from(facts.st_size));
+    fcntl_get_seals(file).is_ok() && bytes.is_ok_and(|bytes| bytes.is_ok_and(|bytes| bytes >= len))
 }
 
 /// The record, as the peer that made it has described it.
@@ -72,7 +89,9 @@ impl Record {
         let [len, offset] = [0, 8].map(|at| number(&answer, at));
         let [queues, size] = [16, 18].map(|at| short(&answer, at));
         let end = len.checked_add(offset);
-        let sound = len > 0 && end.is_some_and(|end| i64::try_from(end).is_ok());
+        let sound = (1..=extents.most()).contains(&len)
+            && offset <= extents.most()
+            && end.is_some_and(|end| files.iter().all(|file| is_memory(file, end)));
         let told = Extents { queues, size };
         let fits = told == extents || told == Extents { queues: 0, size: 0 };
         let mut files = files.into_iter();
@@ -85,7 +104,8 @@ impl Record {
             (file, another) => {
                 let count = usize::from(file.is_some()) + usize::from(another.is_some());
                 let what = format!(
-                    "has made a record of its requests that cannot be: {len} bytes at {offset}, for {queues} queues of {size} entries, in {count} files"
+                    "has made a record of its requests that cannot be: {len} bytes at {offset}, for {queues} queues of {size} entries, in {count} \
+                     files, which must be memory of at least that length"
                 );
                 Err(PeerError::Garbage { what })
             }

@@ -37,7 +37,7 @@ use super::front::{Epitaph, Hub, Nature};
 use super::lane::{Events, Lane, Taker};
 use super::notes::Notes;
 use super::record::Record;
-use super::rings::RingMemory;
+use super::rings::{PeerRing, RingMemory};
 use super::session::{Answer, Offer, QueueSetup, Session, Setup};
 use crate::device::{ActivateError, Activation, Notifier, StoppedQueue};
 use crate::memory::{GuestMap, GuestMemory};
@@ -391,15 +391,20 @@ impl Relay {
         Ok(())
     }
 
-    /// The rings that the last peer has left, if this one goes on with its record. Once only: a peer that ends with
+    /// The rings that the last peer has left as they must be, if this one goes on with its record. Once only: a peer that ends with
     /// them may do so because of what is in them.
     fn inherit(&mut self, map: &Arc<GuestMap>) -> Option<Arc<RingMemory>> {
         self.record.as_ref()?;
         let able = self.session.as_ref()?.abilities().records;
         let (known, rings) = self.known.as_ref()?;
         // Chains are checked when they are given to a peer: they may lead to memory that is not there any more.
-        let fits = able && Arc::ptr_eq(known, map);
+        let parts = || self.lanes.iter().map(|lane| lane.rings.as_ref());
+        let sound = || parts().all(|part| part.is_some_and(PeerRing::is_sound));
+        let fits = able && Arc::ptr_eq(known, map) && sound();
         self.inherited = fits;
+        if fits {
+            parts().flatten().for_each(PeerRing::renew);
+        }
         fits.then(|| Arc::clone(rings))
     }
 

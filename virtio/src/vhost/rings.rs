@@ -60,6 +60,7 @@ impl RingMemory {
             used,
             next_avail: 0,
             next_used: 0,
+            given: vec![0; size.into()],
         });
         let rings = rings.collect();
         Ok((memory, rings))
@@ -102,6 +103,8 @@ pub(super) struct PeerRing {
     used: usize,
     next_avail: u16,
     next_used: u16,
+    /// The heads in the available ring, as they were put there.
+    given: Vec<u16>,
 }
 
 /// What a peer says it has done with a chain.
@@ -136,7 +139,35 @@ impl PeerRing {
         let entry = usize::from(self.next_avail % self.size.max(1));
         let at = self.avail + HEADER + AVAIL_ELEMENT * entry;
         self.memory.store(at, head.to_le(), Ordering::Relaxed);
+        if let Some(given) = self.given.get_mut(entry) {
+            *given = head;
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
+    }
+
+    /// Whether another peer can go on with it: the heads are there that were put in, and all that was returned has been taken out. Whoever
+    /// had it before may have written anything.
+    pub fn is_sound(&self) -> bool {
+        let index = |ring: usize| {
+            let index: u16 = self.memory.load(ring + INDEX, Ordering::Acquire);
+            u16::from_le(index)
+        };
+        let out = self.next_avail.wrapping_sub(self.next_used);
+        let is_there = |place: u16| {
+            let entry = usize::from(place % self.size.max(1));
+            let at = self.avail + HEADER + AVAIL_ELEMENT * entry;
+            let head: u16 = self.memory.load(at, Ordering::Relaxed);
+            self.given.get(entry) == Some(&u16::from_le(head))
+        };
+        index(self.avail) == self.next_avail
+            && index(self.used) == self.next_used
+            && out <= self.size
+            && (0..out).all(|nth| is_there(self.next_used.wrapping_add(nth)))
+    }
+
+    /// Takes back that the last peer wanted no kicks: the next one says so itself.
+    pub fn renew(&self) {
+        self.memory.store(self.used, 0_u16, Ordering::Relaxed);
     }
 
     /// Shows the peer what was put in. `true` when it wants to be kicked.
@@ -165,5 +196,47 @@ impl PeerRing {
             head: u32::from_le(head),
             written: u32::from_le(written),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_are_sound_while_all_in_them_is_what_was_put_in_and_taken_out() {
+        let (memory, mut parts) = RingMemory::new(&[4]).unwrap();
+        let mut ring = parts.remove(0);
+        let put = |at: usize, value: u16| memory.store(at, value.to_le(), Ordering::Relaxed);
+        assert!(ring.is_sound());
+        for round in 0..3_u16 {
+            for head in [3, 0, 2] {
+                ring.push(head);
+            }
+            assert!(!ring.is_sound(), "it has not been shown yet");
+            assert!(ring.publish());
+            assert!(ring.is_sound());
+            let last = ring.avail + HEADER + AVAIL_ELEMENT * usize::from((3 * round + 2) % 4);
+            for (at, wrong, right) in [
+                (last, 1, 2),
+                (ring.avail + INDEX, 3 * round + 4, 3 * round + 3),
+                (ring.used + INDEX, 3 * round + 1, 3 * round),
+            ] {
+                put(at, wrong);
+                assert!(!ring.is_sound(), "{at} {round}");
+                put(at, right);
+                assert!(ring.is_sound());
+            }
+            put(ring.used + INDEX, 3 * round + 3);
+            assert_eq!(std::iter::from_fn(|| ring.pop()).count(), 3);
+            // Entries that have been returned may hold anything.
+            put(last, 77);
+            assert!(ring.is_sound());
+        }
+        put(ring.used, u16::try_from(VRING_USED_F_NO_NOTIFY).unwrap());
+        ring.push(1);
+        assert!(!ring.publish());
+        ring.renew();
+        assert!(ring.publish());
     }
 }

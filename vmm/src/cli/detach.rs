@@ -5,7 +5,7 @@
 //! standard error, and ends when the user interrupts the command.
 
 use std::fs::File;
-use std::io::{self, PipeWriter, Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
@@ -13,6 +13,8 @@ use anyhow::Context;
 
 use super::FAILURE;
 use crate::opener::Opener;
+
+const NONE: &str = "no process for the machine";
 
 /// What came out of [`detach`].
 pub(super) enum Side {
@@ -28,6 +30,8 @@ pub(super) struct Detached {
     /// What its standard descriptors become.
     nothing: File,
     messages: File,
+    /// Who has started it was gone at once.
+    pub is_orphan: bool,
 }
 
 /// Makes the process that goes on. Call while there is one thread. What it has to say once its guest runs goes
@@ -37,38 +41,58 @@ pub(super) struct Detached {
 ///
 /// The host's, when it is out of processes or descriptors.
 pub(super) fn detach(log: Option<&Path>, opener: &Opener) -> anyhow::Result<Side> {
+    let (child, mut ready) = match fork_machine(log, opener)? {
+        Forked::Machine(detached) if detached.is_orphan => {
+            // Nobody is there any more who wants the machine or hears of it.
+            return Ok(Side::User(FAILURE));
+        }
+        Forked::Machine(detached) => return Ok(Side::Machine(detached)),
+        Forked::User(child, ready) => (child, ready),
+    };
+    if ready.read(&mut [0]).is_ok_and(|count| count == 1) {
+        return Ok(Side::User(0));
+    }
+    // It has said why.
+    Ok(Side::User(exit_code_of(child)?))
+}
+
+/// On which side of a new process this is.
+pub(super) enum Forked {
+    /// That of the user: the process that goes on, and what hears [`RUNS`] from it, or why it ends before.
+    User(libc::pid_t, PipeReader),
+    /// That of the machine.
+    Machine(Detached),
+}
+
+/// What the user's process hears when the guest runs.
+pub(super) const RUNS: u8 = 1;
+
+/// Makes a process as [`detach`] does, for whom the user's is to wait.
+///
+/// # Errors
+///
+/// As of [`detach`].
+pub(super) fn fork_machine(log: Option<&Path>, opener: &Opener) -> anyhow::Result<Forked> {
     let null = Path::new("/dev/null");
     let nothing = opener.open_device(null)?;
     let messages = match log {
         Some(path) => opener.append_output(path).context("--log-file")?,
         None => opener.open_device(null)?,
     };
-    let (mut ready, report) = io::pipe().context("--detach")?;
+    let (ready, report) = io::pipe().context(NONE)?;
     let parent = std::process::id();
     // SAFETY: there is one thread, so the child has all that this process has.
     #[expect(unsafe_code, reason = "fork is a system call")]
     let child = unsafe { libc::fork() };
     match child {
-        ..0 => Err(anyhow::Error::new(io::Error::last_os_error()).context("--detach")),
-        0 => {
-            if !leave_session(parent) {
-                // Nobody is there any more who wants the machine or hears of it.
-                return Ok(Side::User(FAILURE));
-            }
-            Ok(Side::Machine(Detached {
-                report,
-                nothing,
-                messages,
-            }))
-        }
-        child => {
-            drop(report);
-            if ready.read(&mut [0]).is_ok_and(|count| count == 1) {
-                return Ok(Side::User(0));
-            }
-            // It has said why.
-            Ok(Side::User(exit_code_of(child)?))
-        }
+        ..0 => Err(anyhow::Error::new(io::Error::last_os_error()).context(NONE)),
+        0 => Ok(Forked::Machine(Detached {
+            report,
+            nothing,
+            messages,
+            is_orphan: !leave_session(parent),
+        })),
+        child => Ok(Forked::User(child, ready)),
     }
 }
 
@@ -98,7 +122,12 @@ impl Detached {
             redirect(from, to);
         }
         // When the user has gone, nobody is to be told.
-        let _ = self.report.write_all(&[1]);
+        let _ = self.report.write_all(&[RUNS]);
+    }
+
+    /// What takes the reason why the guest does not run, for who waits for it; `None` where the host has no descriptor left.
+    pub(super) fn reporter(&self) -> Option<PipeWriter> {
+        self.report.try_clone().ok()
     }
 }
 

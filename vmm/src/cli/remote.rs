@@ -1,6 +1,7 @@
 //! The verbs for machines that run: each asks a monitor over its control socket.
 
 mod agent;
+mod backup;
 mod commit;
 mod console;
 mod coredump;

@@ -45,6 +45,8 @@ const MIRROR: &str = "the mirror of a network card";
 const MIRROR_FILE: &str = "mirror_file";
 /// What a core dump is called.
 pub const DUMP: &str = "the core dump";
+/// What a snapshot is called.
+pub const SNAPSHOT: &str = "the snapshot";
 /// What a new overlay of a disk is called.
 pub const OVERLAY: &str = "the new overlay";
 /// What another place for a disk is called.
@@ -194,7 +196,7 @@ pub fn check_sink(
         .try_for_each(|path| claim(&mut used, SERIAL, path))
 }
 
-/// Checks that `what`, a file at `path` that is about to be made ([`DUMP`], [`OVERLAY`], [`COPY`]), is nothing that the machine or
+/// Checks that `what`, a file at `path` that is about to be made ([`DUMP`], [`SNAPSHOT`], [`OVERLAY`], [`COPY`]), is nothing that the machine or
 /// the monitor uses or is about to make.
 ///
 /// # Errors

@@ -12,6 +12,7 @@
 
 pub mod balloon;
 pub mod capability;
+pub mod cloned;
 mod cpus;
 pub mod device;
 pub mod display;

@@ -10,6 +10,7 @@ use virtio::models::net::random_mac;
 
 use super::network::{interface_address, is_card};
 use super::{MemoryConfig, VmConfig};
+use crate::random::random;
 
 const MAC: &str = "mac";
 const DESCRIPTORS: &str = "fd";
@@ -248,17 +249,6 @@ pub fn renew(saved: &VmConfig, config: &mut VmConfig, uuid: [u8; 16]) -> Renewal
         }
     }
     Renewal { cards, clock: true }
-}
-
-fn random() -> Result<[u8; 16], rustix::io::Errno> {
-    let mut bytes = [0; 16];
-    let read = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    // Fewer are given of no source that is ready.
-    if read == bytes.len() {
-        Ok(bytes)
-    } else {
-        Err(rustix::io::Errno::INTR)
-    }
 }
 
 /// A random UUID (version 4, RFC 9562, section 5.4) of random bytes.

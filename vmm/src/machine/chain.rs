@@ -288,6 +288,7 @@ mod tests {
             state: entry("state"),
             memory: entry("memory"),
             parent,
+            template: None,
         };
         let bytes = manifest.to_bytes();
         std::fs::write(place.join(NAME), &bytes).unwrap();

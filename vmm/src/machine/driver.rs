@@ -6,6 +6,7 @@
 //! cannot go on before it is done, the thread listens meanwhile ([`drain`]).
 
 mod aside;
+mod backups;
 mod capture;
 mod commands;
 mod copies;
@@ -433,7 +434,7 @@ impl Driver {
         self.machine.vcpus().pause();
         self.give_up_capture();
         self.give_up_jobs();
-        self.asides.forget_later();
+        self.forget_later();
         if let Err(error) = self.stop_units(self.patience()) {
             tracing::error!("on the way out: {}", crate::error::chain(&error));
         }

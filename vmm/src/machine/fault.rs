@@ -10,7 +10,8 @@ use api::ErrorKind;
 use block::nbd::{HandshakeError, NbdError};
 use block::ops::CreateImageError;
 use block::{
-    MergeError, MirrorError, OpenError as DiskError, OverlayError, RevertError, StreamError,
+    BackupError, MergeError, MirrorError, OpenError as DiskError, OverlayError, RevertError,
+    StreamError,
 };
 use devices::display::rfb::PasswordError;
 use virtio::device::{ReconfigureError, ResizeError};
@@ -52,6 +53,8 @@ fn says(error: &(dyn Error + 'static)) -> Option<Says> {
         .or_else(|| error.downcast_ref().map(of_stream))
         .or_else(|| error.downcast_ref().map(of_merge))
         .or_else(|| error.downcast_ref().map(of_mirror))
+        .or_else(|| error.downcast_ref().map(of_backup))
+        .or_else(|| error.downcast_ref().map(of_bitmap))
         .or_else(|| error.downcast_ref().map(of_revert))
         .or_else(|| error.downcast_ref().map(of_file))
         .or_else(|| error.downcast_ref().map(of_password))
@@ -95,7 +98,7 @@ fn of_resize(error: &ResizeError) -> Says {
 
 fn of_disk(error: &DiskError) -> Says {
     match error {
-        DiskError::InUse { .. } => Fault(ErrorKind::Conflict),
+        DiskError::InUse { .. } | DiskError::Unfinished { .. } => Fault(ErrorKind::Conflict),
         DiskError::NotWritable { .. }
         | DiskError::Unopenable { .. }
         | DiskError::Unreadable { .. }
@@ -165,8 +168,7 @@ fn of_merge(error: &MergeError) -> Says {
         | MergeError::NotInChain(_)
         | MergeError::NotBelow { .. }
         | MergeError::Snapshots { .. }
-        | MergeError::Larger { .. }
-        | MergeError::Blocks { .. }
+        | MergeError::Unlike(_)
         | MergeError::Name(_) => Fault(ErrorKind::Invalid),
         MergeError::Open(error) => of_disk(error),
         MergeError::Exchange(_) | MergeError::Copy(_) => Fault(ErrorKind::Failed),
@@ -175,15 +177,54 @@ fn of_merge(error: &MergeError) -> Says {
 
 fn of_mirror(error: &MirrorError) -> Says {
     match error {
-        MirrorError::Fixed | MirrorError::Shape { .. } | MirrorError::Blocks { .. } => {
-            Fault(ErrorKind::Invalid)
-        }
+        MirrorError::Fixed | MirrorError::Unlike(_) => Fault(ErrorKind::Invalid),
         MirrorError::Exists(_) => Fault(ErrorKind::Conflict),
         MirrorError::Open(error) | MirrorError::Create(CreateImageError::Open(error)) => {
             of_disk(error)
         }
         // The host's reason, which is behind these, decides.
         MirrorError::Create(_) | MirrorError::Copy(_) => Behind(ErrorKind::Failed),
+    }
+}
+
+fn of_backup(error: &BackupError) -> Says {
+    match error {
+        BackupError::Fixed
+        | BackupError::NoBitmap
+        | BackupError::Raw
+        | BackupError::Base
+        | BackupError::Elsewhere { .. }
+        | BackupError::Name(_) => Fault(ErrorKind::Invalid),
+        BackupError::Exists(_) | BackupError::Resized { .. } => Fault(ErrorKind::Conflict),
+        BackupError::Open(error) | BackupError::Create(CreateImageError::Open(error)) => {
+            of_disk(error)
+        }
+        BackupError::Bitmap(error) => of_bitmap(error),
+        // The host's reason, which is behind these, decides.
+        BackupError::Create(_) | BackupError::Keep(_) | BackupError::Copy(_) => {
+            Behind(ErrorKind::Failed)
+        }
+        BackupError::Kept { .. } => Fault(ErrorKind::Failed),
+    }
+}
+
+fn of_bitmap(error: &block::ChangeError) -> Says {
+    use block::ChangeError as Bitmap;
+    match error {
+        Bitmap::NoBitmap(_) => Fault(ErrorKind::NotFound),
+        Bitmap::BitmapExists(_)
+        | Bitmap::Inconsistent(_)
+        | Bitmap::ForeignBitmap(_)
+        | Bitmap::Disabled(_)
+        | Bitmap::ManyBitmaps(_)
+        | Bitmap::Busy => Fault(ErrorKind::Conflict),
+        Bitmap::Granularity(_)
+        | Bitmap::Unaligned(_)
+        | Bitmap::BitmapSize { .. }
+        | Bitmap::Bitmaps(_)
+        | Bitmap::NeedsVersion3(_) => Fault(ErrorKind::Invalid),
+        // The host's reason, which is behind these, decides.
+        _ => Behind(ErrorKind::Failed),
     }
 }
 

@@ -32,6 +32,7 @@ mod platform;
 pub mod resize;
 pub mod saved;
 pub mod saving;
+pub mod sealed;
 mod secrets;
 pub mod signals;
 pub mod snapshot;
@@ -483,11 +484,8 @@ impl Machine {
 
     /// Lets the guest's clock go on; it stays stopped on failure.
     fn start_clock(&mut self) -> Result<(), MachineError> {
-        if let Some(mut clock) = self.clock {
-            if let Some(then) = self.late_since {
-                let late = crate::kvm::realtime().saturating_sub(then);
-                clock.clock = clock.clock.saturating_add(late);
-            }
+        if let Some(clock) = self.clock {
+            let clock = snapshot::set_forward(clock, self.late_since, crate::kvm::realtime());
             self.vm.set_clock(&clock)?;
         }
         self.clock = None;

@@ -1,7 +1,6 @@
 //! What a machine boots: files that are open, and what goes into its memory with them.
 
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use virtio::memory::GuestMap;
@@ -130,16 +129,10 @@ fn screen(display: &DisplayConfig) -> boot::Screen {
 
 /// Random bytes of the host.
 pub(super) fn random<const N: usize>() -> Result<[u8; N], MachineError> {
-    let mut bytes = [0; N];
-    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
-        Ok(read) if read == N => Ok(bytes),
-        other => Err(MachineError::Host {
-            what: "no random numbers",
-            source: other
-                .err()
-                .map_or(io::ErrorKind::Interrupted.into(), io::Error::from),
-        }),
-    }
+    crate::random::random().map_err(|error| MachineError::Host {
+        what: "no random numbers",
+        source: error.into(),
+    })
 }
 
 enum Subject {

@@ -14,7 +14,7 @@ use virtio::models::MODELS;
 
 use super::chain::{self, ChainError, Link};
 use super::fault;
-use super::manifest::{LIMIT, Manifest, ManifestError, NAME};
+use super::manifest::{LIMIT, Manifest, ManifestError, NAME, Sealed};
 use super::snapshot::SnapshotRam;
 use crate::config::restored::Renewal;
 use crate::config::{HostLimits, VmConfig};
@@ -22,6 +22,7 @@ use crate::error::chain;
 use crate::memory::demand::{DemandError, WorkingSet};
 use crate::memory::ram_ranges;
 use crate::memory::restored::{Excluded, Restored, choose};
+use crate::memory::template::Template;
 use crate::opener::{OpenError, Opener};
 
 /// The most bytes of state that are read. A vCPU's is 8 KiB, a device's less, but for the screen's memory.
@@ -139,6 +140,8 @@ pub struct Saved {
     described: Value,
     set: SectionSet,
     memory: Layers,
+    /// What is said of a template.
+    sealed: Option<Sealed>,
     /// How it is asked to come back.
     way: RestoreWay,
 }
@@ -201,6 +204,8 @@ pub struct RestoreWay {
     pub prefault: bool,
     /// What it has to be told of itself.
     pub renewal: Renewal,
+    /// Memory is that of a template, which other machines have, too. It takes [`MemoryRestoreMode::Mmap`].
+    pub template: Option<Arc<Template>>,
 }
 
 /// The most pieces that the file is mapped in: a process has some ten thousand mappings.
@@ -222,6 +227,18 @@ impl Saved {
             memory: self.memory.total(),
             data: layers.iter().map(|layer| layer.index.data()).sum(),
         })
+    }
+
+    /// What is said of it, if it is a template.
+    #[must_use]
+    pub fn sealed(&self) -> Option<&Sealed> {
+        self.sealed.as_ref()
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &Layers {
+        &self.memory
     }
 
     /// The bytes of memory as often as there are snapshots of it.
@@ -258,9 +275,15 @@ impl Saved {
     /// [`RestoreFailure::Excluded`].
     pub fn memory_mode(&self, config: &VmConfig) -> Result<MemoryRestoreMode, RestoreFailure> {
         let RestoreWay {
-            memory, prefault, ..
+            memory,
+            prefault,
+            ref template,
+            ..
         } = self.way;
-        choose(memory, &config.memory, prefault).map_err(RestoreFailure::Excluded)
+        // A template's has been decompressed.
+        let packed = self.memory.is_packed() && template.is_none();
+        let chosen = choose(memory, &config.memory, prefault, packed);
+        chosen.map_err(RestoreFailure::Excluded)
     }
 
     /// Opens the snapshot in `directory`. It is not trusted.
@@ -285,6 +308,7 @@ impl Saved {
         });
         let config = config.map_err(refused)?;
         let (id, described) = (manifest.id.clone(), manifest.config.clone());
+        let sealed = manifest.template.clone();
         let mut set = match links.first() {
             Some(link) => chain::read_state(link, opener)?,
             None => SectionSet::default(),
@@ -298,6 +322,7 @@ impl Saved {
             described,
             set,
             memory,
+            sealed,
             way: RestoreWay::default(),
         })
     }
@@ -321,6 +346,7 @@ impl Saved {
             memory,
             id,
             way,
+            sealed,
             ..
         } = self;
         let ram = SnapshotRam::new(GuestMap::clone(ram), false);
@@ -336,6 +362,14 @@ impl Saved {
             source: PagesError::Memory { address, source },
         };
         match mode {
+            MemoryRestoreMode::Mmap if way.template.is_some() => {
+                let mut template = way.template.iter();
+                let mapped = template.try_for_each(|template| restored.map_template(template));
+                mapped.map_err(refused)?;
+            }
+            MemoryRestoreMode::Mmap if memory.is_packed() => {
+                return Err(RestoreFailure::Excluded(Excluded::PACKED));
+            }
             MemoryRestoreMode::Mmap => {
                 let painting = memory.paint(PIECES);
                 let mapped = restored.map(&memory, &painting.mapped);
@@ -344,7 +378,7 @@ impl Saved {
                 copied.map_err(RestoreFailure::memory)?;
             }
             MemoryRestoreMode::OnDemand => {
-                let working = WorkingSet::of(&directory, &id, opener);
+                let working = WorkingSet::of(&directory, &id, opener).sealed(sealed.is_some());
                 let begun = restored.on_demand(memory, working);
                 begun.map_err(RestoreFailure::Demand)?;
             }

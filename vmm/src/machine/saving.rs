@@ -3,18 +3,19 @@
 //! Memory and state are written and synced first, under names that no other snapshot has; the manifest that names them comes
 //! last. What is dropped before leaves nothing.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use migration::SectionSet;
 use serde_json::Value;
 
 use super::MachineError;
-use super::manifest::{FileEntry, Manifest, NAME, Parent, VERSION, checksum};
+use super::manifest::{FileEntry, Manifest, NAME, Parent, Sealed, VERSION, checksum};
 use super::saved::machine_type;
 use crate::error::chain;
-use crate::opener::{NewFile, OpenError, Opener};
+use crate::opener::{NewFile, OpenError, Opener, SyncNames, sync_directory};
 
 /// The files of a snapshot that is being written. What is dropped leaves nothing.
 pub struct Files {
@@ -23,6 +24,8 @@ pub struct Files {
     memory: NewFile,
     state: NewFile,
     manifest: NewFile,
+    /// What it says of a template.
+    sealed: Option<Sealed>,
 }
 
 /// What has been written besides memory.
@@ -47,7 +50,22 @@ impl Files {
             memory: begin(&memory_name(&id))?,
             state: begin(&state_name(&id))?,
             id,
+            sealed: None,
         })
+    }
+
+    /// Has it be a template, whose files nobody writes to from now on.
+    pub fn seal(&mut self, sealed: Sealed) {
+        self.sealed = Some(sealed);
+    }
+
+    /// The images that disks of a template have for themselves: of each disk the first that is named.
+    #[must_use]
+    pub fn sealed_images(&self) -> Vec<PathBuf> {
+        let disks = self.sealed.iter().flat_map(|sealed| &sealed.disks);
+        let mut seen = BTreeSet::new();
+        let first = disks.filter(|disk| seen.insert(&disk.id));
+        first.map(|disk| PathBuf::from(&disk.path)).collect()
     }
 
     /// What tells it from other snapshots.
@@ -60,6 +78,12 @@ impl Files {
     #[must_use]
     pub fn memory(&self) -> &File {
         self.memory.file()
+    }
+
+    /// The same for writes past the page cache, where the file system has such.
+    #[must_use]
+    pub fn memory_direct(&self) -> Option<File> {
+        self.memory.direct()
     }
 
     /// Writes all else, when memory has been written, and syncs all of it: `set`, and what is said of the machine, `config`, and of
@@ -83,12 +107,16 @@ impl Files {
             state: entry(state_name(&self.id), bytes.len() as u64),
             memory: entry(memory_name(&self.id), length(&self.memory)?),
             parent,
+            template: self.sealed.clone(),
             id: self.id.clone(),
         }
         .to_bytes();
         put(&self.state, &bytes)?;
         put(&self.manifest, &text)?;
         for file in [&self.memory, &self.state, &self.manifest] {
+            if self.sealed.is_some() {
+                file.seal().map_err(|error| chain(&error))?;
+            }
             file.sync().map_err(|error| chain(&error))?;
         }
         Ok(Filled {
@@ -103,16 +131,30 @@ impl Files {
     ///
     /// [`OpenError`]: [`OpenError::Exists`] where another one has come to be meanwhile.
     pub fn keep(self, opener: &Opener) -> Result<(), OpenError> {
+        self.keep_synced(opener, &sync_directory)
+    }
+
+    /// As [`Files::keep`]; `sync` makes names durable. The manifest gets its name when those of the others are durable, and loses it
+    /// before they do.
+    fn keep_synced(self, opener: &Opener, sync: SyncNames<'_>) -> Result<(), OpenError> {
         let mut named = Vec::new();
         let mut result = Ok(());
         for file in [self.memory, self.state] {
             let path = file.path().to_owned();
-            result = result.and_then(|()| file.keep());
+            result = result.and_then(|()| file.name());
             if result.is_ok() {
                 named.push(path);
             }
         }
-        result = result.and_then(|()| self.manifest.keep());
+        // They have their names, also after a crash, before there is a manifest, and all three were synced when they were filled.
+        let path = self.manifest.path().to_owned();
+        result = result.and_then(|()| sync(&path));
+        result = result.and_then(|()| self.manifest.name());
+        if result.is_ok() {
+            // It is the first to go.
+            named.insert(0, path.clone());
+            result = sync(&path);
+        }
         if result.is_err() {
             // Nobody else has these names, of which the id is part. The reason that is told is the first one.
             named.iter().for_each(|path| drop(opener.remove_file(path)));
@@ -176,5 +218,27 @@ mod tests {
         let error = second.keep(&opener).unwrap_err();
         assert!(matches!(error, OpenError::Exists { .. }), "{error}");
         assert_eq!(names(dir.path()), before);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_synced_has_all_of_a_snapshot_or_nothing() {
+        let opener = Opener::new();
+        for fails in 0..4 {
+            let dir = tempfile::tempdir().unwrap();
+            let files = begun(dir.path(), "0");
+            let count = std::cell::Cell::new(0);
+            let sync = |path: &Path| {
+                count.set(count.get() + 1);
+                if count.get() == fails + 1 {
+                    return Err(OpenError::Exists {
+                        path: path.to_owned(),
+                    });
+                }
+                Ok(())
+            };
+            let kept = files.keep_synced(&opener, &sync);
+            assert_eq!(kept.is_ok(), fails == 3, "{kept:?}");
+            assert_eq!(names(dir.path()).len(), if fails == 3 { 3 } else { 0 });
+        }
     }
 }

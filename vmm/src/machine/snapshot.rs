@@ -21,8 +21,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::{Machine, MachineError};
 use crate::config::restored::Renewal;
 use crate::error::chain;
-use crate::kvm::IrqchipState;
 use crate::kvm::vcpu::VcpuV1;
+use crate::kvm::{IrqchipState, realtime};
 use crate::layout::ged_event;
 use crate::memory::restored::check;
 
@@ -226,6 +226,7 @@ impl Machine {
         set.push(Section::encode(MACHINE, &irqchip)?);
         let clock = self.clock.map_or_else(|| self.vm.clock(), Ok);
         let clock = clock.map_err(|error| unreadable("clock", chain(&error)))?;
+        let clock = set_forward(clock, self.late_since, realtime());
         set.push(Section::encode(
             MACHINE,
             &ClockV2 {
@@ -322,6 +323,23 @@ impl Machine {
     }
 }
 
+/// A stopped clock, set by what has passed on the host since `late_since`, in nanoseconds since 1970, where that is wanted: it is as late as
+/// it says from `now` on.
+pub(super) fn set_forward(
+    clock: kvm_clock_data,
+    late_since: Option<u64>,
+    now: u64,
+) -> kvm_clock_data {
+    match late_since {
+        None => clock,
+        Some(then) => kvm_clock_data {
+            clock: clock.clock.saturating_add(now.saturating_sub(then)),
+            realtime: now,
+            ..clock
+        },
+    }
+}
+
 /// What differs first between two sets of CPUID leaves.
 fn difference(saved: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> Option<String> {
     let key = |e: &kvm_cpuid_entry2| (e.function, e.index);
@@ -390,6 +408,24 @@ mod tests {
         read.finish().unwrap();
         assert_eq!((clock.nanoseconds, processors.count), (nanoseconds, 3));
         assert_eq!(difference(&processors.cpuid, &saved.cpuid), None);
+    }
+
+    #[test]
+    fn a_clock_that_is_late_is_saved_as_it_would_go_on() {
+        let stopped = kvm_clock_data {
+            clock: 1000,
+            realtime: 70,
+            ..kvm_clock_data::default()
+        };
+        let set = |late_since, now| {
+            let set = set_forward(stopped, late_since, now);
+            (set.clock, set.realtime)
+        };
+        assert_eq!(set(None, 100), (1000, 70));
+        assert_eq!(set(Some(70), 100), (1030, 100));
+        // A host whose clock has been set back.
+        assert_eq!(set(Some(70), 60), (1000, 60));
+        assert_eq!(set(Some(0), u64::MAX), (u64::MAX, u64::MAX));
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::DiskStream(_)
         | Command::DiskCommit(_)
         | Command::DiskMirror(_)
+        | Command::DiskBackup(_)
+        | Command::DiskBitmap(_)
+        | Command::DiskBitmaps
         | Command::DiskRevert(_)
         | Command::DiskLayers => alive,
         Command::Snapshot(_) => alive && pause != Some(PauseReason::MemoryLost),

@@ -103,6 +103,8 @@ pub struct WorkingSet {
     pub(super) opener: Arc<Opener>,
     /// Read from the file; empty: to be recorded.
     known: Vec<u32>,
+    /// Nothing is written beside the snapshot.
+    sealed: bool,
 }
 
 impl WorkingSet {
@@ -124,13 +126,27 @@ impl WorkingSet {
             id: id.to_owned(),
             opener: Arc::clone(opener),
             known,
+            sealed: false,
         }
+    }
+
+    /// Has nothing be recorded: the snapshot's directory is not written to.
+    #[must_use]
+    pub fn sealed(self, sealed: bool) -> Self {
+        Self { sealed, ..self }
     }
 
     fn write(self, chunks: Vec<u32>) {
         let Self {
-            path, id, opener, ..
+            path,
+            id,
+            opener,
+            sealed,
+            ..
         } = self;
+        if sealed {
+            return;
+        }
         let Some(bytes) = WorkingSetV1 { id, chunks }.to_bytes() else {
             return;
         };

@@ -197,6 +197,12 @@ impl Mapping {
         }
     }
 
+    /// Whether nobody else has any of it: private, and of no file.
+    pub fn is_private(&self) -> bool {
+        let wanted = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
+        self.flags & wanted == wanted && !self.is_of_file()
+    }
+
     /// The protection flags of the mapping.
     pub fn protection(&self) -> i32 {
         libc::PROT_READ | libc::PROT_WRITE
@@ -451,6 +457,32 @@ fn unmap(address: *mut libc::c_void, len: usize) {
 ///
 /// The host's, when it refuses the file or its size.
 pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
+    let file = growing_file(len, huge_page)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// A memory file that others map privately once [`seal`] has been called.
+///
+/// # Errors
+///
+/// The host's, when it refuses the file or its size.
+pub fn template_file(len: u64) -> io::Result<File> {
+    growing_file(len, None)
+}
+
+/// Has nobody change a file of [`template_file`], nor its length, from now on.
+///
+/// # Errors
+///
+/// The host's, and while the file is mapped for writing.
+pub fn seal(file: &File) -> io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    Ok(fcntl_add_seals(file, seals)?)
+}
+
+/// A memory file without seals.
+fn growing_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
     let huge = match huge_page {
         None => 0,
         Some(size) => libc::MFD_HUGETLB | size.trailing_zeros() << libc::MFD_HUGE_SHIFT,
@@ -466,6 +498,5 @@ pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
     #[expect(unsafe_code, reason = "takes ownership of a fresh descriptor")]
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len)?;
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }

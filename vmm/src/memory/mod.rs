@@ -15,8 +15,10 @@ mod lost;
 mod mapping;
 mod overlay;
 mod plug;
+mod presence;
 pub mod restored;
 pub mod still;
+pub mod template;
 mod userfault;
 pub mod video;
 

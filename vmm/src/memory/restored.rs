@@ -13,12 +13,13 @@ use super::demand::{Demand, DemandError, Piece, RUNS, WorkingSet};
 use super::lost::Bell;
 pub use super::lost::check;
 use super::mapping::Mapping;
+use super::template::Template;
 use crate::config::MemoryConfig;
 use crate::opener::Opener;
 
 /// Two things that are asked for and exclude each other.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("memory_restore_mode={mode} and {other} exclude each other: {why}: leave one of them out")]
+#[error("memory_restore_mode={mode} and {other} exclude each other: {why}: {mend}")]
 pub struct Excluded {
     /// The mode, as the flag has it.
     pub mode: &'static str,
@@ -26,10 +27,22 @@ pub struct Excluded {
     pub other: &'static str,
     /// What it is about.
     pub why: &'static str,
+    /// What can be done.
+    pub mend: &'static str,
+}
+
+impl Excluded {
+    /// A file that is to be mapped, and is compressed.
+    pub const PACKED: Self = Self {
+        mode: "mmap",
+        other: "a snapshot that is compressed",
+        why: "its file is not as memory is",
+        mend: "take ondemand or copy, or map what 'vireo snapshot flatten' makes of it",
+    };
 }
 
 /// How memory of this kind comes from a snapshot: as `asked`, or as is best. With `prefault` all of it is to be there before
-/// the guest goes on.
+/// the guest goes on. The snapshot's own, or one that it needs, is `packed`: what is compressed cannot be mapped.
 ///
 /// # Errors
 ///
@@ -38,8 +51,12 @@ pub fn choose(
     asked: Option<MemoryRestoreMode>,
     memory: &MemoryConfig,
     prefault: bool,
+    packed: bool,
 ) -> Result<MemoryRestoreMode, Excluded> {
     use MemoryRestoreMode::{Copy, Mmap, OnDemand};
+    if packed && asked == Some(Mmap) {
+        return Err(Excluded::PACKED);
+    }
     let other = [
         (
             prefault,
@@ -64,7 +81,7 @@ pub fn choose(
     ];
     let against = other.into_iter().find(|(is, ..)| *is);
     let mode = match asked {
-        None if against.is_some() => return Ok(Copy),
+        None if against.is_some() || packed => return Ok(Copy),
         None => return Ok(Mmap),
         Some(Copy) => return Ok(Copy),
         Some(Mmap) => "mmap",
@@ -72,7 +89,12 @@ pub fn choose(
     };
     match against {
         None => Ok(asked.unwrap_or(Mmap)),
-        Some((_, other, why)) => Err(Excluded { mode, other, why }),
+        Some((_, other, why)) => Err(Excluded {
+            mode,
+            other,
+            why,
+            mend: "leave one of them out",
+        }),
     }
 }
 
@@ -172,6 +194,29 @@ impl Restored {
             mode: MemoryRestoreMode::Mmap,
             path: newest(layers),
             files: files.map_err(|error| (0, error))?,
+        });
+        Ok(())
+    }
+
+    /// Maps the memory of `template` privately in the place of memory.
+    ///
+    /// # Errors
+    ///
+    /// The guest-physical address of the piece that the host refuses, and why.
+    pub fn map_template(&self, template: &Template) -> Result<(), (u64, io::Error)> {
+        for Placed { start, len, offset } in template.pieces() {
+            let found = self.mapping_of(*start);
+            let mapped = found.map_or_else(
+                || Err(io::ErrorKind::InvalidInput.into()),
+                |(mapping, inside)| mapping.map_file(inside, *len, template.file(), *offset),
+            );
+            mapped.map_err(|error| (*start, error))?;
+        }
+        *self.lock() = Some(Origin {
+            mode: MemoryRestoreMode::Mmap,
+            path: template.path().to_owned(),
+            // It cannot be cut short, nor fail.
+            files: Vec::new(),
         });
         Ok(())
     }

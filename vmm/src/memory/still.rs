@@ -9,6 +9,9 @@
 //! 3. The guest goes on. One thread takes chunk by chunk from [`Still::next`], copies it, and says so ([`Still::saved`]), which
 //!    frees it. Who wants to write a chunk before waits, and the chunk is next.
 //!
+//! Chunks of which the host has no page at all are zeros and cost nothing: they are not protected, and seen at the instant to be so still
+//! ([`Still::zeros`]). Where the host does not tell ([`Presence`]) they are as any other.
+//!
 //! # Who may wait for whom
 //!
 //! * Whoever writes guest memory waits for the thread that copies, and that one for storage. It never writes guest memory,
@@ -30,6 +33,7 @@ use migration::pages::CHUNK;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::mapping::Mapping;
+use super::presence::Presence;
 use super::userfault::{UserFault, Waits};
 use crate::opener::Opener;
 
@@ -138,6 +142,8 @@ enum Phase {
 enum Chunk {
     /// Somebody may have written it.
     Loose,
+    /// The host had none of it, and nothing protects it: somebody may have written it since.
+    Empty,
     /// Nobody has written it since.
     Armed,
     /// There is a copy.
@@ -157,6 +163,8 @@ struct Inner {
     why: Option<&'static str>,
     /// Of each chunk, whether nobody had written it at the instant since it was protected.
     untouched: Vec<bool>,
+    /// Of which the host had nothing at the instant.
+    zeros: Vec<usize>,
 }
 
 /// Memory that is held still. Shared by those who copy it and those who hear of faults.
@@ -168,6 +176,8 @@ pub struct Still {
     inner: Mutex<Inner>,
     changed: Condvar,
     stop: OwnedFd,
+    /// Tells what the host has, where it does.
+    presence: Option<Presence>,
     /// Whether somebody wants the copy.
     wanted: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
     limit: Duration,
@@ -221,6 +231,7 @@ impl Still {
             next: 0,
             why: None,
             untouched: Vec::new(),
+            zeros: Vec::new(),
         };
         let stop = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
         let still = Arc::new(Self {
@@ -230,6 +241,7 @@ impl Still {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             stop: stop.map_err(|error| StillError::Host(error.into()))?,
+            presence: Presence::open(opener).ok(),
             wanted: OnceLock::new(),
             limit,
         });
@@ -248,20 +260,63 @@ impl Still {
             still: Arc::clone(&still),
             thread: Some(thread.map_err(StillError::Host)?),
         };
-        for (index, (start, len)) in still.places.iter().enumerate() {
+        still.arm(only)?;
+        Ok(held)
+    }
+
+    /// Protects the chunks that `only` says, but for those of which the host has nothing.
+    fn arm(&self, only: Option<&[bool]>) -> Result<(), StillError> {
+        let empty = self.empty(|index| is_wanted(only, index));
+        for (index, ((start, len), empty)) in self.places.iter().zip(empty).enumerate() {
             if !is_wanted(only, index) {
                 continue;
             }
-            let mut inner = still.lock();
+            let mut inner = self.lock();
             // First: a fault tells of a chunk that is armed.
             if let Some(chunk) = inner.chunks.get_mut(index) {
-                *chunk = Chunk::Armed;
+                *chunk = if empty { Chunk::Empty } else { Chunk::Armed };
             }
-            let armed = still.fault.protect(*start, *len, true);
+            if empty {
+                continue;
+            }
+            let armed = self.fault.protect(*start, *len, true);
             drop(inner);
             armed.map_err(StillError::Host)?;
         }
-        Ok(held)
+        Ok(())
+    }
+
+    /// Of each chunk, whether it is among `those` and the host has nothing of it at this moment, and it is private: nobody else
+    /// has any of it.
+    fn empty(&self, those: impl Fn(usize) -> bool) -> Vec<bool> {
+        let private = self.ram.parts.iter().flat_map(|(_, mapping)| {
+            let chunks = usize::try_from(mapping.len().div_ceil(CHUNK)).unwrap_or(0);
+            std::iter::repeat_n(mapping.is_private(), chunks)
+        });
+        let mut places = self.places.iter().zip(private).enumerate().peekable();
+        let mut empty = vec![false; self.places.len()];
+        let Some(presence) = &self.presence else {
+            return empty;
+        };
+        while let Some((first, ((start, len), private))) = places.next() {
+            if !private || !those(first) {
+                continue;
+            }
+            let (mut count, mut end) = (1_usize, start.saturating_add(*len));
+            let follows = |(index, ((start, _), private)): &(usize, (&(u64, u64), bool)), end| {
+                *private && *start == end && those(*index)
+            };
+            while let Some((_, ((_, len), _))) = places.next_if(|next| follows(next, end)) {
+                count = count.saturating_add(1);
+                end = end.saturating_add(*len);
+            }
+            let run = empty.get_mut(first..first.saturating_add(count));
+            if find_empty(presence, (*start, end), run.unwrap_or_default()).is_err() {
+                // An old kernel: what was found is so nevertheless.
+                break;
+            }
+        }
+        empty
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -332,6 +387,11 @@ impl Still {
         all.filter(|(_, untouched)| **untouched)
             .map(|((start, (_, len)), _)| start..start.saturating_add(*len))
             .collect()
+    }
+
+    /// The chunks that held zeros at the instant, which [`Still::next`] does not give: what is there may have been written since.
+    pub fn zeros(&self) -> Vec<usize> {
+        self.lock().zeros.clone()
     }
 
     /// Has it be released as soon as `wanted` says so. Once, before the guest goes on.
@@ -511,6 +571,31 @@ fn is_wanted(only: Option<&[bool]>, index: usize) -> bool {
     only.is_none_or(|only| only.get(index) == Some(&true))
 }
 
+/// Marks those chunks of memory from `start` to `end` as empty of which the host has nothing.
+fn find_empty(
+    presence: &Presence,
+    (start, end): (u64, u64),
+    mut chunks: &mut [bool],
+) -> io::Result<()> {
+    let mut at = start;
+    while at < end && !chunks.is_empty() {
+        let found = presence.first(at, end.saturating_sub(at))?;
+        let before = found.map_or(end, |found| found.max(at)).saturating_sub(at);
+        let before = if found.is_some() {
+            before / CHUNK
+        } else {
+            before.div_ceil(CHUNK)
+        };
+        let count = usize::try_from(before).unwrap_or(usize::MAX);
+        let (empty, rest) = chunks.split_at_mut(count.min(chunks.len()));
+        empty.fill(true);
+        // The next one is not.
+        chunks = rest.get_mut(1..).unwrap_or_default();
+        at = at.saturating_add(before.saturating_add(1).saturating_mul(CHUNK));
+    }
+    Ok(())
+}
+
 /// Frees memory whose faults nobody hears of any more.
 struct Freed<'a>(&'a Still);
 
@@ -546,12 +631,24 @@ impl Held {
             let gone = io::Error::from(io::ErrorKind::BrokenPipe);
             return Err(StillError::Host(gone));
         }
-        let untouched = inner.chunks.iter().map(|chunk| *chunk == Chunk::Armed);
-        inner.untouched = untouched.collect();
-        let places = still.places.iter().enumerate();
-        for (chunk, (index, (start, len))) in inner.chunks.iter_mut().zip(places) {
-            let wanted = is_wanted(only, index);
-            if wanted == (*chunk == Chunk::Loose) {
+        let was_empty = |index| inner.chunks.get(index) == Some(&Chunk::Empty);
+        let empty = still.empty(|index| was_empty(index) && is_wanted(only, index));
+        let Inner {
+            chunks,
+            untouched,
+            zeros,
+            ..
+        } = &mut *inner;
+        let places = still.places.iter().zip(empty).enumerate();
+        for (chunk, (index, ((start, len), empty))) in chunks.iter_mut().zip(places) {
+            let (wanted, armed) = (is_wanted(only, index), *chunk == Chunk::Armed);
+            untouched.push(armed || empty);
+            if empty {
+                zeros.push(index);
+                *chunk = Chunk::Saved;
+                continue;
+            }
+            if wanted != armed {
                 let changed = still.fault.protect(*start, *len, wanted);
                 changed.map_err(StillError::Host)?;
             }

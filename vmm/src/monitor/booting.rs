@@ -193,6 +193,7 @@ impl Monitor {
                 memory: Some(request.memory_restore_mode),
                 prefault: request.prefault,
                 renewal,
+                template: None,
             });
             // What excludes what is told while nothing has changed.
             let mode = saved.memory_mode(&description.config);

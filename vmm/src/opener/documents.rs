@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
@@ -99,15 +99,13 @@ impl Opener {
         sync_directory(path)
     }
 
-    /// Makes a directory for its owner alone, and those above it, where they are not there.
+    /// Makes a directory for its owner alone, and those above it, where they are not there. They stay so after a crash.
     ///
     /// # Errors
     ///
-    /// [`OpenError`].
+    /// [`OpenError`]; none has been made then.
     pub fn directory(&self, path: &Path) -> Result<(), OpenError> {
-        let mut builder = fs::DirBuilder::new();
-        let made = builder.recursive(true).mode(0o700).create(path);
-        made.map_err(system("create", path))
+        make_directories(path, &sync_directory)
     }
 
     /// The path of what is there, without symbolic links in it.
@@ -167,13 +165,33 @@ impl NewFile {
         &self.file
     }
 
-    /// Sees that what has been written is on the disk, which [`NewFile::keep`] then does not wait for.
+    /// The file once more, for writes past the page cache, which begin and end at whole blocks in the file and in memory; `None` where
+    /// its file system has none.
+    #[must_use]
+    pub fn direct(&self) -> Option<File> {
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_DIRECT);
+        options.open(place_of(&self.file)).ok()
+    }
+
+    /// Sees that what has been written is on the disk.
     ///
     /// # Errors
     ///
     /// [`OpenError`].
     pub fn sync(&self) -> Result<(), OpenError> {
         self.file.sync_all().map_err(system("write", &self.path))
+    }
+
+    /// Has nobody write to it who opens it from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn seal(&self) -> Result<(), OpenError> {
+        let mode = fs::Permissions::from_mode(0o400);
+        let sealed = self.file.set_permissions(mode);
+        sealed.map_err(system("seal", &self.path))
     }
 
     /// Where it gets its name.
@@ -188,16 +206,36 @@ impl NewFile {
     ///
     /// [`OpenError::Exists`] when something has got the name first, [`OpenError`] otherwise; the file is removed.
     pub fn keep(self) -> Result<(), OpenError> {
-        if self.temporary.is_none() {
-            return self.name();
-        }
-        self.keep_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE))
+        self.keep_synced(&sync_directory)
     }
 
-    /// Gives a file its first name.
-    fn name(self) -> Result<(), OpenError> {
+    /// As [`NewFile::keep`], where `sync` makes the names in the directory of a path durable.
+    ///
+    /// # Errors
+    ///
+    /// As [`NewFile::keep`].
+    pub(crate) fn keep_synced(self, sync: SyncNames<'_>) -> Result<(), OpenError> {
+        let path = self.path.clone();
+        self.sync()?;
+        self.name()?;
+        sync(&path).inspect_err(|_| {
+            // The reason that is told is the first one.
+            let _ = fs::remove_file(&path);
+        })
+    }
+
+    /// Gives the file its name. Neither what has been written nor the name is waited for to be on the disk: see [`NewFile::sync`] and
+    /// [`sync_directory`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`NewFile::keep`].
+    pub fn name(self) -> Result<(), OpenError> {
+        if self.temporary.is_some() {
+            return self
+                .name_by(|from, to| renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE));
+        }
         let path = &self.path;
-        self.file.sync_all().map_err(system("write", path))?;
         let named = linkat(
             CWD,
             place_of(&self.file),
@@ -205,15 +243,13 @@ impl NewFile {
             path,
             AtFlags::SYMLINK_FOLLOW,
         );
-        named.map_err(|errno| not_named(path, errno.into()))?;
-        sync_directory(path)
+        named.map_err(|errno| not_named(path, errno.into()))
     }
 
-    fn keep_by(
+    fn name_by(
         mut self,
         rename: impl FnOnce(&Path, &Path) -> Result<(), Errno>,
     ) -> Result<(), OpenError> {
-        self.file.sync_all().map_err(system("write", &self.path))?;
         let path = self.path.clone();
         let temporary = self.temporary.as_deref().unwrap_or(&path);
         let renamed = rename(temporary, &path);
@@ -227,10 +263,8 @@ impl NewFile {
             // Others may have that name by now.
             self.temporary = None;
         }
-        named.map_err(|error| not_named(&path, error))?;
-        // One name is left when the directory is on the disk.
-        drop(self);
-        sync_directory(&path)
+        // One name is left when this is dropped.
+        named.map_err(|error| not_named(&path, error))
     }
 }
 
@@ -311,8 +345,37 @@ pub(super) fn directory_of(path: &Path) -> &Path {
     }
 }
 
+/// What makes the names in the directory of a path durable.
+pub(crate) type SyncNames<'a> = &'a dyn Fn(&Path) -> Result<(), OpenError>;
+
+/// Makes the directories that are missing, the uppermost first, and syncs those that they are in.
+fn make_directories(path: &Path, sync: SyncNames<'_>) -> Result<(), OpenError> {
+    let mut missing: Vec<&Path> = path
+        .ancestors()
+        .take_while(|path| !path.as_os_str().is_empty() && !path.is_dir())
+        .collect();
+    let mut made = Vec::new();
+    let mut result = Ok(());
+    while let Some(next) = missing.pop().filter(|_| result.is_ok()) {
+        match fs::DirBuilder::new().mode(0o700).create(next) {
+            Ok(()) => made.push(next),
+            // Somebody else has been faster, and syncs it perhaps later.
+            Err(_) if next.is_dir() => {}
+            Err(error) => result = Err(system("create", next)(error)),
+        }
+        result = result.and_then(|()| sync(next));
+    }
+    if result.is_err() {
+        // One in which somebody has made something by now stays. The reason that is told is the first one.
+        made.iter()
+            .rev()
+            .for_each(|path| drop(fs::remove_dir(path)));
+    }
+    result
+}
+
 /// What has been renamed or removed in the directory of `path` stays so after a crash.
-fn sync_directory(path: &Path) -> Result<(), OpenError> {
+pub(crate) fn sync_directory(path: &Path) -> Result<(), OpenError> {
     let directory = directory_of(path);
     let synced = File::open(directory).and_then(|directory| directory.sync_all());
     synced.map_err(system("sync", directory))
@@ -336,7 +399,7 @@ mod tests {
         for errno in [Errno::INVAL, Errno::NOSYS, Errno::NOTSUP] {
             let new = begin_named(&path).unwrap();
             new.file().write_all(b"text").unwrap();
-            new.keep_by(|_, _| Err(errno)).unwrap();
+            new.name_by(|_, _| Err(errno)).unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"text");
             assert_eq!(names(directory.path()), ["new"]);
             fs::remove_file(&path).unwrap();
@@ -352,7 +415,7 @@ mod tests {
             fs::write(&path, "another").unwrap();
             let kept = match errno {
                 None => new.keep(),
-                Some(errno) => new.keep_by(|_, _| Err(errno)),
+                Some(errno) => new.name_by(|_, _| Err(errno)),
             };
             assert!(matches!(kept, Err(OpenError::Exists { .. })), "{kept:?}");
             assert_eq!(fs::read(&path).unwrap(), b"another");
@@ -391,7 +454,7 @@ mod tests {
     fn what_the_host_refuses_otherwise_is_told_and_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let new = begin_named(&directory.path().join("new"));
-        let kept = new.unwrap().keep_by(|_, _| Err(Errno::NOSPC));
+        let kept = new.unwrap().name_by(|_, _| Err(Errno::NOSPC));
         assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
         assert!(names(directory.path()).is_empty());
     }
@@ -419,5 +482,50 @@ mod tests {
             assert_eq!(names(directory.path()), ["new"]);
             fs::remove_file(&path).unwrap();
         }
+    }
+
+    #[test]
+    fn a_name_that_is_not_durable_goes_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new");
+        let failing = |path: &Path| Err(system("sync", path)(Errno::IO.into()));
+        for named in [false, true] {
+            let begun = match named {
+                true => begin_named(&path),
+                false => Opener::new().begin_file(&path),
+            };
+            let kept = begun.unwrap().keep_synced(&failing);
+            assert!(matches!(kept, Err(OpenError::System { .. })), "{kept:?}");
+            assert!(names(directory.path()).is_empty());
+        }
+    }
+
+    #[test]
+    fn directories_are_made_durable_one_by_one_or_none_is_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b/c");
+        let synced = std::cell::RefCell::new(Vec::new());
+        let sync = |path: &Path| {
+            assert!(path.is_dir());
+            synced.borrow_mut().push(path.to_owned());
+            Ok(())
+        };
+        make_directories(&path, &sync).unwrap();
+        make_directories(&path, &sync).unwrap();
+        let all = ["a", "a/b", "a/b/c"].map(|name| directory.path().join(name));
+        assert_eq!(*synced.borrow(), all);
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&path).unwrap());
+        assert_eq!(mode & 0o777, 0o700);
+        let other = directory.path().join("d/e/f");
+        let failing = |path: &Path| match path.ends_with("e") {
+            true => Err(system("sync", path)(Errno::IO.into())),
+            false => Ok(()),
+        };
+        make_directories(&other, &failing).unwrap_err();
+        assert_eq!(names(directory.path()), ["a"]);
+        // A file in the way.
+        fs::write(directory.path().join("g"), "").unwrap();
+        let error = make_directories(&directory.path().join("g/h"), &sync).unwrap_err();
+        assert!(matches!(error, OpenError::System { .. }), "{error}");
     }
 }

@@ -1,11 +1,12 @@
 //! Snapshots that hold what has changed since another one, as a guest sees it that counts in its memory and holds when it is told to.
 
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use api::client::Client;
-use api::wire::{SnapshotReport, VmInfoState, VmSnapshotConfig};
+use api::wire::{SnapshotCompression, SnapshotReport, VmInfoState, VmSnapshotConfig};
 use serde_json::Value;
 
 use crate::snapshots::{ask, file, tell, url, vireo};
@@ -405,6 +406,71 @@ fn a_child_that_fails_loses_nothing_of_what_has_changed() {
     }
 }
 
+#[test]
+fn compressed_snapshots_restore_by_copy_and_on_demand_in_chains_with_others() {
+    if !can_run() {
+        return;
+    }
+    let mut guest = Counting::new();
+    let mut counts = Vec::new();
+    for (name, parent, compress, pause) in [
+        ("a", None, true, true),
+        ("b", Some("a"), false, true),
+        ("c", Some("b"), true, false),
+    ] {
+        let count = guest.step(2);
+        counts.push((name, count, guest.asked));
+        let request = VmSnapshotConfig {
+            pause,
+            compress: compress.then_some(SnapshotCompression::Zstd),
+            ..guest.request(name, parent, true)
+        };
+        let report = guest.take(&request);
+        if compress {
+            assert!(report.bytes < report.pages * 2048, "{report:?}");
+        }
+        let len = manifest(&guest.path(name))["memory"]["bytes"].as_u64();
+        assert_eq!(len < Some(16 << 20), compress);
+    }
+    let dir = guest.end();
+    let path = |name: &str| dir.path().join(name);
+    for (name, count, asked) in &counts {
+        for mode in ["copy", "ondemand"] {
+            assert_eq!(restored(&path(name), mode, *asked), *count, "{name} {mode}");
+        }
+        let place = format!("{},memory_restore_mode=mmap", path(name).display());
+        let mut refused = vireo(&["run", "--restore", &place]);
+        refused.ends_with(2);
+        let words = refused.stderr.rest();
+        assert!(
+            words.contains("mmap and a snapshot that is compressed exclude"),
+            "{words}"
+        );
+        assert!(words.contains("vireo snapshot flatten"), "{words}");
+    }
+    let (_, count, asked) = counts[2];
+    let mut machine = vireo(&["run", "--restore", path("c").to_str().unwrap()]);
+    assert_eq!(ask(&mut machine, asked + 1), count);
+    tell(&mut machine, b"q");
+    machine.ends_with(0);
+    let [from, to] = [path("c"), path("flat")].map(|path| path.to_str().unwrap().to_owned());
+    told(&["verify", &from], 0);
+    told(&["flatten", &from, &to], 0);
+    assert_eq!(restored(&path("flat"), "mmap", asked), count);
+    // One byte of a frame.
+    let name = manifest(&path("a"))["memory"]["file"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let file = File::options()
+        .write(true)
+        .open(path("a").join(name))
+        .unwrap();
+    file.write_all_at(b"\xff\xff\xff\xff", 64).unwrap();
+    let damaged = told(&["verify", &from], 1);
+    assert!(damaged.contains("is damaged"), "{damaged}");
+}
+
 /// Random machines and snapshots of them against what each was; a fixed seed, so that a failure comes again.
 #[test]
 fn whatever_is_taken_and_restored_each_snapshot_is_memory_as_it_was() {
@@ -419,39 +485,40 @@ fn whatever_is_taken_and_restored_each_snapshot_is_memory_as_it_was() {
         seed % below
     };
     let mut guest = Counting::new();
-    let mut all: Vec<(String, u64, u32)> = Vec::new();
-    let mut base: Option<String> = None;
+    let mut all: Vec<(String, u64, u32, &[&str])> = Vec::new();
+    let mut base: Option<(String, bool)> = None;
     for round in 0..14 {
         let name = format!("s{round}");
         let count = guest.step(usize::try_from(random(12)).unwrap());
-        all.push((name.clone(), count, guest.asked));
         let parent = base.clone().filter(|_| random(4) > 0);
         let track = random(3) > 0;
+        let packed = random(5) == 0;
+        let (parent, below) = parent.unzip();
+        let unmapped = packed || below == Some(true);
+        let modes = if unmapped { &MODES[1..] } else { &MODES };
+        all.push((name.clone(), count, guest.asked, modes));
         let request = VmSnapshotConfig {
             pause: random(3) == 0,
+            compress: packed.then_some(SnapshotCompression::Zstd),
             ..guest.request(&name, parent.as_deref(), track)
         };
         guest.take(&request);
         if track {
-            base = Some(name);
+            base = Some((name, unmapped));
         }
         if random(4) == 0 {
             let from = usize::try_from(random(all.len() as u64)).unwrap();
-            let (name, count, asked) = all[from].clone();
-            guest = goes_on(
-                guest,
-                &name,
-                asked,
-                MODES[usize::try_from(random(3)).unwrap()],
-            );
+            let (name, count, asked, modes) = all[from].clone();
+            let mode = usize::try_from(random(modes.len() as u64)).unwrap();
+            guest = goes_on(guest, &name, asked, modes[mode]);
             assert_eq!(guest.count(), count, "{name}");
             // Nothing is known of the machine that was before.
             base = None;
         }
     }
     let dir = guest.end();
-    for (name, count, asked) in all {
-        let mode = MODES[usize::try_from(random(3)).unwrap()];
+    for (name, count, asked, modes) in all {
+        let mode = modes[usize::try_from(random(modes.len() as u64)).unwrap()];
         assert_eq!(
             restored(&dir.path().join(&name), mode, asked),
             count,

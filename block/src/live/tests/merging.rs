@@ -6,9 +6,11 @@ use super::*;
 use crate::live::changes::{Changes, Tracked};
 use crate::live::copy::Copier;
 use crate::live::merge::{Merge, MergeError, Merged};
+use crate::live::revert::{Revert, RevertError};
+use crate::live::stream::{Stream, StreamError};
 
 impl Guest {
-    fn merge(&self, top: Option<&str>, base: Option<&str>) -> Result<Merge, MergeError> {
+    pub(super) fn merge(&self, top: Option<&str>, base: Option<&str>) -> Result<Merge, MergeError> {
         let directory = self.path.parent().unwrap();
         let [top, base] = [top, base].map(|name| name.map(|name| directory.join(name)));
         let which = (top.as_deref(), base.as_deref());
@@ -16,14 +18,14 @@ impl Guest {
     }
 
     /// Puts the disk on the chain that can be merged.
-    fn begin(&mut self, merge: &mut Merge) {
+    pub(super) fn begin(&mut self, merge: &mut Merge) {
         let cut = merge.begin(&|| true).unwrap();
         self.disk = cut.disk();
         cut.keep();
     }
 
     /// Lets go of what has been merged.
-    fn finish(&mut self, mut merge: Merge) {
+    pub(super) fn finish(&mut self, mut merge: Merge) {
         match merge.finish(&|| true).unwrap() {
             Merged::Shorter(cut) => {
                 self.disk = cut.disk();
@@ -51,7 +53,7 @@ impl Guest {
 }
 
 /// Copies all, while another queue works, and what that has changed.
-fn copy(guest: &mut Guest, merge: &Merge) {
+pub(super) fn copy(guest: &mut Guest, merge: &Merge) {
     std::thread::scope(|scope| {
         let copying = scope.spawn(|| {
             let mut at = 0;
@@ -166,6 +168,16 @@ fn images_in_between_are_merged_down_and_the_one_above_names_the_base() {
     }
 }
 
+/// What an image holds, as the host has its files.
+fn held(bench: &Bench, name: &str, format: Format) -> Vec<u8> {
+    let after = Bench::new();
+    for file in fs::read_dir(bench.path("")).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), after.path(file.file_name().to_str().unwrap())).unwrap();
+    }
+    read_by_qemu(&after, name, format)
+}
+
 /// What a killed monitor leaves: the files as the host has them.
 fn killed(bench: &Bench, names: &[&str], model: &[u8], when: &str) {
     let after = Bench::new();
@@ -192,10 +204,20 @@ fn whenever_the_monitor_is_killed_the_chain_holds_what_the_guest_had_flushed() {
             };
             let names = ["base", "middle", "top"];
             let mut guest = on_chain(&bench, format, 7, &names[1..]);
+            let instants = std::cell::RefCell::new(vec![held(&bench, "base", format)]);
             let look = |guest: &mut Guest, when: &str| {
                 guest.work(3);
                 guest.flush();
                 killed(&bench, &names, &guest.model, when);
+                // By itself the base holds what it held, or what the merged ones show, or it is refused.
+                if format == Format::Qcow2 && opens(&bench, "base").is_ok() {
+                    instants.borrow_mut().push(guest.model.clone());
+                    instants
+                        .borrow_mut()
+                        .push(held(&bench, "middle", Format::Qcow2));
+                    let found = held(&bench, "base", format);
+                    assert!(instants.borrow().contains(&found), "{top:?} {when}");
+                }
             };
             let mut merge = guest.merge(top, Some("base")).unwrap();
             look(&mut guest, "opened");
@@ -238,11 +260,11 @@ fn a_merge_that_is_given_up_leaves_the_disk_on_its_chain_and_can_begin_again() {
         guest.holds_its_model();
     }
     // Nobody waits any more when it is to change something.
-    let mut merge = guest.merge(None, None).unwrap();
+    let mut merge = guest.merge(None, Some("base")).unwrap();
     assert!(merge.begin(&|| false).is_err());
     drop(merge);
     guest.work(10);
-    let mut merge = guest.merge(None, None).unwrap();
+    let mut merge = guest.merge(None, Some("base")).unwrap();
     guest.begin(&mut merge);
     copy(&mut guest, &merge);
     assert!(merge.finish(&|| false).is_err());
@@ -252,7 +274,7 @@ fn a_merge_that_is_given_up_leaves_the_disk_on_its_chain_and_can_begin_again() {
     guest.holds_its_model();
     let Guest { disk, model, .. } = guest;
     drop(disk);
-    assert!(read_by_qemu(&bench, "middle", Format::Qcow2) == model);
+    assert!(read_by_qemu(&bench, "base", Format::Qcow2) == model);
 }
 
 #[test]
@@ -302,7 +324,10 @@ fn a_base_that_is_smaller_grows_and_one_that_is_larger_is_refused() {
         let path = bench.path("small");
         let disk = open_disk(&path, &AnyPath, &options).unwrap();
         let error = Merge::of(&*disk, &path, (None, None), opener(), &options).unwrap_err();
-        assert!(matches!(error, MergeError::Larger { .. }), "{error}");
+        assert!(
+            matches!(error, MergeError::Unlike(Unlike::Size { .. })),
+            "{error}"
+        );
     }
 }
 
@@ -345,6 +370,108 @@ fn what_cannot_be_merged_is_refused_and_the_disk_is_as_it_was() {
         matches!(other, MergeError::Open(OpenError::Unusable { .. })),
         "{other}"
     );
+}
+
+/// Whether an image can be opened as a disk.
+fn opens(bench: &Bench, name: &str) -> Result<(), String> {
+    let mut options = qcow2();
+    options.disk.read_only = true;
+    options.disk.lock = false;
+    match open_disk(&bench.path(name), &AnyPath, &options) {
+        Ok(_) => Ok(()),
+        Err(OpenError::Unfinished { top, .. }) => Err(top),
+        Err(OpenError::Part { source, .. }) => match *source {
+            OpenError::Unfinished { top, .. } => Err(top),
+            other => panic!("{name}: {other}"),
+        },
+        Err(other) => panic!("{name}: {other}"),
+    }
+}
+
+/// A merge that is given up when some of it has been done.
+fn give_up(guest: &mut Guest, (top, base): (Option<&str>, &str)) {
+    let mut merge = guest.merge(top, Some(base)).unwrap();
+    guest.begin(&mut merge);
+    merge.step(0).unwrap();
+    guest.disk = merge.given_up().unwrap();
+    merge.settle().unwrap();
+    guest.work(5);
+}
+
+/// A merge that comes to its end.
+fn finish(guest: &mut Guest, (top, base): (Option<&str>, &str)) {
+    let mut merge = guest.merge(top, Some(base)).unwrap();
+    guest.begin(&mut merge);
+    copy(guest, &merge);
+    merge.name().unwrap();
+    guest.finish(merge);
+    guest.holds_its_model();
+}
+
+#[test]
+fn a_base_whose_merge_has_not_ended_is_refused_by_itself_until_one_has() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = on_chain(&bench, Format::Qcow2, 19, &["a", "b", "top"]);
+    give_up(&mut guest, (None, "a"));
+    let mixed = || Err("top".to_owned());
+    for (name, opened) in [
+        ("base", Ok(())),
+        ("a", mixed()),
+        ("b", mixed()),
+        ("top", Ok(())),
+    ] {
+        assert_eq!(opens(&bench, name), opened, "{name}");
+    }
+    assert_eq!(bench.qemu_check("a"), 0);
+    let told = crate::ops::info(&bench.path("a"), &AnyPath, Format::Qcow2, false).unwrap();
+    assert_eq!(told.unfinished.as_deref(), Some("top"));
+    // Nothing goes back to it, and nothing goes that makes it whole.
+    let unfinished = |error: &OpenError| matches!(error, OpenError::Unfinished { .. });
+    for layer in [Some("b"), Some("a"), None] {
+        let layer = layer.map(|name| bench.path(name));
+        let (disk, path) = (&*guest.disk, &guest.path);
+        let refused = Revert::of(disk, path, layer.as_deref(), &AnyPath, &guest.options);
+        assert!(matches!(refused, Err(RevertError::Open(error)) if unfinished(&error)));
+    }
+    let refused = guest.merge(None, Some("b")).unwrap_err();
+    assert!(matches!(refused, MergeError::Open(error) if unfinished(&error)));
+    guest.snapshot(&bench.path("above"));
+    let a = bench.path("a");
+    let refused = Stream::of(
+        &*guest.disk,
+        &guest.path,
+        Some(&a),
+        &AnyPath,
+        &guest.options,
+    );
+    assert!(matches!(refused, Err(StreamError::Open(error)) if unfinished(&error)));
+    let bottom = Revert::of(
+        &*guest.disk,
+        &guest.path,
+        Some(&bench.path("base")),
+        &AnyPath,
+        &guest.options,
+    );
+    bottom.unwrap();
+    // A merge of less of it does not make it whole.
+    finish(&mut guest, (Some("b"), "a"));
+    assert_eq!(opens(&bench, "a"), mixed());
+    finish(&mut guest, (Some("top"), "a"));
+    for name in ["base", "a", "above"] {
+        assert_eq!(opens(&bench, name), Ok(()), "{name}");
+        if name != "above" {
+            assert_eq!(bench.qemu_check(name), 0, "{name}");
+        }
+    }
+    give_up(&mut guest, (None, "a"));
+    assert_eq!(opens(&bench, "a"), Err("above".to_owned()));
+    finish(&mut guest, (None, "a"));
+    assert_eq!(opens(&bench, "a"), Ok(()));
+    let Guest { disk, model, .. } = guest;
+    drop(disk);
+    assert!(read_by_qemu(&bench, "a", Format::Qcow2) == model);
 }
 
 /// A target whose writes fail when it says so.

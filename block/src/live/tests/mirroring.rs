@@ -17,7 +17,7 @@ impl Guest {
 }
 
 /// Copies all while the guest works, and what that has changed.
-fn copy(guest: &mut Guest, mirror: &Mirror) {
+pub(super) fn copy(guest: &mut Guest, mirror: &Mirror) {
     guest.disk = mirror.begin();
     std::thread::scope(|scope| {
         let copying = scope.spawn(|| {
@@ -125,7 +125,10 @@ fn a_target_that_was_there_is_overwritten_where_it_may_be_and_nothing_else_is_le
     );
     fs::write(&path, vec![9; SIZE / 2]).unwrap();
     let small = guest.mirror(&path, Format::Raw, true).unwrap_err();
-    assert!(matches!(small, MirrorError::Shape { .. }), "{small}");
+    assert!(
+        matches!(small, MirrorError::Unlike(Unlike::Size { .. })),
+        "{small}"
+    );
     // What was made goes with a copy that is not completed.
     let new = bench.path("new");
     let mut mirror = guest.mirror(&new, Format::Qcow2, false).unwrap();

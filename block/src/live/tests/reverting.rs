@@ -109,3 +109,56 @@ fn what_cannot_go_back_is_refused_and_stays() {
     revert(&path, None, &AnyPath, &options).unwrap();
     assert_eq!(bench.qemu_check("top"), 0);
 }
+
+#[test]
+fn after_a_job_whose_end_has_failed_the_image_that_is_opened_is_not_taken_for_the_one_that_is_named()
+ {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = Guest::on(&bench, Format::Qcow2, 23);
+    for name in ["a", "b", "c", "top"] {
+        guest.work(20);
+        guest.snapshot(&bench.path(name));
+    }
+    // The header names another image, and the disk goes on with all that were there.
+    let taken = stream(&mut guest, &bench, Some("b"));
+    taken.name().unwrap();
+    drop(taken);
+    let other = |error: &OpenError| {
+        let told = std::error::Error::source(error).unwrap().to_string();
+        assert!(told.contains("another image opened at its place"), "{told}");
+    };
+    for layer in [None, Some("b"), Some("a"), Some("base")] {
+        let layer = layer.map(|name| bench.path(name));
+        let (disk, path) = (&*guest.disk, &guest.path);
+        match Revert::of(disk, path, layer.as_deref(), &AnyPath, &guest.options) {
+            Err(RevertError::Open(error)) => other(&error),
+            made => panic!("{layer:?}: {made:?}"),
+        }
+    }
+    let a = bench.path("a");
+    match Stream::of(
+        &*guest.disk,
+        &guest.path,
+        Some(&a),
+        &AnyPath,
+        &guest.options,
+    ) {
+        Err(StreamError::Open(error)) => other(&error),
+        made => panic!("{made:?}"),
+    }
+    guest.work(10);
+    guest.holds_its_model();
+    // All is well once it is opened anew.
+    let Guest {
+        disk,
+        path,
+        options,
+        ..
+    } = guest;
+    drop(disk);
+    let disk = open_disk(&path, &AnyPath, &options).unwrap();
+    Revert::of(&*disk, &path, None, &AnyPath, &options).unwrap();
+    Stream::of(&*disk, &path, Some(&a), &AnyPath, &options).unwrap();
+}

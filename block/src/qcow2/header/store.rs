@@ -17,7 +17,7 @@ impl Header {
     /// last.
     ///
     /// A power cut leaves the old header, this one, or the old one without what can be done without: feature names,
-    /// bitmaps and unknown extensions. (Where names are so long that they leave no room for that, it may leave a mixture.)
+    /// bitmaps and unknown extensions, but for the mark of a merge. (Where names are so long that they leave no room for that, it may leave a mixture.)
     pub(crate) fn store(&self, storage: &dyn Storage) -> io::Result<()> {
         let mut area = self.encode().map_err(io::Error::other)?;
         // Nothing of an older, longer header is left in the sector that this one ends in.
@@ -52,7 +52,7 @@ impl Header {
             autoclear: old.autoclear & !BITMAPS,
             bitmaps: None,
             feature_names: None,
-            unknown_extensions: Vec::new(),
+            unknown_extensions: old.mark(),
             ..old
         };
         let mut sector = short.encode_fields();

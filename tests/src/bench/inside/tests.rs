@@ -79,6 +79,7 @@ fn the_real_clock_comes_when_it_is_asked_for() {
     let mut settings = Settings {
         runs: 3,
         nested_runs: 5,
+        clones: 1,
         wall: false,
         quick: false,
         only: Vec::new(),

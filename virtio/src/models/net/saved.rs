@@ -1,6 +1,6 @@
 //! What is kept of a network device while the machine is not there.
 
-use migration::{RestoreError, SaveError, SavedState, Snapshot};
+use migration::{RestoreError, SaveError, SavedState, Snapshot, decode_exact};
 use net::MacAddress;
 use serde::{Deserialize, Serialize};
 
@@ -39,14 +39,41 @@ pub struct NetV1 {
     pub vlans: Option<Vec<u64>>,
 }
 
-impl SavedState for NetV1 {
+/// The registers of a network device, and what its driver has not seen yet.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetV2 {
+    /// The registers.
+    pub registers: NetV1,
+    /// The address with which a driver goes on that has read it, where the device has another one now.
+    pub former: Option<[u8; 6]>,
+    /// The driver is to see the link go down and up, and has not seen it down.
+    pub blinks: bool,
+}
+
+impl SavedState for NetV2 {
     const SCHEMA: &'static str = "virtio-net";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
+
+    fn upgrade(found: u16, body: &[u8]) -> Result<Self, RestoreError> {
+        match found {
+            1 => Ok(Self {
+                registers: decode_exact(Self::SCHEMA, found, body)?,
+                former: None,
+                blinks: false,
+            }),
+            Self::VERSION => decode_exact(Self::SCHEMA, found, body),
+            _ => Err(RestoreError::Version {
+                schema: Self::SCHEMA,
+                found,
+                newest: Self::VERSION,
+            }),
+        }
+    }
 }
 
 fn invalid(reason: String) -> RestoreError {
     RestoreError::Invalid {
-        schema: NetV1::SCHEMA,
+        schema: NetV2::SCHEMA,
         reason,
     }
 }
@@ -63,9 +90,9 @@ fn table(addresses: Option<Vec<[u8; 6]>>) -> Result<Table, RestoreError> {
 }
 
 impl Snapshot for Net {
-    type State = NetV1;
+    type State = NetV2;
 
-    fn save(&self) -> Result<NetV1, SaveError> {
+    fn save(&self) -> Result<NetV2, SaveError> {
         let Filter {
             mac,
             former,
@@ -79,13 +106,7 @@ impl Snapshot for Net {
             multicast,
             vlans,
         } = &*self.shared.filter();
-        let unicast = unicast.addresses().map(<[_]>::to_vec);
-        // Where there is room. It goes when the driver says its addresses again.
-        let unicast = unicast.map(|mut all| {
-            all.extend(former.filter(|_| all.len() < MAX_TABLE));
-            all
-        });
-        Ok(NetV1 {
+        let registers = NetV1 {
             mac: *mac,
             pairs: self.shared.pairs(),
             guest_offloads: self.shared.guest_bits(),
@@ -96,13 +117,23 @@ impl Snapshot for Net {
             no_multicast: *no_multicast,
             no_unicast: *no_unicast,
             no_broadcast: *no_broadcast,
-            unicast,
+            unicast: unicast.addresses().map(<[_]>::to_vec),
             multicast: multicast.addresses().map(<[_]>::to_vec),
             vlans: vlans.as_ref().map(|vlans| vlans.to_vec()),
+        };
+        Ok(NetV2 {
+            registers,
+            former: *former,
+            blinks: self.renewed || self.shared.blinks(),
         })
     }
 
-    fn restore(&mut self, state: NetV1) -> Result<(), RestoreError> {
+    fn restore(&mut self, state: NetV2) -> Result<(), RestoreError> {
+        let NetV2 {
+            registers,
+            former,
+            blinks,
+        } = state;
         let NetV1 {
             mac,
             pairs,
@@ -117,7 +148,7 @@ impl Snapshot for Net {
             unicast,
             multicast,
             vlans,
-        } = state;
+        } = registers;
         let max = self.settings.pairs;
         if !(1..=max).contains(&pairs) {
             return Err(invalid(format!(
@@ -131,12 +162,14 @@ impl Snapshot for Net {
                 self.shared.id
             )));
         }
-        MacAddress::new(mac).map_err(|error| invalid(error.to_string()))?;
+        for address in [Some(mac), former].into_iter().flatten() {
+            MacAddress::new(address).map_err(|error| invalid(error.to_string()))?;
+        }
         let vlans = vlans.map(<[u64; _]>::try_from).transpose();
         let vlans = vlans.map_err(|vlans| invalid(format!("{} words of VLANs", vlans.len())))?;
         let filter = Filter {
             mac,
-            former: None,
+            former,
             promiscuous,
             all_multicast,
             all_unicast,
@@ -156,6 +189,7 @@ impl Snapshot for Net {
         self.shared.note_pairs(pairs);
         self.shared.set_cable(link);
         self.restored = true;
+        self.renewed = blinks;
         Ok(())
     }
 }

@@ -34,6 +34,12 @@ impl Record {
         record
     }
 
+    /// One that is long enough, and in a file that is no memory.
+    pub fn on_disk(size: u16) -> Self {
+        let file = File::open(std::env::current_exe().unwrap()).unwrap();
+        Self { file, size }
+    }
+
     /// That of a predecessor.
     pub fn in_file(file: File, size: u16) -> Self {
         Self { file, size }
@@ -45,10 +51,12 @@ impl Record {
 
     /// Answers with the record, told as it is or otherwise: length, offset, queues and their size.
     pub fn give(&self, socket: &UnixStream, told: Option<(u64, u64, u16, u16)>) -> bool {
-        let len = self.file.metadata().unwrap().len() - RECORD_AT;
-        let queues = u16::try_from(len / self.place(1, 0)).unwrap();
-        let truth = (len, RECORD_AT, queues, self.size);
-        let (len, offset, queues, size) = told.unwrap_or(truth);
+        let truth = || {
+            let len = self.file.metadata().unwrap().len() - RECORD_AT;
+            let queues = u16::try_from(len / self.place(1, 0)).unwrap();
+            (len, RECORD_AT, queues, self.size)
+        };
+        let (len, offset, queues, size) = told.unwrap_or_else(truth);
         let header = [request::GET_INFLIGHT_FD, 1 | 1 << 2, 24];
         let mut answer: Vec<u8> = header.iter().flat_map(|word| word.to_ne_bytes()).collect();
         answer.extend([len, offset].iter().flat_map(|long| long.to_ne_bytes()));

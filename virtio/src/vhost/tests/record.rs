@@ -224,6 +224,83 @@ fn a_record_that_cannot_be_is_refused() {
 }
 
 #[test]
+fn a_record_that_is_no_memory_or_longer_than_its_file_is_refused() {
+    for (on_disk, described) in [
+        (true, (64, 64, 1, SIZE)),
+        (false, (65, 64, 1, SIZE)),
+        (false, (64, 65, 1, SIZE)),
+        (false, (1 << 20, 0, 1, SIZE)),
+    ] {
+        let manner = Manner {
+            protocol: manner().protocol | RECORDS,
+            describes: Some(described),
+            on_disk,
+            ..manner()
+        };
+        let mut bench = Bench::with_peer(options(Path::new(""), ANSWER), manner);
+        let notices = bench.start();
+        let reason = lost(&notices);
+        assert!(reason.contains("which must be memory"), "{reason}");
+        bench.peer.change(|manner| {
+            manner.describes = None;
+            manner.on_disk = false;
+        });
+        let head = bench.offer(0);
+        bench.driver.kick();
+        assert_eq!(bench.driver.wait(&notices).0, u32::from(head));
+    }
+}
+
+#[test]
+fn a_successor_is_kicked_for_queues_of_which_its_predecessor_had_nothing_and_wanted_no_kicks() {
+    let (mut bench, notices) = bench();
+    // The flags of the used ring.
+    bench.peer.change(|manner| {
+        manner.hold = false;
+        manner.scribbles = Some((true, 0, 1));
+    });
+    let heads = offer(&mut bench, 0..1);
+    serve_on(&mut bench, &notices, &heads);
+    bench.peer.die();
+    lost(&notices);
+    bench.peer.change(|manner| manner.scribbles = None);
+    bench.peer.listen();
+    let code = request::SET_VRING_ENABLE;
+    let enabled = |seen: &Seen| seen.requests.iter().filter(|seen| **seen == code).count();
+    bench.peer.until(|seen| enabled(seen) == 2);
+    bench.driver.kick_and_wait();
+    let more = offer(&mut bench, 1..3);
+    serve_on(&mut bench, &notices, &more);
+    assert_eq!(bench.peer.seen(records), (1, 2));
+}
+
+#[test]
+fn rings_that_a_dead_peer_has_scribbled_in_are_not_handed_on() {
+    for scribbles in [
+        // What is offered, and how much.
+        (false, 4, 9),
+        (false, 2, 40),
+        (false, 2, 2),
+    ] {
+        let (mut bench, notices) = bench();
+        bench
+            .peer
+            .change(|manner| manner.scribbles = Some(scribbles));
+        let heads: Vec<u16> = (0..3).map(|number| bench.offer(number)).collect();
+        bench.driver.kick();
+        bench.peer.until(|seen| seen.taken.len() == 3);
+        bench.peer.die();
+        lost(&notices);
+        bench.peer.change(|manner| manner.scribbles = None);
+        bench.peer.listen();
+        serve_on(&mut bench, &notices, &heads);
+        assert!(taken_again(&bench, &heads), "{scribbles:?}");
+        let found = bench.peer.seen(|seen| seen.found.0.len());
+        assert_eq!(found, 0, "{scribbles:?}");
+    }
+}
+
+#[test]
 fn a_record_that_is_no_file_or_not_wanted_back_loses_the_peer() {
     for code in [request::GET_INFLIGHT_FD, request::SET_INFLIGHT_FD] {
         let numbers = [64_u64, 0, 1 | u64::from(SIZE) << 16];

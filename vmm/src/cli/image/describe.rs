@@ -43,6 +43,9 @@ pub(super) fn json(info: &ImageInfo) -> Value {
     };
     let mut add = |key: &str, value: Value| map.insert(key.to_owned(), value);
     add("cluster-size", qcow2.cluster_size.into());
+    if let Some(top) = &info.unfinished {
+        add("unfinished-merge", top.as_str().into());
+    }
     add(
         "format-specific",
         json!({ "type": "qcow2", "data": specific(qcow2) }),
@@ -148,6 +151,9 @@ pub(super) fn text(info: &ImageInfo) -> String {
         line(format!("cluster_size: {}", qcow2.cluster_size));
         if qcow2.dirty {
             line("cleanly shut down: no".to_owned());
+        }
+        if let Some(top) = &info.unfinished {
+            line(format!("unfinished merge of: {top}"));
         }
         if let (Some(name), Some(path)) = (&qcow2.backing, &qcow2.backing_path) {
             let name_text = name.to_string_lossy();

@@ -19,3 +19,15 @@ pub(in crate::cli) fn flag() -> anyhow::Result<&'static AtomicBool> {
     }
     Ok(&INTERRUPTED)
 }
+
+/// Has the signals end the process again, as they do a new program. Gives whether one has come meanwhile.
+pub(in crate::cli) fn forget() -> bool {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        // SAFETY: the disposition is SIG_DFL, so no code of ours runs in a handler.
+        #[expect(unsafe_code, reason = "signal is a C function")]
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+    }
+    INTERRUPTED.swap(false, Ordering::Relaxed)
+}

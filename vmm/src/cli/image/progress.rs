@@ -23,6 +23,19 @@ pub(in crate::cli) enum Progress {
 impl Progress {
     /// `asked`: with -p; `quiet`: with -q.
     pub(in crate::cli) fn new(asked: bool, quiet: bool) -> Self {
+        Self::with(
+            asked,
+            quiet,
+            "{bar:40} {percent:>3}%  {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
+        )
+    }
+
+    /// Of things that are counted, on a terminal alone.
+    pub(in crate::cli) fn of_things(quiet: bool) -> Self {
+        Self::with(false, quiet, "{bar:40} {pos}/{len}  {eta} left")
+    }
+
+    fn with(asked: bool, quiet: bool, template: &str) -> Self {
         if quiet {
             return Self::Hidden;
         }
@@ -34,7 +47,6 @@ impl Progress {
             };
         }
         let bar = ProgressBar::new(0);
-        let template = "{bar:40} {percent:>3}%  {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }

@@ -16,7 +16,7 @@ use super::super::table::table;
 use super::super::target::{Remote, SocketFlag};
 use super::device::{self, Noun};
 use super::show::ShowArgs;
-use super::{commit, layers, mirror, overlay, print, print_json, removal, stream, word};
+use super::{backup, commit, layers, mirror, overlay, print, print_json, removal, stream, word};
 use crate::config::DeviceConfig;
 use crate::config::file::make_device_paths_absolute;
 use crate::config::flag::{self, FlagError, FlagTable};
@@ -121,6 +121,14 @@ pub(in crate::cli) enum Verb {
     /// Ctrl-C cancels it; the disk is as before then.
     #[command(after_help = mirror::EXAMPLES)]
     Mirror(mirror::MirrorArgs),
+    /// Copy what a disk holds at this instant, or what has been written since an earlier backup, while the guest works on
+    ///
+    /// Ctrl-C cancels it; there is no backup then, and the bitmap is as before.
+    #[command(after_help = backup::EXAMPLES)]
+    Backup(backup::BackupArgs),
+    /// Bitmaps, which tell what has been written to a disk
+    #[command(subcommand, after_help = backup::BITMAP_EXAMPLES)]
+    Bitmap(backup::BitmapVerb),
     /// Have a disk hold again what an image below its own does
     ///
     /// What the disk's image holds is thrown away. The machine does not run, or its guest is restarted in place.
@@ -194,6 +202,8 @@ pub(super) fn run(verb: Verb) -> anyhow::Result<()> {
         }
         Verb::List(arguments) => list(&arguments.show),
         Verb::Mirror(arguments) => mirror::mirror(arguments),
+        Verb::Backup(arguments) => backup::backup(arguments),
+        Verb::Bitmap(verb) => backup::bitmap(verb),
         Verb::Revert(arguments) => layers::revert(arguments),
         Verb::Delete(arguments) => layers::delete(arguments),
         Verb::Preview(arguments) => layers::preview(arguments),

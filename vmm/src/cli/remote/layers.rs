@@ -129,9 +129,10 @@ fn told(chains: &[DiskChain]) -> String {
             ]);
         }
         for (depth, layer) in chain.layers.iter().enumerate() {
-            let written = match depth {
-                0 => "now".to_owned(),
-                _ => time(layer.changed),
+            let written = match (depth, &layer.unfinished) {
+                (0, None) => "now".to_owned(),
+                (_, None) => time(layer.changed),
+                (_, Some(top)) => format!("unfinished merge of {top}"),
             };
             rows.push(vec![
                 chain.id.clone(),
@@ -369,6 +370,7 @@ mod tests {
             used: 1 << 20,
             changed: 0,
             internal_snapshots: 0,
+            unfinished: None,
         };
         names.iter().map(layer).collect()
     }
@@ -411,12 +413,16 @@ mod tests {
             layers,
             error: error.map(str::to_owned),
         };
+        let mut mixed = self::chain(&["/b", "/a"]);
+        mixed[1].unfinished = Some("b".to_owned());
         let text = told(&[
             chain("a", self::chain(&["/b", "/a"]), None),
             chain("n", Vec::new(), Some("not here")),
+            chain("m", mixed, None),
         ]);
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines.len(), 4, "{text}");
+        assert_eq!(lines.len(), 6, "{text}");
+        assert!(lines[5].contains("unfinished merge of b"), "{text}");
         assert!(
             lines[1].contains("now") && lines[1].ends_with("/b"),
             "{text}"

@@ -16,7 +16,7 @@ use crate::error::chain;
 use crate::machine;
 use crate::machine::chain::{follow, parent_directory};
 use crate::machine::flatten::Flattened;
-use crate::machine::manifest::{Manifest, NAME};
+use crate::machine::manifest::{Manifest, NAME, SealedDisk};
 use crate::machine::saved::{Saved, Verified, read_manifest};
 use crate::opener::Opener;
 
@@ -70,6 +70,12 @@ struct Facts {
     state_bytes: u64,
     /// The length of the file of memory, in bytes, holes included.
     memory_bytes: u64,
+    /// Whether machines are cloned of it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    template: bool,
+    /// The images that its machines' disks begin as.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<SealedDisk>,
 }
 
 impl Facts {
@@ -88,6 +94,11 @@ impl Facts {
             parent: manifest.parent.map(|parent| parent.id),
             state_bytes: manifest.state.bytes,
             memory_bytes: manifest.memory.bytes,
+            template: manifest.template.is_some(),
+            disks: manifest
+                .template
+                .map(|sealed| sealed.disks)
+                .unwrap_or_default(),
             id: manifest.id,
             format: manifest.vireo_snapshot,
             machine: manifest.machine,
@@ -153,6 +164,11 @@ pub(super) fn info(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<()>
     told.extend(found.cpus.map(|cpus| ("CPUs", cpus.to_string())));
     told.extend(found.memory.map(|memory| ("Memory", size(memory))));
     told.push(("State", format!("{} bytes", found.state_bytes)));
+    if found.template {
+        told.push(("Template", "yes: it is not written to any more".to_owned()));
+    }
+    let disks = found.disks.iter();
+    told.extend(disks.map(|disk| ("Disk", format!("{} {}", disk.id, disk.path))));
     print(&facts(&told))
 }
 
@@ -349,6 +365,8 @@ mod tests {
             memory: Some(1 << 30),
             state_bytes: 1,
             memory_bytes: 1,
+            template: false,
+            disks: Vec::new(),
         })
     }
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use api::EventKind;
 use api::client::{Client, ClientError};
-use api::wire::{SnapshotReport, VmSnapshotConfig};
-use clap::{Args, Subcommand};
+use api::wire::{SnapshotCompression, SnapshotReport, VmSnapshotConfig};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::super::Misuse;
 use super::super::image::interrupt;
@@ -90,9 +90,22 @@ pub(in crate::cli) struct CreateArgs {
     /// Write only what has changed since the snapshot in DIR, which was tracked
     #[arg(long, value_name = "DIR")]
     parent: Option<String>,
+    /// Compress memory: the file is smaller, takes longer, and cannot be mapped
+    #[arg(long, value_name = "HOW")]
+    compress: Option<Compress>,
+    /// Make a template, of which 'vireo clone' starts machines: nobody writes to it any more, nor to its disks' images
+    ///
+    /// A machine with disks that its guest can write to has to be paused before, and ended afterwards.
+    #[arg(long, conflicts_with_all = ["parent", "track"])]
+    template: bool,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Compress {
+    Zstd,
 }
 
 pub(super) fn run(verb: SnapshotVerb, opener: &Opener) -> anyhow::Result<()> {
@@ -123,6 +136,10 @@ fn create(arguments: CreateArgs) -> anyhow::Result<()> {
         skip_free_pages: arguments.skip_free_pages,
         track: arguments.track,
         parent,
+        compress: arguments.compress.map(|how| match how {
+            Compress::Zstd => SnapshotCompression::Zstd,
+        }),
+        template: arguments.template,
         ..VmSnapshotConfig::of(destination_url)
     };
     let client = &mut remote.client;

@@ -8,7 +8,7 @@
 //! of its own, and the machine's end waits for it, so that the next machine finds the device's files
 //! free ([`Driver::holding`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::Instant;
@@ -21,6 +21,7 @@ use virtio::transport::VirtioPci;
 
 use super::Driver;
 use crate::machine::MachineError;
+use crate::machine::beside::put_away;
 use crate::machine::hotplug::Ejection;
 use crate::machine::inbox::{Message, ended};
 use crate::monitor::description::Update;
@@ -76,8 +77,8 @@ pub(super) struct Asides {
     /// Devices that are being changed, by their ids: one change at a time. A device that
     /// has the id of one that is gone is another.
     changing: BTreeMap<String, Change>,
-    /// The ends of jobs, which wait for the end of a capture.
-    later: Vec<Later>,
+    /// The ends of jobs, which wait for the end of a capture, in the order in which they came.
+    later: VecDeque<Later>,
     /// Slots that are being emptied.
     ejecting: Vec<PciAddress>,
     /// The jobs that hold devices, by their ids.
@@ -170,9 +171,29 @@ impl Asides {
         }
     }
 
-    /// Drops what waits for the end of a capture: the machine ends.
-    pub(super) fn forget_later(&mut self) {
-        self.later.clear();
+    fn wait_for_capture(&mut self, then: Later) {
+        self.later.push_back(then);
+    }
+
+    fn next_later(&mut self) -> Option<Later> {
+        self.later.pop_front()
+    }
+}
+
+/// What is brought to the control thread. Where nobody takes it, a thread closes it: it may have files.
+struct Brought<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> Brought<T> {
+    fn take(mut self) -> Option<T> {
+        self.0.take()
+    }
+}
+
+impl<T: Send + 'static> Drop for Brought<T> {
+    fn drop(&mut self) {
+        if let Some(thing) = self.0.take() {
+            put_away(thing);
+        }
     }
 }
 
@@ -202,9 +223,12 @@ impl Driver {
         let mailbox = self.tools.mailbox.clone();
         let here = Arc::downgrade(&self.asides.held);
         move |done| {
+            let brought = Brought(Some((then, done)));
             mailbox.send(Message::Errand(Box::new(move |driver: &mut Self| {
                 // The next machine may be there by now, with devices and answers of its own.
-                if here.ptr_eq(&Arc::downgrade(&driver.asides.held)) {
+                if here.ptr_eq(&Arc::downgrade(&driver.asides.held))
+                    && let Some((then, done)) = brought.take()
+                {
                     then(driver, done);
                 }
             })));
@@ -245,14 +269,26 @@ impl Driver {
 
     /// Has `then` done as soon as nothing is being captured: what is written down of the machine is of one instant.
     pub(super) fn when_free(&mut self, then: impl FnOnce(&mut Self) + Send + 'static) {
-        self.asides.later.push(Box::new(then));
+        self.asides.wait_for_capture(Box::new(then));
         self.settle_capture();
+    }
+
+    /// Drops what waits for the end of a capture, beside: the machine ends.
+    pub(super) fn forget_later(&mut self) {
+        let later = std::mem::take(&mut self.asides.later);
+        self.close_beside(later);
+    }
+
+    /// Has a thread drop something that may have files, which the machine's end waits for.
+    pub(super) fn close_beside(&self, thing: impl Send + 'static) {
+        // Without a thread it has been dropped here.
+        let _unstarted = self.holding("close", move || drop(thing), |_, ()| ());
     }
 
     /// Does what has waited for the end of a capture, if there is none any more.
     pub(super) fn do_later(&mut self) {
         while !self.is_capturing()
-            && let Some(then) = self.asides.later.pop()
+            && let Some(then) = self.asides.next_later()
         {
             then(self);
         }
@@ -458,4 +494,47 @@ fn failed(device: String, source: Box<dyn std::error::Error + Send + Sync>) -> C
 
 pub(super) fn unchanged(id: &str, error: ReconfigureError) -> ControlError {
     failed(format!("device {id}"), error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::thread::ThreadId;
+
+    use super::*;
+
+    /// Tells which thread drops it.
+    struct File(Sender<ThreadId>);
+
+    impl Drop for File {
+        fn drop(&mut self) {
+            let _ = self.0.send(std::thread::current().id());
+        }
+    }
+
+    #[test]
+    fn what_nobody_takes_any_more_is_closed_by_another_thread() {
+        let (sender, closed) = channel();
+        drop(Brought(Some(File(sender.clone()))));
+        assert_ne!(closed.recv().unwrap(), std::thread::current().id());
+        drop(Brought(Some(File(sender))).take());
+        assert_eq!(closed.recv().unwrap(), std::thread::current().id());
+    }
+
+    #[test]
+    fn what_waits_for_the_end_of_a_capture_is_done_in_the_order_in_which_it_came() {
+        let mut asides = Asides::default();
+        let later = |number: u64| -> Later {
+            Box::new(move |_| assert!(number < 3, "it is as large as its number"))
+        };
+        let place = |later: &Later| std::ptr::from_ref(&**later).cast::<u8>();
+        let all = [0, 1, 2].map(later);
+        let places: Vec<_> = all.iter().map(place).collect();
+        all.into_iter()
+            .for_each(|then| asides.wait_for_capture(then));
+        let next = std::iter::from_fn(|| asides.next_later());
+        // All are kept until the last one has been seen, so that no place is used anew.
+        let taken: Vec<_> = next.collect();
+        assert_eq!(taken.iter().map(place).collect::<Vec<_>>(), places);
+    }
 }

@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
 use api::{Answer, ControlError, ErrorKind, Reply};
 use block::{
-    Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError, MirrorTarget,
+    Backup, BackupError, Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror,
+    MirrorError, MirrorTarget,
 };
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
@@ -77,11 +78,13 @@ impl Drop for Ending {
 }
 
 /// What a job does.
-enum Work {
+pub(super) enum Work {
     /// Images of the disk's chain are merged.
     Merge(Box<Merge>),
     /// It is copied to another place, where it then goes on or not.
     Mirror(Box<Mirror>, bool),
+    /// What it holds at the beginning is copied.
+    Backup(Box<Backup>),
 }
 
 /// What the disk goes on with.
@@ -95,10 +98,35 @@ enum Next {
 }
 
 /// What a thread closes at the end.
-enum Rest {
-    Work(Work),
+struct Rest {
+    /// What the disk was on.
+    before: Option<DiskImage>,
+    work: Work,
     /// The disk's image before.
-    Emptied(Emptied),
+    emptied: Option<Emptied>,
+}
+
+impl Rest {
+    /// Of a job after which the disk is on what it was on.
+    fn of(work: Work) -> Self {
+        Self {
+            before: None,
+            work,
+            emptied: None,
+        }
+    }
+
+    fn close(self) -> Result<(), String> {
+        drop(self.before);
+        match self.emptied {
+            Some(emptied) => {
+                drop(self.work);
+                emptied.free();
+                Ok(())
+            }
+            None => self.work.settle(),
+        }
+    }
 }
 
 impl Work {
@@ -106,6 +134,7 @@ impl Work {
         match self {
             Self::Merge(_) => "commit",
             Self::Mirror(..) => "mirror",
+            Self::Backup(_) => "backup",
         }
     }
 
@@ -117,6 +146,10 @@ impl Work {
                 Ok(Next::Chain(cut))
             }
             Self::Mirror(mirror, _) => Ok(Next::Same(mirror.begin())),
+            Self::Backup(backup) => {
+                let guarded = backup.begin().map_err(|error| failed(&error))?;
+                Ok(Next::Same(guarded))
+            }
         }
     }
 
@@ -124,6 +157,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.size(),
             Self::Mirror(mirror, _) => mirror.size(),
+            Self::Backup(backup) => backup.size(),
         }
     }
 
@@ -131,6 +165,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.step(at),
             Self::Mirror(mirror, _) => mirror.step(at),
+            Self::Backup(backup) => backup.step(at),
         }
     }
 
@@ -138,6 +173,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.catch_up(at),
             Self::Mirror(mirror, _) => mirror.catch_up(at),
+            Self::Backup(_) => Ok(None),
         }
     }
 
@@ -145,6 +181,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.left(),
             Self::Mirror(mirror, _) => mirror.left(),
+            Self::Backup(_) => 0,
         }
     }
 
@@ -152,6 +189,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.hold_up(bytes),
             Self::Mirror(mirror, _) => mirror.hold_up(bytes),
+            Self::Backup(_) => (),
         }
     }
 
@@ -162,6 +200,9 @@ impl Work {
             Self::Mirror(mirror, _) => mirror
                 .flush()
                 .map_err(|error| chain(&MirrorError::Copy(error))),
+            Self::Backup(backup) => backup
+                .prepare()
+                .map_err(|error| chain(&BackupError::Copy(error))),
         }
     }
 
@@ -187,6 +228,10 @@ impl Work {
                     Next::Same(mirror.given_up())
                 })
             }
+            Self::Backup(backup) => {
+                backup.finish(go).map_err(|error| failed(&error))?;
+                Ok(Next::Same(backup.given_up()))
+            }
         }
     }
 
@@ -195,6 +240,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.given_up(),
             Self::Mirror(mirror, _) => Some(mirror.given_up()),
+            Self::Backup(backup) => Some(backup.given_up()),
         }
     }
 
@@ -206,12 +252,24 @@ impl Work {
                 drop(mirror);
                 Ok(())
             }
+            Self::Backup(backup) => {
+                drop(backup);
+                Ok(())
+            }
         }
     }
 }
 
-fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
+pub(super) fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
     ControlError::from_error(fault::of(error), error)
+}
+
+/// What a client means.
+pub(super) fn format(asked: MirrorFormat) -> Format {
+    match asked {
+        MirrorFormat::Raw => Format::Raw,
+        MirrorFormat::Qcow2 => Format::Qcow2,
+    }
 }
 
 impl Driver {
@@ -240,10 +298,7 @@ impl Driver {
         let own = self.ears.consoles.reserved().clone();
         let target = MirrorTarget {
             path: request.path,
-            format: match request.format {
-                MirrorFormat::Raw => Format::Raw,
-                MirrorFormat::Qcow2 => Format::Qcow2,
-            },
+            format: format(request.format),
             existing: request.existing,
         };
         let look = move |disk: Arc<dyn Disk>, wanted: &Target, opener: Arc<Opener>| {
@@ -258,7 +313,7 @@ impl Driver {
     }
 
     /// Begins a job on the disk `id`, for which `look` opens what it needs.
-    fn copy_disk(
+    pub(super) fn copy_disk(
         &mut self,
         (id, speed): (String, Option<u64>),
         look: impl FnOnce(Arc<dyn Disk>, &Target, Arc<Opener>) -> Result<Work, ControlError>
@@ -333,7 +388,10 @@ impl Driver {
             Ok(old)
         });
         let work = match (stalled, begun) {
-            (Ok(_), Some(work)) => work,
+            (Ok((old, _)), Some(work)) => {
+                self.close_beside(old);
+                work
+            }
             (stalled, begun) => {
                 // The disk is where nothing comes of it.
                 self.call_off(&target, begun);
@@ -404,7 +462,7 @@ impl Driver {
     }
 
     /// The device of a job's disk, if it is the same as before.
-    fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
+    pub(super) fn same(&self, target: &Target) -> Result<Arc<VirtioPci>, ControlError> {
         let device = self.settled_device(&target.id)?;
         let same = target.device.ptr_eq(&Arc::downgrade(&device));
         same.then_some(device).ok_or_else(|| no_disk(&target.id))
@@ -421,11 +479,11 @@ impl Driver {
                 Ok(rest) => Some(rest),
                 Err((work, error)) => {
                     ending.result = Err(error.to_string());
-                    work.map(Rest::Work)
+                    work.map(Rest::of)
                 }
             }
         } else {
-            Some(Rest::Work(work))
+            Some(Rest::of(work))
         };
         if ending.result.is_err()
             && let Some(plain) = plain
@@ -433,14 +491,7 @@ impl Driver {
         {
             tracing::warn!("disk {} still notes its changes: {error}", target.id);
         }
-        let close = move || match rest {
-            Some(Rest::Work(work)) => work.settle(),
-            Some(Rest::Emptied(emptied)) => {
-                emptied.free();
-                Ok(())
-            }
-            None => Ok(()),
-        };
+        let close = move || rest.map_or(Ok(()), Rest::close);
         let mark = target.clone();
         let started = self.holding("settle", close, move |driver, closed| {
             driver.asides.finish(&mark.id, &mark.device);
@@ -474,10 +525,14 @@ impl Driver {
             let (work, next) = driver.while_still(finish)?;
             let gone_on = next.and_then(|next| driver.go_on_with(&devices[0], next, target));
             match gone_on {
-                Ok((old, emptied)) => {
+                Ok((before, emptied)) => {
                     driver.tell_of_images(std::iter::once(&target.id));
-                    gone = Some(emptied.map_or(Rest::Work(work), Rest::Emptied));
-                    Ok(old)
+                    gone = Some(Rest {
+                        before: Some(before),
+                        work,
+                        emptied,
+                    });
+                    Ok(())
                 }
                 Err(error) => {
                     kept = Some(work);
@@ -525,7 +580,7 @@ impl Driver {
     fn go_back(&mut self, target: &Target, plain: Arc<dyn Disk>) -> Result<(), ControlError> {
         let devices = [self.same(target)?];
         let (old, _) = self.stall(&devices, |_| exchange(&devices[0], plain, target))?;
-        drop(old);
+        self.close_beside(old);
         Ok(())
     }
 }

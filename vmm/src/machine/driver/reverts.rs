@@ -141,11 +141,13 @@ impl Driver {
             let old =
                 exchanged.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
             cut.keep();
-            drop(old);
-            Ok(emptied)
+            Ok((old, emptied))
         });
         let emptied = match gone_back {
-            Ok(emptied) => emptied,
+            Ok((old, emptied)) => {
+                self.close_beside(old);
+                emptied
+            }
             Err(error) => {
                 if ran && self.outcome.is_none() {
                     self.resume().map_err(control)?;

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use api::wire::{SnapshotMode, SnapshotReport};
+use api::wire::{SnapshotCompression, SnapshotMode, SnapshotReport};
 use api::{Answer, Command, ControlError, ErrorKind, PauseReason, Reply, VmState, wire};
 use migration::SectionSet;
-use migration::pages::{PAGE, PageIndex, PageSet, PageWriter, PagesError, Ram};
+use migration::pages::{PAGE, PageIndex, PageWriter, PagesError, Ram};
 use serde_json::Value;
 use virtio::memory::GuestMap;
 
@@ -23,11 +23,11 @@ use crate::error::chain;
 use crate::machine::chain::{DEEPEST, Link, follow};
 use crate::machine::coredump::total;
 use crate::machine::inbox::ended;
-use crate::machine::manifest::{NAME, Parent, is_parent_place};
+use crate::machine::manifest::{NAME, Parent, Sealed, is_parent_place};
 use crate::machine::saving::{Files, new_id};
 use crate::machine::snapshot::{SnapshotRam, index_section};
 use crate::machine::tracking::{Base, Moment, Ready, TrackError, Tracking};
-use crate::machine::{MachineError, fault};
+use crate::machine::{MachineError, fault, sealed};
 use crate::memory::still::{LIMIT, RamParts, Still};
 use crate::monitor::JobHandle;
 use crate::opener::{OpenError, Opener};
@@ -67,6 +67,8 @@ struct Beginning {
     tracking: Weak<Tracking>,
     /// What is held still.
     ram: Option<RamParts>,
+    /// It becomes a template, with these disks.
+    template: Option<Vec<sealed::Disk>>,
 }
 
 impl Beginning {
@@ -78,6 +80,7 @@ impl Beginning {
             track,
             tracking,
             ram,
+            template,
         } = self;
         let tracking = || tracking.upgrade().ok_or_else(ended);
         let parent = parent.map(|directory| -> Result<_, ControlError> {
@@ -87,7 +90,14 @@ impl Beginning {
         });
         let parent = parent.transpose()?;
         let files = Files::begin(opener, &place, id);
-        let files = files.map_err(|error| refused(&place, &error))?;
+        let mut files = files.map_err(|error| refused(&place, &error))?;
+        if let Some(disks) = template {
+            let looked = disks.iter().map(|disk| disk.look(opener));
+            let looked: Result<Vec<_>, ControlError> = looked.collect();
+            files.seal(Sealed {
+                disks: looked?.concat(),
+            });
+        }
         let ready = if track {
             let begun = tracking()?.begin();
             Some(begun.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?)
@@ -180,10 +190,11 @@ impl Driver {
             let parent = request.parent.as_deref().map(parent_path).transpose()?;
             // Before anything is made; another look follows when it is.
             self.check_form()?;
+            let template = request.template.then(|| self.template_disks(&request));
             let id = new_id().map_err(|error| error.to_control())?;
-            Ok((path, parent, id))
+            Ok((path, parent, template.transpose()?, id))
         });
-        let (path, parent, id) = match begun {
+        let (path, parent, template, id) = match begun {
             Ok(begun) => begun,
             Err(error) => return answer(Err(error)),
         };
@@ -200,11 +211,12 @@ impl Driver {
             track: request.track,
             tracking: Arc::downgrade(self.machine.tracking()),
             ram: goes_on.then(|| self.machine.ram_parts()),
+            template,
         };
         let begun = Instant::now();
         let open = move || {
             if let Some(config) = config {
-                let new = (files::DUMP, place.join(NAME));
+                let new = (files::SNAPSHOT, place.join(NAME));
                 files::check_new(&config, models, &opener, &own, (new.0, &new.1))
                     .map_err(|error| ControlError::from_error(ErrorKind::Conflict, &error))?;
             }
@@ -235,6 +247,37 @@ impl Driver {
             self.asides.answer(answer, Err(error));
             self.do_later();
         }
+    }
+
+    /// The disks of a machine that becomes a template, which its guest could write to.
+    fn template_disks(
+        &self,
+        request: &wire::VmSnapshotConfig,
+    ) -> Result<Vec<sealed::Disk>, ControlError> {
+        if request.parent.is_some() {
+            let message =
+                "template and parent exclude each other: a template needs no other snapshot";
+            return Err(ControlError::new(ErrorKind::Invalid, message));
+        }
+        let description = self.ears.description.as_ref().ok_or_else(ended)?;
+        let mut disks = Vec::new();
+        for (id, config) in crate::chains::disks(&description.config) {
+            if config.readonly {
+                continue;
+            }
+            if self.state().0 == VmState::Running {
+                let message = format!(
+                    "the guest can write to disk {id:?} while it runs, and the disks of a template stay as they are: pause the machine \
+                     first ('vireo pause'), and end it when the template is there"
+                );
+                return Err(ControlError::new(ErrorKind::Conflict, message));
+            }
+            let device = Arc::downgrade(&self.settled_device(&id)?);
+            let disk = sealed::Disk { id, config, device };
+            disk.check()?;
+            disks.push(disk);
+        }
+        Ok(disks)
     }
 
     /// That no other capture is being written, nor a snapshot begun: memory is held still for one.
@@ -317,6 +360,7 @@ impl Driver {
             hold,
             look: Some(Box::new(look)),
         };
+        let compress = request.compress;
         // The guest's round ends when this returns, and memory has been held still.
         let _round = free;
         self.capture(&Command::Snapshot(request), plan, move |driver, moment| {
@@ -336,6 +380,7 @@ impl Driver {
                     parent,
                     begun,
                     free,
+                    compress,
                 };
                 let written = snapshot.write(job, &opener, manner);
                 written.map_err(|error| format!("{}: {error}", path.display()))
@@ -415,6 +460,7 @@ struct Snapshot {
     /// When it was asked for.
     begun: Instant,
     free: Free,
+    compress: Option<SnapshotCompression>,
 }
 
 impl Snapshot {
@@ -430,12 +476,19 @@ impl Snapshot {
             parent,
             begun,
             free,
+            compress,
         } = self;
         let swaps = Swaps::look(opener);
         let still = manner.still.as_deref();
         let free = free.left_out(still);
         let ram = SnapshotRam::new(memory, swaps.none).without(free.ranges.clone());
-        let index = write_memory(job, files.memory(), (&ram, changed), still)?;
+        let writer = PageWriter::new(&ram.ranges()).since(changed);
+        let writer = match compress {
+            None => Ok(writer.past_the_cache(files.memory_direct())),
+            Some(SnapshotCompression::Zstd) => writer.packed(),
+        };
+        let writer = writer.map_err(|error| chain(&error))?;
+        let index = write_memory(job, files.memory(), (&ram, writer), still)?;
         swaps.check(opener)?;
         set.push(index_section(&index).map_err(|error| chain(&error))?);
         let needs = parent.as_ref().map(|parent| parent.id.clone());
@@ -448,21 +501,24 @@ impl Snapshot {
             checksum: filled.checksum,
             directory: place,
         };
+        let images = opener.seal_images(&files.sealed_images());
+        let images = images.map_err(|error| chain(&error))?;
         files.keep(opener).map_err(|error| chain(&error))?;
+        images.keep();
         if let Some(taken) = taken {
             taken.keep(base);
         }
-        let written = index.data().saturating_add(filled.state);
+        let written = index.stored().saturating_add(filled.state);
         job.report(free.report(report(manner, begun, (&index, needs), written)));
         Ok(())
     }
 }
 
-/// Writes memory into `file`, or what of it has changed: `still`, while the guest goes on.
+/// Writes memory into `file`: `still`, while the guest goes on.
 fn write_memory(
     job: &mut JobHandle,
     file: &File,
-    (ram, changed): (&SnapshotRam, Option<PageSet>),
+    (ram, mut writer): (&SnapshotRam, PageWriter),
     still: Option<&Still>,
 ) -> Result<PageIndex, String> {
     let total = job.info().total;
@@ -470,27 +526,35 @@ fn write_memory(
         job.progress(done, total);
         !job.is_cancelled()
     };
-    let Some(still) = still else {
-        let index = PageIndex::write_since(file, ram, changed, &mut step);
-        return index.map_err(|error| chain(&error));
-    };
-    let cancelled = || chain(&PagesError::Cancelled);
-    let mut writer = PageWriter::new(&ram.ranges()).since(changed);
-    let mut done = writer.done();
-    while let Some(chunk) = still.next() {
-        let written = writer.write(chunk, file, ram);
-        let written = written.map_err(|error| chain(&error))?;
-        still.saved(chunk);
-        done = done.saturating_add(written.unwrap_or(0));
-        if !step(done) {
-            return Err(cancelled());
-        }
+    let cancelled = || PagesError::Cancelled;
+    for chunk in still.iter().flat_map(|still| still.zeros()) {
+        writer.leave_zeros(chunk);
     }
-    if let Some(why) = still.why() {
+    // Of one that stands all are gone through.
+    let mut done = still.map_or(0, |_| writer.done());
+    let mut all = 0..writer.count();
+    let written = writer.beside(file, ram, |feeder| {
+        while let Some(chunk) = still.map_or_else(|| all.next(), Still::next) {
+            let copied = feeder.copy(chunk)?;
+            if let Some(still) = still {
+                still.saved(chunk);
+            }
+            done = done.saturating_add(copied.unwrap_or(0));
+            if !step(done) {
+                return Err(cancelled());
+            }
+        }
+        Ok(())
+    });
+    let index = written.and_then(|written| {
+        written?;
+        writer.finish(file)
+    });
+    if let Some(why) = still.and_then(Still::why) {
         return Err(why.to_owned());
     }
-    let index = writer.finish(file).map_err(|error| chain(&error))?;
-    index.ok_or_else(cancelled)
+    let index = index.and_then(|index| index.ok_or_else(cancelled));
+    index.map_err(|error| chain(&error))
 }
 
 /// What is told of a snapshot that has been made.

@@ -83,19 +83,38 @@ impl Driver {
     }
 
     fn finish_stream(&mut self, target: &Target, mut done: Done) {
-        self.asides.finish(&target.id, &target.device);
-        if let Some(stream) = done.stream.take()
-            && let Err(error) = self.let_go(target, stream)
-        {
-            let error =
-                error.context("the image needs them no more, but images below it stay open");
-            if let Some(job) = done.job.take() {
-                job.finish(Err(error.to_string()));
+        let Some(stream) = done.stream.take() else {
+            return self.asides.finish(&target.id, &target.device);
+        };
+        let old = match self.let_go(target, stream) {
+            Ok(old) => old,
+            Err(error) => {
+                self.asides.finish(&target.id, &target.device);
+                let error =
+                    error.context("the image needs them no more, but images below it stay open");
+                if let Some(job) = done.job.take() {
+                    job.finish(Err(error.to_string()));
+                }
+                return;
             }
+        };
+        let mark = target.clone();
+        // Who knows of the end finds the images below closed.
+        let close = move || {
+            drop(old);
+            done
+        };
+        let started = self.holding("close", close, move |driver, done| {
+            driver.asides.finish(&mark.id, &mark.device);
+            drop(done);
+        });
+        if started.is_err() {
+            self.asides.finish(&target.id, &target.device);
         }
     }
 
-    fn let_go(&mut self, target: &Target, stream: Stream) -> Result<(), ControlError> {
+    /// Has the disk go on without the images that it needs no more; what it was on.
+    fn let_go(&mut self, target: &Target, stream: Stream) -> Result<DiskImage, ControlError> {
         let device = self.settled_device(&target.id)?;
         if !target.device.ptr_eq(&Arc::downgrade(&device)) {
             return Err(no_disk(&target.id));
@@ -113,9 +132,7 @@ impl Driver {
             driver.tell_of_images(std::iter::once(&target.id));
             Ok(old)
         })?;
-        // The images below are closed.
-        drop(old);
-        Ok(())
+        Ok(old)
     }
 
     /// Ends all jobs on disks: the machine ends.

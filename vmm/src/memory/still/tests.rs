@@ -13,7 +13,15 @@ const PAGE: u64 = 4096;
 /// More than a test takes.
 const LONG: Duration = Duration::from_secs(600);
 
+/// Memory each chunk of which has been touched.
 fn ram(size: u64, shared: bool) -> GuestRam {
+    let ram = empty_ram(size, shared);
+    let view = view(&ram);
+    (0..size.div_ceil(CHUNK)).for_each(|chunk| put(&view, chunk * CHUNK, 0));
+    ram
+}
+
+fn empty_ram(size: u64, shared: bool) -> GuestRam {
     let spec = RamSpec {
         size,
         shared,
@@ -111,6 +119,58 @@ fn storage_has_all_its_time_when_nobody_waits_for_what_is_not_copied() {
         still.saved(chunk);
     });
     assert_eq!(still.lock().since, None);
+}
+
+#[test]
+fn what_the_host_has_nothing_of_is_zeros_and_nobody_waits_to_write_it() {
+    if !can_hold() {
+        return;
+    }
+    let ram = empty_ram(12 * MIB, false);
+    let view = view(&ram);
+    let place = ram.slots()[0];
+    let told = Presence::open(&Opener::new()).and_then(|p| p.first(place.host, place.len));
+    if let Err(error) = told {
+        println!("skipped: the host does not tell what it has: {error}");
+        return;
+    }
+    put(&view, 3 * MIB, 7);
+    let held = begin(&ram, LONG);
+    put(&view, 9 * MIB, 8);
+    held.hold(&ram.parts()).unwrap();
+    let still = held.still();
+    assert_eq!(still.zeros(), [0, 2, 3, 5]);
+    let all: u64 = still.untouched().iter().map(|r| r.end - r.start).sum();
+    assert_eq!(all, 10 * MIB);
+    for at in [0, 5 * MIB, 10 * MIB] {
+        put(&view, at, 9);
+    }
+    let (sender, written) = channel();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            put(&view, 9 * MIB, 10);
+            sender.send(()).unwrap();
+        });
+        wait_for_wants(still, 1);
+        let words = copy(still, &view, 12 * MIB / PAGE);
+        let at = |mib: u64| words[usize::try_from(mib * MIB / PAGE).unwrap()];
+        assert_eq!([at(3), at(9)], [7, 8]);
+        assert_eq!([at(0), at(5), at(7), at(11)], [u64::MAX; 4], "not given");
+        written.recv().unwrap();
+    });
+    assert_eq!(still.why(), None);
+    assert_eq!([word(&view, 0), word(&view, 9 * MIB)], [9, 10]);
+}
+
+#[test]
+fn memory_that_others_may_write_is_protected_whatever_the_host_has_of_it() {
+    if !can_hold() {
+        return;
+    }
+    let ram = empty_ram(4 * MIB, true);
+    let held = begin(&ram, LONG);
+    held.hold(&ram.parts()).unwrap();
+    assert_eq!(held.still().zeros(), [0_usize; 0]);
 }
 
 /// Returns when `count` chunks are waited for, or nobody has to wait any more.

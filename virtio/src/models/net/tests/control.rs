@@ -196,9 +196,10 @@ fn what_the_driver_has_said_goes_on_elsewhere_and_is_announced() {
     rig.change(json!({ "link": "down" }));
     let queues = rig.stop();
     let saved = rig.net.save().unwrap();
-    assert_eq!(saved.multicast.as_deref(), Some(&[group][..]));
+    let registers = &saved.registers;
+    assert_eq!(registers.multicast.as_deref(), Some(&[group][..]));
     assert_eq!(
-        (saved.pairs, saved.link, saved.promiscuous),
+        (registers.pairs, registers.link, registers.promiscuous),
         (2, false, false)
     );
     let (mut other, _peer, told) = device(2);
@@ -229,7 +230,7 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
     assert_eq!(command(&mut rig, 0, 0, &[0]), OK);
     let queues = rig.stop();
     let mut saved = rig.net.save().unwrap();
-    saved.mac = OTHER;
+    saved.registers.mac = OTHER;
     let (mut other, _peer, _) = device(1);
     other.restore(saved).unwrap();
     other.renew();
@@ -243,7 +244,11 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
         start
     };
     assert!(filter.wants(&to(OTHER)) && filter.wants(&to(MAC)));
-    assert_eq!(other.save().unwrap().unicast, Some(vec![OTHER]));
+    assert_eq!(other.save().unwrap().former, Some(OTHER));
+    // Also where it is saved before it has run.
+    let saved = other.save().unwrap();
+    let (mut other, _peer, _) = device(1);
+    other.restore(saved).unwrap();
     let features = rig.net.features();
     let (notifier, notices) = crate::testing::notices();
     other
@@ -262,7 +267,9 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
     rig.net.read_config(7, &mut [0; 1]);
     rig.net.read_config(u64::MAX, &mut [0; 1]);
     assert!(rig.notices.try_recv().is_err());
+    assert!(rig.net.save().unwrap().blinks, "it has not been seen yet");
     assert_eq!(rig.status(), 2, "down, and to be announced");
+    assert!(!rig.net.save().unwrap().blinks);
     assert!(config(&rig), "it is told to look again");
     assert_eq!(rig.status(), 3);
     assert!(rig.notices.try_recv().is_err());
@@ -275,19 +282,35 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
     assert_eq!(rig.net.shared.filter().former, None);
 }
 
+#[test]
+fn state_of_before_there_were_links_that_blink_is_read() {
+    let (mut net, _peer, _) = device(1);
+    let saved = net.save().unwrap();
+    let new = migration::Section::encode("net", &saved).unwrap();
+    // The registers come first, and were all.
+    let mut old = migration::Section { version: 1, ..new };
+    assert_eq!(old.body.split_off(old.body.len() - 2), [0, 0]);
+    let read: NetV2 = old.decode().unwrap();
+    assert_eq!(read, saved);
+    net.restore(read).unwrap();
+    old.version = 3;
+    assert!(old.decode::<NetV2>().is_err());
+}
+
 /// Something impossible in a saved state.
-type Edit = fn(&mut NetV1);
+type Edit = fn(&mut NetV2);
 
 #[test]
 fn state_that_cannot_be_is_refused() {
     let (mut net, _peer, _) = device(2);
-    let edits: [Edit; 6] = [
-        |state| state.pairs = 0,
-        |state| state.pairs = 3,
-        |state| state.mac = [1; 6],
-        |state| state.guest_offloads = 1 << 50,
-        |state| state.unicast = Some(vec![MAC; 65]),
-        |state| state.vlans = Some(vec![0; 63]),
+    let edits: [Edit; 7] = [
+        |state| state.registers.pairs = 0,
+        |state| state.registers.pairs = 3,
+        |state| state.registers.mac = [1; 6],
+        |state| state.registers.guest_offloads = 1 << 50,
+        |state| state.registers.unicast = Some(vec![MAC; 65]),
+        |state| state.registers.vlans = Some(vec![0; 63]),
+        |state| state.former = Some([1; 6]),
     ];
     for edit in edits {
         let mut state = net.save().unwrap();
