@@ -63,7 +63,7 @@ pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
-    Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
+    Absorb, Attached, Covered, Cut, Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError,
     MirrorTarget, Overlay, OverlayError, Revert, RevertError, Stream, StreamError, Unlike, revert,
 };
 pub use lock::lock_output;

@@ -411,6 +411,7 @@ fn remove(opener: &dyn Opener, path: &Path) {
     }
 }
 
+mod absorb;
 mod changes;
 mod copy;
 mod layers;
@@ -421,6 +422,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use absorb::Absorb;
 pub use layers::Unlike;
 pub use merge::{Emptied, Merge, MergeError, Merged};
 pub use mirror::{Mirror, MirrorError, MirrorTarget};

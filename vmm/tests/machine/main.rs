@@ -29,6 +29,7 @@ mod gdb;
 mod hostile;
 mod hotplug;
 mod hung;
+mod layers;
 mod lifecycle;
 mod lives;
 mod loading;

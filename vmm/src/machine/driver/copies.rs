@@ -14,10 +14,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
+use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror, VmDiskStream};
 use api::{Answer, ControlError, ErrorKind, Reply};
 use block::{
-    Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError, MirrorTarget,
+    Absorb, Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror, MirrorError,
+    MirrorTarget,
 };
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
@@ -82,6 +83,8 @@ enum Work {
     Merge(Box<Merge>),
     /// It is copied to another place, where it then goes on or not.
     Mirror(Box<Mirror>, bool),
+    /// An image of the disk's chain takes in what is below it.
+    Absorb(Box<Absorb>),
 }
 
 /// What the disk goes on with.
@@ -131,6 +134,7 @@ impl Work {
         match self {
             Self::Merge(_) => "commit",
             Self::Mirror(..) => "mirror",
+            Self::Absorb(_) => "stream",
         }
     }
 
@@ -142,6 +146,10 @@ impl Work {
                 Ok(Next::Chain(cut))
             }
             Self::Mirror(mirror, _) => Ok(Next::Same(mirror.begin())),
+            Self::Absorb(absorb) => {
+                let cut = absorb.begin(go).map_err(|error| failed(&error))?;
+                Ok(Next::Chain(cut))
+            }
         }
     }
 
@@ -149,6 +157,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.size(),
             Self::Mirror(mirror, _) => mirror.size(),
+            Self::Absorb(absorb) => absorb.size(),
         }
     }
 
@@ -156,6 +165,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.step(at),
             Self::Mirror(mirror, _) => mirror.step(at),
+            Self::Absorb(absorb) => absorb.step(at),
         }
     }
 
@@ -163,6 +173,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.catch_up(at),
             Self::Mirror(mirror, _) => mirror.catch_up(at),
+            Self::Absorb(_) => Ok(None),
         }
     }
 
@@ -170,6 +181,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.left(),
             Self::Mirror(mirror, _) => mirror.left(),
+            Self::Absorb(_) => 0,
         }
     }
 
@@ -177,6 +189,7 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.hold_up(bytes),
             Self::Mirror(mirror, _) => mirror.hold_up(bytes),
+            Self::Absorb(_) => {}
         }
     }
 
@@ -187,6 +200,7 @@ impl Work {
             Self::Mirror(mirror, _) => mirror
                 .flush()
                 .map_err(|error| chain(&MirrorError::Copy(error))),
+            Self::Absorb(absorb) => absorb.name().map_err(|error| chain(&error)),
         }
     }
 
@@ -212,6 +226,10 @@ impl Work {
                     Next::Same(mirror.given_up())
                 })
             }
+            Self::Absorb(absorb) => {
+                let cut = absorb.finish(go).map_err(|error| failed(&error))?;
+                Ok(Next::Chain(cut))
+            }
         }
     }
 
@@ -220,6 +238,8 @@ impl Work {
         match self {
             Self::Merge(merge) => merge.given_up(),
             Self::Mirror(mirror, _) => Some(mirror.given_up()),
+            // It notes nothing.
+            Self::Absorb(_) => None,
         }
     }
 
@@ -231,6 +251,7 @@ impl Work {
                 drop(mirror);
                 Ok(())
             }
+            Self::Absorb(absorb) => absorb.settle().map_err(|error| chain(&error)),
         }
     }
 }
@@ -250,6 +271,28 @@ impl Driver {
             )))
         };
         self.copy_disk((request.id, request.speed), look, answer);
+    }
+
+    /// Begins to take what lies below an image of a disk's chain into that. The answer is the job.
+    pub(super) fn absorb_in_disk(&mut self, request: VmDiskStream, answer: Answer) {
+        let VmDiskStream {
+            id,
+            top,
+            base,
+            speed,
+        } = request;
+        if base.is_some() {
+            let message = "top and base: what is below an image in the middle is taken in whole";
+            return answer(Err(ControlError::new(ErrorKind::Invalid, message)));
+        }
+        let look = move |disk: Arc<dyn Disk>, target: &Target, opener: Arc<Opener>| {
+            let taker = top.unwrap_or_default();
+            let absorb = Absorb::of(&*disk, &target.path, &taker, &*opener, &target.options);
+            Ok(Work::Absorb(Box::new(
+                absorb.map_err(|error| failed(&error))?,
+            )))
+        };
+        self.copy_disk((id, speed), look, answer);
     }
 
     /// Begins to copy a disk to another place. The answer is the job.
