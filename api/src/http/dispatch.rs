@@ -214,6 +214,7 @@ impl Dispatcher {
             Endpoint::VmAgentNetwork => Command::Agent(AgentCommand::Network),
             Endpoint::VmScreenshot => Command::Screenshot,
             Endpoint::VmDiskLayers => Command::DiskLayers,
+            Endpoint::VmSnapshotUntrack => Command::Untrack,
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);
