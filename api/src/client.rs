@@ -469,6 +469,11 @@ impl Client {
         read("vm.disk-snapshot", &answer)
     }
 
+    /// Has what the guest writes be logged no more for snapshots with a parent.
+    pub fn snapshot_untrack(&mut self) -> Result<(), ClientError> {
+        self.command("vm.snapshot-untrack")
+    }
+
     /// Takes what lies below a disk's image into it; the job that does it.
     pub fn disk_stream(
         &mut self,

@@ -142,6 +142,8 @@ pub enum Command {
     Coredump(wire::VmCoredumpData),
     /// Write the machine as it is into a directory.
     Snapshot(wire::VmSnapshotConfig),
+    /// Log no more what is written since a snapshot.
+    Untrack,
     /// Put new overlays on disks.
     DiskSnapshot(wire::VmDiskSnapshot),
     /// Take what lies below a disk's image into it.

@@ -101,6 +101,8 @@ pub enum Endpoint {
     VmCoredump,
     /// PUT vm.snapshot
     VmSnapshot,
+    /// PUT vm.snapshot-untrack
+    VmSnapshotUntrack,
     /// PUT vm.disk-snapshot
     VmDiskSnapshot,
     /// PUT vm.disk-stream
@@ -584,6 +586,14 @@ pub const ROUTES: &[Route] = &[
     .about("Writes the machine as it is into a directory, from which it can be restored.")
     .takes::<wire::VmSnapshotConfig>()
     .fails(&[400, 404, 409, 429, 501]),
+    put(
+        Endpoint::VmSnapshotUntrack,
+        "vm.snapshot-untrack",
+        "The VM could not be untracked",
+    )
+    .added()
+    .about("Logs no more what has been written since the snapshot that was tracked last: none has a parent until another one has been tracked.")
+    .fails(&[404, 409, 429]),
     put(
         Endpoint::VmDiskSnapshot,
         "vm.disk-snapshot",

@@ -494,6 +494,7 @@ fn remove(opener: &dyn Opener, path: &Path) {
     }
 }
 
+mod absorb;
 mod backup;
 mod before;
 mod changes;
@@ -506,6 +507,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use absorb::Absorb;
 pub use backup::{Backup, BackupError, BackupRequest};
 pub use layers::Unlike;
 pub use merge::{Emptied, Merge, MergeError, Merged};

@@ -215,6 +215,7 @@ impl Dispatcher {
             Endpoint::VmScreenshot => Command::Screenshot,
             Endpoint::VmDiskLayers => Command::DiskLayers,
             Endpoint::VmDiskBitmaps => Command::DiskBitmaps,
+            Endpoint::VmSnapshotUntrack => Command::Untrack,
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);

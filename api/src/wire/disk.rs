@@ -71,7 +71,10 @@ pub struct DiskLayer {
 pub struct VmDiskStream {
     /// The disk's id.
     pub id: String,
-    /// The image of its chain that stays below it; absent: none does.
+    /// The image of its chain that takes in what lies below it, and has nothing below it then; absent: the disk's own one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top: Option<PathBuf>,
+    /// The image of its chain that stays below the disk's own; absent: none does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<PathBuf>,
     /// The most bytes to be copied in a second; absent: no limit.

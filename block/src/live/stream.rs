@@ -47,6 +47,9 @@ pub enum StreamError {
     /// The base is not in the chain, or is the first one below already.
     #[error("{}: there is no image between it and the disk's: give one that lies further below", .0.display())]
     NotBelow(PathBuf),
+    /// Only an image below the disk's own takes in what is below that.
+    #[error("{}: it does not lie below the disk's image, and is to take in what lies below it", .0.display())]
+    NotInMiddle(PathBuf),
     /// The base cannot be named.
     #[error("{}: its name is no UTF-8, so that the image cannot name it", .0.display())]
     Name(PathBuf),
@@ -195,7 +198,7 @@ pub(super) fn reopen(
 }
 
 /// Refuses an image with internal snapshots: only clusters of the disk as it is now are taken in.
-fn check_no_snapshots(header: &Header) -> Result<(), StreamError> {
+pub(super) fn check_no_snapshots(header: &Header) -> Result<(), StreamError> {
     match header.snapshots {
         0 => Ok(()),
         count => Err(StreamError::Snapshots(count)),

@@ -491,6 +491,7 @@ fn an_image_whose_snapshots_lean_on_what_is_below_is_not_cut_off_from_it() {
     assert!(bench.line("qemu-img info top").contains("backing file"));
 }
 
+mod absorbing;
 mod backing_up;
 mod merging;
 mod mirroring;

@@ -153,6 +153,7 @@ fn of_stream(error: &StreamError) -> Says {
         | StreamError::NoBacking
         | StreamError::ReadOnly
         | StreamError::NotBelow(_)
+        | StreamError::NotInMiddle(_)
         | StreamError::Snapshots(_)
         | StreamError::Name(_) => Fault(ErrorKind::Invalid),
         StreamError::Open(error) => of_disk(error),

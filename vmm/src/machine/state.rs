@@ -33,6 +33,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::AddPort(_)
         | Command::RemovePort(_)
         | Command::Coredump(_)
+        | Command::Untrack
         | Command::DiskSnapshot(_)
         | Command::DiskStream(_)
         | Command::DiskCommit(_)

@@ -131,6 +131,16 @@ impl Tracking {
         Ok(ready)
     }
 
+    /// Nothing is compared with any more, and nothing logged, unless somebody is about to take what is compared with.
+    pub fn end(&self) {
+        let mut inner = self.lock();
+        inner.base = None;
+        inner.pending = None;
+        if inner.ready.strong_count() == 0 {
+            inner.consumer = None;
+        }
+    }
+
     /// That memory is compared with `asked`, and which chunks have been written since, as far as they are now.
     ///
     /// # Errors
@@ -400,6 +410,33 @@ mod tests {
         assert!(!rig.is_on());
         let refused = rig.tracking.look(&base("a")).unwrap_err();
         assert!(matches!(refused, TrackError::None { .. }), "{refused}");
+    }
+
+    #[test]
+    fn who_ends_it_has_nothing_logged_and_the_next_one_begins_anew() {
+        let rig = Rig::new();
+        rig.take(None).taken.unwrap().keep(base("a"));
+        rig.tracking.end();
+        assert!(!rig.is_on());
+        let refused = rig.tracking.look(&base("a")).unwrap_err();
+        assert!(matches!(refused, TrackError::None { .. }), "{refused}");
+        rig.tracking.end();
+        rig.write(1);
+        rig.take(None).taken.unwrap().keep(base("b"));
+        rig.write(2);
+        assert_eq!(rig.count(&base("b")), 1);
+        // One whose thread has not come back makes nothing of what is not logged any more.
+        let late = rig.take(Some(&base("b"))).taken.unwrap();
+        rig.tracking.end();
+        late.keep(base("late"));
+        assert!(rig.tracking.lock().base.is_none());
+        assert!(!rig.is_on());
+        // Who is ready for the next one keeps the log.
+        let ready = rig.tracking.begin().unwrap();
+        rig.tracking.end();
+        assert!(rig.is_on());
+        drop(ready);
+        assert!(!rig.is_on());
     }
 
     #[test]

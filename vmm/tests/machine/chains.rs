@@ -577,3 +577,29 @@ fn the_snapshots_that_are_kept_of_each_format_are_read() {
         "{listed}"
     );
 }
+
+#[test]
+fn after_the_log_has_been_given_up_a_snapshot_is_a_whole_one() {
+    if !can_run() {
+        return;
+    }
+    let mut guest = Counting::new();
+    guest.save("a", None, true);
+    let mut client = guest.machine.client();
+    // Also where there is nothing to be given up.
+    for _ in 0..2 {
+        client.snapshot_untrack().unwrap();
+    }
+    let refused = guest.refused("b", "a");
+    assert!(
+        refused.contains("what has changed since is not known"),
+        "{refused}"
+    );
+    guest.step(1);
+    let whole = guest.save("c", None, true);
+    assert!(whole.pages >= 4096, "{whole:?}");
+    guest.step(1);
+    let child = guest.save("d", Some("c"), false);
+    assert!(child.pages < STEP + BESIDES, "{child:?}");
+    guest.end();
+}

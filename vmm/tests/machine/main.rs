@@ -31,6 +31,7 @@ mod gdb;
 mod hostile;
 mod hotplug;
 mod hung;
+mod layers;
 mod lifecycle;
 mod lives;
 mod loading;

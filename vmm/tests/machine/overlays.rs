@@ -160,9 +160,12 @@ fn succeeded(machine: &mut Local, serial: &Path) {
 fn shorten_chains(writer: &Writer) {
     let stream = |id: &str, base: Option<PathBuf>| {
         let (id, speed) = (id.to_owned(), None);
-        writer
-            .machine
-            .ask(Ask::DiskStream(VmDiskStream { id, base, speed }))
+        writer.machine.ask(Ask::DiskStream(VmDiskStream {
+            id,
+            top: None,
+            base,
+            speed,
+        }))
     };
     for (id, base) in [("a", None), ("b", Some(writer.path("b.1")))] {
         let Ok(Reply::Started(job)) = stream(id, base) else {
@@ -311,6 +314,7 @@ fn images_are_merged_down_while_their_guest_writes_and_a_snapshot_can_be_taken_m
     writer.snapshot("4", Quiesce::Off);
     let slow = Ask::DiskStream(VmDiskStream {
         id: "a".to_owned(),
+        top: None,
         base: None,
         speed: Some(1),
     });

@@ -46,7 +46,7 @@ impl Guest {
         merge.settle().unwrap();
     }
 
-    fn flush(&self) {
+    pub(super) fn flush(&self) {
         let mut queue = self.disk.queue(1).unwrap();
         perform(&mut *queue, Op::Flush, 0, Buffers::none()).unwrap();
     }
@@ -73,7 +73,7 @@ pub(super) fn copy(guest: &mut Guest, merge: &Merge) {
 }
 
 /// The guest on a chain of these images above the base, the last one being its own.
-fn on_chain(bench: &Bench, format: Format, seed: u64, names: &[&str]) -> Guest {
+pub(super) fn on_chain(bench: &Bench, format: Format, seed: u64, names: &[&str]) -> Guest {
     let mut guest = Guest::on(bench, format, seed);
     for name in names {
         guest.work(30);
@@ -179,7 +179,7 @@ fn held(bench: &Bench, name: &str, format: Format) -> Vec<u8> {
 }
 
 /// What a killed monitor leaves: the files as the host has them.
-fn killed(bench: &Bench, names: &[&str], model: &[u8], when: &str) {
+pub(super) fn killed(bench: &Bench, names: &[&str], model: &[u8], when: &str) {
     let after = Bench::new();
     for name in names {
         fs::copy(bench.path(name), after.path(name)).unwrap();

@@ -216,8 +216,11 @@ fn on_files(id: &str, config: &BlkConfig, layer: Option<&Path>) -> anyhow::Resul
 enum Way {
     /// It is the disk's own: it goes into the one below.
     Commit { top: Option<PathBuf>, base: PathBuf },
-    /// The disk's own takes it in.
-    Stream { base: Option<PathBuf> },
+    /// The one right above takes it in: the disk's own, or `top`.
+    Stream {
+        top: Option<PathBuf>,
+        base: Option<PathBuf>,
+    },
 }
 
 /// How the image at `depth` goes.
@@ -227,15 +230,15 @@ fn way(layers: &[ChainLayer], depth: usize) -> Result<Way, String> {
     match (depth, below) {
         (0, None) => Err("it is the disk's only image".to_owned()),
         (0, Some(base)) => Ok(Way::Commit { top: None, base }),
-        (1, base) => Ok(Way::Stream { base }),
+        (1, base) => Ok(Way::Stream { top: None, base }),
         (_, Some(base)) => Ok(Way::Commit {
             top: path(depth),
             base,
         }),
-        (_, None) => Err(
-            "others lie on it that lie on each other: merge those into it first, or take all in with 'vireo disk stream'"
-                .to_owned(),
-        ),
+        (_, None) => Ok(Way::Stream {
+            top: path(depth - 1),
+            base: None,
+        }),
     }
 }
 
@@ -280,9 +283,14 @@ pub(super) fn delete(arguments: DeleteArgs) -> anyhow::Result<()> {
             };
             (remote.client.disk_commit(&request), &commit::CANCELLED)
         }
-        Way::Stream { base } => {
+        Way::Stream { top, base } => {
             let id = id.clone();
-            let request = VmDiskStream { id, base, speed };
+            let request = VmDiskStream {
+                id,
+                top,
+                base,
+                speed,
+            };
             (remote.client.disk_stream(&request), &stream::CANCELLED)
         }
     };
@@ -385,11 +393,15 @@ mod tests {
         };
         assert_eq!(way(&four, 0), Ok(commit(None, "/c")));
         let base = Some(base("/b"));
-        assert_eq!(way(&four, 1), Ok(Way::Stream { base }));
+        assert_eq!(way(&four, 1), Ok(Way::Stream { top: None, base }));
         assert_eq!(way(&four, 2), Ok(commit(Some("/b"), "/a")));
-        assert!(way(&four, 3).is_err());
+        let stream = |top: Option<&str>| Way::Stream {
+            top: top.map(PathBuf::from),
+            base: None,
+        };
+        assert_eq!(way(&four, 3), Ok(stream(Some("/b"))));
         let two = chain(&["/b", "/a"]);
-        assert_eq!(way(&two, 1), Ok(Way::Stream { base: None }));
+        assert_eq!(way(&two, 1), Ok(stream(None)));
         assert!(way(&chain(&["/a"]), 0).is_err());
     }
 

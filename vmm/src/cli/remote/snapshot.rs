@@ -13,7 +13,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::super::Misuse;
 use super::super::image::interrupt;
 use super::super::image::progress::Progress;
-use super::super::target::SocketFlag;
+use super::super::target::{SocketFlag, Target};
 use super::saved::{self, FlattenArgs, SavedArgs};
 use super::watch::Watch;
 use super::{print, print_json};
@@ -31,6 +31,10 @@ Examples:
       Then: vireo run --restore /srv/snapshots/web-1
   vireo snapshot create --api-socket /tmp/vm.sock before-update --json";
 
+const UNTRACK_EXAMPLES: &str = "\
+Examples:
+  vireo snapshot untrack web";
+
 /// How often it is looked whether the snapshot is there, also when no event tells.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long it may take: the machine's end and Ctrl-C end it before.
@@ -46,6 +50,11 @@ pub(in crate::cli) enum SnapshotVerb {
     /// answer tells why. Its disks are not part of it. Ctrl-C cancels it, and leaves no snapshot.
     #[command(after_help = CREATE_EXAMPLES)]
     Create(CreateArgs),
+    /// Log no more what the guest writes since the snapshot that was tracked last
+    ///
+    /// The guest is as fast again as before, and none of its snapshots can be a parent until another one is made with --track.
+    #[command(after_help = UNTRACK_EXAMPLES)]
+    Untrack(Target),
     /// Tell what a snapshot holds
     ///
     /// Reads its manifest alone.
@@ -111,6 +120,11 @@ enum Compress {
 pub(super) fn run(verb: SnapshotVerb, opener: &Opener) -> anyhow::Result<()> {
     match verb {
         SnapshotVerb::Create(arguments) => create(arguments),
+        SnapshotVerb::Untrack(target) => {
+            let mut remote = target.connect()?;
+            let done = remote.client.snapshot_untrack();
+            done.map_err(|error| remote.failed(error))
+        }
         SnapshotVerb::Info(arguments) => saved::info(&arguments, opener),
         SnapshotVerb::Verify(arguments) => saved::verify(&arguments, opener),
         SnapshotVerb::Flatten(arguments) => saved::flatten(&arguments, opener),

@@ -31,6 +31,9 @@ pub(in crate::cli) struct StreamArgs {
     words: Vec<String>,
     #[command(flatten)]
     socket: SocketFlag,
+    /// The image of the disk's chain that takes in all that lies below it (default: the disk's own)
+    #[arg(long, value_name = "PATH", conflicts_with = "base")]
+    top: Option<PathBuf>,
     /// The image of the disk's chain that stays below it (default: none does)
     #[arg(long, value_name = "PATH")]
     base: Option<PathBuf>,
@@ -60,6 +63,7 @@ pub(super) fn layer(flag: &str, path: Option<PathBuf>) -> anyhow::Result<Option<
 
 pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
     let speed = speed(arguments.speed)?;
+    let top = layer("--top", arguments.top)?;
     let base = layer("--base", arguments.base)?;
     let (mut remote, [id]) = arguments
         .socket
@@ -68,6 +72,7 @@ pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let request = VmDiskStream {
         id: id.clone(),
+        top,
         base,
         speed,
     };

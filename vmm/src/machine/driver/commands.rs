@@ -78,6 +78,7 @@ impl Driver {
             }
             Command::Nmi => self.machine.inject_nmi(),
             Command::Reset => self.reset(EventKind::Reset),
+            Command::Untrack => return self.untrack().map(|()| Reply::Done),
             Command::Resize(request) => return self.resize(&request).map(|()| Reply::Done),
             Command::RemoveDevice(request) => {
                 let asked = self.machine.request_removal(&request.id);

@@ -14,10 +14,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror};
+use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror, VmDiskStream};
 use api::{Answer, ControlError, ErrorKind, Reply};
 use block::{
-    Backup, BackupError, Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror,
+    Absorb, Backup, BackupError, Cut, Disk, Emptied, Format, ImageOptions, Merge, Merged, Mirror,
     MirrorError, MirrorTarget,
 };
 use virtio::device::DiskImage;
@@ -85,6 +85,8 @@ pub(super) enum Work {
     Mirror(Box<Mirror>, bool),
     /// What it holds at the beginning is copied.
     Backup(Box<Backup>),
+    /// An image of the disk's chain takes in what is below it.
+    Absorb(Box<Absorb>),
 }
 
 /// What the disk goes on with.
@@ -135,6 +137,7 @@ impl Work {
             Self::Merge(_) => "commit",
             Self::Mirror(..) => "mirror",
             Self::Backup(_) => "backup",
+            Self::Absorb(_) => "stream",
         }
     }
 
@@ -150,6 +153,10 @@ impl Work {
                 let guarded = backup.begin().map_err(|error| failed(&error))?;
                 Ok(Next::Same(guarded))
             }
+            Self::Absorb(absorb) => {
+                let cut = absorb.begin(go).map_err(|error| failed(&error))?;
+                Ok(Next::Chain(cut))
+            }
         }
     }
 
@@ -158,6 +165,7 @@ impl Work {
             Self::Merge(merge) => merge.size(),
             Self::Mirror(mirror, _) => mirror.size(),
             Self::Backup(backup) => backup.size(),
+            Self::Absorb(absorb) => absorb.size(),
         }
     }
 
@@ -166,6 +174,7 @@ impl Work {
             Self::Merge(merge) => merge.step(at),
             Self::Mirror(mirror, _) => mirror.step(at),
             Self::Backup(backup) => backup.step(at),
+            Self::Absorb(absorb) => absorb.step(at),
         }
     }
 
@@ -174,6 +183,7 @@ impl Work {
             Self::Merge(merge) => merge.catch_up(at),
             Self::Mirror(mirror, _) => mirror.catch_up(at),
             Self::Backup(_) => Ok(None),
+            Self::Absorb(_) => Ok(None),
         }
     }
 
@@ -182,6 +192,7 @@ impl Work {
             Self::Merge(merge) => merge.left(),
             Self::Mirror(mirror, _) => mirror.left(),
             Self::Backup(_) => 0,
+            Self::Absorb(_) => 0,
         }
     }
 
@@ -190,6 +201,7 @@ impl Work {
             Self::Merge(merge) => merge.hold_up(bytes),
             Self::Mirror(mirror, _) => mirror.hold_up(bytes),
             Self::Backup(_) => (),
+            Self::Absorb(_) => {}
         }
     }
 
@@ -203,6 +215,7 @@ impl Work {
             Self::Backup(backup) => backup
                 .prepare()
                 .map_err(|error| chain(&BackupError::Copy(error))),
+            Self::Absorb(absorb) => absorb.name().map_err(|error| chain(&error)),
         }
     }
 
@@ -232,6 +245,10 @@ impl Work {
                 backup.finish(go).map_err(|error| failed(&error))?;
                 Ok(Next::Same(backup.given_up()))
             }
+            Self::Absorb(absorb) => {
+                let cut = absorb.finish(go).map_err(|error| failed(&error))?;
+                Ok(Next::Chain(cut))
+            }
         }
     }
 
@@ -241,6 +258,8 @@ impl Work {
             Self::Merge(merge) => merge.given_up(),
             Self::Mirror(mirror, _) => Some(mirror.given_up()),
             Self::Backup(backup) => Some(backup.given_up()),
+            // It notes nothing.
+            Self::Absorb(_) => None,
         }
     }
 
@@ -256,6 +275,7 @@ impl Work {
                 drop(backup);
                 Ok(())
             }
+            Self::Absorb(absorb) => absorb.settle().map_err(|error| chain(&error)),
         }
     }
 }
@@ -283,6 +303,28 @@ impl Driver {
             )))
         };
         self.copy_disk((request.id, request.speed), look, answer);
+    }
+
+    /// Begins to take what lies below an image of a disk's chain into that. The answer is the job.
+    pub(super) fn absorb_in_disk(&mut self, request: VmDiskStream, answer: Answer) {
+        let VmDiskStream {
+            id,
+            top,
+            base,
+            speed,
+        } = request;
+        if base.is_some() {
+            let message = "top and base: what is below an image in the middle is taken in whole";
+            return answer(Err(ControlError::new(ErrorKind::Invalid, message)));
+        }
+        let look = move |disk: Arc<dyn Disk>, target: &Target, opener: Arc<Opener>| {
+            let taker = top.unwrap_or_default();
+            let absorb = Absorb::of(&*disk, &target.path, &taker, &*opener, &target.options);
+            Ok(Work::Absorb(Box::new(
+                absorb.map_err(|error| failed(&error))?,
+            )))
+        };
+        self.copy_disk((id, speed), look, answer);
     }
 
     /// Begins to copy a disk to another place. The answer is the job.

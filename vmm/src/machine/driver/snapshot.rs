@@ -290,6 +290,13 @@ impl Driver {
         Ok(())
     }
 
+    /// Has what is written be logged no more.
+    pub(super) fn untrack(&mut self) -> Result<(), ControlError> {
+        self.check_no_snapshot()?;
+        self.machine.tracking().end();
+        Ok(())
+    }
+
     /// Asks the guest for free pages where they are wanted, and goes on when it has told of them.
     fn ask_first(&mut self, mut begun: Begun) {
         let wanted = begun.request.skip_free_pages;

@@ -23,6 +23,9 @@ use crate::monitor::JobHandle;
 impl Driver {
     /// Begins to take what lies below a disk's image into it. The answer is the job.
     pub(super) fn stream_disk(&mut self, request: VmDiskStream, answer: Answer) {
+        if request.top.is_some() {
+            return self.absorb_in_disk(request, answer);
+        }
         let begun = self.begin_copy(&request.id, request.speed);
         let (target, device) = match begun {
             Ok(begun) => begun,
