@@ -211,7 +211,11 @@ impl Chain<'_> {
         let storage = self.storage(path, write)?;
         let mut header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
         if let Some(seen) = &self.seen {
-            seen.borrow_mut().next(path, header.unfinished())?;
+            match seen.borrow_mut().next(path, header.unfinished()) {
+                // Images are known by their names, and the one above may have got another since.
+                Err(unfinished) if depth > 0 => tracing::warn!("{unfinished}"),
+                judged => judged?,
+            }
         }
         if let Some(snapshot) = snapshot {
             look_at(&mut header, &*storage, snapshot)

@@ -167,7 +167,7 @@ pub enum OpenError {
     /// What lies on it was being merged into it, and does not lie on it here.
     #[error(
         "disk {}: {top} was being merged into it, and that has not ended: by itself it holds a mixture of two times; have the merge end \
-         first: 'vireo disk commit', or 'vireo image commit -b {} {top}'",
+         first: 'vireo disk commit', or 'vireo image commit -b {} {top}'; an image that has been renamed needs that name for it",
         path.display(), path.display()
     )]
     Unfinished {

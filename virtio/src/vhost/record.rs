@@ -62,8 +62,9 @@ fn short(bytes: &[u8], at: usize) -> u16 {
 
 /// Whether a file is memory, of so many bytes at least. Only such has seals, set or not.
 fn is_memory(file: &OwnedFd, len: u64) -> bool {
-    let bytes = fstat(file).map(|facts| u64::try_from(facts.st_size));
-    fcntl_get_seals(file).is_ok() && bytes.is_ok_and(|bytes| bytes.is_ok_and(|bytes| bytes >= len))
+    // First: a file of a peer's own file system may take for ever to tell its length.
+    fcntl_get_seals(file).is_ok()
+        && fstat(file).is_ok_and(|facts| u64::try_from(facts.st_size).is_ok_and(|has| has >= len))
 }
 
 /// The record, as the peer that made it has described it.

@@ -157,7 +157,8 @@ impl Files {
         }
         if result.is_err() {
             // Nobody else has these names, of which the id is part. The reason that is told is the first one.
-            named.iter().for_each(|path| drop(opener.remove_file(path)));
+            // A manifest that cannot be removed keeps what it names.
+            let _ = named.iter().try_for_each(|path| opener.remove_file(path));
         }
         result
     }
