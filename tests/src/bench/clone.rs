@@ -76,6 +76,8 @@ pub fn pools(settings: &Settings) -> Result<Vec<Measure>> {
 /// A template of a small guest, whose serial port is a socket.
 struct Template {
     directory: tempfile::TempDir,
+    /// What its machines are called before their numbers.
+    prefix: String,
 }
 
 fn vireo(arguments: &[&str]) -> Result<Command> {
@@ -122,7 +124,8 @@ impl Template {
             "--template",
         ])?;
         done(&["destroy", "--api-socket", &api])?;
-        Ok(Self { directory })
+        let prefix = format!("bench-{guest}-{}", std::process::id());
+        Ok(Self { directory, prefix })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -131,8 +134,7 @@ impl Template {
 
     /// Starts `count` machines, which end when what is given is dropped.
     fn pool(&self, count: u32) -> Result<Pool> {
-        let prefix = format!("bench-{}", std::process::id());
-        let mut command = vireo(&["clone", "--json", "--name", &prefix])?;
+        let mut command = vireo(&["clone", "--json", "--name", &self.prefix])?;
         command
             .args(["--count", &count.to_string()])
             .arg(self.path("t"));
