@@ -137,6 +137,18 @@ impl Live {
         }
     }
 
+    /// Makes all durable that the disk holds, and leaves nothing to be written when it is closed. Nobody changes it meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn bring_out(&self) -> io::Result<()> {
+        match &self.0 {
+            Top::Raw(_) => self.flush(),
+            Top::Qcow2(image) => image.bring_out(),
+        }
+    }
+
     /// The bitmaps that tell what has been written to the disk.
     ///
     /// # Errors

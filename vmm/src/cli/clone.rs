@@ -212,6 +212,15 @@ fn prepare(arguments: CloneArgs, opener: Arc<Opener>) -> anyhow::Result<(Saved, 
         );
     };
     sealed::check(images, &opener)?;
+    for (id, disk) in crate::chains::disks(&saved.config) {
+        let of_it = images.disks.iter().find(|sealed| sealed.id == id);
+        if !disk.readonly && of_it.is_none_or(|sealed| Path::new(&sealed.path) != disk.path) {
+            bail!(
+                "disk {id:?}: {} is not the image that the template tells of",
+                disk.path.display()
+            );
+        }
+    }
     saved.ask(RestoreWay {
         memory: Some(MemoryRestoreMode::Mmap),
         ..RestoreWay::default()

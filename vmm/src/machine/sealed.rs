@@ -76,11 +76,11 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// The storage's.
+    /// The storage's; an image that is no file.
     pub fn look(&self, opener: &Opener) -> Result<Vec<SealedDisk>, ControlError> {
         let Self { id, config, device } = self;
         let disk = device.upgrade().and_then(|device| device.disk());
-        if let Some(Err(error)) = disk.and_then(|disk| Some(disk.live()?.flush())) {
+        if let Some(Err(error)) = disk.and_then(|disk| Some(disk.live()?.bring_out())) {
             let failed = ControlError::from_error(ErrorKind::Failed, &error);
             return Err(
                 failed.context(format!("disk {id:?}: what it holds cannot be made durable"))
@@ -88,8 +88,17 @@ impl Disk {
         }
         let images = std::iter::once(config.path.clone()).chain(below(config, opener));
         let looked = images.map(|path| image(id, &path, opener));
-        let looked: Result<Vec<_>, OpenError> = looked.collect();
-        looked.map_err(|error| ControlError::from_error(fault::of(&error), &error))
+        let looked: Result<Vec<SealedDisk>, OpenError> = looked.collect();
+        let looked = looked.map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
+        // What has no time of its last change is no file.
+        if let Some(device) = looked.iter().find(|image| image.modified == 0) {
+            let message = format!(
+                "disk {id:?}: {} is no file: nobody would see whether it has been written to since; a template's disks have images in files",
+                device.path
+            );
+            return Err(ControlError::new(ErrorKind::Invalid, message));
+        }
+        Ok(looked)
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, SeekFrom, ioctl_ficlone, open, seek, unlinkat};
 use rustix::io::Errno;
 
 use super::{OpenError, Opener, system};
@@ -118,11 +118,20 @@ impl Opener {
     ///
     /// [`OpenError`].
     pub fn remove_directory(&self, path: &Path) -> Result<(), OpenError> {
-        for name in self.names_in(path)? {
-            let file = path.join(name);
-            let facts = fs::symlink_metadata(&file).map_err(system("remove", &file))?;
-            if !facts.is_dir() {
-                fs::remove_file(&file).map_err(system("remove", &file))?;
+        let failed = |errno: Errno| system("remove", path)(errno.into());
+        // What has been put in its place since is not followed.
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = open(path, flags, Mode::empty()).map_err(failed)?;
+        for entry in Dir::read_from(&directory).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            if [c".", c".."].contains(&name) {
+                continue;
+            }
+            match unlinkat(&directory, name, AtFlags::empty()) {
+                // A directory.
+                Ok(()) | Err(Errno::ISDIR | Errno::PERM) => (),
+                Err(errno) => return Err(failed(errno)),
             }
         }
         fs::remove_dir(path).map_err(system("remove", path))
@@ -293,8 +302,15 @@ mod tests {
         fs::write(path.join("f"), "x").unwrap();
         fs::create_dir(path.join("more")).unwrap();
         assert!(opener.remove_directory(&path).is_err());
+        assert!(!path.join("f").exists());
         fs::remove_dir(path.join("more")).unwrap();
         opener.remove_directory(&path).unwrap();
         assert!(!path.exists());
+        let other = dir.path().join("other");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("f"), "x").unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert!(opener.remove_directory(&path).is_err());
+        assert!(other.join("f").exists());
     }
 }

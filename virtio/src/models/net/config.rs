@@ -1,11 +1,12 @@
 //! The configuration of a network device.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use net::{MacAddress, Offloads, Request, Setup, Source, is_interface_name};
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -627,8 +628,12 @@ impl NetConfig {
 /// An address that nothing else is likely to have.
 #[must_use]
 pub fn random_mac() -> MacAddress {
-    // The standard library keys its hashers by what the system has of randomness.
-    MacAddress::local(RandomState::new().build_hasher().finish())
+    let mut bytes = [0; 8];
+    match getrandom(&mut bytes, GetRandomFlags::empty()) {
+        Ok(_) => MacAddress::local(u64::from_ne_bytes(bytes)),
+        // The standard library keys its hashers by what the system had of randomness. Processes that were forked have the same.
+        Err(_) => MacAddress::local(RandomState::new().hash_one(std::process::id())),
+    }
 }
 
 fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>, BuildError> {

@@ -198,7 +198,7 @@ impl<'a> Pool<'a> {
     fn end_all(&mut self) {
         for mut begun in self.begun.drain(..) {
             // It may be about to run: then it can be asked, which leaves none of its sockets.
-            let runs = begun.ran.is_some() || begun.hear().is_ok();
+            let runs = begun.ran.is_some() || begun.has_told() && begun.hear().is_ok();
             let asked = runs && {
                 let socket = self.plan.socket(begun.number);
                 let client = Client::connect_within(socket, ENDING);
@@ -227,6 +227,15 @@ impl<'a> Pool<'a> {
 }
 
 impl Begun {
+    /// Whether it has something to say. One that has not may copy for hours, or wait for storage.
+    fn has_told(&self) -> bool {
+        let Some(report) = &self.report else {
+            return false;
+        };
+        let mut fds = [PollFd::new(report, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
     /// Hears whether it runs, or why not.
     fn hear(&mut self) -> Result<(), String> {
         let mut text = Vec::new();

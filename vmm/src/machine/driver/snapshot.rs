@@ -190,6 +190,7 @@ impl Driver {
             let parent = request.parent.as_deref().map(parent_path).transpose()?;
             // Before anything is made; another look follows when it is.
             self.check_form()?;
+            self.check_disks_stay()?;
             let template = request.template.then(|| self.template_disks(&request));
             let id = new_id().map_err(|error| error.to_control())?;
             Ok((path, parent, template.transpose()?, id))
@@ -247,6 +248,20 @@ impl Driver {
             self.asides.answer(answer, Err(error));
             self.do_later();
         }
+    }
+
+    /// That the disks that the guest can write to do not go with this machine: what a snapshot refers to is to be there later.
+    fn check_disks_stay(&self) -> Result<(), ControlError> {
+        let description = self.ears.description.as_ref().ok_or_else(ended)?;
+        for (id, config) in crate::chains::disks(&description.config) {
+            if !config.readonly && config.path.starts_with("/proc/self/fd") {
+                let message = format!(
+                    "disk {id:?} goes when this machine ends, as those of 'vireo clone --stateless' do: a snapshot would have none"
+                );
+                return Err(ControlError::new(ErrorKind::Conflict, message));
+            }
+        }
+        Ok(())
     }
 
     /// The disks of a machine that becomes a template, which its guest could write to.
