@@ -365,9 +365,11 @@ impl Disk for RawDisk {
         if !size.is_multiple_of(unit) {
             return Err(ResizeError::Unit { size, unit }.into());
         }
-        self.file.grow(size)?;
+        // First: whoever sees the new size may write there.
+        self.file.tracks().resize(self.file.size().max(size));
+        let grown = self.file.grow(size);
         self.file.tracks().resize(self.file.size());
-        Ok(())
+        grown
     }
 
     fn observe(&self, observer: Arc<dyn Observer>) {

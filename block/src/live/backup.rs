@@ -3,8 +3,9 @@
 //! 1. [`Backup::of`] makes the target, under a hidden name.
 //! 2. Its user ends all queues of the disk, and goes on with those of [`Backup::begin`]: what the disk holds then is what is copied.
 //!    A part is copied before it is changed for the first time, and a change waits for that.
-//! 3. [`Backup::step`], over all of the disk, copies the rest, and [`Backup::prepare`] makes the target durable.
-//! 4. The queues are ended once more, and [`Backup::finish`] gives the target its name. Then the disk goes on as before.
+//! 3. [`Backup::step`], over all of the disk, copies the rest, [`Backup::prepare`] makes the target durable, and [`Backup::name`] gives
+//!    it its name.
+//! 4. The queues are ended once more, and the disk goes on as before.
 //!
 //! A bitmap tells what is copied, and is left with what has been written since the instant. It changes only when the target has its
 //! name. Before that, and where anything fails, it records as if there were no backup.
@@ -28,6 +29,9 @@ use crate::qcow2::{ChangeError, Qcow2};
 use crate::raw::{OpenError, open_file};
 use crate::size::Size;
 use crate::{CreateOptions, Preallocation};
+
+/// The most bytes that are read at once.
+const PIECE: u64 = 2 << 20;
 
 /// What a backup is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,8 +190,8 @@ impl Backup {
     ///
     /// # Errors
     ///
-    /// [`BackupError`]; the disk is as it was.
-    pub fn begin(&mut self) -> Result<Arc<dyn Disk>, BackupError> {
+    /// [`BackupError`]; the disk is as it was. So it is where `go`, which is asked once, says that nobody waits any more.
+    pub fn begin(&mut self, go: &dyn Fn() -> bool) -> Result<Arc<dyn Disk>, BackupError> {
         let (now, then) = (self.plain.info().size, self.size);
         if now != then {
             return Err(BackupError::Resized { now, then });
@@ -202,6 +206,10 @@ impl Backup {
             let begun = self.live.begin_next(name, !incremental, keep);
             begun.map_err(BackupError::Bitmap)?;
             self.following = true;
+        }
+        // The disk may have gone on without this while storage did not answer.
+        if !go() {
+            return Err(BackupError::Copy(io::ErrorKind::TimedOut.into()));
         }
         Ok(Arc::clone(&self.guarded))
     }
@@ -239,17 +247,14 @@ impl Backup {
         self.target.as_qcow2().map_or(Ok(()), Qcow2::close)
     }
 
-    /// Gives the target its name, and has the bitmap forget what is in it. `go` is asked once, before that: where it is `false`,
-    /// nobody waits any more.
+    /// Gives the target its name, and has the bitmap forget what is in it: the backup is there. The disk may be worked on, so that nobody
+    /// waits for the target's storage; it goes on as it was before, with [`Backup::given_up`], when its queues have been ended.
     ///
     /// # Errors
     ///
     /// [`BackupError`]; the disk is as it was, and the bitmap too.
-    pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<(), BackupError> {
+    pub fn name(&mut self) -> Result<(), BackupError> {
         self.instants.settle().map_err(BackupError::Copy)?;
-        if !go() {
-            return Err(BackupError::Copy(io::ErrorKind::TimedOut.into()));
-        }
         let path = self.request.path.clone();
         let named = self.made.opener.rename(&self.made.path, &path);
         if let Err(source) = named {
@@ -363,7 +368,8 @@ fn open(made: &Made, options: &ImageOptions) -> Result<Layer, OpenError> {
 fn copy(source: &dyn Image, target: &dyn Image, range: Range<u64>, told: bool) -> io::Result<u64> {
     let (mut at, mut moved) = (range.start, 0);
     while at < range.end {
-        let found = status(source, at, range.end - at)?;
+        // What is read at once is in memory.
+        let found = status(source, at, (range.end - at).min(PIECE))?;
         let end = at.saturating_add(found.len).min(range.end);
         if !found.zero && found.present {
             let mut data = vec![0; usize::try_from(end - at).unwrap_or(0)];

@@ -88,6 +88,8 @@ pub enum MergeError {
 
 /// Images of a disk, which are to be merged.
 pub struct Merge {
+    /// What has been taken out of the base is freed when nobody looks at it any more: it is let go of before the base is closed.
+    pinned: Option<crate::qcow2::epoch::Pins>,
     opener: Arc<dyn Opener>,
     options: ImageOptions,
     /// The disk's own image.
@@ -114,7 +116,6 @@ pub struct Merge {
     copier: Option<Copier>,
     /// The image above those that are merged, if it has been opened for writing.
     above: Option<Live>,
-    _pinned: Option<crate::qcow2::epoch::Pins>,
 }
 
 impl std::fmt::Debug for Merge {
@@ -185,7 +186,7 @@ impl Merge {
         let files = between(&image, base).ok_or_else(|| gone(&named(0)))?;
         let on = stack(files, opened.backing(&options), &options).map_err(MergeError::Exchange)?;
         Ok(Self {
-            _pinned: opened.pin(),
+            pinned: opened.pin(),
             paths: all.into_iter().take(base + 1).collect(),
             opener,
             options,
@@ -412,6 +413,8 @@ impl Merge {
     /// The host's; what is not durable keeps others out until it is closed.
     pub fn settle(mut self) -> Result<(), MergeError> {
         self.copier = None;
+        // The disk is on other images, and the base is about to be closed: what was taken out of it is freed.
+        self.pinned = None;
         let settled = |live: Live| match Covered(live).settle() {
             Ok(()) => Ok(()),
             Err(super::OverlayError::Flush(error)) => Err(MergeError::Copy(error)),

@@ -300,10 +300,12 @@ impl Recorder {
     }
 
     /// Records in a second bitmap beside `name` from now on, in which nothing is marked yet. Both record until
-    /// [`Recorder::adopt_next`] or [`Recorder::forget_next`]. `false`: `name` does not record.
+    /// [`Recorder::adopt_next`] or [`Recorder::forget_next`]. `false`: `name` does not record, or there is a second one already.
     pub(crate) fn begin_next(&self, name: &[u8]) -> bool {
         let mut bitmaps = self.write();
-        bitmaps.retain(|(other, _)| other != NEXT);
+        if bitmaps.iter().any(|(other, _)| other == NEXT) {
+            return false;
+        }
         let Some((_, bits)) = bitmaps.iter().find(|(other, _)| other == name) else {
             return false;
         };

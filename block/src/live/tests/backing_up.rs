@@ -16,7 +16,7 @@ impl Guest {
 
     /// The instant of a backup; what the disk holds then.
     pub(super) fn begin_backup(&mut self, backup: &mut Backup) -> Vec<u8> {
-        self.disk = backup.begin().unwrap();
+        self.disk = backup.begin(&|| true).unwrap();
         self.model.clone()
     }
 
@@ -29,7 +29,7 @@ impl Guest {
         go_through(self, &backup);
         backup.prepare().unwrap();
         self.work(5);
-        backup.finish(&|| true).unwrap();
+        backup.name().unwrap();
         self.disk = backup.given_up();
         held
     }
@@ -160,7 +160,7 @@ fn an_incremental_backup_alone_holds_what_was_written_zeros_too_and_nothing_else
         let held = guest.begin_backup(&mut backup);
         go_through_still(&backup);
         backup.prepare().unwrap();
-        backup.finish(&|| true).unwrap();
+        backup.name().unwrap();
         guest.disk = backup.given_up();
         drop(backup);
         let map = bench.line("qemu-img map --output=json alone");
@@ -209,7 +209,6 @@ fn a_backup_that_does_not_come_to_its_end_leaves_no_file_and_the_bitmap_as_if_it
             if late {
                 go_through(&mut guest, &backup);
                 backup.prepare().unwrap();
-                assert!(backup.finish(&|| false).is_err());
             }
             guest.disk = backup.given_up();
             drop(backup);
@@ -226,7 +225,7 @@ fn a_backup_that_does_not_come_to_its_end_leaves_no_file_and_the_bitmap_as_if_it
         go_through(&mut guest, &backup);
         backup.prepare().unwrap();
         fs::write(bench.path("more"), b"precious").unwrap();
-        let error = backup.finish(&|| true).unwrap_err();
+        let error = backup.name().unwrap_err();
         assert!(matches!(error, BackupError::Create(_)), "{error}");
         guest.disk = backup.given_up();
         drop(backup);
@@ -285,7 +284,7 @@ fn a_target_that_takes_nothing_ends_the_backup_and_holds_no_write_of_the_guest_u
             }
         };
         assert!(backup.prepare().is_err(), "{failed}");
-        assert!(backup.finish(&|| true).is_err());
+        assert!(backup.name().is_err());
         guest.disk = backup.given_up();
         drop(backup);
         guest.work(10);
@@ -336,7 +335,7 @@ fn what_cannot_be_backed_up_is_refused_and_nothing_is_left() {
             guest.change(LiveBitmapChange::Disable).unwrap();
         }
         let mut backup = guest.backup(since(&bench, "new", None)).unwrap();
-        let error = backup.begin().err().unwrap();
+        let error = backup.begin(&|| true).err().unwrap();
         let BackupError::Bitmap(error) = error else {
             panic!("{error}");
         };
@@ -399,7 +398,7 @@ fn a_monitor_that_is_killed_in_a_backup_leaves_a_bitmap_that_is_whole_or_that_no
     guest.work(5);
     guest.disk.live().unwrap().flush().unwrap();
     assert_eq!(cut("written"), (true, None));
-    backup.finish(&|| true).unwrap();
+    backup.name().unwrap();
     // It forgets only in memory, until it is saved.
     assert_eq!(cut("ended"), (true, None));
     guest.disk = backup.given_up();
@@ -412,7 +411,7 @@ fn a_monitor_that_is_killed_in_a_backup_leaves_a_bitmap_that_is_whole_or_that_no
     let refused = open_disk(&bench.path("written"), &AnyPath, &qcow2()).unwrap();
     let request = since(&bench, "more", None);
     let mut backup = Backup::of(refused, request, opener(), &qcow2()).unwrap();
-    let error = backup.begin().err().unwrap();
+    let error = backup.begin(&|| true).err().unwrap();
     assert!(
         matches!(error, BackupError::Bitmap(ChangeError::Inconsistent(_))),
         "{error}"

@@ -257,6 +257,7 @@ fn a_disk_its_chain_and_its_backups_hold_what_they_are_to_whatever_is_done() {
         let mut world = World::new(bench, seed);
         for step in 0..steps {
             world.guest.work(6);
+            println!("{seed}.{step}");
             let what = world.step();
             println!("{seed}.{step}: {what}");
             world.guest.work(2);
