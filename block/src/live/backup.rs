@@ -3,9 +3,8 @@
 //! 1. [`Backup::of`] makes the target, under a hidden name.
 //! 2. Its user ends all queues of the disk, and goes on with those of [`Backup::begin`]: what the disk holds then is what is copied.
 //!    A part is copied before it is changed for the first time, and a change waits for that.
-//! 3. [`Backup::step`], over all of the disk, copies the rest, [`Backup::prepare`] makes the target durable, and [`Backup::name`] gives
-//!    it its name.
-//! 4. The queues are ended once more, and the disk goes on as before.
+//! 3. [`Backup::step`], over all of the disk, copies the rest, and [`Backup::prepare`] makes the target durable.
+//! 4. The queues are ended once more, and [`Backup::finish`] gives the target its name. Then the disk goes on as before.
 //!
 //! A bitmap tells what is copied, and is left with what has been written since the instant. It changes only when the target has its
 //! name. Before that, and where anything fails, it records as if there were no backup.
@@ -247,14 +246,17 @@ impl Backup {
         self.target.as_qcow2().map_or(Ok(()), Qcow2::close)
     }
 
-    /// Gives the target its name, and has the bitmap forget what is in it: the backup is there. The disk may be worked on, so that nobody
-    /// waits for the target's storage; it goes on as it was before, with [`Backup::given_up`], when its queues have been ended.
+    /// Gives the target its name, and has the bitmap forget what is in it. `go` is asked once, before that: where it is `false`,
+    /// nobody waits any more.
     ///
     /// # Errors
     ///
     /// [`BackupError`]; the disk is as it was, and the bitmap too.
-    pub fn name(&mut self) -> Result<(), BackupError> {
+    pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<(), BackupError> {
         self.instants.settle().map_err(BackupError::Copy)?;
+        if !go() {
+            return Err(BackupError::Copy(io::ErrorKind::TimedOut.into()));
+        }
         let path = self.request.path.clone();
         let named = self.made.opener.rename(&self.made.path, &path);
         if let Err(source) = named {

@@ -419,8 +419,10 @@ mod tests {
             }
         });
         recorder.note(0, 1);
-        assert!(recorder.begin_next(b"a") && !recorder.begin_next(b"c"));
-        assert!(!recorder.adopt_next(b"a"), "it went with the second try");
+        assert!(!recorder.begin_next(b"c") && recorder.begin_next(b"a"));
+        assert!(!recorder.begin_next(b"b"), "there is one already");
+        recorder.forget_next();
+        assert!(!recorder.adopt_next(b"a"), "there is none");
         assert!(recorder.begin_next(b"a"));
         recorder.note(1 << 17, 1);
         let marked = |name: &[u8]| recorder.look(name, ranges).unwrap();

@@ -29,7 +29,7 @@ impl Guest {
         go_through(self, &backup);
         backup.prepare().unwrap();
         self.work(5);
-        backup.name().unwrap();
+        backup.finish(&|| true).unwrap();
         self.disk = backup.given_up();
         held
     }
@@ -160,7 +160,7 @@ fn an_incremental_backup_alone_holds_what_was_written_zeros_too_and_nothing_else
         let held = guest.begin_backup(&mut backup);
         go_through_still(&backup);
         backup.prepare().unwrap();
-        backup.name().unwrap();
+        backup.finish(&|| true).unwrap();
         guest.disk = backup.given_up();
         drop(backup);
         let map = bench.line("qemu-img map --output=json alone");
@@ -209,6 +209,7 @@ fn a_backup_that_does_not_come_to_its_end_leaves_no_file_and_the_bitmap_as_if_it
             if late {
                 go_through(&mut guest, &backup);
                 backup.prepare().unwrap();
+                assert!(backup.finish(&|| false).is_err());
             }
             guest.disk = backup.given_up();
             drop(backup);
@@ -225,7 +226,7 @@ fn a_backup_that_does_not_come_to_its_end_leaves_no_file_and_the_bitmap_as_if_it
         go_through(&mut guest, &backup);
         backup.prepare().unwrap();
         fs::write(bench.path("more"), b"precious").unwrap();
-        let error = backup.name().unwrap_err();
+        let error = backup.finish(&|| true).unwrap_err();
         assert!(matches!(error, BackupError::Create(_)), "{error}");
         guest.disk = backup.given_up();
         drop(backup);
@@ -284,7 +285,7 @@ fn a_target_that_takes_nothing_ends_the_backup_and_holds_no_write_of_the_guest_u
             }
         };
         assert!(backup.prepare().is_err(), "{failed}");
-        assert!(backup.name().is_err());
+        assert!(backup.finish(&|| true).is_err());
         guest.disk = backup.given_up();
         drop(backup);
         guest.work(10);
@@ -398,7 +399,7 @@ fn a_monitor_that_is_killed_in_a_backup_leaves_a_bitmap_that_is_whole_or_that_no
     guest.work(5);
     guest.disk.live().unwrap().flush().unwrap();
     assert_eq!(cut("written"), (true, None));
-    backup.name().unwrap();
+    backup.finish(&|| true).unwrap();
     // It forgets only in memory, until it is saved.
     assert_eq!(cut("ended"), (true, None));
     guest.disk = backup.given_up();

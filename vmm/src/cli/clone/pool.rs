@@ -196,9 +196,10 @@ impl<'a> Pool<'a> {
 
     /// Ends all that have been begun, and removes what was made for them.
     fn end_all(&mut self) {
+        let deadline = Instant::now() + ENDING;
         for mut begun in self.begun.drain(..) {
             // It may be about to run: then it can be asked, which leaves none of its sockets.
-            let runs = begun.ran.is_some() || begun.has_told() && begun.hear().is_ok();
+            let runs = begun.ran.is_some() || begun.tells_until(deadline) && begun.hear().is_ok();
             let asked = runs && {
                 let socket = self.plan.socket(begun.number);
                 let client = Client::connect_within(socket, ENDING);
@@ -227,13 +228,15 @@ impl<'a> Pool<'a> {
 }
 
 impl Begun {
-    /// Whether it has something to say. One that has not may copy for hours, or wait for storage.
-    fn has_told(&self) -> bool {
+    /// Whether it has something to say until then. One that has not may copy for hours, or wait for storage.
+    fn tells_until(&self, deadline: Instant) -> bool {
         let Some(report) = &self.report else {
             return false;
         };
         let mut fds = [PollFd::new(report, PollFlags::IN)];
-        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+        let rest = deadline.saturating_duration_since(Instant::now());
+        let rest = Timespec::try_from(rest).unwrap_or_default();
+        poll(&mut fds, Some(&rest)).is_ok_and(|ready| ready > 0)
     }
 
     /// Hears whether it runs, or why not.

@@ -212,12 +212,9 @@ impl Work {
             Self::Mirror(mirror, _) => mirror
                 .flush()
                 .map_err(|error| chain(&MirrorError::Copy(error))),
-            Self::Backup(backup) => {
-                let prepared = backup.prepare().map_err(BackupError::Copy);
-                prepared
-                    .and_then(|()| backup.name())
-                    .map_err(|error| chain(&error))
-            }
+            Self::Backup(backup) => backup
+                .prepare()
+                .map_err(|error| chain(&BackupError::Copy(error))),
             Self::Absorb(absorb) => absorb.name().map_err(|error| chain(&error)),
         }
     }
@@ -244,7 +241,10 @@ impl Work {
                     Next::Same(mirror.given_up())
                 })
             }
-            Self::Backup(backup) => Ok(Next::Same(backup.given_up())),
+            Self::Backup(backup) => {
+                backup.finish(go).map_err(|error| failed(&error))?;
+                Ok(Next::Same(backup.given_up()))
+            }
             Self::Absorb(absorb) => {
                 let cut = absorb.finish(go).map_err(|error| failed(&error))?;
                 Ok(Next::Chain(cut))
