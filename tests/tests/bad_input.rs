@@ -603,7 +603,7 @@ fn a_disk_that_may_not_be_written_is_named() {
         .unwrap()
         .set_len(length.next_multiple_of(512))
         .unwrap();
-    fs::set_permissions(&running, fs::Permissions::from_mode(0o555)).unwrap();
+    fs::set_permissions(&running, fs::Permissions::from_mode(0o755)).unwrap();
     let mut busy = Command::new(&running).arg("60").spawn().unwrap();
     let output = vireo(
         directory.path(),

@@ -472,7 +472,7 @@ impl block::Opener for Opener {
         if access.write && sealed::is_sealed(&facts) {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
-                "nobody may write to it, as to the disk of a template ('chmod u+w' gives it back, and ends the use of clones)",
+                "nobody may write to it, as to the disk of a template: add readonly=on, or 'chmod u+w' gives it back and ends the use of clones",
             ));
         }
         let direct = if access.direct { libc::O_DIRECT } else { 0 };
