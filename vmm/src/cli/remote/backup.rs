@@ -84,16 +84,22 @@ impl From<Format> for MirrorFormat {
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum BitmapVerb {
     /// List the bitmaps of the disks of a machine
+    #[command(after_help = "Examples:\n  vireo disk bitmap list web --json")]
     List(ShowArgs),
     /// Add a bitmap, which marks what is written from now on
+    #[command(after_help = "Examples:\n  vireo disk bitmap add web data daily --granularity 128K")]
     Add(AddArgs),
     /// Take a bitmap away
+    #[command(after_help = "Examples:\n  vireo disk bitmap remove web data daily")]
     Remove(BitmapArgs),
     /// Have a bitmap mark nothing any more
+    #[command(after_help = "Examples:\n  vireo disk bitmap clear web data daily")]
     Clear(BitmapArgs),
     /// Have a bitmap mark what is written from now on
+    #[command(after_help = "Examples:\n  vireo disk bitmap enable web data daily")]
     Enable(BitmapArgs),
     /// Have a bitmap stay as it is
+    #[command(after_help = "Examples:\n  vireo disk bitmap disable web data daily")]
     Disable(BitmapArgs),
 }
 
