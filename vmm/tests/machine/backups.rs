@@ -42,6 +42,19 @@ fn make(path: &Path, format: Format) {
     create(path, &Opener::new(), &image).unwrap();
 }
 
+/// Makes an image that holds something everywhere: to copy it takes two steps at least, and the second waits for its turn.
+fn make_full(path: &Path) {
+    let noise = path.with_extension("noise");
+    let bytes: Vec<u8> = (1..=SIZE / 4)
+        .flat_map(|n| u32::try_from(n).unwrap().to_le_bytes())
+        .collect();
+    fs::write(&noise, bytes).unwrap();
+    let mut convert = std::process::Command::new(env!("CARGO_BIN_EXE_vireo"));
+    convert.args(["image", "convert", "-f", "raw", "-O", "qcow2"]);
+    assert!(convert.args([&noise, path]).status().unwrap().success());
+    fs::remove_file(noise).unwrap();
+}
+
 /// All that an image holds, which may be in use.
 fn held(path: &Path, format: Format) -> Vec<u8> {
     let options = ImageOptions {
@@ -63,8 +76,12 @@ fn held(path: &Path, format: Format) -> Vec<u8> {
 impl Writer {
     fn boot(format: Format) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        make(&directory.path().join("disk"), format);
+        Self::boot_in(directory, format)
+    }
+
+    fn boot_in(directory: tempfile::TempDir, format: Format) -> Self {
         let path = |name: &str| directory.path().join(name);
-        make(&path("disk"), format);
         let slow = json!({
             "path": path("disk"), "format": format, "bw_size": 256 << 10, "bw_refill_time": 1000,
         });
@@ -242,7 +259,9 @@ fn a_backup_that_is_cancelled_leaves_nothing_and_the_bitmap_tells_of_more() {
     if !can_run() {
         return;
     }
-    let mut writer = Writer::boot(Format::Qcow2);
+    let directory = tempfile::tempdir().unwrap();
+    make_full(&directory.path().join("disk"));
+    let mut writer = Writer::boot_in(directory, Format::Qcow2);
     let slow = VmDiskBackup {
         speed: Some(1),
         ..writer.request("full", None)
@@ -372,7 +391,7 @@ fn a_monitor_that_is_killed_leaves_no_backup_by_its_name_and_a_bitmap_that_nobod
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    make(&directory.path().join("disk"), Format::Qcow2);
+    make_full(&directory.path().join("disk"));
     let disk = "path={dir}/disk,format=qcow2,id=a,bw_size=256K,bw_refill_time=1000";
     let flags = ["--disk", disk, "--serial", "null"];
     let mut served = Served::start_in(directory, "blk", "verify keep", &flags);
