@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use api::wire::{BitmapAction, DiskBitmaps, MirrorFormat, VmDiskBackup, VmDiskBitmap};
-use clap::{Args, Subcommand, ValueEnum};
+use api::wire::{BitmapAction, DiskBitmaps, VmDiskBackup, VmDiskBitmap};
+use clap::{Args, Subcommand};
 
 use super::super::Misuse;
 use super::super::table::table;
 use super::super::target::SocketFlag;
 use super::coredump::{Cancelled, follow};
+use super::mirror::Format;
 use super::show::ShowArgs;
 use super::stream::{layer, speed};
 use super::watch::Watch;
@@ -61,23 +62,6 @@ pub(in crate::cli) struct BackupArgs {
     /// Print the job as JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    /// Its bytes are the disk's
-    Raw,
-    /// A qcow2 image
-    Qcow2,
-}
-
-impl From<Format> for MirrorFormat {
-    fn from(format: Format) -> Self {
-        match format {
-            Format::Raw => Self::Raw,
-            Format::Qcow2 => Self::Qcow2,
-        }
-    }
 }
 
 /// `vireo disk bitmap`.

@@ -46,12 +46,22 @@ pub(in crate::cli) struct MirrorArgs {
     json: bool,
 }
 
+/// What a copy is.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
+pub(super) enum Format {
     /// Its bytes are the disk's
     Raw,
     /// A qcow2 image
     Qcow2,
+}
+
+impl From<Format> for MirrorFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
 }
 
 pub(super) fn mirror(arguments: MirrorArgs) -> anyhow::Result<()> {
@@ -65,10 +75,7 @@ pub(super) fn mirror(arguments: MirrorArgs) -> anyhow::Result<()> {
     let request = VmDiskMirror {
         id: id.clone(),
         path: path.clone(),
-        format: match arguments.format {
-            Format::Raw => MirrorFormat::Raw,
-            Format::Qcow2 => MirrorFormat::Qcow2,
-        },
+        format: arguments.format.into(),
         existing: arguments.existing,
         switch: arguments.switch,
         speed,
