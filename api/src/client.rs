@@ -474,6 +474,12 @@ impl Client {
         self.command("vm.snapshot-untrack")
     }
 
+    /// Makes memory that is mapped from a snapshot's file the machine's own; the job that does it.
+    pub fn snapshot_copy_in(&mut self) -> Result<wire::JobInfo, ClientError> {
+        let answer = self.put("vm.snapshot-copy-in", None::<&()>, &[])?;
+        read("vm.snapshot-copy-in", &answer)
+    }
+
     /// Takes what lies below a disk's image into it; the job that does it.
     pub fn disk_stream(
         &mut self,

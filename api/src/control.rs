@@ -144,6 +144,8 @@ pub enum Command {
     Snapshot(wire::VmSnapshotConfig),
     /// Log no more what is written since a snapshot.
     Untrack,
+    /// Makes memory that is mapped from a snapshot's file the machine's own, as a job.
+    CopyIn,
     /// Put new overlays on disks.
     DiskSnapshot(wire::VmDiskSnapshot),
     /// Take what lies below a disk's image into it.

@@ -103,6 +103,8 @@ pub enum Endpoint {
     VmSnapshot,
     /// PUT vm.snapshot-untrack
     VmSnapshotUntrack,
+    /// PUT vm.snapshot-copy-in
+    VmSnapshotCopyIn,
     /// PUT vm.disk-snapshot
     VmDiskSnapshot,
     /// PUT vm.disk-stream
@@ -593,6 +595,15 @@ pub const ROUTES: &[Route] = &[
     )
     .added()
     .about("Logs no more what has been written since the snapshot that was tracked last: none has a parent until another one has been tracked.")
+    .fails(&[404, 409, 429]),
+    put(
+        Endpoint::VmSnapshotCopyIn,
+        "vm.snapshot-copy-in",
+        "The VM's memory could not be copied in",
+    )
+    .added()
+    .about("Makes memory that is mapped from a snapshot's file the machine's own, as a job, while the guest runs: the file is needed no more then.")
+    .gives::<wire::JobInfo>()
     .fails(&[404, 409, 429]),
     put(
         Endpoint::VmDiskSnapshot,

@@ -216,6 +216,7 @@ impl Dispatcher {
             Endpoint::VmDiskLayers => Command::DiskLayers,
             Endpoint::VmDiskBitmaps => Command::DiskBitmaps,
             Endpoint::VmSnapshotUntrack => Command::Untrack,
+            Endpoint::VmSnapshotCopyIn => Command::CopyIn,
             _ => self.command_with_body(route, request)?,
         };
         let answer = self.mailbox.answer(key);

@@ -1,6 +1,6 @@
 //! Sets of pages: of one chunk, and of all memory.
 
-use super::{CHUNK_PAGES, PAGE_LEN, Run, chunks_of};
+use super::{CHUNK, CHUNK_PAGES, PAGE_LEN, Run, chunks_of};
 use std::ops::Range;
 
 /// How many words of 64 pages a chunk has.
@@ -151,6 +151,17 @@ impl PageSet {
     #[must_use]
     pub fn chunks(&self) -> Vec<bool> {
         self.chunks.iter().map(|mask| !mask.is_empty()).collect()
+    }
+
+    /// Those of the chunk that begins at `offset` bytes of a range, as ranges of bytes from the chunk's start, ascending.
+    #[must_use]
+    pub fn bytes_at(&self, range: usize, offset: u64) -> Vec<Range<usize>> {
+        let first = self.ranges.get(range).map(|(first, _)| *first);
+        let number = usize::try_from(offset / CHUNK).ok();
+        let index = first
+            .zip(number)
+            .map(|(first, number)| first.saturating_add(number));
+        index.map_or_else(Vec::new, |index| self.of_chunk(index).bytes())
     }
 
     /// Those of a chunk.

@@ -4,6 +4,7 @@ mod agent;
 mod backup;
 mod commit;
 mod console;
+mod copy_in;
 mod coredump;
 mod device;
 mod disk;

@@ -10,6 +10,7 @@ mod backups;
 mod capture;
 mod commands;
 mod copies;
+mod copy_in;
 mod coredump;
 mod drain;
 mod guest;

@@ -514,6 +514,12 @@ impl Machine {
         found.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })
     }
 
+    /// All virtio devices.
+    fn virtio_devices(&self) -> Vec<Arc<VirtioPci>> {
+        let all = self.virtio.iter();
+        all.map(|item| Arc::clone(&item.device)).collect()
+    }
+
     /// The device `id` and its address.
     fn device(&self, id: &str) -> Result<(Arc<VirtioPci>, PciAddress), MachineError> {
         let item = self.item(id)?;

@@ -34,6 +34,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::RemovePort(_)
         | Command::Coredump(_)
         | Command::Untrack
+        | Command::CopyIn
         | Command::DiskSnapshot(_)
         | Command::DiskStream(_)
         | Command::DiskCommit(_)

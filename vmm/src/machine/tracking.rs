@@ -131,6 +131,15 @@ impl Tracking {
         Ok(ready)
     }
 
+    /// Tells what is written from now on to somebody else, whatever is compared with.
+    ///
+    /// # Errors
+    ///
+    /// [`DirtyError`].
+    pub fn listen(&self) -> Result<Consumer, DirtyError> {
+        self.tracker.begin()
+    }
+
     /// Nothing is compared with any more, and nothing logged, unless somebody is about to take what is compared with.
     pub fn end(&self) {
         let mut inner = self.lock();

@@ -213,6 +213,12 @@ impl Consumer {
         Ok(taken)
     }
 
+    /// The ranges of memory that its sets are of: guest-physical starts and lengths in bytes.
+    #[must_use]
+    pub fn ranges(&self) -> &[(u64, u64)] {
+        &self.tracker.ranges
+    }
+
     /// Has pages that were taken be told of again.
     pub fn give_back(&self, pages: &PageSet) {
         if let Some(set) = self.tracker.lock().sets.get_mut(&self.id) {

@@ -2,16 +2,17 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::still::{Still, Watcher};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use virtio::memory::{Backing, DirtyLog};
-use vm_memory::MmapRegion;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{MmapRegion, VolatileSlice};
 
 use super::demand::Demand;
 use super::lost::Bell;
@@ -30,6 +31,8 @@ pub struct Mapping {
     flags: i32,
     /// Of huge pages of this size in bytes.
     huge_page: Option<u64>,
+    /// Whether transparent huge pages have been advised, or advised against.
+    thp: OnceLock<bool>,
     /// What of it a snapshot's file gives.
     overlay: Overlay,
     /// Who holds it still.
@@ -120,6 +123,7 @@ impl Mapping {
                     len,
                     flags,
                     huge_page,
+                    thp: OnceLock::new(),
                     overlay: Overlay::default(),
                     watcher: Watcher::default(),
                     given_back: DirtyLog::with_len(len),
@@ -216,6 +220,10 @@ impl Mapping {
     /// Advises for or against transparent huge pages. A host without them
     /// refuses, which changes nothing.
     pub fn advise_thp(&self, thp: Option<bool>) {
+        if let Some(thp) = thp {
+            // It is said once.
+            let _ = self.thp.set(thp);
+        }
         match thp {
             Some(true) => drop(self.advise(libc::MADV_HUGEPAGE)),
             Some(false) => drop(self.advise(libc::MADV_NOHUGEPAGE)),
@@ -300,6 +308,43 @@ impl Mapping {
         let end = start.checked_add(len).filter(|end| *end <= self.len);
         let range = start..end.ok_or(io::ErrorKind::InvalidInput)?;
         self.overlay.map(self.address, range, file, at)
+    }
+
+    /// The parts of the `len` bytes at `offset`, ascending, that a file gives: their offsets and lengths in bytes.
+    pub fn of_file(&self, offset: u64, len: u64) -> Vec<(u64, u64)> {
+        let (Ok(start), Ok(end)) = (number(offset), number(offset.saturating_add(len))) else {
+            return Vec::new();
+        };
+        let parts = self.overlay.within(&(start..end.min(self.len)));
+        let number = |part: Range<usize>| (part.start as u64, part.len() as u64);
+        parts.into_iter().map(number).collect()
+    }
+
+    /// Has the pages of `copy`, which are the same, be what of the private memory at `offset` a file gives. Nobody writes to either meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The range is not all in the mapping, or the host refuses: all bytes are as they were.
+    pub fn take_in(&self, offset: u64, copy: &Self) -> io::Result<()> {
+        let start = number(offset)?;
+        let end = start.checked_add(copy.len).filter(|end| *end <= self.len);
+        let range = start..end.ok_or(io::ErrorKind::InvalidInput)?;
+        self.overlay.take_in(self.address, &range, copy.address)
+    }
+
+    /// The bytes at `offset`, where they are in the mapping.
+    pub fn slice(&self, offset: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let start = number(offset).ok()?;
+        start.checked_add(len).filter(|end| *end <= self.len)?;
+        let address = self.address.wrapping_byte_add(start).cast();
+        // SAFETY: the bytes lie in this mapping, as was just checked, which outlives the slice; they are shared and volatile.
+        #[expect(unsafe_code, reason = "the slice takes a raw address")]
+        Some(unsafe { VolatileSlice::new(address, len) })
+    }
+
+    /// Whether transparent huge pages have been advised, or advised against.
+    pub fn thp(&self) -> Option<bool> {
+        self.thp.get().copied()
     }
 
     /// Memory is read by `demand` until it is there.

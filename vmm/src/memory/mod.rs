@@ -9,6 +9,7 @@
 //! RAM is mapped aligned to 2 MiB on the host, as it is in the guest, so that
 //! the host can use huge pages in its nested page tables.
 
+pub mod copy_in;
 pub mod demand;
 pub mod dirty;
 mod lost;

@@ -92,6 +92,32 @@ impl Overlay {
         Ok(written)
     }
 
+    /// The parts of `range`, ascending, that are the file's.
+    pub fn within(&self, range: &Range<usize>) -> Vec<Range<usize>> {
+        self.lock().within(range)
+    }
+
+    /// Has the private memory at `copy`, which holds the same bytes, be what of `range`, offsets of bytes into the mapping at `base`, is the
+    /// file's. Nobody writes to either meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it refuses; each part is the file's or the copy's then.
+    pub fn take_in(
+        &self,
+        base: *mut libc::c_void,
+        range: &Range<usize>,
+        copy: *mut libc::c_void,
+    ) -> io::Result<()> {
+        let mut parts = self.lock();
+        for piece in parts.within(range) {
+            let from = copy.wrapping_byte_add(piece.start.saturating_sub(range.start));
+            exchange(from, base, &piece)?;
+            parts.cut(&piece);
+        }
+        Ok(())
+    }
+
     /// The page that was lost last, in bytes from the start of the mapping.
     pub fn lost(&self) -> Option<usize> {
         self.lock().watch.as_ref().and_then(Watch::lost)
@@ -181,6 +207,25 @@ fn fix(
         unsafe {
             libc::madvise(address, len, advice);
         }
+    }
+    Ok(())
+}
+
+/// Moves the pages at `from` into the place of `range`. What is left there are no pages, and the mapping.
+fn exchange(
+    from: *mut libc::c_void,
+    base: *mut libc::c_void,
+    range: &Range<usize>,
+) -> io::Result<()> {
+    let len = range.end.saturating_sub(range.start);
+    let to = base.wrapping_byte_add(range.start);
+    let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    // SAFETY: the caller's mappings hold both ranges, so that nothing else is replaced, and the one that is moved stays mapped; guest
+    // memory is shared and volatile, and nobody has a reference into it.
+    #[expect(unsafe_code, reason = "mremap is a system call on addresses")]
+    let moved = unsafe { libc::mremap(from, len, len, how, to) };
+    if moved == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }

@@ -293,6 +293,26 @@ impl Restored {
         all.try_for_each(|(start, mapping)| mapping.populate().map_err(|error| (*start, error)))
     }
 
+    /// Memory, by guest-physical address.
+    pub(super) fn mappings(&self) -> &[(u64, Arc<Mapping>)] {
+        &self.mappings
+    }
+
+    /// Whether it is mapped from a file, of which some may be left.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        let origin = self.lock();
+        let mode = origin.as_ref().map(|origin| origin.mode);
+        mode == Some(MemoryRestoreMode::Mmap)
+    }
+
+    /// All of it is the machine's own: the files are needed no more.
+    pub fn let_go(&self) {
+        if let Some(origin) = self.lock().as_mut() {
+            origin.files.clear();
+        }
+    }
+
     /// The mapping of a guest-physical address, and where in it that is.
     fn mapping_of(&self, address: u64) -> Option<(&Mapping, u64)> {
         let below = |(start, _): &&(u64, Arc<Mapping>)| *start <= address;

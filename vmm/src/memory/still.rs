@@ -56,8 +56,8 @@ pub enum StillError {
     Kind(#[source] io::Error),
     /// It is of a snapshot, of which userfaultfd takes nothing.
     #[error(
-        "memory is mapped from the file of the snapshot that the machine was restored from: with \
-         memory_restore_mode=copy it is not"
+        "memory is mapped from the file of the snapshot that the machine was restored from: 'vireo \
+         snapshot copy-in' makes it the machine's own, and with memory_restore_mode=copy it is that from the start"
     )]
     OfFile,
     /// Memory is not what it was a moment before.

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use api::client::Client;
 use api::wire::{
-    MemoryRestoreMode, MemoryRestored, RestoreConfig, RestoreIdentity, VmInfoState,
-    VmSnapshotConfig,
+    JobState, MemoryRestoreMode, MemoryRestored, RestoreConfig, RestoreIdentity, SnapshotMode,
+    VmInfoState, VmSnapshotConfig,
 };
 use api::{EventKind, PauseReason, Reason};
 use serde_json::{Value, json};
@@ -200,6 +200,73 @@ fn memory_is_told_to_be_of_the_file_or_copied_and_the_file_stays_as_it_is() {
         fs::remove_dir_all(second).unwrap();
         assert_eq!(fs::read(&memory).unwrap(), before);
     }
+}
+
+#[test]
+fn memory_that_has_been_copied_in_needs_no_file_and_is_held_still_while_the_guest_runs() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let memory = file(&path, ".memory");
+    let (mut machine, mut client) = restored(dir.path(), &path, "");
+    let of_file = |client: &mut Client| client.info().unwrap().memory_restored.unwrap().file;
+    assert_eq!(of_file(&mut client), Some(memory.clone()));
+    client.resume().unwrap();
+    let before = ask(&mut machine, 2);
+    let socket = dir.path().join("restored.sock");
+    let verb = |words: &[&str]| {
+        let socket = socket.to_str().unwrap();
+        let mut verb = vireo(&[words, &["--api-socket", socket]].concat());
+        let code = verb.end().code();
+        (code, verb.stdout.rest(), verb.stderr.rest())
+    };
+    // The guest writes to all of it meanwhile.
+    let (code, told, errors) = verb(&["snapshot", "copy-in"]);
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(told.contains("needs no file"), "{told}");
+    assert_eq!(of_file(&mut client), None);
+    let job = client.jobs().unwrap().pop().unwrap();
+    assert_eq!((job.kind.as_str(), job.done), ("copy-in", job.total));
+    let (code, _, errors) = verb(&["snapshot", "copy-in"]);
+    assert_eq!(code, Some(1));
+    assert!(errors.contains("no memory of this machine"), "{errors}");
+    cut_short(&memory);
+    assert!(ask(&mut machine, 3) > before);
+    let second = dir.path().join("again");
+    let request = VmSnapshotConfig::of(url(&second));
+    client.snapshot(&request).unwrap();
+    let report = client.jobs().unwrap().pop().unwrap().snapshot.unwrap();
+    match report.reason {
+        Some(reason) => assert!(reason.contains("no userfaultfd"), "{reason}"),
+        None => assert_eq!(report.mode, SnapshotMode::Live),
+    }
+    ask(&mut machine, 4);
+    client.quit().unwrap();
+    machine.ends_with(0);
+    let mut again = vireo(&["run", "--restore", second.to_str().unwrap()]);
+    assert!(ask(&mut again, 4) > before);
+    tell(&mut again, b"q");
+    again.ends_with(0);
+}
+
+#[test]
+fn memory_whose_file_fails_is_not_copied_in() {
+    if !can_run() {
+        return;
+    }
+    let (dir, path) = snapshot();
+    let memory = file(&path, ".memory");
+    let (mut machine, mut client) = restored(dir.path(), &path, "");
+    cut_short(&memory);
+    let id = client.snapshot_copy_in().unwrap().id;
+    let error = until("the end of the job", || {
+        let jobs = client.jobs().unwrap();
+        let job = jobs.into_iter().find(|job| job.id == id).unwrap();
+        (job.state == JobState::Failed).then_some(job.error)
+    });
+    assert!(error.unwrap().contains("does not give its bytes"));
+    is_lost(&mut machine, &mut client, &memory);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use super::super::Misuse;
 use super::super::image::interrupt;
 use super::super::image::progress::Progress;
 use super::super::target::{SocketFlag, Target};
+use super::copy_in::{self, CopyInArgs};
 use super::saved::{self, FlattenArgs, SavedArgs};
 use super::watch::Watch;
 use super::{print, print_json};
@@ -55,6 +56,12 @@ pub(in crate::cli) enum SnapshotVerb {
     /// The guest is as fast again as before, and none of its snapshots can be a parent until another one is made with --track.
     #[command(after_help = UNTRACK_EXAMPLES)]
     Untrack(Target),
+    /// Make memory that is mapped from a snapshot's file the machine's own
+    ///
+    /// The guest runs meanwhile and stands still for some milliseconds at a time. Afterwards the file is needed no more, and snapshots of the
+    /// machine are made while it runs. It takes as much of the host's memory as the file gave. Ctrl-C cancels it.
+    #[command(after_help = copy_in::EXAMPLES)]
+    CopyIn(CopyInArgs),
     /// Tell what a snapshot holds
     ///
     /// Reads its manifest alone.
@@ -125,6 +132,7 @@ pub(super) fn run(verb: SnapshotVerb, opener: &Opener) -> anyhow::Result<()> {
             let done = remote.client.snapshot_untrack();
             done.map_err(|error| remote.failed(error))
         }
+        SnapshotVerb::CopyIn(arguments) => copy_in::copy_in(arguments),
         SnapshotVerb::Info(arguments) => saved::info(&arguments, opener),
         SnapshotVerb::Verify(arguments) => saved::verify(&arguments, opener),
         SnapshotVerb::Flatten(arguments) => saved::flatten(&arguments, opener),

@@ -50,6 +50,7 @@ impl Driver {
             Command::RemovePort(request) => self.remove_port(request.name, answer),
             Command::Coredump(request) => self.coredump(request, answer),
             Command::Snapshot(request) => self.snapshot(request, answer),
+            Command::CopyIn => self.copy_in(answer),
             Command::DiskSnapshot(request) => self.snapshot_disks(request, answer),
             Command::DiskStream(request) => self.stream_disk(request, answer),
             Command::DiskCommit(request) => self.commit_disk(request, answer),

@@ -335,9 +335,9 @@ impl Driver {
             self.enter(VmState::Paused, Some(PauseReason::Command));
         }
         let how = if switched {
-            "the disks have other images, but do not go on: the machine is paused"
+            "what was to be changed has been, but devices do not go on: the machine is paused"
         } else {
-            "the disks are as before, but do not go on: the machine is paused"
+            "all is as before, but devices do not go on: the machine is paused"
         };
         Err(error.to_control().context(how))
     }
