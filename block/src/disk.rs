@@ -193,6 +193,11 @@ pub trait Disk: Send + Sync {
         let _ = threshold;
     }
 
+    /// The disk without what notes or holds up its changes for a job, if there is such; a job that could not put it back has left that.
+    fn plain(&self) -> Option<Arc<dyn Disk>> {
+        None
+    }
+
     /// The image behind the disk, for changes of its chain; `None` where there are none to be made.
     fn live(&self) -> Option<Live> {
         None

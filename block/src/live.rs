@@ -16,6 +16,7 @@
 //! switched together: keep all, or none.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -293,19 +294,45 @@ pub struct Overlay {
     size: u64,
 }
 
-/// A file that has been made. Unless it is kept, it is removed.
+/// A file that has been made. Unless it is kept, it is removed, where no other has its name by then.
 struct Made {
     opener: Arc<dyn Opener>,
     path: PathBuf,
+    /// Device and inode, where they can be told.
+    identity: Option<(u64, u64)>,
     kept: bool,
+}
+
+impl Made {
+    fn new(opener: Arc<dyn Opener>, path: PathBuf) -> Self {
+        let identity = identity(&*opener, &path);
+        Self {
+            opener,
+            path,
+            identity,
+            kept: false,
+        }
+    }
 }
 
 impl Drop for Made {
     fn drop(&mut self) {
-        if !self.kept {
+        if self.kept {
+            return;
+        }
+        let same = |made| identity(&*self.opener, &self.path) == Some(made);
+        if self.identity.is_none_or(same) {
             remove(&*self.opener, &self.path);
         }
     }
+}
+
+/// Device and inode of what is at `path`.
+fn identity(opener: &dyn Opener, path: &Path) -> Option<(u64, u64)> {
+    let facts = opener
+        .open(path, Access::default())
+        .and_then(|file| file.metadata());
+    facts.ok().map(|facts| (facts.dev(), facts.ino()))
 }
 
 impl std::fmt::Debug for Overlay {
@@ -347,11 +374,7 @@ impl Overlay {
         };
         check_absent(path, &*opener)?;
         NewFile::begin(path, &*opener, &NewImage::Qcow2(Box::new(create)))?.finish()?;
-        let file = Made {
-            opener,
-            path: path.to_owned(),
-            kept: false,
-        };
+        let file = Made::new(opener, path.to_owned());
         let mut options = options.clone();
         options.disk.format = Some(Format::Qcow2);
         options.backing = policy;

@@ -518,20 +518,7 @@ impl block::Opener for Opener {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        // A second name for the file, rather than a new one: that never replaces another file.
-        match fs::hard_link(from, to) {
-            Ok(()) => fs::remove_file(from)?,
-            // Not all file systems have links.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
-                if fs::symlink_metadata(to).is_ok() {
-                    return Err(io::ErrorKind::AlreadyExists.into());
-                }
-                fs::rename(from, to)?;
-            }
-            Err(error) => return Err(error),
-        }
-        // Whoever is told of the name finds it after a power cut too.
-        File::open(documents::directory_of(to))?.sync_all()
+        documents::rename_new(from, to, &|directory| File::open(directory)?.sync_all())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

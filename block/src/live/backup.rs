@@ -246,25 +246,39 @@ impl Backup {
         self.target.as_qcow2().map_or(Ok(()), Qcow2::close)
     }
 
-    /// Gives the target its name, and has the bitmap forget what is in it. `go` is asked once, before that: where it is `false`,
-    /// nobody waits any more.
+    /// Gives the target, which [`Backup::prepare`] has made complete, its name: it stays from now on. The disk may be worked on.
+    ///
+    /// # Errors
+    ///
+    /// [`BackupError`]; there is nothing of that name, or what was there.
+    pub fn name(&mut self) -> Result<(), BackupError> {
+        let path = &self.request.path;
+        let named = self.made.opener.rename(&self.made.path, path);
+        named.map_err(|source| CreateImageError::Create {
+            path: path.clone(),
+            source,
+        })?;
+        self.made.kept = true;
+        Ok(())
+    }
+
+    /// Has the bitmap forget what is in the target, which has its name. There is no queue of the disk any more. `go` is asked once, before that:
+    /// where it is `false`, nobody waits any more.
     ///
     /// # Errors
     ///
     /// [`BackupError`]; the disk is as it was, and the bitmap too.
     pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<(), BackupError> {
-        self.instants.settle().map_err(BackupError::Copy)?;
+        if !self.made.kept {
+            // What has no name is no backup, whatever the bitmap would forget.
+            return Err(BackupError::Copy(io::ErrorKind::InvalidInput.into()));
+        }
         if !go() {
             return Err(BackupError::Copy(io::ErrorKind::TimedOut.into()));
         }
-        let path = self.request.path.clone();
-        let named = self.made.opener.rename(&self.made.path, &path);
-        if let Err(source) = named {
-            return Err(CreateImageError::Create { path, source }.into());
-        }
-        self.made.kept = true;
         if let Some(name) = &self.request.bitmap {
             let adopted = self.live.adopt_next(name);
+            let path = self.request.path.clone();
             adopted.map_err(|source| BackupError::Kept { path, source })?;
             self.following = false;
         }
@@ -346,11 +360,7 @@ fn make(
     };
     let hidden = NewFile::begin(path, &*opener, &image)?.leave();
     let hidden = hidden.ok_or_else(|| BackupError::Exists(path.clone()))?;
-    let made = Made {
-        opener,
-        path: hidden,
-        kept: false,
-    };
+    let made = Made::new(opener, hidden);
     let opened = open(&made, &opening)?;
     Ok((made, opened.image(&opening)))
 }

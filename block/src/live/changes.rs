@@ -192,6 +192,14 @@ impl Disk for Tracked {
         self.inner.set_write_threshold(threshold);
     }
 
+    fn plain(&self) -> Option<Arc<dyn Disk>> {
+        Some(
+            self.inner
+                .plain()
+                .unwrap_or_else(|| Arc::clone(&self.inner)),
+        )
+    }
+
     fn live(&self) -> Option<Live> {
         self.inner.live()
     }

@@ -376,10 +376,11 @@ impl Merge {
         self.mark()
             .and_then(|()| self.copier()?.complete())
             .map_err(MergeError::Copy)?;
-        self.unmark()?;
         if !go() {
+            // The disk may have gone on by now, and what the base holds be of no one instant.
             return Err(MergeError::Exchange("nobody waits for it any more".into()));
         }
+        self.unmark()?;
         let before = self.empty()?;
         let image = Arc::clone(&self.image);
         let emptied = Emptied { image, before };

@@ -99,11 +99,7 @@ impl Mirror {
             None
         } else {
             make(&target, size, &*opener)?;
-            Some(Made {
-                opener: Arc::clone(&opener),
-                path: target.path.clone(),
-                kept: false,
-            })
+            Some(Made::new(Arc::clone(&opener), target.path.clone()))
         };
         let layer = open(&target, &*opener, &options)?;
         let alone = layer.disk(&options, &target.path)?;
@@ -197,13 +193,14 @@ impl Mirror {
     /// [`MirrorError::Copy`]; the disk is as it was.
     pub fn finish(&mut self, go: &dyn Fn() -> bool) -> Result<Arc<dyn Disk>, MirrorError> {
         self.copier.complete().map_err(MirrorError::Copy)?;
+        if !go() {
+            // The disk may have gone on by now, and what was copied be of no one instant.
+            return Err(MirrorError::Copy(io::ErrorKind::TimedOut.into()));
+        }
         if let Some(target) = self.copier.target.as_qcow2() {
             // Whatever was merged into it before, it holds one disk now.
             let unmarked = target.mark_unfinished(None);
             unmarked.map_err(|error| MirrorError::Copy(error.into()))?;
-        }
-        if !go() {
-            return Err(MirrorError::Copy(io::ErrorKind::TimedOut.into()));
         }
         if let Some(made) = &mut self.made {
             made.kept = true;

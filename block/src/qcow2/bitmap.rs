@@ -253,11 +253,15 @@ impl Session<'_> {
         if !self.meta.shared.recorder.is_armed() {
             return Ok(());
         }
+        // Who writes meanwhile marks them again, after this.
+        self.meta.shared.recorder.begin_store();
         let mut edit = self.edit();
         let stored = self.store_into(&mut edit);
-        self.install(edit, stored)?;
-        self.meta.shared.recorder.set_armed(false);
-        Ok(())
+        let installed = self.install(edit, stored);
+        if installed.is_err() {
+            self.meta.shared.recorder.set_armed(true);
+        }
+        installed
     }
 
     fn store_into(&mut self, edit: &mut Edit) -> Result<(), ChangeError> {

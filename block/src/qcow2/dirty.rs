@@ -3,7 +3,7 @@
 //! Bits are set without a lock by whoever writes, and before the bytes are on their way. A bitmap takes memory for what is
 //! set in it, whatever the size of the disk.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// How many words of bits are allocated together.
@@ -279,6 +279,22 @@ impl Recorder {
         }
     }
 
+    /// As [`Recorder::note`]; whether the bitmaps on disk are marked, or there are none. Where they are not, they are to be marked before the change: who
+    /// writes them out may have missed it.
+    #[must_use]
+    pub(crate) fn noted(&self, offset: u64, len: u64) -> bool {
+        self.note(offset, len);
+        // What is noted is seen by who brings them up to date, or that is seen here.
+        fence(Ordering::SeqCst);
+        !self.is_idle()
+    }
+
+    /// What is recorded is about to be read and written out, after which the bitmaps on disk are not marked any more.
+    pub(crate) fn begin_store(&self) {
+        self.set_armed(false);
+        fence(Ordering::SeqCst);
+    }
+
     /// These are the bitmaps now, as they are on disk.
     pub(crate) fn replace(&self, bitmaps: Vec<Recorded>) {
         *self.write() = bitmaps;
@@ -445,6 +461,11 @@ mod tests {
         assert!(!recorder.is_armed() && !recorder.is_idle());
         recorder.replace(vec![(b"a".into(), Bits::new(16, 1 << 20))]);
         assert!(recorder.is_idle());
+        assert!(!recorder.noted(0, 1), "they are to be marked first");
+        recorder.set_armed(true);
+        assert!(recorder.noted(0, 1));
+        recorder.begin_store();
+        assert!(!recorder.noted(0, 1), "they may be on disk without it");
         recorder.set_armed(true);
         recorder.note(0, 1);
         assert_eq!(ranges(&recorder.read()[0].1), [(0, 65536)]);

@@ -231,8 +231,11 @@ impl Qcow2 {
                 _ => return Err(Miss::Unfit),
             }
         }
-        shared.recorder.note(offset, len);
-        Ok(())
+        if shared.recorder.noted(offset, len) {
+            Ok(())
+        } else {
+            Err(Miss::Unfit)
+        }
     }
 
     /// The range at `offset`, up to `max` bytes long, unless only a slower look can tell.

@@ -158,7 +158,7 @@ impl Files {
         if result.is_err() {
             // Nobody else has these names, of which the id is part. The reason that is told is the first one.
             // A manifest that cannot be removed keeps what it names.
-            let _ = named.iter().try_for_each(|path| opener.remove_file(path));
+            let _ = opener.remove_files(&named);
         }
         result
     }

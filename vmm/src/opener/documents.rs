@@ -89,6 +89,23 @@ impl Opener {
         }
     }
 
+    /// Removes files of one directory for good: none of the others where the first cannot be.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] of the first that could not be removed, or stays until after a power cut.
+    pub fn remove_files(&self, paths: &[PathBuf]) -> Result<(), OpenError> {
+        let Some((first, others)) = paths.split_first() else {
+            return Ok(());
+        };
+        let remove = |path: &PathBuf| fs::remove_file(path).map_err(system("remove", path));
+        remove(first)?;
+        let all = others.iter().map(remove);
+        // Each is tried.
+        let removed = all.fold(Ok(()), Result::and);
+        removed.and(sync_directory(first))
+    }
+
     /// Removes a file for good.
     ///
     /// # Errors
@@ -342,6 +359,41 @@ pub(super) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
+    }
+}
+
+/// Gives the file `from` the name `to`, which nothing has, for good: `sync` makes the names in a directory durable. Where it fails, the file has
+/// its old name.
+pub(super) fn rename_new(
+    from: &Path,
+    to: &Path,
+    sync: &dyn Fn(&Path) -> io::Result<()>,
+) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Not every file system can: NFS, for one. A second name does not replace a file either.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => link_new(from, to)?,
+        renamed => renamed?,
+    }
+    // Whoever is told of the name finds it after a power cut too.
+    sync(directory_of(to)).inspect_err(|_| {
+        // The reason that is told is the first one.
+        let _ = fs::rename(to, from);
+    })
+}
+
+fn link_new(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::hard_link(from, to) {
+        Ok(()) => fs::remove_file(from).inspect_err(|_| {
+            let _ = fs::remove_file(to);
+        }),
+        // Nor have all of them links.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EOPNOTSUPP)) => {
+            if fs::symlink_metadata(to).is_ok() {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            fs::rename(from, to)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -446,3 +446,39 @@ fn what_a_killed_process_left_behind_does_not_keep_a_file_from_being_written() {
     }
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
 }
+
+#[test]
+fn a_file_whose_new_name_is_not_durable_has_its_old_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::write(&from, b"1").unwrap();
+    let fails = |_: &Path| Err(io::ErrorKind::Other.into());
+    documents::rename_new(&from, &to, &fails).unwrap_err();
+    assert!(from.exists() && !to.exists());
+    let works = |_: &Path| Ok(());
+    documents::rename_new(&from, &to, &works).unwrap();
+    assert!(!from.exists() && to.exists());
+    fs::write(&from, b"2").unwrap();
+    let error = documents::rename_new(&from, &to, &works).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(
+        (fs::read(&from).unwrap(), fs::read(&to).unwrap()),
+        (b"2".to_vec(), b"1".to_vec())
+    );
+}
+
+#[test]
+fn files_are_removed_together_unless_the_first_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["first", "second", "third"].map(|name| dir.path().join(name));
+    let opener = Opener::new();
+    fs::write(&paths[1], b"").unwrap();
+    opener.remove_files(&paths).unwrap_err();
+    assert!(paths[1].exists());
+    for path in [&paths[0], &paths[2]] {
+        fs::write(path, b"").unwrap();
+    }
+    fs::remove_file(&paths[1]).unwrap();
+    opener.remove_files(&paths).unwrap_err();
+    assert!(!paths[0].exists() && !paths[2].exists());
+}

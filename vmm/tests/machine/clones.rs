@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use api::client::Client;
-use api::wire::{RateLimiterConfig, VmSnapshotConfig, VmUpdateDisk};
+use api::wire::{
+    JobState, MirrorFormat, RateLimiterConfig, VmDiskMirror, VmSnapshotConfig, VmUpdateDisk,
+};
 use serde_json::Value;
 
 use crate::snapshots::{file, url, vireo};
@@ -312,6 +314,25 @@ fn a_template_is_made_of_what_stays_as_it_is() {
     );
     assert!(!path.exists());
     client.pause().unwrap();
+    // Nor while a job works on one of its disks.
+    let copy = VmDiskMirror {
+        id: "d".to_owned(),
+        path: machine.path("copy"),
+        format: MirrorFormat::Raw,
+        existing: false,
+        switch: false,
+        speed: Some(1),
+    };
+    let job = client.disk_mirror(&copy).unwrap();
+    let told = client.snapshot(&request(&path)).unwrap_err().to_string();
+    assert!(told.contains("a job works on it"), "{told}");
+    client.cancel_job(&job.id).unwrap();
+    until("the end of the job", || {
+        let jobs = client.jobs().unwrap();
+        jobs.iter()
+            .all(|job| job.state == JobState::Cancelled)
+            .then_some(())
+    });
     client.snapshot(&request(&path)).unwrap();
 
     // Its machine could go on.

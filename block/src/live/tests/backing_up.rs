@@ -29,6 +29,7 @@ impl Guest {
         go_through(self, &backup);
         backup.prepare().unwrap();
         self.work(5);
+        backup.name().unwrap();
         backup.finish(&|| true).unwrap();
         self.disk = backup.given_up();
         held
@@ -160,6 +161,7 @@ fn an_incremental_backup_alone_holds_what_was_written_zeros_too_and_nothing_else
         let held = guest.begin_backup(&mut backup);
         go_through_still(&backup);
         backup.prepare().unwrap();
+        backup.name().unwrap();
         backup.finish(&|| true).unwrap();
         guest.disk = backup.given_up();
         drop(backup);
@@ -226,7 +228,7 @@ fn a_backup_that_does_not_come_to_its_end_leaves_no_file_and_the_bitmap_as_if_it
         go_through(&mut guest, &backup);
         backup.prepare().unwrap();
         fs::write(bench.path("more"), b"precious").unwrap();
-        let error = backup.finish(&|| true).unwrap_err();
+        let error = backup.name().unwrap_err();
         assert!(matches!(error, BackupError::Create(_)), "{error}");
         guest.disk = backup.given_up();
         drop(backup);
@@ -399,6 +401,7 @@ fn a_monitor_that_is_killed_in_a_backup_leaves_a_bitmap_that_is_whole_or_that_no
     guest.work(5);
     guest.disk.live().unwrap().flush().unwrap();
     assert_eq!(cut("written"), (true, None));
+    backup.name().unwrap();
     backup.finish(&|| true).unwrap();
     // It forgets only in memory, until it is saved.
     assert_eq!(cut("ended"), (true, None));
@@ -477,4 +480,23 @@ fn bitmaps_of_a_disk_in_use_are_changed_as_qemu_sees_them_and_by_both() {
     let marked = |name: &str| bitmaps.iter().find(|it| it.name == name).unwrap().marked;
     assert_eq!(marked(BITMAP), Some(0));
     assert!(marked("still") > Some(0));
+}
+
+#[test]
+fn a_disk_that_was_left_guarded_is_backed_up_again() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = Guest::on(&bench, Format::Raw, 11);
+    let mut backup = guest
+        .backup(full(&bench, "first", Format::Raw, false))
+        .unwrap();
+    guest.begin_backup(&mut backup);
+    // It fails, and the disk cannot be put back.
+    drop(backup);
+    guest.work(5);
+    guest.disk = guest.disk.plain().unwrap();
+    assert!(guest.disk.plain().is_none());
+    let held = guest.backed_up(full(&bench, "second", Format::Raw, false));
+    assert!(read_by_qemu(&bench, "second", Format::Raw) == held);
 }

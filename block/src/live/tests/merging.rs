@@ -398,6 +398,27 @@ fn give_up(guest: &mut Guest, (top, base): (Option<&str>, &str)) {
     guest.work(5);
 }
 
+#[test]
+fn a_base_stays_marked_where_nobody_waits_for_the_end_of_its_merge() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = on_chain(&bench, Format::Qcow2, 23, &["top"]);
+    let mut merge = guest.merge(None, Some("base")).unwrap();
+    guest.begin(&mut merge);
+    copy(&mut guest, &merge);
+    // The guest goes on meanwhile, and the base may hold parts of several instants.
+    assert!(merge.finish(&|| false).is_err());
+    guest.disk = merge.given_up().unwrap();
+    merge.settle().unwrap();
+    guest.work(5);
+    assert_eq!(opens(&bench, "base"), Err("top".to_owned()));
+    finish(&mut guest, (None, "base"));
+    drop(guest.disk);
+    assert_eq!(opens(&bench, "base"), Ok(()));
+    assert_eq!(bench.qemu_check("base"), 0);
+}
+
 /// A merge that comes to its end.
 fn finish(guest: &mut Guest, (top, base): (Option<&str>, &str)) {
     let mut merge = guest.merge(top, Some(base)).unwrap();

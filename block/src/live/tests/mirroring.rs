@@ -140,3 +140,19 @@ fn a_target_that_was_there_is_overwritten_where_it_may_be_and_nothing_else_is_le
     guest.work(10);
     guest.holds_its_model();
 }
+
+#[test]
+fn a_copy_that_is_given_up_late_leaves_what_has_its_name_by_then() {
+    let bench = Bench::new();
+    let guest = Guest::on(&bench, Format::Raw, 3);
+    let path = bench.path("new");
+    let first = guest.mirror(&path, Format::Raw, false).unwrap();
+    // Somebody takes it for left behind, and makes another one.
+    fs::rename(&path, bench.path("moved")).unwrap();
+    let mut second = guest.mirror(&path, Format::Raw, false).unwrap();
+    drop(first);
+    assert!(path.exists());
+    drop(second.finish(&|| true).unwrap());
+    drop(second);
+    assert!(path.exists());
+}

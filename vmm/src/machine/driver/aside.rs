@@ -77,6 +77,8 @@ pub(super) struct Asides {
     /// Devices that are being changed, by their ids: one change at a time. A device that
     /// has the id of one that is gone is another.
     changing: BTreeMap<String, Change>,
+    /// Changes that were given up, by the ids of their devices: there until their threads have ended.
+    lingering: Vec<(String, Weak<()>)>,
     /// The ends of jobs, which wait for the end of a capture, in the order in which they came.
     later: VecDeque<Later>,
     /// Slots that are being emptied.
@@ -159,8 +161,38 @@ impl Asides {
             };
             return Err(ControlError::new(ErrorKind::Busy, message));
         }
+        self.check_alone(id)?;
         self.changing
             .insert(id.to_owned(), Change { device: weak, job });
+        Ok(())
+    }
+
+    /// That no change of the device `id` that was given up is still under way.
+    fn check_alone(&mut self, id: &str) -> Result<(), ControlError> {
+        self.lingering.retain(|(_, work)| work.strong_count() > 0);
+        if !self.lingering.iter().any(|(other, _)| other == id) {
+            return Ok(());
+        }
+        let message = format!(
+            "{id}: a change that was given up has not come to its end: its storage does not answer"
+        );
+        Err(ControlError::new(ErrorKind::Busy, message))
+    }
+
+    /// A change of the device `id` has been given up, whose thread is still at it.
+    pub(super) fn linger(&mut self, id: &str, work: Weak<()>) {
+        self.lingering.push((id.to_owned(), work));
+    }
+
+    /// That no job works on `device`.
+    pub(super) fn check_no_job(&self, device: &Arc<VirtioPci>) -> Result<(), ControlError> {
+        let weak = Arc::downgrade(device);
+        let change = self.changing.get(device.id());
+        if change.is_some_and(|change| change.job && change.device.ptr_eq(&weak)) {
+            let id = device.id();
+            let message = format!("{id}: a job works on it: wait for its end or cancel it");
+            return Err(ControlError::new(ErrorKind::Busy, message));
+        }
         Ok(())
     }
 
@@ -519,6 +551,19 @@ mod tests {
         assert_ne!(closed.recv().unwrap(), std::thread::current().id());
         drop(Brought(Some(File(sender))).take());
         assert_eq!(closed.recv().unwrap(), std::thread::current().id());
+    }
+
+    #[test]
+    fn a_device_is_not_changed_beside_a_change_that_was_given_up() {
+        let mut asides = Asides::default();
+        let work = Arc::new(());
+        asides.linger("d", Arc::downgrade(&work));
+        let error = asides.check_alone("d").unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Busy);
+        asides.check_alone("e").unwrap();
+        drop(work);
+        asides.check_alone("d").unwrap();
+        assert!(asides.lingering.is_empty());
     }
 
     #[test]

@@ -125,7 +125,7 @@ impl Driver {
             live.change_bitmap(&name, change)
                 .map_err(|error| failed(&error).context(format!("disk {id}")))
         };
-        self.stall(&devices, |driver| driver.while_still(work))?;
+        self.stall(&devices, |driver| driver.while_still(&target.id, work))?;
         Ok(())
     }
 

@@ -205,16 +205,21 @@ impl Work {
         }
     }
 
-    /// All but a little has been copied: what can be done before the guest stands still.
-    fn prepare(&mut self) -> Result<(), String> {
+    /// All but a little has been copied: what can be done before the guest stands still. What appears then cannot be cancelled any more.
+    fn prepare(&mut self, job: &JobHandle) -> Result<(), String> {
         match self {
             Self::Merge(merge) => merge.name().map_err(|error| chain(&error)),
             Self::Mirror(mirror, _) => mirror
                 .flush()
                 .map_err(|error| chain(&MirrorError::Copy(error))),
-            Self::Backup(backup) => backup
-                .prepare()
-                .map_err(|error| chain(&BackupError::Copy(error))),
+            Self::Backup(backup) => {
+                let prepared = backup.prepare();
+                prepared.map_err(|error| chain(&BackupError::Copy(error)))?;
+                if !job.commit() {
+                    return Err("it was cancelled".to_owned());
+                }
+                backup.name().map_err(|error| chain(&error))
+            }
             Self::Absorb(absorb) => absorb.name().map_err(|error| chain(&error)),
         }
     }
@@ -249,6 +254,14 @@ impl Work {
                 let cut = absorb.finish(go).map_err(|error| failed(&error))?;
                 Ok(Next::Chain(cut))
             }
+        }
+    }
+
+    /// What is there by now, whatever becomes of the rest.
+    fn made(&self) -> Option<PathBuf> {
+        match self {
+            Self::Backup(backup) => Some(backup.path().to_owned()),
+            Self::Merge(_) | Self::Mirror(..) | Self::Absorb(_) => None,
         }
     }
 
@@ -371,6 +384,8 @@ impl Driver {
         let (opener, wanted) = (Arc::clone(&self.tools.opener), target.clone());
         let open = move || {
             let disk = device.disk().ok_or_else(|| no_disk(&wanted.id))?;
+            // What a job before could not put back is left out.
+            let disk = disk.plain().unwrap_or(disk);
             let opened = look(disk, &wanted, opener);
             opened.map_err(|error| error.context(format!("disk {}", wanted.id)))
         };
@@ -424,7 +439,7 @@ impl Driver {
         };
         let mut begun = None;
         let stalled = self.stall(&devices, |driver| {
-            let (work, next) = driver.while_still(begin)?;
+            let (work, next) = driver.while_still(&target.id, begin)?;
             let (old, _) = driver.go_on_with(&devices[0], next, &target)?;
             begun = Some(work);
             Ok(old)
@@ -443,15 +458,21 @@ impl Driver {
         let mut job = self.tools.jobs.begin(work.kind(), work.size());
         let info = job.info();
         let copied = target.clone();
+        let plain = work.given_up();
         let copying = move || {
             let mut work = work;
             let copied = copy(&mut job, &mut work, &copied);
             (work, copied, Ending::of(job))
         };
         let id = info.id.clone();
-        self.holding("copy", copying, move |driver, (work, copied, ending)| {
+        let disk = target.clone();
+        let started = self.holding("copy", copying, move |driver, (work, copied, ending)| {
             driver.when_free(move |driver| driver.copied(target, id, (work, copied, ending)));
-        })?;
+        });
+        if let Err(error) = started {
+            self.put_back(&disk, plain);
+            return Err(error);
+        }
         self.asides.jobs.push(info.id.clone());
         Ok(Reply::Started(info))
     }
@@ -492,11 +513,7 @@ impl Driver {
         let Some(work) = work else {
             return;
         };
-        if let Some(plain) = work.given_up()
-            && let Err(error) = self.go_back(target, plain)
-        {
-            tracing::warn!("disk {} still notes its changes: {error}", target.id);
-        }
+        self.put_back(target, work.given_up());
         let started = self.holding("settle", move || work.settle(), |_, _| {});
         if let Err(error) = started {
             tracing::warn!("disk {}: {error}", target.id);
@@ -517,9 +534,19 @@ impl Driver {
             ending.result = Err("it was cancelled".to_owned());
         }
         let rest = if ending.result.is_ok() {
+            let made = work.made();
             match self.go_elsewhere(target, work) {
                 Ok(rest) => Some(rest),
                 Err((work, error)) => {
+                    let error = match made {
+                        Some(path) => {
+                            let path = path.display();
+                            error.context(format!(
+                                "{path}: the backup is complete, and what comes after it has failed"
+                            ))
+                        }
+                        None => error,
+                    };
                     ending.result = Err(error.to_string());
                     work.map(Rest::of)
                 }
@@ -527,11 +554,8 @@ impl Driver {
         } else {
             Some(Rest::of(work))
         };
-        if ending.result.is_err()
-            && let Some(plain) = plain
-            && let Err(error) = self.go_back(target, plain)
-        {
-            tracing::warn!("disk {} still notes its changes: {error}", target.id);
+        if ending.result.is_err() {
+            self.put_back(target, plain);
         }
         let close = move || rest.map_or(Ok(()), Rest::close);
         let mark = target.clone();
@@ -564,7 +588,7 @@ impl Driver {
         let mut kept = None;
         let mut gone = None;
         let done = self.stall(&devices, |driver| {
-            let (work, next) = driver.while_still(finish)?;
+            let (work, next) = driver.while_still(&target.id, finish)?;
             let gone_on = next.and_then(|next| driver.go_on_with(&devices[0], next, target));
             match gone_on {
                 Ok((before, emptied)) => {
@@ -615,6 +639,15 @@ impl Driver {
                 }
                 Ok((old, emptied))
             }
+        }
+    }
+
+    /// Has the disk go on as before the job, where it can. Where it cannot, the next job does without what this one has left.
+    fn put_back(&mut self, target: &Target, plain: Option<Arc<dyn Disk>>) {
+        if let Some(plain) = plain
+            && let Err(error) = self.go_back(target, plain)
+        {
+            tracing::warn!("disk {} still notes its changes: {error}", target.id);
         }
     }
 
@@ -746,5 +779,5 @@ fn catch_up(
     }
     // The end may have to wait, and the guest is not to wait with it.
     work.hold_up(u64::MAX);
-    work.prepare()
+    work.prepare(job)
 }

@@ -4,9 +4,9 @@
 //! which hears signals and commands: what ends the machine, and each signal that asks for that, cuts short the waiting for a pause, a reset or a kernel that is loaded again, and who asks
 //! for the end of the monitor while the machine ends cuts that short.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Weak};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ struct Work<T> {
     result: Receiver<T>,
     /// Readable when it is done, or its thread has ended otherwise.
     done: Arc<EventFd>,
+    /// There as long as its thread is.
+    alive: Weak<()>,
 }
 
 /// Rings when it is dropped.
@@ -41,14 +43,22 @@ impl<T: Send + 'static> Work<T> {
         let done = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let (sender, result) = channel();
         let bell = Bell(Arc::clone(&done));
+        let thread = Arc::new(());
+        let alive = Arc::downgrade(&thread);
         let run = move || {
+            // It goes last, with all that the work had.
+            let _thread = thread;
             // It rings last, also in a panic.
             let _bell = bell;
             // Who has given up wants to know nothing.
             let _ = sender.send(work());
         };
         Builder::new().name(name.to_owned()).spawn(run)?;
-        Ok(Self { result, done })
+        Ok(Self {
+            result,
+            done,
+            alive,
+        })
     }
 }
 
@@ -151,13 +161,15 @@ impl Driver {
     }
 
     /// Has `work` done while the guest waits for it, which is given a question: it asks that once, when it has done all
-    /// that changes nothing. If it is not so far in time, it gets a `false` then, and all goes on without it.
+    /// that changes nothing. If it is not so far in time, it gets a `false` then, and all goes on without it; the disk `id` is not
+    /// changed otherwise before it has ended.
     ///
     /// # Errors
     ///
     /// What `work` fails with, and [`ErrorKind::Failed`] when it is not waited for any more.
     pub(super) fn while_still<T: Send + 'static>(
         &mut self,
+        id: &str,
         work: impl FnOnce(&dyn Fn() -> bool) -> Result<T, ControlError> + Send + 'static,
     ) -> Result<T, ControlError> {
         let failed = |message: &str| ControlError::new(ErrorKind::Failed, message);
@@ -177,6 +189,7 @@ impl Driver {
             return begun.result.recv().unwrap_or_else(lost);
         }
         if first.swap(false, Ordering::AcqRel) {
+            self.asides.linger(id, Weak::clone(&begun.alive));
             return Err(failed(
                 "the storage does not answer in time: the disk is as before",
             ));

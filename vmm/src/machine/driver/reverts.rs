@@ -136,13 +136,15 @@ impl Driver {
             let finished = revert.finish(&wanted, go);
             finished.map_err(|error| failed(&error))
         };
-        let gone_back = self.while_still(finish).and_then(|(cut, emptied)| {
-            let exchanged = device.exchange_disk(image(cut.disk()));
-            let old =
-                exchanged.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
-            cut.keep();
-            Ok((old, emptied))
-        });
+        let gone_back = self
+            .while_still(device.id(), finish)
+            .and_then(|(cut, emptied)| {
+                let exchanged = device.exchange_disk(image(cut.disk()));
+                let old = exchanged
+                    .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
+                cut.keep();
+                Ok((old, emptied))
+            });
         let emptied = match gone_back {
             Ok((old, emptied)) => {
                 self.close_beside(old);

@@ -287,7 +287,9 @@ impl Driver {
                 );
                 return Err(ControlError::new(ErrorKind::Conflict, message));
             }
-            let device = Arc::downgrade(&self.settled_device(&id)?);
+            let device = self.settled_device(&id)?;
+            self.asides.check_no_job(&device)?;
+            let device = Arc::downgrade(&device);
             let disk = sealed::Disk { id, config, device };
             disk.check()?;
             disks.push(disk);

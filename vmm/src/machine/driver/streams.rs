@@ -130,7 +130,7 @@ impl Driver {
                 .map_err(|error| ControlError::from_error(fault::of(&error), &error))
         };
         let (old, _) = self.stall(&devices, |driver| {
-            let cut = driver.while_still(finish)?;
+            let cut = driver.while_still(&target.id, finish)?;
             let old = exchange(&devices[0], cut, target)?;
             driver.tell_of_images(std::iter::once(&target.id));
             Ok(old)
