@@ -17,6 +17,7 @@ mod frames;
 mod guest_clock;
 mod images;
 mod inside;
+mod jobs;
 mod measure;
 mod memory;
 mod monitor;
@@ -48,7 +49,7 @@ use self::targets::Target;
 use crate::{kit, nested, places, probe};
 
 /// The groups of measures.
-pub const GROUPS: [&str; 17] = [
+pub const GROUPS: [&str; 18] = [
     "size",
     "start",
     "api",
@@ -59,6 +60,7 @@ pub const GROUPS: [&str; 17] = [
     "net",
     "display",
     "disk",
+    "jobs",
     "snapshot",
     "restore",
     "image",
@@ -211,7 +213,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, clone, port, balloon, net, display, disk, snapshot, restore: cannot open /dev/kvm: {error}"
+                "start, api, memory, clone, port, balloon, net, display, disk, jobs, snapshot, restore: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -255,6 +257,9 @@ impl Bench<'_> {
         }
         if settings.wants("disk") {
             disk::raw(settings, clock, &monitors, &mut |measure| self.add(measure))?;
+        }
+        if settings.wants("jobs") {
+            jobs::speeds(settings, clock, &monitors, &mut |measure| self.add(measure))?;
         }
         self.snapshots(clock, &monitors)
     }
