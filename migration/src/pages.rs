@@ -109,6 +109,14 @@ pub enum PagesError {
         /// The checksum of the bytes.
         found: u32,
     },
+    /// There are bytes where no page was written.
+    #[error(
+        "the memory at {address:#x} is damaged: it is zeros, and the file has something else there"
+    )]
+    NotZeros {
+        /// The guest-physical address of the page.
+        address: u64,
+    },
     /// What is compressed does not become what was written.
     #[error("the memory at {address:#x} is damaged: its 2 MiB do not decompress: {reason}")]
     Frame {
@@ -478,7 +486,63 @@ impl PageIndex {
     }
 }
 
+impl PageIndex {
+    /// Sees that `file` holds zeros wherever no page has been written, which is what is read there when it is mapped. What is compressed is
+    /// not mapped. `step` is as for [`PageIndex::write`].
+    ///
+    /// # Errors
+    ///
+    /// [`PagesError`].
+    pub fn check_zeros(
+        &self,
+        file: &File,
+        step: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<(), PagesError> {
+        if self.is_packed() {
+            return Ok(());
+        }
+        let mut buffer = vec![0; CHUNK_LEN];
+        let mut done = 0_u64;
+        for region in &self.regions {
+            for (chunk, (at, here)) in region.chunks.iter().zip(chunks_of(region.len)) {
+                if !step(done) {
+                    return Err(PagesError::Cancelled);
+                }
+                let buffer = buffer.get_mut(..here).unwrap_or_default();
+                if chunk.runs.iter().all(|run| run.bytes() != (0..here)) {
+                    let place = |at: u64| region.offset.saturating_add(at);
+                    let address = region.start.saturating_add(at);
+                    chunk.check_zeros(file, (address, place(at)), buffer)?;
+                }
+                done = done.saturating_add(here as u64);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Chunk {
+    /// Sees that its part of the file, which begins at `offset` and is as long as `buffer`, has nothing but its runs.
+    fn check_zeros(
+        &self,
+        file: &File,
+        (address, offset): (u64, u64),
+        buffer: &mut [u8],
+    ) -> Result<(), PagesError> {
+        let read = file.read_exact_at(buffer, offset);
+        read.map_err(|source| PagesError::Read { offset, source })?;
+        for run in &self.runs {
+            buffer.get_mut(run.bytes()).unwrap_or_default().fill(0);
+        }
+        match buffer.iter().position(|byte| *byte != 0) {
+            None => Ok(()),
+            Some(at) => {
+                let address = address.saturating_add(at as u64) / PAGE * PAGE;
+                Err(PagesError::NotZeros { address })
+            }
+        }
+    }
+
     /// Runs are not empty, ascend, do not touch others of their kind and end within `len` bytes; no page is of both kinds.
     fn is_within(&self, len: usize) -> bool {
         let fine = |runs: &[Run]| {

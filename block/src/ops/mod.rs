@@ -16,6 +16,7 @@ mod info;
 pub mod io;
 mod measure;
 mod rebase;
+mod remove;
 mod resize;
 mod share;
 mod size;
@@ -41,6 +42,7 @@ pub use info::{
 };
 pub use measure::{MeasureError, Measured, measure};
 pub use rebase::{NewBacking, RebaseError, rebase, set_backing};
+pub use remove::remove;
 pub use resize::resize;
 pub use size::{ExactSize, HumanSize, SizeError, parse_size};
 pub use status::{Status, map, status};

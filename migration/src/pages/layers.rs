@@ -249,7 +249,7 @@ impl Layers {
         }
     }
 
-    /// Reads all of each file and compares every checksum. `step` hears how many bytes have been gone through of as many times RAM as
+    /// Reads all of each file, compares every checksum, and sees that there is nothing else. `step` hears how many bytes have been gone through of as many times RAM as
     /// there are files.
     ///
     /// # Errors
@@ -259,8 +259,8 @@ impl Layers {
         let mut before = 0_u64;
         for Layer { path, index, file } in &self.all {
             let mut step = |done: u64| step(before.saturating_add(done));
-            index
-                .read(file, &mut |_, _| Ok(()), &mut step)
+            let read = index.read(file, &mut |_, _| Ok(()), &mut step);
+            read.and_then(|()| index.check_zeros(file, &mut |_| step(index.total())))
                 .map_err(|source| LayerError {
                     path: path.clone(),
                     source,

@@ -225,3 +225,30 @@ proptest! {
         prop_assert!(back.low == memory.low && back.high == memory.high);
     }
 }
+
+#[test]
+fn bytes_where_no_page_was_written_are_found_before_they_are_mapped() {
+    let memory = Memory::new();
+    memory.write(0x1000, &[7; 4096]).unwrap();
+    memory.write(HIGH + 2 * MIB, &[7; 9000]).unwrap();
+    let (file, index) = saved(&memory);
+    let check = || index.check_zeros(&file, &mut |_| true);
+    check().unwrap();
+    for (at, wanted) in [
+        (0xfff, 0),
+        (0x2000, 0x2000),
+        (3 * MIB + 5, 3 * MIB),
+        (6 * MIB + 3 * PAGE, HIGH + 2 * MIB + 3 * PAGE),
+        (7 * MIB - 1, HIGH + 3 * MIB - PAGE),
+    ] {
+        file.write_all_at(b"x", at).unwrap();
+        assert!(restored(&file, &index).is_ok(), "nobody reads them");
+        let error = check().unwrap_err();
+        assert!(
+            matches!(error, PagesError::NotZeros { address } if address == wanted),
+            "{error}"
+        );
+        file.write_all_at(&[0], at).unwrap();
+    }
+    check().unwrap();
+}

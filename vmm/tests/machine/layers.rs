@@ -103,7 +103,18 @@ fn any_image_of_a_disk_goes_and_is_shown_while_its_guest_writes() {
         (paths.len() == 2).then(|| format!("{paths:?}"))
     });
     assert!(shown.contains(&own) && shown.contains(&over), "{shown}");
-    // What is shown cannot be merged into.
+    // What is shown stays.
+    let mine = writer.text("5");
+    let needed = writer.disk("delete", &["data", &own], 1);
+    assert!(
+        needed.contains("disk _disk") && needed.contains("needs it"),
+        "{needed}"
+    );
+    assert!(
+        writer.path("2").exists() && writer.path("5").exists(),
+        "{mine}"
+    );
+    // Nor can it be merged into.
     let used = writer.disk("commit", &["data"], 1);
     assert!(used.contains("in use"), "{used}");
     writer.disk("update", &["data", "limits=off"], 0);

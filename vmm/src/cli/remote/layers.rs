@@ -7,7 +7,7 @@ use anyhow::Context;
 use api::wire::{
     ChainLayer, DiskChain, JobInfo, VmDiskCommit, VmDiskRevert, VmDiskStream, VmInfoState,
 };
-use block::ops::{NewImage, create, find_layer};
+use block::ops::{NewImage, create, find_layer, remove};
 use block::{CreateOptions, Opener as _};
 use clap::Args;
 use virtio::models::MODELS;
@@ -260,6 +260,16 @@ fn found(remote: &mut Remote, id: &str, wanted: &Path) -> anyhow::Result<(Vec<Ch
     Ok((chain.layers, depth))
 }
 
+/// Which other disk of the machine has an image in its chain.
+fn others<'a>(chains: &'a [DiskChain], id: &str, wanted: &Path) -> Option<&'a str> {
+    let mut others = chains.iter().filter(|chain| chain.id != id);
+    let needs = |chain: &&DiskChain| {
+        let paths = chain.layers.iter().map(|layer| layer.path.as_path());
+        find_layer(wanted, paths).is_some()
+    };
+    others.find(needs).map(|chain| chain.id.as_str())
+}
+
 pub(super) fn delete(arguments: DeleteArgs) -> anyhow::Result<()> {
     let speed = speed(arguments.speed)?;
     let (mut remote, [id, wanted]) = arguments
@@ -268,6 +278,11 @@ pub(super) fn delete(arguments: DeleteArgs) -> anyhow::Result<()> {
     let wanted = std::path::absolute(&wanted).with_context(|| format!("LAYER {wanted}"))?;
     let (layers, depth) = found(&mut remote, &id, &wanted)?;
     let path = wanted.display();
+    if !arguments.keep
+        && let Some(other) = others(&asked(&mut remote)?, &id, &wanted)
+    {
+        anyhow::bail!("{path}: it stays: disk {other} needs it");
+    }
     let way = way(&layers, depth).map_err(|why| anyhow::anyhow!("{path}: it stays: {why}"))?;
     // Before the job begins: what becomes of it is not missed.
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
@@ -297,9 +312,8 @@ pub(super) fn delete(arguments: DeleteArgs) -> anyhow::Result<()> {
     let mut job = started.map_err(|error| remote.failed(error))?;
     follow(&mut job, &mut remote, &mut watch, (arguments.json, left))?;
     if !arguments.keep {
-        Opener::new()
-            .remove(&wanted)
-            .with_context(|| format!("{path}: it is needed no more, and stays"))?;
+        remove(&wanted, &Opener::new())
+            .with_context(|| format!("disk {id} needs {path} no more, which stays"))?;
     }
     if arguments.json {
         return print_json(&job);
