@@ -8,12 +8,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::disk::ResizeError;
 use crate::engine::bounce::AlignedBuf;
 use crate::lease::Lease;
-use crate::lock;
+use crate::lock::{self, Intent};
 use crate::track::Tracks;
 
 /// `BLKGETSIZE64`, `_IOR(0x12, 114, size_t)` of `linux/fs.h`: a device's size in bytes.
@@ -111,6 +111,8 @@ pub(crate) struct HostFile {
     tracks: Tracks,
     /// Given up after the locks.
     lease: Option<Box<dyn Lease>>,
+    /// What others are kept from by its locks, if it has any.
+    held: Mutex<Option<Intent>>,
 }
 
 impl HostFile {
@@ -146,6 +148,7 @@ impl HostFile {
             abilities: Abilities::new(kind, direct, align),
             tracks: Tracks::default(),
             lease: None,
+            held: Mutex::default(),
         })
     }
 
@@ -154,14 +157,53 @@ impl HostFile {
         self.lease = lease;
     }
 
+    /// The opened file has the locks for this.
+    pub(crate) fn locked(&self, intent: Intent) {
+        *self.held() = Some(intent);
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Intent>> {
+        // It is written whole.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What its locks are for; `None` where it has none.
+    pub(crate) fn intent(&self) -> Option<Intent> {
+        *self.held()
+    }
+
+    /// Whether a program has given a lease of it.
+    pub(crate) fn is_leased(&self) -> bool {
+        self.lease.is_some()
+    }
+
+    /// Gives up all its locks.
+    pub(crate) fn give_up(&self) {
+        let mut held = self.held();
+        lock::release(&self.file);
+        *held = None;
+    }
+
+    /// Takes the locks for `intent`, of which it has none.
+    pub(crate) fn take(&self, intent: Intent) -> Result<(), lock::LockError> {
+        let mut held = self.held();
+        lock::acquire(&self.file, intent)?;
+        *held = Some(intent);
+        Ok(())
+    }
+
     /// Lets other readers in, and writers still not. It is not written from now on.
     pub(crate) fn keep_reading(&self) {
+        let mut held = self.held();
         lock::keep_reading(&self.file);
+        *held = held.map(|_| Intent::Read);
     }
 
     /// Takes the locks of a writer for this file, of which `reader` is another opening with those of a reader.
     pub(crate) fn begin_writing(&self, reader: &Self) -> Result<(), lock::LockError> {
-        lock::begin_writing(&reader.file, &self.file)
+        lock::begin_writing(&reader.file, &self.file)?;
+        self.locked(Intent::Write);
+        Ok(())
     }
 
     /// Whether another one is the same file or device.

@@ -64,9 +64,9 @@ pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
-    Absorb, Attached, Backup, BackupError, BackupRequest, Covered, Cut, Emptied, Live, Merge,
-    MergeError, Merged, Mirror, MirrorError, MirrorTarget, Overlay, OverlayError, Revert,
-    RevertError, Stream, StreamError, Unlike, revert,
+    Absorb, Attached, Away, AwayError, Back, Backup, BackupError, BackupRequest, Covered, Cut,
+    Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError, MirrorTarget, Overlay,
+    OverlayError, Revert, RevertError, Stream, StreamError, Unlike, revert,
 };
 pub use lock::lock_output;
 pub use nbd::NbdDisk;

@@ -530,6 +530,7 @@ fn remove(opener: &dyn Opener, path: &Path) {
 }
 
 mod absorb;
+mod away;
 mod backup;
 mod before;
 mod changes;
@@ -543,6 +544,7 @@ mod stream;
 mod tests;
 
 pub use absorb::Absorb;
+pub use away::{Away, AwayError, Back};
 pub use backup::{Backup, BackupError, BackupRequest};
 pub use layers::Unlike;
 pub use merge::{Emptied, Merge, MergeError, Merged};

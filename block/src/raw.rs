@@ -323,6 +323,13 @@ pub(crate) fn open_file<'a>(
     let mut file =
         HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
     file.hold(lease);
+    if keep.lock {
+        file.locked(if access.write {
+            Intent::Write
+        } else {
+            Intent::Read
+        });
+    }
     if !access.write && kind == Kind::Regular {
         // An ISO image, say. As QEMU does, so that the last bytes can be read.
         file.pad_to(SECTOR.max(file.abilities().align.offset.into()));
