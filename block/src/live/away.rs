@@ -78,7 +78,7 @@ impl File {
     }
 }
 
-/// A disk whose files another machine may have.
+/// A disk whose files another machine may have. They stay open as long as this is there.
 #[derive(Debug)]
 pub struct Away {
     live: Live,
@@ -160,31 +160,33 @@ impl Away {
         self.files.iter().any(|held| held.intent == Intent::Write)
     }
 
-    /// Takes the locks of all files again, or of none. With [`Back::Same`] the disk goes on as before.
+    /// Takes the locks of all files again, or of none. With [`Back::Same`] the disk goes on as before; with [`Back::Touched`] it has the locks and
+    /// refuses changes.
     ///
     /// # Errors
     ///
-    /// [`AwayError`], and what can be tried again.
-    pub fn take_back(self) -> Result<Back, (Self, AwayError)> {
-        let taken = self.take();
-        let touched = taken.and_then(|()| {
-            let same =
-                |held: &File| Ok(held.before.is_some() && File::print(&held.file)? == held.before);
-            let all: io::Result<Vec<bool>> = self.files.iter().map(same).collect();
-            let same = all.map(|all| all.into_iter().all(|same| same));
-            same.map_err(|error| {
-                self.files.iter().for_each(|held| held.file.give_up());
-                AwayError::Facts(error)
-            })
-        });
-        match touched {
-            Ok(true) => {
-                self.live.unseal();
-                Ok(Back::Same)
-            }
-            Ok(false) => Ok(Back::Touched),
-            Err(error) => Err((self, error)),
+    /// [`AwayError`]; it can be tried again.
+    pub fn take_back(&self) -> Result<Back, AwayError> {
+        self.take()?;
+        let is_same = |held: &File| {
+            let print = File::print(&held.file)?;
+            Ok(print.is_some() && print == held.before)
+        };
+        let all: io::Result<Vec<bool>> = self.files.iter().map(is_same).collect();
+        let all = all.map_err(|error| {
+            self.give_up();
+            AwayError::Facts(error)
+        })?;
+        if all.contains(&false) {
+            return Ok(Back::Touched);
         }
+        self.live.unseal();
+        Ok(Back::Same)
+    }
+
+    /// Gives up the locks that [`Away::take_back`] has taken of files that were touched.
+    pub fn give_up(&self) {
+        self.files.iter().for_each(|held| held.file.give_up());
     }
 
     fn take(&self) -> Result<(), AwayError> {

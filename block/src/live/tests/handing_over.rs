@@ -43,7 +43,7 @@ fn another_machine_gets_a_disk_and_it_goes_on_here_where_that_does_nothing_with_
         let away = guest.disk.live().unwrap().let_go().unwrap();
         assert!(away.is_locked());
         let other = opened(&guest).unwrap();
-        let (away, error) = away.take_back().unwrap_err();
+        let error = away.take_back().unwrap_err();
         assert!(matches!(error, AwayError::Busy), "{error}");
         drop(other);
         assert_eq!(away.take_back().unwrap(), Back::Same);
@@ -52,7 +52,7 @@ fn another_machine_gets_a_disk_and_it_goes_on_here_where_that_does_nothing_with_
         guest.holds_its_model();
         let name = guest.path.file_name().unwrap().to_str().unwrap().to_owned();
         let format = guest.options.disk.format.unwrap();
-        drop(guest.disk);
+        drop((away, guest.disk));
         assert!(read_by_qemu(bench, &name, format) == guest.model);
         if format == Format::Qcow2 {
             assert_eq!(bench.qemu_check(&name), 0);
@@ -90,7 +90,10 @@ fn what_another_machine_has_written_is_found_and_all_of_it_was_there_for_it() {
         // Nothing that was known here before is written over that.
         let other = open_disk(&path, &AnyPath, &options);
         assert!(is_in_use(other));
-        drop(here);
+        away.give_up();
+        drop(open_disk(&path, &AnyPath, &options).unwrap());
+        assert_eq!(away.take_back().unwrap(), Back::Touched);
+        drop((away, here));
         assert!(read_by_qemu(bench, &name, format) == there.model);
         if format == Format::Qcow2 {
             assert_eq!(bench.qemu_check(&name), 0);
@@ -109,12 +112,12 @@ fn a_reader_below_keeps_a_disk_from_being_taken_back_in_part() {
     guest.work(10);
     let away = guest.disk.live().unwrap().let_go().unwrap();
     let below = open_disk(&bench.path("base"), &AnyPath, &qcow2()).unwrap();
-    let (away, error) = away.take_back().unwrap_err();
+    let error = away.take_back().unwrap_err();
     assert!(matches!(error, AwayError::Busy), "{error}");
     drop(below);
     // The disk's own image was given up again, too.
     let other = opened(&guest).unwrap();
-    let (away, _) = away.take_back().unwrap_err();
+    away.take_back().unwrap_err();
     drop(other);
     assert_eq!(away.take_back().unwrap(), Back::Same);
     guest.work(10);
