@@ -243,6 +243,8 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::step()?;
         if self.suits(buf, offset) {
             return self.file.file().write_all_at(buf, offset);
         }
@@ -269,6 +271,8 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::step()?;
         let abilities = self.file.abilities();
         if abilities.lost.load(Ordering::Relaxed) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -288,6 +292,8 @@ impl Storage for FileStorage {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::step()?;
         match self.file.abilities().kind {
             Kind::Regular => self.file.file().set_len(len),
             Kind::Device if len <= self.file.size() => Ok(()),
@@ -296,6 +302,8 @@ impl Storage for FileStorage {
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::step()?;
         let abilities = self.file.abilities();
         let modes = [
             (&abilities.punch, libc::FALLOC_FL_PUNCH_HOLE),
@@ -323,6 +331,8 @@ impl Storage for FileStorage {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::step()?;
         let abilities = self.file.abilities();
         if len == 0 || !abilities.discard.load(Ordering::Relaxed) {
             return Ok(());
@@ -346,6 +356,8 @@ impl Storage for FileStorage {
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        #[cfg(test)]
+        crate::testing::step()?;
         match self.file.abilities().kind {
             Kind::Regular => self.allocate(0, offset, len).map_err(|error| {
                 if unsupported(&error) {

@@ -1,7 +1,7 @@
 //! What this crate's tests share: an opener without policy, memory to do I/O
 //! in, and a queue driven one request at a time.
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::TcpStream;
@@ -15,6 +15,27 @@ use crate::storage::Storage;
 use crate::{
     Access, Address, Buffers, Completed, Connector, IoQueue, IoVec, Op, Opener, Request, Token,
 };
+
+thread_local! {
+    /// After how many more steps of this thread the monitor is killed, if it is.
+    static LEFT: Cell<Option<i64>> = const { Cell::new(None) };
+}
+
+/// From so many steps of this thread on all fail, as if the monitor had been killed: it changes files no more. How many were left is given,
+/// which is less than nothing where steps have failed. With `None` it lives.
+pub(crate) fn killed_after(steps: Option<i64>) -> Option<i64> {
+    LEFT.replace(steps)
+}
+
+/// What changes a file or its name is a step.
+pub(crate) fn step() -> io::Result<()> {
+    let left = LEFT.get().map(|left| left.saturating_sub(1));
+    LEFT.set(left);
+    match left {
+        Some(..0) => Err(io::Error::from_raw_os_error(libc::EIO)),
+        _ => Ok(()),
+    }
+}
 
 /// Opens whatever the system lets it.
 pub(crate) struct AnyPath;
@@ -34,16 +55,20 @@ impl Opener for AnyPath {
     }
 
     fn create(&self, path: &Path, _: Access) -> io::Result<File> {
+        step()?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).open(path)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        step()?;
         std::fs::hard_link(from, to)?;
+        step()?;
         std::fs::remove_file(from)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        step()?;
         std::fs::remove_file(path)
     }
 }

@@ -9,10 +9,11 @@
 //!   zeros. What it says is not trusted: [`PageIndex::check`] holds it against the memory that there is.
 //! * A file may be compressed instead ([`PageWriter::packed`]): the pages of each chunk lie in a frame of their own, one behind the other. It
 //!   cannot be mapped.
-//! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, and a
-//!   chunk is the most that is read at once.
+//! * Nothing is allocated in proportion to what an index claims: it is decoded from bytes that are there, of no more chunks than memory
+//!   has ([`PageIndex::of_section`]), and a chunk is the most that is read at once.
 
 mod beside;
+mod decode;
 mod layers;
 mod packed;
 mod set;
@@ -24,7 +25,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::state::{RestoreError, SavedState, decode_exact};
+use crate::state::{RestoreError, SavedState};
 use packed::Frame;
 
 pub use beside::Feeder;
@@ -177,70 +178,12 @@ pub struct PageIndex {
     packed: bool,
 }
 
-#[derive(Deserialize)]
-struct ChunkV2 {
-    runs: Vec<Run>,
-    kept: Vec<Run>,
-    crc: u32,
-}
-
-#[derive(Deserialize)]
-struct RegionV2 {
-    start: u64,
-    len: u64,
-    offset: u64,
-    chunks: Vec<ChunkV2>,
-}
-
-/// Before files were compressed.
-#[derive(Deserialize)]
-struct PageIndexV2 {
-    regions: Vec<RegionV2>,
-}
-
-impl From<PageIndexV2> for PageIndex {
-    fn from(PageIndexV2 { regions }: PageIndexV2) -> Self {
-        let chunk = |ChunkV2 { runs, kept, crc }: ChunkV2| Chunk {
-            runs,
-            kept,
-            crc,
-            frame: None,
-        };
-        let region = |region: RegionV2| {
-            let RegionV2 {
-                start,
-                len,
-                offset,
-                chunks,
-            } = region;
-            Region {
-                start,
-                len,
-                offset,
-                chunks: chunks.into_iter().map(chunk).collect(),
-            }
-        };
-        Self {
-            regions: regions.into_iter().map(region).collect(),
-            packed: false,
-        }
-    }
-}
-
 impl SavedState for PageIndex {
     const SCHEMA: &'static str = "memory-pages";
     const VERSION: u16 = 3;
 
     fn upgrade(found: u16, body: &[u8]) -> Result<Self, RestoreError> {
-        match found {
-            2 => decode_exact::<PageIndexV2>(Self::SCHEMA, found, body).map(Self::from),
-            Self::VERSION => decode_exact(Self::SCHEMA, found, body),
-            _ => Err(RestoreError::Version {
-                schema: Self::SCHEMA,
-                found,
-                newest: Self::VERSION,
-            }),
-        }
+        Self::decode(found, body, None)
     }
 }
 

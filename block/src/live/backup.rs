@@ -2,7 +2,7 @@
 //!
 //! 1. [`Backup::of`] makes the target, under a hidden name.
 //! 2. Its user ends all queues of the disk, and goes on with those of [`Backup::begin`]: what the disk holds then is what is copied.
-//!    A part is copied before it is changed for the first time, and a change waits for that.
+//!    A part is copied before it is changed for the first time, and a change waits for that: for 20 s, after which there is no backup.
 //! 3. [`Backup::step`], over all of the disk, copies the rest, and [`Backup::prepare`] makes the target durable.
 //! 4. The queues are ended once more, and [`Backup::finish`] gives the target its name. Then the disk goes on as before.
 //!
@@ -13,8 +13,9 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::before::{Guarded, Instants};
+use super::before::{Guarded, Instants, Patience};
 use super::copy::clear;
 use super::layers::Layer;
 use super::{Live, Made, name_of, policy_for};
@@ -31,6 +32,9 @@ use crate::{CreateOptions, Preallocation};
 
 /// The most bytes that are read at once.
 const PIECE: u64 = 2 << 20;
+
+/// How long a change of the disk waits for a target that does not answer. Guests give up on disks that are silent for 30 s.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a backup is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,7 +169,12 @@ impl Backup {
         if !request.incremental {
             instants.keep_all();
         }
-        let guarded = Guarded::new(Arc::clone(&disk), Arc::clone(&instants));
+        let patience = Patience {
+            limit: PATIENCE,
+            target: request.path.clone(),
+            now: Box::new(Instant::now),
+        };
+        let guarded = Guarded::new(Arc::clone(&disk), Arc::clone(&instants), patience);
         Ok(Self {
             guarded: Arc::new(guarded.map_err(BackupError::Keep)?),
             plain: disk,

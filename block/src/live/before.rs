@@ -2,13 +2,15 @@
 //!
 //! Each part is copied once, by whoever comes first: the one who goes through the disk, or a request that is about to change it. The
 //! request waits for that in a queue of its own, without holding up others. Where a copy fails, nothing is kept any more, and requests go on
-//! as they are: the guest does not suffer for a backup.
+//! as they are: the guest does not suffer for a backup. So it is where a copy does not end within [`Patience`], which whoever waits for the
+//! queue sees: threads may hang in it.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +36,24 @@ const BELL: Watch = Watch(u32::MAX);
 
 /// Copies a range of the disk, in bytes; gives how many bytes were moved.
 type Copying = Box<dyn Fn(Range<u64>) -> io::Result<u64> + Send + Sync>;
+
+/// How long a request waits for its copies, at most.
+pub(super) struct Patience {
+    pub(super) limit: Duration,
+    /// Where copies go, for whoever is told that they do not get there.
+    pub(super) target: PathBuf,
+    pub(super) now: Box<dyn Fn() -> Instant + Send + Sync>,
+}
+
+impl Patience {
+    fn reason(&self) -> String {
+        format!(
+            "{}: for {} s it has not taken what the guest is about to replace, and the guest has gone on without it",
+            self.target.display(),
+            self.limit.as_secs()
+        )
+    }
+}
 
 /// What a disk held at one instant, as far as it has to be kept still.
 pub(super) struct Instants {
@@ -216,11 +236,7 @@ impl Instants {
         match (self.copy)(start..end) {
             Ok(moved) => moved,
             Err(error) => {
-                let mut state = self.lock();
-                state.over = true;
-                if state.failure.is_none() {
-                    state.failure = Some((error.kind(), error.to_string()));
-                }
+                self.fail(error.kind(), error.to_string());
                 0
             }
         }
@@ -251,10 +267,24 @@ impl Instants {
         }
     }
 
-    /// Waits for what is being copied. All has been taken before.
+    /// Nothing is kept any more, for a reason.
+    fn fail(&self, kind: io::ErrorKind, reason: String) {
+        let mut state = self.lock();
+        state.over = true;
+        state.failure.get_or_insert((kind, reason));
+        drop(state);
+        self.copied.notify_all();
+    }
+
+    /// Whether nothing is kept any more.
+    fn is_over(&self) -> bool {
+        self.lock().over
+    }
+
+    /// Waits for what is being copied, unless a copy has failed. All has been taken before.
     pub(super) fn settle(&self) -> io::Result<()> {
         let mut state = self.lock();
-        while !state.busy.is_empty() {
+        while !state.busy.is_empty() && state.failure.is_none() {
             let woken = self.copied.wait(state);
             state = woken.unwrap_or_else(PoisonError::into_inner);
         }
@@ -293,14 +323,20 @@ impl Task for Wait {
 pub(super) struct Guarded {
     inner: Arc<dyn Disk>,
     instants: Arc<Instants>,
+    patience: Arc<Patience>,
     crew: Arc<Crew<Wait>>,
 }
 
 impl Guarded {
-    pub(super) fn new(inner: Arc<dyn Disk>, instants: Arc<Instants>) -> io::Result<Self> {
+    pub(super) fn new(
+        inner: Arc<dyn Disk>,
+        instants: Arc<Instants>,
+        patience: Patience,
+    ) -> io::Result<Self> {
         Ok(Self {
             inner,
             instants,
+            patience: Arc::new(patience),
             crew: Arc::new(Crew::new("block-before", THREADS)?),
         })
     }
@@ -319,6 +355,7 @@ impl Disk for Guarded {
         Ok(Box::new(GuardedQueue {
             inner,
             instants: Arc::clone(&self.instants),
+            patience: Arc::clone(&self.patience),
             crew: Arc::clone(&self.crew),
             mail: Arc::new(mail),
             held: HashMap::new(),
@@ -358,10 +395,11 @@ impl Disk for Guarded {
 struct GuardedQueue {
     inner: Box<dyn IoQueue>,
     instants: Arc<Instants>,
+    patience: Arc<Patience>,
     crew: Arc<Crew<Wait>>,
     mail: Arc<Mailbox<u64>>,
-    /// Requests that wait, by their keys.
-    held: HashMap<u64, Request>,
+    /// Requests that wait, by their keys, and until when.
+    held: HashMap<u64, (Request, Option<Instant>)>,
     key: u64,
     /// Requests that have ended without having been done.
     ended: Vec<Token>,
@@ -376,12 +414,36 @@ impl GuardedQueue {
         let mut keys = std::mem::take(&mut self.keys);
         self.mail.take(&mut keys);
         for key in keys.drain(..) {
-            if let Some(request) = self.held.remove(&key) {
+            if let Some((request, _)) = self.held.remove(&key) {
                 self.inner.push(request);
             }
         }
         self.keys = keys;
         self.inner.submit();
+    }
+
+    /// Passes on all requests where nothing is kept any more, or one has waited for too long. How long they may wait otherwise.
+    fn lose_patience(&mut self) -> Option<Duration> {
+        if self.held.is_empty() {
+            return None;
+        }
+        let first = self.held.values().filter_map(|(_, until)| *until).min();
+        let left = first.map(|first| first.saturating_duration_since((self.patience.now)()));
+        if left.is_some_and(|left| left.is_zero()) {
+            let reason = self.patience.reason();
+            self.instants.fail(io::ErrorKind::TimedOut, reason);
+        }
+        if !self.instants.is_over() {
+            return left;
+        }
+        // In the order in which they came.
+        let mut held: Vec<_> = self.held.drain().collect();
+        held.sort_unstable_by_key(|(key, _)| *key);
+        for (_, (request, _)) in held {
+            self.inner.push(request);
+        }
+        self.inner.submit();
+        None
     }
 }
 
@@ -406,7 +468,8 @@ impl IoQueue for GuardedQueue {
             mail: Arc::clone(&self.mail),
             key: self.key,
         };
-        self.held.insert(self.key, request);
+        let until = (self.patience.now)().checked_add(self.patience.limit);
+        self.held.insert(self.key, (request, until));
         self.crew.start([wait]);
     }
 
@@ -431,13 +494,15 @@ impl IoQueue for GuardedQueue {
             bytes: 0,
         }));
         loop {
+            let patience = self.lose_patience();
             let left = if out.len() > before {
                 Some(Duration::ZERO)
             } else {
                 until.map(|until| until.saturating_duration_since(Instant::now()))
             };
             let found = out.len();
-            self.inner.wait(left, out)?;
+            let shorter = left.into_iter().chain(patience).min();
+            self.inner.wait(shorter, out)?;
             let is_bell = |it: &Completed| matches!(it, Completed::Watch(watch) if *watch == BELL);
             let rung = out.iter().skip(found).any(is_bell);
             if rung {
@@ -466,7 +531,12 @@ impl GuardedQueue {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::mpsc::sync_channel;
+
     use super::*;
+    use crate::open::ImageOptions;
+    use crate::testing::{AnyPath, Arena, finish, request};
 
     /// The ranges that have been copied, in order.
     type Copied = Arc<Mutex<Vec<Range<u64>>>>;
@@ -512,6 +582,68 @@ mod tests {
         instants.make_way(1 << 19, 1);
         assert_eq!(instants.step(0).unwrap_err().to_string(), "full");
         assert_eq!(instants.settle().unwrap_err().to_string(), "full");
+    }
+
+    /// A write of one byte at the disk's beginning.
+    fn write(token: Token) -> Request {
+        let arena = Arena::new(512);
+        arena.put(0, &[7; 512]);
+        request(token, Op::Write, 0, arena.buffers(&[(0, 512)]))
+    }
+
+    #[test]
+    fn a_write_waits_no_longer_for_a_target_that_hangs_than_it_has_patience_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let options = ImageOptions::default();
+        let disk = crate::open_disk(file.path(), &AnyPath, &options).unwrap();
+        let (hang, hung) = sync_channel::<()>(0);
+        let (entered, enters) = sync_channel(1);
+        let hung = Mutex::new(hung);
+        let copy = move |_| {
+            entered.send(()).unwrap();
+            // Until the test lets go of its end.
+            let _ = hung.lock().unwrap().recv();
+            Ok(1)
+        };
+        let instants = Arc::new(Instants::new(1 << 20, Box::new(copy)));
+        instants.keep_all();
+        let start = Instant::now();
+        let passed = Arc::new(AtomicU64::new(0));
+        let clock = Arc::clone(&passed);
+        let patience = Patience {
+            limit: Duration::from_secs(20),
+            target: "/backups/monday".into(),
+            now: Box::new(move || start + Duration::from_millis(clock.load(Ordering::SeqCst))),
+        };
+        let guarded = Guarded::new(disk, Arc::clone(&instants), patience).unwrap();
+        let mut queue = guarded.queue(4).unwrap();
+        let mut out = Vec::new();
+        queue.push(write(1));
+        enters.recv().unwrap();
+        passed.store(15_000, Ordering::SeqCst);
+        queue.push(write(2));
+        passed.store(19_999, Ordering::SeqCst);
+        queue.wait(Some(Duration::ZERO), &mut out).unwrap();
+        assert!(out.is_empty() && queue.in_flight() == 2);
+        // Both go on when the first has waited for too long.
+        passed.store(20_000, Ordering::SeqCst);
+        let ended = finish(&mut *queue, 2);
+        assert!(ended.iter().all(|(_, result, _)| result.is_ok()));
+        for failed in [instants.settle(), instants.step(0).map(drop)] {
+            let failed = failed.unwrap_err();
+            assert_eq!(failed.kind(), io::ErrorKind::TimedOut);
+            assert!(
+                failed.to_string().starts_with("/backups/monday: for 20 s"),
+                "{failed}"
+            );
+        }
+        // The next one does not wait at all.
+        queue.push(write(3));
+        assert_eq!(finish(&mut *queue, 1).len(), 1);
+        drop(hang);
+        instants.end();
+        assert_eq!(std::fs::read(file.path()).unwrap()[..512], [7; 512]);
     }
 
     #[test]

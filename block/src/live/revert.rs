@@ -129,6 +129,13 @@ impl Revert {
         Ok(Self { image, place })
     }
 
+    /// To what is at this depth below an image, which then names that.
+    #[cfg(test)]
+    pub(super) fn below(image: Arc<Qcow2>, depth: usize, name: Option<(String, Format)>) -> Self {
+        let place = Place { depth, name };
+        Self { image, place }
+    }
+
     /// Goes back, in one write. There is no queue of the disk any more. `go` is asked once, before anything is changed: where it is
     /// `false`, nobody waits any more, and the disk may be in use again. What the disk held is given back with its space.
     ///

@@ -493,7 +493,10 @@ fn an_image_whose_snapshots_lean_on_what_is_below_is_not_cut_off_from_it() {
 
 mod absorbing;
 mod backing_up;
+mod deleting;
+mod faults;
 mod handing_over;
+mod kills;
 mod merging;
 mod mirroring;
 mod random;

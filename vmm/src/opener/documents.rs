@@ -116,13 +116,14 @@ impl Opener {
         sync_directory(path)
     }
 
-    /// Makes a directory for its owner alone, and those above it, where they are not there. They stay so after a crash.
+    /// Makes a directory for its owner alone, and those above it, where they are not there. They stay so after a crash; so does one that was
+    /// there already, where what it lies in can be read: whoever made it may not have seen to that.
     ///
     /// # Errors
     ///
     /// [`OpenError`]; none has been made then.
     pub fn directory(&self, path: &Path) -> Result<(), OpenError> {
-        make_directories(path, &sync_directory)
+        make_directories(path, &sync_parent)
     }
 
     /// The path of what is there, without symbolic links in it.
@@ -400,12 +401,15 @@ fn link_new(from: &Path, to: &Path) -> io::Result<()> {
 /// What makes the names in the directory of a path durable.
 pub(crate) type SyncNames<'a> = &'a dyn Fn(&Path) -> Result<(), OpenError>;
 
-/// Makes the directories that are missing, the uppermost first, and syncs those that they are in.
+/// Makes the directories that are missing, the uppermost first, and syncs those that they are in, or that of the last one, where none is missing.
 fn make_directories(path: &Path, sync: SyncNames<'_>) -> Result<(), OpenError> {
     let mut missing: Vec<&Path> = path
         .ancestors()
         .take_while(|path| !path.as_os_str().is_empty() && !path.is_dir())
         .collect();
+    if missing.is_empty() {
+        return sync(path);
+    }
     let mut made = Vec::new();
     let mut result = Ok(());
     while let Some(next) = missing.pop().filter(|_| result.is_ok()) {
@@ -424,6 +428,28 @@ fn make_directories(path: &Path, sync: SyncNames<'_>) -> Result<(), OpenError> {
             .for_each(|path| drop(fs::remove_dir(path)));
     }
     result
+}
+
+/// The directory at `path` has its name also after a crash, where what it lies in can be opened.
+fn sync_parent(path: &Path) -> Result<(), OpenError> {
+    let directory = directory_of(path);
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    borne(synced).map_err(system("sync", directory))
+}
+
+/// What is no refusal: who may make something in a directory may not always read it, and some file systems keep no names.
+fn borne(synced: io::Result<()>) -> io::Result<()> {
+    match synced {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput
+            ) =>
+        {
+            Ok(())
+        }
+        synced => synced,
+    }
 }
 
 /// What has been renamed or removed in the directory of `path` stays so after a crash.
@@ -553,6 +579,32 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_in_a_directory_that_cannot_be_read_is_no_refusal() {
+        let directory = tempfile::tempdir().unwrap();
+        let closed = directory.path().join("closed");
+        fs::create_dir(&closed).unwrap();
+        // To whoever may do everything it is as the others.
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o300)).unwrap();
+        let path = closed.join("made");
+        for _ in 0..2 {
+            Opener::new().directory(&path).unwrap();
+            assert!(path.is_dir());
+        }
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+        for (errno, is_borne) in [
+            (Errno::ACCESS, true),
+            (Errno::INVAL, true),
+            (Errno::IO, false),
+            (Errno::NOSPC, false),
+        ] {
+            assert_eq!(borne(Err(errno.into())).is_ok(), is_borne, "{errno}");
+        }
+        Opener::new().directory(Path::new("/")).unwrap();
+        let gone = sync_parent(&directory.path().join("gone/made")).unwrap_err();
+        assert!(matches!(gone, OpenError::System { .. }), "{gone}");
+    }
+
+    #[test]
     fn directories_are_made_durable_one_by_one_or_none_is_left() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a/b/c");
@@ -565,7 +617,9 @@ mod tests {
         make_directories(&path, &sync).unwrap();
         make_directories(&path, &sync).unwrap();
         let all = ["a", "a/b", "a/b/c"].map(|name| directory.path().join(name));
-        assert_eq!(*synced.borrow(), all);
+        // The last one once more, which may be another's that was killed.
+        let again = all.iter().chain(&all[2..]);
+        assert!(synced.borrow().iter().eq(again), "{synced:?}");
         let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&path).unwrap());
         assert_eq!(mode & 0o777, 0o700);
         let other = directory.path().join("d/e/f");
