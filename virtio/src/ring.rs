@@ -18,7 +18,7 @@
 //! any more. What a chain's bytes mean, and whether its buffers are memory,
 //! is the model's to judge.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;
@@ -295,6 +295,34 @@ impl Ring {
         } else {
             self.parked.push_front(head);
         }
+    }
+
+    /// Puts back chains that were taken, in their order, since when no other was taken. Where the ring says that they are
+    /// the last ones, it is as if nobody had taken them; otherwise they are taken before all others, each once.
+    pub fn untake_all(&mut self, view: &GuestMap, heads: &[u16]) {
+        let count = u16::try_from(heads.len()).unwrap_or(u16::MAX);
+        let first = self.queue.next_avail().wrapping_sub(count);
+        let places = (0..count).map(|place| self.available(view, first.wrapping_add(place)));
+        let last = self.parked.is_empty()
+            && count <= self.queue.size()
+            && places.eq(heads.iter().map(|head| Some(*head)));
+        if last {
+            self.popped = false;
+            self.queue.set_next_avail(first);
+            return;
+        }
+        // A broken driver may have offered a head twice.
+        let mut seen = BTreeSet::new();
+        let once: Vec<u16> = heads.iter().copied().filter(|h| seen.insert(*h)).collect();
+        self.put_back(once.into_iter());
+    }
+
+    /// What the driver has made available at this index.
+    fn available(&self, view: &GuestMap, index: u16) -> Option<u16> {
+        let offset = AVAIL_HEADER + AVAIL_ELEMENT * u64::from(index % self.queue.size().max(1));
+        let at = GuestAddress(self.queue.avail_ring()).checked_add(offset)?;
+        let head = view.load::<u16>(at, Ordering::Relaxed).ok()?;
+        Some(u16::from_le(head))
     }
 
     /// The size that the driver chose: an honest one never has more chains

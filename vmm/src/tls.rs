@@ -188,12 +188,14 @@ impl TlsStream {
 
 impl Read for TlsStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match self.tls.reader().read(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.pull()?,
-                result => return result,
-            }
+        match self.tls.reader().read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            result => return result,
         }
+        // Once only: a peer may send records without data as fast as they are taken in, and whoever reads has others to
+        // serve. What the stream still has keeps it readable; what has been taken in has been decrypted.
+        self.pull()?;
+        self.tls.reader().read(buffer)
     }
 }
 

@@ -71,6 +71,11 @@ impl Client {
         (self.stream.as_fd(), flags)
     }
 
+    /// Whether it is being answered.
+    pub fn is_answered(&self) -> bool {
+        self.answer.is_some()
+    }
+
     /// Since when nothing has come of it.
     pub fn since(&self) -> Instant {
         self.since

@@ -167,11 +167,12 @@ impl Server {
 
     /// Gives a client its turn, and its place again unless it has gone or become a stream.
     fn serve(&mut self, mut client: Client, ready: bool, now: Instant) {
-        if !ready {
-            if now < client.deadline() {
-                self.clients.push(client);
-            }
+        // One that sends and does not come to an end has no more time than one that is silent.
+        if now >= client.deadline() && !(ready && client.is_answered()) {
             return;
+        }
+        if !ready {
+            return self.clients.push(client);
         }
         let Ok(mut asked) = client.read(&self.cookie) else {
             return;
@@ -304,5 +305,94 @@ impl Server {
         if let Err(error) = opened {
             tracing::warn!(%error, "a stream of the web console could not be opened");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::super::door::Door;
+    use super::super::stream::Stream;
+    use super::*;
+    use crate::{ControlError, ErrorKind};
+
+    struct Nothing;
+
+    impl Desk for Nothing {
+        fn screen(&self, _socket: WebSocket, _peer: String) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn serial(&self) -> Result<UnixStream, ControlError> {
+            Err(ControlError::new(ErrorKind::Busy, "no console"))
+        }
+    }
+
+    fn server() -> Server {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("web")).unwrap();
+        let end = End {
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
+            asked: AtomicBool::new(false),
+        };
+        Server::new(
+            Listener::Unix(listener),
+            Arc::new(Nothing),
+            "vireo-1".to_owned(),
+            Tokens(Arc::new(Mutex::new(Door::new().unwrap()))),
+            Arc::new(end),
+        )
+    }
+
+    /// A client that sends a part of something at each of so many seconds, and whether it was still there afterwards.
+    fn sends_on(said: &[u8], seconds: u64) -> bool {
+        let mut server = server();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let begin = Instant::now();
+        let client = Client::new(Stream::Unix(near), "a test".to_owned(), begin);
+        far.write_all(said).unwrap();
+        server.serve(client, true, begin);
+        for second in 1..=seconds {
+            if let Some(client) = server.clients.pop() {
+                far.write_all(b"x").unwrap();
+                server.serve(client, true, begin + Duration::from_secs(second));
+            }
+        }
+        !server.clients.is_empty()
+    }
+
+    #[test]
+    fn who_goes_on_sending_has_no_more_time_than_who_is_silent() {
+        // It has been refused.
+        let refused = b"RFB 003.008\n\x01\x02";
+        assert!(sends_on(refused, 1));
+        assert!(!sends_on(refused, 3));
+        // Its head does not come to an end.
+        let begun = b"GET / HTTP/1.1\r\nHost: ";
+        assert!(sends_on(begun, 9));
+        assert!(!sends_on(begun, 10));
+    }
+
+    #[test]
+    fn who_reads_its_answer_slowly_is_not_late() {
+        let mut server = server();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let begin = Instant::now();
+        let mut client = Client::new(Stream::Unix(near), "a test".to_owned(), begin);
+        client.answer(Answer::refusal(400, "no", &[]), begin);
+        // It can be written to just when its time is over.
+        server.serve(client, true, begin + Duration::from_secs(30));
+        assert_eq!(server.clients.len(), 1);
+        let mut head = [0; 12];
+        far.read_exact(&mut head).unwrap();
+        assert_eq!(&head, b"HTTP/1.1 400");
     }
 }

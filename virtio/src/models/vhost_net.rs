@@ -3,14 +3,16 @@
 //! Offloads are that program's; address, packet size, link and the control queue are the device's own. The link is up
 //! while the program is there. When it is back, or the machine has been restored, the guest is asked to announce itself:
 //! a switch that was started again, or is another one, does not know who is where. For a driver that does not, the
-//! program announces the address, if it can (`VHOST_USER_SEND_RARP`).
+//! program announces the address, if it can (`VHOST_USER_SEND_RARP`). A card whose address is another than that of the
+//! machine that was saved shows the link down until the driver has seen it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use devices::StopError;
-use migration::{RestoreError, SaveError, SavedState, Snapshot};
+use migration::{RestoreError, SaveError, SavedState, Snapshot, decode_exact};
 use net::MacAddress;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -30,7 +32,7 @@ use crate::device::{
 };
 use crate::memory::GuestMemory;
 use crate::models::net::random_mac;
-use crate::models::net::spec::{ConfigSpace, MIN_MTU};
+use crate::models::net::spec::{ConfigSpace, LINK_AT, MIN_MTU};
 use crate::models::{BuildContext, BuildError, Model, parse};
 use crate::schema::{Field, FieldKind};
 use crate::vhost::{ANSWER, Front, Nature, PeerOptions, Steering};
@@ -260,6 +262,7 @@ fn open(config: Value, context: &BuildContext) -> Result<VhostNet, BuildError> {
     };
     let front = Front::connect("net", context, options)?;
     front.steering().serve(ONE_PAIR);
+    let own = settings.mac.unwrap_or_else(random_mac).octets();
     Ok(VhostNet {
         steering: front.steering(),
         front,
@@ -267,8 +270,11 @@ fn open(config: Value, context: &BuildContext) -> Result<VhostNet, BuildError> {
         running: None,
         aside: Vec::new(),
         accepted: 0,
-        mac: settings.mac.unwrap_or_else(random_mac).octets(),
+        mac: own,
+        own,
         restored: false,
+        renewed: false,
+        blinks: AtomicBool::new(false),
         patience: PATIENCE,
         settings,
     })
@@ -287,9 +293,16 @@ pub struct VhostNet {
     settings: VhostNetSettings,
     /// The features that the driver has accepted.
     accepted: u64,
+    /// The address that the guest sees.
     mac: [u8; 6],
+    /// The one that it was built with, which the next driver sees.
+    own: [u8; 6],
     /// The network is to be told where the guest is when it is there again.
     restored: bool,
+    /// The driver is to see the link go down and up when it is started again.
+    renewed: bool,
+    /// The link is shown as down until the driver has looked, although frames go through.
+    blinks: AtomicBool,
     /// How long the control queue has to be given back.
     patience: Duration,
 }
@@ -387,7 +400,9 @@ impl VirtioDevice for VhostNet {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut status = 0;
         if self.front.is_connected() {
-            status |= VIRTIO_NET_S_LINK_UP;
+            if !self.blinks.load(Ordering::Acquire) {
+                status |= VIRTIO_NET_S_LINK_UP;
+            }
             if self.announces_itself() && self.steering.has_returned() {
                 status |= VIRTIO_NET_S_ANNOUNCE;
             }
@@ -399,6 +414,15 @@ impl VirtioDevice for VhostNet {
             mtu: self.settings.mtu.unwrap_or(0).into(),
         };
         read_space(space.as_bytes(), offset, data);
+        let seen = offset.checked_add(data.len() as u64);
+        let looked = offset <= LINK_AT && seen.is_some_and(|end| end > LINK_AT);
+        // Once it has seen the link down, it is told to look again.
+        if looked
+            && self.blinks.swap(false, Ordering::AcqRel)
+            && let Some(running) = &self.running
+        {
+            running.notifier.config_changed();
+        }
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
@@ -445,7 +469,11 @@ impl VirtioDevice for VhostNet {
         })?;
         self.running = Some(running);
         self.aside = aside;
-        if own && arrives {
+        let blinks = std::mem::take(&mut self.renewed) && self.accepts(VIRTIO_NET_F_STATUS);
+        if blinks {
+            self.blinks.store(true, Ordering::Release);
+        }
+        if own && arrives || blinks {
             notifier.config_changed();
         }
         Ok(())
@@ -472,15 +500,23 @@ impl VirtioDevice for VhostNet {
         Ok(stopped)
     }
 
+    fn renew(&mut self) {
+        self.mac = self.own;
+        self.renewed = true;
+    }
+
     fn reset(&mut self) {
         self.accepted = 0;
+        self.mac = self.own;
         self.restored = false;
+        self.renewed = false;
+        *self.blinks.get_mut() = false;
         self.steering.serve(ONE_PAIR);
         self.steering.greet();
     }
 }
 
-/// The saved state of a card of another program's.
+/// The registers of a card of another program's.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VhostNetV1 {
     /// The address by which the guest knows it.
@@ -489,25 +525,53 @@ pub struct VhostNetV1 {
     pub queues: u16,
 }
 
-impl SavedState for VhostNetV1 {
+/// The saved state of a card of another program's: its registers, and what its driver has not seen yet.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VhostNetV2 {
+    /// The registers.
+    pub registers: VhostNetV1,
+    /// The driver is to see the link go down and up, and has not seen it down.
+    pub blinks: bool,
+}
+
+impl SavedState for VhostNetV2 {
     const SCHEMA: &'static str = "virtio-vhost-user-net";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
+
+    fn upgrade(found: u16, body: &[u8]) -> Result<Self, RestoreError> {
+        match found {
+            1 => Ok(Self {
+                registers: decode_exact(Self::SCHEMA, found, body)?,
+                blinks: false,
+            }),
+            Self::VERSION => decode_exact(Self::SCHEMA, found, body),
+            _ => Err(RestoreError::Version {
+                schema: Self::SCHEMA,
+                found,
+                newest: Self::VERSION,
+            }),
+        }
+    }
 }
 
 impl Snapshot for VhostNet {
-    type State = VhostNetV1;
+    type State = VhostNetV2;
 
-    fn save(&self) -> Result<VhostNetV1, SaveError> {
-        Ok(VhostNetV1 {
-            mac: self.mac,
-            queues: self.steering.served(),
+    fn save(&self) -> Result<VhostNetV2, SaveError> {
+        Ok(VhostNetV2 {
+            registers: VhostNetV1 {
+                mac: self.mac,
+                queues: self.steering.served(),
+            },
+            blinks: self.renewed || self.blinks.load(Ordering::Acquire),
         })
     }
 
-    fn restore(&mut self, state: VhostNetV1) -> Result<(), RestoreError> {
-        let VhostNetV1 { mac, queues } = state;
+    fn restore(&mut self, state: VhostNetV2) -> Result<(), RestoreError> {
+        let VhostNetV2 { registers, blinks } = state;
+        let VhostNetV1 { mac, queues } = registers;
         let invalid = |reason| RestoreError::Invalid {
-            schema: VhostNetV1::SCHEMA,
+            schema: VhostNetV2::SCHEMA,
             reason,
         };
         MacAddress::new(mac).map_err(|error| invalid(error.to_string()))?;
@@ -518,6 +582,7 @@ impl Snapshot for VhostNet {
         }
         self.mac = mac;
         self.restored = true;
+        self.renewed = blinks;
         self.steering.serve(queues);
         Ok(())
     }

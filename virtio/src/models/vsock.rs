@@ -9,7 +9,8 @@
 //! * What the guest connects to, at the host's address 2, is the unix socket whose path is the device's
 //!   with `_` and the port behind it. Where nobody listens there, or at any other address, it is refused.
 //! * Bytes come in order and without gaps, or the connection ends with a reset. Each direction ends by
-//!   itself, as `shutdown` has it.
+//!   itself, as `shutdown` has it. What a guest has sent before it ended both reaches a host that is slow to read also
+//!   when the guest has forgotten the connection.
 //! * Neither side makes the other's connections wait, nor the device: who does not read is sent no
 //!   more. For each connection no more than [`BUFFER`] bytes are kept, and there are no more than
 //!   [`MAX_CONNECTIONS`].

@@ -387,3 +387,35 @@ fn chains_that_are_returned_together_interrupt_at_any_of_them() {
         assert!(notices.try_recv().is_err());
     }
 }
+
+#[test]
+fn chains_that_are_put_back_are_in_the_ring_again_or_parked_where_it_says_otherwise() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory, 0, 4);
+    let heads: Vec<u16> = (0..4)
+        .map(|n| driver.offer(&[(DATA + 0x100 * n, 16, true)]))
+        .collect();
+    let (mut ring, _notices) = ring(&driver, NO_FEATURES);
+    let view = memory.memory();
+    let mut chain = Chain::default();
+    let mut take = |ring: &mut Ring| ring.take(&view, &mut chain).unwrap().then_some(chain.head);
+    while take(&mut ring).is_some() {}
+    // Not the last ones.
+    ring.untake_all(&view, &heads[..2]);
+    assert_eq!(Vec::from(ring.parked.clone()), heads[..2]);
+    assert_eq!(ring.queue.next_avail(), 4);
+    // The last ones, but others come first.
+    ring.untake_all(&view, &heads[2..]);
+    assert_eq!(ring.parked.len(), 4);
+    let mut again: Vec<u16> = std::iter::from_fn(|| take(&mut ring)).collect();
+    again.sort_unstable();
+    assert_eq!(again, heads);
+    ring.untake_all(&view, &heads[1..]);
+    assert!(ring.parked.is_empty());
+    assert_eq!(ring.queue.next_avail(), 1);
+    let again: Vec<u16> = std::iter::from_fn(|| take(&mut ring)).collect();
+    assert_eq!(again, heads[1..]);
+    // One that was offered twice, where the ring does not say so.
+    ring.untake_all(&view, &[heads[0], heads[0]]);
+    assert_eq!(Vec::from(ring.parked.clone()), heads[..1]);
+}

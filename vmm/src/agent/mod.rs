@@ -28,6 +28,7 @@ pub use protocol::AgentError;
 use protocol::Exchange;
 
 use crate::console::port::GuestSide;
+use crate::random::random;
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -40,6 +41,9 @@ const PATIENCE_END: Duration = Duration::from_secs(1);
 
 /// How many questions wait at most.
 const MOST_WAITING: usize = 16;
+
+/// Where they may begin: agents read what is up to 2^53 exactly, and there is room for all that can be asked.
+const NUMBERS: u64 = (1 << 48) - 1;
 
 /// The stack of the thread, in bytes: reading JSON nests, up to a limit.
 const STACK: usize = 512 << 10;
@@ -62,10 +66,28 @@ struct Queue {
 struct Desk {
     line: Mutex<Option<Line>>,
     queue: Mutex<Queue>,
-    /// How often the agent has been agreed with.
-    numbers: AtomicU64,
+    /// What the agent is agreed with on next.
+    numbers: Numbers,
     /// Instead of [`PATIENCE`].
     patience: Option<Duration>,
+}
+
+/// Numbers each unlike those before. They begin anywhere: an agent may still say what it was to say to another process, from which
+/// the machine was restored.
+struct Numbers(AtomicU64);
+
+impl Default for Numbers {
+    fn default() -> Self {
+        let begin =
+            random().map_or_else(|_| u64::from(std::process::id()) << 16, u64::from_le_bytes);
+        Self(AtomicU64::new(begin & NUMBERS))
+    }
+}
+
+impl Numbers {
+    fn next(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
 }
 
 /// Where questions to the guest agent are left. Clones are the same desk.
@@ -171,7 +193,7 @@ impl Desk {
         let is_open = || line.guest.is_open();
         // The first word is answered at once, or never.
         let first = self.patience.unwrap_or(PATIENCE);
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let number = self.numbers.next();
         Exchange::new(&line.stream, &is_open, first).agree(number)?;
         let patience = self.patience.unwrap_or(patience);
         let mut exchange = Exchange::new(&line.stream, &is_open, patience);

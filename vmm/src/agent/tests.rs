@@ -146,6 +146,28 @@ fn what_was_said_before_is_no_answer() {
 }
 
 #[test]
+fn numbers_that_are_agreed_on_begin_elsewhere_for_each_desk() {
+    let two = || {
+        let (sender, numbers) = channel();
+        let bench = Bench::new(move |question| {
+            let Some(agreement) = agreed(question) else {
+                return b"{\"return\": {}}\n".to_vec();
+            };
+            let _ = sender.send(question["arguments"]["id"].as_u64());
+            agreement
+        });
+        for _ in 0..2 {
+            assert_eq!(bench.ask(AgentCommand::Ping), Ok(Reply::Done));
+        }
+        [(); 2].map(|()| numbers.recv().unwrap().unwrap())
+    };
+    let [first, second] = two();
+    assert_eq!(second, first + 1);
+    assert!(second < 1 << 53);
+    assert_ne!(two()[0], first);
+}
+
+#[test]
 fn without_an_agent_it_is_said_why() {
     let none = Bench {
         desk: AgentDesk::default(),

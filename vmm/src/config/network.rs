@@ -112,20 +112,24 @@ pub fn interface_address(card: &serde_json::Map<String, Value>) -> Option<MacAdd
 }
 
 /// The host's name, which tells machines of the same name on different hosts apart.
-fn host() -> String {
+pub fn host() -> String {
     let names = rustix::system::uname();
     names.nodename().to_string_lossy().into_owned()
 }
 
 /// The address of a machine's card.
 fn address_of(host: &str, machine: &str, card: &str) -> MacAddress {
-    // FNV-1a, 64 bits, its halves folded. What it comes to is never to change: guests know their cards by it.
-    let parts = [host, machine, card].map(str::as_bytes);
-    let bytes = parts.into_iter().flat_map(|part| part.iter().chain(&[0]));
-    let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    // Its halves folded. What it comes to is never to change: guests know their cards by it.
+    let hash = hash([host, machine, card].map(str::as_bytes));
     MacAddress::local(hash ^ hash >> 32)
+}
+
+/// A number by which texts are told from others (FNV-1a, 64 bits). It is the same for the same ones, always.
+pub fn hash<const N: usize>(parts: [&[u8]; N]) -> u64 {
+    let bytes = parts.into_iter().flat_map(|part| part.iter().chain(&[0]));
+    bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 #[cfg(test)]

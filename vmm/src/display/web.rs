@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +13,7 @@ use devices::display::rfb::{Security, Server, Stream};
 
 use super::ViewersError;
 use crate::config::display::VncAddress;
+use crate::config::network;
 use crate::console::ConsoleHub;
 use crate::monitor::consoles;
 use crate::notice;
@@ -107,7 +109,8 @@ fn listen(
         VncAddress::Unix(path) => {
             let listener = opener.listen_unix(&path).map_err(ViewersError::Web)?;
             let file = opener.own_socket(&path).map_err(ViewersError::Web)?;
-            let cookie = "vireo-unix".to_owned();
+            let whole = std::path::absolute(&path).unwrap_or(path);
+            let cookie = cookie_of(&this_host(), whole.as_os_str().as_bytes());
             Ok((Listener::Unix(listener), Some(file), None, cookie))
         }
         VncAddress::Tcp { host, port } => {
@@ -117,10 +120,22 @@ fn listen(
             } else {
                 format!("http://{host}:{port}")
             };
-            let cookie = format!("vireo-{port}");
+            let cookie = cookie_of(&this_host(), format!("{host}:{port}").as_bytes());
             Ok((Listener::Tcp(listener), None, Some(site), cookie))
         }
     }
+}
+
+/// What tells this host from others, also those of the same name.
+fn this_host() -> String {
+    let id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    format!("{} {}", network::host(), id.trim())
+}
+
+/// The name of the cookie of a web console at `place` on `host`: always the same there, and another anywhere else. Browsers keep
+/// one jar for all ports, and take consoles of several hosts for one host's when they come to them by tunnels.
+fn cookie_of(host: &str, place: &[u8]) -> String {
+    format!("vireo-{:016x}", network::hash([host.as_bytes(), place]))
 }
 
 /// Tells a user who sits at a terminal how it is opened. What is kept elsewhere, as a log is, does not have the token.
@@ -185,5 +200,32 @@ impl AsFd for Browser {
 impl Stream for Browser {
     fn holds_back(&self) -> bool {
         self.0.holds_back()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The name of the cookie of a console at this address.
+    fn cookie(address: VncAddress) -> String {
+        let opener = Opener::default();
+        listen(address, &opener).unwrap().3
+    }
+
+    #[test]
+    fn consoles_at_other_places_have_other_cookies_and_each_keeps_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let [one, two] = ["one", "two"].map(|name| {
+            let path = directory.path().join(name);
+            [(); 2].map(|()| cookie(VncAddress::Unix(path.clone())))
+        });
+        assert_eq!(one[0], one[1]);
+        assert_eq!(two[0], two[1]);
+        assert_ne!(one[0], two[0]);
+        // The same place on another host, at the other end of a tunnel.
+        assert_ne!(cookie_of("a 1", b"/run/web"), cookie_of("a 2", b"/run/web"));
+        let name = one[0].strip_prefix("vireo-").unwrap();
+        assert!(name.len() == 16 && name.bytes().all(|b| b.is_ascii_hexdigit()));
     }
 }

@@ -1,8 +1,13 @@
 use std::os::unix::net::UnixStream;
 
 use rcgen::{CertifiedKey, KeyPair, generate_simple_self_signed};
+use rustls::crypto::cipher::{MessageEncrypter, OutboundChunks, OutboundPlainMessage};
+use rustls::crypto::ring::cipher_suite::TLS13_AES_256_GCM_SHA384;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use rustls::{
+    ClientConfig, ClientConnection, ConnectionTrafficSecrets, ContentType, ProtocolVersion,
+    RootCertStore, SupportedCipherSuite,
+};
 
 use super::*;
 
@@ -17,8 +22,73 @@ struct Pair {
     client: ClientConnection,
 }
 
+/// A stream that gives no more than the bytes of an empty record at a time.
+struct Dripping(UnixStream);
+
+/// Of an empty record: its head, the kind of what is inside, and the tag.
+const EMPTY: usize = 5 + 1 + 16;
+
+impl Read for Dripping {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = buffer.len().min(EMPTY);
+        self.0.read(&mut buffer[..len])
+    }
+}
+
+impl Write for Dripping {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.0.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl AsFd for Dripping {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Stream for Dripping {}
+
+/// A client that makes its records by itself.
+struct Forger {
+    encrypter: Box<dyn MessageEncrypter>,
+    next: u64,
+}
+
+impl Forger {
+    fn new(client: ClientConnection) -> Self {
+        let (next, secrets) = client.dangerous_extract_secrets().unwrap().tx;
+        let (ConnectionTrafficSecrets::Aes256Gcm { key, iv }, SupportedCipherSuite::Tls13(suite)) =
+            (secrets, TLS13_AES_256_GCM_SHA384)
+        else {
+            panic!("another suite was agreed on");
+        };
+        let encrypter = suite.aead_alg.encrypter(key, iv);
+        Self { encrypter, next }
+    }
+
+    fn record(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let message = OutboundPlainMessage {
+            typ: ContentType::ApplicationData,
+            version: ProtocolVersion::TLSv1_2,
+            payload: OutboundChunks::Single(bytes),
+        };
+        let record = self.encrypter.encrypt(message, self.next).unwrap();
+        self.next += 1;
+        record.encode()
+    }
+}
+
 impl Pair {
     fn new() -> Self {
+        Self::over(|stream| Box::new(stream))
+    }
+
+    fn over(stream: impl FnOnce(UnixStream) -> Box<dyn Stream>) -> Self {
         let certified = certified();
         let key = certified.signing_key.serialize_pem();
         let acceptor =
@@ -26,17 +96,18 @@ impl Pair {
         let mut roots = RootCertStore::empty();
         roots.add(certified.cert.der().clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
+        let mut config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_root_certificates(roots)
             .with_no_client_auth();
+        config.enable_secret_extraction = true;
         let name = ServerName::try_from("localhost").unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.set_nonblocking(true).unwrap();
         Self {
-            server: acceptor.accept(Box::new(ours)).unwrap(),
+            server: acceptor.accept(stream(ours)).unwrap(),
             stream: theirs,
             client: ClientConnection::new(Arc::new(config), name).unwrap(),
         }
@@ -66,7 +137,8 @@ impl Pair {
     }
 
     fn shake_hands(&mut self) {
-        for _ in 0..4 {
+        // As often as the server takes in pieces of what the client says.
+        for _ in 0..100 {
             self.client_turn();
             assert!(would_block(self.server.read(&mut [0])));
         }
@@ -100,6 +172,47 @@ fn words_go_both_ways_inside() {
     pair.client.send_close_notify();
     pair.client_turn();
     assert_eq!(pair.server.read(&mut heard).unwrap(), 0, "it was closed");
+}
+
+#[test]
+fn a_client_that_sends_records_without_data_does_not_keep_the_reader() {
+    let mut pair = Pair::over(|stream| Box::new(Dripping(stream)));
+    pair.shake_hands();
+    let mut forger = Forger::new(pair.client);
+    for record in [&b""[..], b"", b"", b""] {
+        let record = forger.record(record);
+        assert_eq!(record.len(), EMPTY);
+        pair.stream.write_all(&record).unwrap();
+    }
+    let last = forger.record(b"hello");
+    pair.stream.write_all(&last).unwrap();
+    let mut heard = [0; 8];
+    // Each of the empty ones, and the first part of the last.
+    for turn in 0..5 {
+        assert!(would_block(pair.server.read(&mut heard)), "{turn}");
+    }
+    assert_eq!(pair.server.read(&mut heard).unwrap(), 5);
+    assert_eq!(&heard[..5], b"hello");
+}
+
+#[test]
+fn all_that_was_received_is_heard_without_more_to_receive() {
+    let mut pair = Pair::new();
+    pair.shake_hands();
+    let mut forger = Forger::new(pair.client);
+    let records = [&b""[..], b"one", b"", b"two", b""];
+    let records: Vec<u8> = records
+        .iter()
+        .flat_map(|bytes| forger.record(bytes))
+        .collect();
+    pair.stream.write_all(&records).unwrap();
+    let mut heard = [0; 4];
+    assert_eq!(pair.server.read(&mut heard).unwrap(), 4);
+    assert_eq!(&heard, b"onet");
+    // The stream has nothing more.
+    assert_eq!(pair.server.read(&mut heard).unwrap(), 2);
+    assert_eq!(&heard[..2], b"wo");
+    assert!(would_block(pair.server.read(&mut heard)));
 }
 
 #[test]

@@ -33,7 +33,7 @@ const ENABLED: u16 = 1 << 0;
 const GET_CAPABILITIES: u16 = 1 << 1;
 const LINEAR: u16 = 1 << 6;
 const KEEP_MEMORY: u16 = 1 << 7;
-/// What is told as the most with [`GET_CAPABILITIES`].
+/// The most that there is, and that is told with [`GET_CAPABILITIES`].
 const MOST: [u16; 3] = [3840, 2160, 32];
 
 /// VGA ports from 0x3c0 on: attribute index and data, input status 1.
@@ -113,6 +113,11 @@ impl Registers {
             15 => PixelFormat::Xrgb1555,
             _ => return None,
         };
+        // What is shown is kept for each viewer: a guest has no more than what was promised.
+        let [most_x, most_y, _] = MOST;
+        if self.interface[XRES] > most_x || self.interface[YRES] > most_y {
+            return None;
+        }
         let wide = |register: usize| u32::from(self.interface[register]);
         // At most 65535 pixels of 4 bytes, 65535 times.
         let stride = wide(VIRTUAL_WIDTH).max(wide(XRES)) * format.bytes();

@@ -169,6 +169,17 @@ fn the_picture_moves_through_the_memory() {
 }
 
 #[test]
+fn modes_beyond_the_most_that_is_told_turn_the_screen_off() {
+    let (adapter, _) = adapter();
+    for (most, beyond) in [((3840, 2), (3841, 2)), ((2, 2160), (2, 2161))] {
+        set_mode(&adapter, most, 16);
+        assert!(adapter.mode().is_some(), "{most:?}");
+        set_mode(&adapter, beyond, 16);
+        assert_eq!(adapter.mode(), None, "{beyond:?}");
+    }
+}
+
+#[test]
 fn impossible_modes_turn_the_screen_off() {
     let (adapter, _) = adapter();
     let modes = [

@@ -2,7 +2,7 @@
 //!
 //! Buffers of the driver are taken ahead, as many as the longest frame that may come needs, and the network
 //! fills them in place, by one call for each frame. Those that it did not fill
-//! are there for the next one. When the device is stopped they go back as parked heads.
+//! are there for the next one. When the device is stopped they go back into the ring, as if nobody had taken them.
 //!
 //! ```text
 //!   posted buffers:  │ b0 │ b1 │ b2 │ … │ bn │ spare room (the device's own)
@@ -16,7 +16,7 @@
 //! room. It is held until there are more buffers and the rest is copied. A frame that
 //! a limit does not let through yet is held where it is. One that can never fit is dropped.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::time::Duration;
 
@@ -352,15 +352,13 @@ impl Receiver {
 
     /// Gives the posted buffers back to the queue: memory is another, or
     /// the queue is to be handed back. A frame that is held is lost, and counted.
-    pub fn unpost(&mut self, pair: &Pair) {
+    pub fn unpost(&mut self, view: &GuestMap, pair: &Pair) {
         if self.held.take().is_some() {
             pair.tally.rx.dropped();
         }
-        // A broken driver may have offered a head twice.
-        let mut seen = BTreeSet::new();
         let heads = self.posted.drain(..).map(|posted| posted.head);
-        let heads: Vec<u16> = heads.filter(|head| seen.insert(*head)).collect();
-        self.ring.put_back(heads.into_iter());
+        let heads: Vec<u16> = heads.collect();
+        self.ring.untake_all(view, &heads);
         self.room = 0;
         self.extents.clear();
         self.pieces.clear();

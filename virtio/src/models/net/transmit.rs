@@ -5,7 +5,6 @@
 //! counted, as is a frame that the network refuses.
 
 use std::io;
-use std::iter;
 
 use net::{HEADER_LEN, IoVec, MAX_PIECES, Port};
 
@@ -62,11 +61,11 @@ impl Transmitter {
             match self.send(view, pair, port) {
                 Sent::Done => self.ring.complete(view, head, 0)?,
                 Sent::Full => {
-                    self.ring.put_back(iter::once(head));
+                    self.ring.untake(head);
                     return Ok(Served::Full);
                 }
                 Sent::Limited(wait) => {
-                    self.ring.put_back(iter::once(head));
+                    self.ring.untake(head);
                     return Ok(Served::Limited(wait));
                 }
             }

@@ -250,7 +250,7 @@ impl Worker {
         let view = self.memory.memory().into_inner();
         if !Arc::ptr_eq(&view, &self.view) {
             if let Some(receiver) = &mut self.receiver {
-                receiver.unpost(&self.pair);
+                receiver.unpost(&view, &self.pair);
             }
             self.view = view;
         }
@@ -528,25 +528,32 @@ impl QueueWorker for Worker {
             control,
             ..
         } = self;
-        let mut rings = Vec::new();
+        // Whoever goes on with a queue may wait for a kick first.
+        let invite = |ring: &mut Ring| {
+            if !ring.failed() {
+                let _ = ring.invite(&view);
+            }
+        };
+        let mut stopped = Vec::new();
         if let Some(mut receiver) = receiver {
             if !receiver.ring.failed()
                 && let Err(error) = receiver.flush(&view, &pair)
             {
                 receiver.ring.fail(&error);
             }
-            receiver.unpost(&pair);
-            rings.push(receiver.ring);
+            // The next kick is for what comes behind the buffers that go back.
+            invite(&mut receiver.ring);
+            receiver.unpost(&view, &pair);
+            stopped.push(receiver.ring.stop([]));
         }
-        rings.extend(transmitter.map(|half| half.ring));
-        rings.extend(control.map(|control| control.ring));
-        let stop = |mut ring: Ring| {
-            // Whoever goes on with the queue may wait for a kick first.
-            if !ring.failed() {
-                let _ = ring.invite(&view);
-            }
-            ring.stop([])
-        };
-        rings.into_iter().map(stop).collect()
+        let others = [
+            transmitter.map(|half| half.ring),
+            control.map(|control| control.ring),
+        ];
+        for mut ring in others.into_iter().flatten() {
+            invite(&mut ring);
+            stopped.push(ring.stop([]));
+        }
+        stopped
     }
 }

@@ -443,12 +443,101 @@ fn what_is_saved_is_put_back_and_checked() {
     let mut other = Rig::new(ALL, 5);
     other.card.restore_section(&saved).unwrap();
     let again = other.card.save_section("card").unwrap();
-    let decode = |section: &migration::Section| section.decode::<VhostNetV1>().unwrap();
+    let decode = |section: &migration::Section| section.decode::<VhostNetV2>().unwrap();
     assert_eq!(decode(&again), decode(&saved));
-    assert_eq!(decode(&saved).queues, 4);
+    assert_eq!(decode(&saved).registers.queues, 4);
     for queues in [0, 1, 3, 6] {
-        let mac = decode(&saved).mac;
-        let wrong = migration::Section::encode("card", &VhostNetV1 { mac, queues }).unwrap();
+        let mut wrong = decode(&saved);
+        wrong.registers.queues = queues;
+        let wrong = migration::Section::encode("card", &wrong).unwrap();
         assert!(other.card.restore_section(&wrong).is_err());
     }
+}
+
+/// The address of the machine that was saved.
+const FORMER: [u8; 6] = [0x52, 0x54, 0, 0, 0, 9];
+const OWN: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+
+fn address(card: &VhostNet) -> [u8; 6] {
+    let mut address = [0; 6];
+    card.read_config(0, &mut address);
+    address
+}
+
+/// Puts the state of a machine with another address into a card, which is a copy's, and starts it.
+fn start_copy(rig: &mut Rig) {
+    let mut saved = rig.card.save().unwrap();
+    saved.registers.mac = FORMER;
+    let stopped = rig.card.stop(Instant::now() + PATIENCE).unwrap();
+    rig.card.reset();
+    rig.card.restore(saved).unwrap();
+    assert_eq!(address(&rig.card), FORMER);
+    rig.card.renew();
+    // Also where it is saved before it has run.
+    let saved = rig.card.save().unwrap();
+    assert!(saved.blinks);
+    rig.card.reset();
+    rig.card.restore(saved).unwrap();
+    let mut queues: Vec<_> = stopped.into_iter().map(Driver::reactivate).collect();
+    queues.sort_by_key(|queue| queue.index);
+    rig.notices = start(&mut rig.card, rig.features, &rig.memory, queues);
+}
+
+#[test]
+fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
+    let mut rig = Rig::new(ALL, 5);
+    start_copy(&mut rig);
+    assert_eq!(address(&rig.card), OWN);
+    let until_told =
+        |rig: &Rig| while rig.notices.recv_timeout(PATIENCE).unwrap() != Notice::Config {};
+    until_told(&rig);
+    // What does not look at the link changes nothing.
+    rig.card.read_config(0, &mut [0; 6]);
+    rig.card.read_config(7, &mut [0; 1]);
+    rig.card.read_config(u64::MAX, &mut [0; 1]);
+    assert!(rig.card.save().unwrap().blinks, "it has not been seen yet");
+    assert_eq!(rig.status(), ANNOUNCE, "down, and to be announced");
+    assert!(!rig.card.save().unwrap().blinks);
+    until_told(&rig);
+    assert_eq!(rig.status(), UP | ANNOUNCE);
+    assert_eq!(rig.command(3, 0, &[]), 0);
+    assert_eq!(rig.status(), UP);
+}
+
+#[test]
+fn a_program_announces_a_copy_by_its_own_address() {
+    let mut rig = Rig::with(ALL & !bit(VIRTIO_NET_F_GUEST_ANNOUNCE), 5, announcing());
+    start_copy(&mut rig);
+    rig.peer.until(|seen| !seen.announced.is_empty());
+    assert_eq!(rig.peer.seen(|seen| seen.announced.clone()), [ADDRESS]);
+}
+
+#[test]
+fn the_next_driver_sees_the_address_that_was_configured() {
+    let mut rig = Rig::new(ALL, 5);
+    let mut saved = rig.card.save().unwrap();
+    saved.registers.mac = FORMER;
+    rig.card.stop(Instant::now() + PATIENCE).unwrap();
+    rig.card.restore(saved).unwrap();
+    assert_eq!(address(&rig.card), FORMER, "as the driver knows it");
+    rig.card.renew();
+    rig.card.reset();
+    assert_eq!(address(&rig.card), OWN);
+    assert!(!rig.card.save().unwrap().blinks);
+}
+
+#[test]
+fn state_of_before_there_were_links_that_blink_is_read() {
+    let rig = Rig::new(ALL, 5);
+    let saved = rig.card.save().unwrap();
+    let registers = migration::Section::encode("card", &saved).unwrap();
+    // The registers come first, and were all.
+    let mut old = migration::Section {
+        version: 1,
+        ..registers
+    };
+    assert_eq!(old.body.pop(), Some(0));
+    assert_eq!(old.decode::<VhostNetV2>().unwrap(), saved);
+    old.version = 3;
+    assert!(old.decode::<VhostNetV2>().is_err());
 }

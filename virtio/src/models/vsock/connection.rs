@@ -163,6 +163,21 @@ impl Connection {
         self.deadline = None;
     }
 
+    /// The guest knows of it no more. What it has sent is still the host's, if it has also said that this was all.
+    #[must_use]
+    pub fn leave(self) -> Option<Departing> {
+        let Self {
+            stream,
+            kept,
+            guest_shut,
+            ..
+        } = self;
+        let whole = guest_shut & spec::SHUTDOWN_SEND != 0 && !kept.is_empty();
+        stream
+            .filter(|_| whole)
+            .map(|stream| Departing { stream, rest: kept })
+    }
+
     /// When it is to be looked at, whatever happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
@@ -401,5 +416,28 @@ impl Connection {
         self.tell_room = false;
         self.told_taken = self.taken;
         (BUFFER, self.taken)
+    }
+}
+
+/// The end of a connection that the guest has closed: the host is still to take what was sent before.
+#[derive(Debug)]
+pub struct Departing {
+    stream: UnixStream,
+    rest: VecDeque<u8>,
+}
+
+impl Departing {
+    /// Gives the host what it takes. `false` when it has all, or is gone.
+    pub fn give(&mut self) -> bool {
+        while !self.rest.is_empty() {
+            match self.stream.write(self.rest.as_slices().0) {
+                Ok(0) => return false,
+                Ok(written) => drop(self.rest.drain(..written.min(self.rest.len()))),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return error.kind() == ErrorKind::WouldBlock,
+            }
+        }
+        let _ = self.stream.shutdown(Shutdown::Write);
+        false
     }
 }

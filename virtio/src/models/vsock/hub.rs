@@ -15,7 +15,7 @@ use block::{Address, Listening, Opener};
 use devices::LogLimit;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::{Connection, MAX_PACKET, PATIENCE, RETRY, Stage};
+use super::connection::{Connection, Departing, MAX_PACKET, PATIENCE, RETRY, Stage};
 use super::greeting::{self, Greeting, Progress};
 use super::spec::{self, HEADER_LEN, Header, OP_RST, TYPE_STREAM};
 use super::tally::Tally;
@@ -50,6 +50,8 @@ struct Key {
 enum Place {
     Greeting(Greeting),
     Connection(Key),
+    /// The guest has closed it, and the host has not taken all. It counts as a connection.
+    Departing(Departing),
 }
 
 /// Where the hub is, and how it gets its sockets.
@@ -78,6 +80,7 @@ pub struct Hub {
     connections: BTreeMap<Key, Connection>,
     places: BTreeMap<u64, Place>,
     greetings: usize,
+    departing: usize,
     next_token: u64,
     next_port: u32,
     /// Connections with something for the guest, each once.
@@ -110,6 +113,7 @@ impl Hub {
             connections: BTreeMap::new(),
             places: BTreeMap::new(),
             greetings: 0,
+            departing: 0,
             next_token: LISTENER + 1,
             next_port: FIRST_PORT,
             due: VecDeque::new(),
@@ -145,6 +149,7 @@ impl Hub {
         self.connections.clear();
         self.places.clear();
         self.greetings = 0;
+        self.departing = 0;
         self.due.clear();
         self.refusals.clear();
         self.wake_at = None;
@@ -259,6 +264,14 @@ impl Hub {
                     }
                 }
             },
+            Some(Place::Departing(departing)) => {
+                let more = departing.give();
+                if !more {
+                    self.places.remove(&token);
+                    self.departing = self.departing.saturating_sub(1);
+                    self.count();
+                }
+            }
             // It has been closed meanwhile.
             None => {}
         }
@@ -275,7 +288,7 @@ impl Hub {
     /// A client wants port `guest` of the guest. Where that cannot be asked, the client sees its socket closed.
     fn ask_guest(&mut self, token: u64, guest: u32, stream: UnixStream, now: Instant) {
         let host = self.free_port(guest);
-        let Some(host) = host.filter(|_| self.connections.len() < MAX_CONNECTIONS) else {
+        let Some(host) = host.filter(|_| self.has_room()) else {
             Tally::add(&self.setup.tally.refused, 1);
             return;
         };
@@ -318,16 +331,30 @@ impl Hub {
     /// A connection is gone, and the guest knows it.
     fn remove(&mut self, key: Key) {
         if let Some(connection) = self.connections.remove(&key) {
-            self.places.remove(&connection.token);
+            let token = connection.token;
+            self.places.remove(&token);
             if connection.queued {
                 self.due.retain(|due| *due != key);
+            }
+            if let Some(departing) = connection.leave() {
+                self.places.insert(token, Place::Departing(departing));
+                self.departing += 1;
             }
             self.count();
         }
     }
 
+    /// How many connections there are, with those that only the host still has.
+    fn held(&self) -> usize {
+        self.connections.len().saturating_add(self.departing)
+    }
+
+    fn has_room(&self) -> bool {
+        self.held() < MAX_CONNECTIONS
+    }
+
     fn count(&self) {
-        let count = u64::try_from(self.connections.len()).unwrap_or(0);
+        let count = u64::try_from(self.held()).unwrap_or(0);
         let counter = &self.setup.tally.connections;
         counter.store(count, std::sync::atomic::Ordering::Relaxed);
     }
@@ -440,7 +467,7 @@ impl Hub {
         let mut path = self.setup.path.clone().into_os_string();
         path.push(format!("_{}", key.host));
         let server = self.setup.opener.connector(&Address::Unix(path.into()));
-        let (true, Ok(server)) = (self.connections.len() < MAX_CONNECTIONS, server) else {
+        let (true, Ok(server)) = (self.has_room(), server) else {
             Tally::add(&self.setup.tally.refused, 1);
             self.refuse(header);
             return;
@@ -504,7 +531,7 @@ impl Hub {
     fn expire(&mut self, now: Instant) {
         let late = |place: &Place| match place {
             Place::Greeting(greeting) => greeting.deadline <= now,
-            Place::Connection(_) => false,
+            Place::Connection(_) | Place::Departing(_) => false,
         };
         let silent: Vec<u64> = self
             .places
@@ -537,7 +564,7 @@ impl Hub {
         }
         let greetings = self.places.values().filter_map(|place| match place {
             Place::Greeting(greeting) => Some(greeting.deadline),
-            Place::Connection(_) => None,
+            Place::Connection(_) | Place::Departing(_) => None,
         });
         let connections = self.connections.values().filter_map(Connection::deadline);
         self.wake_at = greetings.chain(connections).chain(self.admit_at).min();

@@ -344,6 +344,67 @@ fn a_link_that_goes_down_is_served_here_until_it_is_up() {
     assert_eq!(told[5], "0 network 1 on");
 }
 
+/// Has the driver offer these at the ring's places from `first` on.
+fn offer_from(driver: &mut Driver, first: u16, pieces: impl IntoIterator<Item = (u64, u32, bool)>) {
+    driver.set_avail_index(first);
+    let mut next = first;
+    for piece in pieces {
+        let head = driver.chain(&[piece]);
+        let place = u64::from(next % SIZE);
+        driver.put(driver.table() + 0x2000 + 4 + 2 * place, head);
+        next += 1;
+    }
+    driver.set_avail_index(next);
+    driver.kick();
+}
+
+#[test]
+fn the_kernel_goes_on_with_buffers_that_were_posted_here() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.book.take();
+    // All that fit, of which the kernel has not taken one.
+    let buffers = (0..u64::from(SIZE)).map(|buffer| (0x5_0000 + 0x1000 * buffer, 0x1000, true));
+    offer_from(&mut bench.drivers[0], 5, buffers);
+    bench.change(json!({ "link": "down" })).unwrap();
+    bench.book.take();
+    // Who has sent this has posted buffers before it does anything else.
+    offer_from(&mut bench.drivers[1], 6, [(0x4_0000, 100, false)]);
+    while bench.drivers[1].used_index() != 7 {
+        bench.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    bench.change(json!({ "link": "up" })).unwrap();
+    let told = bench.book.take();
+    assert_eq!(told[2], "0 queue 0 of 16 from 5");
+    assert_eq!(told[3], "0 queue 1 of 16 from 7");
+    assert_eq!(told[5], "0 network 1 on");
+}
+
+#[test]
+fn the_kernel_goes_on_with_a_frame_that_a_limit_held_up_here() {
+    let mut bench = Bench::new(Vhost::Auto);
+    let now = std::time::Instant::now();
+    bench.net.clock = Arc::new(move || now);
+    bench.start().unwrap();
+    let limits = json!({ "bandwidth": { "size": 1000, "refill_time": 100 } });
+    bench.change(json!({ "tx_limits": limits })).unwrap();
+    bench.book.take();
+    offer_from(
+        &mut bench.drivers[1],
+        6,
+        (0..10).map(|n| (0x4_0000 + 0x1000 * n, 812, false)),
+    );
+    while bench.drivers[1].used_index() == 0 {
+        bench.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    bench.change(json!({ "tx_limits": {} })).unwrap();
+    let used = bench.drivers[1].used_index();
+    assert!(used < 16, "{used}");
+    let told = bench.book.take();
+    assert_eq!(told[3], format!("0 queue 1 of 16 from {used}"));
+    assert_eq!(told[5], "0 network 1 on");
+}
+
 #[test]
 fn limits_are_refused_where_it_is_to_be_the_kernel_and_they_and_mirrors_take_its_place_otherwise() {
     let limits = || json!({ "tx_limits": { "bandwidth": { "size": 1000, "refill_time": 100 } } });

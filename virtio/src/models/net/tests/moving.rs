@@ -1,5 +1,7 @@
 //! Frames go through, whatever their shape and whatever happens meanwhile.
 
+use virtio_queue::QueueT;
+
 use super::*;
 
 #[test]
@@ -301,8 +303,9 @@ fn buffers_and_frames_survive_a_stop_and_a_start() {
     rig.rx.kick();
     assert_eq!(returned(&mut rig.rx, &rig.notices), (0, 112));
     let queues = rig.stop();
-    // Posted buffers are with the queue again, each once, in their order.
-    assert_eq!(queues[0].parked, [1, 2, 3, 4]);
+    // Posted buffers are in the ring again, as if nobody had taken them.
+    assert!(queues[0].parked.is_empty());
+    assert_eq!(queues[0].queue.next_avail(), 1);
     rig.peer.send(&frame(MAC, 200)).unwrap();
     let features = rig.net.features();
     let memory = rig.memory.clone();

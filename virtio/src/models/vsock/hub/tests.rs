@@ -605,6 +605,108 @@ fn forgetting_ends_everything_and_leaves_the_socket() {
     bench.meet_client();
 }
 
+/// Has the guest send as much as there is room for, so that some of it is kept. What it has sent.
+fn fill(bench: &mut Bench, host: u32, guest: u32) -> Vec<u8> {
+    let room = usize::try_from(BUFFER).unwrap();
+    let (mut sent, mut taken) = (Vec::new(), 0);
+    while sent.len() < taken + room {
+        let piece = bytes((taken + room - sent.len()).min(30_000));
+        bench.send(host, guest, &piece);
+        sent.extend(piece);
+        while let Some((header, _)) = bench.packet() {
+            assert_eq!(header.op, OP_CREDIT_UPDATE);
+            taken = usize::try_from(header.fwd_cnt).unwrap();
+        }
+    }
+    sent
+}
+
+/// What a slow reader gets until there is no more.
+fn read_slowly(bench: &mut Bench, mut stream: &UnixStream) -> Vec<u8> {
+    stream.set_nonblocking(true).unwrap();
+    let (mut got, mut piece) = (Vec::new(), vec![0; 10_000]);
+    loop {
+        match stream.read(&mut piece) {
+            Ok(0) => return got,
+            Ok(len) => got.extend(&piece[..len]),
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                let before = bench.hub.departing;
+                assert_eq!(before, 1, "all has been given, and there is no end");
+            }
+        }
+        bench.look();
+    }
+}
+
+#[test]
+fn what_a_guest_sent_before_it_closed_reaches_a_slow_reader() {
+    let mut bench = Bench::new();
+    let server = bench.host.server(1);
+    for flags in [SHUTDOWN_SEND, SHUTDOWN_BOTH] {
+        let theirs = bench.meet_server(&server, 1, 7);
+        let sent = fill(&mut bench, 1, 7);
+        bench.shut(1, 7, flags);
+        // It does not wait for the host any longer.
+        bench.say(OP_RST, 1, 7);
+        assert_eq!(bench.hear_all(), []);
+        assert_eq!(bench.counted()["connections"], 1);
+        // The guest may use the port anew.
+        let other = bench.meet_server(&server, 1, 7);
+        bench.send(1, 7, b"other");
+        assert_eq!(read(&other, 5), b"other");
+        bench.say(OP_RST, 1, 7);
+        let got = read_slowly(&mut bench, &theirs);
+        assert_eq!((got.len(), got == sent), (sent.len(), true));
+        assert_eq!(bench.counted()["connections"], 0);
+        assert!(bench.hub.places.is_empty());
+    }
+}
+
+#[test]
+fn what_a_guest_sent_before_it_broke_off_is_dropped() {
+    let mut bench = Bench::new();
+    let server = bench.host.server(1);
+    for flags in [0, SHUTDOWN_RECEIVE] {
+        let theirs = bench.meet_server(&server, 1, 7);
+        let sent = fill(&mut bench, 1, 7);
+        bench.shut(1, 7, flags);
+        bench.say(OP_RST, 1, 7);
+        assert_eq!(bench.counted()["connections"], 0);
+        assert!(read_end(&theirs).len() < sent.len());
+    }
+}
+
+#[test]
+fn connections_that_only_the_host_has_count_until_it_is_gone_or_the_driver_begins_anew() {
+    let mut bench = Bench::new();
+    let server = bench.host.server(1);
+    let depart = |bench: &mut Bench| {
+        let theirs = bench.meet_server(&server, 1, 7);
+        fill(bench, 1, 7);
+        bench.shut(1, 7, SHUTDOWN_BOTH);
+        bench.say(OP_RST, 1, 7);
+        assert_eq!(bench.hub.departing, 1);
+        theirs
+    };
+    let theirs = depart(&mut bench);
+    bench.host.busy.store(true, Ordering::SeqCst);
+    for guest in 100..2000 {
+        bench.say(OP_REQUEST, 1, guest);
+    }
+    assert_eq!(bench.hub.connections.len(), MAX_CONNECTIONS - 1);
+    drop(theirs);
+    bench.look();
+    assert_eq!(bench.hub.departing, 0);
+    bench.hub.forget();
+    bench.host.busy.store(false, Ordering::SeqCst);
+    let theirs = depart(&mut bench);
+    bench.hub.forget();
+    assert_eq!(bench.hub.departing, 0);
+    read_end(&theirs);
+    assert_eq!(bench.counted()["connections"], 0);
+}
+
 /// What a hostile guest and its hosts do.
 #[derive(Clone, Debug)]
 enum Move {
