@@ -6,7 +6,9 @@
 //! |---|---|
 //! | [`protocol`] | both sides' state machines, as values without I/O or time; the rule that at most one side runs |
 //! | [`compare`] | what both sides say of themselves, as a list of differences |
+//! | [`precopy`] | when to switch, slow the guest or give up; the limit of bandwidth |
 //! | [`message`] | what both sides tell each other |
+//! | [`pages`] | pages as frames: zeros, raw, compressed, as differences |
 //! | [`frame`] | the bytes of a connection: preamble and frames; the specification of the format |
 //!
 //! # Who is trusted
@@ -17,4 +19,6 @@
 pub mod compare;
 pub mod frame;
 pub mod message;
+pub mod pages;
+pub mod precopy;
 pub mod protocol;
