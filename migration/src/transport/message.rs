@@ -210,20 +210,25 @@ impl Message {
     /// [`FrameError::Format`], for bytes that are no message or more than one, or one with more in it than there may be.
     pub fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
         let format = |text: &str| FrameError::Format(text.to_owned());
-        let (message, rest): (Self, &[u8]) = postcard::take_from_bytes(bytes)
+        let (mut message, rest): (Self, &[u8]) = postcard::take_from_bytes(bytes)
             .map_err(|error| FrameError::Format(format!("a message that is none: {error}")))?;
         if !rest.is_empty() {
             return Err(format("bytes behind a message"));
         }
-        match &message {
+        match &mut message {
             Self::Offer(offer) if offer.facts.len() > FACTS || offer.ranges.len() > RANGES => {
                 return Err(format("an offer with too many facts or ranges of memory"));
             }
             Self::Refuse { differences, .. } if differences.len() > FACTS.saturating_mul(2) => {
                 return Err(format("a refusal with too many differences"));
             }
-            Self::Failed { reason } | Self::Abort { reason } if reason.len() > REASON => {
-                return Err(format("a reason that is too long"));
+            Self::Failed { reason } | Self::Abort { reason } | Self::Refuse { reason, .. } => {
+                if reason.len() > REASON {
+                    return Err(format("a reason that is too long"));
+                }
+                // It is shown to people, on terminals too.
+                let plain = |c: char| if c.is_control() { '?' } else { c };
+                *reason = reason.chars().map(plain).collect();
             }
             _ => {}
         }
@@ -319,6 +324,14 @@ mod tests {
         let reason = "x".repeat(REASON + 1);
         let bytes = postcard::to_stdvec(&Message::Failed { reason }).unwrap();
         assert!(Message::decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn a_reason_cannot_drive_a_terminal() {
+        let reason = "no\u{1b}[2J\nroom".to_owned();
+        let bytes = postcard::to_stdvec(&Message::Failed { reason }).unwrap();
+        let reason = "no?[2J?room".to_owned();
+        assert_eq!(Message::decode(&bytes).unwrap(), Message::Failed { reason });
     }
 
     #[test]

@@ -274,6 +274,11 @@ impl Encoder {
         })
     }
 
+    /// No page goes as a difference any more: the peer may not have what was sent before.
+    pub fn forget(&mut self) {
+        self.cache = None;
+    }
+
     /// Pages that are known to be zeros.
     ///
     /// # Errors

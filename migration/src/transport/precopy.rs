@@ -25,7 +25,7 @@ const PATIENCE: u32 = 2;
 pub enum Strategy {
     /// It ends, and the guest goes on at the source.
     Cancel,
-    /// It switches, whatever the pause.
+    /// It switches, whatever the pause: whoever pauses does not go back then because of the limit.
     Ignore,
 }
 

@@ -128,9 +128,10 @@ impl<R: Read> StreamReceiver<R> {
             let text = format!("a state with unknown flags {flags:#x}");
             return Err(FrameError::Format(text));
         }
-        let sections = sections.to_vec();
+        let begin = self.payload.len().saturating_sub(sections.len());
         // It is long, and nothing as long follows.
-        self.payload = Vec::new();
+        let mut sections = std::mem::take(&mut self.payload);
+        sections.drain(..begin);
         Ok(Incoming::State {
             attempt,
             round,

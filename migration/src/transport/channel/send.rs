@@ -139,7 +139,8 @@ impl<W: Write> StreamSender<W> {
         self.out.flush()
     }
 
-    /// Sends pages at once, outside of rounds: those that a guest needs that runs elsewhere.
+    /// Sends pages at once, outside of rounds: those that a guest needs that runs elsewhere. From then on no page goes as a difference, because the
+    /// destination has given back what it had of pages that are missing.
     ///
     /// # Errors
     ///
@@ -150,6 +151,7 @@ impl<W: Write> StreamSender<W> {
         runs: &[Run],
         with: Sending<'_>,
     ) -> Result<Sent, ChannelError> {
+        self.encoder.forget();
         self.out.bytes = 0;
         let mut counts = Counts::default();
         for run in runs {
@@ -303,6 +305,7 @@ impl<W: Write> Out<W> {
 }
 
 /// Sends the pages of `set` over all streams, and the end of round `round`, which is one more than the one before. `set` is one of memory with the ranges of `ram`.
+/// A stream that fails stops the others by [`Sending::stop`], which stays set.
 ///
 /// # Errors
 ///

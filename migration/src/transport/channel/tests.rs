@@ -252,6 +252,27 @@ fn memory_that_was_never_written_is_neither_read_nor_sent() {
 }
 
 #[test]
+fn pages_that_are_asked_for_are_whole_whatever_was_sent_before() {
+    let here = Memory::new();
+    here.put(0, &vec![1; LEN]);
+    let ground = Ground::new(None);
+    let mut bytes = Vec::new();
+    let mut sender = StreamSender::open(&mut bytes, &preamble(0, 1), Codec::Raw, LEN).unwrap();
+    let senders = std::slice::from_mut(&mut sender);
+    let all = PageSet::all(&RANGES);
+    send_round(senders, &here, &all, 1, ground.sending(), &scoped).unwrap();
+    here.put(5, &[2]);
+    let run = |address| Run { address, pages: 1 };
+    let wanted = [run(0), run(1 << 32)];
+    let sent = sender.serve(&here, &wanted, ground.sending()).unwrap();
+    assert_eq!((sent.counts.pages, sent.counts.deltas), (2, 0));
+    drop(sender);
+    let (there, barrier, progress) = (Memory::new(), Barrier::new(1), Progress::default());
+    take(&*bytes, &there, &barrier, &progress);
+    assert!(*here.bytes.read().unwrap() == *there.bytes.read().unwrap());
+}
+
+#[test]
 fn all_streams_together_keep_to_the_limit() {
     let here = Memory::new();
     here.put(0, &vec![1; LEN]);

@@ -332,6 +332,8 @@ impl Source {
             },
             SourceEvent::LocksBusy => Vec::new(),
             SourceEvent::Again => self.take_locks(),
+            // One that was asked for in doubt, which is no more.
+            SourceEvent::Connected => vec![SourceAction::Close],
             SourceEvent::Resolve(Resolution::Abandon) => {
                 self.end(SourceState::Abandoned, Outcome::Abandoned)
             }
@@ -381,6 +383,7 @@ impl Source {
             SourceEvent::LocksTaken { .. } if self.state != SourceState::Resumed => {
                 vec![SourceAction::ReleaseLocks]
             }
+            SourceEvent::Connected => vec![SourceAction::Close],
             _ => Vec::new(),
         }
     }

@@ -225,7 +225,8 @@ impl World {
                 }
                 SourceAction::Reconnect => self.wanted = true,
                 SourceAction::SendRest | SourceAction::ServePages => {}
-                SourceAction::Finish(_) => self.wanted = false,
+                // A connection that was asked for may still come.
+                SourceAction::Finish(_) => {}
                 op => self.here.ops.push_back(op),
             }
         }
