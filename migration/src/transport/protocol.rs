@@ -57,7 +57,8 @@
 //! | `Failed` | never ran and never will | – |
 //!
 //! A connection that is lost before `Commit` has been heard is `Failed`. After that it is not: the destination goes on and runs if it gets the locks. It answers `Query`, which a source in doubt sends over a
-//! new connection, with `Running` or `Failed` as soon as it knows.
+//! new connection, with `Running` or `Failed` as soon as it knows. A process that has not heard the session's offer itself says
+//! `Unknown`, which ends no doubt: the guest may have run in a process before it.
 //!
 //! # Proof
 //!

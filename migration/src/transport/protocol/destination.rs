@@ -107,6 +107,8 @@ pub struct Destination {
     attempt: u32,
     /// The state was one for post-copy.
     postcopy: bool,
+    /// An offer has been heard: the session is one of this process, from its beginning.
+    known: bool,
 }
 
 impl Default for Destination {
@@ -124,6 +126,7 @@ impl Destination {
             linked: true,
             attempt: 0,
             postcopy: false,
+            known: false,
         }
     }
 
@@ -148,8 +151,12 @@ impl Destination {
             S::Committing | S::Starting | S::GivingBack => self.on_committed(event),
             S::Running | S::Postcopy | S::PostcopyLost => self.on_running(event),
             S::Failed => match event {
-                DestinationEvent::Received(Word::Query) => {
+                DestinationEvent::Received(Word::Query) if self.known => {
                     vec![DestinationAction::Send(Word::Failed)]
+                }
+                // The guest may have run in a process before this one.
+                DestinationEvent::Received(Word::Query) => {
+                    vec![DestinationAction::Send(Word::Unknown)]
                 }
                 _ => Vec::new(),
             },
@@ -162,7 +169,10 @@ impl Destination {
         use DestinationEvent as E;
         use DestinationState as S;
         match (self.state, event) {
-            (S::Waiting, E::Received(Word::Offer)) => self.go(S::Checking, vec![A::Check]),
+            (S::Waiting, E::Received(Word::Offer)) => {
+                self.known = true;
+                self.go(S::Checking, vec![A::Check])
+            }
             (S::Waiting, E::Received(Word::Query)) => vec![A::Send(Word::Unknown)],
             (S::Checking, E::Checked(true)) => self.go(S::Receiving, vec![A::Send(Word::Accept)]),
             (S::Checking, E::Checked(false)) => self.fail(Some(Word::Refuse)),
@@ -257,6 +267,8 @@ impl Destination {
         use DestinationAction as A;
         self.state = DestinationState::Failed;
         let mut actions = vec![A::Discard];
+        // Whoever connects may be a source in doubt, whose guest a process before this one may have run.
+        let word = word.map(|word| if self.known { word } else { Word::Unknown });
         if self.linked {
             actions.extend(word.map(A::Send));
             actions.push(A::Close);

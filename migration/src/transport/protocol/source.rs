@@ -299,6 +299,13 @@ impl Source {
                 vec![SourceAction::Send(Word::Query)]
             }
             SourceEvent::Lost => self.doubt_further(),
+            // Another process than the one that heard COMMIT. It is asked again later.
+            SourceEvent::Received(Word::Unknown) => {
+                self.linked = false;
+                let mut actions = vec![SourceAction::Close];
+                actions.extend(self.take_telling_locks());
+                actions
+            }
             SourceEvent::TimedOut if self.linked => {
                 self.linked = false;
                 let mut actions = vec![SourceAction::Close];
@@ -362,6 +369,11 @@ impl Source {
             SourceEvent::Lost => {
                 self.state = S::PostcopyLost;
                 vec![SourceAction::Reconnect]
+            }
+            SourceEvent::Received(Word::Unknown) => {
+                self.linked = false;
+                self.state = S::PostcopyLost;
+                vec![SourceAction::Close]
             }
             SourceEvent::TimedOut if self.linked => {
                 self.linked = false;
@@ -439,10 +451,17 @@ impl Source {
             return Vec::new();
         }
         let mut actions = vec![SourceAction::Reconnect];
-        if self.locks == Locks::Shared {
-            actions.extend(self.take_locks());
-        }
+        actions.extend(self.take_telling_locks());
         actions
+    }
+
+    /// Takes the locks, if having them tells that the guest does not run there.
+    fn take_telling_locks(&mut self) -> Vec<SourceAction> {
+        if self.locks == Locks::Shared {
+            self.take_locks()
+        } else {
+            Vec::new()
+        }
     }
 
     /// Tells the peer that it is over, if there is one.

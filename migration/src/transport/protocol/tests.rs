@@ -124,6 +124,7 @@ fn a_broken_rule_is_found_in_some_interleaving() {
             false,
             "has something still",
         ),
+        (Break::FailedUnknown, Locks::None, false, "has run there"),
         (Break::AnyLoad, Locks::None, false, "not loaded"),
         (
             Break::AnswerNothing,

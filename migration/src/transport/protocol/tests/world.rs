@@ -25,6 +25,8 @@ pub enum Break {
     AnyLoad,
     /// The destination does not answer questions.
     AnswerNothing,
+    /// A process that knows nothing of the session says that it has failed.
+    FailedUnknown,
     /// The guest runs on while pages cannot be had.
     KeepRunning,
 }
@@ -69,6 +71,8 @@ pub struct World {
     pub ran: bool,
     /// Which state is loaded there.
     loaded: u32,
+    /// The process there is not the one that the source has spoken to at first.
+    another: bool,
     kind: Locks,
     postcopy: bool,
     rule: Option<Break>,
@@ -106,6 +110,7 @@ impl World {
             committed: false,
             ran: false,
             loaded: 0,
+            another: false,
             kind,
             postcopy,
             rule,
@@ -155,6 +160,11 @@ impl World {
         if source == SourceState::Abandoned {
             return true;
         }
+        // Nobody can know any more what the guest has done, or it has died.
+        let gone = self.another || !there;
+        if here && gone && (self.ran || (self.committed && self.kind != Locks::Shared)) {
+            return true;
+        }
         match (here, there) {
             // Nothing has come, or it has never been here whole; or it waits for pages of a source that is gone.
             (false, true) => matches!(
@@ -163,8 +173,6 @@ impl World {
                     | DestinationState::Failed
                     | DestinationState::PostcopyLost
             ),
-            // The guest has died there; or nobody can know that it has not.
-            (true, false) => self.ran || (self.committed && self.kind != Locks::Shared),
             _ => false,
         }
     }
@@ -247,6 +255,9 @@ impl World {
             }
             if self.is(Break::AnswerNothing) {
                 return;
+            }
+            if self.is(Break::FailedUnknown) && self.another {
+                return self.send_back(Word::Failed);
             }
         }
         if self.is(Break::FailedBeforeRelease) && event == DestinationEvent::StartFailed {
@@ -474,8 +485,8 @@ impl World {
             if self.here.open || !self.committed {
                 events.push(SourceEvent::TimedOut);
             }
-            let gone = self.destination.state() == DestinationState::Failed || !self.there.alive;
-            if gone && !self.ran {
+            let failed = self.destination.state() == DestinationState::Failed;
+            if (failed || self.another || !self.there.alive) && !self.ran {
                 events.push(SourceEvent::Resolve(Resolution::Resume));
             }
             for event in events {
@@ -535,6 +546,14 @@ impl World {
                     world.cut = true;
                 });
             }
+        }
+        if !self.there.alive {
+            self.step("another process waits there", true, moves, |world| {
+                world.there.alive = true;
+                world.another |= world.source.state() != SourceState::Connecting;
+                world.loaded = 0;
+                world.destination = Destination::new();
+            });
         }
         if self.there.alive {
             for kept in 0..=self.here.inbox.len() {
