@@ -143,6 +143,7 @@ fn a_page_that_was_sent_before_goes_as_what_differs() {
     let memory = Memory::new();
     let mut decoder = decoder();
     let mut bytes = data(&[2, 5, 8, 11, 14, 17]);
+    let before = bytes.clone();
     let mut seen = Vec::new();
     for round in 0..4_u8 {
         let (frames, counts) = encode(&mut encoder, &RUNS, &bytes);
@@ -151,11 +152,11 @@ fn a_page_that_was_sent_before_goes_as_what_differs() {
             decoder.take(*kind, payload, &memory).unwrap();
         }
         assert!(memory.0.lock().unwrap()[62 << 12..68 << 12] == bytes);
-        // One byte of each page; then two pages that are zeros; and then those are something again.
+        // One byte of each page; then two pages that are zeros; and then those are as before, which the peer has not any more.
         match round {
             0 => bytes.iter_mut().step_by(PAGE).for_each(|byte| *byte ^= 1),
             1 => bytes[..2 * PAGE].fill(0),
-            _ => bytes[..2 * PAGE].fill(round),
+            _ => bytes[..2 * PAGE].copy_from_slice(&before[..2 * PAGE]),
         }
     }
     assert_eq!(seen, [0, 6, 4, 4]);
