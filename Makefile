@@ -24,7 +24,7 @@ SECONDS ?= 60
 FUZZED := block/image block/check virtio/pci virtio/ring \
 	virtio/balloon virtio/blk virtio/console virtio/fs virtio/input virtio/mem virtio/net \
 	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
-	devices/rfb api/websocket migration/snapshot
+	devices/rfb api/websocket migration/snapshot migration/stream
 
 .PHONY: fuzz fuzz-programs help run build guests setup setup-full test test-programs test-full test-openapi \
 	openapi bench lint web-packages clean

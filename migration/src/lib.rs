@@ -28,6 +28,8 @@ pub mod manifest;
 pub mod pages;
 mod section;
 mod state;
+#[cfg(feature = "transport")]
+pub mod transport;
 
 pub use section::{FORMAT_VERSION, Section, SectionSet};
 pub use state::{DynSnapshot, RestoreError, SaveError, SavedState, Snapshot, decode_exact};

@@ -111,6 +111,40 @@ impl PageSet {
         }
     }
 
+    /// All pages of memory with `ranges`.
+    #[must_use]
+    pub fn all(ranges: &[(u64, u64)]) -> Self {
+        let mut set = Self::new(ranges);
+        for (range, (_, len)) in ranges.iter().enumerate() {
+            let words = chunks_of(*len).count().saturating_mul(WORDS);
+            (0..words).for_each(|word| set.add_word(range, word, u64::MAX));
+        }
+        set
+    }
+
+    /// The pages of chunk `index`, counted over all ranges, as guest-physical address and length in bytes. The set is one of memory
+    /// with these `ranges`.
+    #[must_use]
+    pub fn runs_of(&self, ranges: &[(u64, u64)], index: usize) -> Vec<(u64, u64)> {
+        let after = self.ranges.partition_point(|(first, _)| *first <= index);
+        // Empty ranges begin where the next one does.
+        let Some(range) = after.checked_sub(1) else {
+            return Vec::new();
+        };
+        let (Some((first, _)), Some((start, _))) = (self.ranges.get(range), ranges.get(range))
+        else {
+            return Vec::new();
+        };
+        let before = (index.saturating_sub(*first) as u64).saturating_mul(super::CHUNK);
+        let run = |run: Range<usize>| {
+            let address = start
+                .saturating_add(before)
+                .saturating_add(run.start as u64);
+            (address, run.len() as u64)
+        };
+        self.of_chunk(index).bytes().into_iter().map(run).collect()
+    }
+
     /// Adds those of the 64 pages from page 64 × `word` of a range on whose bits are set in `pages`. What is not in the range
     /// is passed over.
     pub fn add_word(&mut self, range: usize, word: usize, pages: u64) {
@@ -206,5 +240,21 @@ mod tests {
         );
         other.clear();
         assert_eq!(other, PageSet::new(&ranges));
+        assert_eq!(set.runs_of(&ranges, 0), [(0, 4096), (2 << 12, 4096)]);
+        assert_eq!(set.runs_of(&ranges, 1), [((2 << 20) + (255 << 12), 4096)]);
+        assert_eq!(set.runs_of(&ranges, 2), [((1 << 32) + (64 << 12), 4096)]);
+        assert_eq!(set.runs_of(&ranges, 3), []);
+    }
+
+    #[test]
+    fn the_set_of_all_pages_has_each_of_them_once() {
+        let ranges = [(0, 3 << 20), (1 << 32, 65 << 12)];
+        let set = PageSet::all(&ranges);
+        assert_eq!(set.count(), (768 + 65));
+        let runs = |chunk| set.runs_of(&ranges, chunk);
+        let all: Vec<(u64, u64)> = (0..4).flat_map(runs).collect();
+        let second = (2 << 20, 1 << 20);
+        assert_eq!(all, [(0, 2 << 20), second, (1 << 32, 65 << 12)]);
+        assert_eq!(PageSet::all(&[]).count(), 0);
     }
 }

@@ -1,0 +1,354 @@
+//! Rounds on their way out.
+
+use std::io::{BufWriter, Write};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::{ChannelError, Crew, Job, RamSource, Sending};
+use crate::pages::PageSet;
+use crate::transport::frame::{self, FrameError, Kind, Preamble};
+use crate::transport::message::Message;
+use crate::transport::pages::{
+    BATCH_PAGES, Codec, Counts, Encoder, PAGE, PagesError, Run, encode_runs, push,
+};
+
+/// The longest that a stream waits before it looks whether it is to stop.
+const NAP: Duration = Duration::from_millis(50);
+/// The most runs that are asked for at once.
+const ASKED: usize = 1024;
+
+/// What a round has sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages.
+    pub counts: Counts,
+    /// Bytes over the wire.
+    pub bytes: u64,
+}
+
+/// The sending end of one stream.
+pub struct StreamSender<W: Write> {
+    out: Out<W>,
+    encoder: Encoder,
+    /// Pages of a batch, one behind the other.
+    batch: Vec<u8>,
+    runs: Vec<Run>,
+    /// How many pages the batch has.
+    filled: usize,
+}
+
+struct Out<W: Write> {
+    writer: BufWriter<W>,
+    /// Of the round.
+    bytes: u64,
+}
+
+impl<W: Write> StreamSender<W> {
+    /// Sends the preamble. `cache` bytes are for deltas; 0, where the peer does not know them.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn open(
+        writer: W,
+        preamble: &Preamble,
+        codec: Codec,
+        cache: usize,
+    ) -> Result<Self, ChannelError> {
+        let mut sender = Self::answer(writer, codec, cache)?;
+        preamble.write(&mut sender.out.writer)?;
+        Ok(sender)
+    }
+
+    /// The end on which the peer has sent the preamble: it is for frames at once.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn answer(writer: W, codec: Codec, cache: usize) -> Result<Self, ChannelError> {
+        Ok(Self {
+            out: Out {
+                writer: BufWriter::with_capacity(16 << 10, writer),
+                bytes: 0,
+            },
+            encoder: Encoder::new(codec, cache)?,
+            batch: Vec::new(),
+            runs: Vec::new(),
+            filled: 0,
+        })
+    }
+
+    /// Another way to send pages, as both sides have agreed on: between the preamble and the first page.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn agree(&mut self, codec: Codec, cache: usize) -> Result<(), ChannelError> {
+        self.encoder = Encoder::new(codec, cache)?;
+        Ok(())
+    }
+
+    /// Sends a message, at once.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn message(&mut self, message: &Message) -> Result<(), ChannelError> {
+        message.write(&mut self.out.writer)?;
+        Ok(())
+    }
+
+    /// Sends the state of the machine, which belongs behind the end of `round`, at once.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn state(
+        &mut self,
+        (attempt, round): (u32, u32),
+        postcopy: bool,
+        sections: &[u8],
+    ) -> Result<(), ChannelError> {
+        let numbers = [attempt, round, u32::from(postcopy)].map(u32::to_le_bytes);
+        self.now(Kind::State, &[numbers.as_flattened(), sections])
+    }
+
+    /// Tells which pages follow while the guest runs, or asks for pages.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn list(&mut self, kind: Kind, runs: &[Run]) -> Result<(), ChannelError> {
+        for some in runs.chunks(ASKED) {
+            self.now(kind, &[&encode_runs(some)])?;
+        }
+        Ok(())
+    }
+
+    /// Shows that this side is alive.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn keepalive(&mut self) -> Result<(), ChannelError> {
+        self.now(Kind::Keepalive, &[])
+    }
+
+    fn now(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<(), ChannelError> {
+        frame::write(&mut self.out.writer, kind, parts)?;
+        self.out.flush()
+    }
+
+    /// Sends pages at once, outside of rounds: those that a guest needs that runs elsewhere. From then on no page goes as a difference, because the
+    /// destination has given back what it had of pages that are missing.
+    ///
+    /// # Errors
+    ///
+    /// [`ChannelError`].
+    pub fn serve(
+        &mut self,
+        ram: &dyn RamSource,
+        runs: &[Run],
+        with: Sending<'_>,
+    ) -> Result<Sent, ChannelError> {
+        self.encoder.forget();
+        self.out.bytes = 0;
+        let mut counts = Counts::default();
+        for run in runs {
+            counts = counts.plus(self.add(ram, run.address, run.len(), with)?);
+        }
+        counts = counts.plus(self.flush(with)?);
+        let bytes = self.out.bytes;
+        Ok(Sent { counts, bytes })
+    }
+
+    /// The chunks of a set from `index` on, each `count`th, and the end of the round.
+    fn round(
+        &mut self,
+        (index, count): (usize, usize),
+        ram: &dyn RamSource,
+        set: &PageSet,
+        round: u32,
+        with: Sending<'_>,
+    ) -> Result<Sent, ChannelError> {
+        self.out.bytes = 0;
+        let ranges = ram.ranges();
+        let mut counts = Counts::default();
+        let chunks = set.chunks();
+        for (chunk, there) in chunks.iter().enumerate().skip(index).step_by(count.max(1)) {
+            if !there {
+                continue;
+            }
+            for (address, len) in set.runs_of(&ranges, chunk) {
+                counts = counts.plus(self.add(ram, address, len, with)?);
+            }
+        }
+        counts = counts.plus(self.flush(with)?);
+        let end = [round.to_le_bytes().as_slice(), &counts.pages.to_le_bytes()].concat();
+        self.out.frame(Kind::RoundEnd, &[&end], with)?;
+        self.out.flush()?;
+        let bytes = self.out.bytes;
+        Ok(Sent { counts, bytes })
+    }
+
+    /// Adds pages to the batch, except those that are known to be zeros.
+    fn add(
+        &mut self,
+        ram: &dyn RamSource,
+        address: u64,
+        len: u64,
+        with: Sending<'_>,
+    ) -> Result<Counts, ChannelError> {
+        let mut counts = Counts::default();
+        let mut at = address;
+        let end = address.saturating_add(len);
+        while at < end {
+            if with.stop.load(Ordering::Relaxed) {
+                return Err(ChannelError::Stopped);
+            }
+            let left = end.saturating_sub(at) / PAGE as u64;
+            let room = BATCH_PAGES.saturating_sub(self.filled);
+            let pages = usize::try_from(left).unwrap_or(room).min(room);
+            if pages == 0 {
+                break;
+            }
+            let mut absent = [false; BATCH_PAGES];
+            let absent = absent.get_mut(..pages).unwrap_or_default();
+            ram.absent(at, absent);
+            for some in absent.chunk_by(|a, b| a == b) {
+                let pages = u32::try_from(some.len()).unwrap_or(u32::MAX);
+                let run = Run { address: at, pages };
+                if some.first() == Some(&true) {
+                    let emit = &mut |kind, parts: &[&[u8]]| self.out.frame(kind, parts, with);
+                    let zeros = self.encoder.zeros(run, emit)?;
+                    with.progress.add(zeros);
+                    counts = counts.plus(zeros);
+                } else {
+                    self.read(ram, run)?;
+                }
+                at = at.saturating_add(run.len());
+            }
+            if self.filled >= BATCH_PAGES {
+                counts = counts.plus(self.send_batch(with)?);
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Reads pages that the batch has room for.
+    fn read(&mut self, ram: &dyn RamSource, run: Run) -> Result<(), ChannelError> {
+        self.batch.resize(BATCH_PAGES.saturating_mul(PAGE), 0);
+        let pages = usize::try_from(run.pages).unwrap_or(usize::MAX);
+        let begin = self.filled.saturating_mul(PAGE);
+        let end = begin.saturating_add(pages.saturating_mul(PAGE));
+        let room = self.batch.get_mut(begin..end).unwrap_or_default();
+        let address = run.address;
+        ram.read(address, room)
+            .map_err(|source| PagesError::Memory { address, source })?;
+        self.filled = self.filled.saturating_add(pages);
+        push(&mut self.runs, run);
+        Ok(())
+    }
+
+    fn send_batch(&mut self, with: Sending<'_>) -> Result<Counts, ChannelError> {
+        let data = self.batch.get_mut(..self.filled.saturating_mul(PAGE));
+        let emit = &mut |kind, parts: &[&[u8]]| self.out.frame(kind, parts, with);
+        let counts = self
+            .encoder
+            .batch(&self.runs, data.unwrap_or_default(), emit)?;
+        self.runs.clear();
+        self.filled = 0;
+        with.progress.add(counts);
+        Ok(counts)
+    }
+
+    fn flush(&mut self, with: Sending<'_>) -> Result<Counts, ChannelError> {
+        let counts = self.send_batch(with)?;
+        let emit = &mut |kind, parts: &[&[u8]]| self.out.frame(kind, parts, with);
+        self.encoder.finish(emit)?;
+        self.out.flush()?;
+        Ok(counts)
+    }
+}
+
+impl<W: Write> Out<W> {
+    /// Sends a frame when the limit allows it.
+    fn frame(
+        &mut self,
+        kind: Kind,
+        parts: &[&[u8]],
+        with: Sending<'_>,
+    ) -> Result<(), ChannelError> {
+        let sum = |sum: u64, part: &&[u8]| sum.saturating_add(part.len() as u64);
+        let len = parts.iter().fold(frame::HEADER as u64, sum);
+        let mut wait = with.limiter.take(len, with.clock.now());
+        while !wait.is_zero() {
+            // What waits may be wanted at the other end.
+            self.flush()?;
+            if with.stop.load(Ordering::Relaxed) {
+                return Err(ChannelError::Stopped);
+            }
+            let some = wait.min(NAP);
+            with.clock.sleep(some);
+            wait = wait.saturating_sub(some);
+        }
+        let sent = frame::write(&mut self.writer, kind, parts)?;
+        self.bytes = self.bytes.saturating_add(sent);
+        with.progress.add_bytes(sent);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), ChannelError> {
+        self.writer.flush().map_err(FrameError::Broken)?;
+        Ok(())
+    }
+}
+
+/// Sends the pages of `set` over all streams, and the end of round `round`, which is one more than the one before. `set` is one of memory with the ranges of `ram`.
+/// A stream that fails stops the others by [`Sending::stop`], which stays set.
+///
+/// # Errors
+///
+/// [`ChannelError`] of the first stream that has one; none is of use then, but for telling that it has failed.
+pub fn send_round<W: Write + Send>(
+    streams: &mut [StreamSender<W>],
+    ram: &dyn RamSource,
+    set: &PageSet,
+    round: u32,
+    with: Sending<'_>,
+    crew: Crew<'_>,
+) -> Result<Sent, ChannelError> {
+    with.progress.begin_round(set.count());
+    let count = streams.len();
+    let mut results: Vec<Option<Result<Sent, ChannelError>>> = Vec::new();
+    results.resize_with(count, || None);
+    let job = |(index, (stream, result)): (usize, (_, _))| {
+        let stream: &mut StreamSender<W> = stream;
+        let result: &mut Option<Result<Sent, ChannelError>> = result;
+        let job: Job<'_> = Box::new(move || {
+            let sent = stream.round((index, count), ram, set, round, with);
+            // The others need not go on.
+            if sent.is_err() {
+                with.stop.store(true, Ordering::Relaxed);
+            }
+            *result = Some(sent);
+        });
+        job
+    };
+    let jobs = streams.iter_mut().zip(&mut results).enumerate().map(job);
+    crew(jobs.collect());
+    let mut sent = Sent::default();
+    let mut error = None;
+    for (stream, result) in results.into_iter().enumerate() {
+        match result.unwrap_or(Err(ChannelError::Unserved(stream))) {
+            Ok(more) => {
+                sent.counts = sent.counts.plus(more.counts);
+                sent.bytes = sent.bytes.saturating_add(more.bytes);
+            }
+            // That others were stopped is no cause.
+            Err(next) if matches!(error, None | Some(ChannelError::Stopped)) => error = Some(next),
+            Err(_) => {}
+        }
+    }
+    error.map_or(Ok(sent), Err)
+}
