@@ -135,7 +135,7 @@ impl PageSet {
         else {
             return Vec::new();
         };
-        let before = (index.saturating_sub(*first) as u64).saturating_mul(super::CHUNK);
+        let before = (index.saturating_sub(*first) as u64).saturating_mul(CHUNK);
         let run = |run: Range<usize>| {
             let address = start
                 .saturating_add(before)
@@ -185,17 +185,6 @@ impl PageSet {
     #[must_use]
     pub fn chunks(&self) -> Vec<bool> {
         self.chunks.iter().map(|mask| !mask.is_empty()).collect()
-    }
-
-    /// Those of the chunk that begins at `offset` bytes of a range, as ranges of bytes from the chunk's start, ascending.
-    #[must_use]
-    pub fn bytes_at(&self, range: usize, offset: u64) -> Vec<Range<usize>> {
-        let first = self.ranges.get(range).map(|(first, _)| *first);
-        let number = usize::try_from(offset / CHUNK).ok();
-        let index = first
-            .zip(number)
-            .map(|(first, number)| first.saturating_add(number));
-        index.map_or_else(Vec::new, |index| self.of_chunk(index).bytes())
     }
 
     /// Those of a chunk.

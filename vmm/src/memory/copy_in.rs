@@ -19,8 +19,6 @@ use super::restored::Restored;
 pub const WINDOW: u64 = 128 << 20;
 /// How many bytes are read at a time.
 const BLOCK: usize = 64 << 10;
-/// [`CHUNK`] as a length of memory.
-const CHUNK_LEN: usize = 2 << 20;
 /// [`PAGE`] as a length of memory.
 const PAGE_LEN: usize = 4096;
 
@@ -141,16 +139,18 @@ impl Window {
 
     /// What of it is in `written`: offsets into the mapping, and lengths, in bytes.
     fn written(&self, ranges: &[(u64, u64)], written: &PageSet) -> Vec<(u64, usize)> {
-        let Some(range) = ranges.iter().position(|(guest, _)| *guest == self.guest) else {
-            return Vec::new();
-        };
-        let chunks = (0..self.copy.len()).step_by(CHUNK_LEN);
-        let pages = chunks.flat_map(|chunk| {
-            let at = self.offset.saturating_add(chunk);
-            let pages = written.bytes_at(range, at).into_iter();
-            pages.map(move |bytes| (at.saturating_add(bytes.start as u64), bytes.len()))
-        });
-        pages.collect()
+        let begin = self.guest.saturating_add(self.offset);
+        let end = begin.saturating_add(self.copy.len());
+        let chunks = written.chunks().into_iter().enumerate();
+        let there = chunks.filter(|(_, there)| *there);
+        let runs = there.flat_map(|(index, _)| written.runs_of(ranges, index));
+        // It begins and ends with chunks.
+        let own = runs.filter(|(address, _)| (begin..end).contains(address));
+        own.filter_map(|(address, len)| {
+            let offset = address.checked_sub(self.guest)?;
+            Some((offset, usize::try_from(len).ok()?))
+        })
+        .collect()
     }
 
     /// Copies whole pages from `at` in the mapping; zeros too where they may follow something else.
