@@ -17,8 +17,8 @@ use crate::testing::killed_after;
 
 /// How many steps at either end of a job are all had, and how many between.
 const FIRST: i64 = 2;
-const LAST: i64 = 6;
-const BETWEEN: i64 = 4;
+const LAST: i64 = 5;
+const BETWEEN: i64 = 2;
 
 /// A disk that nobody uses, on a chain of three images.
 struct Start {
