@@ -211,6 +211,10 @@ static void command(char word)
     case 'h':
         storm(500);
         break;
+    case 'p':
+        /* Where is the cursor? A terminal answers. */
+        print("\033[6nasked\n");
+        break;
     case 'q':
         power_off();
     }

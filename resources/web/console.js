@@ -157,15 +157,42 @@ const terminal = new Terminal({
 const fit = new FitAddon();
 terminal.loadAddon(fit);
 
+// What the terminal says goes to the guest. It also answers to what is asked in output of before, which nobody waits for any more.
+let speaks = false;
+
 const serial = (connected) => new Promise((ended) => {
-    socket = new WebSocket(url('/serial'), protocols());
+    const own = new WebSocket(url('/serial'), protocols());
+    socket = own;
     socket.binaryType = 'arraybuffer';
+    speaks = false;
+    const begin = () => {
+        speaks ||= socket === own;
+    };
+    // How many bytes of before are still to come.
+    let before = null;
     socket.onopen = () => {
         // The latest output comes again.
         terminal.reset();
         connected();
     };
-    socket.onmessage = (event) => terminal.write(new Uint8Array(event.data));
+    socket.onmessage = (event) => {
+        if (before === null) {
+            before = new DataView(event.data).getUint32(0);
+            if (before === 0) {
+                terminal.write('', begin);
+            }
+            return;
+        }
+        const bytes = new Uint8Array(event.data);
+        const old = bytes.subarray(0, before);
+        before -= old.length;
+        if (old.length > 0) {
+            terminal.write(old, before === 0 ? begin : undefined);
+        }
+        if (bytes.length > old.length) {
+            terminal.write(bytes.subarray(old.length));
+        }
+    };
     socket.onclose = () => {
         socket = null;
         ended();
@@ -178,7 +205,11 @@ function send(bytes) {
     }
 }
 
-terminal.onData((text) => send(new TextEncoder().encode(text)));
+terminal.onData((text) => {
+    if (speaks) {
+        send(new TextEncoder().encode(text));
+    }
+});
 terminal.onBinary((text) => send(Uint8Array.from(text, (c) => c.charCodeAt(0))));
 
 // --- keys -----------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ const SERIAL: &str =
 const CONNECTED: &str =
     "document.body.dataset.screen === 'connected' && document.body.dataset.serial === 'connected'";
 
+/// Keeps what pages say to the serial console in `said`.
+const LISTENS: &str = "window.said = ''; const send = WebSocket.prototype.send; \
+    WebSocket.prototype.send = function (data) { \
+    if (this.url.endsWith('/serial')) said += String.fromCharCode(...data); return send.call(this, data); };";
+
 /// That a pixel of the screen is about of this colour, as an expression.
 fn pixel(x: u32, y: u32, [red, green, blue]: [u32; 3]) -> String {
     format!(
@@ -121,6 +126,9 @@ fn drives_the_guest(browser: &mut Browser, machine: &Machine) {
     browser.key("t", "KeyT").unwrap();
     browser.until(&shows("touched")).unwrap();
     browser.until(&pixel(8, 8, [255, 255, 255])).unwrap();
+    // What the guest asks of the terminal is answered.
+    browser.key("p", "KeyP").unwrap();
+    browser.until("/^tp\\x1b\\[[0-9;]+R$/.test(said)").unwrap();
     // Typed at the screen, seen in the terminal.
     browser
         .value("document.querySelector('#screen canvas').focus()")
@@ -235,6 +243,10 @@ fn a_browser_shows_the_guest_and_types_into_it() {
             return suite::note(CLASS, &format!("skipped: {error:#}")).unwrap();
         }
     };
+    let listens = json!({ "source": LISTENS });
+    browser
+        .ask("Page.addScriptToEvaluateOnNewDocument", listens)
+        .unwrap();
     let mut machine = Machine::start();
     drives_the_guest(&mut browser, &machine);
     fills_the_display(&mut browser);
@@ -247,6 +259,9 @@ fn a_browser_shows_the_guest_and_types_into_it() {
         .value("document.querySelector('#views [value=serial]').click()")
         .unwrap();
     browser.until(&shows("drawnseed=0640x480")).unwrap();
+    // Nor is what the guest asked before answered once more.
+    browser.until(&shows("asked")).unwrap();
+    assert_eq!(browser.value("said").unwrap(), "");
     assert_eq!(browser.faults(), Vec::<&Value>::new());
     let host = machine.site.trim_start_matches("http:").to_owned();
     for asked in browser.requests() {

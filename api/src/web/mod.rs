@@ -4,7 +4,8 @@
 //!
 //! [`serve`] takes a listener and a [`Desk`]. `GET /` and the files it names are for everybody and hold nothing of the
 //! machine. `POST /session` exchanges the token for a session, once; `/screen` and `/serial` are WebSockets (RFC 6455) for those who have one:
-//! the remote framebuffer protocol, which the desk speaks, and the serial console's bytes.
+//! the remote framebuffer protocol, which the desk speaks, and the serial console's bytes. Before these comes a message with the number of those
+//! that had been written before (32 bits, big-endian): what a terminal answers to them nobody has asked.
 //!
 //! # Who gets in
 //!
@@ -66,7 +67,16 @@ pub trait Desk: Send + Sync {
     /// # Errors
     ///
     /// When there is none to be had, with the reason.
-    fn serial(&self) -> Result<UnixStream, ControlError>;
+    fn serial(&self) -> Result<SerialLine, ControlError>;
+}
+
+/// A way to the serial console.
+#[derive(Debug)]
+pub struct SerialLine {
+    /// Its bytes, both ways.
+    pub stream: UnixStream,
+    /// How many of the first bytes were written before this was opened.
+    pub replayed: u32,
 }
 
 /// Where the token is found that is exchanged next. Clones are of the same server.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
+use super::SerialLine;
 use super::client::Gone;
 use super::socket::WebSocket;
 use super::stream::is_for_later;
@@ -23,6 +24,8 @@ const STALLED: Duration = Duration::from_secs(30);
 pub(super) struct Serial {
     socket: WebSocket,
     console: UnixStream,
+    /// How much of the output is of before, until that has been told.
+    replayed: Option<u32>,
     /// What is typed and not taken yet.
     typed: Vec<u8>,
     /// When it was last sent something.
@@ -30,11 +33,13 @@ pub(super) struct Serial {
 }
 
 impl Serial {
-    pub fn new(socket: WebSocket, console: UnixStream, now: Instant) -> io::Result<Self> {
-        console.set_nonblocking(true)?;
+    pub fn new(socket: WebSocket, line: SerialLine, now: Instant) -> io::Result<Self> {
+        let SerialLine { stream, replayed } = line;
+        stream.set_nonblocking(true)?;
         Ok(Self {
             socket,
-            console,
+            console: stream,
+            replayed: Some(replayed),
             typed: Vec::new(),
             since: now,
         })
@@ -93,6 +98,12 @@ impl Serial {
             }
             if !self.socket.holds_back() {
                 self.since = now;
+                // In a message of its own. Nothing is held back, so that it is taken whole.
+                if let Some(replayed) = self.replayed.take() {
+                    self.socket.write_all(&replayed.to_be_bytes())?;
+                    moved = true;
+                    continue;
+                }
                 match self.console.read(&mut bytes) {
                     Ok(0) => return Err(Gone),
                     Ok(count) => {

@@ -15,7 +15,7 @@ use super::request::{Request, RequestError, Verb};
 use super::serial::Serial;
 use super::socket::WebSocket;
 use super::stream::Listener;
-use super::{Desk, End, Tokens, assets};
+use super::{Desk, End, SerialLine, Tokens, assets};
 use crate::http::brake::Brake;
 
 /// Clients that have not opened a stream.
@@ -52,7 +52,7 @@ enum Reply {
     Answer(Answer),
     /// A stream, for whom this is the server's half of the handshake.
     Screen(Vec<u8>),
-    Serial(Vec<u8>, std::os::unix::net::UnixStream),
+    Serial(Vec<u8>, SerialLine),
 }
 
 impl Server {
@@ -329,7 +329,7 @@ mod tests {
             Err(io::ErrorKind::Unsupported.into())
         }
 
-        fn serial(&self) -> Result<UnixStream, ControlError> {
+        fn serial(&self) -> Result<SerialLine, ControlError> {
             Err(ControlError::new(ErrorKind::Busy, "no console"))
         }
     }

@@ -23,14 +23,17 @@ impl Desk for FakeDesk {
         Ok(())
     }
 
-    fn serial(&self) -> Result<UnixStream, ControlError> {
+    fn serial(&self) -> Result<SerialLine, ControlError> {
         if self.silent {
             return Err(ControlError::new(ErrorKind::Busy, "no console today"));
         }
         let (near, far) = UnixStream::pair().unwrap();
         far.set_read_timeout(Some(LIMIT)).unwrap();
         self.consoles.send(far).unwrap();
-        Ok(near)
+        Ok(SerialLine {
+            stream: near,
+            replayed: 3,
+        })
     }
 }
 
@@ -140,7 +143,14 @@ impl Site {
     }
 
     fn upgrade_serial(&self, ticket: &Ticket) -> (TcpStream, String) {
-        self.upgrade(ticket, &self.origin())
+        let (mut stream, head) = self.upgrade(ticket, &self.origin());
+        if head.starts_with("HTTP/1.1 101 ") {
+            // How much of the output is of before is told first, in a message of its own.
+            let mut told = [0; 6];
+            stream.read_exact(&mut told).unwrap();
+            assert_eq!(&told, b"\x82\x04\0\0\0\x03");
+        }
+        (stream, head)
     }
 }
 
@@ -241,7 +251,7 @@ fn a_session_takes_the_token_once_and_both_of_its_secrets() {
     assert_eq!(known("0"), "401");
     assert!(site.consoles.try_recv().is_err(), "nobody has got through");
 
-    let (mut stream, switched) = site.upgrade(&ticket, &origin);
+    let (mut stream, switched) = site.upgrade_serial(&ticket);
     assert!(switched.starts_with("HTTP/1.1 101 "), "{switched}");
     assert!(switched.contains("Sec-WebSocket-Protocol: binary\r\n"));
     let mut console = site.consoles.recv_timeout(LIMIT).unwrap();

@@ -242,7 +242,8 @@ impl Case<'_> {
     /// has broken it then.
     fn is_served(&self, rig: &Rig, before: u16) -> bool {
         let progress = self.progress(rig);
-        let served = progress != Some(before);
+        let returns = RETURNS.contains(&(self.subject.name, self.queue)) && !self.breaks;
+        let served = progress != Some(before) || returns;
         assert!(
             !served || !self.breaks || progress.is_none(),
             "{}: not broken",
@@ -269,6 +270,10 @@ impl Case<'_> {
         drains(other, &self.what);
     }
 }
+
+/// Queues whose buffers are in the ring again when the device has stopped, unless they have been used or break the rules: how far
+/// it has come does not tell that it has looked at them.
+const RETURNS: &[(&str, usize)] = &[("net", 0), ("net", 2)];
 
 /// Queues that a device has no use for buffers in, unless it has been restored.
 const RESTORED_ONLY: &[(&str, usize)] = &[("vsock", 2)];

@@ -375,17 +375,17 @@ impl ConsoleHub {
 
     /// Adds a stream, which becomes non-blocking: output goes to it, with
     /// `replay` first the last of what was written before, and what it brings
-    /// is input. It is removed when its other end is closed.
+    /// is input. It is removed when its other end is closed. What waits for it at first is what was written before.
     ///
     /// # Errors
     ///
     /// [`ConsoleError::TooManyClients`] among others; the stream is closed then.
-    pub fn attach(&self, stream: UnixStream, replay: bool) -> Result<SinkId, ConsoleError> {
+    pub fn attach(&self, stream: UnixStream, replay: bool) -> Result<SinkInfo, ConsoleError> {
         let opened = Opened::stream(stream, None, replay).map_err(|source| ConsoleError::Host {
             what: "the stream cannot be used",
             source,
         })?;
-        self.insert(opened).map(|info| info.id)
+        self.insert(opened)
     }
 
     /// Removes a sink, a socket with its clients. What waits for its reader is

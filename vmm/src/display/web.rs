@@ -3,11 +3,10 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::ControlError;
-use api::web::{Desk, Listener, Tokens, WebServer, WebSocket};
+use api::web::{Desk, Listener, SerialLine, Tokens, WebServer, WebSocket};
 use api::wire::{WebConfig, WebConsole};
 use devices::display::rfb::{Security, Server, Stream};
 
@@ -167,8 +166,10 @@ impl Desk for Doors {
             .connect(Box::new(Browser(socket)), &security, peer)
     }
 
-    fn serial(&self) -> Result<UnixStream, ControlError> {
-        consoles::attach(&self.serial, true)
+    fn serial(&self) -> Result<SerialLine, ControlError> {
+        let (stream, replayed) = consoles::attach_late(&self.serial)?;
+        let replayed = u32::try_from(replayed).unwrap_or(u32::MAX);
+        Ok(SerialLine { stream, replayed })
     }
 }
 

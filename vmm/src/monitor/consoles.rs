@@ -65,6 +65,18 @@ pub fn attach(hub: &ConsoleHub, replay: bool) -> Result<UnixStream, ControlError
     Ok(near)
 }
 
+/// As [`attach`], with the last of what was written before, whose length comes along.
+///
+/// # Errors
+///
+/// The same.
+pub fn attach_late(hub: &ConsoleHub) -> Result<(UnixStream, u64), ControlError> {
+    let (near, far) =
+        UnixStream::pair().map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
+    let sink = hub.attach(far, true).map_err(|error| refused(&error))?;
+    Ok((near, sink.waiting))
+}
+
 /// There is no such console.
 #[must_use]
 pub fn no_port(kind: ErrorKind, port: wire::ConsolePort) -> ControlError {

@@ -221,7 +221,9 @@ fn a_stream_is_a_sink_until_its_other_end_is_closed() {
     let (guest, _link) = guest(&case.hub);
     case.put("before ");
     let (near, far) = UnixStream::pair().unwrap();
-    let id = case.hub.attach(near, true).unwrap();
+    let attached = case.hub.attach(near, true).unwrap();
+    assert_eq!(attached.waiting, 7, "what was written before");
+    let id = attached.id;
     case.put("after");
     expect(&far, "before after");
     (&far).write_all(b"typed").unwrap();
@@ -303,7 +305,7 @@ fn sinks_that_come_go_and_miss_output_are_told_of_in_bounds() {
         all.iter().map(|event| event.kind.clone()).collect()
     };
     let (deaf, far) = UnixStream::pair().unwrap();
-    let id = case.hub.attach(far, false).unwrap().to_string();
+    let id = case.hub.attach(far, false).unwrap().id.to_string();
     let sink = || "stream".to_owned();
     let added = EventKind::ConsoleSinkAdded {
         id: id.clone(),
@@ -701,7 +703,7 @@ fn sinks_that_come_and_go_disturb_neither_the_guest_nor_the_others() {
             let client = case.connect();
             case.hub.remove(pty.id).unwrap();
             match stream {
-                Ok(stream) if n % 3 == 0 => case.hub.remove(stream).unwrap(),
+                Ok(stream) if n % 3 == 0 => case.hub.remove(stream.id).unwrap(),
                 Ok(_) => drop(far),
                 // The others' ends have not been seen yet.
                 Err(error) => assert!(matches!(error, ConsoleError::TooManyClients)),

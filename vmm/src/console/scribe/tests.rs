@@ -73,7 +73,7 @@ fn storage_that_hangs_holds_up_neither_the_guest_nor_who_looks_nor_other_sinks()
             far.read_exact(&mut got).unwrap();
             got
         });
-        let client = hub.attach(near, false).unwrap();
+        let client = hub.attach(near, false).unwrap().id;
         put(&hub, &all[..PIECE]);
         until("the file", || info(&hub, file.id).waiting == 0);
         for piece in all[PIECE..].chunks(PIECE) {
