@@ -309,6 +309,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_snapshot_has_not_is_told_by_its_flag_without_an_empty_list() {
+        let told = |kind: &str, id: &str, known: &str| {
+            let [kind, id, known] = [kind, id, known].map(str::to_owned);
+            let error = KeepError::Unknown { kind, id, known };
+            [error.to_string(), error.to_control().to_string()]
+        };
+        let [flag, control] = told("blk", "d", "n, r");
+        assert!(flag.starts_with("--disk (id \"d\"): the snapshot has no such device, but n, r:"));
+        assert!(
+            control.ends_with("has no blk with the id \"d\", but n, r"),
+            "{control}"
+        );
+        let [flag, control] = told("rng", "", "");
+        assert!(
+            flag.starts_with("--rng: the snapshot has no devices"),
+            "{flag}"
+        );
+        assert!(control.ends_with(", nor any other"), "{control}");
+    }
+
+    #[test]
     fn a_device_that_replaces_another_keeps_its_place_and_its_address() {
         let saved = machine();
         let mut config = machine();
