@@ -727,8 +727,11 @@ pub const ROUTES: &[Route] = &[
     agent(get(Endpoint::VmAgentNetwork, "vm.agent-network"))
         .about("Lists the guest's interfaces and addresses.")
         .gives::<Vec<wire::AgentInterface>>(),
-    get(Endpoint::VmScreenshot, "vm.screenshot")
-        .added()
+    Route {
+        failed: "The screen could not be shown",
+        ..get(Endpoint::VmScreenshot, "vm.screenshot")
+    }
+    .added()
         .about("Takes a picture of the screen, while the guest runs or is paused.")
         .answers(Success::File("image/png"))
         .fails(&[404, 429]),

@@ -36,6 +36,14 @@ pub(crate) fn foreign(head: &[u8]) -> Option<&'static str> {
     })
 }
 
+/// What a message offers first for an image of this format: to say so, where disks can have it.
+pub(crate) fn stated(format: &str) -> &'static str {
+    match format {
+        "qcow2" => "format=qcow2, or ",
+        _ => "",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,5 +68,19 @@ mod tests {
         let mut sector = vec![0; 512];
         sector[510..].copy_from_slice(&[0x55, 0xaa]);
         assert_eq!(foreign(&sector), None);
+    }
+
+    #[test]
+    fn an_image_that_a_disk_can_be_is_offered_as_one() {
+        let path = || std::path::PathBuf::from("a");
+        let told = |format| {
+            crate::OpenError::Foreign {
+                path: path(),
+                format,
+            }
+            .to_string()
+        };
+        assert!(told("qcow2").contains("say format=qcow2, or format=raw if"));
+        assert!(told("vmdk").contains("say format=raw if"));
     }
 }

@@ -25,7 +25,7 @@ const SECTOR: u64 = 512;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// There is no such file.
-    #[error("disk {}: no such file; create it first, for example with 'vireo image create -f qcow2 {} 10G'", path.display(), path.display())]
+    #[error("disk {}: no such file; create it first, for example with 'vireo image create -f qcow2 {} 10G', and say format=qcow2", path.display(), path.display())]
     Missing {
         /// The file.
         path: PathBuf,
@@ -111,8 +111,8 @@ pub enum OpenError {
     /// It looks like another format and was not stated to be raw.
     #[error(
         "disk {}: it looks like a {format} image and no format was given; \
-         say format=raw if its bytes really are the disk's",
-        path.display()
+         say {}format=raw if its bytes really are the disk's",
+        path.display(), magic::stated(format)
     )]
     Foreign {
         /// The file.

@@ -328,6 +328,11 @@ pub struct ActivateError {
 pub trait Counters: Send + Sync {
     /// The values by name; the names are those of `vm.counters`.
     fn read(&self) -> Vec<(&'static str, u64)>;
+
+    /// Whether frames go through, of a network card whose link this process sets.
+    fn link(&self) -> Option<bool> {
+        None
+    }
 }
 
 /// Reads at byte `offset` of a configuration space of which `space` are all the bytes: zeros past its end.

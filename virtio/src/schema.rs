@@ -16,6 +16,8 @@ pub enum FieldKind {
     Text,
     /// A path in the file system; a JSON string.
     Path,
+    /// An IPv4 address with dots; a JSON string.
+    Ipv4,
     /// One of these words; a JSON string.
     Choice(&'static [&'static str]),
 }

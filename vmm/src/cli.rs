@@ -218,10 +218,14 @@ fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
     if manager::is_meant(arguments) {
         return manager::parse(arguments);
     }
-    let matches = command(MODELS).try_get_matches_from(arguments)?;
+    let matches = command(MODELS).try_get_matches_from(arguments);
+    let matches = matches.map_err(|error| with_words(error, arguments))?;
     let cli = Cli::from_arg_matches(&matches)?;
     let (log_file, descriptors) = match &cli.verb {
-        Verb::Run(arguments) => (arguments.log_file(), arguments.numbers()),
+        Verb::Run(arguments) => (
+            arguments.log_file(),
+            arguments.numbers(matches.subcommand_matches("run").unwrap_or(&matches)),
+        ),
         Verb::Serve(arguments) => (arguments.log_file(), arguments.numbers()),
         _ => (None, serve::Numbers::default()),
     };
@@ -232,6 +236,18 @@ fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
         warning: None,
         work: Box::new(move |opener, inherited| dispatch(cli.verb, &matches, opener, inherited)),
     })
+}
+
+/// What the parser says; help comes of the command line as it is shown, which names the words of verbs.
+fn with_words(error: clap::Error, arguments: &[OsString]) -> clap::Error {
+    if error.kind() != ErrorKind::DisplayHelp {
+        return error;
+    }
+    match shown(MODELS).try_get_matches_from(arguments) {
+        Err(help) if help.kind() == ErrorKind::DisplayHelp => help,
+        // Before it was asked for there are options between words.
+        _ => error,
+    }
 }
 
 fn execute(arguments: Vec<OsString>) -> u8 {
@@ -332,12 +348,11 @@ fn dispatch(
         Verb::Doctor(arguments) => doctor(&arguments, &opener).map_err(Failure::Failed),
         Verb::Image { verb } => Ok(image::run(verb, &opener)),
         Verb::Completions { shell } => {
-            print(&documents::completions(command(MODELS), shell)).map_err(Failure::Failed)?;
+            print(&documents::completions(shown(MODELS), shell)).map_err(Failure::Failed)?;
             Ok(0)
         }
         Verb::Man { directory } => {
-            documents::write_manual(command(MODELS), &directory, &opener)
-                .map_err(Failure::Failed)?;
+            documents::write_manual(shown(MODELS), &directory, &opener).map_err(Failure::Failed)?;
             Ok(0)
         }
     }
@@ -414,6 +429,11 @@ fn print(bytes: &[u8]) -> anyhow::Result<()> {
 
 /// The whole command line, with the flags of these models.
 fn command(models: &'static [Model]) -> Command {
+    usage::apart(shown(models))
+}
+
+/// The same as help, manual pages and completions show it.
+fn shown(models: &'static [Model]) -> Command {
     usage::with_lines(
         Cli::command().mut_subcommand("run", |command| run::add_devices(command, models)),
     )

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ConsolePort, MemoryRestoreMode, VmConfig};
+use super::{ConsolePort, LinkState, MemoryRestoreMode, VmConfig};
 use crate::PauseReason;
 
 /// `vmm.ping`.
@@ -196,6 +196,9 @@ pub struct DeviceInfo {
     pub address: Option<String>,
     /// What it is doing.
     pub state: DeviceState,
+    /// Of a network card: whether frames go through. Absent where another program serves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkState>,
 }
 
 /// What a device is doing.

@@ -226,6 +226,9 @@ pub struct NetConfig {
     /// The host's interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// The unix socket of a user-mode network, instead. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
     /// The host's address on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<String>,

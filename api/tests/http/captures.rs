@@ -235,7 +235,7 @@ fn added_endpoints_answer_in_the_same_style() {
 }
 
 /// What answers with something that the fake has not.
-const NO_OBJECT: [&str; 9] = [
+const NO_OBJECT: [&str; 10] = [
     "vm.add-port",
     "vm.disk-backup",
     "vm.disk-bitmaps",
@@ -245,6 +245,7 @@ const NO_OBJECT: [&str; 9] = [
     "vm.disk-mirror",
     "vm.disk-stream",
     "vm.screenshot",
+    "vm.snapshot-copy-in",
 ];
 
 /// Every endpoint of the table is served: none is forgotten in the dispatcher.

@@ -159,6 +159,7 @@ impl Control for Fake {
             kind: "blk".to_owned(),
             bdf: Some("0000:00:05.0".to_owned()),
             state: wire::DeviceState::Active,
+            link: None,
         }])
     }
 

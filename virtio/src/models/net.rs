@@ -42,7 +42,7 @@ use zerocopy::IntoBytes;
 use self::control::{guest_offload_bits, guest_offloads};
 use self::kernel::Engines;
 use self::receive::Shape;
-use self::shared::Shared;
+use self::shared::{Cable, Shared};
 use self::spec::{ConfigSpace, LINK_AT, MAX_FRAME, TAGGED_LEN, USUAL_MTU};
 use self::tally::Tallies;
 use crate::device::{
@@ -271,9 +271,28 @@ impl Net {
     }
 }
 
+/// What can be seen of a card at any time, also when it is gone: it does not hold the network.
+struct Seen {
+    tallies: Arc<Tallies>,
+    cable: Arc<Cable>,
+}
+
+impl Counters for Seen {
+    fn read(&self) -> Vec<(&'static str, u64)> {
+        self.tallies.read()
+    }
+
+    fn link(&self) -> Option<bool> {
+        Some(self.cable.passes())
+    }
+}
+
 impl VirtioDevice for Net {
     fn counters(&self) -> Option<Arc<dyn Counters>> {
-        Some(Arc::clone(&self.tallies) as Arc<dyn Counters>)
+        Some(Arc::new(Seen {
+            tallies: Arc::clone(&self.tallies),
+            cable: self.shared.seen(),
+        }))
     }
 
     fn identity(&self) -> Identity {

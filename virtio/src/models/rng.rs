@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use devices::StopError;
@@ -18,7 +18,7 @@ use migration::{RestoreError, SaveError, SavedState, Snapshot};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vm_memory::{Bytes, GuestAddressSpace};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemory as _, GuestMemoryError, Permissions};
 
 use crate::device::{
     ActivateError, Activation, Counters, Identity, Preparation, Prepared, ReconfigureError,
@@ -146,15 +146,31 @@ struct Service {
     throttle: Throttle,
     clock: Clock,
     tally: Arc<Tally>,
+    /// The device's id.
+    id: Arc<str>,
+    /// It has been said that the source gives less than is asked for.
+    told: Arc<AtomicBool>,
 }
 
 impl Service {
+    /// Says once that the source is none: the guest waits for numbers, and cannot know.
+    fn starved(&self, error: &GuestMemoryError) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                device = &*self.id, %error,
+                "the source of random numbers gives fewer than the guest asks for: give another with src="
+            );
+        }
+    }
+
     fn try_clone(&self) -> std::io::Result<Self> {
         Ok(Self {
             source: self.source.try_clone()?,
             throttle: self.throttle.clone(),
             clock: Arc::clone(&self.clock),
             tally: Arc::clone(&self.tally),
+            id: Arc::clone(&self.id),
+            told: Arc::clone(&self.told),
         })
     }
 }
@@ -178,6 +194,8 @@ impl Rng {
                 },
                 clock,
                 tally: Arc::default(),
+                id: id.into(),
+                told: Arc::default(),
             },
             workers: Workers::new("rng", id),
         }
@@ -366,7 +384,10 @@ impl Worker {
             }
             let count = usize::try_from(part).unwrap_or(0);
             let read = view.read_exact_volatile_from(extent.addr, &mut self.service.source, count);
-            if read.is_err() {
+            if let Err(error) = read {
+                if view.check_range(extent.addr, count, Permissions::Write) {
+                    self.service.starved(&error);
+                }
                 tally.errors.fetch_add(1, Ordering::Relaxed);
                 break;
             }

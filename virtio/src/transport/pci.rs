@@ -238,6 +238,12 @@ impl VirtioPci {
         self.counters.as_ref().map(|c| c.read()).unwrap_or_default()
     }
 
+    /// Whether frames go through, of a network card whose link this process sets. Takes no lock.
+    #[must_use]
+    pub fn link(&self) -> Option<bool> {
+        self.counters.as_ref().and_then(|c| c.link())
+    }
+
     /// Lets go of model, back end and interrupts, for a device that has been
     /// stopped and taken off the bus. When what is returned has been dropped, files that the back end had
     /// open are closed; that may take as long as the host does. Others may hold the device for a while

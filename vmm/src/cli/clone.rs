@@ -44,7 +44,7 @@ Examples:
       web-1 to web-10 run, with their disks' changes in /srv/templates/web-1 to web-10.
   vireo clone /srv/templates/web --count 4 --name test --stateless --json
       test-1 to test-4, whose changes go with them.
-  vireo clone /srv/templates/web --count 2 --tap _net0=web{n}";
+  vireo clone /srv/templates/web --tap _net0=vmtap7";
 
 /// The most machines of one command.
 const MOST: i64 = 4096;
@@ -70,7 +70,7 @@ pub(super) struct CloneArgs {
     /// Copy the disks' images, so that the machines do not need those of the template
     #[arg(long)]
     full: bool,
-    /// The tap of a card; {n} in its name is the number of the machine; may be repeated
+    /// The tap of a card; n in braces in its name is the number of the machine; may be repeated
     #[arg(long, value_name = "ID=NAME", value_parser = tap)]
     tap: Vec<(String, String)>,
     /// Print JSON, for programs, and no progress

@@ -91,7 +91,7 @@ fn start(parsed: ManagerArgs, matches: ArgMatches) -> Start {
     Start {
         verbose: parsed.verbose,
         log_file: parsed.run.log_file().map(Path::to_owned),
-        descriptors: parsed.run.numbers(),
+        descriptors: parsed.run.numbers(&matches),
         warning,
         work: Box::new(move |opener, inherited| {
             let mut parsed = parsed;

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use virtio::schema::{Field, FieldKind};
 
+use super::Failure;
 use crate::config::VmConfig;
 use crate::config::flag::{self, FlagTable};
 use crate::machine::saved::{RestoreWay, Saved};
@@ -82,6 +83,15 @@ pub(super) enum Refused {
     Snapshot(anyhow::Error),
 }
 
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Flag(error) => Self::Usage(error),
+            Refused::Snapshot(error) => Self::Failed(error),
+        }
+    }
+}
+
 /// A snapshot that is opened, and what is to be done with it.
 pub(super) struct Restored {
     /// The machine as it was.
@@ -90,6 +100,11 @@ pub(super) struct Restored {
     pub saved: (Saved, bool),
     /// Whether it is to be another machine.
     pub identity: RestoreIdentity,
+}
+
+/// What is wrong with the flag, where that does not name it.
+fn wrong(error: impl Into<anyhow::Error>) -> Refused {
+    Refused::Flag(error.into().context("--restore"))
 }
 
 /// Opens what `text` names.
@@ -111,10 +126,10 @@ pub(super) fn open(text: &str, opener: &Arc<Opener>) -> Result<Restored, Refused
         memory_restore_mode,
         prefault,
         identity,
-    } = read.map_err(|error| Refused::Flag(error.into()))?;
+    } = read.map_err(wrong)?;
     let path = source_url.strip_prefix("file://").unwrap_or(&source_url);
     let directory = std::path::absolute(Path::new(path));
-    let directory: PathBuf = directory.map_err(|error| Refused::Flag(error.into()))?;
+    let directory: PathBuf = directory.map_err(wrong)?;
     let saved = Saved::open(&directory, opener);
     let mut saved = saved.map_err(|error| Refused::Snapshot(error.into()))?;
     saved.ask(RestoreWay {

@@ -1,5 +1,7 @@
 //! `vireo run`: its flags, and how they become a configuration.
 
+mod outside;
+
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -353,6 +355,7 @@ fn placeholder(kind: FieldKind) -> String {
         FieldKind::Bytes => "SIZE".to_owned(),
         FieldKind::Number => "N".to_owned(),
         FieldKind::Text => "TEXT".to_owned(),
+        FieldKind::Ipv4 => "ADDRESS".to_owned(),
         FieldKind::Path => "PATH".to_owned(),
         FieldKind::Choice(words) => words.join("|"),
     }
@@ -365,8 +368,9 @@ impl RunArgs {
     }
 
     /// The descriptors that are named.
-    pub(super) fn numbers(&self) -> Numbers {
-        self.socket.numbers()
+    pub(super) fn numbers(&self, matches: &ArgMatches) -> Numbers {
+        let taps = outside::taps(matches);
+        self.socket.numbers().with_taps(taps)
     }
 
     /// Gives these flags the descriptors that they name.
@@ -393,10 +397,7 @@ pub(super) fn execute(
 ) -> Result<u8, Failure> {
     let restored = arguments.restore.as_ref();
     let restored = restored.map(|text| restore::open(text, &opener));
-    let restored = restored.transpose().map_err(|refused| match refused {
-        restore::Refused::Flag(error) => Failure::Usage(error.context("--restore")),
-        restore::Refused::Snapshot(error) => Failure::Failed(error),
-    })?;
+    let restored = restored.transpose()?;
     let identity = restored.as_ref().map(|restored| restored.identity);
     let (base, mut saved) = match (&arguments.config, restored) {
         (_, Some(restored)) => (restored.config, Some(restored.saved)),
@@ -517,6 +518,7 @@ fn configure(
     }
     config.complete(models);
     config.validate(models, &HostLimits::read())?;
+    outside::check_sharing(&flags, &arguments, &config)?;
     if config.payload.kernel.is_none() {
         anyhow::bail!(
             "nothing to boot: {}",

@@ -62,20 +62,27 @@ enum Where {
 }
 
 /// The numbers of the descriptors that flags name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Numbers {
     socket: Option<RawFd>,
     events: Option<RawFd>,
+    /// Those of network cards.
+    taps: Vec<RawFd>,
 }
 
 impl Numbers {
+    /// These, and those of network cards.
+    pub(super) fn with_taps(self, taps: Vec<RawFd>) -> Self {
+        Self { taps, ..self }
+    }
+
     /// Takes the descriptors, before the process opens anything.
     ///
     /// # Errors
     ///
     /// One is not what its flag needs.
     pub(super) fn take(self) -> Result<Inherited, InheritedError> {
-        Inherited::take(self.socket, self.events)
+        Inherited::take(self.socket, self.events, &self.taps)
     }
 }
 
@@ -119,6 +126,7 @@ impl SocketArgs {
         Numbers {
             socket: number(&self.api_socket),
             events: number(&self.event_monitor),
+            taps: Vec::new(),
         }
     }
 

@@ -226,22 +226,24 @@ impl SocketFlag {
         words: Vec<String>,
         names: [&str; N],
     ) -> anyhow::Result<(Remote, [String; N])> {
+        let mut wanted = names.to_vec();
+        if self.path().is_none() {
+            wanted.insert(0, "NAME");
+        }
+        let given = words.len();
         let mut words = words.into_iter();
         let name = if self.path().is_none() {
             words.next()
         } else {
             None
         };
-        let rest: Vec<String> = words.collect();
-        let rest: [String; N] = rest.try_into().map_err(|rest: Vec<String>| {
-            let first = if self.path().is_none() { "NAME " } else { "" };
-            let wanted = names.join(" ");
-            let what = match names.get(rest.len()..) {
+        let rest: [String; N] = words.collect::<Vec<_>>().try_into().map_err(|_| {
+            let what = match wanted.get(given..) {
                 Some([]) | None => "one word too many is given".to_owned(),
                 Some([missing]) => format!("{missing} is missing"),
                 Some(missing) => format!("{} are missing", missing.join(" and ")),
             };
-            Misuse(format!("{what}: give {first}{wanted}"))
+            Misuse(format!("{what}: give {}", wanted.join(" ")))
         })?;
         Ok((connect(name.as_deref(), self.path())?, rest))
     }
@@ -584,9 +586,10 @@ mod tests {
         };
         for (words, told) in [
             (
-                &["web"][..],
-                "DISK and SIZE are missing: give NAME DISK SIZE",
+                &[][..],
+                "NAME and DISK and SIZE are missing: give NAME DISK SIZE",
             ),
+            (&["web"], "DISK and SIZE are missing: give NAME DISK SIZE"),
             (&["web", "a"], "SIZE is missing: give NAME DISK SIZE"),
             (
                 &["web", "a", "1", "2"],

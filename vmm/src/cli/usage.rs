@@ -1,4 +1,8 @@
-//! Usage lines of the verbs that are for one machine.
+//! Usage lines of the verbs that are for one machine, and how their words are read.
+//!
+//! Such a verb has one argument that takes all its words, as the first is the machine's name only where no socket is given.
+//! It declares how many there are beside the socket. [`with_lines`] makes of it what help, manual pages and completions
+//! show, and [`apart`] what is parsed: options may stand between the words.
 
 use std::fmt::Write as _;
 
@@ -9,6 +13,23 @@ use clap::{Arg, ArgAction, Command};
 pub(super) fn with_lines(command: Command) -> Command {
     let path = command.get_name().to_owned();
     with_lines_below(command, &path)
+}
+
+/// The verbs for one machine as they are parsed: each word is an argument for itself, with options before and behind it.
+/// How many there are checks [`super::target::SocketFlag`], which knows whether the name is among them.
+pub(super) fn apart(command: Command) -> Command {
+    let command = match words(&command) {
+        Some(words) if words.len() > 1 => command.mut_args(|argument| {
+            if argument.is_positional() {
+                let argument = argument.action(ArgAction::Append).num_args(1);
+                argument.required(false).value_name("WORD")
+            } else {
+                argument
+            }
+        }),
+        _ => command,
+    };
+    command.mut_subcommands(apart)
 }
 
 fn with_lines_below(command: Command, path: &str) -> Command {
@@ -22,15 +43,30 @@ fn with_lines_below(command: Command, path: &str) -> Command {
     })
 }
 
-/// The words of a verb, with the machine's name before them.
+/// The words of a verb, with the machine's name before them, and with brackets those that may be left out.
 fn words(command: &Command) -> Option<Vec<String>> {
     let of_machines = command
         .get_arguments()
         .any(|argument| argument.get_id() == "api_socket");
     let mut positionals = command.get_positionals();
     let first = positionals.next().filter(|_| of_machines)?;
-    let names = first.get_value_names()?.iter();
-    Some(names.map(ToString::to_string).collect())
+    let names = first.get_value_names()?;
+    let (least, most) = beside_name(first);
+    let word = |(index, name): (usize, &clap::builder::Str)| match () {
+        () if index == 0 || index < least => name.to_string(),
+        () if index + 1 == names.len() && most > names.len() => format!("[{name}]..."),
+        () => format!("[{name}]"),
+    };
+    Some(names.iter().enumerate().map(word).collect())
+}
+
+/// The least and the most words where the machine's name is among them: the argument declares the least without it.
+fn beside_name(words: &Arg) -> (usize, usize) {
+    let declared = words.get_num_args().unwrap_or_else(|| 1.into());
+    (
+        declared.min_values().saturating_add(1),
+        declared.max_values(),
+    )
 }
 
 fn with_line(command: Command, path: &str, words: &[String]) -> Command {
@@ -50,7 +86,9 @@ fn with_line(command: Command, path: &str, words: &[String]) -> Command {
     }
     command.mut_args(|argument| {
         if argument.is_positional() {
-            argument.action(ArgAction::Set)
+            let (least, most) = beside_name(&argument);
+            let argument = argument.action(ArgAction::Set).required(true);
+            argument.num_args(least..=most)
         } else {
             argument
         }
@@ -68,7 +106,7 @@ fn one_of(command: &Command) -> impl Iterator<Item = &Arg> {
 #[cfg(test)]
 mod tests {
     fn usage(verbs: &[&str]) -> String {
-        let mut command = crate::cli::command(virtio::models::MODELS);
+        let mut command = crate::cli::shown(virtio::models::MODELS);
         command.build();
         let mut verb = &mut command;
         for name in verbs {
@@ -82,6 +120,8 @@ mod tests {
         for (verbs, words, others) in [
             (&["info"][..], " NAME", ""),
             (&["coredump"], " NAME FILE", " FILE"),
+            (&["disk", "revert"], " NAME DISK [LAYER]", " DISK [LAYER]"),
+            (&["send-key"], " NAME [KEYS]...", " [KEYS]..."),
             (
                 &["disk", "update"],
                 " NAME DISK key=value,…",
@@ -106,5 +146,65 @@ mod tests {
             );
         }
         assert!(!usage(&["run"]).contains('\n'));
+    }
+
+    #[test]
+    fn options_stand_anywhere_between_the_words_of_a_verb() {
+        for (line, words) in [
+            (
+                &["snapshot", "create", "web", "--pause", "dir"][..],
+                &["web", "dir"][..],
+            ),
+            (
+                &["net", "remove", "web", "--timeout", "1", "lan"],
+                &["web", "lan"],
+            ),
+            (
+                &["send-key", "web", "--id", "k", "a", "b"],
+                &["web", "a", "b"],
+            ),
+            (
+                &[
+                    "disk", "backup", "web", "--format", "raw", "data", "--json", "x",
+                ],
+                &["web", "data", "x"],
+            ),
+            (
+                &["disk", "revert", "--api-socket", "s", "data", "--reset"],
+                &["data"],
+            ),
+        ] {
+            let whole = [&["vireo"], line].concat();
+            let matches = crate::cli::command(virtio::models::MODELS);
+            let matches = matches.try_get_matches_from(whole).unwrap();
+            let mut verb = &matches;
+            while let Some((_, below)) = verb.subcommand() {
+                verb = below;
+            }
+            let found: Vec<_> = verb.get_many::<String>("words").unwrap().collect();
+            assert_eq!(found, words);
+        }
+    }
+
+    #[test]
+    fn help_tells_which_words_have_to_be_there() {
+        let help = |line: &[&str]| {
+            let line: Vec<_> = line.iter().map(std::ffi::OsString::from).collect();
+            crate::cli::parse(&line).err().unwrap().to_string()
+        };
+        for (line, words) in [
+            (
+                &["vireo", "snapshot", "create", "--help"][..],
+                " <NAME> <DIR>\n",
+            ),
+            (
+                &["vireo", "disk", "revert", "-h"],
+                " <NAME> <DISK> [LAYER] ",
+            ),
+            (&["vireo", "help", "send-key"], " <NAME> [KEYS]...\n"),
+        ] {
+            let help = help(line);
+            assert!(help.contains(words), "{help}");
+        }
     }
 }

@@ -156,12 +156,17 @@ fn valid_slot(slot: u64) -> Option<u8> {
         .filter(|slot| (1..=PCI_SLOTS).contains(slot))
 }
 
+/// The flag that makes devices of this kind, without dashes; the kind where there is no such model.
+pub fn flag_of_kind<'a>(kind: &'a str, models: &[Model]) -> &'a str {
+    let model = models.iter().find(|model| model.kind == kind);
+    let flag = vhost::usual_flag(kind).or(model.map(|model| model.flag));
+    flag.unwrap_or(kind)
+}
+
 /// An id that is not `taken`, as v1 makes them: an underscore, the flag of the device's model and a number. All
 /// kinds count together, as in `_disk0`, `_rng1`, `_disk2`.
 pub(super) fn free_id(kind: &str, taken: &BTreeSet<String>, models: &[Model]) -> String {
-    let model = models.iter().find(|model| model.kind == kind);
-    let stem = vhost::usual_flag(kind).or(model.map(|model| model.flag));
-    let stem = stem.unwrap_or(kind);
+    let stem = flag_of_kind(kind, models);
     (next_number(taken.iter().map(String::as_str))..=u64::MAX)
         .map(|number| format!("_{stem}{number}"))
         .find(|id| !taken.contains(id))

@@ -10,6 +10,8 @@
 //! The result is the JSON object that the same configuration would be in a
 //! file: [`FieldKind`] says which JSON type a value becomes.
 
+use std::net::Ipv4Addr;
+
 use api::spelling::nearest;
 use serde_json::{Map, Value};
 use virtio::limit::LimitError;
@@ -153,6 +155,9 @@ pub enum ValueError {
     /// More than 64 bits can count.
     #[error("the number is past 2^64: write a smaller one")]
     NumberOverflow,
+    /// Not an IPv4 address.
+    #[error("not an IPv4 address: write one as 10.0.0.1")]
+    Ipv4,
     /// Not one of the words.
     #[error("not one of the choices: write {choices}")]
     Choice {
@@ -336,6 +341,10 @@ pub fn parse_value(kind: FieldKind, text: &str) -> Result<Value, ValueError> {
         FieldKind::Bytes => parse_bytes(text).map(Value::from),
         FieldKind::Number => parse_number(text).map(Value::from),
         FieldKind::Text | FieldKind::Path => Ok(Value::from(text)),
+        FieldKind::Ipv4 => match text.parse::<Ipv4Addr>() {
+            Ok(_) => Ok(Value::from(text)),
+            Err(_) => Err(ValueError::Ipv4),
+        },
         FieldKind::Choice(words) if words.contains(&text) => Ok(Value::from(text)),
         FieldKind::Choice(words) => Err(ValueError::Choice {
             choices: words.join(", "),

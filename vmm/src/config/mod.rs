@@ -539,6 +539,7 @@ mod tests {
             FieldKind::Switch => json!(true),
             FieldKind::Bytes | FieldKind::Number => json!(7),
             FieldKind::Text | FieldKind::Path => json!("x"),
+            FieldKind::Ipv4 => json!("10.0.0.1"),
             FieldKind::Choice(words) => json!(words[0]),
         }
     }

@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 
 use api::wire::RestoreIdentity;
 use serde_json::{Map, Value};
+use virtio::models::MODELS;
 use virtio::models::net::random_mac;
 
+use super::device::flag_of_kind;
 use super::network::{interface_address, is_card};
 use super::{MemoryConfig, VmConfig};
 use crate::random::random;
@@ -38,9 +40,7 @@ pub enum KeepError {
         what: String,
     },
     /// A device that the snapshot's machine has not.
-    #[error(
-        "--{kind} (id {id:?}): the snapshot has no such device, but {known}: give id= of the one to replace"
-    )]
+    #[error("{}: the snapshot has {}", flag(kind, id), others(known))]
     Unknown {
         /// What it is to be.
         kind: String,
@@ -50,7 +50,7 @@ pub enum KeepError {
         known: String,
     },
     /// A device of another kind.
-    #[error("--{kind} (id {id:?}): the snapshot's is of kind {saved}")]
+    #[error("{}: the snapshot's is of kind {saved}", flag(kind, id))]
     Kind {
         /// What it is to be.
         kind: String,
@@ -64,7 +64,8 @@ pub enum KeepError {
     Random(rustix::io::Errno),
     /// A device in another place.
     #[error(
-        "--{kind} (id {id:?}): addr={wanted}: the snapshot has it in slot {slot}: leave addr out"
+        "{}: addr={wanted}: the snapshot has it in slot {slot}: leave addr out",
+        flag(kind, id)
     )]
     Slot {
         /// What it is.
@@ -76,6 +77,23 @@ pub enum KeepError {
         /// Where it was.
         slot: u8,
     },
+}
+
+/// The flag that describes a device of this kind, with the device's id if it has one.
+fn flag(kind: &str, id: &str) -> String {
+    let flag = flag_of_kind(kind, MODELS);
+    if id.is_empty() {
+        return format!("--{flag}");
+    }
+    format!("--{flag} (id {id:?})")
+}
+
+/// What a snapshot has instead of a device that it has not, and the mend.
+fn others(known: &str) -> String {
+    if known.is_empty() {
+        return "no devices that could be replaced: leave the flag out".to_owned();
+    }
+    format!("no such device, but {known}: give id= of the one to replace")
 }
 
 /// Sees that `config` is still of the machine that was `saved`: a device that is described anew keeps its place, and what is not
@@ -288,6 +306,27 @@ mod tests {
         .unwrap();
         config.complete(MODELS);
         config
+    }
+
+    #[test]
+    fn what_a_snapshot_has_not_is_told_by_its_flag_without_an_empty_list() {
+        let told = |kind: &str, id: &str, known: &str| {
+            let [kind, id, known] = [kind, id, known].map(str::to_owned);
+            let error = KeepError::Unknown { kind, id, known };
+            [error.to_string(), error.to_control().to_string()]
+        };
+        let [flag, control] = told("blk", "d", "n, r");
+        assert!(flag.starts_with("--disk (id \"d\"): the snapshot has no such device, but n, r:"));
+        assert!(
+            control.ends_with("has no blk with the id \"d\", but n, r"),
+            "{control}"
+        );
+        let [flag, control] = told("rng", "", "");
+        assert!(
+            flag.starts_with("--rng: the snapshot has no devices"),
+            "{flag}"
+        );
+        assert!(control.ends_with(", nor any other"), "{control}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The rules that a configuration keeps, as far as no file is needed to tell.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -629,6 +630,9 @@ fn fits(kind: FieldKind, value: &Value) -> bool {
         FieldKind::Switch => value.is_boolean(),
         FieldKind::Bytes | FieldKind::Number => value.is_u64(),
         FieldKind::Text | FieldKind::Path => value.is_string(),
+        FieldKind::Ipv4 => value
+            .as_str()
+            .is_some_and(|text| text.parse::<Ipv4Addr>().is_ok()),
         FieldKind::Choice(words) => value.as_str().is_some_and(|word| words.contains(&word)),
     }
 }

@@ -24,7 +24,7 @@ mod snapshot;
 mod streams;
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::fd::RawFd;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -679,6 +679,10 @@ impl Driver {
             match self.policy.signal(Instant::now()) {
                 Ending::PressButton if self.state().0 == VmState::Running => {
                     self.press_power_button();
+                    // Who presses Ctrl-c sees nothing of it otherwise.
+                    if io::stderr().is_terminal() {
+                        notice::tell("the power button is pressed: again ends the machine at once");
+                    }
                 }
                 Ending::PressButton => self.finish(ExitReason::Stopped, None),
                 Ending::Now => {

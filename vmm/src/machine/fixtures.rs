@@ -113,6 +113,7 @@ impl Fixture {
                 Some(device) if device.in_use() => DeviceState::Active,
                 _ => DeviceState::Present,
             },
+            link: None,
         }
     }
 

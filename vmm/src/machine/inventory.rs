@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use api::wire::{DeviceInfo, DeviceNode, DeviceState, MemoryRestored};
+use api::wire::{DeviceInfo, DeviceNode, DeviceState, LinkState, MemoryRestored};
 use devices::input::InputQueue;
 use devices::pci::PciAddress;
 use virtio::models::balloon::BalloonView;
@@ -110,6 +110,10 @@ impl Inventory {
             bdf: Some(item.address.to_string()),
             address: None,
             state: item.state(),
+            link: item
+                .device
+                .link()
+                .map(|up| if up { LinkState::Up } else { LinkState::Down }),
         };
         let fixtures = self.fixtures.iter().map(Fixture::info);
         self.items.iter().map(info).chain(fixtures).collect()

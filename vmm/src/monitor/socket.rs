@@ -41,6 +41,12 @@ pub enum InheritedError {
         /// The number.
         fd: RawFd,
     },
+    /// There is none of this number for a card.
+    #[error("--net fd={fd}: this process was not started with it: pass it open, or give tap=NAME")]
+    NoTap {
+        /// The number.
+        fd: RawFd,
+    },
     /// It is for two things.
     #[error("{SOCKET} and {EVENTS} have the same fd={fd}: give each one of its own")]
     Twice {
@@ -84,8 +90,15 @@ impl Inherited {
     ///
     /// # Errors
     ///
-    /// [`InheritedError`], also for the standard descriptors; nothing has been taken then.
-    pub fn take(socket: Option<RawFd>, events: Option<RawFd>) -> Result<Self, InheritedError> {
+    /// [`InheritedError`], also for the standard descriptors, and where there is none of the `taps`, which stay; nothing has been taken then.
+    pub fn take(
+        socket: Option<RawFd>,
+        events: Option<RawFd>,
+        taps: &[RawFd],
+    ) -> Result<Self, InheritedError> {
+        if let Some(fd) = taps.iter().copied().find(|fd| status(*fd).is_none()) {
+            return Err(InheritedError::NoTap { fd });
+        }
         for (flag, given) in [(SOCKET, socket), (EVENTS, events)] {
             if let Some(fd) = given.filter(|fd| *fd <= 2 || status(*fd).is_none()) {
                 return Err(InheritedError::Closed { flag, fd });
@@ -277,11 +290,20 @@ mod tests {
             (None, Some(tcp), "a listening socket"),
             (None, Some(read), "reading alone"),
         ] {
-            let refused = Inherited::take(socket, events).unwrap_err().to_string();
+            let refused = Inherited::take(socket, events, &[])
+                .unwrap_err()
+                .to_string();
             assert!(refused.contains(says), "{refused}");
         }
         let write = std::os::fd::IntoRawFd::into_raw_fd(write);
-        let taken = Inherited::take(None, Some(write)).unwrap();
+        let taken = Inherited::take(None, Some(write), &[write]).unwrap();
+        let refused = Inherited::take(None, None, &[write, 9998]).unwrap_err();
+        assert!(
+            refused
+                .to_string()
+                .starts_with("--net fd=9998: this process"),
+            "{refused}"
+        );
         assert!(taken.socket.is_none());
         assert_eq!(taken.events.unwrap().as_raw_fd(), write);
     }

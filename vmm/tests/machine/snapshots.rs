@@ -301,8 +301,14 @@ fn a_restored_machine_that_stays_paused_is_detached_from_and_flags_that_change_i
             "--memory: a machine that is restored keeps",
         ),
         (&["--cpus", "4"], "--cpus: a machine that is restored keeps"),
-        (&["--rng"], "the snapshot has no such device, but d"),
-        (&["--disk", &copy], "leave addr out"),
+        (
+            &["--rng"],
+            "--rng: the snapshot has no such device, but d: give id=",
+        ),
+        (
+            &["--disk", &copy],
+            "--disk (id \"d\"): addr=9: the snapshot",
+        ),
     ] {
         let all = [&["run", "--restore", here], flags].concat();
         let mut refused = vireo(&all);
@@ -312,7 +318,7 @@ fn a_restored_machine_that_stays_paused_is_detached_from_and_flags_that_change_i
     }
     for (keys, words) in [
         (",resume=maybe", "resume"),
-        (",resum=on", "resum"),
+        (",resum=on", "vireo: --restore: unknown key 'resum'"),
         (",resume=off", "--name"),
     ] {
         let mut refused = vireo(&["run", "--restore", &format!("{here}{keys}")]);

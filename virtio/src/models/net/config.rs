@@ -78,10 +78,10 @@ const FIELDS: &[Field] = &[
     ),
     field(
         "ip",
-        FieldKind::Text,
+        FieldKind::Ipv4,
         "the host's IPv4 address on a tap that is made (default none)",
     ),
-    field("mask", FieldKind::Text, "the mask of that address"),
+    field("mask", FieldKind::Ipv4, "the mask of that address"),
     field(
         "host_mac",
         FieldKind::Text,
@@ -541,6 +541,12 @@ impl NetConfig {
         let host_mac = self.host_mac.as_deref();
         let mac = host_mac.map(|text| address("host_mac", text)).transpose()?;
         let address = match (self.ip, self.mask) {
+            (Some(_), Some(mask)) if !is_mask(mask) => {
+                return bad(
+                    "mask",
+                    format!("{mask} has ones behind zeros: give one as 255.255.255.0"),
+                );
+            }
             (Some(ip), Some(mask)) => Some((ip, mask)),
             (None, None) => None,
             (Some(_), None) => return bad("mask", "it is missing beside ip: give it too"),
@@ -623,6 +629,12 @@ impl NetConfig {
         [self.tx_bw_refill_time, self.tx_ops_refill_time] = time(tx);
         [self.tx_bw_one_time_burst, self.tx_ops_one_time_burst] = burst(tx);
     }
+}
+
+/// Whether all ones of a mask are before its zeros.
+fn is_mask(mask: Ipv4Addr) -> bool {
+    let bits = mask.to_bits();
+    bits.leading_ones() == bits.count_ones()
 }
 
 /// An address that nothing else is likely to have.

@@ -19,10 +19,7 @@ pub struct Shared {
     pub label: String,
     /// How many pairs of queues it has.
     pub max_pairs: u16,
-    /// The cable is in: what was set from outside.
-    up: AtomicBool,
-    /// The network is no more.
-    gone: AtomicBool,
+    cable: Arc<Cable>,
     /// It can come back.
     pub renews: bool,
     /// The driver is to see the link go down: it is shown so until it has looked.
@@ -42,6 +39,21 @@ pub struct Shared {
     wakes: Mutex<Vec<Wake>>,
 }
 
+/// Between a card and its network.
+pub struct Cable {
+    /// It is in: what was set from outside.
+    up: AtomicBool,
+    /// The network is no more.
+    gone: AtomicBool,
+}
+
+impl Cable {
+    /// Whether frames go through.
+    pub fn passes(&self) -> bool {
+        self.up.load(Ordering::Acquire) && !self.gone.load(Ordering::Acquire)
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is in there is sound after every statement.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -54,8 +66,10 @@ impl Shared {
             id: id.to_owned(),
             label: backend.name().to_owned(),
             max_pairs,
-            up: AtomicBool::new(true),
-            gone: AtomicBool::new(false),
+            cable: Arc::new(Cable {
+                up: AtomicBool::new(true),
+                gone: AtomicBool::new(false),
+            }),
             renews: backend.renews(),
             blinks: AtomicBool::new(false),
             announce: AtomicBool::new(false),
@@ -119,22 +133,27 @@ impl Shared {
 
     /// Whether frames go through.
     pub fn link(&self) -> bool {
-        self.cable() && !self.gone.load(Ordering::Acquire)
+        self.cable.passes()
+    }
+
+    /// What says that, for who must not hold the network.
+    pub fn seen(&self) -> Arc<Cable> {
+        Arc::clone(&self.cable)
     }
 
     /// What was set from outside.
     pub fn cable(&self) -> bool {
-        self.up.load(Ordering::Acquire)
+        self.cable.up.load(Ordering::Acquire)
     }
 
     /// Sets the link from outside. Whether that is a change.
     pub fn set_cable(&self, up: bool) -> bool {
-        self.up.swap(up, Ordering::AcqRel) != up
+        self.cable.up.swap(up, Ordering::AcqRel) != up
     }
 
     /// Notes that the network is no more, and tells driver and observers once.
     pub fn lost(&self, error: &io::Error, notifier: &dyn Notifier) {
-        if !self.gone.swap(true, Ordering::AcqRel) {
+        if !self.cable.gone.swap(true, Ordering::AcqRel) {
             let until = if self.renews {
                 "it is there again"
             } else {
@@ -159,12 +178,12 @@ impl Shared {
 
     /// Whether the network is no more and may come back.
     pub fn awaits(&self) -> bool {
-        self.renews && self.gone.load(Ordering::Acquire)
+        self.renews && self.cable.gone.load(Ordering::Acquire)
     }
 
     /// Notes that the network is there again.
     pub fn found(&self, notifier: &dyn Notifier) {
-        if self.gone.swap(false, Ordering::AcqRel) {
+        if self.cable.gone.swap(false, Ordering::AcqRel) {
             notifier.peer_report(&PeerReport::Connected);
             notifier.config_changed();
         }

@@ -227,6 +227,8 @@ fn what_cannot_be_filled_comes_back_empty() {
         assert_eq!(driver.wait(&notices), (head.into(), 0), "{pieces:?}");
     }
     assert_eq!(driver.bytes(DATA, 16), [0; 16]);
+    // It is not the source that failed.
+    assert!(!rng.service.told.load(Ordering::Relaxed));
 }
 
 #[test]
@@ -248,6 +250,7 @@ fn a_source_that_ends_ends_the_request_short() {
             ("limited", 0)
         ]
     );
+    assert!(rng.service.told.load(Ordering::Relaxed));
 }
 
 #[test]

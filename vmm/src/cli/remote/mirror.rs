@@ -1,14 +1,20 @@
 //! `vireo disk mirror`.
 
+use std::path::Path;
+
 use anyhow::Context;
 use api::wire::{MirrorFormat, VmDiskMirror};
+use block::OpenError;
+use block::ops::looks_like;
 use clap::{Args, ValueEnum};
 
+use super::super::Misuse;
 use super::super::target::SocketFlag;
 use super::coredump::{Cancelled, follow};
 use super::stream::speed;
 use super::watch::Watch;
 use super::{print, print_json};
+use crate::opener::Opener;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -29,10 +35,12 @@ pub(in crate::cli) struct MirrorArgs {
     words: Vec<String>,
     #[command(flatten)]
     socket: SocketFlag,
-    /// What the copy is
-    #[arg(long, value_enum, default_value = "raw")]
-    format: Format,
+    /// What the copy is (default: raw)
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// Overwrite a file or block device that is there and has the disk's size
+    ///
+    /// One that looks like an image needs --format, which says whether it is to stay one.
     #[arg(long)]
     existing: bool,
     /// Have the disk go on there at the end
@@ -64,18 +72,41 @@ impl From<Format> for MirrorFormat {
     }
 }
 
+/// What a copy at a place that is there is to be, where nobody has said it: raw, unless that would make no image of one.
+///
+/// # Errors
+///
+/// [`Misuse`]: it looks like an image. The monitor tells what it is that cannot be looked at from here.
+fn unstated(path: &Path, opener: &Opener) -> anyhow::Result<Format> {
+    let found = match looks_like(path, opener) {
+        Ok(block::Format::Qcow2) => "qcow2",
+        Err(OpenError::Foreign { format, .. }) => format,
+        Ok(block::Format::Raw) | Err(_) => return Ok(Format::Raw),
+    };
+    let path = path.display();
+    Err(Misuse(format!(
+        "TARGET {path}: it looks like a {found} image, which --existing would overwrite as raw: say --format qcow2, or --format raw"
+    ))
+    .into())
+}
+
 pub(super) fn mirror(arguments: MirrorArgs) -> anyhow::Result<()> {
     let speed = speed(arguments.speed)?;
     let (mut remote, [id, target]) = arguments
         .socket
         .connect_and_split(arguments.words, ["DISK", "TARGET"])?;
     let path = std::path::absolute(&target).with_context(|| format!("TARGET {target}"))?;
+    let format = match arguments.format {
+        Some(format) => format,
+        None if arguments.existing => unstated(&path, &Opener::new())?,
+        None => Format::Raw,
+    };
     // Before the job begins: what becomes of it is not missed.
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let request = VmDiskMirror {
         id: id.clone(),
         path: path.clone(),
-        format: arguments.format.into(),
+        format: format.into(),
         existing: arguments.existing,
         switch: arguments.switch,
         speed,
@@ -94,4 +125,26 @@ pub(super) fn mirror(arguments: MirrorArgs) -> anyhow::Result<()> {
         format!("{path} holds what {id} held\n")
     };
     print(&done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_looks_like_an_image_is_not_overwritten_as_raw_unasked() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("there");
+        let opener = Opener::new();
+        std::fs::write(&path, [0; 4096]).unwrap();
+        assert!(matches!(unstated(&path, &opener), Ok(Format::Raw)));
+        let mut image = vec![0; 4096];
+        image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        std::fs::write(&path, image).unwrap();
+        let refused = unstated(&path, &opener).unwrap_err();
+        assert!(refused.is::<Misuse>(), "{refused}");
+        assert!(refused.to_string().contains("a qcow2 image"), "{refused}");
+        let nowhere = unstated(&directory.path().join("none"), &opener);
+        assert!(matches!(nowhere, Ok(Format::Raw)));
+    }
 }

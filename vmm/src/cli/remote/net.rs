@@ -135,6 +135,11 @@ struct Row {
     pairs: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     tap: Option<String>,
+    /// The socket of what is behind it instead of a tap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    socket: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link: Option<LinkState>,
 }
 
 /// The cards of the description, with what the machine says of them.
@@ -152,7 +157,9 @@ fn rows(nets: Vec<wire::NetConfig>, devices: &[wire::DeviceInfo]) -> Vec<Row> {
             state: device.map_or(DeviceState::Configured, |device| device.state),
             mac: net.mac,
             pairs: net.num_queues / 2,
+            link: device.and_then(|device| device.link),
             tap: net.tap,
+            socket: net.socket.or(net.vhost_socket),
             id,
         }
     };
@@ -173,12 +180,13 @@ fn list(arguments: &ShowArgs) -> anyhow::Result<()> {
             word(&row.state),
             or_dash(&row.mac),
             row.pairs.to_string(),
-            or_dash(&row.tap),
+            row.link.map_or_else(|| "-".to_owned(), |link| word(&link)),
+            or_dash(row.tap.as_ref().map_or(&row.socket, |_| &row.tap)),
         ]
     };
     let rows: Vec<_> = rows.iter().map(cells).collect();
     print(&table(
-        &["ID", "ADDRESS", "STATE", "MAC", "QUEUES", "TAP"],
+        &["ID", "ADDRESS", "STATE", "MAC", "QUEUES", "LINK", "NETWORK"],
         &rows,
     ))
 }
@@ -400,10 +408,10 @@ mod tests {
     #[test]
     fn cards_are_listed_with_what_the_machine_says_of_them() {
         let nets = serde_json::from_str(
-            r#"[{"id":"a","tap":"t","mac":"02:00:00:00:00:01","num_queues":4},{"id":"b"}]"#,
+            r#"[{"id":"a","tap":"t","mac":"02:00:00:00:00:01","num_queues":4},{"id":"b","socket":"/p"}]"#,
         );
         let devices: Vec<wire::DeviceInfo> = serde_json::from_str(
-            r#"[{"id":"a","kind":"net","bdf":"0000:00:01.0","state":"active"}]"#,
+            r#"[{"id":"a","kind":"net","bdf":"0000:00:01.0","state":"active","link":"down"}]"#,
         )
         .unwrap();
         let rows = rows(nets.unwrap(), &devices);
@@ -416,5 +424,14 @@ mod tests {
             ("b", false, DeviceState::Configured, 1),
         ];
         assert_eq!(told, expected);
+        let more: Vec<_> = rows
+            .iter()
+            .map(|row| (row.link, row.tap.as_deref(), row.socket.as_deref()))
+            .collect();
+        let expected = [
+            (Some(LinkState::Down), Some("t"), None),
+            (None, None, Some("/p")),
+        ];
+        assert_eq!(more, expected);
     }
 }

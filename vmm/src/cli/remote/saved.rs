@@ -274,7 +274,7 @@ pub(super) fn list(arguments: &SavedArgs, opener: &Opener) -> anyhow::Result<()>
     if arguments.json {
         return print_json(&all);
     }
-    let header = ["DIRECTORY", "ID", "NAME", "CPUS", "MEMORY"];
+    let header = ["DIRECTORY", "ID", "NAME", "CPUS", "MEMORY", "TEMPLATE"];
     print(&table(&header, &tree(&all)))
 }
 
@@ -343,6 +343,7 @@ fn row(listed: &Listed, depth: usize) -> Vec<String> {
             facts.name.clone().unwrap_or_else(dash),
             facts.cpus.map_or_else(dash, |cpus| cpus.to_string()),
             facts.memory.map_or_else(dash, size),
+            if facts.template { "yes" } else { "-" }.to_owned(),
         ],
         Listed::Refused { directory, error } => vec![place(directory), error.clone()],
     }
@@ -390,7 +391,7 @@ mod tests {
         let mut names: Vec<&str> = rows.iter().map(|row| row[0].as_str()).collect();
         assert_eq!(names.split_off(7), ["h", "  g"], "{names:?}");
         assert_eq!(names, ["a", "  c", "  d", "    b", "e", "f", "i"]);
-        assert_eq!(rows[0][2..], ["-", "2", "1G"]);
+        assert_eq!(rows[0][2..], ["-", "2", "1G", "-"]);
         assert_eq!(rows[4], ["e", "no"]);
     }
 }

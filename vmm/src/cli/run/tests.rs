@@ -18,18 +18,64 @@ fn configured(arguments: &[&str]) -> anyhow::Result<VmConfig> {
 
 /// The same on top of a file.
 fn configured_from(base: VmConfig, arguments: &[&str]) -> anyhow::Result<VmConfig> {
+    configured_of(TEST_MODELS, base, arguments)
+}
+
+/// The same with these models.
+fn configured_of(
+    models: &'static [Model],
+    base: VmConfig,
+    arguments: &[&str],
+) -> anyhow::Result<VmConfig> {
     let words = ["vireo", "run", "--kernel", "/k"].iter().chain(arguments);
-    let matches = command(TEST_MODELS).try_get_matches_from(words)?;
+    let matches = command(models).try_get_matches_from(words)?;
     let Verb::Run(parsed) = Cli::from_arg_matches(&matches)?.verb else {
         panic!("not run");
     };
     let matches = matches.subcommand_matches("run").unwrap();
-    let (config, _, _) = configure(*parsed, matches, (base, None), TEST_MODELS, &Opener::new())?;
+    let (config, _, _) = configure(*parsed, matches, (base, None), models, &Opener::new())?;
     Ok(config)
 }
 
 fn refusal(arguments: &[&str]) -> String {
     format!("{:#}", configured(arguments).unwrap_err())
+}
+
+#[test]
+fn what_a_device_cannot_be_is_refused_by_the_name_of_its_key() {
+    for (arguments, part) in [
+        (
+            &["--net", "ip=foo,mask=255.0.0.0"][..],
+            "--net: ip=foo: not an IPv4 address",
+        ),
+        (
+            &["--net", "ip=10.0.0.1,mask=255.0.255.0"],
+            "mask: 255.0.255.0 has ones behind zeros",
+        ),
+        (
+            &[
+                "--memory",
+                "1G,shared=off",
+                "--disk",
+                "vhost_user=on,socket=/s,id=d",
+            ],
+            "--memory shared=off: --disk (id \"d\") is served by another program",
+        ),
+    ] {
+        let refused = configured_of(MODELS, VmConfig::default(), arguments).unwrap_err();
+        let told = format!("{refused:#}");
+        assert!(told.contains(part), "{told}");
+    }
+}
+
+#[test]
+fn the_descriptors_of_cards_are_found_for_whoever_takes_them() {
+    let words = [
+        "vireo", "run", "--net", "fd=7:8", "--net", "tap=t", "--device", "net,fd=9",
+    ];
+    let matches = command(MODELS).try_get_matches_from(words).unwrap();
+    let matches = matches.subcommand_matches("run").unwrap();
+    assert_eq!(outside::taps(matches), [7, 8, 9]);
 }
 
 #[test]

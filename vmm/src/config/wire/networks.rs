@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
+use std::path::Path;
 
 use api::ControlError;
 use api::wire;
@@ -100,9 +101,12 @@ impl DeviceConfig {
         let numbers: Vec<_> = descriptors.iter().map(ToString::to_string).collect();
         let passed = !numbers.is_empty();
         let off = |on: bool| (!on).then_some(false);
+        let socket = described.socket.as_deref().map(Path::new);
+        let socket = socket.map(|socket| path("net.socket", socket));
         let mut config = NetConfig {
             tap: described.tap.clone().filter(|_| !passed),
             fd: passed.then(|| numbers.join(":")),
+            socket: socket.transpose()?,
             mac: described.mac.clone(),
             mtu: described.mtu.map(Into::into),
             num_queues: Some(u64::try_from(described.num_queues).unwrap_or(u64::MAX)),
@@ -178,6 +182,7 @@ pub(super) fn to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
             Vhost::Auto => wire::NetVhost::Auto,
         }),
         tap: config.tap,
+        socket: config.socket.map(|p| p.to_string_lossy().into_owned()),
         mac: config.mac,
         host_mac: config.host_mac,
     })

@@ -14,6 +14,14 @@ use super::{console, invalid, more_serial, serial};
 /// What a card has that gets no descriptors.
 const OF_NETWORKS: [&str; 6] = ["tap", "socket", "ip", "mask", "host_mac", "owner"];
 
+/// What there is instead of what is not there.
+fn but(known: &str) -> String {
+    if known.is_empty() {
+        return ", nor any other".to_owned();
+    }
+    format!(", but {known}")
+}
+
 impl KeepError {
     /// The same for those who asked over the control interface.
     #[must_use]
@@ -32,7 +40,10 @@ impl KeepError {
             ),
             Self::Unknown { kind, id, known } => (
                 ErrorKind::NotFound,
-                format!("the snapshot has no {kind} with the id {id:?}, but {known}"),
+                format!(
+                    "the snapshot has no {kind} with the id {id:?}{}",
+                    but(known)
+                ),
             ),
             Self::Kind { kind, id, saved } => (
                 ErrorKind::Invalid,
@@ -122,8 +133,10 @@ impl VmConfig {
             let Some(known) = self.ports.iter_mut().find(|known| known.name == port.name) else {
                 let names: Vec<_> = self.ports.iter().map(|port| port.name.as_str()).collect();
                 let (name, names) = (&port.name, names.join(", "));
-                let message =
-                    format!("overrides.ports: the snapshot has no port {name:?}, but {names}");
+                let message = format!(
+                    "overrides.ports: the snapshot has no port {name:?}{}",
+                    but(&names)
+                );
                 return Err(ControlError::new(ErrorKind::NotFound, message));
             };
             known.clone_from(port);
@@ -173,7 +186,8 @@ impl VmConfig {
                 .map(|device| device.id.as_str())
                 .collect();
             let ids = ids.join(", ");
-            let message = format!("overrides.devices: the snapshot has no {id:?}, but {ids}");
+            let ids = but(&ids);
+            let message = format!("overrides.devices: the snapshot has no {id:?}{ids}");
             return Err(ControlError::new(ErrorKind::NotFound, message));
         };
         // What is described anew has no slot yet.

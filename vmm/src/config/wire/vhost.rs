@@ -82,6 +82,7 @@ pub(super) fn net_from_wire(
     let own = [
         (described.tap.is_some(), "net.tap beside vhost_user"),
         (!descriptors.is_empty(), "net.fds beside vhost_user"),
+        (described.socket.is_some(), "net.socket beside vhost_user"),
         (addresses, "net.ip beside vhost_user"),
         (
             described.host_mac.is_some(),
@@ -152,6 +153,7 @@ pub(super) fn net_to_wire(device: &DeviceConfig) -> Option<wire::NetConfig> {
         mirror: None,
         vhost: None,
         tap: None,
+        socket: None,
         mac: config.mac,
         host_mac: None,
     })

@@ -202,6 +202,7 @@ fn sample(name: &str, kind: FieldKind) -> Vec<Value> {
         FieldKind::Switch => vec![json!(true), json!(false)],
         FieldKind::Bytes | FieldKind::Number => vec![json!(4)],
         FieldKind::Text | FieldKind::Path => vec![json!(name)],
+        FieldKind::Ipv4 => vec![json!("10.0.0.1")],
         FieldKind::Choice(words) => words.iter().map(|w| json!(w)).collect(),
     }
 }

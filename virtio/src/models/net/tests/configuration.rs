@@ -66,6 +66,7 @@ fn values_that_make_no_sense_are_refused_by_their_field() {
         (json!({ "socket": "/s", "queues": 2 }), "queues"),
         (json!({ "socket": "/s", "owner": 1 }), "socket"),
         (json!({ "ip": "10.0.0.1" }), "mask"),
+        (json!({ "ip": "10.0.0.1", "mask": "255.0.255.0" }), "mask"),
         (json!({ "mask": "255.0.0.0" }), "ip"),
         (json!({ "owner": 1_u64 << 32 }), "owner"),
     ];

@@ -274,6 +274,8 @@ fn a_link_that_is_set_down_drops_frames_of_both_directions_until_it_is_up() {
     assert_eq!(rig.change(json!({ "link": "down" })), Reconfigured::Seen);
     assert_eq!(rig.change(json!({ "link": "down" })), Reconfigured::Unseen);
     assert_eq!(rig.status(), 0);
+    let seen = rig.net.counters().unwrap();
+    assert_eq!(seen.link(), Some(false));
     rig.post(DATA, 512);
     rig.tx.put_bytes(DATA + 0x1000, &frame(OTHER, 60));
     rig.transmit(&[(DATA + 0x1000, 72, false)]);
@@ -286,6 +288,7 @@ fn a_link_that_is_set_down_drops_frames_of_both_directions_until_it_is_up() {
     }
     assert_eq!(rig.change(json!({ "link": "up" })), Reconfigured::Seen);
     assert_eq!(rig.status(), 1);
+    assert_eq!(seen.link(), Some(true));
     let sent = frame(MAC, 80);
     rig.peer.send(&sent).unwrap();
     assert_eq!(returned(&mut rig.rx, &rig.notices), (0, 92));

@@ -47,6 +47,17 @@ fn a_cards_fields_arrive_and_are_shown_again() {
 }
 
 #[test]
+fn a_card_behind_a_socket_is_shown_with_it() {
+    let told = json!({ "id": "n", "socket": "/run/passt.sock", "mac": MAC });
+    let config = made(json!([told]));
+    assert_eq!(
+        config.devices[0].network().unwrap().socket,
+        Some("/run/passt.sock".into())
+    );
+    assert_eq!(config.to_wire().net.unwrap().remove(0), net(told));
+}
+
+#[test]
 fn cards_that_make_no_sense_are_refused_by_kind() {
     let cases = [
         (json!([{ "mac": "01:00:00:00:00:00" }]), ErrorKind::Invalid),
@@ -57,6 +68,8 @@ fn cards_that_make_no_sense_are_refused_by_kind() {
             ErrorKind::Invalid,
         ),
         (json!([{ "mtu": 100 }]), ErrorKind::Invalid),
+        (json!([{ "socket": "" }]), ErrorKind::Invalid),
+        (json!([{ "socket": "/s", "tap": "t" }]), ErrorKind::Invalid),
         (json!([{ "mac": MAC }, { "mac": MAC }]), ErrorKind::Conflict),
         (json!([{ "vhost_user": true }]), ErrorKind::Invalid),
         (json!([{ "vhost_socket": "/s" }]), ErrorKind::Invalid),
