@@ -365,11 +365,11 @@ const ADDRESSES: &[Bad] = &[
     bad(
         "a descriptor that is not open",
         "--kernel hello --net fd=77",
-        1,
+        2,
         &[
-            "--net (id _net0)",
-            "descriptor 77 is no tap",
-            "/dev/net/tun",
+            "--net fd=77",
+            "this process was not started with it",
+            "tap=",
         ],
     ),
     bad(

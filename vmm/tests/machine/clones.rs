@@ -291,10 +291,8 @@ fn a_template_is_made_of_what_stays_as_it_is() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    File::create(dir.path().join("disk"))
-        .unwrap()
-        .set_len(SIZE)
-        .unwrap();
+    // Something to be copied.
+    fs::write(dir.path().join("disk"), vec![1; 4 << 20]).unwrap();
     let flags = ["--serial", "null", "--disk", "path={dir}/disk,id=d"];
     let machine = Served::start_in(dir, "count", "mib=1", &flags);
     let (path, mut client) = (machine.path("t"), machine.client());

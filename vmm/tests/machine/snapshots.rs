@@ -215,7 +215,7 @@ fn a_snapshot_that_is_not_whole_is_refused_by_name_and_nothing_is_left() {
         (
             "\"size\": 67108864",
             "\"size\": 33554432",
-            "the machine has 0x2000000",
+            "it claims 32 chunks of a range of memory, and there are 16",
         ),
         ("\"boot\": 2", "\"boot\": 1", "2 of them; the machine has 1"),
         ("\"boot\": 2", "\"boot\": 0", "config"),
