@@ -212,6 +212,12 @@ impl Merge {
         self.paths.get(self.top..base).unwrap_or_default()
     }
 
+    /// The image that takes what is merged.
+    #[must_use]
+    pub fn base(&self) -> &Path {
+        self.paths.last().map_or(Path::new(""), PathBuf::as_path)
+    }
+
     /// Where the disk is from the end on, and what that is, if it is on another image then.
     #[must_use]
     pub fn moves_to(&self) -> Option<(&Path, Format)> {

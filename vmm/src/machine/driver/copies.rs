@@ -10,9 +10,11 @@
 //! Where anything fails before the second step, the disk goes on as it was before the job. The machine's end, and the
 //! disk's removal, end the job.
 
-use std::path::PathBuf;
+mod pace;
+
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use api::wire::{MirrorFormat, VmDiskCommit, VmDiskMirror, VmDiskStream};
 use api::{Answer, ControlError, ErrorKind, Reply};
@@ -23,6 +25,8 @@ use block::{
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
+pub(super) use self::pace::Pace;
+use self::pace::{catch_up, copy};
 use super::Driver;
 use super::streams::no_disk;
 use crate::config::files;
@@ -34,12 +38,6 @@ use crate::opener::Opener;
 
 /// With so little left to be copied the guest may stand still for it, in bytes.
 const ENOUGH: u64 = 8 << 20;
-
-/// How long a job that is ahead of its speed rests before it looks around.
-const REST: Duration = Duration::from_millis(50);
-
-/// After so many times through all that has been changed meanwhile, the guest is held up.
-const TIMES: u32 = 3;
 
 /// The disk of a job.
 #[derive(Clone)]
@@ -257,6 +255,22 @@ impl Work {
         }
     }
 
+    /// Where it writes.
+    fn place(&self) -> Option<&Path> {
+        match self {
+            Self::Merge(merge) => Some(merge.base()),
+            Self::Mirror(mirror, _) => Some(&mirror.target().path),
+            Self::Backup(backup) => Some(backup.path()),
+            // What fails may be of any image of the chain.
+            Self::Absorb(_) => None,
+        }
+    }
+
+    /// What is told of a part that could not be copied.
+    fn failed(&self, at: u64, error: &std::io::Error) -> String {
+        told(self.place(), at, error)
+    }
+
     /// What is there by now, whatever becomes of the rest.
     fn made(&self) -> Option<PathBuf> {
         match self {
@@ -291,6 +305,16 @@ impl Work {
             Self::Absorb(absorb) => absorb.settle().map_err(|error| chain(&error)),
         }
     }
+}
+
+/// What is told where a part could not be copied that begins at the byte `at`, to what is at `place`.
+fn told(place: Option<&Path>, at: u64, error: &std::io::Error) -> String {
+    let place = place.map_or_else(String::new, |place| format!("{}: ", place.display()));
+    let mend = match error.kind() {
+        std::io::ErrorKind::StorageFull => ": make room there, and begin it again",
+        _ => "",
+    };
+    format!("{place}at byte {at}: {}{mend}", chain(error))
 }
 
 pub(super) fn failed<E: std::error::Error + 'static>(error: &E) -> ControlError {
@@ -670,16 +694,6 @@ impl Target {
         other.options.disk.format = Some(format);
         other
     }
-
-    /// How long the job waits that has copied so much since it began.
-    fn ahead(&self, copied: u64, began: Instant) -> Duration {
-        self.speed.map_or(Duration::ZERO, |speed| {
-            let part = u128::from(copied % speed) * 1_000_000_000 / u128::from(speed);
-            let due = Duration::from_secs(copied / speed)
-                + Duration::from_nanos(u64::try_from(part).unwrap_or(0));
-            due.saturating_sub(began.elapsed())
-        })
-    }
 }
 
 /// Has the device's requests go to `disk`. It is stopped.
@@ -699,85 +713,28 @@ fn exchange(
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
 }
 
-/// A job under way: it heeds who cancels it, the disk's removal, and its speed.
-pub(super) struct Pace<'a> {
-    pub job: &'a JobHandle,
-    pub target: &'a Target,
-    pub began: Instant,
-    /// In bytes.
-    pub copied: u64,
-}
+#[cfg(test)]
+mod tests {
+    use std::io;
 
-impl Pace<'_> {
-    /// Waits until more may be copied.
-    pub fn wait(&self) -> Result<(), String> {
-        loop {
-            if self.job.is_cancelled() {
-                return Err("it was cancelled".to_owned());
-            }
-            let device = self.target.device.upgrade();
-            if device.is_none_or(|device| device.disk().is_none()) {
-                return Err(format!("disk {} has been removed", self.target.id));
-            }
-            let ahead = self.target.ahead(self.copied, self.began);
-            if ahead.is_zero() {
-                return Ok(());
-            }
-            std::thread::sleep(ahead.min(REST));
-        }
-    }
-}
+    use super::*;
 
-/// Copies all, and then what the guest has changed meanwhile until little of that is left.
-fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), String> {
-    let (size, mut at) = (work.size(), 0);
-    let (began, mut copied) = (Instant::now(), 0);
-    let told = |error: std::io::Error| move |at: u64| format!("at byte {at}: {}", chain(&error));
-    while at < size {
-        let pace = Pace {
-            job,
-            target,
-            began,
-            copied,
-        };
-        pace.wait()?;
-        let (done, more) = work.step(at).map_err(|error| told(error)(at))?;
-        at += done;
-        copied += more;
-        job.progress(at, size);
+    #[test]
+    fn what_could_not_be_copied_is_told_with_its_place_and_what_can_be_done() {
+        let full = io::Error::from_raw_os_error(libc::ENOSPC);
+        let text = told(Some(Path::new("/backup/full.qcow2")), 6 << 20, &full);
+        assert!(
+            text.starts_with("/backup/full.qcow2: at byte 6291456: "),
+            "{text}"
+        );
+        assert!(
+            text.ends_with(": make room there, and begin it again"),
+            "{text}"
+        );
+        let other = told(None, 0, &io::Error::from_raw_os_error(libc::EIO));
+        assert!(
+            other.starts_with("at byte 0: ") && !other.contains("room"),
+            "{other}"
+        );
     }
-    catch_up(job, work, (target, began, copied))
-}
-
-/// Copies what the guest has changed since it was copied, until little of that is left.
-fn catch_up(
-    job: &mut JobHandle,
-    work: &mut Work,
-    (target, began, mut copied): (&Target, Instant, u64),
-) -> Result<(), String> {
-    let told = |error: std::io::Error| move |at: u64| format!("at byte {at}: {}", chain(&error));
-    let mut times = 0_u32;
-    while work.left() > ENOUGH {
-        times = times.saturating_add(1);
-        if times > TIMES {
-            work.hold_up(ENOUGH / 2);
-        }
-        let mut at = 0;
-        loop {
-            let pace = Pace {
-                job,
-                target,
-                began,
-                copied,
-            };
-            pace.wait()?;
-            let again = work.catch_up(at).map_err(|error| told(error)(at))?;
-            let Some((more, end)) = again else { break };
-            copied += more;
-            at = end;
-        }
-    }
-    // The end may have to wait, and the guest is not to wait with it.
-    work.hold_up(u64::MAX);
-    work.prepare(job)
 }
