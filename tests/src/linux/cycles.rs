@@ -1,4 +1,4 @@
-//! A guest that is saved and goes on in another process again and again while it works.
+//! A guest that is saved and goes on in another process again and again while it works, and whose disk is merged meanwhile.
 
 use super::{MIB, case};
 use crate::case::{Action, Case, Fill, Form};
@@ -47,9 +47,13 @@ wait
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|soft lockup|rcu:.*stall|I/O error' | sed 's/^/@@ bad: /'
 "#;
 
-/// Where the disk stands still: it is in no snapshot.
+/// The disk gets an overlay and is merged down again while the workers write. It is in no snapshot: then it stands still.
 const SAVE: &str = r#"
+set -e
 vireo() { "$VIREO" "$@" --api-socket {dir}/api.sock; }
+vireo disk snapshot --disk work={dir}/over
+vireo disk commit work
+rm {dir}/over
 vireo pause
 vireo snapshot create saved-NUMBER
 vireo destroy
@@ -87,7 +91,7 @@ pub(super) fn again_and_again(kernel: &str) -> Case {
         .clamp(1, 1000);
     let case = case(kernel, Form::Pvh, "is-saved-again-and-again", SCRIPT)
         .args("--cpus boot=2 --api-socket {dir}/api.sock --rng")
-        .args("--disk path={dir}/disk --disk path={dir}/still,readonly=on")
+        .args("--disk path={dir}/disk,id=work --disk path={dir}/still,readonly=on")
         .file("disk", 8 * MIB, Fill::Zero)
         .file("still", 4 * MIB, Fill::Noise)
         .lines(["@@ worker one has ended", "@@ worker two has ended"])
