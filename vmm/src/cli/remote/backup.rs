@@ -9,11 +9,10 @@ use clap::{Args, Subcommand};
 use super::super::Misuse;
 use super::super::table::table;
 use super::super::target::SocketFlag;
-use super::coredump::{Cancelled, follow};
+use super::coredump::{Cancelled, followed};
 use super::mirror::Format;
 use super::show::ShowArgs;
 use super::stream::{layer, speed};
-use super::watch::Watch;
 use super::{print, print_json, size};
 use crate::config::flag;
 
@@ -112,8 +111,6 @@ pub(super) fn backup(arguments: BackupArgs) -> anyhow::Result<()> {
         .socket
         .connect_and_split(arguments.words, ["DISK", "TARGET"])?;
     let path = std::path::absolute(&target).with_context(|| format!("TARGET {target}"))?;
-    // Before the job begins: what becomes of it is not missed.
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let request = VmDiskBackup {
         id: id.clone(),
         path: path.clone(),
@@ -124,10 +121,8 @@ pub(super) fn backup(arguments: BackupArgs) -> anyhow::Result<()> {
         base_format: arguments.base_format.into(),
         speed,
     };
-    let started = remote.client.disk_backup(&request);
-    let mut job = started.map_err(|error| remote.failed(error))?;
     let told = (arguments.json, &CANCELLED);
-    follow(&mut job, &mut remote, &mut watch, told)?;
+    let job = followed(&mut remote, told, |client| client.disk_backup(&request))?;
     if arguments.json {
         return print_json(&job);
     }

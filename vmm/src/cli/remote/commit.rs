@@ -6,9 +6,8 @@ use api::wire::VmDiskCommit;
 use clap::Args;
 
 use super::super::target::SocketFlag;
-use super::coredump::{Cancelled, follow};
+use super::coredump::{Cancelled, followed};
 use super::stream::{layer, speed};
-use super::watch::Watch;
 use super::{print, print_json};
 
 pub(super) const EXAMPLES: &str = "\
@@ -50,18 +49,14 @@ pub(super) fn commit(arguments: CommitArgs) -> anyhow::Result<()> {
     let (mut remote, [id]) = arguments
         .socket
         .connect_and_split(arguments.words, ["DISK"])?;
-    // Before the job begins: what becomes of it is not missed.
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let request = VmDiskCommit {
         id: id.clone(),
         top,
         base,
         speed,
     };
-    let started = remote.client.disk_commit(&request);
-    let mut job = started.map_err(|error| remote.failed(error))?;
     let told = (arguments.json, &CANCELLED);
-    follow(&mut job, &mut remote, &mut watch, told)?;
+    let job = followed(&mut remote, told, |client| client.disk_commit(&request))?;
     if arguments.json {
         return print_json(&job);
     }

@@ -3,8 +3,7 @@
 use clap::Args;
 
 use super::super::target::Target;
-use super::coredump::{Cancelled, follow};
-use super::watch::Watch;
+use super::coredump::{Cancelled, followed};
 use super::{print, print_json};
 
 pub(super) const EXAMPLES: &str = "\
@@ -28,16 +27,8 @@ pub(in crate::cli) struct CopyInArgs {
 
 pub(super) fn copy_in(arguments: CopyInArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
-    // Before the job begins: what becomes of it is not missed.
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
-    let started = remote.client.snapshot_copy_in();
-    let mut job = started.map_err(|error| remote.failed(error))?;
-    follow(
-        &mut job,
-        &mut remote,
-        &mut watch,
-        (arguments.json, &CANCELLED),
-    )?;
+    let told = (arguments.json, &CANCELLED);
+    let job = followed(&mut remote, told, |client| client.snapshot_copy_in())?;
     if arguments.json {
         return print_json(&job);
     }

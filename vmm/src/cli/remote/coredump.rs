@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use api::EventKind;
+use api::client::{Client, ClientError};
 use api::wire::{JobInfo, JobState, VmCoredumpData};
 use clap::Args;
 
@@ -74,8 +75,22 @@ const CANCELLED: Cancelled = Cancelled {
     by_end: "nothing is left of the core file",
 };
 
+/// Has `start` begin a job, and [`follow`]s it to its end.
+pub(super) fn followed(
+    remote: &mut Remote,
+    told: (bool, &Cancelled),
+    start: impl FnOnce(&mut Client) -> Result<JobInfo, ClientError>,
+) -> anyhow::Result<JobInfo> {
+    // Before the job begins: what becomes of it is not missed.
+    let mut watch = Watch::of(remote).map_err(|error| remote.failed(error))?;
+    let started = start(&mut remote.client);
+    let mut job = started.map_err(|error| remote.failed(error))?;
+    follow(&mut job, remote, &mut watch, told)?;
+    Ok(job)
+}
+
 /// Shows how far the job is, unless it is to be quiet, until it has ended. Ctrl-C cancels it.
-pub(super) fn follow(
+fn follow(
     job: &mut JobInfo,
     remote: &mut Remote,
     watch: &mut Watch,

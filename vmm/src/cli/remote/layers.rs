@@ -4,9 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use api::wire::{
-    ChainLayer, DiskChain, JobInfo, VmDiskCommit, VmDiskRevert, VmDiskStream, VmInfoState,
-};
+use api::wire::{ChainLayer, DiskChain, VmDiskCommit, VmDiskRevert, VmDiskStream, VmInfoState};
 use block::ops::{NewImage, create, find_layer, remove};
 use block::{CreateOptions, Opener as _};
 use clap::Args;
@@ -16,9 +14,8 @@ use virtio::models::blk::BlkConfig;
 use super::super::Misuse;
 use super::super::table::table;
 use super::super::target::{Remote, SocketFlag, Target};
-use super::coredump::{Cancelled, follow};
+use super::coredump::followed;
 use super::stream::{layer, speed};
-use super::watch::Watch;
 use super::{commit, disk, print, print_json, size, stream};
 use crate::chains;
 use crate::definitions::Definitions;
@@ -284,33 +281,28 @@ pub(super) fn delete(arguments: DeleteArgs) -> anyhow::Result<()> {
         anyhow::bail!("{path}: it stays: disk {other} needs it");
     }
     let way = way(&layers, depth).map_err(|why| anyhow::anyhow!("{path}: it stays: {why}"))?;
-    // Before the job begins: what becomes of it is not missed.
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
-    let (started, left): (Result<JobInfo, _>, &Cancelled) = match way {
+    let job = match way {
         Way::Commit { top, base } => {
-            let base = Some(base);
-            let id = id.clone();
             let request = VmDiskCommit {
-                id,
+                id: id.clone(),
                 top,
-                base,
+                base: Some(base),
                 speed,
             };
-            (remote.client.disk_commit(&request), &commit::CANCELLED)
+            let told = (arguments.json, &commit::CANCELLED);
+            followed(&mut remote, told, |client| client.disk_commit(&request))
         }
         Way::Stream { top, base } => {
-            let id = id.clone();
             let request = VmDiskStream {
-                id,
+                id: id.clone(),
                 top,
                 base,
                 speed,
             };
-            (remote.client.disk_stream(&request), &stream::CANCELLED)
+            let told = (arguments.json, &stream::CANCELLED);
+            followed(&mut remote, told, |client| client.disk_stream(&request))
         }
-    };
-    let mut job = started.map_err(|error| remote.failed(error))?;
-    follow(&mut job, &mut remote, &mut watch, (arguments.json, left))?;
+    }?;
     if !arguments.keep {
         remove(&wanted, &Opener::new())
             .with_context(|| format!("disk {id} needs {path} no more, which stays"))?;

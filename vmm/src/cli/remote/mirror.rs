@@ -10,9 +10,8 @@ use clap::{Args, ValueEnum};
 
 use super::super::Misuse;
 use super::super::target::SocketFlag;
-use super::coredump::{Cancelled, follow};
+use super::coredump::{Cancelled, followed};
 use super::stream::speed;
-use super::watch::Watch;
 use super::{print, print_json};
 use crate::opener::Opener;
 
@@ -101,8 +100,6 @@ pub(super) fn mirror(arguments: MirrorArgs) -> anyhow::Result<()> {
         None if arguments.existing => unstated(&path, &Opener::new())?,
         None => Format::Raw,
     };
-    // Before the job begins: what becomes of it is not missed.
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let request = VmDiskMirror {
         id: id.clone(),
         path: path.clone(),
@@ -111,10 +108,8 @@ pub(super) fn mirror(arguments: MirrorArgs) -> anyhow::Result<()> {
         switch: arguments.switch,
         speed,
     };
-    let started = remote.client.disk_mirror(&request);
-    let mut job = started.map_err(|error| remote.failed(error))?;
     let told = (arguments.json, &CANCELLED);
-    follow(&mut job, &mut remote, &mut watch, told)?;
+    let job = followed(&mut remote, told, |client| client.disk_mirror(&request))?;
     if arguments.json {
         return print_json(&job);
     }

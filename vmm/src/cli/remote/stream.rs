@@ -8,8 +8,7 @@ use clap::Args;
 
 use super::super::Misuse;
 use super::super::target::SocketFlag;
-use super::coredump::{Cancelled, follow};
-use super::watch::Watch;
+use super::coredump::{Cancelled, followed};
 use super::{print, print_json};
 use crate::config::flag;
 
@@ -68,22 +67,14 @@ pub(super) fn stream(arguments: StreamArgs) -> anyhow::Result<()> {
     let (mut remote, [id]) = arguments
         .socket
         .connect_and_split(arguments.words, ["DISK"])?;
-    // Before the job begins: what becomes of it is not missed.
-    let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
     let request = VmDiskStream {
         id: id.clone(),
         top,
         base,
         speed,
     };
-    let started = remote.client.disk_stream(&request);
-    let mut job = started.map_err(|error| remote.failed(error))?;
-    follow(
-        &mut job,
-        &mut remote,
-        &mut watch,
-        (arguments.json, &CANCELLED),
-    )?;
+    let told = (arguments.json, &CANCELLED);
+    let job = followed(&mut remote, told, |client| client.disk_stream(&request))?;
     if arguments.json {
         return print_json(&job);
     }

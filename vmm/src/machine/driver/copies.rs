@@ -25,7 +25,7 @@ use block::{
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
-pub(super) use self::pace::Pace;
+pub(super) use self::pace::go_through;
 use self::pace::{catch_up, copy};
 use super::Driver;
 use super::streams::no_disk;

@@ -15,7 +15,7 @@ use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
 use super::Driver;
-use super::copies::{Pace, Target};
+use super::copies::{Target, go_through};
 use crate::error::chain;
 use crate::machine::fault;
 use crate::monitor::JobHandle;
@@ -170,23 +170,11 @@ impl Drop for Done {
 
 /// Goes through the disk, no faster than it may, and cuts the chain.
 fn copy(job: &mut JobHandle, stream: &Stream, target: &Target) -> Result<(), String> {
-    let (size, began) = (stream.size(), Instant::now());
-    let (mut at, mut copied) = (0, 0_u64);
-    while at < size {
-        let pace = Pace {
-            job,
-            target,
-            began,
-            copied,
-        };
-        pace.wait()?;
-        let (done, more) = stream
-            .step(at)
-            .map_err(|error| format!("at byte {at}: {}", chain(&error)))?;
-        at += done;
-        copied += more;
-        job.progress(at, size);
-    }
+    let step = |at| {
+        let copied = stream.step(at);
+        copied.map_err(|error| format!("at byte {at}: {}", chain(&error)))
+    };
+    go_through(job, (target, Instant::now()), stream.size(), step)?;
     if !job.commit() {
         return Err("it was cancelled".to_owned());
     }

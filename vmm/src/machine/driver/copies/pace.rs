@@ -24,17 +24,17 @@ impl Target {
 }
 
 /// A job under way: it heeds who cancels it, the disk's removal, and its speed.
-pub(in crate::machine::driver) struct Pace<'a> {
-    pub job: &'a JobHandle,
-    pub target: &'a Target,
-    pub began: Instant,
+struct Pace<'a> {
+    job: &'a JobHandle,
+    target: &'a Target,
+    began: Instant,
     /// In bytes.
-    pub copied: u64,
+    copied: u64,
 }
 
 impl Pace<'_> {
     /// Waits until more may be copied.
-    pub fn wait(&self) -> Result<(), String> {
+    fn wait(&self) -> Result<(), String> {
         loop {
             if self.job.is_cancelled() {
                 return Err("it was cancelled".to_owned());
@@ -52,10 +52,15 @@ impl Pace<'_> {
     }
 }
 
-/// Copies all, and then what the guest has changed meanwhile until little of that is left.
-pub(super) fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), String> {
-    let (size, mut at) = (work.size(), 0);
-    let (began, mut copied) = (Instant::now(), 0);
+/// Goes once through `size` bytes by `step`, which deals with some from an offset on: how many those are, and how many of them have been
+/// copied. How many have been in all.
+pub(in crate::machine::driver) fn go_through(
+    job: &mut JobHandle,
+    (target, began): (&Target, Instant),
+    size: u64,
+    mut step: impl FnMut(u64) -> Result<(u64, u64), String>,
+) -> Result<u64, String> {
+    let (mut at, mut copied) = (0, 0);
     while at < size {
         let pace = Pace {
             job,
@@ -64,11 +69,19 @@ pub(super) fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Res
             copied,
         };
         pace.wait()?;
-        let (done, more) = work.step(at).map_err(|error| work.failed(at, &error))?;
+        let (done, more) = step(at)?;
         at += done;
         copied += more;
         job.progress(at, size);
     }
+    Ok(copied)
+}
+
+/// Copies all, and then what the guest has changed meanwhile until little of that is left.
+pub(super) fn copy(job: &mut JobHandle, work: &mut Work, target: &Target) -> Result<(), String> {
+    let began = Instant::now();
+    let step = |at| work.step(at).map_err(|error| work.failed(at, &error));
+    let copied = go_through(job, (target, began), work.size(), step)?;
     catch_up(job, work, (target, began, copied))
 }
 
