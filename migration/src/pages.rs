@@ -402,34 +402,17 @@ impl PageIndex {
         step: &mut dyn FnMut(u64) -> bool,
     ) -> Result<(), PagesError> {
         let mut buffer = vec![0; CHUNK_LEN];
-        let mut done = 0_u64;
-        for region in &self.regions {
-            for (chunk, (at, here)) in region.chunks.iter().zip(chunks_of(region.len)) {
-                if !step(done) {
-                    return Err(PagesError::Cancelled);
-                }
-                let address = region.start.saturating_add(at);
-                let offset = region.offset.saturating_add(at);
-                chunk.read(file, (address, offset), &mut buffer)?;
-                for run in &chunk.runs {
-                    let bytes = run.bytes();
-                    let address = address.saturating_add(bytes.start as u64);
-                    let bytes = buffer.get(bytes).unwrap_or_default();
-                    take(address, bytes)
-                        .map_err(|source| PagesError::Memory { address, source })?;
-                }
-                done = done.saturating_add(here as u64);
-            }
-        }
-        if step(done) {
-            Ok(())
-        } else {
-            Err(PagesError::Cancelled)
-        }
+        self.each_chunk(step, |chunk, place, _| {
+            chunk.read(file, place, &mut buffer)?;
+            chunk.runs.iter().try_for_each(|run| {
+                let bytes = run.bytes();
+                let address = place.0.saturating_add(bytes.start as u64);
+                let bytes = buffer.get(bytes).unwrap_or_default();
+                take(address, bytes).map_err(|source| PagesError::Memory { address, source })
+            })
+        })
     }
-}
 
-impl PageIndex {
     /// Sees that `file` holds zeros wherever no page has been written, which is what is read there when it is mapped. What is compressed is
     /// not mapped. `step` is as for [`PageIndex::write`].
     ///
@@ -445,22 +428,38 @@ impl PageIndex {
             return Ok(());
         }
         let mut buffer = vec![0; CHUNK_LEN];
+        self.each_chunk(step, |chunk, place, here| {
+            if chunk.runs.iter().any(|run| run.bytes() == (0..here)) {
+                return Ok(());
+            }
+            let buffer = buffer.get_mut(..here).unwrap_or_default();
+            chunk.check_zeros(file, place, buffer)
+        })
+    }
+
+    /// Goes through all chunks: each with its guest-physical address and its offset in the file, and with its length.
+    fn each_chunk(
+        &self,
+        step: &mut dyn FnMut(u64) -> bool,
+        mut act: impl FnMut(&Chunk, (u64, u64), usize) -> Result<(), PagesError>,
+    ) -> Result<(), PagesError> {
         let mut done = 0_u64;
         for region in &self.regions {
             for (chunk, (at, here)) in region.chunks.iter().zip(chunks_of(region.len)) {
                 if !step(done) {
                     return Err(PagesError::Cancelled);
                 }
-                let buffer = buffer.get_mut(..here).unwrap_or_default();
-                if chunk.runs.iter().all(|run| run.bytes() != (0..here)) {
-                    let place = |at: u64| region.offset.saturating_add(at);
-                    let address = region.start.saturating_add(at);
-                    chunk.check_zeros(file, (address, place(at)), buffer)?;
-                }
+                let (start, offset) = (region.start, region.offset);
+                let place = (start.saturating_add(at), offset.saturating_add(at));
+                act(chunk, place, here)?;
                 done = done.saturating_add(here as u64);
             }
         }
-        Ok(())
+        if step(done) {
+            Ok(())
+        } else {
+            Err(PagesError::Cancelled)
+        }
     }
 }
 
