@@ -4,8 +4,8 @@
 //!   or its kernel failed, or the guest did not end in time) is run again in a new
 //!   boot, at most twice; how often is printed at the end. So is a case
 //!   whose guest shuts down unasked, when KVM's trace proves the emulator to have
-//!   done it ([`kvm_trace::lost_to_the_emulator`]); it is so rare that a third one
-//!   in a class is a failure. And so is a failed one of whose vCPUs the trace proves that the
+//!   done it ([`kvm_trace::lost_to_the_emulator`]); beyond a bound for a class
+//!   it is a failure. And so is a failed one of whose vCPUs the trace proves that the
 //!   emulator lost it ([`kvm_trace::lost_a_processor`]). Where the trace proves nothing, one such case of a class
 //!   has to pass three times more, and any other is a failure.
 //!   What was seen of a lost case stays in its own log. Direct runs
@@ -30,8 +30,9 @@ use crate::{kit, kvm_trace, nested, places, probe, runner};
 
 /// How often a case that the emulator lost is run again.
 const REPEATS: u32 = 2;
-/// How many cases of a class may be taken for lost because the guest's processor shut down.
-const SHUT_DOWNS: u32 = 2;
+/// How many cases of a class may be taken for lost because the guest's processor shut down. On most
+/// machines it is one in a hundred, but in one run it was every tenth, each proved.
+const SHUT_DOWNS: u32 = 8;
 /// How often a case has to pass after a shutdown that KVM's trace did not explain.
 const PROOFS: u32 = 3;
 /// How many lines of what a lost case left behind are printed.
