@@ -21,6 +21,8 @@ pub enum Rule {
     Least,
     /// It is told and not compared.
     Told,
+    /// Both have the same words, which are divided by blanks, in any order.
+    Set,
 }
 
 /// Something that is to fit: the machine's type, CPUID, a device, how memory is backed.
@@ -51,11 +53,11 @@ impl Fact {
 pub struct Difference {
     /// What it is of.
     pub name: String,
-    /// What the source has, if it has.
+    /// What the source has, if it has; of [`Rule::Set`], where the destination has more, only what the destination has not.
     pub source: Option<String>,
-    /// What the destination has, if it has; of words, those that it lacks are in [`Difference::lacks`].
+    /// What the destination has, if it has; of words, those that it lacks are in [`Difference::lacks`]. Of [`Rule::Set`], where it has more, only that.
     pub destination: Option<String>,
-    /// The words of the source that the destination does not have.
+    /// The words of the source that the destination does not have, where it has none beside the source's or may have them.
     pub lacks: Vec<String>,
 }
 
@@ -119,19 +121,33 @@ pub fn compare(source: &[Fact], destination: &[Fact]) -> Vec<Difference> {
         let other = there.get(name);
         let lacks = match (fact.rule, other) {
             (Rule::Told, _) => continue,
-            (Rule::Words, Some(other)) => lacking(&fact.value, &other.value),
+            (Rule::Words | Rule::Set, Some(other)) => lacking(&fact.value, &other.value),
+            _ => Vec::new(),
+        };
+        let more = match (fact.rule, other) {
+            (Rule::Set, Some(other)) => lacking(&other.value, &fact.value),
             _ => Vec::new(),
         };
         let fits = match (fact.rule, other) {
             (Rule::Same, Some(other)) => fact.value == other.value,
             (Rule::Words, Some(_)) => lacks.is_empty(),
+            (Rule::Set, Some(_)) => lacks.is_empty() && more.is_empty(),
             (Rule::Least, Some(other)) => {
                 let number = |fact: &Fact| fact.value.parse::<u64>().ok();
                 number(fact).zip(number(other)).is_some_and(|(a, b)| a <= b)
             }
             _ => false,
         };
-        if !fits {
+        if !more.is_empty() {
+            // What both have is of no interest.
+            let words = |words: Vec<String>| Some(words.join(" ")).filter(|text| !text.is_empty());
+            differences.push(Difference {
+                name: (*name).to_owned(),
+                source: words(lacks),
+                destination: words(more),
+                lacks: Vec::new(),
+            });
+        } else if !fits {
             differences.push(Difference {
                 name: (*name).to_owned(),
                 source: Some(fact.value.clone()),
@@ -231,6 +247,28 @@ mod tests {
                 "memory: 4096 at the source, many at the destination",
                 "net0: nothing at the source, tap at the destination",
             ]
+        );
+    }
+
+    #[test]
+    fn of_words_that_are_to_be_the_same_those_are_told_that_one_side_has() {
+        let told = |source: &str, destination: &str| {
+            let fact = |value: &str| [Fact::new("cpuid", value, Rule::Set)];
+            said(&fact(source), &fact(destination))
+        };
+        assert_eq!(told("sse avx", "avx  sse"), [""; 0]);
+        assert_eq!(told("", ""), [""; 0]);
+        assert_eq!(
+            told("sse avx fma", "sse"),
+            ["cpuid: the destination lacks avx fma"]
+        );
+        assert_eq!(
+            told("sse", "sse avx"),
+            ["cpuid: nothing at the source, avx at the destination"]
+        );
+        assert_eq!(
+            told("sse avx", "sse fma"),
+            ["cpuid: avx at the source, fma at the destination"]
         );
     }
 

@@ -142,6 +142,8 @@ pub enum Message {
     Unknown,
     /// Either: about the disks that are copied with the memory; the meaning is theirs who copy.
     Disks(Vec<u8>),
+    /// Source: it has heard that the guest runs, and asks nothing more.
+    Bye,
 }
 
 impl Message {
@@ -164,8 +166,24 @@ impl Message {
             Self::Abort { .. } => Word::Abort,
             Self::Query => Word::Query,
             Self::Unknown => Word::Unknown,
-            Self::RoundAck { .. } | Self::Disks(_) => return None,
+            Self::RoundAck { .. } | Self::Disks(_) | Self::Bye => return None,
         })
+    }
+
+    /// Whether it is something that a destination says, beside what it says of disks.
+    #[must_use]
+    pub fn is_an_answer(&self) -> bool {
+        matches!(
+            self,
+            Self::Accept { .. }
+                | Self::Refuse { .. }
+                | Self::RoundAck { .. }
+                | Self::Ready { .. }
+                | Self::Running
+                | Self::Complete
+                | Self::Failed { .. }
+                | Self::Unknown
+        )
     }
 
     /// The message for a word that needs nothing but a reason; nothing for those that need more.
@@ -283,6 +301,7 @@ mod tests {
             Message::Query,
             Message::Unknown,
             Message::Disks(vec![1, 2]),
+            Message::Bye,
         ]
     }
 

@@ -17,6 +17,10 @@ pub use limiter::Limiter;
 const GIB: u64 = 1 << 30;
 /// What a switch costs beside bytes: the answers of the peer, and starting there.
 const FIXED: Duration = Duration::from_millis(2);
+/// A rest that takes longer than this is worth another round, where a round leaves less than half: that shortens the pause by more than it prolongs the whole.
+const SHORT: Duration = Duration::from_millis(2);
+/// Hundredths of the limit of the pause, beside what is fixed, that are used however often a pause was too long.
+const LEAST: u32 = 10;
 /// How many rounds without a smaller rest go by before the guest is slowed.
 const PATIENCE: u32 = 2;
 
@@ -260,7 +264,7 @@ impl Policy {
 
     /// A pause got longer than it may, and the guest runs here again: less has to be left before the next one.
     pub fn pause_passed(&mut self) {
-        self.margin = (self.margin / 2).max(1);
+        self.margin = (self.margin / 2).max(LEAST);
     }
 
     /// How long a pause would be now, if anything has been measured.
@@ -298,10 +302,15 @@ impl Policy {
         } else {
             self.patience = self.patience.saturating_add(1);
         }
-        let limit = self.parameters.downtime.saturating_mul(self.margin) / 100;
+        let limit = self.limit();
         // A guest that writes nothing has nothing to wait for.
         if self.expected.is_some_and(|pause| pause <= limit) || (rest == 0 && self.margin == 100) {
-            return Decision::SwitchOver;
+            let on = self.is_worth_another(round, rest) && !self.asked && self.check(now).is_none();
+            return if on {
+                Decision::Continue
+            } else {
+                Decision::SwitchOver
+            };
         }
         if let Some(decision) = self.check(now) {
             return decision;
@@ -331,6 +340,21 @@ impl Policy {
         let still = now.saturating_sub(self.low.0);
         let stall = self.parameters.stall.filter(|stall| still >= *stall)?;
         Some(Decision::Abort(AbortReason::Stalled(stall)))
+    }
+
+    /// How long a pause may be by estimate. What is fixed does not get less with the rest, so only what is beside it shrinks with the margin.
+    fn limit(&self) -> Duration {
+        let downtime = self.parameters.downtime;
+        let moving = downtime.saturating_sub(FIXED).saturating_mul(self.margin) / 100;
+        downtime.min(moving.saturating_add(FIXED))
+    }
+
+    /// Whether the next round is short, and leaves less than half again.
+    fn is_worth_another(&self, round: &Round, rest: u64) -> bool {
+        let moving = self
+            .expected
+            .map_or(Duration::ZERO, |pause| pause.saturating_sub(FIXED));
+        moving > SHORT && rest <= round.memory / 2
     }
 
     fn measure(&mut self, round: &Round, rest: u64) {

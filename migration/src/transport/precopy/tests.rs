@@ -76,6 +76,40 @@ fn a_guest_that_writes_slowly_switches_within_the_limit_without_being_slowed() {
 }
 
 #[test]
+fn a_rest_that_fits_and_shrinks_goes_in_further_rounds_until_it_is_short() {
+    // 52 ms of bytes are left of the first round, and 300 would do.
+    let mut slow = policy(Parameters::default());
+    let (decision, now, rounds, _) = run(&mut slow, &guest(50));
+    assert_eq!((decision, rounds), (Decision::SwitchOver, 3));
+    assert!(slow.expected_downtime().unwrap() <= FIXED + SHORT);
+    assert!(now <= Duration::from_millis(1024 + 60));
+    // One that does not shrink by half is not sent again and again.
+    let mut fast = policy(Parameters::default());
+    let guest = Guest {
+        set: 250 * MIB,
+        ..guest(900)
+    };
+    let (decision, _, rounds, throttle) = run(&mut fast, &guest);
+    assert_eq!((decision, rounds, throttle), (Decision::SwitchOver, 2, 0));
+}
+
+#[test]
+fn a_limit_close_to_what_a_switch_costs_is_tried_again_however_often_it_was_passed() {
+    let parameters = Parameters {
+        downtime: Duration::from_millis(5),
+        ..Parameters::default()
+    };
+    let mut policy = policy(parameters);
+    for _ in 0..20 {
+        policy.pause_passed();
+    }
+    let quiet = guest(1);
+    let (decision, _, rounds, _) = run(&mut policy, &quiet);
+    assert_eq!(decision, Decision::SwitchOver);
+    assert!(rounds <= 4, "{rounds}");
+}
+
+#[test]
 fn a_guest_that_writes_faster_than_the_wire_is_slowed_by_steps_until_it_fits() {
     let mut policy = policy(Parameters::default());
     let round = Round {
