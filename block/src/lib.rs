@@ -28,6 +28,7 @@
 //! file, a device or a guest holds.
 
 mod admit;
+mod awaited;
 mod buffers;
 mod crew;
 mod disk;
@@ -39,6 +40,7 @@ mod jobs;
 mod lease;
 mod live;
 mod lock;
+mod look;
 mod magic;
 pub mod nbd;
 mod open;
@@ -56,6 +58,7 @@ mod testing;
 mod track;
 mod unfinished;
 
+pub use awaited::Awaited;
 pub use buffers::{Buffers, INLINE, IoVec};
 pub use disk::{
     Completed, Disk, DiskInfo, IoQueue, Op, QueueError, Request, ResizeError, Token, Watch,
@@ -69,6 +72,7 @@ pub use live::{
     OverlayError, Revert, RevertError, Stream, StreamError, Unlike, revert,
 };
 pub use lock::lock_output;
+pub use look::{LookedAt, SeenLocks, look_at_disk};
 pub use nbd::NbdDisk;
 pub use open::{BackingPolicy, ImageOptions, open_disk, open_image};
 pub use opener::{Access, Address, Connector, Listening, Opener};

@@ -64,6 +64,12 @@ impl Intent {
             Self::Read | Self::Write | Self::Replace => &[WRITE, RESIZE],
         }
     }
+
+    /// The bytes that it locks.
+    fn bytes(self) -> impl Iterator<Item = i64> {
+        let used = self.uses().iter().map(|p| USED + p);
+        used.chain(self.refuses().iter().map(|p| UNSHARED + p))
+    }
 }
 
 /// Why a lock could not be had.
@@ -182,9 +188,7 @@ pub(crate) fn begin_writing(reader: &File, writer: &File) -> Result<(), LockErro
 }
 
 fn take(file: &File, intent: Intent) -> Result<(), LockError> {
-    let used = intent.uses().iter().map(|p| USED + p);
-    let refused = intent.refuses().iter().map(|p| UNSHARED + p);
-    for byte in used.chain(refused) {
+    for byte in intent.bytes() {
         lock(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte, 1).map_err(|source| {
             match source.raw_os_error() {
                 // Someone holds an exclusive lock over it.
@@ -207,6 +211,18 @@ fn look(file: &File, intent: Intent) -> Result<(), LockError> {
         }
     }
     Ok(())
+}
+
+/// Whether others are seen to hold each lock that somebody with this intent holds. This opening has none.
+pub(crate) fn is_held(file: &File, intent: Intent) -> Result<bool, LockError> {
+    for byte in intent.bytes() {
+        let found = lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1)
+            .map_err(|source| LockError::Unsupported { byte, source })?;
+        if c_int::from(found) == libc::F_UNLCK {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// One call of `fcntl`; gives back the kind of lock that it reported.

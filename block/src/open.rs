@@ -4,6 +4,8 @@
 //! by its magic, because a guest writes the bytes of its raw disk itself. And an image names other
 //! files, so whoever may write an image could name any file of the host: a [`BackingPolicy`] decides.
 
+mod headers;
+
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
@@ -25,6 +27,8 @@ use crate::qcow2::{Finding, Repair};
 use crate::raw::{OpenError, RawDisk, RawImage, check_contents, check_raw, open_file};
 use crate::storage::{FileStorage, Storage};
 use crate::unfinished::Seen;
+
+pub(crate) use headers::Headers;
 
 /// How deep a backing chain may be.
 pub(crate) const MAX_DEPTH: usize = 200;
@@ -210,26 +214,12 @@ impl Chain<'_> {
         let write = write && snapshot.is_none();
         let storage = self.storage(path, write)?;
         let mut header = Header::load(&*storage).map_err(|error| unusable(path, "qcow2", error))?;
-        if let Some(seen) = &self.seen {
-            match seen.borrow_mut().next(path, header.unfinished()) {
-                // Images are known by their names, and the one above may have got another since.
-                Err(unfinished) if depth > 0 => tracing::warn!("{unfinished}"),
-                judged => judged?,
-            }
-        }
+        self.judge_mark(path, &header, depth)?;
         if let Some(snapshot) = snapshot {
             look_at(&mut header, &*storage, snapshot)
                 .map_err(|error| unusable(path, "qcow2", error))?;
         }
-        let geometry = header.geometry();
-        let unit = u64::from(storage.alignment());
-        if geometry.cluster() < unit {
-            return Err(OpenError::SmallClusters {
-                path: path.to_owned(),
-                cluster: geometry.cluster(),
-                unit,
-            });
-        }
+        check_clusters(path, &header, &*storage)?;
         if write {
             prepare(path, &mut header, &*storage)?;
         }
@@ -246,17 +236,29 @@ impl Chain<'_> {
         .map_err(|error| unusable(path, "qcow2", error))
     }
 
+    /// Whether all images together show one instant, as far as this one's mark tells.
+    fn judge_mark(&self, path: &Path, header: &Header, depth: usize) -> Result<(), OpenError> {
+        let Some(seen) = &self.seen else {
+            return Ok(());
+        };
+        match seen.borrow_mut().next(path, header.unfinished()) {
+            // Images are known by their names, and the one above may have got another since.
+            Err(unfinished) if depth > 0 => {
+                tracing::warn!("{unfinished}");
+                Ok(())
+            }
+            judged => judged,
+        }
+    }
+
     fn data_file(
         &self,
         path: &Path,
         header: &Header,
         write: bool,
     ) -> Result<Option<Arc<dyn Storage>>, OpenError> {
-        if !header.has_data_file() {
+        let Some(name) = data_name(path, header)? else {
             return Ok(None);
-        }
-        let Some(name) = &header.data_file else {
-            return Err(unusable(path, "qcow2", "it does not name its data file"));
         };
         let other = allowed(self.options.backing, path, name)?;
         match self.storage(&other, write) {
@@ -279,16 +281,45 @@ impl Chain<'_> {
         match self.open(&other, format, false, depth + 1) {
             Ok(Opened::Raw(raw)) => Ok(Some(Backing::Raw(raw))),
             Ok(Opened::Qcow2(image)) => Ok(Some(Backing::Qcow2(image))),
-            // One message for the whole chain, not one for each link.
-            Err(error @ OpenError::EndlessChain { .. }) => Err(error),
-            Err(OpenError::Foreign { path: other, .. }) if format.is_none() => {
-                Err(OpenError::Unstated {
-                    path: path.to_owned(),
-                    other,
-                })
-            }
-            Err(source) => Err(part(path, "backing file", source)),
+            Err(source) => Err(backing_error(path, format, source)),
         }
+    }
+}
+
+/// Why an image cannot be opened whose backing file, with the format that it states, cannot be.
+fn backing_error(path: &Path, format: Option<Format>, source: OpenError) -> OpenError {
+    match source {
+        // One message for the whole chain, not one for each link.
+        OpenError::EndlessChain { .. } => source,
+        OpenError::Foreign { path: other, .. } if format.is_none() => OpenError::Unstated {
+            path: path.to_owned(),
+            other,
+        },
+        source => part(path, "backing file", source),
+    }
+}
+
+/// Sees that direct I/O can reach each cluster.
+fn check_clusters(path: &Path, header: &Header, storage: &dyn Storage) -> Result<(), OpenError> {
+    let (cluster, unit) = (header.geometry().cluster(), storage.alignment().into());
+    if cluster < unit {
+        return Err(OpenError::SmallClusters {
+            path: path.to_owned(),
+            cluster,
+            unit,
+        });
+    }
+    Ok(())
+}
+
+/// The name of an image's data file, if it has one.
+fn data_name<'a>(path: &Path, header: &'a Header) -> Result<Option<&'a OsStr>, OpenError> {
+    if !header.has_data_file() {
+        return Ok(None);
+    }
+    match &header.data_file {
+        Some(name) => Ok(Some(name)),
+        None => Err(unusable(path, "qcow2", "it does not name its data file")),
     }
 }
 

@@ -5,7 +5,8 @@
 //! 1. All queues of the disk have ended. [`Live::let_go`] makes everything durable that it holds, refuses changes, and gives up the locks of
 //!    its whole chain.
 //! 2. The other side opens the disk, under locks of its own.
-//! 3. Should that come to nothing, [`Away::take_back`] takes the locks again, all or none, and says whether a file has been changed since.
+//! 3. Should that come to nothing, [`Away::take_back`] takes the locks again, all or none, and says whether a file has been changed since; where none
+//!    has, [`Away::go_on`] lets the disk be changed again.
 //!
 //! Between the two nobody here may read the disk, and nobody can change it.
 
@@ -44,9 +45,9 @@ pub enum AwayError {
 /// What became of a disk's files while another machine could have them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Back {
-    /// They are as they were: the disk goes on.
+    /// They are as they were: the disk can go on ([`Away::go_on`]).
     Same,
-    /// A file may have been changed: the disk is to be opened anew, and refuses changes.
+    /// A file may have been changed: the disk is to be opened anew.
     Touched,
 }
 
@@ -83,6 +84,8 @@ impl File {
 pub struct Away {
     live: Live,
     files: Vec<File>,
+    /// It takes no changes because of this alone.
+    sealed: bool,
 }
 
 impl Live {
@@ -97,7 +100,10 @@ impl Live {
         if all.iter().any(|file| file.is_leased()) {
             return Err(AwayError::Lease);
         }
-        self.seal().map_err(AwayError::Flush)?;
+        let sealed = !self.is_sealed();
+        if sealed {
+            self.seal().map_err(AwayError::Flush)?;
+        }
         let held = all.into_iter().filter_map(|file| {
             let intent = file.intent()?;
             let before = File::print(&file);
@@ -109,13 +115,16 @@ impl Live {
         });
         let files: io::Result<Vec<File>> = held.collect();
         let files = files.map_err(|error| {
-            self.unseal();
+            if sealed {
+                self.unseal();
+            }
             AwayError::Facts(error)
         })?;
         files.iter().for_each(|held| held.file.give_up());
         Ok(Away {
             live: self.clone(),
             files,
+            sealed,
         })
     }
 
@@ -124,6 +133,14 @@ impl Live {
         match &self.0 {
             Top::Raw(file) => each(file),
             Top::Qcow2(image) => chain_files(image, each),
+        }
+    }
+
+    /// Whether it refuses changes by itself: it is only read.
+    fn is_sealed(&self) -> bool {
+        match &self.0 {
+            Top::Raw(_) => false,
+            Top::Qcow2(image) => image.is_sealed(),
         }
     }
 
@@ -160,8 +177,7 @@ impl Away {
         self.files.iter().any(|held| held.intent == Intent::Write)
     }
 
-    /// Takes the locks of all files again, or of none. With [`Back::Same`] the disk goes on as before; with [`Back::Touched`] it has the locks and
-    /// refuses changes.
+    /// Takes the locks of all files again, or of none. The disk still refuses changes.
     ///
     /// # Errors
     ///
@@ -180,11 +196,17 @@ impl Away {
         if all.contains(&false) {
             return Ok(Back::Touched);
         }
-        self.live.unseal();
         Ok(Back::Same)
     }
 
-    /// Gives up the locks that [`Away::take_back`] has taken of files that were touched.
+    /// Lets the disk be changed again, whose locks [`Away::take_back`] has taken of files that are as they were.
+    pub fn go_on(&self) {
+        if self.sealed {
+            self.live.unseal();
+        }
+    }
+
+    /// Gives up the locks again that [`Away::take_back`] has taken.
     pub fn give_up(&self) {
         self.files.iter().for_each(|held| held.file.give_up());
     }

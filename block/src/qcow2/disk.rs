@@ -14,6 +14,7 @@ use crate::events::{Events, Observer};
 use crate::jobs::JobQueue;
 use crate::live::Live;
 use crate::options::{Aio, DiskOptions};
+use crate::storage::Storage;
 
 /// How many requests of one image are served by blocking calls at once.
 const SLOW_THREADS: usize = 16;
@@ -39,8 +40,7 @@ pub(crate) struct Core {
 impl Core {
     /// The disk's size in bytes, in whole sectors.
     pub(crate) fn size(&self) -> u64 {
-        let size = self.image.disk_size();
-        size - size % SECTOR
+        whole_sectors(self.image.disk_size())
     }
 
     /// Tells of a corruption, if one was found and not told so far.
@@ -51,6 +51,31 @@ impl Core {
             self.events
                 .emit(&crate::events::DiskEvent::Corrupt { message });
         }
+    }
+}
+
+fn whole_sectors(size: u64) -> u64 {
+    size - size % SECTOR
+}
+
+/// What requests to an image are to be multiples of, whose chain has its data in these files.
+fn unit(files: &[Arc<dyn Storage>]) -> u32 {
+    let units = files.iter().map(|file| file.alignment());
+    units.max().unwrap_or(1).max(1)
+}
+
+/// The facts of a disk of `size` bytes whose chain has its data in these files.
+pub(crate) fn facts(size: u64, files: &[Arc<dyn Storage>], policy: &Policy) -> DiskInfo {
+    let hosts = files.iter().filter_map(|file| file.host_file());
+    let logical_block = unit(files).max(512);
+    DiskInfo {
+        size: whole_sectors(size),
+        logical_block,
+        physical_block: hosts.fold(logical_block.max(4096), |block, file| {
+            block.max(file.physical_block())
+        }),
+        read_only: policy.read_only,
+        discard: policy.unmap && !policy.read_only,
     }
 }
 
@@ -68,8 +93,7 @@ impl Qcow2Disk {
     ///
     /// The host's, when it has no thread to give.
     pub(crate) fn new(image: Arc<Qcow2>, options: &DiskOptions) -> io::Result<Self> {
-        let units = image.files().into_iter().map(|file| file.alignment());
-        let unit = units.max().unwrap_or(1).max(1).into();
+        let unit = unit(&image.files()).into();
         let core = Core {
             slow: Crew::new("block-slow", SLOW_THREADS)?,
             policy: Policy::new(options),
@@ -92,18 +116,11 @@ impl Qcow2Disk {
 impl Disk for Qcow2Disk {
     fn info(&self) -> DiskInfo {
         let policy = &self.core.policy;
-        let files = self.core.image.files();
-        let hosts = files.iter().filter_map(|file| file.host_file());
-        let logical_block = u32::try_from(self.core.unit).unwrap_or(512).max(512);
-        DiskInfo {
-            size: self.core.size(),
-            logical_block,
-            physical_block: hosts.fold(logical_block.max(4096), |block, file| {
-                block.max(file.physical_block())
-            }),
-            read_only: policy.read_only,
-            discard: policy.unmap && !policy.read_only,
-        }
+        facts(
+            self.core.image.disk_size(),
+            &self.core.image.files(),
+            policy,
+        )
     }
 
     fn queue(&self, depth: u32) -> Result<Box<dyn IoQueue>, QueueError> {

@@ -67,6 +67,11 @@ impl Qcow2 {
         self.refuse_changes()
     }
 
+    /// Whether it refuses changes already.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.lock().read_only
+    }
+
     /// The last part of [`Qcow2::seal`], which does no I/O.
     pub(crate) fn refuse_changes(&self) -> io::Result<()> {
         let mut meta = self.lock();

@@ -47,6 +47,7 @@ fn another_machine_gets_a_disk_and_it_goes_on_here_where_that_does_nothing_with_
         assert!(matches!(error, AwayError::Busy), "{error}");
         drop(other);
         assert_eq!(away.take_back().unwrap(), Back::Same);
+        away.go_on();
         assert!(is_in_use(opened(&guest)));
         guest.work(20);
         guest.holds_its_model();
@@ -120,6 +121,41 @@ fn a_reader_below_keeps_a_disk_from_being_taken_back_in_part() {
     away.take_back().unwrap_err();
     drop(other);
     assert_eq!(away.take_back().unwrap(), Back::Same);
+    away.go_on();
     guest.work(10);
     guest.holds_its_model();
+}
+
+#[test]
+fn a_disk_that_is_only_read_is_handed_over_and_stays_so() {
+    let Some(bench) = Bench::with_qemu() else {
+        return;
+    };
+    let mut guest = Guest::on(&bench, Format::Qcow2, 44);
+    guest.work(10);
+    let Guest {
+        disk,
+        path,
+        mut options,
+        model,
+        random,
+    } = guest;
+    drop(disk);
+    options.disk.read_only = true;
+    let disk = open_disk(&path, &AnyPath, &options).unwrap();
+    let away = disk.live().unwrap().let_go().unwrap();
+    assert!(!away.is_locked());
+    assert_eq!(away.take_back().unwrap(), Back::Same);
+    away.go_on();
+    let guest = Guest {
+        disk,
+        path,
+        options,
+        model,
+        random,
+    };
+    guest.holds_its_model();
+    assert!(guest.disk.info().read_only);
+    let live = guest.disk.live().unwrap();
+    assert!(live.let_go().is_ok());
 }
