@@ -545,6 +545,46 @@ impl Client {
         self.put("vm.restore", Some(request), taps).map(drop)
     }
 
+    /// Begins to give the machine to another monitor.
+    pub fn send_migration(&mut self, request: &wire::SendMigrationData) -> Result<(), ClientError> {
+        self.ask("vm.send-migration", request)
+    }
+
+    /// Takes a machine from another monitor, with descriptors of taps for the cards that the request names; returns when
+    /// it is there.
+    pub fn receive_migration(
+        &mut self,
+        request: &wire::ReceiveMigrationData,
+        taps: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
+        let answer = self.put("vm.receive-migration", Some(request), taps);
+        answer.map(drop)
+    }
+
+    /// The migration that is under way, or the last one.
+    pub fn migration(&mut self) -> Result<wire::MigrationInfo, ClientError> {
+        self.object("vm.migration")
+    }
+
+    /// Ends the migration that is under way.
+    pub fn cancel_migration(&mut self) -> Result<(), ClientError> {
+        self.command("vm.migration-cancel")
+    }
+
+    /// Changes the limits of the migration that is under way.
+    pub fn set_migration(&mut self, request: &wire::VmMigrationSet) -> Result<(), ClientError> {
+        self.ask("vm.migration-set", request)
+    }
+
+    /// Says what has become of a guest of which it is not known where it runs.
+    pub fn resolve_migration(
+        &mut self,
+        resolution: wire::MigrationResolution,
+    ) -> Result<(), ClientError> {
+        let request = wire::VmMigrationResolve { resolution };
+        self.ask("vm.migration-resolve", &request)
+    }
+
     /// Types on the guest's keyboard.
     pub fn send_key(&mut self, request: &wire::VmSendKey) -> Result<(), ClientError> {
         self.ask("vm.send-key", request)

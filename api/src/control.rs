@@ -59,6 +59,10 @@ pub enum PauseReason {
     Coredump,
     /// A snapshot is being written, after which it goes on.
     Snapshot,
+    /// It goes to another monitor: the rest of it is on its way.
+    Migration,
+    /// It has been given to another monitor, which has not said whether it runs there. Only that, a lock or an operator leads out.
+    InDoubt,
     /// The guest has powered itself off, and is to be paused for that: there is nothing that could go on, and only a
     /// reset leads out.
     PowerOff,
@@ -86,7 +90,9 @@ impl PauseReason {
             | Self::DiskError
             | Self::MemoryLost
             | Self::Coredump
-            | Self::Snapshot => false,
+            | Self::Snapshot
+            | Self::Migration
+            | Self::InDoubt => false,
         }
     }
 }
@@ -166,6 +172,10 @@ pub enum Command {
     DiskLayers,
     /// Build the machine that a snapshot holds, with the descriptors that came along.
     Restore(Box<wire::RestoreConfig>, Vec<OwnedFd>),
+    /// Give the machine to another monitor, as a job.
+    SendMigration(Box<wire::SendMigrationData>),
+    /// Take a machine from another monitor, with the descriptors that came along.
+    ReceiveMigration(Box<wire::ReceiveMigrationData>, Vec<OwnedFd>),
     /// Ask the guest agent.
     Agent(AgentCommand),
     /// Take a picture of the screen.
@@ -379,6 +389,20 @@ pub trait Control: Send + Sync {
     ///
     /// [`ErrorKind::NotFound`], [`ErrorKind::Conflict`] when it has ended.
     fn cancel_job(&self, id: &str) -> Result<(), ControlError>;
+
+    /// The migration that is under way, or the last one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] where there has been none.
+    fn migration(&self) -> Result<wire::MigrationInfo, ControlError>;
+
+    /// Tells something to the migration that is under way.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] where there is none, [`ErrorKind::Conflict`] where it is too late or too early for that, [`ErrorKind::Invalid`].
+    fn steer_migration(&self, order: wire::MigrationOrder) -> Result<(), ControlError>;
 
     /// The sinks of the consoles.
     fn consoles(&self) -> Vec<wire::ConsoleSink>;

@@ -23,6 +23,8 @@ pub enum ExitReason {
     KvmError,
     /// A command or a signal ended it.
     Stopped,
+    /// It goes on in another monitor.
+    Migrated,
     /// It was to power off after a signal and did not within its time, so it
     /// was ended.
     Unresponsive,

@@ -69,6 +69,8 @@ struct Teller {
     stage: Stage,
     rebooting: bool,
     restoring: bool,
+    /// A machine comes from another monitor, which has been heard of.
+    arriving: bool,
 }
 
 impl Teller {
@@ -77,6 +79,7 @@ impl Teller {
             stage: Stage::Off,
             rebooting: false,
             restoring: false,
+            arriving: false,
         }
     }
 
@@ -104,9 +107,30 @@ impl Teller {
             EventKind::Job { info } if begins(info, "coredump") => &["coredumping"],
             EventKind::Job { info } if begins(info, "snapshot") => &["snapshotting"],
             EventKind::Job { info } if completes(info, "snapshot") => &["snapshotted"],
+            EventKind::Job { info } if info.kind == MIGRATION => sent(info),
+            EventKind::Job { info } if info.kind == RECEIVE => self.receive(info),
             _ => &[][..],
         };
         ("vm", words)
+    }
+
+    /// A machine comes, or is waited for.
+    fn receive(&mut self, info: &JobInfo) -> &'static [&'static str] {
+        let arriving = self.arriving;
+        self.arriving = info.state == JobState::Running && info.done > 0;
+        match info.state {
+            JobState::Running if info.done == 0 => &["migration-receive-ready"],
+            JobState::Running if !arriving => &["migration-receive-started"],
+            JobState::Completed if !arriving => {
+                &["migration-receive-started", "migration-receive-finished"]
+            }
+            JobState::Completed => &["migration-receive-finished"],
+            JobState::Failed | JobState::Cancelled => &["migration-receive-failed"],
+            JobState::Running | JobState::Cancelling => {
+                self.arriving = arriving;
+                &[]
+            }
+        }
     }
 
     fn enter(&mut self, state: VmState) -> &'static [&'static str] {
@@ -156,6 +180,21 @@ impl Teller {
         let (source, words) = self.tell(&event.kind);
         let record = |word: &&'static str| written(event.at_us, source, word, properties);
         words.iter().map(record).collect()
+    }
+}
+
+/// The kind of the job of a machine that goes to another monitor.
+const MIGRATION: &str = "migration";
+/// That of one that comes.
+const RECEIVE: &str = "receive";
+
+/// A machine goes to another monitor.
+fn sent(info: &JobInfo) -> &'static [&'static str] {
+    match info.state {
+        JobState::Running if info.done == 0 => &["migration-started"],
+        JobState::Completed => &["migration-finished"],
+        JobState::Failed | JobState::Cancelled => &["migration-failed"],
+        JobState::Running | JobState::Cancelling => &[],
     }
 }
 

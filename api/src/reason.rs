@@ -31,6 +31,10 @@ pub enum Reason {
     ResetAsked,
     /// The machine is paused because memory of its guest is lost.
     MemoryLost,
+    /// The machine goes to another monitor.
+    Migrating,
+    /// The machine is paused because another monitor may run its guest.
+    InDoubt,
     /// The machine is coming to its end.
     ShuttingDown,
 }
@@ -46,7 +50,7 @@ impl Reason {
     pub const FLAGS: &str = "flags";
 
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::NotCreated,
         Self::AlreadyCreated,
         Self::NotRunning,
@@ -59,6 +63,8 @@ impl Reason {
         Self::PoweredOff,
         Self::ResetAsked,
         Self::MemoryLost,
+        Self::Migrating,
+        Self::InDoubt,
         Self::ShuttingDown,
     ];
 
@@ -78,6 +84,8 @@ impl Reason {
             Self::PoweredOff => "powered-off",
             Self::ResetAsked => "reset-asked",
             Self::MemoryLost => "memory-lost",
+            Self::Migrating => "migrating",
+            Self::InDoubt => "in-doubt",
             Self::ShuttingDown => "shutting-down",
         }
     }
@@ -107,6 +115,10 @@ impl Reason {
             }
             Self::MemoryLost => {
                 "VM is paused because memory of its guest is lost: reset it first, or restore it again"
+            }
+            Self::Migrating => "VM is currently migrating and can't be modified",
+            Self::InDoubt => {
+                "VM is paused because another monitor may run it: look there, and then tell with vm.migration-resolve"
             }
             Self::ShuttingDown => "VM is shutting down",
         }

@@ -4,9 +4,13 @@
 //! answered by [`crate::ErrorKind::Unimplemented`] and the name of what is
 //! missing. Anything else is not found.
 
+mod endpoint;
+
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::wire;
+
+pub use endpoint::Endpoint;
 
 /// What all paths begin with.
 pub const BASE: &str = "/api/v1/";
@@ -18,137 +22,6 @@ pub enum Method {
     Get,
     /// Changes.
     Put,
-}
-
-/// An endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Endpoint {
-    /// GET vmm.ping
-    VmmPing,
-    /// PUT vmm.shutdown
-    VmmShutdown,
-    /// GET vmm.openapi
-    VmmOpenapi,
-    /// GET vm.info
-    VmInfo,
-    /// GET vm.counters
-    VmCounters,
-    /// GET vm.balloon
-    VmBalloon,
-    /// GET vm.devices
-    VmDevices,
-    /// GET vm.events
-    VmEvents,
-    /// GET vm.jobs
-    VmJobs,
-    /// PUT vm.job-cancel
-    VmJobCancel,
-    /// GET vm.metrics
-    VmMetrics,
-    /// PUT vm.create
-    VmCreate,
-    /// PUT vm.delete
-    VmDelete,
-    /// PUT vm.boot
-    VmBoot,
-    /// PUT vm.boot-once
-    VmBootOnce,
-    /// PUT vm.shutdown
-    VmShutdown,
-    /// PUT vm.reboot
-    VmReboot,
-    /// PUT vm.reset
-    VmReset,
-    /// PUT vm.pause
-    VmPause,
-    /// PUT vm.resume
-    VmResume,
-    /// PUT vm.power-button
-    VmPowerButton,
-    /// PUT vm.nmi
-    VmNmi,
-    /// PUT vm.resize
-    VmResize,
-    /// PUT vm.resize-disk
-    VmResizeDisk,
-    /// PUT vm.update-disk
-    VmUpdateDisk,
-    /// PUT vm.update-rng
-    VmUpdateRng,
-    /// PUT vm.update-net
-    VmUpdateNet,
-    /// PUT vm.add-disk
-    VmAddDisk,
-    /// PUT vm.add-net
-    VmAddNet,
-    /// PUT vm.add-vsock
-    VmAddVsock,
-    /// PUT vm.add-fs
-    VmAddFs,
-    /// PUT vm.add-virtio
-    VmAddVirtio,
-    /// PUT vm.remove-device
-    VmRemoveDevice,
-    /// PUT vm.send-key
-    VmSendKey,
-    /// PUT vm.input
-    VmInput,
-    /// PUT vm.add-port
-    VmAddPort,
-    /// PUT vm.remove-port
-    VmRemovePort,
-    /// PUT vm.coredump
-    VmCoredump,
-    /// PUT vm.snapshot
-    VmSnapshot,
-    /// PUT vm.snapshot-untrack
-    VmSnapshotUntrack,
-    /// PUT vm.snapshot-copy-in
-    VmSnapshotCopyIn,
-    /// PUT vm.disk-snapshot
-    VmDiskSnapshot,
-    /// PUT vm.disk-stream
-    VmDiskStream,
-    /// PUT vm.disk-commit
-    VmDiskCommit,
-    /// PUT vm.disk-mirror
-    VmDiskMirror,
-    /// PUT vm.disk-backup
-    VmDiskBackup,
-    /// PUT vm.disk-bitmap
-    VmDiskBitmap,
-    /// GET vm.disk-bitmaps
-    VmDiskBitmaps,
-    /// PUT vm.disk-revert
-    VmDiskRevert,
-    /// GET vm.disk-layers
-    VmDiskLayers,
-    /// PUT vm.restore
-    VmRestore,
-    /// PUT vm.agent-ping
-    VmAgentPing,
-    /// GET vm.agent-info
-    VmAgentInfo,
-    /// PUT vm.agent-shutdown
-    VmAgentShutdown,
-    /// PUT vm.agent-fsfreeze
-    VmAgentFsFreeze,
-    /// PUT vm.agent-fsthaw
-    VmAgentFsThaw,
-    /// GET vm.agent-fsstatus
-    VmAgentFsStatus,
-    /// GET vm.agent-network
-    VmAgentNetwork,
-    /// GET vm.screenshot
-    VmScreenshot,
-    /// GET vm.console
-    VmConsoleList,
-    /// PUT vm.console
-    VmConsoleChange,
-    /// PUT vm.console-size
-    VmConsoleSize,
-    /// GET vm.console-attach
-    VmConsoleAttach,
 }
 
 /// Says what a body looks like.
@@ -252,16 +125,6 @@ pub const MISSING: &[Missing] = &[
         "vm.add-vdpa",
         "The vDPA device could not be added to the VM",
         "vDPA devices",
-    ),
-    missing(
-        "vm.receive-migration",
-        "Error receiving migration",
-        "migrations",
-    ),
-    missing(
-        "vm.send-migration",
-        "Error dispatching the migration worker",
-        "migrations",
     ),
 ];
 
@@ -691,6 +554,52 @@ pub const ROUTES: &[Route] = &[
     .about("Builds the machine that a snapshot holds, as it was or with changes; descriptors of taps may come along.")
     .takes::<wire::RestoreConfig>()
     .fails(&[400, 404, 409, 429, 501]),
+    put(
+        Endpoint::VmSendMigration,
+        "vm.send-migration",
+        "Error dispatching the migration worker",
+    )
+    .about("Begins to give the machine to another monitor, as a job: `vm.migration` tells what becomes of it.")
+    .takes::<wire::SendMigrationData>()
+    .fails(&[400, 404, 409, 429, 501]),
+    put(
+        Endpoint::VmReceiveMigration,
+        "vm.receive-migration",
+        "Error receiving migration",
+    )
+    .about("Waits for a machine that another monitor gives, and answers when it is here; descriptors of taps may come along.")
+    .takes::<wire::ReceiveMigrationData>()
+    .fails(&[400, 404, 409, 429, 501]),
+    get(Endpoint::VmMigration, "vm.migration")
+        .failing("There is no migration to tell of")
+        .added()
+        .about("Tells of the migration that is under way, or of the last one.")
+        .gives::<wire::MigrationInfo>()
+        .fails(&[404]),
+    put(
+        Endpoint::VmMigrationCancel,
+        "vm.migration-cancel",
+        "The migration could not be cancelled",
+    )
+    .added()
+    .about("Ends the migration that is under way; the guest goes on where it is.")
+    .fails(&[404, 409]),
+    put(
+        Endpoint::VmMigrationSet,
+        "vm.migration-set",
+        "The migration could not be changed",
+    )
+    .added()
+    .about("Changes the limits of the migration that is under way.")
+    .takes::<wire::VmMigrationSet>(),
+    put(
+        Endpoint::VmMigrationResolve,
+        "vm.migration-resolve",
+        "The migration could not be resolved",
+    )
+    .added()
+    .about("Says what has become of a guest of which it is not known where it runs.")
+    .takes::<wire::VmMigrationResolve>(),
     agent(put(
         Endpoint::VmAgentPing,
         "vm.agent-ping",

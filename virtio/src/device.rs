@@ -483,6 +483,23 @@ pub trait VirtioDevice: Send + DynSnapshot {
         Err(ReconfigureError::Fixed)
     }
 
+    /// With `here` this process does all that the device does to guest memory, rather than the host's kernel, which does not tell what it
+    /// has written; without, the kernel does it again, where it is to. In use or not; it takes no longer than requests that are under way
+    /// are given to end. Most devices have nothing to do for that.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`]; unless it is [`ReconfigureError::Broken`], the device is served as it was.
+    fn serve_here(&mut self, here: bool) -> Result<(), ReconfigureError> {
+        let _ = here;
+        Ok(())
+    }
+
+    /// Why the device cannot go to another host with its guest, if it cannot.
+    fn bound_here(&self) -> Option<&'static str> {
+        None
+    }
+
     /// The machine is a copy of the one whose state has just been restored, or its network is another: what tells the
     /// device from that one's is as it was configured, and its driver is to notice when it has been started.
     fn renew(&mut self) {}

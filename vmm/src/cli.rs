@@ -28,6 +28,7 @@ mod image;
 mod log;
 mod manager;
 mod message;
+mod receive;
 mod remote;
 mod restore;
 mod run;
@@ -105,6 +106,12 @@ enum Verb {
     /// Wait for machines that clients create and boot over a control socket
     #[command(after_help = format!("{}\n\n{EXIT_CODES}", serve::EXAMPLES))]
     Serve(serve::ServeArgs),
+    /// Wait for a machine that another monitor gives, and run it until it ends
+    ///
+    /// The other one gives it with 'vireo migrate'. What the flags do not say of it is as it is there: its disks, networks and
+    /// consoles are looked for under the same names.
+    #[command(after_help = format!("{}\n\n{EXIT_CODES}", receive::EXAMPLES))]
+    Receive(Box<receive::ReceiveArgs>),
     #[command(flatten)]
     Remote(remote::Verb),
     /// Start machines of a template, which share its memory and begin with its disks
@@ -227,6 +234,7 @@ fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
             arguments.numbers(matches.subcommand_matches("run").unwrap_or(&matches)),
         ),
         Verb::Serve(arguments) => (arguments.log_file(), arguments.numbers()),
+        Verb::Receive(arguments) => (arguments.log_file(), serve::Numbers::default()),
         _ => (None, serve::Numbers::default()),
     };
     Ok(Start {
@@ -335,6 +343,10 @@ fn dispatch(
             let matches = matches.subcommand_matches("run").unwrap_or(matches);
             run::execute(*arguments, matches, opener)
         }
+        Verb::Receive(arguments) => {
+            let matches = matches.subcommand_matches("receive").unwrap_or(matches);
+            receive::execute(&arguments, matches, opener)
+        }
         Verb::Remote(verb) => ask(verb, opener),
         Verb::Serve(mut arguments) => {
             arguments.inherit(inherited);
@@ -391,7 +403,7 @@ fn judge(error: anyhow::Error) -> Failure {
 /// The exit code that tells why a machine ended.
 fn exit_code(reason: ExitReason) -> u8 {
     match reason {
-        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped => 0,
+        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped | ExitReason::Migrated => 0,
         ExitReason::GuestPanic => 3,
         ExitReason::TripleFault => 4,
         ExitReason::KvmError => 5,
@@ -434,9 +446,12 @@ fn command(models: &'static [Model]) -> Command {
 
 /// The same as help, manual pages and completions show it.
 fn shown(models: &'static [Model]) -> Command {
-    usage::with_lines(
-        Cli::command().mut_subcommand("run", |command| run::add_devices(command, models)),
-    )
+    let command = Cli::command();
+    let verbs = [("run", "Add"), ("receive", "Have elsewhere, by its id=,")];
+    let with = verbs.into_iter().fold(command, |all, (verb, does)| {
+        all.mut_subcommand(verb, |command| run::add_devices(command, models, does))
+    });
+    usage::with_lines(with)
 }
 
 #[cfg(test)]

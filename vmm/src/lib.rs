@@ -17,6 +17,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod migrate;
 pub mod monitor;
 pub mod notice;
 pub mod opener;

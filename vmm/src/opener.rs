@@ -28,11 +28,13 @@ mod lease;
 mod networks;
 mod outputs;
 mod sealed;
+mod tunnel;
 
 pub use documents::NewFile;
 pub(crate) use documents::{SyncNames, sync_directory};
 pub use outputs::unmarked;
 pub use sealed::SealedImages;
+pub use tunnel::Tunnel;
 
 /// Where KVM is.
 pub const KVM_PATH: &str = "/dev/kvm";

@@ -5,7 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use api::http::{ServerHandle, ServerOptions};
-use api::{Control, Event, EventKind, EventLog, EventMonitor, ExitReason, Subscription, VmState};
+use api::wire::{JobState, ReceiveMigrationData};
+use api::{
+    Answer, Command, Control, ControlError, Event, EventKind, EventLog, EventMonitor, ExitReason,
+    Subscription, VmState,
+};
 use virtio::models::MODELS;
 
 use crate::config::files::OwnFiles;
@@ -13,6 +17,9 @@ use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
 use crate::machine::saved::Saved;
 use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
 use crate::opener::{OpenError, Opener};
+
+/// The kind of the job that waits for a machine of another monitor.
+const RECEIVE: &str = "receive";
 
 /// Where a monitor is controlled, and how it behaves.
 #[derive(Debug, Default)]
@@ -69,23 +76,71 @@ pub fn serve(
     Ok(monitor.serve()?)
 }
 
+/// Waits for the machine that another monitor gives as `request` says, and runs it to its end. `listening` is called once it is
+/// waited for.
+///
+/// # Errors
+///
+/// What kept the machine from coming or going on, or the socket from being made.
+pub fn receive(
+    request: ReceiveMigrationData,
+    endpoint: Endpoint,
+    opener: Arc<Opener>,
+    listening: OnRunning,
+) -> anyhow::Result<ExitReason> {
+    let (monitor, _around) = monitor(endpoint, DEFAULT_SERIAL_REPLAY, opener, None)?;
+    let handle = monitor.handle();
+    let _alarm = when(handle.events(), listening, is_waited_for);
+    let refused: Arc<Mutex<Option<ControlError>>> = Arc::default();
+    let answer: Answer = {
+        let (refused, handle) = (Arc::clone(&refused), handle.clone());
+        Box::new(move |received| {
+            if let Err(error) = received {
+                *refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                // Nobody else is to be waited for.
+                handle.submit(Command::Quit, Box::new(|_| ()));
+            }
+        })
+    };
+    handle.submit(
+        Command::ReceiveMigration(Box::new(request), Vec::new()),
+        answer,
+    );
+    let reason = monitor.serve()?;
+    let refused = refused
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    refused.map_or(Ok(reason), |error| Err(error.into()))
+}
+
 /// Has `running` called when the log tells that the guest runs, or is there and stays paused.
 fn when_running(events: &EventLog, running: OnRunning) -> Subscription {
-    let waiting = Mutex::new(Some(running));
+    when(events, running, |kind| {
+        matches!(
+            kind,
+            EventKind::State {
+                state: VmState::Running | VmState::Paused,
+                ..
+            }
+        )
+    })
+}
+
+/// Whether this tells that a machine is waited for: the job of that begins when somebody listens.
+fn is_waited_for(kind: &EventKind) -> bool {
+    matches!(kind, EventKind::Job { info } if info.kind == RECEIVE && info.state == JobState::Running)
+}
+
+/// Has `then` called once, when the log tells of something that `is_it`.
+fn when(events: &EventLog, then: OnRunning, is_it: fn(&EventKind) -> bool) -> Subscription {
+    let waiting = Mutex::new(Some(then));
     let log = events.clone();
     events.subscribe(Arc::new(move || {
         let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let runs = |event: &Arc<Event>| {
-            matches!(
-                &event.kind,
-                EventKind::State {
-                    state: VmState::Running | VmState::Paused,
-                    ..
-                }
-            )
-        };
-        if waiting.is_some() && log.after(0, usize::MAX).iter().any(runs) {
-            waiting.take().into_iter().for_each(|running| running());
+        let is_it = |event: &Arc<Event>| is_it(&event.kind);
+        if waiting.is_some() && log.after(0, usize::MAX).iter().any(is_it) {
+            waiting.take().into_iter().for_each(|then| then());
         }
     }))
 }

@@ -1,4 +1,5 @@
-//! TLS for those who connect to this machine's server ends, with its certificate.
+//! TLS for those who connect to this machine's server ends, with its certificate; and what two monitors prove to each
+//! other who they are with.
 //!
 //! Version 1.3 alone. The handshake is made as the stream is read and written, so that a peer that is slow with it holds
 //! up nobody. Who the peer is, is asked where there is an authority that knows: then nothing is said to, nor heard of, one
@@ -13,7 +14,7 @@ use devices::display::rfb::{Stream, TlsAcceptor};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
-use rustls::{RootCertStore, ServerConfig, ServerConnection};
+use rustls::{ClientConfig, RootCertStore, ServerConfig, ServerConnection};
 use thiserror::Error;
 
 /// Bytes that a connection holds back for a peer that does not read.
@@ -68,7 +69,7 @@ pub enum TlsError {
         "there is no authority's certificate in the file; it begins with \"-----BEGIN CERTIFICATE-----\""
     )]
     NoAuthority,
-    /// They cannot be used for viewers' certificates.
+    /// They cannot be used for peers' certificates.
     #[error("the authority's certificate cannot be used")]
     UseAuthority(#[source] rustls::Error),
     /// Nobody could be known by them.
@@ -120,6 +121,57 @@ impl ServerTls {
                 authorities,
             }),
         })
+    }
+}
+
+impl ServerTls {
+    /// For those who speak it otherwise than by [`TlsAcceptor`].
+    pub(crate) fn config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.config)
+    }
+}
+
+/// What a client proves with who it is, and knows servers by.
+#[derive(Clone)]
+pub struct ClientTls(Arc<ClientConfig>);
+
+impl fmt::Debug for ClientTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClientTls")
+    }
+}
+
+impl ClientTls {
+    /// TLS with the certificates in the PEM file `chain`, the client's first, and its key in the PEM file `key`, for servers
+    /// that have a certificate of one of the authorities in the PEM file `authority`.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError`], when they are of no use.
+    pub fn from_pem(chain: &[u8], key: &[u8], authority: &[u8]) -> Result<Self, TlsError> {
+        let chain = certificates(chain).map_err(TlsError::Certificate)?;
+        if chain.is_empty() {
+            return Err(TlsError::NoCertificate);
+        }
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(TlsError::Key)?;
+        let authorities = certificates(authority).map_err(TlsError::Authority)?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(TlsError::Use)?
+            .with_root_certificates(known(&authorities)?)
+            .with_client_auth_cert(chain, key)
+            .map_err(TlsError::Use)?;
+        Ok(Self(Arc::new(config)))
+    }
+
+    pub(crate) fn config(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.0)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(config: ClientConfig) -> Self {
+        Self(Arc::new(config))
     }
 }
 
@@ -233,4 +285,4 @@ impl Stream for TlsStream {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

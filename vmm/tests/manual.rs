@@ -138,6 +138,24 @@ fn every_verb_of_image_is_in_the_manuals_table_with_flags_that_exist() {
 }
 
 #[test]
+fn every_preset_of_a_migration_and_every_flag_is_in_the_manual() {
+    let page = page("migration.md");
+    for (name, about) in migration::transport::precopy::PRESETS {
+        let row = format!("| `{name}` | {about} |");
+        assert!(page.contains(&row), "{row}");
+    }
+    let (defined, _) = defined(&help(&["migrate", "--help"]));
+    let told = flags(&page);
+    let of_all_verbs = ["--api-socket", "--verbose", "--help", "--version", "--json"];
+    for flag in defined
+        .iter()
+        .filter(|f| !of_all_verbs.contains(&f.as_str()))
+    {
+        assert!(told.contains(flag), "{flag}");
+    }
+}
+
+#[test]
 fn addresses_and_ports_of_the_machine_are_in_the_manual() {
     let page = page("machine.md");
     let ports = [

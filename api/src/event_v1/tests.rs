@@ -65,6 +65,7 @@ fn a_core_dump_is_told_once_and_other_jobs_are_not() {
             total: 10,
             error: None,
             snapshot: None,
+            migration: None,
         },
     };
     let all = [
@@ -74,6 +75,53 @@ fn a_core_dump_is_told_once_and_other_jobs_are_not() {
         job("coredump", 10, JobState::Completed),
     ];
     assert_eq!(told(&all), ["vm:coredumping"]);
+}
+
+#[test]
+fn machines_that_go_and_come_are_told_once_at_each_step() {
+    let job = |kind: &str, done, state| EventKind::Job {
+        info: JobInfo {
+            id: format!("{kind}-1"),
+            kind: kind.to_owned(),
+            state,
+            done,
+            total: 10,
+            error: None,
+            snapshot: None,
+            migration: None,
+        },
+    };
+    for (end, word) in [
+        (JobState::Completed, "vm:migration-finished"),
+        (JobState::Failed, "vm:migration-failed"),
+        (JobState::Cancelled, "vm:migration-failed"),
+    ] {
+        let going = [
+            job("migration", 0, JobState::Running),
+            job("migration", 5, JobState::Running),
+            job("migration", 5, JobState::Cancelling),
+            job("migration", 5, end),
+        ];
+        assert_eq!(told(&going), ["vm:migration-started", word]);
+    }
+    let coming = |done, end| {
+        let mut jobs = vec![job("receive", 0, JobState::Running)];
+        jobs.extend((1..=done).map(|done| job("receive", done, JobState::Running)));
+        jobs.push(job("receive", done, end));
+        told(&jobs)
+    };
+    let [ready, started, finished, failed] = [
+        "vm:migration-receive-ready",
+        "vm:migration-receive-started",
+        "vm:migration-receive-finished",
+        "vm:migration-receive-failed",
+    ];
+    for done in [0, 1, 3] {
+        let all = coming(done, JobState::Completed);
+        assert_eq!(all, [ready, started, finished], "{done}");
+    }
+    assert_eq!(coming(0, JobState::Failed), [ready, failed]);
+    assert_eq!(coming(2, JobState::Cancelled), [ready, started, failed]);
 }
 
 #[test]

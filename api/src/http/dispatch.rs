@@ -12,6 +12,7 @@ use super::json::{self, Reader};
 use super::mailbox::Mailbox;
 use super::requests::Requests;
 use crate::routes::{Endpoint, Method, Route, Success};
+use crate::wire::MigrationOrder;
 use crate::{AddDevice, AgentCommand, Command, Control, ControlError, Reply, wire};
 
 /// The protocol of `vm.console-attach`.
@@ -126,6 +127,7 @@ impl Dispatcher {
             Endpoint::VmBalloon => Answer::json(&control.balloon().map_err(failure)?),
             Endpoint::VmDevices => Answer::json(&control.devices().map_err(failure)?),
             Endpoint::VmJobs => Answer::json(&control.jobs()),
+            Endpoint::VmMigration => Answer::json(&control.migration().map_err(failure)?),
             Endpoint::VmMetrics => {
                 let kind = match route.success {
                     Success::Text(kind) => kind,
@@ -184,6 +186,11 @@ impl Dispatcher {
             done.map_err(|error| Answer::failure(route.failed, &error))?;
             return Ok(Answer::NOTHING.into());
         }
+        if let Some(order) = self.order(route, &request)? {
+            let told = self.control.steer_migration(order);
+            told.map_err(|error| Answer::failure(route.failed, &error))?;
+            return Ok(Answer::NOTHING.into());
+        }
         let key = request.key;
         let under_way = self.mailbox.commands();
         let most = if is_urgent(route.endpoint) {
@@ -224,6 +231,23 @@ impl Dispatcher {
         Ok(Outcome::Submitted(route))
     }
 
+    /// What a migration is told: that waits for nothing, and not for a command that is under way.
+    fn order(
+        &mut self,
+        route: &'static Route,
+        request: &Request<'_>,
+    ) -> Result<Option<MigrationOrder>, Answer> {
+        Ok(match route.endpoint {
+            Endpoint::VmMigrationCancel => Some(MigrationOrder::Cancel),
+            Endpoint::VmMigrationSet => Some(MigrationOrder::Set(self.body(route, request)?)),
+            Endpoint::VmMigrationResolve => {
+                let wire::VmMigrationResolve { resolution } = self.body(route, request)?;
+                Some(MigrationOrder::Resolve(resolution))
+            }
+            _ => None,
+        })
+    }
+
     fn command_with_body(
         &mut self,
         route: &'static Route,
@@ -257,6 +281,10 @@ impl Dispatcher {
             Endpoint::VmDiskBitmap => Command::DiskBitmap(self.body(route, &request)?),
             Endpoint::VmDiskRevert => Command::DiskRevert(self.body(route, &request)?),
             Endpoint::VmRestore => Command::Restore(self.body(route, &request)?, descriptors),
+            Endpoint::VmSendMigration => Command::SendMigration(self.body(route, &request)?),
+            Endpoint::VmReceiveMigration => {
+                Command::ReceiveMigration(self.body(route, &request)?, descriptors)
+            }
             Endpoint::VmConsoleChange => Command::Console(self.body(route, &request)?),
             Endpoint::VmConsoleSize => Command::ConsoleSize(self.body(route, &request)?),
             Endpoint::VmAgentShutdown => {
@@ -327,6 +355,8 @@ pub(super) fn completed(
         (Err(error), _) => Answer::failure_as_wished(route.failed, error, wishes),
         (Ok(Reply::Added(place)), _) => Answer::json(place),
         (Ok(Reply::Port(port)), _) => Answer::json(port),
+        // v1's clients take a body for a failure.
+        (Ok(Reply::Started(_)), Success::Nothing) => Answer::NOTHING,
         (Ok(Reply::Started(job)), _) => Answer::json(job),
         (Ok(Reply::Overlaid(disks)), _) => Answer::json(disks),
         (Ok(Reply::Layers(chains)), _) => Answer::json(chains),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ConsolePort, LinkState, MemoryRestoreMode, VmConfig};
+use super::{ConsolePort, LinkState, MemoryRestoreMode, MigrationInfo, VmConfig};
 use crate::PauseReason;
 
 /// `vmm.ping`.
@@ -239,6 +239,9 @@ pub struct JobInfo {
     /// What a snapshot was like that has been made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotReport>,
+    /// What a migration was like that has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Box<MigrationInfo>>,
 }
 
 /// How a snapshot was made.

@@ -8,6 +8,7 @@
 //! * [`agent`]: what the guest agent is asked and answers.
 //! * [`disk`]: what is done to the images of disks in use.
 //! * [`input`]: keyboards and pointers.
+//! * [`migrate`]: machines that go to other monitors.
 //!
 //! Fields that are not set are left out. What v1 knows and this monitor has
 //! not is parsed all the same, so that it can be refused by name.
@@ -18,6 +19,7 @@ pub mod config;
 pub mod device;
 pub mod disk;
 pub mod input;
+pub mod migrate;
 pub mod request;
 pub mod restore;
 #[cfg(test)]
@@ -29,5 +31,6 @@ pub use config::*;
 pub use device::*;
 pub use disk::*;
 pub use input::*;
+pub use migrate::*;
 pub use request::*;
 pub use restore::*;

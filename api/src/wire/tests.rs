@@ -160,6 +160,68 @@ fn null_is_taken_where_a_field_may_be_absent_and_nowhere_else() {
 }
 
 #[test]
+fn what_clients_leave_out_of_migrations_may_be_null() {
+    let send = json!({
+        "destination_url": "unix:/s", "downtime_ms": null, "timeout_s": null,
+        "timeout_strategy": null, "connections": null, "tls_dir": null, "preset": null,
+        "bandwidth": null, "stall_s": null, "throttle": null, "delta_cache": null,
+        "copy_storage": null,
+    });
+    let plain = SendMigrationData {
+        destination_url: "unix:/s".to_owned(),
+        ..SendMigrationData::default()
+    };
+    assert_eq!(
+        serde_json::from_value::<SendMigrationData>(send).unwrap(),
+        plain
+    );
+    for field in ["local", "preserve_source", "memory_mode", "compression"] {
+        let told = refused::<SendMigrationData>(&json!({ "destination_url": "", field: null }));
+        assert!(told.contains("line 1 column"), "{field}: {told}");
+    }
+    let receive = json!({
+        "receiver_url": "unix:/s", "tls_dir": null, "zone_updates": null, "vfio_fds": null,
+        "iommufd_fd": null, "net_fds": null, "overrides": null, "wait_s": null,
+    });
+    let plain = ReceiveMigrationData {
+        receiver_url: "unix:/s".to_owned(),
+        ..ReceiveMigrationData::default()
+    };
+    assert_eq!(
+        serde_json::from_value::<ReceiveMigrationData>(receive).unwrap(),
+        plain
+    );
+    let unknown = |told: String| assert!(told.contains("unknown field `x`"), "{told}");
+    unknown(refused::<VmMigrationSet>(&json!({ "x": 1 })));
+    unknown(refused::<VmMigrationResolve>(
+        &json!({ "resolution": "Resume", "x": 1 }),
+    ));
+    let set = json!({
+        "bandwidth": null, "downtime_ms": null, "timeout_s": null, "timeout_strategy": null,
+        "throttle": null,
+    });
+    assert_eq!(
+        serde_json::from_value::<VmMigrationSet>(set).unwrap(),
+        VmMigrationSet::default()
+    );
+}
+
+#[test]
+fn a_migration_is_printed_without_what_is_not_known() {
+    let info = MigrationInfo {
+        job: "migration-1".to_owned(),
+        ..MigrationInfo::default()
+    };
+    kept::<MigrationInfo>(&serde_json::to_string(&info).unwrap());
+    let printed = serde_json::to_value(&info).unwrap();
+    assert_eq!(printed["phase"], "connecting");
+    assert_eq!(printed["direction"], "outgoing");
+    for field in ["bandwidth", "expected_downtime_us", "downtime_us", "error"] {
+        assert!(printed.get(field).is_none(), "{field}");
+    }
+}
+
+#[test]
 fn fields_that_are_not_known_are_passed_over_except_beside_buckets() {
     let config = json!({
         "x": 1,

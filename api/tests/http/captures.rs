@@ -148,6 +148,29 @@ fn ch_remotes_requests_are_understood() {
     assert_eq!(client.exchange(restore), NOTHING);
 }
 
+/// What v1's client sends for migrations: all fields, with nulls where nothing is given.
+#[test]
+fn ch_remotes_migrations_are_understood() {
+    let fake = Fake::obedient();
+    let server = Server::of(&fake);
+    let mut client = server.connect();
+    let send = put(
+        "vm.send-migration",
+        r#"{"destination_url":"unix:/s","local":false,"downtime_ms":300,"timeout_s":3600,"timeout_strategy":"Cancel","connections":1,"tls_dir":null,"memory_mode":"Precopy","preserve_source":false}"#,
+    );
+    assert_eq!(client.exchange(send), NOTHING);
+    for zones in ["[]", "null"] {
+        let receive = format!(
+            r#"{{"receiver_url":"tcp:0.0.0.0:4444","tls_dir":null,"net_fds":null,"vfio_fds":null,"iommufd_fd":null,"zone_updates":{zones},"memory_mode":"Precopy"}}"#,
+        );
+        assert_eq!(
+            client.exchange(put("vm.receive-migration", &receive)),
+            NOTHING
+        );
+    }
+    assert!(fake.events.after(0, 9).is_empty(), "no unknown fields");
+}
+
 /// Kata's generated Go client, as `net/http` writes its requests: a length of 0 where
 /// there is no body, a line end behind a body, and one connection for all of them.
 #[test]
@@ -253,6 +276,7 @@ const NO_OBJECT: [&str; 10] = [
 fn every_route_is_served() {
     let mut fake = Fake::obedient();
     Arc::get_mut(&mut fake).unwrap().created = true;
+    *fake.migration.lock().unwrap() = Some(wire::MigrationInfo::default());
     let server = Server::of(&fake);
     let bodies = [
         ("vm.create", "{}"),
@@ -280,6 +304,10 @@ fn every_route_is_served() {
         ("vm.disk-bitmap", r#"{"id":"d","name":"b","action":"add"}"#),
         ("vm.disk-revert", r#"{"id":"d","reset":true}"#),
         ("vm.restore", r#"{"source_url":"file://s"}"#),
+        ("vm.send-migration", r#"{"destination_url":"unix:/s"}"#),
+        ("vm.receive-migration", r#"{"receiver_url":"unix:/s"}"#),
+        ("vm.migration-set", "{}"),
+        ("vm.migration-resolve", r#"{"resolution":"Resume"}"#),
         ("vm.console", r#"{"remove":"1"}"#),
         ("vm.console-size", r#"{"columns":80,"rows":24}"#),
         ("vm.job-cancel", r#"{"id":"1"}"#),

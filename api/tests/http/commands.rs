@@ -131,6 +131,7 @@ fn a_command_that_goes_on_as_a_job_is_answered_with_the_job() {
         total: 7,
         error: None,
         snapshot: None,
+        migration: None,
     };
     let fake = Fake::new(move |_| Some(Ok(Reply::Started(job.clone()))));
     let dump = put("vm.coredump", r#"{"destination_url":"file://c"}"#);

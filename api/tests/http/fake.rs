@@ -26,6 +26,10 @@ pub struct Fake {
     held: Mutex<Vec<Answer>>,
     pub consoles: Mutex<Vec<UnixStream>>,
     pub created: bool,
+    /// The migration that there is.
+    pub migration: Mutex<Option<wire::MigrationInfo>>,
+    /// What it has been told.
+    pub orders: Mutex<Vec<wire::MigrationOrder>>,
 }
 
 impl Fake {
@@ -39,6 +43,8 @@ impl Fake {
             held: Mutex::default(),
             consoles: Mutex::default(),
             created: false,
+            migration: Mutex::default(),
+            orders: Mutex::default(),
         })
     }
 
@@ -179,6 +185,22 @@ impl Control for Fake {
                 format!("There is no job {id}"),
             )),
         }
+    }
+
+    fn migration(&self) -> Result<wire::MigrationInfo, ControlError> {
+        let migration = self.migration.lock().unwrap().clone();
+        migration.ok_or_else(|| ControlError::new(ErrorKind::NotFound, "nothing goes anywhere"))
+    }
+
+    fn steer_migration(&self, order: wire::MigrationOrder) -> Result<(), ControlError> {
+        self.migration()?;
+        let mut orders = self.orders.lock().unwrap();
+        // It is told once.
+        if orders.contains(&order) {
+            return Err(ControlError::new(ErrorKind::Conflict, "it is too late"));
+        }
+        orders.push(order);
+        Ok(())
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {

@@ -14,4 +14,5 @@ mod events;
 mod fake;
 mod framing;
 mod hostile;
+mod migrations;
 mod segments;

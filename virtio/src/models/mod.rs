@@ -46,6 +46,8 @@ pub struct BuildContext {
     pub groups: RateGroups,
     /// Where the ports of a console lead on the host.
     pub ports: Arc<dyn console::PortHost>,
+    /// What the image of a disk is known to be that is not opened yet: the device is to get it, as for [`VirtioDevice::exchange_disk`], before it is started.
+    pub awaited: Option<block::DiskInfo>,
 }
 
 /// Why a device could not be built from its configuration.

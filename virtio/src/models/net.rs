@@ -109,6 +109,8 @@ pub struct Net {
     only_kernel: bool,
     /// It does.
     by_kernel: bool,
+    /// It is not to for now: it does not tell what it writes to guest memory.
+    here: bool,
     /// What the driver started it with, while it is active.
     running: Option<Running>,
     /// The features that the driver has accepted.
@@ -188,6 +190,7 @@ impl Net {
             engines: None,
             only_kernel: false,
             by_kernel: false,
+            here: false,
             running: None,
             accepted: 0,
             restored: false,
@@ -395,6 +398,15 @@ impl VirtioDevice for Net {
 
     fn reconfigure(&mut self, prepared: Prepared) -> Result<Reconfigured, ReconfigureError> {
         self.change(prepared.take()?)
+    }
+
+    fn serve_here(&mut self, here: bool) -> Result<(), ReconfigureError> {
+        let before = std::mem::replace(&mut self.here, here);
+        self.hand_over().inspect_err(|error| {
+            if !matches!(error, ReconfigureError::Broken(_)) {
+                self.here = before;
+            }
+        })
     }
 
     fn reset(&mut self) {

@@ -513,6 +513,11 @@ impl Core {
         self.device.disk()
     }
 
+    /// The features that are offered, and those that the driver has taken.
+    pub fn features(&self) -> (u64, u64) {
+        (self.offered, self.driver_features)
+    }
+
     /// As [`VirtioDevice::exchange_disk`]. The driver sees no difference.
     pub fn exchange_disk(&mut self, image: DiskImage) -> Result<DiskImage, ExchangeError> {
         self.device.exchange_disk(image)
@@ -547,6 +552,16 @@ impl Core {
             self.signals.config_changed();
         }
         Ok(())
+    }
+
+    /// As [`VirtioDevice::serve_here`].
+    pub fn serve_here(&mut self, here: bool) -> Result<(), ReconfigureError> {
+        self.device.serve_here(here)
+    }
+
+    /// As [`VirtioDevice::bound_here`].
+    pub fn bound_here(&self) -> Option<&'static str> {
+        self.device.bound_here()
     }
 
     /// See [`VirtioDevice::renew`].

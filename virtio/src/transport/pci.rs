@@ -270,6 +270,13 @@ impl VirtioPci {
         self.core().disk()
     }
 
+    /// The features that are offered, and those of them that the driver uses: a device that is to be restored from this one has to offer those.
+    #[must_use]
+    pub fn features(&self) -> (u64, u64) {
+        let (offered, taken) = self.core().features();
+        (offered, offered & taken)
+    }
+
     /// Has requests go to another image from the next start on; see [`VirtioDevice::exchange_disk`].
     ///
     /// # Errors
@@ -337,6 +344,22 @@ impl VirtioPci {
     /// [`ReconfigureError`].
     pub fn reconfigure(&self, prepared: Prepared) -> Result<(), ReconfigureError> {
         self.core().reconfigure(prepared)
+    }
+
+    /// Has this process do what the device does to guest memory, or leaves it to the host's kernel again, where that is to; see
+    /// [`VirtioDevice::serve_here`]. The guest may be running, and finds the device's registers slow to answer until it is done.
+    ///
+    /// # Errors
+    ///
+    /// [`ReconfigureError`].
+    pub fn serve_here(&self, here: bool) -> Result<(), ReconfigureError> {
+        self.core().serve_here(here)
+    }
+
+    /// Why the device cannot go to another host with its guest, if it cannot.
+    #[must_use]
+    pub fn bound_here(&self) -> Option<&'static str> {
+        self.core().bound_here()
     }
 
     /// See [`VirtioDevice::renew`]. The device has been restored and not been started.

@@ -95,6 +95,7 @@ pub fn context() -> BuildContext {
         cpus: 1,
         groups: RateGroups::default(),
         ports: std::sync::Arc::new(NoPorts),
+        awaited: None,
     }
 }
 

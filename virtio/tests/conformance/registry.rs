@@ -164,6 +164,16 @@ fn every_model_counts_what_it_does() {
 }
 
 #[test]
+fn directories_alone_do_not_go_to_another_host_with_their_guest() {
+    for model in MODELS {
+        let subject = Subject::model(model);
+        let rig = Rig::new(&subject);
+        let bound = rig.device.bound_here().is_some();
+        assert_eq!(bound, subject.name == "fs", "{}", subject.name);
+    }
+}
+
+#[test]
 fn every_model_saves_a_section_of_its_own_that_can_be_put_back() {
     report(
         "its section is not named virtio-KIND, or is refused",

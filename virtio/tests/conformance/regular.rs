@@ -64,6 +64,20 @@ fn every_kind_is_registered_once_and_described() {
 }
 
 #[test]
+fn what_the_driver_has_taken_is_told_with_what_is_offered() {
+    for subject in all() {
+        let rig = Rig::new(&subject);
+        let driver = Driver::probe(&rig);
+        let offered = driver.offered();
+        assert_eq!(rig.device.features(), (offered, 0), "{}", subject.name);
+        assert!(driver.negotiate(VERSION_1));
+        assert_eq!(rig.device.features(), (offered, VERSION_1));
+        driver.reset();
+        assert_eq!(rig.device.features(), (offered, 0));
+    }
+}
+
+#[test]
 fn the_function_is_a_modern_virtio_device_with_all_its_capabilities() {
     for subject in all() {
         let identity = subject.make().identity();

@@ -32,6 +32,7 @@ pub fn context() -> BuildContext {
         cpus: 2,
         groups: virtio::limit::RateGroups::default(),
         ports: Arc::new(Loops),
+        awaited: None,
     }
 }
 

@@ -111,18 +111,29 @@ fn leave_session(parent: u32) -> bool {
 
 impl Detached {
     /// The guest runs: lets go of the user's terminal, and of the user.
-    pub(super) fn go(mut self) {
+    pub(super) fn go(self) {
+        self.release();
+        // When the user has gone, nobody is to be told.
+        let _told = self.tell();
+    }
+
+    /// The user's end is not that of the machine any more. On the thread that has made the process: the kernel keeps in mind whose
+    /// parent it is.
+    pub(super) fn release(&self) {
         // SAFETY: the call has no pointers.
         #[expect(unsafe_code, reason = "prctl is a system call")]
         unsafe {
             libc::prctl(libc::PR_SET_PDEATHSIG, 0);
         }
+    }
+
+    /// Lets go of the user's terminal, and of the user, from any thread; whether the user was still there.
+    pub(super) fn tell(mut self) -> bool {
         let (nothing, messages) = (self.nothing.as_raw_fd(), self.messages.as_raw_fd());
         for (from, to) in [(nothing, 0), (nothing, 1), (messages, 2)] {
             redirect(from, to);
         }
-        // When the user has gone, nobody is to be told.
-        let _ = self.report.write_all(&[RUNS]);
+        self.report.write_all(&[RUNS]).is_ok()
     }
 
     /// What takes the reason why the guest does not run, for who waits for it; `None` where the host has no descriptor left.

@@ -107,7 +107,7 @@ fn start(parsed: ManagerArgs, matches: ArgMatches) -> Start {
 /// The flags of `vireo run` with the liberties of Cloud Hypervisor.
 fn command(models: &'static [Model]) -> Command {
     let version = concat!(env!("CARGO_PKG_VERSION"));
-    let command = run::add_devices(ManagerArgs::command(), models).version(version);
+    let command = run::add_devices(ManagerArgs::command(), models, "Add").version(version);
     let many: Vec<String> = command
         .get_arguments()
         .filter(|argument| matches!(argument.get_action(), ArgAction::Append))

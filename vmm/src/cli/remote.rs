@@ -14,6 +14,8 @@ mod jobs;
 mod keys;
 mod layers;
 mod lifecycle;
+mod migrate;
+mod migration;
 mod mirror;
 mod net;
 mod overlay;
@@ -27,6 +29,8 @@ mod show;
 mod snapshot;
 mod stream;
 mod watch;
+
+pub(super) use migration::{nonzero, seconds};
 
 use clap::Subcommand;
 use serde::Serialize;
@@ -144,6 +148,27 @@ pub(super) enum Verb {
         #[command(subcommand)]
         verb: snapshot::SnapshotVerb,
     },
+    /// Give a machine to another monitor while its guest runs
+    ///
+    /// The other one waits for it with 'vireo receive'. This monitor ends when the guest runs there. Ctrl-C cancels it, and
+    /// the guest goes on here; when it fails, too.
+    #[command(after_help = migrate::EXAMPLES)]
+    Migrate(migrate::MigrateArgs),
+    /// Tell how far a migration is, or how the last one ended
+    #[command(after_help = migration::STATUS_EXAMPLES)]
+    MigrateStatus(show::ShowArgs),
+    /// End a migration; the guest goes on where it is
+    #[command(after_help = migration::CANCEL_EXAMPLES)]
+    MigrateCancel(lifecycle::PlainArgs),
+    /// Change the limits of a migration while it is under way
+    #[command(after_help = migration::SET_EXAMPLES)]
+    MigrateSet(migration::SetArgs),
+    /// Say what has become of a guest of which it is not known where it runs
+    ///
+    /// The source does not know whether the destination runs the guest when that has not answered after the guest was given to
+    /// it. Both at once would destroy the guest's disks: look there first.
+    #[command(after_help = migration::RESOLVE_EXAMPLES)]
+    MigrateResolve(migration::ResolveArgs),
     /// Write what the screen shows into a PNG file
     ///
     /// The machine needs a screen (--display). It may run or be paused, and is not stopped.
@@ -195,6 +220,11 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
         Verb::Port { verb } => port::run(verb),
         Verb::Coredump(arguments) => coredump::coredump(arguments),
         Verb::Snapshot { verb } => snapshot::run(verb, opener),
+        Verb::Migrate(arguments) => migrate::migrate(arguments),
+        Verb::MigrateStatus(arguments) => migration::status(&arguments),
+        Verb::MigrateCancel(arguments) => migration::cancel(&arguments),
+        Verb::MigrateSet(arguments) => migration::set(&arguments),
+        Verb::MigrateResolve(arguments) => migration::resolve(&arguments),
         Verb::Screenshot(arguments) => screenshot::screenshot(arguments, opener),
         Verb::Agent { verb } => agent::run(verb),
         Verb::Jobs { verb } => jobs::run(verb),

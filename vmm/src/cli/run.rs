@@ -1,5 +1,6 @@
 //! `vireo run`: its flags, and how they become a configuration.
 
+mod help;
 mod outside;
 
 use std::io::IsTerminal;
@@ -7,19 +8,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::wire::RestoreIdentity;
-use clap::builder::StyledStr;
 use clap::parser::ValueSource;
-use clap::{Arg, ArgAction, ArgMatches, Args, Command};
+use clap::{ArgAction, ArgMatches, Args};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use virtio::models::{MODELS, Model};
-use virtio::schema::{Field, FieldKind};
+use virtio::schema::Field;
+
+pub(super) use self::help::{add_devices, keys};
 
 use super::detach::{Side, detach};
 use super::serve::{Numbers, SocketArgs};
 use super::{Failure, definition, exit_code, judge, restore};
-use crate::config::device::{COMMON_FIELDS, DeviceFlagError, shorthand};
+use crate::config::device::DeviceFlagError;
 use crate::config::display::{self, DISPLAY_FIELDS};
 use crate::config::flag::{self, FlagError, FlagTable};
 use crate::config::port::{self, PORT_FIELDS};
@@ -287,78 +289,6 @@ pub(super) struct RunArgs {
 
 fn seconds(text: &str) -> Result<u64, flag::ValueError> {
     flag::parse_number(text)
-}
-
-/// Adds a flag for each model, and `--device` for all of them.
-pub(super) fn add_devices(command: Command, models: &'static [Model]) -> Command {
-    let flags = models.iter().map(|model| {
-        let flag = Arg::new(model.flag)
-            .long(model.flag)
-            .value_name(value_name(model))
-            .action(ArgAction::Append)
-            .help_heading(DEVICES)
-            .help(format!("Add {}", model.about))
-            .long_help(model_help(model));
-        if model.fields.iter().any(|field| field.required) {
-            flag
-        } else {
-            flag.num_args(0..=1).default_missing_value("")
-        }
-    });
-    let kinds: Vec<&str> = models.iter().map(|model| model.kind).collect();
-    let generic = Arg::new(DEVICE)
-        .long(DEVICE)
-        .value_name("KIND,key=value,…")
-        .action(ArgAction::Append)
-        .help_heading(DEVICES)
-        .help("Add a device of any kind, with the keys of its own flag")
-        .long_help(format!(
-            "Add a device of any kind, with the keys of its own flag. Kinds: {}.",
-            kinds.join(", ")
-        ));
-    command.args(flags).arg(generic)
-}
-
-fn value_name(model: &Model) -> &'static str {
-    match shorthand(model) {
-        Some("path") => "path=PATH,…",
-        _ => "key=value,…",
-    }
-}
-
-fn model_help(model: &Model) -> StyledStr {
-    let short = shorthand(model).map_or_else(String::new, |key| {
-        format!(" --{0} X is --{0} {key}=X.", model.flag)
-    });
-    let about = format!("Add {}. May be repeated.{short}", model.about);
-    keys(&about, &[model.fields, COMMON_FIELDS])
-}
-
-/// A help text that ends with a line for each key.
-fn keys(about: &str, tables: &[&[Field]]) -> StyledStr {
-    let mut text = format!("{about}\n\nKeys:");
-    for field in tables.iter().copied().flatten() {
-        let required = if field.required { " (required)" } else { "" };
-        text.push_str(&format!(
-            "\n  {}={}: {}{required}",
-            field.name,
-            placeholder(field.kind),
-            field.help
-        ));
-    }
-    text.into()
-}
-
-fn placeholder(kind: FieldKind) -> String {
-    match kind {
-        FieldKind::Switch => "on|off".to_owned(),
-        FieldKind::Bytes => "SIZE".to_owned(),
-        FieldKind::Number => "N".to_owned(),
-        FieldKind::Text => "TEXT".to_owned(),
-        FieldKind::Ipv4 => "ADDRESS".to_owned(),
-        FieldKind::Path => "PATH".to_owned(),
-        FieldKind::Choice(words) => words.join("|"),
-    }
 }
 
 impl RunArgs {
@@ -771,7 +701,7 @@ fn cpus(text: &str) -> anyhow::Result<Map<String, Value>> {
 }
 
 /// The devices, in the order in which the command line gives them.
-fn devices(
+pub(super) fn devices(
     matches: &ArgMatches,
     models: &'static [Model],
 ) -> Result<Vec<DeviceConfig>, DeviceFlagError> {

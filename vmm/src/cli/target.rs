@@ -189,6 +189,10 @@ fn mend(reason: Reason) -> Option<&'static str> {
         Reason::PoweredOff | Reason::ResetAsked | Reason::MemoryLost => {
             Some("'vireo reset' and then 'vireo resume', or 'vireo shutdown --force'")
         }
+        Reason::Migrating => {
+            Some("'vireo migrate-status' tells how far it is, and 'vireo migrate-cancel' ends it")
+        }
+        Reason::InDoubt => Some("see whether it runs there, and then 'vireo migrate-resolve'"),
         // The messages say what is to be done, or that there is nothing to do.
         Reason::AlreadyCreated | Reason::Paused | Reason::ShuttingDown => None,
     }

@@ -72,10 +72,14 @@ fn beside_name(words: &Arg) -> (usize, usize) {
 fn with_line(command: Command, path: &str, words: &[String]) -> Command {
     let mut start = format!("{path} [OPTIONS]");
     for argument in one_of(&command) {
-        let value = argument.get_value_names().unwrap_or_default().join(" ");
+        let names = argument.get_value_names().unwrap_or_default();
+        let names = names
+            .iter()
+            .filter(|_| argument.get_action().takes_values());
+        let value: String = names.map(|name| format!(" {name}")).collect();
         let flag = argument.get_long().unwrap_or_default();
         // A text can always be written to.
-        let _ = write!(start, " [--{flag} {value}]");
+        let _ = write!(start, " [--{flag}{value}]");
     }
     let all = words.join(" ");
     let others = words.get(1..).unwrap_or_default().join(" ");
@@ -132,6 +136,12 @@ mod tests {
                 " [--cpus COUNT] [--memory SIZE] [--balloon SIZE] NAME",
                 " [--cpus COUNT] [--memory SIZE] [--balloon SIZE]",
             ),
+            (
+                &["migrate-resolve"],
+                " [--resume] [--abandon] NAME",
+                " [--resume] [--abandon]",
+            ),
+            (&["migrate"], " NAME DEST", " DEST"),
         ] {
             let usage = usage(verbs);
             let verb = verbs.join(" ");

@@ -12,6 +12,8 @@
 //! TOML: a table `features` with a number for each word, by the names in [`WORDS`]. What is
 //! not there is 0.
 
+mod names;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use serde::Deserialize;
 
 use crate::opener::{OpenError, Opener};
+use names::NAMES;
 
 /// A register of a subleaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,9 +85,14 @@ const COUNT: usize = 13;
 const LEAF1_ECX: usize = 0;
 const LEAF1_EDX: usize = 1;
 const LEAF7_EBX: usize = 2;
+const LEAF7_ECX: usize = 3;
+const LEAF7_EDX: usize = 4;
+const LEAF7_1_EAX: usize = 5;
 const XCR0: usize = 7;
+const XSAVE: usize = 8;
 const AMD_ECX: usize = 9;
 const AMD_EDX: usize = 10;
+const AMD_EBX8: usize = 11;
 
 /// The words, in the order of a [`Baseline`].
 const WORDS: [Word; COUNT] = [
@@ -101,50 +109,6 @@ const WORDS: [Word; COUNT] = [
     word("leaf_80000001_edx", 0x8000_0001, 0, Edx, 0),
     word("leaf_80000008_ebx", 0x8000_0008, 0, Ebx, AMD_EBX8_KEPT),
     word("leaf_80000021_eax", 0x8000_0021, 0, Eax, u32::MAX),
-];
-
-/// Names of bits, by the index of their word, as Linux has them in `/proc/cpuinfo`.
-const NAMES: &[(usize, u32, &str)] = &[
-    (LEAF1_ECX, 0, "pni"),
-    (LEAF1_ECX, 1, "pclmulqdq"),
-    (LEAF1_ECX, 9, "ssse3"),
-    (LEAF1_ECX, 12, "fma"),
-    (LEAF1_ECX, 13, "cx16"),
-    (LEAF1_ECX, 17, "pcid"),
-    (LEAF1_ECX, 19, "sse4_1"),
-    (LEAF1_ECX, 20, "sse4_2"),
-    (LEAF1_ECX, 22, "movbe"),
-    (LEAF1_ECX, 23, "popcnt"),
-    (LEAF1_ECX, 25, "aes"),
-    (LEAF1_ECX, 26, "xsave"),
-    (LEAF1_ECX, 28, "avx"),
-    (LEAF1_ECX, 29, "f16c"),
-    (LEAF1_ECX, 30, "rdrand"),
-    (LEAF1_EDX, 0, "fpu"),
-    (LEAF1_EDX, 8, "cx8"),
-    (LEAF1_EDX, 15, "cmov"),
-    (LEAF1_EDX, 23, "mmx"),
-    (LEAF1_EDX, 24, "fxsr"),
-    (LEAF1_EDX, 25, "sse"),
-    (LEAF1_EDX, 26, "sse2"),
-    (LEAF7_EBX, 0, "fsgsbase"),
-    (LEAF7_EBX, 3, "bmi1"),
-    (LEAF7_EBX, 5, "avx2"),
-    (LEAF7_EBX, 8, "bmi2"),
-    (LEAF7_EBX, 9, "erms"),
-    (LEAF7_EBX, 10, "invpcid"),
-    (LEAF7_EBX, 16, "avx512f"),
-    (LEAF7_EBX, 18, "rdseed"),
-    (LEAF7_EBX, 19, "adx"),
-    (LEAF7_EBX, 29, "sha_ni"),
-    (XCR0, 2, "the state of AVX"),
-    (AMD_ECX, 0, "lahf_lm"),
-    (AMD_ECX, 5, "abm"),
-    (AMD_EDX, 11, "syscall"),
-    (AMD_EDX, 20, "nx"),
-    (AMD_EDX, 26, "pdpe1gb"),
-    (AMD_EDX, 27, "rdtscp"),
-    (AMD_EDX, 29, "lm"),
 ];
 
 /// FPU to CX8, APIC, SEP to PSE36, CLFLUSH, MMX, FXSR, SSE, SSE2.
@@ -384,6 +348,40 @@ fn restrict_state(entries: &mut Vec<kvm_cpuid_entry2>) {
             _ => (),
         }
     }
+}
+
+/// The features that are in a register of a subleaf, each by one word. `None`: it lists none, or it is not known of it.
+///
+/// `register` counts from EAX on.
+#[must_use]
+pub fn features((leaf, subleaf): (u32, u32), register: usize, value: u32) -> Option<Vec<String>> {
+    let wanted = *[Eax, Ebx, Ecx, Edx].get(register)?;
+    let is_it = |word: &Word| (word.leaf, word.subleaf, word.register) == (leaf, subleaf, wanted);
+    let index = WORDS.iter().position(is_it)?;
+    let word = |bit| {
+        let known = NAMES
+            .iter()
+            .find(|known| (known.0, known.1) == (index, bit));
+        known.map_or_else(
+            || format!("bit{bit}"),
+            |(_, _, name)| name.replace(' ', "_"),
+        )
+    };
+    let bits = (0..u32::BITS).filter(|bit| value & 1 << bit != 0);
+    Some(bits.map(word).collect())
+}
+
+/// The registers that list features: leaf, subleaf, and the register counted from EAX on.
+pub fn feature_registers() -> impl Iterator<Item = ((u32, u32), usize)> {
+    WORDS.iter().map(|word| {
+        let register = match word.register {
+            Eax => 0,
+            Ebx => 1,
+            Ecx => 2,
+            Edx => 3,
+        };
+        ((word.leaf, word.subleaf), register)
+    })
 }
 
 /// How messages call a feature.

@@ -19,7 +19,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use super::stats::VcpuStats;
 use super::{KvmError, Vm, trace};
 
-pub use saved::VcpuV1;
+pub use saved::{VcpuV1, speed_here};
 
 /// `IA32_TSC`: never set back, so that the guest's clocks go on over a reset.
 const MSR_TSC: u32 = 0x10;
@@ -96,7 +96,12 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u32,
     buses: Buses,
+    /// Called on its thread when it has been kicked, and need not stop.
+    stand: Option<Stand>,
 }
+
+/// What a vCPU does that has been kicked and is not to stop yet; it returns at once when the flag is set.
+type Stand = Box<dyn Fn(&AtomicBool) + Send>;
 
 /// MSRs that belong to a vCPU's state although `KVM_GET_MSR_INDEX_LIST` leaves
 /// them out.
@@ -151,7 +156,12 @@ impl Vcpu {
             ))?;
         fd.set_cpuid2(cpuid)
             .map_err(KvmError::call("KVM_SET_CPUID2"))?;
-        let vcpu = Self { fd, index, buses };
+        let vcpu = Self {
+            fd,
+            index,
+            buses,
+            stand: None,
+        };
         vcpu.write_msrs(&[
             msr(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
             msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
@@ -160,6 +170,12 @@ impl Vcpu {
             vcpu.wire_local_interrupts()?;
         }
         Ok(vcpu)
+    }
+
+    /// Has the vCPU do something on its thread, outside of the guest, whenever it has been kicked and is not to stop. It is given the flag
+    /// that tells it to stop, and returns soon after that is set.
+    pub fn when_kicked(&mut self, stand: impl Fn(&AtomicBool) + Send + 'static) {
+        self.stand = Some(Box::new(stand));
     }
 
     /// The vCPU's number and APIC id.
@@ -432,6 +448,10 @@ impl Vcpu {
                     self.fd.set_kvm_immediate_exit(0);
                     if stop.load(Ordering::Acquire) {
                         return Stop::Kicked;
+                    }
+                    // All that was served is complete.
+                    if let Some(stand) = &self.stand {
+                        stand(stop);
                     }
                     continue;
                 }

@@ -35,7 +35,7 @@ impl OpenDevice {
     /// Makes the model that `config` describes, which opens its back end. That
     /// may take as long as the host does; it needs no machine and may be done
     /// on any thread. `cpus` are the machine's, a good number of queues, and
-    /// `groups` the limits that its devices share; `ports` has the ends of a console's ports.
+    /// `groups` the limits that its devices share; `ports` has the ends of a console's ports. The image of an `awaited` disk is left with who has it.
     ///
     /// # Errors
     ///
@@ -43,7 +43,7 @@ impl OpenDevice {
     pub fn open(
         config: &DeviceConfig,
         models: &[Model],
-        opener: &Arc<Opener>,
+        (opener, awaited): (&Arc<Opener>, Option<block::DiskInfo>),
         cpus: u16,
         (groups, ports): (&RateGroups, Arc<dyn PortHost>),
     ) -> Result<Self, MachineError> {
@@ -64,6 +64,7 @@ impl OpenDevice {
             cpus,
             groups: groups.clone(),
             ports,
+            awaited,
         };
         let model =
             build(config.clone(), &context).map_err(|error| device_error(flag, id, error))?;

@@ -29,6 +29,7 @@ use super::inventory::Item;
 use super::loading::{Loaded, Loading, Revival};
 use super::parts::{Parts, ReadFiles};
 use super::platform::{Platform, Wiring};
+use super::processors;
 use super::resize::{Addable, Resizable, VcpuMaker};
 use super::saved::{Saved, SavedState};
 use super::tracking::Tracking;
@@ -39,9 +40,8 @@ use crate::config::{CpuBaseline, CpusConfig, MemoryConfig, Thp, VmConfig};
 use crate::console::Consoles;
 use crate::console::port::PortBoard;
 use crate::kvm::baseline::{Baseline, BaselineError, LoadError};
-use crate::kvm::cpuid::{Shape, Topology};
 use crate::kvm::irq::IrqRouter;
-use crate::kvm::vcpu::Buses;
+use crate::kvm::vcpu::{Buses, Vcpu};
 use crate::kvm::{Hypervisor, Vm, cpuid};
 use crate::layout::{MEMORY_SLOTS, memory};
 use crate::memory::{GuestRam, PlugRegion, RamSpec};
@@ -55,6 +55,27 @@ pub struct Built {
     pub debugger: Option<crate::gdb::Listener>,
     /// What it is to be as, when it does not begin at power-on.
     pub saved: Option<SavedState>,
+}
+
+/// How a machine begins.
+pub enum Origin {
+    /// After power-on.
+    PowerOn,
+    /// As a snapshot says.
+    Snapshot(Box<Saved>),
+    /// As another monitor says, which sends memory and state when it has been built.
+    Elsewhere,
+}
+
+impl Origin {
+    /// The snapshot, and whether it comes from elsewhere.
+    fn split(self) -> (Option<Saved>, bool) {
+        match self {
+            Self::Snapshot(saved) => (Some(*saved), false),
+            Self::PowerOn => (None, false),
+            Self::Elsewhere => (None, true),
+        }
+    }
 }
 
 /// A machine that has memory, and no kernel in it yet. Dropping it leaves nothing behind.
@@ -75,8 +96,8 @@ pub struct Frame {
 }
 
 /// Begins to build the machine that `config` (complete and validated) describes from its `parts`. What is to be
-/// loaded into it then is for another thread; of `consoles` that stays which is open and still wanted. With `saved` it is built as that says, and not
-/// to be booted.
+/// loaded into it then is for another thread; of `consoles` that stays which is open and still wanted. Only with [`Origin::PowerOn`] it is built to be
+/// booted.
 ///
 /// # Errors
 ///
@@ -86,8 +107,9 @@ pub fn begin(
     parts: Parts,
     opener: &Arc<Opener>,
     consoles: &Consoles,
-    saved: Option<Saved>,
+    origin: Origin,
 ) -> Result<(Frame, Loading), MachineError> {
+    let (saved, arrives) = origin.split();
     let Parts {
         read,
         groups,
@@ -137,6 +159,7 @@ pub fn begin(
             .wanted(config, secrets, consoles.serial()),
         opener: Arc::clone(opener),
         saved,
+        arrives,
     };
     let frame = Frame {
         hypervisor,
@@ -273,7 +296,7 @@ pub fn build(
     events: &EventLog,
     consoles: &Arc<Consoles>,
 ) -> Result<Built, MachineError> {
-    let (frame, loading) = begin(config, parts, opener, consoles, None)?;
+    let (frame, loading) = begin(config, parts, opener, consoles, Origin::PowerOn)?;
     let loaded = loading.run(&|| true)?;
     finish(config, (frame, loaded), opener, mailbox, events, consoles)
 }
@@ -371,15 +394,7 @@ impl Pieces<'_> {
         let host = |what| move |source| MachineError::Host { what, source };
         crate::kvm::vcpu::install_kick_handler()
             .map_err(host("the vCPUs' signal cannot be handled"))?;
-        let shape = Shape {
-            topology: topology(&self.config.cpus),
-            tsc_deadline: hypervisor.tsc_deadline(),
-        };
-        let mut cpuid = cpuid::for_machine(self.supported, shape);
-        if let Some(baseline) = self.baseline {
-            let applied = baseline.apply(&mut cpuid);
-            applied.map_err(|source| unfit(&self.config.cpus.baseline, source))?;
-        }
+        let cpuid = processors::shown(self.config, hypervisor, self.supported, self.baseline)?;
         let maker = VcpuMaker {
             cpuid,
             msrs: hypervisor.msr_indices()?,
@@ -397,6 +412,7 @@ impl Pieces<'_> {
             irqchip: self.vm.irqchip_state()?,
             msrs: maker.msrs.clone(),
             cpuid: maker.cpuid.clone(),
+            tsc_khz: vcpus.first().map_or(0, Vcpu::tsc_khz),
             size: (vcpus.len(), self.ram.size()),
         };
         let mailbox = self.mailbox.clone();
@@ -531,14 +547,18 @@ pub(super) fn open_baseline(
     }
 }
 
-fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {
+pub(super) fn unfit(baseline: &CpuBaseline, source: BaselineError) -> MachineError {
     MachineError::Baseline {
         baseline: baseline.clone().into(),
         source,
     }
 }
 
-fn open_hypervisor(config: &VmConfig, opener: &Opener) -> Result<Hypervisor, MachineError> {
+/// KVM, which takes the machine's vCPUs.
+pub(super) fn open_hypervisor(
+    config: &VmConfig,
+    opener: &Opener,
+) -> Result<Hypervisor, MachineError> {
     let kvm = opener.open_kvm().map_err(|source| MachineError::Open {
         flag: "KVM",
         source,
@@ -570,16 +590,6 @@ fn check_cpus(config: &VmConfig, hypervisor: &Hypervisor) -> Result<(), MachineE
 /// vCPUs that there may be and that are there at boot, where they come and go.
 fn cpu_slots(config: &CpusConfig) -> Option<(u32, u32)> {
     config.max.map(|max| (max.into(), config.boot.into()))
-}
-
-fn topology(config: &CpusConfig) -> Topology {
-    let [threads, cores, dies, packages] = config.arrangement().levels().map(u32::from);
-    Topology {
-        threads,
-        cores,
-        dies,
-        packages,
-    }
 }
 
 pub(super) fn open_debugger(

@@ -5,6 +5,7 @@
 //! and deadlines. Nothing here blocks for long: what may is done beside it ([`aside`]), and where the machine
 //! cannot go on before it is done, the thread listens meanwhile ([`drain`]).
 
+mod arrive;
 mod aside;
 mod backups;
 mod capture;
@@ -12,11 +13,14 @@ mod commands;
 mod copies;
 mod copy_in;
 mod coredump;
+mod desk;
 mod drain;
 mod guest;
 mod hints;
 mod lost;
+mod migrate;
 mod overlays;
+mod poll;
 mod ports;
 mod resize;
 mod reverts;
@@ -25,17 +29,18 @@ mod streams;
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
-use std::os::fd::RawFd;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use api::{
-    Answer, Command, ControlError, EventKind, EventLog, ExitReason, PauseReason, Reply, VmState,
-};
+use api::{Answer, Command, ControlError, EventKind, EventLog, ExitReason, PauseReason, VmState};
 use kvm_bindings::kvm_debug_exit_arch;
 use virtio::models::Model;
 
+use self::arrive::Arrival;
+pub use self::arrive::Coming;
 use self::aside::Asides;
+pub use self::desk::Desk;
+use self::migrate::Leaving;
 use super::beside::{Opening, put_away_within};
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
 use super::saved::SavedState;
@@ -45,11 +50,14 @@ use super::{Machine, MachineError};
 use crate::config::GuestAction;
 use crate::console::{Consoles, Interrupt};
 use crate::kvm::vcpu::Stop;
+use crate::migrate::board::Board;
+use crate::migrate::status::Status;
 use crate::monitor::{Description, Jobs, View};
 use crate::notice;
 use crate::opener::Opener;
 use capture::Capture;
 pub(crate) use capture::path_of;
+pub(crate) use poll::{ppoll, readable};
 
 /// How long back ends may take to drain for a pause or a reset.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -78,6 +86,8 @@ pub struct Tools {
     pub jobs: Jobs,
     /// How many threads open files, those of earlier machines too.
     pub opening: Opening,
+    /// Where its migration is seen and steered.
+    pub migrations: Board,
 }
 
 /// How a machine ended.
@@ -103,6 +113,8 @@ pub struct End {
     pub outcome: Result<Outcome, MachineError>,
     /// The commands that ended it, to be carried out and answered now.
     pub then: Vec<(Command, Answer)>,
+    /// The reception of a machine that has not come, of which its source is still to be told.
+    pub parting: Option<Arc<Status>>,
     /// Who wanted a machine that has never run, to be told why once nothing is left of it.
     pub refused: Option<(Answer, ControlError)>,
 }
@@ -198,6 +210,12 @@ pub struct Driver {
     asides: Asides,
     /// What the machine is to be as, and whether it goes on at once.
     saved: Option<(SavedState, bool)>,
+    /// What comes from another monitor, until it is here.
+    arrival: Option<Arrival>,
+    /// What has not come, of which its source is still to be told.
+    parting: Option<Arc<Status>>,
+    /// It goes to another monitor.
+    leaving: Option<Leaving>,
     /// It is being written down as it is; the machine is paused.
     capture: Option<Capture>,
     /// There while a snapshot is being begun, of which there is no capture yet.
@@ -230,6 +248,9 @@ impl Driver {
             urgent: false,
             asides: Asides::default(),
             saved: None,
+            arrival: None,
+            parting: None,
+            leaving: None,
             capture: None,
             snapshotting: Weak::new(),
             once: false,
@@ -290,10 +311,9 @@ impl Driver {
         let mut refused = None;
         let mut outcome = match (started, booted) {
             (Ok(()), booted) => {
-                if let Some(booted) = booted {
-                    booted(Ok(Reply::Done));
-                }
-                self.drive()
+                self.answer_booted(booted);
+                let driven = self.drive();
+                self.end_arrival(driven, &mut refused)
             }
             (Err(error), None) => Err(error),
             (Err(error), Some(booted)) => {
@@ -326,6 +346,7 @@ impl Driver {
             outcome,
             then: self.then,
             refused,
+            parting: self.parting,
         }
     }
 
@@ -385,6 +406,9 @@ impl Driver {
         if let Some((saved, resume)) = self.saved.take() {
             return self.go_on_as(saved, resume);
         }
+        if self.arrival.is_some() {
+            return self.begin_to_receive();
+        }
         self.load()?;
         self.machine.start_units()?;
         self.go();
@@ -431,6 +455,7 @@ impl Driver {
     /// reported and left.
     fn end(&mut self, reason: ExitReason, detail: Option<String>) {
         self.enter(VmState::ShuttingDown, None);
+        self.give_up_leaving();
         self.free_capture();
         self.machine.vcpus().pause();
         self.give_up_capture();
@@ -735,45 +760,9 @@ impl Driver {
     }
 }
 
-/// Waits for input on a descriptor, if there is one.
-pub(crate) fn readable(fd: Option<RawFd>) -> libc::pollfd {
-    libc::pollfd {
-        fd: fd.unwrap_or(-1),
-        events: libc::POLLIN,
-        revents: 0,
-    }
-}
-
 /// What woke the driver besides messages.
 struct Ready {
     signal: bool,
     tick: bool,
     lost: bool,
-}
-
-/// Waits until a descriptor is ready or `timeout` has passed (`None`: no
-/// limit). A signal ends the wait early.
-///
-/// # Errors
-///
-/// The host's.
-pub(crate) fn ppoll(fds: &mut [libc::pollfd], timeout: Option<Duration>) -> io::Result<()> {
-    let timeout = timeout.map(|t| libc::timespec {
-        tv_sec: i64::try_from(t.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(t.subsec_nanos()),
-    });
-    let limit = timeout
-        .as_ref()
-        .map_or(std::ptr::null(), std::ptr::from_ref);
-    let count = fds.len() as libc::nfds_t;
-    // SAFETY: the descriptors and the time limit outlive the call.
-    #[expect(unsafe_code, reason = "ppoll is a system call")]
-    let result = unsafe { libc::ppoll(fds.as_mut_ptr(), count, limit, std::ptr::null()) };
-    if result >= 0 {
-        return Ok(());
-    }
-    match io::Error::last_os_error() {
-        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-        error => Err(error),
-    }
 }

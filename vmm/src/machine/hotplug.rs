@@ -85,6 +85,58 @@ impl Machine {
         &self.virtio
     }
 
+    /// Has this process serve all network cards that the host's kernel serves (`vhost=on`), which does not tell what it writes to guest
+    /// memory; or the kernel again, where it is to. The machine runs or stands. What the kernel has written counts as all of memory, for those who have it
+    /// logged already: log it after this. Cards that come later are not meant. It may take a second for each card.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::Device`] of the first that stays with whom it is. For `here` the others are the kernel's again; without, they are as they
+    /// are to be.
+    pub fn serve_cards_here(&self, here: bool) -> Result<(), MachineError> {
+        let mut first = Ok(());
+        for (index, item) in self.virtio.iter().enumerate() {
+            let Err(error) = item.device.serve_here(here) else {
+                continue;
+            };
+            if first.is_ok() {
+                let flag = format!("--{} (id {})", item.kind, item.device.id());
+                first = Err(MachineError::Device {
+                    device: flag,
+                    source: error.into(),
+                });
+            }
+            if here {
+                self.give_back(index);
+                break;
+            }
+        }
+        first
+    }
+
+    /// Leaves those of the first devices to the kernel that are to be.
+    fn give_back(&self, count: usize) {
+        for item in self.virtio.iter().take(count) {
+            if let Err(error) = item.device.serve_here(false) {
+                tracing::error!(
+                    device = item.device.id(),
+                    "the host's kernel does not serve it again: {error}"
+                );
+            }
+        }
+    }
+
+    /// Devices that cannot go to another host with their guest, each with its id, its kind and the reason. What other programs serve over
+    /// vhost-user can, but for directories: their rings go through this process, which logs what they write and drains them.
+    #[must_use]
+    pub fn bound_devices(&self) -> Vec<String> {
+        let bound = |item: &Item| {
+            let why = item.device.bound_here()?;
+            Some(format!("{} ({}): {why}", item.device.id(), item.kind))
+        };
+        self.virtio.iter().filter_map(bound).collect()
+    }
+
     /// The limits that its devices share.
     pub(super) fn rate_groups(&self) -> RateGroups {
         self.bay.groups.clone()
@@ -113,7 +165,7 @@ impl Machine {
         let cpus = u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX);
         let groups = &self.bay.groups;
         let ports = Arc::new(NoPorts) as _;
-        let opened = OpenDevice::open(config, models, opener, cpus, (groups, ports))?;
+        let opened = OpenDevice::open(config, models, (opener, None), cpus, (groups, ports))?;
         self.insert_device(opened)
     }
 

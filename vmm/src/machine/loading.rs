@@ -33,6 +33,8 @@ pub struct Loading {
     pub(super) opener: Arc<Opener>,
     /// What the machine is to be as, instead of as after power-on.
     pub(super) saved: Option<Revival>,
+    /// Memory and state come from another monitor.
+    pub(super) arrives: bool,
 }
 
 /// A snapshot, and the memory that it is to come into.
@@ -48,6 +50,8 @@ pub(super) enum Start {
     Kernel(Entry),
     /// Where it was, when the state is in place.
     Saved(SavedState),
+    /// Where it was, when memory and state have come.
+    Elsewhere,
 }
 
 impl Start {
@@ -56,6 +60,7 @@ impl Start {
         match self {
             Self::Kernel(entry) => (Some(entry), None),
             Self::Saved(saved) => (None, Some(saved)),
+            Self::Elsewhere => (None, None),
         }
     }
 }
@@ -85,6 +90,7 @@ impl Loading {
             viewers,
             opener,
             saved,
+            arrives,
         } = self;
         let start = match saved {
             Some(revival) => {
@@ -94,6 +100,7 @@ impl Loading {
                 let filled = saved.fill(ram, revival.mode, &own, (&opener, needed));
                 Start::Saved(filled.map_err(MachineError::Restore)?)
             }
+            None if arrives => Start::Elsewhere,
             None => Start::Kernel(payload.load(&memory, &acpi)?),
         };
         drop(memory);

@@ -5,7 +5,7 @@
 //! * [`loading`] reads the kernel into its memory, and makes the files that it is to have.
 //! * [`build`] assembles it: VM, memory, interrupt controllers, devices, vCPUs.
 //! * [`driver`] is the control thread and the only place where the state changes.
-//! * [`vcpus`] are the vCPU threads.
+//! * [`vcpus`] are the vCPU threads, and [`throttle`] makes them stand part of their time.
 //! * [`resize`] adds and removes vCPUs and memory while it runs.
 //! * [`inbox`] is how everybody else reaches the control thread.
 //! * [`bay`] is where devices are plugged, [`hotplug`] when that happens after the build.
@@ -29,6 +29,7 @@ pub mod loading;
 pub mod parts;
 pub mod payload;
 mod platform;
+pub mod processors;
 pub mod resize;
 pub mod saved;
 pub mod saving;
@@ -37,6 +38,7 @@ mod secrets;
 pub mod signals;
 pub mod snapshot;
 pub mod state;
+pub mod throttle;
 pub mod tracking;
 pub mod vcpus;
 
@@ -221,6 +223,12 @@ pub enum MachineError {
         /// What it is.
         what: &'static str,
     },
+    /// What comes from another monitor does not fit.
+    #[error("the machine is not taken: {reason}")]
+    NotTaken {
+        /// Why.
+        reason: String,
+    },
     /// It is part of every machine of this description.
     #[error("{id} is part of the machine and stays while it exists")]
     Fixed {
@@ -254,7 +262,7 @@ impl MachineError {
             Self::NoDevice { .. } => ErrorKind::NotFound,
             Self::Beside(BesideError::Full) => ErrorKind::Busy,
             Self::NotYetSaved { .. } => ErrorKind::Unimplemented,
-            Self::Cut => ErrorKind::Conflict,
+            Self::Cut | Self::NotTaken { .. } => ErrorKind::Conflict,
             Self::TooManyCpus { .. }
             | Self::AddressWidth { .. }
             | Self::HotplugWidth { .. }
@@ -277,6 +285,8 @@ struct PowerOn {
     msrs: Vec<u32>,
     /// What CPUID answers, without what differs from one vCPU to the other.
     cpuid: Vec<kvm_cpuid_entry2>,
+    /// How fast their time-stamp counters run, in kHz; 0 where the host does not say.
+    tsc_khz: u32,
     /// How many vCPUs there were, and how many bytes of RAM.
     size: (usize, u64),
 }
@@ -452,6 +462,17 @@ impl Machine {
         set.finish()
     }
 
+    /// Forgets what [`Machine::take_over`] has put into it, but not its memory: it can be put in again. It has not run.
+    fn forget_state(&mut self) -> Result<(), MachineError> {
+        for unit in &self.units {
+            unit.reset();
+        }
+        self.vm.set_irqchip_state(&self.power_on.irqchip)?;
+        self.clock = None;
+        self.late_since = None;
+        Ok(())
+    }
+
     /// Puts everything back to power-on: devices, vCPUs, and memory, which
     /// reads as zeros and costs the host nothing. Devices that are to go have
     /// been taken out before. vCPUs and units are stopped.
@@ -535,6 +556,7 @@ impl Machine {
             cpus: u16::try_from(self.vcpus.count()).unwrap_or(u16::MAX),
             groups: self.bay.groups.clone(),
             ports: Arc::new(virtio::models::console::NoPorts),
+            awaited: None,
         }
     }
 

@@ -4,11 +4,13 @@
 //! does it, and whoever boots the machine waits for that and for all else that may come, and can give up. What is
 //! open by then is closed again; what never answers is left to itself, and holds nothing of the machine.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::Builder;
 use std::time::Duration;
 
+use block::DiskInfo;
 use virtio::limit::RateGroups;
 use virtio::models::Model;
 
@@ -59,11 +61,14 @@ enum News {
     End(Result<(), MachineError>),
 }
 
-/// Opens one after the other, until `take` wants no more.
+/// Disks by their ids whose images another machine still has, and what these are known to be.
+pub type Awaited = BTreeMap<String, DiskInfo>;
+
+/// Opens one after the other, until `take` wants no more; of `awaited` disks the devices alone.
 fn open_each(
     config: &VmConfig,
     models: &[Model],
-    opener: &Arc<Opener>,
+    (opener, awaited): (&Arc<Opener>, &Awaited),
     (groups, ports): (&RateGroups, &Arc<PortBoard>),
     mut take: impl FnMut(Part) -> bool,
 ) -> Result<(), MachineError> {
@@ -79,7 +84,8 @@ fn open_each(
             break;
         }
         let shared = (groups, Arc::clone(ports) as _);
-        let device = OpenDevice::open(device, models, opener, config.cpus.boot, shared)?;
+        let info = awaited.get(&device.id).cloned();
+        let device = OpenDevice::open(device, models, (opener, info), config.cpus.boot, shared)?;
         wanted = take(Part::Device(device));
     }
     Ok(())
@@ -128,7 +134,7 @@ impl Opened {
 
 impl PendingParts {
     /// Begins to open what `config` (complete and validated) names, once its files are seen to be its own,
-    /// where `own`, the monitor's files, are given. [`PendingParts::take`] has news when
+    /// where `own`, the monitor's files, are given; of `awaited` disks the devices alone. [`PendingParts::take`] has news when
     /// `mailbox` has been roused. Signals are blocked already, as for [`super::build::build`].
     ///
     /// # Errors
@@ -140,7 +146,7 @@ impl PendingParts {
         opener: &Arc<Opener>,
         opening: &Opening,
         mailbox: &Mailbox,
-        own: Option<OwnFiles>,
+        (own, awaited): (Option<OwnFiles>, Awaited),
     ) -> Result<Self, MachineError> {
         let opened = Opened::of(config);
         let (sender, receiver) = channel();
@@ -155,9 +161,13 @@ impl PendingParts {
                 files::check_all(&config, models, &opener, &own)
             });
             let end = checked.map_err(MachineError::Files).and_then(|()| {
-                open_each(&config, models, &opener, (&groups, &ports), |part| {
-                    sender.send(News::Part(part)).is_ok()
-                })
+                open_each(
+                    &config,
+                    models,
+                    (&opener, &awaited),
+                    (&groups, &ports),
+                    |part| sender.send(News::Part(part)).is_ok(),
+                )
             });
             // Whoever has given up wants to know nothing.
             let _ = sender.send(News::End(end));
@@ -223,7 +233,8 @@ impl Parts {
     ) -> Result<Self, MachineError> {
         let mut opened = Opened::of(config);
         let (groups, ports) = (opened.groups.clone(), Arc::clone(&opened.ports));
-        open_each(config, models, opener, (&groups, &ports), |part| {
+        let none = Awaited::new();
+        open_each(config, models, (opener, &none), (&groups, &ports), |part| {
             opened.add(part);
             true
         })?;

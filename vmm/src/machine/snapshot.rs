@@ -241,7 +241,23 @@ impl Machine {
     /// # Errors
     ///
     /// [`RestoreError`], also when a section is left over.
-    pub fn restore(&mut self, mut set: SectionSet, renewal: &Renewal) -> Result<(), RestoreError> {
+    pub fn restore(&mut self, set: SectionSet, renewal: &Renewal) -> Result<(), RestoreError> {
+        self.take_over(set, renewal)?;
+        // The generation id in memory is another one.
+        self.platform.raise(ged_event::GENERATION_ID);
+        Ok(())
+    }
+
+    /// As [`Machine::restore`], for the machine itself and not a copy of it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Machine::restore`]; it may be tried again after [`Machine::forget_state`].
+    pub fn take_over(
+        &mut self,
+        mut set: SectionSet,
+        renewal: &Renewal,
+    ) -> Result<(), RestoreError> {
         self.check_processors(&take(&mut set)?)?;
         let irqchip: IrqchipState = take(&mut set)?;
         irqchip.check()?;
@@ -266,8 +282,8 @@ impl Machine {
             let restored = self.vcpus.ask(index, move |vcpu| vcpu.restore(saved));
             restored.unwrap_or_else(|| Err(invalid("a vCPU's thread has ended".to_owned())))?;
         }
-        // The generation id in memory is another one.
-        self.platform.raise(ged_event::GENERATION_ID);
+        let speed = self.vcpus.ask(0, |vcpu| vcpu.tsc_khz());
+        self.power_on.tsc_khz = speed.unwrap_or(self.power_on.tsc_khz);
         self.clock = Some(kvm_clock_data {
             clock: nanoseconds,
             realtime: realtime.unwrap_or(0),

@@ -10,13 +10,15 @@ use api::{Command, ControlError, ErrorKind, EventKind, EventLog, PauseReason, Re
 #[must_use]
 pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) -> bool {
     use VmState::{Booting, Created, Paused, Running, ShuttingDown, Stopped};
-    let alive = matches!(state, Running | Paused);
+    // What goes to another monitor, or has gone, is as it has been sent: it may only end.
+    let gone = matches!(pause, Some(PauseReason::Migration | PauseReason::InDoubt));
+    let alive = matches!(state, Running | Paused) && !gone;
     match command {
         // A failed disk is tried again by a signal, unless a command says that it stays as it is.
         Command::Pause => {
             state == Running || (state == Paused && pause == Some(PauseReason::DiskError))
         }
-        Command::Resume => state == Paused && !pause.is_some_and(PauseReason::needs_reset),
+        Command::Resume => state == Paused && !gone && !pause.is_some_and(PauseReason::needs_reset),
         Command::PowerButton
         | Command::Nmi
         | Command::Agent(_)
@@ -45,10 +47,15 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::DiskRevert(_)
         | Command::DiskLayers => alive,
         Command::Snapshot(_) => alive && pause != Some(PauseReason::MemoryLost),
-        Command::Shutdown | Command::Reboot => matches!(state, Booting | Running | Paused),
+        Command::SendMigration(_) => {
+            let written = matches!(pause, Some(PauseReason::Coredump | PauseReason::Snapshot));
+            alive && !written && !pause.is_some_and(PauseReason::needs_reset)
+        }
+        Command::Shutdown => matches!(state, Booting | Running | Paused),
+        Command::Reboot => matches!(state, Booting | Running | Paused) && !gone,
         Command::Delete | Command::Quit => !matches!(state, ShuttingDown),
         Command::Console(_) | Command::ConsoleSize(_) | Command::Screenshot => true,
-        Command::Create(_) | Command::Restore(..) => false,
+        Command::Create(_) | Command::Restore(..) | Command::ReceiveMigration(..) => false,
         Command::Boot | Command::BootOnce(_) => matches!(state, Created | Stopped),
     }
 }
@@ -57,8 +64,12 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
 #[must_use]
 pub fn wrong_state(state: VmState, pause: Option<PauseReason>, command: &Command) -> ControlError {
     let reason = match (command, state) {
-        (Command::Create(_) | Command::Restore(..), _) => Reason::AlreadyCreated,
+        (Command::Create(_) | Command::Restore(..) | Command::ReceiveMigration(..), _) => {
+            Reason::AlreadyCreated
+        }
         (Command::Boot | Command::BootOnce(_), _) => Reason::AlreadyRunning,
+        (_, VmState::Paused) if pause == Some(PauseReason::Migration) => Reason::Migrating,
+        (_, VmState::Paused) if pause == Some(PauseReason::InDoubt) => Reason::InDoubt,
         (Command::Pause, VmState::Paused) => Reason::AlreadyPaused,
         (Command::Resume, VmState::Running) => Reason::NotPaused,
         (_, VmState::Paused) => match pause {
@@ -219,6 +230,66 @@ mod tests {
             PauseReason::Watchdog,
         ] {
             assert_eq!(told(pause, Command::Resume), None, "{pause:?}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_another_monitor_may_run_goes_on_here_by_no_command() {
+        let every = || {
+            [
+                Command::Pause,
+                Command::Resume,
+                Command::Reset,
+                Command::Reboot,
+                Command::Nmi,
+                Command::CopyIn,
+                Command::DiskLayers,
+                Command::Snapshot(api::wire::VmSnapshotConfig::of(String::new())),
+                Command::SendMigration(Box::default()),
+            ]
+        };
+        for (pause, why) in [
+            (PauseReason::Migration, Reason::Migrating),
+            (PauseReason::InDoubt, Reason::InDoubt),
+        ] {
+            let pause = Some(pause);
+            for command in every() {
+                assert!(!permits(VmState::Paused, pause, &command), "{command:?}");
+                let told = wrong_state(VmState::Paused, pause, &command).reason;
+                assert_eq!(told, Some(why), "{command:?}");
+            }
+            for command in [Command::Shutdown, Command::Delete, Command::Quit] {
+                assert!(permits(VmState::Paused, pause, &command), "{command:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_machine_is_sent_that_could_go_on_and_received_where_there_is_none() {
+        let send = || Command::SendMigration(Box::default());
+        for (state, pause, sent) in [
+            (VmState::Created, None, false),
+            (VmState::Booting, None, false),
+            (VmState::Running, None, true),
+            (VmState::Paused, Some(PauseReason::Command), true),
+            (VmState::Paused, Some(PauseReason::DiskError), true),
+            (VmState::Paused, Some(PauseReason::GuestPanic), true),
+            (VmState::Paused, Some(PauseReason::Watchdog), true),
+            (VmState::Paused, Some(PauseReason::Coredump), false),
+            (VmState::Paused, Some(PauseReason::Snapshot), false),
+            (VmState::Paused, Some(PauseReason::PowerOff), false),
+            (VmState::Paused, Some(PauseReason::Reset), false),
+            (VmState::Paused, Some(PauseReason::MemoryLost), false),
+            (VmState::ShuttingDown, None, false),
+            (VmState::Stopped, None, false),
+        ] {
+            assert_eq!(permits(state, pause, &send()), sent, "{state:?} {pause:?}");
+        }
+        for state in STATES {
+            let receive = Command::ReceiveMigration(Box::default(), Vec::new());
+            assert!(!permits(state, None, &receive), "{state:?}");
+            let told = wrong_state(state, None, &receive).reason;
+            assert_eq!(told, Some(Reason::AlreadyCreated));
         }
     }
 

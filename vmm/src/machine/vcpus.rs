@@ -15,6 +15,7 @@ use std::thread::{Builder, JoinHandle};
 
 use vmm_sys_util::signal::Killable;
 
+use super::throttle::Throttle;
 use crate::kvm::stats::VcpuStats;
 use crate::kvm::vcpu::{Stop, Vcpu, kick_signal};
 
@@ -82,7 +83,7 @@ impl VcpuView {
 struct Thread {
     view: VcpuView,
     tasks: Sender<Task>,
-    handle: JoinHandle<()>,
+    handle: Arc<JoinHandle<()>>,
     /// The guest has no such vCPU now.
     parked: bool,
 }
@@ -93,6 +94,15 @@ pub struct Vcpus {
     stop: StopFlag,
     running: Arc<Running>,
     on_stop: OnStop,
+    throttle: Throttle,
+    /// Of all threads, for who kicks them.
+    handles: Handles,
+}
+
+type Handles = Arc<Mutex<Vec<Arc<JoinHandle<()>>>>>;
+
+fn listed(handles: &Handles) -> MutexGuard<'_, Vec<Arc<JoinHandle<()>>>> {
+    handles.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Vcpus {
@@ -107,6 +117,8 @@ impl Vcpus {
             stop,
             running: Arc::new(Running::default()),
             on_stop,
+            throttle: Throttle::default(),
+            handles: Arc::default(),
         };
         for vcpu in vcpus {
             all.add(vcpu)?;
@@ -119,7 +131,9 @@ impl Vcpus {
     /// # Errors
     ///
     /// The host's, when it has no more threads; the vCPU is then lost to this VM.
-    pub fn add(&mut self, vcpu: Vcpu) -> io::Result<()> {
+    pub fn add(&mut self, mut vcpu: Vcpu) -> io::Result<()> {
+        let standing = self.throttle.standing();
+        vcpu.when_kicked(move |stop| standing.stand(stop));
         let (tasks, inbox) = channel();
         let stop = Arc::clone(&self.stop);
         let running = Arc::clone(&self.running);
@@ -133,6 +147,8 @@ impl Vcpus {
         let handle = Builder::new()
             .name(format!("vcpu{}", vcpu.index()))
             .spawn(move || serve(vcpu, &inbox, &stop, (&running, &runs), &on_stop))?;
+        let handle = Arc::new(handle);
+        listed(&self.handles).push(Arc::clone(&handle));
         let thread = Thread {
             view,
             tasks,
@@ -206,6 +222,7 @@ impl Vcpus {
             // The thread exists until it is joined in drop.
             let _ = thread.handle.kill(kick_signal());
         }
+        self.throttle.rouse();
         let mut count = self.running.lock();
         count.all = false;
         while count.running > 0 {
@@ -215,6 +232,40 @@ impl Vcpus {
                 .wait(count)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Has all vCPUs stand so much of their time, in percent, at most [`MOST`](super::throttle::MOST); 0: they run, as they do at first. Those
+    /// that come later as well. It goes on while vCPUs are paused and run again. The guest sees that it gets less of the host's
+    /// processors, and no other clock.
+    ///
+    /// # Errors
+    ///
+    /// The host's, when it has no more threads; vCPUs run all their time then.
+    pub fn throttle(&self, percent: u8) -> io::Result<()> {
+        self.throttle.set(percent, || {
+            let (running, handles) = (Arc::clone(&self.running), Arc::clone(&self.handles));
+            Box::new(move || {
+                if running.lock().running == 0 {
+                    return;
+                }
+                for handle in &*listed(&handles) {
+                    // The thread exists until it is joined, which it is after this one.
+                    let _ = handle.kill(kick_signal());
+                }
+            })
+        })
+    }
+
+    /// How much of their time vCPUs stand, in percent.
+    #[must_use]
+    pub fn throttled(&self) -> u8 {
+        self.throttle.percent()
+    }
+
+    /// How often vCPUs have been made to stand.
+    #[must_use]
+    pub fn throttle_rounds(&self) -> u64 {
+        self.throttle.rounds()
     }
 
     /// The indices of those that are not parked.
@@ -264,10 +315,13 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         self.pause();
+        // Ends the one that kicks. To nothing it does not fail.
+        let _ = self.throttle(0);
+        listed(&self.handles).clear();
         for thread in self.threads.drain(..) {
             drop(thread.tasks);
             // A panic on the thread has been reported by the panic hook.
-            let _ = thread.handle.join();
+            let _ = Arc::into_inner(thread.handle).map(JoinHandle::join);
         }
     }
 }

@@ -16,12 +16,12 @@ use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, Reply
 use super::{After, Description, Monitor};
 use crate::config::{GuestAction, VmConfig};
 use crate::machine::beside::put_away;
-use crate::machine::build::{self, Built, Frame};
+use crate::machine::build::{self, Built, Frame, Origin};
 use crate::machine::driver::path_of;
 use crate::machine::driver::{Ears, Outcome, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::loading::{Loaded, Loading};
-use crate::machine::parts::{Parts, PendingParts};
+use crate::machine::parts::{Awaited, Parts, PendingParts};
 use crate::machine::saved::{RestoreWay, Saved};
 use crate::machine::state::wrong_state;
 use crate::machine::{MachineError, Signals};
@@ -36,6 +36,8 @@ enum Waiting {
     Boot,
     /// A change of what is described.
     Change,
+    /// A source, which may take for ever.
+    Source,
 }
 
 /// What ends the waiting.
@@ -55,8 +57,8 @@ pub(super) enum Made<T> {
 
 impl Monitor {
     /// Builds what `config` describes, and listens while files are opened, read and made for it. What nobody has
-    /// looked at before is `unchecked`: that its files are its own is then seen to first. The machine is as `saved` says, or as after
-    /// power-on.
+    /// looked at before is `unchecked`: that its files are its own is then seen to first. The machine is as `origin` says; of `awaited` disks
+    /// the devices alone are made.
     ///
     /// # Errors
     ///
@@ -65,14 +67,14 @@ impl Monitor {
         &self,
         ears: &mut Ears,
         config: &VmConfig,
-        unchecked: bool,
-        saved: Option<Saved>,
+        (unchecked, awaited): (bool, Awaited),
+        origin: Origin,
     ) -> Result<Made<Built>, MachineError> {
-        let parts = match self.open(ears, config, unchecked)? {
+        let parts = match self.open(ears, config, unchecked, awaited)? {
             Made::All(parts) => parts,
             Made::Cut(cut) => return Ok(Made::Cut(cut)),
         };
-        let (frame, loading) = build::begin(config, *parts, &self.opener, &ears.consoles, saved)?;
+        let (frame, loading) = build::begin(config, *parts, &self.opener, &ears.consoles, origin)?;
         let (frame, loaded) = match self.load(ears, frame, loading)? {
             Made::All(loaded) => loaded,
             Made::Cut(cut) => return Ok(Made::Cut(cut)),
@@ -89,11 +91,18 @@ impl Monitor {
         ears: &mut Ears,
         config: &VmConfig,
         unchecked: bool,
+        awaited: Awaited,
     ) -> Result<Made<Box<Parts>>, MachineError> {
         let (models, mailbox) = (self.models, &self.mailbox);
         let own = unchecked.then(|| ears.consoles.reserved().clone());
-        let mut pending =
-            PendingParts::begin(config, models, &self.opener, &self.opening, mailbox, own)?;
+        let mut pending = PendingParts::begin(
+            config,
+            models,
+            &self.opener,
+            &self.opening,
+            mailbox,
+            (own, awaited),
+        )?;
         match attend(ears, Waiting::Boot, || pending.take())? {
             Ok(opened) => opened.map(|parts| Made::All(Box::new(parts))),
             Err(cut) => {
@@ -220,6 +229,22 @@ impl Monitor {
         &mut self,
         work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
     ) -> Result<Result<Result<T, ControlError>, Cut>, MachineError> {
+        self.look_while(Waiting::Change, work)
+    }
+
+    /// As [`Monitor::look`], for what waits for a source: who wants another machine is told so.
+    pub(super) fn look_for_a_source<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+    ) -> Result<Result<Result<T, ControlError>, Cut>, MachineError> {
+        self.look_while(Waiting::Source, work)
+    }
+
+    fn look_while<T: Send + 'static>(
+        &mut self,
+        waiting: Waiting,
+        work: impl FnOnce() -> Result<T, ControlError> + Send + 'static,
+    ) -> Result<Result<Result<T, ControlError>, Cut>, MachineError> {
         let Some(ears) = &mut self.ears else {
             return Ok(Ok(Err(super::view::not_created())));
         };
@@ -228,11 +253,15 @@ impl Monitor {
             Err(error) => return Ok(Ok(Err(error.to_control()))),
         };
         let lost = |error| ControlError::from_error(ErrorKind::Failed, &error);
-        let looked = attend(ears, Waiting::Change, || pending.take())?;
+        let looked = attend(ears, waiting, || pending.take())?;
         Ok(looked.map(|done| done.map_err(lost).and_then(|done| done)))
     }
 
-    fn leave_unchanged(&mut self, cut: Cut, answer: Answer) -> Result<Option<After>, MachineError> {
+    pub(super) fn leave_unchanged(
+        &mut self,
+        cut: Cut,
+        answer: Answer,
+    ) -> Result<Option<After>, MachineError> {
         let message =
             "the change was ended while its files were being looked at: nothing has changed";
         answer(Err(ControlError::new(ErrorKind::Conflict, message)));
@@ -322,11 +351,13 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
         move |message: &Message| match message {
             Message::ConsoleEnd => boots,
             Message::Command(command, _) => match command {
+                _ if waiting == Waiting::Source => true,
                 Command::Quit => true,
                 Command::Boot
                 | Command::BootOnce(_)
                 | Command::Create(_)
                 | Command::Restore(..)
+                | Command::ReceiveMigration(..)
                     if boots =>
                 {
                     true
@@ -344,11 +375,17 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
     while let Some(message) = ears.inbox.take_where(concerns()) {
         match message {
             Message::ConsoleEnd => return Some(Cut::Console),
+            Message::Command(command, answer) if waiting == Waiting::Source && !ends(&command) => {
+                let message =
+                    "a machine is waited for: wait for it, or end that (vm.migration-cancel)";
+                answer(Err(ControlError::new(ErrorKind::Busy, message)));
+            }
             Message::Command(
                 command @ (Command::Boot
                 | Command::BootOnce(_)
                 | Command::Create(_)
-                | Command::Restore(..)),
+                | Command::Restore(..)
+                | Command::ReceiveMigration(..)),
                 answer,
             ) => answer(Err(wrong_state(VmState::Booting, None, &command))),
             Message::Command(command, answer) => return Some(Cut::Command(command, answer)),
@@ -356,4 +393,9 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
         }
     }
     None
+}
+
+/// Whether a command ends the waiting for a source.
+fn ends(command: &Command) -> bool {
+    matches!(command, Command::Quit | Command::Delete | Command::Shutdown)
 }

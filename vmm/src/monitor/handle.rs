@@ -15,6 +15,7 @@ use crate::display::{Camera, Hands, WebPlace};
 use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
+use crate::migrate::board::Board;
 use crate::opener::Opener;
 use crate::process::Usage;
 
@@ -39,6 +40,7 @@ const FEATURES: &[&str] = &[
     "vireo.actions",
     "vireo.balloon",
     "vireo.input",
+    "vireo.migration",
 ];
 
 /// Commands and reads from any thread. Clones reach the same monitor.
@@ -47,6 +49,7 @@ pub struct MonitorHandle {
     mailbox: Mailbox,
     view: View,
     jobs: Jobs,
+    migrations: Board,
     events: EventLog,
     /// The hubs alone: who holds the [`crate::console::Consoles`] keeps the terminal from being restored.
     consoles: [ConsoleHub; COMS + 1],
@@ -61,7 +64,7 @@ impl MonitorHandle {
     pub(super) fn new(
         mailbox: Mailbox,
         view: View,
-        jobs: Jobs,
+        (jobs, migrations): (Jobs, Board),
         events: EventLog,
         (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
         (camera, web, hands): (Camera, WebPlace, Arc<Hands>),
@@ -71,6 +74,7 @@ impl MonitorHandle {
             mailbox,
             view,
             jobs,
+            migrations,
             events,
             consoles,
             agent,
@@ -168,11 +172,25 @@ impl Control for MonitorHandle {
     }
 
     fn cancel_job(&self, id: &str) -> Result<(), ControlError> {
+        if self.migrations.info().is_ok_and(|info| info.job == id) {
+            self.migrations.order(wire::MigrationOrder::Cancel)?;
+            // It may have ended by that already.
+            let _ended = self.jobs.cancel(id);
+            return Ok(());
+        }
         self.jobs.cancel(id)?;
         // A machine that the job keeps paused is free now. Without one there is nobody to be told.
         self.mailbox
             .send(Message::Errand(Box::new(Driver::settle_capture)));
         Ok(())
+    }
+
+    fn migration(&self) -> Result<wire::MigrationInfo, ControlError> {
+        self.migrations.info()
+    }
+
+    fn steer_migration(&self, order: wire::MigrationOrder) -> Result<(), ControlError> {
+        self.migrations.order(order)
     }
 
     fn consoles(&self) -> Vec<wire::ConsoleSink> {

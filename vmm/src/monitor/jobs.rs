@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use api::wire::{JobInfo, JobState, SnapshotReport};
+use api::wire::{JobInfo, JobState, MigrationInfo, SnapshotReport};
 use api::{ControlError, ErrorKind, EventKind, EventLog};
 
 /// How many ended jobs are remembered.
@@ -39,6 +39,8 @@ struct Job {
     end: Mutex<Option<(JobState, Option<String>)>>,
     /// What a snapshot was like.
     snapshot: OnceLock<SnapshotReport>,
+    /// What a migration was like.
+    migration: OnceLock<MigrationInfo>,
 }
 
 /// Where a job goes: one of the two excludes the other.
@@ -76,6 +78,7 @@ impl Job {
             total: self.total.load(Ordering::Relaxed),
             error,
             snapshot: self.snapshot.get().cloned(),
+            migration: self.migration.get().cloned().map(Box::new),
         }
     }
 }
@@ -112,6 +115,7 @@ impl Jobs {
                 reason: OnceLock::new(),
                 end: Mutex::default(),
                 snapshot: OnceLock::new(),
+                migration: OnceLock::new(),
             });
             let ended = inner.jobs.iter().filter(|job| job.end().is_some()).count();
             if ended >= REMEMBERED
@@ -217,6 +221,12 @@ impl JobHandle {
     pub fn report(&self, snapshot: SnapshotReport) {
         // A second one would say the same.
         let _ = self.job.snapshot.set(snapshot);
+    }
+
+    /// What the migration was like that it was. Once.
+    pub fn migrated(&self, migration: MigrationInfo) {
+        // A second one would say the same.
+        let _ = self.job.migration.set(migration);
     }
 
     /// What it makes is whole and appears now: from here on it cannot be cancelled. `false` where it has been.

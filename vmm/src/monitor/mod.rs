@@ -25,6 +25,7 @@ mod input;
 mod jobs;
 mod metrics;
 pub mod ports;
+mod receiving;
 mod socket;
 mod view;
 
@@ -48,19 +49,29 @@ use description::Changed;
 
 use crate::agent::AgentDesk;
 use crate::config::files::OwnFiles;
-use crate::config::{COMS, GuestAction, VmConfig};
+use crate::config::wire::check_receiving;
+use crate::config::{COMS, GdbConfig, GuestAction, VmConfig};
 use crate::console::{ConsoleHub, Consoles};
 use crate::display::{Camera, Hands, WebPlace};
+use crate::error::chain;
+use crate::gdb;
 use crate::machine::beside::Opening;
 use crate::machine::build::Built;
+use crate::machine::build::Origin;
+use crate::machine::driver::Coming;
 use crate::machine::driver::{Driver, Ears, End, Outcome, Tools, ppoll, readable};
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::saved::Saved;
 use crate::machine::signals::Signal;
 use crate::machine::state::wrong_state;
 use crate::machine::{Machine, MachineError, Signals};
+use crate::migrate::board::Board;
+use crate::migrate::status::Status;
 use crate::notice;
 use crate::opener::Opener;
+
+/// How long it is waited for an answer to a source whose machine has not come.
+const PARTING: Duration = Duration::from_secs(10);
 
 /// How a monitor behaves, apart from any machine.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +92,7 @@ pub struct Monitor {
     mailbox: Mailbox,
     view: View,
     jobs: Jobs,
+    migrations: Board,
     serial: ConsoleHub,
     hubs: [ConsoleHub; COMS + 1],
     agent: AgentDesk,
@@ -94,6 +106,10 @@ pub struct Monitor {
     once: Option<VmConfig>,
     /// What the next machine is to be as, and whether it goes on at once.
     restored: Option<(Saved, bool)>,
+    /// What comes from another monitor, whose machine is to be built.
+    coming: Option<Box<Coming>>,
+    /// The last machine that came, or was to.
+    reception: Option<Arc<Status>>,
     /// Nobody has looked yet whether the files of the next boot are its own.
     unchecked: bool,
 }
@@ -114,6 +130,8 @@ struct Way {
     once: bool,
     /// What is restored goes on at once.
     resume: bool,
+    /// It comes from another monitor.
+    coming: Option<Box<Coming>>,
 }
 
 impl Monitor {
@@ -148,6 +166,7 @@ impl Monitor {
             mailbox,
             view,
             jobs,
+            migrations: Board::default(),
             serial,
             hubs,
             agent,
@@ -158,6 +177,8 @@ impl Monitor {
             ears: Some(ears),
             once: None,
             restored: None,
+            coming: None,
+            reception: None,
             unchecked: false,
         })
     }
@@ -169,7 +190,7 @@ impl Monitor {
         MonitorHandle::new(
             self.mailbox.clone(),
             self.view.clone(),
-            self.jobs.clone(),
+            (self.jobs.clone(), self.migrations.clone()),
             events.unwrap_or_default(),
             (self.hubs.clone(), self.agent.clone()),
             (
@@ -274,22 +295,41 @@ impl Monitor {
         let config = once.as_ref().unwrap_or(&description.config);
         let before = ears.life.state();
         let (saved, resume) = self.restored.take().unzip();
-        let restores = saved.is_some();
-        if restores {
+        let coming = self.coming.take();
+        let restores = saved.is_some() || coming.is_some();
+        if saved.is_some() {
             ears.events.publish(EventKind::Restoring);
         }
         ears.life.enter(VmState::Booting, None);
-        let error = match self.build(&mut ears, config, unchecked, saved) {
-            Ok(Made::Cut(cut)) => return Ok(self.cut(ears, cut, booted)),
+        let origin = match (saved, &coming) {
+            (Some(saved), _) => Origin::Snapshot(Box::new(saved)),
+            (None, Some(_)) => Origin::Elsewhere,
+            (None, None) => Origin::PowerOn,
+        };
+        let awaited = coming
+            .as_ref()
+            .map(|coming| coming.disks.iter().cloned().collect());
+        let awaited = awaited.unwrap_or_default();
+        let error = match self.build(&mut ears, config, (unchecked, awaited), origin) {
+            Ok(Made::Cut(cut)) => {
+                coming
+                    .into_iter()
+                    .for_each(|coming| coming.refuse("the destination has ended it"));
+                return Ok(self.cut(ears, cut, booted));
+            }
             Ok(Made::All(built)) => {
                 let way = Way {
                     once: once.is_some(),
                     resume: resume.unwrap_or(false),
+                    coming,
                 };
                 return self.drive((built, booted), ears, &description, way);
             }
             Err(error) => error,
         };
+        coming
+            .into_iter()
+            .for_each(|coming| coming.refuse(&chain(&error)));
         ears.life.enter(before, None);
         let Some(booted) = booted else {
             return Err(error);
@@ -315,7 +355,7 @@ impl Monitor {
             debugger,
             saved,
         } = built;
-        let restores = saved.is_some();
+        let restores = saved.is_some() || way.coming.is_some();
         self.present(&machine, &ears);
         ears.inbox.open();
         let timeout = Duration::from_secs(description.config.shutdown_timeout);
@@ -326,28 +366,25 @@ impl Monitor {
         if let Some(saved) = saved {
             driver.begin_as(saved, way.resume);
         }
-        let server = match (debugger, &description.config.gdb) {
-            (Some(listener), Some(place)) => {
-                driver.hold();
-                let server = crate::gdb::serve(listener, self.mailbox.clone());
-                let server = server.map_err(|source| MachineError::Host {
-                    what: "no thread for --gdb",
-                    source,
-                })?;
-                notice::tell(format_args!("the guest waits for gdb at {place}"));
-                Some(server)
-            }
-            _ => None,
-        };
+        if let Some(coming) = way.coming {
+            driver.begin_from(coming);
+        }
+        let server =
+            self.serve_debugger(&mut driver, debugger.zip(description.config.gdb.as_ref()))?;
         let End {
             mut ears,
             outcome,
             then,
             refused,
+            parting,
         } = driver.run(booted);
         // Before the server ends, which may wait for an errand.
         ears.forget_machine();
         drop(server);
+        if let Some(status) = parting {
+            // A source that would not hear that its machine has not come would not know where it is.
+            status.wait_until_parted(PARTING);
+        }
         if let Ok(outcome) = &outcome
             && self.leaves(outcome, &then)
         {
@@ -364,7 +401,9 @@ impl Monitor {
             }
         };
         self.ears = Some(ears);
-        if restores && outcome.failed_to_boot {
+        // It is described where it runs.
+        let has_left = outcome.reason == ExitReason::Migrated;
+        if has_left || (restores && outcome.failed_to_boot) {
             self.forget();
         }
         if let Some((booted, error)) = refused {
@@ -376,6 +415,25 @@ impl Monitor {
         }
         tell(&outcome);
         Ok(after)
+    }
+
+    /// Has the guest wait for a debugger, if it is to have one.
+    fn serve_debugger(
+        &self,
+        driver: &mut Driver,
+        place: Option<(gdb::Listener, &GdbConfig)>,
+    ) -> Result<Option<gdb::Server>, MachineError> {
+        let Some((listener, place)) = place else {
+            return Ok(None);
+        };
+        driver.hold();
+        let server = gdb::serve(listener, self.mailbox.clone());
+        let server = server.map_err(|source| MachineError::Host {
+            what: "no thread for --gdb",
+            source,
+        })?;
+        notice::tell(format_args!("the guest waits for gdb at {place}"));
+        Ok(Some(server))
     }
 
     /// Lets readers see a machine, and users its ends that the host has named.
@@ -395,6 +453,7 @@ impl Monitor {
             view: self.view.clone(),
             jobs: self.jobs.clone(),
             opening: self.opening.clone(),
+            migrations: self.migrations.clone(),
         }
     }
 
@@ -487,11 +546,19 @@ impl Monitor {
                 self.forget();
                 answer(Ok(Reply::Done));
             }
-            Command::Create(_) | Command::Restore(..) if described => {
+            Command::Create(_) | Command::Restore(..) | Command::ReceiveMigration(..)
+                if described =>
+            {
                 answer(Err(wrong_state(VmState::Created, None, &command)));
             }
             Command::Create(wire) => answer(self.create(*wire).map(|()| Reply::Done)),
             Command::Restore(request, passed) => return self.restore(request, passed, answer),
+            Command::ReceiveMigration(request, passed) => {
+                match check_receiving(&request, passed.len()) {
+                    Ok(()) => return self.receive(request, passed, answer),
+                    Err(error) => answer(Err(error)),
+                }
+            }
             _ if !described => answer(Err(view::not_created())),
             Command::Boot => match self.check() {
                 Ok(()) => {

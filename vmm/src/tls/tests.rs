@@ -54,13 +54,13 @@ impl AsFd for Dripping {
 impl Stream for Dripping {}
 
 /// A client that makes its records by itself.
-struct Forger {
+pub(crate) struct Forger {
     encrypter: Box<dyn MessageEncrypter>,
     next: u64,
 }
 
 impl Forger {
-    fn new(client: ClientConnection) -> Self {
+    pub(crate) fn new(client: ClientConnection) -> Self {
         let (next, secrets) = client.dangerous_extract_secrets().unwrap().tx;
         let (ConnectionTrafficSecrets::Aes256Gcm { key, iv }, SupportedCipherSuite::Tls13(suite)) =
             (secrets, TLS13_AES_256_GCM_SHA384)
@@ -71,7 +71,7 @@ impl Forger {
         Self { encrypter, next }
     }
 
-    fn record(&mut self, bytes: &[u8]) -> Vec<u8> {
+    pub(crate) fn record(&mut self, bytes: &[u8]) -> Vec<u8> {
         let message = OutboundPlainMessage {
             typ: ContentType::ApplicationData,
             version: ProtocolVersion::TLSv1_2,

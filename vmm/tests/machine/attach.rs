@@ -58,6 +58,12 @@ impl Control for Fake {
     fn cancel_job(&self, _: &str) -> Result<(), ControlError> {
         Err(nothing())
     }
+    fn migration(&self) -> Result<wire::MigrationInfo, ControlError> {
+        Err(nothing())
+    }
+    fn steer_migration(&self, _: wire::MigrationOrder) -> Result<(), ControlError> {
+        Err(nothing())
+    }
     fn consoles(&self) -> Vec<wire::ConsoleSink> {
         Vec::new()
     }

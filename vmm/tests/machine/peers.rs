@@ -84,6 +84,7 @@ fn a_disk_outlives_the_program_that_has_it() {
     hears(&machine, |event| {
         matches!(event, EventKind::DeviceActivated { .. })
     });
+    assert!(machine.machine(|machine| machine.bound_devices().is_empty()));
     for round in 0..4 {
         drop(storage);
         hears(&machine, |event| {

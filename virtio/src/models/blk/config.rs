@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use block::{
-    Aio, BackingPolicy, Cache, DetectZeroes, Discard, DiskOptions, ImageOptions, open_disk,
+    Aio, Awaited, BackingPolicy, Cache, DetectZeroes, Discard, DiskOptions, ImageOptions, open_disk,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -399,8 +399,11 @@ fn build(config: Value, context: &BuildContext) -> Result<Box<dyn VirtioDevice>,
     let config: BlkConfig = parse(MODEL.kind, config)?;
     let settings = config.settings(context.cpus)?;
     let throttle = config.throttle(&context.groups)?;
-    let disk = open_disk(&config.path, &*context.opener, &config.image_options())
-        .map_err(|error| BuildError::Backend(error.into()))?;
+    let disk = match &context.awaited {
+        Some(info) => Arc::new(Awaited::new(info.clone())),
+        None => open_disk(&config.path, &*context.opener, &config.image_options())
+            .map_err(|error| BuildError::Backend(error.into()))?,
+    };
     disk.set_write_threshold(config.write_threshold);
     let mut blk = Blk::new(&context.id, disk, settings);
     blk.throttle = throttle;

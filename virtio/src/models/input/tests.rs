@@ -248,6 +248,7 @@ fn what_is_no_configuration_is_refused() {
             cpus: 1,
             groups: crate::limit::RateGroups::default(),
             ports: Arc::new(crate::models::console::NoPorts),
+            awaited: None,
         };
         build(config, &context).err().map(|error| error.to_string())
     };

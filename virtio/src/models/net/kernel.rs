@@ -11,7 +11,7 @@
 //! # What it does not do
 //!
 //! Limits, mirrors, filters and counters are this process's: a card that has a limit or a mirror, or whose link is down, is
-//! served by the workers. Filters are a favour to the driver (Virtio 1.2, 5.1.6.5.1); the kernel does without.
+//! served by the workers. So is one while it has to be known what is written to guest memory, which the kernel does not tell. Filters are a favour to the driver (Virtio 1.2, 5.1.6.5.1); the kernel does without.
 //!
 //! # Stopping
 //!

@@ -147,6 +147,7 @@ pub(super) fn context() -> BuildContext {
         cpus: 1,
         groups: crate::limit::RateGroups::default(),
         ports: Arc::new(crate::models::console::NoPorts),
+        awaited: None,
     }
 }
 

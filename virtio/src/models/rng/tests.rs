@@ -66,6 +66,7 @@ fn context() -> BuildContext {
         cpus: 1,
         groups: limit::RateGroups::default(),
         ports: Arc::new(crate::models::console::NoPorts),
+        awaited: None,
     }
 }
 

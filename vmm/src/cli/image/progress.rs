@@ -35,6 +35,11 @@ impl Progress {
         Self::with(false, quiet, "{bar:40} {pos}/{len}  {eta} left")
     }
 
+    /// Of something whose state is worth more words, on a terminal alone.
+    pub(in crate::cli) fn of_phases(quiet: bool) -> Self {
+        Self::with(false, quiet, "{bar:20} {percent:>3}%  {wide_msg}")
+    }
+
     fn with(asked: bool, quiet: bool, template: &str) -> Self {
         if quiet {
             return Self::Hidden;
@@ -79,6 +84,22 @@ impl Progress {
                     line(part);
                 }
             }
+        }
+    }
+
+    /// The same, with the words for it.
+    pub(in crate::cli) fn tell(&self, done: u64, total: u64, words: String) {
+        if let Self::Bar(bar) = self {
+            bar.set_message(words);
+        }
+        self.advance(done, total);
+    }
+
+    /// Has `say` write to the terminal, which the bar makes room for.
+    pub(in crate::cli) fn aside(&self, say: impl FnOnce()) {
+        match self {
+            Self::Bar(bar) => bar.suspend(say),
+            Self::Hidden | Self::Lines(_) => say(),
         }
     }
 

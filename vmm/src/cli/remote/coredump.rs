@@ -174,6 +174,7 @@ mod tests {
             total: 1,
             error: error.map(str::to_owned),
             snapshot: None,
+            migration: None,
         };
         assert_eq!(outcome(&job(JobState::Running, None), &CANCELLED), None);
         assert_eq!(outcome(&job(JobState::Cancelling, None), &CANCELLED), None);

@@ -105,6 +105,7 @@ fn told_job(job: &JobInfo) -> String {
         total,
         error,
         snapshot,
+        migration: _,
     } = job;
     let mut text = format!("  id={id}  job={kind}  state={}", word(state));
     let percent = u128::from(*done).saturating_mul(100);

@@ -97,6 +97,7 @@ mod tests {
             total,
             error: None,
             snapshot: None,
+            migration: None,
         };
         assert_eq!(cells(job(1, 3)), ["1", "coredump", "running", "33%", ""]);
         assert_eq!(cells(job(1, 0))[3], "-");

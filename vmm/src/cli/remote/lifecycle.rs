@@ -53,6 +53,11 @@ pub(in crate::cli) struct PlainArgs {
 }
 
 impl PlainArgs {
+    /// The machine.
+    pub(super) fn target(&self) -> &Target {
+        &self.target
+    }
+
     /// The name of a machine that is defined and has no monitor.
     ///
     /// # Errors
@@ -191,6 +196,12 @@ fn again(pause: Option<PauseReason>, name: &str) -> String {
         Some(PauseReason::Coredump | PauseReason::Snapshot) => {
             format!("wait for the job, or cancel it: 'vireo jobs list {name}' tells of it")
         }
+        Some(PauseReason::Migration) => {
+            format!("wait for its migration, or cancel it with 'vireo migrate-cancel {name}'")
+        }
+        Some(PauseReason::InDoubt) => format!(
+            "see whether it runs at the destination, and then use 'vireo migrate-resolve {name}'"
+        ),
         _ => format!("resume it first with 'vireo resume {name}'"),
     }
 }
@@ -213,7 +224,9 @@ fn tell_paused(remote: &Remote, pause: PauseReason) -> u8 {
         | PauseReason::DiskError
         | PauseReason::MemoryLost
         | PauseReason::Coredump
-        | PauseReason::Snapshot => ("--on-poweroff", ExitReason::PowerOff),
+        | PauseReason::Snapshot
+        | PauseReason::Migration
+        | PauseReason::InDoubt => ("--on-poweroff", ExitReason::PowerOff),
     };
     message::warn(&format!(
         "{}: {}, and {flag}=pause has paused the machine: end it with 'vireo destroy'",
@@ -273,7 +286,7 @@ fn tell(remote: &Remote, end: &End) -> u8 {
         return 0;
     };
     let how = match reason {
-        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped => {
+        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped | ExitReason::Migrated => {
             return exit_code(reason);
         }
         ExitReason::GuestPanic => "the guest's kernel panicked",
@@ -301,6 +314,8 @@ mod tests {
             (Some(PauseReason::DiskError), "'vireo resume web'"),
             (Some(PauseReason::Reset), "'vireo reset web'"),
             (Some(PauseReason::Coredump), "'vireo jobs list web'"),
+            (Some(PauseReason::Migration), "'vireo migrate-cancel web'"),
+            (Some(PauseReason::InDoubt), "'vireo migrate-resolve web'"),
             // A monitor of before.
             (None, "'vireo resume web'"),
         ] {

@@ -39,7 +39,9 @@ fn is_of_guest(pause: PauseReason) -> bool {
         | PauseReason::DiskError
         | PauseReason::MemoryLost
         | PauseReason::Coredump
-        | PauseReason::Snapshot => false,
+        | PauseReason::Snapshot
+        | PauseReason::Migration
+        | PauseReason::InDoubt => false,
         PauseReason::PowerOff
         | PauseReason::Reset
         | PauseReason::GuestPanic

@@ -4,6 +4,7 @@ use virtio::limit::{Bucket, RateLimits};
 
 use super::super::{Cli, Verb, command};
 use super::*;
+use crate::config::device::COMMON_FIELDS;
 use crate::config::device::tests::TEST_MODELS;
 use crate::config::serial::FileSink;
 use crate::config::{

@@ -115,20 +115,46 @@ impl Vcpu {
         self.set_state(&state).map_err(failed)
     }
 
-    fn tsc_khz(&self) -> u32 {
-        self.fd.get_tsc_khz().unwrap_or(0)
+    /// How fast its time-stamp counter runs, in kHz; 0 where the host does not say. It is not running.
+    #[must_use]
+    pub fn tsc_khz(&self) -> u32 {
+        speed(&self.fd)
     }
 
     /// Has the counter run as fast as where the state was taken, or says why it cannot.
     fn agree_on_speed(&self, saved: u32) -> Result<(), String> {
         let here = self.tsc_khz();
-        if is_same_speed(saved, here) || self.fd.set_tsc_khz(saved).is_ok() {
+        if can_run_at(&self.fd, here, saved) {
             return Ok(());
         }
         Err(format!(
             "its time-stamp counter runs at {saved} kHz; this host's runs at {here} kHz and cannot be scaled"
         ))
     }
+}
+
+/// How fast the counter of a vCPU would run that comes from elsewhere, where it runs at `wanted` kHz: so fast, where [`Vcpu::restore`] takes it,
+/// and else as fast as this host's. `vm` has no vCPU, and is for nothing else.
+///
+/// # Errors
+///
+/// [`KvmError::Call`].
+pub fn speed_here(vm: &Vm, wanted: Option<u32>) -> Result<u32, KvmError> {
+    let fd = vm.fd().create_vcpu(0);
+    let fd = fd.map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+    // KVM tells of a speed that it has refused as if it had taken it.
+    let here = speed(&fd);
+    let taken = wanted.filter(|wanted| can_run_at(&fd, here, *wanted));
+    Ok(taken.unwrap_or(here))
+}
+
+fn speed(fd: &VcpuFd) -> u32 {
+    fd.get_tsc_khz().unwrap_or(0)
+}
+
+/// Has a vCPU whose counter runs `here` kHz fast run `wanted` fast, if it can.
+fn can_run_at(fd: &VcpuFd, here: u32, wanted: u32) -> bool {
+    is_same_speed(wanted, here) || fd.set_tsc_khz(wanted).is_ok()
 }
 
 /// Whether two speeds are the same, as far as they are known.
@@ -171,6 +197,24 @@ mod tests {
         assert_eq!(second.regs().unwrap(), regs);
         let error = other.restore(section.decode().unwrap()).unwrap_err();
         assert!(error.to_string().contains("vCPU 0, not 1"), "{error}");
+    }
+
+    #[test]
+    fn a_speed_is_taken_where_a_restored_vcpu_takes_it() {
+        let here = |wanted| {
+            let kvm = kvm_ioctls::Kvm::new().ok()?;
+            let hypervisor = crate::kvm::Hypervisor::new(kvm).ok()?;
+            speed_here(&hypervisor.create_vm().ok()?, wanted).ok()
+        };
+        let (Some(own), Some(vcpu)) = (here(None), vcpu(0)) else {
+            return;
+        };
+        let close = own.saturating_add(own / 10_000);
+        assert_eq!(here(Some(own)), Some(own));
+        assert_eq!(here(Some(close)), Some(close));
+        // Some hosts can go that slowly, too.
+        let taken = vcpu.agree_on_speed(1).is_ok();
+        assert_eq!(here(Some(1)), Some(if taken { 1 } else { own }));
     }
 
     #[test]

@@ -29,9 +29,9 @@ use crate::monitor::description::Update;
 /// What came of opening a medium.
 type Opened = Result<Prepared, ControlError>;
 
-/// How many threads hold devices.
+/// How many threads hold devices. There is one for each machine, which is told from others by it.
 #[derive(Default)]
-struct Held {
+pub(super) struct Held {
     count: Mutex<usize>,
     changed: Condvar,
 }
@@ -93,6 +93,11 @@ pub(super) struct Asides {
 }
 
 impl Asides {
+    /// Tells this machine from others.
+    pub(super) fn here(&self) -> Weak<Held> {
+        Arc::downgrade(&self.held)
+    }
+
     /// What waits until no thread holds a device, or until `deadline`.
     pub(super) fn wait(&self, deadline: Instant) -> impl FnOnce() + Send + use<> {
         let held = Arc::clone(&self.held);

@@ -114,6 +114,9 @@ impl Driver {
         look: impl FnOnce(&Self, Moment) -> Result<Work, ControlError>,
     ) -> Result<Reply, ControlError> {
         self.check_no_capture()?;
+        if let Some(error) = self.refuse_while_moving(command) {
+            return Err(error);
+        }
         // Something else may have been done meanwhile.
         let (state, pause) = self.state();
         if !permits(state, pause, command) {

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use api::wire::{PciDeviceInfo, VmConsole};
 use api::{
-    AddDevice, Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply,
-    VmState,
+    AddDevice, Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, PauseReason,
+    Reason, Reply, VmState,
 };
 
 use virtio::models::console::NoPorts;
 
 use super::Driver;
+use crate::config::wire::check_sending;
 use crate::machine::bay::OpenDevice;
 use crate::machine::inbox::ended;
 use crate::machine::state::{permits, wrong_state};
@@ -25,6 +26,9 @@ impl Driver {
         }
         if !permits(state, pause, &command) {
             return answer(Err(wrong_state(state, pause, &command)));
+        }
+        if let Some(error) = self.refuse_while_moving(&command) {
+            return answer(Err(error));
         }
         match command {
             Command::UpdateDisk(request) => self.update_device(Update::Disk(*request), answer),
@@ -51,6 +55,10 @@ impl Driver {
             Command::Coredump(request) => self.coredump(request, answer),
             Command::Snapshot(request) => self.snapshot(request, answer),
             Command::CopyIn => self.copy_in(answer),
+            Command::SendMigration(request) => match check_sending(&request) {
+                Ok(()) => self.send_migration(*request, answer),
+                Err(error) => answer(Err(error)),
+            },
             Command::DiskSnapshot(request) => self.snapshot_disks(request, answer),
             Command::DiskStream(request) => self.stream_disk(request, answer),
             Command::DiskCommit(request) => self.commit_disk(request, answer),
@@ -62,7 +70,11 @@ impl Driver {
             Command::DiskLayers => self.disk_layers(answer),
             Command::Console(request) => self.change_console(request, answer),
             // The monitor's, once there is no machine.
-            Command::Create(_) | Command::Restore(..) | Command::Boot | Command::BootOnce(_) => {
+            Command::Create(_)
+            | Command::Restore(..)
+            | Command::ReceiveMigration(..)
+            | Command::Boot
+            | Command::BootOnce(_) => {
                 answer(Err(wrong_state(state, pause, &command)));
             }
             command => answer(self.carry_out(command)),
@@ -117,8 +129,14 @@ impl Driver {
             let planned = planned;
             check()?;
             let ports = Arc::new(NoPorts) as _;
-            OpenDevice::open(&planned.config, models, &opener, cpus, (&groups, ports))
-                .map_err(|error| error.to_control())
+            OpenDevice::open(
+                &planned.config,
+                models,
+                (&opener, None),
+                cpus,
+                (&groups, ports),
+            )
+            .map_err(|error| error.to_control())
         };
         let answer = self.asides.wait_with(answer);
         let started = self.beside("open", open, move |driver, opened| {
@@ -137,6 +155,9 @@ impl Driver {
         device: &AddDevice,
     ) -> Result<Reply, ControlError> {
         let opened = opened?;
+        if self.leaving.is_some() {
+            return Err(ControlError::state(ErrorKind::Conflict, Reason::Migrating));
+        }
         let Some(description) = &mut self.ears.description else {
             return Err(ended());
         };

@@ -298,7 +298,7 @@ impl Driver {
     }
 
     /// That no other capture is being written, nor a snapshot begun: memory is held still for one.
-    fn check_no_snapshot(&mut self) -> Result<(), ControlError> {
+    pub(super) fn check_no_snapshot(&mut self) -> Result<(), ControlError> {
         self.check_no_capture()?;
         if self.snapshotting.strong_count() > 0 {
             let message = "another snapshot is being begun: try again when that has been written";
@@ -413,7 +413,7 @@ impl Driver {
     }
 
     /// That the machine is one which a snapshot can hold.
-    fn check_form(&self) -> Result<(), ControlError> {
+    pub(super) fn check_form(&self) -> Result<(), ControlError> {
         let saved = self.check_devices();
         saved
             .and_then(|()| self.machine.check_saved_form())
@@ -421,7 +421,7 @@ impl Driver {
     }
 
     /// That description and machine say the same, before what describes it is taken from one and its state from the other.
-    fn check_settled(&mut self) -> Result<(), ControlError> {
+    pub(super) fn check_settled(&mut self) -> Result<(), ControlError> {
         if self.asides.is_changing() {
             let message = "a device is being changed or removed: try again when that has ended";
             return Err(ControlError::new(ErrorKind::Busy, message));
@@ -441,7 +441,7 @@ impl Driver {
     }
 
     /// The description, from which the machine is built again.
-    fn described(&self) -> Result<Value, ControlError> {
+    pub(super) fn described(&self) -> Result<Value, ControlError> {
         let description = self.ears.description.as_ref();
         let description = description.ok_or_else(ended)?;
         serde_json::to_value(&description.config)
@@ -625,12 +625,13 @@ fn report(
 }
 
 /// Whether the host swaps memory out, so that what it has not got may be more than zeros.
-struct Swaps {
-    none: bool,
+pub(super) struct Swaps {
+    /// It does not.
+    pub(super) none: bool,
 }
 
 impl Swaps {
-    fn look(opener: &Opener) -> Self {
+    pub(super) fn look(opener: &Opener) -> Self {
         // One line, the heading, where there is none.
         let text = opener.read_text(Path::new("/proc/swaps"), 1 << 20);
         Self {
@@ -639,7 +640,7 @@ impl Swaps {
     }
 
     /// That it was so all the time.
-    fn check(&self, opener: &Opener) -> Result<(), String> {
+    pub(super) fn check(&self, opener: &Opener) -> Result<(), String> {
         if self.none && !Self::look(opener).none {
             return Err("the host has begun to swap meanwhile: try again".to_owned());
         }

@@ -28,6 +28,7 @@ pub(super) fn context() -> BuildContext {
         cpus: 2,
         groups: RateGroups::default(),
         ports: Arc::new(crate::models::console::NoPorts),
+        awaited: None,
     }
 }
 

@@ -3,12 +3,14 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use serde_json::{Value, json};
-use vm_memory::GuestRegionMmap;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestRegionMmap, MmapRegion};
 
 use super::super::tests::{Wire, context, settings};
 use super::super::{Net, change};
 use super::*;
 use crate::device::{ReconfigureError, Reconfigured, VirtioDevice};
+use crate::memory::DirtyLog;
 use crate::models::net::config::Vhost;
 use crate::testing::{Driver, END, Notice, PATIENCE, SEAM, memory, reset_reason, soon};
 use crate::vhost::PeerReport;
@@ -433,6 +435,84 @@ fn limits_are_refused_where_it_is_to_be_the_kernel_and_they_and_mirrors_take_its
         bench.change(lift).unwrap();
         assert_eq!(bench.book.take().last().unwrap(), "0 network 1 on");
     }
+}
+
+#[test]
+fn who_has_to_know_what_is_written_has_it_served_here_in_use_and_when_it_starts() {
+    let mut bench = Bench::new(Vhost::On);
+    // Not in use: it begins so.
+    bench.net.serve_here(true).unwrap();
+    bench.start().unwrap();
+    assert!(bench.book.take().is_empty());
+    // The frame that the driver has kicked for goes out without the kernel.
+    offer_from(&mut bench.drivers[1], 0, [(0x4_0000, 100, false)]);
+    while bench.drivers[1].used_index() != 1 {
+        bench.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    bench.net.serve_here(false).unwrap();
+    let told = bench.book.take();
+    assert_eq!(told[3], "0 queue 1 of 16 from 1");
+    assert_eq!(told[5], "0 network 1 on");
+    for here in [true, true, false, false] {
+        bench.net.serve_here(here).unwrap();
+    }
+    let told = bench.book.take();
+    assert_eq!(told[..2], ["0 network 0 off", "0 network 1 off"]);
+    assert_eq!(told[2..].len(), BEGUN.len());
+    assert_eq!(told.last().unwrap(), "0 network 1 on");
+    // A card that has a reason of its own stays here.
+    bench.change(json!({ "link": "down" })).unwrap();
+    bench.net.serve_here(true).unwrap();
+    bench.change(json!({ "link": "up" })).unwrap();
+    assert_eq!(bench.book.take(), ["0 network 0 off", "0 network 1 off"]);
+    // A pause does not give it to the kernel.
+    let stopped = bench.net.stop(soon()).unwrap();
+    let queues = stopped.into_iter().map(ActiveQueue::from).collect();
+    bench.start_with(queues).unwrap();
+    assert!(bench.book.take().is_empty());
+}
+
+#[test]
+fn what_is_served_here_is_logged_to_the_page_and_what_the_kernel_served_is_all_memory() {
+    let mut bench = Bench::new(Vhost::On);
+    let view = bench.memory.memory().into_inner();
+    let marked = || -> usize {
+        let regions = view.iter().map(|region| {
+            let pages = (0..region.size()).step_by(4096);
+            pages.filter(|at| region.bitmap().dirty_at(*at)).count()
+        });
+        regions.sum()
+    };
+    for region in view.iter() {
+        let region: &MmapRegion<DirtyLog> = region;
+        region.bitmap().enable();
+    }
+    bench.net.serve_here(true).unwrap();
+    bench.start().unwrap();
+    offer_from(&mut bench.drivers[1], 0, [(0x4_0000, 100, false)]);
+    while bench.drivers[1].used_index() != 1 {
+        bench.notices.recv_timeout(PATIENCE).unwrap();
+    }
+    bench.net.stop(soon()).unwrap();
+    let all: usize = view.iter().map(|region| region.size() / 4096).sum();
+    let few = marked();
+    assert!(few > 0 && few < all / 4, "{few} of {all}");
+    bench.net.serve_here(false).unwrap();
+    bench.start().unwrap();
+    bench.net.stop(soon()).unwrap();
+    assert_eq!(marked(), all);
+}
+
+#[test]
+fn a_card_that_the_kernel_does_not_take_back_is_broken_and_told_of() {
+    let mut bench = Bench::new(Vhost::On);
+    bench.start().unwrap();
+    bench.net.serve_here(true).unwrap();
+    let refuse = &bench.book.refuse_network;
+    refuse.store(true, std::sync::atomic::Ordering::SeqCst);
+    let error = bench.net.serve_here(false).unwrap_err();
+    assert!(matches!(error, ReconfigureError::Broken(_)), "{error}");
+    reset_reason(&bench.notices);
 }
 
 #[test]

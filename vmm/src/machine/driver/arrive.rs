@@ -1,0 +1,363 @@
+//! A machine that comes from another monitor: it has been built, has not run, and a thread of its own takes memory and state into it
+//! ([`crate::migrate::destination`]), for which this one does what changes it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::Builder;
+
+use api::wire::MigrationOrder;
+use api::{Answer, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply, VmState};
+use block::{Awaited, Disk, DiskInfo, ImageOptions, open_disk};
+use migration::SectionSet;
+use migration::transport::pages::PageSink;
+use migration::transport::protocol::Locks;
+use virtio::device::DiskImage;
+use virtio::memory::GuestMap;
+
+use super::{Desk, Driver, Outcome};
+use crate::config::GuestAction;
+use crate::config::restored::Renewal;
+use crate::error::chain;
+use crate::machine::MachineError;
+use crate::migrate::board::Migration;
+use crate::migrate::destination::{Arriving, Caller, take};
+use crate::migrate::facts::{features_lacking, refuse};
+use crate::migrate::memory::Arriving as Memory;
+use crate::migrate::status::Status;
+use crate::monitor::JobHandle;
+use crate::opener::Opener;
+
+/// What a driver needs to know of a machine that comes.
+pub struct Coming {
+    /// Who sends it.
+    pub caller: Caller,
+    /// Where it can be seen how far it is.
+    pub status: Arc<Status>,
+    /// The job.
+    pub job: JobHandle,
+    /// What its disks are known to be.
+    pub disks: Vec<(String, DiskInfo)>,
+    /// What can be seen of their locks, which the other machine has.
+    pub locks: Locks,
+}
+
+impl Coming {
+    /// The machine is not taken, for this reason.
+    pub fn refuse(self, reason: &str) {
+        self.caller.refuse(&[], reason);
+        self.status.fail(reason);
+        self.job.finish(Err(reason.to_owned()));
+    }
+}
+
+/// A machine that is not here yet.
+pub(super) struct Arrival {
+    /// Until a thread has it.
+    coming: Option<Box<Coming>>,
+    status: Arc<Status>,
+    /// Who waits for it.
+    answer: Option<Answer>,
+    /// Why it does not come.
+    failed: Option<String>,
+}
+
+/// A disk whose image is still with the other machine.
+struct Absent {
+    id: String,
+    info: DiskInfo,
+    path: PathBuf,
+    options: ImageOptions,
+}
+
+/// What is told of a machine that has ended.
+const GONE: &str = "the machine has ended";
+
+impl Driver {
+    /// The machine does not begin at power-on: it comes.
+    pub fn begin_from(&mut self, coming: Box<Coming>) {
+        self.arrival = Some(Arrival {
+            status: Arc::clone(&coming.status),
+            coming: Some(coming),
+            answer: None,
+            failed: None,
+        });
+    }
+
+    /// Tells who has booted the machine that it has been, or keeps the answer until it is here.
+    pub(super) fn answer_booted(&mut self, booted: Option<Answer>) {
+        match (&mut self.arrival, booted) {
+            (Some(arrival), booted) => arrival.answer = booted,
+            (None, Some(booted)) => booted(Ok(Reply::Done)),
+            (None, None) => {}
+        }
+    }
+
+    /// The machine has ended: where it never came, who waited is `refused`, and it has never run.
+    pub(super) fn end_arrival(
+        &mut self,
+        outcome: Result<Outcome, MachineError>,
+        refused: &mut Option<(Answer, ControlError)>,
+    ) -> Result<Outcome, MachineError> {
+        let Some(arrival) = self.arrival.take() else {
+            return outcome;
+        };
+        let reason = arrival.failed.unwrap_or_else(|| GONE.to_owned());
+        // A thread that still waits is to end.
+        let _ended = arrival.status.order(MigrationOrder::Cancel);
+        self.parting = Some(arrival.status);
+        let error = ControlError::new(ErrorKind::Failed, reason);
+        *refused = arrival.answer.map(|answer| (answer, error));
+        outcome.map(|outcome| Outcome {
+            failed_to_boot: true,
+            next: GuestAction::Exit,
+            ..outcome
+        })
+    }
+
+    /// Has a thread take what comes, into the machine which has been built.
+    pub(super) fn begin_to_receive(&mut self) -> Result<(), MachineError> {
+        let coming = self
+            .arrival
+            .as_mut()
+            .and_then(|arrival| arrival.coming.take());
+        let Some(coming) = coming else {
+            return Ok(());
+        };
+        let Coming {
+            caller,
+            status,
+            mut job,
+            disks,
+            locks,
+        } = *coming;
+        let lacking = features_lacking(&caller.offer.facts, &self.machine);
+        if !lacking.is_empty() {
+            let reason = refuse(&lacking);
+            caller.refuse(&lacking, "");
+            status.fail(&reason);
+            job.finish(Err(reason.clone()));
+            return Err(MachineError::NotTaken { reason });
+        }
+        let description = self.ears.description.as_ref();
+        let config = description.map(|description| description.config.clone());
+        let absent = disks.into_iter().filter_map(|(id, info)| {
+            let disk = config.as_ref()?.disk(&id)?;
+            Some(Absent {
+                id,
+                info,
+                options: disk.image_options(),
+                path: disk.path,
+            })
+        });
+        let paused = caller.offer.paused;
+        let guest = Arriver {
+            desk: self.desk(),
+            map: self.machine.memory_map(),
+            absent: absent.collect(),
+            locks,
+            opener: Arc::clone(&self.tools.opener),
+            paused,
+        };
+        let run = move || {
+            let watched = Arc::clone(&status);
+            take(caller, Box::new(guest), status, || {
+                if job.is_cancelled() {
+                    // It may be too late.
+                    let _late = watched.order(MigrationOrder::Cancel);
+                }
+                let (done, total) = watched.done();
+                job.progress(done, total);
+            });
+            let info = watched.info();
+            let result = info.error.clone().map_or(Ok(()), Err);
+            job.migrated(info);
+            job.finish(result);
+        };
+        // For readers it is there and stands.
+        self.enter(VmState::Paused, Some(PauseReason::Migration));
+        let started = Builder::new().name("receive".to_owned()).spawn(run);
+        started.map(drop).map_err(|source| {
+            let what = "no thread for a machine that comes";
+            MachineError::Host { what, source }
+        })
+    }
+
+    fn load_arrived(&mut self, set: SectionSet, paused: bool) -> Result<(), String> {
+        self.check_arriving()?;
+        let renewal = Renewal {
+            // What has passed since its pause has passed for the guest, too.
+            clock: !paused,
+            ..Renewal::default()
+        };
+        let loaded = self.machine.take_over(set, &renewal);
+        loaded.map_err(|error| chain(&error))
+    }
+
+    fn check_arriving(&self) -> Result<(), String> {
+        if self.arrival.is_none() || self.outcome.is_some() {
+            return Err(GONE.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Puts devices on other images, all or none; the ones before are given back.
+    pub(super) fn exchange(
+        &self,
+        images: Vec<(String, DiskImage)>,
+    ) -> Result<Vec<DiskImage>, String> {
+        let mut before: Vec<(String, DiskImage)> = Vec::new();
+        for (id, image) in images {
+            let device = self.settled_device(&id).map_err(|error| error.to_string());
+            let exchanged = device.and_then(|device| {
+                device
+                    .exchange_disk(image)
+                    .map_err(|error| error.to_string())
+            });
+            match exchanged {
+                Ok(old) => before.push((id, old)),
+                Err(error) => {
+                    for (id, image) in before {
+                        let device = self.settled_device(&id).ok();
+                        // It was there a moment ago.
+                        let _put_back = device.map(|device| device.exchange_disk(image));
+                    }
+                    return Err(format!("disk {id}: {error}"));
+                }
+            }
+        }
+        Ok(before.into_iter().map(|(_, image)| image).collect())
+    }
+
+    fn run_arrived(&mut self, paused: bool) -> Result<(), String> {
+        self.check_arriving()?;
+        if paused {
+            self.enter(VmState::Paused, Some(PauseReason::Command));
+        } else {
+            // What has been started can be stopped alone.
+            let started = self.machine.start_clock();
+            let started = started.and_then(|()| self.machine.start_units());
+            if let Err(error) = started {
+                // Nothing of it has run.
+                if let Err(error) = self.stop_units(super::SWITCH) {
+                    tracing::error!("a machine that does not start: {}", chain(&error));
+                }
+                return Err(chain(&error));
+            }
+            self.go();
+        }
+        self.ears.events.publish(EventKind::Restored);
+        let answer = self.arrival.take().and_then(|arrival| arrival.answer);
+        answer
+            .into_iter()
+            .for_each(|answer| answer(Ok(Reply::Done)));
+        Ok(())
+    }
+
+    fn not_arriving(&mut self, reason: String) {
+        if let Some(arrival) = &mut self.arrival {
+            arrival.failed = Some(reason);
+            self.finish(ExitReason::Stopped, None);
+        }
+    }
+}
+
+/// The machine, for the thread that takes it.
+struct Arriver {
+    desk: Desk,
+    map: GuestMap,
+    absent: Vec<Absent>,
+    locks: Locks,
+    opener: Arc<Opener>,
+    paused: bool,
+}
+
+impl Arriver {
+    fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Driver) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, String> {
+        let done = self.desk.ask(work);
+        done.unwrap_or_else(|| Err(GONE.to_owned()))
+    }
+
+    fn open(&self, absent: &Absent) -> Result<DiskImage, String> {
+        let Absent {
+            id,
+            info,
+            path,
+            options,
+        } = absent;
+        let opened = open_disk(path, &*self.opener, options);
+        let disk = opened.map_err(|error| format!("disk {id}: {}", chain(&error)))?;
+        let found = disk.info();
+        let is_alike = (found.size, found.read_only) == (info.size, info.read_only)
+            && found.logical_block <= info.logical_block
+            && (found.discard || !info.discard);
+        if !is_alike {
+            return Err(format!(
+                "disk {id}: {} is not what the source has: {:?}, and not {info:?}",
+                path.display(),
+                found
+            ));
+        }
+        Ok(absent.image(disk))
+    }
+}
+
+impl Absent {
+    fn image(&self, disk: Arc<dyn Disk>) -> DiskImage {
+        DiskImage {
+            disk,
+            path: self.path.clone(),
+            format: self.options.disk.format,
+            backing: self.options.backing,
+        }
+    }
+}
+
+impl Arriving for Arriver {
+    fn memory(&self) -> Arc<dyn PageSink + Send + Sync> {
+        Arc::new(Memory::new(GuestMap::clone(&self.map)))
+    }
+
+    fn load(&mut self, sections: &[u8]) -> Result<Locks, String> {
+        let set = SectionSet::from_bytes(sections).map_err(|error| chain(&error))?;
+        let paused = self.paused;
+        self.ask(move |driver| driver.load_arrived(set, paused))?;
+        Ok(self.locks)
+    }
+
+    fn unload(&mut self) -> Result<(), String> {
+        self.ask(|driver| {
+            driver.check_arriving()?;
+            driver.machine.forget_state().map_err(|error| chain(&error))
+        })
+    }
+
+    fn take_locks(&mut self) -> Result<(), String> {
+        let open = |absent: &Absent| Ok((absent.id.clone(), self.open(absent)?));
+        let images: Result<Vec<_>, String> = self.absent.iter().map(open).collect();
+        let images = images?;
+        self.ask(move |driver| driver.exchange(images)).map(drop)
+    }
+
+    fn give_back(&mut self) -> Result<(), String> {
+        let awaited = |absent: &Absent| {
+            let image = absent.image(Arc::new(Awaited::new(absent.info.clone())));
+            (absent.id.clone(), image)
+        };
+        let images: Vec<_> = self.absent.iter().map(awaited).collect();
+        // They are closed here, before the other side hears of it.
+        self.ask(move |driver| driver.exchange(images)).map(drop)
+    }
+
+    fn run(&mut self) -> Result<(), String> {
+        let paused = self.paused;
+        self.ask(move |driver| driver.run_arrived(paused))
+    }
+
+    fn discard(&mut self, reason: &str) {
+        let reason = reason.to_owned();
+        let _ended = self.desk.ask(move |driver| driver.not_arriving(reason));
+    }
+}

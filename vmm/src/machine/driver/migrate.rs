@@ -1,0 +1,581 @@
+//! The command `vm.send-migration`: a thread of its own gives the machine away ([`crate::migrate::source`]), and this one pauses it, takes its state and lets it go on, as
+//! that asks.
+//!
+//! While it is under way the machine stays as it was offered: commands that change it are refused. What ends it ends the migration; only from COMMIT on
+//! may the other side run it all the same.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::Builder;
+use std::time::Duration;
+
+use api::wire::{
+    MigrationCompression, MigrationDirection, MigrationMemoryMode, MigrationOrder,
+    SendMigrationData, VmMigrationSet,
+};
+use api::{
+    Answer, Command, ControlError, ErrorKind, ExitReason, PauseReason, Reason, Reply, VmState,
+};
+use block::{Away, AwayError, Back, ImageOptions, open_disk};
+use migration::pages::{PageSet, Ram};
+use migration::transport::channel::RamSource;
+use migration::transport::message::{Capabilities, Disks, Offer};
+use migration::transport::pages::Codec;
+use migration::transport::precopy::Parameters;
+use migration::transport::protocol::Outcome;
+use virtio::device::DiskImage;
+use virtio::transport::VirtioPci;
+
+use super::snapshot::Swaps;
+use super::{Desk, Driver};
+use crate::error::chain;
+use crate::kvm::vcpu::Stop;
+use crate::machine::inbox::{Message, ended};
+use crate::machine::saved::machine_type;
+use crate::machine::snapshot::SnapshotRam;
+use crate::memory::dirty::Consumer;
+use crate::migrate::board::Migration;
+use crate::migrate::departing::{Departing, Plan, TakenBack};
+use crate::migrate::facts::{Side, facts, features_in_use, images};
+use crate::migrate::limits::change;
+use crate::migrate::link::{Place, check_private, connect};
+use crate::migrate::secure::sender_tls;
+use crate::migrate::source::give_away;
+use crate::migrate::status::{Order, Status, check_bandwidth};
+use crate::monitor::JobHandle;
+use crate::notice;
+use crate::opener::Opener;
+
+/// A machine that goes away.
+pub(super) struct Leaving {
+    status: Arc<Status>,
+    /// Why it is paused by itself, for when it goes on here.
+    was: Option<PauseReason>,
+    /// It has been offered as paused, or running.
+    offered: VmState,
+    /// The destination may run it.
+    doubt: bool,
+}
+
+/// One of its disks.
+struct LeavingDisk {
+    id: String,
+    device: Weak<VirtioPci>,
+    path: PathBuf,
+    options: ImageOptions,
+}
+
+/// Its disks.
+type DiskList = Vec<LeavingDisk>;
+
+/// What is told of a machine that has ended.
+const GONE: &str = "the machine has ended";
+
+impl Driver {
+    /// Gives the machine to another monitor. The answer comes when that has begun.
+    pub(super) fn send_migration(&mut self, request: SendMigrationData, answer: Answer) {
+        answer(self.begin_to_send(&request).map(|()| Reply::Done));
+    }
+
+    fn begin_to_send(&mut self, request: &SendMigrationData) -> Result<(), ControlError> {
+        self.check_no_snapshot()?;
+        self.check_settled()?;
+        self.check_form()?;
+        if !self.asides.jobs.is_empty() {
+            let message = "a job works on a disk: wait for its end or cancel it";
+            return Err(ControlError::new(ErrorKind::Busy, message));
+        }
+        let (place, plan) = self.plan_to_send(request)?;
+        let disks = self.leaving_disks();
+        let offer = self.offer(&disks)?;
+        let (orders, ordered) = channel();
+        let direction = MigrationDirection::Outgoing;
+        let status = Arc::new(Status::new(direction, place.to_string(), Some(orders)));
+        self.tools
+            .migrations
+            .begin(Arc::clone(&status) as Arc<dyn Migration>)?;
+        let memory = offer.ranges.iter().map(|range| range.1).sum();
+        let job = self.tools.jobs.begin("migration", memory);
+        status.is_of(&job.info().id, memory);
+        let plan = Plan { offer, ..plan };
+        let started = self.start_to_send((place, plan), disks, (job, Arc::clone(&status), ordered));
+        if let Err(error) = started {
+            status.fail(&error.to_string());
+            self.cards_go_back();
+            return Err(error);
+        }
+        let (offered, was) = self.state();
+        self.leaving = Some(Leaving {
+            status,
+            was,
+            offered,
+            doubt: false,
+        });
+        Ok(())
+    }
+
+    /// Where it is to go, and how; without an offer.
+    fn plan_to_send(&self, request: &SendMigrationData) -> Result<(Place, Plan), ControlError> {
+        let invalid = |message: String| ControlError::new(ErrorKind::Invalid, message);
+        let missing = |what: &str| {
+            let message = format!("{what}: this monitor does not have it yet");
+            Err(ControlError::new(ErrorKind::Unimplemented, message))
+        };
+        if request.local {
+            return missing("local");
+        }
+        if request.memory_mode == MigrationMemoryMode::Postcopy {
+            return missing("memory_mode Postcopy");
+        }
+        if request.copy_storage.is_some() {
+            return missing("copy_storage");
+        }
+        let place = Place::parse(&request.destination_url);
+        let place = place.map_err(|error| invalid(format!("destination_url: {error}")))?;
+        check_private(&place, request.tls_dir.is_some(), request.insecure)?;
+        let streams = u16::try_from(request.connections.unwrap_or(1)).unwrap_or(u16::MAX);
+        let plan = Plan {
+            parameters: parameters(request)?,
+            streams,
+            codec: match request.compression {
+                MigrationCompression::None => Codec::Raw,
+                MigrationCompression::Zstd => Codec::Zstd,
+                MigrationCompression::Lz4 => Codec::Lz4,
+            },
+            cache: request.delta_cache.map_or(0, |bytes| {
+                usize::try_from(bytes.get()).unwrap_or(usize::MAX)
+            }),
+            session: crate::random::random().map_err(|error| invalid(error.to_string()))?,
+            tls: request.tls_dir.clone(),
+            offer: Offer::default(),
+        };
+        Ok((place, plan))
+    }
+
+    /// Its disks that have images here.
+    fn leaving_disks(&self) -> DiskList {
+        let description = self.ears.description.as_ref();
+        let all = description.map(|description| crate::chains::disks(&description.config));
+        let found = all.into_iter().flatten().filter_map(|(id, disk)| {
+            let device = self.settled_device(&id).ok()?;
+            Some(LeavingDisk {
+                id,
+                device: Arc::downgrade(&device),
+                options: disk.image_options(),
+                path: disk.path,
+            })
+        });
+        found.collect()
+    }
+
+    fn offer(&self, disks: &DiskList) -> Result<Offer, ControlError> {
+        let description = self.ears.description.as_ref().ok_or_else(ended)?;
+        let failed = |error| ControlError::from_error(ErrorKind::Failed, &error);
+        let disks = if disks.is_empty() {
+            Disks::None
+        } else {
+            Disks::Shared
+        };
+        let side = Side {
+            processors: &Ok(self.machine.processors()),
+            images: &images(&self.machine),
+            disks,
+        };
+        let mut facts = facts(&description.config, side);
+        facts.extend(features_in_use(&self.machine));
+        let ram = SnapshotRam::new(self.machine.memory_map(), false);
+        Ok(Offer {
+            name: String::new(),
+            machine: machine_type().to_owned(),
+            config: serde_json::to_vec(&description.config).map_err(failed)?,
+            ranges: Ram::ranges(&ram),
+            facts,
+            capabilities: Capabilities::ALL,
+            paused: self.state().0 == VmState::Paused,
+            disks,
+        })
+    }
+
+    fn start_to_send(
+        &mut self,
+        (place, plan): (Place, Plan),
+        disks: DiskList,
+        (job, status, ordered): (JobHandle, Arc<Status>, Receiver<Order>),
+    ) -> Result<(), ControlError> {
+        let failed = |error: std::io::Error| ControlError::from_error(ErrorKind::Failed, &error);
+        let opener = Arc::clone(&self.tools.opener);
+        let (dials, directory) = (Arc::clone(&opener), plan.tls.clone());
+        let connect = Box::new(move || {
+            let tls = directory.as_deref().map(|place| sender_tls(place, &dials));
+            let tls = tls.transpose().map_err(std::io::Error::other)?;
+            connect(&place, &dials, tls.as_ref())
+        });
+        // The kernel does not tell what it writes.
+        self.machine
+            .serve_cards_here(true)
+            .map_err(|error| error.to_control())?;
+        let consumer = self.machine.tracking().listen();
+        let consumer =
+            consumer.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
+        let swaps = Swaps::look(&opener);
+        let leaver = Leaver {
+            desk: self.desk(),
+            ram: SnapshotRam::new(self.machine.memory_map(), swaps.none),
+            swaps,
+            consumer,
+            disks,
+            away: Vec::new(),
+            touched: false,
+            opener,
+        };
+        let (seen, last) = (Arc::clone(&status), Arc::clone(&status));
+        let run = move || {
+            let job = Mutex::new(Some(job));
+            let held = || job.lock().unwrap_or_else(PoisonError::into_inner);
+            let tell = || {
+                if let Some(job) = held().as_mut() {
+                    if job.is_cancelled() {
+                        // It may be too late.
+                        let _late = seen.order(MigrationOrder::Cancel);
+                    }
+                    let (done, total) = seen.done();
+                    job.progress(done, total);
+                }
+            };
+            let told = |(outcome, reason): &(Outcome, String)| {
+                if let Some(job) = held().take() {
+                    job.migrated(last.info());
+                    job.finish(match outcome {
+                        Outcome::Moved => Ok(()),
+                        Outcome::Resumed | Outcome::Abandoned => Err(reason.clone()),
+                    });
+                }
+            };
+            give_away(
+                Box::new(leaver),
+                connect,
+                plan,
+                (status, ordered),
+                (tell, told),
+            );
+        };
+        Builder::new()
+            .name("migration".to_owned())
+            .spawn(run)
+            .map(drop)
+            .map_err(failed)
+    }
+
+    /// Whether a command has to wait for the end of a migration.
+    pub(super) fn refuse_while_moving(&self, command: &Command) -> Option<ControlError> {
+        if self.leaving.is_none() && self.arrival.is_none() {
+            return None;
+        }
+        let doubt = self.leaving.as_ref().is_some_and(|leaving| leaving.doubt);
+        match command {
+            Command::Quit => None,
+            Command::Shutdown | Command::Delete | Command::Reboot if !doubt => None,
+            Command::PowerButton | Command::Nmi | Command::DiskLayers | Command::DiskBitmaps => {
+                None
+            }
+            Command::Console(_) | Command::ConsoleSize(_) => None,
+            Command::SendMigration(_) => {
+                let message = "the machine is on its way already";
+                Some(ControlError::new(ErrorKind::Busy, message))
+            }
+            _ if doubt => Some(ControlError::state(ErrorKind::Conflict, Reason::InDoubt)),
+            _ => Some(ControlError::state(ErrorKind::Conflict, Reason::Migrating)),
+        }
+    }
+
+    /// Stops the machine so that its last pages can go, and takes its state.
+    fn pause_to_leave(&mut self) -> Result<Vec<u8>, String> {
+        if self.leaving.is_none() || self.outcome.is_some() {
+            return Err(GONE.to_owned());
+        }
+        self.check_no_snapshot()
+            .map_err(|error| error.to_string())?;
+        self.check_settled().map_err(|error| error.to_string())?;
+        let (state, was) = self.state();
+        let mut leaving = self.leaving.as_mut();
+        let offered = leaving.as_ref().map(|leaving| leaving.offered);
+        if offered != Some(state) || was.is_some_and(PauseReason::needs_reset) {
+            return Err("the guest has been paused, or let go on, by itself meanwhile".to_owned());
+        }
+        leaving.iter_mut().for_each(|leaving| leaving.was = was);
+        self.pause(PauseReason::Migration)
+            .map_err(|error| chain(&error))?;
+        let state = if self.ears.inbox.has(is_the_guests) {
+            // It is looked at when the machine goes on.
+            Err("the guest has just asked for a reset or its end".to_owned())
+        } else {
+            self.machine.save().map_err(|error| chain(&error))
+        };
+        if state.is_err() {
+            self.stay_here();
+        }
+        Ok(state?.to_bytes())
+    }
+
+    /// From here on the destination may run it.
+    fn enter_doubt(&mut self) -> Result<(), String> {
+        let paused = (VmState::Paused, Some(PauseReason::Migration));
+        if self.outcome.is_some() || self.state() != paused {
+            return Err(GONE.to_owned());
+        }
+        let leaving = self.leaving.as_mut().ok_or(GONE)?;
+        leaving.doubt = true;
+        self.enter(VmState::Paused, Some(PauseReason::InDoubt));
+        Ok(())
+    }
+
+    /// The machine goes on here as it was.
+    fn stay_here(&mut self) {
+        if let Some(leaving) = &mut self.leaving {
+            leaving.doubt = false;
+        }
+        let was = self.leaving.as_ref().and_then(|leaving| leaving.was);
+        if self.state().0 != VmState::Paused || self.outcome.is_some() {
+            return;
+        }
+        match was {
+            Some(reason) => self.enter(VmState::Paused, Some(reason)),
+            None => {
+                if let Err(error) = self.resume() {
+                    tracing::error!(
+                        "the machine stays paused after a migration that has failed: {}",
+                        chain(&error)
+                    );
+                    self.enter(VmState::Paused, Some(PauseReason::Command));
+                }
+            }
+        }
+        self.ears.inbox.rouse();
+    }
+
+    /// The machine is here, and has not all that it needs.
+    fn stay_paused(&mut self, why: &str) {
+        if let Some(leaving) = &mut self.leaving {
+            leaving.doubt = false;
+        }
+        if self.outcome.is_some() || self.state().0 != VmState::Paused {
+            return;
+        }
+        notice::tell(format_args!(
+            "the machine stays paused after a migration that has failed, because a disk cannot be opened again: {why}: end it and boot it again"
+        ));
+        self.enter(VmState::Paused, Some(PauseReason::DiskError));
+    }
+
+    fn cards_go_back(&self) {
+        if let Err(error) = self.machine.serve_cards_here(false) {
+            tracing::warn!(
+                "cards stay with this program after a migration: {}",
+                chain(&error)
+            );
+        }
+    }
+
+    fn throttle(&self, percent: u8) {
+        if let Err(error) = self.machine.vcpus().throttle(percent) {
+            tracing::warn!("the guest is not slowed: {error}");
+        }
+    }
+
+    fn has_left(&mut self, outcome: Outcome) {
+        self.leaving = None;
+        self.throttle(0);
+        match outcome {
+            Outcome::Resumed => self.cards_go_back(),
+            Outcome::Moved => self.finish(ExitReason::Migrated, None),
+            Outcome::Abandoned => {
+                let detail = "it was given up here: an operator has said that it runs elsewhere or is not wanted";
+                self.finish(ExitReason::Migrated, Some(detail.to_owned()));
+            }
+        }
+    }
+
+    /// The machine ends: whoever gives it away is to end, too.
+    pub(super) fn give_up_leaving(&mut self) {
+        if let Some(leaving) = self.leaving.take() {
+            // From COMMIT on it is too late.
+            let _late = leaving.status.order(MigrationOrder::Cancel);
+        }
+    }
+}
+
+/// Whether the guest has asked for something that is not part of its state.
+fn is_the_guests(message: &Message) -> bool {
+    matches!(
+        message,
+        Message::Guest(_) | Message::Vcpu(_, Stop::TripleFault(_) | Stop::Failed(_) | Stop::Memory)
+    )
+}
+
+/// What a request asks for.
+fn parameters(request: &SendMigrationData) -> Result<Parameters, ControlError> {
+    let name = request.preset.as_deref().unwrap_or("default");
+    let preset = Parameters::preset(name).ok_or_else(|| {
+        let names = migration::transport::precopy::PRESETS
+            .map(|(name, _)| name)
+            .join(", ");
+        let message = format!("preset: there is no {name:?}: give one of {names}");
+        ControlError::new(ErrorKind::Invalid, message)
+    });
+    let mut parameters = preset?;
+    check_bandwidth(request.bandwidth.map(NonZero::get))?;
+    let set = VmMigrationSet {
+        bandwidth: request.bandwidth.map(NonZero::get),
+        downtime_ms: request.downtime_ms,
+        timeout_s: request.timeout_s,
+        timeout_strategy: request.timeout_strategy,
+        throttle: request.throttle,
+        postcopy: false,
+    };
+    change(&mut parameters, &set);
+    if let Some(stall) = request.stall_s {
+        parameters.stall = Some(Duration::from_secs(stall.get()));
+    }
+    Ok(parameters)
+}
+
+/// The machine, for the thread that gives it away.
+struct Leaver {
+    desk: Desk,
+    ram: SnapshotRam,
+    swaps: Swaps,
+    consumer: Consumer,
+    disks: DiskList,
+    /// Whose locks have been given up.
+    away: Vec<(String, Away)>,
+    /// Somebody may have written to one.
+    touched: bool,
+    opener: Arc<Opener>,
+}
+
+impl Leaver {
+    /// All disks that can be handed over, or none.
+    fn let_all_go(&mut self) -> Result<(), String> {
+        for disk in &self.disks {
+            let device = disk.device.upgrade().ok_or(GONE)?;
+            let Some(live) = device.disk().and_then(|disk| disk.live()) else {
+                continue;
+            };
+            match live.let_go() {
+                Ok(away) => self.away.push((disk.id.clone(), away)),
+                Err(error) => return Err(format!("disk {}: {}", disk.id, chain(&error))),
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens disks anew whose images have been touched, in the place of what is known of them.
+    fn open_again(&mut self) -> Result<(), String> {
+        for (id, away) in std::mem::take(&mut self.away) {
+            let disk = self.disks.iter().find(|disk| disk.id == id);
+            let Some(LeavingDisk { path, options, .. }) = disk else {
+                continue;
+            };
+            away.give_up();
+            let opened = open_disk(path, &*self.opener, options);
+            let opened = opened.map_err(|error| format!("disk {id}: {}", chain(&error)))?;
+            let image = DiskImage {
+                disk: opened,
+                path: path.clone(),
+                format: options.disk.format,
+                backing: options.backing,
+            };
+            let images = vec![(id, image)];
+            let exchanged = self.desk.ask(move |driver| driver.exchange(images));
+            // The old ones are closed here.
+            drop(exchanged.unwrap_or_else(|| Err(GONE.to_owned()))?);
+        }
+        Ok(())
+    }
+}
+
+impl Departing for Leaver {
+    fn ram(&self) -> &dyn RamSource {
+        &self.ram
+    }
+
+    fn take_written(&self) -> Result<PageSet, String> {
+        self.consumer.take().map_err(|error| chain(&error))
+    }
+
+    fn throttle(&self, percent: u8) {
+        // A machine that has ended needs none.
+        let _ended = self.desk.ask(move |driver| driver.throttle(percent));
+    }
+
+    fn pause(&mut self) -> Result<Vec<u8>, String> {
+        let paused = self.desk.ask(Driver::pause_to_leave);
+        paused.unwrap_or_else(|| Err(GONE.to_owned()))
+    }
+
+    fn let_go(&mut self) -> Result<(), String> {
+        // What was swapped out has been taken for zeros.
+        self.swaps.check(&self.opener)?;
+        // Before anybody could have them: a machine that ends from here on is known to be in doubt.
+        let doubt = self.desk.ask(Driver::enter_doubt);
+        doubt.unwrap_or_else(|| Err(GONE.to_owned()))?;
+        self.touched = false;
+        self.let_all_go().inspect_err(|_| {
+            // They have been offered to nobody: what the files tell does not matter.
+            for (id, away) in self.away.drain(..) {
+                match away.take_back() {
+                    Ok(_) => away.go_on(),
+                    Err(error) => {
+                        tracing::error!("disk {id}: its locks are lost: {}", chain(&error));
+                    }
+                }
+            }
+        })
+    }
+
+    fn take_back(&mut self) -> Result<TakenBack, String> {
+        let mut touched = false;
+        for (count, (_, away)) in self.away.iter().enumerate() {
+            match away.take_back() {
+                Ok(back) => touched |= back == Back::Touched,
+                Err(error) => {
+                    let taken = self.away.iter().take(count);
+                    taken.for_each(|(_, away)| away.give_up());
+                    return match error {
+                        AwayError::Busy => Ok(TakenBack::Busy),
+                        error => Err(chain(&error)),
+                    };
+                }
+            }
+        }
+        self.touched = touched;
+        Ok(if touched {
+            TakenBack::Touched
+        } else {
+            TakenBack::Same
+        })
+    }
+
+    fn give_up(&mut self) {
+        self.away.iter().for_each(|(_, away)| away.give_up());
+    }
+
+    fn resume(&mut self) {
+        let opened = if self.touched {
+            self.open_again()
+        } else {
+            self.away.drain(..).for_each(|(_, away)| away.go_on());
+            Ok(())
+        };
+        let _ended = match opened {
+            Ok(()) => self.desk.ask(Driver::stay_here),
+            Err(error) => self.desk.ask(move |driver| driver.stay_paused(&error)),
+        };
+    }
+
+    fn end(&mut self, outcome: Outcome) {
+        let _ended = self.desk.ask(move |driver| driver.has_left(outcome));
+    }
+}

@@ -1,0 +1,90 @@
+//! A machine that is given away, and how.
+
+use std::path::PathBuf;
+
+use migration::pages::PageSet;
+use migration::transport::channel::RamSource;
+use migration::transport::message::Offer;
+use migration::transport::pages::Codec;
+use migration::transport::precopy::Parameters;
+use migration::transport::protocol::Outcome;
+
+use super::link::Link;
+
+/// What became of an attempt to take locks again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TakenBack {
+    /// All are here, and the images are as they were.
+    Same,
+    /// All are here, and somebody has had an image meanwhile, as far as can be told.
+    Touched,
+    /// Somebody has one, and none is here.
+    Busy,
+}
+
+/// The machine, as who gives it away sees it. Each call may wait for the control thread; an error names what failed, or that the machine has ended.
+pub trait Departing: Send {
+    /// Its memory.
+    fn ram(&self) -> &dyn RamSource;
+
+    /// What has been written of it since the last call.
+    ///
+    /// # Errors
+    ///
+    /// Why that is not known.
+    fn take_written(&self) -> Result<PageSet, String>;
+
+    /// Slows the guest by so many percent.
+    fn throttle(&self, percent: u8);
+
+    /// Stops vCPUs and devices, and gives the state of all but memory. Fails without having paused.
+    ///
+    /// # Errors
+    ///
+    /// Why it runs on.
+    fn pause(&mut self) -> Result<Vec<u8>, String>;
+
+    /// Takes note that from here on the destination may run it, and gives up the locks of all disks, whose queues have ended.
+    ///
+    /// # Errors
+    ///
+    /// Why they are all here still.
+    fn let_go(&mut self) -> Result<(), String>;
+
+    /// Takes the locks again. The disks are not written to before [`Departing::resume`].
+    ///
+    /// # Errors
+    ///
+    /// Why none has been taken.
+    fn take_back(&mut self) -> Result<TakenBack, String>;
+
+    /// Gives up again what [`Departing::take_back`] has taken.
+    fn give_up(&mut self);
+
+    /// It is this side's, with all locks, and goes on.
+    fn resume(&mut self);
+
+    /// It is at the destination, or not wanted: it ends here.
+    fn end(&mut self, why: Outcome);
+}
+
+/// Makes a connection of the migration.
+pub type Connect = Box<dyn Fn() -> std::io::Result<Link> + Send>;
+
+/// What is wanted of a migration.
+pub struct Plan {
+    /// Limits.
+    pub parameters: Parameters,
+    /// Over how many connections memory goes.
+    pub streams: u16,
+    /// How pages go.
+    pub codec: Codec,
+    /// Bytes of memory for differences, on all streams together.
+    pub cache: usize,
+    /// Names this migration.
+    pub session: [u8; 16],
+    /// Where certificates are.
+    pub tls: Option<PathBuf>,
+    /// What is offered.
+    pub offer: Offer,
+}

@@ -1,0 +1,678 @@
+//! The side that takes the machine: first a thread that waits for an offer ([`wait`]), and once the machine is built from that, one that takes memory and state
+//! into it ([`take`]), which owns the protocol's [`Destination`] and does what it says.
+//!
+//! Each stream has a thread that writes pages where they belong; the first stream's hears words, too. The machine itself is the control thread's
+//! ([`Arriving`]).
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use api::wire::MigrationPhase;
+use migration::transport::channel::{
+    Barrier, ChannelError, Incoming, Progress, StreamReceiver, StreamSender,
+};
+use migration::transport::compare::Difference;
+use migration::transport::frame::Preamble;
+use migration::transport::message::{Capabilities, Message, Offer};
+use migration::transport::pages::{Codec, PageSink};
+use migration::transport::protocol::{
+    Destination, DestinationAction, DestinationEvent, DestinationState, Locks, Word,
+};
+
+use super::link::{Link, PATIENCE};
+use super::listener::Listener;
+use super::memory::NoMemory;
+use super::status::Status;
+use crate::error::chain;
+
+/// How often a source hears that this side is alive, and progress is told.
+const ALIVE: Duration = Duration::from_secs(1);
+/// How long a source that has not heard what became of the guest can ask.
+const ANSWERING: Duration = Duration::from_secs(600);
+/// After so long a source of which nothing comes is taken for lost: it may pause its guest, and write out its disks, meanwhile.
+const SILENCE: Duration = Duration::from_secs(120);
+/// How long one that connects has to say what it wants.
+const GREETING: Duration = Duration::from_secs(10);
+
+/// Why no machine came.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// Somebody has wanted the end of it.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// None has come in time.
+    #[error("no machine has come in time")]
+    Late,
+    /// Nobody can connect any more.
+    #[error("it cannot be waited for a source any longer")]
+    Listen(#[source] io::Error),
+}
+
+/// The machine, as who takes it sees it. Each call may wait for the control thread; an error names what failed, or that the machine has ended.
+pub trait Arriving: Send {
+    /// Its memory, which reads as zeros before anything is written to it.
+    fn memory(&self) -> Arc<dyn PageSink + Send + Sync>;
+
+    /// Puts this state into it: the bytes of sections, which are not trusted. What locks will tell of the disks.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not its state.
+    fn load(&mut self, sections: &[u8]) -> Result<Locks, String>;
+
+    /// Forgets the state.
+    ///
+    /// # Errors
+    ///
+    /// Why it cannot.
+    fn unload(&mut self) -> Result<(), String>;
+
+    /// Opens all its disks, under their locks, or none.
+    ///
+    /// # Errors
+    ///
+    /// Why none is open.
+    fn take_locks(&mut self) -> Result<(), String>;
+
+    /// Closes them again.
+    ///
+    /// # Errors
+    ///
+    /// They may still be open.
+    fn give_back(&mut self) -> Result<(), String>;
+
+    /// Lets it go on, or leaves it paused if its user had paused it.
+    ///
+    /// # Errors
+    ///
+    /// Why it has not begun.
+    fn run(&mut self) -> Result<(), String>;
+
+    /// It does not come, for this reason.
+    fn discard(&mut self, reason: &str);
+}
+
+/// A connection of which what is read has to come in time, until that is known to be of the source.
+struct Timed {
+    link: Link,
+    until: Arc<Mutex<Option<Instant>>>,
+}
+
+/// Ends the limit of a [`Timed`] connection.
+#[derive(Clone)]
+struct Limit(Arc<Mutex<Option<Instant>>>);
+
+impl Timed {
+    /// One that has to say what it wants by then.
+    fn greeting(link: &Link) -> (Self, Limit) {
+        let until = Arc::new(Mutex::new(Instant::now().checked_add(GREETING)));
+        let limit = Limit(Arc::clone(&until));
+        let link = link.clone();
+        (Self { link, until }, limit)
+    }
+}
+
+impl Limit {
+    fn lift(&self, link: &Link) -> Result<(), String> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        link.set_patience(SILENCE)
+            .map_err(|error| error.to_string())
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(until) = until {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.link.set_patience(left)?;
+        }
+        self.link.read(buf)
+    }
+}
+
+/// A source that has made its offer.
+pub struct Caller {
+    /// Where others connect.
+    pub listener: Listener,
+    link: Link,
+    sender: StreamSender<Link>,
+    receiver: StreamReceiver<Timed>,
+    preamble: Preamble,
+    /// What it offers.
+    pub offer: Offer,
+}
+
+/// Waits for a source that makes an offer. One that does not is hung up on, and waited on for another.
+///
+/// # Errors
+///
+/// [`ReceiveError`].
+pub fn wait(
+    listener: Listener,
+    status: &Status,
+    deadline: Option<Instant>,
+) -> Result<Caller, ReceiveError> {
+    status.when_cancelled(listener.stopper());
+    loop {
+        let accepted = listener.accept(deadline).map_err(ReceiveError::Listen)?;
+        if status.is_cancelled() {
+            return Err(ReceiveError::Cancelled);
+        }
+        let Some(link) = accepted else {
+            return Err(ReceiveError::Late);
+        };
+        status.over(vec![link.clone()]);
+        match greet(&link) {
+            Ok(Greeting::Offer(sender, receiver, preamble, offer)) => {
+                status.enter(MigrationPhase::Checking);
+                return Ok(Caller {
+                    listener,
+                    link,
+                    sender: *sender,
+                    receiver: *receiver,
+                    preamble,
+                    offer: *offer,
+                });
+            }
+            Ok(Greeting::Answered) => link.hang_up(),
+            Err(error) => {
+                link.hang_up();
+                tracing::warn!("who connected to send a machine is hung up on: {error}");
+            }
+        }
+    }
+}
+
+/// How a connection begins.
+enum Greeting {
+    Offer(
+        Box<StreamSender<Link>>,
+        Box<StreamReceiver<Timed>>,
+        Preamble,
+        Box<Offer>,
+    ),
+    /// A question about a guest that is not known here.
+    Answered,
+}
+
+fn greet(link: &Link) -> Result<Greeting, String> {
+    let told = |error: ChannelError| chain(&error);
+    let (timed, limit) = Timed::greeting(link);
+    let (preamble, mut receiver) = StreamReceiver::open(timed).map_err(told)?;
+    let mut sender = StreamSender::answer(link.clone(), Codec::Raw, 0).map_err(told)?;
+    let first = receiver
+        .next(&NoMemory, &Progress::default())
+        .map_err(told)?;
+    limit.lift(link)?;
+    match first {
+        Incoming::Message(Message::Offer(offer)) if preamble.stream == 0 && !preamble.again => {
+            let (sender, receiver) = (Box::new(sender), Box::new(receiver));
+            Ok(Greeting::Offer(sender, receiver, preamble, offer))
+        }
+        Incoming::Message(Message::Query) => {
+            sender.message(&Message::Unknown).map_err(told)?;
+            Ok(Greeting::Answered)
+        }
+        _ => Err("it does not begin with an offer".to_owned()),
+    }
+}
+
+impl Caller {
+    /// Tells the source why its machine is not taken.
+    pub fn refuse(mut self, differences: &[Difference], reason: &str) {
+        let refusal = Message::Refuse {
+            differences: differences.to_vec(),
+            reason: reason.to_owned(),
+        };
+        if let Err(error) = self.sender.message(&refusal) {
+            tracing::warn!(
+                "the source does not hear why its machine is refused: {}",
+                chain(&error)
+            );
+        }
+        self.link.hang_up();
+    }
+}
+
+/// What the threads of streams share.
+struct Shared {
+    status: Arc<Status>,
+    barrier: Barrier,
+    memory: Arc<dyn PageSink + Send + Sync>,
+    /// The first stream's other direction.
+    answers: Mutex<StreamSender<Link>>,
+}
+
+impl Shared {
+    fn answers(&self) -> MutexGuard<'_, StreamSender<Link>> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn round_end(&self, stream: u16, round: u32) -> Result<(), ChannelError> {
+        if self.barrier.arrive(stream, round) {
+            self.answers().message(&Message::RoundAck { round })?;
+        }
+        Ok(())
+    }
+
+    /// A stream beside the first: pages and ends of rounds.
+    fn serve(&self, stream: u16, mut receiver: StreamReceiver<Timed>) {
+        let reason = loop {
+            match receiver.next(&*self.memory, &self.status.progress) {
+                Ok(Incoming::RoundEnd(round)) => {
+                    if let Err(error) = self.round_end(stream, round) {
+                        break chain(&error);
+                    }
+                }
+                Ok(Incoming::Keepalive) => {}
+                Ok(_) => break "it brings what belongs on the first".to_owned(),
+                Err(error) => break chain(&error),
+            }
+        };
+        self.barrier.fail(&format!("stream {stream}: {reason}"));
+    }
+}
+
+/// Takes the machine that `caller` has offered into the one that has been built, on the calling thread, until the source needs no answers any more.
+pub fn take(
+    caller: Caller,
+    guest: Box<dyn Arriving>,
+    status: Arc<Status>,
+    mut tell: impl FnMut() + Send,
+) {
+    let Caller {
+        listener,
+        link,
+        sender,
+        mut receiver,
+        preamble,
+        offer,
+    } = caller;
+    receiver.set_ranges(&offer.ranges);
+    let shared = Arc::new(Shared {
+        status,
+        barrier: Barrier::new(preamble.streams),
+        memory: guest.memory(),
+        answers: Mutex::new(sender),
+    });
+    let mut taker = Taker {
+        guest,
+        shared: Arc::clone(&shared),
+        destination: Destination::new(),
+        link,
+        links: Vec::new(),
+        state: Vec::new(),
+        capabilities: offer.capabilities.and(Capabilities::ALL),
+        ranges: offer.ranges,
+        preamble,
+        reason: String::new(),
+        broken: false,
+        ready: false,
+        aborted: false,
+    };
+    let reads = taker.link.clone();
+    shared.status.when_cancelled(move || reads.stop_reading());
+    std::thread::scope(|scope| {
+        let alive = Builder::new().name("migration-alive".to_owned());
+        let live = Arc::clone(&shared);
+        let _alive = alive.spawn_scoped(scope, move || {
+            while !live.status.wait_for_end(ALIVE) {
+                tell();
+                // One that is gone is heard of by whoever reads.
+                let _gone = live.answers().keepalive();
+            }
+        });
+        taker.step(DestinationEvent::Received(Word::Offer));
+        if taker.destination.state() == DestinationState::Receiving {
+            taker.join(&listener);
+        }
+        let ended = taker.receive(&mut receiver);
+        if ended == Ended::Unheard {
+            shared.status.answers(listener.stopper());
+            taker.answer(&listener);
+        }
+        drop(listener);
+        taker.links.iter().for_each(Link::hang_up);
+        taker.link.hang_up();
+    });
+    shared.status.part();
+}
+
+/// How receiving has ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// The source knows what became of the guest.
+    Heard,
+    /// It may ask.
+    Unheard,
+}
+
+/// The thread's own.
+struct Taker {
+    guest: Box<dyn Arriving>,
+    shared: Arc<Shared>,
+    destination: Destination,
+    link: Link,
+    /// Of the other streams.
+    links: Vec<Link>,
+    /// What is to be loaded.
+    state: Vec<u8>,
+    capabilities: Capabilities,
+    ranges: Vec<(u64, u64)>,
+    preamble: Preamble,
+    reason: String,
+    /// There is nobody to be told anything.
+    broken: bool,
+    /// The source has heard that its state is loaded.
+    ready: bool,
+    /// It has ended it itself.
+    aborted: bool,
+}
+
+impl Taker {
+    fn step(&mut self, event: DestinationEvent) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for action in self.destination.on(event) {
+                events.extend(self.perform(action));
+            }
+        }
+        let phase = match self.destination.state() {
+            DestinationState::Waiting | DestinationState::Checking => MigrationPhase::Checking,
+            DestinationState::Receiving => MigrationPhase::Precopy,
+            DestinationState::Running => MigrationPhase::Completed,
+            DestinationState::Failed => return,
+            _ => MigrationPhase::Switching,
+        };
+        self.shared.status.enter(phase);
+    }
+
+    /// The first reason counts.
+    fn because(&mut self, reason: impl Into<String>) {
+        if self.reason.is_empty() {
+            self.reason = reason.into();
+        }
+    }
+
+    fn perform(&mut self, action: DestinationAction) -> Option<DestinationEvent> {
+        match action {
+            DestinationAction::Send(word) => {
+                self.send(word);
+                None
+            }
+            DestinationAction::Close => {
+                self.broken = true;
+                self.links.iter().for_each(Link::hang_up);
+                self.link.hang_up();
+                None
+            }
+            // It has been compared, and built.
+            DestinationAction::Check => Some(DestinationEvent::Checked(true)),
+            DestinationAction::Load { attempt } => {
+                let state = std::mem::take(&mut self.state);
+                Some(match self.guest.load(&state) {
+                    Ok(locks) => DestinationEvent::Loaded { attempt, locks },
+                    Err(reason) => {
+                        self.because(reason);
+                        DestinationEvent::Failed
+                    }
+                })
+            }
+            DestinationAction::Unload => self.guest.unload().err().map(|reason| {
+                self.because(reason);
+                DestinationEvent::Failed
+            }),
+            DestinationAction::TakeLocks => Some(match self.guest.take_locks() {
+                Ok(()) => DestinationEvent::LocksTaken,
+                Err(reason) => {
+                    self.because(reason);
+                    DestinationEvent::LocksBusy
+                }
+            }),
+            DestinationAction::Run => Some(match self.guest.run() {
+                Ok(()) => DestinationEvent::Started,
+                Err(reason) => {
+                    self.because(reason);
+                    DestinationEvent::StartFailed
+                }
+            }),
+            DestinationAction::ReleaseLocks => match self.guest.give_back() {
+                Ok(()) => Some(DestinationEvent::LocksReleased),
+                Err(reason) => {
+                    // Nothing is said that is not known: the source stays in doubt, and the end of this machine closes them.
+                    self.because(reason);
+                    self.broken = true;
+                    self.link.hang_up();
+                    let reason = self.reason.clone();
+                    self.shared.status.fail(&reason);
+                    self.guest.discard(&reason);
+                    None
+                }
+            },
+            // Nothing here accepts post-copy.
+            DestinationAction::PauseGuest | DestinationAction::ResumeGuest => None,
+            DestinationAction::Discard => {
+                if self.shared.status.is_cancelled() {
+                    self.reason = "it was cancelled at the destination".to_owned();
+                }
+                let reason = self.reason.clone();
+                self.shared.status.fail(&reason);
+                self.guest.discard(&reason);
+                None
+            }
+        }
+    }
+
+    fn send(&mut self, word: Word) {
+        if self.broken {
+            return;
+        }
+        let message = match word {
+            Word::Accept => Some(Message::Accept {
+                capabilities: self.capabilities,
+            }),
+            Word::Refuse => Some(Message::Refuse {
+                differences: Vec::new(),
+                reason: self.reason.clone(),
+            }),
+            word => Message::of(word, &self.reason),
+        };
+        let Some(message) = message else { return };
+        self.ready |= matches!(message, Message::Ready { .. });
+        let sent = self.shared.answers().message(&message);
+        if let Err(error) = sent {
+            // Whoever reads hears of it, too.
+            tracing::info!(
+                "the source does not hear what it is told: {}",
+                chain(&error)
+            );
+        }
+    }
+
+    /// Takes the other streams, in whatever order they come.
+    fn join(&mut self, listener: &Listener) {
+        for _ in 1..self.preamble.streams {
+            if let Err(reason) = self.join_one(listener) {
+                self.because(reason);
+                return self.step(DestinationEvent::Failed);
+            }
+        }
+    }
+
+    fn join_one(&mut self, listener: &Listener) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let accepted = listener
+                .accept(Some(deadline))
+                .map_err(|error| error.to_string())?;
+            let Some(link) = accepted else {
+                return Err("the source has not opened all its streams in time".to_owned());
+            };
+            if self.shared.status.is_cancelled() {
+                return Err("it was cancelled".to_owned());
+            }
+            let (timed, limit) = Timed::greeting(&link);
+            let opened = StreamReceiver::open(timed).map_err(|error| chain(&error));
+            let (preamble, mut receiver) = match opened {
+                Ok(opened) => opened,
+                Err(error) => {
+                    tracing::warn!("a connection beside a migration is hung up: {error}");
+                    link.hang_up();
+                    continue;
+                }
+            };
+            let wanted = Preamble {
+                stream: preamble.stream,
+                ..self.preamble
+            };
+            if preamble != wanted || preamble.stream == 0 {
+                link.hang_up();
+                continue;
+            }
+            limit.lift(&link)?;
+            receiver.set_ranges(&self.ranges);
+            self.links.push(link);
+            let shared = Arc::clone(&self.shared);
+            let name = format!("migration-{}", preamble.stream);
+            let run = move || shared.serve(preamble.stream, receiver);
+            let started = Builder::new().name(name).spawn(run);
+            return started.map(drop).map_err(|error| error.to_string());
+        }
+    }
+
+    /// Hears the first stream until nothing follows.
+    fn receive(&mut self, receiver: &mut StreamReceiver<Timed>) -> Ended {
+        let shared = Arc::clone(&self.shared);
+        loop {
+            if self.destination.state() == DestinationState::Failed {
+                return Ended::Heard;
+            }
+            match receiver.next(&*shared.memory, &shared.status.progress) {
+                Ok(Incoming::RoundEnd(round)) => {
+                    if let Err(error) = shared.round_end(0, round) {
+                        self.because(chain(&error));
+                        self.step(DestinationEvent::Lost);
+                    }
+                }
+                Ok(Incoming::State {
+                    attempt,
+                    round,
+                    postcopy: false,
+                    sections,
+                }) => self.on_state(attempt, round, sections),
+                Ok(Incoming::Message(Message::Bye))
+                    if self.destination.state() == DestinationState::Running =>
+                {
+                    return Ended::Heard;
+                }
+                Ok(Incoming::Message(Message::Bye)) => {
+                    self.because("the source takes its leave before the guest runs here");
+                    self.step(DestinationEvent::Failed);
+                }
+                Ok(Incoming::Message(message)) => self.on_message(&message),
+                Ok(Incoming::Keepalive) => {}
+                Ok(Incoming::State { .. } | Incoming::Missing(_) | Incoming::Want(_)) => {
+                    self.because("the source begins post-copy, which was not agreed on");
+                    self.step(DestinationEvent::Failed);
+                }
+                Err(error) => return self.on_lost(&error),
+            }
+        }
+    }
+
+    fn on_state(&mut self, attempt: u32, round: u32, sections: Vec<u8>) {
+        if let Err(error) = self.shared.barrier.wait(round, SILENCE) {
+            self.because(error.to_string());
+            return self.step(DestinationEvent::Failed);
+        }
+        self.state = sections;
+        let word = Word::State {
+            attempt,
+            postcopy: false,
+        };
+        self.step(DestinationEvent::Received(word));
+    }
+
+    fn on_message(&mut self, message: &Message) {
+        match message {
+            Message::Abort { reason } => {
+                self.aborted = true;
+                self.because(format!("the source has ended it: {reason}"));
+            }
+            _ if message.word().is_none() => return,
+            _ => {}
+        }
+        let word = message.word();
+        word.into_iter()
+            .for_each(|word| self.step(DestinationEvent::Received(word)));
+    }
+
+    fn on_lost(&mut self, error: &ChannelError) -> Ended {
+        self.broken = !self.shared.status.is_cancelled();
+        if self.shared.status.is_cancelled() {
+            self.step(DestinationEvent::Cancel);
+        } else {
+            let reason = chain(error);
+            self.because(format!("the connection to the source is lost: {reason}"));
+        }
+        self.step(DestinationEvent::Lost);
+        match self.destination.state() {
+            DestinationState::Running => Ended::Unheard,
+            // COMMIT may have been on its way.
+            DestinationState::Failed if self.ready && !self.aborted => Ended::Unheard,
+            _ => Ended::Heard,
+        }
+    }
+
+    /// Answers a source that has not heard what became of its guest.
+    fn answer(&mut self, listener: &Listener) {
+        let deadline = Instant::now() + ANSWERING;
+        while let Ok(Some(link)) = listener.accept(Some(deadline)) {
+            match self.answer_one(&link) {
+                Ok(true) => {
+                    link.hang_up();
+                    return;
+                }
+                Ok(false) => {}
+                Err(error) => tracing::info!("a source that asks for its guest: {error}"),
+            }
+            link.hang_up();
+        }
+    }
+
+    /// Whether the source has said that it has heard.
+    fn answer_one(&mut self, link: &Link) -> Result<bool, String> {
+        let told = |error: ChannelError| chain(&error);
+        // All of it has to be said in this time.
+        let (timed, _limit) = Timed::greeting(link);
+        let (preamble, mut receiver) = StreamReceiver::open(timed).map_err(told)?;
+        let mut sender = StreamSender::answer(link.clone(), Codec::Raw, 0).map_err(told)?;
+        let ours = preamble.session == self.preamble.session && preamble.again;
+        let progress = Progress::default();
+        loop {
+            match receiver.next(&NoMemory, &progress).map_err(told)? {
+                Incoming::Message(Message::Query) if ours => {
+                    for action in self.destination.on(DestinationEvent::Received(Word::Query)) {
+                        if let DestinationAction::Send(word) = action
+                            && let Some(message) = Message::of(word, &self.reason)
+                        {
+                            sender.message(&message).map_err(told)?;
+                        }
+                    }
+                }
+                Incoming::Message(Message::Query) => {
+                    sender.message(&Message::Unknown).map_err(told)?;
+                }
+                Incoming::Message(Message::Bye) => return Ok(ours),
+                _ => return Err("it asks for nothing".to_owned()),
+            }
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! Connections between two monitors.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use api::{ControlError, ErrorKind};
+use block::{Address, Opener as _};
+use rustix::net::sockopt;
+
+use super::listener::Wake;
+use super::secure::Secure;
+use crate::opener::{Opener, Tunnel};
+use crate::tls::{ClientTls, ServerTls};
+
+/// How long a peer may be silent, and how long it may not take what it is sent. Both sides say that they are alive more often.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where a peer is, or is waited for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A host's name or address, and a port.
+    Tcp {
+        /// Without brackets.
+        host: String,
+        /// 0, where the system is to choose one.
+        port: u16,
+    },
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A command for a shell, whose input and output lead there.
+    Exec(String),
+}
+
+/// Why a text names no place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}: it is none of tcp:HOST:PORT, unix:PATH and exec:COMMAND")]
+pub struct PlaceError {
+    text: String,
+}
+
+impl Place {
+    /// Of `tcp:HOST:PORT` or `unix:PATH`, each also with `//` behind the colon, or `exec:COMMAND`.
+    ///
+    /// # Errors
+    ///
+    /// [`PlaceError`].
+    pub fn parse(text: &str) -> Result<Self, PlaceError> {
+        let wrong = || PlaceError {
+            text: text.to_owned(),
+        };
+        if let Some(command) = text.strip_prefix("exec:") {
+            if command.trim().is_empty() || command.contains('\0') {
+                return Err(wrong());
+            }
+            return Ok(Self::Exec(command.to_owned()));
+        }
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if path.is_empty() || path.contains('\0') {
+                return Err(wrong());
+            }
+            return Ok(Self::Unix(path.into()));
+        }
+        let place = text.strip_prefix("tcp:").ok_or_else(wrong)?;
+        let place = place.strip_prefix("//").unwrap_or(place);
+        let (host, port) = place.rsplit_once(':').ok_or_else(wrong)?;
+        let port = port.parse().map_err(|_| wrong())?;
+        let host = match host.strip_prefix('[') {
+            Some(inside) => inside.strip_suffix(']').ok_or_else(wrong)?,
+            None if host.contains(':') => return Err(wrong()),
+            None => host,
+        };
+        if host.is_empty() {
+            return Err(wrong());
+        }
+        Ok(Self::Tcp {
+            host: host.to_owned(),
+            port,
+        })
+    }
+
+    /// Whether what is said there can be heard on this host alone; of a command, whose matter it is, that is believed.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        match self {
+            Self::Unix(_) | Self::Exec(_) => true,
+            Self::Tcp { host, .. } => {
+                let address: Result<std::net::IpAddr, _> = host.parse();
+                host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+            }
+        }
+    }
+}
+
+/// That a guest's memory goes over a network only if it cannot be heard or changed there, or somebody has said that it may be.
+///
+/// # Errors
+///
+/// [`ErrorKind::Invalid`]; also for TLS where it is not spoken.
+pub fn check_private(place: &Place, tls: bool, insecure: bool) -> Result<(), ControlError> {
+    if tls && !matches!(place, Place::Tcp { .. }) {
+        let message = format!("{place}: TLS (--tls; \"tls_dir\") is for tcp: alone: leave it out");
+        return Err(ControlError::new(ErrorKind::Invalid, message));
+    }
+    if tls || insecure || place.is_private() {
+        return Ok(());
+    }
+    let message = format!(
+        "{place} is not on this host alone, and whoever is on the way could read and change the guest's memory: give --tls DIR \
+         (\"tls_dir\") on both sides, or --insecure (\"insecure\": true) where the network keeps others out"
+    );
+    Err(ControlError::new(ErrorKind::Invalid, message))
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Exec(command) => write!(f, "exec:{command}"),
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+        }
+    }
+}
+
+/// One connection. One thread may read while another writes, each with a clone.
+#[derive(Clone)]
+pub struct Link(Arc<Inner>);
+
+struct Inner {
+    // Goes before the command, which has to see its input end.
+    socket: UnixStream,
+    secure: Option<Secure>,
+    tunnel: Option<Tunnel>,
+    /// Something has come.
+    heard: AtomicBool,
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Link")
+    }
+}
+
+/// How records of TLS begin that a peer sends first: an alert, and what shakes hands. The stream of a migration begins otherwise.
+const TLS_RECORDS: [u8; 2] = [0x15, 0x16];
+
+impl Link {
+    /// Of a connected socket of any family.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        Ok(Self::of(prepared(socket)?, None, None))
+    }
+
+    /// The same of one that somebody else has made.
+    ///
+    /// # Errors
+    ///
+    /// The host's, and `InvalidInput` for what is no connected stream socket.
+    pub fn given(socket: OwnedFd) -> io::Result<Self> {
+        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+        let kind = sockopt::socket_type(&socket)
+            .map_err(|_| wrong("the descriptor is no socket: give a connected one"))?;
+        if kind != rustix::net::SocketType::STREAM {
+            return Err(wrong("the descriptor is no stream socket"));
+        }
+        rustix::net::getpeername(&socket)
+            .map_err(|_| wrong("the descriptor is a socket that is not connected"))?;
+        Self::new(socket)
+    }
+
+    fn of(socket: UnixStream, secure: Option<Secure>, tunnel: Option<Tunnel>) -> Self {
+        Self(Arc::new(Inner {
+            socket,
+            secure,
+            tunnel,
+            heard: AtomicBool::new(false),
+        }))
+    }
+
+    /// Of a command that is run for it.
+    pub(super) fn run(command: &str, opener: &Opener) -> io::Result<Self> {
+        let (socket, tunnel) = opener.tunnel(command)?;
+        Ok(Self::of(prepared(socket)?, None, Some(tunnel)))
+    }
+
+    /// Of a connection that has come, when the sender has proven who it is.
+    pub(super) fn accept(socket: OwnedFd, tls: &ServerTls, wake: &Wake) -> io::Result<Self> {
+        let socket = prepared(socket)?;
+        let secure = Secure::accept(&socket, tls, wake).map_err(late)?;
+        Ok(Self::of(socket, Some(secure), None))
+    }
+
+    #[cfg(test)]
+    pub(super) fn secure(&self) -> &Secure {
+        self.0.secure.as_ref().unwrap()
+    }
+
+    #[cfg(test)]
+    pub(super) fn socket(&self) -> &UnixStream {
+        &self.0.socket
+    }
+
+    /// From here on it is waited so long for what is to be read.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        self.0.socket.set_read_timeout(Some(patience))
+    }
+
+    /// Nothing more is heard: who reads finds the end. It can be written to as before.
+    pub fn stop_reading(&self) {
+        // It may have ended by itself.
+        let _ = self.0.socket.shutdown(Shutdown::Read);
+    }
+
+    /// Ends it, for both sides and all threads. Waits for nobody; what has been written still gets there, if the network lives.
+    pub fn hang_up(&self) {
+        self.0.end();
+    }
+}
+
+fn prepared(socket: OwnedFd) -> io::Result<UnixStream> {
+    // Where it is no TCP socket there is nothing to be said.
+    let _ = sockopt::set_tcp_nodelay(&socket, true);
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+impl Inner {
+    fn end(&self) {
+        if let Some(secure) = &self.secure {
+            secure.part(&self.socket);
+        }
+        // It may have ended by itself.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        if let Some(tunnel) = &self.tunnel {
+            tunnel.end();
+        }
+    }
+
+    fn read_plain(&self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = (&self.socket).read(buf)?;
+        let first = buf.first().filter(|_| len > 0);
+        if let Some(first) = first
+            && !self.heard.swap(true, Ordering::Relaxed)
+            && TLS_RECORDS.contains(first)
+        {
+            let what = "the other side speaks TLS, and this one does not: give both sides --tls DIR (\"tls_dir\"), or neither";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        Ok(len)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Read for Link {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = match &self.0.secure {
+            Some(secure) => secure.read(&self.0.socket, buf),
+            None => self.0.read_plain(buf),
+        };
+        read.map_err(late)
+    }
+}
+
+impl Write for Link {
+    /// Takes part of it, where that is long.
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let written = match &self.0.secure {
+            Some(secure) => secure.write(&self.0.socket, buf),
+            None => (&self.0.socket).write(buf),
+        };
+        written.map_err(late)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How the kernel says that the time is up, in words.
+fn late(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}
+
+/// Connects to the monitor at `place`, with `tls` to one that proves who it is and accepts this one. That can take as long as the host's
+/// name service, 5 s for each of four addresses, and [`PATIENCE`] for TLS.
+///
+/// # Errors
+///
+/// The host's, and with `tls` a [`SecureError`](super::secure::SecureError) inside. TLS where there is none (see [`check_private`]) is `Unsupported`.
+pub fn connect(place: &Place, opener: &Opener, tls: Option<&ClientTls>) -> io::Result<Link> {
+    let address = match place {
+        Place::Tcp { host, port } => Address::Tcp {
+            host: host.clone(),
+            port: *port,
+        },
+        _ if tls.is_some() => return Err(io::ErrorKind::Unsupported.into()),
+        Place::Unix(path) => Address::Unix(path.clone()),
+        Place::Exec(command) => return Link::run(command, opener),
+    };
+    let socket = opener.connector(&address)?.connect()?;
+    match (place, tls) {
+        (Place::Tcp { host, .. }, Some(tls)) => {
+            let socket = prepared(socket)?;
+            let secure = Secure::connect(&socket, tls, host).map_err(late)?;
+            Ok(Link::of(socket, Some(secure), None))
+        }
+        _ => Link::new(socket),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,590 @@
+//! Machines that go from one monitor to another while they run, as a guest sees it that counts in its memory.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use api::client::{Client, ClientError};
+use api::wire::{
+    MigrationCompression, MigrationInfo, MigrationPhase, MigrationResolution, ReceiveMigrationData,
+    SendMigrationData, VmInfoState, VmMigrationSet,
+};
+use api::{PauseReason, Reason};
+
+use crate::snapshots::{ask, tell, vireo};
+use crate::support::{Vireo, can_run, until};
+
+/// A monitor, and where it is reached.
+struct Side {
+    vireo: Vireo,
+    socket: PathBuf,
+}
+
+impl Side {
+    /// A guest that counts in 16 MiB, on a disk.
+    fn counting(dir: &Path) -> Self {
+        let disk = dir.join("disk");
+        File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+        let socket = dir.join("source.sock");
+        let guest = crate::support::guest("count");
+        let mut vireo = vireo(&[
+            "run",
+            "--kernel",
+            guest.to_str().unwrap(),
+            "--cmdline",
+            "mib=16",
+            "--memory",
+            "64M",
+            "--cpus",
+            "2",
+            "--serial",
+            "tty",
+            "--disk",
+            &format!("path={},id=d", disk.display()),
+            "--api-socket",
+            socket.to_str().unwrap(),
+        ]);
+        vireo.stdout.wait_for("pages=4096\n");
+        let side = Self { vireo, socket };
+        until("the boot", || {
+            let info = Client::connect(&side.socket).ok()?.info().ok()?;
+            (info.state == VmInfoState::Running).then_some(())
+        });
+        side
+    }
+
+    /// A monitor without a machine.
+    fn empty(dir: &Path, name: &str) -> Self {
+        let socket = dir.join(name);
+        let vireo = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
+        until("the socket", || Client::connect(&socket).ok());
+        Self { vireo, socket }
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.socket).unwrap()
+    }
+
+    fn phase(&self) -> MigrationPhase {
+        self.client().migration().unwrap().phase
+    }
+
+    fn state(&self) -> Option<VmInfoState> {
+        Some(Client::connect(&self.socket).ok()?.info().ok()?.state)
+    }
+
+    /// Waits for a machine at `url`, on a thread; returns when it is waited for.
+    fn receive(&self, url: &str) -> JoinHandle<Result<(), ClientError>> {
+        let socket = self.socket.clone();
+        let request = ReceiveMigrationData {
+            receiver_url: url.to_owned(),
+            ..ReceiveMigrationData::default()
+        };
+        let waits = thread::spawn(move || {
+            let mut client = Client::connect(socket).unwrap();
+            client.receive_migration(&request, &[])
+        });
+        let place = url.to_owned();
+        until("the receiver", || {
+            if let Some(path) = place.strip_prefix("unix:") {
+                return Path::new(path).exists().then_some(());
+            }
+            // One that connects and says nothing is waited on no longer than it stays.
+            std::net::TcpStream::connect(place.strip_prefix("tcp:")?)
+                .ok()
+                .map(drop)
+        });
+        waits
+    }
+
+    /// The end of the migration that it is part of.
+    fn ended(&self) -> MigrationInfo {
+        until("the end of the migration", || {
+            let info = self.client().migration().ok()?;
+            info.phase.is_end().then_some(info)
+        })
+    }
+}
+
+/// How a machine is sent to a place.
+type Way<'a> = &'a dyn Fn(&str) -> SendMigrationData;
+
+fn to(url: &str) -> SendMigrationData {
+    SendMigrationData {
+        destination_url: url.to_owned(),
+        // This host may be slow; the limit of the pause has tests of its own.
+        downtime_ms: std::num::NonZero::new(20_000),
+        ..SendMigrationData::default()
+    }
+}
+
+fn unix(dir: &Path, name: &str) -> String {
+    format!("unix:{}", dir.join(name).display())
+}
+
+fn free_port() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("tcp:{}", listener.local_addr().unwrap())
+}
+
+#[test]
+fn a_machine_moves_over_each_kind_of_connection_and_goes_on_where_it_was() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let mut last = ask(&mut source.vireo, 1);
+    let plain = |url: &str| to(url);
+    let four = |url: &str| SendMigrationData {
+        connections: Some(4),
+        compression: MigrationCompression::Zstd,
+        ..to(url)
+    };
+    let deltas = |url: &str| SendMigrationData {
+        compression: MigrationCompression::Lz4,
+        delta_cache: std::num::NonZero::new(16 << 20),
+        preset: Some("fast".to_owned()),
+        ..to(url)
+    };
+    let ways: [(Way<'_>, String); 4] = [
+        (&plain, unix(dir.path(), "m0")),
+        (&four, free_port()),
+        (&deltas, free_port()),
+        (&plain, unix(dir.path(), "m0")),
+    ];
+    for (index, (request, url)) in ways.into_iter().enumerate() {
+        let mut target = Side::empty(dir.path(), &format!("{index}.sock"));
+        let waits = target.receive(&url);
+        source.client().send_migration(&request(&url)).unwrap();
+        waits.join().unwrap().unwrap();
+        source.vireo.ends_with(0);
+        let info = target.ended();
+        assert_eq!((info.phase, info.error), (MigrationPhase::Completed, None));
+        assert!(
+            info.pages >= 16 << 8 && info.zero_pages > 0,
+            "{}",
+            info.pages
+        );
+        let now = ask(&mut target.vireo, u32::try_from(index).unwrap() + 2);
+        assert!(now > last, "{now} {last}");
+        last = now;
+        // It has the disk under its lock.
+        let disk = dir.path().join("disk");
+        let mut other = vireo(&[
+            "run",
+            "--kernel",
+            crate::support::guest("count").to_str().unwrap(),
+            "--disk",
+            disk.to_str().unwrap(),
+        ]);
+        other.ends_with(1);
+        source = target;
+    }
+    tell(&mut source.vireo, b"q");
+}
+
+#[test]
+fn a_paused_machine_arrives_paused_and_nothing_is_changed_on_the_way() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let before = ask(&mut source.vireo, 1);
+    let url = unix(dir.path(), "m");
+    let mut target = Side::empty(dir.path(), "t.sock");
+    let waits = target.receive(&url);
+    source.client().pause().unwrap();
+    source.client().send_migration(&to(&url)).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+    assert_eq!(target.state(), Some(VmInfoState::Paused));
+    target.client().resume().unwrap();
+    assert!(ask(&mut target.vireo, 2) >= before);
+}
+
+#[test]
+fn a_migration_is_seen_steered_and_cancelled_and_the_guest_goes_on() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let told = source.client().migration().unwrap_err();
+    assert!(
+        told.to_string().contains("neither sent nor received"),
+        "{told}"
+    );
+    let url = unix(dir.path(), "m");
+    let target = Side::empty(dir.path(), "t.sock");
+    let waits = target.receive(&url);
+    let slow = SendMigrationData {
+        bandwidth: std::num::NonZero::new(1 << 18),
+        ..to(&url)
+    };
+    source.client().send_migration(&slow).unwrap();
+    let info = until("pages", || {
+        let info = source.client().migration().ok()?;
+        (info.phase == MigrationPhase::Precopy && info.bytes > 0).then_some(info)
+    });
+    assert_eq!((info.bandwidth, info.rounds), (Some(1 << 18), 1));
+    let refused = source.client().pause().unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::Migrating), "{refused}");
+    assert!(source.client().send_migration(&slow).is_err());
+    let set = VmMigrationSet {
+        bandwidth: Some(1 << 19),
+        downtime_ms: std::num::NonZero::new(70),
+        ..VmMigrationSet::default()
+    };
+    source.client().set_migration(&set).unwrap();
+    until("the new limits", || {
+        let info = source.client().migration().unwrap();
+        (info.bandwidth == Some(1 << 19) && info.downtime_ms == 70).then_some(())
+    });
+    let resume = MigrationResolution::Resume;
+    assert!(source.client().resolve_migration(resume).is_err());
+    ask(&mut source.vireo, 1);
+    source.client().cancel_migration().unwrap();
+    assert_eq!(source.ended().phase, MigrationPhase::Cancelled);
+    let told = waits.join().unwrap().unwrap_err().to_string();
+    assert!(told.contains("cancelled at the source"), "{told}");
+    assert_eq!(target.ended().phase, MigrationPhase::Failed);
+    assert_eq!(target.state(), None);
+    ask(&mut source.vireo, 2);
+    // The same machine can be sent again, to the same monitor.
+    let waits = target.receive(&url);
+    source.client().send_migration(&to(&url)).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+}
+
+#[test]
+fn a_receiver_that_is_cancelled_or_not_there_leaves_the_guest_where_it_is() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let url = unix(dir.path(), "m");
+    source.client().send_migration(&to(&url)).unwrap();
+    let info = source.ended();
+    assert_eq!(info.phase, MigrationPhase::Failed);
+    let told = info.error.unwrap();
+    assert!(told.contains("cannot be reached"), "{told}");
+    let target = Side::empty(dir.path(), "t.sock");
+    // While nobody has come.
+    let waits = target.receive(&url);
+    target.client().cancel_migration().unwrap();
+    let told = waits.join().unwrap().unwrap_err().to_string();
+    assert!(told.contains("cancelled"), "{told}");
+    assert!(!dir.path().join("m").exists());
+    // While memory comes.
+    let waits = target.receive(&url);
+    let slow = SendMigrationData {
+        bandwidth: std::num::NonZero::new(1 << 18),
+        ..to(&url)
+    };
+    source.client().send_migration(&slow).unwrap();
+    until("memory", || {
+        (target.phase() == MigrationPhase::Precopy).then_some(())
+    });
+    target.client().cancel_migration().unwrap();
+    let told = waits.join().unwrap().unwrap_err().to_string();
+    assert!(told.contains("cancelled at the destination"), "{told}");
+    let info = source.ended();
+    let told = info.error.unwrap();
+    assert!(told.contains("cancelled at the destination"), "{told}");
+    ask(&mut source.vireo, 1);
+}
+
+#[test]
+fn what_is_no_source_is_hung_up_on_and_the_next_one_is_waited_for() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let url = unix(dir.path(), "m");
+    let mut target = Side::empty(dir.path(), "t.sock");
+    let waits = target.receive(&url);
+    for bytes in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", b"VIREOMIG", &[0; 4096]] {
+        let mut stream = UnixStream::connect(dir.path().join("m")).unwrap();
+        // It may have been hung up on by then.
+        let _ = stream.write_all(bytes);
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+    }
+    source.client().send_migration(&to(&url)).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+    ask(&mut target.vireo, 1);
+}
+
+/// Between both sides: the first connection ends once so many bytes have gone one way.
+struct Proxy {
+    stop: Arc<AtomicBool>,
+    path: PathBuf,
+    /// How many bytes have been answered.
+    answered: Arc<AtomicU64>,
+}
+
+/// Where the first connection is cut: in what is `answered`, or in what is sent.
+#[derive(Clone, Copy)]
+struct Cut {
+    answered: bool,
+    after: u64,
+}
+
+/// Moves bytes, and counts them, until an end or `limit`; then both connections have ended.
+fn forward(from: &UnixStream, to: &UnixStream, limit: u64, count: Arc<AtomicU64>) {
+    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+    thread::spawn(move || {
+        let (mut left, mut buffer) = (limit, vec![0; 1 << 16]);
+        while left > 0 {
+            let most = buffer
+                .len()
+                .min(usize::try_from(left).unwrap_or(usize::MAX));
+            let len = match from.read(&mut buffer[..most]) {
+                Ok(0) | Err(_) => break,
+                Ok(len) => len,
+            };
+            count.fetch_add(len as u64, Ordering::SeqCst);
+            left -= len as u64;
+            if to.write_all(&buffer[..len]).is_err() {
+                break;
+            }
+        }
+        let _ = from.shutdown(Shutdown::Both);
+        let _ = to.shutdown(Shutdown::Both);
+    });
+}
+
+impl Proxy {
+    fn start(path: PathBuf, there: PathBuf, cut: Cut) -> Self {
+        let listener = UnixListener::bind(&path).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&answered));
+        thread::spawn(move || {
+            let mut cut = Some(cut);
+            while let Ok((stream, _)) = listener.accept() {
+                if cut.is_none() && stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                let Ok(other) = UnixStream::connect(&there) else {
+                    continue;
+                };
+                let limit = |answers: bool| {
+                    let own = cut.filter(|cut| cut.answered == answers);
+                    own.map_or(u64::MAX, |cut| cut.after)
+                };
+                forward(&stream, &other, limit(false), Arc::default());
+                forward(&other, &stream, limit(true), Arc::clone(&count));
+                cut = None;
+            }
+        });
+        Self {
+            stop,
+            path,
+            answered,
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let _ = UnixStream::connect(&self.path);
+    }
+}
+
+/// One side runs the guest, and the other does not.
+fn is_at_one_side(mut source: Side, mut target: Side, answers: u32) -> Option<Side> {
+    let came = until("a decision", || {
+        let there = Client::connect(&target.socket).ok()?.migration().ok();
+        if there.is_some_and(|there| there.phase == MigrationPhase::Completed) {
+            return Some(true);
+        }
+        let ended = source.client().migration().ok()?.phase.is_end();
+        (ended && source.state() == Some(VmInfoState::Running)).then_some(false)
+    });
+    if came {
+        source.vireo.ends_with(0);
+        ask(&mut target.vireo, answers);
+        return None;
+    }
+    until("the end of the other", || {
+        let running = target.state() == Some(VmInfoState::Running);
+        assert!(!running, "both run it");
+        target.state().is_none().then_some(())
+    });
+    ask(&mut source.vireo, answers);
+    Some(source)
+}
+
+#[test]
+fn a_connection_that_is_cut_anywhere_leaves_the_guest_at_one_side() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Some(Side::counting(dir.path()));
+    let (mut moved, mut stayed, mut answers) = (0, 0, 0);
+    // What the source sends, and what it is answered, up to the last word.
+    let sent = [0, 20, 41, 300, 12_000, 1 << 20, 17 << 20];
+    let answered = [0, 1, 17, 24, 30, 36, 44, 52, 60, 80, 120];
+    let cut = |answered| move |after| Cut { answered, after };
+    let cuts = sent.map(cut(false)).into_iter();
+    for (index, cut) in cuts.chain(answered.map(cut(true))).enumerate() {
+        let here = source.take().unwrap_or_else(|| {
+            answers = 0;
+            Side::counting(dir.path())
+        });
+        let there = dir.path().join(format!("m{index}"));
+        let between = dir.path().join(format!("p{index}"));
+        let target = Side::empty(dir.path(), &format!("t{index}.sock"));
+        let waits = target.receive(&format!("unix:{}", there.display()));
+        let _proxy = Proxy::start(between.clone(), there, cut);
+        let url = format!("unix:{}", between.display());
+        here.client().send_migration(&to(&url)).unwrap();
+        answers += 1;
+        // A receiver that nobody has reached waits on.
+        if cut.after <= 41 && !cut.answered {
+            here.ended();
+            target.client().cancel_migration().unwrap();
+        }
+        source = is_at_one_side(here, target, answers);
+        if source.is_some() {
+            stayed += 1;
+        } else {
+            moved += 1;
+        }
+        let _ended = waits.join().unwrap();
+    }
+    assert!(moved > 0 && stayed > 5, "{moved} {stayed}");
+}
+
+#[test]
+fn a_destination_that_is_killed_leaves_the_guest_here() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let there = dir.path().join("m");
+    let target = Side::empty(dir.path(), "t.sock");
+    let waits = target.receive(&format!("unix:{}", there.display()));
+    let slow = SendMigrationData {
+        bandwidth: std::num::NonZero::new(1 << 20),
+        ..to(&format!("unix:{}", there.display()))
+    };
+    source.client().send_migration(&slow).unwrap();
+    until("memory", || {
+        (target.phase() == MigrationPhase::Precopy).then_some(())
+    });
+    target.vireo.signal("KILL");
+    let info = source.ended();
+    assert_eq!(info.phase, MigrationPhase::Failed);
+    assert!(waits.join().unwrap().is_err());
+    ask(&mut source.vireo, 1);
+
+    let told = source
+        .client()
+        .resolve_migration(MigrationResolution::Resume);
+    assert!(told.unwrap_err().to_string().contains("not in doubt"));
+}
+
+/// Sends the machine over a connection that is cut behind so many bytes of answers, and can not be made again; the other side, which has it.
+fn into_doubt(dir: &Path, source: &Side, name: &str, after: u64) -> Side {
+    let there = dir.join(format!("{name}.m"));
+    let between = dir.join(format!("{name}.p"));
+    let target = Side::empty(dir, &format!("{name}.sock"));
+    let waits = target.receive(&format!("unix:{}", there.display()));
+    let cut = Cut {
+        answered: true,
+        after,
+    };
+    let proxy = Proxy::start(between.clone(), there, cut);
+    // Nobody is reached a second time.
+    proxy.stop.store(true, Ordering::SeqCst);
+    let url = format!("unix:{}", between.display());
+    source.client().send_migration(&to(&url)).unwrap();
+    waits.join().unwrap().unwrap();
+    until("the doubt", || {
+        (source.phase() == MigrationPhase::InDoubt).then_some(())
+    });
+    let info = source.client().info().unwrap();
+    let doubt = Some(PauseReason::InDoubt);
+    assert_eq!((info.state, info.pause), (VmInfoState::Paused, doubt));
+    let refused = source.client().resume().unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::InDoubt), "{refused}");
+    let told = source.client().cancel_migration().unwrap_err().to_string();
+    assert!(told.contains("migrate-resolve"), "{told}");
+    target
+}
+
+/// How many bytes a destination answers to a machine that is paused, which takes one round; it is at the other side then.
+fn answers_of(dir: &Path, mut source: Side) -> (u64, Side) {
+    let (there, between) = (dir.join("first.m"), dir.join("first.p"));
+    let target = Side::empty(dir, "first.sock");
+    let waits = target.receive(&format!("unix:{}", there.display()));
+    let whole = Cut {
+        answered: true,
+        after: u64::MAX,
+    };
+    let proxy = Proxy::start(between.clone(), there, whole);
+    let url = format!("unix:{}", between.display());
+    source.client().send_migration(&to(&url)).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+    (proxy.answered.load(Ordering::SeqCst), target)
+}
+
+#[test]
+fn a_guest_in_doubt_waits_for_locks_or_an_operator_and_does_not_run_meanwhile() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let source = Side::counting(dir.path());
+    source.client().pause().unwrap();
+    let (all, mut source) = answers_of(dir.path(), source);
+    let is_back = |source: &Side| {
+        assert_eq!(source.ended().phase, MigrationPhase::Failed);
+        let info = source.client().info().unwrap();
+        let command = Some(PauseReason::Command);
+        assert_eq!((info.state, info.pause), (VmInfoState::Paused, command));
+    };
+    // Nobody has the disk, and nobody has written to it: the locks tell.
+    let mut target = into_doubt(dir.path(), &source, "locks", all - 1);
+    target.vireo.signal("KILL");
+    target.vireo.end();
+    is_back(&source);
+
+    // Somebody may have written to it.
+    let mut target = into_doubt(dir.path(), &source, "touched", all - 1);
+    let disk = File::options().write(true).open(dir.path().join("disk"));
+    disk.unwrap()
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    target.vireo.signal("KILL");
+    target.vireo.end();
+    assert_eq!(source.phase(), MigrationPhase::InDoubt);
+    let resume = MigrationResolution::Resume;
+    source.client().resolve_migration(resume).unwrap();
+    is_back(&source);
+
+    let mut target = into_doubt(dir.path(), &source, "abandoned", all - 1);
+    let abandon = MigrationResolution::Abandon;
+    source.client().resolve_migration(abandon).unwrap();
+    source.vireo.ends_with(0);
+    target.client().resume().unwrap();
+    ask(&mut target.vireo, 1);
+}
