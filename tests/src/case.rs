@@ -40,9 +40,11 @@ pub struct Case {
     pub served: bool,
     /// The Linux guest has QEMU's guest agent as `/bin/qemu-ga`, and `/bin/vsock`.
     pub guest_agent: bool,
-    /// The Linux guest, which has the nested machine's kernel, and that machine have `iperf3`, `passt` and `tcpdump`, and
+    /// The Linux guest, which has the nested machine's kernel, and that machine have `iperf3`, `passt`, `tcpdump` and `tc`, and
     /// a script `/modules/net` that loads what networks need.
     pub net_tools: bool,
+    /// That machine alone has them, and the guest has whichever kernel.
+    pub net_host: bool,
     /// The nested machine has `virtiofsd`.
     pub virtiofsd: bool,
 }
@@ -327,6 +329,7 @@ impl Case {
             served: false,
             guest_agent: false,
             net_tools: false,
+            net_host: false,
             virtiofsd: false,
         }
     }

@@ -47,7 +47,15 @@ const NESTED_MODULES: &[&str] = &[
 ];
 
 /// What cases with networks load beside that.
-const NET_MODULES: &[&str] = &["bridge", "8021q", "veth", "macvtap", "vhost_net"];
+const NET_MODULES: &[&str] = &[
+    "bridge",
+    "8021q",
+    "veth",
+    "macvtap",
+    "vhost_net",
+    "sch_netem",
+    "sch_tbf",
+];
 
 /// Runs `/case.sh` when there is one, else a shell; then powers off.
 ///
@@ -202,8 +210,14 @@ pub fn net_tools(tools: &Path, kernel: &Path, output: &Path) -> Result<()> {
     write(output, |archive| {
         let mut directories = vec![String::new(), "bin".to_owned(), "modules".to_owned()];
         let mut libraries = BTreeMap::new();
-        for program in ["iperf3", "passt", "socat", "tcpdump"] {
-            let path = tools.join("usr/bin").join(program);
+        let programs = ["iperf3", "passt", "socat", "tcpdump"].map(|name| ("usr/bin", name));
+        // Where Debian 12 has it, and where later releases do.
+        let sbin = ["sbin", "usr/sbin"];
+        let sbin = sbin
+            .into_iter()
+            .find(|place| tools.join(place).join("tc").is_file());
+        for (place, program) in programs.into_iter().chain([(sbin.unwrap_or("sbin"), "tc")]) {
+            let path = tools.join(place).join(program);
             copy(archive, &format!("bin/{program}"), &path)?;
             libraries.extend(libraries_in(&path, Some(tools))?);
         }

@@ -171,7 +171,7 @@ pub fn files(cases: &[Case]) -> Result<BTreeMap<String, PathBuf>> {
         if case.guest_agent {
             files.insert(GUEST_AGENT.to_owned(), file(GUEST_AGENT)?);
         }
-        if case.net_tools {
+        if case.net_tools || case.net_host {
             files.insert(NET_TOOLS.to_owned(), file(NET_TOOLS)?);
         }
         if case.virtiofsd {

@@ -9,6 +9,7 @@ mod consoles;
 mod cycles;
 mod driven;
 mod handled;
+mod moved;
 mod network;
 mod ps2;
 mod restored;
@@ -252,6 +253,9 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
         }
     }
     cases.push(boots(kernel, Form::Pvh, 8));
+    if kernel.starts_with("6.12") {
+        cases.push(moved::goes_to_and_fro(kernel));
+    }
     for (word, cpus) in [
         ("cache=none", 2),
         ("cache=writethrough", 1),

@@ -20,6 +20,7 @@ mod inside;
 mod jobs;
 mod measure;
 mod memory;
+mod migration;
 mod monitor;
 mod net;
 mod plot;
@@ -49,7 +50,7 @@ use self::targets::Target;
 use crate::{kit, nested, places, probe};
 
 /// The groups of measures.
-pub const GROUPS: [&str; 18] = [
+pub const GROUPS: [&str; 19] = [
     "size",
     "start",
     "api",
@@ -63,6 +64,7 @@ pub const GROUPS: [&str; 18] = [
     "jobs",
     "snapshot",
     "restore",
+    "migration",
     "image",
     "boot",
     "nested-balloon",
@@ -213,7 +215,7 @@ impl Bench<'_> {
         }
         if let Err(error) = probe::open_kvm() {
             self.skip(&format!(
-                "start, api, memory, clone, port, balloon, net, display, disk, jobs, snapshot, restore: cannot open /dev/kvm: {error}"
+                "start, api, memory, clone, port, balloon, net, display, disk, jobs, snapshot, restore, migration: cannot open /dev/kvm: {error}"
             ));
             return Ok(());
         }
@@ -271,6 +273,9 @@ impl Bench<'_> {
         }
         if settings.wants("restore") {
             snapshot::restored(settings, clock, monitors, &mut |measure| self.add(measure))?;
+        }
+        if settings.wants("migration") {
+            migration::moved(settings, clock, monitors, &mut |measure| self.add(measure))?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::{MIB, case};
 use crate::case::{Action, Case, Fill, Form};
 
-/// How often in `make test-full`. `SNAPSHOT_CYCLES=100` has it so often by hand.
+/// How often, where nobody has asked for another number.
 const CYCLES: u32 = 6;
 /// Seconds for one.
 const EACH: u64 = 20;
@@ -82,13 +82,16 @@ fn cycle(case: Case, number: u32, cycles: u32) -> Case {
         .lines([format!("@@ whole after {number}")])
 }
 
+/// How often by the environment's `variable`: `SNAPSHOT_CYCLES=100` has it so often by hand.
+pub(super) fn asked(variable: &str) -> u32 {
+    let told = std::env::var(variable).ok();
+    let cycles = told.and_then(|text| text.parse().ok());
+    cycles.unwrap_or(CYCLES).clamp(1, 1000)
+}
+
 /// Every way in which memory comes back, in turns.
 pub(super) fn again_and_again(kernel: &str) -> Case {
-    let told = std::env::var("SNAPSHOT_CYCLES").ok();
-    let cycles = told
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(CYCLES)
-        .clamp(1, 1000);
+    let cycles = asked("SNAPSHOT_CYCLES");
     let case = case(kernel, Form::Pvh, "is-saved-again-and-again", SCRIPT)
         .args("--cpus boot=2 --api-socket {dir}/api.sock --rng")
         .args("--disk path={dir}/disk,id=work --disk path={dir}/still,readonly=on")
