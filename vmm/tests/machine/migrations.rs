@@ -14,7 +14,7 @@ use api::wire::{
     MigrationCompression, MigrationInfo, MigrationPhase, MigrationResolution, ReceiveMigrationData,
     SendMigrationData, VmInfoState, VmMigrationSet,
 };
-use api::{PauseReason, Reason};
+use api::{EventKind, PauseReason, Reason, VmState};
 
 use crate::snapshots::{ask, tell, vireo};
 use crate::support::{Vireo, can_run, until};
@@ -262,6 +262,52 @@ fn a_migration_is_seen_steered_and_cancelled_and_the_guest_goes_on() {
     source.client().send_migration(&to(&url)).unwrap();
     waits.join().unwrap().unwrap();
     source.vireo.ends_with(0);
+}
+
+#[test]
+fn a_pause_that_gets_too_long_is_given_up_and_tried_again() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let url = unix(dir.path(), "m");
+    let mut target = Side::empty(dir.path(), "t.sock");
+    let waits = target.receive(&url);
+    // With nothing left to be sent it is tried, whatever it costs.
+    tell(&mut source.vireo, b"h");
+    let before = ask(&mut source.vireo, 1);
+    let mut events = source.client().events(None).unwrap();
+    let short = SendMigrationData {
+        downtime_ms: std::num::NonZero::new(1),
+        ..to(&url)
+    };
+    source.client().send_migration(&short).unwrap();
+    let mut until_state = |wanted: (VmState, Option<PauseReason>)| loop {
+        let event = events.next().unwrap().unwrap().event().unwrap();
+        if let EventKind::State { state, pause } = event.kind
+            && (state, pause) == wanted
+        {
+            return;
+        }
+    };
+    until_state((VmState::Paused, Some(PauseReason::Migration)));
+    until_state((VmState::Running, None));
+    assert_eq!(ask(&mut source.vireo, 2), before);
+    let set = VmMigrationSet {
+        downtime_ms: std::num::NonZero::new(20_000),
+        ..VmMigrationSet::default()
+    };
+    source.client().set_migration(&set).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+    assert_eq!(ask(&mut target.vireo, 3), before);
+    tell(&mut target.vireo, b"h");
+    let mut answers = 3;
+    until("the count", || {
+        answers += 1;
+        (ask(&mut target.vireo, answers) > before).then_some(())
+    });
 }
 
 #[test]

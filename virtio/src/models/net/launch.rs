@@ -78,8 +78,7 @@ impl Net {
     fn kernel(&self) -> Option<&Arc<Engines>> {
         let engines = self.engines.as_ref()?;
         let limited = self.rx_limits.limited() || self.tx_limits.limited();
-        let plain =
-            !limited && !self.here && self.shared.link() && self.shared.mirror().is_none();
+        let plain = !limited && !self.here && self.shared.link() && self.shared.mirror().is_none();
         plain.then_some(engines)
     }
 

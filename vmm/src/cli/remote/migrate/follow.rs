@@ -23,8 +23,29 @@ use super::super::word;
 const KIND: &str = "migration";
 /// How often it is asked how far it is.
 const LOOK: Duration = Duration::from_millis(200);
+/// How long a phase lasts that only a user may be able to end, before that is said: most of the time an answer comes at once.
+const DOUBT: Duration = Duration::from_secs(5);
 /// How long the last events of a monitor that has ended may take.
 const LAST: Duration = Duration::from_secs(2);
+
+/// Since when a migration has been where it is.
+#[derive(Default)]
+struct Standing(Option<(MigrationPhase, Instant)>);
+
+impl Standing {
+    /// Whether it has been in `phase`, where it is `now`, for longer than answers take.
+    fn lasts(&mut self, phase: MigrationPhase, now: Instant) -> bool {
+        match self.0 {
+            Some((before, since)) if before == phase => {
+                now.saturating_duration_since(since) >= DOUBT
+            }
+            _ => {
+                self.0 = Some((phase, now));
+                false
+            }
+        }
+    }
+}
 
 /// Shows how far the migration is that has just begun, unless it is to be quiet, until it has ended. Ctrl-C cancels it.
 pub(super) fn follow(
@@ -40,6 +61,7 @@ pub(super) fn follow(
         asked => asked.map_err(|error| remote.failed(error))?,
     };
     let (mut cancelled, mut noted, mut ended) = (false, None, None);
+    let mut standing = Standing::default();
     loop {
         if let Some(end) = outcome(&info) {
             progress.finish();
@@ -55,6 +77,7 @@ pub(super) fn follow(
         );
         if let Some(note) = note(&info, remote.named())
             && noted != Some(info.phase)
+            && standing.lasts(info.phase, Instant::now())
         {
             noted = Some(info.phase);
             progress.aside(|| message::note(&format!("{}: {note}", remote.who)));
@@ -238,6 +261,17 @@ fn line(info: &MigrationInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_phase_is_noted_when_it_lasts_and_not_where_the_next_one_comes_soon() {
+        let (mut standing, begun) = (Standing::default(), Instant::now());
+        let doubt = MigrationPhase::InDoubt;
+        assert!(!standing.lasts(doubt, begun));
+        assert!(!standing.lasts(doubt, begun + DOUBT / 2));
+        assert!(standing.lasts(doubt, begun + DOUBT));
+        assert!(!standing.lasts(MigrationPhase::Precopy, begun + DOUBT));
+        assert!(!standing.lasts(doubt, begun + DOUBT));
+    }
 
     fn at(phase: MigrationPhase) -> MigrationInfo {
         MigrationInfo {
