@@ -4,7 +4,7 @@
 //!
 //! 1. All queues of the disk have ended. [`Live::let_go`] makes everything durable that it holds, refuses changes, and gives up the locks of
 //!    its whole chain.
-//! 2. The other side opens the disk, under locks of its own.
+//! 2. The other side opens the disk, under locks of its own, and marks its files before a guest runs on it ([`Live::mark`]).
 //! 3. Should that come to nothing, [`Away::take_back`] takes the locks again, all or none, and says whether a file has been changed since; where none
 //!    has, [`Away::go_on`] lets the disk be changed again.
 //!
@@ -13,6 +13,7 @@
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::{Live, Top};
 use crate::file::{HostFile, Kind};
@@ -126,6 +127,32 @@ impl Live {
             files,
             sealed,
         })
+    }
+
+    /// Has the files that are written to tell that somebody has got the disk, even if nothing is ever written: their times are set, where they belong to
+    /// this user. Of block devices [`Away::take_back`] believes it anyway.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn mark(&self) -> io::Result<()> {
+        let mut result = Ok(());
+        self.host_files(&mut |file| {
+            if file.intent() == Some(Intent::Write)
+                && file.abilities().kind != Kind::Device
+                && result.is_ok()
+            {
+                result = file.file().set_modified(SystemTime::now());
+                if result
+                    .as_ref()
+                    .is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+                {
+                    // It may be written to all the same.
+                    result = Ok(());
+                }
+            }
+        });
+        result
     }
 
     /// The files of the whole chain that are of this host.

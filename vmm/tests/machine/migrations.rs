@@ -123,6 +123,9 @@ fn to(url: &str) -> SendMigrationData {
     }
 }
 
+/// How long a source's last word is, in bytes.
+const BYE: u64 = 13;
+
 fn unix(dir: &Path, name: &str) -> String {
     format!("unix:{}", dir.join(name).display())
 }
@@ -379,6 +382,8 @@ struct Proxy {
     path: PathBuf,
     /// How many bytes have been answered.
     answered: Arc<AtomicU64>,
+    /// How many bytes have been sent.
+    sent: Arc<AtomicU64>,
 }
 
 /// Where the first connection is cut: in what is `answered`, or in what is sent.
@@ -417,7 +422,8 @@ impl Proxy {
         let listener = UnixListener::bind(&path).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let answered = Arc::new(AtomicU64::new(0));
-        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&answered));
+        let sent = Arc::new(AtomicU64::new(0));
+        let (stopped, count, gone) = (Arc::clone(&stop), Arc::clone(&answered), Arc::clone(&sent));
         thread::spawn(move || {
             let mut cut = Some(cut);
             while let Ok((stream, _)) = listener.accept() {
@@ -431,7 +437,7 @@ impl Proxy {
                     let own = cut.filter(|cut| cut.answered == answers);
                     own.map_or(u64::MAX, |cut| cut.after)
                 };
-                forward(&stream, &other, limit(false), Arc::default());
+                forward(&stream, &other, limit(false), Arc::clone(&gone));
                 forward(&other, &stream, limit(true), Arc::clone(&count));
                 cut = None;
             }
@@ -440,6 +446,7 @@ impl Proxy {
             stop,
             path,
             answered,
+            sent,
         }
     }
 }
@@ -547,21 +554,22 @@ fn a_destination_that_is_killed_leaves_the_guest_here() {
     assert!(told.unwrap_err().to_string().contains("not in doubt"));
 }
 
-/// Sends the machine over a connection that is cut behind so many bytes of answers, and can not be made again; the other side, which has it.
-fn into_doubt(dir: &Path, source: &Side, name: &str, after: u64) -> Side {
+/// Sends the machine over a connection that is cut, and can not be made again; the other side.
+fn into_doubt(dir: &Path, source: &Side, name: &str, cut: Cut) -> Side {
     let there = dir.join(format!("{name}.m"));
     let between = dir.join(format!("{name}.p"));
     let target = Side::empty(dir, &format!("{name}.sock"));
     let waits = target.receive(&format!("unix:{}", there.display()));
-    let cut = Cut {
-        answered: true,
-        after,
-    };
     let proxy = Proxy::start(between.clone(), there, cut);
     // Nobody is reached a second time.
     proxy.stop.store(true, Ordering::SeqCst);
     let url = format!("unix:{}", between.display());
     source.client().send_migration(&to(&url)).unwrap();
+    if !cut.answered {
+        // It does not hear of it.
+        assert!(waits.join().unwrap().is_err());
+        return target;
+    }
     waits.join().unwrap().unwrap();
     until("the doubt", || {
         (source.phase() == MigrationPhase::InDoubt).then_some(())
@@ -576,8 +584,8 @@ fn into_doubt(dir: &Path, source: &Side, name: &str, after: u64) -> Side {
     target
 }
 
-/// How many bytes a destination answers to a machine that is paused, which takes one round; it is at the other side then.
-fn answers_of(dir: &Path, mut source: Side) -> (u64, Side) {
+/// How many bytes are sent of a machine that is paused, which takes one round, and answered; it is at the other side then.
+fn lengths_of(dir: &Path, mut source: Side) -> ((u64, u64), Side) {
     let (there, between) = (dir.join("first.m"), dir.join("first.p"));
     let target = Side::empty(dir, "first.sock");
     let waits = target.receive(&format!("unix:{}", there.display()));
@@ -590,7 +598,8 @@ fn answers_of(dir: &Path, mut source: Side) -> (u64, Side) {
     source.client().send_migration(&to(&url)).unwrap();
     waits.join().unwrap().unwrap();
     source.vireo.ends_with(0);
-    (proxy.answered.load(Ordering::SeqCst), target)
+    let count = |count: &AtomicU64| count.load(Ordering::SeqCst);
+    ((count(&proxy.sent), count(&proxy.answered)), target)
 }
 
 #[test]
@@ -601,25 +610,28 @@ fn a_guest_in_doubt_waits_for_locks_or_an_operator_and_does_not_run_meanwhile() 
     let dir = tempfile::tempdir().unwrap();
     let source = Side::counting(dir.path());
     source.client().pause().unwrap();
-    let (all, mut source) = answers_of(dir.path(), source);
+    let ((sent, answered), mut source) = lengths_of(dir.path(), source);
     let is_back = |source: &Side| {
         assert_eq!(source.ended().phase, MigrationPhase::Failed);
         let info = source.client().info().unwrap();
         let command = Some(PauseReason::Command);
         assert_eq!((info.state, info.pause), (VmInfoState::Paused, command));
     };
-    // Nobody has the disk, and nobody has written to it: the locks tell.
-    let mut target = into_doubt(dir.path(), &source, "locks", all - 1);
-    target.vireo.signal("KILL");
-    target.vireo.end();
+    // Not all of COMMIT arrives: nobody has had the disk, and the locks tell.
+    let lost = Cut {
+        answered: false,
+        after: sent - BYE - 4,
+    };
+    let target = into_doubt(dir.path(), &source, "locks", lost);
     is_back(&source);
+    assert_eq!(target.state(), None);
 
-    // Somebody may have written to it.
-    let mut target = into_doubt(dir.path(), &source, "touched", all - 1);
-    let disk = File::options().write(true).open(dir.path().join("disk"));
-    disk.unwrap()
-        .set_modified(std::time::SystemTime::UNIX_EPOCH)
-        .unwrap();
+    // Somebody has had it, who is dead.
+    let unheard = Cut {
+        answered: true,
+        after: answered - 1,
+    };
+    let mut target = into_doubt(dir.path(), &source, "killed", unheard);
     target.vireo.signal("KILL");
     target.vireo.end();
     assert_eq!(source.phase(), MigrationPhase::InDoubt);
@@ -627,7 +639,7 @@ fn a_guest_in_doubt_waits_for_locks_or_an_operator_and_does_not_run_meanwhile() 
     source.client().resolve_migration(resume).unwrap();
     is_back(&source);
 
-    let mut target = into_doubt(dir.path(), &source, "abandoned", all - 1);
+    let mut target = into_doubt(dir.path(), &source, "abandoned", unheard);
     let abandon = MigrationResolution::Abandon;
     source.client().resolve_migration(abandon).unwrap();
     source.vireo.ends_with(0);

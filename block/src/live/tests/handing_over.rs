@@ -159,3 +159,14 @@ fn a_disk_that_is_only_read_is_handed_over_and_stays_so() {
     let live = guest.disk.live().unwrap();
     assert!(live.let_go().is_ok());
 }
+
+#[test]
+fn a_disk_that_somebody_has_had_is_known_by_it_though_nothing_was_written() {
+    guests(|guest, _| {
+        let away = guest.disk.live().unwrap().let_go().unwrap();
+        let other = opened(&guest).unwrap();
+        other.live().unwrap().mark().unwrap();
+        drop(other);
+        assert_eq!(away.take_back().unwrap(), Back::Touched);
+    });
+}

@@ -66,7 +66,7 @@ pub enum SourceEvent {
     LocksReleased,
     /// [`SourceAction::TakeLocks`] has taken them all.
     LocksTaken {
-        /// An image has been written, or opened for writing, since its lock was given up.
+        /// An image has been written, or marked by a destination that was about to run the guest, since its lock was given up.
         touched: bool,
     },
     /// [`SourceAction::TakeLocks`] has taken none, because another has one.

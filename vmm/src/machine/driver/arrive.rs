@@ -338,6 +338,11 @@ impl Arriving for Arriver {
         let open = |absent: &Absent| Ok((absent.id.clone(), self.open(absent)?));
         let images: Result<Vec<_>, String> = self.absent.iter().map(open).collect();
         let images = images?;
+        for (id, image) in &images {
+            // A source that gets its locks back is to know that the guest may have run here.
+            let marked = image.disk.live().map_or(Ok(()), |live| live.mark());
+            marked.map_err(|error| format!("disk {id}: {error}"))?;
+        }
         self.ask(move |driver| driver.exchange(images)).map(drop)
     }
 
