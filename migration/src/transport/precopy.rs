@@ -218,6 +218,8 @@ pub struct Policy {
     throttle: u8,
     /// Bytes of memory a second, as measured.
     rate: u64,
+    /// Bytes over the wire a second, as measured.
+    wire: f64,
     /// Bytes that the guest writes in a second.
     dirty_rate: u64,
     expected: Option<Duration>,
@@ -239,6 +241,7 @@ impl Policy {
             patience: 0,
             throttle: 0,
             rate: 0,
+            wire: 0.0,
             dirty_rate: 0,
             expected: None,
             margin: 100,
@@ -354,7 +357,8 @@ impl Policy {
         let moving = self
             .expected
             .map_or(Duration::ZERO, |pause| pause.saturating_sub(FIXED));
-        moving > SHORT && rest <= round.memory / 2
+        // Where nothing is left, nothing is gained.
+        rest > 0 && moving > SHORT && rest <= round.memory / 2
     }
 
     fn measure(&mut self, round: &Round, rest: u64) {
@@ -364,9 +368,12 @@ impl Policy {
             self.rate = whole(round.memory as f64 / took);
             self.dirty_rate = whole(rest as f64 / took);
         }
-        // The state is not compressed: it goes as fast as the wire.
-        let wire = if took > 0.0 && round.sent > 0 {
-            round.sent as f64 / took
+        // The state is not compressed: it goes as fast as the wire, of which a round of nothing says nothing either.
+        if took > 0.0 && round.sent > 0 && round.memory > 0 {
+            self.wire = round.sent as f64 / took;
+        }
+        let wire = if self.wire > 0.0 {
+            self.wire
         } else {
             self.rate as f64
         };

@@ -262,3 +262,41 @@ fn a_round_of_no_time_or_no_bytes_decides_nothing_wrong() {
     };
     assert_ne!(policy.on_round(Duration::ZERO, &slow), Decision::SwitchOver);
 }
+
+#[test]
+fn rounds_of_nothing_neither_slow_the_wire_nor_go_on_for_ever() {
+    let mut policy = policy(Parameters {
+        downtime: Duration::from_millis(1),
+        ..Parameters::default()
+    });
+    let second = Duration::from_secs(1);
+    let round = |number, pages: u64, dirty| Round {
+        number,
+        memory: pages * 4096,
+        // The end of a round.
+        sent: pages * 4096 + 24,
+        took: second / 20,
+        dirty,
+        page: 4096,
+        state: 64 << 10,
+    };
+    policy.on_round(second, &round(1, 1 << 14, 1));
+    let expected = policy.expected_downtime();
+    policy.pause_passed();
+    // The guest runs here again, and writes nothing: the limit is not kept by what was measured.
+    for number in 2..10 {
+        let decision = policy.on_round(second * number, &round(number, 0, 0));
+        assert_eq!(decision, Decision::Continue);
+        assert!(policy.expected_downtime() <= expected);
+    }
+    policy.set(Parameters::default());
+    let decision = policy.on_round(second * 10, &round(10, 0, 0));
+    assert_eq!(decision, Decision::SwitchOver);
+    // Nor where little goes slowly.
+    let mut slow = self::policy(Parameters::default());
+    let some = Round {
+        took: second * 60,
+        ..round(1, 2, 0)
+    };
+    assert_eq!(slow.on_round(second * 60, &some), Decision::SwitchOver);
+}
