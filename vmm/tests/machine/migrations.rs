@@ -123,6 +123,8 @@ fn to(url: &str) -> SendMigrationData {
     }
 }
 
+/// The kind of the frames by which a destination says that it is alive.
+const KEEPALIVE: u8 = 11;
 /// How long a source's last word is, in bytes.
 const BYE: u64 = 13;
 
@@ -393,6 +395,12 @@ struct Cut {
     after: u64,
 }
 
+/// Whether it is what a destination says when it has nothing to say, which depends on time.
+fn is_sign_of_life(bytes: &[u8]) -> bool {
+    let mut frames = bytes.chunks(12);
+    frames.all(|frame| frame.len() == 12 && frame[0] == KEEPALIVE)
+}
+
 /// Moves bytes, and counts them, until an end or `limit`; then both connections have ended.
 fn forward(from: &UnixStream, to: &UnixStream, limit: u64, count: Arc<AtomicU64>) {
     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
@@ -406,8 +414,10 @@ fn forward(from: &UnixStream, to: &UnixStream, limit: u64, count: Arc<AtomicU64>
                 Ok(0) | Err(_) => break,
                 Ok(len) => len,
             };
-            count.fetch_add(len as u64, Ordering::SeqCst);
-            left -= len as u64;
+            if !is_sign_of_life(&buffer[..len]) {
+                count.fetch_add(len as u64, Ordering::SeqCst);
+                left -= len as u64;
+            }
             if to.write_all(&buffer[..len]).is_err() {
                 break;
             }
