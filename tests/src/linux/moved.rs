@@ -128,12 +128,12 @@ echo $! >> third.pid
 
 /// Ways, kinds of networks between the hosts, and the other one's turn, in turns.
 const HOP: &str = r#"
-# Both ends; that a kernel has none is told.
+# Both ends; that a kernel has none is told. The path, because busybox has an applet of that name.
 shape() {
     for end in 'here between' 'there veth0'; do
         set -- "$1" $end
-        $2 tc qdisc del dev $3 root 2> /dev/null || true
-        [ "$1" = plain ] || $2 tc qdisc add dev $3 root $1 2> tc.log || { shape="plain, without $1: $(cat tc.log)"; }
+        $2 /bin/tc qdisc del dev $3 root 2> /dev/null || true
+        [ "$1" = plain ] || $2 /bin/tc qdisc add dev $3 root $1 2> tc.log || { shape="plain, without $1: $(cat tc.log)"; }
     done
 }
 pings() { awk -F 'seq=' 'NF > 1 { split($2, word, " "); last = word[1] + 1; came++ } END { print last - came }' pings; }
