@@ -11,6 +11,22 @@ fn state(state: VmState) -> EventKind {
     EventKind::State { state, pause: None }
 }
 
+/// A job that is so far.
+fn job(kind: &str, done: u64, state: JobState) -> EventKind {
+    EventKind::Job {
+        info: JobInfo {
+            id: format!("{kind}-1"),
+            kind: kind.to_owned(),
+            state,
+            done,
+            total: 10,
+            error: None,
+            snapshot: None,
+            migration: None,
+        },
+    }
+}
+
 /// The words of all records, with their sources.
 fn told(kinds: &[EventKind]) -> Vec<String> {
     let mut teller = Teller::new();
@@ -56,18 +72,6 @@ fn a_device_that_is_gone_is_told_with_its_address() {
 
 #[test]
 fn a_core_dump_is_told_once_and_other_jobs_are_not() {
-    let job = |kind: &str, done, state| EventKind::Job {
-        info: JobInfo {
-            id: format!("{kind}-1"),
-            kind: kind.to_owned(),
-            state,
-            done,
-            total: 10,
-            error: None,
-            snapshot: None,
-            migration: None,
-        },
-    };
     let all = [
         job("other", 0, JobState::Running),
         job("coredump", 0, JobState::Running),
@@ -79,18 +83,6 @@ fn a_core_dump_is_told_once_and_other_jobs_are_not() {
 
 #[test]
 fn machines_that_go_and_come_are_told_once_at_each_step() {
-    let job = |kind: &str, done, state| EventKind::Job {
-        info: JobInfo {
-            id: format!("{kind}-1"),
-            kind: kind.to_owned(),
-            state,
-            done,
-            total: 10,
-            error: None,
-            snapshot: None,
-            migration: None,
-        },
-    };
     for (end, word) in [
         (JobState::Completed, "vm:migration-finished"),
         (JobState::Failed, "vm:migration-failed"),

@@ -15,6 +15,7 @@ use migration::transport::precopy::Parameters;
 
 use super::board::Migration;
 use super::link::Link;
+use crate::monitor::JobHandle;
 
 /// The bytes of a page.
 const PAGE: u64 = 4096;
@@ -222,10 +223,20 @@ impl Status {
 
     /// How long it has taken so far, of which `memory` bytes have been gone through in the first round.
     #[must_use]
-    pub fn done(&self) -> (u64, u64) {
+    fn done(&self) -> (u64, u64) {
         let memory = self.lock().memory;
         let figures = self.progress.figures();
         (figures.pages.saturating_mul(PAGE).min(memory), memory)
+    }
+
+    /// Tells its job how far it is, and ends it where nobody wants that any more.
+    pub fn report_to(&self, job: &mut JobHandle) {
+        if job.is_cancelled() {
+            // It may be too late.
+            let _late = self.cancel();
+        }
+        let (done, total) = self.done();
+        job.progress(done, total);
     }
 
     /// Waits for `time`, or until it has ended: whether it has.

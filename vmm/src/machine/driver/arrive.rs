@@ -161,12 +161,7 @@ impl Driver {
         let run = move || {
             let watched = Arc::clone(&status);
             take(caller, Box::new(guest), status, || {
-                if job.is_cancelled() {
-                    // It may be too late.
-                    let _late = watched.order(MigrationOrder::Cancel);
-                }
-                let (done, total) = watched.done();
-                job.progress(done, total);
+                watched.report_to(&mut job);
             });
             let info = watched.info();
             let result = info.error.clone().map_or(Ok(()), Err);

@@ -235,14 +235,7 @@ impl Driver {
             let job = Mutex::new(Some(job));
             let held = || job.lock().unwrap_or_else(PoisonError::into_inner);
             let tell = || {
-                if let Some(job) = held().as_mut() {
-                    if job.is_cancelled() {
-                        // It may be too late.
-                        let _late = seen.order(MigrationOrder::Cancel);
-                    }
-                    let (done, total) = seen.done();
-                    job.progress(done, total);
-                }
+                held().iter_mut().for_each(|job| seen.report_to(job));
             };
             let told = |(outcome, reason): &(Outcome, String)| {
                 if let Some(job) = held().take() {
