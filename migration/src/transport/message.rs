@@ -31,7 +31,9 @@ impl Capabilities {
     pub const POSTCOPY: Self = Self(1 << 3);
     /// More than one stream.
     pub const STREAMS: Self = Self(1 << 4);
-    /// All that this version can do.
+    /// Memory is handed over as a file, over another connection, and none goes by streams.
+    pub const LOCAL: Self = Self(1 << 5);
+    /// All that this version can do wherever the destination is.
     pub const ALL: Self = Self(0b1_1111);
 
     /// Whether all of `other` is there.

@@ -4,6 +4,7 @@
 //! Everything that can be refused without KVM (files that the configuration
 //! names) has been opened before ([`super::parts`]), so that a mistake leaves nothing behind.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -63,17 +64,17 @@ pub enum Origin {
     PowerOn,
     /// As a snapshot says.
     Snapshot(Box<Saved>),
-    /// As another monitor says, which sends memory and state when it has been built.
-    Elsewhere,
+    /// As another monitor says, which sends memory and state when it has been built, or has handed this memory over.
+    Elsewhere(Option<Arc<File>>),
 }
 
 impl Origin {
-    /// The snapshot, and whether it comes from elsewhere.
-    fn split(self) -> (Option<Saved>, bool) {
+    /// The snapshot, whether it comes from elsewhere, and the memory that was handed over.
+    fn split(self) -> (Option<Saved>, bool, Option<Arc<File>>) {
         match self {
-            Self::Snapshot(saved) => (Some(*saved), false),
-            Self::PowerOn => (None, false),
-            Self::Elsewhere => (None, true),
+            Self::Snapshot(saved) => (Some(*saved), false, None),
+            Self::PowerOn => (None, false, None),
+            Self::Elsewhere(memory) => (None, true, memory),
         }
     }
 }
@@ -109,7 +110,7 @@ pub fn begin(
     consoles: &Consoles,
     origin: Origin,
 ) -> Result<(Frame, Loading), MachineError> {
-    let (saved, arrives) = origin.split();
+    let (saved, arrives, handed) = origin.split();
     let Parts {
         read,
         groups,
@@ -125,10 +126,13 @@ pub fn begin(
     let mode = saved.as_ref().map(|saved| saved.memory_mode(config));
     let mode = mode.transpose().map_err(MachineError::Restore)?;
     let hypervisor = open_hypervisor(config, opener)?;
-
     let vm = create_vm(&hypervisor)?;
     let supported = hypervisor.supported_cpuid()?;
-    let mut ram = GuestRam::new(&ram_spec(&config.memory))?;
+    let spec = ram_spec(&config.memory);
+    let mut ram = handed.map_or_else(
+        || GuestRam::new(&spec),
+        |file| GuestRam::of_file(&spec, file),
+    )?;
     let space = AddressSpace::new(&ram, &config.memory, cpuid::address_bits(&supported))?;
     let region = match config.memory.plug_block() {
         Some(block) => Some(ram.reserve(&space.addable.area, block)?),

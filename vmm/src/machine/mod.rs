@@ -570,6 +570,11 @@ impl Machine {
         GuestMap::clone(&self.ram.memory().memory())
     }
 
+    /// The file behind RAM, where others can share it and nothing has been added.
+    fn memory_file(&self) -> Option<Arc<std::fs::File>> {
+        self.ram.file()
+    }
+
     /// What of RAM has been written since a snapshot.
     fn tracking(&self) -> &Arc<Tracking> {
         &self.tracking

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use super::still::{Still, Watcher};
-use rustix::fs::{SealFlags, fcntl_add_seals};
+use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -505,6 +506,33 @@ pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
     let file = growing_file(len, huge_page)?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
+}
+
+/// That a file which another process has made is one of [`memory_file`], of `len` bytes.
+///
+/// # Errors
+///
+/// What it is instead.
+pub fn check_memory_file(file: &File, len: u64, huge_page: Option<u64>) -> io::Result<()> {
+    let wrong = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidData, what.to_owned()));
+    let Ok(seals) = fcntl_get_seals(file) else {
+        return wrong("it is no memory file");
+    };
+    if !seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL) {
+        return wrong("its length could be changed");
+    }
+    if seals.contains(SealFlags::WRITE) {
+        return wrong("it cannot be written to");
+    }
+    let facts = file.metadata()?;
+    if facts.len() != len {
+        return wrong("it is not as long as the guest's memory");
+    }
+    match huge_page {
+        Some(size) if facts.blksize() != size => wrong("its pages have another size"),
+        None if facts.blksize() > PAGE => wrong("its pages are huge, and not to be"),
+        _ => Ok(()),
+    }
 }
 
 /// A memory file that others map privately once [`seal`] has been called.

@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex};
 
 use virtio::memory::{DirtyLog, GuestMap, GuestMemory};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::layout;
 use mapping::Mapping;
@@ -74,6 +74,13 @@ pub enum RamError {
         /// The mend, when there is one.
         hint: &'static str,
         /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// What another process has given is not the memory that it should be.
+    #[error("the guest's memory, as it was handed over")]
+    Given {
+        /// What it is.
         #[source]
         source: io::Error,
     },
@@ -151,7 +158,34 @@ impl GuestRam {
     ///
     /// [`RamError`] when the host has not got it; nothing stays mapped.
     pub fn new(spec: &RamSpec) -> Result<Self, RamError> {
-        let file = backing_file(spec)?;
+        Self::on(spec, backing_file(spec)?)
+    }
+
+    /// Maps RAM that another process has made as `spec`, which is shared, says. It is not trusted to be that.
+    ///
+    /// # Errors
+    ///
+    /// As for [`GuestRam::new`], and [`RamError::Given`].
+    pub fn of_file(spec: &RamSpec, file: Arc<File>) -> Result<Self, RamError> {
+        let given = |source| RamError::Given { source };
+        if !spec.shared {
+            let what = "it is another process's, and this machine's is to be private";
+            return Err(given(io::Error::new(io::ErrorKind::InvalidInput, what)));
+        }
+        mapping::check_memory_file(&file, spec.size, spec.huge_page).map_err(given)?;
+        Self::on(spec, Some(file))
+    }
+
+    /// The file behind all of it, where others can share it and nothing has been added.
+    #[must_use]
+    pub fn file(&self) -> Option<Arc<File>> {
+        let first = self.regions.first().filter(|_| self.spec.shared)?;
+        let whole = self.slots.iter().map(|slot| slot.len).sum::<u64>() == self.spec.size;
+        let file = first.file_offset().map(|offset| Arc::clone(offset.arc()));
+        file.filter(|_| whole && self.slots.len() == self.regions.len())
+    }
+
+    fn on(spec: &RamSpec, file: Option<Arc<File>>) -> Result<Self, RamError> {
         let mut regions = Vec::new();
         let mut slots = Vec::new();
         let mut mappings = Vec::new();

@@ -1,15 +1,20 @@
 //! A machine that is given away, and how.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use migration::pages::PageSet;
 use migration::transport::channel::RamSource;
+use migration::transport::frame::Preamble;
 use migration::transport::message::Offer;
 use migration::transport::pages::Codec;
 use migration::transport::precopy::Parameters;
 use migration::transport::protocol::Outcome;
 
 use super::link::Link;
+use crate::error::chain;
 
 /// What became of an attempt to take locks again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,8 +88,25 @@ pub struct Plan {
     pub cache: usize,
     /// Names this migration.
     pub session: [u8; 16],
+    /// Memory, where that is handed over and not sent.
+    pub memory: Option<Arc<File>>,
     /// Where certificates are.
     pub tls: Option<PathBuf>,
     /// What is offered.
     pub offer: Offer,
+}
+
+/// Hands memory over, by a connection of its own: the connection, which is to stay until the machine has been built there.
+pub(super) fn hand_over(connect: &Connect, session: [u8; 16], file: &File) -> Result<Link, String> {
+    let mut link = connect().map_err(|error| error.to_string())?;
+    let preamble = Preamble {
+        session,
+        stream: 0,
+        streams: 1,
+        again: true,
+    };
+    preamble.write(&mut link).map_err(|error| chain(&error))?;
+    let sent = link.send_descriptor(file.as_fd());
+    sent.map_err(|error| error.to_string())?;
+    Ok(link)
 }

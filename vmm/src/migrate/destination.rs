@@ -5,6 +5,7 @@
 //! ([`Arriving`]).
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
@@ -147,6 +148,10 @@ pub struct Caller {
     preamble: Preamble,
     /// What it offers.
     pub offer: Offer,
+    /// The machine's memory, where that is handed over.
+    pub memory: Option<Arc<File>>,
+    /// Over which it came.
+    beside: Option<Link>,
 }
 
 /// Waits for a source that makes an offer. One that does not is hung up on, and waited on for another.
@@ -171,8 +176,19 @@ pub fn wait(
         status.over(vec![link.clone()]);
         match greet(&link) {
             Ok(Greeting::Offer(sender, receiver, preamble, offer)) => {
+                let handed = handed_over(&listener, &preamble, &offer);
+                let (memory, beside) = match handed {
+                    Ok(handed) => handed.unzip(),
+                    Err(error) => {
+                        link.hang_up();
+                        tracing::warn!("a source that hands memory over is hung up on: {error}");
+                        continue;
+                    }
+                };
                 status.enter(MigrationPhase::Checking);
                 return Ok(Caller {
+                    memory: memory.map(Arc::new),
+                    beside,
                     listener,
                     link,
                     sender: *sender,
@@ -188,6 +204,37 @@ pub fn wait(
             }
         }
     }
+}
+
+/// The memory that comes with an offer over a connection of its own, where that is handed over.
+fn handed_over(
+    listener: &Listener,
+    first: &Preamble,
+    offer: &Offer,
+) -> Result<Option<(File, Link)>, String> {
+    if !offer.capabilities.has(Capabilities::LOCAL) {
+        return Ok(None);
+    }
+    let deadline = Instant::now() + GREETING;
+    let accepted = listener
+        .accept(Some(deadline))
+        .map_err(|error| error.to_string())?;
+    let link = accepted.ok_or("its memory has not come in time")?;
+    let (mut timed, _limit) = Timed::greeting(&link);
+    let preamble = Preamble::read(&mut timed).map_err(|error| chain(&error))?;
+    let wanted = Preamble {
+        stream: 0,
+        streams: 1,
+        again: true,
+        ..*first
+    };
+    if preamble != wanted {
+        return Err("another connection came in the place of its memory".to_owned());
+    }
+    let file = link
+        .receive_descriptor()
+        .map_err(|error| error.to_string())?;
+    Ok(Some((File::from(file), link)))
 }
 
 /// How a connection begins.
@@ -294,6 +341,8 @@ pub fn take(
         mut receiver,
         preamble,
         offer,
+        memory: _,
+        beside,
     } = caller;
     receiver.set_ranges(&offer.ranges);
     let shared = Arc::new(Shared {
@@ -307,9 +356,11 @@ pub fn take(
         shared: Arc::clone(&shared),
         destination: Destination::new(),
         link,
-        links: Vec::new(),
+        links: beside.into_iter().collect(),
         state: Vec::new(),
-        capabilities: offer.capabilities.and(Capabilities::ALL),
+        capabilities: offer
+            .capabilities
+            .and(Capabilities::ALL.with(Capabilities::LOCAL)),
         ranges: offer.ranges,
         preamble,
         reason: String::new(),

@@ -1,9 +1,10 @@
 //! Connections between two monitors.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,7 +13,10 @@ use std::time::Duration;
 
 use api::{ControlError, ErrorKind};
 use block::{Address, Opener as _};
-use rustix::net::sockopt;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt,
+};
 
 use super::listener::Wake;
 use super::secure::Secure;
@@ -218,6 +222,51 @@ impl Link {
     /// The host's.
     pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
         self.0.socket.set_read_timeout(Some(patience))
+    }
+
+    /// Sends a descriptor. Of a unix socket alone, and once.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn send_descriptor(&self, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        let descriptors = [descriptor];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let socket = &self.0.socket;
+        sendmsg(
+            socket,
+            &[IoSlice::new(&[0])],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )?;
+        Ok(())
+    }
+
+    /// Waits for what [`Link::send_descriptor`] sends. Nothing has been read that came with it.
+    ///
+    /// # Errors
+    ///
+    /// The host's, and `InvalidData` where none comes.
+    pub fn receive_descriptor(&self) -> io::Result<OwnedFd> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let (mut byte, flags) = ([0], RecvFlags::CMSG_CLOEXEC);
+        let mut vectors = [IoSliceMut::new(&mut byte)];
+        recvmsg(&self.0.socket, &mut vectors, &mut control, flags)
+            .map_err(|error| late(error.into()))?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(mut descriptors) = message
+                && let Some(descriptor) = descriptors.next()
+            {
+                return Ok(descriptor);
+            }
+        }
+        let what = "no descriptor came along";
+        Err(io::Error::new(io::ErrorKind::InvalidData, what))
     }
 
     /// Nothing more is heard: who reads finds the end. It can be written to as before.

@@ -8,34 +8,31 @@
 //!
 //! A second thread, the watch, tells of progress, and looks whether time has run out or a cancelled round does not end.
 
+mod peer;
+mod rounds;
+
 use std::collections::VecDeque;
+use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::wire::{MigrationPhase, MigrationResolution};
 use migration::pages::PageSet;
-use migration::transport::channel::{
-    ChannelError, Clock as _, Incoming, Progress, Sending, StreamReceiver, StreamSender, scoped,
-    send_round,
-};
-use migration::transport::frame::{FrameError, Preamble};
-use migration::transport::message::{Capabilities, Message, Offer};
-use migration::transport::pages::{Codec, PAGE};
-use migration::transport::precopy::{Decision, Round, Strategy};
+use migration::transport::channel::StreamSender;
+use migration::transport::message::{Message, Offer};
+use migration::transport::pages::Codec;
+use migration::transport::precopy::Strategy;
 use migration::transport::protocol::{
-    Outcome, Resolution, Source, SourceAction, SourceEvent, SourceState, Word,
+    Outcome, Resolution, Source, SourceAction, SourceEvent, SourceState,
 };
 
 use super::departing::{Connect, Departing, Plan, TakenBack};
 use super::facts;
 use super::limits::Shared;
 use super::link::{Link, PATIENCE};
-use super::memory::NoMemory;
 use super::status::{Order, Status};
-use crate::error::chain;
 
 /// How long the destination may take to build the machine.
 const BUILDING: Duration = Duration::from_secs(120);
@@ -78,6 +75,7 @@ pub fn give_away(
         codec,
         cache,
         session,
+        memory: file,
         tls: _,
         offer,
     } = plan;
@@ -95,6 +93,7 @@ pub fn give_away(
         kept: VecDeque::new(),
         wanted: (streams.max(1), codec, cache),
         session,
+        file,
         offer,
         streams: Vec::new(),
         links: Vec::new(),
@@ -172,6 +171,8 @@ struct Giver {
     /// Streams, how pages go, and bytes for differences.
     wanted: (u16, Codec, usize),
     session: [u8; 16],
+    /// Memory, where that is handed over.
+    file: Option<Arc<File>>,
     offer: Offer,
     streams: Vec<StreamSender<Link>>,
     links: Vec<Link>,
@@ -299,172 +300,6 @@ impl Giver {
         }
     }
 
-    fn hang_up(&mut self) {
-        self.broken = true;
-        self.links.iter().for_each(Link::hang_up);
-        self.links.clear();
-        self.streams.clear();
-        self.status().over(Vec::new());
-    }
-
-    /// A connection, of which stream, and a thread that hears what the peer says on the first.
-    fn open(&mut self, stream: u16, again: bool) -> Result<(), String> {
-        let link = (self.connect)().map_err(|error| error.to_string())?;
-        link.set_patience(SILENCE)
-            .map_err(|error| error.to_string())?;
-        let preamble = Preamble {
-            session: self.session,
-            stream,
-            streams: self.wanted.0,
-            again,
-        };
-        let sender = StreamSender::open(link.clone(), &preamble, Codec::Raw, 0);
-        let sender = sender.map_err(|error| chain(&error))?;
-        if stream == 0 {
-            self.connection = self.connection.wrapping_add(1);
-            self.hear(link.clone())?;
-            self.broken = false;
-        }
-        self.links.push(link);
-        self.streams.push(sender);
-        self.shared.status.over(self.links.clone());
-        Ok(())
-    }
-
-    fn hear(&self, link: Link) -> Result<(), String> {
-        let (connection, sender) = (self.connection, self.sender.clone());
-        let run = move || {
-            let progress = Progress::default();
-            let lost = |error: &ChannelError| Event::Lost(connection, chain(error));
-            let mut receiver = match StreamReceiver::answers(link) {
-                Ok(receiver) => receiver,
-                Err(error) => return drop(sender.send(lost(&error))),
-            };
-            loop {
-                let event = match receiver.next(&NoMemory, &progress) {
-                    Ok(Incoming::Message(message)) if message.is_an_answer() => {
-                        Event::Message(message)
-                    }
-                    Ok(Incoming::Keepalive) => Event::Alive,
-                    Ok(_) => {
-                        Event::Lost(connection, "the peer sends what a source does".to_owned())
-                    }
-                    Err(error) => lost(&error),
-                };
-                let last = matches!(event, Event::Lost(..));
-                if sender.send(event).is_err() || last {
-                    return;
-                }
-            }
-        };
-        let started = Builder::new().name("migration-hear".to_owned()).spawn(run);
-        started.map(drop).map_err(|error| error.to_string())
-    }
-
-    fn begin(&mut self) {
-        match self.open(0, false) {
-            Ok(()) => self.step(SourceEvent::Connected),
-            Err(error) => {
-                self.because(format!("the destination cannot be reached: {error}"));
-                self.step(SourceEvent::Failed);
-            }
-        }
-    }
-
-    fn reconnect(&mut self) -> Option<SourceEvent> {
-        self.hang_up();
-        match self.open(0, true) {
-            Ok(()) => Some(SourceEvent::Connected),
-            Err(error) => {
-                tracing::info!("the destination cannot be asked what became of the guest: {error}");
-                None
-            }
-        }
-    }
-
-    fn say(&mut self, message: &Message) -> Result<(), ChannelError> {
-        match self.streams.first_mut() {
-            Some(stream) if !self.broken => stream.message(message),
-            _ => Err(FrameError::Closed.into()),
-        }
-    }
-
-    fn send(&mut self, word: Word) -> Option<SourceEvent> {
-        if self.broken {
-            return None;
-        }
-        let sent = match word {
-            Word::Offer => self.say(&Message::Offer(Box::new(self.offer.clone()))),
-            Word::State { attempt, postcopy } => {
-                let (state, round) = (std::mem::take(&mut self.state), self.round);
-                self.state_len = state.len() as u64;
-                match self.streams.first_mut() {
-                    Some(stream) => stream.state((attempt, round), postcopy, &state),
-                    None => Err(FrameError::Closed.into()),
-                }
-            }
-            Word::Commit { .. } => {
-                self.status().enter(MigrationPhase::InDoubt);
-                self.say_word(word)
-            }
-            Word::Continue => {
-                self.shared.policy().pause_passed();
-                self.say_word(word)
-            }
-            _ => self.say_word(word),
-        };
-        sent.err().and_then(|error| self.lose(&chain(&error)))
-    }
-
-    fn say_word(&mut self, word: Word) -> Result<(), ChannelError> {
-        let reason = match word {
-            Word::Abort if self.status().is_cancelled() => {
-                "it was cancelled at the source".to_owned()
-            }
-            Word::Abort => {
-                let late = self.shared.late().clone();
-                late.unwrap_or_else(|| self.reason.clone())
-            }
-            _ => String::new(),
-        };
-        match Message::of(word, &reason) {
-            Some(message) => self.say(&message),
-            None => Ok(()),
-        }
-    }
-
-    /// The connection is of no use any more.
-    fn lose(&mut self, reason: &str) -> Option<SourceEvent> {
-        if self.broken {
-            return None;
-        }
-        self.hear_out();
-        self.because(format!(
-            "the connection to the destination is lost: {reason}"
-        ));
-        self.hang_up();
-        Some(SourceEvent::Lost)
-    }
-
-    /// What the peer has said before it hung up is heard later, and why now.
-    fn hear_out(&mut self) {
-        let deadline = Instant::now() + LAST_WORDS;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(event) = self.events.recv_timeout(left) else {
-                return;
-            };
-            match &event {
-                Event::Message(Message::Failed { reason }) => {
-                    self.because(format!("the destination has failed: {reason}"));
-                }
-                Event::Lost(connection, _) if *connection == self.connection => return,
-                _ => {}
-            }
-            self.kept.push_back(event);
-        }
-    }
-
     /// The next event, which is waited for.
     fn next(&mut self, time: Duration) -> Result<Event, RecvTimeoutError> {
         match self.kept.pop_front() {
@@ -489,30 +324,6 @@ impl Giver {
         }
     }
 
-    fn send_rest(&mut self) -> Option<SourceEvent> {
-        let written = match self.guest.take_written() {
-            Ok(written) => written,
-            Err(error) => {
-                self.because(error);
-                return Some(SourceEvent::Failed);
-            }
-        };
-        let mut rest = self
-            .rest
-            .take()
-            .unwrap_or_else(|| PageSet::all(&self.guest.ram().ranges()));
-        rest.add(&written);
-        self.shared.limiter.set_rate(None, self.shared.clock.now());
-        let sent = self.send_pages(&rest);
-        let bandwidth = self.shared.policy().parameters().bandwidth;
-        self.shared
-            .limiter
-            .set_rate(bandwidth, self.shared.clock.now());
-        // Should the guest go on here, nothing is missing: what follows is told by the log.
-        self.rest = Some(PageSet::new(&self.guest.ram().ranges()));
-        sent.err()
-    }
-
     fn release(&mut self) -> Option<SourceEvent> {
         match self.guest.let_go() {
             Ok(()) => Some(SourceEvent::LocksReleased),
@@ -533,119 +344,6 @@ impl Giver {
                 Some(SourceEvent::LocksBusy)
             }
         }
-    }
-
-    /// One round over all streams; the event, where it came to nothing.
-    fn send_pages(&mut self, pages: &PageSet) -> Result<u64, SourceEvent> {
-        self.round = self.round.saturating_add(1);
-        if self.shared.late().is_some() {
-            return Err(SourceEvent::Cancel);
-        }
-        if !self.status().is_cancelled() {
-            self.status().stop.store(false, Ordering::Relaxed);
-        }
-        let shared = Arc::clone(&self.shared);
-        let with = Sending {
-            clock: &shared.clock,
-            limiter: &shared.limiter,
-            progress: &shared.status.progress,
-            stop: &shared.status.stop,
-        };
-        let ram = self.guest.ram();
-        let sent = send_round(&mut self.streams, ram, pages, self.round, with, &scoped);
-        sent.map(|sent| sent.bytes).map_err(|error| match error {
-            ChannelError::Stopped => SourceEvent::Cancel,
-            ChannelError::Frame(_) => self.lose(&chain(&error)).unwrap_or(SourceEvent::Lost),
-            error => {
-                self.because(chain(&error));
-                SourceEvent::Failed
-            }
-        })
-    }
-
-    fn precopy(&mut self) {
-        let pages = match self.rest.take() {
-            None => PageSet::all(&self.guest.ram().ranges()),
-            Some(pages) => pages,
-        };
-        let begun = self.shared.clock.now();
-        let sent = match self.send_pages(&pages) {
-            Ok(sent) => sent,
-            Err(event) => return self.step(event),
-        };
-        if !self.wait_for_ack() {
-            return;
-        }
-        let now = self.shared.clock.now();
-        let dirty = match self.guest.take_written() {
-            Ok(dirty) => dirty,
-            Err(error) => {
-                self.because(error);
-                return self.step(SourceEvent::Failed);
-            }
-        };
-        let page = PAGE as u64;
-        let round = Round {
-            number: self.round,
-            memory: pages.count().saturating_mul(page),
-            sent,
-            took: now.saturating_sub(begun),
-            dirty: dirty.count(),
-            page,
-            state: self.state_len,
-        };
-        self.rest = Some(dirty);
-        self.decide(now, &round);
-    }
-
-    /// Waits until all of the round is there; `false` where something else has come of it.
-    fn wait_for_ack(&mut self) -> bool {
-        let round = self.round;
-        loop {
-            match self.next(PATIENCE) {
-                Ok(Event::Message(Message::RoundAck { round: there })) if there == round => {
-                    return true;
-                }
-                Ok(event) => self.on(event),
-                Err(_) => self.step(SourceEvent::TimedOut),
-            }
-            if self.source.state() == SourceState::Precopy && self.shared.late().is_some() {
-                self.step(SourceEvent::Cancel);
-            }
-            if self.source.state() != SourceState::Precopy {
-                return false;
-            }
-        }
-    }
-
-    fn decide(&mut self, now: Duration, round: &Round) {
-        let mut policy = self.shared.policy();
-        let decision = policy.on_round(now, round);
-        let rates = (policy.rate(), policy.dirty_rate());
-        let (expected, throttle) = (policy.expected_downtime(), policy.throttle());
-        drop(policy);
-        self.status().progress.set_rate(rates.0);
-        self.status().measured(rates, expected, throttle);
-        match decision {
-            Decision::Continue => {}
-            Decision::Throttle(percent) => self.guest.throttle(percent),
-            Decision::SwitchOver => {
-                return self.step(SourceEvent::SwitchOver { postcopy: false });
-            }
-            // The rule is never one for it.
-            Decision::SwitchToPostcopy => {}
-            Decision::Abort(reason) => {
-                self.because(reason.to_string());
-                return self.step(SourceEvent::Cancel);
-            }
-        }
-        let rest = round.dirty.saturating_mul(round.page);
-        let breath = if rest < LITTLE {
-            BREATH
-        } else {
-            Duration::ZERO
-        };
-        self.listen_for(breath);
     }
 
     /// Hears what has come within `time`.
@@ -714,10 +412,7 @@ impl Giver {
                     "the connection to the destination is lost: {reason}"
                 ));
                 self.hang_up();
-                {
-                    let lost = SourceEvent::Lost;
-                    self.step(lost);
-                }
+                self.step(SourceEvent::Lost);
             }
             Event::Lost(..) => {}
             Event::Order(Order::Cancel) => self.step(SourceEvent::Cancel),
@@ -762,32 +457,5 @@ impl Giver {
         }
         word.into_iter()
             .for_each(|word| self.step(SourceEvent::Received(word)));
-    }
-
-    /// The destination takes the machine, in these ways.
-    fn agree(&mut self, there: Capabilities) -> Result<(), String> {
-        let (streams, codec, cache) = self.wanted;
-        let lacks = |what: &str| Err(format!("the destination cannot take {what}"));
-        match codec {
-            Codec::Zstd if !there.has(Capabilities::ZSTD) => return lacks("pages in zstd"),
-            Codec::Lz4 if !there.has(Capabilities::LZ4) => return lacks("pages in LZ4"),
-            _ => {}
-        }
-        let cache = if there.has(Capabilities::DELTA) {
-            cache
-        } else {
-            0
-        };
-        if streams > 1 && !there.has(Capabilities::STREAMS) {
-            return lacks("more than one stream");
-        }
-        for stream in 1..streams {
-            self.open(stream, false)?;
-        }
-        let each = cache.checked_div(self.streams.len()).unwrap_or(0);
-        for stream in &mut self.streams {
-            stream.agree(codec, each).map_err(|error| chain(&error))?;
-        }
-        Ok(())
     }
 }

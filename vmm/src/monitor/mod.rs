@@ -303,7 +303,7 @@ impl Monitor {
         ears.life.enter(VmState::Booting, None);
         let origin = match (saved, &coming) {
             (Some(saved), _) => Origin::Snapshot(Box::new(saved)),
-            (None, Some(_)) => Origin::Elsewhere,
+            (None, Some(coming)) => Origin::Elsewhere(coming.caller.memory.clone()),
             (None, None) => Origin::PowerOn,
         };
         let awaited = coming

@@ -28,6 +28,11 @@ struct Side {
 impl Side {
     /// A guest that counts in 16 MiB, on a disk.
     fn counting(dir: &Path) -> Self {
+        Self::counting_in(dir, "64M")
+    }
+
+    /// The same in memory of some kind.
+    fn counting_in(dir: &Path, memory: &str) -> Self {
         let disk = dir.join("disk");
         File::create(&disk).unwrap().set_len(1 << 20).unwrap();
         let socket = dir.join("source.sock");
@@ -39,7 +44,7 @@ impl Side {
             "--cmdline",
             "mib=16",
             "--memory",
-            "64M",
+            memory,
             "--cpus",
             "2",
             "--serial",
@@ -80,10 +85,19 @@ impl Side {
 
     /// Waits for a machine at `url`, on a thread; returns when it is waited for.
     fn receive(&self, url: &str) -> JoinHandle<Result<(), ClientError>> {
+        self.receive_as(url, ReceiveMigrationData::default())
+    }
+
+    /// The same with what is another here.
+    fn receive_as(
+        &self,
+        url: &str,
+        request: ReceiveMigrationData,
+    ) -> JoinHandle<Result<(), ClientError>> {
         let socket = self.socket.clone();
         let request = ReceiveMigrationData {
             receiver_url: url.to_owned(),
-            ..ReceiveMigrationData::default()
+            ..request
         };
         let waits = thread::spawn(move || {
             let mut client = Client::connect(socket).unwrap();
@@ -267,6 +281,63 @@ fn a_migration_is_seen_steered_and_cancelled_and_the_guest_goes_on() {
     source.client().send_migration(&to(&url)).unwrap();
     waits.join().unwrap().unwrap();
     source.vireo.ends_with(0);
+}
+
+#[test]
+fn memory_that_is_shared_is_handed_over_and_none_is_sent() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting_in(dir.path(), "64M,shared=on");
+    let mut last = ask(&mut source.vireo, 1);
+    let url = unix(dir.path(), "m");
+    let local = SendMigrationData {
+        local: true,
+        ..to(&url)
+    };
+    for hop in 0..2 {
+        let mut target = Side::empty(dir.path(), &format!("{hop}.sock"));
+        let waits = target.receive(&url);
+        source.client().send_migration(&local).unwrap();
+        waits.join().unwrap().unwrap();
+        source.vireo.ends_with(0);
+        let info = target.ended();
+        assert_eq!((info.phase, info.pages), (MigrationPhase::Completed, 0));
+        let now = ask(&mut target.vireo, hop + 2);
+        assert!(now > last, "{now} {last}");
+        last = now;
+        source = target;
+    }
+    // A destination whose memory is to be private does not take it, and the guest goes on.
+    let target = Side::empty(dir.path(), "private.sock");
+    let request = ReceiveMigrationData {
+        overrides: Some(serde_json::from_str("{\"memory\":{\"shared\":false}}").unwrap()),
+        ..ReceiveMigrationData::default()
+    };
+    let waits = target.receive_as(&url, request);
+    source.client().send_migration(&local).unwrap();
+    let told = waits.join().unwrap().unwrap_err().to_string();
+    assert!(told.contains("is to be private"), "{told}");
+    let told = source.ended().error.unwrap();
+    assert!(told.contains("is to be private"), "{told}");
+    assert!(ask(&mut source.vireo, 4) > last);
+}
+
+#[test]
+fn memory_that_is_private_cannot_be_handed_over() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Side::counting(dir.path());
+    let local = SendMigrationData {
+        local: true,
+        ..to(&unix(dir.path(), "m"))
+    };
+    let told = source.client().send_migration(&local).unwrap_err();
+    assert!(told.to_string().contains("shared=on"), "{told}");
+    ask(&mut source.vireo, 1);
 }
 
 #[test]

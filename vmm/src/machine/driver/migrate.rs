@@ -4,6 +4,7 @@
 //! While it is under way the machine stays as it was offered: commands that change it are refused. What ends it ends the migration; only from COMMIT on
 //! may the other side run it all the same.
 
+use std::fs::File;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
@@ -99,6 +100,10 @@ impl Driver {
         let memory = offer.ranges.iter().map(|range| range.1).sum();
         let job = self.tools.jobs.begin("migration", memory);
         status.is_of(&job.info().id, memory);
+        let mut offer = offer;
+        if plan.memory.is_some() {
+            offer.capabilities = offer.capabilities.with(Capabilities::LOCAL);
+        }
         let plan = Plan { offer, ..plan };
         let started = self.start_to_send((place, plan), disks, (job, Arc::clone(&status), ordered));
         if let Err(error) = started {
@@ -123,8 +128,8 @@ impl Driver {
             let message = format!("{what}: this monitor does not have it yet");
             Err(ControlError::new(ErrorKind::Unimplemented, message))
         };
-        if request.local {
-            return missing("local");
+        if request.preserve_source {
+            return missing("preserve_source");
         }
         if request.memory_mode == MigrationMemoryMode::Postcopy {
             return missing("memory_mode Postcopy");
@@ -148,10 +153,22 @@ impl Driver {
                 usize::try_from(bytes.get()).unwrap_or(usize::MAX)
             }),
             session: crate::random::random().map_err(|error| invalid(error.to_string()))?,
+            memory: self.memory_to_hand_over(request.local)?,
             tls: request.tls_dir.clone(),
             offer: Offer::default(),
         };
         Ok((place, plan))
+    }
+
+    /// Memory, where it is to be handed over and can be.
+    fn memory_to_hand_over(&self, local: bool) -> Result<Option<Arc<File>>, ControlError> {
+        if !local {
+            return Ok(None);
+        }
+        let message = "local: the guest's memory is this process's own: start the machine with --memory shared=on, or send its memory";
+        let file = self.machine.memory_file();
+        file.map(Some)
+            .ok_or_else(|| ControlError::new(ErrorKind::Conflict, message))
     }
 
     /// Its disks that have images here.
@@ -212,13 +229,15 @@ impl Driver {
             let tls = tls.transpose().map_err(std::io::Error::other)?;
             connect(&place, &dials, tls.as_ref())
         });
-        // The kernel does not tell what it writes.
-        self.machine
-            .serve_cards_here(true)
-            .map_err(|error| error.to_control())?;
-        let consumer = self.machine.tracking().listen();
-        let consumer =
-            consumer.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;
+        let consumer = if plan.memory.is_some() {
+            None
+        } else {
+            // The kernel does not tell what it writes.
+            let served = self.machine.serve_cards_here(true);
+            served.map_err(|error| error.to_control())?;
+            let consumer = self.machine.tracking().listen();
+            Some(consumer.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?)
+        };
         let swaps = Swaps::look(&opener);
         let leaver = Leaver {
             desk: self.desk(),
@@ -439,7 +458,8 @@ struct Leaver {
     desk: Desk,
     ram: SnapshotRam,
     swaps: Swaps,
-    consumer: Consumer,
+    /// There is none where memory is handed over.
+    consumer: Option<Consumer>,
     disks: DiskList,
     /// Whose locks have been given up.
     away: Vec<(String, Away)>,
@@ -495,7 +515,9 @@ impl Departing for Leaver {
     }
 
     fn take_written(&self) -> Result<PageSet, String> {
-        self.consumer.take().map_err(|error| chain(&error))
+        let written = self.consumer.as_ref().map(Consumer::take);
+        let written = written.transpose().map_err(|error| chain(&error))?;
+        Ok(written.unwrap_or_else(|| PageSet::new(&RamSource::ranges(&self.ram))))
     }
 
     fn throttle(&self, percent: u8) {
