@@ -122,6 +122,8 @@ read -r word
 
 echo "@@ after: $(random) random bytes"
 dmesg | grep -E 'BUG:|WARNING: CPU|Oops|Call Trace|NETDEV WATCHDOG|soft lockup|rcu:.*stall|I/O error' | sed 's/^/@@ bad: /'
+# What the kernel says of that shall not come in the middle of a line.
+dmesg -n 1
 kill -KILL $feeder
 echo '@@ feeds the watchdog no more'
 sleep 300
