@@ -13,6 +13,7 @@ mod send;
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -39,6 +40,15 @@ pub trait RamSource: Sync {
     /// Marks those of the pages from `address` on that read as zeros without being looked at, because they have never been written or have been given
     /// back; and those that the guest does not want, for what it has said itself. None, where nobody knows.
     fn absent(&self, _address: u64, _pages: &mut [bool]) {}
+
+    /// Writes the bytes from `address` on straight to a socket, and waits until it has taken them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the socket, or `Unsupported`.
+    fn send(&self, _address: u64, _len: u64, _socket: BorrowedFd<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// The time, and waiting.
@@ -53,7 +63,7 @@ pub trait Clock: Sync {
 /// What one thread does.
 pub type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
 
-/// Runs jobs, each on a thread of its own, and returns when all have ended. A single one may run on the calling thread.
+/// Runs jobs, at the same time or one after the other, and returns when all have ended. One may run on the calling thread.
 pub type Crew<'a> = &'a dyn Fn(Vec<Job<'_>>);
 
 /// A [`Crew`] of threads that live as long as the jobs.
@@ -66,6 +76,11 @@ pub fn scoped(jobs: Vec<Job<'_>>) {
         }
         own.into_iter().for_each(|job| job());
     });
+}
+
+/// A [`Crew`] of the calling thread alone, for rounds that are hardly worth the threads.
+pub fn in_turn(jobs: Vec<Job<'_>>) {
+    jobs.into_iter().for_each(|job| job());
 }
 
 /// What has been sent or received so far. Threads add to it, and anyone reads.

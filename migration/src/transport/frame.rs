@@ -44,6 +44,7 @@
 //! | 9 | missing | 24 KiB | runs of pages that follow while the guest runs | 0 |
 //! | 10 | want | 24 KiB | runs of pages that the guest needs now | 0, from the destination |
 //! | 11 | keepalive | 0 | – | each, both ways |
+//! | 12 | bare | 24 KiB | runs of at most 512 pages, which follow behind the frame, with no checksum | each, where that has been agreed on |
 //!
 //! *Runs* are their number (2 bytes, 1 to 2,047) and for each the guest-physical address (8) and the count of pages of 4 KiB (4).
 //! Pages of a frame with data are at most 512. What the pages mean is in [`pages`](super::pages).
@@ -91,10 +92,12 @@ pub enum Kind {
     Want = 10,
     /// Nothing.
     Keepalive = 11,
+    /// Pages as they are, behind the frame.
+    Bare = 12,
 }
 
 impl Kind {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Message,
         Self::State,
         Self::RoundEnd,
@@ -106,6 +109,7 @@ impl Kind {
         Self::Missing,
         Self::Want,
         Self::Keepalive,
+        Self::Bare,
     ];
 
     /// Of the number in a header.
@@ -121,7 +125,7 @@ impl Kind {
             Self::Message => 1 << 20,
             Self::State => 256 << 20,
             Self::RoundEnd => 12,
-            Self::Zeros | Self::Missing | Self::Want => 24 << 10,
+            Self::Zeros | Self::Missing | Self::Want | Self::Bare => 24 << 10,
             Self::Pages | Self::Zstd | Self::Lz4 | Self::Delta => (2 << 20) + (24 << 10),
             Self::Keepalive => 0,
         }
@@ -339,7 +343,7 @@ fn short(what: &'static str, had: usize, missing: usize) -> FrameError {
 }
 
 /// Reads until `bytes` are full or there is no more: how many there are.
-fn fill(from: &mut impl Read, bytes: &mut [u8]) -> Result<usize, FrameError> {
+pub(super) fn fill(from: &mut impl Read, bytes: &mut [u8]) -> Result<usize, FrameError> {
     let mut at = 0_usize;
     while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
         match from.read(rest) {
@@ -587,7 +591,7 @@ mod tests {
     fn every_kind_is_found_by_its_number() {
         for number in 0..=u8::MAX {
             let there = Kind::of(number);
-            assert_eq!(there.is_some(), (1..=11).contains(&number));
+            assert_eq!(there.is_some(), (1..=12).contains(&number));
             assert!(there.is_none_or(|kind| kind as u8 == number));
         }
     }

@@ -11,6 +11,7 @@
 mod delta;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use lz4_flex::block as lz4;
 use zstd::bulk::{Compressor, Decompressor};
@@ -117,6 +118,15 @@ pub trait PageSink: Sync {
     ///
     /// Memory is gone.
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Reads whole pages from `address` on straight out of a socket, and waits for them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the socket, [`io::ErrorKind::UnexpectedEof`] where it ends early, or `Unsupported`.
+    fn receive(&self, _address: u64, _len: u64, _socket: BorrowedFd<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// The ranges of RAM, as start and length in bytes.

@@ -102,6 +102,12 @@ impl SnapshotRam {
         }
     }
 
+    /// The memory.
+    #[must_use]
+    pub fn map(&self) -> &GuestMap {
+        &self.map
+    }
+
     /// Leaves pages out, as if they held zeros: ranges of guest-physical bytes in ascending order, that are whole pages.
     #[must_use]
     pub fn without(self, left_out: Vec<Range<u64>>) -> Self {

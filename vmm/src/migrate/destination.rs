@@ -345,6 +345,9 @@ pub fn take(
         beside,
     } = caller;
     receiver.set_ranges(&offer.ranges);
+    link.direct()
+        .into_iter()
+        .for_each(|from| receiver.direct(from));
     let shared = Arc::new(Shared {
         status,
         barrier: Barrier::new(preamble.streams),
@@ -358,9 +361,7 @@ pub fn take(
         link,
         links: beside.into_iter().collect(),
         state: Vec::new(),
-        capabilities: offer
-            .capabilities
-            .and(Capabilities::ALL.with(Capabilities::LOCAL)),
+        capabilities: offer.capabilities.and(Capabilities::KNOWN),
         ranges: offer.ranges,
         preamble,
         reason: String::new(),
@@ -589,6 +590,9 @@ impl Taker {
             }
             limit.lift(&link)?;
             receiver.set_ranges(&self.ranges);
+            link.direct()
+                .into_iter()
+                .for_each(|from| receiver.direct(from));
             self.links.push(link);
             let shared = Arc::clone(&self.shared);
             let name = format!("migration-{}", preamble.stream);

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::net::Shutdown;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use api::{ControlError, ErrorKind};
 use block::{Address, Opener as _};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt,
 };
 
@@ -269,6 +269,20 @@ impl Link {
         Err(io::Error::new(io::ErrorKind::InvalidData, what))
     }
 
+    /// The socket itself, where what is written to it goes as it is and within this host, which keeps it whole.
+    pub fn direct(&self) -> Option<OwnedFd> {
+        if self.0.secure.is_some() || self.0.tunnel.is_some() {
+            return None;
+        }
+        let peer = rustix::net::getpeername(&self.0.socket).ok()??;
+        let stays = match SocketAddr::try_from(peer.clone()) {
+            Ok(address) => address.ip().to_canonical().is_loopback(),
+            Err(_) => peer.address_family() == AddressFamily::UNIX,
+        };
+        let socket = self.0.socket.as_fd().try_clone_to_owned();
+        socket.ok().filter(|_| stays)
+    }
+
     /// Nothing more is heard: who reads finds the end. It can be written to as before.
     pub fn stop_reading(&self) {
         // It may have ended by itself.
@@ -349,7 +363,7 @@ impl Write for Link {
 }
 
 /// How the kernel says that the time is up, in words.
-fn late(error: io::Error) -> io::Error {
+pub(super) fn late(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
         _ => error,

@@ -1,15 +1,21 @@
 //! The guest's memory as migrations read and write it.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use migration::pages::Ram;
 use migration::transport::channel::RamSource;
 use migration::transport::pages::PageSink;
 use virtio::memory::GuestMap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileMemoryError,
+    WriteVolatile,
+};
 
+use super::link::late;
 use crate::machine::snapshot::SnapshotRam;
+use crate::memory::restored::check;
 
 impl RamSource for SnapshotRam {
     fn ranges(&self) -> Vec<(u64, u64)> {
@@ -22,6 +28,22 @@ impl RamSource for SnapshotRam {
 
     fn absent(&self, address: u64, pages: &mut [bool]) {
         Ram::absent(self, address, pages);
+    }
+
+    fn send(&self, address: u64, len: u64, mut socket: BorrowedFd<'_>) -> io::Result<()> {
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let slice = self.map().get_slice(GuestAddress(address), len);
+        let slice = slice.map_err(io::Error::other)?;
+        socket.write_all_volatile(&slice).map_err(of_socket)?;
+        check(slice.ptr_guard().as_ptr().addr())
+    }
+}
+
+/// What went wrong between memory and a socket, as the socket says it.
+fn of_socket(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => late(error),
+        error => io::Error::other(error),
     }
 }
 
@@ -51,6 +73,14 @@ impl Arriving {
         }
     }
 
+    fn has_come(&self, address: u64, len: u64) {
+        for at in (address..address.saturating_add(len)).step_by(PAGE) {
+            if let Some((word, bit)) = self.page(at) {
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// The word and the bit of the page at `address`.
     fn page(&self, address: u64) -> Option<(&AtomicU64, u64)> {
         let index = self.come.partition_point(|(start, _)| *start <= address);
@@ -65,13 +95,16 @@ impl PageSink for Arriving {
     fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
         let written = self.map.write_slice(bytes, GuestAddress(address));
         written.map_err(io::Error::other)?;
-        let end = address.saturating_add(bytes.len() as u64);
-        for at in (address..end).step_by(PAGE) {
-            if let Some((word, bit)) = self.page(at) {
-                word.fetch_or(bit, Ordering::Relaxed);
-            }
-        }
+        self.has_come(address, bytes.len() as u64);
         Ok(())
+    }
+
+    fn receive(&self, address: u64, len: u64, mut socket: BorrowedFd<'_>) -> io::Result<()> {
+        let count = usize::try_from(len).unwrap_or(usize::MAX);
+        let slice = self.map.get_slice(GuestAddress(address), count);
+        let mut slice = slice.map_err(io::Error::other)?;
+        self.has_come(address, len);
+        socket.read_exact_volatile(&mut slice).map_err(of_socket)
     }
 
     fn zero(&self, address: u64, len: u64) -> io::Result<()> {

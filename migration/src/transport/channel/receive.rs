@@ -1,11 +1,14 @@
 //! What comes out of a stream.
 
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::os::fd::{AsFd, OwnedFd};
 
 use super::{ChannelError, Progress};
 use crate::transport::frame::{self, FrameError, Kind, Preamble};
 use crate::transport::message::Message;
-use crate::transport::pages::{Decoder, PageSink, Ranges, Run, decode_runs};
+use crate::transport::pages::{
+    Counts, Decoder, FRAME_PAGES, PAGE, PageSink, PagesError, Ranges, Run, decode_runs,
+};
 
 /// The state comes in pages that follow.
 const POSTCOPY: u32 = 1;
@@ -45,6 +48,8 @@ pub struct StreamReceiver<R: Read> {
     pages: u64,
     /// The last round that has ended.
     round: u32,
+    /// Whence pages come straight.
+    direct: Option<OwnedFd>,
 }
 
 impl<R: Read> StreamReceiver<R> {
@@ -71,12 +76,18 @@ impl<R: Read> StreamReceiver<R> {
             payload: Vec::new(),
             pages: 0,
             round: 0,
+            direct: None,
         })
     }
 
     /// Where memory is, once that has been agreed on.
     pub fn set_ranges(&mut self, ranges: &[(u64, u64)]) {
         self.decoder.set_ranges(Ranges::new(ranges));
+    }
+
+    /// Pages that come bare are read straight out of `socket`, which is the reader's. Without it they are taken, too.
+    pub fn direct(&mut self, socket: OwnedFd) {
+        self.direct = Some(socket);
     }
 
     /// Waits for what comes next, and gives pages on the way there to `sink`.
@@ -99,6 +110,7 @@ impl<R: Read> StreamReceiver<R> {
                     self.pages = self.pages.saturating_add(counts.pages);
                     progress.add(counts);
                 }
+                Kind::Bare => self.bare(sink, progress)?,
                 Kind::Message => return Ok(Incoming::Message(Message::decode(&self.payload)?)),
                 Kind::State => return Ok(self.state()?),
                 Kind::RoundEnd => return Ok(self.round_end()?),
@@ -107,6 +119,77 @@ impl<R: Read> StreamReceiver<R> {
                 Kind::Keepalive => return Ok(Incoming::Keepalive),
             }
         }
+    }
+
+    /// The pages behind a frame.
+    fn bare(&mut self, sink: &dyn PageSink, progress: &Progress) -> Result<(), ChannelError> {
+        let runs = self.runs()?;
+        let add = |sum: u64, run: &Run| sum.saturating_add(u64::from(run.pages));
+        let pages = runs.iter().fold(0, add);
+        if pages > FRAME_PAGES as u64 {
+            let text =
+                format!("{pages} pages behind a frame, which has at most {FRAME_PAGES} of them");
+            return Err(FrameError::Format(text).into());
+        }
+        for run in runs {
+            self.fill(run, sink)?;
+            progress.add_bytes(run.len());
+        }
+        self.pages = self.pages.saturating_add(pages);
+        progress.add(Counts {
+            pages,
+            ..Counts::default()
+        });
+        Ok(())
+    }
+
+    /// Takes the pages of a run: those that have been read already, then the others.
+    fn fill(&mut self, run: Run, sink: &dyn PageSink) -> Result<(), ChannelError> {
+        let mut at = run.address;
+        let mut left = usize::try_from(run.len()).unwrap_or(usize::MAX);
+        let taken = |address: u64, taken: std::io::Result<()>| {
+            taken.map_err(|source| PagesError::Memory { address, source })
+        };
+        while left > 0 {
+            let there = self.reader.buffer();
+            if there.is_empty()
+                && let Some(socket) = &self.direct
+            {
+                let received = sink.receive(at, left as u64, socket.as_fd());
+                return received.map_err(|error| cut(error, left).into());
+            }
+            let whole = there.len().min(left) / PAGE * PAGE;
+            let len = if let Some(pages) = there.get(..whole).filter(|_| whole > 0) {
+                taken(at, sink.write(at, pages))?;
+                self.reader.consume(whole);
+                whole
+            } else {
+                let mut page = [0; PAGE];
+                let there = self.fill_page(&mut page)?;
+                if there < PAGE {
+                    let missing = left.saturating_sub(there);
+                    return Err(cut(ErrorKind::UnexpectedEof.into(), missing).into());
+                }
+                taken(at, sink.write(at, &page))?;
+                PAGE
+            };
+            at = at.saturating_add(len as u64);
+            left = left.saturating_sub(len);
+        }
+        Ok(())
+    }
+
+    /// Reads what has been read already of a page, and no more than the rest of it besides: what follows may go straight. How much there is.
+    fn fill_page(&mut self, page: &mut [u8; PAGE]) -> Result<usize, FrameError> {
+        if self.direct.is_none() {
+            return frame::fill(&mut self.reader, page);
+        }
+        let buffer = self.reader.buffer();
+        let had = buffer.len().min(PAGE);
+        let (head, rest) = page.split_at_mut(had);
+        head.copy_from_slice(buffer.get(..had).unwrap_or_default());
+        self.reader.consume(had);
+        Ok(had.saturating_add(frame::fill(self.reader.get_mut(), rest)?))
     }
 
     fn runs(&self) -> Result<Vec<Run>, ChannelError> {
@@ -159,5 +242,16 @@ impl<R: Read> StreamReceiver<R> {
         }
         (self.round, self.pages) = (round, 0);
         Ok(Incoming::RoundEnd(round))
+    }
+}
+
+/// Pages behind a frame that are not all there.
+fn cut(error: std::io::Error, missing: usize) -> FrameError {
+    match error.kind() {
+        ErrorKind::UnexpectedEof => FrameError::Short {
+            what: "the pages behind a frame",
+            missing,
+        },
+        _ => FrameError::Broken(error),
     }
 }

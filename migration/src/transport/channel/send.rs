@@ -1,6 +1,7 @@
 //! Rounds on their way out.
 
 use std::io::{BufWriter, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -9,13 +10,17 @@ use crate::pages::PageSet;
 use crate::transport::frame::{self, FrameError, Kind, Preamble};
 use crate::transport::message::Message;
 use crate::transport::pages::{
-    BATCH_PAGES, Codec, Counts, Encoder, PAGE, PagesError, Run, encode_runs, push,
+    BATCH_PAGES, Codec, Counts, Encoder, PAGE, PagesError, Run, encode_runs, is_zero, push,
 };
 
 /// The longest that a stream waits before it looks whether it is to stop.
 const NAP: Duration = Duration::from_millis(50);
 /// The most runs that are asked for at once.
 const ASKED: usize = 1024;
+/// Fewer pages than these in a row are better copied than sent each by a call of its own.
+const ROW: u32 = 16;
+/// What is looked at first of a page that may be zeros, in bytes.
+const GLANCE: usize = 64;
 
 /// What a round has sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +40,8 @@ pub struct StreamSender<W: Write> {
     runs: Vec<Run>,
     /// How many pages the batch has.
     filled: usize,
+    /// Where pages go straight.
+    direct: Option<OwnedFd>,
 }
 
 struct Out<W: Write> {
@@ -75,6 +82,7 @@ impl<W: Write> StreamSender<W> {
             batch: Vec::new(),
             runs: Vec::new(),
             filled: 0,
+            direct: None,
         })
     }
 
@@ -86,6 +94,13 @@ impl<W: Write> StreamSender<W> {
     pub fn agree(&mut self, codec: Codec, cache: usize) -> Result<(), ChannelError> {
         self.encoder = Encoder::new(codec, cache)?;
         Ok(())
+    }
+
+    /// Pages in a row go straight from memory into `socket`, which is the writer's and keeps bytes whole by itself: nothing has to be copied then, nor summed. They are as the guest
+    /// has them while they go, so that what it changes meanwhile has to go again, as with any page.
+    /// For pages that are neither compressed nor sent as differences, where both sides have agreed on it.
+    pub fn direct(&mut self, socket: OwnedFd) {
+        self.direct = Some(socket);
     }
 
     /// Sends a message, at once.
@@ -152,6 +167,8 @@ impl<W: Write> StreamSender<W> {
         with: Sending<'_>,
     ) -> Result<Sent, ChannelError> {
         self.encoder.forget();
+        // The guest is there: it may not see half of a page.
+        self.direct = None;
         self.out.bytes = 0;
         let mut counts = Counts::default();
         for run in runs {
@@ -223,6 +240,8 @@ impl<W: Write> StreamSender<W> {
                     let zeros = self.encoder.zeros(run, emit)?;
                     with.progress.add(zeros);
                     counts = counts.plus(zeros);
+                } else if self.direct.is_some() && run.pages >= ROW {
+                    counts = counts.plus(self.straight(ram, run, with)?);
                 } else {
                     self.read(ram, run)?;
                 }
@@ -232,6 +251,57 @@ impl<W: Write> StreamSender<W> {
                 counts = counts.plus(self.send_batch(with)?);
             }
         }
+        Ok(counts)
+    }
+
+    /// Sends pages for which the batch has room, rows of them straight.
+    fn straight(
+        &mut self,
+        ram: &dyn RamSource,
+        run: Run,
+        with: Sending<'_>,
+    ) -> Result<Counts, ChannelError> {
+        let mut counts = Counts::default();
+        let mut row: Option<Run> = None;
+        for page in 0..u64::from(run.pages) {
+            let address = run.address.saturating_add(page.saturating_mul(PAGE as u64));
+            if is_zeros(ram, address)? {
+                counts = counts.plus(self.row(ram, row.take(), with)?);
+                let emit = &mut |kind, parts: &[&[u8]]| self.out.frame(kind, parts, with);
+                let zeros = self.encoder.zeros(Run { address, pages: 1 }, emit)?;
+                with.progress.add(zeros);
+                counts = counts.plus(zeros);
+            } else {
+                row.get_or_insert(Run { address, pages: 0 }).pages += 1;
+            }
+        }
+        Ok(counts.plus(self.row(ram, row, with)?))
+    }
+
+    fn row(
+        &mut self,
+        ram: &dyn RamSource,
+        row: Option<Run>,
+        with: Sending<'_>,
+    ) -> Result<Counts, ChannelError> {
+        let Some(row) = row else {
+            return Ok(Counts::default());
+        };
+        let Some(socket) = self.direct.as_ref().filter(|_| row.pages >= ROW) else {
+            self.read(ram, row)?;
+            return Ok(Counts::default());
+        };
+        self.out.allow(row.len(), with)?;
+        self.out.frame(Kind::Bare, &[&encode_runs(&[row])], with)?;
+        self.out.flush()?;
+        let sent = ram.send(row.address, row.len(), socket.as_fd());
+        sent.map_err(FrameError::Broken)?;
+        self.out.count(row.len(), with);
+        let counts = Counts {
+            pages: u64::from(row.pages),
+            ..Counts::default()
+        };
+        with.progress.add(counts);
         Ok(counts)
     }
 
@@ -281,6 +351,14 @@ impl<W: Write> Out<W> {
     ) -> Result<(), ChannelError> {
         let sum = |sum: u64, part: &&[u8]| sum.saturating_add(part.len() as u64);
         let len = parts.iter().fold(frame::HEADER as u64, sum);
+        self.allow(len, with)?;
+        let sent = frame::write(&mut self.writer, kind, parts)?;
+        self.count(sent, with);
+        Ok(())
+    }
+
+    /// Waits until so many bytes may go.
+    fn allow(&mut self, len: u64, with: Sending<'_>) -> Result<(), ChannelError> {
         let mut wait = with.limiter.take(len, with.clock.now());
         while !wait.is_zero() {
             // What waits may be wanted at the other end.
@@ -292,16 +370,29 @@ impl<W: Write> Out<W> {
             with.clock.sleep(some);
             wait = wait.saturating_sub(some);
         }
-        let sent = frame::write(&mut self.writer, kind, parts)?;
+        Ok(())
+    }
+
+    fn count(&mut self, sent: u64, with: Sending<'_>) {
         self.bytes = self.bytes.saturating_add(sent);
         with.progress.add_bytes(sent);
-        Ok(())
     }
 
     fn flush(&mut self) -> Result<(), ChannelError> {
         self.writer.flush().map_err(FrameError::Broken)?;
         Ok(())
     }
+}
+
+/// Whether the page at `address` is zeros.
+fn is_zeros(ram: &dyn RamSource, address: u64) -> Result<bool, PagesError> {
+    let read = |bytes: &mut [u8]| {
+        let read = ram.read(address, bytes);
+        read.map_err(|source| PagesError::Memory { address, source })?;
+        Ok(is_zero(bytes))
+    };
+    // Most pages are known by their first bytes.
+    Ok(read(&mut [0; GLANCE])? && read(&mut [0; PAGE])?)
 }
 
 /// Sends the pages of `set` over all streams, and the end of round `round`, which is one more than the one before. `set` is one of memory with the ranges of `ram`.

@@ -209,7 +209,7 @@ impl Driver {
             config: serde_json::to_vec(&description.config).map_err(failed)?,
             ranges: Ram::ranges(&ram),
             facts,
-            capabilities: Capabilities::ALL,
+            capabilities: Capabilities::ALL.with(Capabilities::BARE),
             paused: self.state().0 == VmState::Paused,
             disks,
         })

@@ -218,6 +218,10 @@ impl Giver {
         for stream in &mut self.streams {
             stream.agree(codec, each).map_err(|error| chain(&error))?;
         }
+        let plain = codec == Codec::Raw && cache == 0 && there.has(Capabilities::BARE);
+        for (stream, link) in self.streams.iter_mut().zip(&self.links).filter(|_| plain) {
+            link.direct().into_iter().for_each(|to| stream.direct(to));
+        }
         Ok(())
     }
 }

@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use migration::pages::PageSet;
-use migration::transport::channel::{ChannelError, Clock as _, Sending, scoped, send_round};
+use migration::transport::channel::{
+    ChannelError, Clock as _, Crew, Sending, in_turn, scoped, send_round,
+};
 use migration::transport::message::Message;
 use migration::transport::pages::PAGE;
 use migration::transport::precopy::{Decision, Round};
@@ -57,7 +59,9 @@ impl Giver {
             stop: &shared.status.stop,
         };
         let ram = self.guest.ram();
-        let sent = send_round(&mut self.streams, ram, pages, self.round, with, &scoped);
+        let few = pages.count().saturating_mul(PAGE as u64) < LITTLE;
+        let crew: Crew<'_> = if few { &in_turn } else { &scoped };
+        let sent = send_round(&mut self.streams, ram, pages, self.round, with, crew);
         sent.map(|sent| sent.bytes).map_err(|error| match error {
             ChannelError::Stopped => SourceEvent::Cancel,
             ChannelError::Frame(_) => self.lose(&chain(&error)).unwrap_or(SourceEvent::Lost),
