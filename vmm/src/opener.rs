@@ -115,7 +115,7 @@ pub enum OpenError {
     },
     /// The same for the socket that a name gives.
     #[error(
-        "machine '{name}' runs already, or is just ending: choose another --name, or end it with 'vireo destroy {name}'"
+        "machine '{name}' runs already, is waited for, or is just ending: choose another name, or end it with 'vireo destroy {name}'"
     )]
     NameInUse {
         /// The name.

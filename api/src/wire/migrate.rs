@@ -250,6 +250,12 @@ impl MigrationPhase {
     pub fn is_end(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }
+
+    /// Whether the guest has not been given away, and runs at the source.
+    #[must_use]
+    pub fn is_early(self) -> bool {
+        matches!(self, Self::Connecting | Self::Checking | Self::Precopy)
+    }
 }
 
 /// The answer to `vm.migration`: the one that is under way, or the last one.

@@ -192,7 +192,9 @@ fn mend(reason: Reason) -> Option<&'static str> {
         Reason::Migrating => {
             Some("'vireo migrate-status' tells how far it is, and 'vireo migrate-cancel' ends it")
         }
-        Reason::InDoubt => Some("see whether it runs there, and then 'vireo migrate-resolve'"),
+        Reason::InDoubt => Some(
+            "see whether it runs there, and then 'vireo migrate-resolve' with --resume or --abandon",
+        ),
         // The messages say what is to be done, or that there is nothing to do.
         Reason::AlreadyCreated | Reason::Paused | Reason::ShuttingDown => None,
     }

@@ -33,7 +33,7 @@
 
 use std::collections::BTreeSet;
 
-use block::{DiskInfo, Format, SeenLocks, look_at_disk};
+use block::{DiskInfo, Format, OpenError, SeenLocks, look_at_disk};
 use kvm_bindings::kvm_cpuid_entry2;
 use migration::FORMAT_VERSION;
 use migration::transport::compare::{self, Difference, Fact, Rule};
@@ -249,6 +249,8 @@ pub fn look(config: &VmConfig, opener: &Opener) -> Found {
                 });
                 Ok(looked.info)
             }
+            // What the source has is not to be made here.
+            Err(OpenError::Missing { path }) => Err(format!("{}: no such file", path.display())),
             Err(error) => Err(chain(&error)),
         };
         Image { id, found }
@@ -388,19 +390,14 @@ fn is_in_baseline(name: &str) -> bool {
     rest == "leaves" || rest.starts_with("d.") || feature_registers().any(lists_features)
 }
 
-/// A refusal: each difference in a line of its own, and then what mends them.
+/// A refusal: the differences, and then what mends them.
 #[must_use]
 pub fn refuse(differences: &[Difference]) -> String {
-    let mut lines = vec!["the machine does not fit the destination:".to_owned()];
-    lines.extend(
-        differences
-            .iter()
-            .take(SHOWN)
-            .map(|difference| format!("  {difference}")),
-    );
+    let shown = differences.iter().take(SHOWN);
+    let mut lines: Vec<String> = shown.map(Difference::to_string).collect();
     let left = differences.len().saturating_sub(SHOWN);
     if left > 0 {
-        lines.push(format!("  and {left} more"));
+        lines.push(format!("and {left} more"));
     }
     let any = |is: &dyn Fn(&str) -> bool| differences.iter().any(|d| is(&d.name));
     let mends = [
@@ -418,7 +415,7 @@ pub fn refuse(differences: &[Difference]) -> String {
         ),
         (
             any(&|name| name.starts_with("device.") && name.ends_with(".access")),
-            "give the destination its disks, or say there where they are",
+            "the destination has to reach the very images that the source has: share them with it, or say there where they are (--disk id=ID,path=PATH)",
         ),
         (
             any(&|name| name.ends_with(FEATURES)),
@@ -431,7 +428,10 @@ pub fn refuse(differences: &[Difference]) -> String {
     ];
     let mends = mends.into_iter().filter(|(needed, _)| *needed);
     lines.extend(mends.map(|(_, mend)| mend.to_owned()));
-    lines.join("\n")
+    format!(
+        "the machine does not fit the destination: {}",
+        lines.join("; ")
+    )
 }
 
 #[cfg(test)]

@@ -146,6 +146,12 @@ impl Status {
         });
     }
 
+    /// With whom.
+    #[must_use]
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
     /// How far it is.
     #[must_use]
     pub fn phase(&self) -> MigrationPhase {
@@ -251,11 +257,7 @@ impl Status {
     /// Hangs up where it was cancelled `patience` ago and has not ended: a peer takes nothing.
     pub fn press(&self, patience: Duration) {
         let now = self.lock();
-        let early = matches!(
-            now.phase,
-            MigrationPhase::Connecting | MigrationPhase::Checking | MigrationPhase::Precopy
-        );
-        if early
+        if now.phase.is_early()
             && now
                 .cancelled
                 .is_some_and(|since| since.elapsed() >= patience)
@@ -350,6 +352,12 @@ pub fn check_bandwidth(rate: Option<u64>) -> Result<(), ControlError> {
     }
 }
 
+/// Bytes a second.
+fn average(bytes: u64, time: Duration) -> u64 {
+    let micros = time.as_micros().max(1);
+    u64::try_from(u128::from(bytes).saturating_mul(1_000_000) / micros).unwrap_or(u64::MAX)
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -358,6 +366,20 @@ impl Migration for Status {
     fn info(&self) -> MigrationInfo {
         let figures = self.progress.figures();
         let now = self.lock();
+        let went_through = figures.pages.saturating_mul(PAGE);
+        let remaining = match now.phase {
+            MigrationPhase::Completed => 0,
+            // Rounds are the source's.
+            _ if figures.rounds == 0 => now.memory.saturating_sub(went_through),
+            _ => figures.remaining.saturating_mul(PAGE),
+        };
+        let elapsed = now.ended.unwrap_or_else(|| self.begun.elapsed());
+        let first_round = figures.rounds == 1 && !now.phase.is_end();
+        let rate = if first_round && now.rate == 0 {
+            average(figures.bytes, elapsed)
+        } else {
+            now.rate
+        };
         MigrationInfo {
             job: now.job.clone(),
             direction: self.direction,
@@ -369,15 +391,15 @@ impl Migration for Status {
             zero_pages: figures.zeros,
             delta_pages: figures.deltas,
             bytes: figures.bytes,
-            rate: now.rate,
-            remaining: figures.remaining.saturating_mul(PAGE),
+            rate,
+            remaining,
             dirty_rate: now.dirty_rate,
             throttle: now.throttle,
             bandwidth: now.bandwidth,
             downtime_ms: now.downtime_ms,
             expected_downtime_us: now.expected.map(micros),
             downtime_us: now.downtime.map(micros),
-            elapsed_us: micros(now.ended.unwrap_or_else(|| self.begun.elapsed())),
+            elapsed_us: micros(elapsed),
             error: now.error.clone(),
         }
     }

@@ -29,6 +29,10 @@ use crate::machine::{MachineError, Signals};
 /// How long opening may take before what ends the machine is preferred to commands that came before it.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// What is told of a change that does not come about.
+const CHANGE_ENDED: &str =
+    "the change was ended while its files were being looked at: nothing has changed";
+
 /// What is waited for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Waiting {
@@ -168,7 +172,7 @@ impl Monitor {
             }
             Err(cut) => cut,
         };
-        self.leave_unchanged(cut, answer)
+        self.leave_unchanged(CHANGE_ENDED, (cut, answer))
     }
 
     /// Opens the snapshot that `request` names, beside this thread, takes up its description with what is another, and has its
@@ -220,7 +224,7 @@ impl Monitor {
                 answer(Err(error));
                 Ok(None)
             }
-            Err(cut) => self.leave_unchanged(cut, answer),
+            Err(cut) => self.leave_unchanged(CHANGE_ENDED, (cut, answer)),
         }
     }
 
@@ -259,11 +263,9 @@ impl Monitor {
 
     pub(super) fn leave_unchanged(
         &mut self,
-        cut: Cut,
-        answer: Answer,
+        message: &str,
+        (cut, answer): (Cut, Answer),
     ) -> Result<Option<After>, MachineError> {
-        let message =
-            "the change was ended while its files were being looked at: nothing has changed";
         answer(Err(ControlError::new(ErrorKind::Conflict, message)));
         Ok(match cut {
             Cut::Signal => Some(After::Exit(ExitReason::Stopped)),
@@ -376,8 +378,7 @@ fn take_cut(ears: &mut Ears, waiting: Waiting, late: bool) -> Option<Cut> {
         match message {
             Message::ConsoleEnd => return Some(Cut::Console),
             Message::Command(command, answer) if waiting == Waiting::Source && !ends(&command) => {
-                let message =
-                    "a machine is waited for: wait for it, or end that (vm.migration-cancel)";
+                let message = "a machine is waited for: wait for it, or end that ('vireo migrate-cancel', vm.migration-cancel)";
                 answer(Err(ControlError::new(ErrorKind::Busy, message)));
             }
             Message::Command(

@@ -98,7 +98,10 @@ impl Monitor {
             Err(cut) => {
                 // Whoever waits is to end; it may have already.
                 let _ended = status.order(MigrationOrder::Cancel);
-                self.leave_unchanged(cut, answer)
+                self.leave_unchanged(
+                    "no machine has come: waiting for one was ended",
+                    (cut, answer),
+                )
             }
         }
     }

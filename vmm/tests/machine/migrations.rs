@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener};
+use std::net::{Ipv4Addr, Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -105,6 +105,7 @@ impl Side {
         });
         let place = url.to_owned();
         until("the receiver", || {
+            assert!(!waits.is_finished(), "nobody is waited for at {place}");
             if let Some(path) = place.strip_prefix("unix:") {
                 return Path::new(path).exists().then_some(());
             }
@@ -146,8 +147,10 @@ fn unix(dir: &Path, name: &str) -> String {
     format!("unix:{}", dir.join(name).display())
 }
 
+/// A place that is free, and stays so: at an address of this process's own no other connection of the host takes the port.
 fn free_port() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let listener = TcpListener::bind((Ipv4Addr::new(127, 64 | high, middle, low), 0)).unwrap();
     format!("tcp:{}", listener.local_addr().unwrap())
 }
 

@@ -200,7 +200,7 @@ fn again(pause: Option<PauseReason>, name: &str) -> String {
             format!("wait for its migration, or cancel it with 'vireo migrate-cancel {name}'")
         }
         Some(PauseReason::InDoubt) => format!(
-            "see whether it runs at the destination, and then use 'vireo migrate-resolve {name}'"
+            "see whether it runs at the destination, and then use 'vireo migrate-resolve {name}' with --resume or --abandon"
         ),
         _ => format!("resume it first with 'vireo resume {name}'"),
     }

@@ -138,7 +138,7 @@ pub(super) fn pause_reason(reason: PauseReason) -> &'static str {
         PauseReason::MemoryLost => "memory of the guest is lost",
         PauseReason::Coredump => "a core dump is being written",
         PauseReason::Snapshot => "a snapshot is being written",
-        PauseReason::Migration => "it goes to another monitor",
+        PauseReason::Migration => "it is on its way from one monitor to another",
         PauseReason::InDoubt => "another monitor may run it",
         PauseReason::PowerOff => "the guest has powered off",
         PauseReason::Reset => "the guest asked for a reset",

@@ -288,13 +288,14 @@ impl Driver {
         let doubt = self.leaving.as_ref().is_some_and(|leaving| leaving.doubt);
         match command {
             Command::Quit => None,
-            Command::Shutdown | Command::Delete | Command::Reboot if !doubt => None,
+            // They end the migration, too.
+            Command::Shutdown | Command::Delete if !doubt => None,
             Command::PowerButton | Command::Nmi | Command::DiskLayers | Command::DiskBitmaps => {
                 None
             }
             Command::Console(_) | Command::ConsoleSize(_) => None,
             Command::SendMigration(_) => {
-                let message = "the machine is on its way already";
+                let message = "the machine is on its way already: wait for the end of that migration, or cancel it ('vireo migrate-cancel', vm.migration-cancel)";
                 Some(ControlError::new(ErrorKind::Busy, message))
             }
             _ if doubt => Some(ControlError::state(ErrorKind::Conflict, Reason::InDoubt)),

@@ -1,5 +1,6 @@
 //! The giver's connections, and what it says on them.
 
+use std::io::ErrorKind;
 use std::time::Instant;
 
 use api::wire::MigrationPhase;
@@ -29,7 +30,7 @@ impl Giver {
 
     /// A connection, of which stream, and a thread that hears what the peer says on the first.
     pub(super) fn open(&mut self, stream: u16, again: bool) -> Result<(), String> {
-        let link = (self.connect)().map_err(|error| error.to_string())?;
+        let link = (self.connect)().map_err(|error| self.unreached(&error))?;
         link.set_patience(SILENCE)
             .map_err(|error| error.to_string())?;
         let preamble = Preamble {
@@ -51,6 +52,19 @@ impl Giver {
         Ok(())
     }
 
+    /// Why nobody was reached, and what may mend it.
+    fn unreached(&self, error: &std::io::Error) -> String {
+        let peer = self.status().peer();
+        match error.kind() {
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+                format!(
+                    "nobody listens at {peer}: begin 'vireo receive NAME {peer}' there first ({error})"
+                )
+            }
+            _ => chain(error),
+        }
+    }
+
     pub(super) fn hear(&self, link: Link) -> Result<(), String> {
         let (connection, sender) = (self.connection, self.sender.clone());
         let run = move || {
@@ -60,8 +74,20 @@ impl Giver {
                 Ok(receiver) => receiver,
                 Err(error) => return drop(sender.send(lost(&error))),
             };
+            let mut heard = false;
             loop {
-                let event = match receiver.next(&NoMemory, &progress) {
+                let next = receiver.next(&NoMemory, &progress);
+                let is_foreign =
+                    !heard && matches!(next, Err(ChannelError::Frame(FrameError::Format(_))));
+                heard = true;
+                let event = match next {
+                    Err(error) if is_foreign => Event::Lost(
+                        connection,
+                        format!(
+                            "what listens there is no 'vireo receive' ({})",
+                            chain(&error)
+                        ),
+                    ),
                     Ok(Incoming::Message(message)) if message.is_an_answer() => {
                         Event::Message(message)
                     }

@@ -222,7 +222,7 @@ fn note(info: &MigrationInfo, name: &str) -> Option<String> {
     match info.phase {
         MigrationPhase::InDoubt => Some(format!(
             "the destination may run the guest and has not answered, so it is paused here until that is known: look at {}, and then \
-             use 'vireo migrate-resolve {name}'",
+             use 'vireo migrate-resolve {name}' with --resume or --abandon",
             info.peer
         )),
         MigrationPhase::PostcopyLost => Some(format!(
