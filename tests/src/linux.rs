@@ -17,6 +17,7 @@ mod saved;
 mod screen;
 mod shared;
 mod socketed;
+mod struck;
 
 use crate::case::{Action, Boot, Case, Fill, Form, Want};
 
@@ -255,6 +256,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(boots(kernel, Form::Pvh, 8));
     if kernel.starts_with("6.12") {
         cases.push(moved::goes_to_and_fro(kernel));
+        cases.push(struck::survives_cuts_and_kills(kernel));
     }
     for (word, cpus) in [
         ("cache=none", 2),
