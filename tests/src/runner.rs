@@ -57,8 +57,10 @@ pub fn run(case: &Case, locate: Locate<'_>, scratch: &Path) -> Outcome {
     let _ = fs::remove_dir_all(&directory);
     if let Err(error) = attempt(case, locate, &directory, &mut outcome) {
         let complaints = vec![format!("{error:#}")];
-        // Nobody answers a step when the guest's processor has shut down.
-        let shut_down = case.exit != TRIPLE_FAULT && outcome.errors.contains(SHUT_DOWN);
+        // Nobody answers a step when the guest's processor has shut down; in a monitor that a step has started, too.
+        let failed = error.downcast_ref::<ScriptFailed>();
+        let told = failed.is_some_and(ScriptFailed::is_of_a_shut_down);
+        let shut_down = case.exit != TRIPLE_FAULT && (told || outcome.errors.contains(SHUT_DOWN));
         outcome.verdict = if shut_down {
             Verdict::ShutDown(complaints)
         } else {

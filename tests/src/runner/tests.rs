@@ -95,6 +95,17 @@ fn a_step_that_nobody_answers_after_a_triple_fault_is_told_as_a_shut_down() {
 }
 
 #[test]
+fn a_triple_fault_in_a_monitor_that_a_step_has_started_is_told_as_a_shut_down() {
+    let step = |text: &str| guest().step("", Action::Run(text.to_owned()));
+    let dying = step("echo vireo: vCPU 0 shut down after a triple fault >&2; exit 4");
+    let verdict = run_with("exec sleep 1000", &dying).verdict;
+    assert!(matches!(verdict, Verdict::ShutDown(_)), "{verdict:?}");
+    let other = step("echo vCPU 0 shut down after a triple fault; exit 1");
+    let verdict = run_with("exec sleep 1000", &other).verdict;
+    assert!(matches!(verdict, Verdict::Fail(_)), "{verdict:?}");
+}
+
+#[test]
 fn a_signal_counts_as_128_and_its_number() {
     assert_eq!(
         run_with("kill -ABRT $$", &guest().exits(134)).verdict,
