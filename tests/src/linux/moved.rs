@@ -194,7 +194,7 @@ hop() {
     until_ "after $1 $3 $4"
     # That one alone may be lost.
     [ $to-${shape%% *} = there-netem ] || until_ '[ $(wc -l < announced) -gt $heard ]'
-    ! grep bad: told
+    if grep bad: told; then exit 1; fi
     echo "hop $1: $(cat report)" >&3
     echo "@@ hop $1 to $to by ${url%%:*}${more:+ $more}, $shape: $(sed 's/.*: \([^:]* of memory\)/\1/' report); $(($(pings) - lost)) pings lost"
 }
@@ -213,6 +213,7 @@ const END: &str = r#"
 echo end > words
 until_ '[ "$(monitors)" = 0 ]'
 cat console-$last
+if grep bad: told; then exit 1; fi
 records=$(sed -n 's/.*@@ records \([0-9]*\).*/\1/p' console-$last)
 "$VIREO" image check work.qcow2 > check || { cat check >&2; exit 1; }
 "$VIREO" image convert -O raw work.qcow2 raw

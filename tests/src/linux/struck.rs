@@ -212,7 +212,7 @@ goes_on() {
     until_ "after $number -1 -1"
     set -- $number $(line $number)
     until_ "after $1 $3 $4"
-    ! grep bad: told-*
+    if grep bad: told-*; then exit 1; fi
 }
 # What the guest has told was on its disk before it told it.
 boots() {
@@ -274,6 +274,7 @@ console=console-$name
 echo end > words-$life
 until_ '[ "$(monitors)" = 0 ]'
 cat $console
+if grep bad: told-*; then exit 1; fi
 records=$(sed -n 's/.*@@ records \([0-9]*\).*/\1/p' $console)
 "$VIREO" image check work.qcow2 > check || [ "$? $killed" = '3 yes' ] || { cat check >&2; exit 1; }
 "$VIREO" image convert -O raw work.qcow2 raw
