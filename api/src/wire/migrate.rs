@@ -72,7 +72,7 @@ pub enum MigrationMemoryMode {
     /// It does.
     #[default]
     Precopy,
-    /// The guest goes at once, and memory while it runs there.
+    /// The guest goes before the rest of its memory where that does not fit into the pause after two rounds.
     Postcopy,
 }
 
@@ -118,7 +118,7 @@ pub struct ReceiveMigrationData {
     /// The directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`; for `tcp:` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls_dir: Option<PathBuf>,
-    /// Whether the guest may come before its memory.
+    /// `Postcopy`: fails at once where no guest could come before its memory. It may with either where the source asks for it.
     #[serde(default)]
     pub memory_mode: MigrationMemoryMode,
     /// To be empty: there are no zones.
@@ -173,7 +173,8 @@ pub struct VmMigrationSet {
     /// Whether the guest is slowed where it writes faster than it can be sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub throttle: Option<bool>,
-    /// `true`: the guest goes after the round that is under way, and the rest of its memory while it runs there.
+    /// `true`: the guest goes after the round that is under way, and the rest of its memory while it runs there; for a migration that was begun with
+    /// `memory_mode` `Postcopy`.
     #[serde(skip_serializing_if = "is_false")]
     pub postcopy: bool,
 }
@@ -302,7 +303,7 @@ pub struct MigrationInfo {
     pub downtime_us: Option<u64>,
     /// How long it has taken so far, or took, in microseconds.
     pub elapsed_us: u64,
-    /// Why it has failed.
+    /// Why it has failed, or why the connection is lost while memory follows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

@@ -37,6 +37,12 @@ impl Mask {
         }
     }
 
+    fn remove(&mut self, page: u16) {
+        if let Some(word) = self.0.get_mut(usize::from(page / WORD_PAGES)) {
+            *word &= !(1 << (page % WORD_PAGES));
+        }
+    }
+
     pub fn holds(&self, page: u16) -> bool {
         let word = self.0.get(usize::from(page / WORD_PAGES));
         word.is_some_and(|word| word >> (page % WORD_PAGES) & 1 == 1)
@@ -170,6 +176,83 @@ impl PageSet {
         }
     }
 
+    /// Leaves those alone that the other, which is of the same memory, has too.
+    pub fn keep(&mut self, other: &Self) {
+        for (to, from) in self.chunks.iter_mut().zip(&other.chunks) {
+            *to = to.and(from);
+        }
+    }
+
+    /// Where the page at a guest-physical address is: its chunk, and its place in that. The set is one of memory with these `ranges`.
+    fn place(&self, ranges: &[(u64, u64)], address: u64) -> Option<(usize, u16)> {
+        let after = ranges.partition_point(|(start, _)| *start <= address);
+        let range = after.checked_sub(1)?;
+        let ((start, len), (first, _)) = (ranges.get(range)?, self.ranges.get(range)?);
+        let inside = address.checked_sub(*start).filter(|inside| inside < len)?;
+        let chunk = usize::try_from(inside / CHUNK).ok()?;
+        let page = u16::try_from(inside % CHUNK / PAGE_LEN as u64).ok()?;
+        Some((first.checked_add(chunk)?, page))
+    }
+
+    /// Adds the pages of `len` bytes from a guest-physical address on. What is not in the `ranges`, by which the set was made, is passed over.
+    pub fn insert(&mut self, ranges: &[(u64, u64)], address: u64, len: u64) {
+        for address in within(ranges, address, len) {
+            if let Some((chunk, page)) = self.place(ranges, address)
+                && let Some(mask) = self.chunks.get_mut(chunk)
+            {
+                mask.insert(page);
+            }
+        }
+    }
+
+    /// Takes the pages of `len` bytes from a guest-physical address on out: those that were there, as address and length in bytes. What is not in
+    /// the `ranges`, by which the set was made, is passed over.
+    pub fn take(&mut self, ranges: &[(u64, u64)], address: u64, len: u64) -> Vec<(u64, u64)> {
+        let mut taken: Vec<(u64, u64)> = Vec::new();
+        for address in within(ranges, address, len) {
+            let Some((chunk, page)) = self.place(ranges, address) else {
+                continue;
+            };
+            let mask = self.chunks.get_mut(chunk).filter(|mask| mask.holds(page));
+            let Some(mask) = mask else { continue };
+            mask.remove(page);
+            match taken.last_mut() {
+                Some((start, len)) if start.saturating_add(*len) == address => {
+                    *len = len.saturating_add(PAGE_LEN as u64);
+                }
+                _ => taken.push((address, PAGE_LEN as u64)),
+            }
+        }
+        taken
+    }
+
+    /// The first chunk from `index` on that has a page.
+    #[must_use]
+    pub fn next_chunk(&self, index: usize) -> Option<usize> {
+        let rest = self.chunks.get(index..)?;
+        let after = rest.iter().position(|mask| !mask.is_empty())?;
+        index.checked_add(after)
+    }
+
+    /// All pages, as guest-physical address and length in bytes. The set is one of memory with these `ranges`.
+    #[must_use]
+    pub fn runs(&self, ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut next = self.next_chunk(0);
+        while let Some(chunk) = next {
+            for (address, len) in self.runs_of(ranges, chunk) {
+                match runs.last_mut() {
+                    Some((start, before)) if start.saturating_add(*before) == address => {
+                        *before = before.saturating_add(len);
+                    }
+                    _ => runs.push((address, len)),
+                }
+            }
+            next = self.next_chunk(chunk.saturating_add(1));
+        }
+        runs
+    }
+
     /// Takes all pages out.
     pub fn clear(&mut self) {
         self.chunks.fill(Mask::default());
@@ -191,6 +274,14 @@ impl PageSet {
     pub(super) fn of_chunk(&self, index: usize) -> Mask {
         self.chunks.get(index).copied().unwrap_or_default()
     }
+}
+
+/// The pages of `len` bytes from `address` on, where it is in one of `ranges`, up to the end of that.
+fn within(ranges: &[(u64, u64)], address: u64, len: u64) -> impl Iterator<Item = u64> + use<> {
+    let after = ranges.partition_point(|(start, _)| *start <= address);
+    let range = after.checked_sub(1).and_then(|range| ranges.get(range));
+    let end = range.map_or(0, |(start, len)| start.saturating_add(*len));
+    (address..address.saturating_add(len).min(end)).step_by(PAGE_LEN)
 }
 
 #[cfg(test)]
@@ -245,5 +336,28 @@ mod tests {
         let second = (2 << 20, 1 << 20);
         assert_eq!(all, [(0, 2 << 20), second, (1 << 32, 65 << 12)]);
         assert_eq!(PageSet::all(&[]).count(), 0);
+    }
+
+    #[test]
+    fn pages_are_added_and_taken_by_address_and_what_is_outside_is_passed_over() {
+        let ranges = [(0, 3 << 20), (1 << 32, 65 << 12)];
+        let mut set = PageSet::new(&ranges);
+        set.insert(&ranges, (2 << 20) - 4096, 8192);
+        set.insert(&ranges, (3 << 20) - 4096, 3 * 4096);
+        set.insert(&ranges, (1 << 32) + (64 << 12), u64::MAX);
+        assert_eq!(set.count(), 4);
+        let last = (1 << 32) + (64 << 12);
+        let edge = (3 << 20) - 4096;
+        let all = [((2 << 20) - 4096, 8192), (edge, 4096), (last, 4096)];
+        assert_eq!(set.runs(&ranges), all);
+        assert_eq!((set.next_chunk(0), set.next_chunk(2)), (Some(0), Some(2)));
+        assert_eq!(set.next_chunk(3), None);
+        let taken = set.take(&ranges, 0, (2 << 20) + 4096);
+        assert_eq!(taken, [((2 << 20) - 4096, 8192)]);
+        assert_eq!(set.take(&ranges, 0, (2 << 20) + 4096), []);
+        let mut other = PageSet::new(&ranges);
+        other.insert(&ranges, last, 4096);
+        set.keep(&other);
+        assert_eq!(set.runs(&ranges), [(last, 4096)]);
     }
 }

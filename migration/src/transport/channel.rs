@@ -141,6 +141,11 @@ impl Progress {
         self.remaining.store(pages, Ordering::Relaxed);
     }
 
+    /// So many pages are left.
+    pub fn set_remaining(&self, pages: u64) {
+        self.remaining.store(pages, Ordering::Relaxed);
+    }
+
     fn add(&self, counts: Counts) {
         self.pages.fetch_add(counts.pages, Ordering::Relaxed);
         self.zeros.fetch_add(counts.zeros, Ordering::Relaxed);

@@ -35,14 +35,14 @@
 //! |---|---|---|---|---|
 //! | 1 | message | 1 MiB | a [`Message`](super::message::Message) in postcard's encoding | 0, both ways |
 //! | 2 | state | 256 MiB | attempt (4 bytes), round (4), flags (4; bit 0: post-copy), a [`SectionSet`](crate::SectionSet) | 0 |
-//! | 3 | round end | 12 | round (4), pages of that round on this stream (8) | each |
+//! | 3 | round end | 12 | round (4), pages on this stream since the round before ended (8) | each |
 //! | 4 | zeros | 24 KiB | runs of pages that are zeros | each |
 //! | 5 | pages | 2 MiB and the runs | runs, then the pages | each |
 //! | 6 | zstd | the same | runs, then one zstd frame (RFC 8878) of the pages | each |
 //! | 7 | lz4 | the same | runs, then one LZ4 block of the pages | each |
 //! | 8 | delta | the same | runs, then for each page the length of its delta (2) and the delta | each |
-//! | 9 | missing | 24 KiB | runs of pages that follow while the guest runs | 0 |
-//! | 10 | want | 24 KiB | runs of pages that the guest needs now | 0, from the destination |
+//! | 9 | missing | 24 KiB | runs of pages that follow while the guest runs; from the destination, before it says over a new connection that the guest runs: those that have not come | 0, both ways |
+//! | 10 | want | 24 KiB | runs of pages that the guest, or who loads it, needs now | 0, from the destination |
 //! | 11 | keepalive | 0 | – | each, both ways |
 //! | 12 | bare | 24 KiB | runs of at most 512 pages, which follow behind the frame, with no checksum | each, where that has been agreed on |
 //!

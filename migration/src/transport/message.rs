@@ -52,6 +52,12 @@ impl Capabilities {
         Self(self.0 | other.0)
     }
 
+    /// What is not in the other.
+    #[must_use]
+    pub fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     /// What both sides can do.
     #[must_use]
     pub fn and(self, other: Self) -> Self {

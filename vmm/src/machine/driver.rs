@@ -15,6 +15,7 @@ mod copy_in;
 mod coredump;
 mod desk;
 mod drain;
+mod fetching;
 mod guest;
 mod hints;
 mod lost;
@@ -40,6 +41,7 @@ use self::arrive::Arrival;
 pub use self::arrive::Coming;
 use self::aside::Asides;
 pub use self::desk::Desk;
+use self::fetching::Fetching;
 use self::migrate::Leaving;
 use super::beside::{Opening, put_away_within};
 use super::inbox::{DiskStopped, Inbox, Mailbox, Message};
@@ -214,6 +216,8 @@ pub struct Driver {
     arrival: Option<Arrival>,
     /// What has not come, of which its source is still to be told.
     parting: Option<Arc<Status>>,
+    /// It runs here, and memory of it comes.
+    fetching: Option<Fetching>,
     /// It goes to another monitor.
     leaving: Option<Leaving>,
     /// It is being written down as it is; the machine is paused.
@@ -250,6 +254,7 @@ impl Driver {
             saved: None,
             arrival: None,
             parting: None,
+            fetching: None,
             leaving: None,
             capture: None,
             snapshotting: Weak::new(),
@@ -457,13 +462,16 @@ impl Driver {
         self.enter(VmState::ShuttingDown, None);
         self.give_up_leaving();
         self.free_capture();
+        self.stop_fetching_vcpus();
         self.machine.vcpus().pause();
         self.give_up_capture();
         self.give_up_jobs();
         self.forget_later();
-        if let Err(error) = self.stop_units(self.patience()) {
-            tracing::error!("on the way out: {}", crate::error::chain(&error));
+        let stopped = self.stop_units(self.patience());
+        if let Err(error) = &stopped {
+            tracing::error!("on the way out: {}", crate::error::chain(error));
         }
+        self.end_fetching(stopped.is_ok());
         let asides = self.asides.wait(Instant::now() + self.patience());
         self.outlast("asides", asides);
         self.asides.give_up();

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use vmm_sys_util::signal::Killable;
 
@@ -217,6 +218,13 @@ impl Vcpus {
     /// Stops all vCPUs and returns when all are idle. What those that stopped
     /// for a reason of their own had to say has then been said ([`OnStop`]).
     pub fn pause(&self) {
+        // It cannot be so long.
+        let _idle = self.pause_within(Duration::MAX);
+    }
+
+    /// As [`Vcpus::pause`], but waits no longer than this: whether all are idle. Those that are not, because the kernel waits for memory on their
+    /// behalf, become so before they do anything else.
+    pub fn pause_within(&self, time: Duration) -> bool {
         self.stop.store(true, Ordering::Release);
         for thread in &self.threads {
             // The thread exists until it is joined in drop.
@@ -225,13 +233,10 @@ impl Vcpus {
         self.throttle.rouse();
         let mut count = self.running.lock();
         count.all = false;
-        while count.running > 0 {
-            count = self
-                .running
-                .all_idle
-                .wait(count)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        let busy = |count: &mut Count| count.running > 0;
+        let waited = self.running.all_idle.wait_timeout_while(count, time, busy);
+        let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        count.running == 0
     }
 
     /// Has all vCPUs stand so much of their time, in percent, at most [`MOST`](super::throttle::MOST); 0: they run, as they do at first. Those

@@ -17,6 +17,7 @@ use vm_memory::{MmapRegion, VolatileSlice};
 
 use super::demand::Demand;
 use super::lost::Bell;
+use super::missing::Missing;
 use super::overlay::Overlay;
 
 /// The largest page that transparent huge pages use.
@@ -274,6 +275,11 @@ impl Mapping {
             let range = start..start.saturating_add(len as u64);
             return demand.discard(&range, || self.advise_part(offset, len, self.discarding()));
         }
+        if let Some(missing) = self.overlay.missing() {
+            let start = self.address().saturating_add(offset as u64);
+            let range = start..start.saturating_add(len as u64);
+            return missing.discard(&range, || self.advise_part(offset, len, self.discarding()));
+        }
         let mut at = range.start;
         let written = self.overlay.blank(self.address, &range)?;
         for kept in written
@@ -353,6 +359,11 @@ impl Mapping {
         self.overlay.read_by(demand);
     }
 
+    /// Pages come to `missing` until all are there.
+    pub(super) fn misses(&self, missing: &Arc<Missing>) {
+        self.overlay.misses(missing);
+    }
+
     /// What was lost last of what a file was to give, in bytes from the start.
     pub fn lost(&self) -> Option<usize> {
         self.overlay.lost()
@@ -363,8 +374,11 @@ impl Mapping {
         self.overlay.forget();
     }
 
-    /// Whether a file gives any of it.
+    /// Whether a file, or another monitor, gives any of it.
     pub fn is_of_file(&self) -> bool {
+        if self.overlay.missing().is_some() {
+            return true;
+        }
         let demand = self.overlay.demand();
         self.overlay.is_used() || demand.is_some_and(|demand| demand.left() > 0)
     }

@@ -14,6 +14,7 @@ pub mod demand;
 pub mod dirty;
 mod lost;
 mod mapping;
+pub mod missing;
 mod overlay;
 mod plug;
 mod presence;

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::demand::Demand;
 use super::lost::{Bell, Watch};
+use super::missing::Missing;
 
 /// How many pieces of one mapping may be of the file.
 const PIECES: usize = 8192;
@@ -29,6 +30,8 @@ struct Parts {
     watch: Option<Watch>,
     /// Who reads memory that is not there yet.
     demand: Weak<Demand>,
+    /// What is at another monitor.
+    missing: Weak<Missing>,
 }
 
 impl Overlay {
@@ -141,6 +144,17 @@ impl Overlay {
     /// Who reads memory that is not there yet.
     pub fn demand(&self) -> Option<Arc<Demand>> {
         self.lock().demand.upgrade()
+    }
+
+    /// Pages come to `missing` until all are there.
+    pub fn misses(&self, missing: &Arc<Missing>) {
+        self.lock().missing = Arc::downgrade(missing);
+    }
+
+    /// What is at another monitor, while anything is.
+    pub fn missing(&self) -> Option<Arc<Missing>> {
+        let missing = self.lock().missing.upgrade();
+        missing.filter(|missing| missing.left() > 0)
     }
 
     /// Ends the watch, before the memory goes.

@@ -95,6 +95,11 @@ impl RamParts {
         Self { parts, keeper }
     }
 
+    /// By guest-physical address.
+    pub(super) fn parts(&self) -> &[(u64, Arc<Mapping>)] {
+        &self.parts
+    }
+
     /// The faults of this memory, which are the caller's until what comes with them is dropped.
     fn take(&self, opener: &Opener) -> Result<(Arc<UserFault>, Arc<()>), StillError> {
         if self.parts.iter().any(|(_, mapping)| mapping.is_of_file()) {

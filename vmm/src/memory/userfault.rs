@@ -80,7 +80,7 @@ impl UserFault {
     }
 
     /// Takes `len` bytes from the host virtual address `start`. Of [`Waits::ToWrite`] none is protected yet; of
-    /// [`Waits::ForPages`] it is anonymous memory, and whoever touches what is not there waits.
+    /// [`Waits::ForPages`] it is anonymous memory or that of a memory file, and whoever touches what is not there waits.
     ///
     /// # Errors
     ///

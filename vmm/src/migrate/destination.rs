@@ -4,6 +4,8 @@
 //! Each stream has a thread that writes pages where they belong; the first stream's hears words, too. The machine itself is the control thread's
 //! ([`Arriving`]).
 
+mod postcopy;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
@@ -23,11 +25,13 @@ use migration::transport::protocol::{
     Destination, DestinationAction, DestinationEvent, DestinationState, Locks, Word,
 };
 
+use self::postcopy::Follows;
 use super::link::{Link, PATIENCE};
 use super::listener::Listener;
 use super::memory::NoMemory;
 use super::status::Status;
 use crate::error::chain;
+use crate::memory::missing::Missing;
 
 /// How often a source hears that this side is alive, and progress is told.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -63,6 +67,22 @@ pub trait Arriving: Send {
     ///
     /// Why it is not its state.
     fn load(&mut self, sections: &[u8]) -> Result<Locks, String>;
+
+    /// Has pages be missing, guest-physical addresses and lengths in bytes: they come while it runs. Before [`Arriving::load`].
+    ///
+    /// # Errors
+    ///
+    /// Why that cannot be.
+    fn miss(&mut self, runs: &[(u64, u64)]) -> Result<Arc<Missing>, String>;
+
+    /// Stops it, because pages cannot come. Waits for nobody who waits for pages.
+    fn stand(&mut self);
+
+    /// Lets it go on after [`Arriving::stand`]: whether it does, or a processor of it has still to be waited for.
+    fn go_on(&mut self) -> bool;
+
+    /// No page is missing any more.
+    fn is_whole(&mut self);
 
     /// Forgets the state.
     ///
@@ -295,6 +315,8 @@ struct Shared {
     memory: Arc<dyn PageSink + Send + Sync>,
     /// The first stream's other direction.
     answers: Mutex<StreamSender<Link>>,
+    /// What follows the guest.
+    follows: Follows,
 }
 
 impl Shared {
@@ -324,6 +346,7 @@ impl Shared {
             }
         };
         self.barrier.fail(&format!("stream {stream}: {reason}"));
+        self.follows.lose_streams();
     }
 }
 
@@ -353,6 +376,7 @@ pub fn take(
         barrier: Barrier::new(preamble.streams),
         memory: guest.memory(),
         answers: Mutex::new(sender),
+        follows: Follows::new(&offer.ranges),
     });
     let mut taker = Taker {
         guest,
@@ -365,6 +389,8 @@ pub fn take(
         ranges: offer.ranges,
         preamble,
         reason: String::new(),
+        postcopy: false,
+        resuming: false,
         broken: false,
         ready: false,
         aborted: false,
@@ -385,7 +411,7 @@ pub fn take(
         if taker.destination.state() == DestinationState::Receiving {
             taker.join(&listener);
         }
-        let ended = taker.receive(&mut receiver);
+        let ended = taker.receive_all(receiver, &listener);
         if ended == Ended::Unheard {
             shared.status.answers(listener.stopper());
             taker.answer(&listener);
@@ -420,6 +446,10 @@ struct Taker {
     ranges: Vec<(u64, u64)>,
     preamble: Preamble,
     reason: String,
+    /// The state is one for post-copy.
+    postcopy: bool,
+    /// The guest is to go on as soon as it can.
+    resuming: bool,
     /// There is nobody to be told anything.
     broken: bool,
     /// The source has heard that its state is loaded.
@@ -440,6 +470,8 @@ impl Taker {
             DestinationState::Waiting | DestinationState::Checking => MigrationPhase::Checking,
             DestinationState::Receiving => MigrationPhase::Precopy,
             DestinationState::Running => MigrationPhase::Completed,
+            DestinationState::Postcopy => MigrationPhase::Postcopy,
+            DestinationState::PostcopyLost => MigrationPhase::PostcopyLost,
             DestinationState::Failed => return,
             _ => MigrationPhase::Switching,
         };
@@ -469,7 +501,8 @@ impl Taker {
             DestinationAction::Check => Some(DestinationEvent::Checked(true)),
             DestinationAction::Load { attempt } => {
                 let state = std::mem::take(&mut self.state);
-                Some(match self.guest.load(&state) {
+                let missing = self.begin_to_miss();
+                Some(match missing.and_then(|()| self.guest.load(&state)) {
                     Ok(locks) => DestinationEvent::Loaded { attempt, locks },
                     Err(reason) => {
                         self.because(reason);
@@ -477,10 +510,7 @@ impl Taker {
                     }
                 })
             }
-            DestinationAction::Unload => self.guest.unload().err().map(|reason| {
-                self.because(reason);
-                DestinationEvent::Failed
-            }),
+            DestinationAction::Unload => self.unload(),
             DestinationAction::TakeLocks => Some(match self.guest.take_locks() {
                 Ok(()) => DestinationEvent::LocksTaken,
                 Err(reason) => {
@@ -508,9 +538,10 @@ impl Taker {
                     None
                 }
             },
-            // Nothing here accepts post-copy.
-            DestinationAction::PauseGuest | DestinationAction::ResumeGuest => None,
+            DestinationAction::PauseGuest => self.stand(),
+            DestinationAction::ResumeGuest => self.go_on(),
             DestinationAction::Discard => {
+                self.shared.follows.give_up();
                 if self.shared.status.is_cancelled() {
                     self.reason = "it was cancelled at the destination".to_owned();
                 }
@@ -525,6 +556,9 @@ impl Taker {
     fn send(&mut self, word: Word) {
         if self.broken {
             return;
+        }
+        if word == Word::Running {
+            self.tell_missing();
         }
         let message = match word {
             Word::Accept => Some(Message::Accept {
@@ -546,6 +580,15 @@ impl Taker {
                 chain(&error)
             );
         }
+    }
+
+    fn unload(&mut self) -> Option<DestinationEvent> {
+        self.shared.follows.forget();
+        let failed = self.guest.unload().err();
+        failed.map(|reason| {
+            self.because(reason);
+            DestinationEvent::Failed
+        })
     }
 
     /// Takes the other streams, in whatever order they come.
@@ -648,10 +691,8 @@ impl Taker {
             return self.step(DestinationEvent::Failed);
         }
         self.state = sections;
-        let word = Word::State {
-            attempt,
-            postcopy: false,
-        };
+        let postcopy = self.postcopy;
+        let word = Word::State { attempt, postcopy };
         self.step(DestinationEvent::Received(word));
     }
 

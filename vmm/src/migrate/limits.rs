@@ -64,6 +64,9 @@ impl Shared {
     /// Other limits count from now on.
     pub fn set(&self, set: &VmMigrationSet) {
         let mut policy = self.policy();
+        if set.postcopy {
+            policy.want_postcopy();
+        }
         let mut parameters = policy.parameters().clone();
         change(&mut parameters, set);
         self.limiter

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use migration::pages::Ram;
 use migration::transport::channel::RamSource;
@@ -15,6 +16,7 @@ use vm_memory::{
 
 use super::link::late;
 use crate::machine::snapshot::SnapshotRam;
+use crate::memory::missing::Missing;
 use crate::memory::restored::check;
 
 impl RamSource for SnapshotRam {
@@ -48,14 +50,25 @@ fn of_socket(error: VolatileMemoryError) -> io::Error {
 }
 
 /// The memory of a guest that comes, which reads as zeros where nothing has come yet.
-#[derive(Debug)]
 pub struct Arriving {
     map: GuestMap,
     /// What has come, a bit for each page of each range: zeros that come for other pages cost nothing.
     come: Vec<(u64, Vec<AtomicU64>)>,
+    /// What comes while the guest runs.
+    missing: RwLock<Option<Arc<Missing>>>,
 }
 
 impl Arriving {
+    /// From here on pages come while the guest runs, or do not.
+    pub fn follow(&self, missing: Option<Arc<Missing>>) {
+        *self.missing.write().unwrap_or_else(PoisonError::into_inner) = missing;
+    }
+
+    fn missing(&self) -> Option<Arc<Missing>> {
+        let missing = self.missing.read();
+        missing.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The memory of `map`, which nobody else writes to.
     #[must_use]
     pub fn new(map: GuestMap) -> Self {
@@ -69,6 +82,7 @@ impl Arriving {
             .map(|region| (region.start_addr().0, region.len()));
         Self {
             come: ranges.map(range).collect(),
+            missing: RwLock::default(),
             map,
         }
     }
@@ -93,6 +107,9 @@ impl Arriving {
 
 impl PageSink for Arriving {
     fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        if let Some(missing) = self.missing() {
+            return missing.fill(address, bytes);
+        }
         let written = self.map.write_slice(bytes, GuestAddress(address));
         written.map_err(io::Error::other)?;
         self.has_come(address, bytes.len() as u64);
@@ -100,6 +117,11 @@ impl PageSink for Arriving {
     }
 
     fn receive(&self, address: u64, len: u64, mut socket: BorrowedFd<'_>) -> io::Result<()> {
+        if self.missing().is_some() {
+            // The guest runs: it may not see half of a page.
+            let what = "a page goes straight while the guest runs";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
         let count = usize::try_from(len).unwrap_or(usize::MAX);
         let slice = self.map.get_slice(GuestAddress(address), count);
         let mut slice = slice.map_err(io::Error::other)?;
@@ -108,6 +130,9 @@ impl PageSink for Arriving {
     }
 
     fn zero(&self, address: u64, len: u64) -> io::Result<()> {
+        if let Some(missing) = self.missing() {
+            return missing.zero(address, len);
+        }
         for at in (address..address.saturating_add(len)).step_by(PAGE) {
             let outside = || io::Error::from(io::ErrorKind::InvalidInput);
             let (word, bit) = self.page(at).ok_or_else(outside)?;
@@ -119,6 +144,10 @@ impl PageSink for Arriving {
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if self.missing().is_some() {
+            // Nothing differs from what the guest may have changed since.
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let read = self.map.read_slice(bytes, GuestAddress(address));
         read.map_err(io::Error::other)
     }

@@ -9,6 +9,7 @@
 //! A second thread, the watch, tells of progress, and looks whether time has run out or a cancelled round does not end.
 
 mod peer;
+mod postcopy;
 mod rounds;
 
 use std::collections::VecDeque;
@@ -22,7 +23,7 @@ use api::wire::{MigrationPhase, MigrationResolution};
 use migration::pages::PageSet;
 use migration::transport::channel::StreamSender;
 use migration::transport::message::{Message, Offer};
-use migration::transport::pages::Codec;
+use migration::transport::pages::{Codec, Run};
 use migration::transport::precopy::Strategy;
 use migration::transport::protocol::{
     Outcome, Resolution, Source, SourceAction, SourceEvent, SourceState,
@@ -56,6 +57,10 @@ enum Event {
     Message(Message),
     /// The peer lives.
     Alive,
+    /// Over which connection pages are asked for.
+    Want(u32, Vec<Run>),
+    /// Over which connection pages are told of that have not come.
+    Missing(u32, Vec<Run>),
     /// Of which connection.
     Lost(u32, String),
     Order(Order),
@@ -101,6 +106,7 @@ pub fn give_away(
         broken: true,
         round: 0,
         rest: None,
+        missing: None,
         state: Vec::new(),
         state_len: 0,
         paused: None,
@@ -183,6 +189,8 @@ struct Giver {
     round: u32,
     /// What is to be sent next; `None`: all.
     rest: Option<PageSet>,
+    /// What follows the guest.
+    missing: Option<postcopy::Rest>,
     state: Vec<u8>,
     /// How long it was the last time.
     state_len: u64,
@@ -202,6 +210,7 @@ impl Giver {
             match self.source.state() {
                 SourceState::Connecting => self.begin(),
                 SourceState::Precopy => self.precopy(),
+                SourceState::Postcopy => self.postcopy(),
                 _ => self.listen(),
             }
             self.show();
@@ -270,6 +279,7 @@ impl Giver {
             }
             SourceAction::Reconnect => self.reconnect(),
             SourceAction::Pause => self.pause(),
+            SourceAction::SendRest if self.source.is_postcopy() => self.tell_missing(),
             SourceAction::SendRest => self.send_rest(),
             SourceAction::ReleaseLocks if self.source.state() == SourceState::Releasing => {
                 self.release()
@@ -285,8 +295,10 @@ impl Giver {
                 self.guest.resume();
                 None
             }
-            // Nothing here begins post-copy.
-            SourceAction::ServePages => None,
+            SourceAction::ServePages => {
+                self.begin_to_serve();
+                None
+            }
             SourceAction::Finish(outcome) => {
                 self.outcome = Some(outcome);
                 if outcome == Outcome::Moved {
@@ -407,10 +419,16 @@ impl Giver {
         match event {
             Event::Message(message) => self.on_message(message),
             Event::Alive => {}
+            Event::Want(connection, runs) if connection == self.connection => self.on_want(runs),
+            Event::Missing(connection, runs) if connection == self.connection => {
+                self.on_missing(&runs);
+            }
+            Event::Want(..) | Event::Missing(..) => {}
             Event::Lost(connection, reason) if connection == self.connection && !self.broken => {
                 self.because(format!(
                     "the connection to the destination is lost: {reason}"
                 ));
+                self.note_loss(&reason);
                 self.hang_up();
                 self.step(SourceEvent::Lost);
             }
@@ -423,7 +441,9 @@ impl Giver {
                     MigrationResolution::Resume => Resolution::Resume,
                     MigrationResolution::Abandon => Resolution::Abandon,
                 };
-                if self.source.state() == SourceState::InDoubt {
+                let state = self.source.state();
+                if matches!(state, SourceState::InDoubt | SourceState::PostcopyLost) {
+                    self.reason.clear();
                     self.because("an operator has said what becomes of the guest");
                 }
                 self.step(SourceEvent::Resolve(resolution));
@@ -449,6 +469,10 @@ impl Giver {
                     told.push_str(&facts::refuse(&differences));
                 }
                 self.because(format!("the destination refuses the machine: {told}"));
+            }
+            Message::Unknown if self.source.state() == SourceState::PostcopyLost => {
+                let note = "the destination's monitor knows nothing of the guest: it was ended there, and the guest with it";
+                self.status().note(Some(note.to_owned()));
             }
             Message::Failed { reason } => {
                 self.because(format!("the destination has failed: {reason}"));

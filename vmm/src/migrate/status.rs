@@ -47,6 +47,8 @@ struct Now {
     downtime: Option<Duration>,
     ended: Option<Duration>,
     error: Option<String>,
+    /// The guest may go before its memory.
+    postcopy: bool,
     memory: u64,
     /// Hung up, should it not end when it is cancelled.
     links: Vec<Link>,
@@ -128,6 +130,19 @@ impl Status {
         }
         drop(now);
         self.changed.notify_all();
+    }
+
+    /// The guest may go before its memory.
+    pub fn allow_postcopy(&self) {
+        self.lock().postcopy = true;
+    }
+
+    /// What is wrong now, if anything is, without its end.
+    pub fn note(&self, what: Option<String>) {
+        let mut now = self.lock();
+        if !now.phase.is_end() {
+            now.error = what;
+        }
     }
 
     /// It has failed for `reason`, or was ended by somebody.
@@ -302,9 +317,10 @@ impl Status {
             let message = "the source sets the parameters of a migration: ask there";
             return Err(ControlError::new(ErrorKind::Conflict, message));
         }
-        if set.postcopy {
-            let message = "postcopy: this monitor does not have it yet";
-            return Err(ControlError::new(ErrorKind::Unimplemented, message));
+        if set.postcopy && !self.lock().postcopy {
+            let message = "postcopy: it was not agreed on with the destination: begin the migration with it ('vireo migrate --postcopy', \
+                           \"memory_mode\": \"Postcopy\")";
+            return Err(ControlError::new(ErrorKind::Conflict, message));
         }
         check_bandwidth(set.bandwidth.filter(|rate| *rate != 0))?;
         if self.phase().is_end() {
@@ -322,6 +338,12 @@ impl Status {
             MigrationPhase::InDoubt | MigrationPhase::PostcopyLost
         ) {
             let message = "the migration is not in doubt: there is nothing to be resolved";
+            return Err(ControlError::new(ErrorKind::Conflict, message));
+        }
+        if self.phase() == MigrationPhase::PostcopyLost && resolution == MigrationResolution::Resume
+        {
+            let message = "the guest has run at the destination, and what it has done there is not here: it cannot go on here, only be \
+                           given up ('vireo migrate-resolve --abandon', \"Abandon\")";
             return Err(ControlError::new(ErrorKind::Conflict, message));
         }
         self.tell(Order::Resolve(resolution))

@@ -5,10 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use api::wire::{MigrationDirection, MigrationOrder, ReceiveMigrationData, RestoreConfig};
+use api::wire::{
+    MigrationDirection, MigrationMemoryMode, MigrationOrder, ReceiveMigrationData, RestoreConfig,
+};
 use api::{Answer, ControlError, ErrorKind};
 use block::DiskInfo;
-use migration::transport::message::Offer;
+use migration::transport::message::{Capabilities, Offer};
 use migration::transport::protocol::Locks;
 use virtio::models::MODELS;
 
@@ -19,6 +21,7 @@ use crate::machine::MachineError;
 use crate::machine::driver::Coming;
 use crate::machine::processors::Processors;
 use crate::machine::saved::machine_type;
+use crate::memory::missing;
 use crate::migrate::board::Migration;
 use crate::migrate::destination::{Caller, wait};
 use crate::migrate::facts::{Side, differences, facts, look, offered_disk, offered_tsc, refuse};
@@ -30,6 +33,9 @@ use crate::opener::Opener;
 
 /// How long what is left of an earlier machine may take to be put away.
 const PARTING: Duration = Duration::from_secs(2);
+
+/// Why no memory can come while its guest runs.
+const NO_FAULTS: &str = "this host gives no userfaultfd for guest memory";
 
 impl Monitor {
     /// Takes a machine from another monitor. The descriptors that came along are `passed`.
@@ -111,9 +117,12 @@ impl Monitor {
         request: &ReceiveMigrationData,
     ) -> Result<(Place, Arc<Status>), ControlError> {
         let invalid = |message: String| ControlError::new(ErrorKind::Invalid, message);
-        if request.memory_mode == api::wire::MigrationMemoryMode::Postcopy {
-            let message = "memory_mode Postcopy: this monitor does not have it yet";
-            return Err(ControlError::new(ErrorKind::Unimplemented, message));
+        if request.memory_mode == MigrationMemoryMode::Postcopy {
+            let able = missing::check(&self.opener);
+            able.map_err(|error| {
+                let message = format!("memory_mode: {NO_FAULTS}: {error}");
+                ControlError::new(ErrorKind::Failed, message)
+            })?;
         }
         let place = Place::parse(&request.receiver_url);
         let place = place.map_err(|error| invalid(format!("receiver_url: {error}")))?;
@@ -169,7 +178,14 @@ fn come(
     // So far away is never.
     let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
     let caller = wait(listener, status, deadline).map_err(|error| failed(&error))?;
-    let (description, disks) = match read_offer(&caller.offer, request, passed) {
+    let read = read_offer(&caller.offer, request, passed).and_then(|read| {
+        if caller.offer.capabilities.has(Capabilities::POSTCOPY) {
+            let able = check_postcopy(&read.0.config, opener);
+            able.map_err(|message| ControlError::new(ErrorKind::Conflict, message))?;
+        }
+        Ok(read)
+    });
+    let (description, disks) = match read {
         Ok(read) => read,
         Err(error) => {
             caller.refuse(&[], &error.to_string());
@@ -200,6 +216,19 @@ fn come(
     let message = refuse(&differences);
     caller.refuse(&differences, "");
     Err(ControlError::new(ErrorKind::Conflict, message))
+}
+
+/// Whether memory of this machine can come after its guest.
+fn check_postcopy(config: &VmConfig, opener: &Opener) -> Result<(), String> {
+    if config.memory.hugepages {
+        return Err(
+            "post-copy: its memory is of huge pages here, which do not come one by one: receive it with --memory \
+             hugepages=off, or send it without --postcopy"
+                .to_owned(),
+        );
+    }
+    missing::check(opener)
+        .map_err(|error| format!("post-copy: {NO_FAULTS}: {error}: send it without --postcopy"))
 }
 
 /// What an offer's machine is here. The offer is not trusted.

@@ -45,6 +45,8 @@ mod opening;
 mod overlays;
 mod peers;
 mod ports;
+mod postcopy;
+mod postcopy_hostile;
 mod resize;
 mod restores;
 mod rng;

@@ -20,19 +20,19 @@ use crate::snapshots::{ask, tell, vireo};
 use crate::support::{Vireo, can_run, until};
 
 /// A monitor, and where it is reached.
-struct Side {
-    vireo: Vireo,
-    socket: PathBuf,
+pub struct Side {
+    pub vireo: Vireo,
+    pub socket: PathBuf,
 }
 
 impl Side {
     /// A guest that counts in 16 MiB, on a disk.
-    fn counting(dir: &Path) -> Self {
+    pub fn counting(dir: &Path) -> Self {
         Self::counting_in(dir, "64M")
     }
 
     /// The same in memory of some kind.
-    fn counting_in(dir: &Path, memory: &str) -> Self {
+    pub fn counting_in(dir: &Path, memory: &str) -> Self {
         let disk = dir.join("disk");
         File::create(&disk).unwrap().set_len(1 << 20).unwrap();
         let socket = dir.join("source.sock");
@@ -64,32 +64,32 @@ impl Side {
     }
 
     /// A monitor without a machine.
-    fn empty(dir: &Path, name: &str) -> Self {
+    pub fn empty(dir: &Path, name: &str) -> Self {
         let socket = dir.join(name);
         let vireo = vireo(&["serve", "--api-socket", socket.to_str().unwrap()]);
         until("the socket", || Client::connect(&socket).ok());
         Self { vireo, socket }
     }
 
-    fn client(&self) -> Client {
+    pub fn client(&self) -> Client {
         Client::connect(&self.socket).unwrap()
     }
 
-    fn phase(&self) -> MigrationPhase {
+    pub fn phase(&self) -> MigrationPhase {
         self.client().migration().unwrap().phase
     }
 
-    fn state(&self) -> Option<VmInfoState> {
+    pub fn state(&self) -> Option<VmInfoState> {
         Some(Client::connect(&self.socket).ok()?.info().ok()?.state)
     }
 
     /// Waits for a machine at `url`, on a thread; returns when it is waited for.
-    fn receive(&self, url: &str) -> JoinHandle<Result<(), ClientError>> {
+    pub fn receive(&self, url: &str) -> JoinHandle<Result<(), ClientError>> {
         self.receive_as(url, ReceiveMigrationData::default())
     }
 
     /// The same with what is another here.
-    fn receive_as(
+    pub fn receive_as(
         &self,
         url: &str,
         request: ReceiveMigrationData,
@@ -118,7 +118,7 @@ impl Side {
     }
 
     /// The end of the migration that it is part of.
-    fn ended(&self) -> MigrationInfo {
+    pub fn ended(&self) -> MigrationInfo {
         until("the end of the migration", || {
             let info = self.client().migration().ok()?;
             info.phase.is_end().then_some(info)
@@ -127,9 +127,9 @@ impl Side {
 }
 
 /// How a machine is sent to a place.
-type Way<'a> = &'a dyn Fn(&str) -> SendMigrationData;
+pub type Way<'a> = &'a dyn Fn(&str) -> SendMigrationData;
 
-fn to(url: &str) -> SendMigrationData {
+pub fn to(url: &str) -> SendMigrationData {
     SendMigrationData {
         destination_url: url.to_owned(),
         // This host may be slow; the limit of the pause has tests of its own.
@@ -143,12 +143,12 @@ const KEEPALIVE: u8 = 11;
 /// How long a source's last word is, in bytes.
 const BYE: u64 = 13;
 
-fn unix(dir: &Path, name: &str) -> String {
+pub fn unix(dir: &Path, name: &str) -> String {
     format!("unix:{}", dir.join(name).display())
 }
 
 /// A place that is free, and stays so: at an address of this process's own no other connection of the host takes the port.
-fn free_port() -> String {
+pub fn free_port() -> String {
     let [_, high, middle, low] = std::process::id().to_be_bytes();
     let listener = TcpListener::bind((Ipv4Addr::new(127, 64 | high, middle, low), 0)).unwrap();
     format!("tcp:{}", listener.local_addr().unwrap())

@@ -42,6 +42,8 @@ pub struct StreamSender<W: Write> {
     filled: usize,
     /// Where pages go straight.
     direct: Option<OwnedFd>,
+    /// Pages that went outside of rounds since the last one: the next one counts them too.
+    outside: u64,
 }
 
 struct Out<W: Write> {
@@ -83,6 +85,7 @@ impl<W: Write> StreamSender<W> {
             runs: Vec::new(),
             filled: 0,
             direct: None,
+            outside: 0,
         })
     }
 
@@ -175,6 +178,7 @@ impl<W: Write> StreamSender<W> {
             counts = counts.plus(self.add(ram, run.address, run.len(), with)?);
         }
         counts = counts.plus(self.flush(with)?);
+        self.outside = self.outside.saturating_add(counts.pages);
         let bytes = self.out.bytes;
         Ok(Sent { counts, bytes })
     }
@@ -201,8 +205,10 @@ impl<W: Write> StreamSender<W> {
             }
         }
         counts = counts.plus(self.flush(with)?);
-        let end = [round.to_le_bytes().as_slice(), &counts.pages.to_le_bytes()].concat();
+        let pages = counts.pages.saturating_add(self.outside);
+        let end = [round.to_le_bytes().as_slice(), &pages.to_le_bytes()].concat();
         self.out.frame(Kind::RoundEnd, &[&end], with)?;
+        self.outside = 0;
         self.out.flush()?;
         let bytes = self.out.bytes;
         Ok(Sent { counts, bytes })

@@ -415,6 +415,31 @@ fn a_receiver_refuses_what_does_not_belong_together() {
 }
 
 #[test]
+fn pages_outside_of_rounds_are_counted_by_the_next_one() {
+    let (here, ground) = (Memory::new(), Ground::new(None));
+    here.put(0, &vec![1; LEN]);
+    let mut bytes = Vec::new();
+    let mut sender = StreamSender::open(&mut bytes, &preamble(0, 1), Codec::Raw, 0).unwrap();
+    let wanted = [Run {
+        address: 0,
+        pages: 2,
+    }];
+    sender.serve(&here, &wanted, ground.sending()).unwrap();
+    for round in 1..=2 {
+        let senders = std::slice::from_mut(&mut sender);
+        let all = PageSet::all(&RANGES);
+        send_round(senders, &here, &all, round, ground.sending(), &scoped).unwrap();
+    }
+    drop(sender);
+    let (_, mut receiver) = StreamReceiver::open(&*bytes).unwrap();
+    receiver.set_ranges(&RANGES);
+    for round in 1..=2 {
+        let found = receiver.next(&Memory::new(), &Progress::default()).unwrap();
+        assert_eq!(found, Incoming::RoundEnd(round));
+    }
+}
+
+#[test]
 fn real_time_passes_on_a_real_clock() {
     struct Real(Instant);
     impl Clock for Real {

@@ -174,6 +174,12 @@ impl Source {
         self.attempt
     }
 
+    /// Whether the last pause is, or was, one for post-copy.
+    #[must_use]
+    pub fn is_postcopy(&self) -> bool {
+        self.postcopy
+    }
+
     /// What locks tell, as the destination has said.
     #[must_use]
     pub fn locks(&self) -> Locks {

@@ -72,7 +72,7 @@ pub(in crate::cli) struct MigrateArgs {
     /// Send memory over a network in the clear
     #[arg(long)]
     insecure: bool,
-    /// Let the guest go before its memory
+    /// Let the guest go before the rest of its memory, where that does not fit into the pause
     #[arg(long)]
     postcopy: bool,
     /// Hand memory over to a monitor of this host instead of copying it

@@ -58,7 +58,7 @@ pub(in crate::cli) struct SetArgs {
     /// Slow the guest where it writes faster than its memory can be sent: on, off
     #[arg(long, value_name = "SWITCH", value_parser = parse_switch)]
     throttle: Option<bool>,
-    /// Let the guest go before the rest of its memory
+    /// Let the guest go before the rest of its memory, where it was begun with --postcopy
     #[arg(long)]
     postcopy: bool,
 }

@@ -12,13 +12,15 @@ use migration::SectionSet;
 use migration::transport::pages::PageSink;
 use migration::transport::protocol::Locks;
 use virtio::device::DiskImage;
-use virtio::memory::GuestMap;
 
+use super::fetching::Fetching;
 use super::{Desk, Driver, Outcome};
 use crate::config::GuestAction;
 use crate::config::restored::Renewal;
 use crate::error::chain;
 use crate::machine::MachineError;
+use crate::memory::missing::Missing;
+use crate::memory::still::RamParts;
 use crate::migrate::board::Migration;
 use crate::migrate::destination::{Arriving, Caller, take};
 use crate::migrate::facts::{features_lacking, refuse};
@@ -152,11 +154,13 @@ impl Driver {
         let paused = caller.offer.paused;
         let guest = Arriver {
             desk: self.desk(),
-            map: self.machine.memory_map(),
             absent: absent.collect(),
             locks,
             opener: Arc::clone(&self.tools.opener),
             paused,
+            ram: self.machine.ram_parts(),
+            memory: Arc::new(Memory::new(self.machine.memory_map())),
+            missing: None,
         };
         let run = move || {
             let watched = Arc::clone(&status);
@@ -223,8 +227,11 @@ impl Driver {
         Ok(before.into_iter().map(|(_, image)| image).collect())
     }
 
-    fn run_arrived(&mut self, paused: bool) -> Result<(), String> {
+    fn run_arrived(&mut self, paused: bool, missing: Option<Arc<Missing>>) -> Result<(), String> {
         self.check_arriving()?;
+        let status = self.arrival.as_ref().map(|a| Arc::clone(&a.status));
+        let fetching = missing.zip(status);
+        let fetching = fetching.map(|(missing, status)| Fetching::new(missing, status));
         if paused {
             self.enter(VmState::Paused, Some(PauseReason::Command));
         } else {
@@ -240,6 +247,7 @@ impl Driver {
             }
             self.go();
         }
+        self.fetching = fetching;
         self.ears.events.publish(EventKind::Restored);
         let answer = self.arrival.take().and_then(|arrival| arrival.answer);
         answer
@@ -259,11 +267,14 @@ impl Driver {
 /// The machine, for the thread that takes it.
 struct Arriver {
     desk: Desk,
-    map: GuestMap,
     absent: Vec<Absent>,
     locks: Locks,
     opener: Arc<Opener>,
     paused: bool,
+    ram: RamParts,
+    memory: Arc<Memory>,
+    /// What comes while it runs.
+    missing: Option<Arc<Missing>>,
 }
 
 impl Arriver {
@@ -312,7 +323,29 @@ impl Absent {
 
 impl Arriving for Arriver {
     fn memory(&self) -> Arc<dyn PageSink + Send + Sync> {
-        Arc::new(Memory::new(GuestMap::clone(&self.map)))
+        Arc::clone(&self.memory) as Arc<dyn PageSink + Send + Sync>
+    }
+
+    fn miss(&mut self, runs: &[(u64, u64)]) -> Result<Arc<Missing>, String> {
+        let missing = Missing::begin(&self.ram, runs, &self.opener);
+        let missing =
+            missing.map_err(|error| format!("memory cannot come while the guest runs: {error}"))?;
+        self.memory.follow(Some(Arc::clone(&missing)));
+        self.missing = Some(Arc::clone(&missing));
+        Ok(missing)
+    }
+
+    fn stand(&mut self) {
+        // One that has ended stands.
+        let _ended = self.desk.ask(Driver::stand_for_pages);
+    }
+
+    fn go_on(&mut self) -> bool {
+        self.desk.ask(Driver::go_on_with_pages).unwrap_or(true)
+    }
+
+    fn is_whole(&mut self) {
+        let _ended = self.desk.ask(Driver::is_whole);
     }
 
     fn load(&mut self, sections: &[u8]) -> Result<Locks, String> {
@@ -323,6 +356,8 @@ impl Arriving for Arriver {
     }
 
     fn unload(&mut self) -> Result<(), String> {
+        self.memory.follow(None);
+        self.missing = None;
         self.ask(|driver| {
             driver.check_arriving()?;
             driver.machine.forget_state().map_err(|error| chain(&error))
@@ -353,7 +388,8 @@ impl Arriving for Arriver {
 
     fn run(&mut self) -> Result<(), String> {
         let paused = self.paused;
-        self.ask(move |driver| driver.run_arrived(paused))
+        let missing = self.missing.clone();
+        self.ask(move |driver| driver.run_arrived(paused, missing))
     }
 
     fn discard(&mut self, reason: &str) {

@@ -24,7 +24,7 @@ use migration::pages::{PageSet, Ram};
 use migration::transport::channel::RamSource;
 use migration::transport::message::{Capabilities, Disks, Offer};
 use migration::transport::pages::Codec;
-use migration::transport::precopy::Parameters;
+use migration::transport::precopy::{Parameters, PostcopyRule};
 use migration::transport::protocol::Outcome;
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
@@ -71,6 +71,9 @@ struct LeavingDisk {
 /// Its disks.
 type DiskList = Vec<LeavingDisk>;
 
+/// After how many rounds a guest whose rest does not fit into the pause goes before it, where that is wanted: all memory has gone once, and what was
+/// written meanwhile.
+const ROUNDS: u32 = 2;
 /// What is told of a machine that has ended.
 const GONE: &str = "the machine has ended";
 
@@ -101,6 +104,10 @@ impl Driver {
         let job = self.tools.jobs.begin("migration", memory);
         status.is_of(&job.info().id, memory);
         let mut offer = offer;
+        if request.memory_mode == MigrationMemoryMode::Postcopy {
+            offer.capabilities = offer.capabilities.with(Capabilities::POSTCOPY);
+            status.allow_postcopy();
+        }
         if plan.memory.is_some() {
             offer.capabilities = offer.capabilities.with(Capabilities::LOCAL);
         }
@@ -130,9 +137,6 @@ impl Driver {
         };
         if request.preserve_source {
             return missing("preserve_source");
-        }
-        if request.memory_mode == MigrationMemoryMode::Postcopy {
-            return missing("memory_mode Postcopy");
         }
         if request.copy_storage.is_some() {
             return missing("copy_storage");
@@ -209,7 +213,9 @@ impl Driver {
             config: serde_json::to_vec(&description.config).map_err(failed)?,
             ranges: Ram::ranges(&ram),
             facts,
-            capabilities: Capabilities::ALL.with(Capabilities::BARE),
+            capabilities: Capabilities::ALL
+                .without(Capabilities::POSTCOPY)
+                .with(Capabilities::BARE),
             paused: self.state().0 == VmState::Paused,
             disks,
         })
@@ -282,7 +288,7 @@ impl Driver {
 
     /// Whether a command has to wait for the end of a migration.
     pub(super) fn refuse_while_moving(&self, command: &Command) -> Option<ControlError> {
-        if self.leaving.is_none() && self.arrival.is_none() {
+        if self.leaving.is_none() && self.arrival.is_none() && self.fetching.is_none() {
             return None;
         }
         let doubt = self.leaving.as_ref().is_some_and(|leaving| leaving.doubt);
@@ -448,6 +454,9 @@ fn parameters(request: &SendMigrationData) -> Result<Parameters, ControlError> {
         postcopy: false,
     };
     change(&mut parameters, &set);
+    if request.memory_mode == MigrationMemoryMode::Postcopy {
+        parameters.postcopy = PostcopyRule::AfterRounds(ROUNDS);
+    }
     if let Some(stall) = request.stall_s {
         parameters.stall = Some(Duration::from_secs(stall.get()));
     }

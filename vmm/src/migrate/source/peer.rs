@@ -10,7 +10,7 @@ use migration::transport::channel::{
 use migration::transport::frame::{FrameError, Preamble};
 use migration::transport::message::{Capabilities, Message};
 use migration::transport::pages::Codec;
-use migration::transport::protocol::{SourceEvent, Word};
+use migration::transport::protocol::{SourceEvent, SourceState, Word};
 use std::thread::Builder;
 
 use super::{Event, Giver, LAST_WORDS, SILENCE};
@@ -67,6 +67,7 @@ impl Giver {
 
     pub(super) fn hear(&self, link: Link) -> Result<(), String> {
         let (connection, sender) = (self.connection, self.sender.clone());
+        let ranges = self.offer.ranges.clone();
         let run = move || {
             let progress = Progress::default();
             let lost = |error: &ChannelError| Event::Lost(connection, chain(error));
@@ -74,6 +75,7 @@ impl Giver {
                 Ok(receiver) => receiver,
                 Err(error) => return drop(sender.send(lost(&error))),
             };
+            receiver.set_ranges(&ranges);
             let mut heard = false;
             loop {
                 let next = receiver.next(&NoMemory, &progress);
@@ -92,6 +94,8 @@ impl Giver {
                         Event::Message(message)
                     }
                     Ok(Incoming::Keepalive) => Event::Alive,
+                    Ok(Incoming::Want(runs)) => Event::Want(connection, runs),
+                    Ok(Incoming::Missing(runs)) => Event::Missing(connection, runs),
                     Ok(_) => {
                         Event::Lost(connection, "the peer sends what a source does".to_owned())
                     }
@@ -128,7 +132,8 @@ impl Giver {
 
     pub(super) fn reconnect(&mut self) -> Option<SourceEvent> {
         self.hang_up();
-        match self.open(0, true) {
+        let opened = self.open(0, true).and_then(|()| self.serve_anew());
+        match opened {
             Ok(()) => Some(SourceEvent::Connected),
             Err(error) => {
                 tracing::info!("the destination cannot be asked what became of the guest: {error}");
@@ -197,8 +202,18 @@ impl Giver {
         self.because(format!(
             "the connection to the destination is lost: {reason}"
         ));
+        self.note_loss(reason);
         self.hang_up();
         Some(SourceEvent::Lost)
+    }
+
+    /// Who looks while the guest runs there, and waits for memory, is to know why.
+    pub(super) fn note_loss(&self, reason: &str) {
+        if self.source.state() == SourceState::Postcopy {
+            let note = format!("the connection to the destination is lost: {reason}");
+            tracing::warn!("memory of a guest that has moved is still here: {note}");
+            self.status().note(Some(note));
+        }
     }
 
     /// What the peer has said before it hung up is heard later, and why now.
@@ -234,6 +249,10 @@ impl Giver {
         } else {
             0
         };
+        if self.offer.capabilities.has(Capabilities::POSTCOPY) && !there.has(Capabilities::POSTCOPY)
+        {
+            return lacks("a guest before its memory");
+        }
         if streams > 1 && !there.has(Capabilities::STREAMS) {
             return lacks("more than one stream");
         }

@@ -145,8 +145,9 @@ impl Giver {
             Decision::SwitchOver => {
                 return self.step(SourceEvent::SwitchOver { postcopy: false });
             }
-            // The rule is never one for it.
-            Decision::SwitchToPostcopy => {}
+            Decision::SwitchToPostcopy => {
+                return self.step(SourceEvent::SwitchOver { postcopy: true });
+            }
             Decision::Abort(reason) => {
                 self.because(reason.to_string());
                 return self.step(SourceEvent::Cancel);

@@ -226,8 +226,12 @@ fn note(info: &MigrationInfo, name: &str) -> Option<String> {
             info.peer
         )),
         MigrationPhase::PostcopyLost => Some(format!(
-            "the guest waits at {} for memory that is here, and the connection is lost: have both hosts reach each other again",
-            info.peer
+            "the guest waits at {} for memory that is here, and the connection is lost{}: have both hosts reach each other again, or give it up if the other one is gone: \
+             'vireo migrate-resolve {name} --abandon'",
+            info.peer,
+            info.error
+                .as_ref()
+                .map_or_else(String::new, |why| format!(" ({why})"))
         )),
         _ => None,
     }
