@@ -391,6 +391,9 @@ impl Migration for Status {
         let went_through = figures.pages.saturating_mul(PAGE);
         let remaining = match now.phase {
             MigrationPhase::Completed => 0,
+            MigrationPhase::Postcopy | MigrationPhase::PostcopyLost => {
+                figures.remaining.saturating_mul(PAGE)
+            }
             // Rounds are the source's.
             _ if figures.rounds == 0 => now.memory.saturating_sub(went_through),
             _ => figures.remaining.saturating_mul(PAGE),

@@ -116,6 +116,13 @@ fn send(mut from: UnixStream, mut to: UnixStream, wrong: Option<Wrong>) {
         match kind {
             Kind::Missing => missing.extend(decode_runs(&payload, &ranges).unwrap().0),
             Kind::State => state.clone_from(&payload),
+            Kind::Bare => {
+                let (runs, _) = decode_runs(&payload, &ranges).unwrap();
+                let len = runs.iter().map(|run| run.len()).sum();
+                if std::io::copy(&mut (&from).take(len), &mut to).is_err() {
+                    break;
+                }
+            }
             Kind::Pages | Kind::Zeros if !state.is_empty() => {
                 if wrong == Some(Wrong::Twice) && !pass(&mut to, kind, &payload) {
                     break;
