@@ -67,9 +67,10 @@ pub use events::{DiskEvent, Observer};
 pub use image::{Extent, Image, Kept};
 pub use lease::Lease;
 pub use live::{
-    Absorb, Attached, Away, AwayError, Back, Backup, BackupError, BackupRequest, Covered, Cut,
-    Emptied, Live, Merge, MergeError, Merged, Mirror, MirrorError, MirrorTarget, Overlay,
-    OverlayError, Revert, RevertError, Stream, StreamError, Unlike, revert,
+    Absorb, Attached, Away, AwayError, Back, Backup, BackupError, BackupRequest, Base, Covered,
+    Cut, Emptied, Landing, LandingError, Live, Merge, MergeError, Merged, Mirror, MirrorError,
+    MirrorTarget, Overlay, OverlayError, PIECE, Piece, Revert, RevertError, Stream, StreamError,
+    Transfer, Unlike, revert,
 };
 pub use lock::lock_output;
 pub use look::{LookedAt, SeenLocks, look_at_disk};

@@ -535,6 +535,7 @@ mod backup;
 mod before;
 mod changes;
 mod copy;
+mod landing;
 mod layers;
 mod merge;
 mod mirror;
@@ -542,12 +543,15 @@ mod revert;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use absorb::Absorb;
 pub use away::{Away, AwayError, Back};
 pub use backup::{Backup, BackupError, BackupRequest};
+pub use landing::{Landing, LandingError};
 pub use layers::Unlike;
 pub use merge::{Emptied, Merge, MergeError, Merged};
 pub use mirror::{Mirror, MirrorError, MirrorTarget};
 pub use revert::{Revert, RevertError, revert};
 pub use stream::{Cut, Stream, StreamError};
+pub use transfer::{Base, PIECE, Piece, Transfer};

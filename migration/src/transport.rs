@@ -10,6 +10,7 @@
 //! | [`message`] | what both sides tell each other |
 //! | [`pages`] | pages as frames: zeros, raw, compressed, as differences |
 //! | [`frame`] | the bytes of a connection: preamble and frames; the specification of the format |
+//! | [`disks`] | what disks hold that go along, on a connection of their own |
 //! | [`channel`] | rounds over 1 to 64 connections, and what comes out of them |
 //!
 //! # A migration from end to end
@@ -25,6 +26,9 @@
 //!
 //! Steps 3 and 4 are [`protocol`]'s, which also says what happens when any of it fails.
 //!
+//! Disks that go along ([`message::Disks::Mirrored`]) are copied on a connection of their own ([`disks`]) from the acceptance on. The switch comes when all of them have been, and in the pause
+//! what has been changed meanwhile goes, is durable there and acknowledged before the state is sent.
+//!
 //! # Who is trusted
 //!
 //! Nobody. Each side takes the other's bytes as hostile: they are bounded before anything is allocated, and wrong ones are errors. What a configuration
@@ -32,6 +36,7 @@
 
 pub mod channel;
 pub mod compare;
+pub mod disks;
 pub mod frame;
 pub mod message;
 pub mod pages;

@@ -1,6 +1,6 @@
 /*
  * blk: a virtio-blk driver with several jobs, by the command line: verify,
- * bench=…, irq, irq-cpl3, grow, hostile. Without one, it prints what the device is.
+ * bench=…, irq, irq-cpl3, grow, churn, hostile. Without one, it prints what the device is.
  */
 #include "runtime/apic.h"
 #include "runtime/blkdev.h"
@@ -199,6 +199,8 @@ void main(void)
     show();
     if (has_word("verify"))
         to_cpl3(blk_verify, false);
+    if (has_word("churn"))
+        to_cpl3(blk_churn, false);
     if (has_word("hostile"))
         to_cpl3(blk_hostile, false);
 }

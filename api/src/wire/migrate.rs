@@ -259,6 +259,17 @@ impl MigrationPhase {
     }
 }
 
+/// How far disks are that are copied with a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct MigrationStorage {
+    /// Bytes of them over the wire.
+    pub transferred: u64,
+    /// Bytes that are left to be gone through, as far as is known.
+    pub remaining: u64,
+    /// Bytes of all of them.
+    pub total: u64,
+}
+
 /// The answer to `vm.migration`: the one that is under way, or the last one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MigrationInfo {
@@ -286,6 +297,9 @@ pub struct MigrationInfo {
     pub rate: u64,
     /// Bytes of memory that are left to be sent, as far as is known.
     pub remaining: u64,
+    /// Disks that are copied with it, at the source; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<MigrationStorage>,
     /// Bytes of memory that the guest has written in a second.
     pub dirty_rate: u64,
     /// How much the guest is slowed, in percent.

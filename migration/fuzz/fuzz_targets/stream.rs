@@ -99,6 +99,7 @@ fn connection(input: &[u8]) -> Vec<u8> {
             stream: 0,
             streams: 1,
             again: false,
+            disks: false,
         };
         preamble.write(&mut bytes).expect("room");
         let mut rest = input.get(1..).unwrap_or_default();

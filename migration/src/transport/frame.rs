@@ -19,7 +19,7 @@
 //! | 12 | 16 | the session: random bytes, the same for all streams and for connections that are made anew |
 //! | 28 | 2 | which stream it is, from 0 |
 //! | 30 | 2 | how many there are, 1 to 64 |
-//! | 32 | 4 | flags: bit 0, the connection replaces one that was lost; others are 0 |
+//! | 32 | 4 | flags: bit 0, the connection replaces one that was lost; bit 1, it is that of the disks and no stream; others are 0 |
 //! | 36 | 4 | CRC-32 of the 36 bytes before |
 //!
 //! Until 1.0 both versions have to be the same. A *frame* is a header of 12 bytes and a payload:
@@ -44,7 +44,12 @@
 //! | 9 | missing | 24 KiB | runs of pages that follow while the guest runs; from the destination, before it says over a new connection that the guest runs: those that have not come | 0, both ways |
 //! | 10 | want | 24 KiB | runs of pages that the guest, or who loads it, needs now | 0, from the destination |
 //! | 11 | keepalive | 0 | – | each, both ways |
-//! | 12 | bare | 24 KiB | runs of at most 512 pages, which follow behind the frame, with no checksum | each, where that has been agreed on |
+//! | 12 | disk data | 512 KiB and 10 | which disk (2), the offset (8), the bytes | the disks' |
+//! | 13 | disk zeros | 18 | which disk (2), the offset (8), how many bytes are zeros (8) | the disks' |
+//! | 14 | disk flush | 4 | before which pause all is made durable (4); 0: none | the disks' |
+//! | 15 | disk done | 8 | how many frames of the disks' have been done (8) | the disks', from the destination |
+//! | 16 | disk failed | 4 KiB and 2 | which disk (2), and why, as text | the disks', from the destination |
+//! | 17 | bare | 24 KiB | runs of at most 512 pages, which follow behind the frame, with no checksum | each, where that has been agreed on |
 //!
 //! *Runs* are their number (2 bytes, 1 to 2,047) and for each the guest-physical address (8) and the count of pages of 4 KiB (4).
 //! Pages of a frame with data are at most 512. What the pages mean is in [`pages`](super::pages).
@@ -65,6 +70,8 @@ pub const HEADER: usize = 12;
 const STEP: usize = 1 << 20;
 /// The connection replaces one that was lost.
 const AGAIN: u32 = 1;
+/// The connection is that of the disks.
+const DISKS: u32 = 1 << 1;
 
 /// What a frame holds. The table of the [module](self) has their numbers and lengths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,12 +99,22 @@ pub enum Kind {
     Want = 10,
     /// Nothing.
     Keepalive = 11,
+    /// Bytes of a disk.
+    DiskData = 12,
+    /// Zeros of a disk.
+    DiskZeros = 13,
+    /// All that has come of disks is to be durable.
+    DiskFlush = 14,
+    /// Frames of disks have been done.
+    DiskDone = 15,
+    /// One cannot be done.
+    DiskFailed = 16,
     /// Pages as they are, behind the frame.
-    Bare = 12,
+    Bare = 17,
 }
 
 impl Kind {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 17] = [
         Self::Message,
         Self::State,
         Self::RoundEnd,
@@ -109,6 +126,11 @@ impl Kind {
         Self::Missing,
         Self::Want,
         Self::Keepalive,
+        Self::DiskData,
+        Self::DiskZeros,
+        Self::DiskFlush,
+        Self::DiskDone,
+        Self::DiskFailed,
         Self::Bare,
     ];
 
@@ -128,6 +150,11 @@ impl Kind {
             Self::Zeros | Self::Missing | Self::Want | Self::Bare => 24 << 10,
             Self::Pages | Self::Zstd | Self::Lz4 | Self::Delta => (2 << 20) + (24 << 10),
             Self::Keepalive => 0,
+            Self::DiskData => (512 << 10) + 10,
+            Self::DiskZeros => 18,
+            Self::DiskFlush => 4,
+            Self::DiskDone => 8,
+            Self::DiskFailed => (4 << 10) + 2,
         }
     }
 }
@@ -204,6 +231,8 @@ pub struct Preamble {
     pub streams: u16,
     /// It replaces a connection that was lost.
     pub again: bool,
+    /// It is that of the disks, and no stream.
+    pub disks: bool,
 }
 
 impl Preamble {
@@ -220,7 +249,8 @@ impl Preamble {
         bytes.extend_from_slice(&self.session);
         bytes.extend_from_slice(&self.stream.to_le_bytes());
         bytes.extend_from_slice(&self.streams.to_le_bytes());
-        let flags = if self.again { AGAIN } else { 0 };
+        let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+        let flags = bit(self.again, AGAIN) | bit(self.disks, DISKS);
         bytes.extend_from_slice(&flags.to_le_bytes());
         let sum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&sum.to_le_bytes());
@@ -278,7 +308,7 @@ impl Preamble {
             let text = format!("stream {stream} of {streams}; there are 1 to {STREAMS}");
             return Err(FrameError::Format(text));
         }
-        if flags & !AGAIN != 0 {
+        if flags & !(AGAIN | DISKS) != 0 {
             let text = format!("unknown flags {flags:#x} in the preamble");
             return Err(FrameError::Format(text));
         }
@@ -287,6 +317,7 @@ impl Preamble {
             stream,
             streams,
             again: flags & AGAIN != 0,
+            disks: flags & DISKS != 0,
         })
     }
 }
@@ -481,6 +512,7 @@ mod tests {
         stream: 3,
         streams: 4,
         again: true,
+        disks: false,
     };
 
     fn preamble() -> Vec<u8> {
@@ -591,7 +623,7 @@ mod tests {
     fn every_kind_is_found_by_its_number() {
         for number in 0..=u8::MAX {
             let there = Kind::of(number);
-            assert_eq!(there.is_some(), (1..=12).contains(&number));
+            assert_eq!(there.is_some(), (1..=17).contains(&number));
             assert!(there.is_none_or(|kind| kind as u8 == number));
         }
     }

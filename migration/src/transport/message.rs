@@ -33,12 +33,14 @@ impl Capabilities {
     pub const STREAMS: Self = Self(1 << 4);
     /// Memory is handed over as a file, over another connection, and none goes by streams.
     pub const LOCAL: Self = Self(1 << 5);
+    /// Disks are copied with the memory, over another connection.
+    pub const DISKS: Self = Self(1 << 6);
     /// Pages without a checksum, straight between memory and socket.
-    pub const BARE: Self = Self(1 << 6);
+    pub const BARE: Self = Self(1 << 7);
     /// All that this version can do wherever the destination is.
     pub const ALL: Self = Self(0b1_1111);
     /// All that this version knows.
-    pub const KNOWN: Self = Self(0b111_1111);
+    pub const KNOWN: Self = Self(0b1111_1111);
 
     /// Whether all of `other` is there.
     #[must_use]

@@ -270,6 +270,18 @@ impl Policy {
         self.margin = (self.margin / 2).max(LEAST);
     }
 
+    /// Something else than memory has got on by `now`: nothing stands still.
+    pub fn got_on(&mut self, now: Duration) {
+        self.low.0 = self.low.0.max(now);
+    }
+
+    /// Whether a pause may be by so much longer than is expected, for what else has to go in it.
+    #[must_use]
+    pub fn bears(&self, more: Duration) -> bool {
+        let expected = self.expected.unwrap_or(FIXED);
+        expected.saturating_add(more) <= self.limit()
+    }
+
     /// How long a pause would be now, if anything has been measured.
     #[must_use]
     pub fn expected_downtime(&self) -> Option<Duration> {

@@ -99,5 +99,6 @@ uint64_t random_next(void);
 /* The modes that have a file of their own. At CPL 3. */
 void blk_verify(void);
 void blk_hostile(void);
+void blk_churn(void);
 
 #endif

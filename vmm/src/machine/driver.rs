@@ -18,6 +18,7 @@ mod drain;
 mod fetching;
 mod guest;
 mod hints;
+mod leaving;
 mod lost;
 mod migrate;
 mod overlays;

@@ -14,6 +14,7 @@ use migration::transport::precopy::Parameters;
 use migration::transport::protocol::Outcome;
 
 use super::link::Link;
+use super::storage::leaving::Leaving;
 use crate::error::chain;
 
 /// What became of an attempt to take locks again.
@@ -38,6 +39,24 @@ pub trait Departing: Send {
     ///
     /// Why that is not known.
     fn take_written(&self) -> Result<PageSet, String>;
+
+    /// Adds to the offer what becomes of disks that are copied. The machine may be working on them.
+    ///
+    /// # Errors
+    ///
+    /// Why one cannot be copied.
+    fn offer_disks(&mut self, _offer: &mut Offer) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Has those disks tell from now on what is changed, in the order of the offer, until [`Departing::end`].
+    ///
+    /// # Errors
+    ///
+    /// Why one does not.
+    fn follow_disks(&mut self) -> Result<Vec<Leaving>, String> {
+        Ok(Vec::new())
+    }
 
     /// Slows the guest by so many percent.
     fn throttle(&self, percent: u8);
@@ -90,6 +109,8 @@ pub struct Plan {
     pub session: [u8; 16],
     /// Memory, where that is handed over and not sent.
     pub memory: Option<Arc<File>>,
+    /// The bytes of disks that are copied.
+    pub storage: u64,
     /// Where certificates are.
     pub tls: Option<PathBuf>,
     /// What is offered.
@@ -104,6 +125,7 @@ pub(super) fn hand_over(connect: &Connect, session: [u8; 16], file: &File) -> Re
         stream: 0,
         streams: 1,
         again: true,
+        disks: false,
     };
     preamble.write(&mut link).map_err(|error| chain(&error))?;
     let sent = link.send_descriptor(file.as_fd());

@@ -4,11 +4,12 @@
 //! Each stream has a thread that writes pages where they belong; the first stream's hears words, too. The machine itself is the control thread's
 //! ([`Arriving`]).
 
+mod greeting;
 mod postcopy;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufReader};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -25,11 +26,13 @@ use migration::transport::protocol::{
     Destination, DestinationAction, DestinationEvent, DestinationState, Locks, Word,
 };
 
+use self::greeting::{Greeting, Timed, greet, handed_over};
 use self::postcopy::Follows;
 use super::link::{Link, PATIENCE};
 use super::listener::Listener;
 use super::memory::NoMemory;
 use super::status::Status;
+use super::storage::coming::Landings;
 use crate::error::chain;
 use crate::memory::missing::Missing;
 
@@ -39,8 +42,6 @@ const ALIVE: Duration = Duration::from_secs(1);
 const ANSWERING: Duration = Duration::from_secs(600);
 /// After so long a source of which nothing comes is taken for lost: it may pause its guest, and write out its disks, meanwhile.
 const SILENCE: Duration = Duration::from_secs(120);
-/// How long one that connects has to say what it wants.
-const GREETING: Duration = Duration::from_secs(10);
 
 /// Why no machine came.
 #[derive(Debug, thiserror::Error)]
@@ -116,48 +117,6 @@ pub trait Arriving: Send {
     fn discard(&mut self, reason: &str);
 }
 
-/// A connection of which what is read has to come in time, until that is known to be of the source.
-struct Timed {
-    link: Link,
-    until: Arc<Mutex<Option<Instant>>>,
-}
-
-/// Ends the limit of a [`Timed`] connection.
-#[derive(Clone)]
-struct Limit(Arc<Mutex<Option<Instant>>>);
-
-impl Timed {
-    /// One that has to say what it wants by then.
-    fn greeting(link: &Link) -> (Self, Limit) {
-        let until = Arc::new(Mutex::new(Instant::now().checked_add(GREETING)));
-        let limit = Limit(Arc::clone(&until));
-        let link = link.clone();
-        (Self { link, until }, limit)
-    }
-}
-
-impl Limit {
-    fn lift(&self, link: &Link) -> Result<(), String> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        link.set_patience(SILENCE)
-            .map_err(|error| error.to_string())
-    }
-}
-
-impl Read for Timed {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(until) = until {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.link.set_patience(left)?;
-        }
-        self.link.read(buf)
-    }
-}
-
 /// A source that has made its offer.
 pub struct Caller {
     /// Where others connect.
@@ -170,6 +129,8 @@ pub struct Caller {
     pub offer: Offer,
     /// The machine's memory, where that is handed over.
     pub memory: Option<Arc<File>>,
+    /// Its disks, where they are copied: whoever reads the offer makes them.
+    pub landings: Option<Arc<Landings>>,
     /// Over which it came.
     beside: Option<Link>,
 }
@@ -208,6 +169,7 @@ pub fn wait(
                 status.enter(MigrationPhase::Checking);
                 return Ok(Caller {
                     memory: memory.map(Arc::new),
+                    landings: None,
                     beside,
                     listener,
                     link,
@@ -226,74 +188,11 @@ pub fn wait(
     }
 }
 
-/// The memory that comes with an offer over a connection of its own, where that is handed over.
-fn handed_over(
-    listener: &Listener,
-    first: &Preamble,
-    offer: &Offer,
-) -> Result<Option<(File, Link)>, String> {
-    if !offer.capabilities.has(Capabilities::LOCAL) {
-        return Ok(None);
-    }
-    let deadline = Instant::now() + GREETING;
-    let accepted = listener
-        .accept(Some(deadline))
-        .map_err(|error| error.to_string())?;
-    let link = accepted.ok_or("its memory has not come in time")?;
-    let (mut timed, _limit) = Timed::greeting(&link);
-    let preamble = Preamble::read(&mut timed).map_err(|error| chain(&error))?;
-    let wanted = Preamble {
-        stream: 0,
-        streams: 1,
-        again: true,
-        ..*first
-    };
-    if preamble != wanted {
-        return Err("another connection came in the place of its memory".to_owned());
-    }
-    let file = link
-        .receive_descriptor()
-        .map_err(|error| error.to_string())?;
-    Ok(Some((File::from(file), link)))
-}
-
-/// How a connection begins.
-enum Greeting {
-    Offer(
-        Box<StreamSender<Link>>,
-        Box<StreamReceiver<Timed>>,
-        Preamble,
-        Box<Offer>,
-    ),
-    /// A question about a guest that is not known here.
-    Answered,
-}
-
-fn greet(link: &Link) -> Result<Greeting, String> {
-    let told = |error: ChannelError| chain(&error);
-    let (timed, limit) = Timed::greeting(link);
-    let (preamble, mut receiver) = StreamReceiver::open(timed).map_err(told)?;
-    let mut sender = StreamSender::answer(link.clone(), Codec::Raw, 0).map_err(told)?;
-    let first = receiver
-        .next(&NoMemory, &Progress::default())
-        .map_err(told)?;
-    limit.lift(link)?;
-    match first {
-        Incoming::Message(Message::Offer(offer)) if preamble.stream == 0 && !preamble.again => {
-            let (sender, receiver) = (Box::new(sender), Box::new(receiver));
-            Ok(Greeting::Offer(sender, receiver, preamble, offer))
-        }
-        Incoming::Message(Message::Query) => {
-            sender.message(&Message::Unknown).map_err(told)?;
-            Ok(Greeting::Answered)
-        }
-        _ => Err("it does not begin with an offer".to_owned()),
-    }
-}
-
 impl Caller {
     /// Tells the source why its machine is not taken.
     pub fn refuse(mut self, differences: &[Difference], reason: &str) {
+        // What was made is gone when it is told.
+        self.landings = None;
         let refusal = Message::Refuse {
             differences: differences.to_vec(),
             reason: reason.to_owned(),
@@ -365,6 +264,7 @@ pub fn take(
         preamble,
         offer,
         memory: _,
+        landings,
         beside,
     } = caller;
     receiver.set_ranges(&offer.ranges);
@@ -384,6 +284,7 @@ pub fn take(
         destination: Destination::new(),
         link,
         links: beside.into_iter().collect(),
+        landings,
         state: Vec::new(),
         capabilities: offer.capabilities.and(Capabilities::KNOWN),
         ranges: offer.ranges,
@@ -440,6 +341,8 @@ struct Taker {
     link: Link,
     /// Of the other streams.
     links: Vec<Link>,
+    /// Disks that come along.
+    landings: Option<Arc<Landings>>,
     /// What is to be loaded.
     state: Vec<u8>,
     capabilities: Capabilities,
@@ -546,6 +449,7 @@ impl Taker {
                     self.reason = "it was cancelled at the destination".to_owned();
                 }
                 let reason = self.reason.clone();
+                self.landings.iter().for_each(|made| made.let_go());
                 self.shared.status.fail(&reason);
                 self.guest.discard(&reason);
                 None
@@ -591,9 +495,10 @@ impl Taker {
         })
     }
 
-    /// Takes the other streams, in whatever order they come.
+    /// Takes the other streams, and the connection of the disks, in whatever order they come.
     fn join(&mut self, listener: &Listener) {
-        for _ in 1..self.preamble.streams {
+        let disks = u16::from(self.landings.is_some());
+        for _ in 1..self.preamble.streams.saturating_add(disks) {
             if let Err(reason) = self.join_one(listener) {
                 self.because(reason);
                 return self.step(DestinationEvent::Failed);
@@ -625,13 +530,18 @@ impl Taker {
             };
             let wanted = Preamble {
                 stream: preamble.stream,
+                disks: preamble.disks,
                 ..self.preamble
             };
-            if preamble != wanted || preamble.stream == 0 {
+            let landings = self.landings.clone().filter(|_| preamble.disks);
+            if preamble != wanted || (preamble.stream == 0) != landings.is_some() {
                 link.hang_up();
                 continue;
             }
             limit.lift(&link)?;
+            if let Some(landings) = landings {
+                return self.begin_disks(landings, receiver.into_reader(), link);
+            }
             receiver.set_ranges(&self.ranges);
             link.direct()
                 .into_iter()
@@ -643,6 +553,27 @@ impl Taker {
             let started = Builder::new().name(name).spawn(run);
             return started.map(drop).map_err(|error| error.to_string());
         }
+    }
+
+    /// Has a thread write what comes of disks.
+    fn begin_disks(
+        &mut self,
+        landings: Arc<Landings>,
+        from: BufReader<Timed>,
+        link: Link,
+    ) -> Result<(), String> {
+        self.links.push(link.clone());
+        let run = move || {
+            let mut to = link.clone();
+            if let Err(why) = landings.take(from, &mut to) {
+                tracing::info!("no more of the disks comes: {why}");
+            }
+            // The source is to hear of it.
+            link.hang_up();
+        };
+        let name = "migration-disks".to_owned();
+        let started = Builder::new().name(name).spawn(run);
+        started.map(drop).map_err(|error| error.to_string())
     }
 
     /// Hears the first stream until nothing follows.
@@ -688,6 +619,11 @@ impl Taker {
     fn on_state(&mut self, attempt: u32, round: u32, sections: Vec<u8>) {
         if let Err(error) = self.shared.barrier.wait(round, SILENCE) {
             self.because(error.to_string());
+            return self.step(DestinationEvent::Failed);
+        }
+        let whole = self.landings.as_ref().map(|disks| disks.check(attempt));
+        if let Some(Err(reason)) = whole {
+            self.because(reason);
             return self.step(DestinationEvent::Failed);
         }
         self.state = sections;

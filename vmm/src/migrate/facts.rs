@@ -29,6 +29,7 @@
 //! | `device.ID.format` | of a disk: what its image is | the same, where both sides reach the same images |
 //! | `device.ID.size`, `.discard`, `.logical_block`, `.physical_block` | of a disk: what the opened image is | the same; blocks may be smaller |
 //! | `device.ID.features` | of a virtio device: the bits of the features that its driver uses; the destination's are those that it offers | it has all |
+//! | `device.ID.copied`, `.backing`, `.backing_format`, `.backing_size` | of a disk that is copied with the machine: `whole`, or `alone` and what lies below it | told |
 //! | `device.ID.…` | of a device: what the guest sees of its configuration | the same; of `offloads`, the destination has all |
 
 use std::collections::BTreeSet;
@@ -49,7 +50,10 @@ use crate::machine::processors::Processors;
 use crate::machine::saved::machine_type;
 use crate::opener::Opener;
 
+mod copied;
 mod devices;
+
+pub use copied::{Copied, copied_facts, offered_copies};
 
 /// The name of the fact that tells how fast the time-stamp counter runs.
 const TSC: &str = "tsc.khz";
@@ -232,11 +236,22 @@ pub struct Found {
     pub locks: Locks,
 }
 
-/// Looks at the disks of `config`, which another machine may be using. It takes as long as their storage does. Nothing is written or locked.
+/// Looks at the disks of `config`, which another machine may be using. It takes as long as their storage does. Nothing is written or locked. Those that are `made` here
+/// are known, or why they cannot be.
 #[must_use]
-pub fn look(config: &VmConfig, opener: &Opener) -> Found {
+pub fn look(
+    config: &VmConfig,
+    opener: &Opener,
+    made: &[(String, Result<DiskInfo, String>)],
+) -> Found {
     let mut seen = SeenLocks::None;
     let image = |(id, disk): (String, virtio::models::blk::BlkConfig)| {
+        if let Some((_, found)) = made.iter().find(|(other, _)| *other == id) {
+            // Its locks are this side's alone.
+            seen = seen.and(SeenLocks::Free);
+            let found = found.clone();
+            return Image { id, found };
+        }
         let looked = look_at_disk(&disk.path, opener, &disk.image_options());
         let found = match looked {
             Ok(looked) => {

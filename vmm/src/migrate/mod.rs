@@ -17,3 +17,4 @@ pub mod memory;
 pub mod secure;
 pub mod source;
 pub mod status;
+pub mod storage;

@@ -8,6 +8,7 @@
 //!
 //! A second thread, the watch, tells of progress, and looks whether time has run out or a cancelled round does not end.
 
+mod disks;
 mod peer;
 mod postcopy;
 mod rounds;
@@ -34,6 +35,7 @@ use super::facts;
 use super::limits::Shared;
 use super::link::{Link, PATIENCE};
 use super::status::{Order, Status};
+use super::storage::leaving::Copying;
 
 /// How long the destination may take to build the machine.
 const BUILDING: Duration = Duration::from_secs(120);
@@ -64,6 +66,8 @@ enum Event {
     /// Of which connection.
     Lost(u32, String),
     Order(Order),
+    /// Something has come of the disks, which is looked at.
+    Disks,
 }
 
 /// Gives a machine away, on the calling thread. `tell` hears from time to time that something has been done, and `told` how it ended, and why where it did not go.
@@ -74,46 +78,12 @@ pub fn give_away(
     (status, orders): (Arc<Status>, Receiver<Order>),
     (tell, told): (impl FnMut() + Send, impl FnOnce(&(Outcome, String))),
 ) {
-    let Plan {
-        parameters,
-        streams,
-        codec,
-        cache,
-        session,
-        memory: file,
-        tls: _,
-        offer,
-    } = plan;
-    let memory = offer.ranges.iter().map(|range| range.1).sum();
-    let shared = Arc::new(Shared::new(parameters, memory, status));
+    let memory = plan.offer.ranges.iter().map(|range| range.1).sum::<u64>();
+    let all = memory.saturating_add(plan.storage);
+    let shared = Arc::new(Shared::new(plan.parameters.clone(), all, status));
     let (sender, events) = sync_channel(EVENTS);
     listen_to(orders, sender.clone(), Arc::clone(&shared));
-    let mut giver = Giver {
-        guest,
-        connect,
-        shared: Arc::clone(&shared),
-        source: Source::new(),
-        sender,
-        events,
-        kept: VecDeque::new(),
-        wanted: (streams.max(1), codec, cache),
-        session,
-        file,
-        offer,
-        streams: Vec::new(),
-        links: Vec::new(),
-        connection: 0,
-        broken: true,
-        round: 0,
-        rest: None,
-        missing: None,
-        state: Vec::new(),
-        state_len: 0,
-        paused: None,
-        wait: AGAIN.0,
-        reason: String::new(),
-        outcome: None,
-    };
+    let mut giver = Giver::new((guest, connect), plan, &shared, (sender, events));
     let ended = std::thread::scope(|scope| {
         let mut tell = tell;
         let watch = Builder::new().name("migration-watch".to_owned());
@@ -182,6 +152,8 @@ struct Giver {
     offer: Offer,
     streams: Vec<StreamSender<Link>>,
     links: Vec<Link>,
+    /// Disks that go along.
+    copying: Option<Copying>,
     /// Counts connections; what an earlier one says is not heard.
     connection: u32,
     /// There is nothing to send over.
@@ -201,9 +173,45 @@ struct Giver {
 }
 
 impl Giver {
+    fn new(
+        (guest, connect): (Box<dyn Departing>, Connect),
+        plan: Plan,
+        shared: &Arc<Shared>,
+        (sender, events): (SyncSender<Event>, Receiver<Event>),
+    ) -> Self {
+        Self {
+            guest,
+            connect,
+            shared: Arc::clone(shared),
+            source: Source::new(),
+            sender,
+            events,
+            kept: VecDeque::new(),
+            wanted: (plan.streams.max(1), plan.codec, plan.cache),
+            session: plan.session,
+            file: plan.memory,
+            offer: plan.offer,
+            streams: Vec::new(),
+            links: Vec::new(),
+            copying: None,
+            connection: 0,
+            broken: true,
+            round: 0,
+            rest: None,
+            missing: None,
+            state: Vec::new(),
+            state_len: 0,
+            paused: None,
+            wait: AGAIN.0,
+            reason: String::new(),
+            outcome: None,
+        }
+    }
+
     fn run(&mut self) -> Outcome {
         loop {
             if let Some(outcome) = self.outcome {
+                self.copying = None;
                 self.hang_up();
                 return outcome;
             }
@@ -327,7 +335,7 @@ impl Giver {
             Ok(state) => {
                 self.paused = Some(begun);
                 self.state = state;
-                Some(SourceEvent::Paused)
+                Some(self.drain_disks().err().unwrap_or(SourceEvent::Paused))
             }
             Err(error) => {
                 self.because(format!("the guest could not be paused: {error}"));
@@ -418,7 +426,7 @@ impl Giver {
     fn on(&mut self, event: Event) {
         match event {
             Event::Message(message) => self.on_message(message),
-            Event::Alive => {}
+            Event::Alive | Event::Disks => {}
             Event::Want(connection, runs) if connection == self.connection => self.on_want(runs),
             Event::Missing(connection, runs) if connection == self.connection => {
                 self.on_missing(&runs);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use api::wire::{
     MigrationDirection, MigrationInfo, MigrationOrder, MigrationPhase, MigrationResolution,
-    VmMigrationSet,
+    MigrationStorage, VmMigrationSet,
 };
 use api::{ControlError, ErrorKind};
 use migration::transport::channel::Progress;
@@ -15,6 +15,7 @@ use migration::transport::precopy::Parameters;
 
 use super::board::Migration;
 use super::link::Link;
+use super::storage::Figures;
 use crate::monitor::JobHandle;
 
 /// The bytes of a page.
@@ -74,6 +75,8 @@ pub struct Status {
     begun: Instant,
     /// Counts of streams.
     pub progress: Progress,
+    /// Counts of disks that go along.
+    pub storage: Figures,
     /// Ends a round.
     pub stop: AtomicBool,
     now: Mutex<Now>,
@@ -89,6 +92,7 @@ impl Status {
             peer,
             begun: Instant::now(),
             progress: Progress::default(),
+            storage: Figures::default(),
             stop: AtomicBool::new(false),
             now: Mutex::new(Now {
                 orders,
@@ -247,7 +251,12 @@ impl Status {
     fn done(&self) -> (u64, u64) {
         let memory = self.lock().memory;
         let figures = self.progress.figures();
-        (figures.pages.saturating_mul(PAGE).min(memory), memory)
+        let (_, left, disks) = self.storage.now();
+        let done = figures.pages.saturating_mul(PAGE).min(memory);
+        (
+            done.saturating_add(disks.saturating_sub(left)),
+            memory.saturating_add(disks),
+        )
     }
 
     /// Tells its job how far it is, and ends it where nobody wants that any more.
@@ -387,6 +396,7 @@ fn micros(time: Duration) -> u64 {
 impl Migration for Status {
     fn info(&self) -> MigrationInfo {
         let figures = self.progress.figures();
+        let (transferred, left, total) = self.storage.now();
         let now = self.lock();
         let went_through = figures.pages.saturating_mul(PAGE);
         let remaining = match now.phase {
@@ -415,9 +425,14 @@ impl Migration for Status {
             pages: figures.pages,
             zero_pages: figures.zeros,
             delta_pages: figures.deltas,
-            bytes: figures.bytes,
+            bytes: figures.bytes.saturating_add(transferred),
             rate,
             remaining,
+            storage: (total > 0).then_some(MigrationStorage {
+                transferred,
+                remaining: left,
+                total,
+            }),
             dirty_rate: now.dirty_rate,
             throttle: now.throttle,
             bandwidth: now.bandwidth,

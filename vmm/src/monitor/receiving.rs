@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use api::wire::{
     MigrationDirection, MigrationMemoryMode, MigrationOrder, ReceiveMigrationData, RestoreConfig,
+    RestoreOverrides,
 };
 use api::{Answer, ControlError, ErrorKind};
 use block::DiskInfo;
-use migration::transport::message::{Capabilities, Offer};
+use migration::transport::compare::Fact;
+use migration::transport::message::{Capabilities, Disks, Offer};
 use migration::transport::protocol::Locks;
 use virtio::models::MODELS;
 
@@ -24,11 +26,14 @@ use crate::machine::saved::machine_type;
 use crate::memory::missing;
 use crate::migrate::board::Migration;
 use crate::migrate::destination::{Caller, wait};
-use crate::migrate::facts::{Side, differences, facts, look, offered_disk, offered_tsc, refuse};
+use crate::migrate::facts::{
+    Side, differences, facts, look, offered_copies, offered_disk, offered_tsc, refuse,
+};
 use crate::migrate::link::{Place, check_private};
 use crate::migrate::listener::Listener;
 use crate::migrate::secure::receiver_tls;
 use crate::migrate::status::Status;
+use crate::migrate::storage::coming::Landings;
 use crate::opener::Opener;
 
 /// How long what is left of an earlier machine may take to be put away.
@@ -177,7 +182,7 @@ fn come(
         .map(|seconds| Duration::from_secs(seconds.get()));
     // So far away is never.
     let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
-    let caller = wait(listener, status, deadline).map_err(|error| failed(&error))?;
+    let mut caller = wait(listener, status, deadline).map_err(|error| failed(&error))?;
     let read = read_offer(&caller.offer, request, passed).and_then(|read| {
         if caller.offer.capabilities.has(Capabilities::POSTCOPY) {
             let able = check_postcopy(&read.0.config, opener);
@@ -197,7 +202,8 @@ fn come(
         opener,
         offered_tsc(&caller.offer.facts),
     );
-    let found = look(&description.config, opener);
+    let made = make_disks(&mut caller, (&description.config, &disks), opener);
+    let found = look(&description.config, opener, &made);
     let side = Side {
         processors: &processors.map_err(|error| chain(&error)),
         images: &found.images,
@@ -229,6 +235,53 @@ fn check_postcopy(config: &VmConfig, opener: &Opener) -> Result<(), String> {
     }
     missing::check(opener)
         .map_err(|error| format!("post-copy: {NO_FAULTS}: {error}: send it without --postcopy"))
+}
+
+/// Has the images of disks that are copied elsewhere be what they are at the source, unless that is said otherwise: they are made here.
+fn as_they_were(config: &VmConfig, facts: &[Fact], overrides: &mut RestoreOverrides) {
+    let copied = offered_copies(facts).unwrap_or_default();
+    for device in &mut overrides.devices {
+        let is_copied = copied.iter().any(|disk| disk.id == device.id);
+        let before = config.devices.iter().find(|own| own.id == device.id);
+        let Some(before) = before.filter(|_| is_copied) else {
+            continue;
+        };
+        for key in ["format", "backing"] {
+            if let Some(value) = before.config.get(key) {
+                let given = device.config.entry(key);
+                given.or_insert_with(|| value.clone());
+            }
+        }
+    }
+}
+
+/// Makes images for the disks that the source copies: what they are, or why they cannot be had. None is left unless all can.
+fn make_disks(
+    caller: &mut Caller,
+    (config, told): (&VmConfig, &[(String, DiskInfo)]),
+    opener: &Arc<Opener>,
+) -> Vec<(String, Result<DiskInfo, String>)> {
+    if caller.offer.disks != Disks::Mirrored {
+        return Vec::new();
+    }
+    let here = crate::chains::disks(config);
+    let failed = |why: Vec<(String, String)>| why.into_iter().map(|(id, why)| (id, Err(why)));
+    let copied = match offered_copies(&caller.offer.facts) {
+        Ok(copied) => copied,
+        Err(why) => {
+            return failed(here.into_iter().map(|(id, _)| (id, why.clone())).collect()).collect();
+        }
+    };
+    let opener = Arc::clone(opener) as Arc<dyn block::Opener>;
+    match Landings::make(&copied, &here, told, &opener) {
+        Ok(landings) => {
+            let found = landings.infos().into_iter();
+            let found = found.map(|(id, info)| (id, Ok(info))).collect();
+            caller.landings = Some(Arc::new(landings));
+            found
+        }
+        Err(why) => failed(why).collect(),
+    }
 }
 
 /// What an offer's machine is here. The offer is not trusted.
@@ -269,7 +322,12 @@ fn read_offer(
     }
     let overrides = RestoreConfig {
         net_fds: request.net_fds.clone(),
-        overrides: request.overrides.clone(),
+        overrides: request.overrides.clone().map(|mut overrides| {
+            if offer.disks == Disks::Mirrored {
+                as_they_were(&config, &offer.facts, &mut overrides);
+            }
+            overrides
+        }),
         ..RestoreConfig::of(String::new())
     };
     let (description, _) = Description::restored(&config, &overrides, passed)?;

@@ -39,6 +39,7 @@ mod managers;
 mod metrics;
 mod migrate_verbs;
 mod migrations;
+mod moving_disks;
 mod nbd;
 mod offers;
 mod opening;

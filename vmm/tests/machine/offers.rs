@@ -43,7 +43,7 @@ fn offered(config: &VmConfig, machine: &Machine) -> Vec<Fact> {
 /// What the other monitor has, and what it sees of locks.
 fn here(config: &VmConfig, offered: &[Fact]) -> (Vec<Fact>, Locks) {
     let opener = Opener::new();
-    let Found { images, locks } = facts::look(config, &opener);
+    let Found { images, locks } = facts::look(config, &opener, &[]);
     let speed = facts::offered_tsc(offered);
     let processors = Processors::here(config, &opener, speed).map_err(|error| error.to_string());
     let side = Side {

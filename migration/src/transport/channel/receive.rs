@@ -80,6 +80,12 @@ impl<R: Read> StreamReceiver<R> {
         })
     }
 
+    /// What follows the preamble, where that is of another kind of connection.
+    #[must_use]
+    pub fn into_reader(self) -> BufReader<R> {
+        self.reader
+    }
+
     /// Where memory is, once that has been agreed on.
     pub fn set_ranges(&mut self, ranges: &[(u64, u64)]) {
         self.decoder.set_ranges(Ranges::new(ranges));
@@ -117,6 +123,14 @@ impl<R: Read> StreamReceiver<R> {
                 Kind::Missing => return Ok(Incoming::Missing(self.runs()?)),
                 Kind::Want => return Ok(Incoming::Want(self.runs()?)),
                 Kind::Keepalive => return Ok(Incoming::Keepalive),
+                Kind::DiskData
+                | Kind::DiskZeros
+                | Kind::DiskFlush
+                | Kind::DiskDone
+                | Kind::DiskFailed => {
+                    let text = "what is of disks comes on a stream".to_owned();
+                    return Err(FrameError::Format(text).into());
+                }
             }
         }
     }

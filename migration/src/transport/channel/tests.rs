@@ -151,6 +151,7 @@ fn preamble(stream: u16, streams: u16) -> Preamble {
         stream,
         streams,
         again: false,
+        disks: false,
     }
 }
 

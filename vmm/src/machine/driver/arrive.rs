@@ -26,6 +26,7 @@ use crate::migrate::destination::{Arriving, Caller, take};
 use crate::migrate::facts::{features_lacking, refuse};
 use crate::migrate::memory::Arriving as Memory;
 use crate::migrate::status::Status;
+use crate::migrate::storage::coming::Landings;
 use crate::monitor::JobHandle;
 use crate::opener::Opener;
 
@@ -156,6 +157,7 @@ impl Driver {
             desk: self.desk(),
             absent: absent.collect(),
             locks,
+            landings: caller.landings.clone(),
             opener: Arc::clone(&self.tools.opener),
             paused,
             ram: self.machine.ram_parts(),
@@ -269,6 +271,8 @@ struct Arriver {
     desk: Desk,
     absent: Vec<Absent>,
     locks: Locks,
+    /// Images that were made here.
+    landings: Option<Arc<Landings>>,
     opener: Arc<Opener>,
     paused: bool,
     ram: RamParts,
@@ -293,7 +297,8 @@ impl Arriver {
             path,
             options,
         } = absent;
-        let opened = open_disk(path, &*self.opener, options);
+        let made = self.landings.as_ref().and_then(|made| made.disk(id));
+        let opened = made.map_or_else(|| open_disk(path, &*self.opener, options), Ok);
         let disk = opened.map_err(|error| format!("disk {id}: {}", chain(&error)))?;
         let found = disk.info();
         let is_alike = (found.size, found.read_only) == (info.size, info.read_only)
@@ -365,6 +370,7 @@ impl Arriving for Arriver {
     }
 
     fn take_locks(&mut self) -> Result<(), String> {
+        self.landings.iter().for_each(|made| made.close());
         let open = |absent: &Absent| Ok((absent.id.clone(), self.open(absent)?));
         let images: Result<Vec<_>, String> = self.absent.iter().map(open).collect();
         let images = images?;
@@ -388,8 +394,15 @@ impl Arriving for Arriver {
 
     fn run(&mut self) -> Result<(), String> {
         let paused = self.paused;
+        let keep = |kept| self.landings.iter().for_each(|made| made.keep(kept));
+        keep(true);
         let missing = self.missing.clone();
-        self.ask(move |driver| driver.run_arrived(paused, missing))
+        let run = self.ask(move |driver| driver.run_arrived(paused, missing));
+        match &run {
+            Ok(()) => self.landings.iter().for_each(|made| made.let_go()),
+            Err(_) => keep(false),
+        }
+        run
     }
 
     fn discard(&mut self, reason: &str) {

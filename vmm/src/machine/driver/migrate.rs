@@ -29,6 +29,7 @@ use migration::transport::protocol::Outcome;
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
+use super::leaving::{Copies, is_copied, size};
 use super::snapshot::Swaps;
 use super::{Desk, Driver};
 use crate::error::chain;
@@ -45,6 +46,7 @@ use crate::migrate::link::{Place, check_private, connect};
 use crate::migrate::secure::sender_tls;
 use crate::migrate::source::give_away;
 use crate::migrate::status::{Order, Status, check_bandwidth};
+use crate::migrate::storage::leaving::Leaving as LeavingCopy;
 use crate::monitor::JobHandle;
 use crate::notice;
 use crate::opener::Opener;
@@ -61,11 +63,11 @@ pub(super) struct Leaving {
 }
 
 /// One of its disks.
-struct LeavingDisk {
-    id: String,
-    device: Weak<VirtioPci>,
-    path: PathBuf,
-    options: ImageOptions,
+pub(super) struct LeavingDisk {
+    pub id: String,
+    pub device: Weak<VirtioPci>,
+    pub path: PathBuf,
+    pub options: ImageOptions,
 }
 
 /// Its disks.
@@ -93,7 +95,9 @@ impl Driver {
         }
         let (place, plan) = self.plan_to_send(request)?;
         let disks = self.leaving_disks();
-        let offer = self.offer(&disks)?;
+        let copied = request.copy_storage.is_some() && disks.iter().any(is_copied);
+        let storage = if copied { size(&disks) } else { 0 };
+        let offer = self.offer(&disks, copied)?;
         let (orders, ordered) = channel();
         let direction = MigrationDirection::Outgoing;
         let status = Arc::new(Status::new(direction, place.to_string(), Some(orders)));
@@ -103,6 +107,7 @@ impl Driver {
         let memory = offer.ranges.iter().map(|range| range.1).sum();
         let job = self.tools.jobs.begin("migration", memory);
         status.is_of(&job.info().id, memory);
+        status.storage.set_total(storage);
         let mut offer = offer;
         if request.memory_mode == MigrationMemoryMode::Postcopy {
             offer.capabilities = offer.capabilities.with(Capabilities::POSTCOPY);
@@ -111,8 +116,17 @@ impl Driver {
         if plan.memory.is_some() {
             offer.capabilities = offer.capabilities.with(Capabilities::LOCAL);
         }
-        let plan = Plan { offer, ..plan };
-        let started = self.start_to_send((place, plan), disks, (job, Arc::clone(&status), ordered));
+        let plan = Plan {
+            offer,
+            storage,
+            ..plan
+        };
+        let copies = Copies::new(request.copy_storage.filter(|_| copied));
+        let started = self.start_to_send(
+            (place, plan),
+            (disks, copies),
+            (job, Arc::clone(&status), ordered),
+        );
         if let Err(error) = started {
             status.fail(&error.to_string());
             self.cards_go_back();
@@ -131,15 +145,9 @@ impl Driver {
     /// Where it is to go, and how; without an offer.
     fn plan_to_send(&self, request: &SendMigrationData) -> Result<(Place, Plan), ControlError> {
         let invalid = |message: String| ControlError::new(ErrorKind::Invalid, message);
-        let missing = |what: &str| {
-            let message = format!("{what}: this monitor does not have it yet");
-            Err(ControlError::new(ErrorKind::Unimplemented, message))
-        };
         if request.preserve_source {
-            return missing("preserve_source");
-        }
-        if request.copy_storage.is_some() {
-            return missing("copy_storage");
+            let message = "preserve_source: this monitor does not have it yet";
+            return Err(ControlError::new(ErrorKind::Unimplemented, message));
         }
         let place = Place::parse(&request.destination_url);
         let place = place.map_err(|error| invalid(format!("destination_url: {error}")))?;
@@ -158,6 +166,7 @@ impl Driver {
             }),
             session: crate::random::random().map_err(|error| invalid(error.to_string()))?,
             memory: self.memory_to_hand_over(request.local)?,
+            storage: 0,
             tls: request.tls_dir.clone(),
             offer: Offer::default(),
         };
@@ -191,11 +200,13 @@ impl Driver {
         found.collect()
     }
 
-    fn offer(&self, disks: &DiskList) -> Result<Offer, ControlError> {
+    fn offer(&self, disks: &DiskList, copied: bool) -> Result<Offer, ControlError> {
         let description = self.ears.description.as_ref().ok_or_else(ended)?;
         let failed = |error| ControlError::from_error(ErrorKind::Failed, &error);
         let disks = if disks.is_empty() {
             Disks::None
+        } else if copied {
+            Disks::Mirrored
         } else {
             Disks::Shared
         };
@@ -224,7 +235,7 @@ impl Driver {
     fn start_to_send(
         &mut self,
         (place, plan): (Place, Plan),
-        disks: DiskList,
+        (disks, copies): (DiskList, Copies),
         (job, status, ordered): (JobHandle, Arc<Status>, Receiver<Order>),
     ) -> Result<(), ControlError> {
         let failed = |error: std::io::Error| ControlError::from_error(ErrorKind::Failed, &error);
@@ -251,6 +262,7 @@ impl Driver {
             swaps,
             consumer,
             disks,
+            copies,
             away: Vec::new(),
             touched: false,
             opener,
@@ -471,6 +483,8 @@ struct Leaver {
     /// There is none where memory is handed over.
     consumer: Option<Consumer>,
     disks: DiskList,
+    /// Those that go along.
+    copies: Copies,
     /// Whose locks have been given up.
     away: Vec<(String, Away)>,
     /// Somebody may have written to one.
@@ -528,6 +542,14 @@ impl Departing for Leaver {
         let written = self.consumer.as_ref().map(Consumer::take);
         let written = written.transpose().map_err(|error| chain(&error))?;
         Ok(written.unwrap_or_else(|| PageSet::new(&RamSource::ranges(&self.ram))))
+    }
+
+    fn offer_disks(&mut self, offer: &mut Offer) -> Result<(), String> {
+        self.copies.offer(&self.disks, &self.opener, offer)
+    }
+
+    fn follow_disks(&mut self) -> Result<Vec<LeavingCopy>, String> {
+        self.copies.follow(&self.desk)
     }
 
     fn throttle(&self, percent: u8) {
@@ -601,6 +623,9 @@ impl Departing for Leaver {
     }
 
     fn end(&mut self, outcome: Outcome) {
+        if outcome == Outcome::Resumed {
+            self.copies.give_up(&self.desk);
+        }
         let _ended = self.desk.ask(move |driver| driver.has_left(outcome));
     }
 }

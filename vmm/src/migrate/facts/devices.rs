@@ -107,8 +107,8 @@ impl Device<'_> {
         self.same("serial", config.serial.as_deref().unwrap_or_default());
         let format = config.format.unwrap_or(Format::Raw).name();
         let rule = match side.disks {
-            Disks::Mirrored => Rule::Told,
-            Disks::None | Disks::Shared => Rule::Same,
+            Disks::Mirrored if !config.readonly => Rule::Told,
+            Disks::None | Disks::Shared | Disks::Mirrored => Rule::Same,
         };
         self.put("format", format, rule);
         let way = if config.readonly { READ_ONLY } else { WRITABLE };

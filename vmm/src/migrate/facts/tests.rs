@@ -375,7 +375,7 @@ fn the_disks_of_a_machine_that_runs_elsewhere_are_found_and_their_locks_seen() {
             { "kind": "blk", "id": "a", "config": first },
             { "kind": "blk", "id": "b", "config": second },
         ]));
-        look(&config, &opener)
+        look(&config, &opener, &[])
     };
     let found = look_at(disk(&one, &plain), disk(&two, &plain));
     assert_eq!(found.locks, Locks::Separate);

@@ -8,7 +8,7 @@ use migration::transport::channel::{
     ChannelError, Incoming, Progress, StreamReceiver, StreamSender,
 };
 use migration::transport::frame::{FrameError, Preamble};
-use migration::transport::message::{Capabilities, Message};
+use migration::transport::message::{Capabilities, Disks, Message};
 use migration::transport::pages::Codec;
 use migration::transport::protocol::{SourceEvent, SourceState, Word};
 use std::thread::Builder;
@@ -38,6 +38,7 @@ impl Giver {
             stream,
             streams: self.wanted.0,
             again,
+            disks: false,
         };
         let sender = StreamSender::open(link.clone(), &preamble, Codec::Raw, 0);
         let sender = sender.map_err(|error| chain(&error))?;
@@ -112,6 +113,11 @@ impl Giver {
     }
 
     pub(super) fn begin(&mut self) {
+        let looked = self.guest.offer_disks(&mut self.offer);
+        if let Err(error) = looked {
+            self.because(error);
+            return self.step(SourceEvent::Failed);
+        }
         match self.open(0, false).and_then(|()| self.hand_over()) {
             Ok(()) => self.step(SourceEvent::Connected),
             Err(error) => {
@@ -266,6 +272,12 @@ impl Giver {
         let plain = codec == Codec::Raw && cache == 0 && there.has(Capabilities::BARE);
         for (stream, link) in self.streams.iter_mut().zip(&self.links).filter(|_| plain) {
             link.direct().into_iter().for_each(|to| stream.direct(to));
+        }
+        if self.offer.disks == Disks::Mirrored {
+            if !there.has(Capabilities::DISKS) {
+                return lacks("disks");
+            }
+            self.begin_disks()?;
         }
         Ok(())
     }

@@ -73,6 +73,9 @@ impl Giver {
     }
 
     pub(super) fn precopy(&mut self) {
+        if !self.wait_for_disks() {
+            return;
+        }
         if self.file.is_some() {
             self.rest = Some(PageSet::new(&self.guest.ram().ranges()));
             return self.step(SourceEvent::SwitchOver { postcopy: false });
@@ -142,6 +145,7 @@ impl Giver {
         match decision {
             Decision::Continue => {}
             Decision::Throttle(percent) => self.guest.throttle(percent),
+            Decision::SwitchOver if !self.disks_fit() => {}
             Decision::SwitchOver => {
                 return self.step(SourceEvent::SwitchOver { postcopy: false });
             }
