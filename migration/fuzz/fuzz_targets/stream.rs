@@ -11,7 +11,8 @@ use libfuzzer_sys::fuzz_target;
 use migration::SectionSet;
 use migration::transport::channel::{Incoming, Progress, StreamReceiver};
 use migration::transport::compare::compare;
-use migration::transport::frame::{self, Kind, Preamble};
+use migration::transport::disks::{DiskAnswer, DiskFrame};
+use migration::transport::frame::{self, Kind, PREAMBLE, Preamble};
 use migration::transport::message::Message;
 use migration::transport::pages::{PageSink, Run};
 use migration::transport::protocol::{
@@ -128,8 +129,39 @@ fn within(runs: &[Run]) {
     }
 }
 
+/// The same frames as those of disks, and as the answers to them.
+fn disks(bytes: &[u8]) {
+    const SIZES: [u64; 2] = [1 << 16, u64::MAX];
+    let frames = bytes.get(PREAMBLE..).unwrap_or_default();
+    let (mut from, mut payload) = (frames, Vec::new());
+    loop {
+        let (disk, offset, len) = match DiskFrame::read(&mut from, &mut payload, &SIZES) {
+            Ok(DiskFrame::Data {
+                disk,
+                offset,
+                bytes,
+            }) => (disk, offset, bytes.len() as u64),
+            Ok(DiskFrame::Zeros { disk, offset, len }) => (disk, offset, len),
+            Ok(DiskFrame::Flush { .. } | DiskFrame::Keepalive) => continue,
+            Err(error) => {
+                assert!(error.to_string().len() < 2000);
+                break;
+            }
+        };
+        let end = offset.checked_add(len).expect("it is in the disk");
+        assert!(len > 0 && end <= SIZES[usize::from(disk)]);
+    }
+    let mut from = frames;
+    while let Ok(answer) = DiskAnswer::read(&mut from, &mut payload) {
+        if let DiskAnswer::Failed(_, reason) = answer {
+            assert!(!reason.chars().any(char::is_control));
+        }
+    }
+}
+
 fuzz_target!(|input: &[u8]| {
     let bytes = connection(input);
+    disks(&bytes);
     let Ok((_, mut receiver)) = StreamReceiver::open(&*bytes) else {
         return;
     };
