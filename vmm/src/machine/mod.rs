@@ -497,6 +497,11 @@ impl Machine {
         Ok(resized)
     }
 
+    /// Has the watchdog not count, or count on: for a guest that stands while its devices do not.
+    fn hold_watchdog(&self, hold: bool) {
+        self.platform.hold_watchdog(hold);
+    }
+
     /// Stops the guest's clock: the time until [`Machine::start_clock`] does not pass for it.
     fn stop_clock(&mut self) -> Result<(), MachineError> {
         self.clock = Some(self.vm.clock()?);

@@ -248,6 +248,18 @@ impl Platform {
         }
     }
 
+    /// Has the watchdog not count, or count on.
+    pub fn hold_watchdog(&self, hold: bool) {
+        if let Some((watchdog, _)) = &self.watchdog {
+            // Neither can fail: it waits for nobody.
+            let _held = if hold {
+                watchdog.stop(Instant::now()).is_ok()
+            } else {
+                watchdog.start().is_ok()
+            };
+        }
+    }
+
     /// The display, where there is one.
     #[must_use]
     pub fn display(&self) -> Option<&Arc<Adapter>> {

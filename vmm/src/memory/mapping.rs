@@ -9,7 +9,7 @@ use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use super::still::{Still, Watcher};
-use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
+use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstatfs};
 use virtio::memory::{Backing, DirtyLog};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -522,6 +522,11 @@ pub fn memory_file(len: u64, huge_page: Option<u64>) -> io::Result<File> {
     Ok(file)
 }
 
+/// Whether a memory file is of huge pages of its own. Shared memory has larger blocks, too, where the host gives it huge pages.
+fn is_of_huge_pages(file: &File) -> io::Result<bool> {
+    Ok(fstatfs(file)?.f_type == libc::HUGETLBFS_MAGIC)
+}
+
 /// That a file which another process has made is one of [`memory_file`], of `len` bytes.
 ///
 /// # Errors
@@ -544,7 +549,7 @@ pub fn check_memory_file(file: &File, len: u64, huge_page: Option<u64>) -> io::R
     }
     match huge_page {
         Some(size) if facts.blksize() != size => wrong("its pages have another size"),
-        None if facts.blksize() > PAGE => wrong("its pages are huge, and not to be"),
+        None if is_of_huge_pages(file)? => wrong("its pages are huge, and not to be"),
         _ => Ok(()),
     }
 }

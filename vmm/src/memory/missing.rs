@@ -120,14 +120,18 @@ impl Missing {
             awaited: BTreeSet::new(),
             left: 0,
         };
-        for &(address, len) in runs {
-            inner.miss(address, len)?;
-        }
+        // First: the kernel may put zeros, as parts of huge pages, into holes that it need not tell of.
         for part in &mut inner.parts {
-            if part.bits.iter().any(|word| *word != 0) {
+            if runs
+                .iter()
+                .any(|(address, _)| part.page_of(*address).is_some())
+            {
                 fault.register(part.mapping.address(), part.mapping.len())?;
                 part.registered = true;
             }
+        }
+        for &(address, len) in runs {
+            inner.miss(address, len)?;
         }
         let missing = Arc::new(Self {
             fault,

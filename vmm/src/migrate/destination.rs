@@ -475,7 +475,10 @@ impl Taker {
             word => Message::of(word, &self.reason),
         };
         let Some(message) = message else { return };
-        self.ready |= matches!(message, Message::Ready { .. });
+        if matches!(message, Message::Ready { .. }) {
+            self.ready = true;
+            self.shared.follows.set_ready(true);
+        }
         let sent = self.shared.answers().message(&message);
         if let Err(error) = sent {
             // Whoever reads hears of it, too.
@@ -487,6 +490,7 @@ impl Taker {
     }
 
     fn unload(&mut self) -> Option<DestinationEvent> {
+        self.shared.follows.set_ready(false);
         self.shared.follows.forget();
         let failed = self.guest.unload().err();
         failed.map(|reason| {

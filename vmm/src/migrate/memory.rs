@@ -108,7 +108,9 @@ impl Arriving {
 impl PageSink for Arriving {
     fn write(&self, address: u64, bytes: &[u8]) -> io::Result<()> {
         if let Some(missing) = self.missing() {
-            return missing.fill(address, bytes);
+            missing.fill(address, bytes)?;
+            self.has_come(address, bytes.len() as u64);
+            return Ok(());
         }
         let written = self.map.write_slice(bytes, GuestAddress(address));
         written.map_err(io::Error::other)?;

@@ -412,7 +412,8 @@ impl Giver {
         let policy = self.shared.policy();
         let parameters = policy.parameters();
         let stood = self.paused.map_or(Duration::ZERO, |since| since.elapsed());
-        if parameters.strategy == Strategy::Ignore {
+        // Pages that have gone meanwhile are not taken back: with post-copy the pause, which has no memory in it, comes to its end.
+        if parameters.strategy == Strategy::Ignore || self.missing.is_some() {
             return (PATIENCE, SourceEvent::TimedOut);
         }
         let left = parameters.downtime.saturating_sub(stood);

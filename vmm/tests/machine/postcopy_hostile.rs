@@ -39,6 +39,8 @@ enum Wrong {
     WantAll,
     /// It asks while the guest runs at the source.
     WantEarly,
+    /// The connection ends right behind the word that lets the guest go.
+    CutBehindCommit,
 }
 
 impl Wrong {
@@ -116,6 +118,11 @@ fn send(mut from: UnixStream, mut to: UnixStream, wrong: Option<Wrong>) {
         match kind {
             Kind::Missing => missing.extend(decode_runs(&payload, &ranges).unwrap().0),
             Kind::State => state.clone_from(&payload),
+            Kind::Message if wrong == Some(Wrong::CutBehindCommit) => {
+                if matches!(Message::decode(&payload), Ok(Message::Commit { .. })) {
+                    break;
+                }
+            }
             Kind::Bare => {
                 let (runs, _) = decode_runs(&payload, &ranges).unwrap();
                 let len = runs.iter().map(|run| run.len()).sum();
@@ -217,6 +224,14 @@ fn what_a_destination_asks_for_that_it_may_not_is_passed_over_or_ends_its_connec
     }
     assert!(!moves_past(Wrong::WantAll));
     assert!(moves_past(Wrong::WantOutside));
+}
+
+#[test]
+fn a_guest_that_has_been_let_go_waits_for_its_memory_though_nobody_can_send_it_yet() {
+    if !can_follow() {
+        return;
+    }
+    assert!(moves_past(Wrong::CutBehindCommit));
 }
 
 #[test]

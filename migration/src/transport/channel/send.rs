@@ -42,6 +42,8 @@ pub struct StreamSender<W: Write> {
     filled: usize,
     /// Where pages go straight.
     direct: Option<OwnedFd>,
+    /// The guest runs elsewhere: what memory says of pages that it need not look at was true when it was paused.
+    serves: bool,
     /// Pages that went outside of rounds since the last one: the next one counts them too.
     outside: u64,
 }
@@ -85,6 +87,7 @@ impl<W: Write> StreamSender<W> {
             runs: Vec::new(),
             filled: 0,
             direct: None,
+            serves: false,
             outside: 0,
         })
     }
@@ -172,6 +175,7 @@ impl<W: Write> StreamSender<W> {
         self.encoder.forget();
         // The guest is there: it may not see half of a page.
         self.direct = None;
+        self.serves = true;
         self.out.bytes = 0;
         let mut counts = Counts::default();
         for run in runs {
@@ -237,7 +241,9 @@ impl<W: Write> StreamSender<W> {
             }
             let mut absent = [false; BATCH_PAGES];
             let absent = absent.get_mut(..pages).unwrap_or_default();
-            ram.absent(at, absent);
+            if !self.serves {
+                ram.absent(at, absent);
+            }
             for some in absent.chunk_by(|a, b| a == b) {
                 let pages = u32::try_from(some.len()).unwrap_or(u32::MAX);
                 let run = Run { address: at, pages };

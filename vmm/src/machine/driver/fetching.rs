@@ -48,6 +48,7 @@ impl Driver {
             return;
         };
         fetching.stands = true;
+        self.machine.hold_watchdog(true);
         if self.machine.vcpus().pause_within(STAND)
             && let Err(error) = self.machine.stop_clock()
         {
@@ -66,7 +67,12 @@ impl Driver {
             .fetching
             .as_ref()
             .is_some_and(|fetching| fetching.stands);
-        if !stood || self.outcome.is_some() || self.state() != stands {
+        if !stood {
+            return true;
+        }
+        if self.outcome.is_some() || self.state() != stands {
+            // Something else has it stand: that is what ends it.
+            self.fetching.iter_mut().for_each(|f| f.stands = false);
             return true;
         }
         if !self.machine.vcpus().pause_within(GATHER) {
@@ -76,6 +82,7 @@ impl Driver {
             tracing::warn!("the guest's clock: {}", chain(&error));
         }
         self.fetching.iter_mut().for_each(|f| f.stands = false);
+        self.machine.hold_watchdog(false);
         self.enter(VmState::Running, None);
         self.go_on();
         self.ears.inbox.rouse();

@@ -53,7 +53,9 @@ pub(super) struct Follows {
     connection: AtomicU32,
     /// Who is told that all is here.
     taker: Mutex<Option<SyncSender<Event>>>,
-    /// COMMIT has been heard.
+    /// The source has been told that its state is loaded, so that it may say COMMIT.
+    ready: AtomicBool,
+    /// It has been: from then on the guest may run here, whatever is lost.
     committed: AtomicBool,
     /// A state waits to be heard; it may be long.
     state: AtomicBool,
@@ -75,6 +77,7 @@ impl Follows {
             current: Mutex::default(),
             connection: AtomicU32::new(0),
             taker: Mutex::default(),
+            ready: AtomicBool::new(false),
             committed: AtomicBool::new(false),
             state: AtomicBool::new(false),
             over: AtomicBool::new(false),
@@ -89,10 +92,17 @@ impl Follows {
         self.committed.load(Ordering::SeqCst)
     }
 
-    /// Another stream is lost: what was to come over it comes over another connection.
+    /// The source hears next that its state is loaded, or that it is no more.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::SeqCst);
+    }
+
+    /// Another stream is lost: what was to come over it comes over another connection. Later ones have no others.
     pub fn lose_streams(&self) {
-        if self.missing().is_some_and(|missing| missing.left() > 0) {
-            locked(&self.current).iter().for_each(Link::hang_up);
+        let current = locked(&self.current);
+        let is_first = self.connection.load(Ordering::SeqCst) == 0;
+        if is_first && self.missing().is_some_and(|missing| missing.left() > 0) {
+            current.iter().for_each(Link::hang_up);
         }
     }
 
@@ -141,10 +151,13 @@ impl Shared {
                 Err(error) => break chain(&error),
             }
         };
-        if self.follows.connection.load(Ordering::SeqCst) == connection {
-            if let Some(missing) = self.follows.missing() {
-                missing.set_lost(true);
-            }
+        let current = locked(&self.follows.current);
+        let counts = self.follows.connection.load(Ordering::SeqCst) == connection;
+        if counts && let Some(missing) = self.follows.missing() {
+            missing.set_lost(true);
+        }
+        drop(current);
+        if counts {
             self.follows.forget();
         }
         // Where the taker has no room, it finds out when it says something.
@@ -162,6 +175,10 @@ impl Shared {
         match &incoming {
             Incoming::State { .. } if follows.state.swap(true, Ordering::SeqCst) => {
                 return Err("it sends a second state before the first has been heard".to_owned());
+            }
+            // Before anything else can be heard: a connection that ends right behind it frees nobody who waits for pages.
+            Incoming::Message(Message::Commit { .. }) if follows.ready.load(Ordering::SeqCst) => {
+                follows.committed.store(true, Ordering::SeqCst);
             }
             // Who loads the state before is to come to an end.
             Incoming::Message(Message::Continue | Message::Abort { .. }) => follows.forget(),
@@ -230,10 +247,11 @@ impl Door<'_> {
                 Ok(None) if Instant::now() < deadline => return,
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(
-                        "no connection can come in the place of one that is lost: {error}"
-                    );
-                    return;
+                    tracing::warn!("no connection in the place of one that is lost: {error}");
+                    // The host may have room again.
+                    if self.shared.status.wait_for_end(ALIVE) {
+                        return;
+                    }
                 }
             }
         }
@@ -257,24 +275,29 @@ impl Door<'_> {
         limit.lift(link)?;
         receiver.set_ranges(&follows.ranges);
         // Who writes to the old one ends.
-        let old = locked(&follows.current).replace(link.clone());
-        old.iter().for_each(Link::hang_up);
-        *self.shared.answers() = sender;
+        let mut current = locked(&follows.current);
         let connection = follows.connection.fetch_add(1, Ordering::SeqCst);
         let connection = connection.wrapping_add(1);
+        let old = current.replace(link.clone());
+        follows.missing().iter().for_each(|m| m.set_lost(false));
+        drop(current);
+        old.iter().for_each(Link::hang_up);
+        *self.shared.answers() = sender;
         let full = |_| "it comes too often".to_owned();
         let connected = Event::Connected(connection, link.clone());
         self.to.try_send(connected).map_err(full)?;
         let asked = Event::Came(connection, first);
         self.to.try_send(asked).map_err(full)?;
         if let Some(missing) = follows.missing() {
-            missing.set_lost(false);
             self.shared.ask(&missing.awaited());
         }
         let (shared, to) = (Arc::clone(self.shared), self.to.clone());
         let read = move || shared.read(connection, receiver, &to);
         let started = Builder::new().name("migration-read".to_owned()).spawn(read);
-        started.map(drop).map_err(|error| error.to_string())
+        started.map(drop).map_err(|error| {
+            follows.missing().iter().for_each(|m| m.set_lost(true));
+            error.to_string()
+        })
     }
 }
 
@@ -356,6 +379,11 @@ impl Taker {
                     Ended::Heard
                 };
             }
+            if state == DestinationState::GivingBack {
+                // It is not known whether they have been given back: nobody is told anything, and the machine ends.
+                self.shared.follows.give_up();
+                return Ended::Unheard;
+            }
             if state == DestinationState::Running && self.broken && since.elapsed() >= ALIVE {
                 return Ended::Unheard;
             }
@@ -430,11 +458,6 @@ impl Taker {
                 self.step(DestinationEvent::Failed);
             }
             Incoming::Message(message) => {
-                if matches!(message, Message::Commit { .. })
-                    && self.destination.state() == DestinationState::Loaded
-                {
-                    self.shared.follows.committed.store(true, Ordering::SeqCst);
-                }
                 self.on_message(&message);
             }
             // They are heard by whoever reads.
@@ -461,6 +484,7 @@ impl Taker {
         // Also where only this side hears nothing more.
         self.broken = true;
         self.link.hang_up();
+        self.links.drain(..).for_each(|link| link.hang_up());
         self.step(DestinationEvent::Lost);
         if self.destination.state() == DestinationState::PostcopyLost {
             tracing::warn!("the guest waits for memory: {note}");

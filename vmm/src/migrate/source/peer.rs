@@ -13,7 +13,7 @@ use migration::transport::pages::Codec;
 use migration::transport::protocol::{SourceEvent, SourceState, Word};
 use std::thread::Builder;
 
-use super::{Event, Giver, LAST_WORDS, SILENCE};
+use super::{EVENTS, Event, Giver, LAST_WORDS, SILENCE};
 use crate::error::chain;
 use crate::migrate::departing::hand_over;
 use crate::migrate::link::Link;
@@ -227,6 +227,9 @@ impl Giver {
         let deadline = Instant::now() + LAST_WORDS;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.kept.len() > EVENTS {
+                return;
+            }
             let Ok(event) = self.events.recv_timeout(left) else {
                 return;
             };

@@ -20,8 +20,8 @@ use crate::error::chain;
 
 /// How much goes at once of what nobody has asked for: what is wanted waits no longer than that takes.
 const BATCH: u64 = 32 * PAGE as u64;
-/// The most runs that are wanted at a time. There are not so many threads.
-const WANTS: usize = 1 << 16;
+/// The most pages that are wanted at a time. There are not so many threads.
+const WANTS: u64 = 1 << 16;
 
 /// Memory that the destination has not.
 pub(super) struct Rest {
@@ -32,6 +32,8 @@ pub(super) struct Rest {
     left: PageSet,
     /// What the destination has told of over this connection that is missing.
     told: PageSet,
+    /// How many pages that were, with those that were told again.
+    told_pages: u64,
     /// What is wanted now.
     wants: VecDeque<Run>,
     /// In which chunk what nobody has asked for goes on.
@@ -45,6 +47,7 @@ impl Rest {
         Self {
             left: all.clone(),
             told: PageSet::new(&ranges),
+            told_pages: 0,
             all,
             ranges,
             wants: VecDeque::new(),
@@ -57,6 +60,7 @@ impl Rest {
     fn begin_again(&mut self) {
         self.left = self.all.clone();
         self.told.clear();
+        self.told_pages = 0;
         self.wants.clear();
         self.cursor = 0;
     }
@@ -84,6 +88,11 @@ impl Rest {
         let taken = self.left.take(&self.ranges, address, len);
         runs_of(&taken)
     }
+}
+
+fn pages_of<'a>(runs: impl IntoIterator<Item = &'a Run>) -> u64 {
+    let add = |sum: u64, run: &Run| sum.saturating_add(u64::from(run.pages));
+    runs.into_iter().fold(0, add)
 }
 
 fn runs_of(bytes: &[(u64, u64)]) -> Vec<Run> {
@@ -157,13 +166,17 @@ impl Giver {
         let Some(rest) = &mut self.missing else {
             return self.on_wrong("it asks for pages, which was not agreed on");
         };
-        if rest.wants.len().saturating_add(runs.len()) > WANTS {
+        if pages_of(&rest.wants).saturating_add(pages_of(&runs)) > WANTS {
             return self.on_wrong("it asks for more pages than there are threads to want them");
         }
         rest.wants.extend(runs);
         let paused = matches!(
             state,
-            SourceState::Stopped | SourceState::Releasing | SourceState::InDoubt
+            SourceState::Stopped
+                | SourceState::Releasing
+                | SourceState::InDoubt
+                // Who is to say over a new connection that the guest runs may wait for one.
+                | SourceState::PostcopyLost
         );
         if paused {
             self.serve_wants();
@@ -175,6 +188,15 @@ impl Giver {
         let Some(rest) = &mut self.missing else {
             return self.on_wrong("it misses pages, which was not agreed on");
         };
+        rest.told_pages = rest.told_pages.saturating_add(pages_of(runs));
+        let memory = rest
+            .ranges
+            .iter()
+            .map(|range| range.1 / PAGE as u64)
+            .sum::<u64>();
+        if rest.told_pages > memory {
+            return self.on_wrong("it misses more pages than there are");
+        }
         for run in runs {
             rest.told.insert(&rest.ranges, run.address, run.len());
         }
