@@ -73,10 +73,13 @@ impl Changes {
         let last = offset.saturating_add(len).min(self.size) - 1;
         for number in offset / self.grain..=last / self.grain {
             let (word, bit) = place(number);
-            if let Some(word) = self.notes.get(word)
-                && word.fetch_or(bit, Ordering::SeqCst) & bit == 0
-            {
-                self.count.fetch_add(1, Ordering::SeqCst);
+            let Some(word) = self.notes.get(word) else {
+                return;
+            };
+            // Counted first: who takes the note away counts it, too.
+            self.count.fetch_add(1, Ordering::SeqCst);
+            if word.fetch_or(bit, Ordering::SeqCst) & bit != 0 {
+                self.count.fetch_sub(1, Ordering::SeqCst);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Base, Live, Made, Top};
+use super::{Base, Live, Made, Top, identity};
 use crate::disk::Disk;
 use crate::image::Image;
 use crate::nbd;
@@ -81,6 +81,8 @@ pub struct Landing {
 /// What becomes of the file unless it is kept.
 struct File {
     made: Option<Made>,
+    /// Device and inode.
+    identity: Option<(u64, u64)>,
     opener: Arc<dyn Opener>,
     path: PathBuf,
     /// Its file is nobody's business any more.
@@ -113,15 +115,16 @@ impl Landing {
         }
         let image = plan(path, size, base, options)?;
         let was_there = is_empty_file(path, &*opener)?;
-        NewFile::begin(path, &*opener, &image)?.finish()?;
+        NewFile::begin_fresh(path, &*opener, &image)?.finish()?;
         let made = (!was_there).then(|| Made::new(Arc::clone(&opener), path.to_owned()));
+        let disk = open_disk(path, &*opener, options)?;
         let file = File {
             made,
+            identity: identity(&*opener, path),
             opener: Arc::clone(&opener),
             path: path.to_owned(),
             kept: AtomicBool::new(false),
         };
-        let disk = open_disk(path, &*opener, options)?;
         let live = disk.live();
         let live = live.ok_or_else(|| LandingError::Place(path.to_owned()))?;
         if let (Some(base), Live(Top::Qcow2(image))) = (base, &live) {
@@ -198,6 +201,9 @@ impl Drop for File {
         match &mut self.made {
             Some(made) => made.kept = kept,
             None if kept => {}
+            // Somebody has put another file there meanwhile.
+            None if self.identity.is_none()
+                || identity(&*self.opener, &self.path) != self.identity => {}
             None => {
                 let access = Access {
                     write: true,

@@ -499,5 +499,6 @@ mod handing_over;
 mod kills;
 mod merging;
 mod mirroring;
+mod moving;
 mod random;
 mod reverting;

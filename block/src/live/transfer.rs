@@ -140,7 +140,8 @@ impl Transfer {
     /// How much there is to be gone through, in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.source.size()
+        // What ends within a sector is not the guest's.
+        self.source.size().min(self.plain.info().size)
     }
 
     /// What the disk holds from `range.start` on, at least a byte and at most to the end of the range, which lies within the size. Any thread may ask while the disk is

@@ -100,6 +100,28 @@ impl<'a> NewFile<'a> {
         opener: &'a dyn Opener,
         image: &NewImage,
     ) -> Result<Self, CreateImageError> {
+        Self::begin_on(path, opener, image, false)
+    }
+
+    /// The same where there is no file, or one that is empty when it is locked.
+    ///
+    /// # Errors
+    ///
+    /// As of [`NewFile::begin`]; `AlreadyExists` for any other file.
+    pub(crate) fn begin_fresh(
+        path: &Path,
+        opener: &'a dyn Opener,
+        image: &NewImage,
+    ) -> Result<Self, CreateImageError> {
+        Self::begin_on(path, opener, image, true)
+    }
+
+    fn begin_on(
+        path: &Path,
+        opener: &'a dyn Opener,
+        image: &NewImage,
+        fresh: bool,
+    ) -> Result<Self, CreateImageError> {
         let mut new = NewFile {
             opener,
             path: path.to_owned(),
@@ -108,6 +130,12 @@ impl<'a> NewFile<'a> {
             zeroed: true,
         };
         let storage = match new.existing(path)? {
+            Some(storage) if fresh && storage.len().map_or(true, |len| len > 0) => {
+                return Err(CreateImageError::Create {
+                    path: path.to_owned(),
+                    source: io::ErrorKind::AlreadyExists.into(),
+                });
+            }
             Some(storage) => storage,
             None => new.hide()?,
         };

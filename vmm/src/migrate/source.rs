@@ -85,6 +85,7 @@ pub fn give_away(
     listen_to(orders, sender.clone(), Arc::clone(&shared));
     let mut giver = Giver::new((guest, connect), plan, &shared, (sender, events));
     let ended = std::thread::scope(|scope| {
+        let _watched = Unwinding(&shared.status);
         let mut tell = tell;
         let watch = Builder::new().name("migration-watch".to_owned());
         let watched = Arc::clone(&shared);
@@ -111,6 +112,17 @@ pub fn give_away(
     told(&ended);
     if ended.0 != Outcome::Resumed {
         giver.guest.end(ended.0);
+    }
+}
+
+/// Ends the migration for all who watch, should the thread that does it panic: the scope waits for them.
+struct Unwinding<'a>(&'a Status);
+
+impl Drop for Unwinding<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail("an error of this program has ended it");
+        }
     }
 }
 
@@ -443,7 +455,10 @@ impl Giver {
             }
             Event::Lost(..) => {}
             Event::Order(Order::Cancel) => self.step(SourceEvent::Cancel),
-            Event::Order(Order::Set(set)) if set.throttle == Some(false) => self.guest.throttle(0),
+            Event::Order(Order::Set(set)) if set.throttle == Some(false) => {
+                self.guest.throttle(0);
+                self.copying.iter().for_each(Copying::let_run);
+            }
             Event::Order(Order::Set(_)) => {}
             Event::Order(Order::Resolve(resolution)) => {
                 let resolution = match resolution {

@@ -58,7 +58,10 @@ impl Giver {
                 self.step(SourceEvent::Failed);
                 return false;
             }
-            if copying.has_caught_up() {
+            let now = self.shared.clock.now();
+            // However long the pause.
+            let at_once = self.shared.policy().check(now) == Some(Decision::SwitchOver);
+            if copying.has_caught_up() || at_once {
                 return true;
             }
             if self.shared.late().is_some() {
@@ -112,6 +115,7 @@ impl Giver {
         let now = self.shared.clock.now();
         self.shared.limiter.set_rate(None, now);
         copying.drain(attempt);
+        let mut told = Instant::now();
         let ended = loop {
             match copying.wait_until_drained(attempt, LOOK) {
                 Ok(true) => break Ok(()),
@@ -120,6 +124,13 @@ impl Giver {
             }
             if self.shared.status.is_cancelled() {
                 break Err((SourceEvent::Cancel, String::new()));
+            }
+            if told.elapsed() >= ALIVE {
+                told = Instant::now();
+                let sent = self.streams.iter_mut().try_for_each(|s| s.keepalive());
+                if let Err(error) = sent {
+                    break Err((SourceEvent::Failed, chain(&error)));
+                }
             }
             let policy = self.shared.policy();
             let limit = policy.parameters().downtime;

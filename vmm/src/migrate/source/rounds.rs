@@ -145,7 +145,7 @@ impl Giver {
         match decision {
             Decision::Continue => {}
             Decision::Throttle(percent) => self.guest.throttle(percent),
-            Decision::SwitchOver if !self.disks_fit() => {}
+            Decision::SwitchOver | Decision::SwitchToPostcopy if !self.disks_fit() => {}
             Decision::SwitchOver => {
                 return self.step(SourceEvent::SwitchOver { postcopy: false });
             }

@@ -20,6 +20,8 @@ const ENOUGH: u64 = 8 << 20;
 const WINDOW: u64 = 8 << 20;
 /// The most frames of which the same is true.
 const FRAMES: u64 = 256;
+/// How much goes before it is made durable there, in bytes.
+const DURABLE: u64 = 256 << 20;
 /// How often it is looked whether the guest has changed something.
 const LOOK: Duration = Duration::from_millis(50);
 /// How often the destination hears that this side is alive.
@@ -136,7 +138,7 @@ impl Copying {
     /// How long it would take now to copy what is left.
     #[must_use]
     pub fn left(&self) -> Duration {
-        let left: u64 = self.0.disks.iter().map(|disk| disk.transfer.left()).sum();
+        let left = self.0.left();
         if left == 0 {
             return Duration::ZERO;
         }
@@ -152,6 +154,13 @@ impl Copying {
         let bytes = u64::try_from(bytes).unwrap_or(ENOUGH).min(ENOUGH);
         for disk in &self.0.disks {
             disk.transfer.hold_up(bytes);
+        }
+    }
+
+    /// Holds up no writes of the guest.
+    pub fn let_run(&self) {
+        for disk in &self.0.disks {
+            disk.transfer.hold_up(u64::MAX);
         }
     }
 
@@ -191,9 +200,7 @@ impl Drop for Copying {
         self.0.state().ended = true;
         self.0.changed.notify_all();
         self.0.link.hang_up();
-        for disk in &self.0.disks {
-            disk.transfer.hold_up(u64::MAX);
-        }
+        self.let_run();
     }
 }
 
@@ -299,12 +306,15 @@ impl Inner {
 
     /// What is left to be copied once more, in bytes.
     fn left(&self) -> u64 {
-        self.disks.iter().map(|disk| disk.transfer.left()).sum()
+        let add = |sum: u64, disk: &Leaving| sum.saturating_add(disk.transfer.left());
+        self.disks.iter().fold(0, add)
     }
 
     /// Goes once through all.
     fn copy_all(&self, out: &mut Out) -> Copied {
-        let mut left: u64 = self.disks.iter().map(|disk| disk.transfer.size()).sum();
+        let add = |sum: u64, disk: &Leaving| sum.saturating_add(disk.transfer.size());
+        let mut left = self.disks.iter().fold(0, add);
+        let (mut told, mut durable) = (Instant::now(), 0);
         for (number, disk) in (0..).zip(&self.disks) {
             let size = disk.transfer.size();
             let mut at = 0;
@@ -318,6 +328,17 @@ impl Inner {
                     .storage
                     .set_remaining(left.saturating_add(changed));
                 self.shared.policy().got_on(self.shared.clock.now());
+                let sent = self.state().sent.1;
+                if sent.saturating_sub(durable) >= DURABLE {
+                    // No sync at the end takes so long that the peer is taken for lost.
+                    self.flush(0, out)?;
+                    durable = sent;
+                } else if told.elapsed() >= ALIVE {
+                    // Zeros may go on for long, and nothing of them is sent.
+                    self.send(&DiskFrame::Keepalive, out)?;
+                    self.push(out)?;
+                    told = Instant::now();
+                }
             }
         }
         Ok(())
