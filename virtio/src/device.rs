@@ -117,6 +117,23 @@ pub struct DiskImage {
     pub backing: block::BackingPolicy,
 }
 
+impl DiskImage {
+    /// A disk whose image is at `path` and was opened with `options`.
+    #[must_use]
+    pub fn of(
+        disk: Arc<dyn block::Disk>,
+        path: impl Into<PathBuf>,
+        options: &block::ImageOptions,
+    ) -> Self {
+        Self {
+            disk,
+            path: path.into(),
+            format: options.disk.format,
+            backing: options.backing,
+        }
+    }
+}
+
 /// Why a disk keeps its image.
 #[derive(Debug, thiserror::Error)]
 pub enum ExchangeError {

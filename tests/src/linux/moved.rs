@@ -7,12 +7,10 @@ use crate::case::{Action, Case, Form};
 /// Seconds for one way.
 const EACH: u64 = 60;
 /// Where the guest's log begins on its disk, in records of 4 KiB; what is before is the other worker's.
-const LOG: u64 = 4 * MIB / 4096;
+pub(super) const LOG: u64 = 4 * MIB / 4096;
 
-/// One worker changes what it has in memory and on the disk all the time, and looks whether it is what it has put there.
-/// Another one writes a log, record by record. How far both are goes over one connection that lasts as long as the guest
-/// does, with the last word that has come back on it: behind that word it is what it did on the new host.
-const GUEST: &str = r#"
+/// A worker that changes what it has in memory and on the disk all the time, and looks whether it is what it has written.
+pub(super) const WORKER: &str = r#"
 bad() { echo "@@ bad: $*"; echo "$*" >> /tmp/bad; }
 memory() {
     mkdir /tmp/memory
@@ -31,6 +29,11 @@ memory() {
         echo $n > round
     done
 }
+"#;
+
+/// Beside the [`WORKER`] another one writes a log, record by record. How far both are goes over one connection that lasts as long as the guest
+/// does, with the last word that has come back on it: behind that word it is what it did on the new host.
+const GUEST: &str = r#"
 log() {
     n=0
     while [ ! -e /tmp/end ]; do
@@ -237,7 +240,7 @@ pub(super) fn goes_to_and_fro(kernel: &str) -> Case {
         "{TRACE}{WORDS}{WAYS}{HOP}last={hops}\nfor hop in $(seq $last); do hop $hop; done\n{}",
         END.replace("LOG", &log)
     );
-    let script = GUEST.replace("LOG", &log);
+    let script = format!("{WORKER}{}", GUEST.replace("LOG", &log));
     let mut case = case(kernel, Form::Pvh, "goes-to-and-fro", &script)
         .before(&format!("{WORDS}{HOSTS}{THIRD}"))
         .args("--name m0 --cpus boot=2 --memory size=192M")

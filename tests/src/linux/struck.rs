@@ -4,38 +4,18 @@
 //!
 //! What fails when is drawn from a seed: `MIGRATION_SEED=N` has another plan, and `MIGRATION_CYCLES=N` a longer one.
 
-use super::moved::{HOSTS, TRACE, WAYS, WORDS};
-use super::{MIB, case, cycles};
+use super::moved::{HOSTS, LOG, TRACE, WAYS, WORDS, WORKER};
+use super::{case, cycles};
 use crate::case::{Action, Case, Form};
 
 /// Seconds for one attempt: a silent peer is waited for half a minute, or two.
 const EACH: u64 = 150;
-/// Where the guest's log begins on its disk, in records of 4 KiB; what is before is the other worker's.
-const LOG: u64 = 4 * MIB / 4096;
 /// The plan, where nobody has asked for another one.
 const SEED: u64 = 7;
 
 /// Two workers as those of the guest that only moves. Before the log goes on it is looked whether its end is what this guest has
 /// written: one that runs twice finds what the other one has. A guest that boots looks how far it is, and says so.
 const GUEST: &str = r#"
-bad() { echo "@@ bad: $*"; echo "$*" >> /tmp/bad; }
-memory() {
-    mkdir /tmp/memory
-    cd /tmp/memory
-    n=0
-    while [ ! -e /tmp/end ]; do
-        n=$((n + 1))
-        dd if=/dev/urandom of=noise bs=64k count=8 2> /dev/null
-        md5sum noise > sum
-        dd if=noise of=/dev/vda bs=64k oflag=direct conv=fsync 2> /dev/null || bad "round $n is not written"
-        cp noise copy
-        dd if=/dev/vda of=back bs=64k count=8 iflag=direct 2> /dev/null
-        cmp noise back || bad "another disk in round $n"
-        mv copy noise
-        md5sum -c sum > /dev/null || bad "other memory in round $n"
-        echo $n > round
-    done
-}
 record() {
     record=$(printf '%08d life%03d ' $1 $life)
     record=${record% }
@@ -356,7 +336,7 @@ pub(super) fn survives_cuts_and_kills(kernel: &str) -> Case {
         "{TRACE}{WORDS}{WAYS}{LIFE}{attempt}life=1\nattempt 0 plain time 0 0\n{plan}\n{}",
         END.replace("LOG", &log)
     );
-    let script = GUEST.replace("LOG", &log);
+    let script = format!("{WORKER}{}", GUEST.replace("LOG", &log));
     let mut case = case(kernel, Form::Pvh, "survives-cuts-and-kills", &script)
         .before(&format!("{WORDS}{HOSTS}{LIFE}listen 1\n"))
         .args("--name first --cpus boot=2 --memory size=192M")

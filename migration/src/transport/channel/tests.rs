@@ -211,10 +211,23 @@ fn take_from(
 }
 
 fn moves(streams: u16, codec: Codec, cache: usize) -> (Figures, Figures) {
+    moves_by(streams, (codec, cache), (false, false))
+}
+
+/// The same, with pages that go `straight` into sockets, and out of them.
+fn moves_by(
+    streams: u16,
+    (codec, cache): (Codec, usize),
+    straight: (bool, bool),
+) -> (Figures, Figures) {
     let (here, there) = (Memory::new(), Memory::new());
     there.put(0, &vec![0xee; LEN]);
     let mut noise = Noise(streams.into());
     noise.scribble(&here, 300);
+    if straight.0 {
+        // What stands in a row.
+        here.put(3 << 20, &vec![5; 2 << 20]);
+    }
     let (ground, received) = (Ground::new(None), Progress::default());
     let barrier = Barrier::new(streams);
     std::thread::scope(|scope| {
@@ -222,9 +235,13 @@ fn moves(streams: u16, codec: Codec, cache: usize) -> (Figures, Figures) {
         for stream in 0..streams {
             let (out, into) = UnixStream::pair().unwrap();
             let (there, barrier, received) = (&there, &barrier, &received);
-            scope.spawn(move || take(into, there, barrier, received));
+            let from = straight.1.then(|| bare::copy(&into));
+            scope.spawn(move || take_from(into, from, there, barrier, received));
+            let to = straight.0.then(|| bare::copy(&out));
             let preamble = preamble(stream, streams);
-            senders.push(StreamSender::open(out, &preamble, codec, cache).unwrap());
+            let mut sender = StreamSender::open(out, &preamble, codec, cache).unwrap();
+            to.into_iter().for_each(|to| sender.direct(to));
+            senders.push(sender);
         }
         let mut set = PageSet::all(&RANGES);
         for round in 1..=6 {

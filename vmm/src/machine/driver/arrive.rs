@@ -317,12 +317,7 @@ impl Arriver {
 
 impl Absent {
     fn image(&self, disk: Arc<dyn Disk>) -> DiskImage {
-        DiskImage {
-            disk,
-            path: self.path.clone(),
-            format: self.options.disk.format,
-            backing: self.options.backing,
-        }
+        DiskImage::of(disk, &self.path, &self.options)
     }
 }
 

@@ -702,12 +702,7 @@ fn exchange(
     disk: Arc<dyn Disk>,
     target: &Target,
 ) -> Result<DiskImage, ControlError> {
-    let image = DiskImage {
-        disk,
-        path: target.path.clone(),
-        format: target.options.disk.format,
-        backing: target.options.backing,
-    };
+    let image = DiskImage::of(disk, &target.path, &target.options);
     device
         .exchange_disk(image)
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))

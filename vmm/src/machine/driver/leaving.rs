@@ -182,11 +182,6 @@ impl Driver {
 
 impl Copy {
     fn image(&self, disk: Arc<dyn Disk>) -> DiskImage {
-        DiskImage {
-            disk,
-            path: self.path.clone(),
-            format: self.options.disk.format,
-            backing: self.options.backing,
-        }
+        DiskImage::of(disk, &self.path, &self.options)
     }
 }

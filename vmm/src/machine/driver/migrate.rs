@@ -518,12 +518,7 @@ impl Leaver {
             away.give_up();
             let opened = open_disk(path, &*self.opener, options);
             let opened = opened.map_err(|error| format!("disk {id}: {}", chain(&error)))?;
-            let image = DiskImage {
-                disk: opened,
-                path: path.clone(),
-                format: options.disk.format,
-                backing: options.backing,
-            };
+            let image = DiskImage::of(opened, path, options);
             let images = vec![(id, image)];
             let exchanged = self.desk.ask(move |driver| driver.exchange(images));
             // The old ones are closed here.

@@ -505,12 +505,7 @@ fn attach(device: &VirtioPci, overlay: Overlay) -> Result<(Attached, DiskImage),
     let attached = overlay
         .attach(&*below)
         .map_err(|error| ControlError::from_error(fault::of(&error), &error))?;
-    let image = DiskImage {
-        disk: attached.disk(),
-        path: attached.path().to_owned(),
-        format: attached.options().disk.format,
-        backing: attached.options().backing,
-    };
+    let image = DiskImage::of(attached.disk(), attached.path(), attached.options());
     let old = device
         .exchange_disk(image)
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;

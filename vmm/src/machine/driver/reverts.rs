@@ -66,12 +66,7 @@ impl Driver {
                 if !weak.ptr_eq(&Arc::downgrade(&device)) {
                     return Err(no_disk(&id));
                 }
-                let image = |disk| DiskImage {
-                    disk,
-                    path,
-                    format: options.disk.format,
-                    backing: options.backing,
-                };
+                let image = |disk| DiskImage::of(disk, path, &options);
                 driver.go_back_and_reset(&device, revert, &options, image)
             });
             driver.asides.finish(&id, &weak);

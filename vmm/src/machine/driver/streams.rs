@@ -183,12 +183,7 @@ fn copy(job: &mut JobHandle, stream: &Stream, target: &Target) -> Result<(), Str
 
 /// Has the disk go on with the shorter chain. The device is stopped.
 fn exchange(device: &VirtioPci, cut: Cut, target: &Target) -> Result<DiskImage, ControlError> {
-    let image = DiskImage {
-        disk: cut.disk(),
-        path: target.path.clone(),
-        format: target.options.disk.format,
-        backing: target.options.backing,
-    };
+    let image = DiskImage::of(cut.disk(), &target.path, &target.options);
     let old = device
         .exchange_disk(image)
         .map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))?;

@@ -8,13 +8,23 @@ use migration::transport::protocol::{SourceEvent, SourceState};
 
 use super::{Event, Giver, SILENCE};
 use crate::error::chain;
+use crate::migrate::link::Link;
 use crate::migrate::storage::leaving::Copying;
-use migration::transport::channel::Clock as _;
+use migration::transport::channel::{ChannelError, Clock as _, StreamSender};
 
 /// How often a destination hears, while nothing but disks goes, that this side is alive.
 const ALIVE: Duration = Duration::from_secs(1);
 /// How often it is looked in a pause whether that is to end.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// Has the destination hear, when it is time since it was `told`, that this side is alive.
+fn keep_alive(streams: &mut [StreamSender<Link>], told: &mut Instant) -> Result<(), ChannelError> {
+    if told.elapsed() < ALIVE {
+        return Ok(());
+    }
+    *told = Instant::now();
+    streams.iter_mut().try_for_each(StreamSender::keepalive)
+}
 
 impl Giver {
     /// Opens the connection of the disks, and begins to copy them.
@@ -74,14 +84,10 @@ impl Giver {
             if self.source.state() != SourceState::Precopy {
                 return false;
             }
-            if told.elapsed() >= ALIVE {
-                told = Instant::now();
-                let sent = self.streams.iter_mut().try_for_each(|s| s.keepalive());
-                if let Err(error) = sent {
-                    let lost = self.lose(&chain(&error));
-                    self.step(lost.unwrap_or(SourceEvent::Lost));
-                    return false;
-                }
+            if let Err(error) = keep_alive(&mut self.streams, &mut told) {
+                let lost = self.lose(&chain(&error));
+                self.step(lost.unwrap_or(SourceEvent::Lost));
+                return false;
             }
         }
     }
@@ -125,12 +131,8 @@ impl Giver {
             if self.shared.status.is_cancelled() {
                 break Err((SourceEvent::Cancel, String::new()));
             }
-            if told.elapsed() >= ALIVE {
-                told = Instant::now();
-                let sent = self.streams.iter_mut().try_for_each(|s| s.keepalive());
-                if let Err(error) = sent {
-                    break Err((SourceEvent::Failed, chain(&error)));
-                }
+            if let Err(error) = keep_alive(&mut self.streams, &mut told) {
+                break Err((SourceEvent::Failed, chain(&error)));
             }
             let policy = self.shared.policy();
             let limit = policy.parameters().downtime;

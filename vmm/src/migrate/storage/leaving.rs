@@ -159,9 +159,7 @@ impl Copying {
 
     /// Holds up no writes of the guest.
     pub fn let_run(&self) {
-        for disk in &self.0.disks {
-            disk.transfer.hold_up(u64::MAX);
-        }
+        self.0.let_run();
     }
 
     /// The guest stands: all goes that is left. It is the pause of this number.
@@ -221,6 +219,10 @@ impl Inner {
         state.failed.get_or_insert(why);
         drop(state);
         self.changed.notify_all();
+        self.let_run();
+    }
+
+    fn let_run(&self) {
         for disk in &self.disks {
             disk.transfer.hold_up(u64::MAX);
         }
