@@ -20,13 +20,14 @@ endif
 CLASSES := $(CARGO) run --quiet --locked -p tests --bin classes --
 
 SECONDS ?= 60
+H ?= 1
 # What is fuzzed; a virtio model is a target by its name.
-FUZZED := block/image block/check virtio/pci virtio/ring \
+FUZZED := block/image block/check block/nbd virtio/pci virtio/ring \
 	virtio/balloon virtio/blk virtio/console virtio/fs virtio/input virtio/mem virtio/net \
 	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
-	devices/rfb api/websocket migration/snapshot migration/stream
+	devices/rfb devices/ports api/http api/websocket migration/snapshot migration/stream
 
-.PHONY: fuzz fuzz-programs help run build guests setup setup-full test test-programs test-full test-openapi \
+.PHONY: fuzz fuzz-programs sbom soak help run build guests setup setup-full test test-programs test-full test-openapi \
 	openapi bench lint web-packages clean
 
 help:
@@ -38,6 +39,8 @@ help:
 	@echo 'make web-packages  get the npm packages of the web console anew, as resources/web/packages.txt names them'
 	@echo 'make bench      measure against QEMU'
 	@echo 'make fuzz       any bytes as images, guests and viewers, for SECONDS=60 each'
+	@echo 'make soak       machines that everything is done to again and again, for H=1 hours'
+	@echo 'make sbom       what the program is made of, as CycloneDX: target/sbom.json'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
 	@echo 'make guests     the small guest programs: target/guests'
@@ -96,6 +99,13 @@ openapi:
 
 web-packages:
 	@resources/web/refresh
+
+sbom: setup
+	@$(CARGO) run --locked --quiet -p tests --bin sbom > target/sbom.json
+	@echo 'wrote target/sbom.json'
+
+soak: build guests
+	@$(CARGO) run --release --locked -p tests --bin soak -- $(H)
 
 bench: build guests
 	@$(CARGO) run --release --locked -p tests --bin bench

@@ -550,8 +550,18 @@ impl Client {
         self.ask("vm.send-migration", request)
     }
 
-    /// Takes a machine from another monitor, with descriptors of taps for the cards that the request names; returns when
-    /// it is there.
+    /// The same over a `connection`, which the request names as `fd:NUMBER`.
+    pub fn send_migration_over(
+        &mut self,
+        request: &wire::SendMigrationData,
+        connection: BorrowedFd<'_>,
+    ) -> Result<(), ClientError> {
+        let answer = self.put("vm.send-migration", Some(request), &[connection]);
+        answer.map(drop)
+    }
+
+    /// Takes a machine from another monitor, with descriptors of taps for the cards that the request names, behind that of the socket
+    /// where it names one as `fd:NUMBER`; returns when it is there.
     pub fn receive_migration(
         &mut self,
         request: &wire::ReceiveMigrationData,

@@ -173,7 +173,7 @@ pub enum Command {
     /// Build the machine that a snapshot holds, with the descriptors that came along.
     Restore(Box<wire::RestoreConfig>, Vec<OwnedFd>),
     /// Give the machine to another monitor, as a job.
-    SendMigration(Box<wire::SendMigrationData>),
+    SendMigration(Box<wire::SendMigrationData>, Vec<OwnedFd>),
     /// Take a machine from another monitor, with the descriptors that came along.
     ReceiveMigration(Box<wire::ReceiveMigrationData>, Vec<OwnedFd>),
     /// Ask the guest agent.

@@ -168,6 +168,11 @@ pub enum EventKind {
     Restoring,
     /// It is as the snapshot says; it stays paused or goes on now.
     Restored,
+    /// The memory of a machine that goes to another monitor is gone through. Rounds that follow each other within a quarter of a second are told of as one.
+    MigrationRound {
+        /// How often it has been gone through before: 0 for the first time.
+        round: u64,
+    },
     /// A device is on the bus of a machine that has been built.
     DeviceAdded {
         /// The device's id.

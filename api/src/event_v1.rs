@@ -44,11 +44,12 @@ struct Timestamp {
     nanos: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 enum Properties<'a> {
     Device { id: &'a str, bdf: &'a str },
     Id { id: &'a str },
+    Number { id: String },
     Panic { event: &'static str },
 }
 
@@ -101,6 +102,7 @@ impl Teller {
             EventKind::DeviceReset { .. } => return ("virtio-device", &["reset"]),
             EventKind::Deleted => &["deleted"],
             EventKind::DeviceRemoved { .. } => &["device-removed"],
+            EventKind::MigrationRound { .. } => &["migration-memory-iteration"],
             EventKind::CpusResized { .. }
             | EventKind::MemoryResized { .. }
             | EventKind::BalloonResized { .. } => &["resizing", "resized"],
@@ -174,11 +176,14 @@ impl Teller {
             EventKind::DeviceActivated { id } | EventKind::DeviceReset { id } => {
                 Some(Properties::Id { id })
             }
+            EventKind::MigrationRound { round } => Some(Properties::Number {
+                id: round.to_string(),
+            }),
             EventKind::GuestPanic => Some(Properties::Panic { event: "panic" }),
             _ => None,
         };
         let (source, words) = self.tell(&event.kind);
-        let record = |word: &&'static str| written(event.at_us, source, word, properties);
+        let record = |word: &&'static str| written(event.at_us, source, word, properties.clone());
         words.iter().map(record).collect()
     }
 }
@@ -262,8 +267,8 @@ impl EventMonitor {
         };
         let thread = std::thread::Builder::new()
             .name("event-monitor".to_owned())
-            .stack_size(STACK)
-            .spawn(move || writer.run())?;
+            .stack_size(STACK);
+        let thread = crate::threads::spawn(thread, move || writer.run())?;
         Ok(Self {
             shared,
             thread: Some(thread),

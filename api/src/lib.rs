@@ -18,6 +18,7 @@ pub mod openapi;
 mod reason;
 pub mod routes;
 pub mod spelling;
+pub mod threads;
 pub mod web;
 pub mod wire;
 

@@ -559,7 +559,7 @@ pub const ROUTES: &[Route] = &[
         "vm.send-migration",
         "Error dispatching the migration worker",
     )
-    .about("Begins to give the machine to another monitor, as a job: `vm.migration` tells what becomes of it.")
+    .about("Begins to give the machine to another monitor, as a job: `vm.migration` tells what becomes of it. The socket of `fd:` comes along.")
     .takes::<wire::SendMigrationData>()
     .fails(&[400, 404, 409, 429, 501]),
     put(
@@ -567,7 +567,7 @@ pub const ROUTES: &[Route] = &[
         "vm.receive-migration",
         "Error receiving migration",
     )
-    .about("Waits for a machine that another monitor gives, and answers when it is here; descriptors of taps may come along.")
+    .about("Waits for a machine that another monitor gives, and answers when it is here; the socket of `fd:`, and then descriptors of taps, may come along.")
     .takes::<wire::ReceiveMigrationData>()
     .fails(&[400, 404, 409, 429, 501]),
     get(Endpoint::VmMigration, "vm.migration")

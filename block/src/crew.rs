@@ -85,9 +85,8 @@ impl<T: Task> Crew<T> {
                 break;
             }
             let shared = Arc::clone(&self.shared);
-            let thread = thread::Builder::new()
-                .name(self.name.to_owned())
-                .spawn(move || shared.serve())?;
+            let thread = thread::Builder::new().name(self.name.to_owned());
+            let thread = crate::threads::spawn(thread, move || shared.serve())?;
             threads.push(thread);
         }
         Ok(())

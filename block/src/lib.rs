@@ -55,6 +55,7 @@ mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
+pub mod threads;
 mod track;
 mod unfinished;
 

@@ -112,6 +112,15 @@ pub trait Backend: Send {
         Ok(())
     }
 
+    /// Tells the network that `address` is here now. Nothing where there is nobody to tell.
+    ///
+    /// # Errors
+    ///
+    /// As those of a port; the frame is lost then, as any may be.
+    fn announce(&self, _address: MacAddress) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The way to and from the network for the pair of this number.
     ///
     /// # Errors

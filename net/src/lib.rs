@@ -19,6 +19,7 @@
 //! The crate sees frames in memory that it is lent for one call. It knows neither virtio nor
 //! guest memory.
 
+mod announce;
 mod backend;
 mod frame;
 mod kernel;
@@ -27,6 +28,7 @@ mod mirror;
 mod packets;
 mod stream;
 mod tap;
+pub mod threads;
 mod watch;
 
 pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source, open};

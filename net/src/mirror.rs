@@ -325,9 +325,8 @@ impl Mirror {
         });
         let label = outlet.label.clone();
         let theirs = Arc::clone(&shared);
-        thread::Builder::new()
-            .name("mirror".to_owned())
-            .spawn(move || write_all(&theirs, outlet))
+        let thread = thread::Builder::new().name("mirror".to_owned());
+        crate::threads::spawn(thread, move || write_all(&theirs, outlet))
             .map_err(|source| MirrorError::Thread { label, source })?;
         Ok(Self { shared })
     }

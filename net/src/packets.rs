@@ -3,8 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::announce;
 use crate::backend::{Backend, Offloads, Port};
 use crate::frame::Pieces;
+use crate::mac::MacAddress;
 
 /// A descriptor of which a read is one frame with its header, and a write
 /// too: a queue of a tap, or a socket of packets or datagrams whose other end
@@ -54,6 +56,10 @@ impl Backend for Packets {
 
     fn attach(&mut self, _pairs: u16) -> io::Result<()> {
         Ok(())
+    }
+
+    fn announce(&self, address: MacAddress) -> io::Result<()> {
+        announce::announce(self.0.as_fd(), address)
     }
 
     fn port(&self, _pair: u16) -> io::Result<Box<dyn Port>> {

@@ -18,6 +18,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::announce;
 use crate::backend::{Backend, Offloads, Port};
 use crate::frame::HEADER_LEN;
 use crate::mac::MacAddress;
@@ -672,6 +673,13 @@ impl Backend for Tap {
     fn check(&self) -> io::Result<()> {
         match self.queues.first() {
             Some(queue) => ioctl::interface_of(queue.as_fd()).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn announce(&self, address: MacAddress) -> io::Result<()> {
+        match self.queues.first() {
+            Some(queue) => announce::announce(queue.as_fd(), address),
             None => Ok(()),
         }
     }

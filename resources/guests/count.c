@@ -4,7 +4,7 @@
  * it tells after one is right only if every page has come along.
  *
  * 'c' asks how far it is, 't' the same without a look at memory. 'h' has it hold, or count on; while it holds, each 's'
- * is STEPS more. 'q' ends it.
+ * is STEPS more. 'q' ends it, and 'r' has it reset.
  */
 #include "runtime.h"
 
@@ -73,6 +73,10 @@ static void count(void)
             break;
         case 's':
             step(STEPS);
+            break;
+        case 'r':
+            outb(0xCF9, 0x02);
+            outb(0xCF9, 0x06);
             break;
         case 'q':
             return;

@@ -32,6 +32,7 @@ pub mod nested;
 pub mod places;
 pub mod probe;
 pub mod runner;
+pub mod soak;
 pub mod suite;
 pub mod tap;
 pub mod viewer;

@@ -12,6 +12,7 @@ mod handled;
 mod moved;
 mod network;
 mod ps2;
+mod recorded;
 mod restored;
 mod saved;
 mod screen;
@@ -222,6 +223,7 @@ pub fn cases(kernel: &str) -> Vec<Case> {
     // Others lack the driver.
     if kernel == "6.12-cloud" {
         cases.push(watchdog(kernel));
+        cases.push(recorded::sees_the_machine_of_record(kernel));
         cases.push(handled::typed_at_and_resized(kernel));
         cases.push(shared::has_directories(kernel));
         cases.push(saved::goes_on(kernel));
@@ -256,6 +258,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     cases.push(boots(kernel, Form::Pvh, 8));
     if kernel.starts_with("6.12") {
         cases.push(moved::goes_to_and_fro(kernel));
+        cases.push(moved::goes_with_the_kernels_card(kernel));
         cases.push(struck::survives_cuts_and_kills(kernel));
     }
     for (word, cpus) in [

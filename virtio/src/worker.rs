@@ -495,13 +495,12 @@ fn spawn<W: QueueWorker>(
         control: Arc::clone(control),
         notifier: Arc::clone(notifier),
     };
-    thread::Builder::new()
-        .name(thread_name(kind, unit, slot))
-        .spawn(move || {
-            let queues = run(worker, &obituary.control, slot);
-            drop(obituary);
-            queues
-        })
+    let thread = thread::Builder::new().name(thread_name(kind, unit, slot));
+    crate::threads::spawn(thread, move || {
+        let queues = run(worker, &obituary.control, slot);
+        drop(obituary);
+        queues
+    })
 }
 
 fn run<W: QueueWorker>(mut worker: W, control: &Control, slot: usize) -> Vec<StoppedQueue> {

@@ -17,6 +17,7 @@
 //! | 5 | KVM could not go on |
 //! | 6 | the guest did not power off in time and was ended |
 //! | 7 | the guest did not feed its watchdog in time |
+//! | 159 | a thread of the monitor was refused a system call ([`crate::sandbox`]) |
 //!
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
@@ -65,7 +66,8 @@ Exit codes:
   4  the guest's processor shut down (triple fault)
   5  KVM could not go on with the guest
   6  the guest did not power off in time after a signal
-  7  the guest did not feed its watchdog in time";
+  7  the guest did not feed its watchdog in time
+  159  a thread of the monitor was refused a system call";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -215,8 +217,6 @@ struct Start {
     log_file: Option<PathBuf>,
     /// What the process was started with for the monitor.
     descriptors: serve::Numbers,
-    /// What is to be said first.
-    warning: Option<&'static str>,
     /// Does it, and gives the exit code.
     work: Box<dyn FnOnce(Arc<Opener>, Inherited) -> Result<u8, Failure>>,
 }
@@ -234,14 +234,14 @@ fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
             arguments.numbers(matches.subcommand_matches("run").unwrap_or(&matches)),
         ),
         Verb::Serve(arguments) => (arguments.log_file(), arguments.numbers()),
-        Verb::Receive(arguments) => (arguments.log_file(), serve::Numbers::default()),
+        Verb::Receive(arguments) => (arguments.log_file(), arguments.numbers()),
+        Verb::Remote(remote::Verb::Migrate(arguments)) => (None, arguments.numbers()),
         _ => (None, serve::Numbers::default()),
     };
     Ok(Start {
         verbose: cli.verbose,
         log_file: log_file.map(Path::to_owned),
         descriptors,
-        warning: None,
         work: Box::new(move |opener, inherited| dispatch(cli.verb, &matches, opener, inherited)),
     })
 }
@@ -275,12 +275,7 @@ fn execute(arguments: Vec<OsString>) -> u8 {
             log::start(start.verbose, start.log_file.as_deref(), &opener).map_err(judge)?;
             Ok(inherited)
         })
-        .and_then(|inherited| {
-            if let Some(warning) = start.warning {
-                tracing::warn!("{warning}");
-            }
-            (start.work)(opener, inherited)
-        });
+        .and_then(|inherited| (start.work)(opener, inherited));
     match result {
         Ok(code) => code,
         Err(Failure::Usage(error)) => {
@@ -345,7 +340,11 @@ fn dispatch(
         }
         Verb::Receive(arguments) => {
             let matches = matches.subcommand_matches("receive").unwrap_or(matches);
-            receive::execute(&arguments, matches, opener)
+            receive::execute(&arguments, matches, opener, inherited.connection)
+        }
+        Verb::Remote(remote::Verb::Migrate(mut arguments)) => {
+            arguments.inherit(inherited);
+            ask(remote::Verb::Migrate(arguments), opener)
         }
         Verb::Remote(verb) => ask(verb, opener),
         Verb::Serve(mut arguments) => {

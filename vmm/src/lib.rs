@@ -25,5 +25,6 @@ pub mod places;
 pub mod process;
 mod random;
 pub mod run;
+pub mod sandbox;
 pub mod smbios;
 pub mod tls;

@@ -1,11 +1,13 @@
 //! What this process uses of the host.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::opener::Opener;
 
 /// Enough of a line of `/proc/self/stat`.
-const LIMIT: u64 = 4096;
+const LIMIT: usize = 4096;
 
 /// What the process uses now, and has used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,19 +24,66 @@ pub struct Usage {
     pub threads: u64,
 }
 
-impl Usage {
+/// Where the host tells it, open already: who asks may open nothing.
+#[derive(Debug)]
+pub struct Meter {
+    statm: File,
+    stat: File,
+}
+
+impl Meter {
+    /// Of this process; `None` where the host does not tell.
+    #[must_use]
+    pub fn open(opener: &Opener) -> Option<Self> {
+        let open = |path| opener.open_input(Path::new(path)).ok();
+        Some(Self {
+            statm: open("/proc/self/statm")?,
+            stat: open("/proc/self/stat")?,
+        })
+    }
+
     /// Asks the host; `None` where it does not say.
     #[must_use]
-    pub fn now(opener: &Opener) -> Option<Self> {
-        let read = |path| opener.read_text(Path::new(path), LIMIT).ok();
+    pub fn read(&self) -> Option<Usage> {
+        let read = |file: &File| {
+            let mut text = vec![0; LIMIT];
+            let len = file.read_at(&mut text, 0).ok()?;
+            text.truncate(len);
+            String::from_utf8(text).ok()
+        };
         let page = u64::try_from(rustix::param::page_size()).ok()?;
         let tick = rustix::param::clock_ticks_per_second();
-        parse(
-            &read("/proc/self/statm")?,
-            &read("/proc/self/stat")?,
-            page,
-            tick,
-        )
+        parse(&read(&self.statm)?, &read(&self.stat)?, page, tick)
+    }
+}
+
+/// The largest piece that the allocator keeps for later when it has been freed, in bytes: larger ones are mappings of their own.
+#[cfg(target_env = "gnu")]
+const KEPT: libc::c_int = 128 << 10;
+/// How many heaps there are. Where threads come and go with each job, each of them would take another of very many, and leave what it freed there.
+#[cfg(target_env = "gnu")]
+const HEAPS: libc::c_int = 2;
+
+/// Has the allocator keep little of what is freed, for a process that is there for months. Called once, before there are other threads.
+pub(crate) fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "mallopt(3) is a C function")]
+    // SAFETY: it takes no pointers, and numbers that it does not understand change nothing.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS);
+        // A threshold that is set stays; by itself it grows with what is freed.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+    }
+}
+
+/// Gives the host back what has been freed and is still kept. Takes a moment: for the end of what took much.
+pub(crate) fn give_back() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "malloc_trim(3) is a C function")]
+    // SAFETY: it takes no pointers, and any thread may call it at any time.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 
@@ -82,7 +131,7 @@ mod tests {
 
     #[test]
     fn this_process_has_memory_and_a_thread() {
-        let usage = Usage::now(&Opener::new()).unwrap();
+        let usage = Meter::open(&Opener::new()).unwrap().read().unwrap();
         assert!(usage.resident_bytes > 0 && usage.resident_bytes <= usage.virtual_bytes);
         assert!(usage.threads >= 1);
     }

@@ -1,5 +1,6 @@
 //! Runs a monitor, with or without a machine of its own, to its end.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,6 +18,7 @@ use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
 use crate::machine::saved::Saved;
 use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
 use crate::opener::{OpenError, Opener};
+use crate::sandbox;
 
 /// The kind of the job that waits for a machine of another monitor.
 const RECEIVE: &str = "receive";
@@ -28,6 +30,8 @@ pub struct Endpoint {
     pub place: Option<Place>,
     /// Where events are written in Cloud Hypervisor's form, if they are.
     pub events: Option<Place>,
+    /// What its threads' filters of system calls do.
+    pub seccomp: sandbox::Mode,
     /// Where its log goes, which is open already, if not to standard error.
     pub log: Option<PathBuf>,
     /// How it behaves.
@@ -36,6 +40,9 @@ pub struct Endpoint {
 
 /// Called once, on the control thread, when the guest runs for the first time, or is restored and stays paused; must not block.
 pub type OnRunning = Box<dyn FnOnce() + Send>;
+
+/// What is done when a machine of another monitor is waited for, and where that is.
+pub type OnWaiting = Box<dyn FnOnce(&str) + Send>;
 
 /// Builds the machine, boots it, or has it begin as `saved` says, and waits for its end; with a control socket
 /// and [`MonitorOptions::no_shutdown`], for the end of the monitor.
@@ -77,19 +84,24 @@ pub fn serve(
 }
 
 /// Waits for the machine that another monitor gives as `request` says, and runs it to its end. `listening` is called once it is
-/// waited for.
+/// waited for, with where that is. The socket of `fd:` is `passed`.
 ///
 /// # Errors
 ///
 /// What kept the machine from coming or going on, or the socket from being made.
 pub fn receive(
-    request: ReceiveMigrationData,
+    (request, passed): (ReceiveMigrationData, Vec<OwnedFd>),
     endpoint: Endpoint,
     opener: Arc<Opener>,
-    listening: OnRunning,
+    listening: OnWaiting,
 ) -> anyhow::Result<ExitReason> {
     let (monitor, _around) = monitor(endpoint, DEFAULT_SERIAL_REPLAY, opener, None)?;
     let handle = monitor.handle();
+    let (asked, url) = (handle.clone(), request.receiver_url.clone());
+    let listening: OnRunning = Box::new(move || {
+        let place = asked.migration().map(|info| info.peer);
+        listening(&place.unwrap_or(url));
+    });
     let _alarm = when(handle.events(), listening, is_waited_for);
     let refused: Arc<Mutex<Option<ControlError>>> = Arc::default();
     let answer: Answer = {
@@ -102,10 +114,7 @@ pub fn receive(
             }
         })
     };
-    handle.submit(
-        Command::ReceiveMigration(Box::new(request), Vec::new()),
-        answer,
-    );
+    handle.submit(Command::ReceiveMigration(Box::new(request), passed), answer);
     let reason = monitor.serve()?;
     let refused = refused
         .lock()
@@ -162,6 +171,7 @@ fn monitor(
     let Endpoint {
         place,
         events,
+        seccomp,
         log,
         mut options,
     } = endpoint;
@@ -169,6 +179,8 @@ fn monitor(
     let strict = options.strict;
     let mut monitor =
         Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
+    // Its signals are blocked, and it has no threads.
+    sandbox::begin(seccomp).context("--seccomp")?;
     let mut own = OwnFiles::default();
     if let Some(log) = &log {
         own.add(log, "--log-file");

@@ -75,9 +75,24 @@ pub enum TlsError {
     /// Nobody could be known by them.
     #[error("the authority's certificate cannot be used")]
     Verifier(#[source] VerifierBuilderError),
+    /// The key is another one's.
+    #[error(
+        "the private key does not belong to the certificate: give the one that it was made with"
+    )]
+    Pair,
     /// They cannot be used, or not together.
     #[error("the certificate and its key cannot be used")]
     Use(#[source] rustls::Error),
+}
+
+impl TlsError {
+    /// Why a certificate and its key are of no use.
+    fn of_pair(error: rustls::Error) -> Self {
+        match error {
+            rustls::Error::InconsistentKeys(_) => Self::Pair,
+            error => Self::Use(error),
+        }
+    }
 }
 
 impl ServerTls {
@@ -110,7 +125,7 @@ impl ServerTls {
         };
         let mut config = config
             .with_single_cert(chain.clone(), key.clone_key())
-            .map_err(TlsError::Use)?;
+            .map_err(TlsError::of_pair)?;
         // No session is resumed; and viewers of older GnuTLS wait for ever when a ticket comes with what follows it.
         config.send_tls13_tickets = 0;
         Ok(Self {
@@ -161,7 +176,7 @@ impl ClientTls {
             .map_err(TlsError::Use)?
             .with_root_certificates(known(&authorities)?)
             .with_client_auth_cert(chain, key)
-            .map_err(TlsError::Use)?;
+            .map_err(TlsError::of_pair)?;
         Ok(Self(Arc::new(config)))
     }
 

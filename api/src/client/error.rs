@@ -134,9 +134,14 @@ impl ClientError {
     }
 }
 
-/// The first element says no more than that the status is no success.
+/// The first element says no more than that the status is no success, and v1's words for migrations not what failed either.
 fn refusal(status: u16, chain: &[String]) -> String {
-    const EMPTY: [&str; 2] = ["Error from API", "Internal Server Error"];
+    const EMPTY: [&str; 4] = [
+        "Error from API",
+        "Internal Server Error",
+        "Error dispatching the migration worker",
+        "Error receiving migration",
+    ];
     let told: Vec<&str> = chain
         .iter()
         .map(String::as_str)
@@ -161,6 +166,9 @@ mod tests {
         };
         let full = refused(&["Error from API", "The VM could not boot", "no kernel"]);
         assert_eq!(full.to_string(), "The VM could not boot: no kernel");
+        let sent = ["Error from API", "Error dispatching the migration worker"];
+        let sent = refused(&[&sent[..], &["streams: 65"]].concat());
+        assert_eq!(sent.to_string(), "streams: 65");
         assert!(refused(&[]).to_string().contains("status 500"));
         assert_eq!(refused(&["Not Found"]).to_string(), "Not Found");
     }

@@ -117,6 +117,22 @@ fn machines_that_go_and_come_are_told_once_at_each_step() {
 }
 
 #[test]
+fn rounds_of_a_migration_are_told_with_their_number() {
+    let event = Event {
+        id: 1,
+        at_us: 0,
+        kind: EventKind::MigrationRound { round: 7 },
+    };
+    let records = Teller::new().records(&event);
+    let [record] = records.as_slice() else {
+        panic!("{records:?}");
+    };
+    let record: serde_json::Value = serde_json::from_str(record).unwrap();
+    assert_eq!(record["event"], "migration-memory-iteration");
+    assert_eq!(record["properties"], serde_json::json!({ "id": "7" }));
+}
+
+#[test]
 fn a_life_is_told_from_boot_to_power_off() {
     let pause = |pause| EventKind::State {
         state: VmState::Paused,

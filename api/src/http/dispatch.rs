@@ -281,7 +281,9 @@ impl Dispatcher {
             Endpoint::VmDiskBitmap => Command::DiskBitmap(self.body(route, &request)?),
             Endpoint::VmDiskRevert => Command::DiskRevert(self.body(route, &request)?),
             Endpoint::VmRestore => Command::Restore(self.body(route, &request)?, descriptors),
-            Endpoint::VmSendMigration => Command::SendMigration(self.body(route, &request)?),
+            Endpoint::VmSendMigration => {
+                Command::SendMigration(self.body(route, &request)?, descriptors)
+            }
             Endpoint::VmReceiveMigration => {
                 Command::ReceiveMigration(self.body(route, &request)?, descriptors)
             }

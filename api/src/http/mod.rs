@@ -147,8 +147,8 @@ pub fn serve(
     let server = Server::new(listener, control, options, Arc::clone(&mailbox))?;
     let thread = std::thread::Builder::new()
         .name("api".to_owned())
-        .stack_size(STACK)
-        .spawn(move || server.run())?;
+        .stack_size(STACK);
+    let thread = crate::threads::spawn(thread, move || server.run())?;
     Ok(ServerHandle {
         mailbox,
         thread: Some(thread),

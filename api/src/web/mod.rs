@@ -146,8 +146,8 @@ pub fn serve(listener: Listener, desk: Arc<dyn Desk>, cookie: String) -> io::Res
     let server = server::Server::new(listener, desk, cookie, tokens.clone(), Arc::clone(&end));
     let thread = std::thread::Builder::new()
         .name("web".to_owned())
-        .stack_size(STACK)
-        .spawn(move || server.run())?;
+        .stack_size(STACK);
+    let thread = crate::threads::spawn(thread, move || server.run())?;
     Ok(WebServer {
         tokens,
         end,

@@ -13,7 +13,8 @@ use super::restore::{RestoreOverrides, RestoredNet};
 /// `vm.send-migration`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SendMigrationData {
-    /// `tcp:HOST:PORT` or `unix:PATH`, where the other monitor waits. Beyond v1: `exec:COMMAND`, whose input and output lead there.
+    /// `tcp:HOST:PORT` or `unix:PATH`, where the other monitor waits. Beyond v1: `exec:COMMAND`, whose input and output lead there, and
+    /// `fd:NUMBER`, a connected stream socket that comes along with the request, of any number.
     pub destination_url: String,
     /// Memory is handed over and not copied, to a monitor of this host.
     #[serde(default, skip_serializing_if = "is_false")]
@@ -43,9 +44,9 @@ pub struct SendMigrationData {
     /// Parameters that belong together: `default`, `fast` or `datacentre`. Others that are given replace its own. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preset: Option<String>,
-    /// The most bytes in a second. Not in v1.
+    /// The most bytes in a second; 0: no limit; absent: as `preset` says. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<NonZero<u64>>,
+    pub bandwidth: Option<u64>,
     /// It ends after so many seconds in which less has not been left than ever before. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_s: Option<NonZero<u64>>,
@@ -113,7 +114,7 @@ pub enum CopyStorage {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ReceiveMigrationData {
     /// `tcp:HOST:PORT` or `unix:PATH`, where the machine is waited for. Beyond v1: `exec:COMMAND`, whose input and output lead to
-    /// the source.
+    /// the source, and `fd:NUMBER`, a stream socket that comes along with the request before those of taps, and listens or is connected to it.
     pub receiver_url: String,
     /// The directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`; for `tcp:` alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -291,6 +292,9 @@ pub struct MigrationInfo {
     pub zero_pages: u64,
     /// Of those that went as differences.
     pub delta_pages: u64,
+    /// Pages that were left out of the first round, because the guest has told through its balloon that it does not use them.
+    #[serde(default)]
+    pub free_pages: u64,
     /// Bytes over the wire.
     pub bytes: u64,
     /// Bytes of memory in a second, as the last round had them.

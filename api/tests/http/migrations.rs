@@ -75,7 +75,7 @@ fn numbers_that_mean_nothing_are_refused() {
     for field in [
         r#""downtime_ms":0"#,
         r#""timeout_s":0"#,
-        r#""bandwidth":0"#,
+        r#""bandwidth":-1"#,
         r#""stall_s":-1"#,
         r#""connections":-1"#,
         r#""connections":4294967296"#,
@@ -188,7 +188,7 @@ fn taps_come_along_with_the_request_for_a_machine() {
             assert_eq!(taps.len(), wanted);
             Some(Ok(Reply::Done))
         }
-        Command::SendMigration(request) => {
+        Command::SendMigration(request, _) => {
             assert_eq!(request.connections, Some(8));
             Some(Ok(Reply::Done))
         }

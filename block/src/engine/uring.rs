@@ -15,6 +15,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
@@ -37,6 +38,57 @@ const FIXED_FILES: u32 = 16;
 
 /// The fewest entries that are worth a call of their own before the whole batch is there.
 const HEAD_START: usize = 2;
+
+/// What `io_uring_register` is used for here, by `linux/io_uring.h`.
+mod registration {
+    pub(super) const FILES_UPDATE: u8 = 6;
+    pub(super) const FILES2: u8 = 13;
+}
+
+/// A new ring, which does what is used of it.
+fn restricted(entries: u32) -> io::Result<IoUring> {
+    // Interrupting the worker for each completion is dear; kernels before 5.19
+    // know nothing else.
+    let ring = match IoUring::builder()
+        .setup_clamp()
+        .setup_r_disabled()
+        .setup_submit_all()
+        .setup_coop_taskrun()
+        .setup_taskrun_flag()
+        .build(entries)
+    {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+            .setup_clamp()
+            .setup_r_disabled()
+            .build(entries)?,
+        other => other?,
+    };
+    restrict(&ring)?;
+    Ok(ring)
+}
+
+/// Leaves a new ring what is used of it and lets it begin. A ring is a way round filters of system calls: it could open files and
+/// sockets. What is not listed here it refuses from now on, whoever asks.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let operations = [
+        opcode::Nop::CODE,
+        opcode::PollAdd::CODE,
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
+    ];
+    let registrations = [registration::FILES_UPDATE, registration::FILES2];
+    let operations = operations.into_iter().map(Restriction::sqe_op);
+    let registrations = registrations.into_iter().map(Restriction::register_op);
+    let flags = Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits());
+    let mut all: Vec<_> = operations.chain(registrations).chain([flags]).collect();
+    let submitter = ring.submitter();
+    submitter.register_restrictions(&mut all)?;
+    submitter.register_enable_rings()
+}
 
 /// The engine.
 pub(crate) struct Uring {
@@ -68,20 +120,8 @@ impl Uring {
     /// `Unsupported`, or the host's error: `ENOSYS` and `EPERM` where there is no io_uring.
     pub(crate) fn new(depth: u32) -> io::Result<Self> {
         let entries = depth.saturating_add(SPARE_ENTRIES);
-        // Interrupting the worker for each completion is dear; kernels before 5.19
-        // know nothing else.
-        let ring = match IoUring::builder()
-            .setup_clamp()
-            .setup_submit_all()
-            .setup_coop_taskrun()
-            .setup_taskrun_flag()
-            .build(entries)
-        {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_clamp().build(entries)?
-            }
-            other => other?,
-        };
+        // A thread that could make rings could make one that does anything.
+        let ring = crate::threads::apart(move || restricted(entries))?;
         let params = ring.params();
         if !(params.is_feature_ext_arg()
             && params.is_feature_nodrop()
@@ -459,6 +499,20 @@ mod tests {
     use crate::storage::FileStorage;
     use crate::testing::Arena;
 
+    #[test]
+    fn a_ring_opens_no_file_and_no_socket() {
+        let mut engine = Uring::new(2).unwrap();
+        let path = c"/etc/passwd";
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
+        for entry in [open, socket] {
+            assert!(engine.try_push(&entry));
+            engine.ring.submit_and_wait(1).unwrap();
+            let done = engine.ring.completion().next().unwrap();
+            assert_eq!(done.result(), -libc::EACCES);
+        }
+    }
+
     /// How many of eight reads are not with the host before anybody submits them.
     fn unsent(direct: bool) -> usize {
         let file = tempfile::tempfile().unwrap();
@@ -467,6 +521,7 @@ mod tests {
         let target = Target::new(Arc::new(FileStorage::new(Arc::new(host))));
         let mut ring = Uring::new(8).unwrap();
         let id = ring.add_file(target);
+        assert_eq!(ring.fixed, 1);
         let arena = Arena::new(32 << 10);
         for tag in 0..8 {
             let place = usize::try_from(tag * 4096).unwrap();

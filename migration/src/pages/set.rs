@@ -183,6 +183,13 @@ impl PageSet {
         }
     }
 
+    /// Takes those out that the other, which is of the same memory, has too.
+    pub fn remove(&mut self, other: &Self) {
+        for (to, from) in self.chunks.iter_mut().zip(&other.chunks) {
+            *to = to.without(from);
+        }
+    }
+
     /// Where the page at a guest-physical address is: its chunk, and its place in that. The set is one of memory with these `ranges`.
     fn place(&self, ranges: &[(u64, u64)], address: u64) -> Option<(usize, u16)> {
         let after = ranges.partition_point(|(start, _)| *start <= address);

@@ -6,6 +6,8 @@ use crate::case::{Action, Case, Form};
 
 /// Seconds for one way.
 const EACH: u64 = 60;
+/// Ways of the card that the host's kernel serves.
+const KERNEL_HOPS: u32 = 3;
 /// Where the guest's log begins on its disk, in records of 4 KiB; what is before is the other worker's.
 pub(super) const LOG: u64 = 4 * MIB / 4096;
 
@@ -185,7 +187,7 @@ hop() {
         *) shape='netem delay 5ms loss 0.5%' ;;
     esac
     shape "$shape"
-    lost=$(pings) heard=$(wc -l < announced)
+    lost=$(pings) heard=$(wc -l < announced) told=$(wc -l < reversed)
     $to "$VIREO" receive $name $url $way --serial file=console-$1 --log-file log-$1 --detach > /dev/null
     "$VIREO" migrate $before $url $way $more --max-downtime 3s > report 2>&1 || { cat report >&2; exit 1; }
     until_ '[ "$(monitors)" = 1 ]'
@@ -195,8 +197,8 @@ hop() {
     until_ "after $1 -1 -1"
     set -- $1 $(line $1)
     until_ "after $1 $3 $4"
-    # That one alone may be lost.
-    [ $to-${shape%% *} = there-netem ] || until_ '[ $(wc -l < announced) -gt $heard ]'
+    # They alone may be lost.
+    [ $to-${shape%% *} = there-netem ] || until_ '[ $(wc -l < announced) -gt $heard ] && [ $(wc -l < reversed) -gt $told ]'
     if grep bad: told; then exit 1; fi
     echo "hop $1: $(cat report)" >&3
     echo "@@ hop $1 to $to by ${url%%:*}${more:+ $more}, $shape: $(sed 's/.*: \([^:]* of memory\)/\1/' report); $(($(pings) - lost)) pings lost"
@@ -208,7 +210,10 @@ $third ping -i 0.2 10.90.0.2 > pings 2>&1 &
 echo $! >> third.pid
 $third tcpdump -Z root -i veth0 -l -n 'arp and src host 10.90.0.2 and dst host 10.90.0.2' > announced 2> tcpdump.log &
 echo $! >> third.pid
-until_ 'grep -q seq= pings && grep -q listening tcpdump.log'
+# The monitor says so too, where the guest's own is late.
+$third tcpdump -Z root -i veth0 -l -n 'rarp and ether src 52:54:00:00:90:02' > reversed 2> reverse.log &
+echo $! >> third.pid
+until_ 'grep -q seq= pings && grep -q listening tcpdump.log && grep -q listening reverse.log'
 "#;
 
 /// Its log has every record up to the last one, and nothing is wrong with the image.
@@ -234,17 +239,38 @@ echo '@@ went to and fro'
 
 /// Every way in which memory goes, over good and bad networks.
 pub(super) fn goes_to_and_fro(kernel: &str) -> Case {
-    let hops = cycles::asked("MIGRATION_CYCLES");
+    moves(
+        kernel,
+        "goes-to-and-fro",
+        "",
+        cycles::asked("MIGRATION_CYCLES"),
+    )
+}
+
+/// The same with a card that the host's kernel serves: the monitor takes it over while memory goes.
+pub(super) fn goes_with_the_kernels_card(kernel: &str) -> Case {
+    moves(
+        kernel,
+        "goes-with-the-kernels-card",
+        ",vhost=on",
+        KERNEL_HOPS,
+    )
+}
+
+fn moves(kernel: &str, name: &str, card: &str, hops: u32) -> Case {
     let log = LOG.to_string();
     let moves = format!(
         "{TRACE}{WORDS}{WAYS}{HOP}last={hops}\nfor hop in $(seq $last); do hop $hop; done\n{}",
         END.replace("LOG", &log)
     );
     let script = format!("{WORKER}{}", GUEST.replace("LOG", &log));
-    let mut case = case(kernel, Form::Pvh, "goes-to-and-fro", &script)
+    let net = format!("--net tap=guest,mac=52:54:00:00:90:02{card}");
+    let mut case = case(kernel, Form::Pvh, name, &script)
         .before(&format!("{WORDS}{HOSTS}{THIRD}"))
         .args("--name m0 --cpus boot=2 --memory size=192M")
-        .args("--disk path={dir}/work.qcow2,format=qcow2 --net tap=guest,mac=52:54:00:00:90:02")
+        .args(&format!(
+            "--disk path={{dir}}/work.qcow2,format=qcow2 {net}"
+        ))
         .step("@@ works", Action::Run(moves))
         .lines(["@@ went to and fro"])
         .limit(60 + EACH * u64::from(hops));

@@ -1,7 +1,9 @@
 //! The repository's rules. A rule that only a document states decays.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+mod attacks;
 mod source;
+mod supply;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -380,12 +382,19 @@ fn no_file_names_a_place_outside_the_project() {
             continue;
         };
         for (number, line) in text.lines().enumerate() {
-            for place in places.iter().filter(|place| line.contains(**place)) {
+            for place in places.iter().filter(|place| begins(line, place)) {
                 broken.push(format!("{relative}:{}: {place}", number + 1));
             }
         }
     }
     report("no file names a place outside the project", broken);
+}
+
+/// Whether a path in the line begins with `place`; a directory of the project may have its name.
+fn begins(line: &str, place: &str) -> bool {
+    line.match_indices(place).any(|(at, _)| {
+        !line[..at].ends_with(|before: char| before.is_ascii_alphanumeric() || before == '_')
+    })
 }
 
 /// A heuristic: the tests of the module that declares a saved type restore one.

@@ -272,6 +272,17 @@ impl Net {
         let offloads = guest_offloads(self.shared.guest_bits() & self.accepted);
         self.shared.set_offloads(offloads).map_err(failed)
     }
+
+    /// Has the switches of the network learn that the driver's address is here now: a driver that is to announce itself may take its
+    /// time, or not know how.
+    fn tell_network(&self) {
+        let address = MacAddress::new(self.shared.filter().mac);
+        if let (true, Ok(address)) = (self.shared.link(), address)
+            && let Err(error) = self.shared.backend().announce(address)
+        {
+            tracing::debug!(%error, "the network was not told that a card has come");
+        }
+    }
 }
 
 /// What can be seen of a card at any time, also when it is gone: it does not hold the network.
@@ -344,9 +355,14 @@ impl VirtioDevice for Net {
             notifier: Arc::clone(&notifier),
         };
         self.launch(running, queues)?;
-        let announces =
-            std::mem::take(&mut self.restored) && self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE);
-        let blinks = std::mem::take(&mut self.renewed) && self.accepts(VIRTIO_NET_F_STATUS);
+        let restored = std::mem::take(&mut self.restored);
+        let renewed = std::mem::take(&mut self.renewed);
+        // What the driver of a copy still takes for its address may be another's by now.
+        if restored && !renewed {
+            self.tell_network();
+        }
+        let announces = restored && self.accepts(VIRTIO_NET_F_GUEST_ANNOUNCE);
+        let blinks = renewed && self.accepts(VIRTIO_NET_F_STATUS);
         if announces {
             self.shared.set_announce(true);
         }

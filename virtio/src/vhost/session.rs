@@ -327,9 +327,8 @@ impl Session {
             }
             let _ = bell.write(1);
         };
-        thread::Builder::new()
-            .name(format!("_peer_{name}"))
-            .spawn(serve)?;
+        let thread = thread::Builder::new().name(format!("_peer_{name}"));
+        crate::threads::spawn(thread, serve)?;
         Ok(Self {
             orders,
             answers,

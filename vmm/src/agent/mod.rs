@@ -17,7 +17,6 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 use std::time::Duration;
 
 use api::wire::AgentShutdownMode;
@@ -29,6 +28,7 @@ use protocol::Exchange;
 
 use crate::console::port::GuestSide;
 use crate::random::random;
+use crate::sandbox::{Builder, Kind};
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -125,7 +125,9 @@ impl AgentDesk {
                 queue.served = true;
                 drop(queue);
                 let desk = Arc::clone(&self.0);
-                let thread = Builder::new().name("agent".to_owned()).stack_size(STACK);
+                let thread = Builder::new(Kind::Api)
+                    .name("agent".to_owned())
+                    .stack_size(STACK);
                 if let Err(error) = thread.spawn(move || desk.serve()) {
                     self.0.refuse_all(&error.into());
                 }

@@ -31,10 +31,11 @@ use crate::error::chain;
 use crate::machine::saved::{RestoreWay, Saved};
 use crate::machine::sealed;
 use crate::memory::template::Template;
-use crate::monitor::{MonitorOptions, Place};
+use crate::monitor::Place;
 use crate::opener::Opener;
 use crate::places;
 use crate::run::{Endpoint, OnRunning};
+use crate::sandbox::Mode;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -73,6 +74,15 @@ pub(super) struct CloneArgs {
     /// The tap of a card; n in braces in its name is the number of the machine; may be repeated
     #[arg(long, value_name = "ID=NAME", value_parser = tap)]
     tap: Vec<(String, String)>,
+    /// Filter the system calls of the monitor's threads: true, false, or log, which tells what would be refused and does it
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_enum,
+        default_value = "false",
+        hide_possible_values = true
+    )]
+    seccomp: Mode,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -101,6 +111,7 @@ struct Plan {
     above: PathBuf,
     /// The directory of control sockets.
     sockets: PathBuf,
+    seccomp: Mode,
 }
 
 impl Plan {
@@ -249,6 +260,7 @@ fn prepare(arguments: CloneArgs, opener: Arc<Opener>) -> anyhow::Result<(Saved, 
         way,
         above,
         sockets,
+        seccomp: arguments.seccomp,
     };
     check(&plan)?;
     Ok((saved, plan))
@@ -347,7 +359,7 @@ fn begin(plan: &Plan, number: u32, mut saved: Saved, running: OnRunning) -> anyh
     saved.renew(renewal);
     let endpoint = Endpoint {
         place: Some(Place::Path(plan.socket(number))),
-        options: MonitorOptions::default(),
+        seccomp: plan.seccomp,
         ..Endpoint::default()
     };
     let opener = Arc::clone(&plan.opener);

@@ -1,6 +1,7 @@
 //! The log, on standard error or in a file.
 
 use std::io::{self, IsTerminal};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::Misuse;
 use crate::notice;
 use crate::opener::Opener;
+use crate::sandbox;
 
 /// The variable that gives a level or a filter where `-v` does not.
 const VARIABLE: &str = "VIREO_LOG";
@@ -50,7 +52,10 @@ pub(super) fn start(verbosity: u8, file: Option<&Path>, opener: &Opener) -> anyh
         None => (BoxMakeWriter::new(notice::log), io::stderr().is_terminal()),
         Some(path) => {
             let file = opener.append_output(path).context("--log-file")?;
-            (BoxMakeWriter::new(Arc::new(file)), false)
+            let file = Arc::new(file);
+            // It lives as long as the log, which is as long as the process.
+            sandbox::log_to(file.as_raw_fd());
+            (BoxMakeWriter::new(file), false)
         }
     };
     let lines = tracing_subscriber::fmt::layer()

@@ -2,13 +2,13 @@
 //! driver and others) start it.
 //!
 //! The flags are those of `vireo run`, and those forms are taken too that only Cloud Hypervisor
-//! has: several values after one flag, `--pvpanic` and `--watchdog` alone, `--seccomp`. With a kernel a machine is
+//! has: several values after one flag, `--pvpanic` and `--watchdog` alone. With a kernel a machine is
 //! booted; without one the monitor waits for clients, as `vireo serve` does.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use clap::{ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::{ArgAction, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 use virtio::models::{MODELS, Model};
 
 use super::{EXIT_CODES, Start, run};
@@ -36,18 +36,6 @@ struct ManagerArgs {
 
     #[command(flatten)]
     run: run::RunArgs,
-
-    /// Filter of system calls: true, false, log; there is none yet, and a warning says so
-    #[arg(long, value_name = "MODE", value_enum)]
-    seccomp: Option<Seccomp>,
-}
-
-/// The words for the filter of system calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Seccomp {
-    True,
-    False,
-    Log,
 }
 
 /// Whether the program has been started in this way.
@@ -86,13 +74,10 @@ pub(super) fn parse(arguments: &[OsString]) -> Result<Start, clap::Error> {
 }
 
 fn start(parsed: ManagerArgs, matches: ArgMatches) -> Start {
-    let asked = matches!(parsed.seccomp, Some(Seccomp::True | Seccomp::Log));
-    let warning = asked.then_some("--seccomp: this release does not filter system calls");
     Start {
         verbose: parsed.verbose,
         log_file: parsed.run.log_file().map(Path::to_owned),
         descriptors: parsed.run.numbers(&matches),
-        warning,
         work: Box::new(move |opener, inherited| {
             let mut parsed = parsed;
             parsed.run.inherit(inherited);
@@ -182,9 +167,7 @@ mod tests {
                     --disk path=/a path=/b --pvpanic --watchdog --console off --event-monitor fd=9";
         let start = parse(&words(line)).unwrap();
         assert_eq!((start.verbose, start.log_file), (1, Some("/l".into())));
-        assert!(start.warning.is_some());
-        let start = parse(&words("vireo --api-socket /s --seccomp false")).unwrap();
-        assert_eq!(start.warning, None);
+        assert!(parse(&words("vireo --api-socket /s --seccomp false")).is_ok());
         for wrong in ["--seccomp maybe", "--event-monitor fd=x", "run"] {
             let line = format!("cloud-hypervisor --api-socket /s {wrong}");
             let told = parse(&words(&line)).err().unwrap().to_string();

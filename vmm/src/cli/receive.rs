@@ -1,7 +1,9 @@
 //! `vireo receive`: a monitor that waits for a machine which another one gives, and goes on with it.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::num::NonZero;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,16 +17,20 @@ use virtio::schema::{Field, FieldKind};
 
 use super::detach::{Side, detach};
 use super::remote::{nonzero, seconds};
+use super::serve::Numbers;
+use super::target::Target;
 use super::{Failure, Misuse, exit_code, judge, run, target};
 use crate::config::device::flag_of_kind;
 use crate::config::flag::{self, FlagTable};
 use crate::config::wire::check_receiving;
 use crate::config::{DeviceConfig, SerialConfig, VmConfig};
-use crate::migrate::link;
+use crate::migrate::link::{self, check_private};
+use crate::migrate::listener::Listener;
 use crate::monitor::{MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
-use crate::run::{Endpoint, OnRunning};
+use crate::run::{Endpoint, OnWaiting};
+use crate::sandbox::Mode;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -67,7 +73,7 @@ pub(super) struct ReceiveArgs {
     /// What the machine is called here, where the verbs find it
     #[arg(value_name = "NAME")]
     name: String,
-    /// Where it is waited for: tcp:HOST:PORT, unix:PATH or exec:COMMAND
+    /// Where it is waited for: tcp:HOST:PORT, unix:PATH, exec:COMMAND, or fd:NUMBER, a stream socket that the verb was started with
     #[arg(value_name = "URL")]
     url: String,
     /// Directory with ca-cert.pem, server-cert.pem and server-key.pem, for TLS
@@ -106,6 +112,16 @@ pub(super) struct ReceiveArgs {
     /// Append the log to a file instead of writing it to standard error
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     log_file: Option<PathBuf>,
+    /// Filter the system calls of the monitor's threads: true, false, or log, which tells what would be refused and does it
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_enum,
+        default_value = "false",
+        hide_possible_values = true,
+        help_heading = "Control"
+    )]
+    seccomp: Mode,
     /// Stay when the guest has ended, for another boot over the socket
     #[arg(long, help_heading = "Control")]
     no_shutdown: bool,
@@ -121,6 +137,11 @@ impl ReceiveArgs {
         self.log_file.as_deref()
     }
 
+    /// The descriptor that is named.
+    pub(super) fn numbers(&self) -> Numbers {
+        Numbers::of_place(Some(&self.url))
+    }
+
     /// What is asked of the monitor.
     fn request(
         &self,
@@ -134,8 +155,9 @@ impl ReceiveArgs {
         }
         let place = match place {
             link::Place::Unix(path) => link::Place::Unix(std::path::absolute(path)?),
-            place @ (link::Place::Tcp { .. } | link::Place::Exec(_)) => place,
+            place => place,
         };
+        let passed = usize::from(matches!(place, link::Place::Descriptor(_)));
         let request = ReceiveMigrationData {
             receiver_url: place.to_string(),
             tls_dir: self.tls.as_ref().map(std::path::absolute).transpose()?,
@@ -144,7 +166,8 @@ impl ReceiveArgs {
             wait_s: self.wait,
             ..ReceiveMigrationData::default()
         };
-        check_receiving(&request, 0)?;
+        check_private(&place, request.tls_dir.is_some(), request.insecure)?;
+        check_receiving(&request, passed)?;
         Ok(request)
     }
 
@@ -234,23 +257,31 @@ pub(super) fn execute(
     arguments: &ReceiveArgs,
     matches: &ArgMatches,
     opener: Arc<Opener>,
+    connection: Option<OwnedFd>,
 ) -> Result<u8, Failure> {
+    if let Some(socket) = &connection {
+        check_socket(&arguments.url, socket).map_err(|error| Failure::Usage(error.into()))?;
+    }
     let request = arguments.request(matches, MODELS);
     let request = request.map_err(Failure::Usage)?;
     let endpoint = endpoint(arguments, &opener).map_err(Failure::Usage)?;
     let (name, url) = (arguments.name.clone(), request.receiver_url.clone());
-    let listening: OnRunning = if arguments.detach {
+    let listening: OnWaiting = if arguments.detach {
         let side = detach(arguments.log_file(), &opener);
         match side.map_err(Failure::Failed)? {
             Side::User(0) => {
-                let told = tell(&name, &url, arguments.json);
+                // The port may be one that the host has chosen.
+                let place = Target::of_name(&name).connect().ok();
+                let place = place.and_then(|mut remote| remote.client.migration().ok());
+                let place = place.map_or(url, |info| info.peer);
+                let told = tell(&name, &place, arguments.json);
                 return told.map(|()| 0).map_err(Failure::Failed);
             }
             Side::User(code) => return Ok(code),
             Side::Machine(detached) => {
                 // Another thread than this one hears of it.
                 detached.release();
-                Box::new(move || {
+                Box::new(move |_| {
                     if !detached.tell() {
                         // Nobody is there any more who wants the machine.
                         let _ = kill_process(getpid(), Signal::TERM);
@@ -259,12 +290,19 @@ pub(super) fn execute(
             }
         }
     } else {
-        Box::new(move || {
-            crate::notice::tell(format_args!("machine '{name}' is waited for at {url}"));
+        Box::new(move |place| {
+            crate::notice::tell(format_args!("machine '{name}' is waited for at {place}"));
         })
     };
+    let request = (request, Vec::from_iter(connection));
     let reason = crate::run::receive(request, endpoint, opener, listening).map_err(judge)?;
     Ok(exit_code(reason))
+}
+
+/// That the descriptor at `url` is what a machine can come over.
+fn check_socket(url: &str, socket: &OwnedFd) -> Result<(), Misuse> {
+    let wrong = |error: io::Error| Misuse(format!("URL {url}: {error}"));
+    Listener::check(socket).map(drop).map_err(wrong)
 }
 
 /// Where the machine is controlled.
@@ -276,6 +314,7 @@ fn endpoint(arguments: &ReceiveArgs, opener: &Opener) -> anyhow::Result<Endpoint
     Ok(Endpoint {
         place: Some(Place::Path(socket)),
         events: None,
+        seccomp: arguments.seccomp,
         log: arguments.log_file.clone(),
         options: MonitorOptions {
             no_shutdown: arguments.no_shutdown,

@@ -9,10 +9,12 @@ use virtio::models::MODELS;
 
 use super::{Failure, definition, exit_code, judge};
 use crate::config::{VmConfig, files};
+use crate::migrate::link;
 use crate::monitor::{Inherited, InheritedError, MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
 use crate::run::Endpoint;
+use crate::sandbox::Mode;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -39,6 +41,17 @@ pub(super) struct SocketArgs {
     /// Append the log to a file instead of writing it to standard error
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     log_file: Option<PathBuf>,
+
+    /// Filter the system calls of the monitor's threads: true, false, or log, which tells what would be refused and does it
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_enum,
+        default_value = "false",
+        hide_possible_values = true,
+        help_heading = "Control"
+    )]
+    seccomp: Mode,
 
     /// Stay when the guest has ended, for another boot over the socket
     #[arg(long, help_heading = "Control")]
@@ -68,9 +81,25 @@ pub(super) struct Numbers {
     events: Option<RawFd>,
     /// Those of network cards.
     taps: Vec<RawFd>,
+    /// That of a migration.
+    connection: Option<RawFd>,
 }
 
 impl Numbers {
+    /// That of the place of a migration, where it has one and the verb no others.
+    pub(super) fn of_place(text: Option<&str>) -> Self {
+        let place = text.and_then(|text| link::Place::parse(text).ok());
+        let number = match place {
+            // What is no descriptor of any process is none of this one.
+            Some(link::Place::Descriptor(number)) => Some(RawFd::try_from(number).unwrap_or(-1)),
+            _ => None,
+        };
+        Self {
+            connection: number,
+            ..Self::default()
+        }
+    }
+
     /// These, and those of network cards.
     pub(super) fn with_taps(self, taps: Vec<RawFd>) -> Self {
         Self { taps, ..self }
@@ -82,7 +111,10 @@ impl Numbers {
     ///
     /// One is not what its flag needs.
     pub(super) fn take(self) -> Result<Inherited, InheritedError> {
-        Inherited::take(self.socket, self.events, &self.taps)
+        match self.connection {
+            Some(fd) => Inherited::take_connection(fd),
+            None => Inherited::take(self.socket, self.events, &self.taps),
+        }
     }
 }
 
@@ -126,7 +158,7 @@ impl SocketArgs {
         Numbers {
             socket: number(&self.api_socket),
             events: number(&self.event_monitor),
-            taps: Vec::new(),
+            ..Numbers::default()
         }
     }
 
@@ -151,7 +183,7 @@ impl SocketArgs {
     ///
     /// The directory of sockets cannot be had.
     pub(super) fn endpoint(self, name: Option<&str>, opener: &Opener) -> anyhow::Result<Endpoint> {
-        let Inherited { socket, events } = self.inherited;
+        let Inherited { socket, events, .. } = self.inherited;
         let given = |place, inherited: Option<OwnedFd>| match place {
             Some(Where::Path(path)) => Some(Place::Path(path)),
             _ => inherited.map(Place::Descriptor),
@@ -172,6 +204,7 @@ impl SocketArgs {
         Ok(Endpoint {
             place,
             events: given(self.event_monitor, events),
+            seccomp: self.seccomp,
             log: self.log_file,
             options: MonitorOptions {
                 no_shutdown: self.no_shutdown,

@@ -31,7 +31,6 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::Builder;
 
 use api::{EventKind, EventLog};
 use devices::LogLimit;
@@ -47,6 +46,7 @@ use crate::config::SinkConfig;
 use crate::machine::beside::put_away;
 use crate::machine::driver::ppoll;
 use crate::opener::Opener;
+use crate::sandbox::{Builder, Kind};
 
 /// The stack of the console's threads, in bytes: small, so that no huge page backs it.
 pub(super) const STACK: usize = 128 << 10;
@@ -626,7 +626,7 @@ impl Hub {
             return Ok(());
         }
         let hub = Arc::clone(self);
-        Builder::new()
+        Builder::new(Kind::Console)
             .name("console".to_owned())
             .stack_size(STACK)
             .spawn(move || hub.serve())

@@ -11,13 +11,13 @@
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
-use std::thread::Builder;
 
 use super::file::{LogFile, Trouble};
 use super::history::{History, count};
 use super::hub::{Hub, STACK};
 use super::sink::SinkId;
 use super::state::State;
+use crate::sandbox::{Builder, Kind};
 
 /// The most that is written at once: no more than the least limit of a file.
 const PIECE: usize = 4096;
@@ -137,7 +137,7 @@ impl FilePlace {
 /// The host's, when it has no more threads.
 pub(super) fn start(hub: &Arc<Hub>, id: SinkId, file: LogFile) -> io::Result<()> {
     let hub = Arc::clone(hub);
-    Builder::new()
+    Builder::new(Kind::Job)
         .name("console-file".to_owned())
         .stack_size(STACK)
         .spawn(move || write(&hub, id, file))

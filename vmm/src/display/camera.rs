@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::Builder;
 
 use api::{Answer, ControlError, ErrorKind, Reply};
 use devices::display::Screen;
 
 use super::Stage;
+use crate::sandbox::{Builder, Kind};
 
 /// Takes pictures of the screen, one at a time: each takes time in proportion to its pixels, which neither the
 /// control thread nor the socket's has to spare.
@@ -55,7 +55,10 @@ impl Camera {
             answer(png.map(Reply::Picture));
         };
         // Without a thread the answer is dropped, which is an answer too.
-        if let Err(error) = Builder::new().name("picture".to_owned()).spawn(work) {
+        if let Err(error) = Builder::new(Kind::Api)
+            .name("picture".to_owned())
+            .spawn(work)
+        {
             tracing::warn!("no thread to take a picture: {error}");
         }
     }

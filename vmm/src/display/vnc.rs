@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use api::wire::VncConfig;
 use devices::LogLimit;
@@ -16,6 +16,7 @@ use rustix::net::sockopt::socket_peercred;
 use super::ViewersError;
 use crate::config::display::VncAddress;
 use crate::opener::{Opener, SocketFile};
+use crate::sandbox::{Builder, Kind};
 use crate::tls::ServerTls;
 
 /// How long nobody is let in after that has failed: the host is out of descriptors.
@@ -114,7 +115,9 @@ impl WantedVnc {
         let wake = Arc::new(wake);
         let told = Arc::clone(&wake);
         let work = move || guard(&listener, &told, &server, &security);
-        let thread = Builder::new().name("vnc".to_owned()).spawn(work);
+        let thread = Builder::new(Kind::Display)
+            .name("vnc".to_owned())
+            .spawn(work);
         Ok(Vnc {
             wake,
             thread: Some(thread.map_err(host("no thread to let viewers in"))?),

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::ControlError;
@@ -109,7 +110,7 @@ fn listen(
             let listener = opener.listen_unix(&path).map_err(ViewersError::Web)?;
             let file = opener.own_socket(&path).map_err(ViewersError::Web)?;
             let whole = std::path::absolute(&path).unwrap_or(path);
-            let cookie = cookie_of(&this_host(), whole.as_os_str().as_bytes());
+            let cookie = cookie_of(&this_host(opener), whole.as_os_str().as_bytes());
             Ok((Listener::Unix(listener), Some(file), None, cookie))
         }
         VncAddress::Tcp { host, port } => {
@@ -119,15 +120,16 @@ fn listen(
             } else {
                 format!("http://{host}:{port}")
             };
-            let cookie = cookie_of(&this_host(), format!("{host}:{port}").as_bytes());
+            let cookie = cookie_of(&this_host(opener), format!("{host}:{port}").as_bytes());
             Ok((Listener::Tcp(listener), None, Some(site), cookie))
         }
     }
 }
 
 /// What tells this host from others, also those of the same name.
-fn this_host() -> String {
-    let id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+fn this_host(opener: &Opener) -> String {
+    let id = opener.read_text(Path::new("/etc/machine-id"), 64);
+    let id = id.unwrap_or_default();
     format!("{} {}", network::host(), id.trim())
 }
 

@@ -20,7 +20,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use api::Command;
 use devices::LogLimit;
@@ -31,6 +31,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::machine::inbox::{Mailbox, Message};
 use crate::opener::SocketFile;
+use crate::sandbox::{Builder, Kind};
 use link::{Link, wait_for};
 use target::{Guest, GuestError};
 
@@ -70,16 +71,18 @@ pub fn serve(listener: Listener, mailbox: Mailbox) -> io::Result<Server> {
     let ended = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let heard = Arc::clone(&ended);
     let limit = LogLimit::new();
-    let thread = Builder::new().name("gdb".to_owned()).spawn(move || {
-        while let Some(link) = listener.accept(&heard) {
-            let session = catch_unwind(AssertUnwindSafe(|| session(link, &mailbox)));
-            if let Ok(Err(error)) = session
-                && let Some(suppressed) = limit.allow()
-            {
-                tracing::warn!(suppressed, "debugger: {error}");
+    let thread = Builder::new(Kind::Console)
+        .name("gdb".to_owned())
+        .spawn(move || {
+            while let Some(link) = listener.accept(&heard) {
+                let session = catch_unwind(AssertUnwindSafe(|| session(link, &mailbox)));
+                if let Ok(Err(error)) = session
+                    && let Some(suppressed) = limit.allow()
+                {
+                    tracing::warn!(suppressed, "debugger: {error}");
+                }
             }
-        }
-    })?;
+        })?;
     Ok(Server {
         ended,
         thread: Some(thread),

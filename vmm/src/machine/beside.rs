@@ -15,12 +15,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
-use std::thread::Builder;
 use std::time::Duration;
 
 use api::{ControlError, ErrorKind};
 
 use super::inbox::Mailbox;
+use crate::sandbox::{Builder, Kind};
 
 /// How many threads may open files at once, those included that boots, requests and machines which have ended
 /// left behind: what they wait for may never answer.
@@ -93,7 +93,7 @@ impl Opening {
             drop(slot);
             then(done);
         };
-        let started = Builder::new().name(name.to_owned()).spawn(run);
+        let started = Builder::new(Kind::Job).name(name.to_owned()).spawn(run);
         started.map(|_| ()).map_err(BesideError::Thread)
     }
 
@@ -190,7 +190,7 @@ fn run_within(name: &str, work: impl FnOnce() + Send + 'static, time: Duration) 
         drop(alive);
     };
     // Without a thread what `work` has is dropped here, with the closure.
-    let started = Builder::new().name(name.to_owned()).spawn(run);
+    let started = Builder::new(Kind::Job).name(name.to_owned()).spawn(run);
     started.is_err() || gone.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
 }
 

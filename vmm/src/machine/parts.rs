@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
-use std::thread::Builder;
 use std::time::Duration;
 
 use block::DiskInfo;
@@ -27,6 +26,7 @@ use crate::console::port::PortBoard;
 use crate::display::Secrets;
 use crate::kvm::baseline::Baseline;
 use crate::opener::Opener;
+use crate::sandbox::{Builder, Kind};
 
 /// How long it is waited, when a boot is given up, for what is open to be closed.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -204,7 +204,11 @@ impl PendingParts {
             drop(closed);
         };
         // Without a thread it is closed here, by the closure that is dropped.
-        if Builder::new().name("close".to_owned()).spawn(close).is_ok() {
+        if Builder::new(Kind::Job)
+            .name("close".to_owned())
+            .spawn(close)
+            .is_ok()
+        {
             let waited = closing.recv_timeout(CLOSING);
             if waited == Err(RecvTimeoutError::Timeout) {
                 tracing::warn!("files of a boot that was given up are not closed yet");

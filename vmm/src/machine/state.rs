@@ -47,7 +47,7 @@ pub fn permits(state: VmState, pause: Option<PauseReason>, command: &Command) ->
         | Command::DiskRevert(_)
         | Command::DiskLayers => alive,
         Command::Snapshot(_) => alive && pause != Some(PauseReason::MemoryLost),
-        Command::SendMigration(_) => {
+        Command::SendMigration(..) => {
             let written = matches!(pause, Some(PauseReason::Coredump | PauseReason::Snapshot));
             alive && !written && !pause.is_some_and(PauseReason::needs_reset)
         }
@@ -245,7 +245,7 @@ mod tests {
                 Command::CopyIn,
                 Command::DiskLayers,
                 Command::Snapshot(api::wire::VmSnapshotConfig::of(String::new())),
-                Command::SendMigration(Box::default()),
+                Command::SendMigration(Box::default(), Vec::new()),
             ]
         };
         for (pause, why) in [
@@ -266,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_machine_is_sent_that_could_go_on_and_received_where_there_is_none() {
-        let send = || Command::SendMigration(Box::default());
+        let send = || Command::SendMigration(Box::default(), Vec::new());
         for (state, pause, sent) in [
             (VmState::Created, None, false),
             (VmState::Booting, None, false),

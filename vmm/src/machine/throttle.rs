@@ -10,8 +10,10 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use crate::sandbox::{Builder, Kind};
 
 /// How long a round is.
 pub const ROUND: Duration = Duration::from_millis(10);
@@ -158,7 +160,7 @@ impl Throttle {
             return Ok(());
         }
         let (shared, kick) = (Arc::clone(&self.shared), kick());
-        let started = Builder::new()
+        let started = Builder::new(Kind::Job)
             .name("throttle".to_owned())
             .spawn(move || shared.cut_rounds(&*kick));
         *thread = Some(started.inspect_err(|_| self.tell(0))?);

@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::signal::Killable;
@@ -19,6 +19,7 @@ use vmm_sys_util::signal::Killable;
 use super::throttle::Throttle;
 use crate::kvm::stats::VcpuStats;
 use crate::kvm::vcpu::{Stop, Vcpu, kick_signal};
+use crate::sandbox::{Builder, Kind};
 
 /// Called on a vCPU's thread when the vCPU stops for a reason of its own.
 pub type OnStop = Arc<dyn Fn(u32, Stop) + Send + Sync>;
@@ -145,7 +146,7 @@ impl Vcpus {
             stats: vcpu.stats().map(Arc::new),
         };
         let runs = Arc::clone(&view.running);
-        let handle = Builder::new()
+        let handle = Builder::new(Kind::Vcpu)
             .name(format!("vcpu{}", vcpu.index()))
             .spawn(move || serve(vcpu, &inbox, &stop, (&running, &runs), &on_stop))?;
         let handle = Arc::new(handle);

@@ -16,7 +16,6 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use migration::pages::{CHUNK, Layers};
@@ -29,6 +28,7 @@ use super::userfault::{UserFault, Waits};
 use crate::error::chain;
 use crate::machine::driver::{ppoll, readable};
 use crate::opener::Opener;
+use crate::sandbox::{Builder, Kind};
 
 /// What the guest touches in this time after it first runs is its working set. One that does not run in this time after
 /// it was restored is not waited for: its memory is read ahead, and nothing is recorded.
@@ -243,7 +243,7 @@ impl Demand {
     /// The host gives no thread.
     pub(super) fn start(self: &Arc<Self>, working: WorkingSet) -> io::Result<()> {
         let own = Arc::clone(self);
-        thread::Builder::new()
+        Builder::new(Kind::Job)
             .name("restore".to_owned())
             .spawn(move || own.serve(working))?;
         Ok(())

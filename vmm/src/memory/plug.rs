@@ -219,6 +219,40 @@ mod tests {
             << 10
     }
 
+    /// Whether the memory at an address is in no core dump, and in no forked child (proc_pid_smaps(5), `VmFlags`).
+    fn is_withheld(address: u64) -> bool {
+        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let number = |text| u64::from_str_radix(text, 16);
+        let mut inside = false;
+        for line in text.lines() {
+            let range = line.split(' ').next().and_then(|word| word.split_once('-'));
+            if let Some((Ok(start), Ok(end))) = range.map(|(a, b)| (number(a), number(b))) {
+                inside = (start..end).contains(&address);
+            } else if inside && let Some(flags) = line.strip_prefix("VmFlags:") {
+                let has = |flag| flags.split_whitespace().any(|found| found == flag);
+                return has("dd") && has("dc");
+            }
+        }
+        panic!("nothing is mapped at {address:x}");
+    }
+
+    #[test]
+    fn guest_memory_is_in_no_core_dump_and_no_child() {
+        for shared in [false, true] {
+            let (ram, region) = ram(shared, false);
+            for slot in ram.slots() {
+                assert!(is_withheld(slot.host), "{:x}", slot.guest);
+                assert!(is_withheld(slot.host + slot.len - 1), "{:x}", slot.guest);
+            }
+            // What is taken back is so too.
+            region.plug(0, 2 * BLOCK).unwrap();
+            region.unplug(BLOCK, BLOCK).unwrap();
+            assert!(is_withheld(region.mapping.address() + BLOCK));
+        }
+        let own = std::ptr::from_ref(&GIB).addr() as u64;
+        assert!(!is_withheld(own));
+    }
+
     #[test]
     fn devices_reach_what_is_plugged_and_nothing_else() {
         for shared in [false, true] {

@@ -26,7 +26,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use migration::pages::CHUNK;
@@ -36,6 +36,7 @@ use super::mapping::Mapping;
 use super::presence::Presence;
 use super::userfault::{UserFault, Waits};
 use crate::opener::Opener;
+use crate::sandbox::{Builder, Kind};
 
 /// How long somebody waits for storage that takes nothing.
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -260,7 +261,9 @@ impl Still {
             let _freed = Freed(&watcher);
             watcher.hear();
         };
-        let thread = Builder::new().name("page-faults".to_owned()).spawn(run);
+        let thread = Builder::new(Kind::Job)
+            .name("page-faults".to_owned())
+            .spawn(run);
         let held = Held {
             still: Arc::clone(&still),
             thread: Some(thread.map_err(StillError::Host)?),

@@ -40,6 +40,15 @@ pub trait Departing: Send {
     /// Why that is not known.
     fn take_written(&self) -> Result<PageSet, String>;
 
+    /// Pages that need not go unless they are written, because nobody cares what they hold. Asked for before the first round; the guest has some time to answer,
+    /// and is not asked any more when this returns. What has been written of them meanwhile tells [`Departing::take_written`].
+    fn free_pages(&mut self) -> PageSet {
+        PageSet::new(&self.ram().ranges())
+    }
+
+    /// Memory is about to be gone through, after so many times that it has been.
+    fn round_begins(&mut self, _before: u32) {}
+
     /// Adds to the offer what becomes of disks that are copied. The machine may be working on them.
     ///
     /// # Errors

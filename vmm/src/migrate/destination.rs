@@ -11,7 +11,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::wire::MigrationPhase;
@@ -20,7 +19,7 @@ use migration::transport::channel::{
 };
 use migration::transport::compare::Difference;
 use migration::transport::frame::Preamble;
-use migration::transport::message::{Capabilities, Message, Offer};
+use migration::transport::message::{Capabilities, Disks, Message, Offer};
 use migration::transport::pages::{Codec, PageSink};
 use migration::transport::protocol::{
     Destination, DestinationAction, DestinationEvent, DestinationState, Locks, Word,
@@ -35,6 +34,7 @@ use super::status::Status;
 use super::storage::coming::Landings;
 use crate::error::chain;
 use crate::memory::missing::Missing;
+use crate::sandbox::{Builder, Kind};
 
 /// How often a source hears that this side is alive, and progress is told.
 const ALIVE: Duration = Duration::from_secs(1);
@@ -55,6 +55,9 @@ pub enum ReceiveError {
     /// Nobody can connect any more.
     #[error("it cannot be waited for a source any longer")]
     Listen(#[source] io::Error),
+    /// The only connection that comes brings none.
+    #[error("no machine came over the connection, which is the only one here (exec:, fd:): {0}")]
+    Only(String),
 }
 
 /// The machine, as who takes it sees it. Each call may wait for the control thread; an error names what failed, or that the machine has ended.
@@ -135,7 +138,7 @@ pub struct Caller {
     beside: Option<Link>,
 }
 
-/// Waits for a source that makes an offer. One that does not is hung up on, and waited on for another.
+/// Waits for a source that makes an offer. One that does not is hung up on, and waited on for another, where others can come.
 ///
 /// # Errors
 ///
@@ -155,9 +158,15 @@ pub fn wait(
             return Err(ReceiveError::Late);
         };
         status.over(vec![link.clone()]);
-        match greet(&link) {
+        let only = listener.is_single();
+        match greet(&link, only.then_some(deadline)) {
             Ok(Greeting::Offer(sender, receiver, preamble, offer)) => {
-                let handed = handed_over(&listener, &preamble, &offer);
+                let handed = if only {
+                    // The offer is refused for it.
+                    Ok(None)
+                } else {
+                    handed_over(&listener, &preamble, &offer)
+                };
                 let (memory, beside) = match handed {
                     Ok(handed) => handed.unzip(),
                     Err(error) => {
@@ -179,9 +188,22 @@ pub fn wait(
                     offer: *offer,
                 });
             }
-            Ok(Greeting::Answered) => link.hang_up(),
+            Ok(Greeting::Answered) => {
+                link.hang_up();
+                if only {
+                    let what = "the source asked what became of a guest that is not known here";
+                    return Err(ReceiveError::Only(what.to_owned()));
+                }
+            }
             Err(error) => {
                 link.hang_up();
+                if only {
+                    return Err(match deadline {
+                        _ if status.is_cancelled() => ReceiveError::Cancelled,
+                        Some(deadline) if Instant::now() >= deadline => ReceiveError::Late,
+                        _ => ReceiveError::Only(error),
+                    });
+                }
                 tracing::warn!("who connected to send a machine is hung up on: {error}");
             }
         }
@@ -189,6 +211,27 @@ pub fn wait(
 }
 
 impl Caller {
+    /// That all the connections can come that the source is going to make.
+    ///
+    /// # Errors
+    ///
+    /// What cannot come.
+    pub fn check_connections(&self) -> Result<(), String> {
+        let what = match (self.offer.disks, self.preamble.streams) {
+            _ if !self.listener.is_single() => return Ok(()),
+            (Disks::Mirrored, _) => "disks that are copied (--copy-storage) go",
+            (_, 2..) => "more than one stream (--streams) goes",
+            _ if self.offer.capabilities.has(Capabilities::LOCAL) => {
+                "memory that is handed over (--local) goes"
+            }
+            _ => return Ok(()),
+        };
+        Err(format!(
+            "{what} over connections beside the first, and none comes but the one that the destination has (exec:, fd:): wait for the machine \
+             at tcp:HOST:PORT or unix:PATH there"
+        ))
+    }
+
     /// Tells the source why its machine is not taken.
     pub fn refuse(mut self, differences: &[Difference], reason: &str) {
         // What was made is gone when it is told.
@@ -299,7 +342,7 @@ pub fn take(
     let reads = taker.link.clone();
     shared.status.when_cancelled(move || reads.stop_reading());
     std::thread::scope(|scope| {
-        let alive = Builder::new().name("migration-alive".to_owned());
+        let alive = Builder::new(Kind::Job).name("migration-alive".to_owned());
         let live = Arc::clone(&shared);
         let _alive = alive.spawn_scoped(scope, move || {
             while !live.status.wait_for_end(ALIVE) {
@@ -445,8 +488,12 @@ impl Taker {
             DestinationAction::ResumeGuest => self.go_on(),
             DestinationAction::Discard => {
                 self.shared.follows.give_up();
+                let unwritten = self.landings.as_ref().and_then(|made| made.unwritten());
                 if self.shared.status.is_cancelled() {
                     self.reason = "it was cancelled at the destination".to_owned();
+                } else if let Some(unwritten) = unwritten {
+                    // Whatever else has been heard comes of that.
+                    self.reason = unwritten;
                 }
                 let reason = self.reason.clone();
                 self.landings.iter().for_each(|made| made.let_go());
@@ -554,7 +601,7 @@ impl Taker {
             let shared = Arc::clone(&self.shared);
             let name = format!("migration-{}", preamble.stream);
             let run = move || shared.serve(preamble.stream, receiver);
-            let started = Builder::new().name(name).spawn(run);
+            let started = Builder::new(Kind::Job).name(name).spawn(run);
             return started.map(drop).map_err(|error| error.to_string());
         }
     }
@@ -576,7 +623,7 @@ impl Taker {
             link.hang_up();
         };
         let name = "migration-disks".to_owned();
-        let started = Builder::new().name(name).spawn(run);
+        let started = Builder::new(Kind::Job).name(name).spawn(run);
         started.map(drop).map_err(|error| error.to_string())
     }
 

@@ -7,18 +7,18 @@ use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::{ControlError, ErrorKind};
 use block::{Address, Opener as _};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt,
+    SendAncillaryMessage, SendFlags, SocketAddrAny, recvmsg, sendmsg, sockopt,
 };
 
-use super::listener::Wake;
+use super::listener::{Listener, Wake};
 use super::secure::Secure;
 use crate::opener::{Opener, Tunnel};
 use crate::tls::{ClientTls, ServerTls};
@@ -40,17 +40,22 @@ pub enum Place {
     Unix(PathBuf),
     /// A command for a shell, whose input and output lead there.
     Exec(String),
+    /// A socket that comes beside what names it, of this number to who has passed it.
+    Descriptor(u32),
 }
 
 /// Why a text names no place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text}: it is none of tcp:HOST:PORT, unix:PATH and exec:COMMAND")]
+#[error("{text}: it is none of {PLACES}")]
 pub struct PlaceError {
     text: String,
 }
 
+/// The forms of a place.
+pub const PLACES: &str = "tcp:HOST:PORT, unix:PATH, exec:COMMAND and fd:NUMBER";
+
 impl Place {
-    /// Of `tcp:HOST:PORT` or `unix:PATH`, each also with `//` behind the colon, or `exec:COMMAND`.
+    /// Of `tcp:HOST:PORT` or `unix:PATH`, each also with `//` behind the colon, `exec:COMMAND`, or `fd:NUMBER`.
     ///
     /// # Errors
     ///
@@ -64,6 +69,13 @@ impl Place {
                 return Err(wrong());
             }
             return Ok(Self::Exec(command.to_owned()));
+        }
+        if let Some(number) = text.strip_prefix("fd:") {
+            let is_plain = number.bytes().all(|byte| byte.is_ascii_digit());
+            // What no descriptor can be is none.
+            let number = number.parse().ok();
+            let number = number.filter(|number| is_plain && i32::try_from(*number).is_ok());
+            return number.map(Self::Descriptor).ok_or_else(wrong);
         }
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
@@ -90,11 +102,12 @@ impl Place {
         })
     }
 
-    /// Whether what is said there can be heard on this host alone; of a command, whose matter it is, that is believed.
+    /// Whether what is said there can be heard on this host alone; of a command, or a connection that somebody else has made, whose matter it is, that is
+    /// believed. A socket that listens is looked at by who has it ([`Listener::is_private`]).
     #[must_use]
     pub fn is_private(&self) -> bool {
         match self {
-            Self::Unix(_) | Self::Exec(_) => true,
+            Self::Unix(_) | Self::Exec(_) | Self::Descriptor(_) => true,
             Self::Tcp { host, .. } => {
                 let address: Result<std::net::IpAddr, _> = host.parse();
                 host == "localhost" || address.is_ok_and(|address| address.is_loopback())
@@ -128,6 +141,7 @@ impl fmt::Display for Place {
         match self {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Exec(command) => write!(f, "exec:{command}"),
+            Self::Descriptor(number) => write!(f, "fd:{number}"),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
         }
@@ -172,14 +186,10 @@ impl Link {
     ///
     /// The host's, and `InvalidInput` for what is no connected stream socket.
     pub fn given(socket: OwnedFd) -> io::Result<Self> {
-        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
-        let kind = sockopt::socket_type(&socket)
-            .map_err(|_| wrong("the descriptor is no socket: give a connected one"))?;
-        if kind != rustix::net::SocketType::STREAM {
-            return Err(wrong("the descriptor is no stream socket"));
+        if Listener::check(&socket)? {
+            let what = "the descriptor is a socket that listens: give one that is connected";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        rustix::net::getpeername(&socket)
-            .map_err(|_| wrong("the descriptor is a socket that is not connected"))?;
         Self::new(socket)
     }
 
@@ -215,13 +225,13 @@ impl Link {
         &self.0.socket
     }
 
-    /// From here on it is waited so long for what is to be read.
+    /// From here on it is waited so long for what is to be read, or without an end.
     ///
     /// # Errors
     ///
     /// The host's.
-    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        self.0.socket.set_read_timeout(Some(patience))
+    pub fn set_patience(&self, patience: impl Into<Option<Duration>>) -> io::Result<()> {
+        self.0.socket.set_read_timeout(patience.into())
     }
 
     /// Sends a descriptor. Of a unix socket alone, and once.
@@ -275,18 +285,17 @@ impl Link {
             return None;
         }
         let peer = rustix::net::getpeername(&self.0.socket).ok()??;
-        let stays = match SocketAddr::try_from(peer.clone()) {
-            Ok(address) => address.ip().to_canonical().is_loopback(),
-            Err(_) => peer.address_family() == AddressFamily::UNIX,
-        };
         let socket = self.0.socket.as_fd().try_clone_to_owned();
-        socket.ok().filter(|_| stays)
+        socket.ok().filter(|_| stays_here(peer))
     }
 
     /// Nothing more is heard: who reads finds the end. It can be written to as before.
     pub fn stop_reading(&self) {
         // It may have ended by itself.
         let _ = self.0.socket.shutdown(Shutdown::Read);
+        if let Some(tunnel) = &self.0.tunnel {
+            tunnel.forget();
+        }
     }
 
     /// Ends it, for both sides and all threads. Waits for nobody; what has been written still gets there, if the network lives.
@@ -295,9 +304,41 @@ impl Link {
     }
 }
 
+/// A connection that somebody else has made: it is there once.
+pub struct Given(Mutex<Option<Link>>);
+
+impl Given {
+    /// Of [`Link::given`].
+    #[must_use]
+    pub fn new(link: Link) -> Self {
+        Self(Mutex::new(Some(link)))
+    }
+
+    /// The connection.
+    ///
+    /// # Errors
+    ///
+    /// It has been used before.
+    pub fn take(&self) -> io::Result<Link> {
+        let link = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        link.ok_or_else(|| io::Error::other("the descriptor is one connection, and that has ended"))
+    }
+}
+
+/// Whether an address is of this host alone.
+pub(super) fn stays_here(address: SocketAddrAny) -> bool {
+    let family = address.address_family();
+    match SocketAddr::try_from(address) {
+        Ok(address) => address.ip().to_canonical().is_loopback(),
+        Err(_) => family == AddressFamily::UNIX,
+    }
+}
+
 fn prepared(socket: OwnedFd) -> io::Result<UnixStream> {
     // Where it is no TCP socket there is nothing to be said.
     let _ = sockopt::set_tcp_nodelay(&socket, true);
+    // Whoever has made it may have wanted that its end is waited for; threads that close it wait for nobody.
+    sockopt::set_socket_linger(&socket, None)?;
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -343,6 +384,11 @@ impl Read for Link {
             Some(secure) => secure.read(&self.0.socket, buf),
             None => self.0.read_plain(buf),
         };
+        if let (Ok(0), Some(tunnel), false) = (&read, &self.0.tunnel, buf.is_empty())
+            && let Some(why) = tunnel.failure()
+        {
+            return Err(io::Error::other(why));
+        }
         read.map_err(late)
     }
 }
@@ -354,6 +400,12 @@ impl Write for Link {
             Some(secure) => secure.write(&self.0.socket, buf),
             None => (&self.0.socket).write(buf),
         };
+        if let (Err(error), Some(tunnel)) = (&written, &self.0.tunnel)
+            && error.kind() == io::ErrorKind::BrokenPipe
+            && let Some(why) = tunnel.failure()
+        {
+            return Err(io::Error::other(why));
+        }
         written.map_err(late)
     }
 
@@ -385,6 +437,8 @@ pub fn connect(place: &Place, opener: &Opener, tls: Option<&ClientTls>) -> io::R
         _ if tls.is_some() => return Err(io::ErrorKind::Unsupported.into()),
         Place::Unix(path) => Address::Unix(path.clone()),
         Place::Exec(command) => return Link::run(command, opener),
+        // Whoever has it uses it ([`Given`]).
+        Place::Descriptor(_) => return Err(io::ErrorKind::Unsupported.into()),
     };
     let socket = opener.connector(&address)?.connect()?;
     match (place, tls) {

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::net::{SocketFlags, accept_with, sockopt};
+use rustix::net::{SocketFlags, SocketType, accept_with, sockopt};
 
-use super::link::{Link, Place};
+use super::link::{Given, Link, Place, stays_here};
 use crate::opener::{OpenError, Opener, SocketFile};
 use crate::tls::ServerTls;
 
@@ -85,6 +85,8 @@ enum Source {
     Exec(String, Opener, AtomicBool),
     /// A listening socket that somebody else has made.
     Given(OwnedFd),
+    /// A connection of the same kind.
+    Connected(Given),
 }
 
 /// Waits for monitors. Each connection is a [`Link`] of its own.
@@ -143,22 +145,50 @@ impl Listener {
             Place::Exec(command) => {
                 Source::Exec(command.clone(), opener.clone(), AtomicBool::new(false))
             }
+            Place::Descriptor(_) => {
+                let what = "the descriptor has to come along";
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, what).into());
+            }
         };
         Self::of(source, tls)
     }
 
-    /// Listens at a socket of any family that listens already.
+    /// Waits at a stream socket of any family that somebody else has made, which listens already, or is a connection: the only one then.
     ///
     /// # Errors
     ///
-    /// [`ListenError::Host`].
-    pub fn given(socket: OwnedFd, tls: Option<ServerTls>) -> Result<Self, ListenError> {
-        if !sockopt::socket_acceptconn(&socket).map_err(io::Error::from)? {
-            let what = "the descriptor is no socket that listens";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what).into());
+    /// [`ListenError::Host`]: `InvalidInput` for what is no such socket.
+    pub fn given(socket: OwnedFd) -> Result<Self, ListenError> {
+        let source = if Self::check(&socket)? {
+            rustix::io::ioctl_fionbio(&socket, true).map_err(io::Error::from)?;
+            Source::Given(socket)
+        } else {
+            Source::Connected(Given::new(Link::given(socket)?))
+        };
+        Self::of(source, None)
+    }
+
+    /// Whether a descriptor is a stream socket that listens; otherwise it is a connection.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput`: it is neither.
+    pub fn check(socket: impl AsFd) -> io::Result<bool> {
+        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
+        let kind = sockopt::socket_type(&socket).map_err(|_| {
+            wrong("the descriptor is no socket: give one that is connected, or listens")
+        })?;
+        if kind != SocketType::STREAM {
+            return Err(wrong(
+                "the descriptor is no stream socket: give one that is connected, or listens",
+            ));
         }
-        rustix::io::ioctl_fionbio(&socket, true).map_err(io::Error::from)?;
-        Self::of(Source::Given(socket), tls)
+        if sockopt::socket_acceptconn(&socket).map_err(io::Error::from)? {
+            return Ok(true);
+        }
+        rustix::net::getpeername(&socket)
+            .map(|_| false)
+            .map_err(|_| wrong("the descriptor is a socket that is neither connected nor listens"))
     }
 
     fn of(source: Source, tls: Option<ServerTls>) -> Result<Self, ListenError> {
@@ -177,6 +207,21 @@ impl Listener {
             Source::Tcp(listener) => listener.local_addr().ok().map(|address| address.port()),
             _ => None,
         }
+    }
+
+    /// Whether one connection comes, and no other.
+    #[must_use]
+    pub fn is_single(&self) -> bool {
+        matches!(self.source, Source::Exec(..) | Source::Connected(_))
+    }
+
+    /// Whether nobody of another host can connect, as far as this process sees: of a socket that somebody else has made.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        let Source::Given(socket) = &self.source else {
+            return true;
+        };
+        rustix::net::getsockname(socket).is_ok_and(stays_here)
     }
 
     /// What ends all waiting, that which is under way and that which comes: [`Listener::accept`] then gives nothing. Any thread
@@ -226,6 +271,12 @@ impl Listener {
         }
     }
 
+    /// Nothing else comes, but the end.
+    fn nothing(&self, deadline: Option<Instant>) -> io::Result<Option<Came>> {
+        wait(&*self.wake.0, None, deadline)?;
+        Ok(None)
+    }
+
     fn next(&self, deadline: Option<Instant>) -> io::Result<Option<Came>> {
         loop {
             let listener = match &self.source {
@@ -236,10 +287,12 @@ impl Listener {
                     if !run.swap(true, Ordering::SeqCst) {
                         return Link::run(command, opener).map(Came::Link).map(Some);
                     }
-                    // Nothing else comes, but the end.
-                    wait(&*self.wake.0, None, deadline)?;
-                    return Ok(None);
+                    return self.nothing(deadline);
                 }
+                Source::Connected(given) => match given.take() {
+                    Ok(link) => return Ok(Some(Came::Link(link))),
+                    Err(_) => return self.nothing(deadline),
+                },
             };
             let Event::Ready = wait(listener, Some(&self.wake), deadline)? else {
                 return Ok(None);

@@ -127,7 +127,9 @@ pub enum SecureError {
         peer: &'static str,
     },
     /// Its certificate is none of those that are known.
-    #[error("the {peer}'s certificate is of no authority in {AUTHORITY}")]
+    #[error(
+        "the {peer}'s certificate is of no authority in {AUTHORITY}: have one authority sign those of both sides"
+    )]
     Unknown {
         /// Who it is.
         peer: &'static str,
@@ -142,15 +144,31 @@ pub enum SecureError {
         /// What was connected to.
         host: String,
     },
-    /// It does not accept this side.
+    /// Its certificate does not count now.
     #[error(
-        "the {peer} does not accept this side's certificate ({alert}): it is of no authority in its {AUTHORITY}, or not valid now"
+        "the {peer}'s certificate {when} by this host's clock: make a new one, or set the clock"
     )]
+    Time {
+        /// Who it is.
+        peer: &'static str,
+        /// In words.
+        when: &'static str,
+    },
+    /// Its certificate is not for this.
+    #[error("the {peer}'s certificate {what}: make one as the manual's page on migration shows")]
+    Unfit {
+        /// Who it is.
+        peer: &'static str,
+        /// In words.
+        what: &'static str,
+    },
+    /// It does not accept this side.
+    #[error("the {peer} does not accept this side's certificate: {alert}")]
     Refused {
         /// Who it is.
         peer: &'static str,
-        /// What it says.
-        alert: String,
+        /// What it says, in words.
+        alert: &'static str,
     },
     /// Another reason, in the library's words.
     #[error("TLS with the {peer}: {reason}")]
@@ -185,6 +203,13 @@ impl Peer {
             rustls::Error::InvalidCertificate(
                 CertificateError::UnknownIssuer | CertificateError::BadSignature,
             ) => SecureError::Unknown { peer },
+            rustls::Error::InvalidCertificate(CertificateError::NotValidForNameContext {
+                presented,
+                ..
+            }) if presented.is_empty() => SecureError::Unfit {
+                peer,
+                what: "names no host (subjectAltName)",
+            },
             rustls::Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             ) => SecureError::Name {
@@ -194,26 +219,68 @@ impl Peer {
                     Self::Sender => String::new(),
                 },
             },
-            rustls::Error::AlertReceived(
-                alert @ (AlertDescription::UnknownCA
-                | AlertDescription::BadCertificate
-                | AlertDescription::UnsupportedCertificate
-                | AlertDescription::CertificateRevoked
-                | AlertDescription::CertificateExpired
-                | AlertDescription::CertificateUnknown
-                | AlertDescription::CertificateRequired
-                | AlertDescription::DecryptError
-                | AlertDescription::AccessDenied),
-            ) => SecureError::Refused {
+            rustls::Error::InvalidCertificate(
+                CertificateError::Expired | CertificateError::ExpiredContext { .. },
+            ) => SecureError::Time {
                 peer,
-                alert: format!("{alert:?}"),
+                when: "has expired",
             },
+            rustls::Error::InvalidCertificate(
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
+            ) => SecureError::Time {
+                peer,
+                when: "is not valid yet",
+            },
+            rustls::Error::InvalidCertificate(
+                CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. },
+            ) => SecureError::Unfit {
+                peer,
+                what: "is not made for this use (extendedKeyUsage)",
+            },
+            rustls::Error::InvalidCertificate(CertificateError::BadEncoding) => {
+                SecureError::Unfit {
+                    peer,
+                    what: "cannot be read",
+                }
+            }
+            rustls::Error::AlertReceived(alert) if in_words(*alert).is_some() => {
+                SecureError::Refused {
+                    peer,
+                    alert: in_words(*alert).unwrap_or_default(),
+                }
+            }
             other => SecureError::Other {
                 peer,
                 reason: other.to_string(),
             },
         }
     }
+}
+
+/// What a peer means that does not accept a certificate, and what may mend it.
+fn in_words(alert: AlertDescription) -> Option<&'static str> {
+    Some(match alert {
+        AlertDescription::UnknownCA => {
+            "it is of no authority in its ca-cert.pem: have one authority sign those of both sides"
+        }
+        AlertDescription::CertificateExpired => {
+            "it has expired, or is not valid yet, by the clock there: make a new one, or set the clock"
+        }
+        AlertDescription::CertificateRequired => {
+            "it got none: give this side --tls DIR (\"tls_dir\") with its own"
+        }
+        AlertDescription::CertificateRevoked => "it has been revoked: make a new one",
+        AlertDescription::BadCertificate
+        | AlertDescription::UnsupportedCertificate
+        | AlertDescription::CertificateUnknown => {
+            "it cannot use it: make one as the manual's page on migration shows; its own message tells more"
+        }
+        AlertDescription::DecryptError => {
+            "its key is another one: see that certificate and key of this side belong together"
+        }
+        AlertDescription::AccessDenied => "it is not allowed to: see its own message",
+        _ => return None,
+    })
 }
 
 fn wrong(error: SecureError) -> io::Error {

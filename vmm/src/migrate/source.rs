@@ -17,7 +17,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::wire::{MigrationPhase, MigrationResolution};
@@ -36,6 +35,7 @@ use super::limits::Shared;
 use super::link::{Link, PATIENCE};
 use super::status::{Order, Status};
 use super::storage::leaving::Copying;
+use crate::sandbox::{Builder, Kind};
 
 /// How long the destination may take to build the machine.
 const BUILDING: Duration = Duration::from_secs(120);
@@ -87,7 +87,7 @@ pub fn give_away(
     let ended = std::thread::scope(|scope| {
         let _watched = Unwinding(&shared.status);
         let mut tell = tell;
-        let watch = Builder::new().name("migration-watch".to_owned());
+        let watch = Builder::new(Kind::Job).name("migration-watch".to_owned());
         let watched = Arc::clone(&shared);
         // Without it, progress is not told and limits of time are looked at after rounds.
         let _watch = watch.spawn_scoped(scope, move || {
@@ -138,7 +138,7 @@ fn listen_to(orders: Receiver<Order>, sender: SyncSender<Event>, shared: Arc<Sha
             }
         }
     };
-    let started = Builder::new()
+    let started = Builder::new(Kind::Job)
         .name("migration-orders".to_owned())
         .spawn(run);
     if let Err(error) = started {

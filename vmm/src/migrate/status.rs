@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::wire::{
@@ -51,6 +51,8 @@ struct Now {
     /// The guest may go before its memory.
     postcopy: bool,
     memory: u64,
+    /// Pages that are not sent, because the guest does not use them.
+    free_pages: u64,
     /// Hung up, should it not end when it is cancelled.
     links: Vec<Link>,
     /// When somebody wanted its end.
@@ -72,6 +74,8 @@ type Wake = Box<dyn Fn() + Send>;
 pub struct Status {
     direction: MigrationDirection,
     peer: String,
+    /// Where a source is waited for, where that says more.
+    place: OnceLock<String>,
     begun: Instant,
     /// Counts of streams.
     pub progress: Progress,
@@ -90,6 +94,7 @@ impl Status {
         Self {
             direction,
             peer,
+            place: OnceLock::new(),
             begun: Instant::now(),
             progress: Progress::default(),
             storage: Figures::default(),
@@ -123,16 +128,18 @@ impl Status {
     /// It is so far. What has ended stays so.
     pub fn enter(&self, phase: MigrationPhase) {
         let mut now = self.lock();
+        let mut links = Vec::new();
         if !now.phase.is_end() {
             now.phase = phase;
             if phase.is_end() {
                 now.ended = Some(self.begun.elapsed());
-                now.links.clear();
+                links = std::mem::take(&mut now.links);
                 now.wake = None;
                 now.orders = None;
             }
         }
         drop(now);
+        drop(links);
         self.changed.notify_all();
     }
 
@@ -165,10 +172,16 @@ impl Status {
         });
     }
 
-    /// With whom.
+    /// With whom, or where a source is waited for.
     #[must_use]
     pub fn peer(&self) -> &str {
-        &self.peer
+        self.place.get().unwrap_or(&self.peer)
+    }
+
+    /// A source is waited for there, as has turned out. Once.
+    pub fn waits_at(&self, place: String) {
+        // There is one listener.
+        let _again = self.place.set(place);
     }
 
     /// How far it is.
@@ -241,18 +254,28 @@ impl Status {
         self.lock().downtime = Some(downtime);
     }
 
+    /// So many pages are not sent, because the guest does not use them.
+    pub fn leave_out(&self, pages: u64) {
+        self.lock().free_pages = pages;
+    }
+
     /// It goes over these.
     pub fn over(&self, links: Vec<Link>) {
-        self.lock().links = links;
+        let before = std::mem::replace(&mut self.lock().links, links);
+        // Closed when nobody waits for this.
+        drop(before);
     }
 
     /// How long it has taken so far, of which `memory` bytes have been gone through in the first round.
     #[must_use]
     fn done(&self) -> (u64, u64) {
-        let memory = self.lock().memory;
+        let now = self.lock();
+        let (memory, free) = (now.memory, now.free_pages);
+        drop(now);
         let figures = self.progress.figures();
         let (_, left, disks) = self.storage.now();
-        let done = figures.pages.saturating_mul(PAGE).min(memory);
+        let done = figures.pages.saturating_add(free);
+        let done = done.saturating_mul(PAGE).min(memory);
         (
             done.saturating_add(disks.saturating_sub(left)),
             memory.saturating_add(disks),
@@ -331,7 +354,7 @@ impl Status {
                            \"memory_mode\": \"Postcopy\")";
             return Err(ControlError::new(ErrorKind::Conflict, message));
         }
-        check_bandwidth(set.bandwidth.filter(|rate| *rate != 0))?;
+        check_bandwidth(set.bandwidth)?;
         if self.phase().is_end() {
             return Err(ControlError::new(
                 ErrorKind::Conflict,
@@ -366,16 +389,16 @@ impl Status {
     }
 }
 
-/// That a limit is one by which anything arrives.
+/// That a limit is one by which anything arrives, or 0, which is none.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Invalid`].
 pub fn check_bandwidth(rate: Option<u64>) -> Result<(), ControlError> {
     match rate {
-        Some(rate) if rate < LEAST_BANDWIDTH => {
+        Some(rate @ 1..LEAST_BANDWIDTH) => {
             let message = format!(
-                "bandwidth: {rate} bytes in a second: at least {LEAST_BANDWIDTH} are needed for the other side to hear often enough"
+                "bandwidth: {rate} bytes in a second: at least {LEAST_BANDWIDTH} are needed for the other side to hear often enough, and 0 is no limit"
             );
             Err(ControlError::new(ErrorKind::Invalid, message))
         }
@@ -418,13 +441,14 @@ impl Migration for Status {
         MigrationInfo {
             job: now.job.clone(),
             direction: self.direction,
-            peer: self.peer.clone(),
+            peer: self.peer().to_owned(),
             phase: now.phase,
             memory: now.memory,
             rounds: figures.rounds,
             pages: figures.pages,
             zero_pages: figures.zeros,
             delta_pages: figures.deltas,
+            free_pages: now.free_pages,
             bytes: figures.bytes.saturating_add(transferred),
             rate,
             remaining,

@@ -16,8 +16,7 @@ use crate::machine::driver::Driver;
 use crate::machine::inbox::{Mailbox, Message};
 use crate::machine::state::wrong_state;
 use crate::migrate::board::Board;
-use crate::opener::Opener;
-use crate::process::Usage;
+use crate::process::Meter;
 
 /// What this monitor can do beyond v1, as `vmm.ping` lists it.
 const FEATURES: &[&str] = &[
@@ -57,7 +56,7 @@ pub struct MonitorHandle {
     camera: Camera,
     web: WebPlace,
     hands: Arc<Hands>,
-    opener: Arc<Opener>,
+    meter: Option<Arc<Meter>>,
 }
 
 impl MonitorHandle {
@@ -68,7 +67,7 @@ impl MonitorHandle {
         events: EventLog,
         (consoles, agent): ([ConsoleHub; COMS + 1], AgentDesk),
         (camera, web, hands): (Camera, WebPlace, Arc<Hands>),
-        opener: Arc<Opener>,
+        meter: Option<Arc<Meter>>,
     ) -> Self {
         Self {
             mailbox,
@@ -81,7 +80,7 @@ impl MonitorHandle {
             camera,
             web,
             hands,
-            opener,
+            meter,
         }
     }
 
@@ -163,7 +162,7 @@ impl Control for MonitorHandle {
     }
 
     fn metrics(&self) -> String {
-        let usage = Usage::now(&self.opener);
+        let usage = self.meter.as_ref().and_then(|meter| meter.read());
         metrics::text(&self.view, &self.jobs, &self.events, usage.as_ref())
     }
 

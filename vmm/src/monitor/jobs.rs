@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use api::wire::{JobInfo, JobState, MigrationInfo, SnapshotReport};
 use api::{ControlError, ErrorKind, EventKind, EventLog};
 
+use crate::process;
+
 /// How many ended jobs are remembered.
 const REMEMBERED: usize = 64;
 /// How many events of progress a job makes at most.
@@ -276,6 +278,7 @@ impl Drop for JobHandle {
             .end()
             .get_or_insert_with(|| (JobState::Failed, Some("its thread ended".to_owned())));
         self.tell();
+        process::give_back();
     }
 }
 

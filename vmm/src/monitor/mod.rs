@@ -69,6 +69,8 @@ use crate::migrate::board::Board;
 use crate::migrate::status::Status;
 use crate::notice;
 use crate::opener::Opener;
+use crate::process::{self, Meter};
+use crate::sandbox::{self, Kind};
 
 /// How long it is waited for an answer to a source whose machine has not come.
 const PARTING: Duration = Duration::from_secs(10);
@@ -100,6 +102,8 @@ pub struct Monitor {
     web: WebPlace,
     hands: Arc<Hands>,
     opening: Opening,
+    /// What tells what the process uses.
+    meter: Option<Arc<Meter>>,
     /// Always there, except while a driver has them.
     ears: Option<Ears>,
     /// What the next boot is made from instead of the description.
@@ -146,6 +150,7 @@ impl Monitor {
         opener: Arc<Opener>,
         options: MonitorOptions,
     ) -> io::Result<Self> {
+        process::keep_little();
         let signals = Signals::block()?;
         let (mailbox, inbox) = crate::machine::inbox::inbox()?;
         let consoles = Arc::new(Consoles::new(options.serial_replay)?);
@@ -159,6 +164,7 @@ impl Monitor {
         hubs.iter().for_each(|hub| hub.tell(ears.events.clone()));
         let view = View::new(ears.life.view());
         let jobs = Jobs::new(ears.events.clone());
+        let meter = Meter::open(&opener).map(Arc::new);
         Ok(Self {
             models,
             opener,
@@ -174,6 +180,7 @@ impl Monitor {
             web,
             hands,
             opening: Opening::default(),
+            meter,
             ears: Some(ears),
             once: None,
             restored: None,
@@ -198,7 +205,7 @@ impl Monitor {
                 self.web.clone(),
                 Arc::clone(&self.hands),
             ),
-            Arc::clone(&self.opener),
+            self.meter.clone(),
         )
     }
 
@@ -223,6 +230,7 @@ impl Monitor {
     ///
     /// [`MachineError::Wait`] when the host lets it wait no more.
     pub fn serve(mut self) -> Result<ExitReason, MachineError> {
+        sandbox::enter(Kind::Control);
         self.go_on(After::Idle)
     }
 
@@ -232,6 +240,7 @@ impl Monitor {
     ///
     /// Also what kept the machine from being built or booted.
     pub fn run(mut self, description: Description) -> Result<ExitReason, MachineError> {
+        sandbox::enter(Kind::Control);
         if let Some(ears) = &mut self.ears {
             ears.description = Some(description);
         }

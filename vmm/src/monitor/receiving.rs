@@ -65,8 +65,14 @@ impl Monitor {
         let (opener, waits) = (Arc::clone(&self.opener), Arc::clone(&status));
         let jobs = self.jobs.clone();
         let open = move || {
-            let listener = listen(&place, &request, &opener);
+            let mut passed = passed;
+            let socket = matches!(place, Place::Descriptor(_)).then(|| passed.drain(..1).next());
+            let listener = listen((&place, socket.flatten()), &request, &opener);
             let listener = listener.inspect_err(|error| waits.fail(&error.to_string()))?;
+            if let (Place::Tcp { host, .. }, Some(port)) = (&place, listener.port()) {
+                let host = host.clone();
+                waits.waits_at(Place::Tcp { host, port }.to_string());
+            }
             // Who is to send hears by it that it is waited for.
             let job = jobs.begin("receive", 0);
             waits.is_of(&job.info().id, 0);
@@ -154,7 +160,7 @@ struct Came {
 
 /// Opens where a source is waited for.
 fn listen(
-    place: &Place,
+    (place, socket): (&Place, Option<OwnedFd>),
     request: &ReceiveMigrationData,
     opener: &Arc<Opener>,
 ) -> Result<Listener, ControlError> {
@@ -163,7 +169,21 @@ fn listen(
         .tls_dir
         .as_deref()
         .map(|directory| receiver_tls(directory, opener));
-    let listener = Listener::open(place, opener, tls.transpose().map_err(invalid)?);
+    let tls = tls.transpose().map_err(invalid)?;
+    if let Some(socket) = socket {
+        let wrong = |why: &str| {
+            ControlError::new(ErrorKind::Invalid, format!("receiver_url {place}: {why}"))
+        };
+        let listener = Listener::given(socket).map_err(|error| wrong(&chain(&error)))?;
+        if !request.insecure && !listener.is_private() {
+            return Err(wrong(
+                "the socket listens where others than this host can connect, who could send any machine: give one that listens on \
+                 this host alone, or --insecure (\"insecure\": true) where the network keeps others out",
+            ));
+        }
+        return Ok(listener);
+    }
+    let listener = Listener::open(place, opener, tls);
     listener.map_err(|error| ControlError::from_error(ErrorKind::Failed, &error))
 }
 
@@ -183,7 +203,10 @@ fn come(
     // So far away is never.
     let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
     let mut caller = wait(listener, status, deadline).map_err(|error| failed(&error))?;
-    let read = read_offer(&caller.offer, request, passed).and_then(|read| {
+    let read = caller.check_connections();
+    let read = read.map_err(|message| ControlError::new(ErrorKind::Invalid, message));
+    let read = read.and_then(|()| read_offer(&caller.offer, request, passed));
+    let read = read.and_then(|read| {
         if caller.offer.capabilities.has(Capabilities::POSTCOPY) {
             let able = check_postcopy(&read.0.config, opener);
             able.map_err(|message| ControlError::new(ErrorKind::Conflict, message))?;

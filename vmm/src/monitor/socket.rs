@@ -2,9 +2,11 @@
 //! keeps a second monitor away, and where events are written.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::opener::{OpenError, Opener, SocketFile};
 
@@ -47,6 +49,14 @@ pub enum InheritedError {
         /// The number.
         fd: RawFd,
     },
+    /// There is none of this number for a migration.
+    #[error(
+        "fd:{fd}: this process was not started with it: pass it open, with a number of 3 or more"
+    )]
+    NoConnection {
+        /// The number.
+        fd: RawFd,
+    },
     /// It is for two things.
     #[error("{SOCKET} and {EVENTS} have the same fd={fd}: give each one of its own")]
     Twice {
@@ -82,9 +92,28 @@ pub struct Inherited {
     pub socket: Option<OwnedFd>,
     /// What events are written to.
     pub events: Option<OwnedFd>,
+    /// Over which a machine goes or comes.
+    pub connection: Option<OwnedFd>,
 }
 
 impl Inherited {
+    /// Takes the socket over which a machine goes or comes, as [`Inherited::take`] takes others, where nothing else is taken.
+    ///
+    /// # Errors
+    ///
+    /// [`InheritedError::NoConnection`], also for the standard descriptors. What kind of socket it is, is looked at by whoever uses it.
+    pub fn take_connection(fd: RawFd) -> Result<Self, InheritedError> {
+        if fd <= 2 || status(fd).is_none() {
+            return Err(InheritedError::NoConnection { fd });
+        }
+        let connection = take(fd);
+        leave_to_it(&connection);
+        Ok(Self {
+            connection: Some(connection),
+            ..Self::default()
+        })
+    }
+
     /// Takes the descriptors of these numbers, which other programs do not get from now on. To be called once, before the process
     /// opens anything: a number that it was not started with could be that of a file of its own afterwards.
     ///
@@ -127,7 +156,28 @@ impl Inherited {
         Ok(Self {
             socket: socket.map(take),
             events: events.map(take),
+            connection: None,
         })
+    }
+}
+
+/// Has the standard descriptors that are the same socket be nothing: what is read there, or written, would be of the connection (`3<&0`).
+fn leave_to_it(connection: &OwnedFd) {
+    let file = |fd: BorrowedFd<'_>| {
+        let found = rustix::fs::fstat(fd).ok()?;
+        Some((found.st_dev, found.st_ino))
+    };
+    let socket = file(connection.as_fd());
+    let null = || rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    if file(rustix::stdio::stdin()) == socket {
+        // Where there is no such device it stays what it is.
+        let _ = null().and_then(rustix::stdio::dup2_stdin);
+    }
+    if file(rustix::stdio::stdout()) == socket {
+        let _ = null().and_then(rustix::stdio::dup2_stdout);
+    }
+    if file(rustix::stdio::stderr()) == socket {
+        let _ = null().and_then(rustix::stdio::dup2_stderr);
     }
 }
 

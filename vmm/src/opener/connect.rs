@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use block::Address;
 
+use crate::sandbox;
+
 /// How long one address is tried.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -25,12 +27,16 @@ impl block::Connector for Connector {
     /// Gives up after 5 s for each of a host's first four addresses, beside the time that the system's
     /// resolver takes.
     fn connect(&self) -> io::Result<OwnedFd> {
-        let socket = match &self.0 {
-            Address::Unix(path) => unix(path),
-            Address::Tcp { host, port } => tcp(host, *port),
-        }?;
-        tracing::debug!(address = ?self.0, "connected");
-        Ok(socket)
+        let address = self.0.clone();
+        // A disk's thread asks for it when a server has come back.
+        sandbox::as_job(move || {
+            let socket = match &address {
+                Address::Unix(path) => unix(path),
+                Address::Tcp { host, port } => tcp(host, *port),
+            }?;
+            tracing::debug!(?address, "connected");
+            Ok(socket)
+        })
     }
 
     /// Only unix sockets: whether another host answers is not known at once.
@@ -38,10 +44,13 @@ impl block::Connector for Connector {
         let Address::Unix(path) = &self.0 else {
             return Err(io::ErrorKind::Unsupported.into());
         };
-        let socket = UnixStream::from(unix_socket()?);
-        socket.set_nonblocking(true)?;
-        connect_to(&socket, path)?;
-        Ok(socket.into())
+        let path = path.clone();
+        sandbox::as_job(move || {
+            let socket = UnixStream::from(unix_socket()?);
+            socket.set_nonblocking(true)?;
+            connect_to(&socket, &path)?;
+            Ok(socket.into())
+        })
     }
 }
 

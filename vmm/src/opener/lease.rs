@@ -31,15 +31,16 @@ impl Held {
 
 fn run(program: &Path, verb: &str, path: &Path, mode: &str) -> io::Result<()> {
     let name = program.display();
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    command
         .arg(verb)
         .arg(path)
         .arg(mode)
         .env("VIREO_PID", std::process::id().to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
+        .stderr(Stdio::piped());
+    let mut child = crate::sandbox::start_program(command)
         .map_err(|error| io::Error::new(error.kind(), format!("cannot run {name}: {error}")))?;
     let mut said = Vec::new();
     if let Some(stderr) = &mut child.stderr {

@@ -1,11 +1,15 @@
 //! The balloon: memory that a guest gives up is the host's.
 
+use std::num::NonZero;
+
 use api::client::ClientError;
-use api::wire::{BalloonInfo, VmResize};
+use api::wire::{BalloonInfo, MigrationPhase, SendMigrationData, VmMigrationSet, VmResize};
 use api::{AddDevice, Command as Ask, Control, ControlError, ErrorKind, EventKind, Reply};
 use serde_json::json;
 
-use crate::support::{Local, Served, Vireo, can_run, config, until};
+use crate::migrations::{Side, to, unix};
+use crate::snapshots::vireo;
+use crate::support::{Local, Served, Vireo, can_run, config, guest, until};
 
 const MIB: u64 = 1 << 20;
 /// What the guest fills and gives up.
@@ -232,6 +236,68 @@ fn a_target_that_is_not_below_the_guests_memory_is_refused_by_request_and_verb()
     run.ends_with(2);
     assert!(run.stderr.rest().contains("--balloon"));
     case.resize(2);
+}
+
+/// Sends the guest on to a monitor of its own, but not before it has heard that it may use its free pages again, and `told` what they hold.
+fn sent_on(dir: &std::path::Path, mut source: Side, name: &str, told: &str) -> Side {
+    let url = unix(dir, &format!("{name}.migration"));
+    let target = Side::empty(dir, name);
+    let waits = target.receive(&url);
+    // It never fits into the pause: the guest writes to its stack all the time.
+    let endless = SendMigrationData {
+        bandwidth: Some(1 << 16),
+        downtime_ms: NonZero::new(1),
+        throttle: Some(false),
+        ..to(&url)
+    };
+    source.client().send_migration(&endless).unwrap();
+    source.vireo.stdout.wait_for(told);
+    let free = until("what is left out", || {
+        let info = source.client().migration().ok()?;
+        (info.free_pages > 0).then_some(info.free_pages)
+    });
+    assert_eq!(free, AREA / 4096);
+    let on = VmMigrationSet {
+        bandwidth: Some(0),
+        downtime_ms: NonZero::new(20_000),
+        ..VmMigrationSet::default()
+    };
+    source.client().set_migration(&on).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+    assert_eq!(target.ended().phase, MigrationPhase::Completed);
+    target
+}
+
+#[test]
+fn free_pages_that_a_guest_tells_of_stay_behind_unless_it_writes_them() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, kernel) = (dir.path().join("source.sock"), guest("balloon"));
+    let mut vireo = vireo(&[
+        "run",
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--cmdline",
+        "mib=32 leave",
+        "--memory",
+        "64M",
+        "--balloon",
+        "size=0",
+        "--serial",
+        "tty",
+        "--api-socket",
+        socket.to_str().unwrap(),
+    ]);
+    vireo.stdout.wait_for("actual=0 zero=0\n");
+    let source = Side { vireo, socket };
+    let there = sent_on(dir.path(), source, "one.sock", "hints-done left\n");
+    // Of those that were left behind it had written one when it had told of it.
+    let zeros = format!("hints-done zero={}\n", AREA / 4096 - 1);
+    let there = sent_on(dir.path(), there, "two.sock", &zeros);
+    there.vireo.signal("TERM");
 }
 
 fn resize(machine: &Local, size: u64) -> Result<Reply, ControlError> {

@@ -20,6 +20,7 @@ mod baseline;
 mod cards;
 mod chains;
 mod clones;
+mod confined;
 mod consoles;
 mod coredump;
 mod definitions;

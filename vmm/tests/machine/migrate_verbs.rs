@@ -1,6 +1,8 @@
 //! The verbs for migrations at a monitor that the test plays.
 
 use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -24,6 +26,8 @@ struct Fake {
     /// How often it has been asked how far it is.
     asked: AtomicU64,
     orders: Mutex<Vec<MigrationOrder>>,
+    /// Why it does not begin.
+    refusal: Mutex<Option<ErrorKind>>,
     events: EventLog,
 }
 
@@ -33,9 +37,12 @@ fn nothing() -> ControlError {
 
 impl Control for Fake {
     fn submit(&self, command: Ask, answer: Answer) {
-        let Ask::SendMigration(request) = command else {
+        let Ask::SendMigration(request, _) = command else {
             return answer(Err(nothing()));
         };
+        if let Some(kind) = *self.refusal.lock().unwrap() {
+            return answer(Err(ControlError::new(kind, "why")));
+        }
         *self.info.lock().unwrap() = Some(MigrationInfo {
             job: JOB.to_owned(),
             peer: request.destination_url.clone(),
@@ -295,6 +302,146 @@ fn a_migration_that_nobody_waits_for_is_watched_and_steered_by_other_verbs() {
             MigrationOrder::Cancel,
         ]
     );
+}
+
+#[test]
+fn wrong_usage_is_told_from_what_could_not_be_and_programs_hear_the_reason_too() {
+    let monitor = Monitor::new();
+    for (kind, code) in [(ErrorKind::Invalid, 2), (ErrorKind::Conflict, 1)] {
+        *monitor.fake.refusal.lock().unwrap() = Some(kind);
+        let told = monitor.verb("migrate", &["unix:/there", "--json"]);
+        assert_eq!(told.status.code(), Some(code), "{told:?}");
+        let (out, words) = (
+            String::from_utf8(told.stdout).unwrap(),
+            String::from_utf8(told.stderr).unwrap(),
+        );
+        assert!(
+            words.contains(": why") && !words.contains("dispatching"),
+            "{words}"
+        );
+        if kind == ErrorKind::Conflict {
+            let value: serde_json::Value = serde_json::from_str(&out).unwrap();
+            assert!(value["error"].as_str().unwrap().ends_with(": why"), "{out}");
+        }
+    }
+    *monitor.fake.refusal.lock().unwrap() = None;
+    let verb = monitor.start("migrate", &["unix:/there", "--json"]);
+    monitor.until_asked();
+    monitor.change(|info| {
+        info.phase = MigrationPhase::Failed;
+        info.error = Some("a cable".to_owned());
+    });
+    let output = verb.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let info: MigrationInfo = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(info.phase, MigrationPhase::Failed);
+    assert_eq!(info.error.as_deref(), Some("a cable"));
+}
+
+/// A verb with a socket as its descriptor 7, and as its input, from which nothing of it may be taken.
+fn with_socket(socket: OwnedFd, dir: &std::path::Path, words: &[&str]) -> Child {
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" \"$@\" 7<&0"]);
+    command.arg(env!("CARGO_BIN_EXE_vireo")).args(words);
+    command.env_remove("VIREO_LOG").env("XDG_RUNTIME_DIR", dir);
+    command.stdin(Stdio::from(socket));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+#[test]
+fn a_machine_moves_over_a_socket_that_both_sides_were_given() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let side = crate::migrations::Side::counting(dir.path());
+    let socket = side.socket.to_str().unwrap();
+    let name = format!("vireo-test-given-{}", std::process::id());
+    let no_socket = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let datagrams = || OwnedFd::from(std::os::unix::net::UnixDatagram::unbound().unwrap());
+    for (given, number, part) in [
+        (no_socket(), "fd:7", "no socket"),
+        (datagrams(), "fd:7", "no stream socket"),
+        (no_socket(), "fd:77", "not started with it"),
+        (no_socket(), "fd:0", "not started with it"),
+    ] {
+        let again = given.try_clone().unwrap();
+        let receive = with_socket(given, dir.path(), &["receive", &name, number]);
+        let migrate = ["migrate", "--api-socket", socket, number];
+        for verb in [receive, with_socket(again, dir.path(), &migrate)] {
+            let told = verb.wait_with_output().unwrap();
+            assert_eq!(told.status.code(), Some(2), "{told:?}");
+            let words = String::from_utf8(told.stderr).unwrap();
+            assert!(words.contains(part), "{words}");
+        }
+    }
+    let (here, there) = UnixStream::pair().unwrap();
+    let receive = ["receive", &name, "fd:7"];
+    let receives = with_socket(there.into(), dir.path(), &receive);
+    let migrate = ["migrate", "--api-socket", socket, "fd:7"];
+    let migrates = with_socket(here.into(), dir.path(), &migrate);
+    let told = done(&migrates.wait_with_output().unwrap());
+    assert!(told.contains("runs at fd:7"), "{told}");
+    let mut destroy = Command::new(env!("CARGO_BIN_EXE_vireo"));
+    destroy
+        .args(["destroy", &name])
+        .env("XDG_RUNTIME_DIR", dir.path());
+    done(&destroy.output().unwrap());
+    receives.wait_with_output().unwrap();
+}
+
+#[test]
+fn a_connection_that_brings_no_machine_ends_the_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = format!("vireo-test-only-{}", std::process::id());
+    let receive = ["receive", &name, "fd:7"];
+    for said in [&b""[..], b"GET / HTTP/1.1\r\n\r\n"] {
+        let (mut here, there) = UnixStream::pair().unwrap();
+        here.write_all(said).unwrap();
+        let receives = with_socket(there.into(), dir.path(), &receive);
+        drop(here);
+        let told = receives.wait_with_output().unwrap();
+        assert_eq!(told.status.code(), Some(1), "{told:?}");
+        let words = String::from_utf8(told.stderr).unwrap();
+        assert!(words.contains("the only one"), "{words}");
+    }
+}
+
+#[test]
+fn a_socket_that_strangers_reach_is_not_waited_at() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = format!("vireo-test-open-{}", std::process::id());
+    let open = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let receives = with_socket(open.into(), dir.path(), &["receive", &name, "fd:7"]);
+    let told = receives.wait_with_output().unwrap();
+    assert_eq!(told.status.code(), Some(1), "{told:?}");
+    let words = String::from_utf8(told.stderr).unwrap();
+    assert!(words.contains("--insecure"), "{words}");
+}
+
+#[test]
+fn where_the_host_has_chosen_a_port_it_is_told_and_one_that_is_in_use_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let verb = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
+        command.args(words).env_remove("VIREO_LOG");
+        command.env("XDG_RUNTIME_DIR", dir.path());
+        command.stdin(File::open("/dev/null").unwrap());
+        command.output().unwrap()
+    };
+    let name = format!("vireo-test-port-{}", std::process::id());
+    let waits = ["receive", &name, "tcp:127.0.0.1:0", "--detach", "--json"];
+    let waits: serde_json::Value = serde_json::from_str(&done(&verb(&waits))).unwrap();
+    let url = waits["url"].as_str().unwrap();
+    assert!(
+        url.starts_with("tcp:127.0.0.1:") && !url.ends_with(":0"),
+        "{url}"
+    );
+    let other = format!("{name}-other");
+    let told = failed(&verb(&["receive", &other, url, "--detach"]));
+    assert!(told.contains("in use"), "{told}");
+    done(&verb(&["destroy", &name]));
 }
 
 /// All verbs together, with a guest.

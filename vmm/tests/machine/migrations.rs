@@ -247,7 +247,7 @@ fn a_migration_is_seen_steered_and_cancelled_and_the_guest_goes_on() {
     let target = Side::empty(dir.path(), "t.sock");
     let waits = target.receive(&url);
     let slow = SendMigrationData {
-        bandwidth: std::num::NonZero::new(1 << 18),
+        bandwidth: Some(1 << 18),
         ..to(&url)
     };
     source.client().send_migration(&slow).unwrap();
@@ -256,6 +256,14 @@ fn a_migration_is_seen_steered_and_cancelled_and_the_guest_goes_on() {
         (info.phase == MigrationPhase::Precopy && info.bytes > 0).then_some(info)
     });
     assert_eq!((info.bandwidth, info.rounds), (Some(1 << 18), 1));
+    let began = EventKind::MigrationRound { round: 0 };
+    let mut events = source.client().events(Some(0)).unwrap();
+    until("the event of the round", || {
+        let told = events.next()?.unwrap();
+        told.event()
+            .is_some_and(|event| event.kind == began)
+            .then_some(())
+    });
     let refused = source.client().pause().unwrap_err();
     assert_eq!(refused.reason(), Some(Reason::Migrating), "{refused}");
     assert!(source.client().send_migration(&slow).is_err());
@@ -412,7 +420,7 @@ fn a_receiver_that_is_cancelled_or_not_there_leaves_the_guest_where_it_is() {
     // While memory comes.
     let waits = target.receive(&url);
     let slow = SendMigrationData {
-        bandwidth: std::num::NonZero::new(1 << 18),
+        bandwidth: Some(1 << 18),
         ..to(&url)
     };
     source.client().send_migration(&slow).unwrap();
@@ -619,7 +627,7 @@ fn a_destination_that_is_killed_leaves_the_guest_here() {
     let target = Side::empty(dir.path(), "t.sock");
     let waits = target.receive(&format!("unix:{}", there.display()));
     let slow = SendMigrationData {
-        bandwidth: std::num::NonZero::new(1 << 20),
+        bandwidth: Some(1 << 20),
         ..to(&format!("unix:{}", there.display()))
     };
     source.client().send_migration(&slow).unwrap();

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::num::NonZero;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -279,7 +278,7 @@ fn one_that_is_cancelled_while_its_disk_goes_leaves_the_disk_and_nothing_there()
     for (index, here_cancels) in [(0, true), (1, false)] {
         let waits = target.receive_as(&url, at(&there));
         let slow = SendMigrationData {
-            bandwidth: NonZero::new(1 << 20),
+            bandwidth: Some(1 << 20),
             ..with(&url, CopyStorage::All)
         };
         source.client().send_migration(&slow).unwrap();
@@ -430,5 +429,44 @@ fn a_destination_that_is_full_says_so_and_the_guest_goes_on() {
     until("the image to be removed", || {
         (!there.exists()).then_some(())
     });
+    end(&mut source, 2);
+}
+
+#[test]
+fn a_destination_that_one_connection_reaches_refuses_disks_before_anything_is_made() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let [here, there, near, far] = ["here", "there", "in", "out"].map(|name| dir.path().join(name));
+    fill(&here);
+    let disk = format!("path={},id=d,format=raw", here.display());
+    let mut source = churning(dir.path(), &disk);
+    let made = Command::new("mkfifo").args([&near, &far]).status();
+    assert!(made.unwrap().success());
+    let through = |from: &Path, to: &Path| {
+        let (from, to) = (from.display(), to.display());
+        format!("exec:cat {from} & cat > {to}")
+    };
+    let target = Side::empty(dir.path(), "t.sock");
+    let request = ReceiveMigrationData {
+        receiver_url: through(&near, &far),
+        ..at(&there)
+    };
+    let mut client = target.client();
+    let waits = thread::spawn(move || client.receive_migration(&request, &[]));
+    let request = with(&through(&far, &near), CopyStorage::All);
+    source.client().send_migration(&request).unwrap();
+    let told = waits.join().unwrap().unwrap_err().to_string();
+    let info = source.ended();
+    assert_eq!((info.phase, info.pages), (MigrationPhase::Failed, 0));
+    for told in [told, info.error.unwrap()] {
+        assert!(
+            told.contains("--copy-storage") && told.contains("exec:"),
+            "{told}"
+        );
+    }
+    assert!(!there.exists());
+    ask(&mut source.vireo, 1);
     end(&mut source, 2);
 }

@@ -17,7 +17,7 @@ use api::wire::{
 use api::{PauseReason, Reason};
 
 use crate::migrations::{Side, Way, free_port, to, unix};
-use crate::snapshots::ask;
+use crate::snapshots::{ask, tell};
 use crate::support::{can_run, skip, until};
 
 /// Whether this host has memory come while a guest runs; says so when not.
@@ -39,7 +39,7 @@ pub fn first(url: &str) -> SendMigrationData {
         downtime_ms: NonZero::new(1),
         timeout_strategy: Some(MigrationTimeoutStrategy::Ignore),
         throttle: Some(false),
-        bandwidth: NonZero::new(8 << 20),
+        bandwidth: Some(8 << 20),
         ..to(url)
     }
 }
@@ -218,7 +218,7 @@ fn a_guest_goes_when_it_is_told_to_and_only_where_that_was_agreed_on() {
         let waits = target.receive(&url);
         let slow = SendMigrationData {
             memory_mode: mode,
-            bandwidth: NonZero::new(1 << 18),
+            bandwidth: Some(1 << 18),
             ..first(&url)
         };
         source.client().send_migration(&slow).unwrap();
@@ -343,4 +343,57 @@ fn a_destination_that_cannot_is_told_of_before_memory_moves() {
     );
     assert_eq!(info.pages, 0);
     ask(&mut source.vireo, 1);
+}
+
+/// A guest that has gone before nearly all of its memory, which it does not touch.
+fn far_ahead(dir: &Path) -> (Side, Side) {
+    let mut source = Side::counting(dir);
+    // It has written all before it looks at what it is told, and holds then.
+    tell(&mut source.vireo, b"ht");
+    source.vireo.stdout.wait_for("at=");
+    let target = Side::empty(dir, "t.sock");
+    let url = unix(dir, "m");
+    let waits = target.receive(&url);
+    let slow = SendMigrationData {
+        bandwidth: Some(1 << 16),
+        ..first(&url)
+    };
+    source.client().send_migration(&slow).unwrap();
+    until_phase(&source, MigrationPhase::Precopy);
+    let now = VmMigrationSet {
+        postcopy: true,
+        ..VmMigrationSet::default()
+    };
+    source.client().set_migration(&now).unwrap();
+    waits.join().unwrap().unwrap();
+    let info = target.client().migration().unwrap();
+    assert_eq!(info.phase, MigrationPhase::Postcopy);
+    assert!(info.remaining > 8 << 20, "{}", info.remaining);
+    (source, target)
+}
+
+#[test]
+fn a_guest_that_switches_itself_off_before_its_memory_is_there_ends_on_both_sides() {
+    if !can_follow() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (mut source, mut target) = far_ahead(dir.path());
+    tell(&mut target.vireo, b"q");
+    source.vireo.ends_with(0);
+    target.vireo.ends_with(0);
+}
+
+#[test]
+fn a_guest_that_resets_before_its_memory_is_there_begins_anew_without_it() {
+    if !can_follow() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (mut source, mut target) = far_ahead(dir.path());
+    tell(&mut target.vireo, b"r");
+    target.vireo.stdout.wait_for("pages=4096\n");
+    source.vireo.ends_with(0);
+    assert_eq!(target.ended().phase, MigrationPhase::Completed);
+    ask(&mut target.vireo, 1);
 }

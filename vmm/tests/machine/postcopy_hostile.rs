@@ -31,6 +31,8 @@ enum Wrong {
     Asking,
     /// A page comes as what differs from what was there.
     Difference,
+    /// A page comes as it is, behind its frame and not in it.
+    Bare,
     /// The state comes again.
     Again,
     /// The destination asks for what is not in memory.
@@ -72,6 +74,7 @@ impl Wrong {
                 let bytes = [encode_runs(&one(0)), vec![0, 0]].concat();
                 vec![(Kind::Delta, bytes)]
             }
+            Self::Bare => vec![(Kind::Bare, encode_runs(&one(0)))],
             Self::Again => vec![(Kind::State, state.to_vec())],
             _ => Vec::new(),
         }
@@ -212,7 +215,12 @@ fn what_a_source_sends_that_it_may_not_changes_nothing_or_ends_its_connection() 
     for wrong in [Wrong::Twice, Wrong::Again] {
         assert!(!moves_past(wrong), "{wrong:?}");
     }
-    for wrong in [Wrong::Outside, Wrong::Asking, Wrong::Difference] {
+    for wrong in [
+        Wrong::Outside,
+        Wrong::Asking,
+        Wrong::Difference,
+        Wrong::Bare,
+    ] {
         assert!(moves_past(wrong), "{wrong:?}");
     }
 }

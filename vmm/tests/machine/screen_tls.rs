@@ -189,7 +189,7 @@ fn files_that_are_of_no_use_for_tls_are_the_users_fault() {
     certified(directory.path(), NAME);
     let other = KeyPair::generate().unwrap().serialize_pem();
     for (file, content, part) in [
-        ("key.pem", Some(other), "cannot be used"),
+        ("key.pem", Some(other), "does not belong to the certificate"),
         (
             "key.pem",
             Some("no key".to_owned()),

@@ -28,6 +28,7 @@ use vmm::machine::parts::Parts;
 use vmm::machine::{Machine, MachineError};
 use vmm::monitor::{Description, Monitor, MonitorHandle, MonitorOptions};
 use vmm::opener::Opener;
+use vmm::sandbox;
 
 /// Nothing here takes long; who waits longer than this has found a fault.
 pub const LIMIT: Duration = Duration::from_secs(100);
@@ -356,6 +357,12 @@ pub fn built_with(config: &VmConfig, events: &EventLog) -> Built {
     build(config, parts, &opener, &mailbox, events, &consoles).unwrap()
 }
 
+/// Has what monitors of this process start be filtered.
+pub fn confine() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| sandbox::begin(sandbox::Mode::True).unwrap());
+}
+
 impl Local {
     pub fn boot(config: &VmConfig) -> Self {
         Self::boot_in(config, MonitorOptions::default())
@@ -374,6 +381,7 @@ impl Local {
     fn boot_with(models: &'static [Model], config: &VmConfig, options: MonitorOptions) -> Self {
         let opener = Arc::new(Opener::new());
         let monitor = Monitor::new(models, opener, options).unwrap();
+        confine();
         let (mailbox, handle) = (monitor.mailbox(), monitor.handle());
         let description = Description::of(config.clone());
         let local = Self {
@@ -406,6 +414,7 @@ impl Local {
             ..MonitorOptions::default()
         };
         let monitor = Monitor::new(MODELS, Arc::new(Opener::new()), options).unwrap();
+        confine();
         Self {
             mailbox: monitor.mailbox(),
             handle: monitor.handle(),

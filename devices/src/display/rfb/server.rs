@@ -69,9 +69,10 @@ impl Server {
             inbox: Mutex::default(),
         });
         let told = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("display".into())
-            .spawn(move || run(&told, &*clock, Service::new(screen, sink, options)))?;
+        let thread = std::thread::Builder::new().name("display".into());
+        let thread = crate::threads::spawn(thread, move || {
+            run(&told, &*clock, Service::new(screen, sink, options));
+        })?;
         Ok(Self {
             shared,
             thread: Some(thread),

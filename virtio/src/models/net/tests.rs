@@ -87,6 +87,11 @@ impl Backend for Wire {
         Ok(())
     }
 
+    fn announce(&self, address: MacAddress) -> io::Result<()> {
+        self.told.lock().unwrap().push(format!("{address} is here"));
+        Ok(())
+    }
+
     fn watch(&self) -> io::Result<Option<Watch>> {
         let news = self.news.lock().unwrap();
         let news = news.as_ref().map(UnixDatagram::try_clone).transpose()?;

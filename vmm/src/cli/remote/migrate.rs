@@ -3,6 +3,7 @@
 mod follow;
 
 use std::num::NonZero;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use api::wire::{
@@ -15,11 +16,15 @@ use indicatif::HumanBytes;
 use migration::transport::precopy::PRESETS;
 
 use super::super::Misuse;
+use super::super::serve::Numbers;
 use super::super::target::SocketFlag;
-use super::migration::{bytes, millis, nonzero, seconds, time};
+use super::migration::{bytes, millis, nonzero, refused, seconds, time};
 use super::watch::Watch;
 use super::{print, print_json};
 use crate::migrate::link::Place;
+use crate::monitor::Inherited;
+
+use self::follow::NotMoved;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -31,7 +36,8 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct MigrateArgs {
-    /// Name of the machine, and where another monitor waits for it: tcp:HOST:PORT, unix:PATH or exec:COMMAND
+    /// Name of the machine, and where another monitor waits for it: tcp:HOST:PORT, unix:PATH, exec:COMMAND, or fd:NUMBER, a stream
+    /// socket that is connected to it and the verb was started with
     #[arg(value_names = ["NAME", "DEST"], num_args = 1..=2, required = true)]
     words: Vec<String>,
     #[command(flatten)]
@@ -39,9 +45,9 @@ pub(in crate::cli) struct MigrateArgs {
     /// Parameters that belong together, of which other flags replace single ones
     #[arg(long, value_name = "NAME", value_parser = preset())]
     preset: Option<String>,
-    /// The most bytes in a second, with K, M, G or T
-    #[arg(long, value_name = "SIZE", value_parser = nonzero_bytes, allow_negative_numbers = true)]
-    bandwidth: Option<NonZero<u64>>,
+    /// The most bytes in a second, with K, M, G or T; 0: no limit
+    #[arg(long, value_name = "SIZE", value_parser = bytes, allow_negative_numbers = true)]
+    bandwidth: Option<u64>,
     /// The longest pause of the guest, with ms or s; default 300ms
     #[arg(long, value_name = "TIME", value_parser = nonzero_millis, allow_negative_numbers = true)]
     max_downtime: Option<NonZero<u64>>,
@@ -87,6 +93,9 @@ pub(in crate::cli) struct MigrateArgs {
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
+    /// What is at fd:.
+    #[arg(skip)]
+    connection: Option<OwnedFd>,
 }
 
 /// What becomes of a migration that takes too long.
@@ -135,18 +144,25 @@ fn nonzero_seconds(text: &str) -> Result<NonZero<u64>, String> {
 
 /// The destination as the monitor, which may be in another directory, finds it.
 fn destination(text: &str) -> anyhow::Result<String> {
-    let place = Place::parse(text).map_err(|_| {
-        Misuse(format!(
-            "DEST {text}: it is none of tcp:HOST:PORT, unix:PATH and exec:COMMAND"
-        ))
-    })?;
+    let place = Place::parse(text);
+    let place = place.map_err(|error| Misuse(format!("DEST {error}")))?;
     Ok(match place {
         Place::Unix(path) => Place::Unix(std::path::absolute(path)?).to_string(),
-        place @ (Place::Tcp { .. } | Place::Exec(_)) => place.to_string(),
+        place => place.to_string(),
     })
 }
 
 impl MigrateArgs {
+    /// The descriptor that is named.
+    pub(in crate::cli) fn numbers(&self) -> Numbers {
+        Numbers::of_place(self.words.last().map(String::as_str))
+    }
+
+    /// Gives it the descriptor.
+    pub(in crate::cli) fn inherit(&mut self, inherited: Inherited) {
+        self.connection = inherited.connection;
+    }
+
     fn request(&self, destination: &str) -> anyhow::Result<SendMigrationData> {
         let tls_dir = self.tls.as_ref().map(std::path::absolute).transpose()?;
         Ok(SendMigrationData {
@@ -182,14 +198,41 @@ impl MigrateArgs {
     }
 }
 
-pub(super) fn migrate(mut arguments: MigrateArgs) -> anyhow::Result<()> {
+pub(super) fn migrate(arguments: MigrateArgs) -> anyhow::Result<()> {
+    let json = arguments.json;
+    begin(arguments).inspect_err(|error| {
+        if json && !error.is::<Misuse>() {
+            // What cannot be written is told all the same, on the other way.
+            let _unwritten = tell_failure(error);
+        }
+    })
+}
+
+/// The reason as programs read it.
+fn tell_failure(error: &anyhow::Error) -> anyhow::Result<()> {
+    let why = format!("{error:#}");
+    let Some(NotMoved { info, .. }) = error.downcast_ref() else {
+        return print_json(&serde_json::json!({ "error": why }));
+    };
+    print_json(&MigrationInfo {
+        error: info.error.clone().or(Some(why)),
+        ..*info.clone()
+    })
+}
+
+fn begin(mut arguments: MigrateArgs) -> anyhow::Result<()> {
     let words = std::mem::take(&mut arguments.words);
     let (mut remote, [destination]) = arguments.socket.connect_and_split(words, ["DEST"])?;
     let request = arguments.request(&destination)?;
     // Before it begins: what becomes of it is not missed.
     let mut watch = Watch::of(&remote).map_err(|error| remote.failed(error))?;
-    let begun = remote.client.send_migration(&request);
-    begun.map_err(|error| remote.failed(error))?;
+    let begun = match arguments.connection.take() {
+        Some(connection) => remote
+            .client
+            .send_migration_over(&request, connection.as_fd()),
+        None => remote.client.send_migration(&request),
+    };
+    begun.map_err(|error| refused(&remote, error))?;
     if arguments.detach {
         if arguments.json {
             let info = remote.client.migration();
@@ -223,6 +266,12 @@ fn report(info: &MigrationInfo) -> String {
     ));
     if info.delta_pages > 0 {
         text.push_str(&format!(", {} as differences", info.delta_pages));
+    }
+    if info.free_pages > 0 {
+        text.push_str(&format!(
+            ", {} left out that the guest does not use",
+            info.free_pages
+        ));
     }
     match info.downtime_us {
         Some(pause) => text.push_str(&format!("; the guest stood for {}", time(pause))),
@@ -305,7 +354,6 @@ mod tests {
             ["--streams", "0"],
             ["--streams", "65"],
             ["--preset", "slow"],
-            ["--bandwidth", "0"],
             ["--bandwidth", "-1"],
             ["--max-downtime", "0ms"],
             ["--max-downtime", "300"],
@@ -360,13 +408,16 @@ mod tests {
         let unheard = MigrationInfo {
             downtime_us: None,
             delta_pages: 5,
+            free_pages: 7,
             rounds: 1,
             ..info
         };
         let told = report(&unheard);
         assert!(told.contains("in 1 round and"), "{told}");
         assert!(
-            told.ends_with("of zeros, 5 as differences; how long the guest stood was not heard"),
+            told.ends_with(
+                "of zeros, 5 as differences, 7 left out that the guest does not use; how long the guest stood was not heard"
+            ),
             "{told}"
         );
     }

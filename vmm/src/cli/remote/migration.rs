@@ -2,12 +2,15 @@
 
 use std::num::NonZero;
 
+use api::ErrorKind;
+use api::client::ClientError;
 use api::wire::{MigrationDirection, MigrationInfo, MigrationResolution, VmMigrationSet};
 use clap::Args;
 use indicatif::HumanBytes;
 
+use super::super::Misuse;
 use super::super::table::facts;
-use super::super::target::Target;
+use super::super::target::{Remote, Target};
 use super::lifecycle::PlainArgs;
 use super::migrate::Late;
 use super::show::ShowArgs;
@@ -162,7 +165,15 @@ pub(super) fn cancel(arguments: &PlainArgs) -> anyhow::Result<()> {
 pub(super) fn set(arguments: &SetArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
     let set = remote.client.set_migration(&arguments.request());
-    set.map_err(|error| remote.failed(error))
+    set.map_err(|error| refused(&remote, error))
+}
+
+/// Why the monitor has refused a request of these verbs: what makes no sense is misuse, as what the parser finds.
+pub(super) fn refused(remote: &Remote, error: ClientError) -> anyhow::Error {
+    if error.kind() == Some(ErrorKind::Invalid) {
+        return Misuse(format!("{}: {error}", remote.who)).into();
+    }
+    remote.failed(error)
 }
 
 pub(super) fn resolve(arguments: &ResolveArgs) -> anyhow::Result<()> {
@@ -210,8 +221,8 @@ fn told(info: &MigrationInfo) -> Vec<(&'static str, String)> {
         (
             "Pages",
             format!(
-                "{}, {} of zeros, {} as differences",
-                info.pages, info.zero_pages, info.delta_pages
+                "{}, {} of zeros, {} as differences; {} that the guest does not use",
+                info.pages, info.zero_pages, info.delta_pages, info.free_pages
             ),
         ),
         ("Sent", HumanBytes(info.bytes).to_string()),

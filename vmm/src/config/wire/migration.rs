@@ -20,6 +20,7 @@ enum Kind {
     Tcp,
     Unix,
     Exec,
+    Descriptor,
 }
 
 fn kind_of(field: &str, url: &str) -> Result<Kind, ControlError> {
@@ -27,17 +28,24 @@ fn kind_of(field: &str, url: &str) -> Result<Kind, ControlError> {
         Ok(Place::Tcp { .. }) => Ok(Kind::Tcp),
         Ok(Place::Unix(_)) => Ok(Kind::Unix),
         Ok(Place::Exec(_)) => Ok(Kind::Exec),
+        Ok(Place::Descriptor(_)) => Ok(Kind::Descriptor),
         Err(error) => Err(invalid(format!("{field}: {error}"))),
     }
 }
 
-/// Looks at a request to give the machine to another monitor.
+/// Looks at a request to give the machine to another monitor, with which `passed` descriptors came.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Invalid`] for what makes no sense.
-pub fn check_sending(request: &SendMigrationData) -> Result<(), ControlError> {
+pub fn check_sending(request: &SendMigrationData, passed: usize) -> Result<(), ControlError> {
     let kind = kind_of("destination_url", &request.destination_url)?;
+    if passed != usize::from(kind == Kind::Descriptor) {
+        let message = format!(
+            "destination_url: fd:NUMBER takes one descriptor, which comes along with the request, and others none: {passed} came along"
+        );
+        return Err(invalid(message));
+    }
     let connections = request.connections.unwrap_or(1);
     if !CONNECTIONS.contains(&connections) {
         let message = format!("connections: {connections} is not from 1 to 64");
@@ -68,6 +76,10 @@ pub fn check_sending(request: &SendMigrationData) -> Result<(), ControlError> {
             "connections: more than one goes with tcp:HOST:PORT alone",
         ),
         (
+            request.copy_storage.is_some() && kind == Kind::Descriptor,
+            "copy_storage: disks go over a connection beside the first, and fd: is one alone: give another destination_url",
+        ),
+        (
             request.local && postcopy,
             "memory_mode: memory that is handed over with local does not come after the guest",
         ),
@@ -94,9 +106,15 @@ pub fn check_receiving(request: &ReceiveMigrationData, passed: usize) -> Result<
     }
     let cards = request.net_fds.iter().flatten();
     let wanted = cards.fold(0_usize, |sum, card| sum.saturating_add(card.num_fds));
-    if wanted != passed {
+    let sockets = usize::from(kind == Kind::Descriptor);
+    if wanted.saturating_add(sockets) != passed {
+        let socket = if sockets == 0 {
+            ""
+        } else {
+            " besides the socket of receiver_url"
+        };
         return Err(invalid(format!(
-            "net_fds: {wanted} descriptors are named, and {passed} came along"
+            "net_fds: {wanted} descriptors are named{socket}, and {passed} came along"
         )));
     }
     first([(
@@ -125,7 +143,7 @@ mod tests {
             unreachable!()
         };
         request_map.extend(more);
-        check_sending(&serde_json::from_value(request).unwrap())
+        check_sending(&serde_json::from_value(request).unwrap(), 0)
     }
 
     #[test]

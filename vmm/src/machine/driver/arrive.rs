@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::Builder;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use api::wire::MigrationOrder;
 use api::{Answer, ControlError, ErrorKind, EventKind, ExitReason, PauseReason, Reply, VmState};
@@ -29,6 +29,7 @@ use crate::migrate::status::Status;
 use crate::migrate::storage::coming::Landings;
 use crate::monitor::JobHandle;
 use crate::opener::Opener;
+use crate::sandbox::{Builder, Kind};
 
 /// What a driver needs to know of a machine that comes.
 pub struct Coming {
@@ -74,6 +75,8 @@ struct Absent {
 
 /// What is told of a machine that has ended.
 const GONE: &str = "the machine has ended";
+/// What is told of one that may run in part.
+const BEGUN: &str = "it has begun here, and could not be stopped again";
 
 impl Driver {
     /// The machine does not begin at power-on: it comes.
@@ -163,6 +166,7 @@ impl Driver {
             ram: self.machine.ram_parts(),
             memory: Arc::new(Memory::new(self.machine.memory_map())),
             missing: None,
+            begun: Arc::default(),
         };
         let run = move || {
             let watched = Arc::clone(&status);
@@ -176,7 +180,9 @@ impl Driver {
         };
         // For readers it is there and stands.
         self.enter(VmState::Paused, Some(PauseReason::Migration));
-        let started = Builder::new().name("receive".to_owned()).spawn(run);
+        let started = Builder::new(Kind::Job)
+            .name("receive".to_owned())
+            .spawn(run);
         started.map(drop).map_err(|source| {
             let what = "no thread for a machine that comes";
             MachineError::Host { what, source }
@@ -229,8 +235,13 @@ impl Driver {
         Ok(before.into_iter().map(|(_, image)| image).collect())
     }
 
-    fn run_arrived(&mut self, paused: bool, missing: Option<Arc<Missing>>) -> Result<(), String> {
+    fn run_arrived(
+        &mut self,
+        (paused, begun): (bool, &AtomicBool),
+        missing: Option<Arc<Missing>>,
+    ) -> Result<(), String> {
         self.check_arriving()?;
+        begun.store(true, Ordering::SeqCst);
         let status = self.arrival.as_ref().map(|a| Arc::clone(&a.status));
         let fetching = missing.zip(status);
         let fetching = fetching.map(|(missing, status)| Fetching::new(missing, status));
@@ -241,9 +252,12 @@ impl Driver {
             let started = self.machine.start_clock();
             let started = started.and_then(|()| self.machine.start_units());
             if let Err(error) = started {
-                // Nothing of it has run.
-                if let Err(error) = self.stop_units(super::SWITCH) {
-                    tracing::error!("a machine that does not start: {}", chain(&error));
+                match self.stop_units(super::SWITCH) {
+                    Ok(()) => begun.store(false, Ordering::SeqCst),
+                    // Some of it may run.
+                    Err(error) => {
+                        tracing::error!("a machine that does not start: {}", chain(&error));
+                    }
                 }
                 return Err(chain(&error));
             }
@@ -279,6 +293,8 @@ struct Arriver {
     memory: Arc<Memory>,
     /// What comes while it runs.
     missing: Option<Arc<Missing>>,
+    /// It may run, or have run.
+    begun: Arc<AtomicBool>,
 }
 
 impl Arriver {
@@ -383,8 +399,16 @@ impl Arriving for Arriver {
             (absent.id.clone(), image)
         };
         let images: Vec<_> = self.absent.iter().map(awaited).collect();
+        if self.begun.load(Ordering::SeqCst) {
+            return Err(BEGUN.to_owned());
+        }
         // They are closed here, before the other side hears of it.
-        self.ask(move |driver| driver.exchange(images)).map(drop)
+        let closed = self.desk.ask(move |driver| driver.exchange(images));
+        match closed {
+            Some(closed) => closed.map(drop),
+            // A machine that has ended before it ran never will, and its images go with it. A source whose locks are the same waits for them.
+            None => Ok(()),
+        }
     }
 
     fn run(&mut self) -> Result<(), String> {
@@ -392,7 +416,11 @@ impl Arriving for Arriver {
         let keep = |kept| self.landings.iter().for_each(|made| made.keep(kept));
         keep(true);
         let missing = self.missing.clone();
-        let run = self.ask(move |driver| driver.run_arrived(paused, missing));
+        let begun = Arc::clone(&self.begun);
+        let run = self
+            .desk
+            .ask(move |driver| driver.run_arrived((paused, &begun), missing));
+        let run = run.unwrap_or_else(|| Err(GONE.to_owned()));
         match &run {
             Ok(()) => self.landings.iter().for_each(|made| made.let_go()),
             Err(_) => keep(false),
@@ -403,5 +431,52 @@ impl Arriving for Arriver {
     fn discard(&mut self, reason: &str) {
         let reason = reason.to_owned();
         let _ended = self.desk.ask(move |driver| driver.not_arriving(reason));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Weak;
+
+    use virtio::memory::GuestMap;
+    use vm_memory::GuestAddressSpace;
+
+    use super::*;
+    use crate::machine::inbox::inbox;
+    use crate::memory::{GuestRam, RamSpec};
+
+    /// What takes a machine that has ended already.
+    fn of_nothing(desk: Desk) -> Arriver {
+        let ram = GuestRam::new(&RamSpec {
+            size: 2 << 20,
+            shared: false,
+            huge_page: None,
+            thp: None,
+            prefault: false,
+        });
+        let ram = ram.unwrap();
+        Arriver {
+            desk,
+            absent: Vec::new(),
+            locks: Locks::Separate,
+            landings: None,
+            opener: Arc::new(Opener::new()),
+            paused: false,
+            memory: Arc::new(Memory::new(GuestMap::clone(&ram.memory().memory()))),
+            ram: ram.parts(),
+            missing: None,
+            begun: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn a_machine_that_ends_before_it_runs_never_did_and_one_that_may_have_run_is_not_told_so() {
+        let (mailbox, _inbox) = inbox().unwrap();
+        let mut guest = of_nothing(Desk::new(mailbox, Weak::new()));
+        // The destination says that it has failed, and the guest goes on at the source.
+        assert_eq!(guest.run(), Err(GONE.to_owned()));
+        assert_eq!(guest.give_back(), Ok(()));
+        guest.begun.store(true, Ordering::SeqCst);
+        assert_eq!(guest.give_back(), Err(BEGUN.to_owned()));
     }
 }

@@ -10,7 +10,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::Builder;
 use std::time::Instant;
 
 use api::wire::VmResizeDisk;
@@ -25,6 +24,7 @@ use crate::machine::beside::put_away;
 use crate::machine::hotplug::Ejection;
 use crate::machine::inbox::{Message, ended};
 use crate::monitor::description::Update;
+use crate::sandbox::{Builder, Kind};
 
 /// What came of opening a medium.
 type Opened = Result<Prepared, ControlError>;
@@ -280,7 +280,7 @@ impl Driver {
     ) -> Result<(), ControlError> {
         let then = self.errand(then);
         let run = move || then(work());
-        let started = Builder::new().name(name.to_owned()).spawn(run);
+        let started = Builder::new(Kind::Job).name(name.to_owned()).spawn(run);
         started.map(|_| ()).map_err(|error| {
             tracing::warn!("no thread to {name}: {error}");
             ControlError::new(ErrorKind::Failed, "the host has no more threads")

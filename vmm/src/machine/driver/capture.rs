@@ -9,7 +9,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use devices::GuestRequest;
@@ -26,6 +25,7 @@ use crate::machine::state::{permits, wrong_state};
 use crate::machine::tracking::Moment;
 use crate::memory::still::{Held, Still};
 use crate::monitor::JobHandle;
+use crate::sandbox::{Builder, Kind};
 
 /// A capture that is being written.
 pub(super) struct Capture {
@@ -199,7 +199,9 @@ impl Driver {
             job.finish(result.clone());
             settle(result);
         };
-        let thread = Builder::new().name(plan.kind.to_owned()).spawn(run);
+        let thread = Builder::new(Kind::Job)
+            .name(plan.kind.to_owned())
+            .spawn(run);
         thread.map_err(|source| {
             let what = "no thread for what writes the machine down";
             MachineError::Host { what, source }.to_control()

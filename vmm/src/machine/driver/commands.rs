@@ -55,10 +55,12 @@ impl Driver {
             Command::Coredump(request) => self.coredump(request, answer),
             Command::Snapshot(request) => self.snapshot(request, answer),
             Command::CopyIn => self.copy_in(answer),
-            Command::SendMigration(request) => match check_sending(&request) {
-                Ok(()) => self.send_migration(*request, answer),
-                Err(error) => answer(Err(error)),
-            },
+            Command::SendMigration(request, passed) => {
+                match check_sending(&request, passed.len()) {
+                    Ok(()) => self.send_migration((*request, passed), answer),
+                    Err(error) => answer(Err(error)),
+                }
+            }
             Command::DiskSnapshot(request) => self.snapshot_disks(request, answer),
             Command::DiskStream(request) => self.stream_disk(request, answer),
             Command::DiskCommit(request) => self.commit_disk(request, answer),

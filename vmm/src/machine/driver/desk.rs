@@ -15,6 +15,11 @@ pub struct Desk {
 }
 
 impl Desk {
+    /// Of the machine `here`.
+    pub(super) fn new(mailbox: Mailbox, here: Weak<Held>) -> Self {
+        Self { mailbox, here }
+    }
+
     /// Has the control thread do `work`, and waits for what comes of it; `None`: the machine has ended, and nothing is done.
     pub fn ask<T: Send + 'static>(
         &self,
@@ -41,9 +46,6 @@ impl Desk {
 impl Driver {
     /// The way to this machine, for another thread.
     pub(super) fn desk(&self) -> Desk {
-        Desk {
-            mailbox: self.tools.mailbox.clone(),
-            here: self.asides.here(),
-        }
+        Desk::new(self.tools.mailbox.clone(), self.asides.here())
     }
 }

@@ -7,7 +7,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Weak};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use api::{Command, ControlError, ErrorKind, ExitReason, VmState};
@@ -18,6 +17,7 @@ use super::{Driver, PATIENCE, SWITCH, ppoll, readable};
 use crate::machine::inbox::Message;
 use crate::machine::signals::{Signal, Signals};
 use crate::machine::{MachineError, stop_all};
+use crate::sandbox::{Builder, Kind};
 
 /// What is done beside the control thread and waited for.
 struct Work<T> {
@@ -53,7 +53,7 @@ impl<T: Send + 'static> Work<T> {
             // Who has given up wants to know nothing.
             let _ = sender.send(work());
         };
-        Builder::new().name(name.to_owned()).spawn(run)?;
+        Builder::new(Kind::Job).name(name.to_owned()).spawn(run)?;
         Ok(Self {
             result,
             done,

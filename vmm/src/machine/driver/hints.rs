@@ -1,4 +1,4 @@
-//! Pages that the guest does not use, for a snapshot that leaves them out.
+//! Pages that the guest does not use, for a snapshot that leaves them out, and for a migration.
 //!
 //! The guest tells of them when it is asked, through its balloon (Virtio 1.2, section 5.5.6.4), and leaves them alone until
 //! it hears that it may use them again. It takes them back earlier when it runs out of memory. So what it
@@ -9,6 +9,9 @@
 //! Hence the order: memory is protected ([`crate::memory::still::Still::begin`]), the guest is asked ([`Driver::ask_for_free_pages`]), the
 //! machine stands, and what it has told by then counts. Afterwards the guest hears that it may use those
 //! pages, which it is still waiting for in the machine that is restored, too: the balloon tells it there.
+//!
+//! A migration leaves them out of its first round, and what is written of them goes in a later one, as with all others: for that its log
+//! of what is written ([`crate::machine::tracking`]) begins before the guest is asked. The guest hears before that round that it may use them again.
 
 use std::ops::Range;
 use std::sync::{Arc, Weak};
@@ -36,6 +39,26 @@ impl Round {
     pub fn view(&self) -> Arc<BalloonView> {
         Arc::clone(&self.view)
     }
+
+    /// Waits so long until the guest has told of all its free pages, and gives those of memory with these `ranges` in whole pages: in ascending order, each once.
+    pub fn take_within(&self, patience: Duration, ranges: &[(u64, u64)]) -> Vec<Range<u64>> {
+        if !self.view.wait_for_hints(patience) {
+            tracing::info!("the guest has not told of all its free pages in time");
+        }
+        let memory: Vec<_> = ranges
+            .iter()
+            .map(|(start, len)| *start..start.saturating_add(*len))
+            .collect();
+        let told = common(self.view.take_hints(), &memory);
+        told.into_iter().filter_map(whole_pages).collect()
+    }
+}
+
+/// The pages that are in a range as a whole.
+fn whole_pages(range: Range<u64>) -> Option<Range<u64>> {
+    let start = range.start.checked_next_multiple_of(PAGE)?;
+    let end = range.end - range.end % PAGE;
+    (start < end).then_some(start..end)
 }
 
 impl Drop for Round {
@@ -192,6 +215,20 @@ mod tests {
         assert_eq!(left_out(&[1..3, 1..3, 0..30, 2..3]), [0..4, 6..10, 20..30]);
         assert_eq!(left_out(&[25..50, 21..26, 0..u64::MAX]).len(), 3);
         assert_eq!(left_out(&[21..26, 25..28, 2..3]), [2..3, 21..28]);
+    }
+
+    #[test]
+    fn parts_of_pages_are_not_free() {
+        assert_eq!(whole_pages(0..2 * PAGE), Some(0..2 * PAGE));
+        assert_eq!(whole_pages(1..3 * PAGE - 1), Some(PAGE..2 * PAGE));
+        for less in [
+            1..PAGE,
+            0..PAGE - 1,
+            1..2 * PAGE - 1,
+            u64::MAX - 1..u64::MAX,
+        ] {
+            assert_eq!(whole_pages(less), None);
+        }
     }
 
     #[test]

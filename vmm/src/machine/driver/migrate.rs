@@ -5,19 +5,19 @@
 //! may the other side run it all the same.
 
 use std::fs::File;
-use std::num::NonZero;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::wire::{
     MigrationCompression, MigrationDirection, MigrationMemoryMode, MigrationOrder,
     SendMigrationData, VmMigrationSet,
 };
 use api::{
-    Answer, Command, ControlError, ErrorKind, ExitReason, PauseReason, Reason, Reply, VmState,
+    Answer, Command, ControlError, ErrorKind, EventKind, EventLog, ExitReason, PauseReason, Reason,
+    Reply, VmState,
 };
 use block::{Away, AwayError, Back, ImageOptions, open_disk};
 use migration::pages::{PageSet, Ram};
@@ -42,7 +42,7 @@ use crate::migrate::board::Migration;
 use crate::migrate::departing::{Departing, Plan, TakenBack};
 use crate::migrate::facts::{Side, facts, features_in_use, images};
 use crate::migrate::limits::change;
-use crate::migrate::link::{Place, check_private, connect};
+use crate::migrate::link::{Given, Link, Place, check_private, connect};
 use crate::migrate::secure::sender_tls;
 use crate::migrate::source::give_away;
 use crate::migrate::status::{Order, Status, check_bandwidth};
@@ -50,6 +50,7 @@ use crate::migrate::storage::leaving::Leaving as LeavingCopy;
 use crate::monitor::JobHandle;
 use crate::notice;
 use crate::opener::Opener;
+use crate::sandbox::{Builder, Kind};
 
 /// A machine that goes away.
 pub(super) struct Leaving {
@@ -76,16 +77,40 @@ type DiskList = Vec<LeavingDisk>;
 /// After how many rounds a guest whose rest does not fit into the pause goes before it, where that is wanted: all memory has gone once, and what was
 /// written meanwhile.
 const ROUNDS: u32 = 2;
+/// How long the guest may take to tell of its free pages before the first round. What it has told by then is left out.
+const HINTING: Duration = Duration::from_secs(1);
+/// Rounds that begin sooner after one that was told of are not: a guest that writes little makes many.
+const BETWEEN: Duration = Duration::from_millis(250);
+/// After so many the time doubles each time, up to [`RARELY`]: a migration that does not end tells little.
+const OFTEN: u32 = 64;
+/// The longest time between rounds that are told of.
+const RARELY: Duration = Duration::from_secs(256);
 /// What is told of a machine that has ended.
 const GONE: &str = "the machine has ended";
 
+/// How long no round is told of after so many that were.
+fn between(times: u32) -> Duration {
+    let doubled = 1_u32.checked_shl(times.saturating_sub(OFTEN));
+    BETWEEN
+        .saturating_mul(doubled.unwrap_or(u32::MAX))
+        .min(RARELY)
+}
+
 impl Driver {
     /// Gives the machine to another monitor. The answer comes when that has begun.
-    pub(super) fn send_migration(&mut self, request: SendMigrationData, answer: Answer) {
-        answer(self.begin_to_send(&request).map(|()| Reply::Done));
+    pub(super) fn send_migration(
+        &mut self,
+        (request, passed): (SendMigrationData, Vec<OwnedFd>),
+        answer: Answer,
+    ) {
+        answer(self.begin_to_send(&request, passed).map(|()| Reply::Done));
     }
 
-    fn begin_to_send(&mut self, request: &SendMigrationData) -> Result<(), ControlError> {
+    fn begin_to_send(
+        &mut self,
+        request: &SendMigrationData,
+        passed: Vec<OwnedFd>,
+    ) -> Result<(), ControlError> {
         self.check_no_snapshot()?;
         self.check_settled()?;
         self.check_form()?;
@@ -94,6 +119,12 @@ impl Driver {
             return Err(ControlError::new(ErrorKind::Busy, message));
         }
         let (place, plan) = self.plan_to_send(request)?;
+        let given = passed.into_iter().next().map(Link::given).transpose();
+        let given = given.map_err(|error| {
+            let message = format!("destination_url {place}: {error}");
+            ControlError::new(ErrorKind::Invalid, message)
+        })?;
+        let given = given.map(Given::new);
         let disks = self.leaving_disks();
         let copied = request.copy_storage.is_some() && disks.iter().any(is_copied);
         let storage = if copied { size(&disks) } else { 0 };
@@ -123,7 +154,7 @@ impl Driver {
         };
         let copies = Copies::new(request.copy_storage.filter(|_| copied));
         let started = self.start_to_send(
-            (place, plan),
+            (place, given, plan),
             (disks, copies),
             (job, Arc::clone(&status), ordered),
         );
@@ -234,7 +265,7 @@ impl Driver {
 
     fn start_to_send(
         &mut self,
-        (place, plan): (Place, Plan),
+        (place, given, plan): (Place, Option<Given>, Plan),
         (disks, copies): (DiskList, Copies),
         (job, status, ordered): (JobHandle, Arc<Status>, Receiver<Order>),
     ) -> Result<(), ControlError> {
@@ -244,7 +275,10 @@ impl Driver {
         let connect = Box::new(move || {
             let tls = directory.as_deref().map(|place| sender_tls(place, &dials));
             let tls = tls.transpose().map_err(std::io::Error::other)?;
-            connect(&place, &dials, tls.as_ref())
+            match &given {
+                Some(given) => given.take(),
+                None => connect(&place, &dials, tls.as_ref()),
+            }
         });
         let consumer = if plan.memory.is_some() {
             None
@@ -266,6 +300,8 @@ impl Driver {
             away: Vec::new(),
             touched: false,
             opener,
+            events: self.ears.events.clone(),
+            told: None,
         };
         let (seen, last) = (Arc::clone(&status), Arc::clone(&status));
         let run = move || {
@@ -291,7 +327,7 @@ impl Driver {
                 (tell, told),
             );
         };
-        Builder::new()
+        Builder::new(Kind::Job)
             .name("migration".to_owned())
             .spawn(run)
             .map(drop)
@@ -312,7 +348,7 @@ impl Driver {
                 None
             }
             Command::Console(_) | Command::ConsoleSize(_) => None,
-            Command::SendMigration(_) => {
+            Command::SendMigration(..) => {
                 let message = "the machine is on its way already: wait for the end of that migration, or cancel it ('vireo migrate-cancel', vm.migration-cancel)";
                 Some(ControlError::new(ErrorKind::Busy, message))
             }
@@ -456,9 +492,9 @@ fn parameters(request: &SendMigrationData) -> Result<Parameters, ControlError> {
         ControlError::new(ErrorKind::Invalid, message)
     });
     let mut parameters = preset?;
-    check_bandwidth(request.bandwidth.map(NonZero::get))?;
+    check_bandwidth(request.bandwidth)?;
     let set = VmMigrationSet {
-        bandwidth: request.bandwidth.map(NonZero::get),
+        bandwidth: request.bandwidth,
         downtime_ms: request.downtime_ms,
         timeout_s: request.timeout_s,
         timeout_strategy: request.timeout_strategy,
@@ -490,6 +526,9 @@ struct Leaver {
     /// Somebody may have written to one.
     touched: bool,
     opener: Arc<Opener>,
+    /// Where rounds are told of, and when the last one was, and how many.
+    events: EventLog,
+    told: Option<(Instant, u32)>,
 }
 
 impl Leaver {
@@ -537,6 +576,42 @@ impl Departing for Leaver {
         let written = self.consumer.as_ref().map(Consumer::take);
         let written = written.transpose().map_err(|error| chain(&error))?;
         Ok(written.unwrap_or_else(|| PageSet::new(&RamSource::ranges(&self.ram))))
+    }
+
+    fn round_begins(&mut self, before: u32) {
+        let now = Instant::now();
+        let times = match self.told {
+            Some((told, times)) if now.duration_since(told) < between(times) => return,
+            Some((_, times)) => times.saturating_add(1),
+            None => 1,
+        };
+        self.told = Some((now, times));
+        let round = before.into();
+        self.events.publish(EventKind::MigrationRound { round });
+    }
+
+    fn free_pages(&mut self) -> PageSet {
+        let ranges = RamSource::ranges(&self.ram);
+        let mut free = PageSet::new(&ranges);
+        // A guest that stands does not answer.
+        let asked = self.desk.ask(|driver| {
+            let asks = driver.state().0 == VmState::Running;
+            asks.then(|| driver.ask_for_free_pages())
+        });
+        let round = match asked.flatten() {
+            Some(Ok(round)) => round,
+            Some(Err(why)) => {
+                tracing::debug!("free pages go too: {why}");
+                return free;
+            }
+            None => return free,
+        };
+        for range in round.take_within(HINTING, &ranges) {
+            free.insert(&ranges, range.start, range.end - range.start);
+        }
+        // It may use them again: what it writes from then on is told.
+        let _ended = self.desk.ask(move |_| drop(round));
+        free
     }
 
     fn offer_disks(&mut self, offer: &mut Offer) -> Result<(), String> {

@@ -1,5 +1,6 @@
 use std::fs::File;
 use std::os::fd::RawFd;
+use std::thread;
 
 use migration::pages::{Layer, PageIndex, Ram};
 use virtio::memory::{Backing, GuestMap};

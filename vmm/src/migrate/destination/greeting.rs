@@ -32,9 +32,14 @@ pub(super) struct Timed {
 pub(super) struct Limit(Arc<Mutex<Option<Instant>>>);
 
 impl Timed {
-    /// One that has to say what it wants by then.
+    /// One that has to say soon what it wants.
     pub(super) fn greeting(link: &Link) -> (Self, Limit) {
-        let until = Arc::new(Mutex::new(Instant::now().checked_add(GREETING)));
+        Self::until(link, Instant::now().checked_add(GREETING))
+    }
+
+    /// One that has to say by then what it wants.
+    fn until(link: &Link, until: Option<Instant>) -> (Self, Limit) {
+        let until = Arc::new(Mutex::new(until));
         let limit = Limit(Arc::clone(&until));
         let link = link.clone();
         (Self { link, until }, limit)
@@ -106,9 +111,17 @@ pub(super) enum Greeting {
     Answered,
 }
 
-pub(super) fn greet(link: &Link) -> Result<Greeting, String> {
+/// Hears what one that has connected wants. Where it is the `only` one that ever does, it may take until the time that says, or as long as
+/// it likes.
+pub(super) fn greet(link: &Link, only: Option<Option<Instant>>) -> Result<Greeting, String> {
     let told = |error: ChannelError| chain(&error);
-    let (timed, limit) = Timed::greeting(link);
+    let (timed, limit) = match only {
+        None => Timed::greeting(link),
+        Some(until) => {
+            link.set_patience(None).map_err(|error| error.to_string())?;
+            Timed::until(link, until)
+        }
+    };
     let (preamble, mut receiver) = StreamReceiver::open(timed).map_err(told)?;
     let mut sender = StreamSender::answer(link.clone(), Codec::Raw, 0).map_err(told)?;
     let first = receiver

@@ -8,7 +8,6 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use migration::pages::PageSet;
@@ -21,6 +20,7 @@ use migration::transport::protocol::{DestinationEvent, DestinationState};
 use super::{ALIVE, Ended, Link, Listener, NoMemory, Shared, Taker, Timed};
 use crate::error::chain;
 use crate::memory::missing::Missing;
+use crate::sandbox::{self, Builder};
 
 /// How many words may wait to be heard. A source says one and waits for the answer; who says more is hung up on.
 const WORDS: usize = 64;
@@ -293,7 +293,9 @@ impl Door<'_> {
         }
         let (shared, to) = (Arc::clone(self.shared), self.to.clone());
         let read = move || shared.read(connection, receiver, &to);
-        let started = Builder::new().name("migration-read".to_owned()).spawn(read);
+        let started = Builder::new(sandbox::Kind::Job)
+            .name("migration-read".to_owned())
+            .spawn(read);
         started.map(drop).map_err(|error| {
             follows.missing().iter().for_each(|m| m.set_lost(true));
             error.to_string()
@@ -334,7 +336,9 @@ impl Taker {
         *locked(&shared.follows.taker) = Some(to.clone());
         let (reads, sender) = (Arc::clone(&shared), to.clone());
         let read = move || reads.read(0, receiver, &sender);
-        let started = Builder::new().name("migration-read".to_owned()).spawn(read);
+        let started = Builder::new(sandbox::Kind::Job)
+            .name("migration-read".to_owned())
+            .spawn(read);
         if let Err(error) = started {
             self.because(format!("no thread that reads: {error}"));
             self.step(DestinationEvent::Failed);
@@ -347,7 +351,7 @@ impl Taker {
             to: to.clone(),
         };
         let ended = std::thread::scope(|scope| {
-            let keeper = Builder::new().name("migration-door".to_owned());
+            let keeper = Builder::new(sandbox::Kind::Job).name("migration-door".to_owned());
             let kept = keeper.spawn_scoped(scope, || door.keep());
             if let Err(error) = kept {
                 tracing::warn!("no connection can come in the place of one that is lost: {error}");
@@ -504,7 +508,9 @@ impl Taker {
         *locked(&follows.missing) = Some(Arc::clone(&missing));
         let shared = Arc::clone(&self.shared);
         let ask = move || shared.ask_for_pages(&missing);
-        let started = Builder::new().name("migration-want".to_owned()).spawn(ask);
+        let started = Builder::new(sandbox::Kind::Job)
+            .name("migration-want".to_owned())
+            .spawn(ask);
         started.map(drop).map_err(|error| error.to_string())
     }
 

@@ -11,6 +11,7 @@ fn places_are_read_and_told() {
         ("tcp:[fe80::1]:1", false),
         ("unix:/run/x.sock", true),
         ("exec:ssh -W h:1 a", true),
+        ("fd:7", true),
         ("tcp:0.0.0.0:1", false),
         ("tcp:[::]:1", false),
     ] {
@@ -38,6 +39,10 @@ fn places_are_read_and_told() {
         "exec:a\0b",
         "unix:a\0b",
         "http://a:1",
+        "fd:",
+        "fd:-1",
+        "fd:+1",
+        "fd:4294967296",
         "/a",
     ] {
         let error = Place::parse(text).unwrap_err().to_string();
@@ -92,6 +97,27 @@ fn a_command_is_a_connection() {
     let mut read = Vec::new();
     link.read_to_end(&mut read).unwrap();
     assert_eq!(read, b"done");
+}
+
+#[test]
+fn how_a_command_has_failed_is_told_and_that_it_was_to_end_is_not() {
+    let place = Place::parse("exec:exit 7").unwrap();
+    let mut link = connect(&place, &Opener::new(), None).unwrap();
+    let told = link.read(&mut [0]).unwrap_err().to_string();
+    assert!(
+        told.contains("exec: has ended with exit status: 7"),
+        "{told}"
+    );
+    let told = loop {
+        if let Err(error) = link.write_all(&[0; 4096]) {
+            break error.to_string();
+        }
+    };
+    assert!(told.contains("exit status: 7"), "{told}");
+    let place = Place::parse("exec:cat; exit 7").unwrap();
+    let mut link = connect(&place, &Opener::new(), None).unwrap();
+    link.hang_up();
+    assert_eq!(link.read(&mut [0]).unwrap(), 0);
 }
 
 #[test]
@@ -179,7 +205,7 @@ fn a_socket_that_somebody_else_has_connected_is_taken_and_nothing_else() {
     for (fd, told) in [
         (OwnedFd::from(file), "no socket"),
         (datagrams.into(), "no stream"),
-        (listener.into(), "not connected"),
+        (listener.into(), "listens"),
     ] {
         let error = Link::given(fd).unwrap_err().to_string();
         assert!(error.contains(told), "{error}");

@@ -55,16 +55,30 @@ fn a_listening_socket_that_somebody_else_has_made_is_taken_and_nothing_else() {
         host: "127.0.0.1".to_owned(),
         port: made.local_addr().unwrap().port(),
     };
-    let listener = Listener::given(made.into(), None).unwrap();
+    let listener = Listener::given(made.into()).unwrap();
+    assert!(!listener.is_single());
     let mut here = connect(&place, &Opener::new(), None).unwrap();
     let mut there = listener.accept(None).unwrap().unwrap();
     here.write_all(b"x").unwrap();
     assert_eq!(there.read(&mut [0; 2]).unwrap(), 1);
-    let (connected, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
     for other in [
-        connected.into(),
+        datagrams.into(),
         OwnedFd::from(tempfile::tempfile().unwrap()),
     ] {
-        Listener::given(other, None).unwrap_err();
+        Listener::given(other).unwrap_err();
     }
+}
+
+#[test]
+fn a_connection_that_somebody_else_has_made_is_the_only_one() {
+    let (connected, mut other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let listener = Listener::given(connected.into()).unwrap();
+    assert!(listener.is_single());
+    let mut there = listener.accept(None).unwrap().unwrap();
+    other.write_all(b"x").unwrap();
+    assert_eq!(there.read(&mut [0; 2]).unwrap(), 1);
+    assert!(listener.accept(Some(Instant::now())).unwrap().is_none());
+    listener.stopper()();
+    assert!(listener.accept(None).unwrap().is_none());
 }

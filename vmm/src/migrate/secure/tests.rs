@@ -26,8 +26,11 @@ impl Authority {
 
     /// A certificate and its key.
     fn certify(&self, name: &str) -> [String; 2] {
+        self.certify_as(CertificateParams::new([name.to_owned()]).unwrap())
+    }
+
+    fn certify_as(&self, parameters: CertificateParams) -> [String; 2] {
         let key = KeyPair::generate().unwrap();
-        let parameters = CertificateParams::new([name.to_owned()]).unwrap();
         let certificate = parameters.signed_by(&key, &self.issuer).unwrap();
         [certificate.pem(), key.serialize_pem()]
     }
@@ -212,6 +215,41 @@ fn another_authority_on_either_side_is_told_of_on_both() {
 }
 
 #[test]
+fn a_certificate_that_does_not_count_is_told_of_in_words_and_with_a_mend() {
+    let authority = Authority::new();
+    let named = || CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+    let mut old = named();
+    old.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    let mut young = named();
+    young.not_before = rcgen::date_time_ymd(2999, 1, 1);
+    young.not_after = rcgen::date_time_ymd(3000, 1, 1);
+    let mut other = named();
+    other.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let nobody = CertificateParams::new([]).unwrap();
+    for (parameters, words, there) in [
+        (
+            old,
+            "has expired by this host's clock: make",
+            "set the clock",
+        ),
+        (young, "is not valid yet by this", "set the clock"),
+        (other, "(extendedKeyUsage): make one", "make one"),
+        (nobody, "(subjectAltName): make one", "make one"),
+    ] {
+        let [chain, key] = authority.certify_as(parameters);
+        let known = authority.pem.as_bytes();
+        let server = ServerTls::from_pem(chain.as_bytes(), key.as_bytes(), Some(known)).unwrap();
+        let client = authority.client(&authority);
+        let (sender, receiver) = refused(move |place| connect_error(place, Some(&client)), server);
+        assert!(sender.contains(words), "{sender}");
+        assert!(receiver.contains(there), "{receiver}");
+    }
+    let [[chain, _], [_, key]] = [authority.certify("a"), authority.certify("b")];
+    let mixed = ServerTls::from_pem(chain.as_bytes(), key.as_bytes(), None);
+    assert!(mixed.unwrap_err().to_string().contains("belong"));
+}
+
+#[test]
 fn a_receiver_with_the_certificate_of_another_host_is_not_talked_to() {
     let ours = Authority::new();
     let client = ours.client(&ours);
@@ -240,7 +278,7 @@ fn a_sender_without_a_certificate_is_sent_away() {
         move |place| connect_error(place, Some(&client)),
         ours.server("127.0.0.1"),
     );
-    assert!(sender.contains("CertificateRequired"), "{sender}");
+    assert!(sender.contains("it got none: give"), "{sender}");
     assert!(receiver.contains("shows no certificate"), "{receiver}");
 }
 

@@ -11,13 +11,13 @@ use migration::transport::frame::{FrameError, Preamble};
 use migration::transport::message::{Capabilities, Disks, Message};
 use migration::transport::pages::Codec;
 use migration::transport::protocol::{SourceEvent, SourceState, Word};
-use std::thread::Builder;
 
 use super::{EVENTS, Event, Giver, LAST_WORDS, SILENCE};
 use crate::error::chain;
 use crate::migrate::departing::hand_over;
 use crate::migrate::link::Link;
 use crate::migrate::memory::NoMemory;
+use crate::sandbox::{Builder, Kind};
 
 impl Giver {
     pub(super) fn hang_up(&mut self) {
@@ -108,7 +108,9 @@ impl Giver {
                 }
             }
         };
-        let started = Builder::new().name("migration-hear".to_owned()).spawn(run);
+        let started = Builder::new(Kind::Job)
+            .name("migration-hear".to_owned())
+            .spawn(run);
         started.map(drop).map_err(|error| error.to_string())
     }
 

@@ -81,9 +81,10 @@ impl Giver {
             return self.step(SourceEvent::SwitchOver { postcopy: false });
         }
         let pages = match self.rest.take() {
-            None => PageSet::all(&self.guest.ram().ranges()),
+            None => self.first_pages(),
             Some(pages) => pages,
         };
+        self.guest.round_begins(self.round);
         let begun = self.shared.clock.now();
         let sent = match self.send_pages(&pages) {
             Ok(sent) => sent,
@@ -112,6 +113,15 @@ impl Giver {
         };
         self.rest = Some(dirty);
         self.decide(now, &round);
+    }
+
+    /// All memory, without what the guest does not use: that reads as zeros at the destination.
+    fn first_pages(&mut self) -> PageSet {
+        let mut pages = PageSet::all(&self.guest.ram().ranges());
+        let free = self.guest.free_pages();
+        pages.remove(&free);
+        self.status().leave_out(free.count());
+        pages
     }
 
     /// Waits until all of the round is there; `false` where something else has come of it.

@@ -25,6 +25,8 @@ struct Progress {
     flushed: Option<u32>,
     /// Why a disk is not whole.
     failed: Option<String>,
+    /// Why one cannot be written.
+    unwritten: Option<String>,
 }
 
 /// Disks that come, in the order in which they are numbered.
@@ -101,6 +103,12 @@ impl Landings {
         Some(found.landing.disk())
     }
 
+    /// Why a disk cannot be written, if one could not be: known before the source hears of it, so that it is never taken for what comes of it.
+    #[must_use]
+    pub fn unwritten(&self) -> Option<String> {
+        self.progress().unwritten.clone()
+    }
+
     /// Whether all is there, and durable, that belongs to the state of this pause.
     ///
     /// # Errors
@@ -108,7 +116,7 @@ impl Landings {
     /// Why not.
     pub fn check(&self, attempt: u32) -> Result<(), String> {
         let progress = self.progress();
-        if let Some(why) = &progress.failed {
+        if let Some(why) = progress.unwritten.as_ref().or(progress.failed.as_ref()) {
             return Err(why.clone());
         }
         if progress.flushed != Some(attempt) {
@@ -171,6 +179,14 @@ impl Landings {
         if progress.closed {
             return Err((0, "the disks are not taken any more".to_owned()));
         }
+        let written = self.write(frame, &mut progress);
+        if let Err((_, why)) = &written {
+            progress.unwritten.get_or_insert_with(|| why.clone());
+        }
+        written
+    }
+
+    fn write(&self, frame: &DiskFrame<'_>, progress: &mut Progress) -> Result<(), (u16, String)> {
         let disks = self.disks();
         let on = |number: u16, at: u64, act: &dyn Fn(&Landing) -> std::io::Result<()>| {
             let Some(disk) = disks.get(usize::from(number)) else {
@@ -217,4 +233,67 @@ fn told(disk: &Coming, at: u64, error: &std::io::Error) -> String {
         disk.landing.path().display(),
         chain(error)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+    use super::*;
+
+    /// Who is told, and has to find that it is known already.
+    struct Source<'a>(&'a Landings, Vec<u8>);
+
+    impl Write for Source<'_> {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let why = self.0.unwritten().unwrap();
+            assert!(why.starts_with("disk d: "), "{why}");
+            self.1.extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn why_a_disk_cannot_be_written_is_known_before_the_source_hears_of_it() {
+        let file = memfd_create("disk", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
+        let config: BlkConfig = serde_json::from_value(serde_json::json!({
+            "path": format!("/proc/self/fd/{}", file.as_raw_fd()), "format": "raw",
+        }))
+        .unwrap();
+        let info = DiskInfo {
+            size: 1 << 20,
+            read_only: false,
+            logical_block: 512,
+            physical_block: 512,
+            discard: true,
+        };
+        let copied = [Copied {
+            id: "d".to_owned(),
+            base: None,
+        }];
+        let id = || "d".to_owned();
+        let opener: Arc<dyn Opener> = Arc::new(crate::opener::Opener::new());
+        let landings = Landings::make(&copied, &[(id(), config)], &[(id(), info)], &opener);
+        let landings = landings.unwrap();
+        assert_eq!(landings.unwritten(), None);
+        fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+        let mut frame = Vec::new();
+        let data = DiskFrame::Data {
+            disk: 0,
+            offset: 4096,
+            bytes: &[1; 4096],
+        };
+        data.write(&mut frame).unwrap();
+        let mut source = Source(&landings, Vec::new());
+        let why = landings.take(BufReader::new(&frame[..]), &mut source);
+        let why = why.unwrap_err();
+        assert!(why.contains("disk d: ") && !source.1.is_empty(), "{why}");
+        assert_eq!(landings.check(0), Err(why));
+    }
 }

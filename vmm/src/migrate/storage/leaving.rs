@@ -3,7 +3,6 @@
 use std::io::{BufReader, BufWriter, Write};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use block::{PIECE, Piece, Transfer};
@@ -13,6 +12,7 @@ use migration::transport::disks::{DiskAnswer, DiskFrame};
 use crate::error::chain;
 use crate::migrate::limits::Shared;
 use crate::migrate::link::Link;
+use crate::sandbox::{Builder, Kind};
 
 /// With so little left to be copied memory begins, in bytes.
 const ENOUGH: u64 = 8 << 20;
@@ -63,6 +63,8 @@ struct State {
     rate: u64,
     /// Why it has ended.
     failed: Option<String>,
+    /// Why nothing can be sent any more.
+    unsent: Option<String>,
     /// It is to end.
     ended: bool,
 }
@@ -108,7 +110,7 @@ impl Copying {
             hears.fail(why);
             woken();
         };
-        Builder::new()
+        Builder::new(Kind::Job)
             .name("migration-answers".to_owned())
             .spawn(hear)?;
         let run = move || {
@@ -117,7 +119,7 @@ impl Copying {
                 wake();
             }
         };
-        Builder::new()
+        Builder::new(Kind::Job)
             .name("migration-disks".to_owned())
             .spawn(run)?;
         Ok(copying)
@@ -250,13 +252,24 @@ impl Inner {
                     return format!("a disk cannot be copied: {why}");
                 }
                 Err(error) => {
-                    let why = chain(&error);
+                    let why = self.state().unsent.clone();
+                    let why = why.unwrap_or_else(|| chain(&error));
                     return format!(
                         "the connection of the disks to the destination is lost: {why}"
                     );
                 }
             }
         }
+    }
+
+    /// Nothing can be sent any more: why, of which what the destination has said before it hung up is the cause. That is heard to its end first.
+    fn unsent(&self, why: String) -> String {
+        self.state().unsent = Some(why.clone());
+        self.link.stop_reading();
+        let open = |state: &mut State| state.failed.is_none() && !state.ended;
+        let waited = self.changed.wait_while(self.state(), open);
+        let state = waited.unwrap_or_else(PoisonError::into_inner);
+        state.failed.clone().unwrap_or(why)
     }
 
     fn check(state: &State) -> Copied {
@@ -435,13 +448,15 @@ impl Inner {
         state.under_way.push_back(len);
         drop(state);
         self.keep_to_the_limit(len)?;
-        let sent = frame.write(out).map_err(|error| chain(&error))?;
+        let sent = frame.write(out);
+        let sent = sent.map_err(|error| self.unsent(chain(&error)))?;
         self.shared.status.storage.add(sent);
         Ok(())
     }
 
     fn push(&self, out: &mut Out) -> Copied {
-        out.flush().map_err(|error| error.to_string())
+        let pushed = out.flush();
+        pushed.map_err(|error| self.unsent(error.to_string()))
     }
 
     /// Waits until so many bytes may go, unless the guest stands.
@@ -511,7 +526,7 @@ impl Inner {
                     state.under_way.push_back(0);
                     drop(state);
                     let sent = DiskFrame::Keepalive.write(out);
-                    sent.map_err(|error| chain(&error))?;
+                    sent.map_err(|error| self.unsent(chain(&error)))?;
                     self.push(out)?;
                 }
                 return Ok(());
@@ -521,5 +536,49 @@ impl Inner {
                 return Ok(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use api::wire::MigrationDirection;
+    use migration::transport::precopy::Parameters;
+
+    use super::*;
+    use crate::migrate::status::Status;
+
+    /// Why disks are not copied to a destination that hangs up when it has said `words`.
+    fn hung_up(words: &[u8]) -> String {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(words).unwrap();
+        drop(far);
+        let status = Status::new(MigrationDirection::Outgoing, String::new(), None);
+        let parameters = Parameters::preset("default").unwrap();
+        let shared = Arc::new(Shared::new(parameters, 0, Arc::new(status)));
+        let link = Link::new(near.into()).unwrap();
+        let copying = Copying::begin(link, Vec::new(), shared, || {}).unwrap();
+        loop {
+            match copying.wait_until_drained(1, Duration::from_secs(1)) {
+                Ok(whole) => assert!(!whole),
+                Err(why) => return why,
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_destination_says_of_a_disk_counts_before_the_loss_of_its_connection() {
+        let mut words = Vec::new();
+        let full = "disk d: there is no room".to_owned();
+        DiskAnswer::Failed(0, full.clone())
+            .write(&mut words)
+            .unwrap();
+        for _ in 0..200 {
+            let why = hung_up(&words);
+            assert!(why.contains(&full), "{why}");
+        }
+        let why = hung_up(&[]);
+        assert!(why.contains("is lost: "), "{why}");
     }
 }

@@ -283,6 +283,43 @@ fn a_copy_has_its_own_address_and_its_driver_sees_the_link_go_down_and_up() {
 }
 
 #[test]
+fn a_network_is_told_where_a_card_is_that_has_come_and_of_a_copy_it_is_not() {
+    for copied in [false, true] {
+        let mut rig = Rig::new();
+        let queues = rig.stop();
+        let (mut other, _peer, told) = device(1);
+        other.restore(rig.net.save().unwrap()).unwrap();
+        if copied {
+            other.renew();
+        }
+        let features = rig.net.features();
+        let start = |net: &mut Net, queues: Vec<ActiveQueue>| {
+            let (notifier, _notices) = crate::testing::notices();
+            let memory = rig.memory.clone();
+            net.start(Activation {
+                features,
+                memory,
+                queues,
+                notifier,
+            })
+        };
+        start(&mut other, queues).unwrap();
+        let here = || {
+            let told = told.lock().unwrap();
+            told.iter()
+                .filter(|told| told.ends_with(" is here"))
+                .count()
+        };
+        assert_eq!(here(), usize::from(!copied));
+        // A pause is no arrival.
+        let stopped = other.stop(soon()).unwrap();
+        let queues = stopped.into_iter().map(Driver::reactivate).collect();
+        start(&mut other, queues).unwrap();
+        assert_eq!(here(), usize::from(!copied));
+    }
+}
+
+#[test]
 fn state_of_before_there_were_links_that_blink_is_read() {
     let (mut net, _peer, _) = device(1);
     let saved = net.save().unwrap();

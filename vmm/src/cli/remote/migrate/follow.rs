@@ -47,6 +47,28 @@ impl Standing {
     }
 }
 
+/// What is told of a migration that has not come to its end.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub(super) struct NotMoved {
+    why: String,
+    /// The last that was heard of it.
+    pub info: Box<MigrationInfo>,
+}
+
+fn not_moved(who: &str, why: &str, info: MigrationInfo) -> anyhow::Error {
+    let (why, info) = (format!("{who}: {why}"), Box::new(info));
+    NotMoved { why, info }.into()
+}
+
+/// How many bytes of memory and disks are there, and how many there are.
+fn amounts(info: &MigrationInfo) -> (u64, u64) {
+    let disks = info.storage.unwrap_or_default();
+    let left = info.remaining.saturating_add(disks.remaining);
+    let total = info.memory.saturating_add(disks.total);
+    (total.saturating_sub(left), total)
+}
+
 /// Shows how far the migration is that has just begun, unless it is to be quiet, until it has ended. Ctrl-C cancels it.
 pub(super) fn follow(
     remote: &mut Remote,
@@ -67,14 +89,11 @@ pub(super) fn follow(
             progress.finish();
             return match end {
                 Ok(()) => Ok(info),
-                Err(why) => Err(anyhow::anyhow!("{}: {why}", remote.who)),
+                Err(why) => Err(not_moved(&remote.who, &why, info)),
             };
         }
-        progress.tell(
-            info.memory.saturating_sub(info.remaining),
-            info.memory,
-            line(&info),
-        );
+        let (done, total) = amounts(&info);
+        progress.tell(done, total, line(&info));
         if let Some(note) = note(&info, remote.named())
             && noted != Some(info.phase)
             && standing.lasts(info.phase, Instant::now())
@@ -157,7 +176,8 @@ fn last_words(
             ended = Some(job);
         }
     }
-    heard(ended.as_ref(), info).map_err(|why| anyhow::anyhow!("{who}: {why}"))
+    let last = info.clone();
+    heard(ended.as_ref(), info).map_err(|why| not_moved(who, &why, last))
 }
 
 /// What became of the migration whose monitor has ended.
@@ -253,6 +273,13 @@ fn line(info: &MigrationInfo) -> String {
         HumanBytes(info.rate),
         HumanBytes(info.remaining)
     );
+    if let Some(disks) = info.storage {
+        text.push_str(&format!(
+            "  disks {} of {} left",
+            HumanBytes(disks.remaining),
+            HumanBytes(disks.total)
+        ));
+    }
     if info.throttle > 0 {
         text.push_str(&format!("  guest slowed by {} %", info.throttle));
     }
@@ -264,6 +291,8 @@ fn line(info: &MigrationInfo) -> String {
 
 #[cfg(test)]
 mod tests {
+    use api::wire::MigrationStorage;
+
     use super::*;
 
     #[test]
@@ -379,6 +408,17 @@ mod tests {
             ..at(MigrationPhase::Precopy)
         };
         assert_eq!(line(&info), "precopy  round 3  100.00 MiB/s  1.50 MiB left");
+        let disks = MigrationInfo {
+            storage: Some(MigrationStorage {
+                transferred: 1,
+                remaining: 1 << 30,
+                total: 3 << 30,
+            }),
+            memory: 1 << 30,
+            ..info.clone()
+        };
+        assert!(line(&disks).ends_with("MiB left  disks 1.00 GiB of 3.00 GiB left"));
+        assert_eq!(amounts(&disks), ((3 << 30) - (3 << 19), 4 << 30));
         let slowed = MigrationInfo {
             throttle: 20,
             expected_downtime_us: Some(1_500_000),

@@ -1,0 +1,79 @@
+//! A thread that was there before the filters, and does what no filtered thread may: it starts threads, which get the filter of their
+//! own kind alone, makes rings of io_uring, and has programs started that users name, which have work of their own to do.
+//!
+//! What it is given are functions of this program. Who could give it others could write to any thread's stack as well.
+
+use std::io;
+use std::process::{Child, Command};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+type Task = Box<dyn FnOnce() + Send>;
+
+static TASKS: OnceLock<Mutex<Sender<Task>>> = OnceLock::new();
+
+/// The name of the thread.
+pub const NAME: &str = "outside";
+
+/// Starts the thread. Before the first filter.
+pub(super) fn start() -> io::Result<()> {
+    if TASKS.get().is_some() {
+        return Ok(());
+    }
+    let (tasks, inbox) = channel::<Task>();
+    Builder::new().name(NAME.to_owned()).spawn(move || {
+        for task in inbox {
+            task();
+        }
+    })?;
+    TASKS.get_or_init(|| Mutex::new(tasks));
+    Ok(())
+}
+
+/// Has it do this, which must not take long; without it, the caller does.
+pub(super) fn run(task: Task) {
+    let Some(tasks) = TASKS.get() else {
+        return task();
+    };
+    // It ends with the process. Were it gone, the task would be dropped, and who waits for it would hear of that.
+    let _ = tasks
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .send(task);
+}
+
+fn answer_of<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let (answer, done) = channel();
+    run(Box::new(move || {
+        // Who asks waits for it.
+        let _ = answer.send(work());
+    }));
+    done.recv().map_err(|_| io::ErrorKind::BrokenPipe)?
+}
+
+/// Starts a thread without the filters of the caller.
+///
+/// # Errors
+///
+/// The host's.
+pub(crate) fn spawn<T: Send + 'static>(
+    thread: Builder,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    answer_of(move || thread.spawn(work))
+}
+
+/// Starts a program without the filters of the caller.
+///
+/// # Errors
+///
+/// The host's.
+pub(crate) fn program(mut command: Command) -> io::Result<Child> {
+    // A thread of its own: the program's file may be on storage that does not answer.
+    let thread = Builder::new().name(NAME.to_owned());
+    let started = spawn(thread, move || command.spawn())?;
+    started.join().map_err(|_| io::ErrorKind::BrokenPipe)?
+}

@@ -1,0 +1,124 @@
+//! A machine's threads have their filters.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use vmm::sandbox::OUTSIDE;
+
+use crate::support::{Vireo, can_run, until};
+
+/// The threads of a process by name, with what the host says of them: whether they gain no privileges, how they are filtered, and by how many.
+fn threads(process: u32) -> BTreeMap<String, [String; 3]> {
+    let mut all = BTreeMap::new();
+    let Ok(tasks) = fs::read_dir(format!("/proc/{process}/task")) else {
+        return all;
+    };
+    for task in tasks {
+        let place = task.unwrap().path();
+        // It may have ended.
+        let Ok(status) = fs::read_to_string(place.join("status")) else {
+            continue;
+        };
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default()
+                .trim_start_matches(':')
+                .trim()
+                .to_owned()
+        };
+        let filters = ["NoNewPrivs", "Seccomp", "Seccomp_filters"].map(field);
+        all.insert(field("Name"), filters);
+    }
+    all
+}
+
+fn machine(directory: &std::path::Path, mode: &str) -> Vireo {
+    let at = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+    fs::write(at("disk"), vec![0; 1 << 20]).unwrap();
+    let (disk, slow) = (
+        format!("path={},format=raw", at("disk")),
+        format!("path={},format=raw,aio=threads,readonly=on", at("other")),
+    );
+    fs::write(at("other"), vec![0; 1 << 20]).unwrap();
+    let (serial, vnc) = (
+        format!("socket={}", at("serial")),
+        format!("vnc=unix:{}", at("vnc")),
+    );
+    let (api, events) = (at("api"), at("events"));
+    let flags = [
+        "--seccomp",
+        mode,
+        "--cpus",
+        "boot=2",
+        "--disk",
+        &disk,
+        "--disk",
+        &slow,
+        "--balloon",
+        "size=0",
+        "--rng",
+        "--serial",
+        &serial,
+        "--display",
+        &vnc,
+        "--api-socket",
+        &api,
+        "--event-monitor",
+        &events,
+    ];
+    Vireo::start("poke", "spin", &flags)
+}
+
+#[test]
+fn each_thread_of_a_machine_has_the_filter_of_its_kind_and_no_other() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let monitor = machine(directory.path(), "true");
+    let expected = [
+        "vireo",
+        "vcpu0",
+        "vcpu1",
+        "api",
+        "event-monitor",
+        "console",
+        "display",
+        "vnc",
+        OUTSIDE,
+    ];
+    let found = until("all threads", || {
+        let found = threads(monitor.id());
+        expected
+            .iter()
+            .all(|name| found.contains_key(*name))
+            .then_some(found)
+    });
+    // A thread may be seen before its first instruction.
+    let bare = until("the filters", || {
+        let found = threads(monitor.id());
+        let bare: Vec<String> = found
+            .into_iter()
+            .filter(|(_, filters)| *filters != ["1", "2", "1"])
+            .map(|(name, _)| name)
+            .collect();
+        (bare.len() <= 1).then_some(bare)
+    });
+    assert_eq!(bare, [OUTSIDE], "{found:?}");
+}
+
+#[test]
+fn without_filters_nothing_is_filtered_and_no_privileges_come() {
+    if !can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let monitor = machine(directory.path(), "false");
+    let found = until("the vCPUs", || {
+        let found = threads(monitor.id());
+        found.contains_key("vcpu1").then_some(found)
+    });
+    for (name, found) in found {
+        assert_eq!(found, ["1", "0", "0"], "{name}");
+    }
+}
