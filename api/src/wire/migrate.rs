@@ -174,7 +174,7 @@ pub struct VmMigrationSet {
     /// Whether the guest is slowed where it writes faster than it can be sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub throttle: Option<bool>,
-    /// `true`: the guest goes after the round that is under way, and the rest of its memory while it runs there; for a migration that was begun with
+    /// `true`: the guest goes now, and the rest of its memory while it runs there; for a migration that was begun with
     /// `memory_mode` `Postcopy`.
     #[serde(skip_serializing_if = "is_false")]
     pub postcopy: bool,

@@ -172,6 +172,8 @@ pub struct Sending<'a> {
     pub progress: &'a Progress,
     /// Set by anyone: the round ends with [`ChannelError::Stopped`].
     pub stop: &'a AtomicBool,
+    /// Set by anyone: the round ends soon as if its pages had been fewer.
+    pub cut: &'a AtomicBool,
 }
 
 impl fmt::Debug for Sending<'_> {

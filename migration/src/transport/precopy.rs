@@ -260,7 +260,7 @@ impl Policy {
         self.parameters = parameters;
     }
 
-    /// Someone wants the guest to go before its memory; it does after the round that is under way.
+    /// Someone wants the guest to go before its memory; it does after the round that is under way, which somebody may cut short.
     pub fn want_postcopy(&mut self) {
         self.asked = true;
     }

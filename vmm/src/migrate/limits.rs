@@ -1,6 +1,6 @@
 //! The limits of a migration at its source: what they are now, and what has no time left.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,8 @@ pub(super) struct Shared {
     pub clock: Wall,
     pub limiter: Limiter,
     policy: Mutex<Policy>,
+    /// The guest is to go now: what is left of the round follows it.
+    pub cut: AtomicBool,
     /// Why the watch has ended a round.
     late: Mutex<Option<String>>,
 }
@@ -45,6 +47,7 @@ impl Shared {
         Self {
             limiter: Limiter::new(parameters.bandwidth),
             policy: Mutex::new(Policy::new(parameters, memory, clock.now())),
+            cut: AtomicBool::new(false),
             late: Mutex::default(),
             status,
             clock,
@@ -66,6 +69,7 @@ impl Shared {
         let mut policy = self.policy();
         if set.postcopy {
             policy.want_postcopy();
+            self.cut.store(true, Ordering::Relaxed);
         }
         let mut parameters = policy.parameters().clone();
         change(&mut parameters, set);
@@ -81,9 +85,14 @@ impl Shared {
         if self.status.phase() != MigrationPhase::Precopy {
             return;
         }
-        if let Some(Decision::Abort(reason)) = self.policy().check(self.clock.now()) {
-            *self.late() = Some(reason.to_string());
-            self.status.stop.store(true, Ordering::Relaxed);
+        let decision = self.policy().check(self.clock.now());
+        match decision {
+            Some(Decision::Abort(reason)) => {
+                *self.late() = Some(reason.to_string());
+                self.status.stop.store(true, Ordering::Relaxed);
+            }
+            Some(Decision::SwitchToPostcopy) => self.cut.store(true, Ordering::Relaxed),
+            _ => {}
         }
     }
 }

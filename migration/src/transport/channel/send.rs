@@ -21,6 +21,8 @@ const ASKED: usize = 1024;
 const ROW: u32 = 16;
 /// What is looked at first of a page that may be zeros, in bytes.
 const GLANCE: usize = 64;
+/// How many bytes go before it is looked whether the round is cut short.
+const PIECE: u64 = (BATCH_PAGES * PAGE) as u64;
 
 /// What a round has sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +32,18 @@ pub struct Sent {
     /// Bytes over the wire.
     pub bytes: u64,
 }
+
+impl Sent {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            counts: self.counts.plus(other.counts),
+            bytes: self.bytes.saturating_add(other.bytes),
+        }
+    }
+}
+
+/// Of one stream, with what it was to send and has not.
+type Part = Result<(Sent, Option<PageSet>), ChannelError>;
 
 /// The sending end of one stream.
 pub struct StreamSender<W: Write> {
@@ -187,7 +201,7 @@ impl<W: Write> StreamSender<W> {
         Ok(Sent { counts, bytes })
     }
 
-    /// The chunks of a set from `index` on, each `count`th, and the end of the round.
+    /// The chunks of a set from `index` on, each `count`th, and the end of the round. What is left when the round is cut short is told.
     fn round(
         &mut self,
         (index, count): (usize, usize),
@@ -195,17 +209,28 @@ impl<W: Write> StreamSender<W> {
         set: &PageSet,
         round: u32,
         with: Sending<'_>,
-    ) -> Result<Sent, ChannelError> {
+    ) -> Part {
         self.out.bytes = 0;
         let ranges = ram.ranges();
         let mut counts = Counts::default();
+        let mut left: Option<PageSet> = None;
         let chunks = set.chunks();
         for (chunk, there) in chunks.iter().enumerate().skip(index).step_by(count.max(1)) {
             if !there {
                 continue;
             }
             for (address, len) in set.runs_of(&ranges, chunk) {
-                counts = counts.plus(self.add(ram, address, len, with)?);
+                let end = address.saturating_add(len);
+                let mut at = address;
+                while at < end && !with.cut.load(Ordering::Relaxed) {
+                    let some = end.saturating_sub(at).min(PIECE);
+                    counts = counts.plus(self.add(ram, at, some, with)?);
+                    at = at.saturating_add(some);
+                }
+                if at < end {
+                    let left = left.get_or_insert_with(|| PageSet::new(&ranges));
+                    left.insert(&ranges, at, end.saturating_sub(at));
+                }
             }
         }
         counts = counts.plus(self.flush(with)?);
@@ -215,7 +240,7 @@ impl<W: Write> StreamSender<W> {
         self.outside = 0;
         self.out.flush()?;
         let bytes = self.out.bytes;
-        Ok(Sent { counts, bytes })
+        Ok((Sent { counts, bytes }, left))
     }
 
     /// Adds pages to the batch, except those that are known to be zeros.
@@ -408,7 +433,8 @@ fn is_zeros(ram: &dyn RamSource, address: u64) -> Result<bool, PagesError> {
 }
 
 /// Sends the pages of `set` over all streams, and the end of round `round`, which is one more than the one before. `set` is one of memory with the ranges of `ram`.
-/// A stream that fails stops the others by [`Sending::stop`], which stays set.
+/// A stream that fails stops the others by [`Sending::stop`], which stays set. What is not sent because of [`Sending::cut`] is added to `left`, a set of the same
+/// memory.
 ///
 /// # Errors
 ///
@@ -419,15 +445,15 @@ pub fn send_round<W: Write + Send>(
     set: &PageSet,
     round: u32,
     with: Sending<'_>,
-    crew: Crew<'_>,
+    (crew, left): (Crew<'_>, &mut PageSet),
 ) -> Result<Sent, ChannelError> {
     with.progress.begin_round(set.count());
     let count = streams.len();
-    let mut results: Vec<Option<Result<Sent, ChannelError>>> = Vec::new();
+    let mut results: Vec<Option<Part>> = Vec::new();
     results.resize_with(count, || None);
     let job = |(index, (stream, result)): (usize, (_, _))| {
         let stream: &mut StreamSender<W> = stream;
-        let result: &mut Option<Result<Sent, ChannelError>> = result;
+        let result: &mut Option<Part> = result;
         let job: Job<'_> = Box::new(move || {
             let sent = stream.round((index, count), ram, set, round, with);
             // The others need not go on.
@@ -444,9 +470,9 @@ pub fn send_round<W: Write + Send>(
     let mut error = None;
     for (stream, result) in results.into_iter().enumerate() {
         match result.unwrap_or(Err(ChannelError::Unserved(stream))) {
-            Ok(more) => {
-                sent.counts = sent.counts.plus(more.counts);
-                sent.bytes = sent.bytes.saturating_add(more.bytes);
+            Ok((more, rest)) => {
+                sent = sent.plus(more);
+                rest.iter().for_each(|rest| left.add(rest));
             }
             // That others were stopped is no cause.
             Err(next) if matches!(error, None | Some(ChannelError::Stopped)) => error = Some(next),

@@ -4,6 +4,7 @@ mod recorded;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, RwLock};
 use std::time::Instant;
 
@@ -106,6 +107,22 @@ impl Clock for Steps {
     }
 }
 
+/// Time that has the round cut short when a sender has waited for it so often.
+struct CutAfter<'a>(&'a Ground, AtomicUsize);
+
+impl Clock for CutAfter<'_> {
+    fn now(&self) -> Duration {
+        self.0.clock.now()
+    }
+
+    fn sleep(&self, time: Duration) {
+        self.0.clock.sleep(time);
+        if self.1.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.cut.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Bytes that look like chance, the same each time.
 struct Noise(u64);
 
@@ -161,6 +178,7 @@ struct Ground {
     limiter: Limiter,
     progress: Progress,
     stop: AtomicBool,
+    cut: AtomicBool,
 }
 
 impl Ground {
@@ -170,6 +188,7 @@ impl Ground {
             limiter: Limiter::new(rate),
             progress: Progress::default(),
             stop: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
         }
     }
 
@@ -179,8 +198,23 @@ impl Ground {
             limiter: &self.limiter,
             progress: &self.progress,
             stop: &self.stop,
+            cut: &self.cut,
         }
     }
+}
+
+/// A round of which nothing may be left.
+fn send_all<W: Write + Send>(
+    senders: &mut [StreamSender<W>],
+    (here, set): (&dyn RamSource, &PageSet),
+    round: u32,
+    with: Sending<'_>,
+    crew: Crew<'_>,
+) -> Result<Sent, ChannelError> {
+    let mut left = PageSet::new(&here.ranges());
+    let sent = send_round(senders, here, set, round, with, (crew, &mut left));
+    assert_eq!(left.count(), 0);
+    sent
 }
 
 /// Takes all of a stream into memory until it is closed.
@@ -245,7 +279,13 @@ fn moves_by(
         }
         let mut set = PageSet::all(&RANGES);
         for round in 1..=6 {
-            let sent = send_round(&mut senders, &here, &set, round, ground.sending(), &scoped);
+            let sent = send_all(
+                &mut senders,
+                (&here, &set),
+                round,
+                ground.sending(),
+                &scoped,
+            );
             assert_eq!(sent.unwrap().counts.pages, set.count());
             barrier.wait(round, Duration::MAX).unwrap();
             assert!(
@@ -290,7 +330,7 @@ fn memory_that_was_never_written_is_neither_read_nor_sent() {
     let mut sender = StreamSender::open(Vec::new(), &preamble(0, 1), Codec::Raw, 0).unwrap();
     let all = PageSet::all(&RANGES);
     let senders = std::slice::from_mut(&mut sender);
-    let sent = send_round(senders, &here, &all, 1, ground.sending(), &scoped).unwrap();
+    let sent = send_all(senders, (&here, &all), 1, ground.sending(), &scoped).unwrap();
     assert_eq!((sent.counts.pages, sent.counts.zeros), (2304, 2301));
     assert!(sent.bytes < 4 * PAGE as u64);
 }
@@ -304,7 +344,7 @@ fn pages_that_are_asked_for_are_whole_whatever_was_sent_before() {
     let mut sender = StreamSender::open(&mut bytes, &preamble(0, 1), Codec::Raw, LEN).unwrap();
     let senders = std::slice::from_mut(&mut sender);
     let all = PageSet::all(&RANGES);
-    send_round(senders, &here, &all, 1, ground.sending(), &scoped).unwrap();
+    send_all(senders, (&here, &all), 1, ground.sending(), &scoped).unwrap();
     here.put(5, &[2]);
     let run = |address| Run { address, pages: 1 };
     let wanted = [run(0), run(1 << 32)];
@@ -326,7 +366,7 @@ fn all_streams_together_keep_to_the_limit() {
     let all = PageSet::all(&RANGES);
     // One after the other, on a clock of steps.
     let from = ground.clock.now();
-    send_round(&mut senders, &here, &all, 1, ground.sending(), &in_turn).unwrap();
+    send_all(&mut senders, (&here, &all), 1, ground.sending(), &in_turn).unwrap();
     let took = (ground.clock.now() - from).as_secs_f64();
     assert!((8.8..9.2).contains(&took), "{took}");
 }
@@ -359,17 +399,51 @@ fn a_stream_that_breaks_stops_the_others_and_is_the_cause() {
     };
     let mut senders: Vec<_> = (0..4).map(open).collect();
     let all = PageSet::all(&RANGES);
-    let failed = send_round(&mut senders, &here, &all, 1, ground.sending(), &scoped);
+    let failed = send_all(&mut senders, (&here, &all), 1, ground.sending(), &scoped);
     assert!(matches!(
         failed,
         Err(ChannelError::Frame(FrameError::Broken(_)))
     ));
     assert!(ground.stop.load(Ordering::Relaxed));
-    let stopped = send_round(&mut senders[..1], &here, &all, 1, ground.sending(), &scoped);
+    let stopped = send_all(
+        &mut senders[..1],
+        (&here, &all),
+        1,
+        ground.sending(),
+        &scoped,
+    );
     assert!(matches!(stopped, Err(ChannelError::Stopped)));
     let idle = |_: Vec<Job<'_>>| {};
-    let unserved = send_round(&mut senders, &here, &all, 1, ground.sending(), &idle);
+    let unserved = send_all(&mut senders, (&here, &all), 1, ground.sending(), &idle);
     assert!(matches!(unserved, Err(ChannelError::Unserved(0))));
+}
+
+#[test]
+fn a_round_that_is_cut_short_ends_whole_and_tells_what_is_left() {
+    let here = Memory::new();
+    here.put(0, &vec![1; LEN]);
+    let ground = Ground::new(None);
+    let all = PageSet::all(&RANGES);
+    let mut bytes = Vec::new();
+    let mut sender = StreamSender::open(&mut bytes, &preamble(0, 1), Codec::Raw, 0).unwrap();
+    let senders = std::slice::from_mut(&mut sender);
+    let cuts = CutAfter(&ground, AtomicUsize::new(2));
+    let mut left = PageSet::new(&RANGES);
+    let with = Sending {
+        clock: &cuts,
+        limiter: &Limiter::new(Some(1 << 20)),
+        ..ground.sending()
+    };
+    let sent = send_round(senders, &here, &all, 1, with, (&in_turn, &mut left)).unwrap();
+    assert!(sent.counts.pages > 0 && left.count() > 0);
+    assert_eq!(sent.counts.pages + left.count(), all.count());
+    ground.cut.store(false, Ordering::Relaxed);
+    let rest = send_all(senders, (&here, &left), 2, ground.sending(), &in_turn).unwrap();
+    assert_eq!(rest.counts.pages, left.count());
+    drop(sender);
+    let there = Memory::new();
+    take(&*bytes, &there, &Barrier::new(1), &ground.progress);
+    assert!(*there.bytes.read().unwrap() == *here.bytes.read().unwrap());
 }
 
 /// What a receiver says to frames behind a good preamble.
@@ -446,7 +520,7 @@ fn pages_outside_of_rounds_are_counted_by_the_next_one() {
     for round in 1..=2 {
         let senders = std::slice::from_mut(&mut sender);
         let all = PageSet::all(&RANGES);
-        send_round(senders, &here, &all, round, ground.sending(), &scoped).unwrap();
+        send_all(senders, (&here, &all), round, ground.sending(), &scoped).unwrap();
     }
     drop(sender);
     let (_, mut receiver) = StreamReceiver::open(&*bytes).unwrap();
@@ -477,6 +551,6 @@ fn real_time_passes_on_a_real_clock() {
     };
     let mut sender = StreamSender::open(io::sink(), &preamble(0, 1), Codec::Raw, 0).unwrap();
     let senders = std::slice::from_mut(&mut sender);
-    let sent = send_round(senders, &here, &PageSet::all(&RANGES), 1, with, &scoped).unwrap();
+    let sent = send_all(senders, (&here, &PageSet::all(&RANGES)), 1, with, &scoped).unwrap();
     assert_eq!(sent.counts.zeros, 0);
 }

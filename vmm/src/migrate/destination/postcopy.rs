@@ -51,6 +51,8 @@ pub(super) struct Follows {
     /// The connection that counts, and its number.
     current: Mutex<Option<Link>>,
     connection: AtomicU32,
+    /// Ends with who reads from it.
+    reads: Mutex<Option<Receiver<()>>>,
     /// Who is told that all is here.
     taker: Mutex<Option<SyncSender<Event>>>,
     /// The source has been told that its state is loaded, so that it may say COMMIT.
@@ -76,6 +78,7 @@ impl Follows {
             missing: Mutex::default(),
             current: Mutex::default(),
             connection: AtomicU32::new(0),
+            reads: Mutex::default(),
             taker: Mutex::default(),
             ready: AtomicBool::new(false),
             committed: AtomicBool::new(false),
@@ -106,6 +109,16 @@ impl Follows {
         }
     }
 
+    /// Waits a while until all is heard that has come over the connection that counts: a COMMIT that a source said before it was cut off is not lost with it.
+    fn hear_out(&self) {
+        let current = locked(&self.current).clone();
+        current.iter().for_each(Link::stop_reading);
+        if let Some(reads) = locked(&self.reads).take() {
+            // It has ended, or the time has: who is hung up on then ends soon.
+            let _ended = reads.recv_timeout(ALIVE);
+        }
+    }
+
     /// The guest never runs on what has come: nobody waits for the rest.
     pub fn forget(&self) {
         if !self.is_committed()
@@ -126,6 +139,25 @@ impl Follows {
 }
 
 impl Shared {
+    /// Has a thread [read](Shared::read).
+    fn begin_to_read(
+        shared: &Arc<Self>,
+        connection: u32,
+        receiver: StreamReceiver<Timed>,
+        to: &SyncSender<Event>,
+    ) -> std::io::Result<()> {
+        let (ends, reads) = sync_channel(0);
+        *locked(&shared.follows.reads) = Some(reads);
+        let (shared, to) = (Arc::clone(shared), to.clone());
+        let read = move || {
+            // Dropped at its end.
+            let _ends: SyncSender<()> = ends;
+            shared.read(connection, receiver, &to);
+        };
+        let thread = Builder::new(sandbox::Kind::Job).name("migration-read".to_owned());
+        thread.spawn(read).map(drop)
+    }
+
     /// Reads what comes over a connection until it ends.
     fn read(&self, connection: u32, mut receiver: StreamReceiver<Timed>, to: &SyncSender<Event>) {
         let reason = loop {
@@ -274,6 +306,7 @@ impl Door<'_> {
         }
         limit.lift(link)?;
         receiver.set_ranges(&follows.ranges);
+        follows.hear_out();
         // Who writes to the old one ends.
         let mut current = locked(&follows.current);
         let connection = follows.connection.fetch_add(1, Ordering::SeqCst);
@@ -291,12 +324,8 @@ impl Door<'_> {
         if let Some(missing) = follows.missing() {
             self.shared.ask(&missing.awaited());
         }
-        let (shared, to) = (Arc::clone(self.shared), self.to.clone());
-        let read = move || shared.read(connection, receiver, &to);
-        let started = Builder::new(sandbox::Kind::Job)
-            .name("migration-read".to_owned())
-            .spawn(read);
-        started.map(drop).map_err(|error| {
+        let started = Shared::begin_to_read(self.shared, connection, receiver, &self.to);
+        started.map_err(|error| {
             follows.missing().iter().for_each(|m| m.set_lost(true));
             error.to_string()
         })
@@ -334,12 +363,7 @@ impl Taker {
         let shared = Arc::clone(&self.shared);
         *locked(&shared.follows.current) = Some(self.link.clone());
         *locked(&shared.follows.taker) = Some(to.clone());
-        let (reads, sender) = (Arc::clone(&shared), to.clone());
-        let read = move || reads.read(0, receiver, &sender);
-        let started = Builder::new(sandbox::Kind::Job)
-            .name("migration-read".to_owned())
-            .spawn(read);
-        if let Err(error) = started {
+        if let Err(error) = Shared::begin_to_read(&shared, 0, receiver, &to) {
             self.because(format!("no thread that reads: {error}"));
             self.step(DestinationEvent::Failed);
             return Ended::Heard;

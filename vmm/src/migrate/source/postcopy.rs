@@ -231,6 +231,7 @@ impl Giver {
             limiter: &free,
             progress: &self.shared.status.progress,
             stop: &never,
+            cut: &never,
         };
         let ram = self.guest.ram();
         let sent = match self.streams.get_mut(stream) {

@@ -1,7 +1,7 @@
 //! Memory in rounds, and when there are enough of them.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use migration::pages::PageSet;
@@ -42,8 +42,8 @@ impl Giver {
         sent.err()
     }
 
-    /// One round over all streams; the event, where it came to nothing.
-    pub(super) fn send_pages(&mut self, pages: &PageSet) -> Result<u64, SourceEvent> {
+    /// One round over all streams: the bytes, and what has not gone where it was cut short. Or the event, where it came to nothing.
+    pub(super) fn send_pages(&mut self, pages: &PageSet) -> Result<(u64, PageSet), SourceEvent> {
         self.round = self.round.saturating_add(1);
         if self.shared.late().is_some() {
             return Err(SourceEvent::Cancel);
@@ -52,24 +52,34 @@ impl Giver {
             self.status().stop.store(false, Ordering::Relaxed);
         }
         let shared = Arc::clone(&self.shared);
+        let whole = AtomicBool::new(false);
         let with = Sending {
             clock: &shared.clock,
             limiter: &shared.limiter,
             progress: &shared.status.progress,
             stop: &shared.status.stop,
+            cut: if self.source.state() == SourceState::Precopy {
+                &shared.cut
+            } else {
+                // All of the rest goes while the guest stands.
+                &whole
+            },
         };
         let ram = self.guest.ram();
         let few = pages.count().saturating_mul(PAGE as u64) < LITTLE;
         let crew: Crew<'_> = if few { &in_turn } else { &scoped };
-        let sent = send_round(&mut self.streams, ram, pages, self.round, with, crew);
-        sent.map(|sent| sent.bytes).map_err(|error| match error {
-            ChannelError::Stopped => SourceEvent::Cancel,
-            ChannelError::Frame(_) => self.lose(&chain(&error)).unwrap_or(SourceEvent::Lost),
-            error => {
-                self.because(chain(&error));
-                SourceEvent::Failed
-            }
-        })
+        let mut left = PageSet::new(&ram.ranges());
+        let to = (crew, &mut left);
+        let sent = send_round(&mut self.streams, ram, pages, self.round, with, to);
+        sent.map(|sent| (sent.bytes, left))
+            .map_err(|error| match error {
+                ChannelError::Stopped => SourceEvent::Cancel,
+                ChannelError::Frame(_) => self.lose(&chain(&error)).unwrap_or(SourceEvent::Lost),
+                error => {
+                    self.because(chain(&error));
+                    SourceEvent::Failed
+                }
+            })
     }
 
     pub(super) fn precopy(&mut self) {
@@ -86,7 +96,7 @@ impl Giver {
         };
         self.guest.round_begins(self.round);
         let begun = self.shared.clock.now();
-        let sent = match self.send_pages(&pages) {
+        let (sent, left) = match self.send_pages(&pages) {
             Ok(sent) => sent,
             Err(event) => return self.step(event),
         };
@@ -94,17 +104,21 @@ impl Giver {
             return;
         }
         let now = self.shared.clock.now();
-        let dirty = match self.guest.take_written() {
+        // Once: a guest that cannot go now goes after whole rounds.
+        self.shared.cut.store(false, Ordering::Relaxed);
+        let mut dirty = match self.guest.take_written() {
             Ok(dirty) => dirty,
             Err(error) => {
                 self.because(error);
                 return self.step(SourceEvent::Failed);
             }
         };
+        dirty.add(&left);
         let page = PAGE as u64;
+        let went = pages.count().saturating_sub(left.count());
         let round = Round {
             number: self.round,
-            memory: pages.count().saturating_mul(page),
+            memory: went.saturating_mul(page),
             sent,
             took: now.saturating_sub(begun),
             dirty: dirty.count(),

@@ -111,15 +111,8 @@ fn record(codec: Codec) -> Vec<u8> {
         *memory.0.lock().unwrap() = Small::before(round);
         let set = PageSet::all(&SMALL);
         let senders = std::slice::from_mut(&mut sender);
-        send_round(
-            senders,
-            &memory,
-            &set,
-            round.into(),
-            ground.sending(),
-            &scoped,
-        )
-        .unwrap();
+        let with = ground.sending();
+        send_all(senders, (&memory, &set), round.into(), with, &scoped).unwrap();
     }
     sender.state((1, 3), false, &sections()).unwrap();
     let missing = Run {
