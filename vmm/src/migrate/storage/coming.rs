@@ -33,7 +33,8 @@ struct Progress {
 pub struct Landings {
     disks: Mutex<Vec<Arc<Coming>>>,
     sizes: Vec<u64>,
-    /// Held while something is written.
+    /// Held while something is written, for as long as storage takes.
+    writes: Mutex<()>,
     progress: Mutex<Progress>,
 }
 
@@ -75,6 +76,7 @@ impl Landings {
         Ok(Self {
             sizes: sizes.collect(),
             disks: Mutex::new(disks),
+            writes: Mutex::default(),
             progress: Mutex::default(),
         })
     }
@@ -125,9 +127,10 @@ impl Landings {
         Ok(())
     }
 
-    /// Takes nothing any more: from here on the disks are the machine's.
+    /// Takes nothing any more: from here on the disks are the machine's. Waits for what is being written.
     pub fn close(&self) {
         self.progress().closed = true;
+        drop(self.writes.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Whether the images stay: the guest is about to run on them, or is not.
@@ -135,9 +138,9 @@ impl Landings {
         self.disks().iter().for_each(|disk| disk.landing.keep(kept));
     }
 
-    /// Lets go of the images: what is not kept is removed as soon as nobody writes to it.
+    /// Lets go of the images: what is not kept is removed as soon as nobody writes to it. Waits for no storage.
     pub fn let_go(&self) {
-        self.close();
+        self.progress().closed = true;
         let disks = std::mem::take(&mut *self.disks.lock().unwrap_or_else(PoisonError::into_inner));
         drop(disks);
     }
@@ -175,18 +178,19 @@ impl Landings {
 
     /// Does what a frame says.
     fn act(&self, frame: &DiskFrame<'_>) -> Result<(), (u16, String)> {
-        let mut progress = self.progress();
-        if progress.closed {
+        let _writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.progress().closed {
             return Err((0, "the disks are not taken any more".to_owned()));
         }
-        let written = self.write(frame, &mut progress);
+        let written = self.write(frame);
         if let Err((_, why)) = &written {
+            let mut progress = self.progress();
             progress.unwritten.get_or_insert_with(|| why.clone());
         }
         written
     }
 
-    fn write(&self, frame: &DiskFrame<'_>, progress: &mut Progress) -> Result<(), (u16, String)> {
+    fn write(&self, frame: &DiskFrame<'_>) -> Result<(), (u16, String)> {
         let disks = self.disks();
         let on = |number: u16, at: u64, act: &dyn Fn(&Landing) -> std::io::Result<()>| {
             let Some(disk) = disks.get(usize::from(number)) else {
@@ -200,18 +204,18 @@ impl Landings {
                 offset,
                 bytes,
             } => {
-                progress.flushed = None;
+                self.progress().flushed = None;
                 on(*disk, *offset, &|landing| landing.write(*offset, bytes))
             }
             DiskFrame::Zeros { disk, offset, len } => {
-                progress.flushed = None;
+                self.progress().flushed = None;
                 on(*disk, *offset, &|landing| landing.clear(*offset, *len))
             }
             DiskFrame::Flush { attempt } => {
                 for number in (0..).take(disks.len()) {
                     on(number, 0, &Landing::flush)?;
                 }
-                progress.flushed = Some(*attempt);
+                self.progress().flushed = Some(*attempt);
                 Ok(())
             }
             DiskFrame::Keepalive => Ok(()),
@@ -259,8 +263,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn why_a_disk_cannot_be_written_is_known_before_the_source_hears_of_it() {
+    /// A disk in memory that comes.
+    fn landings() -> (Landings, std::os::fd::OwnedFd) {
         let file = memfd_create("disk", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
         let config: BlkConfig = serde_json::from_value(serde_json::json!({
             "path": format!("/proc/self/fd/{}", file.as_raw_fd()), "format": "raw",
@@ -280,7 +284,21 @@ mod tests {
         let id = || "d".to_owned();
         let opener: Arc<dyn Opener> = Arc::new(crate::opener::Opener::new());
         let landings = Landings::make(&copied, &[(id(), config)], &[(id(), info)], &opener);
-        let landings = landings.unwrap();
+        (landings.unwrap(), file)
+    }
+
+    #[test]
+    fn disks_are_let_go_while_storage_does_not_answer() {
+        let (landings, _file) = landings();
+        let _writes = landings.writes.lock().unwrap();
+        assert_eq!(landings.unwritten(), None);
+        landings.let_go();
+        assert!(landings.disk("d").is_none());
+    }
+
+    #[test]
+    fn why_a_disk_cannot_be_written_is_known_before_the_source_hears_of_it() {
+        let (landings, file) = landings();
         assert_eq!(landings.unwritten(), None);
         fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
         let mut frame = Vec::new();
