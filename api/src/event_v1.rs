@@ -268,7 +268,7 @@ impl EventMonitor {
         let thread = std::thread::Builder::new()
             .name("event-monitor".to_owned())
             .stack_size(STACK);
-        let thread = crate::threads::spawn(thread, move || writer.run())?;
+        let thread = threads::spawn(thread, threads::Role::Api, move || writer.run())?;
         Ok(Self {
             shared,
             thread: Some(thread),

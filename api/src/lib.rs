@@ -18,7 +18,6 @@ pub mod openapi;
 mod reason;
 pub mod routes;
 pub mod spelling;
-pub mod threads;
 pub mod web;
 pub mod wire;
 

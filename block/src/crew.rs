@@ -86,7 +86,7 @@ impl<T: Task> Crew<T> {
             }
             let shared = Arc::clone(&self.shared);
             let thread = thread::Builder::new().name(self.name.to_owned());
-            let thread = crate::threads::spawn(thread, move || shared.serve())?;
+            let thread = threads::spawn(thread, threads::Role::Worker, move || shared.serve())?;
             threads.push(thread);
         }
         Ok(())

@@ -55,7 +55,6 @@ mod size;
 mod storage;
 #[cfg(test)]
 mod testing;
-pub mod threads;
 mod track;
 mod unfinished;
 

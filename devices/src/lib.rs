@@ -33,7 +33,6 @@ pub mod pci;
 pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
-pub mod threads;
 pub mod time;
 pub mod unit;
 pub mod watchdog;

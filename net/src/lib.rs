@@ -28,7 +28,6 @@ mod mirror;
 mod packets;
 mod stream;
 mod tap;
-pub mod threads;
 mod watch;
 
 pub use backend::{Backend, BackendError, Offloads, Opener, Port, Request, Source, open};

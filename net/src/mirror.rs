@@ -326,8 +326,10 @@ impl Mirror {
         let label = outlet.label.clone();
         let theirs = Arc::clone(&shared);
         let thread = thread::Builder::new().name("mirror".to_owned());
-        crate::threads::spawn(thread, move || write_all(&theirs, outlet))
-            .map_err(|source| MirrorError::Thread { label, source })?;
+        threads::spawn(thread, threads::Role::Worker, move || {
+            write_all(&theirs, outlet);
+        })
+        .map_err(|source| MirrorError::Thread { label, source })?;
         Ok(Self { shared })
     }
 

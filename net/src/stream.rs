@@ -132,7 +132,9 @@ impl Backend for Stream {
     fn renew(&mut self) -> io::Result<()> {
         // A server that takes one connection at a time has done with this one first. It may be gone long since.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        self.socket = reach(&self.path)?;
+        let path = self.path.clone();
+        // A card's thread asks for it, which may not connect.
+        self.socket = threads::errand(move || reach(&path))?;
         Ok(())
     }
 

@@ -33,7 +33,6 @@ pub mod memory;
 pub mod models;
 pub mod ring;
 pub mod schema;
-pub mod threads;
 pub mod transport;
 pub mod vhost;
 pub mod worker;

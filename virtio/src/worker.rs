@@ -496,7 +496,7 @@ fn spawn<W: QueueWorker>(
         notifier: Arc::clone(notifier),
     };
     let thread = thread::Builder::new().name(thread_name(kind, unit, slot));
-    crate::threads::spawn(thread, move || {
+    threads::spawn(thread, threads::Role::Worker, move || {
         let queues = run(worker, &obituary.control, slot);
         drop(obituary);
         queues

@@ -438,7 +438,8 @@ impl Opener {
     ///
     /// [`OpenError::Tcp`].
     pub fn listen_tcp(&self, host: &str, port: u16) -> Result<TcpListener, OpenError> {
-        TcpListener::bind((host, port)).map_err(|source| OpenError::Tcp {
+        let bound = crate::sandbox::resolve(host, port).and_then(|all| TcpListener::bind(&*all));
+        bound.map_err(|source| OpenError::Tcp {
             host: host.to_owned(),
             port,
             source,

@@ -77,11 +77,69 @@ fn attempts() -> Vec<Attempt> {
     ]
 }
 
+/// What reaches past a filter by way of other threads, names and descriptors.
+fn roundabout() -> Vec<Attempt> {
+    let path = PATH.as_ptr().addr().cast_signed() as i64;
+    let parent = i64::from(std::os::unix::process::parent_id());
+    vec![
+        (
+            "rt_sigaction",
+            libc::SYS_rt_sigaction,
+            [libc::SIGABRT.into(), 0, 0, 8, 0, 0],
+        ),
+        (
+            "signal",
+            libc::SYS_tgkill,
+            [
+                i64::from(std::process::id()),
+                parent,
+                libc::SIGSEGV.into(),
+                0,
+                0,
+                0,
+            ],
+        ),
+        (
+            "statx",
+            libc::SYS_statx,
+            [
+                libc::AT_FDCWD.into(),
+                path,
+                libc::AT_EMPTY_PATH.into(),
+                0,
+                0,
+                0,
+            ],
+        ),
+        (
+            "socketpair",
+            libc::SYS_socketpair,
+            [libc::AF_UNIX.into(), libc::SOCK_DGRAM.into(), 0, 0, 0, 0],
+        ),
+        ("sendto", libc::SYS_sendto, [-1, path, 1, 0, path, 16]),
+        (
+            "inheritable",
+            libc::SYS_fcntl,
+            [-1, libc::F_SETFD.into(), 0, 0, 0, 0],
+        ),
+        (
+            "memory-of-the-guest",
+            libc::SYS_ioctl,
+            [-1, 0x4020_ae46, 0, 0, 0, 0],
+        ),
+    ]
+}
+
 /// Whether threads of this kind may: the opener works on them, and jobs fill memory that comes later.
 fn may(kind: Kind, attempt: &str) -> bool {
+    let opener = ["open", "openat", "socket", "statx", "sendto"];
+    let guest = "memory-of-the-guest";
     match kind {
-        Kind::Control => ["open", "openat", "socket"].contains(&attempt),
-        Kind::Job => ["open", "openat", "socket", "userfaultfd"].contains(&attempt),
+        Kind::Control => opener.contains(&attempt) || attempt == guest,
+        Kind::Job => opener.contains(&attempt) || ["userfaultfd", guest].contains(&attempt),
+        Kind::Vcpu => attempt == guest,
+        // It runs code of the host's.
+        Kind::Resolver => opener.contains(&attempt) || ["mmap", "mprotect"].contains(&attempt),
         _ => false,
     }
 }
@@ -112,6 +170,7 @@ fn attempt() {
     };
     let (_, number, [a, b, c, d, e, f]) = attempts()
         .into_iter()
+        .chain(roundabout())
         .find(|a| Some(a.0) == name.as_deref())
         .unwrap();
     sandbox::begin(mode).unwrap();
@@ -126,7 +185,7 @@ fn attempt() {
 #[test]
 fn a_thread_that_is_taken_over_gets_nothing_of_the_host_and_its_end_is_told() {
     for kind in Kind::ALL {
-        for (attempt, number, _) in attempts() {
+        for (attempt, number, _) in attempts().into_iter().chain(roundabout()) {
             let ended = try_it(kind, attempt, "true");
             let (said, told) = (
                 String::from_utf8_lossy(&ended.stdout),
@@ -183,4 +242,72 @@ fn the_filters_are_those_that_have_been_reviewed() {
         found, kept,
         "review the change, then run this with VIREO_WRITE_FILTERS=1"
     );
+}
+
+/// Has a process of this program do something under filters that is not refused, and ends it as it ends.
+fn done_under_filters(what: &str) -> Output {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "doing", "--nocapture", "--test-threads=1"])
+        .env(TRY, what)
+        .output()
+        .unwrap()
+}
+
+/// The process that does it; nothing where it has not been told to.
+#[test]
+#[expect(unsafe_code, reason = "what a thread does that is taken over")]
+fn doing() {
+    let Ok(told) = std::env::var(TRY) else { return };
+    let path = std::env::current_exe().unwrap();
+    let file = std::fs::File::open(path).unwrap();
+    let expected = file.metadata().unwrap();
+    sandbox::begin(Mode::True).unwrap();
+    let spawn = |work: Box<dyn FnOnce() + Send>| {
+        let thread = Builder::new(Kind::Worker).name("taken".to_owned());
+        thread.spawn(work).unwrap().join().unwrap();
+    };
+    match &*told {
+        "look" => spawn(Box::new(move || {
+            let found = file.metadata().unwrap();
+            let facts = |of: &std::fs::Metadata| {
+                use std::os::unix::fs::MetadataExt;
+                let number = [of.dev(), of.ino(), of.len(), of.blocks(), of.nlink()];
+                (number, of.mode(), of.file_type(), of.modified().unwrap())
+            };
+            assert_eq!(facts(&found), facts(&expected));
+        })),
+        "fault" => spawn(Box::new(|| {
+            // SAFETY: it is what ends the process.
+            unsafe { std::ptr::without_provenance::<u8>(8).read_volatile() };
+        })),
+        "abort" => spawn(Box::new(|| std::process::abort())),
+        other => panic!("{other}"),
+    }
+    println!("{ALIVE}");
+}
+
+#[test]
+fn what_a_descriptor_is_can_be_asked_for_without_a_name() {
+    let done = done_under_filters("look");
+    let told = String::from_utf8_lossy(&done.stderr);
+    assert!(
+        String::from_utf8_lossy(&done.stdout).contains(ALIVE),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_fault_and_an_abort_are_no_refused_calls() {
+    use std::os::unix::process::ExitStatusExt;
+    for what in ["fault", "abort"] {
+        let done = done_under_filters(what);
+        let told = String::from_utf8_lossy(&done.stderr);
+        assert!(!told.contains("refuses"), "{what}: {told}");
+        let (code, signal) = (done.status.code(), done.status.signal());
+        let expected = match what {
+            "fault" => code == Some(128 + libc::SIGSEGV) || signal == Some(libc::SIGSEGV),
+            _ => signal == Some(libc::SIGABRT),
+        };
+        assert!(expected, "{what}: {:?} {told}", done.status);
+    }
 }

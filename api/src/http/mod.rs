@@ -148,7 +148,7 @@ pub fn serve(
     let thread = std::thread::Builder::new()
         .name("api".to_owned())
         .stack_size(STACK);
-    let thread = crate::threads::spawn(thread, move || server.run())?;
+    let thread = threads::spawn(thread, threads::Role::Api, move || server.run())?;
     Ok(ServerHandle {
         mailbox,
         thread: Some(thread),

@@ -147,7 +147,7 @@ pub fn serve(listener: Listener, desk: Arc<dyn Desk>, cookie: String) -> io::Res
     let thread = std::thread::Builder::new()
         .name("web".to_owned())
         .stack_size(STACK);
-    let thread = crate::threads::spawn(thread, move || server.run())?;
+    let thread = threads::spawn(thread, threads::Role::Api, move || server.run())?;
     Ok(WebServer {
         tokens,
         end,

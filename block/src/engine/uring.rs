@@ -121,7 +121,7 @@ impl Uring {
     pub(crate) fn new(depth: u32) -> io::Result<Self> {
         let entries = depth.saturating_add(SPARE_ENTRIES);
         // A thread that could make rings could make one that does anything.
-        let ring = crate::threads::apart(move || restricted(entries))?;
+        let ring = threads::apart(move || restricted(entries))?;
         let params = ring.params();
         if !(params.is_feature_ext_arg()
             && params.is_feature_nodrop()

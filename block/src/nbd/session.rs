@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::opener::{Connector, Opener};
@@ -140,8 +140,8 @@ impl Subject {
 /// The way to an export.
 #[derive(Debug)]
 pub(super) struct Session {
-    uri: Uri,
-    connector: Box<dyn Connector>,
+    uri: Arc<Uri>,
+    connector: Arc<dyn Connector>,
 }
 
 impl Session {
@@ -152,7 +152,10 @@ impl Session {
             source,
         })?;
         match opener.connector(&uri.address) {
-            Ok(connector) => Ok(Self { uri, connector }),
+            Ok(connector) => Ok(Self {
+                uri: Arc::new(uri),
+                connector: connector.into(),
+            }),
             Err(source) => Err(NbdError::Unreachable {
                 uri: uri.to_string(),
                 source,
@@ -166,13 +169,19 @@ impl Session {
     }
 
     /// Makes a connection and enters the export.
+    ///
+    /// As an errand: a queue of its own may be begun by a thread that is confined to devices.
     pub(super) fn dial(&self) -> Result<(Link, Export), NbdError> {
-        let socket = self.connector.connect().and_then(Socket::new);
-        let socket = socket.map_err(|source| NbdError::Unreachable {
+        let (uri, connector) = (Arc::clone(&self.uri), Arc::clone(&self.connector));
+        let dialled = threads::errand(move || {
+            let socket = connector.connect().and_then(Socket::new)?;
+            let export = handshake::enter(&socket, &uri.export);
+            Ok((socket, export))
+        });
+        let (socket, export) = dialled.map_err(|source| NbdError::Unreachable {
             uri: self.uri(),
             source,
         })?;
-        let export = handshake::enter(&socket, &self.uri.export);
         let export = export.map_err(|source| NbdError::Handshake {
             uri: self.uri(),
             source,

@@ -16,16 +16,28 @@ use tests::places::workspace;
 
 /// What each crate may depend on within the workspace.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("api", &[]),
-    ("block", &[]),
-    ("devices", &["migration"]),
+    ("api", &["threads"]),
+    ("block", &["threads"]),
+    ("devices", &["migration", "threads"]),
     ("migration", &[]),
-    ("net", &[]),
+    ("net", &["threads"]),
     ("tests", &["api"]),
-    ("virtio", &["devices", "migration", "block", "net"]),
+    ("threads", &[]),
+    (
+        "virtio",
+        &["devices", "migration", "block", "net", "threads"],
+    ),
     (
         "vmm",
-        &["api", "block", "devices", "migration", "net", "virtio"],
+        &[
+            "api",
+            "block",
+            "devices",
+            "migration",
+            "net",
+            "threads",
+            "virtio",
+        ],
     ),
 ];
 

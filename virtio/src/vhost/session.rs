@@ -328,7 +328,7 @@ impl Session {
             let _ = bell.write(1);
         };
         let thread = thread::Builder::new().name(format!("_peer_{name}"));
-        crate::threads::spawn(thread, serve)?;
+        threads::spawn(thread, threads::Role::Worker, serve)?;
         Ok(Self {
             orders,
             answers,

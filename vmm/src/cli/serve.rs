@@ -47,7 +47,7 @@ pub(super) struct SocketArgs {
         long,
         value_name = "MODE",
         value_enum,
-        default_value = "false",
+        default_value = "true",
         hide_possible_values = true,
         help_heading = "Control"
     )]

@@ -24,6 +24,7 @@ pub(super) fn examine(tree: &Tree<'_>, limits: &HostLimits, cpus: usize) -> Vec<
             tree,
         ),
         landlock(probe::landlock()),
+        filters(crate::sandbox::is_available()),
         hugepages(tree),
         transparent_hugepages(tree),
         locked_memory(tree),
@@ -79,6 +80,18 @@ fn landlock(version: io::Result<i64>) -> Check {
             NAME,
             format!("not available: {error}: a sandbox without it is weaker"),
             "boot with landlock in lsm=, on Linux 5.13 or later",
+        ),
+    }
+}
+
+fn filters(result: io::Result<()>) -> Check {
+    const NAME: &str = "seccomp";
+    match result {
+        Ok(()) => Check::ok(NAME, "the system calls of machines are filtered"),
+        Err(error) => Check::warn(
+            NAME,
+            format!("not available: {error}: machines need --seccomp false"),
+            "use a Linux kernel with CONFIG_SECCOMP_FILTER",
         ),
     }
 }
@@ -266,6 +279,10 @@ mod tests {
         assert_eq!(io_uring(Ok(())).status, Status::Ok);
         let check = io_uring(refused());
         assert!(check.mend.unwrap().contains("io_uring_disabled"));
+        assert_eq!(filters(Ok(())).status, Status::Ok);
+        let missing = filters(refused());
+        assert!(missing.detail.contains("--seccomp false"));
+        assert_eq!(missing.status, Status::Warn);
         assert_eq!(landlock(Ok(4)).status, Status::Ok);
         assert_eq!(
             landlock(Err(io::Error::from_raw_os_error(1))).status,

@@ -5,8 +5,8 @@ mod saved;
 use std::cell::Cell;
 use std::io;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use devices::Bus;
 use kvm_bindings::{
@@ -117,14 +117,18 @@ pub fn kick_signal() -> i32 {
     SIGRTMIN()
 }
 
-/// Installs the handler of [`kick_signal`] for the process.
+/// Installs the handler of [`kick_signal`] for the process, once.
 ///
 /// # Errors
 ///
 /// The host's, when the signal cannot be handled.
 pub fn install_kick_handler() -> io::Result<()> {
-    register_signal_handler(kick_signal(), on_kick)
-        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    INSTALLED
+        .get_or_init(|| {
+            register_signal_handler(kick_signal(), on_kick).map_err(|error| error.errno())
+        })
+        .map_err(io::Error::from_raw_os_error)
 }
 
 extern "C" fn on_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {

@@ -164,7 +164,7 @@ pub fn check(address: usize) -> io::Result<()> {
 }
 
 /// Has SIGBUS come here, once and for the whole process.
-fn install() -> io::Result<()> {
+pub(crate) fn install() -> io::Result<()> {
     let installed = BEFORE.get_or_init(|| {
         let mut before = MaybeUninit::<libc::sigaction>::zeroed();
         let mut action = MaybeUninit::<libc::sigaction>::zeroed();

@@ -12,7 +12,7 @@
 pub mod copy_in;
 pub mod demand;
 pub mod dirty;
-mod lost;
+pub(crate) mod lost;
 mod mapping;
 pub mod missing;
 mod overlay;

@@ -15,6 +15,7 @@ use super::{RamError, RamSlot, RamSpec, map_region};
 use crate::kvm::Vm;
 use crate::kvm::log::KvmLog;
 use crate::layout::VIDEO_SLOT;
+use crate::sandbox;
 
 /// The adapter's memory. It costs the host what the guest has touched.
 pub struct VideoRam {
@@ -60,8 +61,8 @@ impl VideoRam {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives KVM the slot at `base`, or takes it away; whether that was done.
-    fn set_slot(&self, base: Option<u64>, tracked: bool) -> bool {
+    /// What gives KVM the slot at `base`, or takes it away, and tells whether that was done.
+    fn slot(&self, base: Option<u64>, tracked: bool) -> impl FnOnce() -> bool + Send + 'static {
         let region = kvm_userspace_memory_region {
             slot: VIDEO_SLOT,
             flags: if tracked { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
@@ -69,14 +70,21 @@ impl VideoRam {
             memory_size: base.map_or(0, |_| self.region.len()),
             userspace_addr: self.mapping.address(),
         };
-        // SAFETY: the slot describes the whole of `self.mapping`, which lives as long as this; the
-        // slot is taken away when this is dropped.
-        #[expect(unsafe_code, reason = "KVM is given a host address range")]
-        let set = unsafe { self.vm.set_user_memory_region(region) };
-        if let Err(error) = &set {
-            tracing::warn!("KVM_SET_USER_MEMORY_REGION of video memory at {base:x?}: {error}");
+        let vm = Arc::clone(&self.vm);
+        move || {
+            // SAFETY: the slot describes the whole of `self.mapping`, which lives as long as `self`, whose lock is held by who waits
+            // for this; the slot is taken away when that is dropped.
+            #[expect(unsafe_code, reason = "KVM is given a host address range")]
+            let set = unsafe { vm.set_user_memory_region(region) };
+            if let Err(error) = &set {
+                tracing::warn!("KVM_SET_USER_MEMORY_REGION of video memory at {base:x?}: {error}");
+            }
+            set.is_ok()
         }
-        set.is_ok()
+    }
+
+    fn set_slot(&self, base: Option<u64>, tracked: bool) -> bool {
+        self.slot(base, tracked)()
     }
 }
 
@@ -100,7 +108,9 @@ impl VideoMemory for VideoRam {
         if place.tracked != on {
             place.tracked = on;
             if place.base.is_some() {
-                self.set_slot(place.base, on);
+                // Viewers' threads may not say what of the host is the guest's.
+                let set = self.slot(place.base, on);
+                let _ = sandbox::as_job(move || Ok(set()));
             }
         }
     }

@@ -601,7 +601,7 @@ impl Taker {
             let shared = Arc::clone(&self.shared);
             let name = format!("migration-{}", preamble.stream);
             let run = move || shared.serve(preamble.stream, receiver);
-            let started = Builder::new(Kind::Job).name(name).spawn(run);
+            let started = Builder::new(Kind::Stream).name(name).spawn(run);
             return started.map(drop).map_err(|error| error.to_string());
         }
     }

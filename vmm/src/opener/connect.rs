@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::offset_of;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::TcpStream;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -45,7 +45,7 @@ impl block::Connector for Connector {
             return Err(io::ErrorKind::Unsupported.into());
         };
         let path = path.clone();
-        sandbox::as_job(move || {
+        sandbox::at_once(move || {
             let socket = UnixStream::from(unix_socket()?);
             socket.set_nonblocking(true)?;
             connect_to(&socket, &path)?;
@@ -59,8 +59,8 @@ fn tcp(host: &str, port: u16) -> io::Result<OwnedFd> {
         io::ErrorKind::NotFound,
         "the host name has no address",
     ));
-    for address in (host, port).to_socket_addrs()?.take(MAX_ADDRESSES) {
-        result = TcpStream::connect_timeout(&address, PATIENCE).map(OwnedFd::from);
+    for address in sandbox::resolve(host, port)?.iter().take(MAX_ADDRESSES) {
+        result = TcpStream::connect_timeout(address, PATIENCE).map(OwnedFd::from);
         if result.is_ok() {
             break;
         }

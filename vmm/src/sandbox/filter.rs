@@ -8,7 +8,7 @@ use seccompiler::{
     SeccompRule, TargetArch, sock_filter,
 };
 
-use super::rules::{RULES, Rule, When};
+use super::rules::{BASELINE, NAMESPACES, RULES, Rule, TYPED, When};
 use super::{Kind, SandboxError, trap};
 
 /// The programs that have been made, one for each kind.
@@ -25,6 +25,7 @@ mod data {
 mod code {
     pub(super) const LOAD: u16 = 0x20;
     pub(super) const JUMP_IF_EQUAL: u16 = 0x15;
+    pub(super) const JUMP_IF_AT_LEAST: u16 = 0x35;
     pub(super) const RETURN: u16 = 0x06;
 }
 
@@ -83,10 +84,13 @@ fn make(kind: Kind, lenient: bool) -> Result<BpfProgram, String> {
 /// The conditions of which one must hold; `None`: there are none.
 fn conditions(when: &When) -> Result<Option<Vec<SeccompRule>>, String> {
     let word = SeccompCmpArgLen::Dword;
-    let one = |argument, len, op, value| {
-        SeccompCondition::new(argument, len, op, value)
-            .and_then(|condition| SeccompRule::new(vec![condition]))
-            .map_err(|error| error.to_string())
+    let rule = |conditions| SeccompRule::new(conditions).map_err(|error| error.to_string());
+    let condition = |argument, len, op, value| {
+        SeccompCondition::new(argument, len, op, value).map_err(|error| error.to_string())
+    };
+    let one = |argument, len, op, value| rule(vec![condition(argument, len, op, value)?]);
+    let is = |argument, value: u32| {
+        condition(argument, word.clone(), SeccompCmpOp::Eq, u64::from(value))
     };
     let all = match *when {
         When::Always => return Ok(None),
@@ -100,12 +104,14 @@ fn conditions(when: &When) -> Result<Option<Vec<SeccompRule>>, String> {
             SeccompCmpOp::MaskedEq(u64::from(bits)),
             0,
         )?],
-        When::OwnProcess => vec![one(
-            0,
-            word,
-            SeccompCmpOp::Eq,
-            u64::from(std::process::id()),
-        )?],
+        When::Both(first, other) => vec![rule(vec![is(first.0, first.1)?, is(other.0, other.1)?])?],
+        When::Null(argument) => {
+            vec![one(argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?]
+        }
+        When::OwnProcess(signals) => signals
+            .iter()
+            .map(|signal| rule(vec![is(0, std::process::id())?, is(2, *signal)?]))
+            .collect::<Result<_, _>>()?,
     };
     Ok(Some(all))
 }
@@ -132,6 +138,49 @@ fn prologue(lenient: bool) -> BpfProgram {
     }
     program
 }
+
+/// The filter of the thread [`OUTSIDE`](super::OUTSIDE), which all have beside their own that it starts, and programs: what is
+/// on the [list](BASELINE) fails.
+pub(super) fn baseline() -> Result<BpfProgram, String> {
+    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BASELINE
+        .iter()
+        .map(|number| (*number, Vec::new()))
+        .collect();
+    let namespaces = NAMESPACES.iter().map(|flag| {
+        let word = SeccompCmpArgLen::Dword;
+        SeccompCondition::new(0, word, SeccompCmpOp::MaskedEq(*flag), *flag)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+            .map_err(|error| error.to_string())
+    });
+    calls.insert(libc::SYS_clone, namespaces.collect::<Result<_, _>>()?);
+    let terminals = conditions(&When::Is(1, TYPED))?.unwrap_or_default();
+    calls.insert(libc::SYS_ioctl, terminals);
+    let filter = SeccompFilter::new(
+        calls,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EPERM.unsigned_abs()),
+        TargetArch::x86_64,
+    );
+    let rules = BpfProgram::try_from(filter.map_err(|error| error.to_string())?);
+    let step = |code, jt, jf, k| sock_filter { code, jt, jf, k };
+    let mut program = prologue(false);
+    // The numbers of x32 mean the same calls as others do.
+    program.extend([
+        step(code::LOAD, 0, 0, data::NUMBER),
+        step(code::JUMP_IF_AT_LEAST, 0, 1, X32),
+        step(
+            code::RETURN,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs(),
+        ),
+    ]);
+    program.extend(rules.map_err(|error| error.to_string())?);
+    Ok(program)
+}
+
+/// From here on, numbers are those of x32.
+const X32: u32 = 0x4000_0000;
 
 /// `clone3`, by `unistd_64.h`.
 const CLONE3: u32 = 435;

@@ -22,8 +22,13 @@ mod rules;
 mod trap;
 
 use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
+
+use threads::{Birth, Role, Task};
 
 pub use outside::NAME as OUTSIDE;
 pub(crate) use outside::{program as start_program, spawn as spawn_outside};
@@ -49,11 +54,15 @@ pub enum Kind {
     Console,
     /// What takes long or touches files: opening, closing, snapshots, migration, jobs of disks.
     Job,
+    /// What a peer of a migration sends, and what is said to it.
+    Stream,
+    /// Addresses of host names.
+    Resolver,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Control,
         Self::Vcpu,
         Self::Worker,
@@ -61,6 +70,8 @@ impl Kind {
         Self::Display,
         Self::Console,
         Self::Job,
+        Self::Stream,
+        Self::Resolver,
     ];
 
     /// What it is called in messages and in the manual.
@@ -74,6 +85,8 @@ impl Kind {
             Self::Display => "display",
             Self::Console => "console",
             Self::Job => "job",
+            Self::Stream => "stream",
+            Self::Resolver => "resolver",
         }
     }
 }
@@ -82,9 +95,9 @@ impl Kind {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
     /// A refused system call ends the process
+    #[default]
     True,
     /// There are none
-    #[default]
     False,
     /// What would be refused is told once and done
     Log,
@@ -146,18 +159,48 @@ pub fn begin(mode: Mode) -> Result<(), SandboxError> {
     };
     is_available().map_err(SandboxError::Missing)?;
     trap::install(mode == Mode::Log).map_err(host("no handler for SIGSYS"))?;
-    outside::start().map_err(host("no thread that starts programs"))?;
+    prepare().map_err(host("no handlers of signals"))?;
+    outside::start(move || limit(mode)).map_err(host("no thread that starts programs"))?;
     STATE.store(state, Ordering::Relaxed);
-    let apart = outside::run;
-    let first = || enter(Kind::Worker);
-    block::threads::start_as(block::threads::Birth { apart, first });
-    net::threads::start_as(net::threads::Birth { apart, first });
-    virtio::threads::start_as(virtio::threads::Birth { apart, first });
-    let first = || enter(Kind::Api);
-    api::threads::start_as(api::threads::Birth { apart, first });
-    let first = || enter(Kind::Display);
-    devices::threads::start_as(devices::threads::Birth { apart, first });
+    threads::start_as(Birth {
+        apart: outside::run,
+        errand: |task| {
+            // Who waits hears that it was dropped.
+            let _ = as_job(move || {
+                task();
+                Ok(())
+            });
+        },
+        first: |role| {
+            enter(match role {
+                Role::Worker => Kind::Worker,
+                Role::Api => Kind::Api,
+                Role::Display => Kind::Display,
+            });
+        },
+    });
     Ok(())
+}
+
+/// What is done once in a process, by whoever comes first, and not by a thread that has a filter.
+fn prepare() -> io::Result<()> {
+    crate::kvm::vcpu::install_kick_handler()?;
+    crate::memory::lost::install()?;
+    // What the host tells of itself; older kernels have it in a file.
+    let _ = rustix::param::page_size();
+    let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // The standard library looks whether the host has the call.
+    let _ = std::fs::metadata("/");
+    Ok(())
+}
+
+/// Takes from the calling thread, and whatever it starts, what neither the monitor nor programs that users name need.
+fn limit(mode: Mode) -> io::Result<()> {
+    if mode == Mode::Log {
+        return Ok(());
+    }
+    let program = filter::baseline().map_err(io::Error::other)?;
+    seccompiler::apply_filter(&program).map_err(io::Error::other)
 }
 
 /// Whether the host has filters that trap.
@@ -201,7 +244,8 @@ pub fn enter(kind: Kind) {
             "a {} thread gets no filter of system calls: {why}",
             kind.name()
         ));
-        std::process::exit(EXIT);
+        // It is no call that was refused.
+        std::process::exit(1);
     }
 }
 
@@ -219,6 +263,54 @@ pub(crate) fn as_job<T: Send + 'static>(
     }
     let job = Builder::new(Kind::Job).name("connect".to_owned());
     let done = job.spawn(work)?.join();
+    done.map_err(|_| io::ErrorKind::BrokenPipe)?
+}
+
+/// As [`as_job`], for what never waits: one thread does it for all, so that a guest does not have one begun for each of its connections.
+///
+/// # Errors
+///
+/// As [`as_job`].
+pub(crate) fn at_once<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    static TASKS: Mutex<Option<Sender<Task>>> = Mutex::new(None);
+    if mode() == Mode::False {
+        return work();
+    }
+    let mut tasks = TASKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let tasks = match &mut *tasks {
+        Some(tasks) => tasks.clone(),
+        none => {
+            let (tasks, inbox) = channel::<Task>();
+            let job = Builder::new(Kind::Job).name("connect".to_owned());
+            job.spawn(move || inbox.into_iter().for_each(|task| task()))?;
+            none.insert(tasks).clone()
+        }
+    };
+    threads::answer(
+        // Were the thread gone, the task would be dropped, and who waits for it would hear of that.
+        move |task| drop(tasks.send(task)),
+        work,
+    )
+}
+
+/// Has a thread of its own ask for the addresses of a host's name.
+///
+/// # Errors
+///
+/// The resolver's, or the host's, when it has no more threads.
+pub(crate) fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    if let Ok(address) = host.parse() {
+        return Ok(vec![SocketAddr::new(address, port)]);
+    }
+    let host = host.to_owned();
+    let work = move || Ok((host.as_str(), port).to_socket_addrs()?.collect());
+    if mode() == Mode::False {
+        return work();
+    }
+    let thread = Builder::new(Kind::Resolver).name("resolve".to_owned());
+    let done = thread.spawn(work)?.join();
     done.map_err(|_| io::ErrorKind::BrokenPipe)?
 }
 

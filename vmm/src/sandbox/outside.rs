@@ -9,24 +9,32 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-type Task = Box<dyn FnOnce() + Send>;
+use threads::Task;
 
 static TASKS: OnceLock<Mutex<Sender<Task>>> = OnceLock::new();
 
 /// The name of the thread.
 pub const NAME: &str = "outside";
 
-/// Starts the thread. Before the first filter.
-pub(super) fn start() -> io::Result<()> {
+/// Starts the thread, which does `first` before anything else. Before the first filter.
+pub(super) fn start(first: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
     if TASKS.get().is_some() {
         return Ok(());
     }
     let (tasks, inbox) = channel::<Task>();
+    let (ready, begun) = channel();
     Builder::new().name(NAME.to_owned()).spawn(move || {
-        for task in inbox {
-            task();
+        let done = first();
+        let may = done.is_ok();
+        // Who has asked waits for it.
+        let _ = ready.send(done);
+        if may {
+            for task in inbox {
+                task();
+            }
         }
     })?;
+    begun.recv().map_err(|_| io::ErrorKind::BrokenPipe)??;
     TASKS.get_or_init(|| Mutex::new(tasks));
     Ok(())
 }
@@ -43,17 +51,6 @@ pub(super) fn run(task: Task) {
         .send(task);
 }
 
-fn answer_of<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let (answer, done) = channel();
-    run(Box::new(move || {
-        // Who asks waits for it.
-        let _ = answer.send(work());
-    }));
-    done.recv().map_err(|_| io::ErrorKind::BrokenPipe)?
-}
-
 /// Starts a thread without the filters of the caller.
 ///
 /// # Errors
@@ -63,7 +60,7 @@ pub(crate) fn spawn<T: Send + 'static>(
     thread: Builder,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    answer_of(move || thread.spawn(work))
+    threads::spawn_by(run, thread, work)
 }
 
 /// Starts a program without the filters of the caller.

@@ -2,7 +2,7 @@
 //!
 //! Read it as an attacker who has taken over a thread: what could be done with the row? Rows of [`OPENER`] are there because the opener works in this process; those kinds serve no guest and no client.
 
-use super::Kind::{self, Api, Console, Control, Display, Job, Vcpu, Worker};
+use super::Kind::{self, Api, Console, Control, Display, Job, Resolver, Stream, Vcpu, Worker};
 
 /// One way to be allowed a system call.
 #[derive(Debug)]
@@ -26,11 +26,15 @@ pub(super) enum When {
     Is(u8, &'static [u32]),
     /// An argument has none of these bits.
     Without(u8, u32),
-    /// The first argument is the number of this process.
-    OwnProcess,
+    /// Both arguments are this in their lower 32 bits.
+    Both((u8, u32), (u8, u32)),
+    /// An argument is zero: no address.
+    Null(u8),
+    /// The first argument is the number of this process, and the third one of these signals.
+    OwnProcess(&'static [u32]),
 }
 
-use When::{Always, Is, OwnProcess, Without};
+use When::{Always, Both, Is, Null, OwnProcess, Without};
 
 const fn rule(number: i64, kinds: &'static [Kind], when: When, why: &'static str) -> Rule {
     Rule {
@@ -83,9 +87,8 @@ pub(super) const RULES: &[Rule] = &[
     rule(libc::SYS_sched_yield, EVERY, Always, "locks of the standard library"),
     rule(libc::SYS_gettid, EVERY, Always, "a panic: abort"),
     rule(libc::SYS_getpid, EVERY, Always, "a panic: abort"),
-    rule(libc::SYS_tgkill, EVERY, OwnProcess, "a panic; kicking vCPUs"),
+    rule(libc::SYS_tgkill, EVERY, OwnProcess(SIGNALS), "a panic; kicking vCPUs"),
     rule(libc::SYS_rt_sigprocmask, EVERY, Always, "threads that begin and end; abort"),
-    rule(libc::SYS_rt_sigaction, EVERY, Always, "abort"),
     rule(libc::SYS_rt_sigreturn, EVERY, Always, "the end of a signal handler"),
     rule(libc::SYS_sigaltstack, EVERY, Always, "threads that begin and end"),
     rule(libc::SYS_exit, EVERY, Always, "the end of a thread"),
@@ -101,49 +104,51 @@ pub(super) const RULES: &[Rule] = &[
     rule(libc::SYS_ioctl, &[Vcpu, Control], Is(1, kvm::VCPU), "running the guest, reading and setting its registers"),
     rule(libc::SYS_ioctl, &[Job], Is(1, kvm::PROBE), "what vCPUs of this host offer, before a machine comes"),
     rule(libc::SYS_ioctl, &[Vcpu, Control, Worker, Job], Is(1, kvm::DEVICES), "devices: doorbells, interrupts"),
-    rule(libc::SYS_ioctl, &[Vcpu, Control, Job, Display], Is(1, kvm::MEMORY), "memory that a BAR shows, and what has been written to it"),
+    rule(libc::SYS_ioctl, &[Vcpu, Control, Job], Is(1, kvm::MEMORY), "memory that a BAR shows"),
+    rule(libc::SYS_ioctl, &[Vcpu, Control, Job, Display], Is(1, kvm::WRITTEN), "what has been written to memory"),
     rule(libc::SYS_ioctl, &[Control, Job], Is(1, kvm::MACHINE), "the machine: it is built by both"),
     // Descriptors that are there: files, sockets, counters.
     rule(libc::SYS_fcntl, EVERY, Is(1, FCNTL), "duplicates, locks of images, not to wait"),
-    rule(libc::SYS_ioctl, &[Control, Worker, Api, Console, Display, Job], Is(1, &[FIONBIO]), "not to wait"),
-    rule(libc::SYS_statx, &[Control, Worker, Api, Console, Display, Job], Is(2, &[AT_EMPTY_PATH]), "what a descriptor is; files by name are the opener alone"),
-    rule(libc::SYS_lseek, &[Control, Worker, Job], Always, "what of a file is data"),
-    rule(libc::SYS_pread64, &[Control, Worker, Api, Job], Always, "disks, snapshots, what KVM counts"),
-    rule(libc::SYS_pwrite64, &[Control, Worker, Job], Always, "disks, snapshots"),
-    rule(libc::SYS_preadv, &[Control, Worker, Job], Always, "the same"),
-    rule(libc::SYS_pwritev, &[Control, Worker, Job], Always, "the same"),
-    rule(libc::SYS_preadv2, &[Control, Worker, Job], Always, "the same"),
-    rule(libc::SYS_pwritev2, &[Control, Worker, Job], Always, "the same"),
-    rule(libc::SYS_readv, &[Control, Worker, Api, Console, Display, Job], Always, "cards, streams"),
-    rule(libc::SYS_writev, &[Control, Worker, Api, Console, Display, Job], Always, "cards, streams"),
-    rule(libc::SYS_fsync, &[Control, Worker, Job], Always, "disks, snapshots"),
-    rule(libc::SYS_fdatasync, &[Control, Worker, Job], Always, "disks"),
-    rule(libc::SYS_fallocate, &[Control, Worker, Job], Always, "disks: discard, zeroes, preallocation"),
-    rule(libc::SYS_ftruncate, &[Control, Worker, Job], Always, "disks that grow, files of snapshots"),
+    rule(libc::SYS_fcntl, &[Control, Console, Job], Both((1, F_SETFD), (2, FD_CLOEXEC)), "pseudo-terminals, which no program gets"),
+    rule(libc::SYS_fstat, EVERY, Always, "what a descriptor is"),
+    rule(libc::SYS_ioctl, &[Control, Worker, Api, Console, Display, Job, Stream], Is(1, &[FIONBIO]), "not to wait"),
+    rule(libc::SYS_lseek, &[Control, Worker, Job, Stream], Always, "what of a file is data"),
+    rule(libc::SYS_pread64, &[Control, Worker, Api, Job, Stream], Always, "disks, snapshots, what KVM counts"),
+    rule(libc::SYS_pwrite64, &[Control, Worker, Job, Stream], Always, "disks, snapshots"),
+    rule(libc::SYS_preadv, &[Control, Worker, Job, Stream], Always, "the same"),
+    rule(libc::SYS_pwritev, &[Control, Worker, Job, Stream], Always, "the same"),
+    rule(libc::SYS_preadv2, &[Control, Worker, Job, Stream], Always, "the same"),
+    rule(libc::SYS_pwritev2, &[Control, Worker, Job, Stream], Always, "the same"),
+    rule(libc::SYS_readv, &[Control, Worker, Api, Console, Display, Job, Stream], Always, "cards, streams"),
+    rule(libc::SYS_writev, &[Control, Worker, Api, Console, Display, Job, Stream], Always, "cards, streams"),
+    rule(libc::SYS_fsync, &[Control, Worker, Job, Stream], Always, "disks, snapshots"),
+    rule(libc::SYS_fdatasync, &[Control, Worker, Job, Stream], Always, "disks"),
+    rule(libc::SYS_fallocate, &[Control, Worker, Job, Stream], Always, "disks: discard, zeroes, preallocation"),
+    rule(libc::SYS_ftruncate, &[Control, Worker, Job, Stream], Always, "disks that grow, files of snapshots"),
     rule(libc::SYS_fstatfs, &[Control, Job], Always, "where huge pages and images are"),
     rule(libc::SYS_ioctl, &[Control, Worker, Job], Is(1, BLOCK), "block devices: discard, sizes"),
-    rule(libc::SYS_recvfrom, &[Control, Vcpu, Worker, Api, Console, Display, Job], Always, "sockets that are there"),
-    rule(libc::SYS_sendto, &[Control, Vcpu, Worker, Api, Console, Display, Job], Always, "sockets that are there"),
-    rule(libc::SYS_recvmsg, &[Control, Worker, Api, Console, Job], Always, "sockets that are there, with descriptors"),
-    rule(libc::SYS_sendmsg, &[Control, Worker, Api, Console, Job], Always, "sockets that are there, with descriptors"),
-    rule(libc::SYS_shutdown, &[Control, Vcpu, Worker, Api, Console, Display, Job], Always, "sockets that are done with"),
+    rule(libc::SYS_recvfrom, &[Control, Vcpu, Worker, Api, Console, Display, Job, Stream], Always, "sockets that are there"),
+    rule(libc::SYS_sendto, &[Control, Vcpu, Worker, Api, Console, Display, Job, Stream, Resolver], Null(4), "sockets that are there, to whom they are connected"),
+    rule(libc::SYS_recvmsg, &[Control, Worker, Api, Console, Job, Stream], Always, "sockets that are there, with descriptors"),
+    rule(libc::SYS_sendmsg, &[Control, Worker, Api, Console, Job, Stream], Always, "sockets that are there, with descriptors"),
+    rule(libc::SYS_shutdown, &[Control, Vcpu, Worker, Api, Console, Display, Job, Stream], Always, "sockets that are done with"),
     rule(libc::SYS_accept4, &[Control, Worker, Api, Console, Display, Job], Always, "clients of sockets that listen"),
-    rule(libc::SYS_getsockopt, &[Control, Worker, Api, Console, Display, Job], Always, "whether a connection came about"),
-    rule(libc::SYS_setsockopt, &[Control, Worker, Api, Console, Display, Job], Is(1, SOCKETS), "delays and times of sockets"),
-    rule(libc::SYS_setsockopt, &[Control, Worker, Api, Console, Display, Job], Is(1, &[IPPROTO_TCP]), "the same of TCP"),
-    rule(libc::SYS_getpeername, &[Control, Api, Console, Display, Job], Always, "who a client is"),
-    rule(libc::SYS_getsockname, &[Control, Api, Console, Display, Job], Always, "where a socket listens"),
-    rule(libc::SYS_socketpair, &[Control, Worker, Api, Job], Always, "streams within the monitor; peers of vhost-user get one end"),
+    rule(libc::SYS_getsockopt, &[Control, Worker, Api, Console, Display, Job, Stream], Always, "whether a connection came about"),
+    rule(libc::SYS_setsockopt, &[Control, Worker, Api, Console, Display, Job, Stream], Is(1, SOCKETS), "delays and times of sockets"),
+    rule(libc::SYS_setsockopt, &[Control, Worker, Api, Console, Display, Job, Stream], Is(1, &[IPPROTO_TCP]), "the same of TCP"),
+    rule(libc::SYS_getpeername, &[Control, Api, Console, Display, Job, Stream], Always, "who a client is"),
+    rule(libc::SYS_getsockname, &[Control, Api, Console, Display, Job, Stream], Always, "where a socket listens"),
+    rule(libc::SYS_socketpair, &[Control, Worker, Api, Job], Is(1, STREAMS), "streams within the monitor; peers of vhost-user get one end"),
     rule(libc::SYS_eventfd2, EVERY, Always, "wake-ups, doorbells, interrupts"),
     rule(libc::SYS_timerfd_create, &[Control, Vcpu, Worker, Job], Always, "limits, clocks"),
     rule(libc::SYS_timerfd_settime, &[Control, Vcpu, Worker, Job], Always, "limits, clocks"),
-    rule(libc::SYS_epoll_create1, &[Control, Vcpu, Worker, Api, Job], Always, "what a thread waits for"),
-    rule(libc::SYS_epoll_ctl, &[Control, Vcpu, Worker, Api, Job], Always, "the same"),
-    rule(libc::SYS_epoll_wait, &[Control, Vcpu, Worker, Api, Job], Always, "the same"),
-    rule(libc::SYS_epoll_pwait, &[Control, Vcpu, Worker, Api, Job], Always, "the same"),
+    rule(libc::SYS_epoll_create1, &[Control, Vcpu, Worker, Api, Job, Stream], Always, "what a thread waits for"),
+    rule(libc::SYS_epoll_ctl, &[Control, Vcpu, Worker, Api, Job, Stream], Always, "the same"),
+    rule(libc::SYS_epoll_wait, &[Control, Vcpu, Worker, Api, Job, Stream], Always, "the same"),
+    rule(libc::SYS_epoll_pwait, &[Control, Vcpu, Worker, Api, Job, Stream], Always, "the same"),
     // Devices that begin and end, on vCPUs, control thread and jobs.
-    rule(libc::SYS_io_uring_register, &[Control, Vcpu, Worker, Job], Is(1, RING), "the file of a disk; a ring takes this and no more"),
-    rule(libc::SYS_io_uring_enter, &[Control, Vcpu, Worker, Job], Always, "requests of disks; a ring takes reads, writes, syncs and polls alone"),
+    rule(libc::SYS_io_uring_register, &[Control, Vcpu, Worker, Job, Stream], Is(1, RING), "the file of a disk; a ring takes this and no more"),
+    rule(libc::SYS_io_uring_enter, &[Control, Vcpu, Worker, Job, Stream], Always, "requests of disks; a ring takes reads, writes, syncs and polls alone"),
     rule(libc::SYS_io_setup, &[Control, Vcpu, Worker, Job], Always, "vhost-user: doorbells that are heard by the ring of peers"),
     rule(libc::SYS_io_submit, &[Control, Vcpu, Worker, Job], Always, "the same"),
     rule(libc::SYS_io_getevents, &[Control, Vcpu, Worker, Job], Always, "the same"),
@@ -153,21 +158,65 @@ pub(super) const RULES: &[Rule] = &[
     rule(libc::SYS_ioctl, &[Control, Vcpu, Worker, Job], Is(1, TAP), "taps that are there: offloads, queues"),
     // What waits for memory, and moves it.
     rule(libc::SYS_ioctl, &[Control, Job], Is(1, USERFAULT), "userfaultfd: memory that comes later or is written down"),
+    rule(libc::SYS_ioctl, &[Vcpu, Worker, Stream], Is(1, FILL), "the same: a page that a device or a stream brings, or is done with"),
     rule(libc::SYS_userfaultfd, &[Job], Always, "the same"),
-    rule(libc::SYS_mincore, &[Control, Job], Always, "whether a page of memory is there"),
-    rule(libc::SYS_msync, &[Control, Job], Always, "memory that is a file"),
+    rule(libc::SYS_mincore, &[Control, Job, Stream], Always, "whether a page of memory is there"),
+    rule(libc::SYS_msync, &[Control, Job, Stream], Always, "memory that is a file"),
     // What the monitor asks of itself and of its terminal.
     rule(libc::SYS_prctl, &[Control, Api, Job, Display, Console], Is(0, &[PR_GET_AUXV]), "the random number for hash tables that the host has given"),
     rule(libc::SYS_prctl, &[Control], Is(0, &[PR_SET_PDEATHSIG]), "the end of what has started it ends a clone"),
-    rule(libc::SYS_sysinfo, &[Control, Api, Job], Always, "how much memory there is"),
-    rule(libc::SYS_uname, &[Control, Job], Always, "which kernel it is"),
+    rule(libc::SYS_sysinfo, &[Control, Api, Job, Stream], Always, "how much memory there is"),
+    rule(libc::SYS_uname, &[Control, Job, Stream], Always, "which kernel it is"),
     rule(libc::SYS_getcwd, &[Control, Job], Always, "paths in messages"),
     rule(libc::SYS_ioctl, &[Control, Console, Job], Is(1, TERMINAL), "terminals: their mode and size, pseudo-terminals"),
+    rule(libc::SYS_ioctl, &[Worker], Is(1, &[TIOCGWINSZ]), "the size that a console of virtio tells its guest"),
     rule(libc::SYS_signalfd4, &[Control, Job], Always, "signals that ask for the end"),
     rule(libc::SYS_dup2, &[Control, Job], Always, "standard output that is left as it was"),
     rule(libc::SYS_dup3, &[Control, Job], Always, "the same"),
-    rule(libc::SYS_wait4, &[Job], Always, "the end of a lease program"),
-    rule(libc::SYS_waitid, &[Job], Always, "the same"),
+    rule(libc::SYS_wait4, &[Control, Vcpu, Worker, Job], Always, "the end of a lease program: of whoever drops the disk"),
+    rule(libc::SYS_waitid, &[Control, Vcpu, Worker, Job], Always, "the same"),
+    // Names of hosts, by whatever modules the host's C library has for them.
+    rule(libc::SYS_mmap, &[Resolver], Always, "modules of the C library, whose code is mapped"),
+    rule(libc::SYS_mprotect, &[Resolver], Always, "the same"),
+    rule(libc::SYS_openat, &[Resolver], Always, "modules, and files that say where names are"),
+    rule(libc::SYS_open, &[Resolver], Always, "the same"),
+    rule(libc::SYS_newfstatat, &[Resolver], Always, "the same"),
+    rule(libc::SYS_statx, &[Resolver], Always, "the same"),
+    rule(libc::SYS_access, &[Resolver], Always, "the same"),
+    rule(libc::SYS_readlink, &[Resolver], Always, "the same"),
+    rule(libc::SYS_readlinkat, &[Resolver], Always, "the same"),
+    rule(libc::SYS_getdents64, &[Resolver], Always, "the same"),
+    rule(libc::SYS_fstatfs, &[Resolver], Always, "the same"),
+    rule(libc::SYS_lseek, &[Resolver], Always, "the same"),
+    rule(libc::SYS_pread64, &[Resolver], Always, "the same"),
+    rule(libc::SYS_socket, &[Resolver], Is(0, FAMILIES), "servers of names"),
+    rule(libc::SYS_connect, &[Resolver], Always, "the same"),
+    rule(libc::SYS_bind, &[Resolver], Always, "the same"),
+    rule(libc::SYS_sendto, &[Resolver], Always, "the same"),
+    rule(libc::SYS_recvfrom, &[Resolver], Always, "the same"),
+    rule(libc::SYS_sendmsg, &[Resolver], Always, "the same"),
+    rule(libc::SYS_sendmmsg, &[Resolver], Always, "two questions at once"),
+    rule(libc::SYS_recvmsg, &[Resolver], Always, "the same"),
+    rule(libc::SYS_shutdown, &[Resolver], Always, "the same"),
+    rule(libc::SYS_getsockopt, &[Resolver], Always, "the same"),
+    rule(libc::SYS_setsockopt, &[Resolver], Always, "the same"),
+    rule(libc::SYS_getsockname, &[Resolver], Always, "which of a host's addresses is reached from here"),
+    rule(libc::SYS_getpeername, &[Resolver], Always, "the same"),
+    rule(libc::SYS_ioctl, &[Resolver], Is(1, &[FIONREAD, FIONBIO]), "how long an answer is"),
+    rule(libc::SYS_writev, &[Resolver], Always, "questions over streams"),
+    rule(libc::SYS_readv, &[Resolver], Always, "answers over streams"),
+    rule(libc::SYS_eventfd2, &[Resolver], Always, "modules that wait"),
+    rule(libc::SYS_epoll_create1, &[Resolver], Always, "the same"),
+    rule(libc::SYS_epoll_ctl, &[Resolver], Always, "the same"),
+    rule(libc::SYS_epoll_wait, &[Resolver], Always, "the same"),
+    rule(libc::SYS_uname, &[Resolver], Always, "this host's own name"),
+    rule(libc::SYS_sysinfo, &[Resolver], Always, "how much memory there is"),
+    rule(libc::SYS_getuid, &[Resolver], Always, "who asks"),
+    rule(libc::SYS_geteuid, &[Resolver], Always, "the same"),
+    rule(libc::SYS_getgid, &[Resolver], Always, "the same"),
+    rule(libc::SYS_getegid, &[Resolver], Always, "the same"),
+    rule(libc::SYS_prlimit64, &[Resolver], Null(2), "limits, which stay as they are"),
+    rule(libc::SYS_prctl, &[Resolver], Is(0, &[PR_GET_AUXV]), "what the host has told at the beginning"),
     // The opener, in this process: files, directories, sockets by name.
     rule(libc::SYS_open, OPENER, Always, "files"),
     rule(libc::SYS_openat, OPENER, Always, "files"),
@@ -195,6 +244,7 @@ pub(super) const RULES: &[Rule] = &[
     rule(libc::SYS_utimensat, OPENER, Always, "files of snapshots"),
     rule(libc::SYS_flock, OPENER, Always, "locks of outputs"),
     rule(libc::SYS_copy_file_range, OPENER, Always, "copies of images"),
+    rule(libc::SYS_sendto, OPENER, Always, "who is told that the monitor is ready"),
     rule(libc::SYS_connect, OPENER, Always, "the same"),
     rule(libc::SYS_bind, OPENER, Always, "the same"),
     rule(libc::SYS_listen, OPENER, Always, "the same"),
@@ -203,13 +253,51 @@ pub(super) const RULES: &[Rule] = &[
     rule(libc::SYS_ioctl, OPENER, Is(1, FILES), "copies of files that share their blocks; which pages a file has"),
 ];
 
+/// What neither the thread [`OUTSIDE`](super::OUTSIDE) nor a program that it has started may do: nothing that has to do with disks
+/// and connections is here. Who starts a program with the rights of an administrator would have the host by these.
+#[rustfmt::skip]
+pub(super) const BASELINE: &[i64] = &[
+    // Other processes.
+    libc::SYS_ptrace, libc::SYS_process_vm_readv, libc::SYS_process_vm_writev, libc::SYS_pidfd_getfd, libc::SYS_kcmp,
+    libc::SYS_process_madvise,
+    // The host's kernel.
+    libc::SYS_init_module, libc::SYS_finit_module, libc::SYS_delete_module, libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load, libc::SYS_bpf, libc::SYS_perf_event_open, libc::SYS_iopl, libc::SYS_ioperm,
+    libc::SYS_reboot, libc::SYS_swapon, libc::SYS_swapoff, libc::SYS_acct, libc::SYS_modify_ldt,
+    libc::SYS_settimeofday, libc::SYS_clock_settime, libc::SYS_open_by_handle_at, libc::SYS_quotactl,
+    // Keys.
+    libc::SYS_add_key, libc::SYS_request_key, libc::SYS_keyctl,
+    // Namespaces and mounts.
+    libc::SYS_unshare, libc::SYS_setns, libc::SYS_mount, libc::SYS_umount2, libc::SYS_pivot_root, libc::SYS_chroot,
+    libc::SYS_open_tree, libc::SYS_move_mount, libc::SYS_fsopen, libc::SYS_fsconfig, libc::SYS_fsmount,
+    libc::SYS_fspick, libc::SYS_mount_setattr,
+];
+
+/// Flags of `clone` that make namespaces.
+#[rustfmt::skip]
+pub(super) const NAMESPACES: &[u64] = &[
+    0x0002_0000, // CLONE_NEWNS
+    0x0200_0000, // CLONE_NEWCGROUP
+    0x0400_0000, // CLONE_NEWUTS
+    0x0800_0000, // CLONE_NEWIPC
+    0x1000_0000, // CLONE_NEWUSER
+    0x2000_0000, // CLONE_NEWPID
+    0x4000_0000, // CLONE_NEWNET
+];
+
+/// Requests by which a program types on the terminal of who has started it.
+#[rustfmt::skip]
+pub(super) const TYPED: &[u32] = &[
+    0x0000_5412, // TIOCSTI
+    0x0000_541c, // TIOCLINUX
+];
+
 const PR_SET_NAME: u32 = libc::PR_SET_NAME.unsigned_abs();
 
 /// What is done with a descriptor; signals by descriptors are not among it.
 #[rustfmt::skip]
 const FCNTL: &[u32] = &[
     1, // F_GETFD
-    2, // F_SETFD
     3, // F_GETFL
     4, // F_SETFL
     36, // F_OFD_GETLK
@@ -218,6 +306,18 @@ const FCNTL: &[u32] = &[
     1033, // F_ADD_SEALS
     1034, // F_GET_SEALS
 ];
+
+const F_SETFD: u32 = libc::F_SETFD.unsigned_abs();
+const FD_CLOEXEC: u32 = libc::FD_CLOEXEC.unsigned_abs();
+const FIONREAD: u32 = 0x541b;
+const TIOCGWINSZ: u32 = 0x5413;
+
+/// Signals of this process for itself: SIGABRT, and SIGRTMIN, which has a vCPU leave its guest. No thread installs handlers, so that
+/// they do no more to who gets them.
+const SIGNALS: &[u32] = &[6, 34];
+
+/// Types of pairs of sockets: streams, which go to no address. `SOCK_CLOEXEC`, without and with `SOCK_NONBLOCK`.
+const STREAMS: &[u32] = &[0x0008_0001, 0x0008_0801];
 
 /// What `io_uring_register` may do: `FILES_UPDATE`, `FILES2`.
 const RING: &[u32] = &[6, 13];
@@ -232,7 +332,6 @@ const FAMILIES: &[u32] = &[
     libc::AF_NETLINK.unsigned_abs(),
 ];
 const PR_GET_AUXV: u32 = 0x4155_5856;
-const AT_EMPTY_PATH: u32 = libc::AT_EMPTY_PATH.unsigned_abs();
 const FIONBIO: u32 = 0x5421;
 const IPPROTO_TCP: u32 = libc::IPPROTO_TCP.unsigned_abs();
 
@@ -311,7 +410,11 @@ const TERMINAL: &[u32] = &[
     0x0000_5402, // TCSETS
     0x0000_5403, // TCSETSW
     0x0000_5404, // TCSETSF
-    0x0000_5413, // TIOCGWINSZ
+    0x802c_542a, // TCGETS2
+    0x402c_542b, // TCSETS2
+    0x402c_542c, // TCSETSW2
+    0x402c_542d, // TCSETSF2
+    TIOCGWINSZ,
     0x0000_5414, // TIOCSWINSZ
     0x4004_5431, // TIOCSPTLCK
     0x8004_5430, // TIOCGPTN
@@ -330,6 +433,15 @@ const USERFAULT: &[u32] = &[
     0xc020_aa04, // ZEROPAGE
     0xc018_aa06, // WRITEPROTECT
     0xc060_6610, // PAGEMAP_SCAN
+];
+
+/// Of these, what fills a page and what lets go of memory.
+#[rustfmt::skip]
+const FILL: &[u32] = &[
+    0x8010_aa01, // UNREGISTER
+    0x8010_aa02, // WAKE
+    0xc028_aa03, // COPY
+    0xc020_aa04, // ZEROPAGE
 ];
 
 /// Of files, by `linux/fs.h`.
@@ -398,6 +510,10 @@ mod kvm {
     #[rustfmt::skip]
     pub(super) const MEMORY: &[u32] = &[
         0x4020_ae46, // SET_USER_MEMORY_REGION
+    ];
+    /// Of what has been written to it.
+    #[rustfmt::skip]
+    pub(super) const WRITTEN: &[u32] = &[
         0x4010_ae42, // GET_DIRTY_LOG
         0xc018_aec0, // CLEAR_DIRTY_LOG
     ];
@@ -448,7 +564,14 @@ fn line(rule: &Rule) -> String {
         Always => name.to_owned(),
         Is(argument, values) => format!("{name} [{argument}] is {}", list(values)),
         Without(argument, bits) => format!("{name} [{argument}] without {bits:#x}"),
-        OwnProcess => format!("{name} [0] is this process"),
+        Both(one, other) => format!(
+            "{name} [{}] is {:#x} and [{}] is {:#x}",
+            one.0, one.1, other.0, other.1
+        ),
+        Null(argument) => format!("{name} [{argument}] is no address"),
+        OwnProcess(signals) => {
+            format!("{name} [0] is this process and [2] is {}", list(signals))
+        }
     };
     format!("{call}: {}", rule.why)
 }

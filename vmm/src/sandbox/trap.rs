@@ -159,6 +159,18 @@ extern "C" fn on_refused(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_
         }
         return;
     }
+    if let Some(result) = instead(&call) {
+        if let Some(value) = usize::try_from(libc::REG_RAX)
+            .ok()
+            .and_then(|at| registers.get_mut(at))
+        {
+            *value = result.cast_signed();
+        }
+        return;
+    }
+    if let Some(signal) = is_end_by_fault(&call) {
+        fault(signal);
+    }
     if is_dispensable(&call) {
         if let Some(value) = usize::try_from(libc::REG_RAX)
             .ok()
@@ -173,6 +185,101 @@ extern "C" fn on_refused(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_
     #[expect(unsafe_code, reason = "the way to end a process from a signal handler")]
     unsafe {
         libc::_exit(EXIT)
+    }
+}
+
+/// What a descriptor is can be asked for in ways that take names as well, which filters cannot look at. Without a name it is asked
+/// for by `fstat`, which takes none; `None` for any other call.
+fn instead(call: &[u64; 7]) -> Option<u64> {
+    let [number, descriptor, path, third, fourth, fifth, _] = *call;
+    let empty = u64::from(libc::AT_EMPTY_PATH.unsigned_abs());
+    let (flags, to) = match number.cast_signed() {
+        libc::SYS_statx => (third, fifth),
+        libc::SYS_newfstatat => (fourth, third),
+        _ => return None,
+    };
+    let path = std::ptr::with_exposed_provenance::<u8>(usize::try_from(path).ok()?);
+    // SAFETY: the thread was about to give the host this address of a text with a zero at its end. One that is not mapped ends the
+    // process, as the call is refused.
+    #[expect(unsafe_code, reason = "the argument is an address")]
+    let nameless = flags & empty != 0 && (path.is_null() || unsafe { path.read_volatile() } == 0);
+    if !nameless {
+        return None;
+    }
+    let fstat = libc::SYS_fstat.cast_unsigned();
+    if number == libc::SYS_newfstatat.cast_unsigned() {
+        return Some(redo(&[fstat, descriptor, to, 0, 0, 0, 0]));
+    }
+    let mut found = MaybeUninit::<libc::stat>::zeroed();
+    let place = found.as_mut_ptr().expose_provenance() as u64;
+    let result = redo(&[fstat, descriptor, place, 0, 0, 0, 0]);
+    if result == 0 {
+        // SAFETY: zeros are a value of this structure, and the host has filled it.
+        #[expect(unsafe_code, reason = "a C structure")]
+        let found = unsafe { found.assume_init() };
+        let to = std::ptr::with_exposed_provenance_mut::<libc::statx>(usize::try_from(to).ok()?);
+        // SAFETY: the thread was about to have the host write such a structure there.
+        #[expect(unsafe_code, reason = "the argument is an address")]
+        unsafe {
+            to.write_unaligned(as_statx(&found));
+        }
+    }
+    Some(result)
+}
+
+fn as_statx(found: &libc::stat) -> libc::statx {
+    // SAFETY: zeros are a value of this structure.
+    #[expect(unsafe_code, reason = "a C structure")]
+    let mut facts: libc::statx = unsafe { std::mem::zeroed() };
+    let small = |value: i64| u32::try_from(value).unwrap_or_default();
+    facts.stx_mask = libc::STATX_BASIC_STATS;
+    facts.stx_blksize = small(found.st_blksize);
+    facts.stx_nlink = u32::try_from(found.st_nlink).unwrap_or(u32::MAX);
+    facts.stx_uid = found.st_uid;
+    facts.stx_gid = found.st_gid;
+    // Its upper half is empty.
+    facts.stx_mode = u16::try_from(found.st_mode).unwrap_or_default();
+    facts.stx_ino = found.st_ino;
+    facts.stx_size = found.st_size.cast_unsigned();
+    facts.stx_blocks = found.st_blocks.cast_unsigned();
+    facts.stx_atime.tv_sec = found.st_atime;
+    facts.stx_atime.tv_nsec = small(found.st_atime_nsec);
+    facts.stx_mtime.tv_sec = found.st_mtime;
+    facts.stx_mtime.tv_nsec = small(found.st_mtime_nsec);
+    facts.stx_ctime.tv_sec = found.st_ctime;
+    facts.stx_ctime.tv_nsec = small(found.st_ctime_nsec);
+    (facts.stx_dev_major, facts.stx_dev_minor) =
+        (libc::major(found.st_dev), libc::minor(found.st_dev));
+    (facts.stx_rdev_major, facts.stx_rdev_minor) =
+        (libc::major(found.st_rdev), libc::minor(found.st_rdev));
+    facts
+}
+
+/// Whether a handler of faults is about to have the signal end the process: no thread may change what signals do.
+fn is_end_by_fault(call: &[u64; 7]) -> Option<i32> {
+    let signal = i32::try_from(call[1]).ok()?;
+    let faults = matches!(signal, libc::SIGBUS | libc::SIGSEGV);
+    (call[0] == libc::SYS_rt_sigaction.cast_unsigned() && faults).then_some(signal)
+}
+
+/// Ends the process as the signal would.
+fn fault(signal: i32) -> ! {
+    let mut line = Line {
+        bytes: [0; 512],
+        len: 0,
+    };
+    line.text(b"vireo: ");
+    line.text(if signal == libc::SIGBUS {
+        b"SIGBUS"
+    } else {
+        b"SIGSEGV"
+    });
+    line.text(b": a thread has touched memory that is not there\n");
+    line.send();
+    // SAFETY: it takes a number and does not return; nothing is flushed or dropped.
+    #[expect(unsafe_code, reason = "the way to end a process from a signal handler")]
+    unsafe {
+        libc::_exit(128 + signal)
     }
 }
 
@@ -255,11 +362,7 @@ fn tell(call: &[u64; 7], made: bool) {
     } else {
         b"): this is a fault of Vireo or an attack: report this line; --seccomp log or false lets machines run until it is mended\n"
     });
-    write(libc::STDERR_FILENO, line.written());
-    let log = LOG.load(Ordering::Relaxed);
-    if log >= 0 {
-        write(log, line.written());
-    }
+    line.send();
 }
 
 /// Writes what is taken at once: nothing waits for a pipe that nobody reads.
@@ -319,6 +422,14 @@ impl Line {
             }
         }
         self.text(digits.get(digits.len() - count..).unwrap_or_default());
+    }
+
+    fn send(&self) {
+        write(libc::STDERR_FILENO, self.written());
+        let log = LOG.load(Ordering::Relaxed);
+        if log >= 0 {
+            write(log, self.written());
+        }
     }
 
     fn written(&self) -> &[u8] {

@@ -70,7 +70,7 @@ impl Server {
         });
         let told = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("display".into());
-        let thread = crate::threads::spawn(thread, move || {
+        let thread = threads::spawn(thread, threads::Role::Display, move || {
             run(&told, &*clock, Service::new(screen, sink, options));
         })?;
         Ok(Self {

@@ -1,5 +1,7 @@
 //! List, info, devices, counters, metrics.
 
+use std::path::Path;
+
 use api::PauseReason;
 use api::wire::{self, ConsoleMode, GuestAction, WebConsole};
 use clap::Args;
@@ -200,6 +202,20 @@ fn duration(seconds: u64) -> String {
     }
 }
 
+/// Enough of /proc/PID/status.
+const STATUS: u64 = 16 << 10;
+
+/// Whether a process's system calls are filtered, by its /proc/PID/status; `None` where that does not tell.
+fn filters(status: &str) -> Option<&'static str> {
+    let mut lines = status.lines();
+    let mode = lines.find_map(|line| line.strip_prefix("Seccomp:"))?;
+    Some(if mode.trim() == "2" {
+        "system calls are filtered"
+    } else {
+        "none"
+    })
+}
+
 pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
     let mut remote = arguments.target.connect()?;
     let process = remote.client.process();
@@ -220,6 +236,11 @@ pub(super) fn info(arguments: &ShowArgs) -> anyhow::Result<()> {
         },
     ));
     told.extend(process.map(|process| ("Process", process.to_string())));
+    let filters = process.and_then(|process| {
+        let status = Path::new("/proc").join(process.to_string()).join("status");
+        filters(&Opener::new().read_text(&status, STATUS).ok()?)
+    });
+    told.extend(filters.map(|filters| ("Filters", filters.to_owned())));
     told.push(("Socket", remote.client.path().display().to_string()));
     told.extend(info.memory_restored.as_ref().map(memory_restored));
     told.extend(info.web_console.as_ref().map(web_console));
@@ -442,6 +463,15 @@ pub(super) fn metrics(arguments: &MetricsArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_host_tells_whether_system_calls_are_filtered() {
+        let status = |mode: &str| format!("Name:\tvireo\nSeccomp:\t{mode}\nSeccomp_filters:\t1\n");
+        let filtered = Some("system calls are filtered");
+        assert_eq!(filters(&status("2")), filtered);
+        assert_eq!(filters(&status("0")), Some("none"));
+        assert_eq!(filters("Name:\tvireo\n"), None);
+    }
 
     #[test]
     fn a_process_says_when_it_has_started_whatever_its_name() {

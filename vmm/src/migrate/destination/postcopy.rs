@@ -154,7 +154,7 @@ impl Shared {
             let _ends: SyncSender<()> = ends;
             shared.read(connection, receiver, &to);
         };
-        let thread = Builder::new(sandbox::Kind::Job).name("migration-read".to_owned());
+        let thread = Builder::new(sandbox::Kind::Stream).name("migration-read".to_owned());
         thread.spawn(read).map(drop)
     }
 
@@ -532,7 +532,7 @@ impl Taker {
         *locked(&follows.missing) = Some(Arc::clone(&missing));
         let shared = Arc::clone(&self.shared);
         let ask = move || shared.ask_for_pages(&missing);
-        let started = Builder::new(sandbox::Kind::Job)
+        let started = Builder::new(sandbox::Kind::Stream)
             .name("migration-want".to_owned())
             .spawn(ask);
         started.map(drop).map_err(|error| error.to_string())

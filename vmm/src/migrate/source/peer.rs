@@ -108,7 +108,7 @@ impl Giver {
                 }
             }
         };
-        let started = Builder::new(Kind::Job)
+        let started = Builder::new(Kind::Stream)
             .name("migration-hear".to_owned())
             .spawn(run);
         started.map(drop).map_err(|error| error.to_string())
