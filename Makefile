@@ -28,7 +28,7 @@ FUZZED := block/image block/check block/nbd virtio/pci virtio/ring \
 	devices/rfb devices/ports api/http api/websocket migration/snapshot migration/stream
 
 .PHONY: fuzz fuzz-programs sbom soak help run build guests setup setup-full test test-programs test-full test-openapi \
-	openapi bench lint web-packages clean
+	openapi unsafe-list bench lint web-packages clean
 
 help:
 	@echo 'make run        boot a Debian kernel to a shell; without a terminal, show the guest and power off'
@@ -36,6 +36,7 @@ help:
 	@echo 'make test-full  the long cases, after make test'
 	@echo 'make test-openapi  requests of all kinds against the control socket; gets Python packages'
 	@echo 'make openapi    write the OpenAPI document anew, after a change of the wire types'
+	@echo 'make unsafe-list  write the page of unsafe code anew, resources/supply/unsafe.md'
 	@echo 'make web-packages  get the npm packages of the web console anew, as resources/web/packages.txt names them'
 	@echo 'make bench      measure against QEMU'
 	@echo 'make fuzz       any bytes as images, guests and viewers, for SECONDS=60 each'
@@ -93,6 +94,9 @@ test-full: setup-full build guests
 
 test-openapi: build guests
 	@tests/openapi/run
+
+unsafe-list: setup
+	@WRITE_UNSAFE_LIST=1 $(CARGO) test --quiet --locked -p tests --test tidy every_exception
 
 openapi:
 	@VIREO_WRITE_OPENAPI=1 $(CARGO) test --quiet --locked -p api the_document_in_the_repository

@@ -172,9 +172,17 @@ impl Drop for SocketFile {
         struct Named(PathBuf, (u64, u64));
         impl Drop for Named {
             fn drop(&mut self) {
-                if identity(&self.0).is_ok_and(|found| found == self.1) {
-                    // Somebody else may just have removed it; then it is gone as well.
-                    let _ = fs::remove_file(&self.0);
+                let removed = match identity(&self.0) {
+                    Ok(found) if found == self.1 => fs::remove_file(&self.0),
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error),
+                };
+                // Somebody else may just have removed it; then it is gone as well.
+                if let Err(error) = removed
+                    && error.kind() != io::ErrorKind::NotFound
+                {
+                    let path = self.0.display();
+                    tracing::warn!("the file of the socket {path} stays: {error}");
                 }
             }
         }
@@ -423,9 +431,13 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// [`OpenError::System`] when it is gone already.
+    /// [`OpenError::System`] when it is gone already, or the host does not tell which file it is: then it does not stay.
     pub fn own_socket(&self, path: &Path) -> Result<SocketFile, OpenError> {
-        let identity = identity(path).map_err(system("find the socket", path))?;
+        let identity = identity(path).map_err(|error| {
+            // It has just been made; where it is gone, there is nothing to remove.
+            let _ = fs::remove_file(path);
+            system("find the socket", path)(error)
+        })?;
         Ok(SocketFile {
             path: path.to_owned(),
             identity,

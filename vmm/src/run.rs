@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
-use api::http::{ServerHandle, ServerOptions};
+use api::http::{Clients, ServerHandle, ServerOptions};
 use api::wire::{JobState, ReceiveMigrationData};
 use api::{
     Answer, Command, Control, ControlError, Event, EventKind, EventLog, EventMonitor, ExitReason,
@@ -28,6 +28,8 @@ const RECEIVE: &str = "receive";
 pub struct Endpoint {
     /// The control socket, if there is one.
     pub place: Option<Place>,
+    /// Whom it serves, where that is not as [`ApiSocket::clients`] has it.
+    pub clients: Option<Clients>,
     /// Where events are written in Cloud Hypervisor's form, if they are.
     pub events: Option<Place>,
     /// What its threads' filters of system calls do.
@@ -170,6 +172,7 @@ fn monitor(
 ) -> anyhow::Result<(Monitor, Surroundings)> {
     let Endpoint {
         place,
+        clients,
         events,
         seccomp,
         log,
@@ -192,7 +195,14 @@ fn monitor(
     if let Some(machine) = machine {
         monitor.describe(Description::of(machine));
     }
-    let control = place.map(|place| listen(place, &monitor, strict, &opener));
+    let control = place.map(|place| {
+        let options = ServerOptions {
+            clients: clients.unwrap_or_else(|| ApiSocket::clients(&place)),
+            strict,
+            ..ServerOptions::default()
+        };
+        listen(place, &monitor, options, &opener)
+    });
     let (server, socket) = control.transpose()?.unzip();
     if let Some(path) = written {
         own.add(&path, "--event-monitor");
@@ -217,7 +227,7 @@ fn write_events(place: Place, monitor: &Monitor, opener: &Opener) -> anyhow::Res
 fn listen(
     place: Place,
     monitor: &Monitor,
-    strict: bool,
+    options: ServerOptions,
     opener: &Opener,
 ) -> anyhow::Result<(ServerHandle, ApiSocket)> {
     let socket = match ApiSocket::listen(place, opener) {
@@ -226,10 +236,6 @@ fn listen(
         other => other.context("--api-socket")?,
     };
     let listener = socket.listener.try_clone().context("--api-socket")?;
-    let options = ServerOptions {
-        strict,
-        ..ServerOptions::default()
-    };
     let server = api::http::serve(listener, Arc::new(monitor.handle()), options)
         .context("no thread for --api-socket")?;
     Ok((server, socket))

@@ -144,10 +144,19 @@ impl Connection {
                     control.clear();
                 }
                 Err(Errno::INTR) => (),
+                // A monitor that does not serve this client has said so before it closed.
+                Err(Errno::PIPE) if self.has_answer() => return Ok(()),
                 Err(error) => return Err(self.failure(error, deadline)),
             }
         }
         Ok(())
+    }
+
+    /// Whether something has come that nobody has read.
+    fn has_answer(&self) -> bool {
+        let mut byte = [0_u8];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        matches!(recv(&self.stream, &mut byte, flags), Ok((1.., _)))
     }
 
     /// Reads the head of the next answer; `100 Continue` and its like are passed over.

@@ -50,9 +50,33 @@ use server::Server;
 /// touches a few pages of it.
 const STACK: usize = 512 << 10;
 
+/// Whose processes are served. What a client may do is what the monitor may, so who connects counts beside the mode of the
+/// socket's file, which says nothing once it has been widened or the socket passed on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Clients {
+    /// Whoever can connect.
+    #[default]
+    Anyone,
+    /// Those whose effective user was one of these when they connected. Users that the namespace of this process does not
+    /// know are all the same one, 65534.
+    Users(Vec<u32>),
+}
+
+impl Clients {
+    /// Whether a process of `user` is served; one that the kernel does not name is not.
+    fn include(&self, user: Option<u32>) -> bool {
+        match self {
+            Self::Anyone => true,
+            Self::Users(users) => user.is_some_and(|user| users.contains(&user)),
+        }
+    }
+}
+
 /// What the server bears, and how strict it is.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
+    /// Whose requests are looked at. Others are answered 403 and closed.
+    pub clients: Clients,
     /// Whether v1's endpoints refuse unknown fields too. Otherwise an event tells of them.
     pub strict: bool,
     /// How many connections may be open. The next one makes one that has been
@@ -82,6 +106,7 @@ pub struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> Self {
         Self {
+            clients: Clients::default(),
             strict: false,
             max_connections: 128,
             max_commands: 32,

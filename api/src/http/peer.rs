@@ -35,6 +35,11 @@ impl Peer {
         Self((result == 0).then_some(peer))
     }
 
+    /// Its user, as this process's namespace knows it.
+    pub fn user(&self) -> Option<u32> {
+        Some(self.0.as_ref()?.uid)
+    }
+
     /// Its number, unless it is one of another namespace.
     pub fn process(&self) -> Option<u32> {
         let pid = self.0.as_ref()?.pid;

@@ -56,6 +56,8 @@ pub(super) struct Server {
     paused: Option<Instant>,
     /// How often clients are told of that find no place.
     crowded: Brake,
+    /// How often those are that are not served.
+    strangers: Brake,
     /// Rings the mailbox for each event while somebody reads them.
     subscription: Option<Subscription>,
     /// When the server ends, whatever is unfinished.
@@ -98,6 +100,7 @@ impl Server {
             next: None,
             paused: None,
             crowded: Brake::default(),
+            strangers: Brake::default(),
             subscription: None,
             end: None,
         })
@@ -178,9 +181,18 @@ impl Server {
     }
 
     fn admit(&mut self, stream: UnixStream) {
+        let peer = Peer::of(&stream);
+        if !self.shared.options.clients.include(peer.user()) {
+            self.warn_of_stranger(&peer);
+            return reject(&stream, 403, &["Forbidden", &refusal(&peer)]);
+        }
         if self.open >= self.shared.options.max_connections && !self.evict() {
-            self.warn_of_crowd(&stream);
-            return reject(&stream, self.open);
+            self.warn_of_crowd(&peer);
+            let reason = format!(
+                "{} connections are open already: try again in a second",
+                self.open
+            );
+            return reject(&stream, 503, &["Service Unavailable", &reason]);
         }
         let index = match self.slots.iter().position(|slot| slot.connection.is_none()) {
             Some(index) => index,
@@ -196,16 +208,23 @@ impl Server {
         slot.generation = slot.generation.wrapping_add(1);
         // Not yet known to epoll: the first request is mostly answered before.
         let key = (u64::from(slot.generation) << 32) | (index as u64) << 1;
-        tracing::debug!(by = %Peer::of(&stream), "connection");
+        tracing::debug!(by = %peer, "connection");
         slot.connection = Some(Box::new(Connection::new(stream, key, self.shared.now)));
         self.open += 1;
         self.ready(key, EventFlags::IN);
     }
 
     /// Tells of a client that finds no place: of many not every one.
-    fn warn_of_crowd(&mut self, stream: &UnixStream) {
+    fn warn_of_crowd(&mut self, peer: &Peer) {
         if let Some(suppressed) = self.crowded.allow(self.shared.now) {
-            tracing::warn!(by = %Peer::of(stream), suppressed, "too many connections");
+            tracing::warn!(by = %peer, suppressed, "too many connections");
+        }
+    }
+
+    /// Tells of a client that is not served, as of one that finds no place.
+    fn warn_of_stranger(&mut self, peer: &Peer) {
+        if let Some(suppressed) = self.strangers.allow(self.shared.now) {
+            tracing::warn!(by = %peer, suppressed, "a user who is not served has connected");
         }
     }
 
@@ -378,11 +397,19 @@ impl Server {
     }
 }
 
-/// Tells a client that there is no place for it.
-fn reject(stream: &UnixStream, open: usize) {
+/// Why a client is not served.
+fn refusal(peer: &Peer) -> String {
+    let who = peer.user().map_or_else(
+        || "a user whom the kernel does not name".to_owned(),
+        |user| format!("user {user}"),
+    );
+    format!("{who} may not control this monitor: ask as its own user or root")
+}
+
+/// Tells a client why it is not heard.
+fn reject(stream: &UnixStream, status: u16, causes: &[&str]) {
     let mut output = Vec::new();
-    let reason = format!("{open} connections are open already: try again in a second");
-    Answer::error(503, &["Service Unavailable", &reason]).write(&mut output, After::Closed);
+    Answer::error(status, causes).write(&mut output, After::Closed);
     // It fits into a new socket, or the client is gone.
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     let _ = send(stream.as_fd(), &output, flags);

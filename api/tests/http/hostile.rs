@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use api::EventKind;
-use api::http::ServerOptions;
+use api::http::{Clients, ServerOptions};
 use proptest::prelude::*;
 
 use crate::fake::{Client, Fake, NOTHING, Server, get, put, refused, request};
@@ -148,6 +149,30 @@ fn ten_thousand_connections_leave_room_for_one_when_they_are_gone() {
         .try_exchange(get("vmm.ping"))
         .contains("54.0.0")
     {}
+}
+
+#[test]
+fn a_user_who_is_not_served_reads_why_and_has_nothing_done() {
+    let own = std::fs::metadata("/proc/self").unwrap().uid();
+    let serving = |user: u32| ServerOptions {
+        clients: Clients::Users(vec![user]),
+        ..ServerOptions::default()
+    };
+    let fake = Fake::obedient();
+    let server = Server::start(&fake, serving(own + 1));
+    let answer = server.connect().rest();
+    let reason = format!("user {own} may not control this monitor: ask as its own user or root");
+    let expected = refused(403, &["Forbidden", &reason]).replace("keep-alive", "close");
+    assert_eq!(answer, expected);
+    // Whether it is refused before, while or after it asks.
+    for _ in 0..200 {
+        let error = api::client::Client::connect(&server.path)
+            .and_then(|mut client| client.boot())
+            .unwrap_err();
+        assert!(error.to_string().contains("may not control"), "{error}");
+    }
+    assert!(fake.submitted().is_empty());
+    lives(&Server::start(&fake, serving(own)));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod attacks;
 mod source;
 mod supply;
+mod unsafe_list;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -313,6 +313,7 @@ fn endpoint(arguments: &ReceiveArgs, opener: &Opener) -> anyhow::Result<Endpoint
     }
     Ok(Endpoint {
         place: Some(Place::Path(socket)),
+        clients: None,
         events: None,
         seccomp: arguments.seccomp,
         log: arguments.log_file.clone(),

@@ -4,13 +4,14 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use api::http::Clients;
 use clap::Args;
 use virtio::models::MODELS;
 
 use super::{Failure, definition, exit_code, judge};
 use crate::config::{VmConfig, files};
 use crate::migrate::link;
-use crate::monitor::{Inherited, InheritedError, MonitorOptions, Place};
+use crate::monitor::{ApiSocket, Inherited, InheritedError, MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
 use crate::run::Endpoint;
@@ -31,6 +32,13 @@ pub(super) struct SocketArgs {
     /// Control socket: PATH, path=PATH, or fd=N, a descriptor (3 or higher) of a socket that listens
     #[arg(long, value_name = "WHERE", value_parser = place, help_heading = "Control")]
     api_socket: Option<Where>,
+
+    /// Who is served on the control socket beside this monitor's user and root: numbers of users (1000,1001), or 'anyone'
+    ///
+    /// By default nobody on a socket of the monitor's own, and anyone on one that it was started with (fd=N). The mode of the socket's
+    /// file, 0600, counts besides.
+    #[arg(long, value_name = "USERS", value_parser = users, help_heading = "Control")]
+    api_users: Option<Users>,
 
     /// Write events in Cloud Hypervisor's form: path=PATH, PATH, or fd=N, a descriptor (3 or higher) open for writing
     ///
@@ -72,6 +80,14 @@ enum Where {
     Path(PathBuf),
     /// The number of a descriptor that the process was started with.
     Descriptor(RawFd),
+}
+
+/// Who else may control the monitor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Users {
+    Anyone,
+    /// By their numbers.
+    These(Vec<u32>),
 }
 
 /// The numbers of the descriptors that flags name.
@@ -143,6 +159,18 @@ fn place(text: &str) -> Result<Where, String> {
     Ok(Where::Path(PathBuf::from(path)))
 }
 
+fn users(text: &str) -> Result<Users, String> {
+    if text == "anyone" {
+        return Ok(Users::Anyone);
+    }
+    // The last number is no user's: calls that change owners take it for "leave it".
+    let number = |word: &str| word.parse().ok().filter(|user| *user != u32::MAX);
+    let all: Option<Vec<u32>> = text.split(',').map(number).collect();
+    all.map(Users::These).ok_or_else(|| {
+        "give numbers of users with commas between them, as of 'id -u NAME', or 'anyone'".to_owned()
+    })
+}
+
 impl SocketArgs {
     /// Where the log goes, if not to standard error.
     pub(super) fn log_file(&self) -> Option<&Path> {
@@ -201,8 +229,13 @@ impl SocketArgs {
                 "--no-shutdown keeps a monitor that nobody can reach: add --api-socket PATH or --name NAME"
             );
         }
+        let clients = self.api_users.map(|users| match users {
+            Users::Anyone => Clients::Anyone,
+            Users::These(users) => ApiSocket::clients_with(&users),
+        });
         Ok(Endpoint {
             place,
+            clients,
             events: given(self.event_monitor, events),
             seccomp: self.seccomp,
             log: self.log_file,

@@ -123,7 +123,13 @@ impl Reader {
                 Ok(written) => self.place += count(written),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => self.gone = true,
+                Err(error) => {
+                    // A reader that leaves is no news; a file that takes no more is.
+                    if !self.is_socket && error.kind() != io::ErrorKind::BrokenPipe {
+                        tracing::warn!("a console's output is written there no more: {error}");
+                    }
+                    self.gone = true;
+                }
             }
         }
         self.gone || self.place > before

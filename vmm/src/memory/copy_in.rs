@@ -63,7 +63,6 @@ impl Restored {
             let bytes = usize::try_from(len).map_err(io::Error::other)?;
             let copy = Mapping::new(bytes, None, false, None)?;
             copy.advise_thp(mapping.thp());
-            copy.keep_out_of_dumps();
             return Ok(Some(Window {
                 pieces: mapping.of_file(offset, len),
                 mapping: Arc::clone(mapping),

@@ -209,6 +209,8 @@ extern "C" fn on_bus_error(
                 let rights = libc::PROT_READ | libc::PROT_WRITE;
                 let at = std::ptr::without_provenance_mut(page);
                 if libc::mmap(at, PAGE, rights, flags, -1, 0) != libc::MAP_FAILED {
+                    // The guest may use it from now on. What the host says changes nothing.
+                    libc::madvise(at, PAGE, libc::MADV_DONTDUMP);
                     place.note(page);
                     *errno = kept;
                     return;

@@ -52,7 +52,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes: of `file` from an offset, or anonymous memory.
+    /// Maps `len` bytes: of `file` from an offset, or anonymous memory. No core dump holds them, and no forked child has them.
     /// With a file of huge pages of `huge_page` bytes the mapping fails now if they are not there,
     /// rather than the guest later; ordinary memory is over-committed.
     ///
@@ -120,7 +120,7 @@ impl Mapping {
         match mapped {
             Ok(address) => {
                 unmap(tail, ALIGN - skip);
-                Ok(Self {
+                let mapping = Self {
                     address,
                     len,
                     flags,
@@ -129,7 +129,9 @@ impl Mapping {
                     overlay: Overlay::default(),
                     watcher: Watcher::default(),
                     given_back: DirtyLog::with_len(len),
-                })
+                };
+                mapping.keep_to_this_process();
+                Ok(mapping)
             }
             Err(error) => {
                 unmap(aligned, reserved - skip);
@@ -234,7 +236,7 @@ impl Mapping {
     }
 
     /// Guest memory is neither for core dumps nor for forked children.
-    pub fn keep_out_of_dumps(&self) {
+    fn keep_to_this_process(&self) {
         // Both are hints for the worst case; an old host without them is no worse off.
         drop(self.advise(libc::MADV_DONTDUMP));
         drop(self.advise(libc::MADV_DONTFORK));

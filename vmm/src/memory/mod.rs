@@ -67,6 +67,15 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
+    /// The screen's memory could not be mapped.
+    #[error("{size} bytes of the screen's memory could not be mapped")]
+    Screen {
+        /// The bytes asked for.
+        size: u64,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
     /// The memfd behind shared memory could not be made.
     #[error("--memory: no memory file of {size} bytes{hint}")]
     File {
@@ -381,7 +390,6 @@ fn map_region(
     if spec.huge_page.is_none() {
         mapping.advise_thp(spec.thp);
     }
-    mapping.keep_out_of_dumps();
     if spec.prefault {
         mapping.populate().map_err(|source| RamError::Prefault {
             size: spec.size,

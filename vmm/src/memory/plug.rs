@@ -81,7 +81,6 @@ impl GuestRam {
         if spec.huge_page.is_none() {
             mapping.advise_thp(spec.thp);
         }
-        mapping.keep_out_of_dumps();
         let mapping = Arc::new(mapping);
         let offsets = (0..len / block).map(|index| index * block);
         let blocks = offsets

@@ -47,7 +47,10 @@ impl VideoRam {
             thp: None,
             prefault: false,
         };
-        let (region, mapping) = map_region(&spec, 0, size, None)?;
+        let (region, mapping) = map_region(&spec, 0, size, None).map_err(|error| match error {
+            RamError::Map { size, source, .. } => RamError::Screen { size, source },
+            other => other,
+        })?;
         Ok(Self {
             vm: Arc::clone(vm.fd()),
             log: vm.log().clone(),

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use api::http::Clients;
 use rustix::fs::{Mode, OFlags};
 
 use crate::opener::{OpenError, Opener, SocketFile};
@@ -84,6 +85,7 @@ pub enum InheritedError {
 
 const SOCKET: &str = "--api-socket";
 const EVENTS: &str = "--event-monitor";
+const ROOT: u32 = 0;
 
 /// The descriptors that the process was started with for the monitor.
 #[derive(Debug, Default)]
@@ -239,6 +241,22 @@ impl ApiSocket {
         Some(Opener::lock_path(path))
     }
 
+    /// Whom a socket at `place` serves where nobody has said so: on one that the monitor makes, its own user and root,
+    /// whatever becomes of the file's mode; on one that it was started with, whoever its maker lets in.
+    #[must_use]
+    pub fn clients(place: &Place) -> Clients {
+        match place {
+            Place::Path(_) => Self::clients_with(&[]),
+            Place::Descriptor(_) => Clients::Anyone,
+        }
+    }
+
+    /// The monitor's own user, root, and `others`.
+    #[must_use]
+    pub fn clients_with(others: &[u32]) -> Clients {
+        Clients::Users([&[own_user(), ROOT], others].concat())
+    }
+
     /// Listens at `place`. Of several monitors that try one path, one succeeds; the
     /// file of one that has been killed is replaced.
     ///
@@ -263,6 +281,11 @@ impl ApiSocket {
             }),
         }
     }
+}
+
+/// Who files are made as, which is whom the mode of the socket's file lets in.
+fn own_user() -> u32 {
+    rustix::process::geteuid().as_raw()
 }
 
 /// An integer option of a socket; `None` when `fd` is none.

@@ -16,7 +16,7 @@ use crate::snapshots::{ask, file, snapshot, tell, url, vireo};
 use crate::support::{Vireo, can_run, until};
 
 /// A machine of the snapshot in `path` that is paused, and a client of it.
-fn restored(directory: &Path, path: &Path, keys: &str) -> (Vireo, Client) {
+pub fn restored(directory: &Path, path: &Path, keys: &str) -> (Vireo, Client) {
     let socket = directory.join("restored.sock");
     let place = format!("{},resume=off{keys}", path.display());
     let arguments = ["run", "--restore", &place, "--api-socket"];

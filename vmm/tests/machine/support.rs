@@ -161,6 +161,14 @@ impl Collected {
         }
     }
 
+    /// All that has come by now.
+    pub fn so_far(&mut self) -> String {
+        while let Ok(bytes) = self.bytes.try_recv() {
+            self.so_far.extend(bytes);
+        }
+        self.text()
+    }
+
     /// All until the end.
     pub fn rest(&mut self) -> String {
         let end = Instant::now() + LIMIT;
