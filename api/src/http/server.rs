@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -258,8 +259,13 @@ impl Server {
         let Some(mut connection) = self.slots[index].connection.take() else {
             return;
         };
-        let alive = act(&mut connection, &mut self.shared).is_ok()
-            && (self.end.is_none() || connection.is_busy());
+        // What the connections share is counts and a buffer: closing this one sets its part of them right.
+        let done = catch_unwind(AssertUnwindSafe(|| act(&mut connection, &mut self.shared)));
+        let done = done.unwrap_or_else(|_| {
+            tracing::error!("a request ends in an error of this program: its connection is closed");
+            Err(Gone)
+        });
+        let alive = done.is_ok() && (self.end.is_none() || connection.is_busy());
         if !alive
             || self
                 .register(&mut connection, key & !CONSOLE, fired)

@@ -6,8 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use api::EventKind;
 use api::http::{Clients, ServerOptions};
+use api::{Command, EventKind, Reply};
 use proptest::prelude::*;
 
 use crate::fake::{Client, Fake, NOTHING, Server, get, put, refused, request};
@@ -152,6 +152,22 @@ fn ten_thousand_connections_leave_room_for_one_when_they_are_gone() {
 }
 
 #[test]
+fn a_request_that_panics_costs_its_own_connection_and_no_other() {
+    let fake = Fake::new(|command| match command {
+        Command::Reset => panic!("as told"),
+        _ => Some(Ok(Reply::Done)),
+    });
+    let server = Server::of(&fake);
+    let mut other = server.connect();
+    // More often than there may be commands or connections at once.
+    for _ in 0..150 {
+        assert_eq!(server.connect().try_exchange(put("vm.reset", "")), "");
+    }
+    assert!(other.exchange(put("vm.resume", "")).contains(" 204 "));
+    lives(&server);
+}
+
+#[test]
 fn a_user_who_is_not_served_reads_why_and_has_nothing_done() {
     let own = std::fs::metadata("/proc/self").unwrap().uid();
     let serving = |user: u32| ServerOptions {
@@ -196,7 +212,7 @@ fn an_idle_connection_makes_room_and_a_busy_one_does_not() {
         assert_eq!(idle.rest(), "");
         idle = next;
     }
-    fake.release(&Ok(api::Reply::Done));
+    fake.release(&Ok(Reply::Done));
     assert_eq!(busy.answer(), NOTHING);
 }
 

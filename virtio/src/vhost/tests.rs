@@ -193,7 +193,8 @@ fn lost(notices: &Receiver<Notice>) -> String {
     loop {
         match notices.recv_timeout(PATIENCE).unwrap() {
             Notice::Peer(PeerReport::Lost { reason }) => return reason,
-            Notice::Queue(_) => {}
+            // Of the connection before, which may be told of late.
+            Notice::Queue(_) | Notice::Peer(PeerReport::Connected) => {}
             other => panic!("{other:?}"),
         }
     }

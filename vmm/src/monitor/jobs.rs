@@ -291,6 +291,23 @@ mod tests {
     }
 
     #[test]
+    fn a_job_whose_thread_panics_has_failed_and_says_so() {
+        let events = EventLog::default();
+        let jobs = Jobs::new(events.clone());
+        let job = jobs.begin("copy", 0);
+        let ended = std::thread::spawn(move || {
+            let _job = job;
+            panic!("as told");
+        });
+        assert!(ended.join().is_err());
+        let found = jobs.list().remove(0);
+        assert_eq!(found.state, JobState::Failed);
+        assert_eq!(found.error.as_deref(), Some("its thread ended"));
+        let last = events.after(0, usize::MAX).pop().unwrap();
+        assert_eq!(last.kind, EventKind::Job { info: found });
+    }
+
+    #[test]
     fn a_job_tells_its_beginning_its_steps_and_its_end() {
         let events = EventLog::default();
         let jobs = Jobs::new(events.clone());

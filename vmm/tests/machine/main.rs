@@ -49,6 +49,7 @@ mod nbd;
 mod offers;
 mod opening;
 mod overlays;
+mod panics;
 mod peers;
 mod ports;
 mod postcopy;
