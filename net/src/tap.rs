@@ -221,8 +221,6 @@ pub struct Tap {
     offloads: Offloads,
     /// That of a macvtap.
     address: Option<MacAddress>,
-    /// Opened with the queues: the threads of a device open nothing.
-    watch: io::Result<Watch>,
 }
 
 /// An open interface, not yet as a device needs it.
@@ -293,7 +291,6 @@ impl Tap {
             queues,
             offloads,
             address: macvtap_address(&name),
-            watch: Watch::interfaces(),
         };
         let failed = |what| move |source| TapError::Set { what, name, source };
         tap.set_offloads(Offloads::empty())
@@ -670,11 +667,8 @@ impl Backend for Tap {
 
     /// Of the namespace that this process is in. Queues that were passed may be of an interface of another.
     fn watch(&self) -> io::Result<Option<Watch>> {
-        match &self.watch {
-            // News of before the device began is no harm: it asks once more than it must.
-            Ok(watch) => watch.try_clone().map(Some),
-            Err(error) => Err(error.kind().into()),
-        }
+        // A device's thread asks for it, which opens nothing itself.
+        threads::errand(Watch::interfaces).map(Some)
     }
 
     fn check(&self) -> io::Result<()> {

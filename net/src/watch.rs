@@ -29,11 +29,6 @@ impl Watch {
         interfaces().map(Self::new)
     }
 
-    /// Another that waits for the same: what one takes the other misses.
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
-    }
-
     /// Becomes readable when there is news.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {

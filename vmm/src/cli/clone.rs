@@ -79,7 +79,7 @@ pub(super) struct CloneArgs {
         long,
         value_name = "MODE",
         value_enum,
-        default_value = "true",
+        default_value = "false",
         hide_possible_values = true
     )]
     seccomp: Mode,

@@ -55,7 +55,7 @@ pub(super) struct SocketArgs {
         long,
         value_name = "MODE",
         value_enum,
-        default_value = "true",
+        default_value = "false",
         hide_possible_values = true,
         help_heading = "Control"
     )]
