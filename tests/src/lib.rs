@@ -34,5 +34,6 @@ pub mod probe;
 pub mod runner;
 pub mod soak;
 pub mod suite;
+pub mod supply;
 pub mod tap;
 pub mod viewer;

@@ -49,10 +49,7 @@ pub fn start_as(birth: Birth) {
 pub fn apart<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    match BIRTH.get() {
-        Some(birth) => answer(birth.apart, work),
-        None => work(),
-    }
+    answer(who(|birth| birth.apart), work)
 }
 
 /// Has `work` done by a thread that may open files and connect, and gives what came of it.
@@ -63,10 +60,7 @@ pub fn apart<T: Send + 'static>(
 pub fn errand<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    match BIRTH.get() {
-        Some(birth) => answer(birth.errand, work),
-        None => work(),
-    }
+    answer(who(|birth| birth.errand), work)
 }
 
 /// Has `work` done by what `run` hands it to, and waits for what comes of it.
@@ -102,14 +96,12 @@ pub fn spawn<T: Send + 'static>(
         }
         work()
     };
-    spawn_by(
-        |task| match BIRTH.get() {
-            Some(birth) => (birth.apart)(task),
-            None => task(),
-        },
-        thread,
-        run,
-    )
+    spawn_by(who(|birth| birth.apart), thread, run)
+}
+
+/// What does tasks; the one who asks, where nothing was said of how threads start.
+fn who(which: fn(&Birth) -> fn(Task)) -> fn(Task) {
+    BIRTH.get().map_or(|task| task(), which)
 }
 
 /// Has a thread started by what `by` hands that to. If that fails, `work` is dropped here: what it holds may wait for the one who

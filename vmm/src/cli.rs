@@ -22,6 +22,7 @@
 //! A failure is one line on standard error, "vireo: what failed: why: mend".
 
 mod clone;
+mod confine;
 mod definition;
 mod detach;
 mod documents;

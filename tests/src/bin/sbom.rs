@@ -1,14 +1,13 @@
 //! Writes what the program is made of, with versions, licences and checksums, as CycloneDX 1.5: `sbom > FILE`; `make sbom`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::places::workspace;
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+use tests::supply::{self, TARGET, cargo};
 
 fn main() -> ExitCode {
     match document() {
@@ -24,7 +23,7 @@ fn main() -> ExitCode {
 }
 
 fn document() -> Result<Value> {
-    let names = built_in()?;
+    let names = supply::crates()?;
     let metadata = cargo(&[
         "metadata",
         "--format-version",
@@ -70,30 +69,6 @@ fn document() -> Result<Value> {
     }))
 }
 
-/// Names and versions of what comes from outside and is needed to build the program.
-fn built_in() -> Result<BTreeSet<(String, String)>> {
-    let words = [
-        "tree",
-        "-p",
-        "vmm",
-        "-e",
-        "normal,build",
-        "--prefix",
-        "none",
-        "--no-dedupe",
-        "--target",
-        TARGET,
-    ];
-    let tree = cargo(&words)?;
-    let lines = tree.lines().filter(|line| !line.contains(" (/"));
-    let pairs = lines.filter_map(|line| {
-        let mut words = line.split_whitespace();
-        let name = words.next()?.to_owned();
-        Some((name, words.next()?.trim_start_matches('v').to_owned()))
-    });
-    Ok(pairs.collect())
-}
-
 /// SHA-256 of each crate's archive, by name and version.
 fn checksums() -> Result<BTreeMap<(String, String), String>> {
     let lock: toml::Value = toml::from_str(&fs::read_to_string(workspace().join("Cargo.lock"))?)?;
@@ -106,20 +81,4 @@ fn checksums() -> Result<BTreeMap<(String, String), String>> {
         Some((key, field(package, "checksum")?))
     });
     Ok(entries.collect())
-}
-
-fn cargo(words: &[&str]) -> Result<String> {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let output = Command::new(cargo)
-        .args(words)
-        .args(["--offline", "--locked"])
-        .current_dir(workspace())
-        .output()?;
-    let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "cargo {}: {error}",
-        words.join(" ")
-    );
-    Ok(String::from_utf8(output.stdout)?)
 }

@@ -21,6 +21,7 @@ use virtio::models::MODELS;
 
 use self::disks::{CloneDisk, Way};
 use self::pool::{Grown, Pool, Started};
+use super::confine::ConfineArgs;
 use super::detach::Detached;
 use super::image::interrupt;
 use super::image::progress::Progress;
@@ -74,15 +75,8 @@ pub(super) struct CloneArgs {
     /// The tap of a card; n in braces in its name is the number of the machine; may be repeated
     #[arg(long, value_name = "ID=NAME", value_parser = tap)]
     tap: Vec<(String, String)>,
-    /// Filter the system calls of the monitor's threads: true, false, or log, which tells what would be refused and does it
-    #[arg(
-        long,
-        value_name = "MODE",
-        value_enum,
-        default_value = "false",
-        hide_possible_values = true
-    )]
-    seccomp: Mode,
+    #[command(flatten)]
+    confine: ConfineArgs,
     /// Print JSON, for programs, and no progress
     #[arg(long)]
     json: bool,
@@ -260,7 +254,7 @@ fn prepare(arguments: CloneArgs, opener: Arc<Opener>) -> anyhow::Result<(Saved, 
         way,
         above,
         sockets,
-        seccomp: arguments.seccomp,
+        seccomp: arguments.confine.seccomp,
     };
     check(&plan)?;
     Ok((saved, plan))

@@ -15,6 +15,7 @@ use serde_json::Value;
 use virtio::models::{MODELS, Model};
 use virtio::schema::{Field, FieldKind};
 
+use super::confine::ConfineArgs;
 use super::detach::{Side, detach};
 use super::remote::{nonzero, seconds};
 use super::serve::Numbers;
@@ -30,7 +31,6 @@ use crate::monitor::{MonitorOptions, Place};
 use crate::opener::Opener;
 use crate::places;
 use crate::run::{Endpoint, OnWaiting};
-use crate::sandbox::Mode;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -112,16 +112,8 @@ pub(super) struct ReceiveArgs {
     /// Append the log to a file instead of writing it to standard error
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     log_file: Option<PathBuf>,
-    /// Filter the system calls of the monitor's threads: true, false, or log, which tells what would be refused and does it
-    #[arg(
-        long,
-        value_name = "MODE",
-        value_enum,
-        default_value = "false",
-        hide_possible_values = true,
-        help_heading = "Control"
-    )]
-    seccomp: Mode,
+    #[command(flatten, next_help_heading = "Control")]
+    confine: ConfineArgs,
     /// Stay when the guest has ended, for another boot over the socket
     #[arg(long, help_heading = "Control")]
     no_shutdown: bool,
@@ -315,7 +307,7 @@ fn endpoint(arguments: &ReceiveArgs, opener: &Opener) -> anyhow::Result<Endpoint
         place: Some(Place::Path(socket)),
         clients: None,
         events: None,
-        seccomp: arguments.seccomp,
+        seccomp: arguments.confine.seccomp,
         log: arguments.log_file.clone(),
         options: MonitorOptions {
             no_shutdown: arguments.no_shutdown,

@@ -8,6 +8,7 @@ use api::http::Clients;
 use clap::Args;
 use virtio::models::MODELS;
 
+use super::confine::ConfineArgs;
 use super::{Failure, definition, exit_code, judge};
 use crate::config::{VmConfig, files};
 use crate::migrate::link;
@@ -15,7 +16,6 @@ use crate::monitor::{ApiSocket, Inherited, InheritedError, MonitorOptions, Place
 use crate::opener::Opener;
 use crate::places;
 use crate::run::Endpoint;
-use crate::sandbox::Mode;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -50,16 +50,8 @@ pub(super) struct SocketArgs {
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     log_file: Option<PathBuf>,
 
-    /// Filter the system calls of the monitor's threads: true, false, or log, which tells what would be refused and does it
-    #[arg(
-        long,
-        value_name = "MODE",
-        value_enum,
-        default_value = "false",
-        hide_possible_values = true,
-        help_heading = "Control"
-    )]
-    seccomp: Mode,
+    #[command(flatten, next_help_heading = "Control")]
+    confine: ConfineArgs,
 
     /// Stay when the guest has ended, for another boot over the socket
     #[arg(long, help_heading = "Control")]
@@ -237,7 +229,7 @@ impl SocketArgs {
             place,
             clients,
             events: given(self.event_monitor, events),
-            seccomp: self.seccomp,
+            seccomp: self.confine.seccomp,
             log: self.log_file,
             options: MonitorOptions {
                 no_shutdown: self.no_shutdown,

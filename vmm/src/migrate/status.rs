@@ -139,8 +139,9 @@ impl Status {
             }
         }
         drop(now);
-        drop(links);
         self.changed.notify_all();
+        // Last: closing can take a while.
+        drop(links);
     }
 
     /// The guest may go before its memory.

@@ -171,15 +171,17 @@ fn leave_to_it(connection: &OwnedFd) {
     };
     let socket = file(connection.as_fd());
     let null = || rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-    if file(rustix::stdio::stdin()) == socket {
-        // Where there is no such device it stays what it is.
-        let _ = null().and_then(rustix::stdio::dup2_stdin);
-    }
-    if file(rustix::stdio::stdout()) == socket {
-        let _ = null().and_then(rustix::stdio::dup2_stdout);
-    }
-    if file(rustix::stdio::stderr()) == socket {
-        let _ = null().and_then(rustix::stdio::dup2_stderr);
+    type Replace = fn(OwnedFd) -> rustix::io::Result<()>;
+    let standard: [(BorrowedFd<'_>, Replace); 3] = [
+        (rustix::stdio::stdin(), rustix::stdio::dup2_stdin),
+        (rustix::stdio::stdout(), rustix::stdio::dup2_stdout),
+        (rustix::stdio::stderr(), rustix::stdio::dup2_stderr),
+    ];
+    for (fd, replace) in standard {
+        if file(fd) == socket {
+            // Where there is no such device it stays what it is.
+            let _ = null().and_then(replace);
+        }
     }
 }
 

@@ -394,14 +394,14 @@ impl Arriving for Arriver {
     }
 
     fn give_back(&mut self) -> Result<(), String> {
+        if self.begun.load(Ordering::SeqCst) {
+            return Err(BEGUN.to_owned());
+        }
         let awaited = |absent: &Absent| {
             let image = absent.image(Arc::new(Awaited::new(absent.info.clone())));
             (absent.id.clone(), image)
         };
         let images: Vec<_> = self.absent.iter().map(awaited).collect();
-        if self.begun.load(Ordering::SeqCst) {
-            return Err(BEGUN.to_owned());
-        }
         // They are closed here, before the other side hears of it.
         let closed = self.desk.ask(move |driver| driver.exchange(images));
         match closed {
@@ -417,10 +417,7 @@ impl Arriving for Arriver {
         keep(true);
         let missing = self.missing.clone();
         let begun = Arc::clone(&self.begun);
-        let run = self
-            .desk
-            .ask(move |driver| driver.run_arrived((paused, &begun), missing));
-        let run = run.unwrap_or_else(|| Err(GONE.to_owned()));
+        let run = self.ask(move |driver| driver.run_arrived((paused, &begun), missing));
         match &run {
             Ok(()) => self.landings.iter().for_each(|made| made.let_go()),
             Err(_) => keep(false),
