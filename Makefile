@@ -27,7 +27,7 @@ FUZZED := block/image block/check block/nbd virtio/pci virtio/ring \
 	virtio/rng virtio/vhost-user-blk virtio/vhost-user-net virtio/vsock \
 	devices/rfb devices/ports api/http api/websocket migration/snapshot migration/stream
 
-.PHONY: fuzz fuzz-programs sbom soak help run build guests setup setup-full test test-programs test-full test-openapi \
+.PHONY: fuzz fuzz-programs sbom soak coverage help run build guests setup setup-full test test-programs test-full test-openapi \
 	openapi unsafe-list bench lint web-packages clean
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo 'make bench      measure against QEMU'
 	@echo 'make fuzz       any bytes as images, guests and viewers, for SECONDS=60 each'
 	@echo 'make soak       machines that everything is done to again and again, for H=1 hours'
+	@echo 'make coverage   how much of what guests, images and peers reach is run by the tests'
 	@echo 'make sbom       what the program is made of, as CycloneDX: target/sbom.json'
 	@echo 'make lint       formatting, clippy, dependencies'
 	@echo 'make build      the vireo program, optimized: target/release/vireo'
@@ -110,6 +111,9 @@ sbom: setup
 
 soak: build guests
 	@$(CARGO) run --release --locked -p tests --bin soak -- $(H)
+
+coverage: setup guests
+	@tests/coverage
 
 bench: build guests
 	@$(CARGO) run --release --locked -p tests --bin bench

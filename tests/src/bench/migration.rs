@@ -188,8 +188,15 @@ pub fn moved(
             &monitors,
             |monitor| monitor.name().to_owned(),
             |monitor, counts| {
-                let directory = TempDir::new_in(&settings.directory)?;
-                let moved = Pair::start(*monitor, &job, directory.path())?.go(case.way, clock)?;
+                let mut moved = once(settings, *monitor, &case, &job, clock);
+                // Now and then a guest of QEMU's stands for good on hosts that emulate its code. Ours has no second chance.
+                for _ in 0..if *monitor == Monitor::Vireo { 0 } else { 3 } {
+                    if let Err(error) = &moved {
+                        eprintln!("bench: once more: {}: {error:#}", monitor.name());
+                        moved = once(settings, *monitor, &case, &job, clock);
+                    }
+                }
+                let moved = moved?;
                 if counts {
                     total.push(monitor.name(), moved.total);
                     gap.push(monitor.name(), moved.gap);
@@ -202,6 +209,17 @@ pub fn moved(
         [total, gap, sent, spent].into_iter().for_each(&mut *watch);
     }
     Ok(())
+}
+
+fn once(
+    settings: &Settings,
+    monitor: Monitor,
+    case: &Case,
+    job: &Job,
+    clock: GuestClock,
+) -> Result<Moved> {
+    let directory = TempDir::new_in(&settings.directory)?;
+    Pair::start(monitor, job, directory.path())?.go(case.way, clock)
 }
 
 /// A monitor, and where it is reached.
