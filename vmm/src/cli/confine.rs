@@ -12,7 +12,7 @@ pub(super) struct ConfineArgs {
         long,
         value_name = "MODE",
         value_enum,
-        default_value = "false",
+        default_value = "true",
         hide_possible_values = true
     )]
     pub seccomp: Mode,

@@ -87,10 +87,10 @@ fn landlock(version: io::Result<i64>) -> Check {
 fn filters(result: io::Result<()>) -> Check {
     const NAME: &str = "seccomp";
     match result {
-        Ok(()) => Check::ok(NAME, "system calls are filtered with --seccomp true"),
+        Ok(()) => Check::ok(NAME, "the system calls of machines are filtered"),
         Err(error) => Check::warn(
             NAME,
-            format!("not available: {error}: goes without --seccomp true"),
+            format!("not available: {error}: machines need --seccomp false"),
             "use a Linux kernel with CONFIG_SECCOMP_FILTER",
         ),
     }
@@ -281,7 +281,7 @@ mod tests {
         assert!(check.mend.unwrap().contains("io_uring_disabled"));
         assert_eq!(filters(Ok(())).status, Status::Ok);
         let missing = filters(refused());
-        assert!(missing.detail.contains("--seccomp true"));
+        assert!(missing.detail.contains("--seccomp false"));
         assert_eq!(missing.status, Status::Warn);
         assert_eq!(landlock(Ok(4)).status, Status::Ok);
         assert_eq!(

@@ -95,9 +95,9 @@ impl Kind {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
     /// A refused system call ends the process
+    #[default]
     True,
     /// There are none
-    #[default]
     False,
     /// What would be refused is told once and done
     Log,

@@ -75,7 +75,7 @@ fn each_thread_of_a_machine_has_the_filter_of_its_kind_and_no_other() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let monitor = machine(directory.path(), Some("true"));
+    let monitor = machine(directory.path(), None);
     let expected = [
         "vireo",
         "vcpu0",
@@ -117,7 +117,7 @@ fn without_filters_nothing_is_filtered_and_no_privileges_come() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let monitor = machine(directory.path(), None);
+    let monitor = machine(directory.path(), Some("false"));
     let found = until("the vCPUs", || {
         let found = threads(monitor.id());
         found.contains_key("vcpu1").then_some(found)
