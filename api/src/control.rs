@@ -6,15 +6,14 @@
 //! known, whatever the monitor is busy with.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Reason;
 use crate::event_log::EventLog;
 use crate::wire;
+use crate::{Passed, Reason};
 
 /// Where a machine is in its life.
 ///
@@ -171,11 +170,11 @@ pub enum Command {
     /// Tell what the chains of all disks consist of.
     DiskLayers,
     /// Build the machine that a snapshot holds, with the descriptors that came along.
-    Restore(Box<wire::RestoreConfig>, Vec<OwnedFd>),
+    Restore(Box<wire::RestoreConfig>, Passed),
     /// Give the machine to another monitor, as a job.
-    SendMigration(Box<wire::SendMigrationData>, Vec<OwnedFd>),
+    SendMigration(Box<wire::SendMigrationData>, Passed),
     /// Take a machine from another monitor, with the descriptors that came along.
-    ReceiveMigration(Box<wire::ReceiveMigrationData>, Vec<OwnedFd>),
+    ReceiveMigration(Box<wire::ReceiveMigrationData>, Passed),
     /// Ask the guest agent.
     Agent(AgentCommand),
     /// Take a picture of the screen.
@@ -228,7 +227,7 @@ pub enum AddDevice {
     /// `vm.add-disk`.
     Disk(wire::DiskConfig),
     /// `vm.add-net`, with the descriptors that came along.
-    Net(wire::NetConfig, Vec<OwnedFd>),
+    Net(wire::NetConfig, Passed),
     /// `vm.add-vsock`.
     Vsock(wire::VsockConfig),
     /// `vm.add-fs`.

@@ -15,6 +15,7 @@ mod event_log;
 mod event_v1;
 pub mod http;
 pub mod openapi;
+mod passed;
 mod reason;
 pub mod routes;
 pub mod spelling;
@@ -28,4 +29,5 @@ pub use control::{
 pub use event::{DiskErrorAction, Event, EventKind, ExitReason};
 pub use event_log::{Alert, EventLog, Subscription};
 pub use event_v1::EventMonitor;
+pub use passed::Passed;
 pub use reason::{Reason, UnknownReason};

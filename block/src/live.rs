@@ -540,6 +540,7 @@ mod layers;
 mod merge;
 mod mirror;
 mod revert;
+mod samples;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -11,6 +11,7 @@
 //! | [`pages`] | pages as frames: zeros, raw, compressed, as differences |
 //! | [`frame`] | the bytes of a connection: preamble and frames; the specification of the format |
 //! | [`disks`] | what disks hold that go along, on a connection of their own |
+//! | [`samples`] | what images hold in a few places that both sides are to reach |
 //! | [`channel`] | rounds over 1 to 64 connections, and what comes out of them |
 //!
 //! # A migration from end to end
@@ -20,7 +21,8 @@
 //! 2. Rounds: the source sends all pages, then those that the guest has written meanwhile, with [`channel::send_round`]; the destination acknowledges each when its
 //!    [`channel::Barrier`] says that all streams have brought it. [`precopy::Policy`] decides after each.
 //! 3. The switch: the source pauses the guest, sends the last round and the state; the destination loads it behind the round's barrier
-//!    and says that it is ready. The source gives the locks of the disks up and sends `Commit`; the destination takes them, runs the guest and says so.
+//!    and says that it is ready. The source gives the locks of the disks up, tells what they hold in a few places ([`samples`]) and sends `Commit`; the
+//!    destination takes them, looks whether it has the same images, runs the guest and says so.
 //! 4. In post-copy the source tells with the state which pages are missing ([`frame::Kind::Missing`]), and the destination asks for those that the guest needs
 //!    ([`frame::Kind::Want`]), while the source sends the others by itself.
 //!
@@ -42,3 +44,4 @@ pub mod message;
 pub mod pages;
 pub mod precopy;
 pub mod protocol;
+pub mod samples;

@@ -18,6 +18,7 @@
 pub mod bench;
 pub mod browser;
 pub mod case;
+pub mod certificates;
 pub mod control;
 pub mod cpio;
 pub mod guests;

@@ -16,6 +16,7 @@ mod recorded;
 mod restored;
 mod saved;
 mod screen;
+mod secured;
 mod shared;
 mod socketed;
 mod struck;
@@ -259,6 +260,7 @@ pub fn more_cases(kernel: &str) -> Vec<Case> {
     if kernel.starts_with("6.12") {
         cases.push(moved::goes_to_and_fro(kernel));
         cases.push(moved::goes_with_the_kernels_card(kernel));
+        cases.push(secured::goes_over_tls(kernel));
         cases.push(struck::survives_cuts_and_kills(kernel));
     }
     for (word, cpus) in [

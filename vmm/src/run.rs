@@ -116,7 +116,8 @@ pub fn receive(
             }
         })
     };
-    handle.submit(Command::ReceiveMigration(Box::new(request), passed), answer);
+    let receive = Command::ReceiveMigration(Box::new(request), passed.into());
+    handle.submit(receive, answer);
     let reason = monitor.serve()?;
     let refused = refused
         .lock()

@@ -13,7 +13,7 @@ use super::mailbox::Mailbox;
 use super::requests::Requests;
 use crate::routes::{Endpoint, Method, Route, Success};
 use crate::wire::MigrationOrder;
-use crate::{AddDevice, AgentCommand, Command, Control, ControlError, Reply, wire};
+use crate::{AddDevice, AgentCommand, Command, Control, ControlError, Passed, Reply, wire};
 
 /// The protocol of `vm.console-attach`.
 pub(super) const CONSOLE: &str = "vireo-console";
@@ -253,7 +253,7 @@ impl Dispatcher {
         route: &'static Route,
         mut request: Request<'_>,
     ) -> Result<Command, Answer> {
-        let descriptors = std::mem::take(&mut request.descriptors);
+        let descriptors = Passed::from(std::mem::take(&mut request.descriptors));
         let add = |device| Command::AddDevice(Box::new(device));
         Ok(match route.endpoint {
             Endpoint::VmCreate => {

@@ -65,6 +65,9 @@ pub struct SendMigrationData {
     /// Whether disks are copied too; absent: both sides reach the same images. Not in v1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copy_storage: Option<CopyStorage>,
+    /// Whether the guest is asked through its balloon which pages it does not use, which then stay behind; absent: it is. Not in v1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_page_hints: Option<bool>,
 }
 
 /// Whether all memory goes before the guest.

@@ -165,7 +165,7 @@ fn what_clients_leave_out_of_migrations_may_be_null() {
         "destination_url": "unix:/s", "downtime_ms": null, "timeout_s": null,
         "timeout_strategy": null, "connections": null, "tls_dir": null, "preset": null,
         "bandwidth": null, "stall_s": null, "throttle": null, "delta_cache": null,
-        "copy_storage": null,
+        "copy_storage": null, "free_page_hints": null,
     });
     let plain = SendMigrationData {
         destination_url: "unix:/s".to_owned(),

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::compare::{Difference, FACTS, Fact};
 use super::frame::{self, FrameError, Kind};
 use super::protocol::{Locks, Word};
+use super::samples::{self, Samples};
 
 /// The longest reason that is told, in bytes; what is longer is cut.
 const REASON: usize = 4096;
@@ -37,10 +38,12 @@ impl Capabilities {
     pub const DISKS: Self = Self(1 << 6);
     /// Pages without a checksum, straight between memory and socket.
     pub const BARE: Self = Self(1 << 7);
+    /// What images hold that both sides reach is compared in a few places.
+    pub const SAMPLES: Self = Self(1 << 8);
     /// All that this version can do wherever the destination is.
     pub const ALL: Self = Self(0b1_1111);
     /// All that this version knows.
-    pub const KNOWN: Self = Self(0b1111_1111);
+    pub const KNOWN: Self = Self(0b1_1111_1111);
 
     /// Whether all of `other` is there.
     #[must_use]
@@ -158,6 +161,8 @@ pub enum Message {
     Disks(Vec<u8>),
     /// Source: it has heard that the guest runs, and asks nothing more.
     Bye,
+    /// Source: what images hold that both sides reach; before `Commit`, where that has been agreed on.
+    Samples(Vec<Samples>),
 }
 
 impl Message {
@@ -180,7 +185,7 @@ impl Message {
             Self::Abort { .. } => Word::Abort,
             Self::Query => Word::Query,
             Self::Unknown => Word::Unknown,
-            Self::RoundAck { .. } | Self::Disks(_) | Self::Bye => return None,
+            Self::RoundAck { .. } | Self::Disks(_) | Self::Bye | Self::Samples(_) => return None,
         })
     }
 
@@ -254,6 +259,10 @@ impl Message {
             Self::Refuse { differences, .. } if differences.len() > FACTS.saturating_mul(2) => {
                 return Err(format("a refusal with too many differences"));
             }
+            Self::Samples(told) if !samples::fit(told) => {
+                return Err(format("more places of disks than there may be"));
+            }
+            Self::Samples(told) => told.iter_mut().for_each(Samples::make_plain),
             Self::Failed { reason } | Self::Abort { reason } | Self::Refuse { reason, .. } => {
                 if reason.len() > REASON {
                     return Err(format("a reason that is too long"));
@@ -271,6 +280,7 @@ impl Message {
 #[cfg(test)]
 mod tests {
     use super::super::compare::Rule;
+    use super::super::samples::Sample;
     use super::*;
     use proptest::prelude::*;
 
@@ -316,6 +326,11 @@ mod tests {
             Message::Unknown,
             Message::Disks(vec![1, 2]),
             Message::Bye,
+            Message::Samples(vec![Samples {
+                disk: "d".to_owned(),
+                path: "/d".to_owned(),
+                places: vec![Sample::of(4096, b"x")],
+            }]),
         ]
     }
 

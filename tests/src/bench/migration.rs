@@ -2,7 +2,7 @@
 //!
 //! The guest has filled 512 MiB, whatever memory it has, and rewrites them at 50 MiB each second or not at all. How long it stood is
 //! what its processor's counter says, which it brings along: it is asked where it has arrived. All monitors have the same limit of
-//! the pause.
+//! the pause. Over TLS, and before its memory, the guest goes from our monitor alone, beside the plain ways of the smaller guest.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -21,6 +21,7 @@ use super::measure::{Better, Measure, in_turns};
 use super::monitor::{Job, Monitor};
 use super::process::Process;
 use super::qmp::Qmp;
+use crate::certificates;
 use crate::control::Connection;
 use crate::kit;
 
@@ -45,6 +46,10 @@ enum Way {
     Unix,
     /// [`STREAMS`] of TCP on the loopback interface.
     Tcp,
+    /// The same over TLS.
+    Tls,
+    /// As [`Way::Unix`], but the guest goes first and all its memory follows.
+    Postcopy,
 }
 
 impl Way {
@@ -52,6 +57,8 @@ impl Way {
         match self {
             Self::Unix => "unix",
             Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Postcopy => "postcopy",
         }
     }
 
@@ -59,14 +66,49 @@ impl Way {
         match self {
             Self::Unix => "a unix socket",
             Self::Tcp => "4 streams of TCP",
+            Self::Tls => "4 streams of TCP with TLS",
+            Self::Postcopy => "a unix socket, the guest before its memory",
         }
+    }
+
+    /// Others are not measured so.
+    fn is_ours(self) -> bool {
+        matches!(self, Self::Tls | Self::Postcopy)
+    }
+
+    fn streams(self) -> u32 {
+        match self {
+            Self::Unix | Self::Postcopy => 1,
+            Self::Tcp | Self::Tls => STREAMS,
+        }
+    }
+
+    /// What our monitors are asked for, and from which place: at the destination, and at the source.
+    fn requests(self, place: &str, directory: &Path) -> Result<[Value; 2]> {
+        let mut receive = json!({ "receiver_url": place });
+        let mut send = json!({
+            "destination_url": place,
+            "connections": self.streams(),
+            "downtime_ms": PAUSE,
+        });
+        if self == Self::Tls {
+            for (name, text) in certificates::files(&["127.0.0.1"])? {
+                fs::write(directory.join(name), text)?;
+            }
+            receive["tls_dir"] = json!(directory);
+            send["tls_dir"] = json!(directory);
+        }
+        if self == Self::Postcopy {
+            send["memory_mode"] = json!("Postcopy");
+        }
+        Ok([receive, send])
     }
 
     /// A place that is free, as all monitors write it.
     fn place(self, directory: &Path) -> Result<String> {
         Ok(match self {
-            Self::Unix => format!("unix:{}", directory.join("way").display()),
-            Self::Tcp => {
+            Self::Unix | Self::Postcopy => format!("unix:{}", directory.join("way").display()),
+            Self::Tcp | Self::Tls => {
                 let listener = TcpListener::bind("127.0.0.1:0")?;
                 format!("tcp:{}", listener.local_addr()?)
             }
@@ -110,7 +152,9 @@ fn cases(settings: &Settings) -> Vec<Case> {
     };
     let mut cases = Vec::new();
     for memory in sizes.iter().copied() {
-        for way in [Way::Unix, Way::Tcp] {
+        let ours = [Way::Tls, Way::Postcopy].into_iter();
+        let ours = ours.filter(|_| memory == sizes[0]);
+        for way in [Way::Unix, Way::Tcp].into_iter().chain(ours) {
             for writes in [true, false] {
                 cases.push(Case {
                     memory,
@@ -183,6 +227,8 @@ pub fn moved(
         let mut sent = case.measure("sent", "bytes of a migration", "MiB");
         let mut spent = case.measure("cpu", "processor time of both monitors meanwhile", "ms");
         let job = case.job(clock)?;
+        let measured = |monitor: &&Monitor| !case.way.is_ours() || **monitor == Monitor::Vireo;
+        let monitors: Vec<Monitor> = monitors.iter().filter(measured).copied().collect();
         in_turns(
             settings.runs,
             &monitors,
@@ -334,7 +380,8 @@ impl Pair {
 
     fn ours(&mut self, way: Way, place: &str, clock: GuestClock) -> Result<(Duration, f64, f64)> {
         let mut target = Connection::open_within(&self.target.socket, LIMIT)?;
-        let request = json!({ "receiver_url": place }).to_string();
+        let [receive, send] = way.requests(place, &self.directory)?;
+        let request = receive.to_string();
         let waits = thread::spawn(move || {
             let answer = target.ask("PUT vm.receive-migration", &request);
             (Instant::now(), answer, target)
@@ -342,20 +389,27 @@ impl Pair {
         listened(place)?;
         let mut source = Connection::open(&self.source.socket)?;
         self.source.gap(clock)?;
-        let request = json!({
-            "destination_url": place,
-            "connections": if way == Way::Tcp { STREAMS } else { 1 },
-            "downtime_ms": PAUSE,
-        });
         let before = self.spent()?;
         let begin = Instant::now();
-        let answer = source.ask("PUT vm.send-migration", &request.to_string())?;
+        let answer = source.ask("PUT vm.send-migration", &send.to_string())?;
         ensure!(answer.status == 204, "{}", answer.text());
-        let (end, answer, mut target) = waits.join().map_err(|_| anyhow!("a thread panics"))?;
+        if way == Way::Postcopy {
+            let answer = source.ask("PUT vm.migration-set", r#"{"postcopy":true}"#)?;
+            ensure!(answer.status == 204, "{}", answer.text());
+        }
+        let (mut end, answer, mut target) = waits.join().map_err(|_| anyhow!("a thread panics"))?;
         let answer = answer?;
-        let spent = self.spent()? - before;
         ensure!(answer.status == 204, "{}", answer.text());
-        let info: Value = serde_json::from_str(&target.ask("GET vm.migration", "")?.text())?;
+        let info = loop {
+            let info: Value = serde_json::from_str(&target.ask("GET vm.migration", "")?.text())?;
+            if way != Way::Postcopy || info["phase"] == "completed" {
+                break info;
+            }
+            ensure!(end - begin < LIMIT, "its memory does not come: {info}");
+            thread::sleep(LOOK);
+            end = Instant::now();
+        };
+        let spent = self.spent()? - before;
         let sent = info["bytes"].as_f64().context("no bytes in the report")?;
         Ok((end - begin, spent, sent))
     }

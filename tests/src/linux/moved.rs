@@ -35,7 +35,7 @@ memory() {
 
 /// Beside the [`WORKER`] another one writes a log, record by record. How far both are goes over one connection that lasts as long as the guest
 /// does, with the last word that has come back on it: behind that word it is what it did on the new host.
-const GUEST: &str = r#"
+pub(super) const GUEST: &str = r#"
 log() {
     n=0
     while [ ! -e /tmp/end ]; do
@@ -128,7 +128,7 @@ third ip addr add 10.90.0.9/24 dev veth0
 "$VIREO" image create -f qcow2 work.qcow2 256M > /dev/null
 "#;
 
-const THIRD: &str = r#"
+pub(super) const THIRD: &str = r#"
 mkfifo words
 third="nsenter -t $(cat third.pid) -n"
 $third nc -l -p 7000 <> words > told 2> /dev/null &
@@ -162,11 +162,31 @@ ended() {
 trap ended EXIT
 "#;
 
-/// Ways, kinds of networks between the hosts, and the other one's turn, in turns.
-const HOP: &str = r#"
+/// What the guest says, to whom, and that it goes on where it has arrived.
+pub(super) const TALK: &str = r#"
 pings() { awk -F 'seq=' 'NF > 1 { split($2, word, " "); last = word[1] + 1; came++ } END { print last - came }' pings; }
 line() { grep "^at [0-9]* [0-9]* $1\$" told | tail -n 1; }
 after() { set -- "$@" $(line $1) && [ $# = 7 ] && [ "$5" -gt "$2" ] && [ "$6" -gt "$3" ]; }
+arrives() {
+    until_ '[ "$(monitors)" = 1 ]'
+    [ "$("$VIREO" list | grep -c running)" = 1 ] || { "$VIREO" list >&2; exit 1; }
+    # From its first answer on it has to go on.
+    echo $1 > words
+    until_ "after $1 -1 -1"
+    set -- $1 $(line $1)
+    until_ "after $1 $3 $4"
+    if grep bad: told; then exit 1; fi
+}
+mkdir -p /etc
+echo 'root:x:0:0::/:/bin/sh' > /etc/passwd
+third="nsenter -t $(head -n 1 third.pid) -n"
+$third ping -i 0.2 10.90.0.2 > pings 2>&1 &
+echo $! >> third.pid
+until_ 'grep -q seq= pings'
+"#;
+
+/// Ways, kinds of networks between the hosts, and the other one's turn, in turns.
+const HOP: &str = r#"
 hop() {
     number=$1 before=m$(($1 - 1)) name=m$1
     if [ $(($1 % 2)) = 1 ]; then to=there address=10.90.0.3; else to=here address=10.90.0.1; fi
@@ -190,34 +210,22 @@ hop() {
     lost=$(pings) heard=$(wc -l < announced) told=$(wc -l < reversed)
     $to "$VIREO" receive $name $url $way --serial file=console-$1 --log-file log-$1 --detach > /dev/null
     "$VIREO" migrate $before $url $way $more --max-downtime 3s > report 2>&1 || { cat report >&2; exit 1; }
-    until_ '[ "$(monitors)" = 1 ]'
-    [ "$("$VIREO" list | grep -c running)" = 1 ] || { "$VIREO" list >&2; exit 1; }
-    # From its first answer on it has to go on.
-    echo $1 > words
-    until_ "after $1 -1 -1"
-    set -- $1 $(line $1)
-    until_ "after $1 $3 $4"
+    arrives $1
     # They alone may be lost.
     [ $to-${shape%% *} = there-netem ] || until_ '[ $(wc -l < announced) -gt $heard ] && [ $(wc -l < reversed) -gt $told ]'
-    if grep bad: told; then exit 1; fi
     echo "hop $1: $(cat report)" >&3
     echo "@@ hop $1 to $to by ${url%%:*}${more:+ $more}, $shape: $(sed 's/.*: \([^:]* of memory\)/\1/' report); $(($(pings) - lost)) pings lost"
 }
-mkdir -p /etc
-echo 'root:x:0:0::/:/bin/sh' > /etc/passwd
-third="nsenter -t $(head -n 1 third.pid) -n"
-$third ping -i 0.2 10.90.0.2 > pings 2>&1 &
-echo $! >> third.pid
 $third tcpdump -Z root -i veth0 -l -n 'arp and src host 10.90.0.2 and dst host 10.90.0.2' > announced 2> tcpdump.log &
 echo $! >> third.pid
 # The monitor says so too, where the guest's own is late.
 $third tcpdump -Z root -i veth0 -l -n 'rarp and ether src 52:54:00:00:90:02' > reversed 2> reverse.log &
 echo $! >> third.pid
-until_ 'grep -q seq= pings && grep -q listening tcpdump.log && grep -q listening reverse.log'
+until_ 'grep -q listening tcpdump.log && grep -q listening reverse.log'
 "#;
 
 /// Its log has every record up to the last one, and nothing is wrong with the image.
-const END: &str = r#"
+pub(super) const END: &str = r#"
 echo end > words
 until_ '[ "$(monitors)" = 0 ]'
 cat console-$last
@@ -260,7 +268,7 @@ pub(super) fn goes_with_the_kernels_card(kernel: &str) -> Case {
 fn moves(kernel: &str, name: &str, card: &str, hops: u32) -> Case {
     let log = LOG.to_string();
     let moves = format!(
-        "{TRACE}{WORDS}{WAYS}{HOP}last={hops}\nfor hop in $(seq $last); do hop $hop; done\n{}",
+        "{TRACE}{WORDS}{WAYS}{TALK}{HOP}last={hops}\nfor hop in $(seq $last); do hop $hop; done\n{}",
         END.replace("LOG", &log)
     );
     let script = format!("{WORKER}{}", GUEST.replace("LOG", &log));

@@ -17,7 +17,7 @@ use virtio::schema::{Field, FieldKind};
 
 use super::confine::ConfineArgs;
 use super::detach::{Side, detach};
-use super::remote::{nonzero, seconds};
+use super::remote::{nonzero, print_json, seconds};
 use super::serve::Numbers;
 use super::target::Target;
 use super::{Failure, Misuse, exit_code, judge, run, target};
@@ -251,6 +251,22 @@ pub(super) fn execute(
     opener: Arc<Opener>,
     connection: Option<OwnedFd>,
 ) -> Result<u8, Failure> {
+    let ended = wait_and_run(arguments, matches, opener, connection);
+    ended.inspect_err(|failure| {
+        // The process that goes on says it as long as it has the user's output, and nowhere from then on.
+        if let (true, Failure::Failed(error)) = (arguments.json, failure) {
+            // What cannot be written is told all the same, on the other way.
+            let _unwritten = print_json(&serde_json::json!({ "error": format!("{error:#}") }));
+        }
+    })
+}
+
+fn wait_and_run(
+    arguments: &ReceiveArgs,
+    matches: &ArgMatches,
+    opener: Arc<Opener>,
+    connection: Option<OwnedFd>,
+) -> Result<u8, Failure> {
     if let Some(socket) = &connection {
         check_socket(&arguments.url, socket).map_err(|error| Failure::Usage(error.into()))?;
     }
@@ -318,13 +334,10 @@ fn endpoint(arguments: &ReceiveArgs, opener: &Opener) -> anyhow::Result<Endpoint
 
 /// Says that it is waited for.
 fn tell(name: &str, url: &str, json: bool) -> anyhow::Result<()> {
-    let text = if json {
-        let value = serde_json::json!({ "name": name, "url": url });
-        format!("{}\n", serde_json::to_string_pretty(&value)?)
-    } else {
-        format!("machine '{name}' is waited for at {url}\n")
-    };
-    super::print(text.as_bytes())
+    if json {
+        return print_json(&serde_json::json!({ "name": name, "url": url }));
+    }
+    super::print(format!("machine '{name}' is waited for at {url}\n").as_bytes())
 }
 
 #[cfg(test)]

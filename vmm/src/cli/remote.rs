@@ -233,7 +233,7 @@ pub(super) fn run(verb: Verb, opener: &Opener) -> anyhow::Result<u8> {
 }
 
 /// Prints a value for programs.
-fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+pub(super) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(value)?;
     super::print(format!("{text}\n").as_bytes())
 }

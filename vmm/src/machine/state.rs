@@ -171,6 +171,8 @@ impl Lifecycle {
 
 #[cfg(test)]
 mod tests {
+    use api::Passed;
+
     use super::*;
 
     const STATES: [VmState; 6] = [
@@ -245,7 +247,7 @@ mod tests {
                 Command::CopyIn,
                 Command::DiskLayers,
                 Command::Snapshot(api::wire::VmSnapshotConfig::of(String::new())),
-                Command::SendMigration(Box::default(), Vec::new()),
+                Command::SendMigration(Box::default(), Passed::default()),
             ]
         };
         for (pause, why) in [
@@ -266,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_machine_is_sent_that_could_go_on_and_received_where_there_is_none() {
-        let send = || Command::SendMigration(Box::default(), Vec::new());
+        let send = || Command::SendMigration(Box::default(), Passed::default());
         for (state, pause, sent) in [
             (VmState::Created, None, false),
             (VmState::Booting, None, false),
@@ -286,7 +288,7 @@ mod tests {
             assert_eq!(permits(state, pause, &send()), sent, "{state:?} {pause:?}");
         }
         for state in STATES {
-            let receive = Command::ReceiveMigration(Box::default(), Vec::new());
+            let receive = Command::ReceiveMigration(Box::default(), Passed::default());
             assert!(!permits(state, None, &receive), "{state:?}");
             let told = wrong_state(state, None, &receive).reason;
             assert_eq!(told, Some(Reason::AlreadyCreated));

@@ -12,6 +12,7 @@ use migration::transport::message::Offer;
 use migration::transport::pages::Codec;
 use migration::transport::precopy::Parameters;
 use migration::transport::protocol::Outcome;
+use migration::transport::samples::Samples;
 
 use super::link::Link;
 use super::storage::leaving::Leaving;
@@ -84,6 +85,11 @@ pub trait Departing: Send {
     /// Why they are all here still.
     fn let_go(&mut self) -> Result<(), String>;
 
+    /// What the images hold that the destination is to reach too, in a few places, after [`Departing::let_go`].
+    fn samples(&self) -> Vec<Samples> {
+        Vec::new()
+    }
+
     /// Takes the locks again. The disks are not written to before [`Departing::resume`].
     ///
     /// # Errors
@@ -114,6 +120,8 @@ pub struct Plan {
     pub codec: Codec,
     /// Bytes of memory for differences, on all streams together.
     pub cache: usize,
+    /// Whether the guest is asked for pages that need not go.
+    pub hints: bool,
     /// Names this migration.
     pub session: [u8; 16],
     /// Memory, where that is handed over and not sent.

@@ -24,6 +24,7 @@ use migration::transport::pages::{Codec, PageSink};
 use migration::transport::protocol::{
     Destination, DestinationAction, DestinationEvent, DestinationState, Locks, Word,
 };
+use migration::transport::samples::Samples;
 
 use self::greeting::{Greeting, Timed, greet, handed_over};
 use self::postcopy::Follows;
@@ -94,6 +95,9 @@ pub trait Arriving: Send {
     ///
     /// Why it cannot.
     fn unload(&mut self) -> Result<(), String>;
+
+    /// What disks hold at the source, which [`Arriving::take_locks`] looks for in the images that it opens.
+    fn expect(&mut self, samples: Vec<Samples>);
 
     /// Opens all its disks, under their locks, or none.
     ///
@@ -689,7 +693,7 @@ impl Taker {
                 self.aborted = true;
                 self.because(format!("the source has ended it: {reason}"));
             }
-            _ if message.word().is_none() => return,
+            Message::Samples(told) => self.guest.expect(told.clone()),
             _ => {}
         }
         let word = message.word();

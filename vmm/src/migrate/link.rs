@@ -186,11 +186,21 @@ impl Link {
     ///
     /// The host's, and `InvalidInput` for what is no connected stream socket.
     pub fn given(socket: OwnedFd) -> io::Result<Self> {
-        if Listener::check(&socket)? {
+        Self::check(&socket)?;
+        Self::new(socket)
+    }
+
+    /// That [`Link::given`] takes a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn check(socket: &OwnedFd) -> io::Result<()> {
+        if Listener::check(socket)? {
             let what = "the descriptor is a socket that listens: give one that is connected";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        Self::new(socket)
+        Ok(())
     }
 
     fn of(socket: UnixStream, secure: Option<Secure>, tunnel: Option<Tunnel>) -> Self {

@@ -158,6 +158,10 @@ struct Giver {
     kept: VecDeque<Event>,
     /// Streams, how pages go, and bytes for differences.
     wanted: (u16, Codec, usize),
+    /// Whether free pages stay behind.
+    hints: bool,
+    /// The destination compares what images hold.
+    samples: bool,
     session: [u8; 16],
     /// Memory, where that is handed over.
     file: Option<Arc<File>>,
@@ -200,6 +204,8 @@ impl Giver {
             events,
             kept: VecDeque::new(),
             wanted: (plan.streams.max(1), plan.codec, plan.cache),
+            hints: plan.hints,
+            samples: false,
             session: plan.session,
             file: plan.memory,
             offer: plan.offer,
@@ -358,7 +364,7 @@ impl Giver {
 
     fn release(&mut self) -> Option<SourceEvent> {
         match self.guest.let_go() {
-            Ok(()) => Some(SourceEvent::LocksReleased),
+            Ok(()) => self.tell_samples().or(Some(SourceEvent::LocksReleased)),
             Err(error) => {
                 self.because(error);
                 Some(SourceEvent::Failed)

@@ -6,12 +6,13 @@
 //! reboot, end the waiting for a change. Other commands wait their turn, and one of those that came after them does so too,
 //! unless that takes [`GRACE`] or ends the monitor.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::wire::RestoreConfig;
-use api::{Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, Reply, VmState};
+use api::{
+    Answer, Command, ControlError, ErrorKind, EventKind, ExitReason, Passed, Reply, VmState,
+};
 
 use super::{After, Description, Monitor};
 use crate::config::{GuestAction, VmConfig};
@@ -184,7 +185,7 @@ impl Monitor {
     pub(super) fn restore(
         &mut self,
         request: Box<RestoreConfig>,
-        passed: Vec<OwnedFd>,
+        passed: Passed,
         answer: Answer,
     ) -> Result<Option<After>, MachineError> {
         let wanted = "the absolute path of a snapshot's directory";

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, VmState, wire};
+use api::{AddDevice, Command, ControlError, ErrorKind, EventKind, Passed, VmState, wire};
 use block::ImageOptions;
 use serde_json::Value;
 use virtio::models::{MODELS, Model};
@@ -136,12 +136,12 @@ impl Description {
     pub fn restored(
         saved: &VmConfig,
         request: &wire::RestoreConfig,
-        descriptors: Vec<OwnedFd>,
+        mut descriptors: Passed,
     ) -> Result<(Self, Renewal), ControlError> {
         let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let (config, renewal) = saved.restored(request, &numbers)?;
         let mut description = Self::of(config);
-        let mut descriptors = descriptors.into_iter();
+        let mut descriptors = descriptors.take().into_iter();
         for card in request
             .net_fds
             .iter()
@@ -632,7 +632,7 @@ mod tests {
         let mut description = Description::from_wire(wire).unwrap();
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let card = serde_json::from_value(json!({ "id": "n" })).unwrap();
-        let add = Command::AddDevice(Box::new(AddDevice::Net(card, vec![theirs.into()])));
+        let add = Command::AddDevice(Box::new(AddDevice::Net(card, vec![theirs.into()].into())));
         description = changed(&description, add).unwrap();
         let wire = description.wire.net.as_ref().unwrap();
         let card = description

@@ -9,7 +9,7 @@ use api::wire::{
     MigrationDirection, MigrationMemoryMode, MigrationOrder, ReceiveMigrationData, RestoreConfig,
     RestoreOverrides,
 };
-use api::{Answer, ControlError, ErrorKind};
+use api::{Answer, ControlError, ErrorKind, Passed};
 use block::DiskInfo;
 use migration::transport::compare::Fact;
 use migration::transport::message::{Capabilities, Disks, Offer};
@@ -51,7 +51,7 @@ impl Monitor {
     pub(super) fn receive(
         &mut self,
         request: Box<ReceiveMigrationData>,
-        passed: Vec<OwnedFd>,
+        mut passed: Passed,
         answer: Answer,
     ) -> Result<Option<After>, MachineError> {
         let begun = self.begin_to_wait(&request);
@@ -65,8 +65,9 @@ impl Monitor {
         let (opener, waits) = (Arc::clone(&self.opener), Arc::clone(&status));
         let jobs = self.jobs.clone();
         let open = move || {
-            let mut passed = passed;
-            let socket = matches!(place, Place::Descriptor(_)).then(|| passed.drain(..1).next());
+            let mut passed = passed.take().into_iter();
+            let socket = matches!(place, Place::Descriptor(_)).then(|| passed.next());
+            let passed = Passed::from(passed.collect::<Vec<_>>());
             let listener = listen((&place, socket.flatten()), &request, &opener);
             let listener = listener.inspect_err(|error| waits.fail(&error.to_string()))?;
             if let (Place::Tcp { host, .. }, Some(port)) = (&place, listener.port()) {
@@ -191,7 +192,7 @@ fn listen(
 fn come(
     listener: Listener,
     request: &ReceiveMigrationData,
-    passed: Vec<OwnedFd>,
+    passed: Passed,
     (opener, status): (&Arc<Opener>, &Status),
 ) -> Result<Came, ControlError> {
     let failed = |error: &(dyn std::error::Error + 'static)| {
@@ -311,7 +312,7 @@ fn make_disks(
 fn read_offer(
     offer: &Offer,
     request: &ReceiveMigrationData,
-    passed: Vec<OwnedFd>,
+    passed: Passed,
 ) -> Result<(Description, Vec<(String, DiskInfo)>), ControlError> {
     let invalid = |message: String| ControlError::new(ErrorKind::Invalid, message);
     if offer.machine != machine_type() {

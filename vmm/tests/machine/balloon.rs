@@ -238,6 +238,28 @@ fn a_target_that_is_not_below_the_guests_memory_is_refused_by_request_and_verb()
     case.resize(2);
 }
 
+/// A guest that tells of free pages when it is asked.
+fn telling(dir: &std::path::Path) -> Side {
+    let (socket, kernel) = (dir.join("source.sock"), guest("balloon"));
+    let mut vireo = vireo(&[
+        "run",
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--cmdline",
+        "mib=32 leave",
+        "--memory",
+        "64M",
+        "--balloon",
+        "size=0",
+        "--serial",
+        "tty",
+        "--api-socket",
+        socket.to_str().unwrap(),
+    ]);
+    vireo.stdout.wait_for("actual=0 zero=0\n");
+    Side { vireo, socket }
+}
+
 /// Sends the guest on to a monitor of its own, but not before it has heard that it may use its free pages again, and `told` what they hold.
 fn sent_on(dir: &std::path::Path, mut source: Side, name: &str, told: &str) -> Side {
     let url = unix(dir, &format!("{name}.migration"));
@@ -275,29 +297,37 @@ fn free_pages_that_a_guest_tells_of_stay_behind_unless_it_writes_them() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (socket, kernel) = (dir.path().join("source.sock"), guest("balloon"));
-    let mut vireo = vireo(&[
-        "run",
-        "--kernel",
-        kernel.to_str().unwrap(),
-        "--cmdline",
-        "mib=32 leave",
-        "--memory",
-        "64M",
-        "--balloon",
-        "size=0",
-        "--serial",
-        "tty",
-        "--api-socket",
-        socket.to_str().unwrap(),
-    ]);
-    vireo.stdout.wait_for("actual=0 zero=0\n");
-    let source = Side { vireo, socket };
+    let source = telling(dir.path());
     let there = sent_on(dir.path(), source, "one.sock", "hints-done left\n");
     // Of those that were left behind it had written one when it had told of it.
     let zeros = format!("hints-done zero={}\n", AREA / 4096 - 1);
     let there = sent_on(dir.path(), there, "two.sock", &zeros);
     there.vireo.signal("TERM");
+}
+
+#[test]
+fn a_guest_is_not_asked_for_free_pages_where_they_are_to_go_too() {
+    if !can_run() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = telling(dir.path());
+    let url = unix(dir.path(), "place");
+    let target = Side::empty(dir.path(), "there.sock");
+    let waits = target.receive(&url);
+    let whole = SendMigrationData {
+        free_page_hints: Some(false),
+        ..to(&url)
+    };
+    source.client().send_migration(&whole).unwrap();
+    waits.join().unwrap().unwrap();
+    source.vireo.ends_with(0);
+    let heard = source.vireo.stdout.rest();
+    assert!(!heard.contains("hints"), "{heard}");
+    let info = target.ended();
+    assert_eq!(info.phase, MigrationPhase::Completed);
+    assert!(info.pages >= (64 * MIB) / 4096, "{info:?}");
+    target.vireo.signal("TERM");
 }
 
 fn resize(machine: &Local, size: u64) -> Result<Reply, ControlError> {

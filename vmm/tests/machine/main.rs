@@ -64,6 +64,7 @@ mod screen_storms;
 mod screen_tls;
 mod served_here;
 mod shape;
+mod shared_images;
 mod sinks;
 mod snapshots;
 mod start_order;

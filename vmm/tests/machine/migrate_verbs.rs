@@ -441,6 +441,15 @@ fn where_the_host_has_chosen_a_port_it_is_told_and_one_that_is_in_use_is_refused
     let other = format!("{name}-other");
     let told = failed(&verb(&["receive", &other, url, "--detach"]));
     assert!(told.contains("in use"), "{told}");
+    // Programs hear why as of all verbs: of the place, and of the name.
+    let free = format!("unix:{}", dir.path().join("free").display());
+    for (name, place) in [(&other, url), (&name, free.as_str())] {
+        let output = verb(&["receive", name, place, "--detach", "--json"]);
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let why = told["error"].as_str().unwrap();
+        assert!(why.contains("in use") || why.contains(name), "{why}");
+        assert!(failed(&output).contains(why), "{output:?}");
+    }
     done(&verb(&["destroy", &name]));
 }
 

@@ -72,6 +72,9 @@ pub(in crate::cli) struct MigrateArgs {
     /// Do not slow a guest that writes faster than its memory can be sent
     #[arg(long)]
     no_throttle: bool,
+    /// Do not ask the guest, through its balloon, for pages that it does not use and that need not go
+    #[arg(long)]
+    no_free_page_hints: bool,
     /// Directory with ca-cert.pem, client-cert.pem and client-key.pem, for TLS
     #[arg(long, value_name = "DIR")]
     tls: Option<PathBuf>,
@@ -194,6 +197,7 @@ impl MigrateArgs {
                 Storage::All => CopyStorage::All,
                 Storage::Inc => CopyStorage::Inc,
             }),
+            free_page_hints: self.no_free_page_hints.then_some(false),
         })
     }
 }
@@ -335,6 +339,7 @@ mod tests {
             "--local",
             "--copy-storage",
             "inc",
+            "--no-free-page-hints",
         ]);
         assert_eq!(
             serde_json::to_value(full).unwrap(),
@@ -343,7 +348,7 @@ mod tests {
                 "timeout_strategy": "Ignore", "connections": 64, "tls_dir": "/tls",
                 "memory_mode": "Postcopy", "preset": "datacentre", "bandwidth": 52 << 20,
                 "stall_s": 240, "throttle": false, "compression": "lz4", "delta_cache": 64 << 20,
-                "insecure": true, "copy_storage": "inc",
+                "insecure": true, "copy_storage": "inc", "free_page_hints": false,
             })
         );
     }

@@ -11,6 +11,7 @@ use block::{Awaited, Disk, DiskInfo, ImageOptions, open_disk};
 use migration::SectionSet;
 use migration::transport::pages::PageSink;
 use migration::transport::protocol::Locks;
+use migration::transport::samples::Samples;
 use virtio::device::DiskImage;
 
 use super::fetching::Fetching;
@@ -166,6 +167,7 @@ impl Driver {
             ram: self.machine.ram_parts(),
             memory: Arc::new(Memory::new(self.machine.memory_map())),
             missing: None,
+            samples: Vec::new(),
             begun: Arc::default(),
         };
         let run = move || {
@@ -293,6 +295,8 @@ struct Arriver {
     memory: Arc<Memory>,
     /// What comes while it runs.
     missing: Option<Arc<Missing>>,
+    /// What its disks hold at the source.
+    samples: Vec<Samples>,
     /// It may run, or have run.
     begun: Arc<AtomicBool>,
 }
@@ -328,6 +332,26 @@ impl Arriver {
             ));
         }
         Ok(absent.image(disk))
+    }
+}
+
+impl Arriver {
+    /// That an image is the one that the source has had, as far as that has told.
+    fn compare(&self, id: &str, image: &DiskImage) -> Result<(), String> {
+        let told = self.samples.iter().find(|told| told.disk == id);
+        let (Some(told), Some(live)) = (told, image.disk.live()) else {
+            return Ok(());
+        };
+        let path = image.path.display();
+        match told.differs(|offset| live.sample(offset)) {
+            Ok(None) => Ok(()),
+            Ok(Some(offset)) => Err(format!(
+                "disk {id}: {path} is not the image that the source has as {}: they differ at byte {offset}: share that one with the \
+                 destination, or say there where it is (--disk id={id},path=PATH)",
+                told.path
+            )),
+            Err(error) => Err(format!("disk {id}: {path}: {error}")),
+        }
     }
 }
 
@@ -380,11 +404,18 @@ impl Arriving for Arriver {
         })
     }
 
+    fn expect(&mut self, samples: Vec<Samples>) {
+        self.samples = samples;
+    }
+
     fn take_locks(&mut self) -> Result<(), String> {
         self.landings.iter().for_each(|made| made.close());
         let open = |absent: &Absent| Ok((absent.id.clone(), self.open(absent)?));
         let images: Result<Vec<_>, String> = self.absent.iter().map(open).collect();
         let images = images?;
+        for (id, image) in &images {
+            self.compare(id, image)?;
+        }
         for (id, image) in &images {
             // A source that gets its locks back is to know that the guest may have run here.
             let marked = image.disk.live().map_or(Ok(()), |live| live.mark());
@@ -462,6 +493,7 @@ mod tests {
             memory: Arc::new(Memory::new(GuestMap::clone(&ram.memory().memory()))),
             ram: ram.parts(),
             missing: None,
+            samples: Vec::new(),
             begun: Arc::default(),
         }
     }

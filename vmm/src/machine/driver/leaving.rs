@@ -120,6 +120,11 @@ impl Copies {
         Ok(self.copies.iter().map(leaving).collect())
     }
 
+    /// Whether the disk `id` goes along.
+    pub(super) fn has(&self, id: &str) -> bool {
+        self.copies.iter().any(|copy| copy.id == id)
+    }
+
     /// Has them go on as before.
     pub(super) fn give_up(&mut self, desk: &Desk) {
         let copies = std::mem::take(&mut self.copies);

@@ -5,7 +5,6 @@
 //! may the other side run it all the same.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -16,8 +15,8 @@ use api::wire::{
     SendMigrationData, VmMigrationSet,
 };
 use api::{
-    Answer, Command, ControlError, ErrorKind, EventKind, EventLog, ExitReason, PauseReason, Reason,
-    Reply, VmState,
+    Answer, Command, ControlError, ErrorKind, EventKind, EventLog, ExitReason, Passed, PauseReason,
+    Reason, Reply, VmState,
 };
 use block::{Away, AwayError, Back, ImageOptions, open_disk};
 use migration::pages::{PageSet, Ram};
@@ -26,6 +25,7 @@ use migration::transport::message::{Capabilities, Disks, Offer};
 use migration::transport::pages::Codec;
 use migration::transport::precopy::{Parameters, PostcopyRule};
 use migration::transport::protocol::Outcome;
+use migration::transport::samples::{Sample, Samples};
 use virtio::device::DiskImage;
 use virtio::transport::VirtioPci;
 
@@ -100,7 +100,7 @@ impl Driver {
     /// Gives the machine to another monitor. The answer comes when that has begun.
     pub(super) fn send_migration(
         &mut self,
-        (request, passed): (SendMigrationData, Vec<OwnedFd>),
+        (request, passed): (SendMigrationData, Passed),
         answer: Answer,
     ) {
         answer(self.begin_to_send(&request, passed).map(|()| Reply::Done));
@@ -109,7 +109,7 @@ impl Driver {
     fn begin_to_send(
         &mut self,
         request: &SendMigrationData,
-        passed: Vec<OwnedFd>,
+        mut passed: Passed,
     ) -> Result<(), ControlError> {
         self.check_no_snapshot()?;
         self.check_settled()?;
@@ -119,11 +119,14 @@ impl Driver {
             return Err(ControlError::new(ErrorKind::Busy, message));
         }
         let (place, plan) = self.plan_to_send(request)?;
-        let given = passed.into_iter().next().map(Link::given).transpose();
-        let given = given.map_err(|error| {
+        let wrong = |error: std::io::Error| {
             let message = format!("destination_url {place}: {error}");
             ControlError::new(ErrorKind::Invalid, message)
-        })?;
+        };
+        // What is refused stays with what came along, which this thread does not close.
+        passed.iter().try_for_each(Link::check).map_err(wrong)?;
+        let given = passed.take().into_iter().next().map(Link::given);
+        let given = given.transpose().map_err(wrong)?;
         let given = given.map(Given::new);
         let disks = self.leaving_disks();
         let copied = request.copy_storage.is_some() && disks.iter().any(is_copied);
@@ -195,6 +198,7 @@ impl Driver {
             cache: request.delta_cache.map_or(0, |bytes| {
                 usize::try_from(bytes.get()).unwrap_or(usize::MAX)
             }),
+            hints: request.free_page_hints.unwrap_or(true),
             session: crate::random::random().map_err(|error| invalid(error.to_string()))?,
             memory: self.memory_to_hand_over(request.local)?,
             storage: 0,
@@ -257,7 +261,8 @@ impl Driver {
             facts,
             capabilities: Capabilities::ALL
                 .without(Capabilities::POSTCOPY)
-                .with(Capabilities::BARE),
+                .with(Capabilities::BARE)
+                .with(Capabilities::SAMPLES),
             paused: self.state().0 == VmState::Paused,
             disks,
         })
@@ -650,6 +655,22 @@ impl Departing for Leaver {
                 }
             }
         })
+    }
+
+    fn samples(&self) -> Vec<Samples> {
+        let shared = self.disks.iter().filter(|disk| !self.copies.has(&disk.id));
+        let samples = shared.filter_map(|disk| {
+            let live = disk.device.upgrade()?.disk()?.live()?;
+            // What cannot be read here says nothing of what is there.
+            let places = live.places().ok()?.into_iter();
+            let places = places.filter_map(|at| Some(Sample::of(at, &live.sample(at).ok()?)));
+            Some(Samples {
+                disk: disk.id.clone(),
+                path: disk.path.display().to_string(),
+                places: places.collect(),
+            })
+        });
+        samples.collect()
     }
 
     fn take_back(&mut self) -> Result<TakenBack, String> {

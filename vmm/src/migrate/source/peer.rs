@@ -184,6 +184,20 @@ impl Giver {
         sent.err().and_then(|error| self.lose(&chain(&error)))
     }
 
+    /// Has the destination see that it opens the very images which have just been let go. It says so instead of running the guest.
+    pub(super) fn tell_samples(&mut self) -> Option<SourceEvent> {
+        let told = if self.samples {
+            self.guest.samples()
+        } else {
+            Vec::new()
+        };
+        if told.is_empty() {
+            return None;
+        }
+        let said = self.say(&Message::Samples(told));
+        said.err().and_then(|error| self.lose(&chain(&error)))
+    }
+
     pub(super) fn say_word(&mut self, word: Word) -> Result<(), ChannelError> {
         let reason = match word {
             Word::Abort if self.status().is_cancelled() => {
@@ -264,6 +278,7 @@ impl Giver {
         {
             return lacks("a guest before its memory");
         }
+        self.samples = there.has(Capabilities::SAMPLES);
         if streams > 1 && !there.has(Capabilities::STREAMS) {
             return lacks("more than one stream");
         }

@@ -129,9 +129,12 @@ impl Giver {
         self.decide(now, &round);
     }
 
-    /// All memory, without what the guest does not use: that reads as zeros at the destination.
+    /// All memory, without what the guest does not use where that is wanted: that reads as zeros at the destination.
     fn first_pages(&mut self) -> PageSet {
         let mut pages = PageSet::all(&self.guest.ram().ranges());
+        if !self.hints {
+            return pages;
+        }
         let free = self.guest.free_pages();
         pages.remove(&free);
         self.status().leave_out(free.count());
