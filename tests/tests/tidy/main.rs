@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod attacks;
+mod doors;
 mod source;
 mod supply;
 mod unsafe_list;
