@@ -39,6 +39,9 @@ const FIXED_FILES: u32 = 16;
 /// The fewest entries that are worth a call of their own before the whole batch is there.
 const HEAD_START: usize = 2;
 
+/// Why a poll can end that would go on otherwise.
+const PASSING: [i32; 4] = [libc::ECANCELED, libc::ENOMEM, libc::EAGAIN, libc::EINTR];
+
 /// What `io_uring_register` is used for here, by `linux/io_uring.h`.
 mod registration {
     pub(super) const FILES_UPDATE: u8 = 6;
@@ -368,8 +371,8 @@ impl Uring {
         else {
             return;
         };
-        if !armed && (result >= 0 || result == -libc::ECANCELED) {
-            // Used up, or cancelled with the thread that armed it. Arming looks afresh.
+        if !armed && (result >= 0 || PASSING.contains(&-result)) {
+            // Used up, cancelled with the thread that armed it, or the host was short of something. Arming looks afresh.
             self.arm(index);
         }
         if result < 0 {
@@ -491,6 +494,7 @@ fn count(pieces: &[IoVec]) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
     use std::sync::Arc;
 
     use super::*;
@@ -511,6 +515,24 @@ mod tests {
             let done = engine.ring.completion().next().unwrap();
             assert_eq!(done.result(), -libc::EACCES);
         }
+    }
+
+    #[test]
+    fn a_poll_that_the_host_has_ended_is_armed_anew() {
+        let mut ring = Uring::new(2).unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        ring.watch(reader.as_fd(), Notice::Bell).unwrap();
+        let mut out = Harvest::default();
+        ring.wait(Until::Now, &mut out).unwrap();
+        for (error, armed) in [(libc::ENOMEM, 1), (libc::EBADF, 0)] {
+            assert!(ring.ring.submission().is_empty());
+            ring.polled(0, -error, false, &mut out);
+            assert_eq!((ring.ring.submission().len(), out.bell), (armed, false));
+            ring.wait(Until::Now, &mut out).unwrap();
+        }
+        drop(writer);
+        ring.wait(Until::Forever, &mut out).unwrap();
+        assert!(out.bell);
     }
 
     /// How many of eight reads are not with the host before anybody submits them.
