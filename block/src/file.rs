@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -101,6 +102,8 @@ impl Abilities {
 #[derive(Debug)]
 pub(crate) struct HostFile {
     file: File,
+    /// What it was opened as, for messages.
+    name: PathBuf,
     size: AtomicU64,
     /// Held by who changes the size.
     sizing: Mutex<()>,
@@ -141,6 +144,7 @@ impl HostFile {
         let logical = sector.max(align.offset).max(512);
         Ok(Self {
             file,
+            name: PathBuf::new(),
             size: AtomicU64::new(size),
             sizing: Mutex::default(),
             physical: plausible(physical).unwrap_or(4096).max(logical),
@@ -150,6 +154,16 @@ impl HostFile {
             lease: None,
             held: Mutex::default(),
         })
+    }
+
+    /// It was opened as this.
+    pub(crate) fn named(&mut self, name: &Path) {
+        self.name = name.to_owned();
+    }
+
+    /// What it was opened as; empty where nobody has said that.
+    pub(crate) fn name(&self) -> &Path {
+        &self.name
     }
 
     /// Keeps the lease under which the file was opened as long as the file is open.

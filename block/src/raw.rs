@@ -322,6 +322,7 @@ pub(crate) fn open_file<'a>(
     }
     let mut file =
         HostFile::new(file, kind, access.direct).map_err(|source| path.unreadable(source))?;
+    file.named(path.0);
     file.hold(lease);
     if keep.lock {
         file.locked(if access.write {

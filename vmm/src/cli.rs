@@ -41,6 +41,7 @@ mod usage;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -208,7 +209,13 @@ struct Misuse(String);
 #[must_use]
 pub fn main() -> ExitCode {
     message::install_panic_hook();
-    ExitCode::from(execute(std::env::args_os().collect()))
+    ExitCode::from(contained(|| execute(std::env::args_os().collect())))
+}
+
+/// The exit code of what `work` does, for a fault of ours too: that has been told of, and on its way here sockets, locks and files
+/// were given up.
+fn contained(work: impl FnOnce() -> u8) -> u8 {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or(FAILURE)
 }
 
 /// What the command line asks for.
@@ -458,6 +465,12 @@ fn shown(models: &'static [Model]) -> Command {
 mod tests {
     use super::*;
     use crate::config::device::tests::TEST_MODELS;
+
+    #[test]
+    fn a_fault_of_ours_ends_with_the_code_of_failures() {
+        assert_eq!(contained(|| 6), 6);
+        assert_eq!(contained(|| unreachable!()), FAILURE);
+    }
 
     #[test]
     fn the_command_line_is_consistent_with_any_models() {

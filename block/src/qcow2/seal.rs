@@ -98,6 +98,16 @@ impl Qcow2 {
         )
     }
 
+    /// What is told where it could not be closed.
+    fn unclosed(&self, error: &io::Error) -> String {
+        let file = self.storage.host_file();
+        let name = file.map_or_else(|| "an image".into(), |file| file.name().to_string_lossy());
+        format!(
+            "{name}: not all could be written when it was closed: {error}: what its guest has flushed is there; 'vireo image check' says \
+             whether anything is to be repaired"
+        )
+    }
+
     /// Lets others read its files; writers are kept out as before.
     pub(crate) fn keep_reading(&self) {
         for storage in [self.storage(), self.data()] {
@@ -111,7 +121,42 @@ impl Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            tracing::error!(%error, "an image could not be brought up to date when it was closed");
+            tracing::error!("{}", self.unclosed(&error));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::CreateOptions;
+    use crate::open::{ImageOptions, Opened, open_chain};
+    use crate::ops::{NewFile, NewImage};
+    use crate::options::{DiskOptions, Format};
+    use crate::testing::AnyPath;
+
+    #[test]
+    fn what_cannot_be_closed_is_told_with_its_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let image = NewImage::Qcow2(Box::new(CreateOptions {
+            size: 1 << 20,
+            ..CreateOptions::default()
+        }));
+        let made = NewFile::begin(&path, &AnyPath, &image).unwrap().finish();
+        made.unwrap();
+        let options = ImageOptions {
+            disk: DiskOptions {
+                format: Some(Format::Qcow2),
+                ..DiskOptions::default()
+            },
+            ..ImageOptions::default()
+        };
+        let Opened::Qcow2(image) = open_chain(&path, &AnyPath, &options).unwrap() else {
+            panic!("no qcow2 image");
+        };
+        let told = image.unclosed(&std::io::Error::from_raw_os_error(libc::ENOSPC));
+        let begin = format!("{}: not all could be written", path.display());
+        assert!(told.starts_with(&begin), "{told}");
+        assert!(told.contains("No space left"), "{told}");
     }
 }
