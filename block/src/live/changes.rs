@@ -286,6 +286,10 @@ impl IoQueue for TrackedQueue {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -304,6 +308,49 @@ mod tests {
         changes.put_back(end.clone());
         assert_eq!(changes.take(end.end, 1), None);
         assert_eq!(changes.take(0, u64::MAX), Some(end));
+    }
+
+    proptest! {
+        /// As a set of grains would be, whatever is noted, taken and put back.
+        #[test]
+        fn notes_are_a_set_of_grains(
+            size in 1..40 * GRAIN,
+            steps in proptest::collection::vec((0..3_u8, 0..48 * GRAIN, 0..8 * GRAIN), 1..60),
+        ) {
+            let changes = Changes::new(size);
+            let mut model = BTreeSet::new();
+            let grains = |offset: u64, len: u64| {
+                let end = offset.saturating_add(len).min(size);
+                offset / GRAIN..if len == 0 || offset >= size { offset / GRAIN } else { (end - 1) / GRAIN + 1 }
+            };
+            let mut last = 0..0;
+            for (what, offset, len) in steps {
+                match what {
+                    0 => {
+                        changes.note(offset, len);
+                        model.extend(grains(offset, len));
+                    }
+                    1 => {
+                        changes.put_back(last.clone());
+                        model.extend(grains(last.start, last.end - last.start));
+                    }
+                    _ => {
+                        let first = model.range(offset.div_ceil(GRAIN)..).next().copied();
+                        let taken = changes.take(offset, len);
+                        prop_assert_eq!(taken.is_some(), first.is_some());
+                        if let (Some(taken), Some(first)) = (taken, first) {
+                            let most = (len / GRAIN).max(1);
+                            let run = (first..first + most).take_while(|at| model.remove(at));
+                            let end = first + run.count() as u64;
+                            let held = first * GRAIN..(end * GRAIN).min(size);
+                            prop_assert_eq!(&taken, &held);
+                            last = taken;
+                        }
+                    }
+                }
+                prop_assert_eq!(changes.left(), model.len() as u64 * GRAIN);
+            }
+        }
     }
 
     #[test]

@@ -86,3 +86,72 @@ impl Geometry {
         offset & (self.cluster() - 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every one that a header can have.
+    fn all() -> impl Iterator<Item = Geometry> {
+        CLUSTER_BITS.flat_map(|cluster_bits| {
+            (0..=6).flat_map(move |refcount_order| {
+                // Subclusters are sectors at least.
+                [false, true]
+                    .into_iter()
+                    .filter(move |extended| !extended || cluster_bits >= 14)
+                    .map(move |extended| Geometry {
+                        cluster_bits,
+                        extended,
+                        refcount_order,
+                        version: 3,
+                        data_file: false,
+                    })
+            })
+        })
+    }
+
+    /// Offsets around each power of two.
+    fn offsets() -> impl Iterator<Item = u64> {
+        (0..64).flat_map(|bit| {
+            let power = 1_u64 << bit;
+            [power - 1, power, power + 1, power | (power - 1)]
+        })
+    }
+
+    #[test]
+    fn every_offset_is_in_one_cluster_of_one_table() {
+        for geometry in all() {
+            let cluster = geometry.cluster();
+            assert_eq!(geometry.l2_entries() * geometry.entry_size(), cluster);
+            assert_eq!(geometry.l2_entries() * cluster, 1 << geometry.table_bits());
+            assert!(geometry.grain() >= 512 && cluster.is_multiple_of(geometry.grain()));
+            for offset in offsets() {
+                let (down, within) = (geometry.down(offset), geometry.within(offset));
+                assert_eq!((down + within, within < cluster), (offset, true));
+                assert!(down.is_multiple_of(cluster));
+                let tables = geometry.l1_entries(offset);
+                let held = u128::from(tables) << geometry.table_bits();
+                assert!(held >= u128::from(offset), "{geometry:?} {offset:#x}");
+                assert!(held - u128::from(offset) < 1 << geometry.table_bits());
+                let clusters = u128::from(geometry.clusters(offset)) * u128::from(cluster);
+                assert!(
+                    clusters >= u128::from(offset)
+                        && clusters - u128::from(offset) < cluster.into()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_block_of_refcounts_is_a_cluster_and_holds_the_largest() {
+        for geometry in all() {
+            let width = 1_u64 << geometry.refcount_order;
+            assert_eq!(
+                (1 << geometry.refblock_bits()) * width,
+                geometry.cluster() * 8
+            );
+            let max = u128::from(geometry.refcount_max());
+            assert_eq!(max + 1, 1 << width);
+        }
+    }
+}
