@@ -10,7 +10,7 @@
 //! | code | meaning |
 //! |---|---|
 //! | 0 | done; the guest powered itself off or was stopped |
-//! | 1 | failure; `vireo image` has [codes](image) of its own |
+//! | 1 | failure, or a fault in Vireo itself; `vireo image` has [codes](image) of its own |
 //! | 2 | wrong usage: nothing was done |
 //! | 3 | the guest's kernel panicked |
 //! | 4 | the guest's processor shut down (triple fault) |

@@ -61,8 +61,8 @@ pub enum OpenError {
     },
     /// This user may not.
     #[error(
-        "cannot {action} {}: permission denied: change its mode or owner, or run as a user who may",
-        path.display()
+        "cannot {action} {}: permission denied: {}",
+        path.display(), crate::sandbox::files::mend()
     )]
     Denied {
         /// What was tried.

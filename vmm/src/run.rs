@@ -13,12 +13,12 @@ use api::{
 };
 use virtio::models::MODELS;
 
-use crate::config::files::OwnFiles;
+use crate::config::files::{OwnFiles, reached};
 use crate::config::{DEFAULT_SERIAL_REPLAY, VmConfig};
 use crate::machine::saved::Saved;
 use crate::monitor::{ApiSocket, Description, Monitor, MonitorOptions, Place, event_sink};
 use crate::opener::{OpenError, Opener};
-use crate::sandbox;
+use crate::sandbox::{self, files::Rule};
 
 /// The kind of the job that waits for a machine of another monitor.
 const RECEIVE: &str = "receive";
@@ -34,6 +34,8 @@ pub struct Endpoint {
     pub events: Option<Place>,
     /// What its threads' filters of system calls do.
     pub seccomp: sandbox::Mode,
+    /// Which files it reaches besides those that it and its machine are described with; `None`: any.
+    pub files: Option<Vec<Rule>>,
     /// Where its log goes, which is open already, if not to standard error.
     pub log: Option<PathBuf>,
     /// How it behaves.
@@ -54,12 +56,16 @@ pub type OnWaiting = Box<dyn FnOnce(&str) + Send>;
 /// What kept the machine from being built or from going on, or the socket from being made.
 pub fn run(
     config: VmConfig,
-    endpoint: Endpoint,
+    mut endpoint: Endpoint,
     opener: Arc<Opener>,
     running: Option<OnRunning>,
     saved: Option<(Saved, bool)>,
 ) -> anyhow::Result<ExitReason> {
     let replay = config.serial_replay;
+    if let Some(rules) = &mut endpoint.files {
+        rules.extend(reached(&config, MODELS, &opener));
+        rules.extend(saved.iter().map(|(saved, _)| saved.reached()));
+    }
     let (mut monitor, _around) = monitor(endpoint, replay, opener, None)?;
     if let Some((saved, resume)) = saved {
         monitor.begin_as(saved, resume);
@@ -76,11 +82,14 @@ pub fn run(
 /// What kept the monitor from going on, or the socket from being made.
 pub fn serve(
     machine: Option<VmConfig>,
-    endpoint: Endpoint,
+    mut endpoint: Endpoint,
     opener: Arc<Opener>,
 ) -> anyhow::Result<ExitReason> {
     let replay = machine.as_ref().map(|machine| machine.serial_replay);
     let replay = replay.unwrap_or(DEFAULT_SERIAL_REPLAY);
+    if let (Some(rules), Some(machine)) = (&mut endpoint.files, &machine) {
+        rules.extend(reached(machine, MODELS, &opener));
+    }
     let (monitor, _around) = monitor(endpoint, replay, opener, machine)?;
     Ok(monitor.serve()?)
 }
@@ -176,6 +185,7 @@ fn monitor(
         clients,
         events,
         seccomp,
+        files,
         log,
         mut options,
     } = endpoint;
@@ -184,6 +194,15 @@ fn monitor(
     let mut monitor =
         Monitor::new(MODELS, Arc::clone(&opener), options).context("the monitor cannot start")?;
     // Its signals are blocked, and it has no threads.
+    if let Some(mut rules) = files {
+        let made = [&place, &events].into_iter().flatten();
+        let made = made.filter_map(|place| match place {
+            Place::Path(path) => Some(path),
+            Place::Descriptor(_) => None,
+        });
+        rules.extend(made.chain(&log).map(|path| Rule::around(path)));
+        sandbox::files::confine(&rules).context("--landlock")?;
+    }
     sandbox::begin(seccomp).context("--seccomp")?;
     let mut own = OwnFiles::default();
     if let Some(log) = &log {

@@ -36,7 +36,6 @@ use crate::monitor::Place;
 use crate::opener::Opener;
 use crate::places;
 use crate::run::{Endpoint, OnRunning};
-use crate::sandbox::Mode;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -105,7 +104,7 @@ struct Plan {
     above: PathBuf,
     /// The directory of control sockets.
     sockets: PathBuf,
-    seccomp: Mode,
+    confine: ConfineArgs,
 }
 
 impl Plan {
@@ -254,7 +253,7 @@ fn prepare(arguments: CloneArgs, opener: Arc<Opener>) -> anyhow::Result<(Saved, 
         way,
         above,
         sockets,
-        seccomp: arguments.confine.seccomp,
+        confine: arguments.confine.clone(),
     };
     check(&plan)?;
     Ok((saved, plan))
@@ -353,7 +352,8 @@ fn begin(plan: &Plan, number: u32, mut saved: Saved, running: OnRunning) -> anyh
     saved.renew(renewal);
     let endpoint = Endpoint {
         place: Some(Place::Path(plan.socket(number))),
-        seccomp: plan.seccomp,
+        seccomp: plan.confine.seccomp,
+        files: plan.confine.files(),
         ..Endpoint::default()
     };
     let opener = Arc::clone(&plan.opener);

@@ -324,6 +324,7 @@ fn endpoint(arguments: &ReceiveArgs, opener: &Opener) -> anyhow::Result<Endpoint
         clients: None,
         events: None,
         seccomp: arguments.confine.seccomp,
+        files: arguments.confine.files(),
         log: arguments.log_file.clone(),
         options: MonitorOptions {
             no_shutdown: arguments.no_shutdown,

@@ -230,6 +230,7 @@ impl SocketArgs {
             clients,
             events: given(self.event_monitor, events),
             seccomp: self.confine.seccomp,
+            files: self.confine.files(),
             log: self.log_file,
             options: MonitorOptions {
                 no_shutdown: self.no_shutdown,

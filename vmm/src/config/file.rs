@@ -102,54 +102,76 @@ impl VmConfig {
 
     /// Puts `directory` before every path that is not absolute.
     pub fn make_paths_absolute(&mut self, directory: &Path, models: &[Model]) {
-        let absolute = |path: &mut PathBuf| *path = joined(directory, path);
-        self.payload.kernel.iter_mut().for_each(absolute);
-        self.payload.initramfs.iter_mut().for_each(absolute);
+        self.each_path(models, &mut |path, _| *path = joined(directory, path));
+    }
+
+    /// Calls `each` for every path, with whether it may be written.
+    pub fn each_path(&mut self, models: &[Model], each: &mut dyn FnMut(&mut PathBuf, bool)) {
+        let read = self
+            .payload
+            .kernel
+            .iter_mut()
+            .chain(&mut self.payload.initramfs);
+        read.for_each(|path| each(path, false));
         for console in self.consoles_mut() {
             let SerialConfig::Sinks(sinks) = console else {
                 continue;
             };
             for sink in sinks {
                 match sink {
-                    SinkConfig::File(file) => absolute(&mut file.path),
-                    SinkConfig::Socket(socket) => absolute(&mut socket.path),
+                    SinkConfig::File(file) => each(&mut file.path, true),
+                    SinkConfig::Socket(socket) => each(&mut socket.path, true),
                     SinkConfig::Tty | SinkConfig::Pty | SinkConfig::Null => (),
                 }
             }
         }
         for port in &mut self.ports {
-            port.socket.iter_mut().for_each(absolute);
-            port.file.iter_mut().for_each(absolute);
+            let written = port.socket.iter_mut().chain(&mut port.file);
+            written.for_each(|path| each(path, true));
         }
         if let CpuBaseline::File(path) = &mut self.cpus.baseline {
-            absolute(path);
+            each(path, false);
         }
         if let DebugconConfig::File(path) = &mut self.debugcon {
-            absolute(path);
+            each(path, true);
         }
         if let Some(GdbConfig::Unix(path)) = &mut self.gdb {
-            absolute(path);
+            each(path, true);
         }
-        if let Some(vnc) = self.display.as_mut().and_then(|d| d.vnc.as_mut()) {
-            vnc.password_file.iter_mut().for_each(absolute);
-            if let Some(tls) = &mut vnc.tls {
-                absolute(&mut tls.certificate);
-                absolute(&mut tls.key);
-                tls.client_authority.iter_mut().for_each(absolute);
-            }
-            if let Some(path) = vnc.address.strip_prefix("unix:") {
-                let path = joined(directory, Path::new(path));
-                vnc.address = format!("unix:{}", path.display());
-            }
-        }
-        if let Some(web) = self.display.as_mut().and_then(|d| d.web.as_mut())
-            && let Some(path) = web.address.strip_prefix("unix:")
-        {
-            let path = joined(directory, Path::new(path));
-            web.address = format!("unix:{}", path.display());
-        }
+        self.each_path_of_the_display(each);
         for device in &mut self.devices {
-            make_device_paths_absolute(device, directory, models);
+            each_path_of(device, models, each);
+        }
+    }
+
+    fn each_path_of_the_display(&mut self, each: &mut dyn FnMut(&mut PathBuf, bool)) {
+        let Some(display) = &mut self.display else {
+            return;
+        };
+        let mut address = |address: &mut String| {
+            if let Some(path) = address.strip_prefix("unix:") {
+                let mut path = PathBuf::from(path);
+                each(&mut path, true);
+                *address = format!("unix:{}", path.display());
+            }
+        };
+        display
+            .web
+            .iter_mut()
+            .for_each(|web| address(&mut web.address));
+        display
+            .vnc
+            .iter_mut()
+            .for_each(|vnc| address(&mut vnc.address));
+        if let Some(vnc) = &mut display.vnc {
+            vnc.password_file
+                .iter_mut()
+                .for_each(|path| each(path, false));
+            if let Some(tls) = &mut vnc.tls {
+                let read = [&mut tls.certificate, &mut tls.key];
+                let read = read.into_iter().chain(&mut tls.client_authority);
+                read.for_each(|path| each(path, false));
+            }
         }
     }
 }
@@ -166,15 +188,28 @@ pub(crate) fn make_device_paths_absolute(
     directory: &Path,
     models: &[Model],
 ) {
+    let mut each = |path: &mut PathBuf, _| *path = joined(directory, path);
+    each_path_of(device, models, &mut each);
+}
+
+/// Calls `each` for the paths of a device, which may be written; addresses are none.
+fn each_path_of(
+    device: &mut super::DeviceConfig,
+    models: &[Model],
+    each: &mut dyn FnMut(&mut PathBuf, bool),
+) {
     let model = models.iter().find(|model| model.kind == device.kind);
     let fields = model.map_or(&[][..], |model| model.fields);
     for field in fields.iter().filter(|field| field.kind == FieldKind::Path) {
         let Some(value) = device.config.get_mut(field.name) else {
             continue;
         };
-        let relative = value.as_str().filter(|path| !path.contains("://"));
-        let path = relative.map(|path| joined(directory, Path::new(path)));
-        if let Some(path) = path.as_deref().and_then(Path::to_str) {
+        let Some(path) = value.as_str().filter(|path| !path.contains("://")) else {
+            continue;
+        };
+        let mut path = PathBuf::from(path);
+        each(&mut path, true);
+        if let Some(path) = path.to_str() {
             *value = serde_json::Value::String(path.to_owned());
         }
     }

@@ -21,6 +21,7 @@ use virtio::schema::{Field, FieldKind};
 use super::vsock::is_vsock;
 use super::{COMS, CONSOLE_FLAGS, ConfigError, CpuBaseline, DeviceConfig, SinkConfig, VmConfig};
 use crate::opener::Opener;
+use crate::sandbox::files::Rule;
 
 /// The kind of the model that is a disk, and its keys that matter here.
 const DISK: &str = "blk";
@@ -118,6 +119,18 @@ impl OwnFiles {
         }
         used
     }
+}
+
+/// Rules for the files of a machine: what it is described with, and what the images of its disks refer to.
+#[must_use]
+pub fn reached(config: &VmConfig, models: &[Model], opener: &Opener) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    let mut each = |path: &mut PathBuf, write| rules.push(Rule::of_use(path, write));
+    config.clone().each_path(models, &mut each);
+    let disks = config.devices.iter().filter(|device| device.kind == DISK);
+    let below = disks.flat_map(|disk| below(&disk.config, opener));
+    rules.extend(below.map(|path| Rule::of_use(&path, true)));
+    rules
 }
 
 /// Checks the rules.

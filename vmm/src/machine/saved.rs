@@ -24,6 +24,7 @@ use crate::memory::ram_ranges;
 use crate::memory::restored::{Excluded, Restored, choose};
 use crate::memory::template::Template;
 use crate::opener::{OpenError, Opener};
+use crate::sandbox::files::Rule;
 
 /// The most bytes of state that are read. A vCPU's is 8 KiB, a device's less, but for the screen's memory.
 pub(super) const STATE: u64 = 512 << 20;
@@ -212,6 +213,15 @@ pub struct RestoreWay {
 const PIECES: usize = 1024;
 
 impl Saved {
+    /// What is read of it while its machine comes back and, where memory follows, later.
+    #[must_use]
+    pub fn reached(&self) -> Rule {
+        Rule {
+            path: self.directory.clone(),
+            write: false,
+        }
+    }
+
     /// Compares every checksum of the snapshot's memory with its pages, and those of the snapshots that it needs; those of their state have been
     /// compared. `step` hears how many bytes of memory have been gone through, of [`Saved::all_memory`], and says whether to go on.
     ///

@@ -650,6 +650,8 @@ mod tests {
         let remove = wire::VmRemoveDevice { id: "n".to_owned() };
         description = changed(&description, Command::RemoveDevice(remove)).unwrap();
         assert_eq!(description.wire.net, None);
+        // A thread closes it.
+        ours.set_nonblocking(false).unwrap();
         assert_eq!(read(&ours).unwrap(), 0);
     }
 }

@@ -15,6 +15,7 @@
 //!
 //! A filter is a program for the host's filter machine, made once for each kind when the first such thread starts.
 
+pub mod files;
 mod filter;
 mod names;
 mod outside;

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use api::wire::DiskConfig;
+use serde_json::json;
 use vmm::sandbox::OUTSIDE;
 
-use crate::support::{Vireo, can_run, until};
+use crate::support::{Served, Vireo, can_run, until};
 
 /// The threads of a process by name, with what the host says of them: whether they gain no privileges, how they are filtered, and by how many.
 fn threads(process: u32) -> BTreeMap<String, [String; 3]> {
@@ -125,4 +127,55 @@ fn without_filters_nothing_is_filtered_and_no_privileges_come() {
     for (name, found) in found {
         assert_eq!(found, ["1", "0", "0"], "{name}");
     }
+}
+
+#[test]
+fn a_machine_whose_files_are_confined_gets_those_of_its_rules_and_no_others() {
+    if !can_run() {
+        return;
+    }
+    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(ours.path().join("own"), vec![0; 1 << 20]).unwrap();
+    let elsewhere = theirs.path().to_str().unwrap().to_owned();
+    for place in [ours.path(), theirs.path()] {
+        fs::write(place.join("hot"), vec![0; 1 << 20]).unwrap();
+    }
+    let rule = format!("path={},access=rw", ours.path().display());
+    let served = Served::start_in(
+        ours,
+        "poke",
+        "spin",
+        &[
+            "--disk",
+            "path={dir}/own,format=raw",
+            "--landlock-rules",
+            &rule,
+        ],
+    );
+    let mut client = served.client();
+    let mut add = |path: String| {
+        let disk = json!({ "path": path, "image_type": "Raw" });
+        let disk: DiskConfig = serde_json::from_value(disk).unwrap();
+        client.add_disk(&disk)
+    };
+    let refused = add(format!("{elsewhere}/hot")).unwrap_err().to_string();
+    assert!(refused.contains("Permission denied"), "{refused}");
+    add(served.path("hot").to_str().unwrap().to_owned()).unwrap();
+}
+
+#[test]
+fn a_rule_for_what_is_not_there_is_refused() {
+    let run = |rule: &str| {
+        let vireo = env!("CARGO_BIN_EXE_vireo");
+        let flags = ["run", "--kernel", "/no/kernel", "--landlock-rules", rule];
+        let output = std::process::Command::new(vireo).args(flags).output();
+        String::from_utf8(output.unwrap().stderr).unwrap()
+    };
+    let told = run("path=/no/where,access=rw");
+    assert!(
+        told.contains("/no/where") || told.contains("/no/kernel"),
+        "{told}"
+    );
+    let told = run("/no/where");
+    assert!(told.contains("access=r"), "{told}");
 }
