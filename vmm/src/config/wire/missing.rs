@@ -17,6 +17,19 @@ fn first<'a>(fields: impl IntoIterator<Item = (bool, &'a str)>) -> Result<(), Co
     }
 }
 
+/// Refuses what is said when a monitor starts, and not when it has threads.
+fn files(fields: [(bool, &str); 2]) -> Result<(), ControlError> {
+    match fields.into_iter().find(|(asked, _)| *asked) {
+        Some((_, field)) => {
+            let message = format!(
+                "{field}: a monitor's files are confined before it serves clients: start it with --landlock and --landlock-rules"
+            );
+            Err(ControlError::new(ErrorKind::Unimplemented, message))
+        }
+        None => Ok(()),
+    }
+}
+
 fn any<T>(list: Option<&Vec<T>>) -> bool {
     list.is_some_and(|list| !list.is_empty())
 }
@@ -50,6 +63,8 @@ pub(super) fn refuse(described: &wire::VmConfig) -> Result<(), ControlError> {
         (rtc.is_some(), "rtc"),
         (any(pci_segments.as_ref()), "pci_segments"),
         (tpm.is_some(), "tpm"),
+    ])?;
+    files([
         (*landlock_enable, "landlock_enable"),
         (any(landlock_rules.as_ref()), "landlock_rules"),
     ])?;
