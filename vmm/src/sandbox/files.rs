@@ -141,6 +141,11 @@ pub enum FilesError {
         #[source]
         source: PathFdError,
     },
+    /// A rule is about all files.
+    #[error(
+        "/ would be open for writing, and with it all files: give a rule for a part of it, and have what the monitor makes in a directory of its own"
+    )]
+    All,
     /// The host refuses a rule.
     #[error("the host refuses to confine files")]
     Host(#[from] RulesetError),
@@ -172,6 +177,9 @@ pub fn confine(rules: &[Rule]) -> Result<(), FilesError> {
             path: path.clone(),
             source,
         })?;
+        if *write && path.canonicalize().is_ok_and(|path| path == Path::new("/")) {
+            return Err(FilesError::All);
+        }
         let access = if *write { handled } else { read };
         set = set.add_rule(PathBeneath::new(file, of_file(path, access)))?;
     }
@@ -273,6 +281,14 @@ mod tests {
             Err(RuleError::Access("x".to_owned()))
         );
         assert_eq!(rule("/a"), Err(RuleError::Key("/a".to_owned())));
+    }
+
+    #[test]
+    fn all_files_are_no_rule() {
+        let rule = |path: &str| Rule::of_use(Path::new(path), true);
+        for path in ["/", "/no-such-socket"] {
+            assert!(matches!(confine(&[rule(path)]), Err(FilesError::All)));
+        }
     }
 
     #[test]
