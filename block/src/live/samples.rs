@@ -56,9 +56,10 @@ impl Live {
     }
 }
 
-/// Where data begins that is not known to be zeros, in the image or below it; `start` where none is found soon.
+/// Where data begins that is not known to be zeros: in the image, else below it; `start` where none is found soon. Below it many images
+/// hold the same.
 fn first_data(image: &dyn Image, start: u64, end: u64) -> io::Result<u64> {
-    let mut at = start;
+    let (mut at, mut below) = (start, None);
     for _ in 0..STEPS {
         if at >= end {
             break;
@@ -67,11 +68,14 @@ fn first_data(image: &dyn Image, start: u64, end: u64) -> io::Result<u64> {
         let is_below = || image.backing().is_some_and(|below| at < below.size());
         match extent.kept {
             Kept::Data { .. } => return Ok(at),
-            Kept::Absent if is_below() => return Ok(at),
-            _ => at = at.saturating_add(extent.len),
+            Kept::Absent if is_below() => {
+                below.get_or_insert(at);
+            }
+            _ => {}
         }
+        at = at.saturating_add(extent.len);
     }
-    Ok(start)
+    Ok(below.unwrap_or(start))
 }
 
 #[cfg(test)]

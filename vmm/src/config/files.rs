@@ -125,11 +125,12 @@ impl OwnFiles {
 #[must_use]
 pub fn reached(config: &VmConfig, models: &[Model], opener: &Opener) -> Vec<Rule> {
     let mut rules = Vec::new();
-    let mut each = |path: &mut PathBuf, write| rules.push(Rule::of_use(path, write));
+    let mut each = |path: &mut PathBuf, write| rules.extend(Rule::of_use(path, write));
     config.clone().each_path(models, &mut each);
     let disks = config.devices.iter().filter(|device| device.kind == DISK);
     let below = disks.flat_map(|disk| below(&disk.config, opener));
-    rules.extend(below.map(|path| Rule::of_use(&path, true)));
+    // An image names what it likes.
+    rules.extend(below.filter_map(|path| Rule::of_use(&path, false)));
     rules
 }
 

@@ -7,6 +7,7 @@
 //! `EACCES`. What is open stays open, sockets that are there may be connected to, and descriptors may be passed in: a disk that comes as a descriptor
 //! is in nobody's way. Programs that are started have the same limits, and can be any.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -95,19 +96,19 @@ impl FromStr for Rule {
 }
 
 impl Rule {
-    /// For what a machine uses as `path`: that alone where it is there, else the directory that it is to be made in.
+    /// For what a machine uses as `path`: that alone where it is there, else, and for sockets, the directory that it is to be made
+    /// in. What is only read and is not there needs none.
     #[must_use]
-    pub fn of_use(path: &Path, write: bool) -> Self {
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
-        if path.exists() {
-            let path = path.to_owned();
-            return Self { path, write };
-        }
-        Self {
-            path: parent.unwrap_or(Path::new(".")).to_owned(),
-            write: true,
+    pub fn of_use(path: &Path, write: bool) -> Option<Self> {
+        let found = path.metadata().ok().map(|facts| facts.file_type());
+        match found {
+            // One that was left behind is removed first.
+            Some(kind) if kind.is_socket() => Some(Self::around(path)),
+            Some(_) => Some(Self {
+                path: path.to_owned(),
+                write,
+            }),
+            None => write.then(|| Self::around(path)),
         }
     }
 
@@ -287,7 +288,8 @@ mod tests {
     fn all_files_are_no_rule() {
         let rule = |path: &str| Rule::of_use(Path::new(path), true);
         for path in ["/", "/no-such-socket"] {
-            assert!(matches!(confine(&[rule(path)]), Err(FilesError::All)));
+            let rules = [rule(path).unwrap()];
+            assert!(matches!(confine(&rules), Err(FilesError::All)));
         }
     }
 
@@ -300,9 +302,14 @@ mod tests {
             (around.path.as_path(), around.write),
             (directory.path(), true)
         );
-        assert_eq!(Rule::of_use(&path, false), around);
+        assert_eq!(Rule::of_use(&path, true).as_ref(), Some(&around));
+        assert_eq!(Rule::of_use(&path, false), None);
+        let socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert_eq!(Rule::of_use(&path, true), Some(around));
+        drop(socket);
+        fs::remove_file(&path).unwrap();
         fs::write(&path, "").unwrap();
-        let own = Rule::of_use(&path, false);
+        let own = Rule::of_use(&path, false).unwrap();
         assert_eq!((own.path, own.write), (path, false));
     }
 }
