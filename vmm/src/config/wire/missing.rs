@@ -11,23 +11,22 @@ pub(super) fn named(field: &str) -> ControlError {
 
 /// The first of the fields that asks for something.
 fn first<'a>(fields: impl IntoIterator<Item = (bool, &'a str)>) -> Result<(), ControlError> {
-    match fields.into_iter().find(|(asked, _)| *asked) {
-        Some((_, field)) => Err(named(field)),
-        None => Ok(()),
-    }
+    asked(fields).map_or(Ok(()), |field| Err(named(field)))
+}
+
+fn asked<'a>(fields: impl IntoIterator<Item = (bool, &'a str)>) -> Option<&'a str> {
+    let found = fields.into_iter().find(|(asked, _)| *asked);
+    found.map(|(_, field)| field)
 }
 
 /// Refuses what is said when a monitor starts, and not when it has threads.
 fn files(fields: [(bool, &str); 2]) -> Result<(), ControlError> {
-    match fields.into_iter().find(|(asked, _)| *asked) {
-        Some((_, field)) => {
-            let message = format!(
-                "{field}: a monitor's files are confined before it serves clients: start it with --landlock and --landlock-rules"
-            );
-            Err(ControlError::new(ErrorKind::Unimplemented, message))
-        }
-        None => Ok(()),
-    }
+    asked(fields).map_or(Ok(()), |field| {
+        let message = format!(
+            "{field}: a monitor's files are confined before it serves clients: start it with --landlock and --landlock-rules"
+        );
+        Err(ControlError::new(ErrorKind::Unimplemented, message))
+    })
 }
 
 fn any<T>(list: Option<&Vec<T>>) -> bool {
